@@ -1,0 +1,57 @@
+# `make help` lists the targets. `make quickstart` and `make test` do all the set-up on a fresh machine.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# Further arguments for pip, for example PIP_ARGS="--index-url ..." to choose a torch build.
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# pytest workers; 1 switches the parallel runner off.
+WORKERS ?= 2
+
+.PHONY: help setup quickstart test test-slow check style schema
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## a virtual environment in .venv with everything the project needs
+	@echo "setup: $(BIN) is ready"
+	@echo "next: $(BIN)/recipes doctor"
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+	    echo "setup: Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
+	    echo "  name another one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || { echo "setup: creating $(VENV) with $$($(PYTHON) --version)"; \
+	    $(PYTHON) -m venv $(VENV) || { echo "setup: could not create $(VENV) (Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }; }
+	@echo "setup: installing the packages of constraints.txt into $(VENV) (about 2 GB with the CPU build of torch; minutes on a first run)"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[quickstart,dev]' \
+	    | awk '/^(Collecting|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
+	@touch $@
+
+quickstart: setup  ## train two small adapters on this machine and compare them
+	@$(BIN)/python -m recipes_lib.quickstart
+
+test: setup  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not slurm and not browser and not latex and not gpu" -n $(WORKERS) --dist loadfile
+
+test-slow: setup  ## the tests that take minutes or start several processes
+	@$(BIN)/python -m pytest -m "slow or slurm or browser or latex" || { code=$$?; \
+	    [ $$code -eq 5 ] && echo "test-slow: there is no slow test" || exit $$code; }
+
+check: setup  ## style, types, every YAML, schema up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/recipes check --full recipes accelerate_configs
+	$(BIN)/python -m recipes_lib.recipe.schema --check
+
+style: setup  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: setup  ## write schema/ from the installed versions
+	$(BIN)/python -m recipes_lib.recipe.schema

@@ -1,0 +1,63 @@
+"""Packaging. The dependency floors are the oldest versions whose behaviour the recipes rely on; constraints.txt has the tested ones."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (HERE / "src/recipes_lib/__init__.py").read_text(encoding="utf-8").splitlines() if line.startswith("__version__")
+)
+
+INSTALL = [
+    "torch>=2.9",
+    "transformers>=5.20,<6",
+    "trl>=1.16,<2",
+    "peft>=0.21",
+    "accelerate>=1.15",
+    "bitsandbytes>=0.50",
+    "datasets>=5",
+    "huggingface-hub>=2",
+    "safetensors>=0.6",
+    "sentencepiece>=0.2",  # Llama-2 tokenizers that ship without tokenizer.json
+    "numpy>=2",
+    "pyyaml>=6",
+    "ruamel.yaml>=0.18",  # recipes migrate keeps comments
+    "jsonschema>=4.20",
+    "rich>=14",
+    "matplotlib>=3.9",
+    "filelock>=3.15",
+]
+
+EXTRAS = {
+    # Reads the GGUF file of the packaged model. That package itself is not a dependency: it would compile a C++ runtime we do not use.
+    "quickstart": ["gguf>=0.17"],
+    "dev": [
+        "pytest>=9",
+        "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
+        "hypothesis>=6.100",
+        "ruff>=0.17",
+        "mypy>=2",
+        "types-PyYAML",
+        "pre-commit>=4",
+        "tensorboard>=2.20",
+    ],
+    "gpu": ["kernels>=0.10", "nvidia-ml-py>=13"],
+    "tracking": ["tensorboard>=2.20", "trackio>=0.40", "wandb>=0.25"],
+}
+
+setup(
+    name="recipes-lib",
+    version=VERSION,
+    description="Recipes for fine-tuning language models with LoRA and QLoRA, and conclusions that can be believed",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.11,<3.14",
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["recipes = recipes_lib.cli:main"]},
+)
