@@ -1,0 +1,232 @@
+"""Confidence intervals for rates and means, clustered where one question gave several values.
+
+The estimate is always the plain one (a share, or the mean over all items); only the interval knows about clusters. Random
+resampling is seeded, so the same numbers give the same interval.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+MAX_BOOTSTRAP_CLUSTERS = 10_000
+STUDENTISED_BELOW = 100
+_CHUNK = 2_000_000  # resampled indices held in memory at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval; `None` where n is too small to say."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    n: int
+    method: str
+    level: float = 0.95
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RateBounds:
+    """A rate with unresolved items: what it is if all of them were lost, and if all were won.
+
+    `low` and `high` are the outer limits: the Wilson limit below when all unresolved items are lost, and the one above when
+    all are won.
+    """
+
+    all_lost: float | None
+    all_won: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unresolved: int
+    level: float = 0.95
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dictionary."""
+        return asdict(self)
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Return a share with its Wilson score interval.
+
+    Raises:
+        ValueError: if not 0 <= successes <= n.
+
+    Example:
+        >>> interval = wilson(8, 10)
+        >>> round(interval.low, 3), round(interval.high, 3)
+        (0.49, 0.943)
+
+    Source: Wilson (1927), Journal of the American Statistical Association 22.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n} is not a share")
+    if n == 0:
+        return Interval(None, None, None, 0, "wilson", level)
+    z = float(stats.norm.ppf(0.5 + level / 2))
+    share = successes / n
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    low = 0.0 if successes == 0 else max(0.0, center - half)
+    high = 1.0 if successes == n else min(1.0, center + half)
+    return Interval(share, low, high, n, "wilson", level)
+
+
+def rate_bounds(successes: int, n: int, unresolved: int, level: float = 0.95) -> RateBounds:
+    """Return a rate's bounds when `unresolved` of the `n` items have no outcome.
+
+    Args:
+        successes: resolved items that count as a success.
+        n: all items, unresolved ones included.
+        unresolved: items without an outcome; they are first all counted as failures, then all as successes.
+
+    Raises:
+        ValueError: if the counts do not fit.
+
+    Example:
+        >>> bounds = rate_bounds(60, 100, 10)
+        >>> bounds.all_lost, bounds.all_won
+        (0.6, 0.7)
+    """
+    if unresolved < 0 or successes + unresolved > n:
+        raise ValueError(f"{successes} successes and {unresolved} unresolved do not fit into {n}")
+    lost, won = wilson(successes, n, level), wilson(successes + unresolved, n, level)
+    return RateBounds(lost.estimate, won.estimate, lost.low, won.high, n, unresolved, level)
+
+
+def cluster_sums(values: NDArray[np.float64], clusters: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return each cluster's sum and number of items; without clusters, every item is its own."""
+    if clusters is None:
+        return values, np.ones_like(values)
+    codes = np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
+    if len(codes) != len(values):
+        raise ValueError(f"{len(codes)} cluster labels for {len(values)} values")
+    return np.bincount(codes, weights=values), np.bincount(codes).astype(float)
+
+
+def _fold(
+    sums: NDArray[np.float64], sizes: NDArray[np.float64], rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Put more than 10,000 clusters into 10,000 groups at random: the mean stays, the bootstrap's cost no longer grows."""
+    if len(sums) <= MAX_BOOTSTRAP_CLUSTERS:
+        return sums, sizes
+    codes = rng.permutation(len(sums)) % MAX_BOOTSTRAP_CLUSTERS
+    return np.bincount(codes, weights=sums), np.bincount(codes, weights=sizes)
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    """Return a one-dimensional float array; a NaN here is a programming error of the caller."""
+    array = np.asarray(values, dtype=float).reshape(-1)
+    if not np.isfinite(array).all():
+        raise ValueError("values hold NaN or infinity; resolve or count such items before asking for an interval")
+    return array
+
+
+def _resample(
+    sums: NDArray[np.float64], sizes: NDArray[np.float64], resamples: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean and its linearised standard error for each of `resamples` draws of clusters."""
+    count = len(sums)
+    means, errors = np.empty(resamples), np.empty(resamples)
+    step = max(1, _CHUNK // count)
+    for start in range(0, resamples, step):
+        stop = min(resamples, start + step)
+        index = rng.integers(0, count, (stop - start, count))
+        drawn, sized = sums[index], sizes[index]
+        total = sized.sum(axis=1)
+        mean = drawn.sum(axis=1) / total
+        residual = drawn - mean[:, None] * sized
+        means[start:stop] = mean
+        errors[start:stop] = np.sqrt((residual**2).sum(axis=1) * count / max(1, count - 1)) / total
+    return means, errors
+
+
+def standard_error(values: ArrayLike, clusters: ArrayLike | None = None) -> float | None:
+    """Return the mean's standard error, clusters allowed (ratio-mean linearisation); None below two clusters."""
+    sums, sizes = cluster_sums(_finite(values), clusters)
+    if len(sums) < 2:
+        return None
+    residual = sums - sums.sum() / sizes.sum() * sizes
+    return float(np.sqrt((residual**2).sum() * len(sums) / (len(sums) - 1)) / sizes.sum())
+
+
+def bca(values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Return the mean with a bias-corrected and accelerated bootstrap interval over clusters.
+
+    The jackknife of a (ratio) mean is computed in closed form, so the cost is linear in the number of clusters.
+
+    Source: Efron (1987), Journal of the American Statistical Association 82.
+    """
+    array = _finite(values)
+    n = len(array)
+    if n == 0:
+        return Interval(None, None, None, 0, "bca", level)
+    estimate = float(array.mean())
+    rng = np.random.default_rng(seed)
+    sums, sizes = _fold(*cluster_sums(array, clusters), rng)
+    if len(sums) < 2:
+        return Interval(estimate, None, None, n, "bca", level)
+    means = np.sort(_resample(sums, sizes, resamples, rng)[0])
+    tolerance = 1e-12 * max(1.0, abs(estimate))
+    if means[-1] - means[0] <= tolerance:
+        return Interval(estimate, estimate, estimate, n, "zero variance", level)
+    below = (np.count_nonzero(means < estimate - tolerance) + 0.5 * np.count_nonzero(np.abs(means - estimate) <= tolerance)) / resamples
+    bias = float(stats.norm.ppf(np.clip(below, 1 / (2 * resamples), 1 - 1 / (2 * resamples))))
+    left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
+    deviation = left_out.mean() - left_out
+    spread = float((deviation**2).sum())
+    acceleration = 0.0 if spread == 0 else float((deviation**3).sum() / (6 * spread**1.5))
+    tail = np.array([0.5 - level / 2, 0.5 + level / 2])
+    z = bias + stats.norm.ppf(tail)
+    shares = stats.norm.cdf(bias + z / (1 - acceleration * z))
+    low, high = np.quantile(means, shares)
+    return Interval(estimate, float(low), float(high), n, "bca", level)
+
+
+def studentised(
+    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Return the mean with a bootstrap-t interval over clusters; it keeps its coverage where n is small and values are skewed.
+
+    Where more than 1% of the resamples have no spread (few distinct values), Student's t interval is used and named.
+    """
+    array = _finite(values)
+    n = len(array)
+    if n == 0:
+        return Interval(None, None, None, 0, "studentised", level)
+    estimate = float(array.mean())
+    rng = np.random.default_rng(seed)
+    sums, sizes = _fold(*cluster_sums(array, clusters), rng)
+    error = standard_error(sums, None) if clusters is None else standard_error(array, clusters)
+    if error is None:
+        return Interval(estimate, None, None, n, "studentised", level)
+    if error <= 1e-12 * max(1.0, abs(estimate)):
+        return Interval(estimate, estimate, estimate, n, "zero variance", level)
+    means, errors = _resample(sums, sizes, resamples, rng)
+    usable = errors > 1e-9 * error
+    if usable.mean() < 0.99:
+        half = float(stats.t.ppf(0.5 + level / 2, len(sums) - 1)) * error
+        return Interval(estimate, estimate - half, estimate + half, n, "student t", level)
+    scores = (means[usable] - estimate) / errors[usable]
+    lower, upper = np.quantile(scores, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(estimate, float(estimate - upper * error), float(estimate - lower * error), n, "studentised", level)
+
+
+def mean_interval(
+    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Return the mean with the interval this project uses: studentised below 100 clusters, BCa from there on."""
+    array = _finite(values)
+    count = len(array) if clusters is None else len(np.unique(np.asarray(clusters)))
+    method = studentised if count < STUDENTISED_BELOW else bca
+    return method(array, clusters, resamples=resamples, seed=seed, level=level)

@@ -1,0 +1,137 @@
+"""The numbers are right: against scipy and statsmodels, against enumeration, and by coverage."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from recipes_lib.statistics.agreement import accuracy, cohens_kappa
+from recipes_lib.statistics.corrections import holm
+from recipes_lib.statistics.intervals import bca, mean_interval, rate_bounds, standard_error, studentised, wilson
+from recipes_lib.statistics.paired import mcnemar_p, paired_test, sign_flip_p
+from recipes_lib.statistics.power import discordant_standard_deviation, items_needed, minimum_detectable_effect
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 900), st.data())
+def test_wilson_equals_scipy(n: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, n))
+    expected = stats.binomtest(k, n).proportion_ci(method="wilson")
+    assert (wilson(k, n).low, wilson(k, n).high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_equals_the_exact_binomial_test(b: int, c: int) -> None:
+    if b + c:
+        assert mcnemar_p(b, c) == pytest.approx(stats.binomtest(b, b + c, 0.5).pvalue)
+
+
+def test_holm_equals_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p_values = [0.04, 0.001, 0.2, 0.012, 0.03]
+    assert holm(p_values) == pytest.approx(list(multitest.multipletests(p_values, method="holm")[1]))
+
+
+def test_kappa_equals_statsmodels() -> None:
+    interrater = pytest.importorskip("statsmodels.stats.inter_rater")
+    first, second = list("AABBBCCCCA") * 5, list("ABBBBCCACA") * 5
+    table = np.zeros((3, 3))
+    for a, b in zip(first, second, strict=True):
+        table["ABC".index(a), "ABC".index(b)] += 1
+    kappa = cohens_kappa(first, second)
+    expected = interrater.cohens_kappa(table)
+    assert kappa.estimate == pytest.approx(expected.kappa)
+    assert (kappa.low, kappa.high) == pytest.approx((expected.kappa_low, expected.kappa_upp), abs=0.05)
+    assert accuracy(first, second).estimate == pytest.approx(0.8)
+
+
+def test_bca_agrees_with_scipy_on_skewed_values() -> None:
+    values = np.random.default_rng(3).exponential(size=150)
+    ours = bca(values, resamples=6000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=6000, method="BCa", rng=np.random.default_rng(1)).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_the_same_values_give_the_same_interval_and_another_seed_another() -> None:
+    values = np.random.default_rng(0).normal(size=300)
+    assert bca(values) == bca(values)
+    assert bca(values, seed=1) != bca(values)
+
+
+def test_repeating_every_item_inside_its_cluster_does_not_narrow_the_interval() -> None:
+    values = np.random.default_rng(0).normal(size=60)
+    repeated, clusters = np.repeat(values, 10), np.repeat(np.arange(60), 10)
+    assert standard_error(repeated, clusters) == pytest.approx(standard_error(values))
+    once, ten = mean_interval(values), mean_interval(repeated, clusters)
+    assert (ten.low, ten.high) == pytest.approx((once.low, once.high))
+    naive = mean_interval(repeated)
+    assert naive.high - naive.low < 0.5 * (ten.high - ten.low)
+
+
+def test_a_hundred_thousand_clusters_take_a_moment() -> None:
+    values = np.random.default_rng(0).normal(size=100_000)
+    start = time.process_time()
+    interval = bca(values)
+    assert time.process_time() - start < 5
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 / np.sqrt(100_000), rel=0.1)
+
+
+def test_unresolved_items_widen_the_bounds_on_both_sides() -> None:
+    clean, torn = rate_bounds(60, 100, 0), rate_bounds(60, 100, 20)
+    assert (torn.all_lost, torn.all_won) == (0.6, 0.8)
+    assert clean.low == wilson(60, 100).low
+    assert torn.low == clean.low and torn.high > clean.high
+
+
+def test_sign_flip_enumerates_small_samples_and_samples_large_ones() -> None:
+    assert sign_flip_p([1.0, 1.0, 1.0]) == 0.25
+    large = np.full(40, 1.0)
+    assert sign_flip_p(large) == pytest.approx(1 / 10_001)
+    assert sign_flip_p([1.0, -1.0] * 20) == pytest.approx(1.0)
+
+
+def test_sign_flip_keeps_its_level_under_the_null() -> None:
+    rng = np.random.default_rng(5)
+    rejected = sum((sign_flip_p(rng.normal(size=25), resamples=400, seed=i) or 1) <= 0.05 for i in range(300))
+    assert rejected <= 28  # binomial 99.9% limit of a 5% test over 300
+
+
+@pytest.mark.parametrize("n", [20, 80])
+def test_studentised_interval_covers_a_skewed_mean(n: int) -> None:
+    rng = np.random.default_rng(7)
+    covered = 0
+    for i in range(300):
+        interval = studentised(rng.exponential(size=n), resamples=500, seed=i)
+        covered += interval.low <= 1.0 <= interval.high
+    assert covered / 300 >= 0.91
+
+
+def test_binary_arms_use_mcnemar_and_clustered_ones_the_sign_flip() -> None:
+    first, second = [1, 1, 1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 1, 1]
+    assert paired_test(first, second).test == "mcnemar exact"
+    assert paired_test(first, second).p == mcnemar_p(6, 1)
+    assert paired_test(first, second, clusters=[0, 0, 1, 1, 2, 2, 3, 3]).test == "sign flip"
+
+
+def test_self_comparison_is_never_significant() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+    result = paired_test(values, values)
+    assert (result.effect, result.low, result.high, result.p) == (0.0, 0.0, 0.0, None)
+
+
+def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
+    rng = np.random.default_rng(2)
+    found = 0
+    for i in range(200):
+        differences = rng.normal(size=100)
+        effect = minimum_detectable_effect(differences)
+        found += (sign_flip_p(differences + effect, resamples=300, seed=i) or 1) <= 0.05
+    assert 0.7 <= found / 200 <= 0.9
+    assert items_needed(0.28, 1.0) in (100, 101)
+    assert discordant_standard_deviation(0.25, 0.0) == 0.5
