@@ -1,0 +1,63 @@
+"""THE training script: recipe -> SFTTrainer -> run directory.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml -m recipes_lib.train RECIPE [section.key=value ...]
+
+The same line trains on a laptop's CPU, one GPU, several (DDP, FSDP2) or several machines: only the accelerate config differs.
+Run it again after any interruption and it continues from the newest complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from recipes_lib.errors import RecipesError, print_error
+from recipes_lib.recipe.recipe import Recipe, load_recipe
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.training.ranks import rank
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the overrides (`section.key=value`) as they were typed."""
+    parser = argparse.ArgumentParser(prog="recipes_lib.train", description="Fine-tune a model from a recipe.", allow_abbrev=False)
+    parser.add_argument("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
+    parser.add_argument("--resume-anyway", action="store_true", help="continue a run although settings that change its result differ")
+    parser.add_argument("--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that ships with the model, if the recipe asks for it too")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train one recipe to its planned end, or to a checkpoint it can continue from; return the exit code (`errors.ExitCode`)."""
+    options, overrides = parse_arguments(argv)
+    try:
+        recipe = load_recipe(options.recipe, overrides)
+        return train(recipe, RunDirectory(recipe.name), options)
+    except RecipesError as error:
+        if options.debug:
+            raise
+        if rank() == 0:
+            print_error(error)
+        return int(error.exit_code)
+
+
+def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int:
+    """The straight line from recipe to weights; every rank walks it."""
+    from recipes_lib.training.session import open_session
+
+    with open_session(recipe, run, options) as session:
+        if session.already_finished:
+            return session.report_finished()
+        session.prepare_data()
+        session.check_resume()
+        session.load_model()
+        session.build_trainer()
+        session.announce()
+        session.run_trainer()
+        return session.close_as_stopped() if session.stopped else session.close_as_finished()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Puts model, data and recipe together into a trainer. Every departure from TRL's own preparation is listed here.
+
+TRL's dataset preparation is skipped: `data.preparation` has already tokenised, masked, truncated and audited the rows, so that
+nothing is dropped without being named. Packing is still TRL's `pack_dataset`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.training.row_tracking import ROW
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+    from recipes_lib.data.preparation import PreparedData
+    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.training.stopping import StopRequest
+    from recipes_lib.training.trainer import RecipeTrainer
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: SFTConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    run: RunDirectory,
+    stop: StopRequest,
+    marker_facts: dict[str, Any],
+) -> RecipeTrainer:
+    """Return the trainer, with the adapter (if the recipe has one) already on the model.
+
+    Args:
+        args: what `recipe.upstream.build_sft_config` returned; its `save_total_limit` moves to our own rotation, which never
+            deletes the last complete checkpoint.
+        marker_facts: recorded in every checkpoint's marker.
+    """
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from recipes_lib.recipe.upstream import build_lora_config
+    from recipes_lib.training.metrics import MetricsCallback
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    keep, args.save_total_limit = args.save_total_limit, None
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    trainer = RecipeTrainer(
+        model=model,
+        args=args,
+        train_dataset=_training_rows(data.train, recipe, args),
+        eval_dataset=_validation_rows(data.validation, args, tokenizer.eos_token_id),
+        processing_class=tokenizer,
+        peft_config=build_lora_config(recipe),
+        callbacks=[MetricsCallback(run.metrics, quiet=args.process_index != 0)],
+        stop=stop,
+        keep_checkpoints=keep,
+        row_ids=list(data.train["example_id"]),
+        marker_facts=marker_facts,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
+    rows = train.remove_columns("example_id").add_column(ROW, list(range(len(train))))
+    if args.shuffle_dataset:
+        rows = rows.shuffle(seed=args.seed)
+    if args.packing:
+        from trl import pack_dataset
+
+        rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe.train["max_length"], args.packing_strategy)
+    return rows
+
+
+def _validation_rows(validation: Dataset | None, args: SFTConfig, filler_token: int) -> Dataset | None:
+    """The validation rows, filled up with rows that carry no loss so that every rank gets the same number of full batches.
+
+    Otherwise accelerate repeats the first rows in the last batch, and the validation loss depends on the number of ranks.
+    """
+    if validation is None or not len(validation) or args.eval_strategy == "no":
+        return None
+    from datasets import Dataset, concatenate_datasets
+
+    rows = validation.select_columns(["input_ids", "labels"])
+    batch = args.per_device_eval_batch_size * args.world_size
+    missing = -len(rows) % batch
+    if not missing:
+        return rows
+    filler = {"input_ids": [[filler_token] * 2] * missing, "labels": [[-100] * 2] * missing}
+    return concatenate_datasets([rows, Dataset.from_dict(filler, features=rows.features)])
+
+
+def describe_batch(per_device: int, accumulation: int, world_size: int, rows: int, epochs: float, max_steps: int) -> str:
+    """Return the batch arithmetic of the start-up lines.
+
+    Example:
+        >>> describe_batch(4, 8, 2, 12_008, 3, -1)
+        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 188 steps per epoch, 564 steps'
+    """
+    examples = per_device * accumulation * world_size
+    per_epoch = -(-rows // examples)
+    steps = max_steps if max_steps > 0 else round(per_epoch * epochs)
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return (
+        f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per step; "
+        f"{rows:,} examples -> {per_epoch:,} steps per epoch, {steps:,} steps"
+    )
+
+
+def describe_trainable(model: Any) -> str:
+    """Return how many parameters are trained, and where they sit."""
+    import torch
+
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    count, total = sum(parameter.numel() for _, parameter in trainable), sum(parameter.numel() for parameter in model.parameters())
+    precision = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for _, parameter in trainable}))
+    quantized = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+    frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad and p.dtype != torch.uint8}
+    base = f"; base {'NF4 in ' + str(quantized) + ' layers' if quantized else ', '.join(sorted(frozen))}" if frozen or quantized else ""
+    return f"{count:,} of {total:,} parameters in {precision}{base}"

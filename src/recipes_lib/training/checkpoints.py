@@ -1,0 +1,152 @@
+"""Training checkpoints that can be trusted: complete ones are marked last, broken ones are set aside, none is used half-written.
+
+A checkpoint is complete when COMPLETE.json in it, written last, lists every file with its size and all of them are there.
+Resuming uses the newest complete checkpoint. What a crash left behind is renamed to checkpoint-N.incomplete, never deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.atomic_files import sync_folder, write_json
+from recipes_lib.errors import EnvironmentFault
+
+MARKER = "COMPLETE.json"
+STATE_FILES = ("trainer_state.json", "scheduler.pt")
+FREE_SPACE_FACTOR = 1.2
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+def mark_complete(checkpoint: Path, **facts: Any) -> None:
+    """Flush every file of a checkpoint to the disk, then write its marker.
+
+    Args:
+        checkpoint: folder of a finished save; every rank must have written its part.
+        **facts: what the marker records beside the sizes: step, world size, fingerprint, tokens.
+    """
+    files = {}
+    for file in sorted(checkpoint.rglob("*")):
+        if file.is_file() and file.name != MARKER:
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            files[str(file.relative_to(checkpoint))] = file.stat().st_size
+    sync_folder(checkpoint)
+    write_json(checkpoint / MARKER, {**facts, "files": files})
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of a complete checkpoint's marker."""
+    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """Return why a checkpoint cannot be used, or None when it is complete."""
+    try:
+        files = read_marker(checkpoint)["files"]
+    except FileNotFoundError:
+        return f"no {MARKER}: the save was interrupted"
+    except (ValueError, KeyError, TypeError):
+        return f"{MARKER} is not readable"
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"no {name}"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, oldest step first."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if path.is_dir() and (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_complete(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """Return the newest complete checkpoint, or None; incomplete ones are renamed out of the way.
+
+    Args:
+        folder: the run's checkpoints/.
+        report: called with one line for each checkpoint that is set aside.
+    """
+    complete: Path | None = None
+    for checkpoint in list_checkpoints(folder):
+        reason = what_is_missing(checkpoint)
+        if reason is None:
+            complete = checkpoint
+            continue
+        aside = _free_name(checkpoint.with_name(checkpoint.name + ".incomplete"))
+        checkpoint.rename(aside)
+        report(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
+    return complete
+
+
+def check_resumable(checkpoint: Path, world_size: int, allow_partial: bool) -> list[str]:
+    """Return the training-state files a checkpoint lacks, which is an error unless `allow_partial`.
+
+    Without this check the Trainer resumes with a fresh optimizer and says nothing.
+
+    Raises:
+        EnvironmentFault: optimizer, scheduler or random-number state is missing.
+    """
+    rng = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    missing = [name for name in (*STATE_FILES, *rng) if not (checkpoint / name).is_file()]
+    if not ((checkpoint / "optimizer.pt").is_file() or (checkpoint / "optimizer.bin").is_file() or any(checkpoint.glob("optimizer_*"))):
+        missing.append("optimizer.pt")
+    if missing and not allow_partial:
+        raise EnvironmentFault(
+            f"{checkpoint.name} lacks {', '.join(missing)}: training would go on with a fresh state, and end with other weights",
+            f"it was written by {read_marker(checkpoint).get('world_size', '?')} process(es), {world_size} would resume it",
+            "restore the files, or accept another result with --allow-partial-resume",
+        )
+    return missing
+
+
+def rotate(folder: Path, keep: int | None, best: Path | None) -> None:
+    """Delete the oldest complete checkpoints beyond `keep`; never the newest, never the best, never an incomplete one."""
+    if keep is None:
+        return
+    complete = [path for path in list_checkpoints(folder) if what_is_missing(path) is None]
+    for checkpoint in complete[: -max(keep, 1)]:
+        if best is None or checkpoint.resolve() != best.resolve():
+            (checkpoint / MARKER).unlink()
+            shutil.rmtree(checkpoint)
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse to start a save that the disk cannot hold.
+
+    Args:
+        folder: where the save would go.
+        needed: its size in bytes, measured on the last save or estimated from the weights.
+
+    Raises:
+        EnvironmentFault: less than 1.2 times `needed` is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < FREE_SPACE_FACTOR * needed:
+        raise EnvironmentFault(
+            f"disk full: a save needs {needed / 2**20:,.0f} MiB (and 20% spare), {free / 2**20:,.0f} MiB are free in {folder}",
+            "free some space and run the same command again: it resumes from the newest complete checkpoint",
+        )
+
+
+def folder_size(folder: Path) -> int:
+    """Return the size of all files below a folder, in bytes."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _free_name(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate

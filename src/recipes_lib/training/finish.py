@@ -1,0 +1,97 @@
+"""The end of a training: weights saved, checked against the trained model, and only then given their final name."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import RecipesError
+from recipes_lib.training import weights_check
+from recipes_lib.training.card import write_card
+from recipes_lib.training.model import model_path
+from recipes_lib.training.ranks import on_main_rank
+
+if TYPE_CHECKING:
+    from recipes_lib.data.preparation import PreparedData
+    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.training.trainer import RecipeTrainer
+
+PROBES, PROBE_TOKENS = 4, 128
+
+
+def save_and_check(trainer: RecipeTrainer, recipe: Recipe, data: PreparedData, run: RunDirectory, summary: dict[str, Any]) -> dict[str, Any]:
+    """Save the final weights, prove them, and rename them to `adapter/` or `model/`. Call it on every rank.
+
+    Args:
+        trainer: the trainer after its planned end; its model is released on the way, so that the reload has the memory.
+        summary: what the model card says about the run.
+
+    Returns:
+        What the check found, for run.json.
+
+    Raises:
+        RecipesError: the reloaded weights are not the trained ones; they stay in `weights.rejected/`.
+    """
+    full = recipe.lora is None
+    scratch = run.path / "weights.unchecked"
+    on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    trainer.save_model(str(scratch))  # a collective under FSDP: every rank takes part
+    probes = [list(ids[:PROBE_TOKENS]) for ids in (data.validation or data.train)[:PROBES]["input_ids"]]
+    with _autocast(trainer.args.bf16, trainer.args.fp16):
+        trained = weights_check.logits_on(trainer.model, probes)
+    half = recipe.quantization is not None or trainer.args.bf16 or trainer.args.fp16 or recipe.model.dtype in {"bfloat16", "float16"}
+    tokenizer, bf16, fp16 = trainer.processing_class, trainer.args.bf16, trainer.args.fp16
+    _release(trainer)
+
+    def check() -> dict[str, Any]:
+        files = weights_check.check_files(scratch, full, model_path(recipe.model))
+        reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
+        with _autocast(bf16, fp16):
+            again = weights_check.logits_on(reloaded, probes)
+        comparison = weights_check.compare_logits(trained, again, weights_check.HALF_TOLERANCE if half else weights_check.EXACT_TOLERANCE)
+        if not comparison.agrees:
+            rejected = run.path / "weights.rejected"
+            shutil.rmtree(rejected, ignore_errors=True)
+            os.replace(scratch, rejected)
+            raise RecipesError(
+                f"the saved weights are not the trained ones: logits differ by {comparison.largest:.3g} where {comparison.tolerance * comparison.scale:.3g} is allowed",
+                f"they are kept in {rejected}; the newest checkpoint holds the trained state",
+            )
+        write_card(scratch, recipe, summary)
+        _publish(scratch, run.weights(full))
+        return {**files, "reload": comparison.as_dict(), "probes": len(probes)}
+
+    return on_main_rank(check)
+
+
+def _publish(scratch: Path, final: Path) -> None:
+    """Give checked weights their final name; this is the only place where `adapter/` or `model/` comes into being."""
+    from recipes_lib.atomic_files import sync_folder
+
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(scratch, final)
+    sync_folder(final.parent)
+
+
+def _autocast(bf16: bool, fp16: bool) -> contextlib.AbstractContextManager[Any]:
+    import torch
+
+    if not (bf16 or fp16):
+        return contextlib.nullcontext()
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16 if bf16 else torch.float16)
+
+
+def _release(trainer: RecipeTrainer) -> None:
+    import torch
+
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,125 @@
+"""What a training logs: one line of metrics.jsonl per log, and a line or a bar on the terminal with tokens/s and time left."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recipes_lib.atomic_files import write_text
+
+KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process in GiB: allocated on the accelerator, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl; a torn last line (the process was killed while writing) is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes them again."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends to metrics.jsonl on rank 0 and shows progress.
+
+    Args:
+        path: the run's metrics.jsonl.
+        quiet: show nothing.
+    """
+
+    def __init__(self, path: Path, quiet: bool = False) -> None:
+        self.path = path
+        self.quiet = quiet
+        self.bar: Any = None
+        self.seconds = 0.0
+        self._last = (time.monotonic(), 0)
+        self._started = (time.monotonic(), 0)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the clock, and the bar on a terminal."""
+        self._started = (time.monotonic(), state.global_step)
+        self._last = (time.monotonic(), _tokens_at(self.path, state.global_step))
+        if state.is_world_process_zero and not self.quiet and sys.stderr.isatty():
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Write one line, flushed at once."""
+        logs = logs or {}
+        if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+            return
+        begun = time.perf_counter()
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(float(state.epoch or 0), 6)}
+        line |= {key: float(logs[key]) for key in KEPT if key in logs}
+        if "loss" in logs:
+            now, tokens = time.monotonic(), int(logs.get("num_tokens", 0))
+            line["tokens"] = tokens
+            line["tokens_per_second"] = round((tokens - self._last[1]) / max(now - self._last[0], 1e-9), 1)
+            self._last = (now, tokens)
+        else:
+            self._last = (time.monotonic(), self._last[1])
+        line["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self._show(line, state)
+        self.seconds += time.perf_counter() - begun
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, line: dict[str, Any], state: TrainerState) -> None:
+        if self.quiet:
+            return
+        if "eval_loss" in line:
+            text = f"step {line['step']}/{state.max_steps}  validation loss {line['eval_loss']:.4f}"
+        else:
+            text = (
+                f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}  learning rate {line['learning_rate']:.2e}  "
+                f"{line['tokens_per_second']:,.0f} tokens/s  {self._time_left(state)} left"
+            )
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def _time_left(self, state: TrainerState) -> str:
+        done = state.global_step - self._started[1]
+        seconds = (time.monotonic() - self._started[0]) / max(done, 1) * (state.max_steps - state.global_step)
+        minutes, seconds = divmod(int(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _tokens_at(path: Path, step: int) -> int:
+    tokens = [line["tokens"] for line in read_metrics(path) if line["step"] <= step and "tokens" in line]
+    return tokens[-1] if tokens else 0

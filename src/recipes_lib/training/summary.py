@@ -1,0 +1,44 @@
+"""The numbers of a finished training, as run.json, the model card and the results tables show them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.training.metrics import peak_memory_gib, read_metrics
+
+if TYPE_CHECKING:
+    from recipes_lib.training.session import Session
+
+
+def summarise(session: Session) -> dict[str, Any]:
+    """Return rows, steps, losses, time and memory of the attempt that reached the end; None where not measured.
+
+    Times are this attempt's: after a resume they leave out the earlier attempts, and `resumed` in run.json says so.
+    """
+    lines = read_metrics(session.run.metrics)
+    validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    training = [line["loss"] for line in lines if "loss" in line]
+    state, data = session.trainer.state, session.data
+    tokens = int(session.trainer._total_train_tokens)
+    begun = 0
+    if session.checkpoint is not None:
+        from recipes_lib.training.checkpoints import read_marker
+
+        begun = read_marker(session.checkpoint).get("tokens", 0)
+    return {
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "training_rows": len(data.train),
+        "validation_rows": len(data.validation) if data.validation is not None else 0,
+        "first_training_loss": training[0] if training else None,
+        "last_training_loss": training[-1] if training else None,
+        "first_validation_loss": validation[0] if validation else None,
+        "last_validation_loss": validation[-1] if validation else None,
+        "tokens": tokens,
+        "seconds": round(session.seconds, 1),
+        "tokens_per_second": round((tokens - begun) / session.seconds, 1) if session.seconds else None,
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "world_size": session.active.world_size,
+        "distribution": session.active.distributed_type,
+        "reproducible": "exact on the same versions" if session.active.device.startswith("cpu") else "same hardware, within rounding",
+    }

@@ -1,0 +1,221 @@
+"""TRL's SFTTrainer with the promises of this project added; the loss, the loop and the data order stay TRL's.
+
+What is added, and why:
+- a checkpoint gets its completeness marker last, after every rank has written its part (`checkpoints`);
+- a stop request ends in one agreed checkpoint, also out of an evaluation (`stopping`);
+- a gradient that is not finite stops the run and names its examples, instead of being logged as 0.0;
+- the validation loss is the sum of token losses over the number of tokens, so that it does not depend on batch size or ranks;
+- FSDP2 keeps its outputs and its gradient reduction in float32, so that its logged losses can be compared with DDP's;
+- no training_args.bin: nobody should unpickle one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from trl import SFTTrainer
+
+from recipes_lib.errors import EnvironmentFault, NumericsError
+from recipes_lib.training import checkpoints
+from recipes_lib.training.ranks import on_main_rank
+from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
+from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
+
+DISK_FULL_SIGNS = ("No space left", "unexpected pos", "File too large", "Disk quota")
+
+
+class RecipeTrainer(SFTTrainer):
+    """An SFTTrainer that can be stopped, killed and believed.
+
+    Args:
+        *args: as for `trl.SFTTrainer`.
+        stop: the process's stop request.
+        keep_checkpoints: complete checkpoints to keep; None keeps all.
+        row_ids: example ids by row of the training set, to name examples in errors.
+        marker_facts: what each checkpoint's marker records besides step and sizes (fingerprint of the run).
+        **kwargs: as for `trl.SFTTrainer`.
+    """
+
+    def __init__(
+        self, *args: Any, stop: StopRequest, keep_checkpoints: int | None, row_ids: list[str], marker_facts: dict[str, Any], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop = stop
+        self.stop_callback = StopCallback(stop)
+        self.add_callback(self.stop_callback)
+        self.keep_checkpoints = keep_checkpoints
+        self.row_ids = row_ids
+        self.marker_facts = marker_facts
+        self.data_collator = RowTrackingCollator(self.data_collator)
+        self.recent_rows: deque[torch.Tensor] = deque(maxlen=max(self.args.gradient_accumulation_steps, 1))
+        self.evaluation_due = False
+        self._validation_sums = torch.zeros(2, dtype=torch.float64)
+        self._keep_fsdp_outputs_in_float32()
+
+    def _keep_fsdp_outputs_in_float32(self) -> None:
+        """accelerate sets output_dtype and reduce_dtype to bf16, which rounds the logged loss: 1716.97 and 1717.25 become 1720."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if self.is_fsdp_enabled and policy is not None:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
+
+    # ---- Which rows are in the step ----
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns.append(ROW)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        rows = inputs.pop(ROW, None)
+        if rows is not None and self.model.training:
+            self.recent_rows.append(rows)
+        return super()._prepare_inputs(inputs)
+
+    # ---- Numbers that are not finite ----
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm is global, so every rank sees the same number and stops at the same step, before the weights change."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss_scaling_handles_it = self.accelerator.scaler is not None
+        if not loss_scaling_handles_it and not math.isfinite(float(norm)):
+            raise self._numerics_error(f"gradient norm is {float(norm)}")
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, unless the loss is not finite (fp16 reaches this point: its loss scaling may skip steps with infinite gradients)."""
+        loss = logs.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise self._numerics_error(f"loss is {loss}")
+        super().log(logs, start_time)
+
+    def _numerics_error(self, what: str) -> NumericsError:
+        rows = [int(row) for batch in self.recent_rows for row in batch.tolist()]
+        last = max((int(path.name.split("-")[1]) for path in checkpoints.list_checkpoints(Path(self.args.output_dir))), default=None)
+        return NumericsError(
+            f"{what} at step {self.state.global_step + 1}, learning rate {self._get_learning_rate():.3g}, {name_rows(rows, self.row_ids)}",
+            "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with: recipes data",
+            f"last good checkpoint: {'none yet' if last is None else f'checkpoint-{last}'}",
+        )
+
+    # ---- Validation loss per token ----
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """As TRL's, adding the batch to the sums of token losses and tokens."""
+        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        self._validation_sums += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the loss replaced by the mean over all tokens of all ranks."""
+        self._validation_sums.zero_()
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = self._validation_sums.to(torch.float32 if self.args.device.type == "mps" else torch.float64).to(self.args.device)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if sums[1] > 0:
+            output.metrics[f"{prefix}_loss"] = float(sums[0] / sums[1])
+        return output
+
+    # ---- Stopping and resuming ----
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, model: torch.nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        random_state = _random_state() if self.control.should_evaluate else None
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationStopped:
+            assert random_state is not None
+            _restore_random_state(random_state)
+            self.stop_callback.evaluation_pending = True
+            self.control.should_evaluate = False
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self.control.should_training_stop = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As TRL's; after a resume it first makes up the evaluation that the stop put off.
+
+        This is the first point after the Trainer has restored the random state, so dropout goes on as if never interrupted.
+        """
+        if self.evaluation_due:
+            metrics = self._evaluate(None, None)
+            self._determine_best_metric(metrics=metrics, trial=None)
+            self.evaluation_due = False
+        return super().training_step(*args, **kwargs)
+
+    def resume_facts(self, marker: dict[str, Any]) -> None:
+        """Take over from a checkpoint's marker what the Trainer does not restore: tokens seen, and an evaluation put off."""
+        self._total_train_tokens = marker.get("tokens", 0)
+        self.evaluation_due = marker.get("evaluation_pending", False)
+
+    # ---- Checkpoints ----
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card is written once, beside the final weights, by `training.card`."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        root = Path(self.args.output_dir)
+        folder = root / f"checkpoint-{self.state.global_step}"
+        if folder.is_dir() and checkpoints.what_is_missing(folder) is None:
+            return
+        on_main_rank(lambda: checkpoints.check_free_space(root, self._size_of_a_save(root)))
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            if not any(sign in str(error) for sign in DISK_FULL_SIGNS):
+                raise
+            raise EnvironmentFault(
+                f"disk full while saving {folder.name}: {str(error).splitlines()[0]}",
+                "free some space and run the same command again: it resumes from the newest complete checkpoint",
+            ) from None
+        self.accelerator.wait_for_everyone()
+        on_main_rank(lambda: self._seal(root, folder))
+
+    def _seal(self, root: Path, folder: Path) -> None:
+        checkpoints.mark_complete(
+            folder,
+            step=self.state.global_step,
+            world_size=self.accelerator.num_processes,
+            tokens=int(self._total_train_tokens),
+            evaluation_pending=self.stop_callback.evaluation_pending or self.evaluation_due,
+            **self.marker_facts,
+        )
+        best = self.state.best_model_checkpoint
+        checkpoints.rotate(root, self.keep_checkpoints, Path(best) if best else None)
+
+    def _size_of_a_save(self, root: Path) -> int:
+        """The last save's size, else three times the trained weights (weights and two optimizer moments, in float32)."""
+        earlier = checkpoints.list_checkpoints(root)
+        if earlier:
+            return checkpoints.folder_size(earlier[-1])
+        return 3 * 4 * sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def _random_state() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+
+
+def _restore_random_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state_all(state[3])

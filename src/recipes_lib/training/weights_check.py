@@ -1,0 +1,135 @@
+"""Proof that the weights on the disk are the weights that were trained: finite, not zero, right base, same logits.
+
+The check reloads what was saved into a fresh model, from the files alone, and compares logits with those the trained model gave.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import RecipesError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from recipes_lib.recipe.recipe import Recipe
+
+# Largest difference of a logit, as a share of the largest logit. Half precision: rounding of other kernels on other shapes.
+EXACT_TOLERANCE = 1e-4
+HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    """How far two models' logits are apart on the same tokens."""
+
+    largest: float
+    mean: float
+    scale: float
+    same_top_token: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the largest difference is within tolerance of the largest logit."""
+        return self.largest <= self.tolerance * self.scale
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers for run.json."""
+        return {**asdict(self), "agrees": self.agrees}
+
+
+def compare_logits(first: torch.Tensor, second: torch.Tensor, tolerance: float) -> LogitsComparison:
+    """Compare two logit tensors of shape (tokens, vocabulary)."""
+    first, second = first.float().cpu(), second.float().cpu()
+    difference = (first - second).abs()
+    return LogitsComparison(
+        largest=float(difference.max()),
+        mean=float(difference.mean()),
+        scale=float(first.abs().max()),
+        same_top_token=float((first.argmax(-1) == second.argmax(-1)).float().mean()),
+        tolerance=tolerance,
+    )
+
+
+def logits_on(model: PreTrainedModel, probes: list[list[int]]) -> torch.Tensor:
+    """Return the logits of each probe's tokens one after the other, shape (sum of lengths, vocabulary). Runs on every rank under FSDP."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        rows = [model(input_ids=torch.tensor([probe], device=_device_of(model)), use_cache=False).logits[0].float().cpu() for probe in probes]
+    model.train(was_training)
+    return torch.cat(rows)
+
+
+def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any]:
+    """Check the saved tensors without a model: readable, finite, changed by training, and made for `base`.
+
+    Args:
+        folder: `adapter/` or `model/` as saved.
+        full_finetuning: whether it holds a whole model.
+        base: what the recipe's model was loaded from.
+
+    Returns:
+        {tensors, parameters}.
+
+    Raises:
+        RecipesError: a tensor is not finite, every LoRA B matrix is zero (the adapter changes nothing), or the base is another one.
+    """
+    import torch
+    from safetensors import safe_open
+
+    count = parameters = 0
+    changed = full_finetuning
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RecipesError(f"no weights were written to {folder}")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                tensor = tensors.get_tensor(name)
+                count, parameters = count + 1, parameters + tensor.numel()
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise RecipesError(f"{file.name}: {name} has values that are not finite")
+                changed = changed or ("lora_A" not in name and bool(tensor.any()))
+    if not changed:
+        raise RecipesError(f"the adapter in {folder} changes nothing: every trained tensor is zero")
+    if not full_finetuning:
+        recorded = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if recorded != base:
+            raise RecipesError(f"the adapter names the base '{recorded}', but '{base}' was trained")
+    return {"tensors": count, "parameters": parameters}
+
+
+def reload(folder: Path, recipe: Recipe, full_finetuning: bool, tokenizer: Any) -> PreTrainedModel:
+    """Load what was saved, from its files, in the precision it was trained in."""
+    import dataclasses
+
+    import torch
+
+    from recipes_lib.recipe.upstream import build_quantization_config
+    from recipes_lib.training.model import load_model
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if full_finetuning:
+        saved = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name_or_path=str(folder), revision=None))
+        return load_model(saved, tokenizer).to(device)
+    from peft import PeftModel
+
+    quantization = build_quantization_config(recipe)
+    base = load_model(recipe, tokenizer, quantization)
+    model = PeftModel.from_pretrained(base if quantization else base.to(device), str(folder))
+    return model.to(device) if quantization is None else model
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    import torch
+
+    device = next(model.parameters()).device
+    return device if device.type != "meta" else torch.device("cpu")
