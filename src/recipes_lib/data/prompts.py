@@ -1,0 +1,143 @@
+"""Prompt formats: how an example becomes the text that the model reads and the text that it must learn to write.
+
+`dolly` and `alpaca` put headings around instruction, context and response; `raw` takes prompt and completion (or text) as
+they are; `chat` leaves the form to a chat template. Training and generation use the same functions, and `format_hash` tells
+whether two runs use the same format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.data.conversations import Message, user_turn, with_system_prompt
+from recipes_lib.data.examples import Example, SettingError
+from recipes_lib.data.sources import find_path
+from recipes_lib.recipe.sections import DataSection
+
+# Source: the training script of the original study (Llama-2-Finetuning-DDP-and-FSDP).
+DOLLY = "### Instruction:\n{instruction}\n\n### Response:\n"
+DOLLY_WITH_CONTEXT = "### Instruction:\n{instruction}\n\n### Context:\n{context}\n\n### Response:\n"
+# Source: PROMPT_DICT of Stanford Alpaca's train.py (tatsu-lab/stanford_alpaca).
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_WITH_CONTEXT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
+)
+HEADINGS = {"dolly": (DOLLY, DOLLY_WITH_CONTEXT), "alpaca": (ALPACA, ALPACA_WITH_CONTEXT)}
+MARKERS = {
+    "dolly": ("### Instruction:", "### Context:", "### Response:"),
+    "alpaca": ("### Instruction:", "### Input:", "### Response:"),
+    "raw": (),
+    "chat": (),
+}
+FOREIGN_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>")
+
+
+def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
+    """The prompt of a `dolly` or `alpaca` example; the context block is left out when the context is empty.
+
+    Example:
+        >>> task_prompt("dolly", "Say hi.")
+        '### Instruction:\\nSay hi.\\n\\n### Response:\\n'
+    """
+    without, with_context = HEADINGS[prompt_format]
+    if context.strip():
+        return with_context.format(instruction=instruction, context=context)
+    return without.format(instruction=instruction)
+
+
+def prompt_and_completion(example: Example, prompt_format: str) -> tuple[str | None, str]:
+    """The two texts of an example in a plain format; the prompt is None for a text without one."""
+    fields = example.fields
+    if prompt_format in HEADINGS:
+        return task_prompt(prompt_format, fields["instruction"], fields.get("context", "")), fields["response"]
+    if "text" in fields:
+        return None, fields["text"]
+    return fields["prompt"], fields["completion"]
+
+
+def generation_prompt(
+    section: DataSection,
+    tokenizer: Any,
+    *,
+    instruction: str | None = None,
+    context: str = "",
+    messages: Sequence[Message] | None = None,
+    folders: Sequence[Path] = (),
+) -> str:
+    """The prompt alone, up to where the model must start to write, exactly as in training.
+
+    Args:
+        instruction: a single task; give either this or `messages`.
+        messages: a conversation that ends with a user turn. Plain formats repeat their headings for each turn.
+        folders: where a relative `data.chat_template` is looked for.
+
+    Raises:
+        ValueError: neither or both of `instruction` and `messages`, or a conversation that ends with the assistant.
+    """
+    if (instruction is None) == (messages is None):
+        raise ValueError("give either an instruction or messages")
+    if messages is None:
+        messages = [{"role": "user", "content": user_turn(instruction or "", context)}]
+        if section.prompt_format in HEADINGS:
+            return task_prompt(section.prompt_format, instruction or "", context)
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("a conversation to be continued must end with a user turn")
+    if section.prompt_format == "chat":
+        template = chat_template(section, tokenizer, folders)
+        conversation = with_system_prompt(messages, section.system_prompt)
+        return str(tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False, add_generation_prompt=True))
+    parts: list[str] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            parts[-1] += message["content"]
+        else:
+            plain = section.prompt_format == "raw" or message["role"] == "system"
+            parts.append(message["content"] if plain else task_prompt(section.prompt_format, message["content"]))
+    return "\n\n".join(parts)
+
+
+def chat_template(section: DataSection, tokenizer: Any, folders: Sequence[Path] = ()) -> str:
+    """The template of the `chat` format: the given one (inline or a file), else the tokenizer's own.
+
+    Raises:
+        SettingError: there is no template, or its file does not exist.
+    """
+    given = section.chat_template
+    if given is None:
+        own = getattr(tokenizer, "chat_template", None)
+        if isinstance(own, dict):
+            own = own.get("default")
+        if not own:
+            raise SettingError(
+                "data.prompt_format",
+                "prompt_format chat needs a chat template, and the tokenizer has none",
+                "set data.chat_template to a .jinja file, or choose prompt_format dolly, alpaca or raw",
+            )
+        return str(own)
+    if "{%" in given or "{{" in given or "\n" in given:
+        return given
+    path = find_path(given, folders)
+    if path is None or not path.is_file():
+        raise SettingError("data.chat_template", f"no such file: {given}", "give a .jinja file, or the template itself")
+    return path.read_text(encoding="utf-8")
+
+
+def format_hash(section: DataSection, tokenizer: Any, folders: Sequence[Path] = ()) -> str:
+    """What identifies the prompt format: its headings or template, the system prompt, and the tokens at both ends.
+
+    Two runs with the same hash turn the same example into the same prompt text.
+    """
+    form: Any = HEADINGS.get(section.prompt_format, "")
+    if section.prompt_format == "chat":
+        form = [chat_template(section, tokenizer, folders), section.system_prompt]
+    identity = [section.prompt_format, form, tokenizer.bos_token, tokenizer.eos_token]
+    return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()

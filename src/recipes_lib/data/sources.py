@@ -1,0 +1,211 @@
+"""Where the rows come from: a local file, a folder, a Hub data set, or a mixture of these.
+
+A local path always wins over a Hub id of the same name. Nothing is downloaded when the machine is offline: a data set
+that is not in the cache is one clear error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.data.examples import SettingError, listed, shown_path, type_name
+from recipes_lib.data.files import DATA_FORMATS, Table, columns_of, data_format, read_file
+from recipes_lib.errors import DataError
+from recipes_lib.recipe.sections import DataSection
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_.]|$)")
+SPLIT_NAMES = {"training": "train", "testing": "test", **dict.fromkeys(("valid", "val", "dev", "eval"), "validation")}
+NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
+CONNECT_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One source of a mixture; a single `data.source` is a mixture of one."""
+
+    source: str
+    subset: str | None = None
+    source_split: str = "train"
+    revision: str | None = None
+    columns: Mapping[str, str]
+    max_examples: int | None = None
+
+
+def listed_sources(section: DataSection) -> list[Source]:
+    """The sources that `data.source` names.
+
+    Raises:
+        SettingError: an entry of a mixture has an unknown key or a value of the wrong type.
+    """
+    whole = Source(source="", subset=section.subset, source_split=section.source_split, revision=section.revision, columns=section.columns)
+    if isinstance(section.source, str):
+        return [replace(whole, source=section.source)]
+    if not section.source:
+        raise SettingError("data.source", "the mixture is empty: list at least one source")
+    return [_mixture_entry(entry, index, whole) for index, entry in enumerate(section.source)]
+
+
+def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
+    key = f"data.source[{index}]"
+    if isinstance(entry, str):
+        return replace(whole, source=entry)
+    if not isinstance(entry, Mapping):
+        raise SettingError("data.source", f"{key}: expected a mapping with `source`, found {type_name(entry)}")
+    types: dict[str, type] = {"source": str, "subset": str, "source_split": str, "revision": str, "columns": dict, "max_examples": int}
+    for name, value in entry.items():
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, 1)
+            hint = f"did you mean {near[0]}?" if near else f"keys: {', '.join(types)}"
+            raise SettingError("data.source", f"unknown key '{name}' in {key}", hint)
+        if isinstance(value, bool) or not isinstance(value, types[name]) or (isinstance(value, int) and value < 1):
+            raise SettingError("data.source", f"{key}.{name}: expected {types[name].__name__}, found {value!r}")
+    if "source" not in entry:
+        raise SettingError("data.source", f"{key} names no `source`")
+    return replace(whole, **{**entry, "columns": {**whole.columns, **entry.get("columns", {})}})
+
+
+def load_tables(source: Source, folders: Sequence[Path]) -> list[Table]:
+    """Read all rows of one source, one table per file, all with the same columns.
+
+    Args:
+        folders: where a relative path is looked for, in this order.
+
+    Raises:
+        DataError: the file, folder or data set is missing, damaged or mixed.
+    """
+    path = find_path(source.source, folders)
+    if path is None:
+        if not HUB_ID.fullmatch(source.source) or data_format(Path(source.source)):
+            raise SettingError("data.source", f"no such file or folder: {source.source}", *_similar(source.source, folders))
+        return [load_from_hub(source)]
+    if path.is_file():
+        return [read_file(path)]
+    tables = [read_file(file) for file in data_files(path, source.source_split)]
+    for table in tables[1:]:
+        _check_same_columns(tables[0], table)
+    return tables
+
+
+def find_path(name: str, folders: Sequence[Path]) -> Path | None:
+    """The existing file or folder that `name` means, looked for in `folders` and the working directory."""
+    path = Path(name).expanduser()
+    places = [path] if path.is_absolute() else [folder / path for folder in (*folders, Path.cwd())]
+    return next((place for place in places if place.exists()), None)
+
+
+def data_files(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder in name order; only those of `split` where file names tell splits apart.
+
+    Raises:
+        DataError: the folder has no data file, or none of this split.
+    """
+    for place in (folder, folder / split, folder / "data"):
+        files = [path for path in sorted(place.glob("[!.]*")) if data_format(path) and path.name not in NOT_DATA]
+        if files:
+            break
+    else:
+        raise DataError(f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}", file=shown_path(folder))
+    named = {path: match.group(1) for path in files if (match := SPLIT_IN_NAME.search(path.name.lower()))}
+    named = {path: SPLIT_NAMES.get(name, name) for path, name in named.items()}
+    wanted = [path for path in files if named.get(path) == SPLIT_NAMES.get(split, split)]
+    rest = [path for path in files if path not in named]
+    if not wanted and not rest:
+        splits = listed(sorted(set(named.values())))
+        raise SettingError("data.source_split", f"{shown_path(folder)} has no file of the split '{split}'; splits: {splits}")
+    return wanted or rest
+
+
+def _check_same_columns(first: Table, other: Table) -> None:
+    for column in other.columns:
+        if column not in first.columns and first.rows:
+            hint = f"there the columns are {', '.join(first.columns)}"
+            raise DataError(f"column '{column}' is not in {first.file}", hint, file=other.file)
+    for column in first.columns:
+        if column not in other.columns and other.rows:
+            hint = f"here the columns are {', '.join(other.columns)}"
+            raise DataError(f"column '{column}' of {first.file} is missing", hint, file=other.file)
+
+
+def _similar(name: str, folders: Sequence[Path]) -> list[str]:
+    """Hints that name files like the one that was not found, and the folders that were searched."""
+    path = Path(name).expanduser()
+    parents = {(folder / path).parent.resolve() for folder in (*folders, Path.cwd())}
+    names = {entry.name for parent in parents if parent.is_dir() for entry in parent.iterdir()}
+    near = difflib.get_close_matches(path.name, sorted(names), 3)
+    looked = f"looked in {', '.join(sorted(shown_path(parent) for parent in parents))}"
+    return [*([f"did you mean {path.with_name(near[0])}?"] if near else []), looked]
+
+
+def load_from_hub(source: Source) -> Table:
+    """Read a Hub data set through `datasets`, from its cache when the machine is offline.
+
+    Raises:
+        DataError: offline and not cached, no such data set, configuration or split, or access refused.
+    """
+    offline = _offline_by_environment()
+    if offline and not _perhaps_cached(source.source):
+        raise _offline_error(source.source)
+    import datasets
+
+    offline = offline or not _hub_answers()
+    try:
+        with _offline_mode(offline):
+            dataset = datasets.load_dataset(source.source, source.subset, split=source.source_split, revision=source.revision)
+    except Exception as error:  # the Hub client has many exception types; each becomes one line with the client's own words
+        if offline and not isinstance(error, ValueError):
+            raise _offline_error(source.source) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingError("data.source", f"cannot load '{source.source}' from the Hub: {reason}") from error
+    rows = dataset.to_list()
+    return Table(source.source, rows, None, dataset.column_names or columns_of(rows))
+
+
+def _offline_error(name: str) -> SettingError:
+    what = f"offline: put a file at {name}/train.jsonl or set data.source to a path"
+    return SettingError("data.source", what, f"'{name}' is neither a file or folder here nor in the cache of Hub data sets")
+
+
+def _offline_by_environment() -> bool:
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
+
+
+def _perhaps_cached(name: str) -> bool:
+    """Whether a cache folder of this data set exists, found without importing `datasets` (which takes a second)."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface")
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    downloaded = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return (prepared / name.replace("/", "___")).exists() or (downloaded / f"datasets--{name.replace('/', '--')}").exists()
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub can be reached at all: one request with a short time limit, through the user's proxy if there is one."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
+    except Exception:  # any failure to connect means the same: use the cache, or say that we are offline
+        return False
+    return True
+
+
+@contextmanager
+def _offline_mode(offline: bool) -> Iterator[None]:
+    """Tell the Hub client for a moment not to try the network, which would retry for minutes."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before[0] or offline, before[1] or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

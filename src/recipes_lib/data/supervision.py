@@ -1,0 +1,239 @@
+"""What the loss sees: token ids of every example and the spans of tokens that carry loss.
+
+Prompt and completion are tokenised once and together, as TRL does, and the tokenizer's own character offsets tell where the
+completion starts. A token that holds characters of both belongs to the completion (TRL masks the same way). Padding, batching
+and packing are TRL's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from recipes_lib.data.conversations import conversation_of, role_problem
+from recipes_lib.data.examples import Example, SettingError, row_errors
+from recipes_lib.data.prompts import prompt_and_completion
+from recipes_lib.data.templates import encode_conversations
+from recipes_lib.recipe.sections import DataSection
+
+BATCH_ROWS = 1000
+IGNORED = -100  # labels with this value carry no loss
+
+
+@dataclass(slots=True)
+class Encoded:
+    """The tokens of one example.
+
+    Args:
+        ids: token ids, int32.
+        spans: [start, end) token ranges that carry loss, in order.
+        ends: whether the last token with loss ends the turn (EOS, or the template's end-of-turn token).
+        boundary_merge: whether one token holds the end of the prompt and the start of the completion.
+        tokens_before: number of tokens before truncation.
+        prompt_tokens: number of tokens outside the completion (or the assistant's turns) before truncation.
+    """
+
+    ids: np.ndarray
+    spans: tuple[tuple[int, int], ...]
+    ends: bool
+    boundary_merge: bool = False
+    tokens_before: int = 0
+    prompt_tokens: int = 0
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens with loss."""
+        return sum(end - start for start, end in self.spans)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Token ids where there is loss, -100 elsewhere."""
+        labels = np.full(len(self.ids), IGNORED, dtype=np.int32)
+        for start, end in self.spans:
+            labels[start:end] = self.ids[start:end]
+        return labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """The settings that decide about loss, taken from `data` and `train`.
+
+    Args:
+        whole: loss on every token, the prompt included.
+        max_length: longest row in tokens; None for no limit.
+        keep_end: cut the start of rows that are too long instead of their end.
+    """
+
+    section: DataSection
+    whole: bool
+    max_length: int | None
+    keep_end: bool
+    eos_token: str | None
+
+    @classmethod
+    def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
+        """Read the settings; a packing strategy that splits long rows itself needs no truncation here."""
+        splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
+        return cls(
+            section=section,
+            whole=train.get("completion_only_loss") is False and not train.get("assistant_only_loss"),
+            max_length=None if splits_itself else train.get("max_length", 1024),
+            keep_end=train.get("truncation_mode", "keep_start") == "keep_end",
+            eos_token=train.get("eos_token") or tokenizer.eos_token,
+        )
+
+
+def check_settings(examples: Sequence[Example], section: DataSection, train: dict[str, Any], tokenizer: Any) -> None:
+    """Refuse settings that would otherwise be ignored silently.
+
+    Raises:
+        SettingError: a loss setting that these rows cannot honour, or a tokenizer without an end token or without offsets.
+    """
+    if train.get("completion_only_loss") is True and (bare := [example for example in examples if "text" in example.fields]):
+        what = f"train.completion_only_loss: true needs prompt and completion, but {len(bare)} rows have a text column only"
+        hint = "remove the key (loss on the whole text), or name a prompt and a completion column"
+        raise SettingError("train.completion_only_loss", what, hint)
+    if train.get("assistant_only_loss") and section.prompt_format != "chat":
+        what = f"train.assistant_only_loss: true needs prompt_format chat, not {section.prompt_format}"
+        raise SettingError("train.assistant_only_loss", what, "loss on the completion alone is the default already")
+    if not getattr(tokenizer, "is_fast", False):
+        raise SettingError("model.name_or_path", "the tokenizer has no fast version (tokenizer.json), so the loss mask cannot be placed")
+    if section.prompt_format != "chat" and not (train.get("eos_token") or tokenizer.eos_token):
+        what = "the tokenizer has no EOS token: the model would never learn to stop"
+        raise SettingError("model.name_or_path", what, "set train.eos_token")
+
+
+def encode(examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str | None = None) -> Iterator[Encoded]:
+    """Tokenise the examples in order and truncate them.
+
+    Raises:
+        DataError: a conversation whose roles or template make it impossible to say what the assistant wrote.
+    """
+    if template is None:
+        encoded = _encode_plain(examples, settings, tokenizer)
+    else:
+        encoded = _encode_chat(examples, settings, tokenizer, template)
+    for item in encoded:
+        item.tokens_before = len(item.ids)
+        item.prompt_tokens = item.tokens_before - item.supervised
+        if settings.whole:
+            item.spans = ((0, item.tokens_before),)
+        yield _truncated(item, settings)
+
+
+def _encode_plain(examples: Sequence[Example], settings: Supervision, tokenizer: Any) -> Iterator[Encoded]:
+    backend = tokenizer.backend_tokenizer
+    eos = tokenizer.convert_tokens_to_ids(settings.eos_token)
+    prompt_format = settings.section.prompt_format
+    with plain_backend(tokenizer, split_special=settings.section.special_tokens == "text"):
+        exact = _offsets_are_exact(backend)
+        for start in range(0, len(examples), BATCH_ROWS):
+            pairs = [prompt_and_completion(example, prompt_format) for example in examples[start : start + BATCH_ROWS]]
+            texts = [(prompt or "") + completion for prompt, completion in pairs]
+            alone = None if exact else backend.encode_batch([prompt or "" for prompt, _ in pairs])
+            for index, encoding in enumerate(backend.encode_batch(texts)):
+                prompt, ids = pairs[index][0], encoding.ids
+                if not ids or ids[-1] != eos:
+                    ids.append(eos)
+                if prompt is None:
+                    first, merged = 0, False
+                elif alone is None:
+                    first, merged = _completion_start(encoding, texts[index], len(prompt), len(ids))
+                else:
+                    first, merged = _divergence(alone[index].ids, ids)
+                yield Encoded(np.array(ids, dtype=np.int32), ((first, len(ids)),), ids[-1] == eos, merged)
+
+
+def _completion_start(encoding: Any, text: str, boundary: int, length: int) -> tuple[int, bool]:
+    """Index of the first token that holds a character at or after `boundary`, and whether it also holds one before."""
+    for position in range(boundary, len(text)):
+        token = encoding.char_to_token(position)
+        if token is not None:
+            return token, encoding.token_to_chars(token)[0] < boundary
+    return length - 1, False  # an empty completion: only EOS is left
+
+
+def _divergence(prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[int, bool]:
+    """The same by comparing with the prompt tokenised alone, for tokenizers whose offsets leave characters out."""
+    first = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), min(len(prompt_ids), len(ids)))
+    return min(first, len(ids) - 1), first < len(prompt_ids)
+
+
+def _offsets_are_exact(backend: Any) -> bool:
+    """Whether offsets cover white space (post-processors with `trim_offsets` leave it out)."""
+    text = "a:\n\nb  c"
+    covered = {position for start, end in backend.encode(text, add_special_tokens=False).offsets for position in range(start, end)}
+    return covered == set(range(len(text)))
+
+
+@contextmanager
+def plain_backend(tokenizer: Any, split_special: bool) -> Iterator[None]:
+    """The Rust tokenizer without truncation and padding, reading special tokens in text as text if asked; restored afterwards."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens, backend.truncation, backend.padding
+    backend.encode_special_tokens = split_special
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield
+    finally:
+        backend.encode_special_tokens = before[0]
+        if before[1]:
+            backend.enable_truncation(**before[1])
+        if before[2]:
+            backend.enable_padding(**before[2])
+
+
+def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt for generation, tokenised as in training: a template brings its own BOS, plain formats get the tokenizer's.
+
+    Args:
+        prompt: what `prompts.generation_prompt` returned.
+    """
+    chat = section.prompt_format == "chat"
+    with plain_backend(tokenizer, split_special=not chat and section.special_tokens == "text"):
+        ids: list[int] = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=not chat).ids
+    if not chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # a tokenizer that appends EOS by itself would tell the model to stop before it started
+    return ids
+
+
+def _encode_chat(examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str) -> Iterator[Encoded]:
+    section = settings.section
+    conversations = [conversation_of(example, section.system_prompt) for example in examples]
+    problems = [(example, problem) for example, turns in zip(examples, conversations, strict=True) if (problem := role_problem(turns))]
+    if problems:
+        raise row_errors(problems)
+    with plain_backend(tokenizer, split_special=False):
+        rows = encode_conversations(examples, conversations, tokenizer, template, last_only=section.chat_loss == "last")
+        for ids, spans, ends in rows:
+            yield Encoded(np.array(ids, dtype=np.int32), spans, ends)
+
+
+def _truncated(item: Encoded, settings: Supervision) -> Encoded:
+    length, limit = len(item.ids), settings.max_length
+    if limit is None or length <= limit:
+        return item
+    first = length - limit if settings.keep_end else 0
+    moved = ((max(start - first, 0), min(end - first, limit)) for start, end in item.spans)
+    last = item.spans[-1][1] if item.spans else 0
+    item.ids = item.ids[first : first + limit]
+    item.ends = item.ends and last <= first + limit
+    item.spans = tuple((start, end) for start, end in moved if start < end)
+    return item
+
+
+def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[dict[str, Any]]:
+    """The text of an example cut where loss begins and ends: a list of `{text, supervised}`."""
+    mask = np.asarray(labels) != IGNORED
+    cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
+    return [
+        {"text": tokenizer.decode(list(map(int, ids[start:end])), clean_up_tokenization_spaces=False), "supervised": bool(mask[start])}
+        for start, end in pairwise(cuts)
+        if start < end
+    ]
