@@ -9,14 +9,17 @@ Run it again after any interruption and it continues from the newest complete ch
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from recipes_lib.errors import RecipesError, print_error
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training.ranks import rank
 
+EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the overrides (`section.key=value`) as they were typed."""
@@ -34,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse_arguments(argv)
     try:
         recipe = load_recipe(options.recipe, overrides)
-        return train(recipe, RunDirectory(recipe.name), options)
+        code = train(recipe, RunDirectory(recipe.name), options)
     except RecipesError as error:
         if options.debug:
             raise
         if rank() == 0:
             print_error(error)
-        return int(error.exit_code)
+        return exit_status(int(error.exit_code), on_every_rank=getattr(error, "on_every_rank", "WORLD_SIZE" not in os.environ))
+    return exit_status(code, on_every_rank=True)
 
 
 def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int:
@@ -57,6 +61,19 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         session.announce()
         session.run_trainer()
         return session.close_as_stopped() if session.stopped else session.close_as_finished()
+
+
+def exit_status(code: int, on_every_rank: bool) -> int:
+    """Hand the exit code to `recipes train`, which the launcher cannot do: it turns every code into 1 and adds a traceback.
+
+    Where every rank ends for the same reason the launcher is told 0, so that it stays silent; `recipes train` returns `code`.
+    """
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file is None:
+        return code
+    if rank() == 0:
+        Path(file).write_text(str(code), encoding="utf-8")
+    return 0 if on_every_rank else code
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def on_main_rank(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result on every rank.
 
     Raises:
-        Exception: what `work` raised on rank 0, on every rank.
+        Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set.
     """
     import torch.distributed as dist
 
@@ -31,8 +31,9 @@ def on_main_rank(work: Callable[[], T]) -> T:
         except Exception as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]  # type: ignore[misc]
+    if isinstance(outcome[1], Exception):
+        outcome[1].on_every_rank = True  # type: ignore[attr-defined]
+        raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
 
 

@@ -109,6 +109,7 @@ class Session:
             return
         if self.earlier.get("state") == "imported":
             raise RecipeError(f"run '{self.run.name}' was imported and cannot be trained", "start a new run with run.name=OTHER")
+        self.run.stop_file.unlink(missing_ok=True)
         attempts = self.earlier.get("attempts", 0) + 1
         self.run.write_state("running", attempts=attempts, exit_code=None, error=None)
         write_provenance(self.run, self.recipe)

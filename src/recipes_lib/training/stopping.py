@@ -71,9 +71,15 @@ class StopRequest:
     def agree(self) -> int:
         """Return what all ranks do: the largest request of any rank. Every rank must call this at the same point."""
         if self.agreed == NOTHING:
-            seen = PREEMPT if self.stop_file.exists() else NOTHING
-            self.agreed = agree_on_largest(max(self.requested, seen))
+            self.agreed = agree_on_largest(max(self.requested, self._asked_by_file()))
         return self.agreed
+
+    def _asked_by_file(self) -> int:
+        """An empty STOP file asks for preemption; one that says INT (written by `recipes train` on Ctrl-C) for an interrupt."""
+        try:
+            return INTERRUPT if self.stop_file.read_text().strip() == "INT" else PREEMPT
+        except FileNotFoundError:
+            return NOTHING
 
 
 class StopCallback(TrainerCallback):

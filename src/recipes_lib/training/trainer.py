@@ -103,11 +103,13 @@ class RecipeTrainer(SFTTrainer):
     def _numerics_error(self, what: str) -> NumericsError:
         rows = [int(row) for batch in self.recent_rows for row in batch.tolist()]
         last = max((int(path.name.split("-")[1]) for path in checkpoints.list_checkpoints(Path(self.args.output_dir))), default=None)
-        return NumericsError(
+        error = NumericsError(
             f"{what} at step {self.state.global_step + 1}, learning rate {self._get_learning_rate():.3g}, {name_rows(rows, self.row_ids)}",
             "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with: recipes data",
             f"last good checkpoint: {'none yet' if last is None else f'checkpoint-{last}'}",
         )
+        error.on_every_rank = True  # type: ignore[attr-defined]  # norm and logged loss are global numbers
+        return error
 
     # ---- Validation loss per token ----
 

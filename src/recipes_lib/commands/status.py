@@ -1,0 +1,99 @@
+"""`recipes status [RUN]`: every run with its state, or one run in detail. Reads files only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from recipes_lib.errors import ExitCode
+from recipes_lib.recipe.project import runs_root
+from recipes_lib.runs.directory import RunDirectory, all_runs, open_run
+from recipes_lib.terminal import next_step, say
+
+COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run", nargs="?", help="a run's name; default: all runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (a list without RUN)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or one run."""
+    if args.run:
+        return _show_one(open_run(args.run), args.json)
+    runs = all_runs()
+    if args.json:
+        say(json.dumps([_row(one) for one in runs], indent=2))
+        return ExitCode.DONE
+    if not runs:
+        say(f"no runs in {runs_root()}")
+        next_step("recipes train recipes/quickstart/lora-r8.yaml")
+        return ExitCode.DONE
+    rows = [COLUMNS, *(tuple(str(value) for value in _row(one).values()) for one in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    for row in rows:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    next_step(f"recipes status {runs[-1].name}")
+    return ExitCode.DONE
+
+
+def true_state(one: RunDirectory, state: dict[str, Any]) -> str:
+    """Return the state, or `died` for a run that says `running` while no process holds its lock."""
+    if state["state"] != "running":
+        return state["state"]
+    from recipes_lib.runs.lock import is_held
+
+    return "running" if is_held(one.path) else "died"
+
+
+def _row(one: RunDirectory) -> dict[str, Any]:
+    state, last = one.read_state(), _last_values(one)
+    return {
+        "run": one.name,
+        "state": true_state(one, state),
+        "step": last.get("step", "-"),
+        "loss": _rounded(last.get("loss")),
+        "validation": _rounded(last.get("eval_loss")),
+        "tokens_per_second": _rounded(last.get("tokens_per_second"), 0),
+        "updated": state["updated"].removesuffix("+00:00"),
+    }
+
+
+def _last_values(one: RunDirectory) -> dict[str, Any]:
+    """The newest value of each metric."""
+    newest: dict[str, Any] = {}
+    if one.metrics.is_file():
+        for line in one.metrics.read_text(encoding="utf-8").split("\n")[:-1]:
+            newest |= json.loads(line)
+    return newest
+
+
+def _rounded(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _show_one(one: RunDirectory, as_json: bool) -> int:
+    from recipes_lib.runs.lock import describe_holder
+
+    state = {**one.read_state(), "last": _last_values(one)}
+    now = true_state(one, state)
+    if as_json:
+        say(json.dumps({**state, "state": now}, indent=2))
+        return ExitCode.DONE
+    holder = describe_holder(one.path / "lock.json") if now == "running" else ""
+    say(f"{one.name}: {now}{holder}")
+    for key in ("exit_code", "error", "launch", "attempts"):
+        if state.get(key) is not None:
+            say(f"  {key}: {state[key]}")
+    for key, value in (state.get("summary") or state["last"]).items():
+        say(f"  {key}: {value if value is not None else 'not measured'}")
+    steps = {
+        "finished": f"recipes chat {one.name}",
+        "running": f"touch {one.stop_file}   (checkpoint and stop)",
+        "imported": "recipes compare",
+    }
+    next_step(steps.get(now, f"the command in {one.path / 'command.txt'} resumes it"))
+    return ExitCode.DONE

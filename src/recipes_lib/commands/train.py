@@ -1,0 +1,113 @@
+"""`recipes train RECIPE [section.key=value ...]`: start the training script the way the recipe's `launch` section says.
+
+It prints the plain command it stands for, runs it, hands signals on, and returns the exit code that the launcher would lose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from recipes_lib.errors import ExitCode
+from recipes_lib.recipe.accelerate_config import AccelerateConfig, load_accelerate_config
+from recipes_lib.recipe.recipe import Recipe, load_recipe
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.terminal import next_step, say, show_command
+from recipes_lib.train import EXIT_CODE_FILE
+
+FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code", "debug")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
+    parser.add_argument("--accelerate", metavar="NAME", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate")
+    parser.add_argument("--gpus", type=int, metavar="N", help="processes on this machine; default: launch.gpus, else the accelerate config's")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
+    parser.add_argument("--resume-anyway", action="store_true", help="continue a run although settings that change its result differ")
+    parser.add_argument("--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that ships with the model, if the recipe asks for it too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Launch, wait, and return the training's own exit code."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    config = load_accelerate_config(args.accelerate or recipe.launch.accelerate)
+    processes = args.gpus or (None if args.accelerate else recipe.launch.gpus) or config.num_processes
+    script = ["-m", "recipes_lib.train", args.recipe, *args.overrides]
+    script += [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name, False)]
+    command = launch_command(config, processes, script)
+    show_command(command)
+    if args.dry_run:
+        next_step(f"recipes train {args.recipe}")
+        return ExitCode.DONE
+    return supervise(command, recipe, config, processes)
+
+
+def launch_command(config: AccelerateConfig, processes: int, script: list[str]) -> list[str]:
+    """Return the plain command. One process needs no launcher: `python -m` is then the same and can be stopped cleanly."""
+    if processes * config.num_machines == 1:
+        return [sys.executable if sys.executable else "python", *script]
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", os.path.relpath(config.path)]
+    if processes != config.num_processes:
+        launcher += ["--num_processes", str(processes)]
+    return [*launcher, *script]
+
+
+def supervise(command: list[str], recipe: Recipe, config: AccelerateConfig, processes: int) -> int:
+    """Run the command in its own process group and return what the training script reported.
+
+    A first Ctrl-C or SIGTERM asks for a checkpoint, a second Ctrl-C ends everything at once.
+    """
+    run = RunDirectory(recipe.name)
+    distributed_type = config.distributed_type if processes > 1 else "NO"
+    expected = {"world_size": processes, "distributed_type": distributed_type}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "exit_code"
+        environment = {**os.environ, "RECIPES_EXPECT": json.dumps(expected), EXIT_CODE_FILE: str(report)}
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        asked: list[int] = []
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            asked.append(number)
+            if asked.count(signal.SIGINT) > 1:
+                _signal_group(child.pid, signal.SIGKILL)
+            elif processes == 1:
+                child.send_signal(number)
+            elif run.path.is_dir():  # the launcher would kill its workers after 30 s: ask them through the file instead
+                run.stop_file.write_text("INT" if number == signal.SIGINT else "", encoding="utf-8")
+                say("stopping at the end of this step (Ctrl-C again ends it at once) ...")
+
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+        try:
+            child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        _signal_group(child.pid, signal.SIGKILL)  # no rank outlives its launcher
+        code = int(report.read_text(encoding="utf-8")) if report.is_file() else child.returncode
+    if not report_is_final(run):
+        say(f"the training ended without a word (exit {code}); what it saved is kept")
+        next_step("run the same command again to resume from the newest complete checkpoint")
+    return ExitCode.INTERRUPTED if asked.count(signal.SIGINT) > 1 else ExitCode.FAILED if code < 0 else code
+
+
+def report_is_final(run: RunDirectory) -> bool:
+    """Whether run.json says how the run ended; a training that was killed left it `running`, which is put right here."""
+    if not run.exists() or run.read_state()["state"] != "running":
+        return True
+    run.write_state("failed", exit_code=int(ExitCode.FAILED), error="the process ended without a word")
+    return False
+
+
+def _signal_group(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
