@@ -83,8 +83,16 @@ def check_audit(audit: Mapping[str, Any], max_unsupervised_fraction: float) -> N
     """The gate: refuse data that cannot teach what the recipe asks for.
 
     Raises:
-        SettingError: no or too few rows with supervised tokens, only empty rows, or EOS without loss.
+        SettingError: no or too few rows with supervised tokens, only empty rows, or EOS without loss. It carries the `audit`.
     """
+    try:
+        _gate(audit, max_unsupervised_fraction)
+    except SettingError as error:
+        error.audit = audit
+        raise
+
+
+def _gate(audit: Mapping[str, Any], max_unsupervised_fraction: float) -> None:
     used, bare = audit["rows"]["used"], audit["no_supervised_tokens"]
     limit, p95 = audit["max_length"], audit["prompt_tokens"]["p95"]
     if audit["empty_completions"]["count"] == used:

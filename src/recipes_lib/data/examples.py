@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class SettingError(DataError):
     def __init__(self, key: str, what: str, *hints: str) -> None:
         super().__init__(what, *hints)
         self.key = key
+        self.audit: Mapping[str, Any] | None = None  # what was counted before the data was refused
 
 
 def place(recipe: Any, error: DataError) -> DataError:

@@ -90,7 +90,7 @@ def prepare_data(recipe: Any, tokenizer: Any) -> PreparedData:
             audit=audit,
             splits=_split_record(splits, section, audit),
             fingerprint=fingerprint(splits),
-            prompt_format_hash=format_hash(section, tokenizer, folders),
+            prompt_format_hash=format_hash(section, tokenizer, folders, eos_token=settings.eos_token),
         )
 
 

@@ -131,13 +131,19 @@ def chat_template(section: DataSection, tokenizer: Any, folders: Sequence[Path] 
     return path.read_text(encoding="utf-8")
 
 
-def format_hash(section: DataSection, tokenizer: Any, folders: Sequence[Path] = ()) -> str:
+def format_hash(section: DataSection, tokenizer: Any, folders: Sequence[Path] = (), eos_token: str | None = None) -> str:
     """What identifies the prompt format: its headings or template, the system prompt, and the tokens at both ends.
 
     Two runs with the same hash turn the same example into the same prompt text.
+
+    Args:
+        section: the recipe's `data` section.
+        tokenizer: the base model's, or the one saved with a run: TRL writes `train.eos_token` into that.
+        folders: where a relative `data.chat_template` is looked for.
+        eos_token: `train.eos_token` where it is set and the tokenizer does not know it yet.
     """
     form: Any = HEADINGS.get(section.prompt_format, "")
     if section.prompt_format == "chat":
         form = [chat_template(section, tokenizer, folders), section.system_prompt]
-    identity = [section.prompt_format, form, tokenizer.bos_token, tokenizer.eos_token]
+    identity = [section.prompt_format, form, tokenizer.bos_token, eos_token or tokenizer.eos_token]
     return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()

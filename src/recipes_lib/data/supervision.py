@@ -18,7 +18,7 @@ import numpy as np
 from recipes_lib.data.conversations import conversation_of, role_problem
 from recipes_lib.data.examples import Example, SettingError, row_errors
 from recipes_lib.data.prompts import prompt_and_completion
-from recipes_lib.data.templates import encode_conversations
+from recipes_lib.data.templates import encode_conversations, special_ids
 from recipes_lib.recipe.sections import DataSection
 
 BATCH_ROWS = 1000
@@ -229,11 +229,19 @@ def _truncated(item: Encoded, settings: Supervision) -> Encoded:
 
 
 def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[dict[str, Any]]:
-    """The text of an example cut where loss begins and ends: a list of `{text, supervised}`."""
+    """The text of an example cut where loss begins and ends.
+
+    Returns:
+        One `{text, supervised}` per span; where a supervised span ends with a special token, that is repeated as `end_token`.
+    """
     mask = np.asarray(labels) != IGNORED
+    special = special_ids(tokenizer)
     cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
-    return [
-        {"text": tokenizer.decode(list(map(int, ids[start:end])), clean_up_tokenization_spaces=False), "supervised": bool(mask[start])}
-        for start, end in pairwise(cuts)
-        if start < end
-    ]
+    spans = []
+    for start, end in pairwise(cuts):
+        piece = [int(token) for token in ids[start:end]]
+        span = {"text": tokenizer.decode(piece, clean_up_tokenization_spaces=False), "supervised": bool(mask[start])}
+        if span["supervised"] and piece[-1] in special:
+            span["end_token"] = tokenizer.decode(piece[-1:], clean_up_tokenization_spaces=False)
+        spans.append(span)
+    return spans

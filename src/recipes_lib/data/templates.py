@@ -32,7 +32,7 @@ def encode_conversations(
         DataError: rows whose renderings are not prefixes of each other, or that the template refuses; all are named.
     """
     marked = bool(GENERATION.search(template))
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     for start in range(0, len(conversations), BATCH_ROWS):
         turns = conversations[start : start + BATCH_ROWS]
         rows = examples[start : start + BATCH_ROWS]
@@ -139,7 +139,8 @@ def _end_of_turn(encoding: Any, text: str, first: int, last: int, special: froze
     return last
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of all special tokens, those a model adds beside bos, eos, unk and pad included."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if getattr(token, "special", False)}
 

@@ -1,0 +1,122 @@
+"""`recipes data RECIPE`: what the model will read and what the loss will see, before anything trains.
+
+Loads the tokenizer, not the model. The same audit runs before step 1 of every training and is written to supervision.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from recipes_lib.errors import DataError
+from recipes_lib.terminal import next_step, printable, use_color
+
+GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
+TOKEN_ROWS = (
+    ("prompt", "prompt_tokens"),
+    ("completion", "completion_tokens"),
+    ("row, as trained", "tokens"),
+    ("with loss", "supervised_tokens"),
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `recipes data`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
+    parser.add_argument("--show", type=_count, default=3, metavar="N", help="print N training rows as the model sees them (default: 3)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the recipe's data, print the audit and some rows.
+
+    Raises:
+        DataError: the data cannot be used; when it was read, its numbers are printed before.
+    """
+    from recipes_lib.data.preparation import prepare_data
+    from recipes_lib.recipe.recipe import load_recipe
+    from recipes_lib.training.model import load_tokenizer
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    tokenizer = load_tokenizer(recipe)
+    try:
+        data = prepare_data(recipe, tokenizer)
+    except DataError as error:
+        for line in summary(getattr(error, "audit", None)):
+            write(line)
+        raise
+    for line in summary(data.audit, data.splits["method"]):
+        write(line)
+    places = {example["id"]: example["place"] for example in data.audit["examples"]}
+    for index in range(min(args.show, len(data.train))):
+        row = data.train[index]
+        show_example(row, tokenizer, places.get(row["example_id"]), color=use_color())
+    write()
+    next_step(shlex.join(["recipes", "train", str(args.recipe), *args.overrides]))
+    return 0
+
+
+def summary(audit: Mapping[str, Any] | None, method: str | None = None) -> list[str]:
+    """The audit as lines for the terminal; nothing when there is no audit."""
+    from recipes_lib.data.audit import warnings_of
+
+    if audit is None:
+        return []
+    rows = audit["rows"]
+    filtered = "".join(f", {count} filtered by {name}" for name, count in rows["filtered"].items())
+    split = f" (split: {method})" if method else ""
+    lines = [
+        f"{rows['read']} rows read{filtered}, {rows['used']} used",
+        f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}",
+        f"{audit['truncated']['count']} truncated at max_length {audit['max_length']}, "
+        f"{audit['no_supervised_tokens']['count']} without supervised tokens, "
+        f"{audit['special_token_injections']['num_rows']} with special tokens in the text, "
+        f"{audit['duplicates']['exact_rows']} exact duplicates",
+        f"prompt format {audit['prompt_format']}, loss on the {audit['loss_on']}",
+        "",
+        f"{'tokens':<18}{'total':>12}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}",
+    ]
+    for title, key in TOKEN_ROWS:
+        numbers = audit[key]
+        lines.append(f"{title:<18}{numbers['total']:>12,}{numbers['p5']:>8}{numbers['p50']:>8}{numbers['p95']:>8}{numbers['max']:>8}")
+    notes = warnings_of(audit)
+    return [*lines, *([""] if notes else []), *(f"note: {note}" for note in notes)]
+
+
+def show_example(row: Mapping[str, Any], tokenizer: Any, place: str | None, *, color: bool) -> None:
+    """Print one training row: prompt grey, text with loss green (or in [[...]]), the end token marked."""
+    from recipes_lib.data.supervision import IGNORED, decoded_spans
+
+    num_supervised = sum(label != IGNORED for label in row["labels"])
+    source = f" ({place})" if place else ""
+    write()
+    write(f"-- {row['example_id']}{source}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
+    pieces = [_painted(span, color) for span in decoded_spans(tokenizer, row["input_ids"], row["labels"])]
+    write("".join(pieces), raw=True)
+
+
+def _painted(span: Mapping[str, Any], color: bool) -> str:
+    end = span.get("end_token", "")
+    text = printable(span["text"].removesuffix(end))
+    end = printable(end)
+    if not span["supervised"]:
+        return f"{GREY}{text}{RESET}" if color else text
+    if color:
+        return f"{GREEN}{text}{REVERSE}{end}{RESET}"
+    return f"[[{text}]]" + (f"<EOS {end}>" if end else "")
+
+
+def write(text: str = "", *, raw: bool = False) -> None:
+    """Print a line on any terminal: what its encoding lacks is written as an escape."""
+    text = text if raw else printable(text)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("expected 0 or more")
+    return number
