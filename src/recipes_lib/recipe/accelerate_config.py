@@ -1,0 +1,133 @@
+"""An accelerate config file, read without torch: what a launch with it asks for.
+
+`recipes check` checks these files too: most keys that accelerate does not know would be taken silently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.recipe.loader import Document, load_document
+from recipes_lib.recipe.project import project_root, shown_path
+from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.recipe.yaml_source import no_such_file
+
+DISTRIBUTED_TYPES = ("NO", "MULTI_GPU", "FSDP")
+MIXED_PRECISIONS = ("no", "bf16", "fp16", "fp8")
+# Keys that `accelerate launch` reads from a config file (accelerate/commands/config/config_args.py).
+_KEYS = {
+    *("compute_environment", "debug", "distributed_type", "downcast_bf16", "dynamo_config", "enable_cpu_affinity", "fsdp_config", "gpu_ids"),
+    *("machine_rank", "main_process_ip", "main_process_port", "main_training_function", "mixed_precision", "num_machines", "num_processes"),
+    *("rdzv_backend", "same_network", "use_cpu"),
+}
+_FSDP_KEYS = {
+    *("fsdp_version", "fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params", "fsdp_reshard_after_forward"),
+    *("fsdp_offload_params", "fsdp_cpu_ram_efficient_loading", "fsdp_state_dict_type", "fsdp_activation_checkpointing", "fsdp_backward_prefetch"),
+}
+
+
+@dataclass(frozen=True)
+class AccelerateConfig:
+    """What an accelerate config file asks for."""
+
+    path: Path
+    distributed_type: str = "NO"
+    num_processes: int = 1
+    num_machines: int = 1
+    use_cpu: bool = False
+    mixed_precision: str = "no"
+    fsdp: dict[str, Any] = field(default_factory=dict)
+
+
+def accelerate_config_path(name_or_path: str | Path) -> Path:
+    """Return the file of a config given by name (a file in accelerate_configs/) or by path.
+
+    Raises:
+        RecipeError: there is no such file; the message lists what exists.
+    """
+    given = Path(name_or_path)
+    if given.suffix in (".yaml", ".yml"):
+        if not given.is_file():
+            raise no_such_file(given, str(name_or_path))
+        return given
+    folder = project_root() / "accelerate_configs"
+    path = folder / f"{name_or_path}.yaml"
+    if not path.is_file():
+        names = sorted(entry.stem for entry in folder.glob("*.yaml"))
+        near = did_you_mean(str(name_or_path), names)
+        raise RecipeError(f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/", *near, f"there are {', '.join(names) or 'none'}")
+    return path
+
+
+def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
+    """Return the accelerate config of that name or path.
+
+    Raises:
+        RecipeError: no such file, not an accelerate config, or values accelerate cannot act on.
+    """
+    path = accelerate_config_path(name_or_path)
+    document = load_document(path)
+    if document.kind.name != "accelerate":
+        raise RecipeError(f"is {document.kind.title}, not an accelerate config", file=shown_path(path))
+    errors = check_accelerate_config(document)
+    if errors:
+        raise RecipeErrors(errors)
+    values = document.values
+    return AccelerateConfig(
+        path=path,
+        distributed_type=values.get("distributed_type", "NO"),
+        num_processes=values.get("num_processes", 1),
+        num_machines=values.get("num_machines", 1),
+        use_cpu=values.get("use_cpu", False),
+        mixed_precision=str(values.get("mixed_precision", "no")),
+        fsdp=values.get("fsdp_config") or {},
+    )
+
+
+def check_accelerate_config(document: Document, full: bool = False) -> list[RecipeError]:
+    """Return what is wrong with an accelerate config, all at once."""
+    del full  # nothing to add: the model's layer names are checked with the recipe
+    values, errors = document.values, []
+    for key in values:
+        if key not in _KEYS:
+            errors.append(document.error((key,), f"unknown key '{key}' in an accelerate config", *did_you_mean(key, _KEYS)))
+    fsdp = values.get("fsdp_config") or {}
+    if not isinstance(fsdp, dict):
+        return [*errors, document.error(("fsdp_config",), "fsdp_config must be a mapping")]
+    for key in fsdp:
+        if key not in _FSDP_KEYS:
+            errors.append(document.error(("fsdp_config", key), f"unknown key 'fsdp_config.{key}'", *did_you_mean(key, _FSDP_KEYS)))
+    errors += _check_values(document, values, fsdp)
+    return errors
+
+
+def _check_values(document: Document, values: dict[str, Any], fsdp: dict[str, Any]) -> list[RecipeError]:
+    """Return errors about values."""
+    errors = []
+    kind = values.get("distributed_type", "NO")
+    if kind is False:
+        errors.append(document.error(("distributed_type",), "distributed_type NO is read as false; quote it: 'NO'"))
+    elif kind not in DISTRIBUTED_TYPES:
+        what = f"distributed_type '{kind}' is not supported; one of {', '.join(DISTRIBUTED_TYPES)}"
+        hint = ["MULTI_CPU starts one process; use MULTI_GPU with use_cpu: true"] if kind == "MULTI_CPU" else did_you_mean(str(kind), DISTRIBUTED_TYPES)
+        errors.append(document.error(("distributed_type",), what, *hint))
+    precision = values.get("mixed_precision", "no")
+    if precision is False:
+        errors.append(document.error(("mixed_precision",), "mixed_precision no is read as false; quote it: 'no'"))
+    elif precision not in MIXED_PRECISIONS:
+        errors.append(document.error(("mixed_precision",), f"mixed_precision '{precision}' is none of {', '.join(MIXED_PRECISIONS)}"))
+    for key in ("num_processes", "num_machines"):
+        number = values.get(key, 1)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            errors.append(document.error((key,), f"{key} must be a whole number >= 1, got {number!r}"))
+    if not isinstance(values.get("use_cpu", False), bool):
+        errors.append(document.error(("use_cpu",), "use_cpu must be true or false"))
+    if kind == "FSDP" and fsdp.get("fsdp_version") != 2:
+        errors.append(document.error(("fsdp_config", "fsdp_version"), "fsdp_config.fsdp_version must be 2: FSDP1 is deprecated upstream"))
+    if kind == "FSDP" and fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT") != "FULL_STATE_DICT":
+        what = "fsdp_config.fsdp_state_dict_type must be FULL_STATE_DICT: a sharded final save writes no adapter"
+        errors.append(document.error(("fsdp_config", "fsdp_state_dict_type"), what))
+    return errors

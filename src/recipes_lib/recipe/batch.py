@@ -1,0 +1,57 @@
+"""The batch arithmetic: examples per optimizer step = per device x accumulation x processes."""
+
+from __future__ import annotations
+
+from recipes_lib.errors import RecipeError
+
+
+def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:
+    """Return the gradient accumulation steps that make one optimizer step see exactly `global_batch_size` examples.
+
+    Args:
+        global_batch_size: examples per optimizer step over all processes.
+        per_device: examples per micro-batch of one process.
+        world_size: number of processes.
+
+    Raises:
+        RecipeError: no whole number does it; the message shows the arithmetic and the nearest legal values.
+
+    Example:
+        >>> solve_batch(64, per_device=4, world_size=2)
+        8
+    """
+    micro_batch = per_device * world_size
+    accumulation, rest = divmod(global_batch_size, micro_batch)
+    if rest == 0 and accumulation > 0:
+        return accumulation
+    raise RecipeError(
+        f"run.global_batch_size {global_batch_size} cannot be made of micro-batches: {global_batch_size} / "
+        f"({per_device} per device x {world_size} processes = {micro_batch}) = {global_batch_size / micro_batch:g}",
+        *_legal_values(global_batch_size, per_device, world_size),
+    )
+
+
+def explain_batch(per_device: int, accumulation: int, world_size: int) -> str:
+    """Return the arithmetic of one optimizer step as a line.
+
+    Example:
+        >>> explain_batch(4, 8, 2)
+        '4/device x 8 accumulation x 2 processes = 64 examples per step'
+    """
+    total = per_device * accumulation * world_size
+    return f"{per_device}/device x {accumulation} accumulation x {world_size} process{'es' * (world_size > 1)} = {total} examples per step"
+
+
+def _legal_values(global_batch_size: int, per_device: int, world_size: int) -> list[str]:
+    """Return hints: micro-batches that divide this batch, and batches this micro-batch divides."""
+    hints = []
+    share, rest = divmod(global_batch_size, world_size)
+    if rest == 0 and share > 0:
+        divisors = [size for size in range(1, share + 1) if share % size == 0]
+        near = sorted(sorted(divisors, key=lambda size: abs(size - per_device))[:8])
+        hints.append(f"keep {global_batch_size}: train.per_device_train_batch_size {', '.join(map(str, near))}")
+    micro_batch = per_device * world_size
+    below = global_batch_size // micro_batch * micro_batch
+    legal = [str(size) for size in (below, below + micro_batch) if size]
+    hints.append(f"keep {per_device} per device on {world_size} process{'es' * (world_size > 1)}: run.global_batch_size {' or '.join(legal)}")
+    return hints

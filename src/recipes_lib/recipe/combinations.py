@@ -1,0 +1,107 @@
+"""Stage 1, continued: combinations of keys that a schema cannot judge and that need no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.accelerate_config import accelerate_config_path
+from recipes_lib.recipe.loader import Document
+from recipes_lib.recipe.yaml_source import KeyPath
+
+Finding = tuple[KeyPath, RecipeError]
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\Z")
+
+
+def check_combinations(document: Document) -> Iterator[Finding]:
+    """Yield what is wrong between keys, with the key to blame; warnings are added to the document.
+
+    Values of the wrong type were reported already, so the rules look only at values they can understand.
+    """
+    sections = {name: value if isinstance(value, dict) else {} for name, value in document.values.items()}
+    for rule in _RULES:
+        for path, what, *hints in rule(sections, document):
+            yield path, document.error(path, what, *hints)
+    for path, what, *hints in _warnings(sections):
+        document.warnings.append(document.error(path, f"warning: {what}", *hints))
+    if document.kind.name == "recipe":
+        yield from _run_name(document)
+
+
+_Rule = Callable[[dict[str, Any], Document], Iterator[Any]]
+
+
+def _precision(sections: dict[str, Any], _: Document) -> Iterator[Any]:
+    train = sections.get("train", {})
+    if train.get("bf16") is True and train.get("fp16") is True:
+        yield ("train", "fp16"), "train.bf16 and train.fp16 are both true; a run has one precision", "remove one of them (bf16 needs no loss scaling)"
+
+
+def _quantization(sections: dict[str, Any], document: Document) -> Iterator[Any]:
+    quantization = sections.get("quantization", {})
+    four, eight = quantization.get("load_in_4bit") is True, quantization.get("load_in_8bit") is True
+    if four and eight:
+        yield ("quantization", "load_in_8bit"), "quantization.load_in_4bit and load_in_8bit are both true; weights have one precision", "remove one of them"
+    if quantization and not four and not eight and document.kind.name == "recipe":
+        yield ("quantization",), "quantization switches nothing on", "set load_in_4bit: true or load_in_8bit: true, or remove the section"
+    if (four or eight) and not sections.get("lora") and document.kind.name == "recipe":
+        yield ("quantization",), "quantized weights cannot be trained without an adapter", "add a lora section, or remove quantization"
+
+
+def _target_modules(sections: dict[str, Any], _: Document) -> Iterator[Any]:
+    targets = sections.get("lora", {}).get("target_modules")
+    path = ("lora", "target_modules")
+    if isinstance(targets, str) and targets != "all-linear" and _PLAIN_NAME.match(targets):
+        yield path, f"lora.target_modules must be a list of names, got {targets!r}", f"write [{targets}]"
+    names = targets if isinstance(targets, list) else [targets]
+    if "lm_head" in names:
+        yield path, "lora.target_modules holds lm_head: TRL's loss cannot run through an adapter on the output layer", "remove lm_head"
+
+
+def _evaluation(sections: dict[str, Any], document: Document) -> Iterator[Any]:
+    split, strategy = sections.get("data", {}).get("split"), sections.get("train", {}).get("eval_strategy", "no")
+    split = split if isinstance(split, dict) else {}
+    nothing_held_out = split.get("method") == "none" or split.get("validation") == 0
+    if strategy in ("steps", "epoch") and nothing_held_out and document.kind.name == "recipe":
+        what = f"train.eval_strategy is {strategy}, but data.split holds no validation rows out"
+        yield ("train", "eval_strategy"), what, "set data.split.validation, or train.eval_strategy: 'no'"
+    if isinstance(split.get("validation", 0), int | float) and isinstance(split.get("test", 0), int | float):
+        held_out = split.get("validation", 0.1) + split.get("test", 0.0)
+        if held_out >= 1:
+            yield ("data", "split"), f"data.split leaves no training rows: validation + test = {held_out:g}", "make the sum smaller than 1"
+
+
+def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
+    name = sections.get("launch", {}).get("accelerate")
+    if isinstance(name, str):
+        try:
+            accelerate_config_path(name)
+        except RecipeError as error:
+            yield ("launch", "accelerate"), error.what, *error.hints
+
+
+_RULES: tuple[_Rule, ...] = (_precision, _quantization, _target_modules, _evaluation, _launch)
+
+
+def _warnings(sections: dict[str, Any]) -> Iterator[Any]:
+    """Yield combinations that are legal but rarely meant."""
+    train, run = sections.get("train", {}), sections.get("run", {})
+    if "num_train_epochs" in train and isinstance(train.get("max_steps"), int) and train["max_steps"] > 0:
+        yield ("train", "max_steps"), "train.max_steps wins over train.num_train_epochs", "remove one of them"
+    if run.get("global_batch_size") and "gradient_accumulation_steps" in train:
+        what = "train.gradient_accumulation_steps is ignored: it is derived from run.global_batch_size"
+        yield ("train", "gradient_accumulation_steps"), what, "remove one of them"
+
+
+def _run_name(document: Document) -> Iterator[Finding]:
+    from recipes_lib.recipe.recipe import run_name
+
+    given = document.values.get("run")
+    if isinstance(given, dict) and not isinstance(given.get("name", ""), str):
+        return
+    try:
+        run_name(document)
+    except RecipeError as error:
+        yield ("run", "name"), error

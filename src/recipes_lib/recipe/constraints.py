@@ -1,0 +1,123 @@
+"""Our tables about upstream's keys: what we tighten, and what a recipe may not contain because the project owns it.
+
+Upstream's classes accept values that cannot work (`max_length: -5`, `learning_rate: .inf`); the schema refuses them here, before
+anything is downloaded. Read by `schema` (generation) and `validation`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_AT_LEAST_1 = {"minimum": 1}
+_NOT_NEGATIVE = {"minimum": 0}
+_POSITIVE = {"exclusiveMinimum": 0}
+_PROBABILITY = {"minimum": 0, "exclusiveMaximum": 1}
+_DTYPES = {"enum": ["float32", "bfloat16", "float16"]}
+_CHECKPOINTING = {
+    "type": ["object", "null"],
+    "additionalProperties": False,
+    "properties": {
+        "use_reentrant": {"type": "boolean"},
+        "preserve_rng_state": {"type": "boolean"},
+        "determinism_check": {"type": "string", "enum": ["default", "none"]},
+        "early_stop": {"type": "boolean"},
+        "every_n_layers": {"type": "integer", "minimum": 1},
+        "offload": {"type": "boolean"},
+    },
+}
+_COLUMN_NAMES = ("id", "instruction", "context", "response", "category", "prompt", "completion", "text", "messages")
+_COLUMNS = {"type": "object", "additionalProperties": False, "properties": {name: {"type": "string"} for name in _COLUMN_NAMES}}
+_MIXTURE_PART = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["source"],
+    "properties": {
+        **{key: {"type": "string"} for key in ("source", "source_split")},
+        **{key: {"type": ["string", "null"]} for key in ("subset", "revision")},
+        "columns": _COLUMNS,
+        "max_examples": {"type": ["integer", "null"], "minimum": 1},
+    },
+}
+
+# section -> key -> JSON Schema words that are added to what upstream's annotation says (they win).
+TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "train": {
+        **dict.fromkeys(
+            ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length", "save_total_limit"), _AT_LEAST_1
+        ),
+        **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataset_num_proc", "dataloader_prefetch_factor"), _AT_LEAST_1),
+        **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps"), _POSITIVE),
+        **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "neftune_noise_alpha"), _NOT_NEGATIVE),
+        **dict.fromkeys(("dataloader_num_workers", "seed", "data_seed", "router_aux_loss_coef"), _NOT_NEGATIVE),
+        **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _PROBABILITY),
+        "max_steps": {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1}]},
+        "include_num_input_tokens_seen": {"enum": [True, False, "all", "non_padding", "no"]},
+        "logging_nan_inf_filter": {"enum": [False]},  # true hides the step on which the loss stopped being a number
+        "activation_checkpointing_kwargs": _CHECKPOINTING,
+        "metric_for_best_model": {"type": ["string", "null"]},
+    },
+    "lora": {
+        "task_type": {"enum": ["CAUSAL_LM"]},
+        "r": _AT_LEAST_1,
+        "lora_alpha": _AT_LEAST_1,
+        "lora_dropout": _PROBABILITY,
+        "init_lora_weights": {
+            "anyOf": [
+                {"type": "boolean"},
+                {"enum": ["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica"]},
+                {"type": "string", "pattern": "^pissa_niter_[0-9]+$"},
+            ]
+        },
+    },
+    "quantization": {
+        "bnb_4bit_compute_dtype": _DTYPES,
+        "bnb_4bit_quant_type": {"enum": ["fp4", "nf4"]},
+        "bnb_4bit_quant_storage": {"enum": ["uint8", "int8", "float16", "bfloat16", "float32", "float64"]},
+    },
+    "data": {
+        "source": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _MIXTURE_PART}]},
+        "columns": _COLUMNS,
+        "split": {"properties": {"validation": _PROBABILITY, "test": _PROBABILITY}},
+        "max_unsupervised_fraction": {"minimum": 0, "maximum": 1},
+    },
+}
+
+_LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
+_ADAPTER_RECORD = "PEFT writes it into the saved adapter by itself"
+
+# section -> key -> why it is not a recipe's business, or what to write instead.
+NOT_IN_RECIPES: dict[str, dict[str, str]] = {
+    "train": {
+        "output_dir": "the run directory is runs/<run.name>; set run.name",
+        "run_name": "set run.name",
+        "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint by itself",
+        "do_train": "recipes train always trains",
+        "do_eval": "set train.eval_strategy",
+        "do_predict": "evaluation has its own verb: recipes eval",
+        "hub_token": "log in with 'hf auth login'; a token never belongs in a file",
+        "model_init_kwargs": "use model.kwargs",
+        "trust_remote_code": "use model.trust_remote_code, and --trust-remote-code on the command line",
+        "chat_template_path": "use data.chat_template",
+        "dataset_text_field": "use data.columns: {text: NAME}",
+        "dataset_kwargs": "rows are tokenised and masked by recipes_lib.data",
+        "enable_jit_checkpoint": "runs stop safely on SIGTERM by themselves; upstream's version leaves a half-trained model",
+        "local_rank": _LAUNCHER,
+        "fsdp": _LAUNCHER,
+        "fsdp_config": _LAUNCHER,
+        "deepspeed": "DeepSpeed is not supported; use launch.accelerate: fsdp",
+        "parallelism_config": _LAUNCHER,
+        "ignore_data_skip": "a resumed run sees the rows it would have seen",
+        "auto_find_batch_size": "it would change the examples per step behind the recipe's back",
+    },
+    "lora": {
+        "peft_type": "it is always LORA",
+        "auto_mapping": _ADAPTER_RECORD,
+        "peft_version": _ADAPTER_RECORD,
+        "base_model_name_or_path": _ADAPTER_RECORD,
+        "revision": _ADAPTER_RECORD,
+        "inference_mode": "an adapter in training is never in inference mode",
+        "megatron_config": "Megatron is not supported",
+        "megatron_core": "Megatron is not supported",
+    },
+    "quantization": {},
+}

@@ -1,0 +1,99 @@
+"""The kinds of YAML files in a project, and how a file tells which kind it is.
+
+A file says it by its first comment, `# yaml-language-server: $schema=.../<kind>.schema.json`, or by its top-level keys; a recipe whose
+name starts with `_` is a base. A later kind (study, published, eval, judge, profile) is one more line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import RecipeError
+
+if TYPE_CHECKING:
+    from recipes_lib.recipe.loader import Document
+
+SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
+_SCHEMA_LINE = re.compile(r"^#\s*yaml-language-server:\s*\$schema=(?:.*/)?([\w-]+)\.schema\.json\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of YAML file.
+
+    `keys` are top-level keys that give it away, `use` says what a file of this kind is for, `check` is `module:function` of the check
+    `(document, full) -> list of errors` that `recipes check` runs.
+    """
+
+    name: str
+    title: str
+    keys: frozenset[str] = frozenset()
+    use: str = ""
+    check: str = ""
+
+    def checker(self) -> Callable[[Document, bool], list[RecipeError]]:
+        """Return the check function, imported when it is needed."""
+        module, function = self.check.split(":")
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _kind(name: str, title: str, keys: str = "", use: str = "", check: str = "") -> Kind:
+    return Kind(name, title, frozenset(keys.split()), use, check)
+
+
+RECIPE = _kind("recipe", "a recipe", f"extends {' '.join(SECTIONS)}", "train it: recipes train", "recipes_lib.recipe.validation:check_recipe")
+BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipes_lib.recipe.validation:check_recipe")
+KINDS = (
+    RECIPE,
+    BASE,
+    _kind(
+        "accelerate",
+        "an accelerate config",
+        "compute_environment distributed_type fsdp_config deepspeed_config num_machines num_processes machine_rank megatron_lm_config",
+        "pass it to accelerate launch --config_file",
+        "recipes_lib.recipe.accelerate_config:check_accelerate_config",
+    ),
+    _kind(
+        "flat",
+        "a flat TRL config, not a recipe",
+        "model_name_or_path dataset_name dataset_mixer dataset_mixture output_dir learning_rate per_device_train_batch_size num_train_epochs "
+        "use_peft lora_r load_in_4bit max_seq_length max_length torch_dtype do_train stage finetuning_type",
+        "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml",
+        "recipes_lib.recipe.validation:check_flat",
+    ),
+)
+
+
+def kind_named(name: str) -> Kind | None:
+    """Return the kind of that name."""
+    return next((kind for kind in KINDS if kind.name == name), None)
+
+
+def schema_line(text: str) -> str | None:
+    """Return the kind that the file's schema comment names, known or not."""
+    match = _SCHEMA_LINE.search(text)
+    return match.group(1) if match else None
+
+
+def kind_of(values: Any, text: str, file: str) -> Kind:
+    """Return the kind of a file: by its schema comment, else by its top-level keys.
+
+    Raises:
+        RecipeError: the file is empty, holds no mapping, or is of no known kind.
+    """
+    if not isinstance(values, dict) or not values:
+        what = "is empty" if values is None or values == {} else f"holds {'a list' if isinstance(values, list) else 'a single value'}"
+        raise RecipeError(f"{what}; a recipe has sections such as model:, data:, train:", file=file)
+    named = schema_line(text)
+    kind = kind_named(named) if named else next((known for known in KINDS if known.keys & values.keys()), None)
+    if kind is None:
+        keys = ", ".join(list(values)[:6])
+        what = f"unknown kind of file: schema '{named}'" if named else f"unknown kind of file: its top-level keys are {keys}"
+        raise RecipeError(what, f"known kinds: {', '.join(known.name for known in KINDS)}; a recipe has {', '.join(SECTIONS)}", file=file)
+    is_base = kind.name == "recipe" and PurePath(file).name.startswith("_")
+    return BASE if is_base else kind

@@ -1,0 +1,176 @@
+"""A YAML file with its `extends` and command-line overrides -> one tree of values, each with the file and line it came from.
+
+Mappings merge key by key, lists and scalars replace, `null` sets null. Several parents are applied in the order given, each file
+once, so a diamond is legal. Whether the values make sense is decided in `validation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe import kinds
+from recipes_lib.recipe.project import shown_path
+from recipes_lib.recipe.yaml_source import KeyPath, YamlSource, no_such_file, parse_yaml, read_yaml
+
+COMMAND_LINE = "command line"
+MAX_LEVELS = 2
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: a file (or "command line") and a line."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+@dataclass
+class Document:
+    """A loaded YAML file: merged values, and the origin of every key path."""
+
+    path: Path
+    kind: kinds.Kind
+    values: dict[str, Any]
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    warnings: list[RecipeError] = field(default_factory=list)
+    text: str = ""
+
+    @property
+    def file(self) -> str:
+        """The path as a user would type it."""
+        return shown_path(self.path)
+
+    def origin(self, path: KeyPath) -> Origin:
+        """Return the origin of the value at `path`, or of the nearest key above it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return Origin(self.file)
+
+    def error(self, path: KeyPath, what: str, *hints: str) -> RecipeError:
+        """Return an error placed where the value at `path` was written."""
+        origin = self.origin(path)
+        return RecipeError(what, *hints, file=origin.file, line=origin.line)
+
+
+def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """Load a YAML file of any kind; recipes and bases with everything they extend.
+
+    Args:
+        overrides: `section.key=value` words from the command line.
+
+    Raises:
+        RecipeError: unreadable file, YAML error, unknown kind, broken `extends`, malformed override.
+    """
+    path = Path(path)
+    source = read_yaml(path, shown_path(path))
+    kind = kinds.kind_of(source.values, source.text, source.file)
+    document = Document(path, kind, {}, text=source.text)
+    if kind.name in ("recipe", "base"):
+        for part in _with_parents(path, source):
+            _merge(document, part)
+    else:
+        _merge(document, source)
+    for override in overrides:
+        _merge(document, _parse_override(override))
+    return document
+
+
+def _with_parents(path: Path, source: YamlSource) -> list[YamlSource]:
+    """Return the file and all it extends, parents before children, each once."""
+    ordered: dict[Path, YamlSource] = {}
+
+    def visit(path: Path, source: YamlSource, stack: tuple[Path, ...]) -> None:
+        stack = (*stack, path.resolve())
+        for name, line in _parents(source):
+            parent = path.parent / name
+            if parent.resolve() in stack:
+                chain = [*stack[stack.index(parent.resolve()) :], parent.resolve()]
+                raise RecipeError(f"extends goes in a circle: {' -> '.join(step.name for step in chain)}", file=source.file, line=line)
+            if len(stack) > MAX_LEVELS:
+                chain = [*(step.name for step in stack), parent.name]
+                raise RecipeError(f"extends goes deeper than {MAX_LEVELS} levels: {' -> '.join(chain)}", file=source.file, line=line)
+            visit(parent, _read_parent(parent, name, source, line), stack)
+        ordered.setdefault(path.resolve(), source)
+
+    visit(path, source, ())
+    return list(ordered.values())
+
+
+def _parents(source: YamlSource) -> Iterable[tuple[str, int | None]]:
+    """Yield the names under `extends` with their lines."""
+    names = source.values.get("extends")
+    items = names if isinstance(names, list) else [] if "extends" not in source.values else [names]
+    for index, name in enumerate(items):
+        line = source.lines.get(("extends", index), source.lines[("extends",)])
+        if not isinstance(name, str) or not name:
+            raise RecipeError("extends must be a file name or a list of file names", file=source.file, line=line)
+        yield name, line
+
+
+def _read_parent(parent: Path, name: str, child: YamlSource, line: int | None) -> YamlSource:
+    """Read a file named under `extends`; errors about its absence are placed at the child's line."""
+    if not parent.is_file():
+        missing = no_such_file(parent, name)
+        raise RecipeError(f"extends a file that does not exist: {shown_path(parent)}", *missing.hints, file=child.file, line=line)
+    source = read_yaml(parent, shown_path(parent))
+    kind = kinds.kind_of(source.values, source.text, source.file)
+    if kind.name not in ("recipe", "base"):
+        raise RecipeError(f"extends {name}, which is {kind.title}", file=child.file, line=line)
+    return source
+
+
+def _merge(document: Document, source: YamlSource) -> None:
+    """Write the values of `source` over the document's."""
+    document.warnings.extend(source.warnings)
+
+    def write(target: dict[str, Any], values: dict[str, Any], path: KeyPath) -> None:
+        for key, value in values.items():
+            here = (*path, key)
+            if isinstance(value, dict) and isinstance(target.get(key), dict):
+                if source.file != COMMAND_LINE:
+                    document.origins[here] = Origin(source.file, source.lines.get(here))
+                write(target[key], value, here)
+                continue
+            for stale in [known for known in document.origins if known[: len(here)] == here]:
+                del document.origins[stale]
+            target[key] = value
+            for known, line in source.lines.items():
+                if known[: len(here)] == here:
+                    document.origins[known] = Origin(source.file, line)
+            document.origins.setdefault(here, Origin(source.file))
+
+    write(document.values, {key: value for key, value in source.values.items() if key != "extends"}, ())
+
+
+def _parse_override(word: str) -> YamlSource:
+    """Turn `section.key=value` into the tree that holds this one value."""
+    name, separator, text = word.removeprefix("--").partition("=")
+    keys = name.split(".")
+    if not separator or not all(keys):
+        raise RecipeError(f"'{word}' is not section.key=value", *_dotted_form(name, text or "VALUE"), file=COMMAND_LINE)
+    if len(keys) == 1 and name not in kinds.SECTIONS:
+        raise RecipeError(f"'{name}' needs its section", *_dotted_form(name, text), file=COMMAND_LINE)
+    source = parse_yaml(text, COMMAND_LINE, numbered=False)
+    value = source.values
+    for key in reversed(keys):
+        value = {key: value}
+    lines: dict[KeyPath, Any] = {tuple(keys[:length]): None for length in range(1, len(keys) + 1)}
+    lines |= {(*keys, *path): None for path in source.lines}
+    warnings = [RecipeError(f"{warning.what} ({name})", *warning.hints, file=COMMAND_LINE) for warning in source.warnings]
+    return YamlSource(COMMAND_LINE, text, value, lines, warnings)
+
+
+def _dotted_form(name: str, text: str) -> list[str]:
+    """Return the hint that names the dotted form of a bare TRL flag such as `learning_rate`."""
+    from recipes_lib.recipe.suggestions import dotted_names
+
+    near = dotted_names(name)
+    return [f"write {' or '.join(f'{dotted}={text}' for dotted in near)}"] if near else []

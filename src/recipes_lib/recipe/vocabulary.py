@@ -1,0 +1,79 @@
+"""Which keys exist: lookups in the committed JSON Schema, for errors, `recipes explain` and overrides."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.kinds import SECTIONS
+from recipes_lib.recipe.project import project_root
+from recipes_lib.recipe.renames import RENAMES
+from recipes_lib.recipe.suggestions import near_names
+
+
+@lru_cache(maxsize=1)
+def load_schema() -> dict[str, Any]:
+    """Return the committed JSON Schema of a recipe.
+
+    Raises:
+        RecipeError: the schema folder is not there.
+    """
+    path = project_root() / "schema" / "recipe.schema.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        raise RecipeError(f"{path} is missing", "write it with: make schema") from None
+
+
+def subschema(*keys: str) -> dict[str, Any] | None:
+    """Return the schema of a key such as `subschema("train", "learning_rate")`, or None if there is no such key."""
+    schema: dict[str, Any] | None = load_schema()["$defs"]["document"]
+    for key in keys:
+        schema = (schema or {}).get("properties", {}).get(key)
+    return schema
+
+
+def section_keys(*path: str) -> list[str]:
+    """Return the keys of a section, or the sections themselves."""
+    return list((subschema(*path) or {}).get("properties", {}))
+
+
+def dotted_names(word: str) -> list[str]:
+    """Return the dotted keys a bare word such as `learning_rate` or `--lora-r` may stand for: exact, renamed, or the nearest.
+
+    Example:
+        >>> dotted_names("learning_rate")
+        ['train.learning_rate']
+    """
+    plain = word.lstrip("-").rpartition(".")[2].replace("-", "_")
+    if plain in RENAMES:
+        return [RENAMES[plain].new] if RENAMES[plain].new else []  # type: ignore[list-item]
+    exact = [f"{section}.{plain}" for section in SECTIONS if plain in section_keys(section)]
+    if not exact and plain in FLAT_NAMES:
+        exact = [FLAT_NAMES[plain]]
+    if exact:
+        return exact
+    everywhere = {key: section for section in reversed(SECTIONS) for key in section_keys(section)}
+    return [f"{everywhere[near]}.{near}" for near in near_names(plain, everywhere)]
+
+
+# Flags of `trl sft` whose name differs from the key in our section.
+FLAT_NAMES = {
+    "model_name_or_path": "model.name_or_path",
+    "model_revision": "model.revision",
+    "dtype": "model.dtype",
+    "dataset_name": "data.source",
+    "dataset_path": "data.source",
+    "dataset_config": "data.subset",
+    "dataset_train_split": "data.source_split",
+    "lora_r": "lora.r",
+    "lora_target_modules": "lora.target_modules",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "use_rslora": "lora.use_rslora",
+    "use_dora": "lora.use_dora",
+    "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_type": "quantization.bnb_4bit_quant_type",
+    "run_name": "run.name",
+}
