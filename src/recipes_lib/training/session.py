@@ -132,11 +132,14 @@ class Session:
     def prepare_data(self) -> None:
         """Tokenise, split and audit; the audit is a gate: rows without anything to learn from stop the run here."""
         from recipes_lib.atomic_files import write_json
-        from recipes_lib.data.preparation import prepare_data
+        from recipes_lib.data.preparation import data_folders, prepare_data
+        from recipes_lib.data.prompts import chat_template
         from recipes_lib.training.model import load_tokenizer
 
         self.tokenizer = load_tokenizer(self.recipe)
         self.data = prepare_data(self.recipe, self.tokenizer)
+        if self.recipe.data.prompt_format == "chat":  # so that the tokenizer beside the weights carries the template they were trained with
+            self.tokenizer.chat_template = chat_template(self.recipe.data, self.tokenizer, data_folders(self.recipe))
 
         def record() -> None:
             write_json(self.run.path / "supervision.json", self.data.audit)
@@ -152,6 +155,7 @@ class Session:
 
         world_size = self.active.world_size
         guard = guarded_values(self.recipe, self.data.fingerprint, world_size, self.active.distributed_type, library_versions())
+        guard["prompt_format_hash"] = self.data.prompt_format_hash
 
         def decide() -> Path | None:
             self.run.checkpoints.mkdir(parents=True, exist_ok=True)
