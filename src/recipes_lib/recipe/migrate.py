@@ -33,7 +33,8 @@ def migrate(path: Path, schema: str, rejected: Mapping[str, str] | None = None) 
     if not isinstance(source.values, dict) or not source.values:
         raise RecipeError("is not a flat TRL config: it holds no keys", file=path)
     _refuse_other_kinds(source.values, source.lines, path)
-    migration = Migration(str(path), cut_into_entries(source.text, source.values))
+    entries, comments_below = cut_into_entries(source.text, source.values)
+    migration = Migration(str(path), entries)
     migration.header = [f"# yaml-language-server: $schema={schema}"]
     first = next(iter(migration.entries.values()))
     migration.header += [line for line in first.comments_above if line]
@@ -41,6 +42,7 @@ def migrate(path: Path, schema: str, rejected: Mapping[str, str] | None = None) 
     for entry in migration.entries.values():
         _place(migration, entry, rejected or {})
     _complete(migration)
+    migration.waiting_comments += comments_below
     return migration
 
 
@@ -89,12 +91,12 @@ def _place(migration: Migration, entry: Entry, rejected: Mapping[str, str]) -> N
         _SPECIAL[key](migration, entry)
     elif key in rules.WITHOUT_EFFECT:
         migration.drop(entry, rules.WITHOUT_EFFECT[key])
-    elif key in rules.NOT_CARRIED:
-        migration.leave(entry, rules.NOT_CARRIED[key])
     elif rules.MOVES.get(key, "").startswith("lora.") and not migration.value("use_peft"):
         migration.leave(entry, "without use_peft: true TRL ignores it and trains all weights")
     elif key in rules.MOVES:
         _move(migration, entry, rules.MOVES[key])
+    elif key in rules.NOT_CARRIED:
+        migration.leave(entry, rules.NOT_CARRIED[key])
     elif key in section_keys("train"):
         _move(migration, entry, f"train.{key}")
     else:
@@ -168,13 +170,18 @@ def _mixture(migration: Migration, entry: Entry) -> None:
     if isinstance(splits, list) and splits and not any("source_split" in source for source in sources):
         split = next((name for name in splits if "train" in str(name)), splits[0])
         sources = [{**source, "source_split": split} for source in sources]
+    note = (
+        "columns are found by name, and train.seed sets the order"
+        if re.search(r"^\s+-?\s*(columns|seed):", "\n".join(entry.text), re.MULTILINE)
+        else ""
+    )
     if len(sources) == 1:
-        migration.move(entry, "data.source", sources[0]["source"])
+        migration.move(entry, "data.source", sources[0]["source"], note)
         for key in ("subset", "source_split"):
             if key in sources[0]:
                 migration.add(f"data.{key}", sources[0][key], f"from {entry.key}")
     else:
-        migration.move(entry, "data.source", sources)
+        migration.move(entry, "data.source", sources, note)
     size = entry.value.get("test_split_size") if isinstance(entry.value, dict) else None
     if isinstance(size, float) and 0 < size < 1:
         migration.values["validation"] = size

@@ -91,16 +91,19 @@ class Migration:
                 lines += ["", f"{section}:", *self.placed[section]]
             elif section == "lora":
                 lines += ["", "lora: null"]
-        if self.left or self.waiting_comments:
-            lines += ["", "# Not carried over by `recipes migrate`, with the lines as they were:", *self.left, *self.waiting_comments]
-        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).rstrip() + "\n")
+        if self.left:
+            lines += ["", "# Not carried over by `recipes migrate`, with the lines as they were:", *self.left]
+        if any(self.waiting_comments):
+            lines += ["", *(line for line in self.waiting_comments if line.strip())]
+        return "\n".join(lines).rstrip() + "\n"
 
     def _place(self, dotted: str, lines: list[str], value: Any) -> None:
-        self.placed.setdefault(dotted.split(".", 1)[0], []).extend(f"  {line}".rstrip() for line in lines)
+        self.placed.setdefault(dotted.split(".", 1)[0], []).extend(f"  {line}" if line.strip() else "" for line in lines)
         self.values[dotted] = value
 
     def _comments(self, entry: Entry) -> list[str]:
-        comments, self.waiting_comments = [*self.waiting_comments, *entry.comments_above], []
+        comments = [line for line in (*self.waiting_comments, *entry.comments_above) if line.strip()]
+        self.waiting_comments, entry.comments_above = [], []
         return comments
 
     def _keep_comments(self, entry: Entry) -> None:
@@ -108,8 +111,12 @@ class Migration:
         self.waiting_comments += entry.comments_above
 
 
-def cut_into_entries(text: str, values: dict[str, Any]) -> dict[str, Entry]:
-    """Cut the file into its top-level keys, each with the comment lines above it."""
+def cut_into_entries(text: str, values: dict[str, Any]) -> tuple[dict[str, Entry], list[str]]:
+    """Cut the file into its top-level keys, each with the comment lines above it.
+
+    Returns:
+        The entries, and the comment lines at the end of the file.
+    """
     lines = text.split("\n")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     pairs = root.value
@@ -119,7 +126,7 @@ def cut_into_entries(text: str, values: dict[str, Any]) -> dict[str, Entry]:
         for key_node, _ in pairs:
             key = key_node.value
             entries[key] = Entry(key, values[key], key_node.start_mark.line + 1, _dump(key, values[key]))
-        return entries
+        return entries, [line for line in lines if line.startswith("#")]
     starts = [key_node.start_mark.line for key_node, _ in pairs] + [len(lines)]
     above = [line for line in lines[: starts[0]] if not line.startswith(("---", "%"))]
     for index, (key_node, value_node) in enumerate(pairs):
@@ -133,9 +140,7 @@ def cut_into_entries(text: str, values: dict[str, Any]) -> dict[str, Entry]:
             beside = rest if rest.startswith("#") else ""
         entries[key_node.value] = Entry(key_node.value, values[key_node.value], starts[index] + 1, block[:size], above, beside)
         above = block[size:]
-    if any(line.strip() for line in above):  # comments at the end of the file
-        entries[pairs[-1][0].value].text += above
-    return entries
+    return entries, above
 
 
 def _dump(key: str, value: Any, comment: str = "") -> list[str]:

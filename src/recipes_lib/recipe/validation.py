@@ -57,7 +57,7 @@ def check_recipe(document: Document, full: bool = False) -> list[RecipeError]:
     from recipes_lib.recipe.recipe import recipe_from
     from recipes_lib.recipe.upstream import check_upstream
 
-    return check_upstream(recipe_from(document))
+    return check_upstream(recipe_from(document), notes=document.warnings)
 
 
 def check_flat(document: Document, full: bool = False) -> list[RecipeError]:

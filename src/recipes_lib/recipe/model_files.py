@@ -1,0 +1,133 @@
+"""The base model's files on this machine, looked at without loading them: is it a model we can train, and is it whole?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.project import cache_root
+from recipes_lib.recipe.recipe import Recipe
+
+KEY = "model.name_or_path"
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def local_folder(recipe: Recipe) -> Path | None:
+    """Return the folder with the model's files, or None when it is not on this machine.
+
+    A folder, a packaged model that was materialised, or a Hub repository in the local cache.
+
+    Raises:
+        RecipeError: the name is a path, and there is nothing.
+    """
+    name = recipe.model.name_or_path
+    if name.startswith("package:"):
+        return _materialised(name)
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name.endswith(".gguf"):
+        raise recipe.error(KEY, f"'{name}' is a GGUF file; quantized weights cannot be trained further", "give the original model's folder or Hub id")
+    if path.is_file():
+        raise recipe.error(KEY, f"'{name}' is a file; a model is a folder with config.json, safetensors and a tokenizer")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise recipe.error(KEY, f"no such folder: {name}", "a relative folder is meant from the working directory")
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _materialised(name: str) -> Path | None:
+    """Return the folder a packaged model was converted into; its source.json names the package."""
+    for note in (cache_root() / "models").glob("*/source.json"):
+        if json.loads(note.read_text(encoding="utf-8")).get("package") == name:
+            return note.parent
+    return None
+
+
+def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None) -> Iterator[RecipeError]:
+    """Yield what is wrong with a model's files.
+
+    Args:
+        remote_code: whether the command line allowed the model's own code; None where nothing will be loaded.
+    """
+    config = _read_json(folder / "config.json")
+    if config is None:
+        files = sorted(folder.glob("*.gguf"))
+        if files:
+            yield recipe.error(KEY, f"holds GGUF weights ({files[0].name}); quantized weights cannot be trained further", "give the original model")
+        else:
+            yield recipe.error(KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer")
+        return
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(_CAUSAL) for name in architectures):
+        what = f"{', '.join(architectures)} is not a causal language model (…ForCausalLM), which is all that can be trained here"
+        yield recipe.error(KEY, what.replace("…", "..."))
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "a method of its own")
+        yield recipe.error(KEY, f"the model is already quantized ({method})", "give the original model; for QLoRA add a quantization section")
+    if "auto_map" in config and remote_code is not True:
+        yield from _remote_code(recipe, remote_code)
+    yield from _check_weights(recipe, folder)
+
+
+def _remote_code(recipe: Recipe, allowed: bool | None) -> Iterator[RecipeError]:
+    """Code that ships with a model runs only when recipe and command line both say so."""
+    if not recipe.model.trust_remote_code:
+        what = "the model needs Python code that ships with it"
+        yield recipe.error(KEY, what, "read that code; then set model.trust_remote_code: true and pass --trust-remote-code")
+    elif allowed is False:
+        yield recipe.error("model.trust_remote_code", "the recipe asks to run the model's own code", "pass --trust-remote-code as well")
+
+
+def _check_weights(recipe: Recipe, folder: Path) -> Iterator[RecipeError]:
+    """Yield missing, truncated or pickled weight files."""
+    index = _read_json(folder / "model.safetensors.index.json")
+    present = {path.name for path in folder.glob("*.safetensors")}
+    shards = sorted(set(index["weight_map"].values())) if index else sorted(present)
+    for shard in shards:
+        if shard not in present:
+            yield recipe.error(KEY, f"{folder / shard} is missing; model.safetensors.index.json names it", "download the model again")
+            continue
+        problem = _broken_shard(folder / shard)
+        if problem:
+            yield recipe.error(KEY, f"{folder / shard} {problem}", "download the model again")
+    if not shards:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            what = f"{pickles[0]} is a pickle, which can run code when it is loaded; only safetensors are read"
+            yield recipe.error(KEY, what, "convert the weights to safetensors, or choose a revision that has them")
+        elif any(folder.glob("*.gguf")):
+            yield recipe.error(KEY, "holds GGUF weights only; quantized weights cannot be trained further", "give the original model")
+        else:
+            yield recipe.error(KEY, f"{folder} has no weights (*.safetensors)")
+
+
+def _broken_shard(path: Path) -> str | None:
+    """Return what is wrong with a safetensors file: its header says how long it must be."""
+    actual = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if actual < 8 or length > actual - 8:
+            return f"is truncated: {actual:,} bytes, its header alone needs {length + 8:,}"
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return "has a damaged header"
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    expected = 8 + length + end
+    return None if actual == expected else f"is truncated: {actual:,} bytes, expected {expected:,}"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object, or None if the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,99 @@
+"""Names a recipe uses that only the model knows: LoRA targets, layers, the FSDP layer class, the tokenizer's size.
+
+The architecture is built on the meta device from the model's config: no weights, no memory, about a second.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.accelerate_config import AccelerateConfig
+from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.recipe.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_names(recipe: Recipe, folder: Path, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
+    """Yield names in the recipe or its accelerate config that the model does not have."""
+    try:
+        model = architecture(folder)
+    except Exception as error:  # transformers raises many types here; whatever it is, the user's model cannot be built
+        yield recipe.error("model.name_or_path", f"transformers cannot build this model: {str(error).strip().splitlines()[0]}")
+        return
+    if recipe.lora is not None:
+        yield from _check_lora(recipe, model)
+    wrapped = accelerate.fsdp.get("fsdp_transformer_layer_cls_to_wrap")
+    if wrapped:
+        classes = {type(module).__name__ for module in model.modules()}
+        layers = sorted({type(child).__name__ for module in model.modules() if type(module).__name__ == "ModuleList" for child in module})
+        for name in re.split(r"\s*,\s*", str(wrapped)):
+            if name not in classes:
+                what = f"fsdp_transformer_layer_cls_to_wrap '{name}' of {accelerate.path.name} is not in the model"
+                yield recipe.error("launch.accelerate", what, f"its layer classes: {', '.join(layers)}")
+    yield from _check_tokenizer(recipe, folder, model)
+
+
+@lru_cache(maxsize=4)
+def architecture(folder: Path) -> PreTrainedModel:
+    """Return the model of a folder without weights. Code that ships with a model is not run."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=4)
+def _tokenizer_size(folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(folder))
+
+
+def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield LoRA names that match nothing."""
+    import torch
+
+    lora = recipe.lora or {}
+    modules = {name: module for name, module in model.named_modules() if name}
+    linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)} - {"lm_head"})
+    for key, existing in (("target_modules", linear), ("modules_to_save", sorted({name.rpartition(".")[2] for name in modules}))):
+        given = lora.get(key)
+        for name in _unmatched(given, modules):
+            place = f"lora.{key}.{given.index(name)}" if isinstance(given, list) else f"lora.{key}"
+            hint = [f"it has {', '.join(existing)}"] if key == "target_modules" else []
+            yield recipe.error(place, f"lora.{key}: the model has no module '{name}'", *did_you_mean(name, existing), *hint)
+    layers = getattr(model.config, "num_hidden_layers", None)
+    wanted = lora.get("layers_to_transform")
+    for layer in [wanted] if isinstance(wanted, int) else wanted or []:
+        if layers is not None and not 0 <= layer < layers:
+            yield recipe.error("lora.layers_to_transform", f"lora.layers_to_transform: the model has no layer {layer}", f"it has layers 0 to {layers - 1}")
+
+
+def _unmatched(names: Any, modules: dict[str, Any]) -> list[str]:
+    """Return the names that PEFT would find nowhere: a list matches ends of module names, a text is a regular expression."""
+    if names is None or names == "all-linear":
+        return []
+    if isinstance(names, str):
+        return [] if any(re.fullmatch(names, module) for module in modules) else [names]
+    return [name for name in names if not any(module == name or module.endswith(f".{name}") for module in modules)]
+
+
+def _check_tokenizer(recipe: Recipe, folder: Path, model: Any) -> Iterator[RecipeError]:
+    """Yield an error when the tokenizer has entries without an embedding."""
+    try:
+        entries = _tokenizer_size(folder)
+    except Exception as error:  # as above: any failure to read it is the user's to know
+        yield recipe.error("model.name_or_path", f"the tokenizer cannot be read: {str(error).strip().splitlines()[0]}")
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    if entries > rows and not recipe.model.resize_embeddings:
+        what = f"the tokenizer has {entries:,} entries, the model embeds only {rows:,}"
+        yield recipe.error("model.name_or_path", what, "set model.resize_embeddings: true, or use the tokenizer the model was trained with")

@@ -1,0 +1,200 @@
+"""Stage 2: the real SFTConfig, LoraConfig and BitsAndBytesConfig, so that upstream has the last word.
+
+This module imports torch; everything else about recipes works without. What is derived here and nowhere else: the accumulation
+steps from the batch, `use_cpu` from the device, `max_length` where rows arrive truncated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import typing
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.accelerate_config import AccelerateConfig, load_accelerate_config
+from recipes_lib.recipe.batch import solve_batch
+from recipes_lib.recipe.model_files import KEY, check_files, local_folder
+from recipes_lib.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+
+def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
+    """Return TRL's arguments for this recipe on this machine.
+
+    Args:
+        output_dir: where checkpoints go.
+        world_size: number of processes, for the accumulation steps.
+
+    Raises:
+        RecipeError: the batch does not divide, or TRL refuses the values.
+    """
+    from trl import SFTConfig
+
+    values = dict(recipe.train)
+    values["use_cpu"] = values.get("use_cpu", False) or not _has_accelerator()
+    if values["use_cpu"] and (values.get("fp16") or values.get("fp16_full_eval")):
+        raise recipe.error("train.fp16", "train.fp16 does nothing on a CPU: it would train in float32 and say nothing", "use train.bf16: true")
+    values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
+    if values.get("assistant_only_loss"):
+        values["assistant_only_loss"] = False  # the labels say it already; TRL looks for conversations in the rows
+    if values.get("padding_free") and not values.get("packing"):
+        values["max_length"] = None  # rows arrive truncated; TRL refuses a limit that it would not apply
+    values |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "output_dir": str(output_dir), "run_name": recipe.name}
+    try:
+        return SFTConfig(**values)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise _refused(recipe, "train", error) from None
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Return the gradient accumulation steps: derived from `run.global_batch_size` when the recipe declares one.
+
+    Raises:
+        RecipeError: no whole number does it.
+    """
+    if recipe.run.global_batch_size is None:
+        return int(recipe.train.get("gradient_accumulation_steps", 1))
+    try:
+        return solve_batch(recipe.run.global_batch_size, recipe.train.get("per_device_train_batch_size", 8), world_size)
+    except RecipeError as error:
+        raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
+
+
+def build_lora_config(recipe: Recipe) -> LoraConfig | None:
+    """Return PEFT's config, or None for full fine-tuning.
+
+    Raises:
+        RecipeError: PEFT refuses the values.
+    """
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    values = {"task_type": "CAUSAL_LM", **recipe.lora}
+    hints = typing.get_type_hints(LoraConfig)
+    try:
+        for key, value in values.items():
+            kinds = [kind for kind in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(kind)]
+            if isinstance(value, dict) and kinds and dict not in typing.get_args(hints[key]):
+                values[key] = kinds[0](**value)  # type: ignore[operator]
+        return LoraConfig(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise _refused(recipe, "lora", error) from None
+
+
+def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+    """Return the bitsandbytes config, or None when the weights stay as they are.
+
+    Raises:
+        RecipeError: transformers refuses the values.
+    """
+    if recipe.quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    parameters = inspect.signature(BitsAndBytesConfig).parameters
+    values = {key: float(value) if isinstance(parameters[key].default, float) else value for key, value in recipe.quantization.items()}
+    try:
+        return BitsAndBytesConfig(**values)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise _refused(recipe, "quantization", error) from None
+
+
+def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: list[RecipeError] | None = None) -> list[RecipeError]:
+    """Return everything that upstream, the model's files and the default launch have against a recipe.
+
+    Args:
+        remote_code: whether the command line allowed the model's own code; None where no model will be loaded.
+        notes: is given what could not be checked.
+    """
+    errors: list[RecipeError] = []
+
+    def collect(build: Any) -> Any:
+        try:
+            return build()
+        except RecipeError as error:
+            errors.extend(getattr(error, "errors", [error]))
+            return None
+
+    accelerate = collect(lambda: load_accelerate_config(recipe.launch.accelerate)) or AccelerateConfig(Path())
+    world_size = launched_processes(recipe, accelerate)
+    collect(lambda: build_sft_config(_for_this_machine(recipe, accelerate, notes), "unused", world_size))
+    collect(lambda: build_lora_config(recipe))
+    collect(lambda: build_quantization_config(recipe))
+    errors += _check_sharded_quantization(recipe, accelerate)
+    before = len(errors)
+    folder = collect(lambda: local_folder(recipe))
+    if folder is not None:
+        from recipes_lib.recipe.model_names import check_names
+
+        errors += check_files(recipe, folder, remote_code=remote_code)
+        if len(errors) == before:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                errors += check_names(recipe, folder, accelerate)
+    elif len(errors) == before and notes is not None:
+        notes.append(recipe.error(KEY, f"note: model {recipe.model.name_or_path} is not on this machine: names not checked"))
+    return errors
+
+
+def _for_this_machine(recipe: Recipe, accelerate: AccelerateConfig, notes: list[RecipeError] | None) -> Recipe:
+    """Return the recipe without what only a GPU can judge, when it is meant for one and this machine has none."""
+    if accelerate.use_cpu or _has_accelerator():
+        return recipe
+    judged_by_gpu = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
+    if judged_by_gpu and notes is not None:
+        keys = ", ".join(f"train.{key}" for key in judged_by_gpu)
+        notes.append(recipe.error(f"train.{judged_by_gpu[0]}", f"note: no GPU on this machine: {keys} not checked"))
+    return dataclasses.replace(recipe, train={key: value for key, value in recipe.train.items() if key not in judged_by_gpu})
+
+
+def launched_processes(recipe: Recipe, accelerate: AccelerateConfig) -> int:
+    """Return the number of processes of the recipe's default launch."""
+    if recipe.launch.gpus is None:
+        return accelerate.num_processes if accelerate.distributed_type != "NO" else 1
+    return recipe.launch.gpus * recipe.launch.nodes
+
+
+def _has_accelerator() -> bool:
+    """Whether a GPU (or another accelerator) is there and the launcher did not ask for the CPU."""
+    import torch
+
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return not asked_for_cpu and bool(torch.accelerator.is_available())
+
+
+def _check_sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> list[RecipeError]:
+    """FSDP shards tensors of one floating type: 4-bit weights must be stored in the type the adapter has."""
+    quantization = recipe.quantization or {}
+    sharded = accelerate.distributed_type == "FSDP" or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not (sharded and quantization.get("load_in_4bit")):
+        return []
+    storage, compute = quantization.get("bnb_4bit_quant_storage"), quantization.get("bnb_4bit_compute_dtype")
+    if storage == compute == "bfloat16":
+        return []
+    key = "quantization.bnb_4bit_quant_storage" if storage else "quantization.load_in_4bit"
+    what = f"QLoRA under FSDP needs 4-bit weights stored as bfloat16, the adapter's type: storage is {storage or 'uint8'}, compute {compute or 'float32'}"
+    return [recipe.error(key, what, "set bnb_4bit_quant_storage: bfloat16 and bnb_4bit_compute_dtype: bfloat16, or launch with ddp")]
+
+
+def _refused(recipe: Recipe, section: str, error: Exception) -> RecipeError:
+    """Return upstream's refusal at the key it speaks about."""
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "support bf16" in message:
+        import torch
+
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "this device"
+        return recipe.error("train.bf16", f"train.bf16: {name} has no bfloat16", "set train.bf16: false (and train.fp16: true on a GPU)")
+    values = getattr(recipe, section) or {}
+    named = [key for key in values if re.search(rf"\b{re.escape(key)}\b", message)]
+    key = f"{section}.{max(named, key=len)}" if named else section
+    return recipe.error(key, f"{section}: {message}")
