@@ -1,0 +1,207 @@
+"""The store of judgments: one JSONL file, one line per judgment, appended once and never changed.
+
+A line is written by a single `os.write` on an O_APPEND descriptor and synced before `append` returns. Its key is a hash of
+everything that makes it this judgment, and each key occurs once. A writer that was killed leaves at most a torn last line,
+which the next writer cuts; a damaged line anywhere else is an error that names it. Several processes may append to one file:
+each append takes the file's lock and first reads what the others wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from recipes_lib.atomic_files import sync_folder
+from recipes_lib.errors import DataError, EnvironmentFault
+
+Row = dict[str, Any]
+
+
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a text, lone surrogates allowed.
+
+    Example:
+        >>> text_hash("")[:8]
+        'e3b0c442'
+    """
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def judgment_key(question_id: str | int, order: str, judge_fingerprint: str, prompt_hash: str, answer_hashes: Sequence[str]) -> str:
+    """Return the unique key of a judgment.
+
+    Args:
+        question_id: id of the question; 81 and "81" are the same question.
+        order: which answer stood first, or which one was graded (`judge.JudgeRequest.order`).
+        judge_fingerprint: of the judge's weights or served name, its decoding settings and its verdict mode.
+        prompt_hash: of the prompt as sent.
+        answer_hashes: of the answers before truncation, in the prompt's order.
+    """
+    return text_hash(json.dumps([str(question_id), order, judge_fingerprint, prompt_hash, list(answer_hashes)]))
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Return the stored rows without taking the lock or changing the file; a torn last line is left out.
+
+    Raises:
+        DataError: for a damaged line or a repeated key, with the line number.
+    """
+    path = Path(path)
+    data = path.read_bytes() if path.exists() else b""
+    rows: dict[str, Row] = {}
+    _parse_lines(data[: data.rfind(b"\n") + 1], path, 0, rows)
+    return list(rows.values())
+
+
+def _parse_lines(data: bytes, path: Path, lines_before: int, rows: dict[str, Row]) -> int:
+    """Add the rows of whole lines to `rows`; return the number of lines read."""
+    lines = data.split(b"\n")[:-1]
+    for number, line in enumerate(lines, lines_before + 1):
+        try:
+            row = json.loads(line)
+            key = row["key"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(
+                "this line is not a stored judgment",
+                "the file is damaged in its middle, which no killed writer does: restore it, or delete this line to judge the item again",
+                file=path,
+                line=number,
+            ) from None
+        if not isinstance(key, str) or key in rows:
+            raise DataError(f"judgment {str(key)[:12]} occurs twice", "keep one of the two lines", file=path, line=number)
+        rows[key] = row
+    return len(lines)
+
+
+class JudgmentStore:
+    """Judgments of one evaluation, in memory and in a file.
+
+    Args:
+        path: the JSONL file; created with its first row.
+        lock_timeout_s: how long to wait for another process's append.
+
+    Raises:
+        DataError: when the file holds a damaged line or a repeated key.
+    """
+
+    def __init__(self, path: str | Path, lock_timeout_s: float = 60.0) -> None:
+        self.path = Path(path)
+        self._lock = FileLock(self.path.with_name(self.path.name + ".lock"), timeout=lock_timeout_s)
+        self._rows: dict[str, Row] = {}
+        self._size = 0
+        self._lines = 0
+        self.torn_bytes_cut = 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self._catch_up()
+
+    def _locked(self) -> AbstractContextManager[Any]:
+        """Take the file's lock, as a context manager."""
+        try:
+            return self._lock.acquire()
+        except Timeout:
+            raise EnvironmentFault("another process holds the lock of this store", "wait for it, or end it", file=self.path) from None
+
+    def _catch_up(self) -> None:
+        """Read what others appended and cut a torn tail; the lock is held."""
+        if not self.path.exists():
+            if self._size:
+                raise DataError("this store was deleted while it was in use", file=self.path)
+            return
+        with self.path.open("rb+") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell() == self._size:
+                return
+            if file.tell() < self._size:
+                raise DataError("this store was shortened while it was in use", file=self.path)
+            file.seek(self._size)
+            data = file.read()
+            whole = data.rfind(b"\n") + 1
+            self._lines += _parse_lines(data[:whole], self.path, self._lines, self._rows)
+            self._size += whole
+            if whole < len(data):
+                file.truncate(self._size)
+                os.fsync(file.fileno())
+                self.torn_bytes_cut += len(data) - whole
+
+    def append(self, row: Row) -> bool:
+        """Append one judgment; return False, and write nothing, if its key is already there.
+
+        Args:
+            row: JSON-ready fields; `key` comes from `judgment_key`.
+
+        Raises:
+            EnvironmentFault: if the disk is full (nothing of the row is left behind) or the lock cannot be had.
+        """
+        key = row["key"]
+        if key in self._rows:
+            return False
+        line = _line(row)
+        with self._locked():
+            self._catch_up()
+            if key in self._rows:
+                return False
+            self._write(line)
+            self._rows[key] = row
+            self._size += len(line)
+            self._lines += 1
+        return True
+
+    def _write(self, line: bytes) -> None:
+        """Write a line whole and synced, or leave the file as it was."""
+        new = not self.path.exists()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            try:
+                written = os.write(descriptor, line)
+                error = "" if written == len(line) else f"only {written} of {len(line)} bytes could be written"
+                if not error:
+                    os.fsync(descriptor)
+            except OSError as fault:
+                error = str(fault)
+            if error:
+                os.ftruncate(descriptor, self._size)
+                raise EnvironmentFault(
+                    f"a judgment could not be stored: {error}", "free some disk and run the same command", file=self.path
+                )
+        finally:
+            os.close(descriptor)
+        if new:
+            sync_folder(self.path.parent)
+
+    def refresh(self) -> None:
+        """Read what other processes appended since."""
+        with self._locked():
+            self._catch_up()
+
+    def get(self, key: str) -> Row | None:
+        """Return the row with this key, or None."""
+        return self._rows.get(key)
+
+    def rows(self) -> list[Row]:
+        """Return all rows in the order of the file."""
+        return list(self._rows.values())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows.values())
+
+
+def _line(row: Row) -> bytes:
+    """One JSON line; text that is not valid Unicode (lone surrogates) is escaped."""
+    try:
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n"

@@ -1,0 +1,96 @@
+"""Two orders make an outcome; a verdict that is missing makes a bound, never a tie."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from recipes_lib.judging.outcomes import item_outcome, pair_outcomes, summarise
+
+
+def _ok(value: str) -> dict:
+    return {"status": "ok", "value": value}
+
+
+def _rows(*pairs: tuple[str, str]) -> list[dict]:
+    return [
+        {"question_id": str(index), "order": order, "kind": "relative"}
+        | (_ok(value) if value in ("A", "B", "tie") else {"status": value, "value": None})
+        for index, pair in enumerate(pairs)
+        for order, value in zip(("AB", "BA"), pair, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "outcome"),
+    [
+        ("A", "B", "win"),
+        ("B", "A", "loss"),
+        ("A", "A", "tie"),
+        ("B", "B", "tie"),
+        ("tie", "tie", "tie"),
+        ("A", "tie", "tie"),
+        ("tie", "A", "tie"),
+    ],
+)
+def test_outcome_of_two_ok_verdicts(first: str, second: str, outcome: str) -> None:
+    assert item_outcome("q", {"AB": _ok(first), "BA": _ok(second)}).outcome == outcome
+
+
+@pytest.mark.parametrize("status", ["unparsed", "refused", "empty", "truncated", "error"])
+def test_any_other_status_leaves_the_item_unresolved(status: str) -> None:
+    bad = {"status": status, "value": None}
+    for first, second in itertools.product([bad], [bad, _ok("A")]):
+        assert item_outcome("q", {"AB": first, "BA": second}).outcome == "unresolved"
+        assert item_outcome("q", {"AB": second, "BA": first}).outcome == "unresolved"
+
+
+def test_a_missing_order_is_unresolved_and_so_is_a_question_without_rows() -> None:
+    assert item_outcome("q", {"AB": _ok("A")}).second == "missing"
+    outcomes = pair_outcomes(_rows(("A", "B")), question_ids=["0", "1"])
+    assert [item.outcome for item in outcomes] == ["win", "unresolved"]
+
+
+def test_unresolved_items_stay_in_n_and_widen_the_bounds() -> None:
+    summary = summarise(pair_outcomes(_rows(*[("A", "B")] * 6, *[("B", "A")] * 2, ("unparsed", "B"), ("A", "error"))))
+    assert (summary.n, summary.win, summary.loss, summary.tie, summary.unresolved) == (10, 6, 2, 0, 2)
+    assert (summary.win_bounds.all_lost, summary.win_bounds.all_won) == (0.6, 0.8)
+    assert summary.win_rate.estimate == 0.75 and summary.win_rate.n == 8
+    assert summary.score_bounds[0].estimate == 0.6 and summary.score_bounds[1].estimate == 0.8
+    assert summary.statuses == {"ok": 18, "unparsed": 1, "error": 1}
+    json.dumps(summary.to_dict())
+
+
+def test_a_judge_that_always_says_a_has_full_position_bias_and_no_consistency() -> None:
+    summary = summarise(pair_outcomes(_rows(*[("A", "A")] * 40)))
+    assert summary.first_position.estimate == 1.0
+    assert summary.swap_consistency.estimate == 0.0
+    assert summary.score.estimate == 0.5 and summary.tie == 40
+
+
+def test_a_consistent_judge_has_no_position_bias() -> None:
+    summary = summarise(pair_outcomes(_rows(*[("A", "B")] * 10, *[("B", "A")] * 10)))
+    assert summary.first_position.estimate == 0.5
+    assert summary.swap_consistency.estimate == 1.0
+
+
+def test_items_decided_by_rule_say_nothing_about_the_judge() -> None:
+    rows = [row | {"source": "rule"} for row in _rows(("A", "B"))]
+    summary = summarise(pair_outcomes(rows))
+    assert summary.win == summary.by_rule == 1
+    assert summary.swap_consistency.n == 0 and summary.swap_consistency.estimate is None
+
+
+def test_no_item_and_one_item_do_not_crash() -> None:
+    assert summarise([]).score.estimate is None
+    one = summarise(pair_outcomes(_rows(("A", "B"))))
+    assert (one.score.estimate, one.score.low) == (1.0, None)
+
+
+def test_turns_of_one_question_are_one_cluster() -> None:
+    outcomes = pair_outcomes(_rows(*[("A", "B"), ("B", "A"), ("A", "A")] * 30))
+    single = summarise(outcomes).score
+    clustered = summarise(outcomes, cluster_of=lambda question: int(question) % 45).score
+    assert clustered.estimate == single.estimate and (clustered.low, clustered.high) != (single.low, single.high)
