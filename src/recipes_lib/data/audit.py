@@ -5,6 +5,7 @@ Everything that would otherwise happen silently is counted here and its rows are
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ def audit_rows(
             "untruncated_rows": len(everything) - len(truncated),
             "of_which_supervised": sum(e.ends for _, e in everything if len(e.ids) == e.tokens_before),
         },
+        "end_tokens": _end_tokens([e for _, e in everything if len(e.ids) == e.tokens_before and e.ends], tokenizer),
         "examples": [_shown(example, encoded, tokenizer) for example, encoded in rows[TRAIN][:NUM_SHOWN]],
     }
 
@@ -137,6 +139,9 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
         lines.append(f"{len(duplicates['moved_to_train'])} held-out rows moved into training, because an exact duplicate is there")
     elif duplicates["across_splits"]:
         lines.append(f"{len(duplicates['across_splits'])} groups of exact duplicates lie in more than one split: reported, not moved")
+    if audit["end_tokens"] and audit["eos_token"] not in audit["end_tokens"]:
+        turn_end = listed(audit["end_tokens"], 3)
+        lines.append(f"turns end with {turn_end}, but generation stops at {audit['eos_token']}: set train.eos_token to the turn's end")
     if not audit["rows"]["validation"]:
         lines.append("no validation rows")
     return lines
@@ -171,6 +176,12 @@ def _named(pairs: Sequence[tuple[Example, Encoded]], everything: Sequence[Any]) 
         "ids": [example.id for example, _ in pairs],
         "places": [example.place for example, _ in pairs],
     }
+
+
+def _end_tokens(encoded: Sequence[Encoded], tokenizer: Any) -> dict[str, int]:
+    """The tokens that end the loss, and how many rows each of them ends."""
+    count = Counter(int(e.ids[e.spans[-1][1] - 1]) if e.spans else -1 for e in encoded)
+    return {str(tokenizer.convert_ids_to_tokens(index)): rows for index, rows in count.items() if index >= 0}
 
 
 def _totals(encoded: Sequence[Encoded]) -> dict[str, int]:

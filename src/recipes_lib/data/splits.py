@@ -7,6 +7,7 @@ neither on the order of the file, nor on the other rows, nor on anything else in
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,15 +123,20 @@ def _as_published(examples: Sequence[Example], section: SplitSection) -> list[st
     if not held_out:
         return sides
     rows = datasets.Dataset.from_dict({"index": range(len(examples))})
-    rest = rows.train_test_split(test_size=round(held_out, 12), seed=section.seed)["test"]
+    rest = rows.train_test_split(test_size=_rows_up(len(rows), held_out), seed=section.seed)["test"]
     parts: dict[str, Any] = {VALIDATION: rest} if not section.test else {TEST: rest}
     if section.test and section.validation:
-        both = rest.train_test_split(test_size=round(section.test / held_out, 12), seed=section.seed)
+        both = rest.train_test_split(test_size=_rows_up(len(rest), section.test / held_out), seed=section.seed)
         parts = {VALIDATION: both["train"], TEST: both["test"]}
     for name, part in parts.items():
         for index in part["index"]:
             sides[index] = name
     return sides
+
+
+def _rows_up(rows: int, fraction: float) -> int:
+    """`train_test_split` rounds a fraction of the rows up; a sum like 0.1 + 0.2 must not add a row to that."""
+    return math.ceil(round(rows * fraction, 6))
 
 
 def _groups(keys: Any) -> list[list[int]]:

@@ -1,0 +1,67 @@
+"""A recipe reduced to what data preparation reads, so that these tests need no YAML; and the tokenizers they use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes_lib.recipe.sections import DataSection, FiltersSection, SplitSection
+
+
+@dataclass
+class DataRecipe:
+    """Stands for a resolved recipe."""
+
+    data: DataSection
+    train: dict[str, Any] = field(default_factory=dict)
+    path: str = "recipe.yaml"
+    base_dir: Path | None = None
+
+
+@pytest.fixture
+def recipe_for():
+    """Build a recipe from a source and keys of `data`; `train` holds the training keys."""
+
+    def build(source: Any, *, train: dict[str, Any] | None = None, split: Any = None, filters: Any = None, **data: Any) -> DataRecipe:
+        source = str(source) if isinstance(source, Path) else source
+        section = DataSection(source=source, split=SplitSection(**(split or {})), filters=FiltersSection(**(filters or {})), **data)
+        return DataRecipe(section, {"max_length": 1024} | (train or {}))
+
+    return build
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path):
+    """Write rows to a JSON Lines file in the test's folder."""
+
+    def write(rows: list[Any], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def task_rows(count: int) -> list[dict[str, str]]:
+    """Different rows in Dolly's schema; every third one has a context."""
+    categories = ("open_qa", "closed_qa", "summarization")
+    return [
+        {
+            "instruction": f"What is {i} plus {i}?",
+            "context": f"Adding {i} to itself doubles it." if i % 3 == 1 else "",
+            "response": f"It is {2 * i}.\nThat is twice {i}.",
+            "category": categories[i % 3],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def tasks():
+    """The function that makes rows in Dolly's schema."""
+    return task_rows

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from recipes_lib.data.conversations import conversation_of, read_messages, role_problem
+from recipes_lib.data.examples import Example
+
+
+def turns(*roles: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": f"{i}"} for i, role in enumerate(roles)]
+
+
+def test_sharegpt_spelling_is_ours_in_other_words():
+    messages, problem = read_messages(
+        [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "conversations"
+    )
+    assert problem is None
+    assert messages == [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "expected a list of messages, found None"),
+        (["hi"], "expected {role, content}, found str"),
+        ([{"role": "wizard", "content": "a"}], "unknown role 'wizard'"),
+        ([{"role": "user", "content": None}], "(user): expected text, found None"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "tool calls are not supported"),
+        ([{"role": "tool", "content": "a"}], "tool calls are not supported"),
+        ([{"role": "user", "content": "\udc00"}], "lone surrogate"),
+    ],
+)
+def test_a_bad_message_is_described(value, words):
+    assert words in (read_messages(value, "messages")[1] or "")
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ((), "no messages"),
+        (("system",), "only a system message"),
+        (("user",), "no assistant turn"),
+        (("user", "user", "assistant"), "message 1 is user, expected assistant"),
+        (("assistant", "user", "assistant"), "message 0 is assistant, expected user"),
+        (("system", "user", "assistant", "system", "assistant"), "message 3 is system, expected user"),
+        (("user", "assistant", "user"), "the last message is not the assistant's"),
+    ],
+)
+def test_case_47_roles_out_of_order_are_described(roles, words):
+    assert words in (role_problem(turns(*roles)) or "")
+
+
+def test_good_orders_have_no_problem():
+    assert role_problem(turns("system", "user", "assistant", "user", "assistant")) is None
+    assert role_problem(turns("user", "assistant")) is None
+
+
+def test_a_task_becomes_one_user_and_one_assistant_turn():
+    example = Example("f", 1, 1, {"instruction": "Do.", "context": "C", "response": "R"})
+    assert conversation_of(example, None) == [{"role": "user", "content": "Do.\n\nC"}, {"role": "assistant", "content": "R"}]
+    assert conversation_of(example, "S")[0] == {"role": "system", "content": "S"}
+
+
+def test_a_system_message_of_the_row_wins_over_the_recipe_s():
+    example = Example("f", 1, 1, {"messages": turns("system", "user", "assistant")})
+    assert conversation_of(example, "other") == example.fields["messages"]

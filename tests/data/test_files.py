@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recipes_lib.data.files import data_format, read_file
+from recipes_lib.errors import DataError, ExitCode
+
+ROWS = [{"instruction": "a", "response": 'é, "b"\nc'}, {"instruction": "d", "response": "e"}]
+
+
+def failure(path) -> DataError:
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+    assert caught.value.exit_code == ExitCode.DATA
+    assert str(path.name) in str(caught.value.file)
+    return caught.value
+
+
+def test_every_text_format_gives_the_same_rows(tmp_path):
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "lines.json").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    (tmp_path / "c.json").write_text(json.dumps({"data": ROWS}), encoding="utf-8")
+    (tmp_path / "d.csv").write_text('instruction,response\na,"é, ""b""\nc"\nd,e\n', encoding="utf-8")
+    (tmp_path / "e.tsv").write_text('instruction\tresponse\na\t"é, ""b""\nc"\nd\te\n', encoding="utf-8")
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for path in sorted(tmp_path.iterdir()):
+        table = read_file(path)
+        assert table.rows == ROWS, path.name
+        assert table.columns == ["instruction", "response"]
+
+
+def test_parquet_and_both_arrow_forms_are_read(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "b.arrow", table.schema) as sink:
+        sink.write_table(table)
+    with pa.ipc.new_stream(tmp_path / "c.arrow", table.schema) as sink:
+        sink.write_table(table)
+    for path in sorted(tmp_path.iterdir()):
+        assert read_file(path).rows == ROWS, path.name
+
+
+def test_lines_are_those_of_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": "1"}\n\n{"x": "2"}\n')
+    (tmp_path / "b.json").write_text('[\n {"x": "1"},\n\n {"x": "2"}\n]')
+    (tmp_path / "c.csv").write_text('x,y\n"1\n1",2\n3,4\n')
+    assert read_file(tmp_path / "a.jsonl").lines == [1, 3]
+    assert read_file(tmp_path / "b.json").lines == [2, 4]
+    assert read_file(tmp_path / "c.csv").lines == [2, 4]
+
+
+def test_a_byte_order_mark_and_windows_newlines_are_accepted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"x": "1"}\r\n{"x": "2"}\r\n')
+    assert read_file(tmp_path / "a.jsonl").rows == [{"x": "1"}, {"x": "2"}]
+
+
+def test_latin1_bytes_are_named_with_line_and_offset(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"x": "1"}\n{"x": "caf\xe9"}\n')
+    error = failure(path)
+    assert error.line == 2 and "byte 21 (0xe9) is not UTF-8" in error.what
+
+
+def test_a_corrupt_line_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"x": "1"}\n{"x": "2"\n')
+    assert failure(path).line == 2
+
+
+def test_a_line_that_is_no_object_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"x": "1"}\n[1]\n')
+    error = failure(path)
+    assert error.line == 2 and "list" in error.what
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [('[\n{"x": "1"},\n{"x" "2"}]', 3), ('[\n{"x": "1"}\n', 3), ('{"a":\n', 2), ('{"a": 1,\n "b": 2}', 1)]
+)
+def test_damaged_json_is_named_with_its_line(tmp_path, text, line):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert failure(path).line == line
+
+
+def test_a_truncated_gzip_says_how_far_it_goes(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(b'{"x": "%d"}\n' % (i * 7919) for i in range(5000)))[:-2000])
+    error = failure(path)
+    assert "truncated" in error.what and error.line > 1
+
+
+def test_a_file_that_is_no_gzip_says_so(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_text('{"x": "1"}\n')
+    assert "gzip" in failure(path).what
+
+
+def test_csv_with_nul_is_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"x,y\n1,2\n3,\x004\n")
+    error = failure(path)
+    assert error.line == 3 and "NUL" in error.what
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"), [("x,y\n1,2\n3\n", 3, "1 fields"), ("x,x\n1,2\n", 1, "twice"), ('x,y\n"1,2\n', 2, "CSV")]
+)
+def test_damaged_csv_is_named(tmp_path, text, line, word):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    error = failure(path)
+    assert error.line == line and word in error.what
+
+
+def test_a_damaged_parquet_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 nonsense")
+    assert "parquet" in failure(path).what
+
+
+def test_formats_are_known_by_their_ending(tmp_path):
+    assert data_format(tmp_path / "a.jsonl.gz") == ".jsonl"
+    assert data_format(tmp_path / "README.md") is None
+    assert data_format(tmp_path / "a.parquet.gz") is None
+    assert "known endings" in failure_of_unknown(tmp_path).what
+
+
+def failure_of_unknown(folder) -> DataError:
+    path = folder / "a.txt"
+    path.write_text("x")
+    return failure(path)
