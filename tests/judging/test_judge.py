@@ -1,0 +1,198 @@
+"""The loop asks in both orders, stores once, asks again with recorded seeds, and gives up in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.errors import ExitCode
+from recipes_lib.judging.judge import EvaluationIncomplete, Item, JudgePlan, JudgeReply, JudgeRequest, build_requests, judge_items
+from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.prometheus import load_rubric, load_template
+from recipes_lib.judging.store import JudgmentStore
+
+EVALS = Path(__file__).resolve().parents[2] / "evals"
+RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
+RELATIVE, ABSOLUTE = (load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute"))
+
+
+class FakeJudge:
+    """Answers with a function of the request and remembers what it was asked."""
+
+    fingerprint = "fake"
+
+    def __init__(self, answer) -> None:
+        self.answer = answer
+        self.asked: list[JudgeRequest] = []
+
+    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
+        self.asked += requests
+        return [self.answer(request) for request in requests]
+
+
+def longer(request: JudgeRequest) -> JudgeReply:
+    first, second = request.answers
+    return JudgeReply(f"The longer one. [RESULT] {'A' if len(first) >= len(second) else 'B'}")
+
+
+def _plan(**options) -> JudgePlan:
+    return JudgePlan(**{"template": RELATIVE, "rubric": RUBRIC, "batch_size": 4} | options)
+
+
+def _pairs(count: int) -> list[Item]:
+    return [
+        Item(str(index), f"Question {index}", "long answer " * (index % 3 + 1), "short", meta={"turn": 1})
+        for index in range(count)
+    ]
+
+
+def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
+    judge, store = FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl")
+    run = judge_items(_pairs(10), judge, store, _plan())
+    assert run.asked == len(store) == 20
+    assert {(request.question_id, request.order) for request in judge.asked} == {
+        (str(i), order) for i in range(10) for order in ("AB", "BA")
+    }
+    again = judge_items(_pairs(10), FakeJudge(longer), JudgmentStore(store.path), _plan())
+    assert (again.asked, again.stored_before) == (0, 20)
+    assert summarise(pair_outcomes(store.rows())).swap_consistency.estimate == 1.0
+
+
+def test_candidate_stands_first_in_ab_and_second_in_ba() -> None:
+    ab, ba = build_requests([Item("q", "x", "mine", "theirs")], _plan(), "j")
+    assert (ab.order, ab.answers, ba.order, ba.answers) == ("AB", ("mine", "theirs"), "BA", ("theirs", "mine"))
+    assert ab.key != ba.key
+
+
+def test_another_judge_prompt_or_answer_is_another_judgment() -> None:
+    def keys(item: Item, plan: JudgePlan, fingerprint: str) -> set[str]:
+        return {request.key for request in build_requests([item], plan, fingerprint)}
+
+    base = keys(Item("q", "x", "a", "b"), _plan(), "j")
+    for changed in (
+        keys(Item("q", "x", "a", "b"), _plan(), "k"),
+        keys(Item("q", "x", "a", "c"), _plan(), "j"),
+        keys(Item("q", "x", "a", "b"), _plan(rubric=load_rubric(EVALS / "rubrics" / "correctness.txt")), "j"),
+        keys(Item("q", "x", "a", "b", reference="r"), _plan(), "j"),
+    ):
+        assert not base & changed
+
+
+def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Path) -> None:
+    judge, store = FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl")
+    items = [Item("empty", "x", " \n", "b"), Item("opponent", "x", "a", ""), Item("same", "x", "a ", "a"), Item("none", "x", "", "")]
+    run = judge_items(items, judge, store, _plan())
+    assert not judge.asked and run.by_rule == 8
+    assert {item.question_id: item.outcome for item in pair_outcomes(store.rows())} == {
+        "empty": "loss",
+        "opponent": "win",
+        "same": "tie",
+        "none": "tie",
+    }
+    absolute = JudgmentStore(tmp_path / "absolute.jsonl")
+    judge_items([Item("empty", "x", "")], judge, absolute, _plan(template=ABSOLUTE))
+    assert absolute.rows()[0]["value"] == 1
+
+
+def test_self_comparison_gives_exactly_one_half(tmp_path: Path) -> None:
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    judge_items([Item(str(i), "x", f"answer {i}", f"answer {i}") for i in range(50)], FakeJudge(longer), store, _plan())
+    score = summarise(pair_outcomes(store.rows())).score
+    assert (score.estimate, score.low, score.high) == (0.5, 0.5, 0.5)
+
+
+def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_stored(tmp_path: Path) -> None:
+    def third_time(request: JudgeRequest) -> JudgeReply:
+        return JudgeReply("hm" if request.attempt < 3 else "Right. [RESULT] A")
+
+    judge, store = FakeJudge(third_time), JudgmentStore(tmp_path / "j.jsonl")
+    run = judge_items(_pairs(3), judge, store, _plan(max_reasks=2))
+    assert run.reasked == 12 and len(store) == 6
+    row = store.rows()[0]
+    assert row["status"] == "ok" and [attempt["raw"] for attempt in row["attempts"]] == ["hm", "hm"]
+    seeds = [attempt["seed"] for attempt in row["attempts"]] + [row["seed"]]
+    assert len(set(seeds)) == 3 and row["temperature"] > 0 and judge.asked[0].temperature == 0
+    repeat = FakeJudge(third_time)
+    judge_items(_pairs(3), repeat, JudgmentStore(tmp_path / "k.jsonl"), _plan(max_reasks=2))
+    assert [request.seed for request in repeat.asked] == [request.seed for request in judge.asked]
+
+
+def test_re_asks_are_bounded_and_the_item_stays_unparsed(tmp_path: Path) -> None:
+    judge, store = FakeJudge(lambda request: JudgeReply("no idea")), JudgmentStore(tmp_path / "j.jsonl")
+    judge_items(_pairs(1), judge, store, _plan(max_reasks=1))
+    assert len(judge.asked) == 4
+    assert [row["status"] for row in store.rows()] == ["unparsed", "unparsed"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [
+        (JudgeReply("I cannot judge this."), "refused"),
+        (JudgeReply("so [RESULT] A", finish_reason="length"), "truncated"),
+        (JudgeReply(None), "empty"),
+        (JudgeReply(error="400: bad body", permanent=True), "error"),
+    ],
+)
+def test_other_statuses_are_stored_as_they_are(tmp_path: Path, reply: JudgeReply, status: str) -> None:
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    judge_items(_pairs(1), FakeJudge(lambda request: reply), store, _plan())
+    assert {row["status"] for row in store.rows()} == {status}
+    assert {row["value"] for row in store.rows()} == {None}
+
+
+def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_path: Path) -> None:
+    path, calls = tmp_path / "j.jsonl", []
+
+    def breaks(request: JudgeRequest) -> JudgeReply:
+        calls.append(request)
+        return longer(request) if len(calls) <= 6 else JudgeReply(error="503: overloaded")
+
+    with pytest.raises(EvaluationIncomplete, match="503") as caught:
+        judge_items(_pairs(10), FakeJudge(breaks), JudgmentStore(path), _plan(max_consecutive_failures=3))
+    assert caught.value.exit_code is ExitCode.EVALUATION_INCOMPLETE
+    assert len(JudgmentStore(path)) == 6
+    run = judge_items(_pairs(10), FakeJudge(longer), JudgmentStore(path), _plan())
+    assert (run.asked, run.stored_before, len(JudgmentStore(path))) == (14, 6, 20)
+
+
+def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> None:
+    store, flip = JudgmentStore(tmp_path / "j.jsonl"), iter([True, False] * 10)
+    run = judge_items(_pairs(10), FakeJudge(lambda r: longer(r) if next(flip) else JudgeReply(error="timeout")), store, _plan())
+    with pytest.raises(EvaluationIncomplete, match="10 judgments"):
+        run.check_complete()
+    assert {item.outcome for item in pair_outcomes(store.rows())} == {"unresolved"}
+
+
+def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path) -> None:
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    judge_items(
+        [Item("q", "x", "a")],
+        FakeJudge(lambda r: JudgeReply(probabilities={"4": 0.3, "2": 0.1, "x": 0.6})),
+        store,
+        _plan(template=ABSOLUTE),
+    )
+    assert (store.rows()[0]["value"], store.rows()[0]["mass"]) == (4, pytest.approx(0.4))
+    tied = JudgmentStore(tmp_path / "tied.jsonl")
+    judge_items(_pairs(1), FakeJudge(lambda r: JudgeReply(probabilities={"A": 0.2, "B": 0.2})), tied, _plan())
+    assert {row["status"] for row in tied.rows()} == {"unparsed"}
+
+
+def test_a_prompt_that_cannot_fit_is_truncated_and_never_sent(tmp_path: Path) -> None:
+    judge, store = FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl")
+    judge_items(_pairs(2), judge, store, _plan(count_tokens=lambda text: len(text.split()), max_prompt_tokens=50))
+    assert not judge.asked and {row["status"] for row in store.rows()} == {"truncated"}
+
+
+def test_an_item_for_the_other_kind_of_prompt_is_a_programming_error() -> None:
+    with pytest.raises(ValueError, match="relative"):
+        list(build_requests([Item("q", "x", "a")], _plan(), "j"))
+
+
+def test_everything_but_the_model_takes_under_five_milliseconds_a_judgment(tmp_path: Path) -> None:
+    items = [Item(str(i), "Question " * 40, f"answer {i} " * 150, "other answer " * 150) for i in range(200)]
+    start = time.process_time()
+    judge_items(items, FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl"), _plan(batch_size=64))
+    assert (time.process_time() - start) / 400 < 0.005
