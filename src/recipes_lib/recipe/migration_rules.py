@@ -128,9 +128,14 @@ def mixture_sources(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
         sources.append({key: text for key, text in entry.items() if text is not None})
         share = item.get("weight", item.get("fraction"))
         if share is not None and share != 1:
-            lost.append(f"{name}: {share} of its rows; give a number of rows instead (max_examples)")
+            lost.append(f"{_shown(item, name)}: {share} of its rows; give a number of rows instead (max_examples)")
         lost.extend(f"{name}: {key} {item[key]!r}" for key in ("data_dir", "data_files") if item.get(key) is not None and files is not None)
     return sources, lost
+
+
+def _shown(item: dict[str, Any], name: str) -> str:
+    """Return a source's name with its split, which tells apart the parts of one data set."""
+    return f"{name} ({item['split']})" if item.get("split") else name
 
 
 def _mixture_items(value: Any) -> list[dict[str, Any]]:

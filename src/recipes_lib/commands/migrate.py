@@ -1,0 +1,70 @@
+"""recipes migrate: a flat TRL config becomes a recipe that passes `recipes check`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from recipes_lib.atomic_files import write_text
+from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.recipe.loader import load_document
+from recipes_lib.recipe.migrate import keys_behind, migrate
+from recipes_lib.recipe.project import project_root
+from recipes_lib.recipe.yaml_source import read_yaml
+from recipes_lib.terminal import next_step, say
+
+_ROUNDS = 5
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("config", metavar="IN", help="a flat TRL YAML: trl sft --config, alignment handbook, open-r1")
+    parser.add_argument("--output", metavar="OUT", required=True, help="the recipe to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the recipe and list every change; values that the check refuses become comments.
+
+    Raises:
+        RecipeError: IN is no flat fine-tuning config, OUT exists, or the result has errors that leaving keys out cannot mend.
+    """
+    source, output = Path(args.config), Path(args.output)
+    if output.exists() and not args.force:
+        raise RecipeError("exists already", "add --force to replace it, or choose another --output", file=output)
+    schema = Path(os.path.relpath(project_root() / "schema" / "recipe.schema.json", output.resolve().parent)).as_posix()
+    rejected: dict[str, str] = {}
+    for _ in range(_ROUNDS):
+        migration = migrate(source, schema, rejected)
+        write_text(output, migration.text())
+        errors = _errors(output)
+        refused = keys_behind(errors, migration, read_yaml(output).lines)
+        if not errors or not refused - rejected.keys():
+            break
+        for error in errors:
+            for key in keys_behind([error], migration, read_yaml(output).lines):
+                rejected.setdefault(key, error.what)
+    for change in migration.changes:
+        say(change)
+    if errors:
+        raise RecipeErrors(errors)
+    lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
+    say(
+        f"{output}: {len(migration.changes)} changes, {lost} of them not carried over (comments at its end)"
+        if lost
+        else f"{output}: nothing was lost"
+    )
+    next_step(f"recipes check --full {output}")
+    return 0
+
+
+def _errors(path: Path) -> list[RecipeError]:
+    """Return what `recipes check` finds in a file."""
+    try:
+        document = load_document(path)
+        return document.kind.checker()(document, False)
+    except RecipeErrors as errors:
+        return list(errors.errors)
+    except RecipeError as error:
+        return [error]
