@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.sections import DataSection, FiltersSection, SplitSection
 
 
@@ -18,8 +19,15 @@ class DataRecipe:
 
     data: DataSection
     train: dict[str, Any] = field(default_factory=dict)
-    path: str = "recipe.yaml"
-    base_dir: Path | None = None
+
+    def error(self, key: str, what: str, *hints: str) -> RecipeError:
+        return RecipeError(what, *hints, file="recipe.yaml", line=1 + list(LINES).index(key.split(".")[0]))
+
+    def folder_of(self, key: str) -> Path:
+        return Path()
+
+
+LINES = ("data", "train", "model")
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_a_wrong_mapping_names_the_nearest(read, columns, words):
 
 def test_case_37_no_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
-    with pytest.raises(SettingError, match="^0 rows in "):
+    with pytest.raises(SettingError, match=r"^0 rows in "):
         read_examples([read_file(tmp_path / "rows.jsonl")], "dolly", {})
 
 

@@ -35,7 +35,7 @@ def test_case_45_mixed_schemas_name_the_first_differing_file_and_column(write_js
     write_jsonl([{"x": "1"}], "d/a.jsonl")
     write_jsonl([{"x": "1"}], "d/b.jsonl")
     path = write_jsonl([{"x": "1", "output": "2"}], "d/c.jsonl")
-    with pytest.raises(DataError, match="column 'output' is not in .*a.jsonl") as caught:
+    with pytest.raises(DataError, match=r"column 'output' is not in .*a\.jsonl") as caught:
         load_tables(source(tmp_path / "d"), [])
     assert caught.value.file.endswith(path.name)
 

@@ -100,10 +100,11 @@ def _gate(audit: Mapping[str, Any], max_unsupervised_fraction: float) -> None:
     if audit["empty_completions"]["count"] == used:
         raise SettingError("data.source", f"{used}/{used} rows have an empty completion: there is nothing to learn", "check data.columns")
     if bare["count"] > max_unsupervised_fraction * used or bare["count"] == used or not audit["rows"]["trained"]:
-        hints = [f"raise train.max_length above {p95}, or leave such rows out with data.filters.max_tokens: {limit}"]
+        hints = [f"raise train.max_length above {p95}"]
         if bare["count"] < used:
             accepted = f"at most {max_unsupervised_fraction:.0%} are accepted (data.max_unsupervised_fraction)"
-            hints = [f"{accepted}; rows {listed(bare['ids'], 5)}", *hints]
+            drop = f"{hints[0]}, or leave long rows out with data.filters.max_tokens: {limit}"
+            hints = [f"{accepted}; rows {listed(bare['ids'], 5)}", drop]
         what = f"{bare['count']}/{used} rows have no supervised token at max_length={limit}; p95 prompt is {p95}"
         raise SettingError("train.max_length", what, *hints)
     end = audit["end_token_supervised"]

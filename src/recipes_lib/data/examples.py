@@ -12,9 +12,12 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import DataError
+
+if TYPE_CHECKING:
+    from recipes_lib.recipe.recipe import Recipe
 
 NUM_LISTED = 10
 
@@ -60,16 +63,11 @@ class SettingError(DataError):
         self.audit: Mapping[str, Any] | None = None  # what was counted before the data was refused
 
 
-def place(recipe: Any, error: DataError) -> DataError:
+def place(recipe: Recipe, error: DataError) -> DataError:
     """Give an error without a file the place of its key (`data.source` when it names none) in the recipe."""
     if error.file is None:
-        error.file, error.line = str(getattr(recipe, "path", "")) or None, None
-        try:
-            origin = recipe.origin_of(getattr(error, "key", "data.source"))
-        except (KeyError, LookupError, AttributeError):
-            origin = None
-        if origin is not None:
-            error.file, error.line = str(origin.file), origin.line
+        at = recipe.error(getattr(error, "key", "data.source"), error.what)
+        error.file, error.line = at.file, at.line
     return error
 
 

@@ -30,6 +30,8 @@ from recipes_lib.terminal import say
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from recipes_lib.recipe.recipe import Recipe
+
 NUM_ROWS_WORTH_A_LINE = 20_000
 
 
@@ -56,7 +58,7 @@ class PreparedData:
     prompt_format_hash: str
 
 
-def prepare_data(recipe: Any, tokenizer: Any) -> PreparedData:
+def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     """Read, split, tokenise and audit the data of a recipe.
 
     Args:
@@ -94,16 +96,9 @@ def prepare_data(recipe: Any, tokenizer: Any) -> PreparedData:
         )
 
 
-def data_folders(recipe: Any) -> list[Path]:
-    """Where the recipe's relative data and template paths are looked for: its own folder, before the working directory."""
-    base = getattr(recipe, "base_dir", None)
-    folders = [Path(base)] if base else []
-    for key in ("data.source", "data.chat_template"):
-        try:
-            folders.append(Path(recipe.origin_of(key).file).parent)
-        except (KeyError, LookupError, AttributeError, TypeError):
-            continue
-    return list(dict.fromkeys(folders))
+def data_folders(recipe: Recipe) -> list[Path]:
+    """Where relative data and template paths are looked for: beside the file that wrote them, before the working directory."""
+    return list(dict.fromkeys([recipe.folder_of("data.source"), recipe.folder_of("data.chat_template")]))
 
 
 def read_all(section: DataSection, folders: Sequence[Path]) -> list[Example]:
@@ -216,7 +211,7 @@ def _split_record(splits: Splits, section: DataSection, audit: dict[str, Any]) -
 
 
 @contextmanager
-def _placed(recipe: Any) -> Iterator[None]:
+def _placed(recipe: Recipe) -> Iterator[None]:
     """Give errors about a key the file and line of that key."""
     try:
         yield
