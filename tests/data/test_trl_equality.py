@@ -1,0 +1,77 @@
+"""Our token ids and labels are TRL's, token by token, wherever TRL does not lose or inject anything."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conversation_samples import MARKED, TURNS
+
+from recipes_lib.data.preparation import prepare_data
+from recipes_lib.data.prompts import task_prompt
+
+NO_SPLIT = {"method": "none"}
+
+
+@pytest.fixture(params=["tiny_tokenizer", "smollm2_tokenizer"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def dolly(shared_data):
+    """The first 200 rows of the stratified real data."""
+    with (shared_data / "dolly" / "dolly-1k-stratified.jsonl").open(encoding="utf-8") as stream:
+        return [json.loads(next(stream)) for _ in range(200)]
+
+
+def pairs(rows) -> list[dict[str, str]]:
+    return [{"prompt": task_prompt("dolly", row["instruction"], row["context"]), "completion": row["response"]} for row in rows]
+
+
+def ours(recipe, tokenizer) -> list[dict[str, list[int]]]:
+    return prepare_data(recipe, tokenizer).train.select_columns(["input_ids", "labels"]).to_list()
+
+
+@pytest.mark.parametrize("train", [{"max_length": 1024}, {"max_length": 100}, {"max_length": 100, "truncation_mode": "keep_end"}])
+def test_two_hundred_dolly_rows_are_equal_with_loss_on_the_completion(recipe_for, write_jsonl, trl_rows, tokenizer, dolly, train):
+    recipe = recipe_for(write_jsonl(dolly), train=train, split=NO_SPLIT, max_unsupervised_fraction=1.0)
+    assert ours(recipe, tokenizer) == trl_rows(pairs(dolly), tokenizer, **train)
+
+
+def test_two_hundred_dolly_rows_are_equal_with_loss_on_the_whole_text(recipe_for, write_jsonl, trl_rows, tokenizer, dolly):
+    train = {"max_length": 512, "completion_only_loss": False}
+    assert ours(recipe_for(write_jsonl(dolly), train=train, split=NO_SPLIT), tokenizer) == trl_rows(pairs(dolly), tokenizer, **train)
+
+
+def test_made_rows_are_equal_in_the_raw_format(recipe_for, write_jsonl, trl_rows, tiny_tokenizer):
+    rows = [{"prompt": f"Q{i}:\n", "completion": f" answer {i}\n\nend "} for i in range(30)]
+    recipe = recipe_for(write_jsonl(rows), prompt_format="raw", split=NO_SPLIT)
+    assert ours(recipe, tiny_tokenizer) == trl_rows(rows, tiny_tokenizer)
+    texts = [{"text": row["prompt"] + row["completion"]} for row in rows]
+    recipe = recipe_for(write_jsonl(texts), prompt_format="raw", split=NO_SPLIT)
+    assert ours(recipe, tiny_tokenizer) == trl_rows(texts, tiny_tokenizer)
+
+
+def test_conversations_are_equal_to_assistant_only_loss(recipe_for, write_jsonl, trl_rows, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", MARKED)
+    rows = [{"messages": [message | {"content": f"{message['content']} {i}"} for message in TURNS]} for i in range(20)]
+    recipe = recipe_for(write_jsonl(rows), prompt_format="chat", split=NO_SPLIT)
+    assert ours(recipe, tiny_tokenizer) == trl_rows(rows, tiny_tokenizer, assistant_only_loss=True)
+
+
+def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(recipe_for, shared_data, smollm2_tokenizer):
+    parts = sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
+    data = prepare_data(recipe_for(parts, split=NO_SPLIT), smollm2_tokenizer)
+    bare = data.audit["no_supervised_tokens"]
+    assert data.audit["rows"]["read"] == 15_011 and len(data.train) == 15_011 - 128
+    assert bare["count"] == len(set(bare["ids"])) == len(bare["places"]) == 128
+
+
+def test_the_published_splits_of_the_whole_dolly_have_the_published_sizes(recipe_for, shared_data, smollm2_tokenizer):
+    parts = sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
+    for validation, test, sizes in ((0.1, 0.2, (10_507, 1_501, 3_003)), (0.1, 0.1, (12_008, 1_501, 1_502))):
+        split = {"method": "published", "validation": validation, "test": test}
+        data = prepare_data(recipe_for(parts, split=split, train={"completion_only_loss": False}), smollm2_tokenizer)
+        assert (len(data.train), len(data.validation), len(data.test)) == sizes
+        assert data.audit["duplicates"]["across_splits"] and not data.audit["duplicates"]["moved_to_train"]
