@@ -12,6 +12,7 @@ from typing import Any
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import project_root, shown_path
+from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.yaml_source import no_such_file
 
@@ -19,13 +20,28 @@ DISTRIBUTED_TYPES = ("NO", "MULTI_GPU", "FSDP")
 MIXED_PRECISIONS = ("no", "bf16", "fp16", "fp8")
 # Keys that `accelerate launch` reads from a config file (accelerate/commands/config/config_args.py).
 _KEYS = {
-    *("compute_environment", "debug", "distributed_type", "downcast_bf16", "dynamo_config", "enable_cpu_affinity", "fsdp_config", "gpu_ids"),
+    *(
+        "compute_environment",
+        "debug",
+        "distributed_type",
+        "downcast_bf16",
+        "dynamo_config",
+        "enable_cpu_affinity",
+        "fsdp_config",
+        "gpu_ids",
+    ),
     *("machine_rank", "main_process_ip", "main_process_port", "main_training_function", "mixed_precision", "num_machines", "num_processes"),
     *("rdzv_backend", "same_network", "use_cpu"),
 }
 _FSDP_KEYS = {
     *("fsdp_version", "fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params", "fsdp_reshard_after_forward"),
-    *("fsdp_offload_params", "fsdp_cpu_ram_efficient_loading", "fsdp_state_dict_type", "fsdp_activation_checkpointing", "fsdp_backward_prefetch"),
+    *(
+        "fsdp_offload_params",
+        "fsdp_cpu_ram_efficient_loading",
+        "fsdp_state_dict_type",
+        "fsdp_activation_checkpointing",
+        "fsdp_backward_prefetch",
+    ),
 }
 
 
@@ -58,7 +74,9 @@ def accelerate_config_path(name_or_path: str | Path) -> Path:
     if not path.is_file():
         names = sorted(entry.stem for entry in folder.glob("*.yaml"))
         near = did_you_mean(str(name_or_path), names)
-        raise RecipeError(f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/", *near, f"there are {', '.join(names) or 'none'}")
+        raise RecipeError(
+            f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/", *near, f"there are {', '.join(names) or 'none'}"
+        )
     return path
 
 
@@ -87,21 +105,28 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
     )
 
 
+def launched_processes(launch: LaunchSection, config: AccelerateConfig) -> int:
+    """Return the number of processes of a recipe's default launch; `config` is what its `launch.accelerate` names."""
+    if launch.gpus is not None:
+        return launch.gpus * launch.nodes
+    return config.num_processes if config.distributed_type != "NO" else 1
+
+
 def check_accelerate_config(document: Document, full: bool = False) -> list[RecipeError]:
     """Return what is wrong with an accelerate config, all at once."""
     del full  # nothing to add: the model's layer names are checked with the recipe
-    values, errors = document.values, []
-    for key in values:
-        if key not in _KEYS:
-            errors.append(document.error((key,), f"unknown key '{key}' in an accelerate config", *did_you_mean(key, _KEYS)))
+    values = document.values
+    unknown = [key for key in values if key not in _KEYS]
+    errors = [document.error((key,), f"unknown key '{key}' in an accelerate config", *did_you_mean(key, _KEYS)) for key in unknown]
     fsdp = values.get("fsdp_config") or {}
     if not isinstance(fsdp, dict):
         return [*errors, document.error(("fsdp_config",), "fsdp_config must be a mapping")]
-    for key in fsdp:
-        if key not in _FSDP_KEYS:
-            errors.append(document.error(("fsdp_config", key), f"unknown key 'fsdp_config.{key}'", *did_you_mean(key, _FSDP_KEYS)))
-    errors += _check_values(document, values, fsdp)
-    return errors
+    errors += [
+        document.error(("fsdp_config", key), f"unknown key 'fsdp_config.{key}'", *did_you_mean(key, _FSDP_KEYS))
+        for key in fsdp
+        if key not in _FSDP_KEYS
+    ]
+    return errors + _check_values(document, values, fsdp)
 
 
 def _check_values(document: Document, values: dict[str, Any], fsdp: dict[str, Any]) -> list[RecipeError]:
@@ -112,7 +137,11 @@ def _check_values(document: Document, values: dict[str, Any], fsdp: dict[str, An
         errors.append(document.error(("distributed_type",), "distributed_type NO is read as false; quote it: 'NO'"))
     elif kind not in DISTRIBUTED_TYPES:
         what = f"distributed_type '{kind}' is not supported; one of {', '.join(DISTRIBUTED_TYPES)}"
-        hint = ["MULTI_CPU starts one process; use MULTI_GPU with use_cpu: true"] if kind == "MULTI_CPU" else did_you_mean(str(kind), DISTRIBUTED_TYPES)
+        hint = (
+            ["MULTI_CPU starts one process; use MULTI_GPU with use_cpu: true"]
+            if kind == "MULTI_CPU"
+            else did_you_mean(str(kind), DISTRIBUTED_TYPES)
+        )
         errors.append(document.error(("distributed_type",), what, *hint))
     precision = values.get("mixed_precision", "no")
     if precision is False:

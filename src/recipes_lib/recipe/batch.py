@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from recipes_lib.errors import RecipeError
+
+if TYPE_CHECKING:
+    from recipes_lib.recipe.recipe import Recipe
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Return the gradient accumulation steps: derived from `run.global_batch_size` when the recipe declares one.
+
+    Raises:
+        RecipeError: no whole number does it.
+    """
+    if recipe.run.global_batch_size is None:
+        return int(recipe.train.get("gradient_accumulation_steps", 1))
+    try:
+        return solve_batch(recipe.run.global_batch_size, recipe.train.get("per_device_train_batch_size", 8), world_size)
+    except RecipeError as error:
+        raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
 
 
 def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:
@@ -31,17 +50,6 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
     )
 
 
-def explain_batch(per_device: int, accumulation: int, world_size: int) -> str:
-    """Return the arithmetic of one optimizer step as a line.
-
-    Example:
-        >>> explain_batch(4, 8, 2)
-        '4/device x 8 accumulation x 2 processes = 64 examples per step'
-    """
-    total = per_device * accumulation * world_size
-    return f"{per_device}/device x {accumulation} accumulation x {world_size} process{'es' * (world_size > 1)} = {total} examples per step"
-
-
 def _legal_values(global_batch_size: int, per_device: int, world_size: int) -> list[str]:
     """Return hints: micro-batches that divide this batch, and batches this micro-batch divides."""
     hints = []
@@ -53,5 +61,7 @@ def _legal_values(global_batch_size: int, per_device: int, world_size: int) -> l
     micro_batch = per_device * world_size
     below = global_batch_size // micro_batch * micro_batch
     legal = [str(size) for size in (below, below + micro_batch) if size]
-    hints.append(f"keep {per_device} per device on {world_size} process{'es' * (world_size > 1)}: run.global_batch_size {' or '.join(legal)}")
+    hints.append(
+        f"keep {per_device} per device on {world_size} process{'es' * (world_size > 1)}: run.global_batch_size {' or '.join(legal)}"
+    )
     return hints

@@ -36,14 +36,22 @@ _Rule = Callable[[dict[str, Any], Document], Iterator[Any]]
 def _precision(sections: dict[str, Any], _: Document) -> Iterator[Any]:
     train = sections.get("train", {})
     if train.get("bf16") is True and train.get("fp16") is True:
-        yield ("train", "fp16"), "train.bf16 and train.fp16 are both true; a run has one precision", "remove one of them (bf16 needs no loss scaling)"
+        yield (
+            ("train", "fp16"),
+            "train.bf16 and train.fp16 are both true; a run has one precision",
+            "remove one of them (bf16 needs no loss scaling)",
+        )
 
 
 def _quantization(sections: dict[str, Any], document: Document) -> Iterator[Any]:
     quantization = sections.get("quantization", {})
     four, eight = quantization.get("load_in_4bit") is True, quantization.get("load_in_8bit") is True
     if four and eight:
-        yield ("quantization", "load_in_8bit"), "quantization.load_in_4bit and load_in_8bit are both true; weights have one precision", "remove one of them"
+        yield (
+            ("quantization", "load_in_8bit"),
+            "quantization.load_in_4bit and load_in_8bit are both true; weights have one precision",
+            "remove one of them",
+        )
     if quantization and not four and not eight and document.kind.name == "recipe":
         yield ("quantization",), "quantization switches nothing on", "set load_in_4bit: true or load_in_8bit: true, or remove the section"
     if (four or eight) and not sections.get("lora") and document.kind.name == "recipe":

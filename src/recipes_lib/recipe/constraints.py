@@ -43,9 +43,12 @@ _MIXTURE_PART = {
 TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
     "train": {
         **dict.fromkeys(
-            ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length", "save_total_limit"), _AT_LEAST_1
+            ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length", "save_total_limit"),
+            _AT_LEAST_1,
         ),
-        **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataset_num_proc", "dataloader_prefetch_factor"), _AT_LEAST_1),
+        **dict.fromkeys(
+            ("eval_accumulation_steps", "torch_empty_cache_steps", "dataset_num_proc", "dataloader_prefetch_factor"), _AT_LEAST_1
+        ),
         **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps"), _POSITIVE),
         **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "neftune_noise_alpha"), _NOT_NEGATIVE),
         **dict.fromkeys(("dataloader_num_workers", "seed", "data_seed", "router_aux_loss_coef"), _NOT_NEGATIVE),

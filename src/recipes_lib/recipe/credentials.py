@@ -24,7 +24,9 @@ def find_credentials(document: Document) -> dict[KeyPath, RecipeError]:
     errors: dict[KeyPath, RecipeError] = {}
     for path, value in _walk(document.values, ()):
         key = str(path[-1]).replace("-", "_")
-        named = bool(_SECRET_KEY.search(key)) and value not in (None, "") and not isinstance(value, dict | list | bool) and not _is_known(path)
+        named = (
+            bool(_SECRET_KEY.search(key)) and value not in (None, "") and not isinstance(value, dict | list | bool) and not _is_known(path)
+        )
         if named or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             what = f"'{'.'.join(map(str, path))}' looks like a secret; a recipe must not hold one"
             errors[path] = document.error(path, what, _HINT)

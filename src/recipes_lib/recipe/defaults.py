@@ -1,4 +1,4 @@
-"""Project defaults for `train` that differ from TRL's. None changes the declared mathematics; a recipe may overrule each but the NaN filter."""
+"""Project defaults for `train` that differ from TRL's. None changes the declared mathematics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class ProjectDefault:
 
 
 TRAIN_DEFAULTS = {
-    "activation_checkpointing": ProjectDefault(False, "recomputing activations costs a third of the speed; switch it on when memory is short"),
+    "activation_checkpointing": ProjectDefault(
+        False, "recomputing activations costs a third of the speed; switch it on when memory is short"
+    ),
     "logging_nan_inf_filter": ProjectDefault(False, "upstream replaces a NaN loss by an earlier mean, so a broken run looks fine"),
     "ddp_find_unused_parameters": ProjectDefault(False, "a LoRA step uses every trainable parameter; searching for unused ones costs time"),
 }

@@ -39,14 +39,16 @@ class Kind:
     def checker(self) -> Callable[[Document, bool], list[RecipeError]]:
         """Return the check function, imported when it is needed."""
         module, function = self.check.split(":")
-        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), function)
 
 
 def _kind(name: str, title: str, keys: str = "", use: str = "", check: str = "") -> Kind:
     return Kind(name, title, frozenset(keys.split()), use, check)
 
 
-RECIPE = _kind("recipe", "a recipe", f"extends {' '.join(SECTIONS)}", "train it: recipes train", "recipes_lib.recipe.validation:check_recipe")
+RECIPE = _kind(
+    "recipe", "a recipe", f"extends {' '.join(SECTIONS)}", "train it: recipes train", "recipes_lib.recipe.validation:check_recipe"
+)
 BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipes_lib.recipe.validation:check_recipe")
 KINDS = (
     RECIPE,
@@ -61,8 +63,8 @@ KINDS = (
     _kind(
         "flat",
         "a flat TRL config, not a recipe",
-        "model_name_or_path dataset_name dataset_mixer dataset_mixture output_dir learning_rate per_device_train_batch_size num_train_epochs "
-        "use_peft lora_r load_in_4bit max_seq_length max_length torch_dtype do_train stage finetuning_type",
+        "model_name_or_path dataset_name dataset_mixer dataset_mixture output_dir learning_rate per_device_train_batch_size "
+        "num_train_epochs use_peft lora_r load_in_4bit max_seq_length max_length torch_dtype do_train stage finetuning_type",
         "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml",
         "recipes_lib.recipe.validation:check_flat",
     ),

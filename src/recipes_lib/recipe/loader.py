@@ -6,7 +6,8 @@ once, so a diamond is legal. Whether the values make sense is decided in `valida
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Document:
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
     warnings: list[RecipeError] = field(default_factory=list)
     text: str = ""
+    levels: int = 0
 
     @property
     def file(self) -> str:
@@ -49,15 +51,18 @@ class Document:
 
     def origin(self, path: KeyPath) -> Origin:
         """Return the origin of the value at `path`, or of the nearest key above it."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return Origin(self.file)
+        return nearest_origin(self.origins, path, self.file)
 
     def error(self, path: KeyPath, what: str, *hints: str) -> RecipeError:
         """Return an error placed where the value at `path` was written."""
         origin = self.origin(path)
         return RecipeError(what, *hints, file=origin.file, line=origin.line)
+
+
+def nearest_origin(origins: Mapping[KeyPath, Origin], path: KeyPath, file: str) -> Origin:
+    """Return the origin of the value at `path`, of the nearest key above it, or the file as a whole."""
+    written = (path[:length] for length in range(len(path), 0, -1) if path[:length] in origins)
+    return next((origins[key] for key in written), Origin(file))
 
 
 def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
@@ -74,7 +79,8 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     kind = kinds.kind_of(source.values, source.text, source.file)
     document = Document(path, kind, {}, text=source.text)
     if kind.name in ("recipe", "base"):
-        for part in _with_parents(path, source):
+        parts, document.levels = _with_parents(path, source)
+        for part in parts:
             _merge(document, part)
     else:
         _merge(document, source)
@@ -83,25 +89,28 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     return document
 
 
-def _with_parents(path: Path, source: YamlSource) -> list[YamlSource]:
-    """Return the file and all it extends, parents before children, each once."""
+def _with_parents(path: Path, source: YamlSource) -> tuple[list[YamlSource], int]:
+    """Return the file and all it extends, parents before children, each once; and the number of levels above it."""
     ordered: dict[Path, YamlSource] = {}
+    deepest = 0
 
     def visit(path: Path, source: YamlSource, stack: tuple[Path, ...]) -> None:
+        nonlocal deepest
+        deepest = max(deepest, len(stack))
         stack = (*stack, path.resolve())
         for name, line in _parents(source):
-            parent = path.parent / name
+            parent = Path(os.path.normpath(path.parent / name))
             if parent.resolve() in stack:
                 chain = [*stack[stack.index(parent.resolve()) :], parent.resolve()]
                 raise RecipeError(f"extends goes in a circle: {' -> '.join(step.name for step in chain)}", file=source.file, line=line)
             if len(stack) > MAX_LEVELS:
-                chain = [*(step.name for step in stack), parent.name]
-                raise RecipeError(f"extends goes deeper than {MAX_LEVELS} levels: {' -> '.join(chain)}", file=source.file, line=line)
+                names = [step.name for step in (*stack, parent)]
+                raise RecipeError(f"extends goes deeper than {MAX_LEVELS} levels: {' -> '.join(names)}", file=source.file, line=line)
             visit(parent, _read_parent(parent, name, source, line), stack)
         ordered.setdefault(path.resolve(), source)
 
     visit(path, source, ())
-    return list(ordered.values())
+    return list(ordered.values()), deepest
 
 
 def _parents(source: YamlSource) -> Iterable[tuple[str, int | None]]:
@@ -170,7 +179,7 @@ def _parse_override(word: str) -> YamlSource:
 
 def _dotted_form(name: str, text: str) -> list[str]:
     """Return the hint that names the dotted form of a bare TRL flag such as `learning_rate`."""
-    from recipes_lib.recipe.suggestions import dotted_names
+    from recipes_lib.recipe.vocabulary import dotted_names
 
     near = dotted_names(name)
     return [f"write {' or '.join(f'{dotted}={text}' for dotted in near)}"] if near else []

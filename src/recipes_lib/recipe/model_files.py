@@ -31,7 +31,9 @@ def local_folder(recipe: Recipe) -> Path | None:
     if path.is_dir():
         return path
     if name.endswith(".gguf"):
-        raise recipe.error(KEY, f"'{name}' is a GGUF file; quantized weights cannot be trained further", "give the original model's folder or Hub id")
+        raise recipe.error(
+            KEY, f"'{name}' is a GGUF file; quantized weights cannot be trained further", "give the original model's folder or Hub id"
+        )
     if path.is_file():
         raise recipe.error(KEY, f"'{name}' is a file; a model is a folder with config.json, safetensors and a tokenizer")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -60,9 +62,13 @@ def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None
     if config is None:
         files = sorted(folder.glob("*.gguf"))
         if files:
-            yield recipe.error(KEY, f"holds GGUF weights ({files[0].name}); quantized weights cannot be trained further", "give the original model")
+            yield recipe.error(
+                KEY, f"holds GGUF weights ({files[0].name}); quantized weights cannot be trained further", "give the original model"
+            )
         else:
-            yield recipe.error(KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer")
+            yield recipe.error(
+                KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer"
+            )
         return
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(_CAUSAL) for name in architectures):
@@ -70,7 +76,9 @@ def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None
         yield recipe.error(KEY, what.replace("…", "..."))
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "a method of its own")
-        yield recipe.error(KEY, f"the model is already quantized ({method})", "give the original model; for QLoRA add a quantization section")
+        yield recipe.error(
+            KEY, f"the model is already quantized ({method})", "give the original model; for QLoRA add a quantization section"
+        )
     if "auto_map" in config and remote_code is not True:
         yield from _remote_code(recipe, remote_code)
     yield from _check_weights(recipe, folder)

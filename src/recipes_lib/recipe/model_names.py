@@ -47,7 +47,7 @@ def architecture(folder: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
 @lru_cache(maxsize=4)
@@ -74,7 +74,9 @@ def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     wanted = lora.get("layers_to_transform")
     for layer in [wanted] if isinstance(wanted, int) else wanted or []:
         if layers is not None and not 0 <= layer < layers:
-            yield recipe.error("lora.layers_to_transform", f"lora.layers_to_transform: the model has no layer {layer}", f"it has layers 0 to {layers - 1}")
+            yield recipe.error(
+                "lora.layers_to_transform", f"lora.layers_to_transform: the model has no layer {layer}", f"it has layers 0 to {layers - 1}"
+            )
 
 
 def _unmatched(names: Any, modules: dict[str, Any]) -> list[str]:

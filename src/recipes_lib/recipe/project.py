@@ -40,12 +40,25 @@ def cache_root() -> Path:
     return Path(os.environ.get("RECIPES_CACHE") or project_root() / ".cache")
 
 
+def recipe_path(name: str | Path) -> Path:
+    """Return the file a recipe's path or short name means: `quickstart/lora-r8` is recipes/quickstart/lora-r8.yaml.
+
+    Short names are looked for in recipes/ of the working directory, then of the project. A name that is found nowhere is returned
+    as it is, so that reading it says so.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    places = (folder / f"{name}.yaml" for folder in (Path(), Path("recipes"), project_root() / "recipes"))
+    return next((place for place in places if place.is_file()), path)
+
+
 def shown_path(path: Path) -> str:
     """Return `path` as a user would type it: relative to the working directory when it lies inside.
 
     Symbolic links are not followed, so the name stays the one that was given.
     """
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
 
 

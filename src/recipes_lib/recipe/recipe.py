@@ -13,13 +13,15 @@ from typing import Any
 
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.defaults import TRAIN_DEFAULTS
-from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document
-from recipes_lib.recipe.project import check_run_name
+from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document, nearest_origin
+from recipes_lib.recipe.project import check_run_name, recipe_path
 from recipes_lib.recipe.sections import DataSection, FiltersSection, LaunchSection, ModelSection, RunSection, SplitSection
 from recipes_lib.recipe.yaml_source import KeyPath
 
 PROJECT_DEFAULT = Origin("project default")
 UPSTREAM_DEFAULT = Origin("default")
+_UNCHOSEN = object()
+_FREE_MAPPINGS = {("model", "kwargs"), ("data", "columns")}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Recipe:
 
     `train` holds what goes to `SFTConfig`: the recipe's keys and the project's defaults. `name` is the run's name. `base_dir` is
     the folder that relative data paths mean: the one of the file that wrote `data.source`, or the working directory for an override.
+    `levels` counts the levels of `extends` above it.
     """
 
     path: Path
@@ -42,6 +45,7 @@ class Recipe:
     origins: Mapping[KeyPath, Origin]
     warnings: tuple[RecipeError, ...]
     base_dir: Path
+    levels: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return all resolved sections as plain nested values, our sections with their defaults."""
@@ -57,26 +61,26 @@ class Recipe:
             "launch": ours["launch"],
         }
 
-    def origin_of(self, key: str) -> Origin:
-        """Return where the value of a dotted key was written; a key nobody wrote has a default's origin.
+    def written_values(self) -> dict[str, Any]:
+        """Return the sections with the values somebody chose (a file, the command line, the project), without defaults."""
+        sections = {name: self._chosen((name,), value) for name, value in self.to_dict().items()}
+        return {name: value for name, value in sections.items() if value is not _UNCHOSEN}
 
-        A key inside a written mapping or list has the origin of the nearest one above it.
-        """
-        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        if path in self.origins:
-            return self.origins[path]
-        if path[0] == "train" and len(path) > 1 and path[1] in TRAIN_DEFAULTS and path[:2] not in self.origins:
-            return PROJECT_DEFAULT
-        for length in range(len(path) - 1, 1, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return UPSTREAM_DEFAULT
+    def _chosen(self, path: KeyPath, value: Any) -> Any:
+        if isinstance(value, dict) and path not in _FREE_MAPPINGS:
+            inner = {key: self._chosen((*path, key), item) for key, item in value.items()}
+            return {key: item for key, item in inner.items() if item is not _UNCHOSEN} or _UNCHOSEN
+        return value if self.origin_of(".".join(map(str, path))) != UPSTREAM_DEFAULT else _UNCHOSEN
+
+    def origin_of(self, key: str) -> Origin:
+        """Return where the value of a dotted key was written; a key nobody wrote has a default's origin."""
+        path = _key_path(key)
+        default = PROJECT_DEFAULT if path[0] == "train" and path[-1] in TRAIN_DEFAULTS else UPSTREAM_DEFAULT
+        return self.origins.get(path, default)
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
-        """Return an error placed where `key` was written, or at the recipe when a default is at fault."""
-        origin = self.origin_of(key)
-        if origin in (PROJECT_DEFAULT, UPSTREAM_DEFAULT):
-            origin = self.origins.get((key.split(".")[0],), Origin(str(self.path)))
+        """Return an error placed where `key` was written; for a default, where its section or else the recipe is."""
+        origin = nearest_origin(self.origins, _key_path(key), str(self.path))
         return RecipeError(what, *hints, file=origin.file, line=origin.line)
 
     def folder_of(self, key: str) -> Path:
@@ -95,7 +99,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     from recipes_lib.recipe.validation import validate
 
-    document = load_document(path, overrides)
+    document = load_document(recipe_path(path), overrides)
     errors = validate(document, expected="recipe")
     if errors:
         raise RecipeErrors(errors)
@@ -120,6 +124,7 @@ def recipe_from(document: Document) -> Recipe:
         quantization=values.get("quantization"),
         origins=document.origins,
         warnings=tuple(document.warnings),
+        levels=document.levels,
         base_dir=_folder(document.origins, document.path, ("data", "source")),
     )
 
@@ -134,6 +139,10 @@ def run_name(document: Document) -> str:
     origin = document.origin(("run", "name"))
     name = f"{document.path.resolve().parent.name}--{document.path.stem}" if given is None else given
     return check_run_name(name, origin.file, origin.line)
+
+
+def _key_path(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
 def _folder(origins: Mapping[KeyPath, Origin], path: Path, key: KeyPath) -> Path:

@@ -83,7 +83,9 @@ def _object(section: str, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
     refused, tightened = NOT_IN_RECIPES.get(section, {}), TIGHTENINGS.get(section, {})
     stale = (refused.keys() | tightened.keys()) - fields.keys()
     assert not stale, f"recipe/constraints.py names {section} keys that are gone upstream: {sorted(stale)}"
-    properties = {key: _tighten(schema, tightened.get(key, {})) for key, schema in sorted(fields.items()) if key not in refused and key not in RENAMES}
+    properties = {
+        key: _tighten(schema, tightened.get(key, {})) for key, schema in sorted(fields.items()) if key not in refused and key not in RENAMES
+    }
     return {"additionalProperties": False, "properties": properties}
 
 
@@ -186,7 +188,9 @@ def _upstream_sections() -> dict[str, dict[str, dict[str, Any]]]:
     train = _fields_of(SFTConfig)
     trackers = sorted(INTEGRATION_TO_CALLBACK)
     several = {"type": "array", "items": {"enum": trackers}}
-    train["report_to"] = {key: train["report_to"][key] for key in ("description", "default")} | {"anyOf": [{"enum": ["none", *trackers]}, several]}
+    train["report_to"] = {key: train["report_to"][key] for key in ("description", "default")} | {
+        "anyOf": [{"enum": ["none", *trackers]}, several]
+    }
     train["accelerator_config"] |= {"additionalProperties": False, "properties": _fields_of(AcceleratorConfig)}
     return {"train": train, "lora": _fields_of(LoraConfig), "quantization": _documented_arguments(BitsAndBytesConfig)}
 

@@ -40,8 +40,8 @@ class SplitSection:
     """How rows are divided into train, validation and test."""
 
     method: Literal["hash", "published", "none"] = _key(
-        "hash: by a hash of each example's id, independent of order and recipe. published: two `train_test_split` calls with `seed`, as the "
-        "original study did. none: every row is a training row.",
+        "hash: by a hash of each example's id, independent of order and recipe. published: two `train_test_split`"
+        " calls with `seed`, as the original study did. none: every row is a training row.",
         "hash",
     )
     validation: float = _key("Fraction of the rows held out for validation.", 0.1, minimum=0)
@@ -54,7 +54,9 @@ class FiltersSection:
     """Rows to leave out, counted in the audit."""
 
     categories: list[str] | None = _key("Keep only rows whose category is one of these.")
-    drop_empty_completions: bool = _key("Leave out rows whose completion is empty; otherwise they train on the end token alone and are counted.", False)
+    drop_empty_completions: bool = _key(
+        "Leave out rows whose completion is empty; otherwise they train on the end token alone and are counted.", False
+    )
     max_tokens: int | None = _key("Leave out rows longer than this many tokens instead of truncating them.", minimum=1)
 
 
@@ -63,15 +65,21 @@ class DataSection:
     """The training data and how a row becomes a prompt and a completion."""
 
     source: str | list[Any] = field(
-        metadata={"help": "Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list of {source, subset, source_split, columns, max_examples} for a mixture."}
+        metadata={
+            "help": "Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list of {source, subset, "
+            "source_split, columns, max_examples} for a mixture."
+        }
     )
     subset: str | None = _key("Configuration of a Hub data set.")
     source_split: str = _key("Split of a Hub data set to read.", "train")
     revision: str | None = _key("Branch, tag or commit of a Hub data set.")
-    columns: dict[str, str] = _key("Our name -> the file's name, for id, instruction, context, response, category, prompt, completion, text, messages.", factory=dict)
+    columns: dict[str, str] = _key(
+        "Our name -> the file's name, for id, instruction, context, response, category, prompt, completion, text, messages.", factory=dict
+    )
     prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = _key(
-        "dolly and alpaca: headings around instruction, context, response. chat: the chat template around messages (or around an instruction and "
-        "its response). raw: the columns prompt and completion, or text, as they are.",
+        "dolly and alpaca: headings around instruction, context, response. chat: the chat template around "
+        "messages (or around an instruction and its response). raw: the columns prompt and completion, or text, "
+        "as they are.",
         "dolly",
     )
     chat_template: str | None = _key("For `chat`: path of a .jinja file or the template itself. Absent: the tokenizer's own.")
@@ -81,7 +89,9 @@ class DataSection:
     filters: FiltersSection = _key("Rows to leave out.", factory=FiltersSection)
     max_examples: int | None = _key("Use at most this many rows, the first ones in hash order.", minimum=1)
     special_tokens: Literal["text", "keep"] = _key(
-        "What to do where a row's text contains a special token such as </s>: text reads it as ordinary characters, keep lets it act as the special token.", "text"
+        "What to do where a row's text contains a special token such as </s>: text reads it as ordinary "
+        "characters, keep lets it act as the special token.",
+        "text",
     )
     max_unsupervised_fraction: float = _key("Refuse to train when more than this fraction of rows has no token with loss.", 0.05, minimum=0)
 
@@ -92,8 +102,8 @@ class RunSection:
 
     name: str | None = _key("Folder under runs/. Default: <recipe folder>--<file stem>.")
     global_batch_size: int | None = _key(
-        "Examples per optimizer step over all processes. Gradient accumulation is derived from it; absent, it is per_device_train_batch_size x "
-        "gradient_accumulation_steps x processes.",
+        "Examples per optimizer step over all processes. Gradient accumulation is derived from it; absent, it is "
+        "per_device_train_batch_size x gradient_accumulation_steps x processes.",
         minimum=1,
     )
     tags: list[str] = _key("Labels for `recipes ls` and the report.", factory=list)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.accelerate_config import AccelerateConfig, load_accelerate_config
-from recipes_lib.recipe.batch import solve_batch
+from recipes_lib.recipe.accelerate_config import AccelerateConfig, launched_processes, load_accelerate_config
+from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.model_files import KEY, check_files, local_folder
 from recipes_lib.recipe.recipe import Recipe
 
@@ -42,7 +42,9 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     values = dict(recipe.train)
     values["use_cpu"] = values.get("use_cpu", False) or not _has_accelerator()
     if values["use_cpu"] and (values.get("fp16") or values.get("fp16_full_eval")):
-        raise recipe.error("train.fp16", "train.fp16 does nothing on a CPU: it would train in float32 and say nothing", "use train.bf16: true")
+        raise recipe.error(
+            "train.fp16", "train.fp16 does nothing on a CPU: it would train in float32 and say nothing", "use train.bf16: true"
+        )
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
     if values.get("assistant_only_loss"):
         values["assistant_only_loss"] = False  # the labels say it already; TRL looks for conversations in the rows
@@ -53,20 +55,6 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
         return SFTConfig(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise _refused(recipe, "train", error) from None
-
-
-def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Return the gradient accumulation steps: derived from `run.global_batch_size` when the recipe declares one.
-
-    Raises:
-        RecipeError: no whole number does it.
-    """
-    if recipe.run.global_batch_size is None:
-        return int(recipe.train.get("gradient_accumulation_steps", 1))
-    try:
-        return solve_batch(recipe.run.global_batch_size, recipe.train.get("per_device_train_batch_size", 8), world_size)
-    except RecipeError as error:
-        raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig | None:
@@ -126,7 +114,7 @@ def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: li
             return None
 
     accelerate = collect(lambda: load_accelerate_config(recipe.launch.accelerate)) or AccelerateConfig(Path())
-    world_size = launched_processes(recipe, accelerate)
+    world_size = launched_processes(recipe.launch, accelerate)
     collect(lambda: build_sft_config(_for_this_machine(recipe, accelerate, notes), "unused", world_size))
     collect(lambda: build_lora_config(recipe))
     collect(lambda: build_quantization_config(recipe))
@@ -157,13 +145,6 @@ def _for_this_machine(recipe: Recipe, accelerate: AccelerateConfig, notes: list[
     return dataclasses.replace(recipe, train={key: value for key, value in recipe.train.items() if key not in judged_by_gpu})
 
 
-def launched_processes(recipe: Recipe, accelerate: AccelerateConfig) -> int:
-    """Return the number of processes of the recipe's default launch."""
-    if recipe.launch.gpus is None:
-        return accelerate.num_processes if accelerate.distributed_type != "NO" else 1
-    return recipe.launch.gpus * recipe.launch.nodes
-
-
 def _has_accelerator() -> bool:
     """Whether a GPU (or another accelerator) is there and the launcher did not ask for the CPU."""
     import torch
@@ -182,7 +163,8 @@ def _check_sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) ->
     if storage == compute == "bfloat16":
         return []
     key = "quantization.bnb_4bit_quant_storage" if storage else "quantization.load_in_4bit"
-    what = f"QLoRA under FSDP needs 4-bit weights stored as bfloat16, the adapter's type: storage is {storage or 'uint8'}, compute {compute or 'float32'}"
+    found = f"storage is {storage or 'uint8'}, compute {compute or 'float32'}"
+    what = f"QLoRA under FSDP needs 4-bit weights stored as bfloat16, the adapter's type: {found}"
     return [recipe.error(key, what, "set bnb_4bit_quant_storage: bfloat16 and bnb_4bit_compute_dtype: bfloat16, or launch with ddp")]
 
 

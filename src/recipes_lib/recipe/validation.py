@@ -24,7 +24,14 @@ from recipes_lib.recipe.yaml_source import KeyPath
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
 
-_TYPES = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text", "array": "a list", "object": "a mapping"}
+_TYPES = {
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "array": "a list",
+    "object": "a mapping",
+}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
 _MOST_CHOICES = 16
@@ -149,7 +156,9 @@ def _wrong_value(document: Document, path: KeyPath, error: ValidationError) -> R
     if not path:
         return RecipeError("holds no mapping", file=document.file)
     if len(path) == 1:
-        return document.error(path, f"section '{path[0]}' must be a mapping of keys, got {shown(value)}", f"all keys: recipes explain {path[0]}")
+        return document.error(
+            path, f"section '{path[0]}' must be a mapping of keys, got {shown(value)}", f"all keys: recipes explain {path[0]}"
+        )
     choices = _choices(schema)
     hints = []
     if isinstance(value, str):

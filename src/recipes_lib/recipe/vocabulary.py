@@ -22,7 +22,7 @@ def load_schema() -> dict[str, Any]:
     """
     path = project_root() / "schema" / "recipe.schema.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path} is missing", "write it with: make schema") from None
 

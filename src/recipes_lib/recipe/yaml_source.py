@@ -7,7 +7,6 @@ that surprise people (`NO`, `010`, `1:30`) are seen. What a key means is not thi
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,10 +43,10 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose one node; a tag in front of it is an error."""
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if getattr(event, "tag", None) is not None and not isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="tags are not allowed in recipes", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
 
 def read_yaml(path: Path, file: str | None = None) -> YamlSource:
@@ -103,7 +102,7 @@ def _read_text(path: Path, file: str) -> str:
     if path.is_dir():
         raise RecipeError("is a folder, not a YAML file", file=file)
     try:
-        if os.path.getsize(path) > _MAX_BYTES:
+        if path.stat().st_size > _MAX_BYTES:
             raise RecipeError("is larger than 1 MB: not a recipe", file=file)
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -224,11 +223,11 @@ class _Builder:
         """Return a number; base 60 and octal are read as YAML 1.1 does and warned about."""
         text = node.value
         loader = yaml.SafeLoader("")
-        value = loader.construct_yaml_int(node) if tag == "int" else loader.construct_yaml_float(node)  # type: ignore[no-untyped-call]
+        value = loader.construct_yaml_int(node) if tag == "int" else loader.construct_yaml_float(node)
         digits = text.lstrip("+-")
         if ":" in text or (tag == "int" and len(digits) > 1 and digits.startswith("0") and digits[1].isdigit()):
             self.warn(node, path, text, str(value))
-        return value  # type: ignore[no-any-return]
+        return value
 
     def warn(self, node: yaml.Node, path: KeyPath, text: str, read_as: str) -> None:
         """Record that a plain value is not read the way it looks."""

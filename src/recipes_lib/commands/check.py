@@ -1,0 +1,88 @@
+"""recipes check: recipes, bases and accelerate configs, files or whole folders, everything wrong at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from recipes_lib.errors import ExitCode, RecipeError, RecipeErrors, print_error
+from recipes_lib.recipe.loader import load_document
+from recipes_lib.recipe.project import shown_path
+from recipes_lib.recipe.yaml_source import no_such_file
+from recipes_lib.terminal import next_step, say
+
+_SKIPPED_FOLDERS = {"runs", "node_modules"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="YAML files, or folders with YAML files of any kind")
+    parser.add_argument(
+        "--full", action="store_true", help="also build TRL's, PEFT's and bitsandbytes' objects and read the model's config"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check every file; print all errors, then warnings and notes.
+
+    Raises:
+        RecipeErrors: everything that is wrong.
+    """
+    files = list(dict.fromkeys(file for path in args.paths for file in _files(Path(path))))
+    errors: dict[str, RecipeError] = {}
+    remarks: list[RecipeError] = []
+    broken = 0
+    for file in files:
+        try:
+            document = load_document(file)
+            found = document.kind.checker()(document, args.full)
+            remarks += document.warnings
+        except RecipeErrors as several:
+            found = list(several.errors)
+        except RecipeError as error:
+            found = [error]
+        broken += bool(found)
+        errors |= {str(error): error for error in found}
+    _print_remarks(remarks)
+    if errors:
+        print_error(RecipeErrors(errors.values()))
+        print(f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {_count(files)}", file=sys.stderr)
+        return ExitCode.USAGE
+    say(f"{_count(files)} ok")
+    next_step(f"recipes data {shown_path(files[0])} --show 3" if len(files) == 1 and document.kind.name == "recipe" else "recipes ls")
+    return ExitCode.DONE
+
+
+def _files(path: Path) -> Iterable[Path]:
+    """Return the YAML files of a path; hidden folders and runs are left out.
+
+    Raises:
+        RecipeError: there is nothing at the path.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise no_such_file(path, str(path))
+        return [path]
+    files = sorted(file for file in path.rglob("*.y*ml") if file.suffix in (".yaml", ".yml"))
+    files = [
+        file for file in files if not any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in file.relative_to(path).parts[:-1])
+    ]
+    if not files:
+        raise RecipeError("holds no YAML file", file=path)
+    return files
+
+
+def _print_remarks(remarks: list[RecipeError]) -> None:
+    """Print warnings once each; equal notes are counted instead of repeated."""
+    places: dict[str, list[RecipeError]] = {}
+    for remark in remarks:
+        places.setdefault(remark.what if remark.what.startswith("note:") else str(remark), []).append(remark)
+    for same in places.values():
+        more = f" ({len(same)} files)" if len(same) > 1 and same[0].what.startswith("note:") else ""
+        print_error(RecipeError(same[0].what + more, *same[0].hints, file=same[0].file, line=same[0].line))
+
+
+def _count(files: list[Path]) -> str:
+    return f"{len(files)} file{'s' * (len(files) != 1)}"

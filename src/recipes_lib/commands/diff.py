@@ -1,0 +1,68 @@
+"""recipes diff: what differs between two resolved recipes, each value with its origin."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from recipes_lib.errors import ExitCode
+from recipes_lib.recipe.project import recipe_path, shown_path
+from recipes_lib.recipe.recipe import Recipe, load_recipe
+from recipes_lib.recipe.yaml_text import value_text
+from recipes_lib.terminal import next_step, say
+
+_MISSING = object()
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("a", metavar="A", help="a recipe")
+    parser.add_argument("b", metavar="B", help="another recipe")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print only the differences, side by side."""
+    a, b = load_recipe(args.a), load_recipe(args.b)
+    names = [shown_path(recipe_path(name)) for name in (args.a, args.b)]
+    rows = list(differences(a, b))
+    if not rows:
+        say("no difference: every resolved value is the same")
+    else:
+        _print_table([("", names[0], names[1]), *rows])
+    next_step(f"recipes show {names[1]}")
+    return ExitCode.DONE
+
+
+def differences(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Yield (key, value of a with origin, value of b with origin) where the resolved values differ.
+
+    A run's derived name differs by nature and is left out.
+    """
+    left, right = dict(_leaves(a.to_dict(), "")), dict(_leaves(b.to_dict(), ""))
+    for key in dict.fromkeys([*left, *right]):
+        values = left.get(key, _MISSING), right.get(key, _MISSING)
+        derived_name = key == "run.name" and a.run.name is None and b.run.name is None
+        if values[0] != values[1] and not derived_name:
+            yield key, _cell(a, key, values[0]), _cell(b, key, values[1])
+
+
+def _cell(recipe: Recipe, key: str, value: Any) -> str:
+    """Return a value with its origin."""
+    return "-" if value is _MISSING else f"{value_text(value)}  ({recipe.origin_of(key)})"
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys with their values; an absent section has none."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif prefix or value is not None:
+            yield f"{prefix}{key}", value
+
+
+def _print_table(rows: list[tuple[str, str, str]]) -> None:
+    """Print three aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for row in rows:
+        say(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip())

@@ -1,0 +1,110 @@
+"""recipes explain: what a key means, its type and default; a section's keys; the sections."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from typing import Any
+
+from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.recipe.constraints import NOT_IN_RECIPES
+from recipes_lib.recipe.defaults import TRAIN_DEFAULTS
+from recipes_lib.recipe.kinds import SECTIONS
+from recipes_lib.recipe.renames import RENAMES
+from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.recipe.validation import describe
+from recipes_lib.recipe.vocabulary import dotted_names, section_keys, subschema
+from recipes_lib.recipe.yaml_text import value_text
+from recipes_lib.terminal import next_step, say
+
+_CLASS = {"train": "trl.SFTConfig", "lora": "peft.LoraConfig", "quantization": "transformers.BitsAndBytesConfig"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("key", metavar="KEY", nargs="?", help="train.learning_rate, a section such as train, or nothing for the sections")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is known about a key.
+
+    Raises:
+        RecipeError: there is no such key.
+    """
+    if args.key is None:
+        _list("", list(SECTIONS))
+        next_step("recipes explain train")
+        return ExitCode.DONE
+    key = _full_name(args.key)
+    keys = section_keys(*key.split("."))
+    schema = subschema(*key.split(".")) or {}
+    if keys:
+        say(f"{key}: {schema.get('description', '')}")
+        _list(f"{key}.", keys)
+        next_step(f"recipes explain {key}.{keys[0]}")
+    else:
+        _explain(key, schema)
+        next_step(f"recipes explain {key.rpartition('.')[0]}")
+    return ExitCode.DONE
+
+
+def _full_name(key: str) -> str:
+    """Return the dotted name of a key, completed where only one section has it.
+
+    Raises:
+        RecipeError: no such key; says what it was renamed to, why it is not there, or what is near.
+    """
+    plain = key.replace("-", "_")
+    if subschema(*plain.split(".")) is not None:
+        return plain
+    section, _, name = plain.rpartition(".")
+    if name in RENAMES:
+        rename = RENAMES[name]
+        raise RecipeError(
+            rename.message(key), *([rename.note] if rename.note else []), *([f"recipes explain {rename.new}"] if rename.new else [])
+        )
+    reasons = [f"{home}.{name}: {words[name]}" for home, words in NOT_IN_RECIPES.items() if name in words and section in ("", home)]
+    if reasons:
+        raise RecipeError(f"'{key}' is not a recipe's business", *reasons)
+    near = dotted_names(name) if not section or section not in SECTIONS else []
+    if len(near) == 1 and near[0].rpartition(".")[2] == name:
+        return near[0]
+    hints = (
+        [f"did you mean {' or '.join(near)}?"]
+        if near
+        else did_you_mean(name, section_keys(*section.split(".")), f"{section}.")
+        if section
+        else []
+    )
+    raise RecipeError(f"there is no key '{key}'", *hints, f"all keys: recipes explain {section if section in SECTIONS else ''}".rstrip())
+
+
+def _list(prefix: str, keys: list[str]) -> None:
+    """Print keys with the first sentence of their documentation."""
+    width = max(len(key) for key in keys)
+    room = max(30, shutil.get_terminal_size().columns - width - 5)
+    for key in keys:
+        schema = subschema(*f"{prefix}{key}".split(".")) or {}
+        say(f"  {key:<{width}}  {textwrap.shorten(schema.get('description', ''), room, placeholder=' ...')}".rstrip())
+
+
+def _explain(key: str, schema: dict[str, Any]) -> None:
+    """Print one key in full."""
+    section, _, name = key.partition(".")
+    choices = schema.get("enum", [])
+    say(f"{key}: {describe(schema)}")
+    if len(choices) > 1 and "choices" in describe(schema):
+        _wrapped(", ".join(str(choice) for choice in choices if choice is not None))
+    default = TRAIN_DEFAULTS.get(name) if section == "train" else None
+    if default:
+        _wrapped(f"default {value_text(default.value)} (project default, not TRL's: {default.reason})")
+    elif "default" in schema:
+        _wrapped(f"default {value_text(schema['default'])}" + (f" ({_CLASS[section]})" if section in _CLASS else ""))
+    _wrapped(schema.get("description", "no documentation upstream"))
+
+
+def _wrapped(text: str) -> None:
+    """Print an indented paragraph that fits the terminal."""
+    width = min(120, max(40, shutil.get_terminal_size().columns))
+    say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))

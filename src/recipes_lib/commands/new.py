@@ -1,0 +1,53 @@
+"""recipes new: a recipe of your own that starts from an existing one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.recipe.new_recipe import new_recipe
+from recipes_lib.recipe.project import check_run_name, project_root, recipe_path, shown_path
+from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.terminal import next_step, say
+
+_CHANGED = ("name_or_path:", "source:", "r:", "learning_rate:", "num_train_epochs:", "global_batch_size:")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("name", metavar="NAME", help="name of the recipe and of its run")
+    parser.add_argument(
+        "--from", dest="origin", metavar="RECIPE", required=True, help="the recipe to start from, for example quickstart/lora-r8"
+    )
+    parser.add_argument(
+        "--data", metavar="FILE", type=Path, help="your rows: jsonl, json, csv, parquet; columns are guessed from the first row"
+    )
+    parser.add_argument("--output", metavar="PATH", type=Path, help="where to write it; default recipes/NAME.yaml")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the recipe and point at the lines people change.
+
+    Raises:
+        RecipeError: the name cannot be a run's name, or the file exists.
+    """
+    check_run_name(args.name)
+    target = args.output or _recipes_folder() / f"{args.name}.yaml"
+    if target.exists():
+        raise RecipeError("exists already", "choose another name, or --output PATH", file=shown_path(target))
+    text = new_recipe(args.name, target, load_recipe(recipe_path(args.origin)), args.data)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    file = shown_path(target)
+    say(f"wrote {file}; the lines people change:")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip().startswith(_CHANGED):
+            say(f"  {file}:{number}: {line.strip()}")
+    next_step(f"recipes check {file}")
+    return ExitCode.DONE
+
+
+def _recipes_folder() -> Path:
+    """Return recipes/ of the working directory if there is one, else the project's."""
+    return Path("recipes") if Path("recipes").is_dir() else project_root() / "recipes"

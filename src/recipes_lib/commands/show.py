@@ -1,0 +1,62 @@
+"""recipes show: a resolved recipe, with the place every value was written; `--flat` as a plain TRL config."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from recipes_lib.errors import ExitCode, print_error
+from recipes_lib.recipe.flat import flat_text
+from recipes_lib.recipe.project import recipe_path, shown_path
+from recipes_lib.recipe.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
+from recipes_lib.recipe.vocabulary import subschema
+from recipes_lib.recipe.yaml_source import KeyPath
+from recipes_lib.recipe.yaml_text import join_lines, yaml_lines
+from recipes_lib.terminal import say
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("recipe", metavar="RECIPE", help="path or name of a recipe")
+    parser.add_argument("--flat", action="store_true", help="print a plain TRL config, for: trl sft --config FILE")
+    parser.add_argument("--all", action="store_true", help="also print the values nobody wrote, with upstream's defaults")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the recipe as YAML, so that the output is a recipe (or a TRL config) again."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    for warning in recipe.warnings:
+        print_error(warning)
+    file = shown_path(recipe_path(args.recipe))
+    if args.flat:
+        say(flat_text(recipe, file))
+        say("# next: save this as FILE, then: trl sft --config FILE")
+        return ExitCode.DONE
+    say(f"# {recipe.name}: {file}")
+    say(f"#   {launch_line(recipe, file)}")
+    say(join_lines(yaml_lines(shown_values(recipe, everything=args.all), lambda path: _comment(recipe, path))))
+    say(f"# next: recipes data {file} --show 3")
+    return ExitCode.DONE
+
+
+def launch_line(recipe: Recipe, file: str) -> str:
+    """Return the plain command that trains the recipe with its default launch."""
+    gpus = f" --num_processes {recipe.launch.gpus * recipe.launch.nodes}" if recipe.launch.gpus else ""
+    return f"accelerate launch --config_file accelerate_configs/{recipe.launch.accelerate}.yaml{gpus} -m recipes_lib.train {file}"
+
+
+def shown_values(recipe: Recipe, *, everything: bool = False) -> dict[str, Any]:
+    """Return the sections with the values somebody chose, or with all defaults."""
+    if everything:
+        values = recipe.to_dict()
+        for section in ("train", *(name for name in ("lora", "quantization") if values[name] is not None)):
+            known = (subschema(section) or {})["properties"]
+            values[section] = {**{key: schema.get("default") for key, schema in known.items()}, **values[section]}
+        return values
+    return recipe.written_values()
+
+
+def _comment(recipe: Recipe, path: KeyPath) -> str:
+    """Return the origin of a value as a comment."""
+    origin = recipe.origin_of(".".join(map(str, path)))
+    return "default" if origin == UPSTREAM_DEFAULT else "project default" if origin == PROJECT_DEFAULT else str(origin)

@@ -1,0 +1,88 @@
+"""A recipe as the flat config that `trl sft --config` reads; what that file cannot say is listed as comments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recipes_lib.recipe.accelerate_config import launched_processes, load_accelerate_config
+from recipes_lib.recipe.batch import accumulation_steps
+from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.recipe.yaml_text import value_text
+
+# Dotted key of a recipe -> flag of TRL's ModelConfig or ScriptArguments.
+_FLAGS = {
+    "model.name_or_path": "model_name_or_path",
+    "model.revision": "model_revision",
+    "model.dtype": "dtype",
+    "model.attn_implementation": "attn_implementation",
+    "model.trust_remote_code": "trust_remote_code",
+    "data.subset": "dataset_config",
+    "data.source_split": "dataset_train_split",
+    "lora.r": "lora_r",
+    "lora.lora_alpha": "lora_alpha",
+    "lora.lora_dropout": "lora_dropout",
+    "lora.target_modules": "lora_target_modules",
+    "lora.target_parameters": "lora_target_parameters",
+    "lora.modules_to_save": "lora_modules_to_save",
+    "lora.use_rslora": "use_rslora",
+    "lora.use_dora": "use_dora",
+    "lora.task_type": "lora_task_type",
+    "quantization.load_in_4bit": "load_in_4bit",
+    "quantization.load_in_8bit": "load_in_8bit",
+    "quantization.bnb_4bit_quant_type": "bnb_4bit_quant_type",
+    "quantization.bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "quantization.bnb_4bit_quant_storage": "bnb_4bit_quant_storage",
+}
+_IMPLIED = {("lora.bias", "none"), ("data.special_tokens", "text"), ("data.max_unsupervised_fraction", 0.05), ("data.chat_loss", "all")}
+
+
+def flat_text(recipe: Recipe, file: str) -> str:
+    """Return the recipe as a flat TRL config.
+
+    Args:
+        file: the recipe as the user typed it, for the first comment.
+    """
+    flat, lost = flatten(recipe)
+    head = f"# {file} as a plain TRL config: trl sft --config FILE --accelerate_config accelerate_configs/{recipe.launch.accelerate}.yaml"
+    lines = [head, *(f"{key}: {value_text(value)}" for key, value in flat.items())]
+    if lost:
+        lines += ["# What a flat config cannot say:", *(f"#   {key}: {value_text(value)}" for key, value in lost.items())]
+    return "\n".join(lines)
+
+
+def flatten(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the flat keys, and the dotted keys that have no flat form."""
+    values = recipe.to_dict()
+    flat: dict[str, Any] = {}
+    lost: dict[str, Any] = {}
+    for section in ("model", "data", "lora", "quantization"):
+        for key, value in _leaves(values[section] or {}, section):
+            if key in _FLAGS:
+                if value is not None:
+                    flat[_FLAGS[key]] = value
+            elif value not in (None, {}, [], False) and (key, value) not in _IMPLIED and key != "data.source":
+                lost[key] = value
+    if isinstance(recipe.data.source, str):
+        flat["dataset_name"] = recipe.data.source
+    else:
+        lost["data.source"] = recipe.data.source
+    if recipe.lora is not None:
+        flat["use_peft"] = True
+    flat |= recipe.train
+    flat["output_dir"] = f"trl-{recipe.name}"
+    flat["gradient_accumulation_steps"] = accumulation_steps(
+        recipe, launched_processes(recipe.launch, load_accelerate_config(recipe.launch.accelerate))
+    )
+    if flat.get("padding_free") and not flat.get("packing"):
+        lost["train.max_length"] = flat.pop("max_length", None)
+        flat["max_length"] = None
+    return flat, lost
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    """Return the dotted keys of nested mappings with their values."""
+    result: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        dotted = f"{prefix}.{key}"
+        result += _leaves(value, dotted) if isinstance(value, dict) and value else [(dotted, value)]
+    return result
