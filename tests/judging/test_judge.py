@@ -43,10 +43,7 @@ def _plan(**options) -> JudgePlan:
 
 
 def _pairs(count: int) -> list[Item]:
-    return [
-        Item(str(index), f"Question {index}", "long answer " * (index % 3 + 1), "short", meta={"turn": 1})
-        for index in range(count)
-    ]
+    return [Item(str(index), f"Question {index}", "long answer " * (index % 3 + 1), "short", meta={"turn": 1}) for index in range(count)]
 
 
 def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""`recipes judge replay FILE...` and `recipes judge audit JUDGMENTS`: what judgments rest on, without any model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
+
+from recipes_lib.errors import ExitCode
+from recipes_lib.terminal import next_step, say
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's two actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="replay|audit")
+    replay = actions.add_parser("replay", help="recompute foreign judgments and name what is wrong with them", allow_abbrev=False)
+    replay.add_argument(
+        "files", nargs="+", metavar="FILE", help="original study's CSV or JSONL, alpaca_eval annotations.json, FastChat gpt-4_*.jsonl"
+    )
+    replay.add_argument("--json", action="store_true", help="print one JSON object (schema/judge_replay.schema.json)")
+    audit = actions.add_parser("audit", help="scorecard of the judge behind stored judgments", allow_abbrev=False)
+    audit.add_argument("judgments", metavar="JUDGMENTS", help="a judgments.jsonl, probes included where they were asked")
+    audit.add_argument("--labels", metavar="FILE", help="human labels the judged pairs come from: PandaLM or LLMBar JSON")
+    audit.add_argument("--judge", metavar="JUDGE.yaml", help="judge file with thresholds of its own")
+    audit.add_argument("--output", metavar="DIR", help="also write judge_audit.md and judge_audit.json there")
+    audit.add_argument("--json", action="store_true", help="print the scorecard as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one action."""
+    return _replay(args) if args.action == "replay" else _audit(args)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    """Print the report of each file, then findings about them together."""
+    from recipes_lib.judging.replay import replay_files
+
+    report = replay_files(args.files)
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return int(ExitCode.DONE)
+    for single in report.get("files", [report]):
+        _say_report(single)
+    if "files" in report:
+        say("together")
+        _say_findings(report["findings"])
+    next_step(f"recipes judge replay {args.files[0]} --json")
+    return int(ExitCode.DONE)
+
+
+def rounded(value: float | None, places: int) -> str:
+    """Return a number rounded half up, as published tables do; "n/a" for None.
+
+    Example:
+        >>> rounded(5.125, 2), rounded(None, 2)
+        ('5.13', 'n/a')
+    """
+    if value is None:
+        return "n/a"
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP))
+
+
+def _say_report(report: dict[str, Any]) -> None:
+    """Print one file's report."""
+    recorded, bounds, order = report["recorded"], report["bounds"], report["order"]
+    say(f"{report['file']} ({report['format']}, n {recorded['n']})")
+    if recorded["win"] is not None:
+        say("  recorded: " + ", ".join(f"{name} {rounded(recorded[name], 2)}%" for name in ("win", "loss", "tie")))
+    if recorded["mean_score"] is not None:
+        ends = recorded["mean_score_interval"]
+        interval = "" if ends is None else f" [{rounded(ends[0], 3)}, {rounded(ends[1], 3)}]"
+        say(f"  recorded: mean score {rounded(recorded['mean_score'], 3)}{interval} ({recorded['scale']})")
+    if report["alpaca_eval"]:
+        library = report["alpaca_eval"]
+        error = rounded(library["standard_error"], 3)
+        say(f"  alpaca_eval: win rate {rounded(library['win_rate'], 3)}, standard error {error}, n {library['n']}")
+    for name, group in (report["groups"] or {}).items():
+        outcome = f"win {rounded(group['win'], 2)}%, loss {rounded(group['loss'], 2)}%, tie {rounded(group['tie'], 2)}%"
+        say(f"  {name}: {outcome if group['win'] is not None else 'mean score ' + rounded(group['mean_score'], 3)}, n {group['n']}")
+    flips = f", {order['flips']} verdicts changed with the order" if order["flips"] is not None else ""
+    limits = f"lost {rounded(bounds['all_lost'], 3)}, won {rounded(bounds['all_won'], 3)}"
+    say(f"  orders: {order['judged']}{flips}; {bounds['of']} if what is missing were {limits}")
+    _say_findings(report["findings"])
+
+
+def _say_findings(findings: list[dict[str, Any]]) -> None:
+    """Print findings, one a line."""
+    for finding in findings:
+        say(f"  ! {finding['name']}: {finding['message']}")
+    if not findings:
+        say("  no findings")
+
+
+def _audit(args: argparse.Namespace) -> int:
+    """Print the scorecard of stored judgments."""
+    from pathlib import Path
+
+    from recipes_lib import atomic_files
+    from recipes_lib.errors import DataError
+    from recipes_lib.judging.audit import audit, scorecard_markdown
+    from recipes_lib.judging.human_labels import load_labels
+    from recipes_lib.judging.judge_file import Thresholds, load_judge_file
+    from recipes_lib.judging.store import read_rows
+
+    if not Path(args.judgments).is_file():
+        raise DataError("no such file of judgments", file=args.judgments)
+    rows = read_rows(args.judgments)
+    thresholds = load_judge_file(args.judge).thresholds if args.judge else Thresholds()
+    card = audit(rows, thresholds, load_labels(args.labels) if args.labels else None)
+    if args.output:
+        atomic_files.write_json(Path(args.output) / "judge_audit.json", card)
+        atomic_files.write_text(Path(args.output) / "judge_audit.md", scorecard_markdown(card))
+    if args.json:
+        print(json.dumps(card, indent=2))
+    else:
+        say(scorecard_markdown(card))
+        next_step(f"recipes judge audit {args.judgments} --json")
+    return int(ExitCode.DONE)

@@ -1,0 +1,231 @@
+"""Reading foreign judgments: four file formats, one record per judgment.
+
+Formats: the original study's AlpacaEval CSV and MT-Bench JSONL, the alpaca_eval library's annotations.json, and FastChat's
+gpt-4_single / gpt-4_pair JSONL. A record keeps what the study made of the judge's text beside what the text says.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.errors import DataError
+from recipes_lib.judging.verdicts import parse_absolute
+
+CSV_COLUMNS = ("instruction", "your_answer (A)", "baseline_answer (B)", "score (A vs B)", "preference", "feedback")
+_STANDALONE_DIGIT = re.compile(r"\b[1-5]\b")  # the original study's rule; its last match is the score
+_OUTCOMES = {"A": "win", "B": "loss", "Tie": "tie"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One judgment of a foreign file.
+
+    `recorded` is the outcome the study counted (win, loss, tie; None in grading) and `score` the number it averaged (None if it
+    has none). `parsed` is False where the judge's text holds no verdict by the study's own rule. `texts` are the judge's words
+    with the verdict the study took from them. `strict` says whether our parser finds a verdict too (None: not our format).
+    """
+
+    item: str
+    turn: int = 1
+    model: str = ""
+    opponent: str = ""
+    recorded: str | None = None
+    score: float | None = None
+    parsed: bool = True
+    texts: tuple[tuple[str, str | int | None], ...] = ()
+    answer: str | None = None
+    opponent_answer: str | None = None
+    shown: str | None = None
+    flipped: bool | None = None
+    preference: float | None = None
+    strict: bool | None = None
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """A foreign file as read: format, whether it compares ("pair") or grades ("grade"), orders judged, records."""
+
+    path: Path
+    format: str
+    kind: str
+    both_orders: bool
+    records: list[Record] = field(repr=False)
+    data: bytes = field(repr=False)
+
+
+def read_foreign(path: str | Path) -> ForeignFile:
+    """Read a file of judgments, its format recognised by its fields.
+
+    Raises:
+        DataError: if the file cannot be read, is damaged (with the line) or has none of the known formats.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as fault:
+        raise DataError(f"cannot be read: {fault.strerror}", file=path) from None
+    except UnicodeDecodeError as fault:
+        raise DataError(f"not UTF-8: byte {fault.start}", file=path, line=data[: fault.start].count(b"\n") + 1) from None
+    if path.suffix == ".csv":
+        return ForeignFile(path, "original-alpaca-eval-csv", "pair", False, list(_original_csv(text, path)), data)
+    rows = _json_rows(text, path)
+    fields = set(rows[0][1])
+    for needed, name, kind, both, read in (
+        ({"g1_winner", "g2_winner", "model_1", "model_2"}, "fastchat-pair", "pair", True, _fastchat_pair),
+        ({"judgment", "score", "turn", "model"}, "fastchat-single", "grade", False, _fastchat_single),
+        ({"raw", "turn", "question_id"}, "original-mt-bench-jsonl", "grade", False, _original_mt_bench),
+        ({"preference", "output_1", "output_2", "instruction"}, "alpaca-eval-annotations", "pair", False, _alpaca_eval),
+    ):
+        if needed <= fields:
+            records = []
+            for line, row in rows:
+                try:
+                    records.append(read(row))
+                except (KeyError, TypeError, ValueError, AttributeError) as fault:
+                    raise DataError(f"not a row of {name}: {type(fault).__name__} {fault}", file=path, line=line) from None
+            return ForeignFile(path, name, kind, both or _swapped_pairs(records), records, data)
+    hint = (
+        "our own judgments are read by `recipes judge audit`"
+        if {"key", "kind", "order"} <= fields
+        else f"fields here: {', '.join(sorted(fields))}"
+    )
+    raise DataError(
+        "not a known format of judgments",
+        "known: the original study's CSV and JSONL, alpaca_eval annotations, FastChat JSONL",
+        hint,
+        file=path,
+    )
+
+
+def _json_rows(text: str, path: Path) -> list[tuple[int | None, dict[str, Any]]]:
+    """The objects of a JSON array or of JSON lines, with line numbers where there are any."""
+    rows: list[tuple[int | None, Any]] = []
+    if text.lstrip().startswith("["):
+        try:
+            rows = [(None, row) for row in json.loads(text)]
+        except json.JSONDecodeError as fault:
+            raise DataError(f"not JSON: {fault.msg}", file=path, line=fault.lineno) from None
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except json.JSONDecodeError as fault:
+                    raise DataError(f"not JSON: {fault.msg}", file=path, line=number) from None
+    if not rows:
+        raise DataError("0 judgments", file=path)
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise DataError("a judgment must be an object", file=path, line=place)
+    return rows
+
+
+def _original_csv(text: str, path: Path) -> Iterator[Record]:
+    """The original study's comparison: the model is always A, the score is the last standalone digit, no digit became a tie."""
+    csv.field_size_limit(10_000_000)
+    reader = csv.DictReader(io.StringIO(text.replace("\0", "")))
+    if missing := [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]:
+        raise DataError(f"no column {missing[0]!r}", f"columns: {', '.join(reader.fieldnames or ())}", file=path, line=1)
+    count = 0
+    for count, row in enumerate(reader, 1):
+        try:
+            feedback, preference = row["feedback"] or "", row["preference"]
+            yield Record(
+                item=row["instruction"],
+                recorded=_OUTCOMES[preference],
+                score=float(row["score (A vs B)"]),
+                parsed=bool(_STANDALONE_DIGIT.search(feedback)),
+                texts=((feedback, preference if preference in ("A", "B") else None),),
+                answer=row["your_answer (A)"] or "",
+                opponent_answer=row["baseline_answer (B)"] or "",
+                strict=parse_absolute(feedback).value is not None,
+            )
+        except (KeyError, TypeError, ValueError) as fault:
+            raise DataError(f"row {count} has no preference A, B or Tie or no score: {fault}", file=path, line=reader.line_num) from None
+    if not count:
+        raise DataError("0 judgments", file=path)
+
+
+def _original_mt_bench(row: dict[str, Any]) -> Record:
+    """The original study's grading of one turn; question and answer are shortened in its files."""
+    verdict = parse_absolute(row["raw"])
+    score = verdict.value if isinstance(verdict.value, int) else None
+    return Record(
+        item=str(row["question_id"]),
+        turn=int(row["turn"]),
+        score=score,
+        parsed=score is not None,
+        texts=((row["raw"] or "", score),),
+        answer=row.get("answer"),
+        shown=row.get("question"),
+        strict=score is not None,
+    )
+
+
+def _alpaca_eval(row: dict[str, Any]) -> Record:
+    """The library's annotation: preference 1 = reference, 2 = model, 1.5 and 0 = draw, None = no verdict."""
+    preference = None if row["preference"] is None else float(row["preference"])
+    if preference is not None and not (preference == 0 or 1 <= preference <= 2):
+        raise ValueError(f"preference {preference}")
+    value = 1.5 if preference == 0 else preference
+    outcome = None if value is None else "win" if value > 1.5 else "loss" if value < 1.5 else "tie"
+    return Record(
+        item=row["instruction"],
+        model=str(row.get("generator_2", "")),
+        opponent=str(row.get("generator_1", "")),
+        recorded=outcome,
+        parsed=value is not None,
+        answer=row["output_2"],
+        opponent_answer=row["output_1"],
+        preference=value,
+    )
+
+
+def _fastchat_single(row: dict[str, Any]) -> Record:
+    """FastChat's grading: score -1 is a judgment without a rating."""
+    score = None if row["score"] == -1 else float(row["score"])
+    return Record(
+        item=str(row["question_id"]),
+        turn=int(row["turn"]),
+        model=str(row["model"]),
+        score=score,
+        parsed=score is not None,
+        texts=((row["judgment"] or "", None if score is None else int(score)),),
+        shown=row.get("user_prompt"),
+    )
+
+
+def _fastchat_pair(row: dict[str, Any]) -> Record:
+    """FastChat's comparison: game 1 shows model_1 as A, game 2 as B; a win needs both, "error" is a game without a verdict."""
+    games = (row["g1_winner"], row["g2_winner"])
+    if not all(game in ("model_1", "model_2", "tie", "error") for game in games):
+        raise ValueError(f"winners {games}")
+    parsed = "error" not in games
+    outcome = None if not parsed else "tie" if games[0] != games[1] else {"model_1": "win", "model_2": "loss"}.get(games[0], "tie")
+    letters = ({"model_1": "A", "model_2": "B"}.get(games[0]), {"model_1": "B", "model_2": "A"}.get(games[1]))
+    return Record(
+        item=str(row["question_id"]),
+        turn=int(row.get("turn", 1)),
+        model=str(row["model_1"]),
+        opponent=str(row["model_2"]),
+        recorded=outcome,
+        parsed=parsed,
+        texts=((row.get("g1_judgment") or "", letters[0]), (row.get("g2_judgment") or "", letters[1])),
+        shown=row.get("g1_user_prompt"),
+        flipped=parsed and games[0] != games[1],
+    )
+
+
+def _swapped_pairs(records: list[Record]) -> bool:
+    """Whether every comparison occurs with its answers exchanged too."""
+    pairs = {(record.item, record.answer, record.opponent_answer) for record in records}
+    distinct = {pair for pair in pairs if pair[1] != pair[2]}
+    return bool(distinct) and all((item, second, first) in distinct for item, first, second in distinct)
