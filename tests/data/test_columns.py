@@ -84,6 +84,15 @@ def test_case_42_a_value_that_is_no_text_names_line_column_and_type(write_jsonl,
     assert "1 more" in error.hints[0] and "rows.jsonl:4" in error.hints[0]
 
 
+def test_messages_as_prompt_and_completion_need_chat(read):
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    assert read([row], "chat")[0].fields == row
+    with pytest.raises(DataError, match="column 'prompt': expected text, found list"):
+        read([row], "raw")
+    with pytest.raises(DataError, match="one is text, the other a list"):
+        read([row | {"completion": "b"}], "chat")
+
+
 def test_a_column_missing_in_one_row_is_said_so(read):
     with pytest.raises(DataError, match="missing in this row"):
         read([{"instruction": "a", "response": "b"}, {"instruction": "a"}])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 from conversation_samples import MARKED, TURNS
+from tokenizers import Tokenizer, models, normalizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from recipes_lib.data.preparation import prepare_data
 from recipes_lib.data.prompts import task_prompt
@@ -51,6 +54,37 @@ def test_made_rows_are_equal_in_the_raw_format(recipe_for, write_jsonl, trl_rows
     texts = [{"text": row["prompt"] + row["completion"]} for row in rows]
     recipe = recipe_for(write_jsonl(texts), prompt_format="raw", split=NO_SPLIT)
     assert ours(recipe, tiny_tokenizer) == trl_rows(texts, tiny_tokenizer)
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """A tokenizer of Llama-2's kind: spaces as ▁, no pre-tokenisation (so tokens cross the prompt's end), byte fallback."""
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False, max_token_length=8)
+    bpe.train_from_iterator(["\nIt is"] * 100 + [task_prompt("dolly", f"What is {i}?") + f"It is {i}." for i in range(50)], trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_rows_are_equal_for_a_tokenizer_of_llama_2_s_kind(recipe_for, write_jsonl, trl_rows):
+    tokenizer = sentencepiece_like()
+    starts = ("It is", " \n–é")
+    rows = [{"instruction": f"What is {i}?", "context": "", "response": f"{starts[i % 2]} {i}. "} for i in range(30)]
+    data = prepare_data(recipe_for(write_jsonl(rows), split=NO_SPLIT), tokenizer)
+    assert data.train.select_columns(["input_ids", "labels"]).to_list() == trl_rows(pairs(rows), tokenizer)
+    assert data.audit["boundary_merges"] > 0  # the case is really there
+
+
+def test_a_tokenizer_that_appends_the_end_token_by_itself_does_not_get_two(recipe_for, write_jsonl, tiny_tokenizer):
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    rows = [{"instruction": f"What is {i}?", "response": f"It is {i}."} for i in range(9)]
+    path = write_jsonl(rows)
+    recipe = recipe_for(path, split=NO_SPLIT)
+    assert ours(recipe, tokenizer) == ours(recipe, tiny_tokenizer)
 
 
 def test_conversations_are_equal_to_assistant_only_loss(recipe_for, write_jsonl, trl_rows, tiny_tokenizer, monkeypatch):

@@ -140,6 +140,9 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
         lines.append(f"{len(duplicates['moved_to_train'])} held-out rows moved into training, because an exact duplicate is there")
     elif duplicates["across_splits"]:
         lines.append(f"{len(duplicates['across_splits'])} groups of exact duplicates lie in more than one split: reported, not moved")
+    if audit["boundary_merges"]:
+        merged = f"{audit['boundary_merges']} rows have a token that holds the prompt's end and the completion's start"
+        lines.append(f"{merged}: it counts as completion, and generation starts from other tokens")
     if audit["end_tokens"] and audit["eos_token"] not in audit["end_tokens"]:
         turn_end = listed(audit["end_tokens"], 3)
         lines.append(f"turns end with {turn_end}, but generation stops at {audit['eos_token']}: set train.eos_token to the turn's end")

@@ -61,10 +61,11 @@ def read_examples(tables: Sequence[Table], prompt_format: str, columns: Mapping[
         lines: Sequence[int | None] = table.lines or [None] * len(table.rows)
         for number, (row, line) in enumerate(zip(table.rows, lines, strict=True), 1):
             example = Example(table.file, line, number, {}, source=source)
-            problem = _fill(example, row, shape, names)
+            problem = _fill(example, row, shape, names, prompt_format)
             if problem:
                 problems.append((example, problem))
-            example.category = row.get(category) if category else None
+            kind = row.get(category) if category else None
+            example.category = kind if kind is None or isinstance(kind, str) else str(kind)
             example.explicit_id = row.get(identity) if identity else None
             examples.append(example)
     if problems:
@@ -73,11 +74,11 @@ def read_examples(tables: Sequence[Table], prompt_format: str, columns: Mapping[
     return examples
 
 
-def _fill(example: Example, row: Mapping[str, Any], shape: Shape, names: Mapping[str, str]) -> str | None:
+def _fill(example: Example, row: Mapping[str, Any], shape: Shape, names: Mapping[str, str], prompt_format: str) -> str | None:
     """Put the row's values into the example; return what is wrong with the first bad one."""
     for name, column in names.items():
         value = row.get(column)
-        if name == "messages" or (isinstance(value, list) and shape is PAIR):
+        if name == "messages" or (isinstance(value, list) and shape is PAIR and prompt_format == "chat"):
             messages, problem = read_messages(value, column)
             if problem:
                 return problem
