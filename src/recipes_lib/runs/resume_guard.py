@@ -20,13 +20,21 @@ FREE_KEYS = re.compile(
 
 def guarded_values(recipe: Recipe, data_fingerprint: str, world_size: int, distribution: str, versions: dict[str, str | None]) -> dict[str, Any]:
     """Return every value that a resumed run must share with its beginning, by dotted key."""
+    surroundings = {"launch": {"world_size": world_size, "distribution": distribution}, "version": dict(versions)}
+    return {**_recipe_values(recipe), "data_fingerprint": data_fingerprint, **flatten(surroundings)}
+
+
+def recipe_differences(recipe: Recipe, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what the recipe itself would change of a run's guarded values, before any data is read."""
+    elsewhere = re.compile(r"^(launch\.|version\.|data_fingerprint$|prompt_format_hash$)")
+    return differences({key: value for key, value in before.items() if not elsewhere.match(key)}, _recipe_values(recipe))
+
+
+def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     sections = recipe.to_dict()
     relevant: dict[str, Any] = {name: sections.get(name) for name in ("model", "quantization", "lora", "data")}
     relevant["train"] = {key: value for key, value in recipe.train.items() if not FREE_KEYS.match(key)}
     relevant["run"] = {"global_batch_size": recipe.run.global_batch_size}
-    relevant["data_fingerprint"] = data_fingerprint
-    relevant["launch"] = {"world_size": world_size, "distribution": distribution}
-    relevant["version"] = dict(versions)
     return flatten(relevant)
 
 

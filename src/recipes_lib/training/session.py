@@ -94,17 +94,14 @@ class Session:
 
     def read_earlier_attempt(self) -> None:
         """Rank 0: take over what an earlier attempt at this run recorded, and write what is known of this one."""
-        from recipes_lib.runs.resume_guard import differences, flatten
+        from recipes_lib.runs.resume_guard import recipe_differences
 
         self.earlier = self.run.read_state() if self.run.exists() else {}
         if self.earlier.get("state") == "finished":
-            now = flatten({"model": self.recipe.to_dict()["model"], "lora": self.recipe.lora, "quantization": self.recipe.quantization})
-            before = self.earlier.get("guard", {})
-            changed = differences({key: before.get(key) for key in now}, now)
+            changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
             if changed:
-                raise RecipeError(
-                    f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}", "start a new run with run.name=OTHER"
-                )
+                what = f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}"
+                raise RecipeError(what, "start a new run with run.name=OTHER")
             self.already_finished = True
             return
         if self.earlier.get("state") == "imported":
@@ -291,9 +288,14 @@ def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
 
 def quiet_libraries() -> None:
     """Leave the terminal to this project's own lines; libraries still report errors."""
+    import logging
+    import warnings
+
     import datasets
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
