@@ -18,7 +18,7 @@ from recipes_lib.recipe.kinds import SECTIONS, kind_named
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.renames import RENAMES
 from recipes_lib.recipe.suggestions import did_you_mean, near_names
-from recipes_lib.recipe.vocabulary import dotted_names, load_schema
+from recipes_lib.recipe.vocabulary import dotted_names, load_schema, subschema
 from recipes_lib.recipe.yaml_source import KeyPath
 
 if TYPE_CHECKING:
@@ -96,19 +96,33 @@ def _validator(kind: str) -> Draft202012Validator:
     return validators.extend(Draft202012Validator, type_checker=checker)(schema if kind == "recipe" else schema["$defs"]["document"])
 
 
-def _translate(document: Document, error: ValidationError) -> list[tuple[KeyPath, RecipeError]]:
-    """Turn one error of jsonschema into ours, each with its key path."""
-    path: KeyPath = tuple(error.absolute_path)
+def _translate(document: Document, error: ValidationError, above: KeyPath = ()) -> list[tuple[KeyPath, RecipeError]]:
+    """Turn one error of jsonschema into ours, each with its key path.
+
+    Args:
+        above: path of the value that was validated, where that is not the whole document.
+    """
+    path: KeyPath = (*above, *error.absolute_path)
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = error.schema.get("properties", {})
-        return [((*path, key), _unknown_key(document, (*path, key), list(known))) for key in error.instance if key not in known]
+        unknown = [(*path, key) for key in error.instance if key not in known]
+        inside = [pair for key in unknown for pair in _inside_renamed(document, key, error.instance[key[-1]])]
+        return [(key, _unknown_key(document, key, list(known))) for key in unknown] + inside
     if error.validator == "required":
         missing = [key for key in error.validator_value if key not in error.instance]
         return [((*path, key), _missing(document, (*path, key))) for key in missing]
-    inner = [context for context in error.context or () if len(context.absolute_path) > len(path)]
+    inner = [context for context in error.context or () if len(context.absolute_path) > len(error.absolute_path)]
     if inner:
-        return [pair for context in inner for pair in _translate(document, context)]
+        return [pair for context in inner for pair in _translate(document, context, above)]
     return [(path, _wrong_value(document, path, error))]
+
+
+def _inside_renamed(document: Document, path: KeyPath, value: Any) -> list[tuple[KeyPath, RecipeError]]:
+    """Return what is wrong inside a mapping whose key was renamed, so that it need not be found in a second round."""
+    rename = RENAMES.get(str(path[-1]))
+    schema = subschema(*rename.new.split(".")) if rename and rename.new and isinstance(value, dict) else None
+    found = _validator("base").evolve(schema=schema).iter_errors(value) if schema else ()
+    return [pair for problem in found for pair in _translate(document, problem, path)]
 
 
 def _missing(document: Document, path: KeyPath) -> RecipeError:
