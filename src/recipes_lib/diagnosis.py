@@ -1,0 +1,264 @@
+"""What `recipes doctor` looks at: one finding per topic, each with what to do about it. Looks only; changes and downloads nothing.
+
+Every check is a function that returns findings; one that crashes becomes a finding itself, because a broken installation is what
+this is for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 1024**3
+REINSTALL = "make setup, or pip install -c constraints.txt -e '.[quickstart,dev]'"
+LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # x86 and Arm, as /proc/cpuinfo spells them
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Args:
+        level: ok; note (good to know); warn (something will go differently than expected); fail (something cannot work).
+        remedy: what to type or change; empty when there is nothing to do.
+    """
+
+    level: str
+    topic: str
+    text: str
+    remedy: str = ""
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter: 3.11 to 3.13."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    supported = (3, 11) <= sys.version_info[:2] < (3, 14)
+    yield Finding(
+        "ok" if supported else "fail", "python", version, "" if supported else "make setup PYTHON=python3.12 (3.11, 3.12 or 3.13)"
+    )
+
+
+def check_versions(constraints: Path, required: Iterable[str] | None = None) -> Iterator[Finding]:
+    """Installed packages against the tested versions.
+
+    Args:
+        constraints: the file with one requirement a line.
+        required: packages that cannot be missing; default: what recipes-lib itself requires.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    if not constraints.is_file():
+        yield Finding(
+            "note", "versions", f"{constraints} is not there, so nothing to compare with", "run it from a checkout of the project"
+        )
+        return
+    if required is None:
+        required = [Requirement(line).name for line in importlib.metadata.requires("recipes-lib") or [] if "extra ==" not in line]
+    needed = {canonicalize_name(name) for name in required}
+    lines = (line.split("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines())
+    same, other, missing = 0, [], []
+    for requirement in (Requirement(line) for line in lines if line):
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            if canonicalize_name(requirement.name) in needed:
+                missing.append(requirement.name)
+            continue
+        if requirement.specifier.contains(installed, prereleases=True):
+            same += 1
+        else:
+            other.append(f"{requirement.name} {installed} (tested {requirement.specifier})")
+    if missing:
+        yield Finding("fail", "versions", f"not installed: {', '.join(missing)}", REINSTALL)
+    if other:
+        yield Finding("warn", "versions", f"other than tested: {', '.join(other)}", REINSTALL)
+    if not missing:
+        yield Finding("ok", "versions", f"{same} packages as tested")
+
+
+def check_devices() -> Iterator[Finding]:
+    """GPUs with their memory, or the CPU."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            yield Finding(
+                "ok", "gpu", f"{index}: {card.name}, {card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
+            )
+    elif Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+        built = torch.version.cuda or "none"
+        what = f"a GPU driver is here, but torch {torch.__version__} cannot use it (built for CUDA {built})"
+        yield Finding("fail", "gpu", what, "nvidia-smi shows the driver's CUDA version; install the torch build for it")
+    else:
+        what = f"none; {cores} CPU cores: quickstart and smollm2-135m-dolly train here, llama2-7b-dolly can be checked"
+        yield Finding("note", "gpu", what)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        yield Finding("note", "gpu", f"CUDA_VISIBLE_DEVICES={visible!r} hides the others", "unset CUDA_VISIBLE_DEVICES to use all")
+
+
+def check_bf16() -> Iterator[Finding]:
+    """Whether bfloat16 works, and whether it is fast."""
+    import torch
+
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            yield Finding("ok", "bf16", "supported by the GPU")
+        else:
+            yield Finding(
+                "warn", "bf16", "this GPU is older than Ampere and has no bf16", "train.bf16=false train.fp16=true model.dtype=float16"
+            )
+        return
+    a = torch.ones(4, 4, dtype=torch.bfloat16)
+    works = bool(torch.isfinite(a @ a).all())
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()) if Path("/proc/cpuinfo").is_file() else set()
+    fast = [flag for flag in FAST_BF16 if flag in flags]
+    what = f"works on this CPU, {f'with {fast[0]} instructions' if fast else 'without instructions for it: float32 may be as fast'}"
+    yield Finding(
+        "ok" if works else "fail", "bf16", what if works else "a product of two bf16 matrices is not finite", "" if works else REINSTALL
+    )
+
+
+def check_attention() -> Iterator[Finding]:
+    """Attention kernels that are installed."""
+    import torch
+
+    found = [name for name, module in (("flash-attn", "flash_attn"), ("kernels", "kernels")) if importlib.util.find_spec(module)]
+    if found:
+        yield Finding("ok", "attention", f"sdpa, {', '.join(found)}")
+    elif torch.cuda.is_available():
+        yield Finding("note", "attention", "sdpa; no flash attention", "pip install -c constraints.txt -e '.[gpu]' for the kernels package")
+    else:
+        yield Finding("ok", "attention", "sdpa")
+
+
+def check_bitsandbytes() -> Iterator[Finding]:
+    """A 4-bit layer computes something close to what its weights say."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it reports a faster kernel that it did not find
+    import bitsandbytes
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(
+        64, 64, bias=False, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4", quant_storage=torch.bfloat16
+    )
+    weight = layer.weight.data.clone().float()
+    row = torch.randn(1, 64)
+    with torch.no_grad():
+        exact, answer = row @ weight.T, layer.to(device)(row.to(device)).float().cpu()
+    error = float((answer - exact).norm() / exact.norm())
+    packed = layer.weight.numel() * layer.weight.element_size() < weight.numel()
+    if packed and error < 0.3:
+        yield Finding("ok", "bitsandbytes", f"{bitsandbytes.__version__}, an NF4 layer computes on the {device}")
+    else:
+        what = f"an NF4 layer on the {device} is off by {error:.0%}{'' if packed else ' and was not quantized'}"
+        yield Finding("fail", "bitsandbytes", what, f"QLoRA recipes will not work; {REINSTALL}")
+
+
+def check_hub(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Token and offline mode; nothing is asked over the network."""
+    from huggingface_hub import get_token
+
+    if get_token():
+        yield Finding("ok", "hub", "a token is set")
+    else:
+        yield Finding("note", "hub", "no token: gated models such as llama2-7b-dolly's cannot be downloaded", "hf auth login")
+    offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if _is_on(environment.get(name))]
+    if offline:
+        yield Finding("note", "hub", f"offline ({', '.join(offline)}): only what is cached or local is found", f"unset {' '.join(offline)}")
+
+
+def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[Finding]:
+    """Free space where runs and downloads go.
+
+    Args:
+        folders: what lies there -> (folder, GiB below which it is said that space is short).
+    """
+    for name, (folder, enough) in folders.items():
+        place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(place).free / GIB
+        if not os.access(place, os.W_OK):
+            yield Finding("fail", "disk", f"{name}: {folder} cannot be written", "choose another folder: RECIPES_RUNS_ROOT, HF_HOME")
+        elif free < enough:
+            yield Finding("warn", "disk", f"{name}: {free:.1f} GiB free, {enough:.0f} wanted", f"free some, or move {folder}")
+        else:
+            yield Finding("ok", "disk", f"{name}: {free:.0f} GiB free")
+
+
+def check_quickstart_model() -> Iterator[Finding]:
+    """Whether the quickstart's model is here already, or can be made."""
+    from recipes_lib.training.packaged_models import PACKAGES, PREFIX, packaged_folder
+
+    for name, package in PACKAGES.items():
+        if packaged_folder(PREFIX + name):
+            yield Finding("ok", "quickstart", f"{package.folder} is ready")
+        elif importlib.util.find_spec("gguf") is None:
+            yield Finding("fail", "quickstart", f"{package.folder} cannot be read without gguf", REINSTALL)
+        else:
+            yield Finding("note", "quickstart", f"{package.folder} ({package.download_mib} MiB) is fetched on first use")
+
+
+def check_launcher(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """What silently changes how a training is launched: variables left behind, threads, accelerate's own default file."""
+    left = sorted(name for name in environment if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES))
+    if left:
+        yield Finding(
+            "warn", "launcher", f"left in the environment, where they overrule a config: {', '.join(left)}", f"unset {' '.join(left)}"
+        )
+    cores = os.cpu_count() or 1
+    threads = environment.get("OMP_NUM_THREADS", "")
+    if threads and not threads.isdigit():
+        yield Finding("warn", "launcher", f"OMP_NUM_THREADS={threads!r} is no number", "unset OMP_NUM_THREADS")
+    elif threads and int(threads) > cores:
+        yield Finding(
+            "warn", "launcher", f"OMP_NUM_THREADS={threads} on {cores} cores: threads will wait for each other", "unset OMP_NUM_THREADS"
+        )
+    elif threads and int(threads) < cores:
+        yield Finding(
+            "note", "launcher", f"OMP_NUM_THREADS={threads} of {cores} cores: one process trains on that many", "unset OMP_NUM_THREADS"
+        )
+    cache = Path(environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    default = [path for path in (cache / "accelerate" / f"default_config.{ending}" for ending in ("yaml", "json")) if path.is_file()]
+    if default:
+        yield Finding(
+            "note",
+            "launcher",
+            f"accelerate launch without --config_file reads {default[0]}",
+            "always give --config_file; recipes train does",
+        )
+    if not left and not threads and not default:
+        yield Finding("ok", "launcher", "no variable and no default config that changes a launch")
+
+
+def diagnose(checks: Mapping[str, Callable[[], Iterable[Finding]]]) -> list[Finding]:
+    """Run the checks; one that raises becomes a finding of its own.
+
+    Args:
+        checks: topic -> check.
+    """
+    findings: list[Finding] = []
+    for topic, check in checks.items():
+        try:
+            findings.extend(check())
+        except Exception as error:
+            summary = (str(error).strip().splitlines() or [""])[0]
+            findings.append(Finding("fail", topic, f"{type(error).__name__}: {summary}", REINSTALL))
+    return findings
+
+
+def _is_on(value: str | None) -> bool:
+    """Whether a variable's value means yes, as huggingface_hub reads it."""
+    return (value or "").upper() in {"1", "ON", "YES", "TRUE"}
