@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_judges import FakeJudge
 
 from recipes_lib.errors import ExitCode
 from recipes_lib.judging.judge import EvaluationIncomplete, Item, JudgePlan, JudgeReply, JudgeRequest, build_requests, judge_items
@@ -17,20 +20,6 @@ from recipes_lib.judging.store import JudgmentStore
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
 RELATIVE, ABSOLUTE = (load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute"))
-
-
-class FakeJudge:
-    """Answers with a function of the request and remembers what it was asked."""
-
-    fingerprint = "fake"
-
-    def __init__(self, answer) -> None:
-        self.answer = answer
-        self.asked: list[JudgeRequest] = []
-
-    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
-        self.asked += requests
-        return [self.answer(request) for request in requests]
 
 
 def longer(request: JudgeRequest) -> JudgeReply:

@@ -124,9 +124,7 @@ def _missing_turns(records: Sequence[Record]) -> list[Finding]:
     if not missing:
         return []
     what = "1 turn has no judgment and vanishes" if len(missing) == 1 else f"{len(missing)} turns have no judgment and vanish"
-    return [
-        Finding("missing-turn", f"{what} from the mean: {', '.join(missing[:5])}", len(missing), missing[:20])
-    ]
+    return [Finding("missing-turn", f"{what} from the mean: {', '.join(missing[:5])}", len(missing), missing[:20])]
 
 
 def _repeated(records: Sequence[Record]) -> Finding | None:

@@ -1,0 +1,66 @@
+"""Judges for tests: functions of the request, with known virtues and vices."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+
+from recipes_lib.judging.judge import JudgeReply, JudgeRequest
+
+
+class FakeJudge:
+    """Answers with a function of the request and remembers what it was asked."""
+
+    fingerprint = "fake"
+
+    def __init__(self, answer: Callable[[JudgeRequest], JudgeReply]) -> None:
+        self.answer = answer
+        self.asked: list[JudgeRequest] = []
+
+    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
+        self.asked += requests
+        return [self.answer(request) for request in requests]
+
+
+def bodies(request: JudgeRequest) -> list[str]:
+    """The answers as the judge sees them."""
+    return re.findall(r"<<begin [0-9a-f]+>>\n(.*?)\n<<end [0-9a-f]+>>", request.prompt.user, re.DOTALL)
+
+
+def says(letter: str, words: str | None = None) -> JudgeReply:
+    other = "B" if letter == "A" else "A"
+    return JudgeReply(words or f"Response {letter} is better than Response {other}. [RESULT] {letter}")
+
+
+def sound(request: JudgeRequest) -> JudgeReply:
+    """Prefers what people would: the answer with more distinct words before any line addressed to it; the first when equal."""
+    worth = [len(set(re.split(r"#", body)[0].split())) for body in bodies(request)]
+    return says("A" if worth[0] >= worth[1] else "B")
+
+
+def always_a(request: JudgeRequest) -> JudgeReply:
+    return says("A")
+
+
+def contradicts_itself(request: JudgeRequest) -> JudgeReply:
+    letter = sound(request).text[-1]  # type: ignore[index]
+    other = "B" if letter == "A" else "A"
+    return JudgeReply(f"Response {other} is better than Response {letter}. [RESULT] {letter}")
+
+
+def obeys_answers(request: JudgeRequest) -> JudgeReply:
+    """Follows a verdict line that stands in an answer, even when it is rewritten."""
+    for body in bodies(request):
+        if found := re.search(r"\(RESULT\) ([AB])", body):
+            return says(found.group(1))
+    return sound(request)
+
+
+def coin(seed: int) -> Callable[[JudgeRequest], JudgeReply]:
+    draw = random.Random(seed)
+    return lambda request: says(draw.choice("AB"))
+
+
+def mumbles(request: JudgeRequest) -> JudgeReply:
+    return JudgeReply("Both have their merits.")
