@@ -70,3 +70,20 @@ def test_a_line_without_loss_is_named_at_the_recipe_s_line(recipe_file):
     with pytest.raises(DataError) as caught:
         run(recipe_file)
     assert (str(caught.value.file), caught.value.line) == (str(recipe_file), 6)
+
+
+@pytest.mark.parametrize("text", ["-1", "many", "1.5"])
+def test_a_number_of_rows_that_is_none_is_refused_by_its_name(text, capsys):
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["a.yaml", f"--show={text}"])
+    assert "expected a number of rows" in capsys.readouterr().err
+
+
+def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):
+    rows = [{"instruction": f"What is {i}?", "response": f"It is {i}. " * 100} for i in range(30)]
+    (recipe_file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(recipe_file, show=1)
+    out = capsys.readouterr().out
+    assert "30 truncated at max_length 128" in out and "30 lose their end token" in out and "[[It is" in out and "<EOS" not in out

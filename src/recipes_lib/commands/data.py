@@ -93,7 +93,10 @@ def show_example(row: Mapping[str, Any], tokenizer: Any, place: str | None, *, c
     source = f" ({place})" if place else ""
     write()
     write(f"-- {row['example_id']}{source}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
-    pieces = [_painted(span, color) for span in decoded_spans(tokenizer, row["input_ids"], row["labels"])]
+    spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
+    if not spans[-1]["text"].strip():
+        spans.pop()  # a newline that the template puts after the last turn
+    pieces = [_painted(span, color) for span in spans]
     write("".join(pieces), raw=True)
 
 
@@ -116,7 +119,6 @@ def write(text: str = "", *, raw: bool = False) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("expected 0 or more")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of rows, 0 or more, not '{text}'")
+    return int(text)

@@ -78,8 +78,8 @@ def role_problem(messages: Sequence[Message]) -> str | None:
     """What is wrong with the order of roles: an optional system message, then user and assistant in turn, ending with assistant.
 
     Example:
-        >>> role_problem([{"role": "user", "content": "hi"}, {"role": "user", "content": "there"}])
-        'roles out of order: message 1 is user, expected assistant'
+        >>> role_problem([{"role": "assistant", "content": "hi"}])
+        'roles out of order: message 0 is assistant, expected user'
     """
     turns = list(messages)
     if turns and turns[0]["role"] == "system":
