@@ -209,4 +209,6 @@ def test_case_35_a_file_of_another_kind_given_as_a_recipe_is_told_what_it_is_for
 def test_all_errors_of_a_file_come_at_once_in_the_order_of_lines(write, capsys):
     path = write(GOOD + "train:\n  learning_rte: 1\n  optim: adam\n  max_length: 0\n")
     said = refused(capsys, "r.yaml:6: ", ["3 errors in 1 of 1 file"], "check", str(path))
-    assert [line for line in said.splitlines() if line.startswith("r.yaml")] == sorted(line for line in said.splitlines() if "r.yaml:" in line)
+    assert [line for line in said.splitlines() if line.startswith("r.yaml")] == sorted(
+        line for line in said.splitlines() if "r.yaml:" in line
+    )

@@ -68,7 +68,7 @@ def _full_name(key: str) -> str:
     if reasons:
         raise RecipeError(f"'{key}' is not a recipe's business", *reasons)
     near = dotted_names(name) if not section or section not in SECTIONS else []
-    if len(near) == 1 and near[0].rpartition(".")[2] == name:
+    if not section and len(near) == 1 and near[0].rpartition(".")[2] == name:
         return near[0]
     hints = (
         [f"did you mean {' or '.join(near)}?"]

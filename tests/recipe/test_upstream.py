@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe import upstream
+from recipes_lib.recipe.recipe import load_recipe
+
+QLORA = """\
+model: {name_or_path: a/b}
+data: {source: b}
+lora: {r: 4, target_modules: [q_proj]}
+quantization:
+  load_in_4bit: true
+  bnb_4bit_compute_dtype: bfloat16
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator(monkeypatch):
+    """The tests are the same with and without a GPU."""
+    monkeypatch.setattr(upstream, "_has_accelerator", lambda: False)
+
+
+def test_sft_config_gets_the_recipe_and_what_the_machine_decides(write_with, tmp_path):
+    recipe = load_recipe(write_with("train", "learning_rate: 3e-4"), ["run.global_batch_size=64", "train.per_device_train_batch_size=4"])
+    args = upstream.build_sft_config(recipe, tmp_path / "out", world_size=2)
+    assert (args.learning_rate, args.seed, args.gradient_accumulation_steps) == (3e-4, 1, 8)
+    assert (args.use_cpu, args.bf16, args.activation_checkpointing) == (True, True, False)
+    assert args.output_dir == str(tmp_path / "out")
+    assert args.run_name == recipe.name
+    assert args.dataset_kwargs == {"skip_prepare_dataset": True}
+    assert args.logging_nan_inf_filter is False
+
+
+def test_padding_free_rows_arrive_truncated_so_trl_gets_no_limit(write_with, tmp_path):
+    recipe = load_recipe(write_with("train", "padding_free: true"), ["train.max_length=128"])
+    assert upstream.build_sft_config(recipe, tmp_path, 1).max_length is None
+    assert recipe.train["max_length"] == 128
+    packed = dataclasses.replace(recipe, train={**recipe.train, "packing": True})
+    assert upstream.build_sft_config(packed, tmp_path, 1).max_length == 128
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "words"),
+    [
+        ("train", "fp16: true", ["r.yaml:8: ", "does nothing on a CPU", "bf16"]),
+        ("train", "dataloader_prefetch_factor: 2", ["r.yaml:8: ", "dataloader_num_workers"]),
+        ("train", "load_best_model_at_end: true", ["r.yaml:8: ", "save and eval strategy"]),
+        ("run", "global_batch_size: 10", ["r.yaml:10: ", "10 / (8 per device x 1 processes = 8)"]),
+    ],
+)
+def test_what_trl_or_the_machine_refuses_is_placed_at_its_key(section, line, words, write_with, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        upstream.build_sft_config(load_recipe(write_with(section, line)), tmp_path, 1)
+    assert not [word for word in words if word not in str(caught.value)], str(caught.value)
+
+
+def test_lora_and_quantization_become_the_real_objects(write):
+    recipe = load_recipe(write(QLORA), ["quantization.llm_int8_threshold=5", "lora.init_lora_weights=eva", "lora.eva_config={rho: 3.0}"])
+    lora, quantization = upstream.build_lora_config(recipe), upstream.build_quantization_config(recipe)
+    assert (lora.r, lora.target_modules, lora.task_type, lora.eva_config.rho) == (4, {"q_proj"}, "CAUSAL_LM", 3.0)
+    assert str(quantization.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    assert quantization.llm_int8_threshold == 5.0
+
+
+def test_full_fine_tuning_has_neither(write):
+    recipe = load_recipe(write("model: {name_or_path: a}\ndata: {source: b}\nlora: null\n"))
+    assert upstream.build_lora_config(recipe) is None
+    assert upstream.build_quantization_config(recipe) is None
+
+
+def test_peft_has_the_last_word(write_with):
+    with pytest.raises(RecipeError) as caught:
+        upstream.build_lora_config(load_recipe(write_with("lora", "layers_pattern: h")))
+    assert str(caught.value).startswith("r.yaml:6: lora: ")
+
+
+def test_qlora_under_fsdp_needs_bfloat16_storage(write):
+    recipe = load_recipe(write(QLORA), ["launch.accelerate=fsdp"])
+    [error] = upstream.check_upstream(recipe)
+    assert str(error).startswith("r.yaml:5: QLoRA under FSDP")
+    assert "bnb_4bit_quant_storage: bfloat16" in str(error)
+    fixed = load_recipe("r.yaml", ["launch.accelerate=fsdp", "quantization.bnb_4bit_quant_storage=bfloat16"])
+    assert not upstream.check_upstream(fixed)
+    assert not upstream.check_upstream(load_recipe("r.yaml", ["launch.accelerate=ddp"]))
+
+
+def test_a_model_that_is_not_here_is_a_note_and_no_error(write):
+    notes: list[RecipeError] = []
+    assert not upstream.check_upstream(load_recipe(write()), notes=notes)
+    assert "meta-llama/Llama-2-7b-hf is not on this machine: names not checked" in notes[0].what
+
+
+def test_what_only_a_gpu_can_judge_is_a_note_unless_the_launch_is_for_the_cpu(write_with):
+    notes: list[RecipeError] = []
+    path = write_with("train", "fp16: true")
+    assert not upstream.check_upstream(load_recipe(path), notes=notes)
+    assert any("train.fp16 not checked" in note.what for note in notes)
+    [error] = upstream.check_upstream(load_recipe(path, ["launch.accelerate=cpu"]))
+    assert "does nothing on a CPU" in error.what
+
+
+def test_the_default_launch_decides_the_batch_arithmetic(write):
+    errors = upstream.check_upstream(load_recipe(write(), ["launch.accelerate=ddp", "launch.gpus=3", "run.global_batch_size=64"]))
+    assert "64 / (8 per device x 3 processes = 24)" in str(errors[0])
+
+
+def local(write, folder, *overrides: str):
+    return load_recipe(write(QLORA.replace("a/b", str(folder)).split("quantization")[0]), overrides)
+
+
+def test_names_are_checked_against_a_local_model(write, tiny_model_dir):
+    assert not upstream.check_upstream(local(write, tiny_model_dir))
+    [error] = upstream.check_upstream(local(write, tiny_model_dir, "lora.target_modules=[q_proj, qq_proj]"))
+    assert "the model has no module 'qq_proj'" in error.what
+    assert "did you mean q_proj?" in str(error)
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.target_modules='.*attention_x.*'", "no module '.*attention_x.*'"),
+        ("lora.modules_to_save=[head]", "no module 'head'"),
+        ("lora.layers_to_transform=[0, 5]", "no layer 5"),
+    ],
+)
+def test_other_lora_names_are_checked_too(override, words, write, tiny_model_dir):
+    [error] = upstream.check_upstream(local(write, tiny_model_dir, override))
+    assert words in error.what
+    assert error.file == "command line"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "'.*_proj'", "[self_attn.q_proj]"])
+def test_every_form_of_target_that_peft_takes_is_taken(targets, write, tiny_model_dir):
+    assert not upstream.check_upstream(local(write, tiny_model_dir, f"lora.target_modules={targets}"))
+
+
+def test_an_fsdp_layer_class_must_exist_in_the_model(write, tiny_model_dir, tmp_path):
+    config = tmp_path / "fsdp.yaml"
+    config.write_text(
+        "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_state_dict_type: FULL_STATE_DICT\n"
+        "  fsdp_transformer_layer_cls_to_wrap: MistralDecoderLayer\n"
+    )
+    [error] = upstream.check_upstream(local(write, tiny_model_dir, f"launch.accelerate={config}"))
+    assert "MistralDecoderLayer" in error.what
+    assert "LlamaDecoderLayer" in str(error)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(write, tiny_model_dir, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "grown")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    added = {"id": len(tokenizer["model"]["vocab"]), "content": "<|extra|>", "single_word": False, "lstrip": False, "rstrip": False}
+    tokenizer["added_tokens"].append({**added, "normalized": False, "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    [error] = upstream.check_upstream(local(write, folder))
+    assert "the tokenizer has 513 entries, the model embeds only 512" in error.what
+    assert "model.resize_embeddings: true" in str(error)
+    assert not upstream.check_upstream(local(write, folder, "model.resize_embeddings=true"))

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from recipes_lib import cli
+from recipes_lib.errors import DataError, ExitCode
+from recipes_lib.recipe.project import project_root
+
+HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "numpy", "pandas", "rich", "accelerate", "huggingface_hub")
+RECIPE = str(project_root() / "recipes/quickstart/lora-r8.yaml")
+
+
+def in_a_process(*argv: str, code: str = "", **options) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a fresh interpreter; `code` runs after it."""
+    program = f"import sys\nfrom recipes_lib.cli import main\nstatus = main({list(argv)!r})\n{code}\nsys.exit(status)"
+    environment = {**os.environ, "PYTHONPATH": str(project_root() / "src")}
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=project_root(), env=environment, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--help"],
+        ["ls"],
+        ["show", RECIPE],
+        ["show", RECIPE, "--flat"],
+        ["check", "recipes"],
+        ["explain", "train"],
+        ["diff", RECIPE, RECIPE],
+        ["status"],
+    ]
+    + [[verb.name, "--help"] for verb in cli.VERBS if cli._exists(verb)],
+    ids=" ".join,
+)
+def test_a_light_verb_imports_nothing_heavy(argv):
+    done = in_a_process(*argv, code=f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_without_arguments_the_verbs_are_listed_in_groups(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert "\nrecipes\n  ls " in out
+    assert "\ntraining\n" in out
+    assert out.splitlines()[-1] == "next: recipes ls"
+
+
+def test_every_verb_that_exists_can_be_configured_and_documents_itself(capsys):
+    for verb in cli.VERBS:
+        if cli._exists(verb):
+            assert cli.main([verb.name, "--help"]) == 0
+            assert f"recipes {verb.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["chek"], ["no verb 'chek'", "did you mean recipes check?"]),
+        (["show"], ["recipes show: ", "RECIPE", "usage:"]),
+        (["show", RECIPE, "--flatt"], ["unknown option '--flatt'", "did you mean --flat?"]),
+        (["ls", "--flat"], ["unknown option '--flat'"]),
+        (["diff", RECIPE, RECIPE, "train.seed=1"], ["unknown argument 'train.seed'"]),
+        (["show", RECIPE, "--learning_rate", "3"], ["write train.learning_rate=VALUE"]),
+        (["show", RECIPE, "--learning_rate=3"], ["write train.learning_rate=3"]),
+        (["show", RECIPE, "train.sed=3"], ["command line: unknown key 'train.sed'", "did you mean train.seed?"]),
+        (["show", RECIPE, "--fla"], ["--flat"]),
+    ],
+)
+def test_wrong_usage_is_one_message_and_exit_2(argv, words, capsys):
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert not [word for word in words if word not in err], err
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make `recipes ls` raise."""
+
+    def install(error: BaseException) -> None:
+        import recipes_lib.commands.ls
+
+        def run(args):
+            raise error
+
+        monkeypatch.setattr(recipes_lib.commands.ls, "run", run)
+
+    return install
+
+
+def test_an_error_ends_with_its_own_exit_code(failing, capsys):
+    failing(DataError("rows are missing", "add some", file="rows.jsonl", line=3))
+    assert cli.main(["ls"]) == ExitCode.DATA
+    assert capsys.readouterr().err == "rows.jsonl:3: rows are missing\n  add some\n"
+
+
+def test_a_bug_is_one_line_unless_debug_is_asked_for(failing, capsys):
+    failing(RuntimeError("broken\ndeep down"))
+    assert cli.main(["ls"]) == ExitCode.FAILED
+    assert capsys.readouterr().err.startswith("internal error: RuntimeError: broken\n  this is a bug")
+    with pytest.raises(RuntimeError):
+        cli.main(["ls", "--debug"])
+
+
+def test_debug_shows_the_traceback_of_an_error_as_well(capsys):
+    assert cli.main(["show", "nowhere.yaml", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "nowhere.yaml: no such file" in err
+
+
+def test_ctrl_c_ends_with_130(failing):
+    failing(KeyboardInterrupt())
+    assert cli.main(["ls"]) == ExitCode.INTERRUPTED
+
+
+def test_a_closed_pipe_is_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "import sys\nfrom recipes_lib.cli import main\nsys.exit(main(['explain', 'train']))"
+    environment = {**os.environ, "PYTHONPATH": str(project_root() / "src")}
+    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_an_ascii_terminal_gets_escapes_and_no_crash(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name_or_path: a}\ndata: {source: b}\nrun: {notes: 'caf\u00e9 \u2192 \\e[31m'}\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(project_root() / "src"), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes_lib.cli", "show", str(path), "--all"], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "caf\\xe9" in done.stdout
+
+
+def test_the_version_is_printed(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip()
