@@ -201,7 +201,8 @@ def test_audit_command_prints_and_writes_the_scorecard(tmp_path: Path, capsys: p
     assert json.loads((tmp_path / "out" / "judge_audit.json").read_text())["banner"]
     assert (tmp_path / "out" / "judge_audit.md").read_text().startswith("# Judge audit")
     assert main(["judge", "audit", path, "--json", "--judge", str(EVALS / "judges" / "quickstart.yaml")]) == 0
-    assert json.loads(capsys.readouterr().out)["judge"] == "fake"
+    card = json.loads(capsys.readouterr().out)
+    assert card["judge"] == "fake" and card["banner"].startswith("Weak judge: SmolLM2") and "failed its audit" in card["banner"]
     assert main(["judge", "audit", str(tmp_path / "none.jsonl")]) == 4
 
 

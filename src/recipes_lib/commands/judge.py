@@ -106,8 +106,9 @@ def _audit(args: argparse.Namespace) -> int:
     if not Path(args.judgments).is_file():
         raise DataError("no such file of judgments", file=args.judgments)
     rows = read_rows(args.judgments)
-    thresholds = load_judge_file(args.judge).thresholds if args.judge else Thresholds()
-    card = audit(rows, thresholds, load_labels(args.labels) if args.labels else None)
+    judge = load_judge_file(args.judge) if args.judge else None
+    labels = load_labels(args.labels) if args.labels else None
+    card = audit(rows, judge.thresholds if judge else Thresholds(), labels, judge.judge.weak if judge else None)
     if args.output:
         atomic_files.write_json(Path(args.output) / "judge_audit.json", card)
         atomic_files.write_text(Path(args.output) / "judge_audit.md", scorecard_markdown(card))

@@ -21,13 +21,16 @@ Row = Mapping[str, Any]
 _FIELDS = ("kind", "question_id", "order", "status", "value", "source", "judge", "lengths", "marker_in_answer", "cut", "attempts", "meta")
 
 
-def audit(rows: Sequence[Row], thresholds: Thresholds | None = None, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+def audit(
+    rows: Sequence[Row], thresholds: Thresholds | None = None, labels: Mapping[str, str] | None = None, weak: str | None = None
+) -> dict[str, Any]:
     """Return a judge's scorecard.
 
     Args:
         rows: stored judgments, probes included where they were asked. Rows of several judges must not be mixed.
         thresholds: what the judge must reach; None for the defaults.
         labels: human labels by question id (`human_labels.load_labels`).
+        weak: why this judge's numbers mean little, from its file; part of the banner.
 
     Raises:
         DataError: if a row lacks a field, or the rows are of several judges.
@@ -65,7 +68,7 @@ def audit(rows: Sequence[Row], thresholds: Thresholds | None = None, labels: Map
         "human": agreement(outcomes, labels) if labels else None,
     }
     card["checks"] = checks(card, thresholds or Thresholds())
-    card["banner"] = banner(card)
+    card["banner"] = " ".join(filter(None, (f"Weak judge: {weak}." if weak else None, banner(card)))) or None
     return card
 
 

@@ -55,6 +55,18 @@ class JudgeSection:
     relative_prompt: str = _key("../prompts/prometheus-relative.txt", "Prompt file of the comparison.")
     absolute_prompt: str = _key("../prompts/prometheus-absolute.txt", "Prompt file of the 1-5 grading.")
     rubric: str = _key("../rubrics/helpfulness.txt", "Rubric file.")
+    reference_rubric: str = _key(
+        "../rubrics/correctness.txt",
+        "Rubric file for questions that come with a reference answer (math, reasoning and coding in mt_bench).",
+    )
+    prompt_style: Literal["chat", "prometheus"] = _key(
+        "chat", "chat: the judge's own chat template. prometheus: `[INST] system, user [/INST]`, as the Prometheus 2 models were trained."
+    )
+    lead_in: str = _key("[RESULT]", "Logits mode: what stands at the start of the judge's turn; the next token is the verdict.")
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] = _key("bfloat16", "Precision of the weights; transformers engine only.")
+    batch_tokens: int = _key(8192, "Padded tokens per batch; transformers engine only.")
+    timeout_s: int = _key(120, "Seconds until one attempt is given up; openai engine only.")
+    max_retries: int = _key(5, "Further attempts after 429, 5xx, a timeout or a dropped connection; openai engine only.")
     temperature: float = _key(0.0, "0 is greedy.")
     max_new_tokens: int = _key(512, "Longest text of the judge; one that reaches it has no verdict (status truncated).")
     max_context_tokens: int = _key(4096, "Context of the judge; answers are cut alike to fit beside the rubric.")
@@ -77,9 +89,9 @@ class JudgeFile:
         name = self.judge.relative_prompt if kind == "relative" else self.judge.absolute_prompt
         return load_template(self.path.parent / name)
 
-    def rubric(self) -> Rubric:
-        """Return the rubric."""
-        return load_rubric(self.path.parent / self.judge.rubric)
+    def rubric(self, reference: bool = False) -> Rubric:
+        """Return the rubric, or the one for questions with a reference answer."""
+        return load_rubric(self.path.parent / (self.judge.reference_rubric if reference else self.judge.rubric))
 
     def fingerprint(self, weights: str | None = None) -> str:
         """Return the hash that goes into each judgment's key: model, decoding and verdict mode, not the prompt or the limits.
@@ -148,7 +160,7 @@ def _problem(key: str, value: Any, kind: Any) -> str | None:
         top = 2.0 if key == "temperature" else 1.0
         return None if number and 0 <= value <= top else f"a number from 0 to {top:g}"
     if int in kinds:
-        least = 0 if key in ("seed", "max_reasks") else 1
+        least = 0 if key in ("seed", "max_reasks", "max_retries") else 1
         return None if isinstance(value, int) and number and value >= least else f"an integer of at least {least}"
     if bool in kinds:
         return None if isinstance(value, bool) else "true or false"
