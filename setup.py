@@ -21,6 +21,7 @@ INSTALL = [
     "safetensors>=0.6",
     "sentencepiece>=0.2",  # Llama-2 tokenizers that ship without tokenizer.json
     "numpy>=2",
+    "scipy>=1.13",
     "pyyaml>=6",
     "ruamel.yaml>=0.18",  # recipes migrate keeps comments
     "jsonschema>=4.20",
@@ -29,14 +30,20 @@ INSTALL = [
     "filelock>=3.15",
 ]
 
+# The evaluation suites. alpaca_eval imports pkg_resources, which setuptools 82 removed.
+EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "openai>=3", "setuptools<82"]
+
 EXTRAS = {
+    "eval": EVAL,
     # Reads the GGUF file of the packaged model. That package itself is not a dependency: it would compile a C++ runtime we do not use.
-    "quickstart": ["gguf>=0.17"],
+    "quickstart": ["gguf>=0.17", *EVAL],
     "dev": [
+        *EVAL,
         "pytest>=9",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "hypothesis>=6.100",
+        "statsmodels>=0.14",  # the reference that the statistics are tested against
         "ruff>=0.17",
         "mypy>=2",
         "types-PyYAML",

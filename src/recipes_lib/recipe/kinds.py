@@ -1,7 +1,7 @@
 """The kinds of YAML files in a project, and how a file tells which kind it is.
 
 A file says it by its first comment, `# yaml-language-server: $schema=.../<kind>.schema.json`, or by its top-level keys; a recipe whose
-name starts with `_` is a base. A later kind (study, published, eval, judge, profile) is one more line in `KINDS`.
+name starts with `_` is a base. A later kind (study, published, profile) is one more line in `KINDS`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,17 @@ RECIPE = _kind(
 )
 BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipes_lib.recipe.validation:check_recipe")
 KINDS = (
+    _kind(
+        "eval", "an eval recipe", "suite generation metrics", "run it: recipes eval EVAL RUN", "recipes_lib.suites.validation:check_eval"
+    ),
+    _kind("judge", "a judge", "judge thresholds", "name it in an eval recipe's judge.file", "recipes_lib.suites.validation:check_judge"),
+    _kind(
+        "lm_eval_task",
+        "a task of lm-eval",
+        "task dataset_path output_type doc_to_text doc_to_target",
+        "name it in an eval recipe's suite.tasks",
+        "recipes_lib.suites.validation:check_task",
+    ),
     RECIPE,
     BASE,
     _kind(

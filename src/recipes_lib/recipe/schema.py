@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
 import inspect
 import json
 import re
@@ -23,6 +24,8 @@ from recipes_lib.recipe.project import project_root, shown_path
 from recipes_lib.recipe.renames import RENAMES
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+# Kinds whose sections belong to a package above this one: module with a function <kind>_schema.
+_ELSEWHERE = {"eval": "recipes_lib.suites.schema", "judge": "recipes_lib.suites.schema"}
 _SECTION_HELP = {
     "model": "The base model, passed to `from_pretrained`.",
     "quantization": "`transformers.BitsAndBytesConfig`, key by key. Absent or null: the weights are not quantised.",
@@ -68,7 +71,7 @@ def _document_schema() -> dict[str, Any]:
     upstream = _upstream_sections()
     properties = {}
     for section, help in _SECTION_HELP.items():
-        fields = upstream[section] if section in upstream else _fields_of(ours[section])
+        fields = upstream[section] if section in upstream else fields_of(ours[section])
         nullable = section in ("lora", "quantization")
         properties[section] = {"type": ["object", "null"] if nullable else "object", "description": help, **_object(section, fields)}
     return {
@@ -103,7 +106,7 @@ def _tighten(schema: dict[str, Any], words: dict[str, Any]) -> dict[str, Any]:
     return {**schema, **words}
 
 
-def _fields_of(cls: Any) -> dict[str, dict[str, Any]]:
+def fields_of(cls: Any) -> dict[str, dict[str, Any]]:
     """Return the schema of every field of a dataclass."""
     hints = typing.get_type_hints(cls)
     result = {}
@@ -151,7 +154,7 @@ def _type_schema(hint: Any) -> dict[str, Any]:
         values = _type_schema(arguments[1]) if arguments else {}
         return {"type": "object", **({"additionalProperties": values} if values else {})}
     if dataclasses.is_dataclass(hint):
-        return {"type": "object", "additionalProperties": False, "properties": _fields_of(hint)}
+        return {"type": "object", "additionalProperties": False, "properties": fields_of(hint)}
     return {}
 
 
@@ -185,14 +188,14 @@ def _upstream_sections() -> dict[str, dict[str, dict[str, Any]]]:
     from transformers.trainer_pt_utils import AcceleratorConfig
     from trl import SFTConfig
 
-    train = _fields_of(SFTConfig)
+    train = fields_of(SFTConfig)
     trackers = sorted(INTEGRATION_TO_CALLBACK)
     several = {"type": "array", "items": {"enum": trackers}}
     train["report_to"] = {key: train["report_to"][key] for key in ("description", "default")} | {
         "anyOf": [{"enum": ["none", *trackers]}, several]
     }
-    train["accelerator_config"] |= {"additionalProperties": False, "properties": _fields_of(AcceleratorConfig)}
-    return {"train": train, "lora": _fields_of(LoraConfig), "quantization": _documented_arguments(BitsAndBytesConfig)}
+    train["accelerator_config"] |= {"additionalProperties": False, "properties": fields_of(AcceleratorConfig)}
+    return {"train": train, "lora": fields_of(LoraConfig), "quantization": _documented_arguments(BitsAndBytesConfig)}
 
 
 def _documented_arguments(cls: Any) -> dict[str, dict[str, Any]]:
@@ -224,7 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     check = "--check" in (sys.argv[1:] if argv is None else argv)
     folder = project_root() / "schema"
     changed = []
-    for name, schema in (("recipe", recipe_schema()), ("base", base_schema())):
+    schemas = {"recipe": recipe_schema(), "base": base_schema()}
+    schemas |= {name: getattr(importlib.import_module(module), f"{name}_schema")() for name, module in _ELSEWHERE.items()}
+    for name, schema in schemas.items():
         path: Path = folder / f"{name}.schema.json"
         text = json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
         if path.exists() and path.read_text(encoding="utf-8") == text:

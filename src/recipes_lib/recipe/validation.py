@@ -114,7 +114,7 @@ def _translate(document: Document, error: ValidationError, above: KeyPath = ()) 
     inner = [context for context in error.context or () if len(context.absolute_path) > len(error.absolute_path)]
     if inner:
         return [pair for context in inner for pair in _translate(document, context, above)]
-    return [(path, _wrong_value(document, path, error))]
+    return [(path, wrong_value(document, path, error))]
 
 
 def _inside_renamed(document: Document, path: KeyPath, value: Any) -> list[tuple[KeyPath, RecipeError]]:
@@ -164,7 +164,7 @@ def _section_hint(key: str) -> list[str]:
     return [f"it belongs to {homes[0].partition('.')[0]}: write {homes[0]}"] if homes else [f"sections: {', '.join(SECTIONS)}"]
 
 
-def _wrong_value(document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
+def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
     """Return the error for a value of the wrong type or outside the choices."""
     schema, value = error.schema, error.instance
     if not path:

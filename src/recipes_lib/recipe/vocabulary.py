@@ -13,14 +13,14 @@ from recipes_lib.recipe.renames import RENAMES
 from recipes_lib.recipe.suggestions import near_names
 
 
-@lru_cache(maxsize=1)
-def load_schema() -> dict[str, Any]:
-    """Return the committed JSON Schema of a recipe.
+@lru_cache(maxsize=4)
+def load_schema(kind: str = "recipe") -> dict[str, Any]:
+    """Return the committed JSON Schema of a kind of file: recipe, eval or judge.
 
     Raises:
         RecipeError: the schema folder is not there.
     """
-    path = project_root() / "schema" / "recipe.schema.json"
+    path = project_root() / "schema" / f"{kind}.schema.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -28,8 +28,14 @@ def load_schema() -> dict[str, Any]:
 
 
 def subschema(*keys: str) -> dict[str, Any] | None:
-    """Return the schema of a key such as `subschema("train", "learning_rate")`, or None if there is no such key."""
-    schema: dict[str, Any] | None = load_schema()["$defs"]["document"]
+    """Return the schema of a key such as `subschema("train", "learning_rate")`, or None if there is no such key.
+
+    Keys of eval recipes follow `eval`, as in `subschema("eval", "generation", "temperature")`.
+    """
+    if keys[:1] == ("eval",):
+        keys, schema = keys[1:], load_schema("eval")
+    else:
+        schema = load_schema()["$defs"]["document"]
     for key in keys:
         schema = (schema or {}).get("properties", {}).get(key)
     return schema

