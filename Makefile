@@ -46,7 +46,7 @@ check: setup  ## style, types, every YAML, schema up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/recipes check --full recipes accelerate_configs
+	$(BIN)/recipes check --full $(wildcard recipes accelerate_configs evals)
 	$(BIN)/python -m recipes_lib.recipe.schema --check
 
 style: setup  ## format the code

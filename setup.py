@@ -5,9 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = next(
-    line.split('"')[1] for line in (HERE / "src/recipes_lib/__init__.py").read_text(encoding="utf-8").splitlines() if line.startswith("__version__")
-)
+INIT = (HERE / "src/recipes_lib/__init__.py").read_text(encoding="utf-8")
+VERSION = next(line.split('"')[1] for line in INIT.splitlines() if line.startswith("__version__"))
 
 INSTALL = [
     "torch>=2.9",

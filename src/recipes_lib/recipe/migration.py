@@ -119,6 +119,7 @@ def cut_into_entries(text: str, values: dict[str, Any]) -> tuple[dict[str, Entry
     """
     lines = text.split("\n")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode), "anything else was refused before"
     pairs = root.value
     aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
     entries: dict[str, Entry] = {}
