@@ -35,7 +35,7 @@ def test_ordinary_run_names_are_accepted(name):
     ],
 )
 def test_names_that_are_no_safe_folder_are_refused(name):
-    with pytest.raises(RecipeError, match="run.name"):
+    with pytest.raises(RecipeError, match=r"run\.name"):
         check_run_name(name, "r.yaml", 3)
 
 

@@ -108,11 +108,18 @@ def test_a_mistake_on_the_command_line_is_placed_there(write):
 
 
 def test_mixture_parts_are_checked_one_by_one(write):
-    text = "model: {name_or_path: a}\ndata:\n  source:\n    - {source: a.jsonl}\n    - {sorce: b.jsonl}\n    - {source: c.jsonl, max_examples: 0}\n"
+    parts = "    - {source: a.jsonl}\n    - {sorce: b.jsonl}\n    - {source: c.jsonl, max_examples: 0}\n"
+    text = f"model: {{name_or_path: a}}\ndata:\n  source:\n{parts}"
     said = errors_of(write(text))
     assert any(error.startswith("r.yaml:5: unknown key 'data.source.1.sorce'") for error in said)
     assert any("data.source.1.source is missing" in error for error in said)
     assert any("data.source.2.max_examples must be a whole number >= 1" in error for error in said)
+
+
+def test_flash_attention_needs_half_precision_weights(write):
+    text = "data: {source: b}\nmodel:\n  name_or_path: a\n  dtype: float32\n  attn_implementation: flash_attention_2\n"
+    [error] = errors_of(write(text))
+    assert error.startswith("r.yaml:5: model.attn_implementation flash_attention_2 cannot compute in float32")
 
 
 def test_quantized_weights_need_an_adapter(write):

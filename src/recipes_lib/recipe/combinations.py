@@ -81,6 +81,14 @@ def _evaluation(sections: dict[str, Any], document: Document) -> Iterator[Any]:
             yield ("data", "split"), f"data.split leaves no training rows: validation + test = {held_out:g}", "make the sum smaller than 1"
 
 
+def _attention(sections: dict[str, Any], _: Document) -> Iterator[Any]:
+    model = sections.get("model", {})
+    kernel, dtype = model.get("attn_implementation"), model.get("dtype")
+    if isinstance(kernel, str) and "flash" in kernel and dtype == "float32":
+        what = f"model.attn_implementation {kernel} cannot compute in float32"
+        yield ("model", "attn_implementation"), what, "set model.dtype: bfloat16, or attn_implementation: sdpa"
+
+
 def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
     name = sections.get("launch", {}).get("accelerate")
     if isinstance(name, str):
@@ -90,7 +98,7 @@ def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
             yield ("launch", "accelerate"), error.what, *error.hints
 
 
-_RULES: tuple[_Rule, ...] = (_precision, _quantization, _target_modules, _evaluation, _launch)
+_RULES: tuple[_Rule, ...] = (_precision, _quantization, _target_modules, _evaluation, _attention, _launch)
 
 
 def _warnings(sections: dict[str, Any]) -> Iterator[Any]:
