@@ -29,7 +29,9 @@ $(STAMP): setup.py constraints.txt
 	    $(PYTHON) -m venv $(VENV) || { echo "setup: could not create $(VENV) (Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }; }
 	@echo "setup: installing the packages of constraints.txt into $(VENV) (about 2 GB with the CPU build of torch; minutes on a first run)"
 	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[quickstart,dev]' \
-	    | awk '/^(Collecting|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
+	    | awk -v live=$$([ -t 1 ] && echo 1 || echo 0) '/^Collecting/ { count++; if (live) { printf "\r  %d packages: %-60.60s", count, $$2; fflush() } } \
+	        /^Successfully installed/ { done = 1 } \
+	        END { if (live && count) print ""; if (done) print "  " (count ? count " packages were missing and are installed" : "all packages are there") }'
 	@touch $@
 
 quickstart: setup  ## train two small adapters on this machine and compare them
