@@ -163,3 +163,11 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(write, tiny_model_dir
     assert "the tokenizer has 513 entries, the model embeds only 512" in error.what
     assert "model.resize_embeddings: true" in str(error)
     assert not upstream.check_upstream(local(write, folder, "model.resize_embeddings=true"))
+
+
+def test_code_that_ships_with_a_model_is_never_run_by_a_check(write, tiny_model_dir):
+    notes: list[RecipeError] = []
+    assert not upstream.check_upstream(
+        local(write, tiny_model_dir, "model.trust_remote_code=true", "lora.target_modules=[zz]"), notes=notes
+    )
+    assert "brings its own code: names not checked" in notes[0].what

@@ -47,14 +47,14 @@ def architecture(folder: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 @lru_cache(maxsize=4)
 def _tokenizer_size(folder: Path) -> int:
     from transformers import AutoTokenizer
 
-    return len(AutoTokenizer.from_pretrained(folder))
+    return len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:

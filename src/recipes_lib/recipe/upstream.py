@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import os
 import re
 import typing
@@ -104,6 +105,7 @@ def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: li
         remote_code: whether the command line allowed the model's own code; None where no model will be loaded.
         notes: is given what could not be checked.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels as soon as PEFT imports it
     errors: list[RecipeError] = []
 
     def collect(build: Any) -> Any:
@@ -122,15 +124,19 @@ def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: li
     before = len(errors)
     folder = collect(lambda: local_folder(recipe))
     if folder is not None:
-        from recipes_lib.recipe.model_names import check_names
-
         errors += check_files(recipe, folder, remote_code=remote_code)
-        if len(errors) == before:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                errors += check_names(recipe, folder, accelerate)
-    elif len(errors) == before and notes is not None:
-        notes.append(recipe.error(KEY, f"note: model {recipe.model.name_or_path} is not on this machine: names not checked"))
+    if len(errors) > before:
+        return errors
+    if folder is None or recipe.model.trust_remote_code:
+        why = "is not on this machine" if folder is None else "brings its own code"
+        if notes is not None:
+            notes.append(recipe.error(KEY, f"note: model {recipe.model.name_or_path} {why}: names not checked"))
+        return errors
+    from recipes_lib.recipe.model_names import check_names
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        errors += check_names(recipe, folder, accelerate)
     return errors
 
 
