@@ -60,7 +60,7 @@ def read_rows(path: str | Path) -> list[Row]:
     return list(rows.values())
 
 
-def _parse_lines(data: bytes, path: Path, lines_before: int, rows: dict[str, Row]) -> int:
+def _parse_lines(data: bytes, path: Path, lines_before: int, rows: dict[str, Row], what: str = "judgment") -> int:
     """Add the rows of whole lines to `rows`; return the number of lines read."""
     lines = data.split(b"\n")[:-1]
     for number, line in enumerate(lines, lines_before + 1):
@@ -69,13 +69,13 @@ def _parse_lines(data: bytes, path: Path, lines_before: int, rows: dict[str, Row
             key = row["key"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(
-                "this line is not a stored judgment",
-                "the file is damaged in its middle, which no killed writer does: restore it, or delete this line to judge the item again",
+                f"this line is not a stored {what}",
+                "the file is damaged in its middle, which no killed writer does: restore it, or delete this line to have it made again",
                 file=path,
                 line=number,
             ) from None
         if not isinstance(key, str) or key in rows:
-            raise DataError(f"judgment {str(key)[:12]} occurs twice", "keep one of the two lines", file=path, line=number)
+            raise DataError(f"{what} {str(key)[:12]} occurs twice", "keep one of the two lines", file=path, line=number)
         rows[key] = row
     return len(lines)
 
@@ -90,6 +90,8 @@ class JudgmentStore:
     Raises:
         DataError: when the file holds a damaged line or a repeated key.
     """
+
+    what = "judgment"  # what a line holds, for messages
 
     def __init__(self, path: str | Path, lock_timeout_s: float = 60.0) -> None:
         self.path = Path(path)
@@ -124,7 +126,7 @@ class JudgmentStore:
             file.seek(self._size)
             data = file.read()
             whole = data.rfind(b"\n") + 1
-            self._lines += _parse_lines(data[:whole], self.path, self._lines, self._rows)
+            self._lines += _parse_lines(data[:whole], self.path, self._lines, self._rows, self.what)
             self._size += whole
             if whole < len(data):
                 file.truncate(self._size)
@@ -169,7 +171,7 @@ class JudgmentStore:
             if error:
                 os.ftruncate(descriptor, self._size)
                 raise EnvironmentFault(
-                    f"a judgment could not be stored: {error}", "free some disk and run the same command", file=self.path
+                    f"a {self.what} could not be stored: {error}", "free some disk and run the same command", file=self.path
                 )
         finally:
             os.close(descriptor)

@@ -1,0 +1,58 @@
+"""Hashes of weights: what an answer, a judgment or a cache entry depends on. Digests of large files are remembered by size and time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.atomic_files import write_json
+from recipes_lib.recipe.project import cache_root
+from recipes_lib.recipe.sections import ModelSection
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def hash_of(*parts: Any) -> str:
+    """Return the SHA-256 of JSON-ready values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return a hash of a folder's weights and configuration; it does not depend on where the folder lies."""
+    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    parts: list[Any] = [[path.name, _digest(path)] for path in files]
+    for name in ("config.json", "adapter_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            parts.append([name, {key: value for key, value in values.items() if key not in ("base_model_name_or_path", "_name_or_path")}])
+    return hash_of(parts)
+
+
+def model_fingerprint(section: ModelSection, path: str) -> str:
+    """Return a hash of a base model: its files where they are local, else its Hub name and commit.
+
+    Args:
+        section: the model as asked for.
+        path: what `from_pretrained` took.
+    """
+    if Path(path).is_dir():
+        return folder_fingerprint(Path(path))
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path, "config.json", revision=section.revision or "main")
+    return hash_of(path, Path(cached).parent.name if isinstance(cached, str) else section.revision)
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file, remembered in the cache folder by path, size and modification time."""
+    stat = path.stat()
+    stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    memory = cache_root() / "digests" / f"{hash_of(stamp)[:32]}.json"
+    if memory.is_file():
+        return str(json.loads(memory.read_text(encoding="utf-8"))["sha256"])
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    write_json(memory, {"file": path.name, "sha256": digest})
+    return digest
