@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,5 +47,36 @@ def make_run(runs_folder, tiny_model_dir):
             state["guard"] = {"prompt_format_hash": recorded_hash}
         (folder / "run.json").write_text(json.dumps(state))
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def long_tiny_model_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model with a context that judge prompts fit into."""
+    folder = tmp_path_factory.mktemp("long") / "tiny-judge"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    return folder
+
+
+@pytest.fixture
+def judge_file(long_tiny_model_dir, tmp_path):
+    """A function that writes and loads a judge file for the tiny model; keyword arguments replace its keys."""
+    from recipes_lib.judging.judge_file import load_judge_file
+
+    evals = Path(__file__).resolve().parents[2] / "evals"
+
+    def make(**keys):
+        values = {"model": str(long_tiny_model_dir), "dtype": "float32", "mode": "logits", "max_context_tokens": 4096, "max_new_tokens": 8}
+        values |= {"relative_prompt": str(evals / "prompts/prometheus-relative.txt"), "rubric": str(evals / "rubrics/helpfulness.txt")}
+        values |= {
+            "absolute_prompt": str(evals / "prompts/prometheus-absolute.txt"),
+            "reference_rubric": str(evals / "rubrics/correctness.txt"),
+        }
+        path = tmp_path / "judge.yaml"
+        path.write_text(yaml.safe_dump({"judge": values | keys}))
+        return load_judge_file(path)
 
     return make

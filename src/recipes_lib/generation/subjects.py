@@ -73,7 +73,7 @@ def find_targets(words: Sequence[str], prompt_format: str = "auto", dtype: str =
         if not _is_model(word):
             open_run(word)  # raises, with the names of similar runs
         same = [one.recipe for one in runs.values() if one.recipe.model.name_or_path == word]
-        targets.append(base_target(same[0]) if same else Target(word, _model_recipe(word, prompt_format, dtype)))
+        targets.append(base_target(same[0]) if same else Target(word, stand_in_recipe(word, prompt_format, dtype)))
     return targets
 
 
@@ -93,8 +93,8 @@ def _is_model(word: str) -> bool:
     )
 
 
-def _model_recipe(word: str, prompt_format: str, dtype: str) -> Recipe:
-    """A recipe that stands for a model nobody trained; the prompt format `auto` is settled when its tokenizer is there."""
+def stand_in_recipe(word: str, prompt_format: str = "auto", dtype: str = "bfloat16") -> Recipe:
+    """Return a recipe that stands for a model nobody trained; the prompt format `auto` is settled when its tokenizer is there."""
     chosen: Any = "chat" if prompt_format == "auto" else prompt_format
     return Recipe(
         path=Path(word),

@@ -1,0 +1,290 @@
+"""Judges made of models: a judge file -> something that `judging.judge` can ask, in this process or behind an address.
+
+Two verdict modes. `generate` lets the judge write its feedback and verdict. `logits` puts the lead-in (`[RESULT]`) at the start of
+the judge's turn and reads the probabilities of the allowed verdicts from the next token, in one forward pass; their sum is the mass.
+Weights load with the first question, so an evaluation that finds all its judgments stored loads none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from recipes_lib.data.conversations import Message
+from recipes_lib.errors import EnvironmentFault
+from recipes_lib.generation.engine import Completion, Decoding, Engine, Request
+from recipes_lib.generation.fingerprints import hash_of, model_fingerprint
+from recipes_lib.judging.judge import Judge, JudgePlan, JudgeReply, JudgeRequest
+from recipes_lib.judging.judge_file import JudgeFile, JudgeSection
+from recipes_lib.judging.prometheus import Prompt
+from recipes_lib.recipe.sections import ModelSection
+
+TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt
+CHARS_PER_TOKEN = 3.0  # a careful guess where the tokenizer is only on the server
+
+
+@dataclass(frozen=True)
+class OpenJudge:
+    """A judge that can be asked, and what its prompts may take."""
+
+    file: JudgeFile
+    judge: Judge
+    count_tokens: Callable[[str], int]
+
+    def plan(self, kind: str, reference: bool = False) -> JudgePlan:
+        """Return how to ask: the prompt of a kind ("relative" or "absolute") and a rubric.
+
+        Args:
+            reference: whether the questions come with a reference answer that must be met.
+        """
+        section = self.file.judge
+        written = section.max_new_tokens if section.mode == "generate" else 8
+        return JudgePlan(
+            template=self.file.template(kind),
+            rubric=self.file.rubric(reference),
+            seed=section.seed,
+            max_reasks=section.max_reasks,
+            max_consecutive_failures=section.max_consecutive_failures,
+            batch_size=max(32, section.concurrency) if section.engine == "openai" else 32,
+            count_tokens=self.count_tokens,
+            max_prompt_tokens=section.max_context_tokens - written - TEMPLATE_ROOM_TOKENS,
+        )
+
+
+@contextmanager
+def opened(file: JudgeFile) -> Iterator[OpenJudge]:
+    """Give the judge of a file; afterwards its memory is free again.
+
+    Raises:
+        EnvironmentFault: the judge's tokenizer or weights cannot be had, or its server serves another model.
+    """
+    judge = _ServedJudge(file) if file.judge.engine == "openai" else _LocalJudge(file)
+    try:
+        yield OpenJudge(file, judge, judge.count_tokens)
+    finally:
+        judge.close()
+
+
+class _ServedJudge:
+    """A judge behind an OpenAI-compatible address."""
+
+    def __init__(self, file: JudgeFile) -> None:
+        self.section = file.judge
+        self.fingerprint = file.fingerprint(hash_of(self.section.prompt_style, self.section.lead_in))
+        self.tokenizer = _tokenizer_if_here(self.section)
+        self._engine: Engine | None = None
+
+    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
+        """Ask the server."""
+        from recipes_lib.generation.openai_engine import OpenAIEngine, Server
+
+        section = self.section
+        if self._engine is None:
+            server = Server(
+                base_url=str(section.base_url),
+                model=section.model,
+                api_key_variable=section.api_key_variable,
+                concurrency=section.concurrency,
+                timeout_s=section.timeout_s,
+                max_retries=section.max_retries,
+                first_pause_s=float(os.environ.get("RECIPES_RETRY_PAUSE_S", "0.5")),
+            )
+            self._engine = OpenAIEngine(server, logprobs=section.mode == "logits")
+        return _written(self._engine, [(request, self._render(request.prompt, request.key)) for request in requests], section)
+
+    def _render(self, prompt: Prompt, key: str) -> Request:
+        lead_in = self.section.lead_in if self.section.mode == "logits" else ""
+        if self.section.prompt_style == "prometheus":
+            return Request(key=key, prompt=f"{prompt.instruct_text()} {lead_in}".rstrip(" "))
+        messages = [*_messages(prompt), *([Message(role="assistant", content=lead_in)] if lead_in else [])]
+        return Request(key=key, messages=tuple(messages))
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, or a careful guess."""
+        return int(len(text) / CHARS_PER_TOKEN) if self.tokenizer is None else len(self.tokenizer.encode(text))
+
+    def close(self) -> None:
+        """Forget the server."""
+        self._engine = None
+
+
+class _LocalJudge:
+    """A judge in this process."""
+
+    def __init__(self, file: JudgeFile) -> None:
+        from transformers import AutoTokenizer
+
+        from recipes_lib.training.model import explain_load_failure, model_path
+
+        section = self.section = file.judge
+        self.model_section = ModelSection(name_or_path=section.model, revision=section.revision, dtype=section.dtype)
+        self.path = model_path(self.model_section)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path, revision=section.revision or "main")
+        except OSError as error:
+            raise explain_load_failure(self.model_section, error) from None
+        weights = model_fingerprint(self.model_section, self.path)
+        self.fingerprint = file.fingerprint(hash_of(weights, section.dtype, section.prompt_style, section.lead_in))
+        self._engine: Any = None
+
+    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
+        """Ask the model, loading it for the first question."""
+        if self._engine is None:
+            self._engine = self._load()
+        rendered = [(request, self._render(request.prompt, request.key)) for request in requests]
+        if self.section.mode == "generate":
+            return _written(self._engine, rendered, self.section)
+        replies: dict[str, JudgeReply] = {}
+        for allowed, group in groupby(rendered, key=lambda pair: pair[0].allowed):
+            replies |= self._read(list(group), allowed)
+        return [replies[request.key] for request in requests]
+
+    def _load(self) -> Any:
+        import torch
+
+        from recipes_lib.generation.subjects import stand_in_recipe
+        from recipes_lib.generation.transformers_engine import TransformersEngine
+        from recipes_lib.training.model import load_model
+
+        recipe = dataclasses.replace(stand_in_recipe(self.section.model), model=self.model_section)
+        model = load_model(recipe, self.tokenizer).eval()
+        model = model.to("cuda") if torch.cuda.is_available() else model
+        return TransformersEngine(model, self.tokenizer, self.fingerprint, batch_tokens=self.section.batch_tokens)
+
+    def _render(self, prompt: Prompt, key: str) -> Request:
+        return Request(key=key, ids=tuple(judge_ids(prompt, self.section.prompt_style, self.tokenizer)))
+
+    def _read(self, pairs: Sequence[tuple[JudgeRequest, Request]], allowed: Sequence[str]) -> dict[str, JudgeReply]:
+        """Read the verdicts of requests with the same allowed tokens from next-token probabilities."""
+        import torch
+
+        from recipes_lib.generation.transformers_engine import batches, left_padded
+
+        lead_ids, token_ids = verdict_tokens(self.tokenizer, self.section.lead_in, allowed)
+        requests = [Request(key=request.key, ids=(*request.ids, *lead_ids)) for _, request in pairs]
+        replies: dict[str, JudgeReply] = {}
+        for batch in batches(requests, 0, self.section.batch_tokens):
+            ids, mask = left_padded([request.ids for request in batch], self.tokenizer.pad_token_id or 0)
+            model = self._engine.model
+            with torch.inference_mode():
+                ids, mask = ids.to(model.device), mask.to(model.device)
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False).logits
+                probabilities = torch.softmax(logits[:, -1].float(), dim=-1).cpu()
+            for request, row in zip(batch, probabilities, strict=True):
+                found = {verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()}
+                replies[request.key] = JudgeReply(probabilities=found)
+        return replies
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer.backend_tokenizer.encode(text).ids)
+
+    def close(self) -> None:
+        """Free the memory."""
+        import torch
+
+        self._engine = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def judge_ids(prompt: Prompt, style: str, tokenizer: Any) -> list[int]:
+    """Return the token ids of a judge's prompt, up to where the judge starts to write.
+
+    Raises:
+        EnvironmentFault: style chat, and the tokenizer has no chat template.
+    """
+    if style == "prometheus":
+        return list(tokenizer.encode(prompt.instruct_text()))
+    if not tokenizer.chat_template:
+        raise EnvironmentFault("the judge's tokenizer has no chat template", "set judge.prompt_style: prometheus")
+    for messages in (_messages(prompt), [Message(role="user", content=f"{prompt.system}\n{prompt.user}")]):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like; some have no system role
+            fault = error
+            continue
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    raise EnvironmentFault(
+        f"the judge's chat template refuses the prompt: {str(fault).splitlines()[0]}", "set judge.prompt_style: prometheus"
+    )
+
+
+def verdict_tokens(tokenizer: Any, lead_in: str, allowed: Sequence[str]) -> tuple[list[int], dict[str, set[int]]]:
+    """Return the lead-in's token ids and, per verdict, the ids of the tokens that mean it.
+
+    A verdict may follow with or without a space. Where the tokenizer makes the space a token of its own, as some do before digits,
+    it becomes part of the lead-in.
+
+    Raises:
+        EnvironmentFault: two verdicts start with the same token, so that the next token cannot tell them apart.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    bare = encode(lead_in)
+    spaced = {verdict: encode(f"{lead_in} {verdict}") for verdict in allowed}
+    common = 0
+    while len({ids[common] for ids in spaced.values()}) == 1:
+        common += 1
+    tokens: dict[str, set[int]] = {verdict: {ids[common]} for verdict, ids in spaced.items()}
+    lead_ids = next(iter(spaced.values()))[:common]
+    if lead_ids == bare:
+        for verdict in allowed:
+            tight = encode(f"{lead_in}{verdict}")
+            if tight[:common] == bare:
+                tokens[verdict].add(tight[common])
+    if sum(map(len, tokens.values())) != len(set().union(*tokens.values())):
+        raise EnvironmentFault(f"this judge's tokenizer cannot tell {', '.join(allowed)} apart by one token", "set judge.mode: generate")
+    return lead_ids, tokens
+
+
+def _written(engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection) -> list[JudgeReply]:
+    """Let the engine write the verdicts; requests of one temperature go together."""
+    replies: dict[str, JudgeReply] = {}
+    base = section.temperature
+    for temperature in {request.temperature for request, _ in pairs}:
+        group = {request.key: (request, rendered) for request, rendered in pairs if request.temperature == temperature}
+        decoding = Decoding(max_new_tokens=section.max_new_tokens, temperature=max(temperature, base))
+        requests = [dataclasses.replace(rendered, seed=request.seed) for request, rendered in group.values()]
+        for done in engine.complete(requests, decoding):
+            replies[done.key] = _reply(group[done.key][0], done)
+    return [replies[request.key] for request, _ in pairs]
+
+
+def _reply(request: JudgeRequest, done: Completion) -> JudgeReply:
+    """A completion as a judge's reply; log-probabilities become probabilities of the allowed verdicts."""
+    if done.error is not None:
+        return JudgeReply(error=done.error, permanent=done.permanent)
+    if done.logprobs is None:
+        return JudgeReply(text=done.text, finish_reason=done.finish_reason)
+    import math
+
+    found = dict.fromkeys(request.allowed, 0.0)
+    for token, logprob in done.logprobs.items():
+        if token.strip() in found:
+            found[token.strip()] += math.exp(logprob)
+    return JudgeReply(probabilities=found)
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    return [Message(role="system", content=prompt.system), Message(role="user", content=prompt.user)]
+
+
+def _tokenizer_if_here(section: JudgeSection) -> Any:
+    """The tokenizer of a served model, if it lies on this machine; nothing is downloaded for it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(section.model, revision=section.revision or "main", local_files_only=True)
+    except (OSError, ValueError):
+        return None

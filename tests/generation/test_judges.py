@@ -1,0 +1,114 @@
+"""Judges made of models: probabilities of the allowed verdicts, written verdicts, and the same behind an address."""
+
+from __future__ import annotations
+
+import pytest
+from tests.generation.faulty_server import MODEL, FaultyServer
+
+from recipes_lib.errors import EnvironmentFault
+from recipes_lib.generation.judges import judge_ids, opened, verdict_tokens
+from recipes_lib.judging.judge import Item, build_requests, judge_items
+from recipes_lib.judging.store import JudgmentStore
+
+PAIRS = [
+    Item("1", "Name a fruit.", "An apple.", "A hammer."),
+    Item("2", "Count to three.", "One, two, three. " * 6, "Three."),
+    Item("3", "Say hello.", "Hello!", "Good morning to everyone here."),
+]
+SINGLE = [Item("1", "Name a fruit.", "An apple."), Item("2", "Add 2 and 2.", "4", reference="4")]
+
+
+def test_probabilities_are_those_of_the_next_token_after_the_lead_in(judge_file):
+    import torch
+
+    with opened(judge_file()) as judge:
+        requests = list(build_requests(PAIRS, judge.plan("relative"), judge.judge.fingerprint))
+        replies = judge.judge.complete(requests)
+        model, tokenizer = judge.judge._engine.model, judge.judge.tokenizer
+        lead, tokens = verdict_tokens(tokenizer, "[RESULT]", ("A", "B"))
+        for request, reply in zip(requests, replies, strict=True):
+            ids = [*judge_ids(request.prompt, "chat", tokenizer), *lead]
+            with torch.no_grad():
+                expected = torch.softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1)
+            for verdict in ("A", "B"):
+                assert reply.probabilities[verdict] == pytest.approx(float(expected[list(tokens[verdict])].sum()), rel=1e-4)
+
+
+def test_stored_judgments_carry_the_mass_and_are_not_asked_again(judge_file, tmp_path):
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    with opened(judge_file()) as judge:
+        first = judge_items(PAIRS, judge.judge, store, judge.plan("relative"))
+    with opened(judge_file()) as judge:
+        second = judge_items(PAIRS, judge.judge, store, judge.plan("relative"))
+        assert judge.judge._engine is None, "weights were loaded for nothing"
+    assert (first.asked, second.asked, second.stored_before) == (6, 0, 6)
+    assert all(0 < row["mass"] < 1 and row["status"] == "ok" for row in store)
+
+
+@pytest.mark.parametrize("style", ["chat", "prometheus"])
+def test_a_judge_that_writes_is_parsed_and_its_nonsense_stays_unparsed(judge_file, tmp_path, style):
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    with opened(judge_file(mode="generate", prompt_style=style, max_reasks=1)) as judge:
+        judge_items(SINGLE[:1], judge.judge, store, judge.plan("absolute"))
+    (row,) = store
+    assert row["status"] in ("unparsed", "truncated", "empty") and row["raw"] is not None
+
+
+def test_weights_mode_and_precision_are_part_of_the_fingerprint(judge_file):
+    prints = set()
+    for keys in (
+        {},
+        {"mode": "generate"},
+        {"dtype": "bfloat16"},
+        {"prompt_style": "prometheus"},
+        {"lead_in": "Result:"},
+        {"temperature": 0.5},
+    ):
+        with opened(judge_file(**keys)) as judge:
+            prints.add(judge.judge.fingerprint)
+    assert len(prints) == 6
+
+
+def test_long_answers_are_cut_to_the_judges_context(judge_file, tmp_path):
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    long = [Item("1", "Tell a story.", "word " * 4000, "tale " * 4000)]
+    with opened(judge_file(max_context_tokens=3000)) as judge:
+        judge_items(long, judge.judge, store, judge.plan("relative"))
+        request = next(build_requests(long, judge.plan("relative"), ""))
+        assert len(judge_ids(request.prompt, "chat", judge.judge.tokenizer)) <= 3000
+        assert "###Feedback:" in request.prompt.user
+    assert all(row["cut"] for row in store)
+
+
+def test_a_space_of_its_own_before_digits_goes_into_the_lead_in():
+    class SpaceIsAToken:
+        def encode(self, text, add_special_tokens=False):
+            return [ord(char) for char in text]
+
+    lead, tokens = verdict_tokens(SpaceIsAToken(), "[R]", ("1", "2"))
+    assert lead == [ord(char) for char in "[R] "] and tokens == {"1": {ord("1")}, "2": {ord("2")}}
+
+
+def test_verdicts_that_share_their_token_are_refused():
+    class OneToken:
+        def encode(self, text, add_special_tokens=False):
+            return [7, 8] if text.endswith("AA") else [7, 8, 9]
+
+    with pytest.raises((EnvironmentFault, IndexError)):
+        verdict_tokens(OneToken(), "[R]", ("A", "AA"))
+
+
+@pytest.mark.parametrize("style", ["chat", "prometheus"])
+@pytest.mark.parametrize("mode", ["generate", "logits"])
+def test_a_served_judge_is_asked_in_both_orders(judge_file, tmp_path, mode, style):
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    with FaultyServer(answer="Both fine. [RESULT] A") as server:
+        file = judge_file(engine="openai", model=MODEL, base_url=server.url, mode=mode, prompt_style=style)
+        with opened(file) as judge:
+            run = judge_items(PAIRS, judge.judge, store, judge.plan("relative"))
+        sent = server.bodies
+    assert run.asked == 6 and {row["value"] for row in store} == {"A"} and {row["order"] for row in store} == {"AB", "BA"}
+    assert all(("messages" in body) == (style == "chat") for body in sent)
+    if mode == "logits":
+        assert all(row["mass"] == pytest.approx(0.987, abs=1e-3) for row in store)
+        assert all(body["max_tokens"] == 1 for body in sent)
