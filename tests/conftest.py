@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PROJECT = Path(__file__).resolve().parents[1]
-TINY_TEXT = (PROJECT / "README.md", PROJECT / "LICENSE")
+TINY_TEXT = (PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl", PROJECT / "LICENSE")
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +71,36 @@ def tiny_tokenizer(tiny_model_dir: Path):  # noqa: ANN201 - importing the type c
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+TINY_RECIPE = """\
+# yaml-language-server: $schema=recipe.schema.json
+model: {{name_or_path: {model}, dtype: float32}}
+data: {{source: {rows}, prompt_format: dolly}}
+lora: {{r: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: [q_proj, v_proj]}}
+train:
+  bf16: false
+  learning_rate: 1.0e-2
+  max_length: 192
+  max_steps: 8
+  per_device_train_batch_size: 4
+  per_device_eval_batch_size: 8
+  logging_steps: 1
+  eval_strategy: steps
+  eval_steps: 4
+  save_steps: 2
+  seed: 42
+  optim: adamw_torch
+run: {{global_batch_size: 8, name: tiny}}
+launch: {{accelerate: cpu}}
+"""
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe that trains the tiny model for 8 steps on the quickstart's rows; its runs go to <tmp_path>/runs."""
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    rows = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_RECIPE.format(model=tiny_model_dir, rows=rows), encoding="utf-8")
+    return path

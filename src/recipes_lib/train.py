@@ -14,20 +14,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes_lib.errors import RecipesError, print_error
+from recipes_lib.errors import DataError, RecipeError, RecipesError, print_error
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training.ranks import rank
 
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 
+
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the overrides (`section.key=value`) as they were typed."""
     parser = argparse.ArgumentParser(prog="recipes_lib.train", description="Fine-tune a model from a recipe.", allow_abbrev=False)
     parser.add_argument("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
     parser.add_argument("--resume-anyway", action="store_true", help="continue a run although settings that change its result differ")
-    parser.add_argument("--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that ships with the model, if the recipe asks for it too")
+    parser.add_argument(
+        "--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the recipe asks for it too"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_known_args(argv)
 
@@ -43,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if rank() == 0:
             print_error(error)
-        return exit_status(int(error.exit_code), on_every_rank=getattr(error, "on_every_rank", "WORLD_SIZE" not in os.environ))
+        same_everywhere = isinstance(error, RecipeError | DataError) or getattr(error, "on_every_rank", "WORLD_SIZE" not in os.environ)
+        return exit_status(int(error.exit_code), on_every_rank=same_everywhere)
     return exit_status(code, on_every_rank=True)
 
 

@@ -53,7 +53,11 @@ def answer(family: object, name: str, instruction: str, context: str, max_new_to
     with family.using(name) as model, torch.no_grad():
         tokens = torch.tensor([ids], device=model.device)
         written = model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
         )
     return tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True).strip()
 

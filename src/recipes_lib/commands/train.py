@@ -29,12 +29,20 @@ FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code", "debug")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
-    parser.add_argument("--accelerate", metavar="NAME", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate")
-    parser.add_argument("--gpus", type=int, metavar="N", help="processes on this machine; default: launch.gpus, else the accelerate config's")
+    parser.add_argument(
+        "--accelerate", metavar="NAME", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
+    )
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="processes on this machine; default: launch.gpus, else the accelerate config's"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
     parser.add_argument("--resume-anyway", action="store_true", help="continue a run although settings that change its result differ")
-    parser.add_argument("--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that ships with the model, if the recipe asks for it too")
+    parser.add_argument(
+        "--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the recipe asks for it too"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

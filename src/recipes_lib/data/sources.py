@@ -150,12 +150,12 @@ def load_from_hub(source: Source) -> Table:
     Raises:
         DataError: offline and not cached, no such data set, configuration or split, or access refused.
     """
-    offline = _offline_by_environment()
+    offline = offline_by_environment()
     if offline and not _perhaps_cached(source.source):
         raise _offline_error(source.source)
     import datasets
 
-    offline = offline or not _hub_answers()
+    offline = offline or not hub_answers()
     try:
         with _offline_mode(offline):
             dataset = datasets.load_dataset(source.source, source.subset, split=source.source_split, revision=source.revision)
@@ -173,7 +173,7 @@ def _offline_error(name: str) -> SettingError:
     return SettingError("data.source", what, f"'{name}' is neither a file or folder here nor in the cache of Hub data sets")
 
 
-def _offline_by_environment() -> bool:
+def offline_by_environment() -> bool:
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
 
@@ -186,7 +186,7 @@ def _perhaps_cached(name: str) -> bool:
     return (prepared / name.replace("/", "___")).exists() or (downloaded / f"datasets--{name.replace('/', '--')}").exists()
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the Hub can be reached at all: one request with a short time limit, through the user's proxy if there is one."""
     from huggingface_hub import constants, get_session
 

@@ -102,7 +102,7 @@ def _check_weights(recipe: Recipe, folder: Path) -> Iterator[RecipeError]:
         if shard not in present:
             yield recipe.error(KEY, f"{folder / shard} is missing; model.safetensors.index.json names it", "download the model again")
             continue
-        problem = _broken_shard(folder / shard)
+        problem = broken_shard(folder / shard)
         if problem:
             yield recipe.error(KEY, f"{folder / shard} {problem}", "download the model again")
     if not shards:
@@ -116,7 +116,7 @@ def _check_weights(recipe: Recipe, folder: Path) -> Iterator[RecipeError]:
             yield recipe.error(KEY, f"{folder} has no weights (*.safetensors)")
 
 
-def _broken_shard(path: Path) -> str | None:
+def broken_shard(path: Path) -> str | None:
     """Return what is wrong with a safetensors file: its header says how long it must be."""
     actual = path.stat().st_size
     with path.open("rb") as stream:

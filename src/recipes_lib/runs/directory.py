@@ -88,7 +88,9 @@ class RunDirectory:
         try:
             state = json.loads(self.state_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise EnvironmentFault(f"run.json is not JSON: {error}", "restore it from a backup, or move the run away", file=self.state_file) from None
+            raise EnvironmentFault(
+                f"run.json is not JSON: {error}", "restore it from a backup, or move the run away", file=self.state_file
+            ) from None
         version = state.get("format_version", 0)
         if version != FORMAT_VERSION:
             raise EnvironmentFault(
@@ -101,7 +103,9 @@ class RunDirectory:
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        old: Mapping[str, Any] = self.read_state() if self.exists() else {"format_version": FORMAT_VERSION, "name": self.name, "created": now}
+        old: Mapping[str, Any] = (
+            self.read_state() if self.exists() else {"format_version": FORMAT_VERSION, "name": self.name, "created": now}
+        )
         write_json(self.state_file, {**old, "state": state, "updated": now, **fields})
 
 

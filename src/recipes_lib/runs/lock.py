@@ -32,7 +32,9 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise EnvironmentFault(f"{folder.name} is in use{describe_holder(note)}", "wait for it, or stop it: touch " + str(folder / "STOP")) from None
+        raise EnvironmentFault(
+            f"{folder.name} is in use{describe_holder(note)}", "wait for it, or stop it: touch " + str(folder / "STOP")
+        ) from None
     try:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json(note, {"host": socket.gethostname(), "pid": os.getpid(), "since": started})

@@ -17,7 +17,9 @@ from typing import Any
 from recipes_lib.recipe.project import project_root
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
-RECORDED_VARIABLES = re.compile(r"^(ACCELERATE_|FSDP_|NCCL_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|HF_HUB_OFFLINE$|SLURM_JOB_(ID|NODELIST|NUM_NODES)$|WORLD_SIZE$|RECIPES_)")
+RECORDED_VARIABLES = re.compile(
+    r"^(ACCELERATE_|FSDP_|NCCL_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|HF_HUB_OFFLINE$|SLURM_JOB_(ID|NODELIST|NUM_NODES)$|WORLD_SIZE$|RECIPES_)"
+)
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|AKIA[A-Z0-9]{12,})")
 MASK = "***"

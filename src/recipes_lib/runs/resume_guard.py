@@ -18,7 +18,9 @@ FREE_KEYS = re.compile(
 )
 
 
-def guarded_values(recipe: Recipe, data_fingerprint: str, world_size: int, distribution: str, versions: dict[str, str | None]) -> dict[str, Any]:
+def guarded_values(
+    recipe: Recipe, data_fingerprint: str, world_size: int, distribution: str, versions: dict[str, str | None]
+) -> dict[str, Any]:
     """Return every value that a resumed run must share with its beginning, by dotted key."""
     surroundings = {"launch": {"world_size": world_size, "distribution": distribution}, "version": dict(versions)}
     return {**_recipe_values(recipe), "data_fingerprint": data_fingerprint, **flatten(surroundings)}

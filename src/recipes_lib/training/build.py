@@ -118,7 +118,7 @@ def describe_trainable(model: Any) -> str:
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     count, total = sum(parameter.numel() for _, parameter in trainable), sum(parameter.numel() for parameter in model.parameters())
     precision = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for _, parameter in trainable}))
-    quantized = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+    quantized = sum(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
     frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad and p.dtype != torch.uint8}
     base = f"; base {'NF4 in ' + str(quantized) + ' layers' if quantized else ', '.join(sorted(frozen))}" if frozen or quantized else ""
     return f"{count:,} of {total:,} parameters in {precision}{base}"

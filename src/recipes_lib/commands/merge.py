@@ -1,0 +1,56 @@
+"""`recipes merge RUN`: fold an adapter into its base, check the result on real prompts, and keep it in the run as `merged/`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from recipes_lib.errors import ExitCode
+from recipes_lib.terminal import next_step, say
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run", metavar="RUN", help="a finished LoRA or QLoRA run")
+    choices = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=choices, help="precision of the merged weights (default: the base's, as it was trained on)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; what happens meanwhile goes to stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge, or say that it was done."""
+    import contextlib
+    import sys
+
+    from recipes_lib.runs.directory import open_run
+    from recipes_lib.training.adapters import merge
+    from recipes_lib.training.session import quiet_libraries
+    from recipes_lib.training.trained import finished_run
+
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        trained = finished_run(open_run(args.run))
+        quiet_libraries()
+        done = merge(trained, args.dtype, report=say)
+    if args.json:
+        say(json.dumps({"folder": str(done.folder), "already": done.already, **done.record}, indent=2))
+        return ExitCode.DONE
+    if done.already:
+        say(f"already merged, nothing to do: {done.folder} ({done.record['dtype']})")
+    else:
+        say(f"merged: {done.folder} ({done.record['dtype']})")
+    say(describe(done.record["check"]))
+    next_step(f"recipes export {args.run} --to DIR --merged")
+    return ExitCode.DONE
+
+
+def describe(check: dict) -> str:
+    """Return the lines that say how a folded adapter compares with the adapter on its base."""
+    difference, effect = check["difference"], check["adapter_effect"]
+    return (
+        f"on {check['prompts']}, computed in {check['computed_in']}:\n"
+        f"  the adapter moves the base's logits by {effect['mean']:.3g} on average, {effect['largest']:.3g} at most\n"
+        f"  merging moves them by {difference['mean']:.3g} on average ({check['lost_share']:.1%} of that; allowed {check['lost_limit']:.0%}), "
+        f"{difference['largest']:.3g} at most (allowed {difference['tolerance'] * difference['scale']:.3g} = "
+        f"{difference['tolerance']:g} of the largest logit)\n"
+        f"  the most likely next token is the same at {difference['same_top_token']:.1%} of the positions"
+    )

@@ -1,0 +1,53 @@
+"""`recipes verify RUN`: are the weights on the disk what was trained, and does the merged model answer like the adapter?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+
+from recipes_lib.commands.merge import describe
+from recipes_lib.errors import ExitCode
+from recipes_lib.terminal import next_step, say
+
+NUM_PROMPTS = 8
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning")
+    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"validation rows to compare on (default {NUM_PROMPTS})")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; everything else goes to stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found; exit 1 when it fails."""
+    from recipes_lib.errors import RecipeError
+    from recipes_lib.runs.directory import open_run
+    from recipes_lib.training.session import quiet_libraries
+    from recipes_lib.training.trained import finished_run
+    from recipes_lib.training.verification import verify
+
+    if args.prompts < 1:
+        raise RecipeError(f"--prompts must be 1 or more, not {args.prompts}")
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        trained = finished_run(open_run(args.run))
+        quiet_libraries()
+        result = verify(trained, args.prompts)
+    code = ExitCode.DONE if result.passed else ExitCode.FAILED
+    if args.json:
+        say(json.dumps(result.as_dict(), indent=2))
+        return code
+    say(f"{result.run}: {result.kind}")
+    for fact in result.facts:
+        say(f"  {fact}")
+    merged = result.numbers.get("merged")
+    if merged:
+        say(f"adapter on its base, against {merged['compared']} in {merged['dtype']}, {describe(merged)}")
+    for problem in result.problems:
+        say(f"FAILED: {problem}")
+    if result.passed:
+        say("verified: these are the trained weights" + (", and merging keeps what they do" if merged else ""))
+        next_step(f"recipes export {args.run} --to DIR")
+    return code

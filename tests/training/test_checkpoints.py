@@ -1,0 +1,106 @@
+"""A checkpoint is used only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.errors import EnvironmentFault
+from recipes_lib.training import checkpoints
+
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def make_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    for name in FILES:
+        (checkpoint / name).write_bytes(name.encode() * 10)
+    if complete:
+        checkpoints.mark_complete(checkpoint, step=step, world_size=1)
+    return checkpoint
+
+
+def test_the_newest_complete_checkpoint_is_used_by_step_number_not_by_name(tmp_path: Path) -> None:
+    for step in (8, 100, 20):
+        make_checkpoint(tmp_path, step)
+    assert checkpoints.newest_complete(tmp_path, report=print) == tmp_path / "checkpoint-100"
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(tmp_path: Path, name: str, damage: str) -> None:
+    good, bad = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    if damage == "missing":
+        (bad / name).unlink()
+    else:
+        (bad / name).write_bytes((bad / name).read_bytes()[:-3])
+    said: list[str] = []
+    assert checkpoints.newest_complete(tmp_path, said.append) == good
+    assert len(said) == 1 and "checkpoint-10" in said[0] and name in said[0]
+    assert (tmp_path / "checkpoint-10.incomplete").is_dir() and not bad.exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"files": 3}'])
+def test_a_missing_or_torn_marker_makes_the_checkpoint_incomplete(tmp_path: Path, content: str | None) -> None:
+    checkpoint = make_checkpoint(tmp_path, 5, complete=False)
+    if content is not None:
+        (checkpoint / checkpoints.MARKER).write_text(content)
+    assert checkpoints.what_is_missing(checkpoint)
+    assert checkpoints.newest_complete(tmp_path, report=lambda line: None) is None
+
+
+def test_what_was_set_aside_twice_is_kept_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_checkpoint(tmp_path, 5, complete=False)
+        checkpoints.newest_complete(tmp_path, report=lambda line: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5.incomplete", "checkpoint-5.incomplete-2"]
+
+
+def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 10, complete=False)
+    checkpoints.rotate(tmp_path, keep=1, best=tmp_path / "checkpoint-4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]
+
+
+def test_rotation_with_no_limit_keeps_everything(tmp_path: Path) -> None:
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    checkpoints.rotate(tmp_path, keep=None, best=None)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_missing_training_state_is_an_error_that_names_the_flag(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path, 5, complete=False)
+    (checkpoint / name).unlink()
+    checkpoints.mark_complete(checkpoint, step=5, world_size=1)
+    with pytest.raises(EnvironmentFault, match=name) as caught:
+        checkpoints.check_resumable(checkpoint, world_size=1, allow_partial=False)
+    assert "--allow-partial-resume" in str(caught.value)
+    assert checkpoints.check_resumable(checkpoint, world_size=1, allow_partial=True) == [name]
+
+
+def test_another_number_of_processes_lacks_random_states(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 5)
+    with pytest.raises(EnvironmentFault, match="rng_state_1.pth"):
+        checkpoints.check_resumable(checkpoint, world_size=2, allow_partial=False)
+
+
+def test_a_full_disk_is_noticed_before_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    checkpoints.check_free_space(tmp_path, 80 * 2**20)
+    with pytest.raises(EnvironmentFault, match="disk full: a save needs 90 MiB"):
+        checkpoints.check_free_space(tmp_path, 90 * 2**20)
+
+
+def test_the_marker_lists_every_file_with_its_size(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 5)
+    marker = json.loads((checkpoint / checkpoints.MARKER).read_text())
+    assert marker["step"] == 5 and marker["files"] == {name: len(name) * 10 for name in FILES}

@@ -1,0 +1,63 @@
+"""What was asked of the launcher and what is running must be the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.training.launch_check import Active, Asked, active_launch, check_launch, what_was_asked
+
+CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
+
+
+def test_what_recipes_train_asked_for_wins_over_the_parent_process() -> None:
+    environment = {"RECIPES_EXPECT": json.dumps({"world_size": 2, "distributed_type": "FSDP"})}
+    assert what_was_asked(environment, ["accelerate", "launch", "--num_processes", "4"]) == Asked(2, "FSDP", "recipes train")
+
+
+@pytest.mark.parametrize(
+    ("parent", "world_size", "kind"),
+    [
+        (["python3", "/x/bin/accelerate", "launch", "--config_file", str(CONFIGS / "ddp_cpu.yaml"), "-m", "recipes_lib.train"], 2, "MULTI_GPU"),
+        (["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "recipes_lib.train"], 2, None),
+        (["accelerate", "launch", f"--config_file={CONFIGS / 'fsdp_cpu.yaml'}", "--num_processes=4", "x.py"], 4, "FSDP"),
+        (["python", "/x/bin/torchrun", "--nproc_per_node", "3", "x.py"], 3, None),
+        (["python", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node=3", "x.py"], 6, None),
+        (["bash"], None, None),
+        ([], None, None),
+    ],
+)
+def test_the_parent_command_tells_what_was_asked(parent: list[str], world_size: int | None, kind: str | None) -> None:
+    asked = what_was_asked({}, parent)
+    assert (asked.world_size, asked.distributed_type) == (world_size, kind)
+
+
+def test_one_process_where_two_were_asked_is_refused() -> None:
+    with pytest.raises(RecipeError, match="asked for 2 processes, but 1 is training") as caught:
+        check_launch(Asked(2, "MULTI_GPU", "accelerate launch"), Active(1, "one process", "cpu"))
+    assert "ddp_cpu.yaml" in str(caught.value)
+
+
+def test_two_processes_that_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="each of them would train alone"):
+        check_launch(Asked(), Active(1, "one process", "cpu"))
+
+
+def test_ddp_where_fsdp_was_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="asked for FSDP, but DDP is active"):
+        check_launch(Asked(2, "FSDP", "accelerate launch"), Active(2, "DDP", "cpu"))
+
+
+def test_what_cannot_be_known_is_said() -> None:
+    assert "not checked" in check_launch(Asked(), Active(1, "one process", "cpu"))
+    assert "not checked" not in check_launch(Asked(1, "NO", "recipes train"), Active(1, "one process", "cpu"))
+
+
+def test_accelerates_names_become_ours() -> None:
+    assert active_launch("MULTI_CPU", 2, "cpu").distributed_type == "DDP"
+    assert active_launch("FSDP", 2, "cuda:0").distributed_type == "FSDP"

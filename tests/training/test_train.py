@@ -1,0 +1,317 @@
+"""The training script, run for real on a tiny model in this process: what it writes, when it refuses, how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recipes_lib.errors import ExitCode
+from recipes_lib.train import main
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def run_json(recipe: Path, name: str = "tiny") -> dict[str, Any]:
+    return json.loads((recipe.parent / "runs" / name / "run.json").read_text())
+
+
+def metrics(recipe: Path, name: str = "tiny") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (recipe.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, *, call: int, request: int = 1) -> None:
+    """Ask for a stop at the n-th time that the ranks agree (the end of step n, unless an evaluation or a save comes between)."""
+    from recipes_lib.training.stopping import StopRequest
+
+    calls = iter(range(1, 10_000))
+    monkeypatch.setattr(StopRequest, "_asked_by_file", lambda self: request if next(calls) >= call else 0)
+
+
+def test_a_run_directory_holds_everything_that_design_promises(tiny_recipe: Path) -> None:
+    assert main([str(tiny_recipe)]) == 0
+    run = tiny_recipe.parent / "runs" / "tiny"
+    names = {path.name for path in run.iterdir()} - {".lock"}
+    expected = "recipe.yaml resolved.yaml command.txt environment.json splits.json supervision.json metrics.jsonl figures checkpoints adapter run.json"
+    assert names == set(expected.split())
+    state = run_json(tiny_recipe)
+    assert (state["state"], state["exit_code"], state["summary"]["steps"]) == ("finished", 0, 8)
+    assert state["weights_check"]["reload"]["largest"] == 0.0
+    lines = metrics(tiny_recipe)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
+    assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_gib"} <= lines[0].keys()
+    assert lines[-2]["loss"] < lines[0]["loss"]
+    figures = {path.name for path in (run / "figures").iterdir()}
+    assert figures == {f"{stem}.{kind}" for stem in ("loss", "validation_perplexity", "learning_rate", "throughput", "memory") for kind in ("svg", "png")}
+    card = (run / "adapter" / "README.md").read_text()
+    assert "LoRA r=4" in card and yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+
+
+def test_a_finished_run_is_not_trained_again_and_refuses_other_settings(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
+    adapter = tiny_recipe.parent / "runs" / "tiny" / "adapter" / ADAPTER
+    written = adapter.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert main([str(tiny_recipe), "train.max_steps=2", "train.learning_rate=1e-3"]) == ExitCode.USAGE
+    assert "train.learning_rate" in capsys.readouterr().err
+    assert adapter.stat().st_mtime_ns == written and run_json(tiny_recipe)["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights"),
+    [
+        (["train.bf16=true"], "adapter"),
+        (["model.dtype=bfloat16", "train.bf16=true"], "adapter"),
+        (["quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_use_double_quant: true}", "train.bf16=true"], "adapter"),
+        (["lora=null"], "model"),
+        (["train.packing=true"], "adapter"),
+        (["train.padding_free=true"], "adapter"),
+        (["train.activation_checkpointing=true"], "adapter"),
+        (["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"], "adapter"),
+        (["data.prompt_format=chat"], "adapter"),
+        (["train.completion_only_loss=false"], "adapter"),
+    ],
+    ids=["bf16", "bf16-weights", "qlora-nf4", "full", "packing", "padding-free", "checkpointing", "best", "chat", "whole-text"],
+)  # fmt: skip
+def test_every_way_to_train_ends_with_weights_that_reload(tiny_recipe: Path, overrides: list[str], weights: str) -> None:
+    assert main([str(tiny_recipe), *overrides]) == 0
+    state = run_json(tiny_recipe)
+    assert state["state"] == "finished" and state["weights_check"]["reload"]["agrees"]
+    assert (tiny_recipe.parent / "runs" / "tiny" / weights).is_dir()
+    assert all(line["loss"] > 0 for line in metrics(tiny_recipe) if "loss" in line)
+
+
+def test_qlora_really_has_nf4_layers(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantization = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+    assert main([str(tiny_recipe), quantization, "train.max_steps=1"]) == 0
+    assert "NF4 in 14 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.lora_dropout=0.3"],
+        ["lora.lora_dropout=0.3", "train.packing=true", "train.max_length=160"],
+        ["lora.lora_dropout=0.3", "train.dataloader_num_workers=2"],
+        ["lora=null"],
+    ],
+    ids=["dropout", "packing", "workers", "full"],
+)
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tiny_recipe: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([str(tiny_recipe), *overrides, "run.name=whole"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, call=5)
+        assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == ExitCode.PREEMPTED
+    state = run_json(tiny_recipe, "broken")
+    assert (state["state"], state["exit_code"]) == ("preempted", 75)
+    assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == 0
+    runs = tiny_recipe.parent / "runs"
+    weights = "model/model.safetensors" if "lora=null" in overrides else f"adapter/{ADAPTER}"
+    assert (runs / "whole" / weights).read_bytes() == (runs / "broken" / weights).read_bytes()
+    compared = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
+    whole, broken = ([{key: line.get(key) for key in compared} for line in metrics(tiny_recipe, name)] for name in ("whole", "broken"))
+    assert whole == broken
+
+
+@pytest.mark.parametrize("when", ["at the end of the step before it", "within it"])
+def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(tiny_recipe: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 2 and 4 save, step 4 evaluates: the ranks agree at steps 1, 2, the save of 2, 3, 4, then in the evaluation."""
+    overrides = ["lora.lora_dropout=0.3", "train.eval_steps=4"]
+    assert main([str(tiny_recipe), *overrides, "run.name=whole"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, call=5 if when.startswith("at") else 7)
+        assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == ExitCode.PREEMPTED
+    marker = json.loads((tiny_recipe.parent / "runs" / "broken" / "checkpoints" / "checkpoint-4" / "COMPLETE.json").read_text())
+    assert marker["evaluation_pending"] is True
+    assert not any("eval_loss" in line for line in metrics(tiny_recipe, "broken"))
+    assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == 0
+    whole, broken = ([(line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics(tiny_recipe, name)] for name in ("whole", "broken"))
+    assert whole == broken
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+def test_a_signal_during_a_step_ends_in_a_checkpoint_and_its_exit_code(
+    tiny_recipe: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    step = RecipeTrainer.training_step
+
+    def interrupted(self: RecipeTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2 and not self.stop.requested:
+            os.kill(os.getpid(), number)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecipeTrainer, "training_step", interrupted)
+        assert main([str(tiny_recipe)]) == code
+    assert run_json(tiny_recipe)["exit_code"] == code
+    assert (tiny_recipe.parent / "runs" / "tiny" / "checkpoints" / "checkpoint-3" / "COMPLETE.json").is_file()
+    assert not (tiny_recipe.parent / "runs" / "tiny" / "adapter").exists()
+    assert main([str(tiny_recipe)]) == 0
+
+
+def test_a_stop_file_is_taken_away_with_the_stop(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes_lib.training.metrics import MetricsCallback
+
+    stop = tiny_recipe.parent / "runs" / "tiny" / "STOP"
+    monkeypatch.setattr(MetricsCallback, "on_step_end", lambda self, *args, **kwargs: stop.touch())
+    assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
+    assert not stop.exists()
+
+
+def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny_recipe), "lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]) == ExitCode.NUMERICS
+    said = capsys.readouterr().err
+    assert "at step 2" in said and "learning rate 1e+30" in said and "examples" in said and "Traceback" not in said
+    state = run_json(tiny_recipe)
+    assert (state["state"], state["exit_code"]) == ("failed", 3)
+    assert not (tiny_recipe.parent / "runs" / "tiny" / "model").exists()
+
+
+def test_resuming_with_another_learning_rate_shows_the_difference_and_can_be_insisted_on(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, call=3)
+        assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
+    capsys.readouterr()
+    assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == ExitCode.USAGE
+    assert "train.learning_rate  0.01 -> 0.005" in capsys.readouterr().err
+    assert main([str(tiny_recipe), "train.learning_rate=5e-3", "train.logging_steps=2", "--resume-anyway"]) == 0
+    assert run_json(tiny_recipe)["resumed"][0]["changed"] == {"train.learning_rate": [0.01, 0.005]}
+
+
+def test_a_missing_optimizer_state_is_an_error_not_a_fresh_start(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, call=3)
+        main([str(tiny_recipe)])
+    from recipes_lib.training.checkpoints import mark_complete, newest_complete
+
+    checkpoint = newest_complete(tiny_recipe.parent / "runs" / "tiny" / "checkpoints", report=print)
+    assert checkpoint is not None
+    (checkpoint / "optimizer.pt").unlink()
+    mark_complete(checkpoint, step=int(checkpoint.name.split("-")[1]), world_size=1)
+    capsys.readouterr()
+    assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
+    assert "optimizer.pt" in capsys.readouterr().err
+    assert main([str(tiny_recipe), "--allow-partial-resume"]) == 0
+
+
+def test_weights_that_do_not_reload_as_trained_are_rejected_and_kept(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes_lib.training import weights_check
+
+    honest = weights_check.logits_on
+    calls = iter(range(10))
+    monkeypatch.setattr(weights_check, "logits_on", lambda model, probes: honest(model, probes) + 0.1 * next(calls))
+    assert main([str(tiny_recipe), "train.max_steps=2"]) == ExitCode.FAILED
+    run = tiny_recipe.parent / "runs" / "tiny"
+    assert not (run / "adapter").exists() and (run / "weights.rejected").is_dir()
+    assert run_json(tiny_recipe)["state"] == "failed"
+
+
+def test_an_adapter_that_learnt_nothing_is_rejected(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny_recipe), "train.warmup_steps=1", "train.max_steps=1"]) == ExitCode.FAILED
+    assert "changes nothing" in capsys.readouterr().err
+
+
+def test_weights_that_answer_nothing_are_rejected_although_every_loss_was_finite(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny_recipe), "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]) == ExitCode.FAILED
+    assert "all logits are zero" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_during_a_save_loses_nothing(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import Trainer
+
+    def full(self: Trainer, output_dir: str) -> None:
+        if self.state.global_step == 6:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 186432 vs 186324")
+        honest(self, output_dir)
+
+    assert main([str(tiny_recipe), "run.name=whole"]) == 0
+    honest = Trainer._save_optimizer_and_scheduler
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
+    assert "disk full while saving checkpoint-6" in capsys.readouterr().err
+    assert main([str(tiny_recipe)]) == 0
+    runs = tiny_recipe.parent / "runs"
+    assert (runs / "tiny" / "checkpoints" / "checkpoint-6.incomplete").is_dir()
+    assert (runs / "whole" / "adapter" / ADAPTER).read_bytes() == (runs / "tiny" / "adapter" / ADAPTER).read_bytes()
+
+
+def test_no_planted_secret_is_in_any_written_file(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"HF_TOKEN": "hf_plantedplantedplanted", "OPENAI_API_KEY": "sk-plantedplantedplanted", "WANDB_API_KEY": "plantedwandbkey0123"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_SECRET", "plantedaccelerate")
+    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
+    written = [path for path in (tiny_recipe.parent / "runs").rglob("*") if path.is_file()]
+    assert written and not any(path.name == "training_args.bin" for path in written)
+    for path in written:
+        content = path.read_bytes()
+        assert not any(value.encode() in content for value in [*secrets.values(), "plantedaccelerate"]), path
+
+
+def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe: Path) -> None:
+    losses = []
+    for size in (1, 3, 32):
+        assert main([str(tiny_recipe), "train.max_steps=1", "train.eval_steps=1", f"train.per_device_eval_batch_size={size}", f"run.name=b{size}"]) == 0
+        losses.append(metrics(tiny_recipe, f"b{size}")[-1]["eval_loss"])
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_padding_free_and_padded_training_lose_the_same(tiny_recipe: Path) -> None:
+    for name, overrides in {"padded": [], "free": ["train.padding_free=true"]}.items():
+        assert main([str(tiny_recipe), f"run.name={name}", *overrides]) == 0
+    padded, free = ([line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line] for name in ("padded", "free"))
+    assert padded == pytest.approx(free, abs=2e-5)
+
+
+def test_checkpointing_changes_no_loss(tiny_recipe: Path) -> None:
+    for name, value in {"plain": "false", "checkpointed": "true"}.items():
+        assert main([str(tiny_recipe), f"run.name={name}", f"train.activation_checkpointing={value}"]) == 0
+    off, on = ([line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line] for name in ("plain", "checkpointed"))
+    assert off == pytest.approx(on, abs=1e-6)
+
+
+def test_packed_rows_keep_their_documents_apart(tiny_recipe: Path) -> None:
+    """One step over all rows at learning rate 0: the loss per token is the same, packed or padded."""
+    losses = []
+    for name, overrides in {"padded": [], "packed": ["train.packing=true"]}.items():
+        one_step = ["data.max_examples=24", "data.split.method=none", 'train.eval_strategy="no"', "train.num_train_epochs=1", "train.max_steps=-1", "run.global_batch_size=64"]
+        size = ["train.per_device_train_batch_size=64"]
+        main([str(tiny_recipe), f"run.name={name}", *one_step, *size, *overrides])
+        losses.append(metrics(tiny_recipe, name)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes_lib.training.session import Session
+
+    monkeypatch.setattr(Session, "load_model", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    assert main([str(tiny_recipe)]) == ExitCode.INTERRUPTED
+    assert run_json(tiny_recipe)["exit_code"] == 130
+
+
+def test_the_runs_files_are_where_a_copy_of_the_folder_finds_them(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Nothing in a run directory names the directory itself, so that it can be moved."""
+    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
+    run = tiny_recipe.parent / "runs" / "tiny"
+    shutil.rmtree(run / "checkpoints")
+    for path in run.rglob("*.json"):
+        if path.name not in {"environment.json"}:
+            assert str(run) not in path.read_text(), path
