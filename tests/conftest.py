@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,19 @@ launch: {{accelerate: cpu}}
 """
 
 
+@pytest.fixture(scope="session")
+def tiny_recipe_text() -> Callable[[Path], str]:
+    """The tiny recipe as text, for a model folder."""
+    rows = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
+    return lambda model: TINY_RECIPE.format(model=model, rows=rows)
+
+
 @pytest.fixture
-def tiny_recipe(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny_recipe(
+    tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A recipe that trains the tiny model for 8 steps on the quickstart's rows; its runs go to <tmp_path>/runs."""
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
-    rows = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_RECIPE.format(model=tiny_model_dir, rows=rows), encoding="utf-8")
+    path.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")
     return path

@@ -29,8 +29,14 @@ def use_color(stream: object = None) -> bool:
 
 
 def say(text: str = "") -> None:
-    """Print one line (or several) on stdout at once, control characters shown."""
-    print(printable(text), flush=True)
+    """Print one line (or several) on stdout at once, control characters shown.
+
+    Where nobody reads any more (`| head`), the rest is dropped: a training must not end because its log is not read.
+    """
+    try:
+        print(printable(text), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_command(argv: Sequence[str]) -> None:

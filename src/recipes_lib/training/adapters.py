@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from recipes_lib.training.verification import Comparison
 
 RECORD = "merge.json"
+REJECTED = "merged.rejected"
 SPARE = 1.2  # free space asked for, as a multiple of what is written
 SHARD = "5GB"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -80,14 +81,25 @@ def merge_record(trained: TrainedRun) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = None) -> str | None:
-    """Return why `merged/` is not what merging would give now, or None when it is."""
+def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = None, contents: bool = False) -> str | None:
+    """Return why `merged/` is not what merging would give now, or None when it is.
+
+    Args:
+        trained: the run.
+        record: what `merge_record` returned.
+        dtype: the precision asked for; None for any.
+        contents: whether to read the files and compare their hashes, not only their sizes.
+    """
     if record["adapter_sha256"] != file_hashes(trained.weights).get(ADAPTER_WEIGHTS):
         return "it was made from another adapter"
     if dtype is not None and record["dtype"] != dtype:
         return f"it is in {record['dtype']}, not in {dtype}"
-    changed = [file for file, size in record["files"].items() if not _has_size(trained.merged / file, size)]
-    return f"{changed[0]} in it is missing or damaged" if changed else None
+    files = record["files"]
+    damaged = [name for name, size in files.items() if not (trained.merged / name).is_file() or (trained.merged / name).stat().st_size != size]
+    if damaged:
+        return f"{damaged[0]} in it is missing or damaged"
+    changed = [name for name, found in file_hashes(trained.merged).items() if record["sha256"].get(name) != found] if contents else []
+    return f"{changed[0]} in it was changed" if changed else None
 
 
 def fold(trained: TrainedRun, family: Family, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -178,7 +190,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
         rejected = _set_aside(scratch)
         raise RecipesError(f"the merged model is not the adapter on its base: {comparison.problems[0]}", f"it is kept in {rejected}")
     _write_card(scratch, trained, record)
-    write_json(scratch / RECORD, {**record, "files": _sizes(scratch)})
+    write_json(scratch / RECORD, {**record, "files": _sizes(scratch), "sha256": file_hashes(scratch)})
     _publish(scratch, trained.merged)
     return Merge(trained.merged, merge_record(trained) or record, already=False)
 
@@ -252,11 +264,12 @@ def _publish(scratch: Path, final: Path) -> None:
         os.replace(final, old)
     os.replace(scratch, final)
     sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for left in (old, final.with_name(REJECTED)):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _set_aside(scratch: Path) -> Path:
-    rejected = scratch.with_name("merged.rejected")
+    rejected = scratch.with_name(REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
     os.replace(scratch, rejected)
     return rejected
@@ -268,7 +281,3 @@ def _size(model: PreTrainedModel) -> int:
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
-
-
-def _has_size(file: Path, size: int) -> bool:
-    return file.is_file() and file.stat().st_size == size

@@ -159,7 +159,7 @@ def _source(trained: TrainedRun, merged: bool) -> Path:
     record = merge_record(trained)
     if record is None:
         raise RecipeError(f"run '{name}' has no merged/", f"recipes merge {name}")
-    stale = why_stale(trained, record)
+    stale = why_stale(trained, record, contents=True)
     if stale:
         raise RecipeError(f"merged/ of run '{name}' is out of date: {stale}", f"recipes merge {name}")
     return trained.merged

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes_lib.atomic_files import write_text
+from recipes_lib.terminal import say
 
 KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
@@ -110,7 +111,7 @@ class MetricsCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.write(text)
         else:
-            print(text, flush=True)
+            say(text)
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self._started[1]

@@ -74,6 +74,7 @@ class Session:
         self.earlier: dict[str, Any] = {}
         self.changes: dict[str, list[Any]] = {}
         self.checkpoint: Path | None = None
+        self.marker: dict[str, Any] = {}
         self.trainer: RecipeTrainer
         self.started = time.monotonic()
         if fsdp_on_cpu.is_wanted():
@@ -178,6 +179,7 @@ class Session:
 
         self.checkpoint = on_main_rank(decide)
         if self.checkpoint is not None:
+            self.marker = checkpoints.read_marker(self.checkpoint)  # read now: the rotation may delete the checkpoint later
             unchanged = "recipe, data, versions unchanged" if not self.changes else f"--resume-anyway over {len(self.changes)} changes"
             self.say(f"resuming {self.checkpoint.name} ({unchanged})")
             self.args.eval_on_start = False
@@ -191,7 +193,6 @@ class Session:
 
     def build_trainer(self) -> None:
         """Build the trainer, and make sure that the distribution is the one that was promised before the model was loaded."""
-        from recipes_lib.training import checkpoints
         from recipes_lib.training.build import build_trainer
         from recipes_lib.training.launch_check import active_launch, check_launch
 
@@ -201,7 +202,7 @@ class Session:
         accelerator = self.trainer.accelerator
         check_launch(self.asked, active_launch(accelerator.distributed_type, accelerator.num_processes, accelerator.device))
         if self.checkpoint is not None:
-            self.trainer.resume_facts(checkpoints.read_marker(self.checkpoint))
+            self.trainer.resume_facts(self.marker)
 
     def announce(self) -> None:
         """Say what is about to happen: the batch arithmetic, what is trained, and what is really active."""

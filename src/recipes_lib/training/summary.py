@@ -20,11 +20,7 @@ def summarise(session: Session) -> dict[str, Any]:
     training = [line["loss"] for line in lines if "loss" in line]
     state, data = session.trainer.state, session.data
     tokens = int(session.trainer._total_train_tokens)
-    begun = 0
-    if session.checkpoint is not None:
-        from recipes_lib.training.checkpoints import read_marker
-
-        begun = read_marker(session.checkpoint).get("tokens", 0)
+    begun = session.marker.get("tokens", 0)
     return {
         "steps": state.global_step,
         "best_step": state.best_global_step,

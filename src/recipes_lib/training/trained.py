@@ -156,6 +156,8 @@ def _load_full(one: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBase) -> Any:
     from peft import PeftModel
 
+    from recipes_lib.training.weights_check import keep_saved_precision
+
     for one in runs:
         check_base_of(one)
     base = load_base(runs[0].recipe, tokenizer)
@@ -170,6 +172,7 @@ def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBas
                 model.load_adapter(str(one.weights), adapter_name(position))
         except (RuntimeError, ValueError, KeyError) as error:
             raise base_identity.explain_peft_failure(one.weights, error) from error
+        keep_saved_precision(model, one.weights, adapter_name(position))
     return model.eval()
 
 

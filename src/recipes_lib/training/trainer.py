@@ -149,6 +149,13 @@ class RecipeTrainer(SFTTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self.control.should_training_stop = True
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, which trains one step too many when it resumes from the checkpoint of the last planned step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As TRL's; after a resume it first makes up the evaluation that the stop put off.
 

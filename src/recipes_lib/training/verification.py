@@ -249,7 +249,7 @@ def _check_folded(trained: TrainedRun, family: Family, num_prompts: int, result:
     """`merged/` gives the adapter's logits; without one, a merge in memory does."""
     tokenizer, precision = family.tokenizer, str(family.model.dtype).removeprefix("torch.")
     record = merge_record(trained)
-    stale = why_stale(trained, record) if record else None
+    stale = why_stale(trained, record, contents=True) if record else None
     if stale:
         result.problems.append(f"merged/ is out of date: {stale}; make it again: recipes merge {trained.run.name}")
         return

@@ -127,18 +127,21 @@ def reload(folder: Path, recipe: Recipe, full_finetuning: bool, tokenizer: Any) 
     quantization = build_quantization_config(recipe)
     base = load_model(recipe, tokenizer, quantization)
     model = PeftModel.from_pretrained(base if quantization else base.to(device), str(folder))
-    _keep_saved_precision(model, folder)
+    keep_saved_precision(model, folder)
     return model.to(device) if quantization is None else model
 
 
-def _keep_saved_precision(model: PreTrainedModel, folder: Path) -> None:
-    """PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16, which rounds differently."""
+def keep_saved_precision(model: PreTrainedModel, folder: Path, adapter: str = "default") -> None:
+    """Give an adapter the precision it was trained in, which loading it does not.
+
+    PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16, which rounds differently.
+    """
     from safetensors.torch import load_file
 
     saved = {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()}
     if len(saved) == 1:
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name and adapter in name.split("."):
                 parameter.data = parameter.data.to(next(iter(saved)))
 
 

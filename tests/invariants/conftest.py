@@ -1,0 +1,77 @@
+"""Real processes: trainings started the way users start them, with a hard time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+TIME_LIMIT_S = 150
+
+
+class Launcher:
+    """Starts trainings of one recipe in its folder."""
+
+    def __init__(self, recipe: Path) -> None:
+        self.recipe = recipe
+        self.environment = {**os.environ, "RECIPES_RUNS_ROOT": str(recipe.parent / "runs"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def command(self, *overrides: str, config: str | Path | None = None) -> list[str]:
+        script = ["-m", "recipes_lib.train", str(self.recipe), *overrides]
+        if config is None:
+            return [sys.executable, *script]
+        path = config if isinstance(config, Path) else PROJECT / "accelerate_configs" / f"{config}.yaml"
+        return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(path), *script]
+
+    def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, env={**self.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def wait(self, child: subprocess.Popen[str]) -> tuple[int, str]:
+        try:
+            said, _ = child.communicate(timeout=TIME_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            said, _ = child.communicate()
+            pytest.fail(f"no end after {TIME_LIMIT_S} s:\n{said[-3000:]}")
+        finally:
+            try:
+                os.killpg(child.pid, signal.SIGKILL)  # no rank is left behind
+            except ProcessLookupError:
+                pass
+        return child.returncode, said
+
+    def train(self, *overrides: str, config: str | Path | None = None, **environment: str) -> str:
+        code, said = self.wait(self.start(self.command(*overrides, config=config), **environment))
+        assert code == 0, said[-4000:]
+        return said
+
+    def run(self, name: str) -> Path:
+        return self.recipe.parent / "runs" / name
+
+    def state(self, name: str) -> dict[str, Any]:
+        return json.loads((self.run(name) / "run.json").read_text())
+
+    def adapter(self, name: str) -> bytes:
+        return (self.run(name) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    def series(self, name: str, key: str) -> list[float]:
+        lines = [json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()]
+        return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(scope="module")
+def launcher(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, tiny_recipe_text: Callable[[Path], str]) -> Launcher:
+    """One folder of runs for all tests of a module, so that they can share the runs they compare with."""
+    recipe = tmp_path_factory.mktemp("launched") / "tiny.yaml"
+    recipe.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")
+    return Launcher(recipe)

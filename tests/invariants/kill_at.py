@@ -1,0 +1,72 @@
+"""Run a training that kills itself at a named moment: python kill_at.py MOMENT STEP RECIPE [override ...]."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in(owner: Any, name: str, when: str, condition: Callable[..., bool]) -> None:
+    """Replace `owner.name` by one that dies before, during (a file half written) or after its work."""
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not condition(*args):
+            return original(*args, **kwargs)
+        if when == "before":
+            die()
+        result = original(*args, **kwargs)
+        if when == "torn":
+            newest = max((path for path in os.scandir(args[1]) if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+            os.truncate(newest.path, newest.stat().st_size // 2)
+        die()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def main() -> int:
+    moment, step, *arguments = sys.argv[1:]
+    from transformers import Trainer
+
+    from recipes_lib.train import main as train
+    from recipes_lib.training import checkpoints, finish
+    from recipes_lib.training.session import Session
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    def at_step(trainer: Any, *rest: Any) -> bool:
+        return trainer.state.global_step == int(step)
+
+    def always(*args: Any) -> bool:
+        return True
+
+    moments = {
+        "in a step": (RecipeTrainer, "training_step", "before", at_step),
+        "before the weights": (RecipeTrainer, "_save", "before", at_step),
+        "in the weights": (RecipeTrainer, "_save", "torn", at_step),
+        "after the weights": (RecipeTrainer, "_save", "after", at_step),
+        "in the optimizer": (Trainer, "_save_optimizer_and_scheduler", "torn", at_step),
+        "after the optimizer": (Trainer, "_save_optimizer_and_scheduler", "after", at_step),
+        "in the random state": (Trainer, "_save_rng_state", "torn", at_step),
+        "before the marker": (RecipeTrainer, "_seal", "before", at_step),
+        "before the rotation": (checkpoints, "rotate", "before", lambda folder, *rest: (folder / f"checkpoint-{step}").is_dir()),
+        "in the rotation": (checkpoints.shutil, "rmtree", "before", lambda path, *rest: "checkpoint-" in str(path)),
+        "in the preparation of the data": (Session, "check_resume", "before", always),
+        "before the final save": (finish, "save_and_check", "before", always),
+        "before the check of the weights": (finish.weights_check, "check_files", "before", always),
+        "before the final rename": (finish, "_publish", "before", always),
+        "after the final rename": (finish, "_publish", "after", always),
+    }
+    kill_in(*moments[moment])
+    return train(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

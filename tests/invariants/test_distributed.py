@@ -1,0 +1,114 @@
+"""One rank, two ranks, DDP, FSDP2: the same mathematics, proven on real processes (gloo on CPU)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_quant_storage: bfloat16}"
+# Each config trains through accelerate's own code path; loss per step differs only by the order of float32 sums.
+SUM_ORDER = 2e-5
+
+
+@pytest.fixture(scope="module")
+def compared(launcher) -> dict[str, str]:  # noqa: ANN001
+    """What each launch said: one rank with 2 accumulation steps, and two ranks under DDP and FSDP2."""
+    return {name: launcher.train(f"run.name={name}", config=name) for name in ("cpu", "ddp_cpu", "fsdp_cpu")}
+
+
+def test_accumulating_on_one_rank_equals_two_ranks(launcher, compared) -> None:
+    for key in ("loss", "eval_loss", "grad_norm"):
+        one, two = launcher.series("cpu", key), launcher.series("ddp_cpu", key)
+        assert len(one) == len(two) > 0
+        assert one == pytest.approx(two, rel=SUM_ORDER)
+    assert launcher.series("cpu", "tokens") == launcher.series("ddp_cpu", "tokens")
+
+
+def test_the_adapters_of_one_and_two_ranks_differ_by_rounding_only(launcher, compared) -> None:
+    from safetensors.torch import load
+
+    one, two = load(launcher.adapter("cpu")), load(launcher.adapter("ddp_cpu"))
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+
+
+def test_ddp_and_fsdp2_write_the_same_adapter_bit_for_bit(launcher, compared) -> None:
+    assert launcher.adapter("ddp_cpu") == launcher.adapter("fsdp_cpu")
+
+
+def test_the_start_up_line_says_what_is_really_active(compared) -> None:
+    assert "DDP, world size 2" in compared["ddp_cpu"]
+    assert "FSDP, world size 2" in compared["fsdp_cpu"]
+    assert "one process, world size 1" in compared["cpu"]
+    assert "4 per device x 1 accumulation x 2 ranks = 8 examples per step" in compared["fsdp_cpu"]
+
+
+def test_bf16_losses_of_fsdp2_are_not_rounded_and_compare_with_ddp(launcher) -> None:
+    """accelerate's default makes FSDP2 round its outputs to bf16, which leaves 8 bits: steps of 0.03 at a loss of 6."""
+    for config in ("ddp_cpu", "fsdp_cpu"):
+        launcher.train(f"run.name=bf16-{config}", "train.bf16=true", config=config)
+    ddp, fsdp = launcher.series("bf16-ddp_cpu", "loss"), launcher.series("bf16-fsdp_cpu", "loss")
+    assert ddp == pytest.approx(fsdp, rel=2e-3)
+    steps_of_bf16 = [loss / 2**-5 for loss in fsdp]
+    assert not all(step == round(step) for step in steps_of_bf16)
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> None:
+    said = launcher.train(f"run.name=qlora-{config}", NF4, "train.bf16=true", "train.max_steps=3", config=config)
+    assert "NF4 in 14 layers" in said
+    check = launcher.state(f"qlora-{config}")["weights_check"]
+    assert check["reload"]["agrees"] and check["tensors"] == 8
+    assert all(0 < loss < 10 for loss in launcher.series(f"qlora-{config}", "loss"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(launcher, config: str) -> None:
+    overrides = ["lora.lora_dropout=0.3", "train.max_steps=30", "train.save_steps=10", "train.eval_steps=10"]
+    launcher.train("run.name=whole-" + config, *overrides, config=config)
+    child = launcher.start(launcher.command(f"run.name=broken-{config}", *overrides, config=config))
+    metrics = launcher.run(f"broken-{config}") / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 5)
+    os.kill(worker(child.pid, rank=1), signal.SIGTERM)
+    _, said = launcher.wait(child)
+    state = launcher.state(f"broken-{config}")
+    assert (state["state"], state["exit_code"]) == ("preempted", 75), said[-3000:]
+    saved = sorted(path.name for path in (launcher.run(f"broken-{config}") / "checkpoints").iterdir() if (path / "COMPLETE.json").is_file())
+    assert f"checkpoint-{state['step']}" in saved
+    launcher.train(f"run.name=broken-{config}", *overrides, config=config)
+    assert launcher.adapter(f"broken-{config}") == launcher.adapter(f"whole-{config}")
+    assert launcher.series(f"broken-{config}", "loss") == launcher.series(f"whole-{config}", "loss")
+
+
+def test_an_error_on_two_ranks_is_printed_once_and_its_code_is_in_run_json(launcher) -> None:
+    overrides = ["run.name=explodes", "lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]
+    code, said = launcher.wait(launcher.start(launcher.command(*overrides, config="ddp_cpu")))
+    assert code != 0 and said.count("gradient norm is nan") == 1, said[-3000:]
+    assert launcher.state("explodes")["exit_code"] == 3
+
+
+def wait_for(condition, seconds: float = 90) -> None:  # noqa: ANN001
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def worker(launcher_pid: int, rank: int) -> int:
+    """The process id of a rank below a launcher."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except (OSError, ValueError, IndexError):
+                continue
+            if parent == launcher_pid and f"RANK={rank}".encode() in variables:
+                return int(entry.name)
+    raise AssertionError(json.dumps({"launcher": launcher_pid, "no rank": rank}))

@@ -1,0 +1,78 @@
+"""kill -9 at any moment: the same command again ends with the adapter of the uninterrupted run, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+MOMENTS = [
+    "in a step",
+    "before the weights",
+    "in the weights",
+    "after the weights",
+    "in the optimizer",
+    "after the optimizer",
+    "in the random state",
+    "before the marker",
+    "before the rotation",
+    "in the rotation",
+    "in the preparation of the data",
+    "before the final save",
+    "before the check of the weights",
+    "before the final rename",
+    "after the final rename",
+]
+# A constant learning rate: with a decaying one a step too many would change nothing and go unnoticed.
+OVERRIDES = ("lora.lora_dropout=0.2", "train.save_total_limit=2", "train.lr_scheduler_type=constant")
+SAVE_STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def whole(launcher) -> bytes:  # noqa: ANN001
+    launcher.train("run.name=whole", *OVERRIDES)
+    return launcher.adapter("whole")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_loses_at_most_save_steps_and_changes_nothing(launcher, whole: bytes, moment: str) -> None:
+    name = "killed-" + moment.replace(" ", "-")
+    killer = str(Path(__file__).with_name("kill_at.py"))
+    command = [sys.executable, killer, moment, "6", str(launcher.recipe), f"run.name={name}", *OVERRIDES]
+    code, said = launcher.wait(launcher.start(command))
+    assert code == -signal.SIGKILL, said[-3000:]
+    assert launcher.state(name)["state"] == "running"
+    reached = 0 if "preparation" in moment else max(launcher.series(name, "step"))
+    said = launcher.train(f"run.name={name}", *OVERRIDES)
+    resumed = int(said.split("resuming checkpoint-")[1].split()[0]) if "resuming" in said else 0
+    assert reached - resumed <= SAVE_STEPS, said
+    assert launcher.adapter(name) == whole
+    assert launcher.series(name, "loss") == launcher.series("whole", "loss")
+    assert launcher.state(name)["state"] == "finished"
+
+
+def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(launcher, whole: bytes) -> None:
+    """The moments come from a seed; a run that gets to its end between two kills is begun again under another name."""
+    moments, kills, attempt = random.Random(7), 0, 1
+    deadline = time.monotonic() + 280
+    while kills < 10 and time.monotonic() < deadline:
+        name = f"random-{attempt}"
+        child = launcher.start(launcher.command(f"run.name={name}", *OVERRIDES))
+        time.sleep(moments.uniform(3.0, 11.0))
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            kills += 1
+        launcher.wait(child)
+        if launcher.run(name).exists() and launcher.state(name)["state"] == "finished":
+            assert launcher.adapter(name) == whole
+            attempt += 1
+    launcher.train(f"run.name=random-{attempt}", *OVERRIDES)
+    assert launcher.adapter(f"random-{attempt}") == whole
+    assert kills >= 5  # a slow machine gets fewer into its time

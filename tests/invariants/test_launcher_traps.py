@@ -1,0 +1,75 @@
+"""Four ways to launch that silently train something else; each is refused, or really does what was asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+SHORT = ("train.max_steps=1", "train.eval_strategy='no'")
+
+
+def test_cpu_with_two_processes_is_one_process_and_is_refused(launcher) -> None:
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    command = [accelerate, "launch", "--cpu", "--num_processes", "2", "-m", "recipes_lib.train", str(launcher.recipe), "run.name=trap-cpu"]
+    code, said = launcher.wait(launcher.start(command))
+    assert code != 0
+    assert "asked for 2 processes, but 1 is training" in said and "ddp_cpu.yaml" in said
+    assert not launcher.run("trap-cpu").exists()
+
+
+def test_multi_cpu_is_refused_with_the_remedy(launcher, tmp_path: Path) -> None:
+    config = tmp_path / "multi_cpu.yaml"
+    config.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmixed_precision: 'no'\n")
+    code, said = launcher.wait(launcher.start(launcher.command("run.name=trap-multi", config=config)))
+    assert code != 0
+    assert "multi_cpu.yaml:1: distributed_type 'MULTI_CPU' is not supported" in said and "MULTI_GPU with use_cpu: true" in said
+
+
+def test_multi_gpu_on_a_cpu_trains_once_on_two_ranks_not_twice(launcher, tmp_path: Path) -> None:
+    config = tmp_path / "multi_gpu.yaml"
+    config.write_text(
+        "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmain_process_port: 0\nmixed_precision: 'no'\n"
+    )
+    said = launcher.train("run.name=trap-gpu", *SHORT, config=config)
+    assert said.count("DDP, world size 2") == 1 and said.count("step 1/1  loss") == 1
+
+
+def test_fsdp_on_a_cpu_is_fsdp_not_ddp(launcher) -> None:
+    said = launcher.train("run.name=trap-fsdp", *SHORT, config="fsdp_cpu")
+    assert "FSDP, world size 2" in said
+
+
+def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> None:
+    """The same launch without the patch: what accelerate does by itself."""
+    script = tmp_path / "unpatched.py"
+    script.write_text(
+        "import sys\nfrom recipes_lib.training import fsdp_on_cpu\nfsdp_on_cpu.install = lambda: None\n"
+        "from recipes_lib.train import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    config = str(Path(__file__).resolve().parents[2] / "accelerate_configs" / "fsdp_cpu.yaml")
+    command = [accelerate, "launch", "--config_file", config, str(script), str(launcher.recipe), "run.name=trap-fallback", *SHORT]
+    code, said = launcher.wait(launcher.start(command))
+    assert code != 0 and "asked for FSDP, but DDP is active" in said
+    assert launcher.state("trap-fallback")["exit_code"] == 2
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_the_patch_does_nothing_without_an_fsdp_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes_lib.training import fsdp_on_cpu
+
+    monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert not fsdp_on_cpu.is_wanted()
+
+
+def test_the_patch_refuses_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from recipes_lib.training import fsdp_on_cpu
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="accelerator"):
+        fsdp_on_cpu.install()
