@@ -111,6 +111,13 @@ def describe_batch(per_device: int, accumulation: int, world_size: int, rows: in
     )
 
 
+def count_quantized(model: Any) -> int:
+    """Return the number of 4-bit weight matrices; under FSDP they are shards of another type, known by their layer."""
+    import bitsandbytes
+
+    return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+
+
 def describe_trainable(model: Any) -> str:
     """Return how many parameters are trained, and where they sit."""
     import torch
@@ -118,7 +125,7 @@ def describe_trainable(model: Any) -> str:
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     count, total = sum(parameter.numel() for _, parameter in trainable), sum(parameter.numel() for parameter in model.parameters())
     precision = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for _, parameter in trainable}))
-    quantized = sum(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
+    quantized = count_quantized(model)
     frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad and p.dtype != torch.uint8}
     base = f"; base {'NF4 in ' + str(quantized) + ' layers' if quantized else ', '.join(sorted(frozen))}" if frozen or quantized else ""
     return f"{count:,} of {total:,} parameters in {precision}{base}"

@@ -206,7 +206,7 @@ class Session:
 
     def announce(self) -> None:
         """Say what is about to happen: the batch arithmetic, what is trained, and what is really active."""
-        from recipes_lib.training.build import describe_batch, describe_trainable
+        from recipes_lib.training.build import count_quantized, describe_batch, describe_trainable
 
         args, trainer = self.args, self.trainer
         precision = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else str(trainer.model.dtype).removeprefix("torch.")
@@ -219,6 +219,7 @@ class Session:
             args.num_train_epochs,
             args.max_steps,
         )
+        self.quantized_layers = count_quantized(trainer.model)
         self.say(f"run {self.run.path}")
         self.say(f"launch: {self.launch_line}; precision {precision}; attention {attention}; seed {args.seed}")
         self.say(f"batch: {batch}")

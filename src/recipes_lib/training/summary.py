@@ -33,6 +33,7 @@ def summarise(session: Session) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(session.seconds, 1),
         "tokens_per_second": round((tokens - begun) / session.seconds, 1) if session.seconds else None,
+        "quantized_layers": session.quantized_layers,
         "peak_memory_gib": round(peak_memory_gib(), 2),
         "world_size": session.active.world_size,
         "distribution": session.active.distributed_type,
