@@ -8,9 +8,13 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipeError
 from recipes_lib.terminal import next_step, printable, say, use_color
+
+if TYPE_CHECKING:
+    from recipes_lib.training.trained import Family
 
 NARROWEST = 36  # columns of text; below that answers stand one under the other
 GAP = "  |  "
@@ -43,22 +47,20 @@ def run(args: argparse.Namespace) -> int:
             for name in family.names:
                 if name == BASE and args.no_base:
                     continue
-                title = name if name != BASE or len(loaded) == 1 else f"{BASE} {family.recipe.model.name_or_path}"
-                answers.append((title, answer(family, name, question, args.context, args.max_new_tokens, args.temperature)))
+                text = answer(family, name, question, args.context, args.max_new_tokens, args.temperature)
+                answers.append((_title(family, name, alone=len(loaded) == 1), text))
         _print_answers(answers)
     next_step(f"recipes verify {args.runs[0]}")
     return ExitCode.DONE
 
 
-def answer(family: object, name: str, instruction: str, context: str, max_new_tokens: int, temperature: float) -> str:
+def answer(family: Family, name: str, instruction: str, context: str, max_new_tokens: int, temperature: float) -> str:
     """Return one answer, asked in the prompt format the run was trained with (the base: as the first run)."""
     import torch
 
     from recipes_lib.data.prompts import generation_prompt
     from recipes_lib.data.supervision import prompt_ids
-    from recipes_lib.training.trained import Family
 
-    assert isinstance(family, Family)
     section, tokenizer = family.prompting(name)
     ids = prompt_ids(section, tokenizer, generation_prompt(section, tokenizer, instruction=instruction, context=context))
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -86,6 +88,14 @@ def side_by_side(answers: Sequence[tuple[str, str]], width: int) -> list[str] | 
         return None
     columns = [[*_wrapped(name, cells), "-" * cells, *_wrapped(_shown(text), cells)] for name, text in answers]
     return [GAP.join(_padded(cell, cells) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")]
+
+
+def _title(family: Family, name: str, alone: bool) -> str:
+    """Return what stands over an answer; a base is described where there are several."""
+    if alone or name in {one.run.name for one in family.runs}:
+        return name
+    bits = 4 if (family.recipe.quantization or {}).get("load_in_4bit") else 8
+    return f"{name} {family.recipe.model.name_or_path}" + (f" in {bits} bit" if family.recipe.quantization else "")
 
 
 def _questions(prompt: str | None) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from recipes_lib.errors import ExitCode
 from recipes_lib.terminal import next_step, say
@@ -43,14 +44,14 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def describe(check: dict) -> str:
+def describe(check: dict[str, Any]) -> str:
     """Return the lines that say how a folded adapter compares with the adapter on its base."""
     difference, effect = check["difference"], check["adapter_effect"]
+    largest = f"{difference['largest']:.3g} at most (allowed {difference['tolerance'] * difference['scale']:.3g} = "
     return (
         f"on {check['prompts']}, computed in {check['computed_in']}:\n"
         f"  the adapter moves the base's logits by {effect['mean']:.3g} on average, {effect['largest']:.3g} at most\n"
-        f"  merging moves them by {difference['mean']:.3g} on average ({check['lost_share']:.1%} of that; allowed {check['lost_limit']:.0%}), "
-        f"{difference['largest']:.3g} at most (allowed {difference['tolerance'] * difference['scale']:.3g} = "
-        f"{difference['tolerance']:g} of the largest logit)\n"
+        f"  merging moves them by {difference['mean']:.3g} on average ({check['lost_share']:.1%} of that; "
+        f"allowed {check['lost_limit']:.0%}), {largest}{difference['tolerance']:g} of the largest logit)\n"
         f"  the most likely next token is the same at {difference['same_top_token']:.1%} of the positions"
     )

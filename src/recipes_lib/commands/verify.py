@@ -17,7 +17,7 @@ NUM_PROMPTS = 8
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning")
-    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"validation rows to compare on (default {NUM_PROMPTS})")
+    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"rows to compare on (default {NUM_PROMPTS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object; everything else goes to stderr")
 
 

@@ -94,11 +94,11 @@ def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = N
         return "it was made from another adapter"
     if dtype is not None and record["dtype"] != dtype:
         return f"it is in {record['dtype']}, not in {dtype}"
-    files = record["files"]
-    damaged = [name for name, size in files.items() if not (trained.merged / name).is_file() or (trained.merged / name).stat().st_size != size]
+    found = _sizes(trained.merged)
+    damaged = [name for name, size in record["files"].items() if found.get(name) != size]
     if damaged:
         return f"{damaged[0]} in it is missing or damaged"
-    changed = [name for name, found in file_hashes(trained.merged).items() if record["sha256"].get(name) != found] if contents else []
+    changed = [name for name, sha in file_hashes(trained.merged).items() if record["sha256"].get(name) != sha] if contents else []
     return f"{changed[0]} in it was changed" if changed else None
 
 

@@ -67,7 +67,8 @@ def check_adapter_files(adapter: Path) -> None:
     weights = adapter / ADAPTER_WEIGHTS
     if not weights.is_file():
         if (adapter / "adapter_model.bin").is_file():
-            raise RecipeError(f"{adapter / 'adapter_model.bin'} is a pickle, which can run code when it is loaded", "only safetensors are read")
+            what = f"{adapter / 'adapter_model.bin'} is a pickle, which can run code when it is loaded"
+            raise RecipeError(what, "only safetensors are read")
         raise EnvironmentFault(f"{adapter} has no {ADAPTER_WEIGHTS}", "restore it, or train the run again under another run.name")
     if not (adapter / "adapter_config.json").is_file():
         raise EnvironmentFault(f"{adapter} has no adapter_config.json", "restore it, or train the run again under another run.name")
@@ -139,7 +140,7 @@ def check_shapes(adapter: Path, model: Any) -> None:
     modules, covered = dict(model.named_modules()), set()
     hint = "it was trained on another base model; load it on its own"
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as tensors:
-        for name in tensors.keys():
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
             match = _LORA.match(name)
             if match is None:
                 continue
@@ -163,4 +164,5 @@ def check_shapes(adapter: Path, model: Any) -> None:
 def explain_peft_failure(adapter: Path, error: Exception) -> RecipesError:
     """Return PEFT's refusal to load an adapter as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return RecipeError(f"{adapter} does not load on its base: {lines[-1]}", "it was trained on another base model, or its files are damaged")
+    hint = "it was trained on another base model, or its files are damaged"
+    return RecipeError(f"{adapter} does not load on its base: {lines[-1]}", hint)

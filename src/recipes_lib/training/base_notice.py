@@ -35,9 +35,10 @@ def write_notice(folder: Path, recipe: Recipe, name: str, holds_base: bool) -> N
         shutil.copyfile(file, folder / COPIES / file.name)
     revision = f", revision {recipe.model.revision}" if recipe.model.revision else ""
     licence = _stated_licence(base)
+    contents = "contain the base's weights, changed" if holds_base else "are a difference to the base's weights; they do not contain them"
     lines = [
         f"Made from the base model {name}{revision}.",
-        "These weights contain the base's weights, changed." if holds_base else "These weights are a difference to the base's; they do not contain it.",
+        f"These weights {contents}.",
         f"Licence of the base, as its model card states it: {licence}."
         if licence
         else "The base's files on the training machine state no licence: read it on the model's page before you pass this on.",

@@ -89,6 +89,7 @@ def _publish(scratch: Path, final: Path) -> None:
 
 
 def autocast(bf16: bool, fp16: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return the mixed precision that a training ran in, or nothing."""
     import torch
 
     if not (bf16 or fp16):

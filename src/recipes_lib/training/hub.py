@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipes_lib.errors import EnvironmentFault, RecipeError
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.runs.directory import RunDirectory
 
 
 def check_repo(repo: str) -> None:
@@ -46,3 +54,30 @@ def push(folder: Path, repo: str, public: bool) -> str:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise EnvironmentFault(f"could not push to '{repo}': {lines[0]}", "hf auth login, or check the name and the network") from error
     return str(address)
+
+
+def take_over_push(recipe: Recipe, args: SFTConfig) -> str | None:
+    """Return where a finished run goes (`train.push_to_hub`), and stop the Trainer from pushing checkpoints by itself.
+
+    Raises:
+        RecipeError: no `train.hub_model_id`, or not a repository's name.
+        EnvironmentFault: offline.
+    """
+    if not args.push_to_hub:
+        return None
+    if not args.hub_model_id:
+        raise recipe.error("train.push_to_hub", "train.push_to_hub needs train.hub_model_id: OWNER/NAME")
+    check_repo(args.hub_model_id)
+    args.push_to_hub = False
+    return args.hub_model_id
+
+
+def push_finished_run(run: RunDirectory, repo: str) -> str:
+    """Export a finished run, whose weights have been checked, and upload the export; private. Return its address."""
+    from recipes_lib.training.export import export
+    from recipes_lib.training.trained import finished_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "export"
+        export(finished_run(run), target, merged=False)
+        return push(target, repo, public=False)

@@ -62,6 +62,7 @@ def finished_run(run: RunDirectory) -> TrainedRun:
     """
     from recipes_lib.recipe.loader import Origin
     from recipes_lib.recipe.recipe import load_recipe
+    from recipes_lib.recipe.yaml_source import KeyPath
 
     recorded = run.read_state()
     if recorded["state"] != "finished":
@@ -71,7 +72,7 @@ def finished_run(run: RunDirectory) -> TrainedRun:
     folders = recorded.get("data_folders")
     if folders:  # relative paths mean the folder of the recipe that was trained, not of its copy in the run
         source, template = (Origin(str(Path(folder) / recipe.path.name)) for folder in (folders[0], folders[-1]))
-        placed = {("data", "source"): source, ("data", "chat_template"): template}
+        placed: dict[KeyPath, Origin] = {("data", "source"): source, ("data", "chat_template"): template}
         recipe = dataclasses.replace(recipe, origins={**recipe.origins, **placed}, base_dir=Path(folders[0]))
     trained = TrainedRun(run, recipe)
     if not trained.weights.is_dir():
@@ -115,10 +116,10 @@ class Family:
         if self.full:
             yield self.model
         elif name == BASE:
-            with self.model.disable_adapter():  # type: ignore[operator]
+            with self.model.disable_adapter():
                 yield self.model
         else:
-            self.model.set_adapter(self._adapter_of(name))  # type: ignore[operator]
+            self.model.set_adapter(self._adapter_of(name))
             yield self.model
 
     def _adapter_of(self, name: str) -> str:
@@ -184,7 +185,7 @@ def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
     from recipes_lib.training.model import load_model
 
     base = load_model(recipe, tokenizer, build_quantization_config(recipe))
-    return base.to("cuda") if torch.cuda.is_available() and recipe.quantization is None else base  # type: ignore[arg-type]
+    return base.to("cuda") if torch.cuda.is_available() and recipe.quantization is None else base
 
 
 def check_base_of(one: TrainedRun) -> None:

@@ -227,7 +227,8 @@ def _check_as_trained(trained: TrainedRun, family: Family, result: Verification)
             f"the model does not answer as it did when it was trained: logits differ by {largest:.3g} where {allowed:.3g} is allowed"
         )
     else:
-        result.facts.append(f"as trained: logits of {len(check.top_tokens)} recorded tokens differ by at most {largest:.2g} ({allowed:.2g} allowed)")
+        difference = f"differ by at most {largest:.2g} ({allowed:.2g} allowed)"
+        result.facts.append(f"as trained: logits of {len(check.top_tokens)} recorded tokens {difference}")
 
 
 def _differences_from_record(trained: TrainedRun, family: Family, check: RecordedCheck) -> tuple[float, float]:

@@ -1,0 +1,65 @@
+"""Trained runs that several test files look at: a LoRA, a second LoRA, a QLoRA and a full fine-tuning of the tiny model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_use_double_quant: true}"
+KINDS = {
+    "lora": [],
+    "lora.chat": ["data.prompt_format=chat", "lora.r=2"],
+    "qlora": [NF4, "model.dtype=bfloat16", "train.bf16=true"],
+    "full": ["lora=null", "train.learning_rate=1e-3"],
+}
+STEPS = ["train.max_steps=6", "train.eval_steps=6", "train.save_steps=6", "train.learning_rate=3e-2"]
+
+
+@pytest.fixture(scope="session")
+def runs_of_all_kinds(
+    tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """The folder of four finished runs, trained once; read it, and change only copies (`runs`)."""
+    from recipes_lib.recipe.project import project_root
+    from recipes_lib.train import main
+
+    folder = tmp_path_factory.mktemp("kinds")
+    rows = project_root() / "recipes" / "quickstart" / "data" / "instructions.jsonl"
+    shutil.copyfile(rows, folder / "rows.jsonl")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(tiny_recipe_text(tiny_model_dir).replace(str(rows), "rows.jsonl"), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECIPES_RUNS_ROOT", str(folder / "runs"))
+        for name, overrides in KINDS.items():
+            assert main([str(recipe), *STEPS, *overrides, f"run.name={name}"]) == 0
+    yield folder / "runs"
+
+
+@pytest.fixture
+def recipes(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs a verb and returns exit code, stdout and stderr."""
+    from recipes_lib.cli import main
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def runs(runs_of_all_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A function that copies runs into this test's own runs root and returns the folder of the last one."""
+    root = tmp_path / "runs"
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(root))
+
+    def copy(*names: str) -> Path:
+        for name in names:
+            shutil.copytree(runs_of_all_kinds / name, root / name, ignore=shutil.ignore_patterns("checkpoints", "figures"))
+        return root / names[-1]
+
+    return copy

@@ -1,0 +1,118 @@
+"""`recipes chat`: the base beside the runs, each asked as it was trained, and model text that cannot do anything to a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.commands import chat
+from recipes_lib.errors import ExitCode
+
+Verb = Callable[..., tuple[int, str, str]]
+Runs = Callable[..., Path]
+NASTY = "\x1b[31mred\x1b[0m \x1b]0;title\x07 [bold]loud[/bold] \r\x08\x9b2J \u202eevil"
+
+
+def headings(out: str, names: list[str]) -> list[str]:
+    return [line for line in out.splitlines() if line in names]
+
+
+def test_one_prompt_is_answered_by_the_base_and_every_run(runs: Runs, recipes: Verb) -> None:
+    runs("lora", "lora.chat")
+    names = ["base", "lora", "lora.chat"]
+    first = recipes("chat", "lora", "lora.chat", "--prompt", "What is gold?", "--max-new-tokens", "5")
+    assert first[0] == 0 and headings(first[1], names) == names and first[1].endswith("next: recipes verify lora\n")
+    assert recipes("chat", "lora", "lora.chat", "--prompt", "What is gold?", "--max-new-tokens", "5") == first
+    out = recipes("chat", "lora", "lora", "--no-base", "--prompt", "What is gold?", "--max-new-tokens", "5")[1]
+    assert headings(out, names) == ["lora"]
+
+
+def test_a_full_fine_tuning_and_another_base_stand_beside(runs: Runs, recipes: Verb) -> None:
+    runs("lora", "full", "qlora")
+    code, out, _ = recipes("chat", "lora", "full", "qlora", "--prompt", "hi", "--max-new-tokens", "3")
+    lines = [line for line in out.splitlines() if line.startswith("base ") or line in {"lora", "full", "qlora"}]
+    assert code == 0 and [line.split()[0] for line in lines] == ["base", "lora", "full", "base", "qlora"]
+    assert "4 bit" in lines[3] and "4 bit" not in lines[0]
+
+
+def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) -> None:
+    from recipes_lib.data.prompts import generation_prompt
+    from recipes_lib.runs.directory import open_run
+    from recipes_lib.training.trained import Family, finished_run
+
+    runs("lora", "lora.chat")
+    family = Family([finished_run(open_run(name)) for name in ("lora", "lora.chat")])
+    texts = {name: generation_prompt(*family.prompting(name), instruction="Say hi.") for name in family.names}
+    assert texts["lora"] == texts["base"] == "### Instruction:\nSay hi.\n\n### Response:\n"
+    assert texts["lora.chat"] == "<s><|user|>\nSay hi.</s>\n<|assistant|>\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_escapes_control_characters_and_markup_in_answers_are_shown_not_obeyed(
+    runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    runs("lora")
+    monkeypatch.setattr(chat, "answer", lambda *args: NASTY)
+    if terminal:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
+    code, out, _ = recipes("chat", "lora", "--prompt", "hi")
+    assert code == 0
+    assert not set(out) & set("\x1b\x07\r\x08\x9b\u202e")
+    assert "\\x1b[31mred" in out and "[bold]loud[/bold]" in out and "\\u202eevil" in out
+    assert ("base" in out.splitlines()[0] and "lora" in out.splitlines()[0]) is terminal
+
+
+def test_questions_come_from_a_pipe_until_an_empty_line(runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs("lora")
+    asked: list[str] = []
+    monkeypatch.setattr(chat, "answer", lambda family, name, question, *rest: asked.append(question) or "fine")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n  second \n\nnever\n"))
+    code, out, _ = recipes("chat", "lora", "--no-base")
+    assert code == 0 and asked == ["first", "second"] and "> " not in out
+
+
+@pytest.mark.parametrize("flags", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+def test_impossible_settings_are_usage_errors(runs: Runs, recipes: Verb, flags: list[str]) -> None:
+    runs("lora")
+    assert recipes("chat", "lora", "--prompt", "hi", *flags)[0] == ExitCode.USAGE
+
+
+def test_an_empty_answer_says_so(runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs("lora")
+    monkeypatch.setattr(chat, "answer", lambda *args: "")
+    assert "(empty answer)" in recipes("chat", "lora", "--prompt", "hi")[1]
+
+
+def test_an_unknown_run_names_its_neighbours(runs: Runs, recipes: Verb) -> None:
+    runs("lora")
+    code, _, err = recipes("chat", "lor", "--prompt", "hi")
+    assert code == ExitCode.USAGE and "no run named 'lor'" in err and "lora" in err
+
+
+# ---- Columns ----
+
+
+def test_answers_stand_in_columns_that_never_exceed_the_terminal() -> None:
+    text = "one two three " * 20 + "a-word-that-is-longer-than-any-column-could-be-" * 3 + "\n\nlast line"
+    for width in (80, 100, 201):
+        lines = chat.side_by_side([("base", text), ("my-run", "short")], width)
+        assert lines is not None and max(map(chat._width, lines)) <= width
+        left = " ".join(line.split("  |")[0] for line in lines[2:])
+        assert left.replace(" ", "") == text.replace(" ", "").replace("\n", "")
+
+
+def test_wide_characters_take_two_cells() -> None:
+    lines = chat.side_by_side([("base", "漢字" * 50), ("run", "漢字")], 100)
+    assert lines is not None and {chat._width(line.partition("  |")[0]) for line in lines} <= {47}
+
+
+def test_a_narrow_terminal_or_a_single_answer_has_no_columns() -> None:
+    assert chat.side_by_side([("base", "a"), ("run", "b")], 40) is None
+    assert chat.side_by_side([("run", "b")], 200) is None
