@@ -14,12 +14,13 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 NEW_TOKENS = 64
 PROMPTS = 32
 
 
-def prompts(tokenizer):
+def prompts(tokenizer: Any) -> list[tuple[int, ...]]:
     """32 instructions of mixed length through the chat template."""
     folder = Path(__file__).resolve().parents[1] / "evals/quickstart/alpaca_eval/questions.json"
     rows = json.loads(folder.read_text(encoding="utf-8"))[:PROMPTS]
@@ -54,7 +55,7 @@ def main() -> None:
     engine = TransformersEngine(model, tokenizer, "benchmark", batch_tokens=8192)
     engine.stop_ids = [len(tokenizer) - 1]  # a token that greedy decoding does not choose: all ways write the same number of tokens
 
-    def plain(rows):
+    def plain(rows: Any) -> None:
         ids, mask = left_padded([request.ids for request in rows], tokenizer.pad_token_id)
         with torch.inference_mode():
             model.generate(
@@ -62,15 +63,15 @@ def main() -> None:
                 pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
 
-    def ours():
+    def ours() -> None:
         done = list(engine.complete(requests, Decoding(max_new_tokens=NEW_TOKENS)))
         assert sum(one.num_tokens for one in done) == PROMPTS * NEW_TOKENS
 
-    def plain_loop():
+    def plain_loop() -> None:
         for rows in batches(requests, NEW_TOKENS, 8192):
             plain(rows)
 
-    def one_by_one():
+    def one_by_one() -> None:
         for request in requests:
             plain([request])
 

@@ -89,13 +89,23 @@ def test_a_space_of_its_own_before_digits_goes_into_the_lead_in():
     assert lead == [ord(char) for char in "[R] "] and tokens == {"1": {ord("1")}, "2": {ord("2")}}
 
 
-def test_verdicts_that_share_their_token_are_refused():
-    class OneToken:
+def test_a_space_that_merges_with_some_verdicts_only_goes_into_the_lead_in_too():
+    class SomeMerge:
         def encode(self, text, add_special_tokens=False):
-            return [7, 8] if text.endswith("AA") else [7, 8, 9]
+            head, _, last = text.rpartition(" ")
+            return [*map(ord, head), 1000] if text.endswith(" 1") else [*map(ord, text)] if last else [*map(ord, head), 32]
 
-    with pytest.raises((EnvironmentFault, IndexError)):
-        verdict_tokens(OneToken(), "[R]", ("A", "AA"))
+    lead, tokens = verdict_tokens(SomeMerge(), "[R]", ("1", "2", "3"))
+    assert lead == [ord(char) for char in "[R] "] and tokens == {"1": {49}, "2": {50}, "3": {51}}
+
+
+def test_verdicts_that_share_their_first_token_are_refused():
+    class Letters:
+        def encode(self, text, add_special_tokens=False):
+            return [ord(char) for char in text]
+
+    with pytest.raises(EnvironmentFault, match="apart by one token"):
+        verdict_tokens(Letters(), "[R]", ("4", "45", "5"))
 
 
 @pytest.mark.parametrize("style", ["chat", "prometheus"])

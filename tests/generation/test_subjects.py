@@ -6,7 +6,7 @@ import pytest
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.generation.engine import Decoding, Request
-from recipes_lib.generation.subjects import base_target, find_targets, grouped, loaded
+from recipes_lib.generation.subjects import base_target, find_targets, grouped, loaded, record_base
 from recipes_lib.generation.transformers_engine import TransformersEngine
 
 
@@ -48,9 +48,14 @@ def test_an_unmerged_adapter_on_the_shared_base_answers_like_the_adapter_loaded_
 
 
 def test_a_bare_model_is_asked_through_its_chat_template(runs_folder, tiny_model_dir):
-    with loaded(find_targets([str(tiny_model_dir)]), weights=False) as (subject,):
+    with loaded(find_targets([str(tiny_model_dir)])) as (subject,):
         text, _ = subject.prompts.render([{"role": "user", "content": "Hi"}])
-        assert "<|user|>" in text and subject.model is None
+        assert "<|user|>" in text
+
+
+def test_a_model_that_only_a_server_has_is_rendered_there(runs_folder):
+    with loaded(find_targets(["some-served-name"], any_model=True), weights=False) as (subject,):
+        assert subject.prompts.render([{"role": "user", "content": "Hi"}]) == (None, ()) and subject.model is None
 
 
 def test_a_format_the_run_was_not_trained_with_is_refused(make_run):
@@ -67,11 +72,13 @@ def test_a_chat_template_that_changed_since_training_is_refused(make_run):
 
 def test_the_same_base_in_another_format_gets_another_folder(make_run, tiny_model_dir):
     run = find_targets([str(make_run("one", 1))])[0]
-    with (
-        loaded([base_target(run.recipe)], weights=False) as (as_run,),
-        loaded(find_targets([str(tiny_model_dir)]), weights=False) as (bare,),
-    ):
+    with loaded([base_target(run.recipe)]) as (as_run,), loaded(find_targets([str(tiny_model_dir)])) as (bare,):
         assert as_run.name != bare.name and as_run.name.startswith("base--tiny-llama--")
+        record_base(as_run.run, as_run.target.recipe, as_run.fingerprint, as_run.prompts)
+        (again,) = find_targets([as_run.name])
+        assert again.is_base and again.recipe.data.prompt_format == "dolly"
+    with loaded([again]) as (subject,):
+        assert subject.name == as_run.name, "the directory's name leads to the same directory"
 
 
 def test_a_word_that_is_neither_run_nor_model_lists_similar_runs(make_run):

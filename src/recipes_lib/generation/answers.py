@@ -17,7 +17,7 @@ from recipes_lib.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.generation.engine import Decoding, Engine, Request
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.progress import Progress
-from recipes_lib.generation.subjects import PromptFormat
+from recipes_lib.generation.subjects import Format
 from recipes_lib.judging.store import JudgmentStore
 
 MAX_CONSECUTIVE_FAILURES = 20
@@ -58,7 +58,7 @@ class Writer:
         RecipeError: the file holds answers of the same weights in another prompt format.
     """
 
-    def __init__(self, path: Path, engine: Engine, decoding: Decoding, prompts: PromptFormat, name: str) -> None:
+    def __init__(self, path: Path, engine: Engine, decoding: Decoding, prompts: Format, name: str) -> None:
         self.store = AnswerStore(path)
         self.engine, self.decoding, self.prompts, self.name = engine, decoding, prompts, name
         self.seconds = 0.0
@@ -85,7 +85,14 @@ class Writer:
 
     def _request(self, prompt: Prompt) -> Request:
         text, ids = self.prompts.render(prompt.messages)
-        identity = [prompt.question_id, prompt.turn, text, self.decoding.to_dict(), self.engine.fingerprint, self.prompts.hash]
+        identity = [
+            prompt.question_id,
+            prompt.turn,
+            text if text is not None else prompt.messages,
+            self.decoding.to_dict(),
+            self.engine.fingerprint,
+            self.prompts.hash,
+        ]
         key = hash_of(*identity)
         seed = int(hash_of(self.decoding.seed, prompt.question_id, prompt.turn)[:15], 16)
         return Request(key=key, prompt=text, ids=ids, messages=prompt.messages, seed=seed)

@@ -171,12 +171,8 @@ class _LocalJudge:
         replies: dict[str, JudgeReply] = {}
         for batch in batches(requests, 0, self.section.batch_tokens):
             ids, mask = left_padded([request.ids for request in batch], self.tokenizer.pad_token_id or 0)
-            model = self._engine.model
             with torch.inference_mode():
-                ids, mask = ids.to(model.device), mask.to(model.device)
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)
-                logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False).logits
-                probabilities = torch.softmax(logits[:, -1].float(), dim=-1).cpu()
+                probabilities = torch.softmax(_last_logits(self._engine.model, ids, mask), dim=-1).cpu()
             for request, row in zip(batch, probabilities, strict=True):
                 found = {verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()}
                 replies[request.key] = JudgeReply(probabilities=found)
@@ -194,6 +190,24 @@ class _LocalJudge:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _last_logits(model: Any, ids: Any, mask: Any) -> Any:
+    """The logits after the last token, shape (rows, vocabulary), in float32.
+
+    The head is applied in float32: in half precision the logits of two verdicts are often exactly equal.
+    """
+    import torch
+
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or getattr(model.config, "final_logit_softcapping", None):
+        return model(**inputs, logits_to_keep=1).logits[:, -1].float()
+    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -1]
+    bias = None if head.bias is None else head.bias.float()
+    return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
 
 def judge_ids(prompt: Prompt, style: str, tokenizer: Any) -> list[int]:
@@ -234,7 +248,7 @@ def verdict_tokens(tokenizer: Any, lead_in: str, allowed: Sequence[str]) -> tupl
     bare = encode(lead_in)
     spaced = {verdict: encode(f"{lead_in} {verdict}") for verdict in allowed}
     common = 0
-    while len({ids[common] for ids in spaced.values()}) == 1:
+    while common + 1 < min(map(len, spaced.values())) and len({ids[common] for ids in spaced.values()}) == 1:
         common += 1
     tokens: dict[str, set[int]] = {verdict: {ids[common]} for verdict, ids in spaced.items()}
     lead_ids = next(iter(spaced.values()))[:common]
@@ -243,9 +257,16 @@ def verdict_tokens(tokenizer: Any, lead_in: str, allowed: Sequence[str]) -> tupl
             tight = encode(f"{lead_in}{verdict}")
             if tight[:common] == bare:
                 tokens[verdict].add(tight[common])
-    if sum(map(len, tokens.values())) != len(set().union(*tokens.values())):
+    if not _distinct(tokens):  # some verdicts merge with the space and some do not
+        lead_ids, tokens = encode(f"{lead_in} "), {verdict: {encode(verdict)[0]} for verdict in allowed}
+    if not _distinct(tokens):
         raise EnvironmentFault(f"this judge's tokenizer cannot tell {', '.join(allowed)} apart by one token", "set judge.mode: generate")
     return lead_ids, tokens
+
+
+def _distinct(tokens: dict[str, set[int]]) -> bool:
+    """Whether no token stands for two verdicts."""
+    return sum(map(len, tokens.values())) == len(set().union(*tokens.values()))
 
 
 def _written(engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection) -> list[JudgeReply]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from recipes_lib.data.conversations import Message
 from recipes_lib.errors import RecipeError
@@ -43,8 +43,13 @@ class Target:
         """Whether this is a model without a run."""
         return self.trained is None
 
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether the recipe was made up for a model that is no run's base."""
+        return self.trained is None and not self.recipe.train
 
-def find_targets(words: Sequence[str], prompt_format: str = "auto", dtype: str = "bfloat16") -> list[Target]:
+
+def find_targets(words: Sequence[str], prompt_format: str = "auto", dtype: str = "bfloat16", *, any_model: bool = False) -> list[Target]:
     """Return what the words name: runs, local models, packaged models, Hub ids.
 
     A model that is the base of a run among the words is asked as that run is: in its precision and prompt format.
@@ -53,11 +58,14 @@ def find_targets(words: Sequence[str], prompt_format: str = "auto", dtype: str =
         words: run names or folders, model folders, `package:` names, Hub ids.
         prompt_format: `generation.prompt_format` of the eval recipe.
         dtype: precision of models that are no run's base.
+        any_model: take any other word as a model that a server has.
 
     Raises:
         RecipeError: a word is neither a run nor a model, a run is not finished, or a run was trained with another prompt format.
     """
-    runs: dict[str, TrainedRun] = {word: finished_run(open_run(word)) for word in words if _is_run(word)}
+    opened = {word: open_run(word) for word in words if _is_run(word)}
+    stand_ins = {word: recipe for word, run in opened.items() if (recipe := stored_recipe(run))}
+    runs: dict[str, TrainedRun] = {word: finished_run(run) for word, run in opened.items() if word not in stand_ins}
     for one in runs.values():
         trained_with = one.recipe.data.prompt_format
         if prompt_format not in ("auto", trained_with):
@@ -70,7 +78,10 @@ def find_targets(words: Sequence[str], prompt_format: str = "auto", dtype: str =
         if word in runs:
             targets.append(Target(word, runs[word].recipe, runs[word]))
             continue
-        if not _is_model(word):
+        if word in stand_ins:
+            targets.append(Target(stand_ins[word].model.name_or_path, stand_ins[word]))
+            continue
+        if not (any_model or _is_model(word)):
             open_run(word)  # raises, with the names of similar runs
         same = [one.recipe for one in runs.values() if one.recipe.model.name_or_path == word]
         targets.append(base_target(same[0]) if same else Target(word, stand_in_recipe(word, prompt_format, dtype)))
@@ -112,6 +123,50 @@ def stand_in_recipe(word: str, prompt_format: str = "auto", dtype: str = "bfloat
     )
 
 
+def record_base(run: RunDirectory, recipe: Recipe, fingerprint: str, prompts: Any) -> None:
+    """Write run.json of a model without a run, so that its directory name can be used like a run's."""
+    if run.exists():
+        return
+    stand_in: dict[str, Any] = {
+        "model": dataclasses.asdict(recipe.model),
+        "data": {"source": "", **{key: getattr(recipe.data, key) for key in ("prompt_format", "chat_template", "system_prompt")}},
+        "quantization": recipe.quantization,
+        "folder": str(recipe.base_dir),
+    }
+    stand_in["data"]["prompt_format"] = prompts.name
+    run.write_state("finished", kind="base", stand_in=stand_in, fingerprint=fingerprint, prompt_format_hash=prompts.hash)
+
+
+def stored_recipe(run: RunDirectory) -> Recipe | None:
+    """Return the stand-in recipe of a directory that `record_base` made, or None for a trained run."""
+    stored = run.read_state().get("stand_in")
+    if stored is None:
+        return None
+    recipe = stand_in_recipe(stored["model"]["name_or_path"], stored["data"]["prompt_format"])
+    model, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
+    return dataclasses.replace(recipe, model=model, data=data, quantization=stored["quantization"], base_dir=Path(stored["folder"]))
+
+
+class Format(Protocol):
+    """How conversations become prompts."""
+
+    hash: str
+
+    def render(self, messages: Sequence[Message]) -> tuple[str | None, tuple[int, ...]]:
+        """Return the prompt's text and token ids; no text where only the server knows the format."""
+
+
+class ServerFormat:
+    """The chat template of the server that has the model."""
+
+    hash = "server"
+    name = "server"
+
+    def render(self, messages: Sequence[Message]) -> tuple[None, tuple[int, ...]]:
+        """Return nothing: the messages are sent as they are."""
+        return None, ()
+
+
 class PromptFormat:
     """Conversations rendered as the model was trained to read them; `hash` identifies the format."""
 
@@ -119,6 +174,7 @@ class PromptFormat:
         from recipes_lib.data.prompts import format_hash
 
         self.section, self.tokenizer, self.folders = section, tokenizer, [folder]
+        self.name = section.prompt_format
         self.hash = format_hash(section, tokenizer, self.folders)
 
     def render(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
@@ -140,7 +196,7 @@ class Subject:
     target: Target
     run: RunDirectory
     fingerprint: str
-    prompts: PromptFormat
+    prompts: Any
     model: PreTrainedModel | None = None
     using: Any = None
 
@@ -199,6 +255,9 @@ def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
         return [_subject(target, family.tokenizer, family.model, _user_of(family, target)) for target in targets]
     subjects = []
     for target in targets:
+        if target.is_stand_in and not weights:
+            subjects.append(_served(target))
+            continue
         if target.trained:
             from transformers import AutoTokenizer
 
@@ -208,6 +267,19 @@ def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
             tokenizer = load_tokenizer(target.recipe)
         subjects.append(_subject(target, tokenizer, _load_bare(target.recipe, tokenizer) if weights else None, None))
     return subjects
+
+
+def _served(target: Target) -> Subject:
+    """A model that only a server has: its name stands for its weights, its server renders the prompts."""
+    prompts = ServerFormat()
+    fingerprint = hash_of("served", target.word)
+    return Subject(target, _base_directory(target.word, fingerprint, prompts.hash), fingerprint, prompts)
+
+
+def _base_directory(path: str, fingerprint: str, format_hash: str) -> RunDirectory:
+    """The run directory of a model without a run."""
+    short = _NOT_IN_NAMES.sub("-", Path(path).name).strip("-.")[:60]
+    return RunDirectory(f"base--{short}--{hash_of(fingerprint, format_hash)[:8]}")
 
 
 def _user_of(family: Family, target: Target) -> Any:
@@ -247,8 +319,7 @@ def _subject(target: Target, tokenizer: Any, model: Any, using: Any) -> Subject:
     if target.trained:
         check_format(target.trained, prompts)
         return Subject(target, target.trained.run, fingerprint, prompts, model, using)
-    short = _NOT_IN_NAMES.sub("-", Path(model_path(recipe.model)).name).strip("-.")[:60]
-    run = RunDirectory(f"base--{short}--{hash_of(fingerprint, prompts.hash)[:8]}")
+    run = _base_directory(model_path(recipe.model), fingerprint, prompts.hash)
     return Subject(target, run, fingerprint, prompts, model, using)
 
 

@@ -108,6 +108,11 @@ class MetricsSection:
         "downloads one file from the Hub.",
         "own",
     )
+    probe_pairs: int = _key(
+        "Pairs from which the judge's audit makes its degenerate probes (12 judgments each); 0 leaves those checks not measured.",
+        25,
+        minimum=0,
+    )
     max_identical_fraction: float = _key(
         "Flag a model that gives the same answer to more than this share of the questions.", 0.1, minimum=0
     )

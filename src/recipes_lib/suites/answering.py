@@ -1,0 +1,248 @@
+"""Every target's answers to a suite's questions, one loaded base at a time. Answers in files are targets too."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.data.conversations import Message
+from recipes_lib.errors import RecipeError
+from recipes_lib.generation.answers import Prompt, Writer, answer_faults
+from recipes_lib.generation.engine import Decoding, Engine
+from recipes_lib.generation.fingerprints import hash_of
+from recipes_lib.generation.subjects import ServerFormat, Subject, Target, base_target, find_targets, grouped, loaded, record_base
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.suites.questions import Question, read_answers
+from recipes_lib.suites.recipe import EvalRecipe
+
+REFERENCE = "reference"
+BASE = "base"
+
+
+@dataclass
+class AnswerSet:
+    """One target's answers: {(question id, turn): row of generations.jsonl}.
+
+    `run` is None for the outputs that come with the questions. `models` are the names of the weights behind the answers.
+    """
+
+    name: str
+    run: RunDirectory | None
+    rows: dict[tuple[str, int], dict[str, Any]]
+    fingerprint: str = ""
+    prompt_format: str = ""
+    prompt_format_hash: str = ""
+    models: tuple[str, ...] = ()
+    seconds: float = 0.0
+    tokens: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def text(self, question_id: str, turn: int = 1) -> str:
+        """Return one answer."""
+        return str(self.rows[question_id, turn]["answer"])
+
+    @property
+    def digest(self) -> str:
+        """Hash of all answers: equal for the same answers under two names."""
+        return hash_of(sorted((key[0], key[1], row["answer"]) for key, row in self.rows.items()))
+
+    def folder(self, eval_name: str) -> Path:
+        """Return runs/<run>/evals/<eval>."""
+        assert self.run is not None
+        return self.run.path / "evals" / eval_name
+
+    def to_dict(self, max_identical_fraction: float) -> dict[str, Any]:
+        """Return what result.json says about the answers."""
+        faults = answer_faults(self.rows.values(), max_identical_fraction)
+        speed = {"new_tokens": self.tokens, "seconds": round(self.seconds, 1)} if self.tokens else None
+        weights = {"fingerprint": self.fingerprint, "prompt_format": self.prompt_format, "prompt_format_hash": self.prompt_format_hash}
+        return {"name": self.name, "models": list(self.models), **weights, **self.details, "answers": faults, "generated_now": speed}
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Who is evaluated, and against whom: `opponents` maps a target's name to its opponent's."""
+
+    targets: list[AnswerSet]
+    opponents: dict[str, AnswerSet]
+
+
+def collect_answers(recipe: EvalRecipe, words: Sequence[str], against: str | None, questions: Sequence[Question]) -> Pairing:
+    """Return the answers of all targets and of their opponents; what is missing is generated.
+
+    Args:
+        words: targets as typed: runs, models, or files with answers.
+        against: `reference`, `base`, another target, or None for no opponent.
+
+    Raises:
+        RecipeError: a word is no target, or `base` is asked for where there is none.
+        GenerationIncomplete: answers are missing.
+    """
+    files = [word for word in [*words, *([against] if against else [])] if is_answer_file(word)]
+    served = recipe.generation.engine == "openai"
+    others = [word for word in words if word not in files]
+    wanted = find_targets(others, recipe.generation.prompt_format, recipe.generation.dtype, any_model=served)
+    named = dict(zip(dict.fromkeys(others), wanted, strict=True))
+    opponent_of: dict[str, Target] = {}
+    if against == BASE:
+        for word, target in named.items():
+            if target.trained is None or target.recipe.lora is None:
+                raise RecipeError(f"'{word}' has no base of its own to be compared with", "name another run or model: --against OTHER")
+            opponent_of[word] = base_target(target.recipe)
+    elif against and against != REFERENCE and against not in files:
+        (other,) = find_targets([against], recipe.generation.prompt_format, recipe.generation.dtype, any_model=served)
+        opponent_of = dict.fromkeys(named, other)
+    everyone = _distinct([*named.values(), *opponent_of.values()])
+    sets = _answer_all(recipe, everyone, questions)
+    by_target = {id(target): sets[position] for position, target in enumerate(everyone)}
+    pick = {word: by_target[id(_same(everyone, target))] for word, target in named.items()}
+    from_files = {word: _from_file(Path(word), questions) for word in files}
+    targets = [from_files.get(word) or pick[word] for word in dict.fromkeys(words)]
+    opponents: dict[str, AnswerSet] = {}
+    for word, answers in zip(dict.fromkeys(words), targets, strict=True):
+        if against == REFERENCE:
+            opponents[answers.name] = _reference(questions)
+        elif against in from_files:
+            opponents[answers.name] = from_files[against]
+        elif word in opponent_of:
+            opponents[answers.name] = by_target[id(_same(everyone, opponent_of[word]))]
+        elif against:
+            raise RecipeError(f"'{word}' is a file of answers and has no base", "name the opponent: --against RUN")
+    return Pairing(targets, opponents)
+
+
+def is_answer_file(word: str) -> bool:
+    """Whether a word of the command line is a file of answers."""
+    return Path(word).suffix in (".json", ".jsonl") and Path(word).is_file()
+
+
+def _distinct(targets: Sequence[Target]) -> list[Target]:
+    """Return the targets, each once."""
+    kept: list[Target] = []
+    for target in targets:
+        if _same(kept, target) is None:
+            kept.append(target)
+    return kept
+
+
+def _same(targets: Sequence[Target], target: Target) -> Target | None:
+    """Return the target of the list that stands for the same run or model."""
+
+    def identity(one: Target) -> Any:
+        if one.trained:
+            return one.trained.run.path
+        section = one.recipe.data
+        return one.recipe.model, str(one.recipe.quantization), section.prompt_format, section.chat_template, section.system_prompt
+
+    return next((one for one in targets if identity(one) == identity(target)), None)
+
+
+def _answer_all(recipe: EvalRecipe, targets: Sequence[Target], questions: Sequence[Question]) -> list[AnswerSet]:
+    """Generate what is missing, base by base; the result is in the order of the targets."""
+    done: dict[int, AnswerSet] = {}
+    served = recipe.generation.engine == "openai"
+    for group in grouped(targets):
+        with loaded(group, weights=not served) as subjects:
+            for target, subject in zip(group, subjects, strict=True):
+                done[id(target)] = _answer(recipe, subject, questions)
+    return [done[id(target)] for target in targets]
+
+
+def _answer(recipe: EvalRecipe, subject: Subject, questions: Sequence[Question]) -> AnswerSet:
+    """Return one subject's answers to all turns of all questions."""
+    section = recipe.generation
+    decoding = Decoding(**{item.name: getattr(section, item.name) for item in dataclasses.fields(Decoding)})
+    if subject.target.is_base:
+        record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
+    folder = subject.run.path / "evals" / recipe.name
+    writer = Writer(folder / "generations.jsonl", _engine(recipe, subject), decoding, subject.prompts, subject.name)
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for turn in range(1, max(len(question.turns) for question in questions) + 1):
+        asked = [question for question in questions if len(question.turns) >= turn]
+        prompts = [Prompt(question.id, _conversation(question, turn, rows), turn) for question in asked]
+        for question, row in zip(asked, writer.answer(prompts), strict=True):
+            rows[question.id, turn] = row
+    model = subject.target.recipe.model
+    return AnswerSet(
+        name=subject.name,
+        run=subject.run,
+        rows=rows,
+        fingerprint=writer.engine.fingerprint,
+        prompt_format=subject.prompts.name,
+        prompt_format_hash=subject.prompts.hash,
+        models=(model.name_or_path,),
+        seconds=writer.seconds,
+        tokens=writer.tokens,
+        details={"decoding": decoding.to_dict(), "dtype": model.dtype, "quantized": subject.target.recipe.quantization is not None},
+    )
+
+
+def _engine(recipe: EvalRecipe, subject: Subject) -> Engine:
+    section = recipe.generation
+    if section.engine == "openai":
+        from recipes_lib.generation.openai_engine import OpenAIEngine, Server
+
+        name = section.served_name or (subject.target.word if subject.target.is_base else subject.name)
+        server = Server(
+            base_url=str(section.base_url),
+            model=name,
+            api_key_variable=section.api_key_variable,
+            concurrency=section.concurrency,
+            timeout_s=section.timeout_s,
+            max_retries=section.max_retries,
+        )
+        known = None if isinstance(subject.prompts, ServerFormat) else subject.fingerprint
+        return OpenAIEngine(server, known)
+    from recipes_lib.generation.transformers_engine import TransformersEngine
+
+    assert subject.model is not None
+    tokenizer = subject.prompts.tokenizer
+    return TransformersEngine(subject.model, tokenizer, subject.fingerprint, section.batch_tokens, subject.using)
+
+
+def _conversation(question: Question, turn: int, rows: dict[tuple[str, int], dict[str, Any]]) -> tuple[Message, ...]:
+    """The turns so far with the model's own answers, ending with the user's turn."""
+    messages: list[Message] = []
+    for number in range(1, turn):
+        messages += [
+            {"role": "user", "content": question.turns[number - 1]},
+            {"role": "assistant", "content": rows[question.id, number]["answer"]},
+        ]
+    return (*messages, {"role": "user", "content": question.turns[turn - 1]})
+
+
+def _reference(questions: Sequence[Question]) -> AnswerSet:
+    """The outputs that come with the questions, as an opponent.
+
+    Raises:
+        RecipeError: questions without one; they are named.
+    """
+    missing = [question.id for question in questions if question.reference is None]
+    if missing:
+        raise RecipeError(
+            f"{len(missing)} questions come without a reference output: {', '.join(missing[:8])}",
+            "set data.references, or name an opponent: --against RUN",
+        )
+    rows = {(question.id, 1): _row(question.reference[0]) for question in questions if question.reference}
+    return AnswerSet(REFERENCE, None, rows, models=tuple(sorted({question.generator for question in questions})))
+
+
+def _from_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
+    """The answers in a file, with a run directory of their own."""
+    found = read_answers(path, questions)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", found.generator).strip("-.") or "answers"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")
+    if not run.exists():
+        run.write_state("imported", kind="answers", source={"file": path.name, "sha256": digest, "generator": found.generator})
+    rows = {key: _row(text) for key, text in found.items() if key[0] in {question.id for question in questions}}
+    return AnswerSet(run.name, run, rows, fingerprint=digest, models=(found.generator,), details={"imported_from": path.name})
+
+
+def _row(text: str) -> dict[str, Any]:
+    return {"answer": text, "finish_reason": "stop", "tokens": 0}

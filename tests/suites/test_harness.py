@@ -1,0 +1,112 @@
+"""lm-eval through our recipe: offline tasks, its files untouched, one cache per model, the same numbers as plain lm_eval."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.evaluate import evaluate
+from recipes_lib.suites.harness import lm_eval_overrides
+from recipes_lib.suites.recipe import load_eval
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def small_task(tmp_path):
+    """An eval recipe with one multiple-choice and one generation task on a few rows."""
+    rows = [{"question": f"Pick {n}", "choices": ["one", "two three"], "answer": n % 2} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "choice.yaml").write_text(
+        "task: tiny_choice\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\noutput_type: multiple_choice\n"
+        'test_split: test\nnum_fewshot: 0\ndoc_to_text: "{{question}}:"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+        "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\nmetadata: {version: 1.0}\n"
+    )
+    path = tmp_path / "my_lm_eval.yaml"
+    path.write_text("suite: {name: lm_eval, tasks: [tiny_choice], batch_size: 4}\ndata: {include_path: ., folder: .}\n")
+    return path
+
+
+def test_two_adapters_and_their_base_are_scored_on_one_loaded_model_with_caches_of_their_own(small_task, make_run, tiny_model_dir):
+    one, two = make_run("one", 1), make_run("two", 2)
+    recipe = load_eval(small_task)
+    first = evaluate(recipe, ["one", "two", str(tiny_model_dir)])
+    again = evaluate(recipe, ["two"])
+    assert [result["target"] for result in first][:2] == ["one", "two"]
+    assert again[0]["tasks"] == first[1]["tasks"], "an adapter run must not be answered from another model's cache"
+    samples = [(run / f"evals/{recipe.name}/samples/samples_tiny_choice.jsonl").read_text() for run in (one, two)]
+    scores = [[row["resps"] for row in map(json.loads, text.splitlines())] for text in samples]
+    assert scores[0] != scores[1]
+
+
+def test_a_result_says_n_interval_few_shot_and_subset_and_keeps_lm_evals_own_file(small_task, make_run):
+    run = make_run("one", 1)
+    (result,) = evaluate(load_eval(small_task, ["suite.limit=5"]), ["one"])
+    (row,) = result["tasks"]
+    assert (row["task"], row["metric"], row["n"], row["num_fewshot"]) == ("tiny_choice", "acc", 5, 0)
+    assert row["low"] <= row["value"] <= row["high"] and row["interval"] == "wilson"
+    assert "subset" in result["subset"] and result["banners"] == [result["subset"]]
+    own = json.loads((run / f"evals/{result['eval']}/lm_eval_results.json").read_text())
+    assert own["results"]["tiny_choice"]["acc,none"] == row["value"]
+    assert json.loads((run / f"evals/{result['eval']}/result.json").read_text())["tasks"] == result["tasks"]
+
+
+def test_an_unknown_task_and_an_unknown_option_are_named(small_task, make_run):
+    make_run("one", 1)
+    with pytest.raises(RecipeError, match="not_an_option"):
+        evaluate(load_eval(small_task, ["suite.options={not_an_option: 1}"]), ["one"])
+    with pytest.raises(RecipeError, match=r"suite\.options\.model is set"):
+        evaluate(load_eval(small_task, ["suite.options={model: x}"]), ["one"])
+    with pytest.raises(RecipeError, match="no meaning for lm_eval"):
+        evaluate(load_eval(small_task), ["one"], "base")
+
+
+def test_lm_evals_flag_names_become_overrides():
+    assert lm_eval_overrides({"gen_kwargs": "max_gen_toks=8,temperature=0", "num_fewshot": "0", "apply_chat_template": None}) == [
+        "suite.gen_kwargs={max_gen_toks: 8, temperature: 0}",
+        "suite.num_fewshot=0",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["arc_easy", "gsm8k"])
+def test_recipes_eval_equals_lm_eval_to_the_last_digit(task, make_run, hub_folder, tmp_path):
+    """A LoRA adapter on the tiny base, the stock task, limit 20, both programs from the command line."""
+    run = make_run("one", 1)
+    recipe = tmp_path / "stock_lm_eval.yaml"
+    recipe.write_text(
+        f"suite: {{name: lm_eval, tasks: [{task}], batch_size: 4, limit: 20, num_fewshot: 0}}\ndata: {{folder: {hub_folder}}}\n"
+    )
+    (ours,) = evaluate(load_eval(recipe, ["suite.gen_kwargs={max_gen_toks: 16}"] if task == "gsm8k" else []), ["one"])
+    command = ours["lm_eval_command"].removeprefix("(cd ").removesuffix(")").partition(" && ")[2].split(" ")
+    command = [sys.executable, "-m", "lm_eval", *command[1:], "--output_path", str(tmp_path / "plain")]
+    subprocess.run(command, cwd=hub_folder, check=True, capture_output=True, timeout=280)
+    (theirs,) = (json.loads(path.read_text()) for path in (tmp_path / "plain").rglob("results_*.json"))
+    mine = json.loads((run / f"evals/{ours['eval']}/lm_eval_results.json").read_text())
+    assert mine["results"] == theirs["results"] and mine["n-samples"] == theirs["n-samples"]
+
+
+@pytest.fixture
+def hub_folder(shared_data, tmp_path):
+    """A folder that holds ARC and GSM8K under their Hub names."""
+    folder = tmp_path / "hub"
+    arc = folder / "allenai/ai2_arc"
+    arc.mkdir(parents=True)
+    text = (shared_data / "arc/ARC-Easy-Test.jsonl").read_text()
+    for split in ("train", "validation", "test"):
+        (arc / f"{split}.jsonl").write_text(text)
+    files = "".join(f"      - {{split: {split}, path: {split}.jsonl}}\n" for split in ("train", "validation", "test"))
+    (arc / "README.md").write_text(f"---\nconfigs:\n  - config_name: ARC-Easy\n    data_files:\n{files}---\n")
+    gsm = folder / "openai/gsm8k"
+    gsm.mkdir(parents=True)
+    (gsm / "train.jsonl").write_text((shared_data / "gsm8k/train.first100.jsonl").read_text())
+    (gsm / "test.jsonl").write_text((shared_data / "gsm8k/test.jsonl").read_text())
+    files = "".join(f"      - {{split: {split}, path: {split}.jsonl}}\n" for split in ("train", "test"))
+    (gsm / "README.md").write_text(f"---\nconfigs:\n  - config_name: main\n    data_files:\n{files}---\n")
+    (folder / "gsm8k").symlink_to(gsm)
+    return folder
