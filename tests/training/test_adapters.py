@@ -189,6 +189,15 @@ def test_an_unfinished_run_has_no_weights_to_merge(runs: Runs, recipes: Verb) ->
         assert code == ExitCode.USAGE and "preempted, not finished" in err
 
 
+@pytest.mark.parametrize("verb", [["merge"], ["verify"], ["chat", "--prompt", "hi"]], ids=["merge", "verify", "chat"])
+def test_code_that_ships_with_a_model_runs_only_if_the_command_line_says_so_too(runs: Runs, recipes: Verb, verb: list[str]) -> None:
+    resolved = runs("lora") / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    code, _, err = recipes(verb[0], "lora", *verb[1:])
+    assert code == ExitCode.USAGE and "pass --trust-remote-code" in err
+    assert recipes(verb[0], "lora", *verb[1:], "--trust-remote-code")[0] == 0
+
+
 # ---- The wrong base ----
 
 

@@ -27,6 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", default="", help="text the question is about (prompt formats dolly and alpaca)")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="longest answer (default 200)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy and repeatable (default)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
+    )
     parser.add_argument("--no-base", action="store_true", help="leave the base's answer out")
 
 
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from recipes_lib.training.session import quiet_libraries
     from recipes_lib.training.trained import BASE, Family, families, finished_run
 
-    trained = {one.run.path: one for one in (finished_run(open_run(name)) for name in args.runs)}
+    trained = {one.run.path: one for one in (finished_run(open_run(name), args.trust_remote_code) for name in args.runs)}
     quiet_libraries()
     loaded = [Family(group) for group in families(list(trained.values()))]
     for question in _questions(args.prompt):
@@ -94,8 +97,10 @@ def _title(family: Family, name: str, alone: bool) -> str:
     """Return what stands over an answer; a base is described where there are several."""
     if alone or name in {one.run.name for one in family.runs}:
         return name
-    bits = 4 if (family.recipe.quantization or {}).get("load_in_4bit") else 8
-    return f"{name} {family.recipe.model.name_or_path}" + (f" in {bits} bit" if family.recipe.quantization else "")
+    from recipes_lib.training.card import quantized_bits
+
+    bits = quantized_bits(family.recipe)
+    return f"{name} {family.recipe.model.name_or_path}" + (f" in {bits} bit" if bits else "")
 
 
 def _questions(prompt: str | None) -> Iterator[str]:

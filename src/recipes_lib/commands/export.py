@@ -19,6 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="DIR", help="the folder; it must not exist, or be empty")
     parser.add_argument("--merged", action="store_true", help="the merged model (recipes merge RUN) instead of the adapter")
     parser.add_argument("--push-to-hub", metavar="REPO", help="OWNER/NAME: verify the run, export, and upload the folder")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
+    )
     parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
 
 
@@ -32,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.push_to_hub:
         hub.check_repo(args.push_to_hub)
-    trained = finished_run(open_run(args.run))
+    loads_nothing = not args.push_to_hub
+    trained = finished_run(open_run(args.run), args.trust_remote_code or loads_nothing)
     quiet_libraries()
     check_target(Path(args.to), trained)
     if args.push_to_hub:

@@ -15,6 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a finished LoRA or QLoRA run")
     choices = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=choices, help="precision of the merged weights (default: the base's, as it was trained on)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; what happens meanwhile goes to stderr")
 
 
@@ -29,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from recipes_lib.training.trained import finished_run
 
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        trained = finished_run(open_run(args.run))
+        trained = finished_run(open_run(args.run), args.trust_remote_code)
         quiet_libraries()
         done = merge(trained, args.dtype, report=say)
     if args.json:

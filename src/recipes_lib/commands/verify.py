@@ -18,6 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning")
     parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"rows to compare on (default {NUM_PROMPTS})")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; everything else goes to stderr")
 
 
@@ -32,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts < 1:
         raise RecipeError(f"--prompts must be 1 or more, not {args.prompts}")
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        trained = finished_run(open_run(args.run))
+        trained = finished_run(open_run(args.run), args.trust_remote_code)
         quiet_libraries()
         result = verify(trained, args.prompts)
     code = ExitCode.DONE if result.passed else ExitCode.FAILED

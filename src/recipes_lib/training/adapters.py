@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.atomic_files import sync_folder, write_json
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, explain_peft_failure, file_hashes
+from recipes_lib.training.card import quantized_bits, write_card
 from recipes_lib.training.trained import Family, TrainedRun, load_base
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     model = fold(trained, family, getattr(torch, dtype) if dtype else None)
     written = str(model.dtype).removeprefix("torch.")
     if trained.recipe.quantization is not None:
-        report(_dequantisation_note(before, _size(model), written))
+        report(_dequantisation_note(trained, before, _size(model), written))
     _check_space(trained.run.path, _size(model))
     report(f"writing {_size(model) / 2**20:,.0f} MiB in {written} ...")
     _save(model, tokenizer, scratch)
@@ -189,7 +190,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     if comparison.problems:
         rejected = _set_aside(scratch)
         raise RecipesError(f"the merged model is not the adapter on its base: {comparison.problems[0]}", f"it is kept in {rejected}")
-    _write_card(scratch, trained, record)
+    write_card(scratch, trained.recipe, trained.run.read_state().get("summary") or {}, merged=record)
     write_json(scratch / RECORD, {**record, "files": _sizes(scratch), "sha256": file_hashes(scratch)})
     _publish(scratch, trained.merged)
     return Merge(trained.merged, merge_record(trained) or record, already=False)
@@ -210,11 +211,12 @@ def _on_plain_base(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtyp
         raise explain_peft_failure(trained.weights, error) from error
 
 
-def _dequantisation_note(before: int, after: int, dtype: str) -> str:
+def _dequantisation_note(trained: TrainedRun, before: int, after: int, dtype: str) -> str:
     """Return what dequantising costs and what it cannot bring back."""
     return (
-        f"dequantised the 4-bit base first: {before / 2**20:,.0f} MiB became {after / 2**20:,.0f} MiB in {dtype}. "
-        "What quantization took from the original weights stays lost; the adapter was trained to work with exactly that"
+        f"dequantised the {quantized_bits(trained.recipe)}-bit base first: "
+        f"{before / 2**20:,.0f} MiB became {after / 2**20:,.0f} MiB in {dtype}\n"
+        "what quantization took from the original weights stays lost: the adapter was trained on what was left"
     )
 
 
@@ -248,12 +250,6 @@ def _record(trained: TrainedRun, dtype: str, comparison: Comparison) -> dict[str
         "dequantised": trained.recipe.quantization is not None,
         "check": comparison.as_dict(),
     }
-
-
-def _write_card(folder: Path, trained: TrainedRun, record: dict[str, Any]) -> None:
-    from recipes_lib.training.card import write_card
-
-    write_card(folder, trained.recipe, trained.run.read_state().get("summary") or {}, merged=record)
 
 
 def _publish(scratch: Path, final: Path) -> None:

@@ -56,10 +56,18 @@ def is_hub_id(name: str) -> bool:
     return not name.startswith(HUB_FORBIDS_PATHS) and name.count("/") <= 1 and not Path(name).exists()
 
 
+def quantized_bits(recipe: Recipe) -> int | None:
+    """Return the bits per weight of a quantized base, or None where it is not quantized."""
+    if recipe.quantization is None:
+        return None
+    return 8 if recipe.quantization.get("load_in_8bit") else 4
+
+
 def _method(recipe: Recipe) -> str:
     if recipe.lora is None:
         return "Full fine-tuning"
-    kind = "QLoRA (4-bit base)," if recipe.quantization else "LoRA"
+    bits = quantized_bits(recipe)
+    kind = f"QLoRA ({bits}-bit base)," if bits else "LoRA"
     return f"{kind} r={recipe.lora.get('r')}, alpha={recipe.lora.get('lora_alpha')}"
 
 
@@ -68,7 +76,9 @@ def _merging(recipe: Recipe, merged: Mapping[str, Any] | None) -> str:
     if merged is None:
         return ""
     check = merged["check"]
-    first = "The adapter is folded into the base" + (", which was dequantised from 4 bit first" if merged["dequantised"] else "")
+    first = "The adapter is folded into the base" + (
+        f", which was dequantised from {quantized_bits(recipe)} bit first" if merged["dequantised"] else ""
+    )
     return (
         f"{first}; weights in {merged['dtype']}. Against the adapter on its base, on {check['prompts']}: logits differ by "
         f"{check['difference']['mean']:.3g} on average ({check['lost_share']:.1%} of what the adapter changes) and "

@@ -54,11 +54,15 @@ class TrainedRun:
         return dataclasses.replace(self.recipe.data, chat_template=None)
 
 
-def finished_run(run: RunDirectory) -> TrainedRun:
+def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
     """Return a run that has weights.
 
+    Args:
+        run: its directory.
+        remote_code: whether the command line allowed code that ships with the model.
+
     Raises:
-        RecipeError: the run has not reached its end, or its weights are gone.
+        RecipeError: the run has not reached its end, its weights are gone, or its model needs code that was not allowed.
     """
     from recipes_lib.recipe.loader import Origin
     from recipes_lib.recipe.recipe import load_recipe
@@ -69,6 +73,8 @@ def finished_run(run: RunDirectory) -> TrainedRun:
         what = f"run '{run.name}' is {recorded['state']}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     recipe = load_recipe(run.path / "resolved.yaml")
+    if recipe.model.trust_remote_code and not remote_code:
+        raise RecipeError(f"the model of run '{run.name}' runs code that ships with it", "pass --trust-remote-code, as its training did")
     folders = recorded.get("data_folders")
     if folders:  # relative paths mean the folder of the recipe that was trained, not of its copy in the run
         source, template = (Origin(str(Path(folder) / recipe.path.name)) for folder in (folders[0], folders[-1]))
