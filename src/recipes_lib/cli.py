@@ -41,10 +41,10 @@ VERBS = (
     Verb("train", "training", "train a recipe, or continue it", overrides=True),
     Verb("status", "training", "the state of runs"),
     Verb("chat", "training", "talk to runs beside their base model"),
-    Verb("eval", "evaluation", "answer, judge and benchmark runs and models", overrides=True),
     Verb("merge", "weights", "fold an adapter into its base model"),
     Verb("verify", "weights", "compare a merged model with its adapter"),
     Verb("export", "weights", "a folder to give away: weights, tokenizer, model card"),
+    Verb("eval", "evaluation", "answer, judge and benchmark runs and models", overrides=True),
     Verb("judge", "evaluation", "replay foreign judgments, or audit a judge"),
 )
 

@@ -33,7 +33,12 @@ class Launcher:
 
     def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command, env={**self.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     def wait(self, child: subprocess.Popen[str]) -> tuple[int, str]:

@@ -112,3 +112,10 @@ def worker(launcher_pid: int, rank: int) -> int:
             if parent == launcher_pid and f"RANK={rank}".encode() in variables:
                 return int(entry.name)
     raise AssertionError(json.dumps({"launcher": launcher_pid, "no rank": rank}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+def test_a_token_cap_makes_ranks_meet_and_changes_no_loss(launcher, compared, config: str) -> None:
+    launcher.train(f"run.name=capped-{config}", "run.max_tokens_per_micro_batch=300", config=config)
+    assert launcher.series(f"capped-{config}", "loss") == pytest.approx(launcher.series(config, "loss"), rel=SUM_ORDER)

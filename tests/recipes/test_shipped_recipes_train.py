@@ -17,7 +17,9 @@ from recipes_lib.recipe.recipe import load_recipe
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(
-    path for path in (PROJECT / "recipes").glob("*/*.yaml") if not path.name.startswith("_") and path.parent.name not in {"studies", "published"}
+    path
+    for path in (PROJECT / "recipes").glob("*/*.yaml")
+    if not path.name.startswith("_") and path.parent.name not in {"studies", "published"}
 )
 ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
 TIME_LIMIT_S = 200

@@ -21,7 +21,11 @@ def test_what_recipes_train_asked_for_wins_over_the_parent_process() -> None:
 @pytest.mark.parametrize(
     ("parent", "world_size", "kind"),
     [
-        (["python3", "/x/bin/accelerate", "launch", "--config_file", str(CONFIGS / "ddp_cpu.yaml"), "-m", "recipes_lib.train"], 2, "MULTI_GPU"),
+        (
+            ["python3", "/x/bin/accelerate", "launch", "--config_file", str(CONFIGS / "ddp_cpu.yaml"), "-m", "recipes_lib.train"],
+            2,
+            "MULTI_GPU",
+        ),
         (["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "recipes_lib.train"], 2, None),
         (["accelerate", "launch", f"--config_file={CONFIGS / 'fsdp_cpu.yaml'}", "--num_processes=4", "x.py"], 4, "FSDP"),
         (["python", "/x/bin/torchrun", "--nproc_per_node", "3", "x.py"], 3, None),

@@ -49,7 +49,9 @@ def test_a_run_directory_holds_everything_that_design_promises(tiny_recipe: Path
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_gib"} <= lines[0].keys()
     assert lines[-2]["loss"] < lines[0]["loss"]
     figures = {path.name for path in (run / "figures").iterdir()}
-    assert figures == {f"{stem}.{kind}" for stem in ("loss", "validation_perplexity", "learning_rate", "throughput", "memory") for kind in ("svg", "png")}
+    assert figures == {
+        f"{stem}.{kind}" for stem in ("loss", "validation_perplexity", "learning_rate", "throughput", "memory") for kind in ("svg", "png")
+    }
     card = (run / "adapter" / "README.md").read_text()
     assert "LoRA r=4" in card and yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
 
@@ -125,7 +127,9 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.parametrize("when", ["at the end of the step before it", "within it"])
-def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(tiny_recipe: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
+    tiny_recipe: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps 2 and 4 save, step 4 evaluates: the ranks agree at steps 1, 2, the save of 2, 3, 4, then in the evaluation."""
     overrides = ["lora.lora_dropout=0.3", "train.eval_steps=4"]
     assert main([str(tiny_recipe), *overrides, "run.name=whole"]) == 0
@@ -136,7 +140,9 @@ def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(tin
     assert marker["evaluation_pending"] is True
     assert not any("eval_loss" in line for line in metrics(tiny_recipe, "broken"))
     assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == 0
-    whole, broken = ([(line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics(tiny_recipe, name)] for name in ("whole", "broken"))
+    whole, broken = (
+        [(line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics(tiny_recipe, name)] for name in ("whole", "broken")
+    )
     assert whole == broken
 
 
@@ -228,12 +234,16 @@ def test_an_adapter_that_learnt_nothing_is_rejected(tiny_recipe: Path, capsys: p
     assert "changes nothing" in capsys.readouterr().err
 
 
-def test_weights_that_answer_nothing_are_rejected_although_every_loss_was_finite(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_answer_nothing_are_rejected_although_every_loss_was_finite(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tiny_recipe), "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]) == ExitCode.FAILED
     assert "all logits are zero" in capsys.readouterr().err
 
 
-def test_a_disk_that_fills_during_a_save_loses_nothing(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_fills_during_a_save_loses_nothing(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import Trainer
 
     def full(self: Trainer, output_dir: str) -> None:
@@ -269,30 +279,98 @@ def test_no_planted_secret_is_in_any_written_file(tiny_recipe: Path, monkeypatch
 def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe: Path) -> None:
     losses = []
     for size in (1, 3, 32):
-        assert main([str(tiny_recipe), "train.max_steps=1", "train.eval_steps=1", f"train.per_device_eval_batch_size={size}", f"run.name=b{size}"]) == 0
+        assert (
+            main(
+                [
+                    str(tiny_recipe),
+                    "train.max_steps=1",
+                    "train.eval_steps=1",
+                    f"train.per_device_eval_batch_size={size}",
+                    f"run.name=b{size}",
+                ]
+            )
+            == 0
+        )
         losses.append(metrics(tiny_recipe, f"b{size}")[-1]["eval_loss"])
     assert max(losses) - min(losses) < 1e-5
 
 
-def test_padding_free_and_padded_training_lose_the_same(tiny_recipe: Path) -> None:
-    for name, overrides in {"padded": [], "free": ["train.padding_free=true"]}.items():
+@pytest.mark.parametrize(
+    "lever",
+    ["train.padding_free=true", "train.activation_checkpointing=true", "train.optim=adamw_torch_fused", "train.per_device_train_batch_size=8", "train.dataloader_num_workers=1", "run.max_tokens_per_micro_batch=300"],
+)  # fmt: skip
+def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe: Path, lever: str) -> None:
+    for name, overrides in {"plain": [], "pulled": [lever]}.items():
         assert main([str(tiny_recipe), f"run.name={name}", *overrides]) == 0
-    padded, free = ([line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line] for name in ("padded", "free"))
-    assert padded == pytest.approx(free, abs=2e-5)
+    plain, pulled = ([line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line] for name in ("plain", "pulled"))
+    assert plain == pytest.approx(pulled, abs=2e-5)
 
 
-def test_checkpointing_changes_no_loss(tiny_recipe: Path) -> None:
-    for name, value in {"plain": "false", "checkpointed": "true"}.items():
-        assert main([str(tiny_recipe), f"run.name={name}", f"train.activation_checkpointing={value}"]) == 0
-    off, on = ([line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line] for name in ("plain", "checkpointed"))
-    assert off == pytest.approx(on, abs=1e-6)
+def test_a_token_cap_without_padding_changes_no_loss_either(tiny_recipe: Path) -> None:
+    for name, overrides in {"plain": [], "capped": ["run.max_tokens_per_micro_batch=300"]}.items():
+        assert (
+            main([str(tiny_recipe), f"run.name={name}", "train.padding_free=true", "train.per_device_train_batch_size=8", *overrides]) == 0
+        )
+    plain, capped = ([line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line] for name in ("plain", "capped"))
+    assert plain == pytest.approx(capped, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("attention", "overrides", "expected"),
+    [
+        ("flash_attention_2", [], True),
+        ("kernels-community/flash-attn3", [], True),
+        ("sdpa", [], False),
+        ("flash_attention_2", ["train.packing=true"], False),
+        ("flash_attention_2", ["train.padding_free=false"], False),
+        ("flash_attention_2", ["train.per_device_train_batch_size=1"], False),
+    ],
+)
+def test_padding_is_dropped_only_where_flash_attention_makes_it_free(
+    tiny_recipe: Path, attention: str, overrides: list[str], expected: bool
+) -> None:
+    from recipes_lib.recipe.recipe import load_recipe
+    from recipes_lib.recipe.upstream import build_sft_config
+    from recipes_lib.training.build import drop_padding_where_free
+
+    recipe = load_recipe(tiny_recipe, overrides)
+    args = build_sft_config(recipe, "unused", world_size=1)
+    drop_padding_where_free(recipe, args, attention)
+    assert args.padding_free is expected and (args.max_length is None) is expected
+
+
+def test_a_push_without_a_network_is_refused_before_anything_is_computed(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny_recipe), "train.push_to_hub=true"]) == ExitCode.USAGE
+    assert "train.hub_model_id" in capsys.readouterr().err
+    assert main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"]) == ExitCode.ENVIRONMENT
+    assert "nothing can be pushed" in capsys.readouterr().err
+    assert not (tiny_recipe.parent / "runs").exists()
+
+
+def test_only_the_checked_weights_are_pushed_never_a_checkpoint(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub is the only thing here that is not real: what would be uploaded is looked at instead."""
+    from recipes_lib.training import hub
+
+    pushed: list[set[str]] = []
+    monkeypatch.setattr(hub, "check_repo", lambda repo: None)
+    monkeypatch.setattr(hub, "push", lambda folder, repo, public: pushed.append({path.name for path in folder.iterdir()}) or f"{repo}")
+    assert main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"]) == 0
+    assert len(pushed) == 1 and "adapter_model.safetensors" in pushed[0]
+    assert not pushed[0] & {"optimizer.pt", "training_args.bin", "rng_state.pth"}
 
 
 def test_packed_rows_keep_their_documents_apart(tiny_recipe: Path) -> None:
     """One step over all rows at learning rate 0: the loss per token is the same, packed or padded."""
     losses = []
     for name, overrides in {"padded": [], "packed": ["train.packing=true"]}.items():
-        one_step = ["data.max_examples=24", "data.split.method=none", 'train.eval_strategy="no"', "train.num_train_epochs=1", "train.max_steps=-1", "run.global_batch_size=64"]
+        one_step = [
+            "data.max_examples=24",
+            "data.split.method=none",
+            'train.eval_strategy="no"',
+            "train.num_train_epochs=1",
+            "train.max_steps=-1",
+            "run.global_batch_size=64",
+        ]
         size = ["train.per_device_train_batch_size=64"]
         main([str(tiny_recipe), f"run.name={name}", *one_step, *size, *overrides])
         losses.append(metrics(tiny_recipe, name)[0]["loss"])

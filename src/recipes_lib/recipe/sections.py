@@ -106,6 +106,11 @@ class RunSection:
         "per_device_train_batch_size x gradient_accumulation_steps x processes.",
         minimum=1,
     )
+    max_tokens_per_micro_batch: int | None = _key(
+        "Cut a micro-batch whose examples (padding counted) exceed this many tokens into pieces, so that a few long examples do not run out "
+        "of memory. Examples per step and loss stay the same.",
+        minimum=1,
+    )
     tags: list[str] = _key("Labels for `recipes ls` and the report.", factory=list)
     notes: str | None = _key("Free text, copied to the run.")
 

@@ -36,7 +36,7 @@ def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     sections = recipe.to_dict()
     relevant: dict[str, Any] = {name: sections.get(name) for name in ("model", "quantization", "lora", "data")}
     relevant["train"] = {key: value for key, value in recipe.train.items() if not FREE_KEYS.match(key)}
-    relevant["run"] = {"global_batch_size": recipe.run.global_batch_size}
+    relevant["run"] = {key: getattr(recipe.run, key) for key in ("global_batch_size", "max_tokens_per_micro_batch")}
     return flatten(relevant)
 
 

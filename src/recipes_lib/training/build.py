@@ -45,6 +45,7 @@ def build_trainer(
     from recipes_lib.training.metrics import MetricsCallback
     from recipes_lib.training.trainer import RecipeTrainer
 
+    drop_padding_where_free(recipe, args, str(getattr(model.config, "_attn_implementation", "")))
     keep, args.save_total_limit = args.save_total_limit, None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = RecipeTrainer(
@@ -57,12 +58,24 @@ def build_trainer(
         callbacks=[MetricsCallback(run.metrics, quiet=args.process_index != 0)],
         stop=stop,
         keep_checkpoints=keep,
+        max_tokens=recipe.run.max_tokens_per_micro_batch,
         row_ids=list(data.train["example_id"]),
         marker_facts=marker_facts,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def drop_padding_where_free(recipe: Recipe, args: SFTConfig, attention: str) -> None:
+    """Flatten each micro-batch into one row where flash attention keeps its examples apart at no cost; the loss stays the same.
+
+    A recipe that says `padding_free` itself, or packs, is left alone.
+    """
+    undecided = "padding_free" not in recipe.train and not args.packing
+    if undecided and "flash" in attention and args.per_device_train_batch_size > 1:
+        args.padding_free = True
+        args.max_length = None  # rows arrive truncated; TRL refuses a limit that it would not apply
 
 
 def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:

@@ -48,3 +48,12 @@ def agree_on_largest(value: int) -> int:
     largest = torch.tensor(value, dtype=torch.int32, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest.item())
+
+
+def leave_together() -> None:
+    """Close the process group once every rank is done: a rank that exits first makes gloo abort the others."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

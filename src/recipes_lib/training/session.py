@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.terminal import next_step, say
-from recipes_lib.training.ranks import on_main_rank, rank
+from recipes_lib.training.ranks import leave_together, on_main_rank, rank
 
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
@@ -46,6 +46,7 @@ def open_session(recipe: Recipe, run: RunDirectory, options: argparse.Namespace)
         session.already_finished = on_main_rank(lambda: session.already_finished)
         try:
             yield session
+            leave_together()
         except RecipesError as error:
             session.record_failure(int(error.exit_code), str(error))
             raise
@@ -65,6 +66,7 @@ class Session:
 
         from recipes_lib.recipe.upstream import build_sft_config
         from recipes_lib.training import fsdp_on_cpu
+        from recipes_lib.training.hub import take_over_push
         from recipes_lib.training.launch_check import active_launch, check_launch, what_was_asked
         from recipes_lib.training.stopping import StopRequest
 
@@ -80,6 +82,7 @@ class Session:
         if fsdp_on_cpu.is_wanted():
             fsdp_on_cpu.install()
         self.args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        self.push_to = take_over_push(recipe, self.args)
         state = PartialState()
         fsdp = state.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         self.active = active_launch("FSDP" if fsdp else state.distributed_type, state.num_processes, state.device)
@@ -209,6 +212,7 @@ class Session:
         from recipes_lib.training.build import count_quantized, describe_batch, describe_trainable
 
         args, trainer = self.args, self.trainer
+        padding = ", padding-free" if args.padding_free else ", packed" if args.packing else ""
         precision = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else str(trainer.model.dtype).removeprefix("torch.")
         attention = getattr(trainer.model.config, "_attn_implementation", "unknown")
         batch = describe_batch(
@@ -221,7 +225,7 @@ class Session:
         )
         self.quantized_layers = count_quantized(trainer.model)
         self.say(f"run {self.run.path}")
-        self.say(f"launch: {self.launch_line}; precision {precision}; attention {attention}; seed {args.seed}")
+        self.say(f"launch: {self.launch_line}; precision {precision}; attention {attention}{padding}; seed {args.seed}")
         self.say(f"batch: {batch}")
         self.say(f"trains: {describe_trainable(trainer.model)}")
 
@@ -271,6 +275,7 @@ class Session:
         """Save and check the weights, draw the curves, and only then call the run finished."""
         from recipes_lib.training.figures import draw_figures
         from recipes_lib.training.finish import save_and_check
+        from recipes_lib.training.hub import push_finished_run
         from recipes_lib.training.summary import summarise
 
         summary = on_main_rank(lambda: summarise(self))
@@ -285,6 +290,8 @@ class Session:
             say(
                 f"finished: {weights} (reloaded: logits differ by at most {check['reload']['largest']:.2g} of {check['reload']['scale']:.2g})"
             )
+            if self.push_to:
+                say(f"pushed: {push_finished_run(self.run, self.push_to)}")
             next_step(f"recipes chat {self.run.name}")
 
         on_main_rank(record)

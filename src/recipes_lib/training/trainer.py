@@ -11,6 +11,7 @@ What is added, and why:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections import deque
@@ -24,7 +25,8 @@ from trl import SFTTrainer
 
 from recipes_lib.errors import EnvironmentFault, NumericsError
 from recipes_lib.training import checkpoints
-from recipes_lib.training.ranks import on_main_rank
+from recipes_lib.training.micro_batches import filler, split_batch
+from recipes_lib.training.ranks import agree_on_largest, on_main_rank
 from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
 from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
 
@@ -39,12 +41,20 @@ class RecipeTrainer(SFTTrainer):
         stop: the process's stop request.
         keep_checkpoints: complete checkpoints to keep; None keeps all.
         row_ids: example ids by row of the training set, to name examples in errors.
+        max_tokens: cap on the tokens of one forward pass (`micro_batches`); None for none.
         marker_facts: what each checkpoint's marker records besides step and sizes (fingerprint of the run).
         **kwargs: as for `trl.SFTTrainer`.
     """
 
     def __init__(
-        self, *args: Any, stop: StopRequest, keep_checkpoints: int | None, row_ids: list[str], marker_facts: dict[str, Any], **kwargs: Any
+        self,
+        *args: Any,
+        stop: StopRequest,
+        keep_checkpoints: int | None,
+        row_ids: list[str],
+        max_tokens: int | None,
+        marker_facts: dict[str, Any],
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.stop = stop
@@ -52,6 +62,7 @@ class RecipeTrainer(SFTTrainer):
         self.add_callback(self.stop_callback)
         self.keep_checkpoints = keep_checkpoints
         self.row_ids = row_ids
+        self.max_tokens = max_tokens
         self.marker_facts = marker_facts
         self.data_collator = RowTrackingCollator(self.data_collator)
         self.recent_rows: deque[torch.Tensor] = deque(maxlen=max(self.args.gradient_accumulation_steps, 1))
@@ -156,7 +167,7 @@ class RecipeTrainer(SFTTrainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """As TRL's; after a resume it first makes up the evaluation that the stop put off.
 
         This is the first point after the Trainer has restored the random state, so dropout goes on as if never interrupted.
@@ -165,7 +176,24 @@ class RecipeTrainer(SFTTrainer):
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics=metrics, trial=None)
             self.evaluation_due = False
-        return super().training_step(*args, **kwargs)
+        if self.max_tokens is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self._training_step_in_pieces(model, inputs, num_items_in_batch, self.max_tokens)
+
+    def _training_step_in_pieces(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, max_tokens: int
+    ) -> torch.Tensor:
+        """One micro-batch in pieces of at most `max_tokens`; every rank makes as many pieces as the rank that needs most."""
+        rows = inputs.pop(ROW, None)
+        if rows is not None:
+            self.recent_rows.append(rows)
+        pieces = split_batch(inputs, max_tokens)
+        pieces += [filler(inputs)] * (agree_on_largest(len(pieces)) - len(pieces))
+        losses = []
+        for number, piece in enumerate(pieces, 1):
+            with contextlib.nullcontext() if number == len(pieces) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, dict(piece), num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def resume_facts(self, marker: dict[str, Any]) -> None:
         """Take over from a checkpoint's marker what the Trainer does not restore: tokens seen, and an evaluation put off."""

@@ -1,0 +1,141 @@
+"""Speed of judging: what everything but the model costs, how fast stored judgments are read, and logits against generate.
+
+    python benchmarks/judge_cpu.py [--repeats 5] [--threads 2] [--no-model]
+
+1. Overhead: 1,000 judgments (500 pairs, both orders) by a judge that answers at once, stored with one synced line each.
+   Promised: < 5 ms per judgment.
+2. Store: 100,000 stored judgments loaded and summarised. Promised: < 5 s.
+3. Modes: SmolLM2-135M on 8 pairs in both orders, verdicts by next-token probabilities against 128 written tokens.
+   Promised: logits >= 2.5 x generate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, JudgeRequest, judge_items
+from recipes_lib.judging.judge_file import load_judge_file
+from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.store import JudgmentStore
+
+PROJECT = Path(__file__).resolve().parents[1]
+PAIRS, STORED, WRITTEN_TOKENS = 500, 100_000, 128
+
+
+class InstantJudge:
+    """Answers at once."""
+
+    fingerprint = "instant"
+
+    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
+        """Return a verdict for each request."""
+        return [JudgeReply(text="Response A is fuller and clearer than Response B. [RESULT] A") for _ in requests]
+
+
+def items(number: int) -> list[Item]:
+    """Pairs of answers of usual length."""
+    answer = "The river rises in the hills, turns east at the old mill and reaches the sea after some forty miles. "
+    return [Item(str(n), f"Describe river number {n}.", answer * 5 + str(n), answer * 3 + f"({n})") for n in range(number)]
+
+
+def overhead(scratch: Path) -> float:
+    """Seconds per judgment without a model."""
+    file = load_judge_file(PROJECT / "evals/judges/quickstart.yaml")
+    plan = JudgePlan(
+        template=file.template("relative"), rubric=file.rubric(), count_tokens=lambda text: len(text) // 4, max_prompt_tokens=4000
+    )
+    started = time.perf_counter()
+    run = judge_items(items(PAIRS), InstantJudge(), JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan)
+    assert run.asked == 2 * PAIRS
+    return (time.perf_counter() - started) / run.asked
+
+
+def write_store(path: Path) -> None:
+    """Write many judgments as the store would."""
+    with path.open("w", encoding="utf-8") as stream:
+        for number in range(STORED):
+            row: dict[str, Any] = {
+                "key": f"{number:064x}",
+                "kind": "relative",
+                "question_id": str(number // 2),
+                "order": ("AB", "BA")[number % 2],
+            }
+            row |= {
+                "status": "ok",
+                "value": "AB"[(number * 7 // 3) % 2],
+                "source": "judge",
+                "judge": "x",
+                "raw": "Feedback of some length. " * 12,
+            }
+            stream.write(json.dumps(row, separators=(",", ":")) + "\n")
+
+
+def read_store(path: Path) -> float:
+    """Seconds to load and summarise them."""
+    started = time.perf_counter()
+    summary = summarise(pair_outcomes(JudgmentStore(path).rows()))
+    assert summary.n == STORED // 2
+    return time.perf_counter() - started
+
+
+def judge_with(mode: str) -> Callable[[Path], float]:
+    """A function that returns seconds per judgment of SmolLM2-135M in a mode, the loading of its weights left out."""
+    from recipes_lib.generation.judges import opened
+
+    file = load_judge_file(PROJECT / "evals/judges/quickstart.yaml")
+    file = dataclasses.replace(file, judge=dataclasses.replace(file.judge, mode=mode, max_new_tokens=WRITTEN_TOKENS, max_reasks=0))
+
+    def measure(scratch: Path) -> float:
+        with opened(file) as judge:
+            plan = judge.plan("relative")
+            judge_items(items(1), judge.judge, JudgmentStore(scratch / f"warm-{time.time_ns()}.jsonl"), plan)
+            pairs = items(9)[1:]
+            started = time.perf_counter()
+            run = judge_items(pairs, judge.judge, JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan)
+            return (time.perf_counter() - started) / run.asked
+
+    return measure
+
+
+def show(name: str, values: Sequence[float], unit: str, scale: float) -> None:
+    """Print median and range."""
+    print(
+        f"{name:<34} {statistics.median(values) * scale:8.2f} {unit}  [{min(values) * scale:.2f}, {max(values) * scale:.2f}]  n = {len(values)}"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--no-model", action="store_true", help="leave part 3 out")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        show("judging without a model", [overhead(scratch) for _ in range(options.repeats)], "ms per judgment", 1000)
+        write_store(scratch / "many.jsonl")
+        show("100,000 judgments, load and sum up", [read_store(scratch / "many.jsonl") for _ in range(options.repeats)], "s", 1)
+        if options.no_model:
+            return
+        import torch
+
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        logits, generate = judge_with("logits"), judge_with("generate")
+        rounds = [(logits(scratch), generate(scratch)) for _ in range(options.repeats)]
+        show("logits", [first for first, _ in rounds], "s per judgment", 1)
+        show(f"generate, {WRITTEN_TOKENS} tokens", [second for _, second in rounds], "s per judgment", 1)
+        show("generate / logits", [second / first for first, second in rounds], "x", 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""`recipes train`: the exit code that a launcher loses, one message, and Ctrl-C that ends in a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+LONG = ("train.max_steps=400", "train.save_steps=400", "train.eval_strategy='no'")
+
+
+def verb(launcher, *words: str) -> list[str]:  # noqa: ANN001
+    return [sys.executable, "-m", "recipes_lib.cli", "train", str(launcher.recipe), *words]
+
+
+def wait_for_step(launcher, name: str, child) -> None:  # noqa: ANN001
+    metrics, end = launcher.run(name) / "metrics.jsonl", time.monotonic() + 90
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert child.poll() is None and time.monotonic() < end, "no step was logged"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("config", ["cpu", "ddp_cpu"])
+def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(launcher, config: str) -> None:
+    words = ["lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant", f"run.name=explodes-{config}"]
+    code, said = launcher.wait(launcher.start(verb(launcher, "--accelerate", config, *words)))
+    assert code == 3
+    assert said.count("gradient norm is nan") == 1 and "Traceback" not in said and "ChildFailedError" not in said, said
+
+
+@pytest.mark.parametrize("config", ["cpu", "ddp_cpu", "fsdp_cpu"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(launcher, config: str, number: int, code: int) -> None:
+    if (config, number) == ("fsdp_cpu", signal.SIGTERM):
+        pytest.skip("the same path as under ddp_cpu")
+    name = f"stopped-{config}-{code}"
+    words = ["--accelerate", config, f"run.name={name}"]
+    child = launcher.start(verb(launcher, *words, *LONG))
+    wait_for_step(launcher, name, child)
+    os.kill(child.pid, number)
+    stopped, said = launcher.wait(child)
+    state = launcher.state(name)
+    assert (stopped, state["state"], state["exit_code"]) == (code, "preempted", code), said[-2000:]
+    assert (launcher.run(name) / "checkpoints" / f"checkpoint-{state['step']}" / "COMPLETE.json").is_file()
+    assert "Traceback" not in said, said[-3000:]
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
+    name = "impatient"
+    child = launcher.start(verb(launcher, "--accelerate", "ddp_cpu", f"run.name={name}", *LONG))
+    wait_for_step(launcher, name, child)
+    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, signal.SIGINT)
+    time.sleep(0.1)
+    if child.poll() is None:
+        os.kill(child.pid, signal.SIGINT)
+    code, _ = launcher.wait(child)
+    assert code == 130
+    assert not [pid for pid in Path("/proc").iterdir() if pid.name.isdigit() and runs(pid, f"run.name={name}")]
+
+
+def test_a_second_training_of_the_same_run_is_told_who_holds_it(launcher) -> None:
+    child = launcher.start(verb(launcher, "run.name=held", *LONG))
+    try:
+        wait_for_step(launcher, "held", child)
+        code, said = launcher.wait(launcher.start(verb(launcher, "run.name=held", *LONG)))
+        assert code == 5 and "held is in use by process" in said and "on host" in said
+    finally:
+        os.kill(child.pid, signal.SIGTERM)
+        launcher.wait(child)
+
+
+def test_a_training_that_is_killed_is_said_to_be_so(launcher) -> None:
+    child = launcher.start(verb(launcher, "run.name=gone", *LONG))
+    wait_for_step(launcher, "gone", child)
+    worker = next(int(pid.name) for pid in Path("/proc").iterdir() if pid.name.isdigit() and runs(pid, "recipes_lib.train") and runs(pid, "run.name=gone"))
+    os.kill(worker, signal.SIGKILL)
+    code, said = launcher.wait(child)
+    assert code == 1 and "ended without a word" in said
+    assert launcher.state("gone")["state"] == "failed"
+
+
+def runs(process: Path, word: str) -> bool:
+    try:
+        return word in (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
