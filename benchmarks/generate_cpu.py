@@ -88,9 +88,8 @@ def main() -> None:
     for name, times in seconds.items():
         ratios = [other / mine for other, mine in zip(times, seconds["engine"], strict=True)]
         spread = f"[{min(ratios):.2f}, {max(ratios):.2f}]"
-        print(
-            f"{name:<20} {statistics.median(times):6.1f} s  {tokens / statistics.median(times):6.1f} tokens/s  engine is {statistics.median(ratios):.2f}x {spread}"
-        )
+        median = statistics.median(times)
+        print(f"{name:<20} {median:6.1f} s  {tokens / median:6.1f} tokens/s  engine is {statistics.median(ratios):.2f}x {spread}")
 
 
 if __name__ == "__main__":

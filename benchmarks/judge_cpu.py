@@ -107,9 +107,8 @@ def judge_with(mode: str) -> Callable[[Path], float]:
 
 def show(name: str, values: Sequence[float], unit: str, scale: float) -> None:
     """Print median and range."""
-    print(
-        f"{name:<34} {statistics.median(values) * scale:8.2f} {unit}  [{min(values) * scale:.2f}, {max(values) * scale:.2f}]  n = {len(values)}"
-    )
+    low, median, high = (value * scale for value in (min(values), statistics.median(values), max(values)))
+    print(f"{name:<34} {median:8.2f} {unit}  [{low:.2f}, {high:.2f}]  n = {len(values)}")
 
 
 def main() -> None:
