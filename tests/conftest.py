@@ -49,7 +49,9 @@ def build_tiny_model(folder: Path, seed: int = 0) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    corpus = [path.read_text(encoding="utf-8") for path in TINY_TEXT if path.is_file()] + ["### Instruction: ### Context: ### Response: Answer the question."]
+    corpus = [path.read_text(encoding="utf-8") for path in TINY_TEXT if path.is_file()] + [
+        "### Instruction: ### Context: ### Response: Answer the question."
+    ]
     bpe.train_from_iterator(corpus, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -67,7 +69,7 @@ def build_tiny_model(folder: Path, seed: int = 0) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(tiny_model_dir: Path):  # noqa: ANN201 - importing the type costs seconds
+def tiny_tokenizer(tiny_model_dir: Path):
     """The tiny model's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -105,9 +107,7 @@ def tiny_recipe_text() -> Callable[[Path], str]:
 
 
 @pytest.fixture
-def tiny_recipe(
-    tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def tiny_recipe(tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe that trains the tiny model for 8 steps on the quickstart's rows; its runs go to <tmp_path>/runs."""
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     path = tmp_path / "tiny.yaml"

@@ -16,7 +16,7 @@ SUM_ORDER = 2e-5
 
 
 @pytest.fixture(scope="module")
-def compared(launcher) -> dict[str, str]:  # noqa: ANN001
+def compared(launcher) -> dict[str, str]:
     """What each launch said: one rank with 2 accumulation steps, and two ranks under DDP and FSDP2."""
     return {name: launcher.train(f"run.name={name}", config=name) for name in ("cpu", "ddp_cpu", "fsdp_cpu")}
 
@@ -93,7 +93,7 @@ def test_an_error_on_two_ranks_is_printed_once_and_its_code_is_in_run_json(launc
     assert launcher.state("explodes")["exit_code"] == 3
 
 
-def wait_for(condition, seconds: float = 90) -> None:  # noqa: ANN001
+def wait_for(condition, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -36,7 +36,7 @@ SAVE_STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def whole(launcher) -> bytes:  # noqa: ANN001
+def whole(launcher) -> bytes:
     launcher.train("run.name=whole", *OVERRIDES)
     return launcher.adapter("whole")
 

@@ -14,11 +14,11 @@ pytestmark = pytest.mark.slow
 LONG = ("train.max_steps=400", "train.save_steps=400", "train.eval_strategy='no'")
 
 
-def verb(launcher, *words: str) -> list[str]:  # noqa: ANN001
+def verb(launcher, *words: str) -> list[str]:
     return [sys.executable, "-m", "recipes_lib.cli", "train", str(launcher.recipe), *words]
 
 
-def wait_for_step(launcher, name: str, child) -> None:  # noqa: ANN001
+def wait_for_step(launcher, name: str, child) -> None:
     metrics, end = launcher.run(name) / "metrics.jsonl", time.monotonic() + 90
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
         assert child.poll() is None and time.monotonic() < end, "no step was logged"
@@ -78,7 +78,11 @@ def test_a_second_training_of_the_same_run_is_told_who_holds_it(launcher) -> Non
 def test_a_training_that_is_killed_is_said_to_be_so(launcher) -> None:
     child = launcher.start(verb(launcher, "run.name=gone", *LONG))
     wait_for_step(launcher, "gone", child)
-    worker = next(int(pid.name) for pid in Path("/proc").iterdir() if pid.name.isdigit() and runs(pid, "recipes_lib.train") and runs(pid, "run.name=gone"))
+    worker = next(
+        int(pid.name)
+        for pid in Path("/proc").iterdir()
+        if pid.name.isdigit() and runs(pid, "recipes_lib.train") and runs(pid, "run.name=gone")
+    )
     os.kill(worker, signal.SIGKILL)
     code, said = launcher.wait(child)
     assert code == 1 and "ended without a word" in said

@@ -75,7 +75,13 @@ def test_the_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
 
 
 def test_no_secret_gets_into_the_record_of_the_environment() -> None:
-    planted = {"RECIPES_TOKEN": "plain", "NCCL_DEBUG": "hf_abcdefghijklmnop", "WANDB_API_KEY": "w", "HOME": "/x", "ACCELERATE_MIXED_PRECISION": "no"}
+    planted = {
+        "RECIPES_TOKEN": "plain",
+        "NCCL_DEBUG": "hf_abcdefghijklmnop",
+        "WANDB_API_KEY": "w",
+        "HOME": "/x",
+        "ACCELERATE_MIXED_PRECISION": "no",
+    }
     recorded = environment(planted)["variables"]
     assert recorded == {"ACCELERATE_MIXED_PRECISION": "no", "NCCL_DEBUG": "***", "RECIPES_TOKEN": "***"}
     assert "sk-verysecretvalue" not in command_line(["train", "x=sk-verysecretvalue"])

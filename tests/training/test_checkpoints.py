@@ -88,7 +88,7 @@ def test_a_missing_training_state_is_an_error_that_names_the_flag(tmp_path: Path
 
 def test_another_number_of_processes_lacks_random_states(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, 5)
-    with pytest.raises(EnvironmentFault, match="rng_state_1.pth"):
+    with pytest.raises(EnvironmentFault, match=r"rng_state_1\.pth"):
         checkpoints.check_resumable(checkpoint, world_size=2, allow_partial=False)
 
 

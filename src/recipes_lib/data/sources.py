@@ -174,6 +174,7 @@ def _offline_error(name: str) -> SettingError:
 
 
 def offline_by_environment() -> bool:
+    """Whether a variable tells the Hub's libraries to stay offline."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
 

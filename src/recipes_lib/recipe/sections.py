@@ -107,8 +107,8 @@ class RunSection:
         minimum=1,
     )
     max_tokens_per_micro_batch: int | None = _key(
-        "Cut a micro-batch whose examples (padding counted) exceed this many tokens into pieces, so that a few long examples do not run out "
-        "of memory. Examples per step and loss stay the same.",
+        "Cut a micro-batch whose examples (padding counted) exceed this many tokens into pieces, so that a few long examples do not "
+        "run out of memory. Examples per step and loss stay the same.",
         minimum=1,
     )
     tags: list[str] = _key("Labels for `recipes ls` and the report.", factory=list)

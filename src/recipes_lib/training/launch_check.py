@@ -84,7 +84,8 @@ def check_launch(asked: Asked, active: Active) -> str:
     if asked.world_size is not None and asked.world_size != active.world_size:
         raise RecipeError(
             f"{asked.source} asked for {asked.world_size} processes, but {active.world_size} is training",
-            "on a machine without GPUs use accelerate_configs/ddp_cpu.yaml or fsdp_cpu.yaml: `--cpu` and `distributed_type: MULTI_CPU` start one process only",
+            "on a machine without GPUs use accelerate_configs/ddp_cpu.yaml or fsdp_cpu.yaml:",
+            "`--cpu` and `distributed_type: MULTI_CPU` start one process only",
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != active.world_size:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors, RecipesError
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.runs.directory import RunDirectory, State
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.ranks import leave_together, on_main_rank, rank
 
@@ -118,7 +118,7 @@ class Session:
     def record_failure(self, code: int, error: str) -> None:
         """Note in run.json how this attempt ended; a run that was not begun, or is finished, is left alone."""
         if rank() == 0 and not self.already_finished and self.run.exists() and self.run.read_state()["state"] == "running":
-            state = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
+            state: State = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
             self.run.write_state(state, exit_code=code, error=error)
 
     def report_finished(self) -> int:
@@ -131,7 +131,10 @@ class Session:
     # ---- Stages ----
 
     def prepare_data(self) -> None:
-        """Check the recipe against its model (stage 2), then tokenise, split and audit; the audit is a gate: rows without anything to learn from stop the run here."""
+        """Check the recipe against its model (stage 2), then tokenise, split and audit.
+
+        The audit is a gate: rows without anything to learn from stop the run here.
+        """
         from recipes_lib.atomic_files import write_json
         from recipes_lib.data.audit import warnings_of
         from recipes_lib.data.preparation import data_folders, prepare_data
@@ -287,9 +290,8 @@ class Session:
             self.run.stop_file.unlink(missing_ok=True)
             self.run.write_state("finished", exit_code=0, error=None, summary=summary, weights_check=check)
             weights = self.run.weights(self.recipe.lora is None)
-            say(
-                f"finished: {weights} (reloaded: logits differ by at most {check['reload']['largest']:.2g} of {check['reload']['scale']:.2g})"
-            )
+            reload = check["reload"]
+            say(f"finished: {weights} (reloaded: logits differ by at most {reload['largest']:.2g} of {reload['scale']:.2g})")
             if self.push_to:
                 say(f"pushed: {push_finished_run(self.run, self.push_to)}")
             next_step(f"recipes chat {self.run.name}")

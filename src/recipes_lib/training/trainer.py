@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import TrainerControl
 from trl import SFTTrainer
 
 from recipes_lib.errors import EnvironmentFault, NumericsError
@@ -45,6 +46,9 @@ class RecipeTrainer(SFTTrainer):
         marker_facts: what each checkpoint's marker records besides step and sizes (fingerprint of the run).
         **kwargs: as for `trl.SFTTrainer`.
     """
+
+    data_collator: Any
+    control: TrainerControl
 
     def __init__(
         self,
@@ -74,7 +78,7 @@ class RecipeTrainer(SFTTrainer):
         """accelerate sets output_dtype and reduce_dtype to bf16, which rounds the logged loss: 1716.97 and 1717.25 become 1720."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
-        if self.is_fsdp_enabled and policy is not None:
+        if self.is_fsdp_enabled and plugin is not None and policy is not None:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
             plugin.mixed_precision_policy = MixedPrecisionPolicy(

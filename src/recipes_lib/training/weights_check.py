@@ -94,7 +94,7 @@ def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any
         raise RecipesError(f"no weights were written to {folder}")
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 tensor = tensors.get_tensor(name)
                 count, parameters = count + 1, parameters + tensor.numel()
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
