@@ -101,7 +101,9 @@ class MetricsSection:
     against: str = _key(
         "alpaca_eval: the opponent: reference (the outputs that come with the questions), base, or a run. `--against` wins.", "reference"
     )
-    absolute: bool = _key("alpaca_eval: also grade each answer 1-5, which gives the mean score and doubles the judging.", False)
+    absolute: bool = _key(
+        "alpaca_eval: also grade each answer 1-5, which gives the mean score and takes one more judgment per answer.", False
+    )
     pairwise: bool = _key("mt_bench: also compare each turn with the opponent given by `--against`.", True)
     length_controlled: Literal["none", "own", "library"] = _key(
         "alpaca_eval: own: a logistic model with the length term only. library: alpaca_eval's, for its 805 questions; "
