@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     import contextlib
     import sys
 
+    from recipes_lib.recipe.project import shown_path
     from recipes_lib.runs.directory import open_run
     from recipes_lib.training.adapters import merge
     from recipes_lib.training.session import quiet_libraries
@@ -38,10 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         say(json.dumps({"folder": str(done.folder), "already": done.already, **done.record}, indent=2))
         return ExitCode.DONE
-    if done.already:
-        say(f"already merged, nothing to do: {done.folder} ({done.record['dtype']})")
-    else:
-        say(f"merged: {done.folder} ({done.record['dtype']})")
+    what = "already merged, nothing to do" if done.already else "merged"
+    say(f"{what}: {shown_path(done.folder)} ({done.record['dtype']})")
     say(describe(done.record["check"]))
     next_step(f"recipes export {args.run} --to DIR --merged")
     return ExitCode.DONE
