@@ -315,13 +315,11 @@ def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
 
 def quiet_libraries() -> None:
     """Leave the terminal to this project's own lines; libraries still report errors."""
-    import logging
     import warnings
 
     import datasets
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
