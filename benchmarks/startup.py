@@ -48,7 +48,8 @@ def main() -> None:
         rows[words] = {"median": statistics.median(seconds), "most": max(seconds), "limit": limit, "n": options.repeats}
         print(f"{words:<42}{rows[words]['median']:>10.3f}{rows[words]['most']:>10.3f}{limit:>10.1f}")
     if options.json:
-        options.json.write_text(json.dumps({"cpu_seconds": rows, "devices": describe_devices(), "libraries": library_versions()}, indent=1) + "\n")
+        record = {"cpu_seconds": rows, "devices": describe_devices(), "libraries": library_versions()}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

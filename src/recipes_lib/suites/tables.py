@@ -141,10 +141,10 @@ def percent(value: float | None) -> str:
 
 
 def percent_interval(value: dict[str, Any]) -> str:
-    """Return a share with its interval in percent."""
+    """Return a share with its interval in percent, its limits cut to 0 and 100."""
     if value["estimate"] is None:
         return "n/a"
-    limits = "" if value["low"] is None else f" [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
+    limits = "" if value["low"] is None else f" [{100 * max(value['low'], 0):.1f}, {100 * min(value['high'], 1):.1f}]"
     return f"{percent(value['estimate'])}{limits}"
 
 
