@@ -120,6 +120,12 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run, schema):  # no
     assert alone["pairs"] is None and alone["score"]["turns"] == 8
 
 
+def test_questions_without_the_reference_they_need_are_named(quick, make_run):  # noqa: F811
+    make_run("one", 1)
+    (result,) = evaluate(quick("mt_bench", "data.references=null"), ["one"])
+    assert any("2 questions need a reference answer and have none" in line for line in result["banners"])
+
+
 def test_a_file_of_answers_is_a_target_and_the_same_answers_twice_are_noticed(quick, make_run, tmp_path):  # noqa: F811
     run = make_run("one", 1)
     recipe = quick("alpaca_eval")

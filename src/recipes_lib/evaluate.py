@@ -104,7 +104,11 @@ def _judged(recipe: EvalRecipe, words: Sequence[str], against: str | None, allow
                 "against": opponent.name if opponent else None,
                 "n": len(questions),
                 "subset": chosen.subset,
-                "banners": banners(answers, opponent, judge, card, chosen.subset, facts["answers"]) + _twins(answers, pairing.targets),
+                "banners": [
+                    *banners(answers, opponent, judge, card, chosen.subset, facts["answers"]),
+                    *_twins(answers, pairing.targets),
+                    *_no_reference(chosen.missing_references),
+                ],
                 "answers": facts,
                 "opponent": opponent.to_dict(recipe.metrics.max_identical_fraction) if opponent else None,
                 "judge": judge_facts(judge),
@@ -141,6 +145,13 @@ def _check_formats(pairing: Any) -> None:
                 f"{answers.name} is asked in prompt format {answers.prompt_format}, {opponent.name} in {opponent.prompt_format}",
                 "the difference would be part of the result; insist with --allow-format-differences (recorded)",
             )
+
+
+def _no_reference(missing: Sequence[str]) -> list[str]:
+    """The line about questions that should be graded against a reference and have none."""
+    if not missing:
+        return []
+    return [f"{len(missing)} questions need a reference answer and have none, so they are graded without: {', '.join(missing[:8])}"]
 
 
 def _twins(answers: Any, targets: Sequence[Any]) -> list[str]:

@@ -66,6 +66,14 @@ def test_an_unknown_task_and_an_unknown_option_are_named(small_task, make_run):
         evaluate(load_eval(small_task), ["one"], "base")
 
 
+def test_several_processes_without_gpus_are_refused_because_each_would_do_all_the_work(small_task, make_run, monkeypatch):
+    make_run("one", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RecipeError, match="over GPUs only"):
+        evaluate(load_eval(small_task), ["one"])
+
+
 def test_lm_evals_flag_names_become_overrides():
     assert lm_eval_overrides({"gen_kwargs": "max_gen_toks=8,temperature=0", "num_fewshot": "0", "apply_chat_template": None}) == [
         "suite.gen_kwargs={max_gen_toks: 8, temperature: 0}",

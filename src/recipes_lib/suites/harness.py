@@ -37,6 +37,11 @@ def run_harness(recipe: EvalRecipe, words: Sequence[str]) -> list[dict[str, Any]
     """
     targets = find_targets(words, recipe.generation.prompt_format, recipe.generation.dtype)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RecipeError("lm-eval divides its work over GPUs only: here every process would do all of it", "run it in one process")
     results: dict[int, dict[str, Any]] = {}
     for group in grouped(targets):
         with loaded(group, weights=alone) as subjects:
