@@ -83,8 +83,8 @@ def test_a_template_that_refuses_a_row_names_it(tiny_tokenizer, template):
 
 
 def test_a_template_without_an_end_token_is_noticed(tiny_tokenizer):
-    endless = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    endless += "{% if add_generation_prompt %}assistant: {% endif %}"
+    endless = "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}\n{% endfor %}"
+    endless += "{% if add_generation_prompt %}assistant:\n{% endif %}"
     [item] = encode_chat([conversation(TURNS[:2])], tiny_tokenizer, template=endless)
     assert not item.ends and supervised_text(item, tiny_tokenizer) == ["First\n  answer.\n"]
 

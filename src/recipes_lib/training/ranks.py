@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+_working_alone = False
 
 
 def rank() -> int:
@@ -17,19 +18,25 @@ def rank() -> int:
 def on_main_rank(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result on every rank.
 
+    Inside `work` a further call just runs: the other ranks wait for the outer result and would take the inner one for it.
+
     Raises:
         Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set.
     """
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()):
+    global _working_alone
+    if _working_alone or not (dist.is_available() and dist.is_initialized()):
         return work()
     outcome: list[object] = [None, None]
     if dist.get_rank() == 0:
+        _working_alone = True
         try:
             outcome[0] = work()
         except Exception as error:
             outcome[1] = error
+        finally:
+            _working_alone = False
     dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[1], Exception):
         outcome[1].on_every_rank = True  # type: ignore[attr-defined]
