@@ -97,6 +97,8 @@ def judge_with(mode: str) -> Callable[[Path], float]:
         with opened(file) as judge:
             plan = judge.plan("relative")
             judge_items(items(1), judge.judge, JudgmentStore(scratch / f"warm-{time.time_ns()}.jsonl"), plan)
+            engine = judge.judge._engine  # type: ignore[attr-defined]
+            engine.stop_ids = [len(engine.tokenizer) - 1]  # a token that greedy decoding does not choose: all texts have the full length
             pairs = items(9)[1:]
             started = time.perf_counter()
             run = judge_items(pairs, judge.judge, JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan)
