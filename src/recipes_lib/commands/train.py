@@ -87,7 +87,7 @@ def supervise(command: list[str], recipe: Recipe, config: AccelerateConfig, proc
         def forward(number: int, frame: FrameType | None) -> None:
             asked.append(number)
             if asked.count(signal.SIGINT) > 1:
-                _signal_group(child.pid, signal.SIGKILL)
+                _kill_all(child.pid, report)
             elif processes == 1:
                 child.send_signal(number)
             elif run.path.is_dir():  # the launcher would kill its workers after 30 s: ask them through the file instead
@@ -100,7 +100,7 @@ def supervise(command: list[str], recipe: Recipe, config: AccelerateConfig, proc
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        _signal_group(child.pid, signal.SIGKILL)  # no rank outlives its launcher
+        _kill_all(child.pid, report)  # no rank outlives its launcher
         code = int(report.read_text(encoding="utf-8")) if report.is_file() else child.returncode
     if not report_is_final(run):
         say(f"the training ended without a word (exit {code}); what it saved is kept")
@@ -116,6 +116,14 @@ def report_is_final(run: RunDirectory) -> bool:
     return False
 
 
-def _signal_group(pid: int, number: int) -> None:
+def _kill_all(launcher: int, report: Path) -> None:
+    """End the launcher and every rank at once. torch's launcher gives each rank a session of its own, so the launcher's process group
+    does not hold them: they are known by the report file in their environment.
+    """
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
+        os.killpg(launcher, signal.SIGKILL)
+    mark = f"{EXIT_CODE_FILE}={report}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
