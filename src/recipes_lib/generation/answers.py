@@ -131,7 +131,7 @@ def answer_faults(rows: Iterable[dict[str, Any]], max_identical_fraction: float 
 
     Returns:
         {n, empty, cut, identical: {count, share, text, flagged}}; `count` is the number of questions with the most frequent answer,
-        if that answer occurs more than once.
+        if that answer occurs more than once; two alike are not flagged, however few the questions are.
     """
     rows = list(rows)
     texts = Counter(row["answer"].strip() for row in rows)
@@ -146,6 +146,6 @@ def answer_faults(rows: Iterable[dict[str, Any]], max_identical_fraction: float 
             "count": count,
             "share": share,
             "text": text[:200] if count else None,
-            "flagged": share > max_identical_fraction and count > 1,
+            "flagged": share > max_identical_fraction and count > 2,
         },
     }

@@ -104,7 +104,7 @@ def answer_banners(answers: AnswerSet, opponent: AnswerSet | None, faults: Mappi
         lines.append(f"{answers.name} and {opponent.name} gave the same answers: they are one model here and cannot be ranked")
     same = faults["identical"]
     if same["flagged"]:
-        lines.append(f"{same['count']} of {faults['n']} questions got one and the same answer")
+        lines.append(f"{same['count']} of {faults['n']} prompts got one and the same answer")
     for what, text in (("empty", "are empty"), ("cut", "reached max_new_tokens and are cut")):
         if faults[what] > 0.1 * faults["n"]:
             lines.append(f"{faults[what]} of {faults['n']} answers {text}")
