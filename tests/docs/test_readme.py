@@ -1,0 +1,164 @@
+"""README and docs are true: their ```bash blocks run or parse, the output they show is what is printed, their links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from recipes_lib import cli, train
+from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.recipe.accelerate_config import load_accelerate_config
+from recipes_lib.recipe.recipe import load_recipe
+
+PROJECT = Path(__file__).resolve().parents[2]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Run for real, in a copy of the folders they read. Of the others only the words are checked: they need a model or finished runs.
+RUN = {"ls", "show", "diff", "explain", "check", "new", "migrate"}
+LAUNCHER_FLAGS = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
+
+
+@dataclass
+class Block:
+    """A ```bash block, and the output shown right below it."""
+
+    commands: list[str]
+    shown: list[str] = field(default_factory=list)
+
+
+def blocks(page: Path) -> list[Block]:
+    text, found, end = page.read_text(encoding="utf-8"), [], -1
+    for fence in FENCE.finditer(text):
+        language, body = fence.groups()
+        if language == "bash":
+            lines = body.replace("\\\n", " ").splitlines()
+            found.append(Block([line for line in lines if shlex.split(line, comments=True)]))
+            end = fence.end()
+        elif not language and fence.start() == end + 1:
+            found[-1].shown = body.splitlines()
+    return found
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a fresh checkout holds for the commands; what they write stays here."""
+    for folder in ("recipes", "accelerate_configs", "evals", "schema", "tests/recipe/flat_configs"):
+        shutil.copytree(PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setenv("COLUMNS", "120")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_every_command_of_a_page_works_and_prints_what_is_shown(page: Path, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(page):
+        capsys.readouterr()
+        ran = [perform(shlex.split(command, comments=True), command) for command in block.commands]
+        if all(ran):
+            printed = [words(line) for line in capsys.readouterr().out.splitlines()]
+            missing = [line for line in block.shown if line not in ("", "...") and words(line) not in printed]
+            assert not missing, f"{page.name}: {block.commands} does not print {missing}"
+
+
+def words(line: str) -> str:
+    """Column widths are free."""
+    return " ".join(line.split())
+
+
+def perform(argv: list[str], command: str) -> bool:
+    """Run a command, or check its words; return whether it was run as it stands."""
+    match argv:
+        case ["make", *targets]:
+            makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+            assert targets and set(targets) <= set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE)), command
+        case [".", ".venv/bin/activate"]:
+            pass
+        case ["accelerate", "launch", *rest]:
+            check_launch_line(rest, command)
+        case ["recipes", verb, *rest] if verb in RUN and "--full" not in rest:
+            assert cli.main([verb, *rest]) == ExitCode.DONE, command
+            return True
+        case ["recipes", "train", *rest]:
+            assert cli.main(["train", *rest, "--dry-run"]) == ExitCode.DONE, command
+        case ["recipes", verb, *rest]:
+            check_words(verb, rest, command)
+        case _:
+            pytest.fail(f"nobody knows how to check: {command}")
+    return False
+
+
+def check_launch_line(rest: list[str], command: str) -> None:
+    """The config and the recipe exist, the overrides are keys of the recipe, the flags are accelerate's."""
+    start = rest.index("-m")
+    flags, script = rest[:start], rest[start + 1 :]
+    assert set(flags[::2]) <= LAUNCHER_FLAGS, command
+    load_accelerate_config(flags[flags.index("--config_file") + 1])
+    assert script[0] == "recipes_lib.train", command
+    options, overrides = train.parse_arguments(script[1:])
+    load_recipe(options.recipe, overrides)
+
+
+def check_words(name: str, rest: list[str], command: str) -> None:
+    """The verb takes these arguments, and what they name exists here or was made by an earlier command of the page."""
+    verb = cli._find_verb(name)
+    parser = cli._Parser(prog=name, allow_abbrev=False)
+    module = importlib.import_module(f"recipes_lib.commands.{name}")
+    module.configure(parser)
+    args, left = parser.parse_known_args(rest)
+    overrides = cli._overrides(verb, parser, left)
+    if "recipe" in args:
+        load_recipe(args.recipe, overrides)
+    for path in [*getattr(args, "paths", []), *([args.eval] if "eval" in args else [])]:
+        assert Path(path).exists(), command
+    runs = [*getattr(args, "runs", []), *([args.run] if getattr(args, "run", None) else [])]
+    assert set(runs) <= runs_of_recipes(), command
+
+
+def runs_of_recipes() -> set[str]:
+    return {load_recipe(path).name for path in Path("recipes").rglob("*.yaml") if not path.name.startswith("_")}
+
+
+def test_a_wrong_command_and_a_wrong_output_would_be_found(checkout: Path) -> None:
+    """The checks above can fail."""
+    for command in ("recipes shwo x", "make quickstrat", "trl sft", "recipes chat nobody", "recipes train quickstart/lora-r8 train.sed=1"):
+        with pytest.raises((AssertionError, RecipeError, pytest.fail.Exception)):
+            perform(shlex.split(command), command)
+    launch = "accelerate launch --config_file accelerate_configs/{}.yaml -m recipes_lib.train recipes/quickstart/lora-r8.yaml {}"
+    perform(shlex.split(launch.format("cpu", "train.seed=1")), "a good one")
+    for command in (launch.format("gpu", "train.seed=1"), launch.format("cpu", "train.sed=1")):
+        with pytest.raises(RecipeError, match=r"gpu|train\.sed"):
+            perform(shlex.split(command), command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    local = [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
+    assert [target for target in local if target and not (page.parent / target).exists()] == []
+
+
+def test_the_verbs_of_the_readme_are_those_of_the_program() -> None:
+    named = re.findall(r"^\| `([a-z]+)` \|", section("Verbs"), re.MULTILINE)
+    assert sorted(named) == sorted(verb.name for verb in cli.VERBS if cli._exists(verb))
+
+
+def test_the_exit_codes_of_the_readme_are_those_of_the_program() -> None:
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)] == [int(code) for code in ExitCode]
+
+
+def test_every_test_that_a_promise_names_exists() -> None:
+    named = re.findall(r"`([\w/]*test_\w+\.py)`", section("What is promised, and which test proves it"))
+    assert len(named) > 10
+    assert [name for name in named if not (PROJECT / ("" if "/" in name else "tests/invariants") / name).is_file()] == []
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
