@@ -336,5 +336,5 @@ def explain_out_of_memory(error: BaseException) -> EnvironmentFault | None:
     return EnvironmentFault(
         f"out of GPU memory: {str(error).splitlines()[0]}",
         "halve train.per_device_train_batch_size (the examples per step stay, accumulation doubles)",
-        "or set train.gradient_checkpointing: true, or use a QLoRA recipe",
+        "or set train.activation_checkpointing: true, or use a QLoRA recipe",
     )
