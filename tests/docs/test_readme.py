@@ -14,6 +14,7 @@ import pytest
 from recipes_lib import cli, train
 from recipes_lib.errors import ExitCode, RecipeError
 from recipes_lib.recipe.accelerate_config import load_accelerate_config
+from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.recipe import load_recipe
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -96,14 +97,14 @@ def perform(argv: list[str], command: str) -> bool:
 
 
 def check_launch_line(rest: list[str], command: str) -> None:
-    """The config and the recipe exist, the overrides are keys of the recipe, the flags are accelerate's."""
+    """Config and recipe exist, the overrides are keys of the recipe, the flags accelerate's, and the batch can be divided."""
     start = rest.index("-m")
-    flags, script = rest[:start], rest[start + 1 :]
-    assert set(flags[::2]) <= LAUNCHER_FLAGS, command
-    load_accelerate_config(flags[flags.index("--config_file") + 1])
+    flags, script = dict(zip(rest[:start:2], rest[1:start:2], strict=True)), rest[start + 1 :]
+    assert flags.keys() <= LAUNCHER_FLAGS, command
+    config = load_accelerate_config(flags["--config_file"])
     assert script[0] == "recipes_lib.train", command
     options, overrides = train.parse_arguments(script[1:])
-    load_recipe(options.recipe, overrides)
+    assert accumulation_steps(load_recipe(options.recipe, overrides), int(flags.get("--num_processes", config.num_processes))) > 0
 
 
 def check_words(name: str, rest: list[str], command: str) -> None:
@@ -133,8 +134,8 @@ def test_a_wrong_command_and_a_wrong_output_would_be_found(checkout: Path) -> No
             perform(shlex.split(command), command)
     launch = "accelerate launch --config_file accelerate_configs/{}.yaml -m recipes_lib.train recipes/quickstart/lora-r8.yaml {}"
     perform(shlex.split(launch.format("cpu", "train.seed=1")), "a good one")
-    for command in (launch.format("gpu", "train.seed=1"), launch.format("cpu", "train.sed=1")):
-        with pytest.raises(RecipeError, match=r"gpu|train\.sed"):
+    for command in (launch.format("gpu", "train.seed=1"), launch.format("cpu", "train.sed=1"), launch.format("ddp_cpu", "")):
+        with pytest.raises(RecipeError, match=r"gpu|train\.sed|cannot be made of micro-batches"):
             perform(shlex.split(command), command)
 
 
