@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -401,3 +402,54 @@ def test_the_runs_files_are_where_a_copy_of_the_folder_finds_them(tiny_recipe: P
     for path in run.rglob("*.json"):
         if path.name not in {"environment.json"}:
             assert str(run) not in path.read_text(), path
+
+
+def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, call=3)
+        assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
+    run = tiny_recipe.parent / "runs" / "tiny"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == ExitCode.USAGE
+    assert main([str(tiny_recipe), "data.max_examples=100"]) == ExitCode.USAGE
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert before.keys() == after.keys()
+    assert not [path for path in before if before[path] != after[path]]
+    assert main([str(tiny_recipe)]) == 0
+    assert run_json(tiny_recipe)["attempts"] == 2
+
+
+def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.training.metrics import MetricsCallback
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_from_now_on(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(RunDirectory, "write_state", full)
+        full()
+
+    monkeypatch.setattr(MetricsCallback, "on_log", full_from_now_on)
+    assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
+    assert "cannot write to the disk: No space left on device" in capsys.readouterr().err
+
+
+def test_memory_that_ran_out_is_answered_with_keys_a_recipe_accepts(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    def exhausted(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecipeTrainer, "training_step", exhausted)
+        assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
+    said = capsys.readouterr().err
+    assert "out of GPU memory" in said and "train.activation_checkpointing" in said
+    assert main([str(tiny_recipe), "train.activation_checkpointing=true", "train.per_device_train_batch_size=2"]) == 0

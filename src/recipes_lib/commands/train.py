@@ -101,8 +101,9 @@ def supervise(command: list[str], recipe: Recipe, config: AccelerateConfig, proc
             for number, handler in before.items():
                 signal.signal(number, handler)
         _kill_all(child.pid, report)  # no rank outlives its launcher
-        code = int(report.read_text(encoding="utf-8")) if report.is_file() else child.returncode
-    if not report_is_final(run):
+        reported = report.is_file()
+        code = int(report.read_text(encoding="utf-8")) if reported else child.returncode
+    if not reported and not report_is_final(run):
         say(f"the training ended without a word (exit {code}); what it saved is kept")
         next_step("run the same command again to resume from the newest complete checkpoint")
     return ExitCode.INTERRUPTED if asked.count(signal.SIGINT) > 1 else ExitCode.FAILED if code < 0 else code

@@ -6,10 +6,11 @@ What only one process may do (folders, files, messages) rank 0 does, and its err
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,16 +43,16 @@ def open_session(recipe: Recipe, run: RunDirectory, options: argparse.Namespace)
             stack.enter_context(run_lock(run.path))
             session.read_earlier_attempt()
 
-        on_main_rank(begin)
-        session.already_finished = on_main_rank(lambda: session.already_finished)
         try:
+            on_main_rank(begin)
+            session.already_finished = on_main_rank(lambda: session.already_finished)
             yield session
             leave_together()
         except RecipesError as error:
             session.record_failure(int(error.exit_code), str(error))
             raise
         except BaseException as error:
-            fault = explain_out_of_memory(error)
+            fault = explain_fault(error)
             session.record_failure(int(fault.exit_code if fault else ExitCode.FAILED), str(fault or f"{type(error).__name__}: {error}"))
             if fault:
                 raise fault from error
@@ -73,6 +74,7 @@ class Session:
         self.recipe, self.run, self.options = recipe, run, options
         self.stop = StopRequest(run.stop_file)
         self.already_finished = False
+        self.taken_over = False
         self.earlier: dict[str, Any] = {}
         self.changes: dict[str, list[Any]] = {}
         self.checkpoint: Path | None = None
@@ -111,15 +113,36 @@ class Session:
         if self.earlier.get("state") == "imported":
             raise RecipeError(f"run '{self.run.name}' was imported and cannot be trained", "start a new run with run.name=OTHER")
         self.run.stop_file.unlink(missing_ok=True)
-        attempts = self.earlier.get("attempts", 0) + 1
-        self.run.write_state("running", attempts=attempts, exit_code=None, error=None)
-        write_provenance(self.run, self.recipe)
+        if not self.earlier:
+            self.run.write_state("running", attempts=1, exit_code=None, error=None)
+            write_provenance(self.run, self.recipe)
+            self.taken_over = True
+
+    def take_over_run(self, **fields: Any) -> None:
+        """Rank 0: from here on the run's record is this attempt's; an attempt that was refused has left it as it was."""
+        from recipes_lib.atomic_files import write_json
+        from recipes_lib.data.preparation import data_folders
+
+        folders = [str(folder.resolve()) for folder in data_folders(self.recipe)]
+        if self.earlier:
+            fields["attempts"] = self.earlier.get("attempts", 0) + 1
+            write_provenance(self.run, self.recipe)
+        write_json(self.run.path / "supervision.json", self.data.audit)
+        write_json(self.run.path / "splits.json", self.data.splits)
+        self.run.write_state("running", exit_code=None, error=None, data_folders=folders, **fields)
+        self.taken_over = True
 
     def record_failure(self, code: int, error: str) -> None:
-        """Note in run.json how this attempt ended; a run that was not begun, or is finished, is left alone."""
-        if rank() == 0 and not self.already_finished and self.run.exists() and self.run.read_state()["state"] == "running":
-            state: State = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
-            self.run.write_state(state, exit_code=code, error=error)
+        """Note in run.json how this attempt ended; a run that it did not begin or take over is left alone.
+
+        On a full disk the note may be lost; the error itself must not be, so it is not replaced by one about the note.
+        """
+        if rank() != 0 or not self.taken_over:
+            return
+        with suppress(OSError):
+            if self.run.exists() and self.run.read_state()["state"] == "running":
+                state: State = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
+                self.run.write_state(state, exit_code=code, error=error)
 
     def report_finished(self) -> int:
         """A finished run is not trained again."""
@@ -135,7 +158,6 @@ class Session:
 
         The audit is a gate: rows without anything to learn from stop the run here.
         """
-        from recipes_lib.atomic_files import write_json
         from recipes_lib.data.audit import warnings_of
         from recipes_lib.data.preparation import data_folders, prepare_data
         from recipes_lib.data.prompts import chat_template
@@ -152,13 +174,6 @@ class Session:
 
         for warning in (*map(str, self.recipe.warnings), *warnings_of(self.data.audit)):
             self.say(f"warning: {warning}")
-
-        def record() -> None:
-            write_json(self.run.path / "supervision.json", self.data.audit)
-            write_json(self.run.path / "splits.json", self.data.splits)
-            self.run.write_state("running", data_folders=[str(folder.resolve()) for folder in data_folders(self.recipe)])
-
-        on_main_rank(record)
 
     def check_resume(self) -> None:
         """Find the newest complete checkpoint, and refuse to continue it with other settings."""
@@ -180,7 +195,7 @@ class Session:
             resumed = self.earlier.get("resumed", [])
             if found is not None:
                 resumed = [*resumed, {"from": found.name, "changed": self.changes, "partial": self.options.allow_partial_resume}]
-            self.run.write_state("running", guard=guard, resumed=resumed, launch=self.launch_line)
+            self.take_over_run(guard=guard, resumed=resumed, launch=self.launch_line)
             return found
 
         self.checkpoint = on_main_rank(decide)
@@ -327,14 +342,19 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def explain_out_of_memory(error: BaseException) -> EnvironmentFault | None:
-    """Return what to do about an out-of-memory error, or None when it is another error."""
+def explain_fault(error: BaseException) -> EnvironmentFault | None:
+    """Return what to do about a full disk or memory that ran out, or None when it is another error."""
     import torch
 
-    if not isinstance(error, torch.OutOfMemoryError):
-        return None
-    return EnvironmentFault(
-        f"out of GPU memory: {str(error).splitlines()[0]}",
-        "halve train.per_device_train_batch_size (the examples per step stay, accumulation doubles)",
-        "or set train.activation_checkpointing: true, or use a QLoRA recipe",
-    )
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+        return EnvironmentFault(
+            f"cannot write to the disk: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
+            "free some space and run the same command again: it resumes from the newest complete checkpoint",
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return EnvironmentFault(
+            f"out of GPU memory: {str(error).splitlines()[0]}",
+            "halve train.per_device_train_batch_size (the examples per step stay, accumulation doubles)",
+            "or set train.activation_checkpointing: true, or use a QLoRA recipe",
+        )
+    return None
