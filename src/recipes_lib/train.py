@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from recipes_lib.errors import DataError, RecipeError, RecipesError, print_error
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.training.ranks import rank
+from recipes_lib.training.ranks import end_process, rank
 
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 
@@ -83,4 +82,4 @@ def exit_status(code: int, on_every_rank: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -47,7 +47,7 @@ def open_session(recipe: Recipe, run: RunDirectory, options: argparse.Namespace)
             on_main_rank(begin)
             session.already_finished = on_main_rank(lambda: session.already_finished)
             yield session
-            leave_together()
+            leave_together(session)
         except RecipesError as error:
             session.record_failure(int(error.exit_code), str(error))
             raise
