@@ -146,6 +146,12 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     assert [target for target in local if target and not (page.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(r"`((?:tests|recipes|accelerate_configs|schema)/[\w./-]+\.(?:py|yaml|json))`", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if "my-first" not in name and not (PROJECT / name).exists()]
+
+
 def test_the_verbs_of_the_readme_are_those_of_the_program() -> None:
     named = re.findall(r"^\| `([a-z]+)` \|", section("Verbs"), re.MULTILINE)
     assert sorted(named) == sorted(verb.name for verb in cli.VERBS if cli._exists(verb))

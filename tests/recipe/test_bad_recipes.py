@@ -212,3 +212,10 @@ def test_all_errors_of_a_file_come_at_once_in_the_order_of_lines(write, capsys):
     assert [line for line in said.splitlines() if line.startswith("r.yaml")] == sorted(
         line for line in said.splitlines() if "r.yaml:" in line
     )
+
+
+def test_a_plain_no_where_the_choice_is_called_no_is_told_to_be_quoted(write_with, capsys):
+    path = write_with("train", "eval_strategy: no")
+    assert main(["check", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "train.eval_strategy must be one of no" in said and 'quote it: "no"' in said

@@ -82,7 +82,13 @@ def _wrong_kind(document: Document, expected: str) -> RecipeError:
 
 @lru_cache(maxsize=2)
 def _validator(kind: str) -> Draft202012Validator:
-    """Return the validator of a kind: a bool is no number, 4.0 is no integer, numbers are finite."""
+    """Return the validator of recipes or of bases."""
+    schema = load_schema()
+    return strict_validator(schema if kind == "recipe" else schema["$defs"]["document"])
+
+
+def strict_validator(schema: dict[str, Any]) -> Draft202012Validator:
+    """Return a validator of a schema for which a bool is no number, 4.0 is no integer, and numbers are finite."""
     from jsonschema import Draft202012Validator, validators
 
     def is_integer(_: Any, value: Any) -> bool:
@@ -92,8 +98,7 @@ def _validator(kind: str) -> Draft202012Validator:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
     checker = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": is_integer, "number": is_number})
-    schema = load_schema()
-    return validators.extend(Draft202012Validator, type_checker=checker)(schema if kind == "recipe" else schema["$defs"]["document"])
+    return validators.extend(Draft202012Validator, type_checker=checker)(schema)
 
 
 def _translate(document: Document, error: ValidationError, above: KeyPath = ()) -> list[tuple[KeyPath, RecipeError]]:
@@ -178,6 +183,11 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
     if isinstance(value, str):
         short = _SHORT_NAMES.get(value)
         hints = [f"use {short}"] if short in choices else did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+    spelling = {False: "no", True: "yes"}.get(value) if isinstance(value, bool) else None
+    if spelling in choices:
+        hints.append(
+            f'a plain {spelling} is read as {shown(value)}; quote it: "{spelling}" (on the command line: {_dotted(path)}=\'"{spelling}"\')'
+        )
     if len(choices) > _MOST_CHOICES:
         hints.append(f"all {len(choices)} choices: recipes explain {_dotted(path)}")
     return document.error(path, f"{_dotted(path)} must be {describe(schema)}, got {shown(value)}", *hints)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.judging.judge_file import load_judge_file
@@ -14,7 +13,7 @@ from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.loader import COMMAND_LINE, Document
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import wrong_value
+from recipes_lib.recipe.validation import strict_validator, wrong_value
 from recipes_lib.recipe.vocabulary import load_schema
 from recipes_lib.recipe.yaml_source import KeyPath
 
@@ -103,17 +102,8 @@ def _combinations(document: Document) -> Iterator[RecipeError]:
 
 @lru_cache(maxsize=4)
 def _validator(kind: str) -> Draft202012Validator:
-    """Return the validator of a kind: a bool is no number, 4.0 is no integer, numbers are finite."""
-    from jsonschema import Draft202012Validator, validators
-
-    def is_integer(_: Any, value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    def is_number(_: Any, value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    checker = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": is_integer, "number": is_number})
-    return validators.extend(Draft202012Validator, type_checker=checker)(load_schema(kind))
+    """Return the validator of a kind."""
+    return strict_validator(load_schema(kind))
 
 
 def _translate(document: Document, error: ValidationError) -> list[tuple[KeyPath, RecipeError]]:

@@ -80,7 +80,6 @@ class Session:
         self.checkpoint: Path | None = None
         self.marker: dict[str, Any] = {}
         self.trainer: RecipeTrainer
-        self.started = time.monotonic()
         if fsdp_on_cpu.is_wanted():
             fsdp_on_cpu.install()
         self.args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
@@ -172,8 +171,8 @@ class Session:
         if self.recipe.data.prompt_format == "chat":  # so that the tokenizer beside the weights carries the template they were trained with
             self.tokenizer.chat_template = chat_template(self.recipe.data, self.tokenizer, data_folders(self.recipe))
 
-        for warning in (*map(str, self.recipe.warnings), *warnings_of(self.data.audit)):
-            self.say(f"warning: {warning}")
+        for line in (*map(str, self.recipe.warnings), *(f"warning: {warning}" for warning in warnings_of(self.data.audit))):
+            self.say(line)
 
     def check_resume(self) -> None:
         """Find the newest complete checkpoint, and refuse to continue it with other settings."""
@@ -252,14 +251,14 @@ class Session:
         from recipes_lib.training.stopping import EvaluationStopped
 
         self.stop.wait_for_step()
-        self.started = time.monotonic()
+        started = time.monotonic()
         try:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             if not self.stopped and self.trainer.eval_dataset is not None:
                 self._evaluate_the_end()
         except EvaluationStopped:  # in an evaluation that an earlier stop had put off: the old checkpoint still says so
             pass
-        self.seconds = time.monotonic() - self.started
+        self.seconds = time.monotonic() - started
 
     def _evaluate_the_end(self) -> None:
         history = self.trainer.state.log_history
