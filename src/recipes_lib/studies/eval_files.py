@@ -1,0 +1,244 @@
+"""Reading the files of one evaluation: which items it has, what each got, and whether they add up to the numbers in its result.
+
+A stored judgment that belongs to other answers or another judge (the recipe was changed and run again) is not counted: AlpacaEval's
+samples hold only current rows, MT-Bench's rows are chosen by judge and answer. The counts of the result file are the check.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.errors import DataError
+from recipes_lib.judging.outcomes import SCORE, item_outcome
+from recipes_lib.judging.store import read_rows, text_hash
+from recipes_lib.studies.measurements import EvalResult, Item, Measure, read_object
+
+SUITE_TITLES = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench", "lm_eval": "lm-eval"}
+
+
+def read_evals(run: Path) -> tuple[tuple[EvalResult, ...], tuple[str, ...]]:
+    """Return a run's finished evaluations, and the names of those that were begun and have no result.
+
+    Raises:
+        DataError: a file is damaged, or a result's numbers do not agree with its items.
+    """
+    folder = run / "evals"
+    results: list[EvalResult] = []
+    unfinished = []
+    for one in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
+        files = sorted(one.glob("result*.json"), key=lambda path: (path.name != "result.json", path.name))
+        if not files and any(one.glob("*.jsonl")):
+            unfinished.append(one.name)
+        seen: set[tuple[Any, ...]] = set()
+        results += [_read_result(one.name, file, seen) for file in files]
+    return tuple(results), tuple(unfinished)
+
+
+def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalResult:
+    """One result file; a grade that stands in several of them (one per opponent) is taken from the first."""
+    result = read_object(file)
+    suite = str(result.get("suite", ""))
+    readers = {"alpaca_eval": _alpaca_eval, "mt_bench": _mt_bench, "lm_eval": _lm_eval}
+    reader = _imported if result.get("measures") is not None else readers.get(suite)
+    if reader is None:
+        raise DataError(f"a result of an unknown suite: '{suite}'", "known: alpaca_eval, mt_bench, lm_eval", file=file)
+    measures = []
+    try:
+        for measure in reader(name, file, result):
+            if (measure.key, measure.opponent) not in seen:
+                seen.add((measure.key, measure.opponent))
+                measures.append(measure)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"not a result of this version: {type(error).__name__} {error}", "evaluate the run again", file=file) from None
+    return EvalResult(name, suite, result.get("against"), file, result, tuple(measures))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file, a torn last line left out; numbers that are not finite become None.
+
+    Raises:
+        DataError: another line is not an object, with its number.
+    """
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8", errors="surrogatepass")
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):  # no newline after it: its writer was killed
+                return
+            raise DataError("not a JSON line", file=path, line=number) from None
+        if not isinstance(row, dict):
+            raise DataError(f"holds {type(row).__name__}, not an object", file=path, line=number)
+        yield {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def against_file(folder: Path, stem: str, against: str | None) -> Path:
+    """Return the file of one opponent: `<stem>.jsonl`, with the opponent in its name unless that is the reference."""
+    return folder / (f"{stem}.jsonl" if against in (None, "reference") else f"{stem}.against-{against}.jsonl")
+
+
+def _alpaca_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
+    """Win rate, and the mean grade where it was asked for."""
+    against = result["against"]
+    rows = list(read_lines(against_file(file.parent / "samples", "samples", against)))
+    pairs, grades = [], []
+    for row in rows:
+        verdicts: dict[str, Mapping[str, Any]] = {verdict["order"]: verdict for verdict in row["verdicts"]}
+        outcome = item_outcome(row["question_id"], verdicts)
+        lengths = (len(row["answer"]), len(row["opponent_answer"]))
+        value = SCORE.get(outcome.outcome)
+        pairs.append(
+            Item(row["question_id"], 1, row["category"], value, outcome.outcome, (outcome.first, outcome.second), outcome.by_rule, lengths)
+        )
+        if grade := verdicts.get("single"):
+            grades.append(_grade(row["question_id"], 1, row["category"], grade, lengths[:1]))
+    _check_counts(file, result["pairs"], pairs)
+    title = "AlpacaEval win rate"
+    reported, n = result["pairs"]["score"]["estimate"], result["pairs"]["n"]
+    yield Measure(name, "alpaca_eval", "win_rate", title, tuple(pairs), file, against, reported=reported, reported_n=n)
+    if grades:
+        mean = result["mean_score"]
+        yield Measure(
+            name, "alpaca_eval", "grade", "AlpacaEval mean grade, 1-5", tuple(grades), file, unit="grade",
+            reported=mean["estimate"], reported_n=mean["n"],
+        )  # fmt: skip
+
+
+def _mt_bench(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
+    """Mean grade over all turns, and the win rate where there is an opponent."""
+    against = result["against"]
+    judge = result["judge"]["fingerprint"]
+    current = _answer_hashes(file.parent / "samples" / "model_answer.jsonl")
+    grades = {}
+    for row in read_rows(file.parent / "judgments.jsonl"):
+        if row["kind"] != "absolute" or row["judge"] != judge:
+            continue
+        question, _, turn = row["question_id"].rpartition(":")
+        if current.get((question, int(turn)), row["answer_hashes"][0]) == row["answer_hashes"][0]:
+            grades[question, int(turn)] = _grade(question, int(turn), row["meta"]["category"], row, tuple(row["lengths"]))
+    score = result["score"]
+    items = tuple(grades.values())
+    graded = [item.value for item in items if item.value is not None]
+    if len(graded) != score["n"] or (graded and abs(sum(graded) / len(graded) - score["estimate"]) > 1e-6):
+        raise DataError(
+            f"its mean is over {score['n']} grades, the stored ones are {len(graded)}", "evaluate the run again: it asks nothing twice",
+            file=file,
+        )  # fmt: skip
+    yield Measure(
+        name, "mt_bench", "grade", "MT-Bench mean grade, 1-5", items, file, unit="grade", reported=score["estimate"], reported_n=score["n"]
+    )
+    if result.get("pairs"):
+        yield _mt_bench_pairs(name, file, result, judge, against)
+
+
+def _mt_bench_pairs(name: str, file: Path, result: Mapping[str, Any], judge: str, against: str) -> Measure:
+    """The comparison of each turn with an opponent's."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in read_rows(against_file(file.parent, "judgments", against)):
+        if row["kind"] == "relative" and row["judge"] == judge and not row["meta"].get("probe"):
+            rows.setdefault(row["question_id"], {})[row["order"]] = row
+    items = []
+    for key, verdicts in rows.items():
+        question, _, turn = key.rpartition(":")
+        any_row = next(iter(verdicts.values()))
+        lengths = any_row["lengths"] if any_row["order"] == "AB" else any_row["lengths"][::-1]
+        outcome = item_outcome(key, verdicts)
+        said = (outcome.first, outcome.second)
+        value, category = SCORE.get(outcome.outcome), any_row["meta"]["category"]
+        items.append(Item(question, int(turn), category, value, outcome.outcome, said, outcome.by_rule, tuple(lengths)))
+    _check_counts(file, result["pairs"], items)
+    reported, n = result["pairs"]["score"]["estimate"], result["pairs"]["n"]
+    return Measure(name, "mt_bench", "win_rate", "MT-Bench win rate", tuple(items), file, against, reported=reported, reported_n=n)
+
+
+def _answer_hashes(path: Path) -> dict[tuple[str, int], str]:
+    """Hash of each current answer by question and turn."""
+    return {
+        (str(row["question_id"]), turn): text_hash(text)
+        for row in read_lines(path)
+        for turn, text in enumerate(row["choices"][0]["turns"], 1)
+    }
+
+
+def _grade(question: str, turn: int, category: str, row: Mapping[str, Any], lengths: tuple[int, ...]) -> Item:
+    ok = row["status"] == "ok"
+    said = str(row["value"]) if ok else str(row["status"])
+    by_rule = row.get("source") == "rule"
+    return Item(question, turn, category, float(row["value"]) if ok else None, "graded" if ok else "unresolved", (said,), by_rule, lengths)
+
+
+def _check_counts(file: Path, pairs: Mapping[str, Any], items: Sequence[Item]) -> None:
+    """Compare a result's counts with its items'.
+
+    Raises:
+        DataError: they differ.
+    """
+    found = {outcome: sum(item.outcome == outcome for item in items) for outcome in ("win", "loss", "tie", "unresolved")}
+    # A pair without any row is unresolved too, and has no item.
+    found["unresolved"] += max(0, pairs["n"] - len(items))
+    told = {outcome: pairs[outcome] for outcome in found}
+    if told != found:
+        shown = ", ".join(f"{name} {told[name]} and {found[name]}" for name in found if told[name] != found[name])
+        raise DataError(f"its counts differ from the stored judgments: {shown}", "evaluate the run again: it asks nothing twice", file=file)
+
+
+def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
+    """One measure per task, metric and filter."""
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for row in result["tasks"]:
+        task, metric, chosen = row["task"], row["metric"], row["filter"]
+        if task not in samples:
+            samples[task] = list(read_lines(file.parent / "samples" / f"samples_{task}.jsonl"))
+        chosen_samples = (sample for sample in samples[task] if sample.get("filter", "none") == chosen)
+        items = [item for sample in chosen_samples if (item := _sample_item(sample, metric, task))]
+        values = [item.value for item in items if item.value is not None]
+        if values and abs(sum(values) / len(values) - row["value"]) > 1e-6:
+            items = []  # the metric is no mean of its samples (perplexities): nothing to pair
+        shown = metric if chosen == "none" else f"{metric}, {chosen}"
+        shares = all(value in (0.0, 1.0) for value in values)
+        share = shares if values else 0 <= row["value"] <= 1
+        key = metric if chosen == "none" else f"{metric},{chosen}"
+        yield Measure(
+            name, "lm_eval", key, f"{task} {shown}", tuple(items), file, task=task,
+            higher_is_better=row.get("higher_is_better") is not False, unit="share" if share else "number",
+            reported=row["value"], reported_n=row["n"],
+        )  # fmt: skip
+
+
+def _sample_item(sample: Mapping[str, Any], metric: str, task: str) -> Item | None:
+    value = sample.get(metric)
+    if not isinstance(value, int | float | bool):
+        return None
+    outcome = {1.0: "right", 0.0: "wrong"}.get(float(value), "scored")
+    doc = sample.get("doc") or {}
+    category = str(doc.get("subject") or doc.get("category") or task)
+    return Item(f"{sample['doc_id']}:{sample.get('doc_hash', '')[:12]}", 1, category, float(value), outcome)
+
+
+def _imported(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
+    """Measures of an imported evaluation: items.jsonl, described in `measurements`."""
+    rows = list(read_lines(file.with_name("items.jsonl")))
+    for told in result["measures"]:
+        metric, task = told["metric"], told.get("task") or ""
+        mine = (row for row in rows if row["metric"] == metric and (row.get("task") or "") == task)
+        items = tuple(_imported_item(row) for row in mine)
+        yield Measure(
+            name, str(result["suite"]), metric, told["label"], items, file, told.get("opponent"), task,
+            told.get("higher_is_better", True), told.get("unit", "share"), told.get("reported"), told.get("reported_n"),
+        )  # fmt: skip
+
+
+def _imported_item(row: Mapping[str, Any]) -> Item:
+    value = None if row.get("value") is None else float(row["value"])
+    said, lengths = tuple(row.get("verdicts") or ()), tuple(row.get("lengths") or ())
+    place = (str(row["question_id"]), int(row.get("turn") or 1), row.get("category") or "all")
+    return Item(*place, value, row["outcome"], said, bool(row.get("by_rule")), lengths)
