@@ -54,6 +54,13 @@ KINDS = (
     _kind(
         "eval", "an eval recipe", "suite generation metrics", "run it: recipes eval EVAL RUN", "recipes_lib.suites.validation:check_eval"
     ),
+    _kind(
+        "study",
+        "a study",
+        "question factors arms seeds evals include_base published accelerate gpus nodes overrides",
+        "run it: recipes study run",
+        "recipes_lib.studies.study:check_study",
+    ),
     _kind("judge", "a judge", "judge thresholds", "name it in an eval recipe's judge.file", "recipes_lib.suites.validation:check_judge"),
     _kind(
         "lm_eval_task",

@@ -7,7 +7,7 @@ once, so a diamond is legal. Whether the values make sense is decided in `valida
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     else:
         _merge(document, source)
     for override in overrides:
-        _merge(document, _parse_override(override))
+        _merge(document, _parse_override(override, kind.keys if kind.name == "study" else ()))
     return document
 
 
@@ -159,13 +159,17 @@ def _merge(document: Document, source: YamlSource) -> None:
     write(document.values, {key: value for key, value in source.values.items() if key != "extends"}, ())
 
 
-def _parse_override(word: str) -> YamlSource:
-    """Turn `section.key=value` into the tree that holds this one value."""
+def _parse_override(word: str, plain_keys: Collection[str] = ()) -> YamlSource:
+    """Turn `section.key=value` into the tree that holds this one value.
+
+    Args:
+        plain_keys: top-level keys of this kind of file, which need no section.
+    """
     name, separator, text = word.removeprefix("--").partition("=")
     keys = name.split(".")
     if not separator or not all(keys):
         raise RecipeError(f"'{word}' is not section.key=value", *_dotted_form(name, text or "VALUE"), file=COMMAND_LINE)
-    if len(keys) == 1 and name not in kinds.SECTIONS:
+    if len(keys) == 1 and name not in (*kinds.SECTIONS, *plain_keys):
         raise RecipeError(f"'{name}' needs its section", *_dotted_form(name, text), file=COMMAND_LINE)
     source = parse_yaml(text, COMMAND_LINE, numbered=False)
     value = source.values

@@ -28,7 +28,7 @@ def check_eval(document: Document, full: bool = False) -> list[RecipeError]:
     del full
     found: dict[KeyPath, RecipeError] = dict(find_credentials(document))
     for error in _validator("eval").iter_errors(document.values):
-        for path, translated in _translate(document, error):
+        for path, translated in translate(document, error):
             found.setdefault(path, translated)
     return list(found.values()) or list(_combinations(document))
 
@@ -106,7 +106,7 @@ def _validator(kind: str) -> Draft202012Validator:
     return strict_validator(load_schema(kind))
 
 
-def _translate(document: Document, error: ValidationError) -> list[tuple[KeyPath, RecipeError]]:
+def translate(document: Document, error: ValidationError) -> list[tuple[KeyPath, RecipeError]]:
     """Turn one error of jsonschema into ours, each with its key path."""
     path: KeyPath = tuple(error.absolute_path)
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
