@@ -61,6 +61,13 @@ KINDS = (
         "run it: recipes study run",
         "recipes_lib.studies.study:check_study",
     ),
+    _kind(
+        "profile",
+        "a site profile",
+        "partition gres cpus_per_gpu memory_gib_per_gpu",
+        "launch with it: recipes launch RECIPE --profile",
+        "recipes_lib.launching.profile:check_profile",
+    ),
     _kind("judge", "a judge", "judge thresholds", "name it in an eval recipe's judge.file", "recipes_lib.suites.validation:check_judge"),
     _kind(
         "lm_eval_task",

@@ -25,7 +25,12 @@ from recipes_lib.recipe.renames import RENAMES
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 # Kinds whose sections belong to a package above this one: module with a function <kind>_schema.
-_ELSEWHERE = {"eval": "recipes_lib.suites.schema", "judge": "recipes_lib.suites.schema", "study": "recipes_lib.studies.schema"}
+_ELSEWHERE = {
+    "eval": "recipes_lib.suites.schema",
+    "judge": "recipes_lib.suites.schema",
+    "study": "recipes_lib.studies.schema",
+    "profile": "recipes_lib.launching.schema",
+}
 _SECTION_HELP = {
     "model": "The base model, passed to `from_pretrained`.",
     "quantization": "`transformers.BitsAndBytesConfig`, key by key. Absent or null: the weights are not quantised.",

@@ -1,0 +1,242 @@
+"""A site profile, read and checked: every unknown, missing or impossible value in one line with its place. Needs no torch."""
+
+from __future__ import annotations
+
+import getpass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.launching.sections import STAGES, DirectoriesSection, EnvironmentSection, Profile
+from recipes_lib.recipe.credentials import find_credentials
+from recipes_lib.recipe.loader import Document, load_document
+from recipes_lib.recipe.project import project_root
+from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.recipe.validation import describe, shown, strict_validator
+from recipes_lib.recipe.vocabulary import load_schema
+from recipes_lib.recipe.yaml_source import KeyPath
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator, ValidationError
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+))?(?::(?P<seconds>\d+))?|(?P<plain>\d+(?::\d+){0,2}))\Z")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+# Flags of sbatch that the project sets itself; a second one would win or contradict.
+_OURS = {
+    *("--parsable", "--test-only", "--wrap", "--array", "--dependency", "--kill-on-invalid-dep", "--output", "--error", "--open-mode"),
+    *("--job-name", "--nodes", "--ntasks", "--ntasks-per-node", "--signal", "--requeue", "--no-requeue", "--chdir", "--hold"),
+}
+_KEYS_FOR = {"--partition": "partition", "--time": "time", "--gres": "gres", "--account": "account", "--qos": "qos"}
+_KEYS_FOR |= {"--cpus-per-task": "cpus_per_gpu", "--mem": "memory_gib_per_gpu", "--gpus-per-node": "gres"}
+_SHORT_FLAGS = {
+    "-p": "--partition",
+    "-t": "--time",
+    "-A": "--account",
+    "-q": "--qos",
+    "-o": "--output",
+    "-N": "--nodes",
+    "-d": "--dependency",
+}
+
+
+@dataclass(frozen=True)
+class SiteProfile:
+    """A profile and the file it was read from."""
+
+    name: str
+    values: Profile
+    document: Document
+
+    def error(self, key: str, what: str, *hints: str) -> RecipeError:
+        """Return an error placed where a dotted key was written."""
+        return self.document.error(tuple(key.split(".")), what, *hints)
+
+    def directory(self, key: str) -> str | None:
+        """Return a folder of `directories`, `{user}` replaced and `~` expanded."""
+        value = getattr(self.values.directories, key)
+        return None if value is None else str(Path(value.replace("{user}", getpass.getuser())).expanduser())
+
+
+def profile_path(name: str) -> Path:
+    """Return the file of a profile: a name in launch/profiles/, or a path.
+
+    Raises:
+        RecipeError: there is no such profile; the message lists those that exist.
+    """
+    given = Path(name)
+    if given.suffix in (".yaml", ".yml"):
+        return given
+    folders = list(dict.fromkeys(folder.resolve() for folder in (Path("launch/profiles"), project_root() / "launch/profiles")))
+    path = next((folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()), None)
+    if path is None:
+        names = sorted({entry.stem for folder in folders for entry in folder.glob("*.yaml")})
+        raise RecipeError(
+            f"there is no profile '{name}' in launch/profiles/",
+            *did_you_mean(name, names),
+            f"there are {', '.join(names) or 'none'}; a new site: copy launch/profiles/example.yaml and fill in six values",
+        )
+    return path if given.is_absolute() or not path.is_relative_to(Path.cwd()) else path.relative_to(Path.cwd())
+
+
+def load_profile(name: str) -> SiteProfile:
+    """Load and check a profile, given by its name in launch/profiles/ or as a path.
+
+    Raises:
+        RecipeErrors: everything that is wrong, each at its file and line.
+    """
+    path = profile_path(name)
+    document = load_document(path)
+    if document.kind.name != "profile":
+        raise RecipeError(f"is {document.kind.title}, not a site profile", document.kind.use, file=document.file)
+    errors = check_profile(document)
+    if errors:
+        raise RecipeErrors(errors)
+    values = dict(document.values)
+    values["environment"] = EnvironmentSection(**values["environment"])
+    values["directories"] = DirectoriesSection(**values.get("directories", {}))
+    return SiteProfile(path.stem, Profile(**values), document)
+
+
+def check_profile(document: Document, full: bool = False) -> list[RecipeError]:
+    """Return everything wrong with a profile: the check that `recipes check` runs."""
+    del full  # what a site really has only its Slurm knows: recipes launch --test-only
+    found: dict[KeyPath, RecipeError] = dict(find_credentials(document))
+    for error in _validator().iter_errors(document.values):
+        for path, translated in _translate(document, error):
+            found.setdefault(path, translated)
+    if not found:
+        for path, translated in _combinations(document):
+            found.setdefault(path, translated)
+    return list(found.values())
+
+
+def seconds_of(time: str) -> int:
+    """Return a Slurm time limit in seconds.
+
+    Raises:
+        ValueError: it is not one.
+
+    Example:
+        >>> seconds_of("1-12:00:00"), seconds_of("90"), seconds_of("01:30:00")
+        (129600, 5400, 5400)
+    """
+    match = _TIME.match(time)
+    if not match:
+        raise ValueError(time)
+    if match["days"] is not None:
+        return int(match["days"]) * 86400 + int(match["hours"]) * 3600 + int(match["minutes"] or 0) * 60 + int(match["seconds"] or 0)
+    parts = [int(part) for part in match["plain"].split(":")]
+    hours, minutes, seconds = {1: (0, *parts, 0), 2: (0, *parts), 3: tuple(parts)}[len(parts)]
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def time_of(seconds: int) -> str:
+    """Return seconds as Slurm writes a time limit, rounded up to minutes.
+
+    Example:
+        >>> time_of(5401), time_of(129600)
+        ('01:31:00', '1-12:00:00')
+    """
+    minutes = -(-seconds // 60)
+    days, hours = divmod(minutes // 60, 24)
+    return f"{f'{days}-' if days else ''}{hours:02d}:{minutes % 60:02d}:00"
+
+
+@lru_cache(maxsize=1)
+def _validator() -> Draft202012Validator:
+    return strict_validator(load_schema("profile"))
+
+
+def _translate(document: Document, error: ValidationError) -> Iterator[tuple[KeyPath, RecipeError]]:
+    """Turn one error of jsonschema into ours, each with its key path."""
+    path: KeyPath = tuple(error.absolute_path)
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = list(error.schema.get("properties", {}))
+        prefix = f"{_dotted(path)}." if path else ""
+        for key in (key for key in error.instance if key not in known):
+            near = did_you_mean(str(key), known, prefix)
+            where = "a profile" if not path else _dotted(path)
+            yield (*path, key), document.error((*path, key), f"unknown key '{prefix}{key}'", *near, f"keys of {where}: {', '.join(known)}")
+    elif error.validator == "required":
+        for key in (key for key in error.validator_value if key not in error.instance):
+            what = f"{key} is missing: {error.schema['properties'][key]['description'][0].lower()}"
+            what += error.schema["properties"][key]["description"][1:]
+            yield (*path, key), document.error((*path, key), what)
+    elif error.validator == "anyOf" and isinstance(error.instance, dict):
+        for inner in (inner for inner in error.context or () if inner.schema_path[0] == 1):
+            yield from _translate(document, inner)
+    else:
+        hints = []
+        if path and path[0] == "time" and isinstance(error.instance, int | float):
+            hints.append('quote it: YAML reads a plain 24:00:00 as a number; write "24:00:00"')
+        elif path[:1] == ("variables",):
+            hints.append(f'quote it: "{shown(error.instance)}"')
+        elif path == ("environment",) and error.instance is None:
+            hints.append("write environment: {} for the Python that submits")
+        yield (
+            path,
+            document.error(path, f"{_dotted(path) or 'a profile'} must be {describe(error.schema)}, got {shown(error.instance)}", *hints),
+        )
+
+
+def _combinations(document: Document) -> Iterator[tuple[KeyPath, RecipeError]]:
+    """Yield what a schema cannot say."""
+    values = document.values
+    gres = values["gres"]
+    if gres is not None and "{gpus}" not in gres:
+        yield ("gres",), document.error(("gres",), f"gres must contain {{gpus}}, their number: got {gres}", "for example gpu:{gpus}")
+    for key in ("partition", "time"):
+        for stage in STAGES if isinstance(values[key], dict) else ():
+            if stage not in values[key]:
+                yield (key, stage), document.error((key,), f"{key}.{stage} is missing", "write null for the site's default")
+    for path, time in _per_stage(values, "time"):
+        if time is None:
+            continue
+        try:
+            limit = seconds_of(time)
+        except ValueError:
+            yield path, document.error(path, f"{_dotted(path)} is no time limit: {time}", 'for example "08:00:00" or "1-12:00:00"')
+            continue
+        lead = values.get("signal_lead_s", Profile.signal_lead_s)
+        if path[-1] in ("time", "train") and lead * 2 > limit:
+            what = f"{_dotted(path)} is {limit} s and signal_lead_s {lead} s: a training would be asked to stop before it is halfway"
+            yield path, document.error(path, what, "lengthen the time or shorten signal_lead_s")
+    environment = values["environment"]
+    if environment.get("conda") and environment.get("venv"):
+        yield ("environment", "venv"), document.error(("environment", "venv"), "environment has both conda and venv; keep one")
+    for name in values.get("variables", {}):
+        if not _VARIABLE.match(name):
+            yield ("variables", name), document.error(("variables", name), f"'{name}' is no name of an environment variable")
+    yield from _extra_flags(document, values.get("extra_sbatch", []))
+
+
+def _extra_flags(document: Document, flags: list[str]) -> Iterator[tuple[KeyPath, RecipeError]]:
+    """Yield flags of extra_sbatch that are no flags, or that something else sets."""
+    for index, word in enumerate(flags):
+        path: KeyPath = ("extra_sbatch", index)
+        flag = word.partition("=")[0]
+        flag = _SHORT_FLAGS.get(flag[:2], flag)
+        if not word.startswith("-"):
+            hint = "a flag with a value is one word: --constraint=h100"
+            yield path, document.error(path, f"extra_sbatch: '{word}' is no flag of sbatch", hint)
+        elif flag in _KEYS_FOR:
+            yield path, document.error(path, f"extra_sbatch: {flag} has a key of its own: {_KEYS_FOR[flag]}")
+        elif flag in _OURS:
+            yield path, document.error(path, f"extra_sbatch: {flag} is set by recipes launch", "remove it")
+
+
+def _per_stage(values: dict[str, Any], key: str) -> Iterator[tuple[KeyPath, str | None]]:
+    """Yield the paths and values of a key that may be written per stage."""
+    value = values[key]
+    if isinstance(value, dict):
+        yield from (((key, stage), value[stage]) for stage in STAGES if stage in value)
+    else:
+        yield (key,), value
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
