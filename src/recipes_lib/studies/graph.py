@@ -1,0 +1,241 @@
+"""Steps that are done once: each has declared inputs, and is fresh as long as they, its upstream results and its files are what they were.
+
+Nothing here knows what a step does. `done.json` in runs/<study>/steps/<step>/ is written last and whole, so a step that was killed is a
+step that was never done. Times of files mean nothing: contents are compared.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from recipes_lib.atomic_files import write_json
+
+FORMAT_VERSION = 1
+CONTENT = "content."  # inputs of this name are hashes; None means that the content cannot be known here, and is not compared
+State = Literal["fresh", "stale", "missing"]
+# What differs between two writings of one result.
+_VOLATILE = {"written", "command", "git", "libraries", "file", "generated_now"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    `inputs` are dotted key -> plain value; `upstream` names steps whose results are inputs too; `after` names steps that must be done
+    first without being inputs. `version` is raised when a change of the code changes results.
+    """
+
+    name: str
+    kind: str
+    inputs: Mapping[str, Any] = field(repr=False)
+    upstream: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    version: int | str = 1
+    arm: str = ""
+    seed: int | None = None
+    run: str = ""
+    eval: str = ""
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Freshness:
+    """Whether a step is done, and if not why."""
+
+    state: State
+    reasons: tuple[str, ...] = ()
+    failure: Mapping[str, Any] | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing is to be done."""
+        return self.state == "fresh"
+
+    @property
+    def why(self) -> str:
+        """The reasons in one line."""
+        more = f" and {len(self.reasons) - 3} more" if len(self.reasons) > 3 else ""
+        return ", ".join(self.reasons[:3]) + more
+
+
+class Graph:
+    """The steps of a study, upstream first, and what is known of each in `folder` (runs/<study>/steps)."""
+
+    def __init__(self, folder: Path, steps: Sequence[Step]) -> None:
+        self.folder = folder
+        self.steps = {step.name: step for step in steps}
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps.values())
+
+    def of_kind(self, *kinds: str) -> list[Step]:
+        """Return the steps of these kinds, in order."""
+        return [step for step in self if step.kind in kinds]
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Return done.json of a step, or None where it was never done by this version of the format."""
+        found = _read(self.folder / name / "done.json")
+        return found if found and found.get("format_version") == FORMAT_VERSION else None
+
+    def output(self, name: str) -> str | None:
+        """Return the hash of a step's result, or None where it was never done."""
+        record = self.record(name)
+        return str(record["output"]) if record else None
+
+    def freshness(self, name: str) -> Freshness:
+        """Return whether a step is done, with reasons that name what changed."""
+        return self.survey()[name]
+
+    def survey(self) -> dict[str, Freshness]:
+        """Return the freshness of every step."""
+        found: dict[str, Freshness] = {}
+        for step in self:
+            found[step.name] = self._judge(step, found)
+        return found
+
+    def _judge(self, step: Step, known: Mapping[str, Freshness]) -> Freshness:
+        failure = _read(self.folder / step.name / "failed.json")
+        record = self.record(step.name)
+        waiting = tuple(f"{name} is not done" for name in (*step.upstream, *step.after) if not known[name].fresh)
+        if record is None:
+            return Freshness("missing", waiting, failure)
+        reasons = [*changed_inputs(record["inputs"], step.inputs)]
+        if record["version"] != step.version:
+            reasons.append(
+                "the code of this step changed" if isinstance(step.version, str) else f"code {record['version']} -> {step.version}"
+            )
+        for name in step.upstream:
+            if not known[name].fresh:
+                reasons.append(f"{name} is not done" if known[name].state == "missing" else f"{name} is stale")
+            elif record["upstream"].get(name) != self.output(name):
+                reasons.append(f"{name} gave another result")
+        reasons += changed_files(record["files"], self.folder.parent.parent)
+        return Freshness("stale", tuple(reasons), failure) if reasons else Freshness("fresh")
+
+    def finish(self, step: Step, output: str, files: Sequence[Path], **facts: Any) -> None:
+        """Record that a step is done; only now it counts.
+
+        Args:
+            output: hash of the result, which is an input of the steps below.
+            files: what it made; the step is stale once one of them changes.
+            facts: anything worth keeping (seconds, numbers).
+        """
+        root = self.folder.parent.parent
+        record = {
+            "format_version": FORMAT_VERSION,
+            "step": step.name,
+            "version": step.version,
+            "inputs": dict(step.inputs),
+            "upstream": {name: self.output(name) for name in step.upstream},
+            "output": output,
+            "files": {_relative(path, root): file_record(path) for path in files},
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **facts,
+        }
+        write_json(self.folder / step.name / "done.json", record)
+        (self.folder / step.name / "failed.json").unlink(missing_ok=True)
+
+    def fail(self, step: Step, error: str, exit_code: int) -> None:
+        """Note that a step failed; an earlier result stays what it is."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(self.folder / step.name / "failed.json", {"error": error, "exit_code": exit_code, "at": now})
+
+
+def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one phrase per input that differs.
+
+    Example:
+        >>> changed_inputs({"train.learning_rate": 1e-4}, {"train.learning_rate": 2e-4})
+        ['train.learning_rate 0.0001 -> 0.0002']
+    """
+    plain = json.loads(json.dumps(dict(now), default=str))
+    phrases = []
+    for key in sorted(before.keys() | plain.keys()):
+        old, new = before.get(key), plain.get(key)
+        if old == new or (key.startswith(CONTENT) and None in (old, new)):
+            continue
+        phrases.append(f"{key.removeprefix(CONTENT)} changed" if key.startswith(CONTENT) else f"{key} {_shown(old)} -> {_shown(new)}")
+    return phrases
+
+
+def changed_files(records: Mapping[str, Mapping[str, Any]], root: Path) -> list[str]:
+    """Return one phrase per recorded file that is gone or holds something else; a file that only grew by lines is the same."""
+    phrases = []
+    for name, record in records.items():
+        path = root / name
+        if not path.is_file():
+            phrases.append(f"{name} is gone")
+        elif path.stat().st_mtime_ns != record["mtime_ns"] and file_record(path, record["size"])["sha256"] != record["sha256"]:
+            phrases.append(f"{name} changed")
+    return phrases
+
+
+def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
+    """Return size, time and hash of a file.
+
+    Lines that were appended to a .jsonl store later, and the time stamps of a result file, are no change.
+
+    Args:
+        first: for a .jsonl store, how many bytes count; None for all.
+    """
+    stat = path.stat()
+    if path.suffix == ".json" and path.name.startswith("result"):
+        digest = result_digest(json.loads(path.read_text(encoding="utf-8")))
+    elif path.suffix == ".jsonl":
+        with path.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(stat.st_size if first is None else first)).hexdigest()
+    else:
+        digest = content_of(path) or ""
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+
+
+def result_digest(result: Mapping[str, Any]) -> str:
+    """Return a hash of a result file's content without times, versions and the command."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: kept(inner) for key, inner in value.items() if key not in _VOLATILE}
+        return [kept(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return digest_of(kept(result))
+
+
+def content_of(path: Path) -> str | None:
+    """Return the SHA-256 of a file, of all files of a folder with their names, or None where there is nothing."""
+    if path.is_dir():
+        files = sorted(
+            file for file in path.rglob("*") if file.is_file() and not any(part.startswith((".", "__")) for part in file.parts[-2:])
+        )
+        return digest_of([[file.relative_to(path).as_posix(), content_of(file)] for file in files])
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON-ready value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.resolve().relative_to(root.resolve()).as_posix()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
