@@ -76,7 +76,7 @@ def exit_status(code: int, on_every_rank: bool) -> int:
     file = os.environ.get(EXIT_CODE_FILE)
     if file is None:
         return code
-    if rank() == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several machines each has a `recipes train` of its own
         Path(file).write_text(str(code), encoding="utf-8")
     return 0 if on_every_rank else code
 

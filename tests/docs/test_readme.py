@@ -15,6 +15,7 @@ from recipes_lib import cli, train
 from recipes_lib.errors import ExitCode, RecipeError
 from recipes_lib.recipe.accelerate_config import load_accelerate_config
 from recipes_lib.recipe.batch import accumulation_steps
+from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.recipe import load_recipe
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -124,7 +125,7 @@ def check_words(name: str, rest: list[str], command: str) -> None:
 
 
 def runs_of_recipes() -> set[str]:
-    return {load_recipe(path).name for path in Path("recipes").rglob("*.yaml") if not path.name.startswith("_")}
+    return {load_recipe(path).name for path in Path("recipes").rglob("*.yaml") if load_document(path).kind.name == "recipe"}
 
 
 def test_a_wrong_command_and_a_wrong_output_would_be_found(checkout: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,21 @@ def test_a_training_that_is_killed_is_said_to_be_so(launcher) -> None:
     code, said = launcher.wait(child)
     assert code == 1 and "ended without a word" in said
     assert launcher.state("gone")["state"] == "failed"
+
+
+def test_two_machines_train_as_one_and_both_end_with_the_training_s_code(launcher) -> None:
+    """Two "machines" of one process each on this one, started by the same command with ranks 0 and 1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = ["--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "1", "--main-process-ip", "127.0.0.1", "--main-process-port", port]
+    words = [*place, "run.name=machines", "train.max_steps=2", "train.eval_strategy='no'"]
+    machines = [launcher.start(verb(launcher, "--machine-rank", str(rank), *words)) for rank in (0, 1)]
+    (first, said), (second, silent) = map(launcher.wait, machines)
+    assert (first, second) == (0, 0), said + silent
+    assert "DDP, world size 2" in said and "(not checked" not in said and "step 2/2  loss" in said
+    assert "machine 1 of 0 to 1" in silent and "loss" not in silent
+    assert launcher.state("machines")["state"] == "finished"
 
 
 def runs(process: Path, word: str) -> bool:

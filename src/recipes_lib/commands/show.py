@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from dataclasses import replace
 from typing import Any
 
 from recipes_lib.errors import ExitCode, print_error
 from recipes_lib.recipe.flat import flat_text
+from recipes_lib.recipe.launch import DEFAULT_PORT, plan_launch
 from recipes_lib.recipe.project import recipe_path, shown_path
 from recipes_lib.recipe.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
 from recipes_lib.recipe.vocabulary import subschema
@@ -40,9 +43,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def launch_line(recipe: Recipe, file: str) -> str:
-    """Return the plain command that trains the recipe with its default launch."""
-    gpus = f" --num_processes {recipe.launch.gpus * recipe.launch.nodes}" if recipe.launch.gpus else ""
-    return f"accelerate launch --config_file accelerate_configs/{recipe.launch.accelerate}.yaml{gpus} -m recipes_lib.train {file}"
+    """Return the plain command that trains the recipe with its default launch; several machines each put in their own rank."""
+    launch = plan_launch(recipe.launch)
+    if launch.machines > 1:
+        launch = replace(launch, rank=0, address="HOST_OF_RANK_0", port=launch.config.main_process_port or DEFAULT_PORT)
+    return shlex.join(["accelerate", "launch", *launch.launcher_words(), "-m", "recipes_lib.train", file])
 
 
 def shown_values(recipe: Recipe, *, everything: bool = False) -> dict[str, Any]:

@@ -8,21 +8,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
-import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from recipes_lib.errors import ExitCode
-from recipes_lib.recipe.accelerate_config import AccelerateConfig, load_accelerate_config
+from recipes_lib.recipe.launch import Launch, place_machine, plan_launch
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.terminal import next_step, say, show_command
 from recipes_lib.train import EXIT_CODE_FILE
 
+OPTIONS = ("accelerate", "gpus", "nodes")
+PLACE = ("machine_rank", "main_process_ip", "main_process_port")
 FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code", "debug")
 
 
@@ -33,7 +36,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--accelerate", metavar="NAME", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
     )
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="processes on this machine; default: launch.gpus, else the accelerate config's"
+        "--gpus", type=_at_least(1), metavar="N", help="processes on each machine; default: launch.gpus, else the accelerate config's"
+    )
+    parser.add_argument(
+        "--nodes", type=_at_least(1), metavar="N", help="machines; default: launch.nodes, else the accelerate config's. Run this on each"
+    )
+    parser.add_argument("--machine-rank", type=_at_least(0), metavar="N", help="with several machines: the number of this one, from 0")
+    parser.add_argument("--main-process-ip", metavar="HOST", help="with several machines: name or address of machine 0")
+    parser.add_argument(
+        "--main-process-port",
+        type=_at_least(1),
+        metavar="PORT",
+        help="with several machines: a free port of machine 0; default: the config's",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
     parser.add_argument("--resume-anyway", action="store_true", help="continue a run although settings that change its result differ")
@@ -48,36 +62,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Launch, wait, and return the training's own exit code."""
     recipe = load_recipe(args.recipe, args.overrides)
-    config = load_accelerate_config(args.accelerate or recipe.launch.accelerate)
-    processes = args.gpus or (None if args.accelerate else recipe.launch.gpus) or config.num_processes
+    launch = plan_launch(recipe.launch, args.accelerate, args.gpus, args.nodes)
+    place = (args.machine_rank, args.main_process_ip, args.main_process_port)
+    launch = place_machine(launch, *place, typed=typed_command(args, OPTIONS))
     script = ["-m", "recipes_lib.train", args.recipe, *args.overrides]
     script += [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name, False)]
-    command = launch_command(config, processes, script)
+    command = launch.command(script)
     show_command(command)
     if args.dry_run:
-        next_step(f"recipes train {args.recipe}")
+        next_step(typed_command(args, (*OPTIONS, *PLACE)))
         return ExitCode.DONE
-    return supervise(command, recipe, config, processes)
+    if launch.rank:
+        say(f"machine {launch.rank} of 0 to {launch.machines - 1}: what the training says is printed on machine 0")
+    return supervise(command, recipe, launch)
 
 
-def launch_command(config: AccelerateConfig, processes: int, script: list[str]) -> list[str]:
-    """Return the plain command. One process needs no launcher: `python -m` is then the same and can be stopped cleanly."""
-    if processes * config.num_machines == 1:
-        return [sys.executable if sys.executable else "python", *script]
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", os.path.relpath(config.path)]
-    if processes != config.num_processes:
-        launcher += ["--num_processes", str(processes)]
-    return [*launcher, *script]
+def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
+    """Return the command as it was typed, with the named options that were given, without --dry-run."""
+    words = ["recipes", "train", args.recipe, *args.overrides]
+    for name in options:
+        if getattr(args, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return shlex.join([*words, *(f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name, False))])
 
 
-def supervise(command: list[str], recipe: Recipe, config: AccelerateConfig, processes: int) -> int:
+def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     """Run the command in its own process group and return what the training script reported.
 
     A first Ctrl-C or SIGTERM asks for a checkpoint, a second Ctrl-C ends everything at once.
     """
     run = RunDirectory(recipe.name)
-    distributed_type = config.distributed_type if processes > 1 else "NO"
-    expected = {"world_size": processes, "distributed_type": distributed_type}
+    expected = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "exit_code"
         environment = {**os.environ, "RECIPES_EXPECT": json.dumps(expected), EXIT_CODE_FILE: str(report)}
@@ -88,7 +103,7 @@ def supervise(command: list[str], recipe: Recipe, config: AccelerateConfig, proc
             asked.append(number)
             if asked.count(signal.SIGINT) > 1:
                 _kill_all(child.pid, report)
-            elif processes == 1:
+            elif launch.world_size == 1:
                 child.send_signal(number)
             elif run.path.is_dir():  # the launcher would kill its workers after 30 s: ask them through the file instead
                 run.stop_file.write_text("INT" if number == signal.SIGINT else "", encoding="utf-8")
@@ -103,7 +118,7 @@ def supervise(command: list[str], recipe: Recipe, config: AccelerateConfig, proc
         _kill_all(child.pid, report)  # no rank outlives its launcher
         reported = report.is_file()
         code = int(report.read_text(encoding="utf-8")) if reported else child.returncode
-    if not reported and not report_is_final(run):
+    if not reported and not launch.rank and not report_is_final(run):
         say(f"the training ended without a word (exit {code}); what it saved is kept")
         next_step("run the same command again to resume from the newest complete checkpoint")
     return ExitCode.INTERRUPTED if asked.count(signal.SIGINT) > 1 else ExitCode.FAILED if code < 0 else code
@@ -128,3 +143,14 @@ def _kill_all(launcher: int, report: Path) -> None:
         with suppress(OSError):
             if mark in (process / "environ").read_bytes().split(b"\0"):
                 os.kill(int(process.name), signal.SIGKILL)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers that names what is wrong."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
+        return int(text)
+
+    return number

@@ -53,6 +53,7 @@ class AccelerateConfig:
     distributed_type: str = "NO"
     num_processes: int = 1
     num_machines: int = 1
+    main_process_port: int | None = None
     use_cpu: bool = False
     mixed_precision: str = "no"
     fsdp: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +100,7 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
         distributed_type=values.get("distributed_type", "NO"),
         num_processes=values.get("num_processes", 1),
         num_machines=values.get("num_machines", 1),
+        main_process_port=values.get("main_process_port"),
         use_cpu=values.get("use_cpu", False),
         mixed_precision=str(values.get("mixed_precision", "no")),
         fsdp=values.get("fsdp_config") or {},
@@ -107,9 +109,13 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
 
 def launched_processes(launch: LaunchSection, config: AccelerateConfig) -> int:
     """Return the number of processes of a recipe's default launch; `config` is what its `launch.accelerate` names."""
-    if launch.gpus is not None:
-        return launch.gpus * launch.nodes
-    return config.num_processes if config.distributed_type != "NO" else 1
+    machines = launch.nodes if launch.nodes > 1 else config.num_machines
+    return (launch.gpus or processes_per_machine(config)) * machines
+
+
+def processes_per_machine(config: AccelerateConfig) -> int:
+    """Return how many processes the config starts on each machine."""
+    return max(config.num_processes // config.num_machines, 1) if config.distributed_type != "NO" else 1
 
 
 def check_accelerate_config(document: Document, full: bool = False) -> list[RecipeError]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.accelerate_config import accelerate_config_path
+from recipes_lib.recipe.accelerate_config import accelerate_config_path, load_accelerate_config
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.yaml_source import KeyPath
 
@@ -90,12 +90,20 @@ def _attention(sections: dict[str, Any], _: Document) -> Iterator[Any]:
 
 
 def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
-    name = sections.get("launch", {}).get("accelerate")
-    if isinstance(name, str):
-        try:
-            accelerate_config_path(name)
-        except RecipeError as error:
-            yield ("launch", "accelerate"), error.what, *error.hints
+    launch = sections.get("launch", {})
+    name, several = (
+        launch.get("accelerate", "single_gpu" if document.kind.name == "recipe" else None),
+        [key for key in ("gpus", "nodes") if isinstance(launch.get(key), int) and launch[key] > 1],
+    )
+    if not isinstance(name, str):
+        return
+    try:
+        path = accelerate_config_path(name)
+        if several and load_accelerate_config(path).distributed_type == "NO":
+            what = f"launch.accelerate {name} starts one process, but launch.{several[0]} is {launch[several[0]]}"
+            yield ("launch", several[0]), what, "set launch.accelerate to ddp or fsdp (ddp_cpu or fsdp_cpu without GPUs)"
+    except RecipeError as error:
+        yield ("launch", "accelerate"), error.what, *error.hints
 
 
 _RULES: tuple[_Rule, ...] = (_precision, _quantization, _target_modules, _evaluation, _attention, _launch)
