@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import stats
 from recipes_lib.statistics.agreement import accuracy, cohens_kappa
 from recipes_lib.statistics.corrections import holm
 from recipes_lib.statistics.intervals import bca, mean_interval, rate_bounds, standard_error, studentised, wilson
-from recipes_lib.statistics.paired import mcnemar_p, paired_test, sign_flip_p
+from recipes_lib.statistics.paired import mcnemar_p, paired_binary_interval, paired_test, sign_flip_p
 from recipes_lib.statistics.power import discordant_standard_deviation, items_needed, minimum_detectable_effect
 
 
@@ -89,11 +90,42 @@ def test_unresolved_items_widen_the_bounds_on_both_sides() -> None:
     assert torn.low == clean.low and torn.high > clean.high
 
 
-def test_sign_flip_enumerates_small_samples_and_samples_large_ones() -> None:
+def test_sign_flip_is_exact_for_outcomes_and_grades_and_samples_other_large_ones() -> None:
     assert sign_flip_p([1.0, 1.0, 1.0]) == 0.25
-    large = np.full(40, 1.0)
-    assert sign_flip_p(large) == pytest.approx(1 / 10_001)
+    assert sign_flip_p(np.full(40, 1.0)) == pytest.approx(2 * 0.5**40)
+    assert sign_flip_p(np.linspace(1.0, 1.1, 40) ** 0.37) == pytest.approx(1 / 10_001)
     assert sign_flip_p([1.0, -1.0] * 20) == pytest.approx(1.0)
+
+
+def test_sign_flip_on_a_lattice_equals_the_enumeration() -> None:
+    rng = np.random.default_rng(3)
+    signs = np.array(list(itertools.product((-1, 1), repeat=12)))
+    for _ in range(20):
+        grades = rng.integers(-4, 5, 12) / 2
+        if grades.any():
+            expected = (np.abs(signs @ grades) >= abs(grades.sum()) - 1e-9).mean()
+            assert sign_flip_p(grades) == pytest.approx(expected)
+
+
+def test_sign_flip_is_normal_for_very_many_clusters() -> None:
+    rng = np.random.default_rng(3)
+    values = rng.normal(0.02, 1, 3000)
+    z = values.sum() / np.sqrt((values**2).sum())
+    assert sign_flip_p(values) == pytest.approx(2 * stats.norm.sf(abs(z)))
+
+
+def test_adjusted_wald_interval_holds_where_nothing_differs() -> None:
+    interval = paired_binary_interval(0, 0, 100)
+    assert interval.estimate == 0 and interval.low == pytest.approx(-interval.high)
+    assert 0.02 < interval.high < 0.04
+    assert paired_binary_interval(0, 0, 0).estimate is None
+
+
+def test_the_adjusted_wald_interval_covers_with_few_discordant_pairs() -> None:
+    rng = np.random.default_rng(5)
+    drawn = rng.multinomial(80, [0.04, 0.01, 0.95], size=2000)
+    covered = [(i := paired_binary_interval(int(a), int(b), 80)).low <= 0.03 <= i.high for a, b, _ in drawn]
+    assert np.mean(covered) > 0.93
 
 
 def test_sign_flip_keeps_its_level_under_the_null() -> None:

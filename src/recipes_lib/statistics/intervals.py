@@ -17,6 +17,7 @@ from scipy import stats
 MAX_BOOTSTRAP_CLUSTERS = 10_000
 STUDENTISED_BELOW = 100
 _CHUNK = 2_000_000  # resampled indices held in memory at once
+_FEW_KINDS = 64
 
 
 @dataclass(frozen=True)
@@ -135,19 +136,31 @@ def _finite(values: ArrayLike) -> NDArray[np.float64]:
 def _resample(
     sums: NDArray[np.float64], sizes: NDArray[np.float64], resamples: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the mean and its linearised standard error for each of `resamples` draws of clusters."""
+    """Return the mean and its linearised standard error for each of `resamples` draws of clusters.
+
+    Where few distinct values occur (outcomes, grades), how often each is drawn is one multinomial draw: the same distribution for a
+    fraction of the time.
+    """
     count = len(sums)
+    kinds, often = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
     means, errors = np.empty(resamples), np.empty(resamples)
-    step = max(1, _CHUNK // count)
+    few = len(kinds) <= _FEW_KINDS and len(kinds) * 4 <= count
+    step = max(1, _CHUNK // (len(kinds) if few else count))
     for start in range(0, resamples, step):
         stop = min(resamples, start + step)
-        index = rng.integers(0, count, (stop - start, count))
-        drawn, sized = sums[index], sizes[index]
-        total = sized.sum(axis=1)
-        mean = drawn.sum(axis=1) / total
-        residual = drawn - mean[:, None] * sized
+        if few:
+            times = rng.multinomial(count, often / count, size=stop - start)
+            total = times @ kinds[:, 1]
+            mean = (times @ kinds[:, 0]) / total
+            squares = (times * (kinds[:, 0] - mean[:, None] * kinds[:, 1]) ** 2).sum(axis=1)
+        else:
+            index = rng.integers(0, count, (stop - start, count))
+            drawn, sized = sums[index], sizes[index]
+            total = sized.sum(axis=1)
+            mean = drawn.sum(axis=1) / total
+            squares = ((drawn - mean[:, None] * sized) ** 2).sum(axis=1)
         means[start:stop] = mean
-        errors[start:stop] = np.sqrt((residual**2).sum(axis=1) * count / max(1, count - 1)) / total
+        errors[start:stop] = np.sqrt(squares * count / max(1, count - 1)) / total
     return means, errors
 
 

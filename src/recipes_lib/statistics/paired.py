@@ -6,6 +6,7 @@ Positive effects favour the first arm. The tests are two-sided.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from scipy import stats
 from recipes_lib.statistics.intervals import Interval, cluster_sums, mean_interval
 
 EXACT_SIGN_FLIPS = 14  # up to 2**14 sign patterns are enumerated
+NORMAL_SIGN_FLIPS = 2_000  # clusters above which the permutation distribution is normal to all digits that matter
+MAX_LATTICE = 20_000  # sum of the whole numbers up to which the distribution is computed exactly
 _CHUNK = 2_000_000
 
 
@@ -69,8 +72,9 @@ def paired_differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float6
 def sign_flip_p(differences: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 10_000, seed: int = 0) -> float | None:
     """Return the two-sided p of the sign-flip permutation test on the sum of the differences; None when all are zero.
 
-    Whole clusters are flipped. Up to 14 non-zero clusters all patterns are enumerated, above that `resamples` random ones plus
-    the observed one are used, so p is never 0.
+    Whole clusters are flipped. Outcomes and grades lie on a lattice, where the distribution over all sign patterns is computed exactly.
+    Otherwise up to 14 non-zero clusters all patterns are enumerated, above that `resamples` random ones plus the observed one are used,
+    so p is never 0, and above 2,000 clusters the normal limit of the same distribution.
     """
     values = np.asarray(differences, dtype=float).reshape(-1)
     sums = cluster_sums(values, clusters)[0] if len(values) else values
@@ -79,9 +83,14 @@ def sign_flip_p(differences: ArrayLike, clusters: ArrayLike | None = None, *, re
     if count == 0:
         return None
     observed = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
+    steps = _lattice(sums)
+    if steps is not None:
+        return _exact_sign_flip_p(steps)
     if count <= EXACT_SIGN_FLIPS:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=count)))
         return float((np.abs(signs @ sums) >= observed).mean())
+    if count > NORMAL_SIGN_FLIPS:
+        return float(2 * stats.norm.sf(abs(sums.sum()) / math.sqrt((sums**2).sum())))
     rng = np.random.default_rng(seed)
     hits, step = 0, max(1, _CHUNK // count)
     for start in range(0, resamples, step):
@@ -89,6 +98,56 @@ def sign_flip_p(differences: ArrayLike, clusters: ArrayLike | None = None, *, re
         signs = rng.integers(0, 2, (rows, count)) * 2.0 - 1.0
         hits += int((np.abs(signs @ sums) >= observed).sum())
     return (hits + 1) / (resamples + 1)
+
+
+def _lattice(sums: NDArray[np.float64]) -> NDArray[np.int64] | None:
+    """Return the sums as whole multiples of a common step, or None where there is no step that makes them small enough."""
+    for parts in (1, 2, 3, 4, 6, 12):
+        scaled = sums * parts
+        steps = np.rint(scaled).astype(np.int64)
+        if np.abs(scaled - steps).max() < 1e-9:
+            steps //= np.gcd.reduce(np.abs(steps))
+            return steps if np.abs(steps).sum() <= MAX_LATTICE else None
+    return None
+
+
+def _exact_sign_flip_p(steps: NDArray[np.int64]) -> float:
+    """The exact p for whole numbers: the distribution of their sum under random signs, one size of number at a time."""
+    sizes, counts = np.unique(np.abs(steps), return_counts=True)
+    if len(sizes) == 1:
+        return float(stats.binomtest(int((steps > 0).sum()), len(steps)).pvalue)
+    chances = np.ones(1)
+    for size, count in zip(sizes, counts, strict=True):
+        one = np.zeros(2 * int(size) * int(count) + 1)
+        one[:: 2 * int(size)] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, one)  # positive terms only: the small chances at the ends keep their digits
+    total = int((sizes * counts).sum())
+    observed = abs(int(steps.sum()))
+    upper = float(chances[total + observed :].sum())  # index i stands for the sum i - total
+    return min(1.0, 2 * upper) if observed else 1.0
+
+
+def paired_binary_interval(only_first: int, only_second: int, n: int, level: float = 0.95) -> Interval:
+    """Return the difference of two paired shares with the adjusted Wald interval; it holds with few or no discordant pairs.
+
+    Args:
+        only_first: items that the first arm alone got right.
+        only_second: items that the second arm alone got right.
+        n: all items.
+
+    Example:
+        >>> interval = paired_binary_interval(10, 2, 100)
+        >>> interval.estimate, round(interval.low, 3), round(interval.high, 3)
+        (0.08, 0.008, 0.149)
+
+    Source: Bonett and Price (2012), Journal of Educational and Behavioral Statistics 37.
+    """
+    if n == 0:
+        return Interval(None, None, None, 0, "adjusted wald", level)
+    z = float(stats.norm.ppf(0.5 + level / 2))
+    first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+    center, half = first - second, z * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
+    return Interval((only_first - only_second) / n, max(-1.0, center - half), min(1.0, center + half), n, "adjusted wald", level)
 
 
 def paired_interval(
@@ -103,14 +162,29 @@ def paired_test(
 ) -> PairedResult:
     """Compare two arms item by item: effect, interval and p.
 
-    McNemar's exact test where both arms are 0/1 and no cluster has two items; the sign-flip permutation test otherwise.
+    McNemar's exact test and the adjusted Wald interval where the differences are wins and losses of one size (two arms of 0/1
+    outcomes, or pairs won, lost and tied) and no cluster has two items; the sign-flip permutation test and the bootstrap otherwise.
     """
     differences = paired_differences(first, second)
+    n = len(differences)
+    size = _one_size(differences, first, second)
+    clustered = clusters is not None and len(np.unique(np.asarray(clusters))) < n
+    if size is not None and not clustered:
+        won, lost = int((differences > 0).sum()), int((differences < 0).sum())
+        interval = paired_binary_interval(won, lost, n, level)
+        low, high = (None if limit is None else limit * size for limit in (interval.low, interval.high))
+        effect = float(differences.mean()) if n else None
+        return PairedResult(effect, low, high, mcnemar_p(won, lost), n, "mcnemar exact", interval.method, level)
     interval = mean_interval(differences, clusters, seed=seed, level=level)
-    binary = all(np.isin(np.asarray(arm, dtype=float), (0.0, 1.0)).all() for arm in (first, second))
-    clustered = clusters is not None and len(np.unique(np.asarray(clusters))) < len(differences)
-    if binary and not clustered:
-        p, test = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum())), "mcnemar exact"
-    else:
-        p, test = sign_flip_p(differences, clusters, seed=seed), "sign flip"
-    return PairedResult(interval.estimate, interval.low, interval.high, p, len(differences), test, interval.method, level)
+    p = sign_flip_p(differences, clusters, seed=seed)
+    return PairedResult(interval.estimate, interval.low, interval.high, p, n, "sign flip", interval.method, level)
+
+
+def _one_size(differences: NDArray[np.float64], first: ArrayLike, second: ArrayLike) -> float | None:
+    """Return the size that every difference other than zero has and must have: 1 for two arms of 0/1, 0.5 for outcomes against a half."""
+    a, b = np.asarray(first, dtype=float).reshape(-1), np.asarray(second, dtype=float).reshape(-1)
+    if np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all():
+        return 1.0
+    if np.isin(a, (0.0, 0.5, 1.0)).all() and (b == 0.5).all():
+        return 0.5
+    return None

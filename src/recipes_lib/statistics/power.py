@@ -19,10 +19,14 @@ def _multiplier(alpha: float, power: float) -> float:
 
 
 def minimum_detectable_effect(
-    differences: ArrayLike, clusters: ArrayLike | None = None, *, alpha: float = 0.05, power: float = 0.8
+    differences: ArrayLike, clusters: ArrayLike | None = None, *, alpha: float = 0.05, power: float = 0.8, error: float | None = None
 ) -> float | None:
-    """Return the smallest mean difference found with probability `power`; None without a spread to base it on."""
-    error = standard_error(differences, clusters)
+    """Return the smallest mean difference found with probability `power`; None without a spread to base it on.
+
+    Args:
+        error: the standard error, where it is known already (several seeds).
+    """
+    error = standard_error(differences, clusters) if error is None else error
     return None if not error else _multiplier(alpha, power) * error
 
 

@@ -1,0 +1,118 @@
+"""Arms that were trained with several seeds: seeds and questions are crossed, and both vary.
+
+Resampling two to five seeds cannot give a 95% interval, and Satterthwaite's approximation covers 90-93% with two or three seeds that
+differ (benchmarks/statistics_simulation.py measures both). Howe's combination of two t intervals, one over seeds and one over
+questions, covers 94-98% from two seeds on; that it is wide with two seeds is the truth about two seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+from recipes_lib.statistics.intervals import Interval
+from recipes_lib.statistics.paired import PairedResult
+
+METHOD = "seeds and questions, t"
+
+
+def question_means(values: NDArray[np.float64], clusters: ArrayLike | None) -> NDArray[np.float64]:
+    """Return one value per seed and question, scaled so that their plain mean is the mean over all items.
+
+    Args:
+        values: one row per seed, one column per item.
+        clusters: the question of each item; None where each item is a question.
+    """
+    if clusters is None:
+        return values
+    codes = np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
+    count = int(codes.max()) + 1
+    sums = np.stack([np.bincount(codes, weights=row, minlength=count) for row in values])
+    sizes = np.bincount(codes, minlength=count).astype(float)
+    # A question with more items than others weighs more in the mean, and moves it less when it is left out: linearised ratio mean.
+    mean = values.mean()
+    return mean + (sums - mean * sizes) * count / len(codes)
+
+
+def _mean_squares(table: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean squares of seeds, questions and their interaction of a (seeds x questions) table."""
+    seeds, questions = table.shape
+    overall = table.mean()
+    by_seed, by_question = table.mean(axis=1), table.mean(axis=0)
+    rest = table - by_seed[:, None] - by_question[None, :] + overall
+    seed_square = questions * float(((by_seed - overall) ** 2).sum()) / (seeds - 1)
+    question_square = seeds * float(((by_question - overall) ** 2).sum()) / (questions - 1)
+    return seed_square, question_square, float((rest**2).sum()) / ((seeds - 1) * (questions - 1))
+
+
+def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, float | None]:
+    """Return the mean of a (seeds x questions) table with an interval over both, and the two-sided p against zero.
+
+    The squared half width is t(S-1)^2 MS(seeds)/SQ + t(Q-1)^2 (MS(questions) - MS(rest))/SQ, the second part never below zero; p is the
+    level at which the interval touches zero.
+
+    Returns:
+        The interval (limits None for fewer than two seeds or questions) and p (None where there is no variance).
+
+    Source: Howe (1974), Journal of the American Statistical Association 69; Burdick and Graybill (1992), Confidence Intervals on
+    Variance Components, chapter 3.
+    """
+    values = np.asarray(table, dtype=float)
+    seeds, questions = values.shape
+    estimate = float(values.mean()) if values.size else None
+    if estimate is None or seeds < 2 or questions < 2:
+        return Interval(estimate, None, None, questions, METHOD, level), None
+    by_seed, by_question, rest = (square / (seeds * questions) for square in _mean_squares(values))
+    by_question = max(by_question - rest, 0.0)
+    if by_seed + by_question <= 1e-24:
+        return Interval(estimate, estimate, estimate, questions, "zero variance", level), None
+
+    def half(alpha: float) -> float:
+        first, second = (float(stats.t.ppf(1 - alpha / 2, freedom)) for freedom in (seeds - 1, questions - 1))
+        return math.sqrt(first**2 * by_seed + second**2 * by_question)
+
+    wide = half(1 - level)
+    return Interval(estimate, estimate - wide, estimate + wide, questions, METHOD, level), _touching(half, abs(estimate))
+
+
+def _touching(half: Callable[[float], float], distance: float) -> float:
+    """The alpha at which the half width equals `distance`."""
+    smallest = 1e-12
+    if distance <= 0:
+        return 1.0
+    if half(smallest) <= distance:
+        return smallest
+    return math.exp(optimize.brentq(lambda logarithm: half(math.exp(logarithm)) - distance, math.log(smallest), -1e-12, xtol=1e-10))
+
+
+def seeds_test(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> PairedResult:
+    """Compare two arms with several seeds item by item; seeds that both arms have are paired in the order given.
+
+    Args:
+        first: one row per seed, one column per item.
+        second: the same for the other arm; a single row is an arm without seeds of its own (a base model, an opponent).
+        clusters: the question of each item.
+
+    Raises:
+        ValueError: the arms have different numbers of seeds (above one) or of items.
+    """
+    a, b = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
+    if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
+        raise ValueError(f"arms of {a.shape[0]} x {a.shape[1]} and {b.shape[0]} x {b.shape[1]} seeds x items cannot be paired")
+    differences = a - b
+    interval, p = crossed_interval(question_means(differences, clusters), level)
+    return PairedResult(interval.estimate, interval.low, interval.high, p, differences.shape[1], "crossed t", interval.method, level)
+
+
+def seeds_standard_error(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None) -> float | None:
+    """Return the standard error of the difference over seeds and questions; None below two of either."""
+    a, b = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
+    table = question_means(a - b, clusters)
+    if min(table.shape) < 2:
+        return None
+    by_seed, by_question, rest = (square / table.size for square in _mean_squares(table))
+    return math.sqrt(by_seed + max(by_question - rest, 0.0))

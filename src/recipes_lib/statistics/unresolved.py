@@ -1,0 +1,116 @@
+"""A paired comparison that does not ignore what has no verdict: tested with unresolved items left out, all against and all in favour.
+
+The interval spans all three, p is the largest of them, and where the two extremes point in different directions p is 1: a
+difference is only shown if it holds whatever the missing verdicts would have been.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from recipes_lib.statistics.intervals import standard_error
+from recipes_lib.statistics.paired import PairedResult, paired_test
+from recipes_lib.statistics.power import items_needed, minimum_detectable_effect
+from recipes_lib.statistics.seeds import seeds_standard_error, seeds_test
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The comparison of two arms on one metric.
+
+    `effect` is over resolved items; `lowest` and `highest` are the effects with every unresolved item against the first arm, and in
+    its favour. `low` and `high` span the three intervals. `standard_error` is what the power of this comparison rests on.
+    """
+
+    effect: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+    questions: int
+    seeds: int
+    unresolved: int
+    lowest: float | None
+    highest: float | None
+    test: str
+    interval_method: str
+    standard_error: float | None
+
+    def mde(self, alpha: float = 0.05) -> float | None:
+        """Return the smallest difference that a test at level `alpha` would have found with 80% probability."""
+        return None if not self.standard_error else minimum_detectable_effect([0.0], alpha=alpha, error=self.standard_error)
+
+    def questions_needed(self, alpha: float = 0.05) -> int | None:
+        """Return how many questions would find the observed effect with 80% probability, the spread staying as it is."""
+        if not self.standard_error or not self.effect or self.questions < 2:
+            return None
+        return items_needed(self.effect, self.standard_error * math.sqrt(self.questions), alpha=alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-ready dictionary."""
+        return asdict(self)
+
+
+def compare(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, *, scale: tuple[float, float] = (0.0, 1.0)) -> Tested:
+    """Return the comparison of two arms on the same items, NaN standing for an unresolved one.
+
+    Args:
+        first: values of the first arm: one row per training seed, one column per item; a flat list is one seed.
+        second: values of the second arm, or one row for all seeds (a base model; 0.5 for outcomes against the opponent itself).
+        clusters: the question of each item.
+        scale: smallest and largest possible value, which stand in for unresolved items.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    a, b = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"paired arms need the same items: {a.shape[1]} and {b.shape[1]} values")
+    labels = np.arange(a.shape[1]) if clusters is None else np.asarray(clusters)
+    open_items = np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0)
+    low, high = scale
+    known = ~open_items
+    complete = _test(a[:, known], b[:, known], labels[known])
+    seeds = max(a.shape[0], b.shape[0])
+    facts = (a.shape[1], len(np.unique(labels)), seeds, int(open_items.sum()))
+    if not open_items.any():
+        error = _error(a, b, labels)
+        limits = (complete.low, complete.high)
+        return Tested(complete.effect, *limits, complete.p, *facts, complete.effect, complete.effect, *_how(complete), error)
+    extremes = [
+        _test(np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b), labels) for mine, theirs in ((low, high), (high, low))
+    ]
+    every = [complete, *extremes]
+    worst, best = extremes[0].effect, extremes[1].effect
+    lows, highs = [one.low for one in every if one.low is not None], [one.high for one in every if one.high is not None]
+    p = None if all(one.p is None for one in every) else max(1.0 if one.p is None else one.p for one in every)
+    if p is not None and worst is not None and best is not None and worst <= 0 <= best:
+        p = 1.0
+    return Tested(
+        complete.effect, min(lows, default=None), max(highs, default=None), p, *facts, worst, best, *_how(complete),
+        _error(a[:, known], b[:, known], labels[known]),
+    )  # fmt: skip
+
+
+def _how(result: PairedResult) -> tuple[str, str]:
+    return result.test, result.interval_method
+
+
+def _test(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) -> PairedResult:
+    """The test that fits: seeds crossed with questions, or one seed's items paired."""
+    if max(a.shape[0], b.shape[0]) > 1:
+        return seeds_test(a, b, labels)
+    return paired_test(a[0], b[0], labels)
+
+
+def _error(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) -> float | None:
+    if a.shape[1] == 0:
+        return None
+    if max(a.shape[0], b.shape[0]) > 1:
+        return seeds_standard_error(a, b, labels)
+    return standard_error(a[0] - b[0], labels)

@@ -1,0 +1,116 @@
+"""Several seeds, and items without a verdict: both widen what is said, and never the other way round."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from recipes_lib.statistics.paired import paired_test
+from recipes_lib.statistics.seeds import crossed_interval, question_means, seeds_test
+from recipes_lib.statistics.unresolved import compare
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    questions = rng.normal(0.1, 0.3, 200)
+    alike = np.stack([questions + rng.normal(0, 0.1, 200) for _ in range(3)])
+    apart = alike + np.array([[-0.2], [0.0], [0.2]])
+    narrow, wide = crossed_interval(alike)[0], crossed_interval(apart)[0]
+    assert narrow.estimate == pytest.approx(wide.estimate)
+    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+
+
+def test_p_is_the_level_at_which_the_interval_touches_zero() -> None:
+    table = np.random.default_rng(1).normal(0.15, 0.5, (3, 60))
+    p = crossed_interval(table)[1]
+    touching = crossed_interval(table, level=1 - p)[0]
+    assert min(abs(touching.low), abs(touching.high)) == pytest.approx(0, abs=1e-6)
+
+
+def test_one_seed_is_no_crossed_table() -> None:
+    interval, p = crossed_interval([[0.1, 0.2, 0.3]])
+    assert (interval.low, interval.high, p) == (None, None, None)
+
+
+def test_equal_rows_have_no_variance_and_no_p() -> None:
+    interval, p = crossed_interval(np.full((3, 10), 0.2))
+    assert interval.low == interval.high == pytest.approx(0.2) and p is None
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(2, 0.1), (3, 0.1), (5, 0.05)])
+def test_coverage_over_seeds_and_questions(seeds: int, spread: float) -> None:
+    rng = np.random.default_rng(seeds)
+    covered = 0
+    for _ in range(500):
+        table = rng.normal(0, 0.3, (1, 80)) + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 0.5, (seeds, 80))
+        interval = crossed_interval(table)[0]
+        covered += interval.low <= 0 <= interval.high
+    assert covered / 500 >= 0.93
+
+
+def test_question_means_keep_the_mean_over_items() -> None:
+    values = np.array([[1.0, 0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0, 1.0]])
+    table = question_means(values, ["a", "a", "b", "b", "b"])
+    assert table.shape == (2, 2)
+    assert table.mean() == pytest.approx(values.mean())
+
+
+def test_a_base_without_seeds_is_paired_with_every_seed() -> None:
+    first = np.random.default_rng(2).integers(0, 2, (3, 50)).astype(float)
+    base = np.zeros((1, 50))
+    result = seeds_test(first, base)
+    assert result.effect == pytest.approx(first.mean())
+    with pytest.raises(ValueError, match="cannot be paired"):
+        seeds_test(first, np.zeros((2, 50)))
+
+
+def test_without_unresolved_items_compare_is_the_paired_test() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(0, 2, 80).astype(float), rng.integers(0, 2, 80).astype(float)
+    result, plain = compare(a, b), paired_test(a, b)
+    assert (result.effect, result.low, result.high, result.p) == (plain.effect, plain.low, plain.high, plain.p)
+    assert result.unresolved == 0 and result.lowest == result.effect == result.highest
+
+
+def test_unresolved_items_widen_the_interval_and_raise_p() -> None:
+    won = np.array([1.0] * 40 + [0.0] * 15 + [0.5] * 5)
+    clean = compare(won, np.full(60, 0.5))
+    torn = won.copy()
+    torn[:4] = np.nan
+    result = compare(torn, np.full(60, 0.5))
+    assert clean.p < 0.05
+    assert result.unresolved == 4 and result.n == 60
+    assert result.low < clean.low and result.high >= clean.high
+    assert result.p > clean.p
+
+
+def test_a_difference_that_unresolved_items_could_turn_round_is_never_shown() -> None:
+    won = np.array([1.0] * 30 + [0.0] * 10 + [np.nan] * 60)
+    result = compare(won, np.full(100, 0.5))
+    assert result.effect == 0.25 and result.p == 1.0
+    assert result.lowest < 0 < result.highest
+
+
+def test_nothing_resolved_and_nothing_at_all() -> None:
+    result = compare([np.nan] * 5, [0.5] * 5)
+    assert result.effect is None and result.n == 5 and result.unresolved == 5
+    assert result.low < 0 < result.high and result.p == 1.0
+    empty = compare([], [])
+    assert (empty.effect, empty.p, empty.n, empty.mde()) == (None, None, 0, None)
+
+
+def test_grades_are_filled_with_the_ends_of_their_scale() -> None:
+    a, b = np.array([5.0, 4.0, np.nan, 3.0]), np.array([4.0, 4.0, 2.0, 3.0])
+    result = compare(a, b, scale=(1.0, 5.0))
+    assert result.lowest == pytest.approx((1 + 0 - 1 + 0) / 4)
+    assert result.highest == pytest.approx((1 + 0 + 3 + 0) / 4)
+
+
+def test_power_rests_on_the_same_standard_error() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(0, 2, 800).astype(float), rng.integers(0, 2, 800).astype(float)
+    result = compare(a, b)
+    assert result.mde() == pytest.approx(2.8016 * result.standard_error, rel=1e-3)
+    assert result.mde(0.01) > result.mde()
+    needed = result.questions_needed()
+    assert needed is None or (needed > 800) == (abs(result.effect) < result.mde())
