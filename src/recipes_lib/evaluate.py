@@ -1,4 +1,4 @@
-"""THE evaluation script: an eval recipe and runs (or models) -> answers, judgments and result.json in each run.
+"""THE evaluation script: eval recipes and runs (or models) -> answers, judgments and result.json in each run.
 
     python -m recipes_lib.evaluate evals/quickstart/alpaca_eval.yaml my-run
     accelerate launch -m recipes_lib.evaluate evals/lm_eval.yaml my-run        # lm-eval on several GPUs
@@ -13,28 +13,56 @@ import datetime
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.recipe.loader import load_document
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
+
+if TYPE_CHECKING:
+    from recipes_lib.suites.harness import Harness
+    from recipes_lib.suites.judged_suite import JudgedSuite
 
 FORMAT_VERSION = 1
 
 
 def evaluate(
-    recipe: EvalRecipe, words: Sequence[str], against: str | None = None, *, allow_format_differences: bool = False
+    recipe: EvalRecipe,
+    words: Sequence[str],
+    against: str | None = None,
+    *,
+    allow_format_differences: bool = False,
+    remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate targets and write runs/<run>/evals/<eval>/result.json for each.
+    """Evaluate targets with one eval recipe, as `evaluate_all` does with several."""
+    return evaluate_all([recipe], words, against, allow_format_differences=allow_format_differences, remote_code=remote_code)
+
+
+def evaluate_all(
+    recipes: Sequence[EvalRecipe],
+    words: Sequence[str],
+    against: str | None = None,
+    *,
+    allow_format_differences: bool = False,
+    remote_code: bool = False,
+) -> list[dict[str, Any]]:
+    """Evaluate targets with every eval recipe and write runs/<run>/evals/<eval>/result.json for each pair.
+
+    Each base is loaded once and does everything that is asked of it (answers, lm-eval); then each judge is loaded once. Wrong words,
+    recipes and questions are refused before anything is loaded.
 
     Args:
-        recipe: the eval recipe.
-        words: runs, models, or files with answers.
-        against: the opponent (`reference`, `base`, another target); None for the recipe's.
+        recipes: eval recipes.
+        words: runs, models, `base` (of the runs beside it), or files with answers.
+        against: the opponent (`reference`, `base`, another target) in the suites that compare; None for each recipe's.
         allow_format_differences: compare models that were asked in different prompt formats.
+        remote_code: whether the command line allowed code that ships with a model.
 
     Returns:
-        What the result files hold, in the order of the words; empty on ranks other than the first.
+        What the result files hold: the targets of the first recipe in the order of the words, then those of the next; empty on ranks
+        other than the first.
 
     Raises:
         RecipeError: a word is no target, or formats differ.
@@ -43,128 +71,62 @@ def evaluate(
     from recipes_lib.training.session import quiet_libraries
 
     quiet_libraries()
+    if against and all(recipe.suite.name == "lm_eval" for recipe in recipes):
+        raise RecipeError(
+            "--against has no meaning for lm_eval: it scores answers, it does not compare them", "recipes compare compares runs"
+        )
+    suites = [_suite(recipe, words, against, allow_format_differences, remote_code) for recipe in recipes]
+    _visit_models(suites)
+    _ask_judges(suites)
+    return [_write(suite.recipe, result) for suite in suites for result in suite.results]
+
+
+def _suite(
+    recipe: EvalRecipe, words: Sequence[str], against: str | None, allow_format_differences: bool, remote_code: bool
+) -> Harness | JudgedSuite:
+    """Return one suite with its targets and questions found."""
     if recipe.suite.name == "lm_eval":
-        from recipes_lib.suites.harness import run_harness
+        from recipes_lib.suites.harness import Harness
 
-        if against:
-            raise RecipeError(
-                "--against has no meaning for lm_eval: it scores answers, it does not compare them", "recipes compare compares runs"
-            )
-        results = run_harness(recipe, words)
-    else:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise RecipeError(
-                f"{recipe.suite.name} runs in one process", "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai"
-            )
-        results = _judged(recipe, words, against, allow_format_differences)
-    return [_write(recipe, result) for result in results]
+        return Harness(recipe, words, remote_code)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            f"{recipe.suite.name} runs in one process", "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai"
+        )
+    from recipes_lib.suites.judged_suite import JudgedSuite
+
+    return JudgedSuite(recipe, words, against, allow_format_differences, remote_code)
 
 
-def _judged(recipe: EvalRecipe, words: Sequence[str], against: str | None, allow_format_differences: bool) -> list[dict[str, Any]]:
-    """Answer, judge and summarise AlpacaEval or MT-Bench."""
+def _visit_models(suites: Sequence[Harness | JudgedSuite]) -> None:
+    """Load base after base, and let every suite ask its targets on it; served models need no weights here."""
+    from recipes_lib.generation.subjects import grouped, loaded
+    from recipes_lib.generation.targets import distinct
+    from recipes_lib.suites.harness import alone
+
+    for served in (True, False):
+        mine = [suite for suite in suites if suite.served == served]
+        for group in grouped(distinct(target for suite in mine for target in suite.targets)):
+            with loaded(group, weights=not served and alone()) as subjects:
+                for suite in mine:
+                    wanted = {str(target.identity) for target in suite.targets}
+                    for subject in subjects:
+                        if str(subject.target.identity) in wanted:
+                            suite.visit(subject)
+
+
+def _ask_judges(suites: Sequence[Harness | JudgedSuite]) -> None:
+    """Load judge after judge, and let it judge every suite that names it."""
     from recipes_lib.generation.judges import opened
-    from recipes_lib.judging.store import JudgmentStore
-    from recipes_lib.suites import alpaca_eval, mt_bench
-    from recipes_lib.suites.answering import collect_answers
-    from recipes_lib.suites.judged import Judged, ask_probes, banners, judge_facts, judgments_file, scorecard
-    from recipes_lib.suites.questions import load_questions
+    from recipes_lib.suites.judged_suite import JudgedSuite
 
-    alpaca = recipe.suite.name == "alpaca_eval"
-    against = against or (recipe.metrics.against if alpaca else None)
-    if against == "reference" and not alpaca:
-        raise RecipeError("mt_bench has no reference opponent", "compare with a model: --against base, or --against RUN")
-    chosen = load_questions(recipe)
-    questions = chosen.questions
-    pairing = collect_answers(recipe, words, against, questions)
-    if not allow_format_differences:
-        _check_formats(pairing)
-    assert recipe.judge is not None
-    results = []
-    with opened(recipe.judge) as judge:
-        judged: dict[str, Judged] = {}
-        probes: list[Any] = []
-        for answers in pairing.targets:
-            opponent = pairing.opponents.get(answers.name)
-            if alpaca:
-                assert opponent is not None
-                judged[answers.name] = alpaca_eval.judge_answers(recipe, questions, answers, opponent, judge)
-            else:
-                judged[answers.name] = mt_bench.judge_answers(recipe, questions, answers, opponent, judge)
-            if opponent is not None and not probes:
-                pairs = (alpaca_eval if alpaca else mt_bench).pair_items(questions, answers, opponent)
-                store = JudgmentStore(judgments_file(answers.folder(recipe.name), opponent.name))
-                probes = ask_probes(pairs, judge, store, recipe.metrics.probe_pairs)
-        for answers in pairing.targets:
-            opponent = pairing.opponents.get(answers.name)
-            mine = judged[answers.name]
-            mine.probes = probes
-            facts, card = answers.to_dict(recipe.metrics.max_identical_fraction), scorecard(judge, mine)
-            result = {
-                "target": answers.name,
-                "against": opponent.name if opponent else None,
-                "n": len(questions),
-                "subset": chosen.subset,
-                "banners": [
-                    *banners(answers, opponent, judge, card, chosen.subset, facts["answers"]),
-                    *_twins(answers, pairing.targets),
-                    *_no_reference(chosen.missing_references),
-                ],
-                "answers": facts,
-                "opponent": opponent.to_dict(recipe.metrics.max_identical_fraction) if opponent else None,
-                "judge": judge_facts(judge),
-                "audit": card,
-                "missing_references": list(chosen.missing_references),
-            }
-            if alpaca:
-                assert opponent is not None
-                result |= alpaca_eval.summary(recipe, questions, answers, opponent, judge, mine.rows)
-                lines = alpaca_eval.samples(questions, answers, opponent, mine.rows)
-                _write_samples(alpaca_eval.sample_file(answers.folder(recipe.name), "samples.jsonl", opponent), lines)
-            else:
-                result |= mt_bench.summary(questions, mine.rows)
-                mt_bench.write_fastchat(recipe, questions, answers, opponent, mine.rows, recipe.judge.path.stem)
-            results.append(result)
-    return results
-
-
-def _check_formats(pairing: Any) -> None:
-    """Refuse to compare models that were asked in different prompt formats.
-
-    Raises:
-        RecipeError: naming the formats.
-    """
-    for answers in pairing.targets:
-        opponent = pairing.opponents.get(answers.name)
-        if (
-            opponent
-            and opponent.prompt_format_hash
-            and answers.prompt_format_hash
-            and opponent.prompt_format_hash != answers.prompt_format_hash
-        ):
-            raise RecipeError(
-                f"{answers.name} is asked in prompt format {answers.prompt_format}, {opponent.name} in {opponent.prompt_format}",
-                "the difference would be part of the result; insist with --allow-format-differences (recorded)",
-            )
-
-
-def _no_reference(missing: Sequence[str]) -> list[str]:
-    """The line about questions that should be graded against a reference and have none."""
-    if not missing:
-        return []
-    return [f"{len(missing)} questions need a reference answer and have none, so they are graded without: {', '.join(missing[:8])}"]
-
-
-def _twins(answers: Any, targets: Sequence[Any]) -> list[str]:
-    same = [other.name for other in targets if other.name != answers.name and other.digest == answers.digest]
-    return [f"{answers.name} and {same[0]} gave the same answers: they are one model here and cannot be ranked"] if same else []
-
-
-def _write_samples(path: Any, lines: Sequence[dict[str, Any]]) -> None:
-    import json
-
-    from recipes_lib.atomic_files import write_text
-
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    waiting = [suite for suite in suites if isinstance(suite, JudgedSuite)]
+    while waiting:
+        file = waiting[0].judge_file
+        with opened(file) as judge:
+            for suite in [suite for suite in waiting if suite.judge_file == file]:
+                suite.judge(judge)
+        waiting = [suite for suite in waiting if suite.judge_file != file]
 
 
 def _write(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
@@ -186,12 +148,20 @@ def _write(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate without tables, for `accelerate launch`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="recipes_lib.evaluate", description="Evaluate runs and models.", allow_abbrev=False)
-    parser.add_argument("words", nargs="+", metavar="EVAL TARGET...", help="an eval recipe, runs or models, section.key=value overrides")
+    parser.add_argument("words", nargs="+", metavar="EVAL... TARGET...", help="eval recipes, runs or models, section.key=value overrides")
     parser.add_argument("--against")
+    parser.add_argument("--allow-format-differences", action="store_true")
+    parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(argv)
     try:
-        recipe, targets = split_words(options.words)
-        evaluate(recipe, targets, options.against)
+        recipes, targets = split_words(options.words)
+        evaluate_all(
+            recipes,
+            targets,
+            options.against,
+            allow_format_differences=options.allow_format_differences,
+            remote_code=options.trust_remote_code,
+        )
     except RecipesError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print_error(error)
@@ -199,18 +169,34 @@ def main(argv: list[str] | None = None) -> int:
     return int(ExitCode.DONE)
 
 
-def split_words(words: Sequence[str], overrides: Sequence[str] = ()) -> tuple[EvalRecipe, list[str]]:
-    """Return the eval recipe and the targets of a command line: its first word, and those that are no `section.key=value`.
+def split_words(words: Sequence[str], overrides: Sequence[str] = (), lm_eval: Sequence[str] = ()) -> tuple[list[EvalRecipe], list[str]]:
+    """Return the eval recipes and the targets of a command line.
+
+    The first word and every further YAML file are eval recipes; `section.key=value` words override a value in each of them; what is
+    left are targets.
+
+    Args:
+        overrides: further `section.key=value` words.
+        lm_eval: such words for recipes of lm_eval alone (`--limit` and the like).
 
     Raises:
-        RecipeError: there is no target.
+        RecipeError: there is no target, a recipe is named twice, or options of lm_eval stand without a recipe of it.
     """
     own = [word for word in words[1:] if _is_override(word)]
-    targets = [word for word in words[1:] if word not in own]
-    recipe = load_eval(words[0], [*own, *overrides])
+    files = [words[0], *(word for word in words[1:] if word not in own and Path(word).suffix in (".yaml", ".yml"))]
+    targets = [word for word in words[1:] if word not in own and word not in files]
+    harness = {file for file in files if load_document(file).values.get("suite", {}).get("name") == "lm_eval"} if lm_eval else set()
+    if lm_eval and not harness:
+        raise RecipeError(
+            f"--{lm_eval[0].partition('=')[0].removeprefix('suite.')} is an option of lm_eval", "fewer questions: data.max_questions=N"
+        )
+    recipes = [load_eval(file, [*own, *overrides, *(lm_eval if file in harness else ())]) for file in dict.fromkeys(files)]
+    names = [recipe.name for recipe in recipes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"two eval recipes are called '{twice}'", "their results would overwrite each other: rename one")
     if not targets:
-        raise RecipeError("nothing to evaluate", f"name runs or models: recipes eval {words[0]} RUN")
-    return recipe, targets
+        raise RecipeError("nothing to evaluate", f"name runs or models: recipes eval {' '.join(files)} RUN")
+    return recipes, targets
 
 
 def _is_override(word: str) -> bool:

@@ -6,7 +6,8 @@ import pytest
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.generation.engine import Decoding, Request
-from recipes_lib.generation.subjects import base_target, find_targets, grouped, loaded, record_base
+from recipes_lib.generation.subjects import grouped, loaded
+from recipes_lib.generation.targets import Asking, base_target, find_targets, record_base
 from recipes_lib.generation.transformers_engine import TransformersEngine
 
 
@@ -54,14 +55,14 @@ def test_a_bare_model_is_asked_through_its_chat_template(runs_folder, tiny_model
 
 
 def test_a_model_that_only_a_server_has_is_rendered_there(runs_folder):
-    with loaded(find_targets(["some-served-name"], any_model=True), weights=False) as (subject,):
+    with loaded(find_targets(["some-served-name"], Asking(any_model=True)), weights=False) as (subject,):
         assert subject.prompts.render([{"role": "user", "content": "Hi"}]) == (None, ()) and subject.model is None
 
 
 def test_a_format_the_run_was_not_trained_with_is_refused(make_run):
     make_run("one", 1)
     with pytest.raises(RecipeError, match="trained with prompt format dolly"):
-        find_targets(["one"], prompt_format="chat")
+        find_targets(["one"], Asking(prompt_format="chat"))
 
 
 def test_a_chat_template_that_changed_since_training_is_refused(make_run):

@@ -148,7 +148,7 @@ class _LocalJudge:
     def _load(self) -> Any:
         import torch
 
-        from recipes_lib.generation.subjects import stand_in_recipe
+        from recipes_lib.generation.targets import stand_in_recipe
         from recipes_lib.generation.transformers_engine import TransformersEngine
         from recipes_lib.training.model import load_model
 

@@ -1,4 +1,4 @@
-"""What is evaluated: finished runs, base models and any other model, grouped so that each base is loaded once.
+"""Targets ready to answer: grouped so that each base is loaded once, with fingerprint, prompt format and run directory.
 
 A model without a run gets a run directory of its own, `base--<model>--<hash8>`, whose hash covers weights, precision and prompt
 format: the same model asked in another format is another directory.
@@ -18,133 +18,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from recipes_lib.data.conversations import Message
 from recipes_lib.errors import RecipeError
 from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of, model_fingerprint
-from recipes_lib.recipe.project import runs_root
+from recipes_lib.generation.targets import Target
 from recipes_lib.recipe.recipe import Recipe
-from recipes_lib.recipe.sections import DataSection, LaunchSection, ModelSection, RunSection
-from recipes_lib.runs.directory import RunDirectory, open_run
-from recipes_lib.training.trained import BASE, Family, TrainedRun, families, finished_run
+from recipes_lib.recipe.sections import DataSection
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.training.trained import BASE, Family, TrainedRun, families
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One word of the command line: a finished run, or a model as a recipe that was never trained."""
-
-    word: str
-    recipe: Recipe
-    trained: TrainedRun | None = None
-
-    @property
-    def is_base(self) -> bool:
-        """Whether this is a model without a run."""
-        return self.trained is None
-
-    @property
-    def is_stand_in(self) -> bool:
-        """Whether the recipe was made up for a model that is no run's base."""
-        return self.trained is None and not self.recipe.train
-
-
-def find_targets(words: Sequence[str], prompt_format: str = "auto", dtype: str = "bfloat16", *, any_model: bool = False) -> list[Target]:
-    """Return what the words name: runs, local models, packaged models, Hub ids.
-
-    A model that is the base of a run among the words is asked as that run is: in its precision and prompt format.
-
-    Args:
-        words: run names or folders, model folders, `package:` names, Hub ids.
-        prompt_format: `generation.prompt_format` of the eval recipe.
-        dtype: precision of models that are no run's base.
-        any_model: take any other word as a model that a server has.
-
-    Raises:
-        RecipeError: a word is neither a run nor a model, a run is not finished, or a run was trained with another prompt format.
-    """
-    opened = {word: open_run(word) for word in words if _is_run(word)}
-    stand_ins = {word: recipe for word, run in opened.items() if (recipe := stored_recipe(run))}
-    runs: dict[str, TrainedRun] = {word: finished_run(run) for word, run in opened.items() if word not in stand_ins}
-    for one in runs.values():
-        trained_with = one.recipe.data.prompt_format
-        if prompt_format not in ("auto", trained_with):
-            raise RecipeError(
-                f"run '{one.run.name}' was trained with prompt format {trained_with}, generation.prompt_format asks for {prompt_format}",
-                "leave generation.prompt_format at auto",
-            )
-    targets = []
-    for word in dict.fromkeys(words):
-        if word in runs:
-            targets.append(Target(word, runs[word].recipe, runs[word]))
-            continue
-        if word in stand_ins:
-            targets.append(Target(stand_ins[word].model.name_or_path, stand_ins[word]))
-            continue
-        if not (any_model or _is_model(word)):
-            open_run(word)  # raises, with the names of similar runs
-        same = [one.recipe for one in runs.values() if one.recipe.model.name_or_path == word]
-        targets.append(base_target(same[0]) if same else Target(word, stand_in_recipe(word, prompt_format, dtype)))
-    return targets
-
-
-def base_target(recipe: Recipe) -> Target:
-    """Return the base model of a run, asked as the run is."""
-    return Target(recipe.model.name_or_path, dataclasses.replace(recipe, lora=None))
-
-
-def _is_run(word: str) -> bool:
-    path = Path(word)
-    return (len(path.parts) > 1 and (path / "run.json").is_file()) or (runs_root() / path.name / "run.json").is_file()
-
-
-def _is_model(word: str) -> bool:
-    return (
-        word.startswith("package:") or (Path(word) / "config.json").is_file() or (word.count("/") == 1 and not word.startswith((".", "/")))
-    )
-
-
-def stand_in_recipe(word: str, prompt_format: str = "auto", dtype: str = "bfloat16") -> Recipe:
-    """Return a recipe that stands for a model nobody trained; the prompt format `auto` is settled when its tokenizer is there."""
-    chosen: Any = "chat" if prompt_format == "auto" else prompt_format
-    return Recipe(
-        path=Path(word),
-        name=prompt_format,
-        model=ModelSection(name_or_path=word, dtype=dtype),  # type: ignore[arg-type]
-        data=DataSection(source="", prompt_format=chosen),
-        run=RunSection(),
-        launch=LaunchSection(),
-        train={},
-        lora=None,
-        quantization=None,
-        origins={},
-        warnings=(),
-        base_dir=Path.cwd(),
-    )
-
-
-def record_base(run: RunDirectory, recipe: Recipe, fingerprint: str, prompts: Any) -> None:
-    """Write run.json of a model without a run, so that its directory name can be used like a run's."""
-    if run.exists():
-        return
-    stand_in: dict[str, Any] = {
-        "model": dataclasses.asdict(recipe.model),
-        "data": {"source": "", **{key: getattr(recipe.data, key) for key in ("prompt_format", "chat_template", "system_prompt")}},
-        "quantization": recipe.quantization,
-        "folder": str(recipe.base_dir),
-    }
-    stand_in["data"]["prompt_format"] = prompts.name
-    run.write_state("finished", kind="base", stand_in=stand_in, fingerprint=fingerprint, prompt_format_hash=prompts.hash)
-
-
-def stored_recipe(run: RunDirectory) -> Recipe | None:
-    """Return the stand-in recipe of a directory that `record_base` made, or None for a trained run."""
-    stored = run.read_state().get("stand_in")
-    if stored is None:
-        return None
-    recipe = stand_in_recipe(stored["model"]["name_or_path"], stored["data"]["prompt_format"])
-    model, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
-    return dataclasses.replace(recipe, model=model, data=data, quantization=stored["quantization"], base_dir=Path(stored["folder"]))
 
 
 class Format(Protocol):
@@ -252,7 +135,7 @@ def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
     trained = [target.trained for target in targets if target.trained]
     if trained and weights:
         family = Family(trained)
-        return [_subject(target, family.tokenizer, family.model, _user_of(family, target)) for target in targets]
+        return [_subject(target, _tokenizer_for(family, target), family.model, _user_of(family, target)) for target in targets]
     subjects = []
     for target in targets:
         if target.is_stand_in and not weights:
@@ -261,11 +144,17 @@ def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
         if target.trained:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(target.trained.weights)
-        else:
+            subjects.append(_subject(target, AutoTokenizer.from_pretrained(target.trained.weights), None, None))
+            continue
+        try:
             model_path(target.recipe.model)
             tokenizer = load_tokenizer(target.recipe)
-        subjects.append(_subject(target, tokenizer, _load_bare(target.recipe, tokenizer) if weights else None, None))
+            subjects.append(_subject(target, tokenizer, _load_bare(target.recipe, tokenizer) if weights else None, None))
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            hint = "read that code; then set generation.trust_remote_code=true and pass --trust-remote-code"
+            raise RecipeError(f"'{target.word}' needs Python code that ships with it", hint) from None
     return subjects
 
 
@@ -280,6 +169,11 @@ def _base_directory(path: str, fingerprint: str, format_hash: str) -> RunDirecto
     """The run directory of a model without a run."""
     short = _NOT_IN_NAMES.sub("-", Path(path).name).strip("-.")[:60]
     return RunDirectory(f"base--{short}--{hash_of(fingerprint, format_hash)[:8]}")
+
+
+def _tokenizer_for(family: Family, target: Target) -> Any:
+    """The tokenizer that was saved with a run; a base is asked with that of the first run."""
+    return family.tokenizers[target.trained.run.name] if target.trained else family.tokenizer
 
 
 def _user_of(family: Family, target: Target) -> Any:

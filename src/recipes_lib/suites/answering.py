@@ -1,11 +1,11 @@
-"""Every target's answers to a suite's questions, one loaded base at a time. Answers in files are targets too."""
+"""Every target's answers to a suite's questions. The caller loads the models, base by base; answers in files are targets too."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from recipes_lib.errors import RecipeError
 from recipes_lib.generation.answers import Prompt, Writer, answer_faults
 from recipes_lib.generation.engine import Decoding, Engine
 from recipes_lib.generation.fingerprints import hash_of
-from recipes_lib.generation.subjects import ServerFormat, Subject, Target, base_target, find_targets, grouped, loaded, record_base
+from recipes_lib.generation.subjects import ServerFormat, Subject
+from recipes_lib.generation.targets import Asking, Target, base_target, distinct, record_base, targets_by_word
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.suites.questions import Question, read_answers
 from recipes_lib.suites.recipe import EvalRecipe
@@ -66,91 +67,104 @@ class AnswerSet:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Who is evaluated, and against whom: `opponents` maps a target's name to its opponent's."""
+    """Who is evaluated, and against whom: `opponents` maps a target's name to its opponent's answers."""
 
     targets: list[AnswerSet]
     opponents: dict[str, AnswerSet]
 
 
-def collect_answers(recipe: EvalRecipe, words: Sequence[str], against: str | None, questions: Sequence[Question]) -> Pairing:
-    """Return the answers of all targets and of their opponents; what is missing is generated.
+class Answering:
+    """The answers that one judged eval recipe needs: who must answer, and afterwards who stands against whom.
 
     Args:
-        words: targets as typed: runs, models, or files with answers.
+        words: targets as typed: runs, models, `base`, or files with answers.
         against: `reference`, `base`, another target, or None for no opponent.
+        remote_code: whether the command line allowed code that ships with a model.
 
     Raises:
         RecipeError: a word is no target, or `base` is asked for where there is none.
-        GenerationIncomplete: answers are missing.
     """
-    files = [word for word in [*words, *([against] if against else [])] if is_answer_file(word)]
-    served = recipe.generation.engine == "openai"
-    others = [word for word in words if word not in files]
-    wanted = find_targets(others, recipe.generation.prompt_format, recipe.generation.dtype, any_model=served)
-    named = dict(zip(dict.fromkeys(others), wanted, strict=True))
-    opponent_of: dict[str, Target] = {}
-    if against == BASE:
-        for word, target in named.items():
-            if target.trained is None or target.recipe.lora is None:
-                raise RecipeError(f"'{word}' has no base of its own to be compared with", "name another run or model: --against OTHER")
-            opponent_of[word] = base_target(target.recipe)
-    elif against and against != REFERENCE and against not in files:
-        (other,) = find_targets([against], recipe.generation.prompt_format, recipe.generation.dtype, any_model=served)
-        opponent_of = dict.fromkeys(named, other)
-    everyone = _distinct([*named.values(), *opponent_of.values()])
-    sets = _answer_all(recipe, everyone, questions)
-    by_target = {id(target): sets[position] for position, target in enumerate(everyone)}
-    pick = {word: by_target[id(_same(everyone, target))] for word, target in named.items()}
-    from_files = {word: _from_file(Path(word), questions) for word in files}
-    targets = [from_files.get(word) or pick[word] for word in dict.fromkeys(words)]
-    opponents: dict[str, AnswerSet] = {}
-    for word, answers in zip(dict.fromkeys(words), targets, strict=True):
+
+    def __init__(
+        self, recipe: EvalRecipe, words: Sequence[str], against: str | None, questions: Sequence[Question], remote_code: bool = False
+    ) -> None:
+        self.recipe, self.questions, self.words, self.against = recipe, questions, list(dict.fromkeys(words)), against
+        self.served = recipe.generation.engine == "openai"
+        self._done: dict[str, AnswerSet] = {}
+        asking = asking_of(recipe, remote_code)
+        files = [word for word in [*self.words, *([against] if against else [])] if is_answer_file(word)]
+        self._from_files = {word: _from_file(Path(word), questions) for word in files}
+        others = [word for word in self.words if word not in files]
+        opponent = [against] if against and against not in (REFERENCE, BASE, *files) else []
+        found = targets_by_word([*others, *opponent], asking)
+        self._named = {word: found[word] for word in others}
+        self._opponent_of: dict[str, Target] = dict.fromkeys(others, found[opponent[0]]) if opponent else {}
+        if against == BASE:
+            self._opponent_of = {word: _base_of(word, self._named) for word in others}
         if against == REFERENCE:
-            opponents[answers.name] = _reference(questions)
-        elif against in from_files:
-            opponents[answers.name] = from_files[against]
-        elif word in opponent_of:
-            opponents[answers.name] = by_target[id(_same(everyone, opponent_of[word]))]
-        elif against:
-            raise RecipeError(f"'{word}' is a file of answers and has no base", "name the opponent: --against RUN")
-    return Pairing(targets, opponents)
+            self._reference = _reference(questions)
+        self.targets = distinct([*self._named.values(), *self._opponent_of.values()])
+
+    def visit(self, subject: Subject) -> None:
+        """Let one of `targets` answer what is missing.
+
+        Raises:
+            GenerationIncomplete: answers are missing.
+        """
+        self._done[str(subject.target.identity)] = _answer(self.recipe, subject, self.questions)
+
+    def pairing(self) -> Pairing:
+        """Return the answers of all targets and of their opponents.
+
+        Raises:
+            RecipeError: a file of answers is to be compared with its base.
+        """
+        targets: dict[str, AnswerSet] = {}
+        opponents: dict[str, AnswerSet] = {}
+        for word in self.words:
+            answers = self._from_files.get(word) or self._done[str(self._named[word].identity)]
+            targets[answers.name] = answers
+            if self.against == REFERENCE:
+                opponents[answers.name] = self._reference
+            elif self.against in self._from_files:
+                opponents[answers.name] = self._from_files[self.against]
+            elif word in self._opponent_of:
+                opponents[answers.name] = self._done[str(self._opponent_of[word].identity)]
+            elif self.against:
+                raise RecipeError(f"'{word}' is a file of answers and has no base", "name the opponent: --against RUN")
+        return Pairing(list(targets.values()), opponents)
+
+
+def asking_of(recipe: EvalRecipe, remote_code: bool) -> Asking:
+    """Return how an eval recipe asks models without a run."""
+    section = recipe.generation
+    return Asking(
+        prompt_format=section.prompt_format,
+        dtype=section.dtype,
+        any_model=section.engine == "openai",
+        own_code=section.trust_remote_code,
+        remote_code=remote_code,
+    )
+
+
+def _base_of(word: str, named: Mapping[str, Target]) -> Target:
+    """The base that a target is compared with; the base itself beside its runs is compared with itself, which is one half.
+
+    Raises:
+        RecipeError: the target is no adapter.
+    """
+    target = named[word]
+    if target.trained is not None and target.recipe.lora is not None:
+        return base_target(target.recipe)
+    bases = [base_target(one.recipe) for one in named.values() if one.trained is not None and one.recipe.lora is not None]
+    if any(base.identity == target.identity for base in bases):
+        return target
+    raise RecipeError(f"'{word}' has no base of its own to be compared with", "name another run or model: --against OTHER")
 
 
 def is_answer_file(word: str) -> bool:
     """Whether a word of the command line is a file of answers."""
     return Path(word).suffix in (".json", ".jsonl") and Path(word).is_file()
-
-
-def _distinct(targets: Sequence[Target]) -> list[Target]:
-    """Return the targets, each once."""
-    kept: list[Target] = []
-    for target in targets:
-        if _same(kept, target) is None:
-            kept.append(target)
-    return kept
-
-
-def _same(targets: Sequence[Target], target: Target) -> Target | None:
-    """Return the target of the list that stands for the same run or model."""
-
-    def identity(one: Target) -> Any:
-        if one.trained:
-            return one.trained.run.path
-        section = one.recipe.data
-        return one.recipe.model, str(one.recipe.quantization), section.prompt_format, section.chat_template, section.system_prompt
-
-    return next((one for one in targets if identity(one) == identity(target)), None)
-
-
-def _answer_all(recipe: EvalRecipe, targets: Sequence[Target], questions: Sequence[Question]) -> list[AnswerSet]:
-    """Generate what is missing, base by base; the result is in the order of the targets."""
-    done: dict[int, AnswerSet] = {}
-    served = recipe.generation.engine == "openai"
-    for group in grouped(targets):
-        with loaded(group, weights=not served) as subjects:
-            for target, subject in zip(group, subjects, strict=True):
-                done[id(target)] = _answer(recipe, subject, questions)
-    return [done[id(target)] for target in targets]
 
 
 def _answer(recipe: EvalRecipe, subject: Subject, questions: Sequence[Question]) -> AnswerSet:

@@ -20,36 +20,59 @@ import yaml
 from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.generation.fingerprints import hash_of
-from recipes_lib.generation.subjects import Subject, Target, find_targets, grouped, loaded, record_base
+from recipes_lib.generation.subjects import Subject
+from recipes_lib.generation.targets import Target, find_targets, record_base
 from recipes_lib.statistics.intervals import mean_interval, wilson
+from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe
 
 _PASSED = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
 _OURS = ("model", "model_args", "tasks", "task_manager", "use_cache", "log_samples", "samples", "evaluation_tracker")
 
 
-def run_harness(recipe: EvalRecipe, words: Sequence[str]) -> list[dict[str, Any]]:
-    """Evaluate all targets and return one result each; on other ranks than the first, an empty list.
+class Harness:
+    """lm-eval for the targets of one eval recipe, one loaded base at a time; `results` has one per target, in their order.
+
+    Under `accelerate launch` every rank visits every subject, loads the model itself, and the first rank has the results.
 
     Raises:
-        RecipeError: an unknown task or option.
-        EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
+        RecipeError: a word is no target, a wrong option, or several processes without GPUs.
     """
-    targets = find_targets(words, recipe.generation.prompt_format, recipe.generation.dtype)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not alone:
-        import torch
 
-        if not torch.cuda.is_available():
-            raise RecipeError("lm-eval divides its work over GPUs only: here every process would do all of it", "run it in one process")
-    results: dict[int, dict[str, Any]] = {}
-    for group in grouped(targets):
-        with loaded(group, weights=alone) as subjects:
-            for target, subject in zip(group, subjects, strict=True):
-                result = _run(recipe, subject, _live_model(recipe, subject) if alone else _model_by_name(recipe, target))
-                if result is not None:
-                    results[id(target)] = result
-    return [results[id(target)] for target in targets if id(target) in results]
+    served = False
+
+    def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
+        self.recipe = recipe
+        self.targets = find_targets(words, asking_of(recipe, remote_code))
+        self._done: dict[str, dict[str, Any]] = {}
+        if unknown := sorted(set(recipe.suite.options) & set(_OURS)):
+            raise recipe.error("suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself")
+        if not alone():
+            import torch
+
+            if not torch.cuda.is_available():
+                raise RecipeError("lm-eval divides its work over GPUs only: here every process would do all of it", "run it in one process")
+
+    def visit(self, subject: Subject) -> None:
+        """Evaluate one of `targets`.
+
+        Raises:
+            RecipeError: an unknown task or option.
+            EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
+        """
+        model = _live_model(self.recipe, subject) if alone() else _model_by_name(self.recipe, subject.target)
+        if (result := _run(self.recipe, subject, model)) is not None:
+            self._done[str(subject.target.identity)] = result
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """One result per target that was visited; none on other ranks than the first."""
+        return [self._done[name] for target in self.targets if (name := str(target.identity)) in self._done]
+
+
+def alone() -> bool:
+    """Whether this is the only process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 def plain_command(recipe: EvalRecipe, target: Target) -> str:
@@ -77,6 +100,8 @@ def _named_arguments(target: Target) -> dict[str, Any]:
     arguments: dict[str, Any] = {"pretrained": model_path(section), "dtype": section.dtype}
     if section.revision:
         arguments["revision"] = section.revision
+    if section.trust_remote_code:
+        arguments["trust_remote_code"] = True
     if target.trained and target.recipe.lora is None:
         arguments["pretrained"] = str(target.trained.weights)
     elif target.trained:
@@ -109,8 +134,6 @@ def _live_model(recipe: EvalRecipe, subject: Subject) -> dict[str, Any]:
 def _run(recipe: EvalRecipe, subject: Subject, model: dict[str, Any]) -> dict[str, Any] | None:
     """Evaluate one subject, keep lm-eval's files and return our result; None on other ranks than the first."""
     suite = recipe.suite
-    if unknown := sorted(set(suite.options) & set(_OURS)):
-        raise recipe.error("suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself")
     folder = subject.run.path / "evals" / recipe.name
     settings = {name: getattr(suite, name) for name in _PASSED if name != "batch_size"} | suite.options
     cache = folder / "cache" / hash_of(subject.fingerprint, suite.batch_size)[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,6 +96,29 @@ def banners(
         lines.append(warning)
     lines += answer_banners(answers, opponent, faults)
     return [*lines, *([subset] if subset else [])]
+
+
+def failed_elsewhere(answers: AnswerSet, judge: OpenJudge, cards: Mapping[str, Mapping[str, Any]], eval_name: str) -> list[str]:
+    """Return the line about a judge that passed here and failed its audit on another target or in another eval of this run.
+
+    Args:
+        cards: the scorecards of this evaluation by target.
+        eval_name: this evaluation's folder, which is not searched.
+    """
+    if _failures(cards[answers.name]):
+        return []
+    found = {f"on {name}": _failures(card) for name, card in cards.items()}
+    for path in sorted(answers.folder(eval_name).parent.glob("*/result*.json")):
+        if path.parent.name != eval_name:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored.get("judge", {}).get("fingerprint") == judge.judge.fingerprint:
+                found[f"in {path.parent.name}"] = _failures(stored["audit"])
+    failed = next(((where, checks) for where, checks in found.items() if checks), None)
+    return [f"This judge failed its audit {failed[0]}: {'; '.join(failed[1])}. Its verdicts are not evidence."] if failed else []
+
+
+def _failures(card: Mapping[str, Any]) -> list[str]:
+    return [f"{check['check']} {check['value']:.2f} (needs {check['needs']})" for check in card["checks"] if check["result"] == "fail"]
 
 
 def answer_banners(answers: AnswerSet, opponent: AnswerSet | None, faults: Mapping[str, Any]) -> list[str]:

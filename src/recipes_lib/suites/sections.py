@@ -83,6 +83,11 @@ class GenerationSection:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
         "transformers: precision of a model without a run; runs keep their recipe's.", "bfloat16"
     )
+    trust_remote_code: bool = _key(
+        "transformers: run Python code that ships with a model without a run; a run has its recipe's model.trust_remote_code. "
+        "Also needs --trust-remote-code on the command line.",
+        False,
+    )
     batch_tokens: int = _key(
         "transformers: padded tokens (prompt and answer) per batch; larger is faster until memory is full.", 8192, minimum=1
     )

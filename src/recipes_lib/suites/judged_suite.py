@@ -1,0 +1,161 @@
+"""One judged eval recipe (AlpacaEval, MT-Bench) from its words to its results: answers first, then one judge for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.atomic_files import write_text
+from recipes_lib.errors import RecipeError
+from recipes_lib.generation.judges import OpenJudge
+from recipes_lib.generation.subjects import Subject
+from recipes_lib.judging.store import JudgmentStore
+from recipes_lib.suites import alpaca_eval, mt_bench
+from recipes_lib.suites.answering import REFERENCE, Answering, AnswerSet, Pairing
+from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewhere, judge_facts, judgments_file, scorecard
+from recipes_lib.suites.questions import load_questions
+from recipes_lib.suites.recipe import EvalRecipe
+
+
+class JudgedSuite:
+    """The targets of one eval recipe: `visit` lets each answer, `judge` has the answers judged, `results` are the numbers.
+
+    Raises:
+        RecipeError: a word is no target, or mt_bench is asked for an opponent that it has not.
+        DataError: questions or answers in a file cannot be used.
+    """
+
+    def __init__(
+        self,
+        recipe: EvalRecipe,
+        words: Sequence[str],
+        against: str | None,
+        allow_format_differences: bool = False,
+        remote_code: bool = False,
+    ) -> None:
+        assert recipe.judge is not None
+        self.recipe, self.judge_file = recipe, recipe.judge
+        self.alpaca = recipe.suite.name == "alpaca_eval"
+        against = against or (recipe.metrics.against if self.alpaca else None)
+        if against == REFERENCE and not self.alpaca:
+            raise RecipeError("mt_bench has no reference opponent", "compare with a model: --against base, or --against RUN")
+        self.chosen = load_questions(recipe)
+        self.answering = Answering(recipe, words, against, self.chosen.questions, remote_code)
+        self.allow_format_differences = allow_format_differences
+        self.results: list[dict[str, Any]] = []
+
+    @property
+    def targets(self) -> Any:
+        """Who has to answer, opponents included."""
+        return self.answering.targets
+
+    @property
+    def served(self) -> bool:
+        """Whether a server has the models."""
+        return self.answering.served
+
+    def visit(self, subject: Subject) -> None:
+        """Let one of `targets` answer.
+
+        Raises:
+            GenerationIncomplete: answers are missing.
+        """
+        self.answering.visit(subject)
+
+    def judge(self, judge: OpenJudge) -> None:
+        """Ask for every verdict that is missing, and fill `results`.
+
+        Raises:
+            RecipeError: models that were asked in different prompt formats would be compared.
+            EvaluationIncomplete: judgments are missing.
+        """
+        pairing = self.answering.pairing()
+        if not self.allow_format_differences:
+            check_formats(pairing)
+        judged = self._judged(pairing, judge)
+        cards = {name: scorecard(judge, mine) for name, mine in judged.items()}
+        self.results = [self._result(answers, pairing, judge, judged[answers.name], cards) for answers in pairing.targets]
+
+    def _judged(self, pairing: Pairing, judge: OpenJudge) -> dict[str, Judged]:
+        """All verdicts, and the probes of the first pair of models with each of them."""
+        judged: dict[str, Judged] = {}
+        probes: list[Any] = []
+        suite: Any = alpaca_eval if self.alpaca else mt_bench
+        for answers in pairing.targets:
+            opponent = pairing.opponents.get(answers.name)
+            judged[answers.name] = suite.judge_answers(self.recipe, self.chosen.questions, answers, opponent, judge)
+            if opponent is not None and not probes:
+                pairs = suite.pair_items(self.chosen.questions, answers, opponent)
+                store = JudgmentStore(judgments_file(answers.folder(self.recipe.name), opponent.name))
+                probes = ask_probes(pairs, judge, store, self.recipe.metrics.probe_pairs)
+        for mine in judged.values():
+            mine.probes = probes
+        return judged
+
+    def _result(
+        self, answers: AnswerSet, pairing: Pairing, judge: OpenJudge, mine: Judged, cards: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return one target's result, its files for reading written."""
+        recipe, questions = self.recipe, self.chosen.questions
+        opponent, card = pairing.opponents.get(answers.name), cards[answers.name]
+        limit = recipe.metrics.max_identical_fraction
+        facts = answers.to_dict(limit)
+        result = {
+            "target": answers.name,
+            "against": opponent.name if opponent else None,
+            "n": len(questions),
+            "subset": self.chosen.subset,
+            "banners": [
+                *banners(answers, opponent, judge, card, self.chosen.subset, facts["answers"]),
+                *failed_elsewhere(answers, judge, cards, recipe.name),
+                *twins(answers, pairing.targets),
+                *no_reference(self.chosen.missing_references),
+            ],
+            "answers": facts,
+            "opponent": opponent.to_dict(limit) if opponent else None,
+            "judge": judge_facts(judge),
+            "audit": card,
+            "missing_references": list(self.chosen.missing_references),
+        }
+        if self.alpaca:
+            assert opponent is not None
+            lines = alpaca_eval.samples(questions, answers, opponent, mine.rows)
+            _write_samples(alpaca_eval.sample_file(answers.folder(recipe.name), "samples.jsonl", opponent), lines)
+            return result | alpaca_eval.summary(recipe, questions, answers, opponent, judge, mine.rows)
+        mt_bench.write_fastchat(recipe, questions, answers, opponent, mine.rows, self.judge_file.path.stem)
+        return result | mt_bench.summary(questions, mine.rows)
+
+
+def check_formats(pairing: Pairing) -> None:
+    """Refuse to compare models that were asked in different prompt formats.
+
+    Raises:
+        RecipeError: naming the formats.
+    """
+    for answers in pairing.targets:
+        opponent = pairing.opponents.get(answers.name)
+        hashes = {one.prompt_format_hash for one in (answers, opponent) if one is not None and one.prompt_format_hash}
+        if opponent is not None and len(hashes) > 1:
+            raise RecipeError(
+                f"{answers.name} is asked in prompt format {answers.prompt_format}, {opponent.name} in {opponent.prompt_format}",
+                "the difference would be part of the result; insist with --allow-format-differences (recorded)",
+            )
+
+
+def no_reference(missing: Sequence[str]) -> list[str]:
+    """Return the line about questions that should be graded against a reference and have none."""
+    if not missing:
+        return []
+    return [f"{len(missing)} questions need a reference answer and have none, so they are graded without: {', '.join(missing[:8])}"]
+
+
+def twins(answers: AnswerSet, targets: Sequence[AnswerSet]) -> list[str]:
+    """Return the line about another target with the same answers."""
+    same = [other.name for other in targets if other.name != answers.name and other.digest == answers.digest]
+    return [f"{answers.name} and {same[0]} gave the same answers: they are one model here and cannot be ranked"] if same else []
+
+
+def _write_samples(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
