@@ -68,6 +68,13 @@ KINDS = (
         "launch with it: recipes launch RECIPE --profile",
         "recipes_lib.launching.profile:check_profile",
     ),
+    _kind(
+        "published",
+        "published numbers",
+        "publication tables source",
+        "name it in a study's published",
+        "recipes_lib.studies.published:check_published",
+    ),
     _kind("judge", "a judge", "judge thresholds", "name it in an eval recipe's judge.file", "recipes_lib.suites.validation:check_judge"),
     _kind(
         "lm_eval_task",

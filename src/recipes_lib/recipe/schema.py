@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "eval": "recipes_lib.suites.schema",
     "judge": "recipes_lib.suites.schema",
     "study": "recipes_lib.studies.schema",
+    "published": "recipes_lib.studies.published_schema",
     "profile": "recipes_lib.launching.schema",
 }
 _SECTION_HELP = {
