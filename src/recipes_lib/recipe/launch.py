@@ -48,7 +48,7 @@ class Launch:
 
     def launcher_words(self) -> list[str]:
         """Return the arguments of `accelerate launch` before the script."""
-        words = ["--config_file", os.path.relpath(self.config.path)]
+        words = ["--config_file", _shown(self.config.path)]
         if self.world_size != self.config.num_processes:
             words += ["--num_processes", str(self.world_size)]
         if self.machines != self.config.num_machines:
@@ -114,3 +114,9 @@ def place_machine(launch: Launch, rank: int | None, address: str | None, port: i
     if not 0 <= rank < launch.machines:
         raise RecipeError(f"--machine-rank {rank}: there are machines 0 to {launch.machines - 1}")
     return replace(launch, rank=rank, address=address, port=port)
+
+
+def _shown(path: Path) -> str:
+    """Return a config's path as a user in the checkout would type it; from elsewhere, relative to the working directory."""
+    near = Path("accelerate_configs") / path.name
+    return str(near) if near.is_file() and near.read_bytes() == path.read_bytes() else os.path.relpath(path)
