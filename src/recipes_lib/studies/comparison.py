@@ -1,0 +1,324 @@
+"""The table of a study: every arm's score with its interval, and every pair of arms on every metric that both have, tested.
+
+No sentence is written here (`claims` does that) and no file read (`measurements` did). A pair of arms that was judged head to head is
+tested on those verdicts; otherwise the two arms' items are paired by question and turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipes_lib.statistics.corrections import holm
+from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
+from recipes_lib.statistics.seeds import crossed_interval, question_means
+from recipes_lib.statistics.unresolved import Tested, compare
+from recipes_lib.studies.measurements import ArmMeasurements, Item, Measure, Measurements
+
+Verdict = Literal["better", "worse", "no difference shown", "cannot be tested"]
+ALPHA = 0.05
+FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
+HALF = 0.5  # a win rate against the other arm itself that favours nobody
+_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One arm on one metric: the mean over its items and seeds with its interval, and the bounds that unresolved items leave."""
+
+    arm: str
+    metric: str
+    label: str
+    opponent: str | None
+    unit: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    seeds: int
+    unresolved: int
+    lowest: float | None
+    highest: float | None
+    method: str
+    higher_is_better: bool = True
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: `difference` is first minus second in the metric's own direction, so positive favours the first arm only
+    where `higher_is_better`. Head to head it is the first arm's win rate minus a half.
+
+    `verdict` and `sentence` come from `claims`; `stopped` holds the titles of the findings that stop the claim.
+    """
+
+    metric: str
+    label: str
+    first: str
+    second: str
+    unit: str
+    head_to_head: bool
+    opponent: str | None
+    higher_is_better: bool
+    first_value: float | None
+    second_value: float | None
+    tested: Tested | None
+    p_holm: float | None = None
+    mde: float | None = None
+    needed: int | None = None
+    reason: str = ""
+    verdict: Verdict = "cannot be tested"
+    sentence: str = ""
+    stopped: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    published_first: str | None = None
+    published_second: str | None = None
+    files: tuple[str, ...] = ()
+    measures: tuple[Measure, ...] = field(default=(), repr=False)
+
+    @property
+    def difference(self) -> float | None:
+        """The observed difference."""
+        if self.tested is not None:
+            return self.tested.effect
+        if self.first_value is None or self.second_value is None:
+            return None
+        return self.first_value - self.second_value
+
+    @property
+    def n(self) -> int:
+        """Items compared."""
+        return self.tested.n if self.tested else 0
+
+    @property
+    def arms(self) -> tuple[str, str]:
+        """Both arms."""
+        return self.first, self.second
+
+
+def scale_of(unit: str, values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the ends of a metric's scale, which unresolved items are filled with; of a plain number the values seen."""
+    known = values[~np.isnan(values)]
+    seen = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    low, high = _SCALES.get(unit, seen)
+    return min(low, seen[0]), max(high, seen[1])
+
+
+def pairs_of(measurements: Measurements, base: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Return the pairs of arms, the later one first; pairs with a base model come last."""
+    names = list(measurements.arms)
+    pairs = [(second, first) for first, second in itertools.combinations(names, 2)]
+    plain = [(second, first) if first in base else (first, second) for first, second in pairs]
+    return sorted(plain, key=lambda pair: any(name in base for name in pair))
+
+
+def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[Row]:
+    """Return every comparison with its test, Holm's correction over all of them, and what each could have found.
+
+    Args:
+        base: names of the arms that are base models.
+    """
+    rows = [row for first, second in pairs_of(measurements, base) for row in _pair_rows(measurements, first, second)]
+    return corrected(rows)
+
+
+def corrected(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with Holm-adjusted p, and power at the level that the smallest p of the table is held to."""
+    adjusted = holm([_p(row) for row in rows])
+    family = max(1, sum(p is not None for p in adjusted))
+    return [
+        dataclasses.replace(
+            row,
+            p_holm=p,
+            mde=row.tested.mde(ALPHA / family) if row.tested else None,
+            needed=row.tested.questions_needed(ALPHA / family) if row.tested else None,
+        )
+        for row, p in zip(rows, adjusted, strict=True)
+    ]
+
+
+def _p(row: Row) -> float | None:
+    """The p that enters the correction; where not one item differs the test was made and its p is 1."""
+    if row.tested is None or row.reason:
+        return None
+    return 1.0 if row.tested.p is None else row.tested.p
+
+
+def without_false_certainty(tested: Tested) -> Tested:
+    """Return the comparison without the limits of an interval of no width: items that all agree say nothing about the next one."""
+    return dataclasses.replace(tested, low=None, high=None) if tested.interval_method == "zero variance" else tested
+
+
+def _by_metric(arm: ArmMeasurements, measurements: Measurements) -> dict[tuple[tuple[str, str, str], str | None], list[Measure]]:
+    """The arm's measures by metric and opponent, one per run that has it."""
+    found: dict[tuple[tuple[str, str, str], str | None], list[Measure]] = {}
+    for run in arm.runs:
+        for measure in run.measures():
+            found.setdefault((measure.key, measurements.opponent_name(measure.opponent)), []).append(measure)
+    return found
+
+
+def _pair_rows(measurements: Measurements, first: str, second: str) -> Iterator[Row]:
+    """All comparisons of two arms: head to head first, then metric by metric."""
+    ours, theirs = (_by_metric(measurements.arms[name], measurements) for name in (first, second))
+    direct = set()
+    for (key, opponent), measures in ours.items():
+        if opponent == second:
+            direct.add(key)
+            yield _head_to_head(first, second, measures, flipped=False)
+    for (key, opponent), measures in theirs.items():
+        if opponent == first and key not in direct:
+            direct.add(key)
+            yield _head_to_head(first, second, measures, flipped=True)
+    for (key, opponent), mine in ours.items():
+        other = theirs.get((key, opponent))
+        through_an_arm = opponent in measurements.arms
+        if other is None or (through_an_arm and (key in direct or opponent in (first, second))):
+            continue
+        yield _side_by_side(first, second, opponent, mine, other)
+
+
+def _table(measures: Sequence[Measure], keys: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
+    """Values by seed and item, NaN where there is none."""
+    place = {key: number for number, key in enumerate(keys)}
+    values = np.full((len(measures), len(keys)), np.nan)
+    for row, measure in enumerate(measures):
+        for item in measure.items:
+            column = place.get(item.key)
+            if column is not None and item.value is not None:
+                values[row, column] = item.value
+    return values
+
+
+def _keys(measures: Sequence[Measure]) -> dict[tuple[str, int], Item]:
+    return {item.key: item for measure in measures for item in measure.items}
+
+
+def _head_to_head(first: str, second: str, measures: Sequence[Measure], flipped: bool) -> Row:
+    """The first arm's answers judged against the second's, one measure per seed."""
+    keys = list(_keys(measures))
+    values = _table(measures, keys)
+    values = 1 - values if flipped else values
+    tested = without_false_certainty(compare(values, np.full((1, len(keys)), HALF), [key[0] for key in keys]))
+    one = measures[0]
+    rate = None if tested.effect is None else HALF + tested.effect
+    return Row(
+        metric=one.name, label=one.label, first=first, second=second, unit="share", head_to_head=True, opponent=None,
+        higher_is_better=True, first_value=rate, second_value=None if rate is None else 1 - rate, tested=tested,
+        reason=too_few(tested), files=_files(measures), measures=tuple(measures),
+    )  # fmt: skip
+
+
+def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[Measure], other: Sequence[Measure]) -> Row:
+    """The same items of both arms, paired; a turn that only one arm has is unresolved where the question is in both."""
+    one = mine[0]
+    mine, other, unpaired = _seeds_in_line(mine, other)
+    my_keys, other_keys = _keys(mine), _keys(other)
+    questions = {key[0] for key in my_keys} & {key[0] for key in other_keys}
+    keys = [key for key in {**my_keys, **other_keys} if key[0] in questions]
+    a, b = _table(mine, keys), _table(other, keys)
+    scale = scale_of(one.unit, np.concatenate([a.ravel(), b.ravel()]))
+    tested = without_false_certainty(compare(a, b, [key[0] for key in keys], scale=scale)) if keys else None
+    values = [_mean(table) if keys else _reported(measures) for table, measures in ((a, mine), (b, other))]
+    flags = []
+    asked = max(len(my_keys), len(other_keys))
+    if keys and len(keys) < asked:
+        flags.append(f"{len(keys)} common items of {asked}")
+    if unpaired:
+        flags.append(unpaired)
+    return Row(
+        metric=one.name, label=one.label, first=first, second=second, unit=one.unit, head_to_head=False, opponent=opponent,
+        higher_is_better=one.higher_is_better, first_value=values[0], second_value=values[1], tested=tested,
+        reason=too_few(tested) if tested else _no_items(my_keys, other_keys), flags=tuple(flags),
+        files=_files([*mine, *other]), measures=(*mine, *other),
+    )  # fmt: skip
+
+
+def _seeds_in_line(mine: Sequence[Measure], other: Sequence[Measure]) -> tuple[Sequence[Measure], Sequence[Measure], str]:
+    """Two arms with different numbers of seeds (neither one) are compared on as many as both have; the rest is named."""
+    if len(mine) == len(other) or 1 in (len(mine), len(other)):
+        return mine, other, ""
+    count = min(len(mine), len(other))
+    return mine[:count], other[:count], f"{count} seeds of {len(mine)} and {len(other)}"
+
+
+def _mean(table: NDArray[np.float64]) -> float | None:
+    """Mean over all items that have a value."""
+    known = table[~np.isnan(table)]
+    return float(known.mean()) if known.size else None
+
+
+def _reported(measures: Sequence[Measure]) -> float | None:
+    """Mean of the values that the evaluations reported, where there are no items."""
+    values = [measure.reported for measure in measures if measure.reported is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _no_items(mine: Mapping[tuple[str, int], Item], other: Mapping[tuple[str, int], Item]) -> str:
+    if not mine or not other:
+        return "only totals are known, not the items behind them"
+    return "the two arms answered different questions"
+
+
+def too_few(tested: Tested) -> str:
+    """Return why a test cannot show anything, or nothing."""
+    if tested.questions == 0:
+        return "there is no item to compare"
+    if tested.unresolved == tested.n:
+        return "no item has a verdict"
+    if tested.questions < FEWEST_QUESTIONS:
+        return f"{tested.questions} question{'s' if tested.questions > 1 else ''} cannot reach p <= {ALPHA:g}, whatever they say"
+    return ""
+
+
+def _files(measures: Sequence[Measure]) -> tuple[str, ...]:
+    """The result files behind a number, as paths inside the runs folder."""
+    return tuple(dict.fromkeys(source_of(measure) for measure in measures))
+
+
+def source_of(measure: Measure) -> str:
+    """Return the result file of a measure: <run>/evals/<eval>/result.json."""
+    return "/".join(measure.file.parts[-4:])
+
+
+def build_scores(measurements: Measurements) -> list[Score]:
+    """Return every arm's score on every metric, with intervals over questions and, where there are several, seeds."""
+    return [
+        _score(name, opponent, measures)
+        for name, arm in measurements.arms.items()
+        for (_, opponent), measures in _by_metric(arm, measurements).items()
+    ]
+
+
+def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score:
+    one = measures[0]
+    keys = list(_keys(measures))
+    table = _table(measures, keys)
+    open_items = np.isnan(table).any(axis=0) if keys else np.zeros(0, dtype=bool)
+    low, high = scale_of(one.unit, table)
+    interval = _score_interval(table[:, ~open_items], [key[0] for key, left in zip(keys, open_items, strict=True) if not left])
+    value = interval.estimate if keys else _reported(measures)
+    filled = [float(np.where(np.isnan(table), end, table).mean()) if keys else None for end in (low, high)]
+    limits = [None, None] if interval.method == "zero variance" else [interval.low, interval.high]
+    if one.unit in _SCALES:
+        limits = [None if limit is None else min(max(limit, _SCALES[one.unit][0]), _SCALES[one.unit][1]) for limit in limits]
+    return Score(
+        arm, one.name, one.label, opponent, one.unit, value, limits[0], limits[1], len(keys) or int(one.reported_n or 0), len(measures),
+        int(open_items.sum()), filled[0], filled[1], interval.method if keys else "reported", one.higher_is_better, _files(measures),
+    )  # fmt: skip
+
+
+def _score_interval(table: NDArray[np.float64], questions: Sequence[str]) -> Interval:
+    """Wilson for plain shares, the crossed interval for several seeds, the bootstrap over questions otherwise."""
+    if table.shape[0] > 1:
+        return crossed_interval(question_means(table, np.asarray(questions)))[0]
+    values = table[0]
+    if len(values) and np.isin(values, (0.0, 1.0)).all() and len(set(questions)) == len(values):
+        return wilson(int(values.sum()), len(values))
+    return mean_interval(values, np.asarray(questions) if len(values) else None)
