@@ -46,6 +46,8 @@ VERBS = (
     Verb("export", "weights", "a folder to give away: weights, tokenizer, model card"),
     Verb("eval", "evaluation", "answer, judge and benchmark runs and models", overrides=True),
     Verb("judge", "evaluation", "replay foreign judgments, or audit a judge"),
+    Verb("prefetch", "clusters", "fetch and verify models, data and judges for nodes without a network"),
+    Verb("launch", "clusters", "submit a recipe or a study as Slurm jobs; status, cancel, logs", overrides=True),
 )
 
 

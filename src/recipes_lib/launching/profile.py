@@ -70,16 +70,24 @@ def profile_path(name: str) -> Path:
     given = Path(name)
     if given.suffix in (".yaml", ".yml"):
         return given
-    folders = list(dict.fromkeys(folder.resolve() for folder in (Path("launch/profiles"), project_root() / "launch/profiles")))
-    path = next((folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()), None)
+    path = next((folder / f"{name}.yaml" for folder in _folders() if (folder / f"{name}.yaml").is_file()), None)
     if path is None:
-        names = sorted({entry.stem for folder in folders for entry in folder.glob("*.yaml")})
+        names = profile_names()
         raise RecipeError(
             f"there is no profile '{name}' in launch/profiles/",
             *did_you_mean(name, names),
             f"there are {', '.join(names) or 'none'}; a new site: copy launch/profiles/example.yaml and fill in six values",
         )
     return path if given.is_absolute() or not path.is_relative_to(Path.cwd()) else path.relative_to(Path.cwd())
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles here."""
+    return sorted({entry.stem for folder in _folders() for entry in folder.glob("*.yaml")})
+
+
+def _folders() -> list[Path]:
+    return list(dict.fromkeys(folder.resolve() for folder in (Path("launch/profiles"), project_root() / "launch/profiles")))
 
 
 def load_profile(name: str) -> SiteProfile:

@@ -1,0 +1,77 @@
+"""Submitting a chain: each job waits for those before it, and either all are in the queue or none is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+from recipes_lib.errors import RecipeError, RecipesError
+from recipes_lib.launching.folder import environment_script
+from recipes_lib.launching.jobs import Job
+from recipes_lib.launching.profile import SiteProfile
+from recipes_lib.launching.recipe_jobs import Plan
+from recipes_lib.launching.sbatch import cancel, named, sbatch_argv, submit, try_submission
+
+
+def submit_chain(plan: Plan, profile: SiteProfile) -> dict[str, str]:
+    """Write the submission's folder, submit every job, and return {label: job id}.
+
+    Raises:
+        RecipesError: Slurm refused a job; those before it are cancelled.
+    """
+    prepare(plan, profile)
+    ids: dict[str, str] = {}
+    try:
+        for job in plan.jobs:
+            argv = sbatch_argv(job, plan.folder, profile, dependencies_of(job, ids))
+            ids[job.label] = submit(argv, profile, job.stage)
+            plan.folder.write_jobs(plan.jobs, ids, profile.name)
+    except BaseException as error:
+        with suppress(RecipesError):
+            cancel(list(ids.values()))
+        plan.folder.jobs_file.unlink(missing_ok=True)
+        if ids and isinstance(error, RecipesError):
+            error.hints = (
+                *error.hints,
+                f"nothing is queued: {', '.join(ids)} had been accepted and {'is' if len(ids) == 1 else 'are'} cancelled",
+            )
+        raise
+    return ids
+
+
+def prepare(plan: Plan, profile: SiteProfile | None) -> None:
+    """Write what the jobs read."""
+    plan.folder.write_commands(plan.jobs, environment_script(profile))
+    plan.snapshot.write()
+
+
+def dependencies_of(job: Job, ids: Mapping[str, str]) -> list[str]:
+    """Return the job's dependencies in Slurm's words."""
+    ok = [named(ids, label) for label in job.after]
+    ended = [named(ids, label) for label in job.after_any]
+    return [*(["afterok:" + ":".join(ok)] if ok else []), *(["afterany:" + ":".join(ended)] if ended else [])]
+
+
+def dry_run(plan: Plan, profile: SiteProfile) -> Iterator[tuple[list[str], Job]]:
+    """Yield the exact sbatch line of each job; where a line needs the id of an earlier job, `<label>` stands for it."""
+    ids = {job.label: f"<{job.label}>" for job in plan.jobs}
+    for job in plan.jobs:
+        yield sbatch_argv(job, plan.folder, profile, dependencies_of(job, ids)), job
+
+
+def test_chain(plan: Plan, profile: SiteProfile) -> Iterator[tuple[Job, str]]:
+    """Yield what Slurm says to each job, without queueing any.
+
+    Raises:
+        RecipeErrors: what it would refuse, every job's.
+    """
+    refused = []
+    for job in plan.jobs:
+        try:
+            yield job, try_submission(sbatch_argv(job, plan.folder, profile), profile, job.stage)
+        except RecipeError as error:
+            refused.append(error)
+    if refused:
+        from recipes_lib.errors import RecipeErrors
+
+        raise RecipeErrors({str(error): error for error in refused}.values())

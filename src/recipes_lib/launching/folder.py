@@ -1,0 +1,128 @@
+"""The folder of a submission, runs/<name>/slurm/: the commands of the jobs, the site's environment, the snapshot, the job ids, the logs.
+
+launch/job.sbatch reads it on the compute node; `recipes launch status`, `cancel` and `logs` read it on the login node.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.atomic_files import write_json, write_text
+from recipes_lib.launching.jobs import Job, check_words
+from recipes_lib.launching.profile import SiteProfile
+from recipes_lib.recipe.project import cache_root, runs_root
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LaunchFolder:
+    """runs/<name>/slurm/."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run or study it belongs to."""
+        return self.path.parent.name
+
+    @property
+    def jobs_file(self) -> Path:
+        """The jobs that were submitted, with their ids."""
+        return self.path / "jobs.json"
+
+    def log(self, task_label: str) -> Path:
+        """The log of a task; requeues append to it."""
+        return self.path / f"{task_label}.log"
+
+    def exit_code(self, task_label: str) -> int | None:
+        """Return the code a task ended with; None while it is not over, or was killed."""
+        try:
+            return int((self.path / f"{task_label}.exit_code").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def first_error(self, task_label: str) -> str | None:
+        """Return what the first failing rank said."""
+        errors = sorted((self.path / f"{task_label}.errors").glob("*"))
+        return errors[0].read_text(encoding="utf-8").strip() if errors else None
+
+    def read_jobs(self) -> list[dict[str, Any]]:
+        """Return the submitted jobs; empty where none was."""
+        try:
+            return json.loads(self.jobs_file.read_text(encoding="utf-8"))["jobs"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return []
+
+    def write_jobs(self, jobs: Iterable[Job], ids: Mapping[str, str], profile: str) -> None:
+        """Note the job ids."""
+        rows = [
+            {"label": job.label, "stage": job.stage, "id": ids[job.label], "tasks": [task.what for task in job.tasks]}
+            for job in jobs
+            if job.label in ids
+        ]
+        write_json(self.jobs_file, {"format_version": FORMAT_VERSION, "profile": profile, "jobs": rows})
+
+    def write_commands(self, jobs: Iterable[Job], environment: str) -> None:
+        """Write what launch/job.sbatch reads, in place of what an earlier submission left; logs stay."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for stale in (path for path in self.path.iterdir() if path.suffix in (".args", ".processes", ".exit_code")):
+            stale.unlink()
+        write_text(self.path / "env.sh", environment)
+        for job in jobs:
+            for label, task in zip(job.task_labels(), job.tasks, strict=True):
+                write_text(self.path / f"{label}.args", "".join(f"{word}\n" for word in check_words(task.args)))
+                write_text(self.path / f"{label}.processes", f"{job.shape.processes} {job.shape.distributed_type}\n")
+                if task.check:
+                    write_text(self.path / f"{label}.check.args", "".join(f"{word}\n" for word in check_words(task.check)))
+
+
+def launch_folder(name: str, root: Path | None = None) -> LaunchFolder:
+    """Return the folder of a run or study."""
+    return LaunchFolder((root or runs_root()).resolve() / name / "slurm")
+
+
+def all_launches(root: Path | None = None) -> list[LaunchFolder]:
+    """Return everything that was launched, by name."""
+    return [LaunchFolder(file.parent) for file in sorted((root or runs_root()).resolve().glob("*/slurm/jobs.json"))]
+
+
+def environment_script(profile: SiteProfile | None) -> str:
+    """Return env.sh: what a job sources before its command. Every line that fails ends the job; values are quoted.
+
+    Without a profile (plain `sbatch launch/job.sbatch`) it only says where the runs are.
+    """
+    lines = ["# What the profile says about the site; sourced by launch/job.sbatch."]
+    variables = {"RECIPES_RUNS_ROOT": str(runs_root().resolve()), "RECIPES_CACHE": str(cache_root().resolve())}
+    if profile is not None:
+        values, environment = profile.values, profile.values.environment
+        lines += [f"MAX_REQUEUES={values.max_requeues}"]
+        lines += [f"module load {shlex.quote(name)}" for name in environment.modules]
+        if environment.conda:
+            lines += ['eval "$("${CONDA_EXE:-conda}" shell.bash hook)"', f"conda activate {shlex.quote(environment.conda)}"]
+        if environment.venv:
+            lines += [f"source {shlex.quote(str(Path(environment.venv).expanduser() / 'bin' / 'activate'))}"]
+        for key, variable in (("cache", "RECIPES_CACHE"), ("hub", "HF_HOME"), ("temporary", "TMPDIR")):
+            folder = profile.directory(key)
+            variables |= {variable: folder} if folder else {}
+        variables |= {"HF_HUB_OFFLINE": "1"} if values.offline else {}
+        variables |= values.variables
+        lines += [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+        lines += ['mkdir -p "$TMPDIR"'] if values.directories.temporary else []
+        lines += environment.setup
+    else:
+        lines += [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+    first, *rest = lines
+    return "\n".join([first, *(f"{line} || return 5" for line in rest), ""])
+
+
+def _quoted(value: str) -> str:
+    """Quote for bash; `{job}` becomes the job's id."""
+    parts = [shlex.quote(part) for part in re.split(r"\{job\}", value)]
+    return '"${SLURM_JOB_ID:-$$}"'.join("" if part == "''" and len(parts) > 1 else part for part in parts)

@@ -1,0 +1,52 @@
+"""From what was typed to a plan: is it a recipe or a study, how is it launched, how long may it take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from recipes_lib.launching.folder import launch_folder
+from recipes_lib.launching.profile import SiteProfile
+from recipes_lib.launching.recipe_jobs import Plan, plan_recipe, read_evals, read_stages
+from recipes_lib.recipe.batch import accumulation_steps
+from recipes_lib.recipe.launch import Launch, plan_launch
+from recipes_lib.recipe.recipe import load_recipe
+
+
+def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | None, args: argparse.Namespace, flags: Sequence[str]) -> Plan:
+    """Return the jobs of a recipe or a study.
+
+    Args:
+        flags: options of the training script.
+
+    Raises:
+        RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
+    """
+    stages = read_stages(args.stages)
+    recipe = load_recipe(target, overrides)
+    launch = plan_launch(recipe.launch, args.accelerate, args.gpus, args.nodes)
+    accumulation_steps(recipe, launch.world_size)
+    _check_gpus(launch, profile)
+    return plan_recipe(
+        recipe,
+        launch,
+        launch_folder(recipe.name),
+        profile,
+        stages=stages if not args.prepare or args.stages else ("train",),
+        evals=read_evals(args.evals, recipe) if "eval" in stages else [],
+        words=[*overrides, *flags],
+    )
+
+
+def _check_gpus(launch: Launch, profile: SiteProfile | None) -> None:
+    """Refuse a launch that needs GPUs on a cluster that has none.
+
+    Raises:
+        RecipeError: with the CPU twins to take instead.
+    """
+    if profile is not None and profile.values.gres is None and not launch.config.use_cpu:
+        raise profile.error(
+            "gres",
+            f"this cluster has no GPUs (gres is null), and {launch.config.path.stem} needs them",
+            "take a CPU config: --accelerate cpu, or ddp_cpu or fsdp_cpu for several processes",
+        )

@@ -1,0 +1,129 @@
+"""The jobs of one recipe: training, then each evaluation, then the report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.launching.folder import LaunchFolder
+from recipes_lib.launching.jobs import Job, Shape, Task, training_command
+from recipes_lib.launching.profile import SiteProfile
+from recipes_lib.launching.sections import STAGES
+from recipes_lib.launching.snapshot import Snapshot
+from recipes_lib.recipe.launch import Launch
+from recipes_lib.recipe.project import project_root, shown_path
+from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.suites.recipe import EvalRecipe, load_eval
+
+DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
+CLI = ("-m", "recipes_lib.cli")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a submission needs: the jobs in order, what they belong to, and the files to copy."""
+
+    name: str
+    jobs: tuple[Job, ...]
+    folder: LaunchFolder
+    snapshot: Snapshot
+
+
+def python_in_job(profile: SiteProfile | None) -> tuple[str, ...]:
+    """Return the words that start Python inside a job: the container's or environment's `python`, else the one that submits."""
+    environment = profile.values.environment if profile else None
+    if environment is None:
+        return (sys.executable,)
+    brings_one = environment.conda or environment.venv or environment.container or environment.modules or environment.setup
+    return (*environment.container, "python" if brings_one else sys.executable)
+
+
+def plan_recipe(
+    recipe: Recipe,
+    launch: Launch,
+    folder: LaunchFolder,
+    profile: SiteProfile | None,
+    *,
+    stages: Sequence[str],
+    evals: Sequence[EvalRecipe],
+    words: Sequence[str] = (),
+    seconds: int | None = None,
+) -> Plan:
+    """Return the jobs of a recipe.
+
+    Args:
+        recipe: the recipe, overrides applied.
+        evals: what to evaluate on in the stage eval.
+        words: overrides and flags that follow the recipe on the training's command line.
+        seconds: time limit of the training, from its plan.
+
+    Raises:
+        RecipeError: stages without training, of a run that is not finished.
+    """
+    *prefix, python = python_in_job(profile)
+    snapshot = Snapshot(folder.path / "snapshot")
+    snapshot.add_recipe(recipe)
+    jobs: list[Job] = []
+    if "train" in stages:
+        snapshot.add_file(launch.config.path)
+    if "eval" in stages:
+        for one in evals:
+            snapshot.add_eval(one)
+    if "train" in stages:
+        shape = shape_of(launch)
+        script = [snapshot.shown(recipe.path), *words]
+        command = training_command(python, launch.config, snapshot.shown(launch.config.path), shape, script)
+        check = (*prefix, python, *CLI, "verify", recipe.name)
+        jobs.append(Job("train", "train", (Task((*prefix, *command), check, recipe.name),), shape, seconds=seconds))
+    else:
+        _check_finished(recipe)
+    small = Shape(uses_gpus=not launch.config.use_cpu)
+    if "eval" in stages:
+        for one in evals:
+            command = (python, *CLI, "eval", snapshot.shown(one.path), recipe.name)
+            after = ("train",) if "train" in stages else ()
+            jobs.append(Job(f"eval-{one.name}", "eval", (Task((*prefix, *command), what=one.name),), small, after))
+    if "report" in stages:
+        page = shown_path(RunDirectory(recipe.name).path / "report.html")
+        command = (python, *CLI, "compare", recipe.name, "--html", page)
+        last = tuple(job.label for job in jobs if job.stage == "eval") or tuple(job.label for job in jobs)
+        jobs.append(Job("report", "report", (Task((*prefix, *command), what="report"),), Shape(uses_gpus=False), last))
+    return Plan(recipe.name, tuple(jobs), folder, snapshot)
+
+
+def shape_of(launch: Launch) -> Shape:
+    """Return the size of a training job."""
+    return Shape(launch.machines, launch.per_machine, not launch.config.use_cpu, launch.distributed_type)
+
+
+def read_stages(text: str | None) -> tuple[str, ...]:
+    """Return the stages of `--stages train,eval`, in their order.
+
+    Raises:
+        RecipeError: an unknown stage, or none.
+    """
+    if text is None:
+        return STAGES
+    asked = [word for word in text.split(",") if word]
+    unknown = [word for word in asked if word not in STAGES]
+    if unknown or not asked:
+        raise RecipeError(f"--stages: {f'no stage {unknown[0]!r}' if unknown else 'no stage is named'}", f"stages: {', '.join(STAGES)}")
+    return tuple(stage for stage in STAGES if stage in asked)
+
+
+def read_evals(paths: Sequence[str] | None, recipe: Recipe) -> list[EvalRecipe]:
+    """Return the evals to run: those named, else the small ones for a quickstart recipe and the three of evals/ for others."""
+    folder = project_root() / "evals"
+    if recipe.path.resolve().parent.name == "quickstart":
+        folder /= "quickstart"
+    return [load_eval(path) for path in (paths or [shown_path(folder / name) for name in DEFAULT_EVALS])]
+
+
+def _check_finished(recipe: Recipe) -> None:
+    run = RunDirectory(recipe.name)
+    state = run.read_state()["state"] if run.exists() else "not there"
+    if state not in ("finished", "imported"):
+        raise RecipeError(f"run '{recipe.name}' is {state}, so there is nothing to evaluate", "add the stage: --stages train,eval,report")

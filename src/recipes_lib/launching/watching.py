@@ -1,0 +1,158 @@
+"""After the submission: the table of a chain's jobs, waiting for its end, cancelling it, its logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+
+from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.launching.folder import LaunchFolder, all_launches, launch_folder
+from recipes_lib.launching.sbatch import cancel as scancel
+from recipes_lib.launching.status import TaskState, active_ids, states_of
+from recipes_lib.recipe.project import runs_root, shown_path
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.terminal import next_step, say
+
+POLL_S = 2.0
+COLUMNS = ("job", "stage", "state", "tries", "")
+
+
+def show_status(names: Sequence[str], as_json: bool = False) -> int:
+    """Print the jobs of the launches named, or of all."""
+    folders = [_folder(name) for name in names] or all_launches()
+    if as_json:
+        say(json.dumps({folder.name: [dataclasses.asdict(state) for state in states_of(folder)] for folder in folders}, indent=2))
+        return ExitCode.DONE
+    if not folders:
+        say(f"nothing was launched from {runs_root()}")
+        next_step("recipes launch RECIPE --profile P --dry-run")
+        return ExitCode.DONE
+    last: list[TaskState] = []
+    for folder in folders:
+        last = states_of(folder)
+        say(f"{folder.name}{_training_state(folder)}")
+        rows = [COLUMNS, *(_row(state) for state in last)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        for row in rows:
+            say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        for state in last:
+            error = None if state.active or state.succeeded else folder.first_error(state.label)
+            if error:
+                say(f"  {state.label}: {error}")
+    name = folders[-1].name
+    failed = next((state for state in last if not state.active and not state.succeeded), None)
+    running = next((state for state in last if state.active), None)
+    if failed:
+        next_step(f"recipes launch logs {name} --stage {failed.label}")
+    else:
+        next_step(f"recipes launch logs {name}" if running else f"recipes status {name}")
+    return ExitCode.DONE
+
+
+def _row(state: TaskState) -> tuple[str, ...]:
+    what = f" ({state.what})" if "." in state.label and state.what else ""
+    return state.job, f"{state.label}{what}", state.state.lower(), str(state.tries), state.explanation()
+
+
+def _training_state(folder: LaunchFolder) -> str:
+    """Return what run.json says beside the jobs: a job that runs may be starting, training or saving."""
+    run = RunDirectory(folder.name, folder.path.parents[1])
+    if not run.exists():
+        return ""
+    state = run.read_state()
+    error = f"; {str(state['error']).splitlines()[0]}" if state.get("error") else ""
+    return f": run {state['state']}{error}"
+
+
+def wait(folder: LaunchFolder) -> int:
+    """Wait for the end of a chain, say what changes, and return 0 or the exit code of the first job that failed."""
+    before: dict[str, str] = {}
+    while True:
+        states = states_of(folder)
+        for state in states:
+            if before.get(state.label) != state.state:
+                say(f"{state.label}: {state.state.lower()}{f' - {state.explanation()}' if state.explanation() else ''}")
+                before[state.label] = state.state
+        if not any(state.active for state in states):
+            break
+        time.sleep(POLL_S)
+    failed = [state for state in states if not state.succeeded]
+    if not failed:
+        say(f"{folder.name}: every job succeeded")
+        return ExitCode.DONE
+    cause = next((state for state in failed if state.exit_code), failed[0])
+    for line in _tail(folder, cause.label, 15):
+        say(f"  {line}")
+    next_step(f"recipes launch logs {folder.name} --stage {cause.label}")
+    return cause.exit_code or ExitCode.FAILED
+
+
+def cancel(names: Sequence[str]) -> int:
+    """Cancel every job of the launches named."""
+    if not names:
+        raise RecipeError("recipes launch cancel: name a run or study", f"launched: {_known()}")
+    for name in names:
+        ids = active_ids(states_of(_folder(name)))
+        scancel(ids)
+        say(f"{name}: cancelled {', '.join(ids)}" if ids else f"{name}: nothing was queued or running")
+    next_step(f"recipes launch status {names[0]}")
+    return ExitCode.DONE
+
+
+def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
+    """Print the last lines of each stage's log, after the first error where there is one."""
+    if len(names) != 1:
+        raise RecipeError("recipes launch logs: name one run or study", f"launched: {_known()}")
+    folder = _folder(names[0])
+    logs = sorted(folder.path.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    chosen = [path for path in logs if stage is None or path.stem == stage or path.stem.startswith(f"{stage}.")]
+    if not chosen:
+        there = ", ".join(path.stem for path in logs)
+        raise RecipeError(f"'{names[0]}' has no log{f' of {stage}' if stage else ' yet'}", f"logs: {there or 'none; has a job started?'}")
+    for path in chosen:
+        say(f"==> {shown_path(path)}")
+        error = folder.first_error(path.stem)
+        if error:
+            say(f"first error: {error}")
+        for line in _tail(folder, path.stem, lines):
+            say(line)
+    next_step(f"recipes launch status {names[0]}")
+    return ExitCode.DONE
+
+
+def refuse_if_active(folder: LaunchFolder) -> None:
+    """Refuse to launch what is queued or running already.
+
+    Raises:
+        RecipeError: it is.
+    """
+    states = [state for state in states_of(folder) if state.active] if folder.jobs_file.is_file() else []
+    if states:
+        jobs = ", ".join(f"{state.label} is {state.state.lower()} (job {state.job})" for state in states)
+        raise RecipeError(
+            f"'{folder.name}' is launched already: {jobs}",
+            f"wait for it, or: recipes launch cancel {folder.name}",
+        )
+
+
+def _folder(name: str) -> LaunchFolder:
+    """Return what was launched under a name.
+
+    Raises:
+        RecipeError: nothing was.
+    """
+    folder = launch_folder(name.rstrip("/").rpartition("/")[2])
+    if not folder.jobs_file.is_file():
+        raise RecipeError(f"nothing was launched as '{name}' in {runs_root()}", f"launched: {_known()}")
+    return folder
+
+
+def _known() -> str:
+    return ", ".join(folder.name for folder in all_launches()) or "nothing yet"
+
+
+def _tail(folder: LaunchFolder, label: str, lines: int) -> list[str]:
+    path = folder.log(label)
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] if path.is_file() else []
