@@ -78,7 +78,7 @@ def evaluate_all(
     suites = [_suite(recipe, words, against, allow_format_differences, remote_code) for recipe in recipes]
     _visit_models(suites)
     _ask_judges(suites)
-    return [_write(suite.recipe, result) for suite in suites for result in suite.results]
+    return [write_result(suite.recipe, result) for suite in suites for result in suite.results]
 
 
 def _suite(
@@ -129,7 +129,7 @@ def _ask_judges(suites: Sequence[Harness | JudgedSuite]) -> None:
         waiting = [suite for suite in waiting if suite.judge_file != file]
 
 
-def _write(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
+def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
     """Complete a result and write it into its run."""
     from recipes_lib.recipe.project import runs_root, shown_path
     from recipes_lib.runs.manifest import command_line, git_state, library_versions

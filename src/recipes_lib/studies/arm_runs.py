@@ -70,4 +70,7 @@ def train_words(study: Study, arm: Arm, seed: int) -> list[str]:
 
 def launch_words(arm: Arm) -> list[str]:
     """Return the options of `recipes train` that launch an arm as the study says."""
-    return ["--accelerate", arm.accelerate, *(["--gpus", str(arm.gpus)] if arm.gpus else [])]
+    config = arm.launch.config
+    words = ["--accelerate", arm.accelerate if config.path.parent.name == "accelerate_configs" else shown_path(config.path)]
+    words += ["--gpus", str(arm.gpus)] if arm.gpus * arm.nodes != config.num_processes else []
+    return words + (["--nodes", str(arm.nodes)] if arm.nodes != config.num_machines else [])

@@ -79,6 +79,10 @@ class Graph:
         """Return the steps of these kinds, in order."""
         return [step for step in self if step.kind in kinds]
 
+    def read(self, name: str, file: str) -> dict[str, Any] | None:
+        """Return a JSON file in a step's folder, or None where there is none."""
+        return _read(self.folder / name / file)
+
     def record(self, name: str) -> dict[str, Any] | None:
         """Return done.json of a step, or None where it was never done by this version of the format."""
         found = _read(self.folder / name / "done.json")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import RecipeError, RecipeErrors
-from recipes_lib.recipe.accelerate_config import AccelerateConfig, launched_processes, load_accelerate_config
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.kinds import SECTIONS
+from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.loader import Document, Origin, load_document
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import LaunchSection
@@ -31,21 +31,33 @@ _OF_ACCELERATE = ("launch.distributed_type", "launch.mixed_precision")
 class Arm:
     """One variant.
 
-    `recipe` has the overrides applied; it is None for an imported or published arm that names none. `accelerate`, `gpus` and `nodes`
-    are the launch as it will be; `gpus` None means what the accelerate config says.
+    `recipe` has the overrides applied; it is None for an imported or published arm that names none. `accelerate`, `gpus` (processes on
+    each machine) and `nodes` are the launch as it will be.
     """
 
     name: str
     recipe: Recipe | None
     overrides: tuple[str, ...]
-    accelerate: str
-    gpus: int | None
-    nodes: int
+    launch: Launch
     seeds: tuple[int, ...]
     cell: Mapping[str, str] = field(default_factory=dict)
     imported: str | None = None
     published_only: bool = False
-    config: AccelerateConfig | None = None
+
+    @property
+    def accelerate(self) -> str:
+        """Name of the accelerate config."""
+        return self.launch.config.path.stem
+
+    @property
+    def gpus(self) -> int:
+        """Processes on each machine."""
+        return self.launch.per_machine
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return self.launch.machines
 
     @property
     def trained(self) -> bool:
@@ -55,9 +67,7 @@ class Arm:
     @property
     def world_size(self) -> int:
         """Processes of a training of this arm."""
-        if self.config is None:
-            return 1
-        return launched_processes(LaunchSection(accelerate=self.accelerate, gpus=self.gpus, nodes=self.nodes), self.config)
+        return self.launch.world_size
 
     def resolved(self) -> dict[str, Any]:
         """Return every resolved value by dotted key, the launch as it will be among them.
@@ -71,14 +81,13 @@ class Arm:
         values = flatten(self.recipe.to_dict())
         for key in ("run.name", "run.notes", "run.tags"):
             values.pop(key, None)
-        config = self.config or AccelerateConfig(Path())
         launch = {
             "accelerate": self.accelerate,
             "gpus": self.gpus,
             "nodes": self.nodes,
-            "distributed_type": config.distributed_type if self.world_size > 1 else "NO",
+            "distributed_type": self.launch.distributed_type,
             "world_size": self.world_size,
-            "mixed_precision": config.mixed_precision,
+            "mixed_precision": self.launch.config.mixed_precision,
         }
         seeds: Any = list(self.seeds)
         return {**values, "train.seed": seeds[0] if len(seeds) == 1 else seeds, **{f"launch.{key}": value for key, value in launch.items()}}
@@ -228,23 +237,47 @@ class _Reader:
         recipe = self._recipe(name, section, own)
         if recipe is None and section.recipe is not None:
             return None
-        launch = recipe.launch if recipe else LaunchSection()
-        accelerate = section.accelerate or study.get("accelerate")
-        gpus = section.gpus or study.get("gpus") or (None if accelerate else launch.gpus)
+        launch = self._launch(name, section, recipe)
+        if launch is None:
+            return None
         seeds = section.seeds or study.get("seeds") or [recipe.train.get("seed", 42) if recipe else 42]
-        arm = Arm(
+        return Arm(
             name=name,
             recipe=recipe,
             overrides=tuple(own),
-            accelerate=accelerate or launch.accelerate,
-            gpus=gpus,
-            nodes=section.nodes or study.get("nodes") or launch.nodes,
+            launch=launch,
             seeds=tuple(seeds),
             cell=dict(section.cell),
             imported=section.imported,
             published_only=section.published_only,
         )
-        return self._launched(arm)
+
+    def _launch(self, name: str, section: ArmSection, recipe: Recipe | None) -> Launch | None:
+        """Return the arm's launch, once it can work: a config that exists, processes that it starts, a batch that can be divided."""
+        study = self.document.values
+        if recipe is None:  # nothing is launched
+            return plan_launch(LaunchSection(), "single_gpu")
+        trained = section.imported is None and not section.published_only
+        options = {key: getattr(section, key) or study.get(key) for key in ("accelerate", "gpus", "nodes")}
+        try:
+            launch = plan_launch(recipe.launch, **options)
+            if trained:
+                accumulation_steps(recipe, launch.world_size)
+        except RecipeErrors as several:
+            self.errors += several.errors
+        except RecipeError as error:
+            where = self.document.origin(self._launch_key(name))
+            file, line = (error.file, error.line) if error.file else (where.file, where.line)
+            self.errors.append(RecipeError(f"arm '{name}': {error.what}", *error.hints, file=file, line=line))
+        else:
+            return launch
+        return None
+
+    def _launch_key(self, name: str) -> KeyPath:
+        """Where the arm's launch is written: at the arm, or for all arms."""
+        own = [key for key in ("accelerate", "gpus", "nodes") if self._of_arm(name).get(key)]
+        shared = [key for key in ("accelerate", "gpus", "nodes") if self.document.values.get(key)]
+        return ("arms", name, own[0]) if own else (shared[0],) if shared else ("arms", name)
 
     def _recipe(self, name: str, section: ArmSection, words: Sequence[str]) -> Recipe | None:
         if section.recipe is None:
@@ -277,28 +310,6 @@ class _Reader:
     def _of_arm(self, name: str) -> dict[str, Any]:
         value = self.document.values["arms"][name]
         return value if isinstance(value, dict) else {}
-
-    def _launched(self, arm: Arm) -> Arm | None:
-        """Return the arm with its accelerate config, once its launch can work."""
-        key = ("arms", arm.name, "accelerate") if self._of_arm(arm.name).get("accelerate") else ("accelerate",)
-        place = key if key in self.document.origins else ("arms", arm.name)
-        try:
-            arm = dataclasses.replace(arm, config=load_accelerate_config(arm.accelerate))
-            if arm.recipe is not None and arm.trained:
-                accumulation_steps(arm.recipe, arm.world_size)
-        except RecipeErrors as several:
-            self.errors += several.errors
-            return None
-        except RecipeError as error:
-            where = {"file": error.file, "line": error.line} if error.file else {}
-            moved = RecipeError(f"arm '{arm.name}': {error.what}", *error.hints, **where)  # type: ignore[arg-type]
-            self.errors.append(moved if where else self.document.error(place, moved.what, *moved.hints))
-            return None
-        assert arm.config is not None
-        if arm.trained and arm.config.distributed_type == "NO" and arm.world_size > 1:
-            what = f"arm '{arm.name}': {arm.world_size} processes, and accelerate config '{arm.accelerate}' starts one"
-            self.errors.append(self.document.error(place, what, "name ddp or fsdp, or set gpus: 1"))
-        return arm
 
     def eval(self, position: int) -> EvalRecipe | None:
         """Return one of the study's eval recipes."""

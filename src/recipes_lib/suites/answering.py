@@ -113,6 +113,10 @@ class Answering:
         """
         self._done[str(subject.target.identity)] = _answer(self.recipe, subject, self.questions)
 
+    def answers_of(self, subject: Subject) -> AnswerSet:
+        """Return the answers of a target that was visited."""
+        return self._done[str(subject.target.identity)]
+
     def pairing(self) -> Pairing:
         """Return the answers of all targets and of their opponents.
 

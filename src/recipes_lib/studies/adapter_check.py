@@ -1,0 +1,87 @@
+"""Before a trained arm is evaluated: are its weights the ones that were trained, finite, not zero, and do they load and answer as then?
+
+The files are checked without a model; the model that they make, once it is loaded, on the tokens recorded at the end of the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import RecipesError
+
+if TYPE_CHECKING:
+    from recipes_lib.generation.subjects import Subject
+    from recipes_lib.training.trained import TrainedRun
+
+
+def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
+    """Return what the files of a finished run hold: {tensors, parameters, sha256}.
+
+    Raises:
+        RecipesError: a file is missing, truncated or changed since the training; a tensor is not finite; an adapter that changes nothing.
+    """
+    from recipes_lib.training.base_identity import check_whole, file_hashes
+    from recipes_lib.training.probes import read_check
+    from recipes_lib.training.trained import check_base_of
+    from recipes_lib.training.weights_check import check_files
+
+    folder, base = trained.weights, ""
+    if trained.full:
+        check_whole(folder)
+    else:
+        check_base_of(trained)
+        base = _recorded_base(trained)
+    found = check_files(folder, trained.full, base)
+    hashes, recorded = file_hashes(folder), read_check(folder)
+    if recorded is not None and hashes != recorded.sha256:
+        changed = sorted(name for name in {*hashes, *recorded.sha256} if hashes.get(name) != recorded.sha256.get(name))
+        raise RecipesError(f"{', '.join(changed)} of run '{trained.run.name}' changed after the training", "restore it, or train again")
+    return {**found, "sha256": hashes}
+
+
+def _recorded_base(trained: TrainedRun) -> str:
+    import json
+
+    return str(json.loads((trained.weights / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def check_loaded(subject: Subject) -> dict[str, Any]:
+    """Return how far the loaded model's logits are from those recorded at the end of its training; empty where none were recorded.
+
+    Raises:
+        RecipesError: it does not answer as it did when it was trained.
+    """
+    import torch
+
+    from recipes_lib.training.finish import autocast
+    from recipes_lib.training.probes import read_check
+    from recipes_lib.training.weights_check import logits_on
+
+    trained = subject.target.trained
+    check = read_check(trained.weights) if trained else None
+    if trained is None or check is None or subject.model is None:
+        return {}
+    with (
+        subject.using() if subject.using else contextlib.nullcontext(),
+        autocast(check.autocast == "bfloat16", check.autocast == "float16"),
+    ):
+        logits = logits_on(subject.model, check.tokens)
+    top, recorded = torch.tensor(check.top_tokens), torch.tensor(check.top_logits)
+    largest = float((logits.gather(1, top[:, None]).squeeze(1) - recorded).abs().max())
+    allowed = _tolerance(trained) * check.largest_logit
+    if not largest <= allowed:
+        what = f"run '{trained.run.name}' does not answer as it did when it was trained"
+        raise RecipesError(
+            what, f"logits differ by {largest:.3g} where {allowed:.3g} is allowed", f"more: recipes verify {trained.run.name}"
+        )
+    return {"positions": len(check.top_tokens), "largest_difference": largest, "allowed": allowed}
+
+
+def _tolerance(trained: TrainedRun) -> float:
+    """As `recipes verify`: exact where the reload at the end of the training was, half precision's rounding otherwise."""
+    from recipes_lib.training.verification import HALF_TOLERANCE
+    from recipes_lib.training.weights_check import EXACT_TOLERANCE
+
+    reload = trained.run.read_state().get("weights_check", {}).get("reload", {})
+    return EXACT_TOLERANCE if reload.get("tolerance", 1.0) <= EXACT_TOLERANCE else HALF_TOLERANCE

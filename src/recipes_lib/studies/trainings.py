@@ -1,0 +1,216 @@
+"""The trainings of a study on this machine: `recipes train` for each arm and seed, some at a time, each with its own run directory.
+
+A training that is left over from a killed runner, or that a cluster job does, is waited for; a run that was trained with other settings
+is moved away, never overwritten.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from recipes_lib.atomic_files import write_json
+from recipes_lib.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.studies.arm_runs import launch_words, study_folder, train_words
+from recipes_lib.studies.graph import Graph, Step, changed_inputs, digest_of
+from recipes_lib.studies.study import Study
+
+POLL_S = 0.2
+PREEMPTED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
+
+
+@dataclass
+class _Training:
+    """One `recipes train` that runs."""
+
+    step: Step
+    process: subprocess.Popen[bytes]
+    started: float
+    log: Path | None = None
+    stream: IO[bytes] | None = None
+
+
+class Trainings:
+    """Runs the training steps of a study.
+
+    Args:
+        study: the study.
+        graph: its steps.
+        jobs: trainings at the same time.
+        say: prints a line.
+    """
+
+    def __init__(self, study: Study, graph: Graph, jobs: int, say: Callable[[str], None]) -> None:
+        self.study, self.graph, self.jobs, self.say = study, graph, jobs, say
+        self.failed: dict[str, tuple[str, int]] = {}
+        self.stopped: int | None = None
+        self.running: list[_Training] = []
+        self.announced: set[str] = set()
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Train every step's run; failures are in `failed`, and `stopped` is the exit code where somebody asked to stop."""
+        waiting = list(steps)
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while (waiting and self.stopped is None) or self.running:
+                while self.stopped is None and len(self.running) < self.jobs and (step := self._next(waiting)) is not None:
+                    waiting.remove(step)
+                    self._start(step, len(steps))
+                time.sleep(POLL_S)
+                for training in [one for one in self.running if one.process.poll() is not None]:
+                    self.running.remove(training)
+                    self._ended(training)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _next(self, waiting: Sequence[Step]) -> Step | None:
+        """The first run that nobody else is training."""
+        from recipes_lib.runs.lock import describe_holder, is_held
+
+        for step in waiting:
+            folder = RunDirectory(step.run).path
+            if not is_held(folder):
+                return step
+            if step.run not in self.announced:
+                self.announced.add(step.run)
+                self.say(f"{step.run} is being trained{describe_holder(folder / 'lock.json')}: waiting for it")
+        return None
+
+    def _stop(self, number: int, frame: object) -> None:
+        """Hand a signal on; `recipes train` checkpoints and ends, and a second Ctrl-C ends it at once."""
+        self.stopped = int(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
+        for training in self.running:
+            if training.log is not None or number != signal.SIGINT:  # a terminal's Ctrl-C reaches a child in our group by itself
+                training.process.send_signal(number)
+
+    def _start(self, step: Step, total: int) -> None:
+        """Start one training, or take over one that has reached its end."""
+        run = RunDirectory(step.run)
+        try:
+            self._clear_way(step, run)
+        except RecipesError as error:
+            self._fail(step, str(error), int(error.exit_code))
+            return
+        if run.exists() and run.read_state()["state"] == "finished":
+            self._finish(step, run, 0.0)
+            return
+        arm = self.study.arm(step.arm)
+        assert step.seed is not None
+        words = [*train_words(self.study, arm, step.seed), *launch_words(arm)]
+        log = study_folder(self.study) / "logs" / f"{step.run}.log" if self.jobs > 1 else None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        stream = log.open("ab") if log else None
+        self.say(f"\n$ recipes train {' '.join(words)}" + (f"   # output: {log}" if log else ""))
+        command = [sys.executable, "-m", "recipes_lib.cli", "train", *words]
+        options: dict[str, Any] = {"stdout": stream, "stderr": stream, "start_new_session": True} if stream else {}
+        process = subprocess.Popen(command, preexec_fn=_die_with_parent, **options)
+        self.running.append(_Training(step, process, time.monotonic(), log, stream))
+
+    def _clear_way(self, step: Step, run: RunDirectory) -> None:
+        """Note what is going to be trained; a run of other settings or other data is moved into the study's folder first.
+
+        Raises:
+            RecipeError: the run was imported.
+        """
+        from recipes_lib.runs.resume_guard import recipe_differences
+
+        note = self.graph.folder / step.name / "started.json"
+        if run.exists():
+            begun = self.graph.read(step.name, "started.json")
+            state = run.read_state()
+            if state["state"] == "imported":
+                raise RecipeError(
+                    f"run '{run.name}' was imported, and arm '{step.arm}' is to be trained", "remove the run or rename the study"
+                )
+            recipe = self._recipe(step)
+            other = changed_inputs(begun["inputs"], step.inputs) if begun else list(recipe_differences(recipe, state.get("guard", {})))
+            if not begun and not state.get("guard"):
+                other = []
+            if other:
+                away = _free_name(study_folder(self.study) / "replaced" / run.name)
+                away.parent.mkdir(parents=True, exist_ok=True)
+                run.path.rename(away)
+                self.say(f"{step.run} was trained with other inputs ({', '.join(other[:3])}): moved to {away}")
+        write_json(note, {"inputs": dict(step.inputs)})
+
+    def _recipe(self, step: Step) -> Any:
+        from recipes_lib.recipe.recipe import load_recipe
+
+        assert step.seed is not None
+        path, *words = train_words(self.study, self.study.arm(step.arm), step.seed)
+        return load_recipe(path, words)
+
+    def _ended(self, training: _Training) -> None:
+        """Record how a training ended."""
+        if training.stream:
+            training.stream.close()
+        step, code = training.step, training.process.returncode
+        run = RunDirectory(step.run)
+        if code == ExitCode.DONE and run.exists() and run.read_state()["state"] == "finished":
+            self._finish(step, run, time.monotonic() - training.started)
+        elif code in PREEMPTED or self.stopped is not None:
+            self.stopped = self.stopped or code
+        else:
+            recorded = run.read_state().get("error") if run.exists() else None
+            where = f"; its output is in {training.log}" if training.log else ""
+            self._fail(step, (recorded or f"training ended with exit code {code}") + where, code if code > 0 else int(ExitCode.FAILED))
+
+    def _finish(self, step: Step, run: RunDirectory, seconds: float) -> None:
+        """Record a finished training: its result is the hash of its weights and of the prompt format it was trained in."""
+        state = run.read_state()
+        self.graph.finish(step, weights_digest(run, state), weight_files(run), seconds=round(seconds or trained_seconds(state), 1))
+        self.say(f"{step.run}: trained" + ("" if seconds else " before"))
+
+    def _fail(self, step: Step, error: str, code: int) -> None:
+        self.graph.fail(step, error, code)
+        self.failed[step.name] = (error, code)
+        self.say(f"{step.run}: failed (exit code {code}); the other arms go on")
+
+
+def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:
+    """Return a hash of a finished run's weights and prompt format."""
+    from recipes_lib.training.base_identity import file_hashes
+    from recipes_lib.training.probes import read_check
+
+    folder = next(folder for folder in (run.weights(False), run.weights(True)) if folder.is_dir())
+    check = read_check(folder)
+    return digest_of([check.sha256 if check else file_hashes(folder), state.get("guard", {}).get("prompt_format_hash")])
+
+
+def weight_files(run: RunDirectory) -> list[Path]:
+    """Return the files that hold a finished run's weights, and its curves."""
+    folder = next(folder for folder in (run.weights(False), run.weights(True)) if folder.is_dir())
+    return [*sorted(folder.glob("*.safetensors")), *([run.metrics] if run.metrics.is_file() else [])]
+
+
+def trained_seconds(state: dict[str, Any]) -> float:
+    """Return what the run's own record says about its duration, 0 where it says nothing."""
+    summary = state.get("summary") or {}
+    return float(
+        next((summary[key] for key in ("seconds", "train_runtime", "runtime_s") if isinstance(summary.get(key), int | float)), 0.0)
+    )
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with a number where it is taken."""
+    taken = (path.with_name(f"{path.name}--{number}") for number in range(2, 10_000))
+    return path if not path.exists() else next(name for name in taken if not name.exists())
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when the runner ends, however it ends: a killed study leaves no training behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        if os.getppid() == 1:
+            os._exit(1)
