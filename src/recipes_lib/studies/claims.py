@@ -1,0 +1,235 @@
+"""The only place that writes a comparison sentence. A sentence is a template filled with a tested row; no template, no claim.
+
+better / worse        Holm-adjusted p <= 0.05 in that direction, whatever the unresolved items would have been
+no difference shown   tested, and not that; the sentence says what difference this comparison would have found
+cannot be tested      there are no items to pair, too few, or the two arms are one model
+
+A cause is named only where a declared factor is all that differs, both arms were trained by the study and no error was found. A
+confound turns the sentence into an association; any other error stops it. The numbers stay in the table either way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from recipes_lib.studies.beside import with_flags, with_published
+from recipes_lib.studies.comparison import ALPHA, HALF, Row, Score, Verdict, build_rows, build_scores, corrected
+from recipes_lib.studies.findings import Finding, in_order
+from recipes_lib.studies.measurements import Measurements
+from recipes_lib.studies.wording import count, difference_text, interval_text, listed, p_text, value_text
+
+if TYPE_CHECKING:
+    from recipes_lib.studies.published import Published
+    from recipes_lib.studies.study import Study
+
+CONFOUNDED = "confound"  # findings whose code starts so leave an association
+ONE_MODEL = "identical"  # findings whose code starts so leave nothing to compare
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known and what may be said: the answer in sentences, the table, the scores, and the findings that stand against it."""
+
+    question: str
+    answer: tuple[str, ...]
+    rows: tuple[Row, ...]
+    scores: tuple[Score, ...]
+    findings: tuple[Finding, ...]
+    tests: int
+    alpha: float = ALPHA
+
+    def between(self, first: str, second: str) -> list[Row]:
+        """Return the rows of one pair of arms."""
+        return [row for row in self.rows if {row.first, row.second} == {first, second}]
+
+
+def compare_arms(
+    measurements: Measurements, findings: Iterable[Finding] = (), study: Study | None = None, published: Published | None = None
+) -> Comparison:
+    """Return the table with its verdicts, and the sentences that follow from it.
+
+    Args:
+        findings: what `validity` found about these measurements.
+        study: None for `recipes compare`, which knows no factor and therefore no cause.
+        published: numbers to show beside ours; None for those that the study names.
+    """
+    if published is None and study is not None and study.published:
+        from recipes_lib.studies.published import load_published
+
+        published = load_published(study.published)
+    known = tuple(in_order(findings))
+    base = [name for name, arm in measurements.arms.items() if arm.is_base or name == "base"]
+    scores = build_scores(measurements)
+    rows = build_rows(measurements, base)
+    if published is not None:
+        rows = with_published(rows, scores, measurements, published)
+    one_model = [dataclasses.replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
+    judged = [judge_row(with_flags(row, measurements), known, study, base) for row in corrected(one_model)]
+    question = study.question if study else f"How do {listed(list(measurements.arms))} compare?"
+    answer = answer_paragraph(judged, base)
+    return Comparison(question, answer, tuple(judged), tuple(scores), known, sum(row.p_holm is not None for row in judged))
+
+
+def _one_model(row: Row, findings: Sequence[Finding]) -> str:
+    """Why the two arms of a row are the same thing under two names, or nothing."""
+    same = [finding for finding in findings if finding.code.startswith(ONE_MODEL) and finding.severity == "error"]
+    titles = [finding.title for finding in same if len(set(finding.arms) & set(row.arms)) == 2 and finding.touches(row.arms, row.metric)]
+    return _lower(titles[0]).rstrip(".") if titles else ""
+
+
+def verdict_of(row: Row) -> Verdict:
+    """Return what the test of a row shows."""
+    if row.tested is None or row.reason or row.difference is None:
+        return "cannot be tested"
+    if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0:
+        return "no difference shown"
+    return "better" if (row.difference > 0) == row.higher_is_better else "worse"
+
+
+def judge_row(row: Row, findings: Sequence[Finding], study: Study | None, base: Sequence[str] = ()) -> Row:
+    """Return a row with its verdict, the findings that stop its claim, and its sentence."""
+    row = dataclasses.replace(row, verdict=verdict_of(row))
+    errors = [finding for finding in findings if finding.severity == "error" and finding.touches(row.arms, row.metric)]
+    stops = [finding for finding in errors if not finding.code.startswith(CONFOUNDED)]
+    confounds = [finding for finding in errors if finding.code.startswith(CONFOUNDED)]
+    row = dataclasses.replace(row, stopped=tuple(finding.title for finding in errors))
+    if row.verdict == "cannot be tested":
+        sentence = untestable_sentence(row)
+    elif stops:
+        sentence = stopped_sentence(row, stops)
+    elif row.verdict == "no difference shown":
+        sentence = no_difference_sentence(row)
+    elif confounds:
+        sentence = association_sentence(row, confounds)
+    else:
+        sentence = difference_sentence(row) + cause_sentence(row, study, base)
+    return dataclasses.replace(row, sentence=sentence)
+
+
+# ---- Templates ----
+
+
+def numbers_text(row: Row) -> str:
+    """The numbers of a tested row: effect, interval, p and n, and the unresolved items where there are any."""
+    tested = row.tested
+    assert tested is not None
+    if row.head_to_head:
+        low, high = (None if limit is None else HALF + limit for limit in (tested.low, tested.high))
+        effect = f"win rate {value_text(row.first_value, 'share')} {interval_text(low, high, 'share', signed=False)}"
+    else:
+        values = f"{value_text(row.first_value, row.unit)} against {value_text(row.second_value, row.unit)}"
+        effect = f"{values}, difference {difference_text(row.difference, row.unit)} {interval_text(tested.low, tested.high, row.unit)}"
+    size = count(tested.questions, "question") if tested.questions == tested.n else f"{tested.n:,} items of {tested.questions:,} questions"
+    parts = [effect.replace(" n/a", ""), f"{p_text(row.p_holm)} (Holm)", f"n = {size}"]
+    if tested.seeds > 1:
+        parts.append(f"{tested.seeds} seeds")
+    if tested.unresolved:
+        parts.append(f"{tested.unresolved:,} without a verdict counted both ways")
+    return ", ".join(parts)
+
+
+def _where(row: Row) -> str:
+    """The metric of a row, in a sentence."""
+    against = f" against {row.opponent}" if row.opponent else ""
+    return f"{row.label}, head to head" if row.head_to_head else f"{row.label}{against}"
+
+
+def difference_sentence(row: Row) -> str:
+    """Template of a shown difference."""
+    return f"{row.first} is {row.verdict} than {row.second} on {_where(row)}: {numbers_text(row)}."
+
+
+def no_difference_sentence(row: Row) -> str:
+    """Template of a difference that was not shown, with what would have been."""
+    power = f" A true difference of {_size(row.mde, row.unit)} would have been found with 80% probability." if row.mde else ""
+    needed = ""
+    if row.needed and row.tested and row.needed > row.tested.questions:
+        needed = f" The observed one would need about {count(row.needed, 'question')}."
+    return f"No difference shown between {row.first} and {row.second} on {_where(row)}: {numbers_text(row)}.{power}{needed}"
+
+
+def untestable_sentence(row: Row) -> str:
+    """Template of a comparison that cannot be made."""
+    return f"{row.first} and {row.second} cannot be compared on {_where(row)}: {row.reason}."
+
+
+def stopped_sentence(row: Row, stops: Sequence[Finding]) -> str:
+    """Template of a claim that an error stopped."""
+    return f"No claim about {row.first} and {row.second} on {_where(row)}: {_reasons(stops)}."
+
+
+def association_sentence(row: Row, confounds: Sequence[Finding]) -> str:
+    """Template of a shown difference whose cause cannot be told."""
+    higher = "higher" if (row.difference or 0) > 0 else "lower"
+    return (
+        f"{row.first} scored {higher} than {row.second} on {_where(row)}: {numbers_text(row)}. "
+        f"This is an association, not an effect: {_reasons(confounds)}."
+    )
+
+
+def cause_sentence(row: Row, study: Study | None, base: Sequence[str]) -> str:
+    """Template of a cause: what the arms declare to differ in, where it is all that differs. Empty where no cause may be named."""
+    if study is None or set(row.arms) & set(base) or not study.factors:
+        return ""
+    arms = {arm.name: arm for arm in study.arms}
+    if any(name not in arms or not arms[name].trained for name in row.arms):
+        return ""
+    first, second = arms[row.first], arms[row.second]
+    factors = [name for name in study.factors if first.cell.get(name) != second.cell.get(name)]
+    if not factors:
+        return ""
+    changed = listed([f"{name} ({first.cell.get(name, '?')} against {second.cell.get(name, '?')})" for name in factors])
+    # The sentence may not be wider than what varied: one training per arm is two trainings, not two methods.
+    seeds = row.tested.seeds if row.tested else 1
+    scope = f"over {seeds} training seeds" if seeds > 1 else "for these two trainings, one seed each"
+    return f" Only {changed} differs between them, so this is its effect {scope}."
+
+
+def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the answer: for each pair of arms what the table holds for it, with the sentence of its first comparison."""
+    pairs = list(dict.fromkeys(row.arms for row in rows))
+    own = [pair for pair in pairs if not set(pair) & set(base)]
+    sentences = []
+    for pair in own or pairs:
+        mine = [row for row in rows if row.arms == pair]
+        sentences += [summary_sentence(mine), mine[0].sentence]
+        sentences += [row.sentence for row in mine[1:] if row.verdict in ("better", "worse")][:3]
+    if own:
+        sentences += [summary_sentence([row for row in rows if row.arms == pair]) for pair in pairs if pair not in own]
+    return tuple(sentences) or ("Nothing can be compared: no two arms have a metric in common.",)
+
+
+def summary_sentence(rows: Sequence[Row]) -> str:
+    """Template that counts the verdicts of one pair of arms; a claim that an error stopped is counted as stopped."""
+    first, second = rows[0].arms
+    stopped = [row for row in rows if row.stopped and row.verdict != "cannot be tested"]
+    counts = {
+        "better on": sum(row.verdict == "better" and not row.stopped for row in rows),
+        "worse on": sum(row.verdict == "worse" and not row.stopped for row in rows),
+        "no difference shown on": sum(row.verdict == "no difference shown" and not row.stopped for row in rows),
+        "no claim, because of an error found, on": len(stopped),
+        "cannot be tested on": sum(row.verdict == "cannot be tested" for row in rows),
+    }
+    said = [f"{words} {n}" for words, n in counts.items() if n]
+    return f"{first} against {second}, {count(len(rows), 'comparison')}: {', '.join(said)}."
+
+
+def _reasons(findings: Sequence[Finding]) -> str:
+    """The titles of findings as a clause; beyond three, their number."""
+    titles = list(dict.fromkeys(_lower(finding.title).rstrip(".") for finding in findings))
+    more = f"; and {len(titles) - 3} more" if len(titles) > 3 else ""
+    return "; ".join(titles[:3]) + more
+
+
+def _lower(title: str) -> str:
+    """A title inside a sentence: its first letter small, unless its first word is a name or an abbreviation."""
+    word = title.split(" ", 1)[0]
+    return title[:1].lower() + title[1:] if word[:1].isupper() and word[1:].islower() else title
+
+
+def _size(value: float, unit: str) -> str:
+    """A difference without a sign."""
+    return difference_text(value, unit).lstrip("+")
