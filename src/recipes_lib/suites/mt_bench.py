@@ -129,7 +129,7 @@ def _mean(cells: Sequence[tuple[Question, int, Row | None]]) -> dict[str, Any]:
 def write_fastchat(
     recipe: EvalRecipe, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet | None, rows: Sequence[Row], judge: str
 ) -> None:
-    """Write samples/model_answer.jsonl and samples/single.jsonl (and pair.jsonl) in FastChat's formats."""
+    """Write samples/question.jsonl, model_answer.jsonl and single.jsonl (and pair.jsonl) in FastChat's formats."""
     folder = answers.folder(recipe.name)
     now = time.time()
     lines = [
@@ -142,7 +142,9 @@ def write_fastchat(
         }
         for question in questions
     ]
+    asked = [{"question_id": _number(one.id), "category": one.category, "turns": list(one.turns)} for one in questions]
     single = [_single(row, answers.name, judge, now) for row in rows if row["kind"] == "absolute"]
+    _write_lines(sample_file(folder, "question.jsonl", None), asked)
     _write_lines(sample_file(folder, "model_answer.jsonl", None), lines)
     _write_lines(sample_file(folder, "single.jsonl", None), single)
     if opponent is not None and any(row["kind"] == "relative" for row in rows):
