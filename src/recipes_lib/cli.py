@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 import traceback
@@ -27,6 +28,11 @@ class Verb:
     help: str
     overrides: bool = False
 
+    @property
+    def module(self) -> str:
+        """Its module in `commands/`: the name, with an underscore after a word of Python's own (`import_`)."""
+        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
 
 VERBS = (
     Verb("ls", "recipes", "list recipes: method, model, launch, tags"),
@@ -46,6 +52,8 @@ VERBS = (
     Verb("export", "weights", "a folder to give away: weights, tokenizer, model card"),
     Verb("eval", "evaluation", "answer, judge and benchmark runs and models", overrides=True),
     Verb("judge", "evaluation", "replay foreign judgments, or audit a judge"),
+    Verb("import", "evaluation", "make a run from another program's answers, judgments and logs"),
+    Verb("study", "studies", "compare variants: plan, run, status, report, diff", overrides=True),
     Verb("prefetch", "clusters", "fetch and verify models, data and judges for nodes without a network"),
     Verb("launch", "clusters", "submit a recipe or a study as Slurm jobs; status, cancel, logs", overrides=True),
 )
@@ -99,7 +107,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
         print(__version__)
         return int(ExitCode.DONE)
     verb = _find_verb(words[0])
-    module = importlib.import_module(f"recipes_lib.commands.{verb.name}")
+    module = importlib.import_module(f"recipes_lib.commands.{verb.module}")
     parser = _Parser(prog=f"recipes {verb.name}", description=verb.help.capitalize() + ".", allow_abbrev=False)
     if verb.overrides:
         parser.epilog = "section.key=value words after it override values of the recipe, for example train.learning_rate=1e-4"
@@ -128,7 +136,7 @@ def _find_verb(word: str) -> Verb:
 
 
 def _exists(verb: Verb) -> bool:
-    return (Path(__file__).parent / "commands" / f"{verb.name}.py").is_file()
+    return (Path(__file__).parent / "commands" / f"{verb.module}.py").is_file()
 
 
 def _overrides(verb: Verb, parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:

@@ -28,15 +28,14 @@ _VOLATILE = {"written", "command", "git", "libraries", "file", "generated_now"}
 class Step:
     """One step.
 
-    `inputs` are dotted key -> plain value; `upstream` names steps whose results are inputs too; `after` names steps that must be done
-    first without being inputs. `version` is raised when a change of the code changes results.
+    `inputs` are dotted key -> plain value; `upstream` names steps whose results are inputs too. `version` is raised when a change of the
+    code changes results.
     """
 
     name: str
     kind: str
     inputs: Mapping[str, Any] = field(repr=False)
     upstream: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
     version: int | str = 1
     arm: str = ""
     seed: int | None = None
@@ -107,7 +106,7 @@ class Graph:
     def _judge(self, step: Step, known: Mapping[str, Freshness]) -> Freshness:
         failure = _read(self.folder / step.name / "failed.json")
         record = self.record(step.name)
-        waiting = tuple(f"{name} is not done" for name in (*step.upstream, *step.after) if not known[name].fresh)
+        waiting = tuple(f"{name} is not done" for name in step.upstream if not known[name].fresh)
         if record is None:
             return Freshness("missing", waiting, failure)
         reasons = [*changed_inputs(record["inputs"], step.inputs)]

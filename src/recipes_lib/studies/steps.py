@@ -45,7 +45,6 @@ class _Subject:
     seed: int | None
     run: str
     upstream: tuple[str, ...]
-    after: tuple[str, ...]
     inputs: Mapping[str, Any]
 
 
@@ -61,9 +60,7 @@ class _Builder:
                 yield from self._trained(arm)
         if self.study.include_base and (model := base_arm(self.study)):
             assert model.recipe is not None
-            first = next(subject for subject in self.subjects if subject.arm == model.name)
-            inputs = base_inputs(model.recipe)
-            self.subjects.insert(0, _Subject(BASE_ARM, BASE_ARM, None, base_run(self.study) or "", (), first.upstream, inputs))
+            self.subjects.insert(0, _Subject(BASE_ARM, BASE_ARM, None, base_run(self.study) or "", (), base_inputs(model.recipe)))
         last: list[Step] = []
         for recipe in self.study.evals:
             last += self._harness(recipe) if recipe.suite.name == "lm_eval" else self._judged(recipe)
@@ -79,7 +76,7 @@ class _Builder:
             facts: dict[str, Any] = {"arm": arm.name, "seed": seed, "run": run}
             train = Step(f"train.{word}", "train", training_inputs(arm, seed), version=VERSIONS["train"], **facts)
             check = Step(f"check.{word}", "check", {}, (train.name,), version=VERSIONS["check"], **facts)
-            self.subjects.append(_Subject(word, arm.name, seed, run, (check.name,), (), {}))
+            self.subjects.append(_Subject(word, arm.name, seed, run, (check.name,), {}))
             yield train
             yield check
 
@@ -90,7 +87,7 @@ class _Builder:
         for subject in self.subjects:
             facts = _facts(subject, recipe)
             name = f"answers.{recipe.name}.{subject.word}"
-            step = Step(name, "answers", {**subject.inputs, **answering}, subject.upstream, subject.after, VERSIONS["answers"], **facts)
+            step = Step(name, "answers", {**subject.inputs, **answering}, subject.upstream, VERSIONS["answers"], **facts)
             found.append((subject, step))
             yield step
         against_base = [step.name for subject, step in found if subject.arm == BASE_ARM] if recipe.metrics.against == BASE_ARM else []
@@ -120,7 +117,7 @@ class _Builder:
         for subject in self.subjects:
             name = f"lm_eval.{recipe.name}.{subject.word}"
             values = {**subject.inputs, **inputs}
-            yield Step(name, "lm_eval", values, subject.upstream, subject.after, VERSIONS["lm_eval"], **_facts(subject, recipe))
+            yield Step(name, "lm_eval", values, subject.upstream, VERSIONS["lm_eval"], **_facts(subject, recipe))
 
     def _report(self, last: list[Step]) -> Iterator[Step]:
         """Statistics over everything that was measured, and the report."""

@@ -1,0 +1,155 @@
+"""`recipes study plan|run|status|report|diff STUDY`: variants compared. Only `run` and `report` import what is heavy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+
+from recipes_lib.errors import ExitCode, RecipeError, print_error
+from recipes_lib.recipe.project import shown_path
+from recipes_lib.studies.study import Study, load_study
+from recipes_lib.terminal import next_step, say
+
+ACTIONS = {
+    "plan": "what would be done, why, and what it costs; nothing is touched",
+    "run": "do every step that is not fresh; the same command continues after any interruption",
+    "status": "every step with its state",
+    "report": "statistics and report of what was measured, without training or evaluating anything",
+    "diff": "what differs between the arms, and whether a factor declares it",
+}
+WATCH_S = 2.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions."""
+    parser.epilog = "section.key=value words override a value in every arm's recipe; key=value words the study's own (seeds=[1,2], gpus=2)"
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
+    for name, help in ACTIONS.items():
+        action = actions.add_parser(name, help=help, allow_abbrev=False)
+        action.add_argument("study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/")
+        if name in ("plan", "status"):
+            action.add_argument("--json", action="store_true", help="print one JSON object")
+        if name == "status":
+            action.add_argument("--watch", action="store_true", help="show it again every two seconds until everything is done")
+        if name == "run":
+            action.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at the same time (default 1)")
+            action.add_argument("--dry-run", action="store_true", help="the same as plan")
+        if name in ("run", "plan"):
+            action.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone, by name or its beginning: train")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the study, print its warnings, and do the action."""
+    study = load_study(args.study, args.overrides)
+    for warning in study.warnings:
+        print_error(warning)
+    if args.action == "run" and args.dry_run:
+        args.action, args.json = "plan", False
+    return {"plan": _plan, "run": _run, "status": _status, "report": _report, "diff": _diff}[args.action](study, args)
+
+
+def typed(study: Study) -> str:
+    """Return the study as it is typed on the command line, with its words."""
+    return " ".join([shown_path(study.path), *study.words])
+
+
+def _plan(study: Study, args: argparse.Namespace) -> int:
+    from recipes_lib.studies.plan import plan_lines, plan_object
+    from recipes_lib.studies.runner import check_imported, wanted_steps
+    from recipes_lib.studies.steps import build_graph
+
+    check_imported(study)
+    graph = build_graph(study)
+    steps = wanted_steps(graph, args.only)
+    if args.json:
+        print(json.dumps(plan_object(study, graph, steps), indent=2, ensure_ascii=False))
+        return int(ExitCode.DONE)
+    for line in plan_lines(study, graph, steps):
+        say(line)
+    next_step(f"recipes study run {typed(study)}")
+    return int(ExitCode.DONE)
+
+
+def _run(study: Study, args: argparse.Namespace) -> int:
+    from recipes_lib.studies.arm_runs import study_folder
+    from recipes_lib.studies.runner import run_study
+
+    if args.jobs < 1:
+        raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
+    started = time.monotonic()
+    code = run_study(study, say, args.jobs, args.only, args.debug)
+    if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
+        next_step(f"recipes study run {typed(study)}")
+        return code
+    report = study_folder(study) / "report" / "report.html"
+    say(f"\nstudy '{study.name}' took {time.monotonic() - started:.0f} s" if code else _all_done(study, time.monotonic() - started))
+    if report.is_file():
+        say(f"report: {shown_path(report)}")
+    next_step(f"recipes study status {typed(study)}" if code else f"recipes study diff {typed(study)}")
+    return code
+
+
+def _all_done(study: Study, seconds: float) -> str:
+    return f"\nstudy '{study.name}': every step is fresh ({seconds:.0f} s)"
+
+
+def _status(study: Study, args: argparse.Namespace) -> int:
+    from recipes_lib.studies.steps import build_graph
+    from recipes_lib.studies.tables import status_lines, step_rows, summary_line
+
+    while True:
+        rows = step_rows(study, build_graph(study))
+        if args.json:
+            print(json.dumps({"study": study.name, "steps": [row.to_dict() for row in rows]}, indent=2, ensure_ascii=False))
+            return int(ExitCode.DONE)
+        live = args.watch and sys.stdout.isatty()
+        if live:
+            print("\x1b[H\x1b[2J", end="")
+        for line in status_lines(rows, shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10_000):
+            say(line)
+        say(summary_line(rows))
+        if not args.watch or all(row.state in ("fresh", "failed") for row in rows):
+            break
+        time.sleep(WATCH_S)
+    done = all(row.state == "fresh" for row in rows)
+    next_step(f"recipes study {'report' if done else 'run'} {typed(study)}")
+    return int(ExitCode.DONE)
+
+
+def _report(study: Study, args: argparse.Namespace) -> int:
+    from recipes_lib.studies.conclusion import conclude
+    from recipes_lib.studies.runner import check_imported, study_lock
+    from recipes_lib.studies.steps import build_graph
+
+    with study_lock(study):
+        check_imported(study)
+        conclusion = conclude(study, build_graph(study))
+    for sentence in conclusion.comparison.answer:
+        say(sentence)
+    if not conclusion.complete:
+        say("not everything is measured yet: the report holds what there is")
+    say(f"\nreport: {shown_path(conclusion.folder / 'report.html')}")
+    next_step(f"recipes study {'diff' if conclusion.complete else 'run'} {typed(study)}")
+    return int(ExitCode.DONE)
+
+
+def _diff(study: Study, args: argparse.Namespace) -> int:
+    from recipes_lib.studies.tables import aligned, diff_rows
+
+    arms = [arm.name for arm in study.arms if arm.recipe is not None]
+    rows = list(diff_rows(study))
+    without = [arm.name for arm in study.arms if arm.recipe is None]
+    if not rows:
+        say("no difference: every resolved value is the same in all arms" if len(arms) > 1 else "there are no two arms with a recipe")
+    else:
+        say("\n".join(aligned([("key", *arms, "factor"), *((key, *values, factor or "none declared") for key, values, factor in rows)])))
+    confounds = [key for key, _, factor in rows if not factor]
+    if confounds:
+        say(f"\n{len(confounds)} of {len(rows)} differences belong to no declared factor: each may be the cause of what is measured")
+    if without:
+        say(f"without a recipe, so nothing is known of how they were made: {', '.join(without)}")
+    next_step(f"recipes study plan {typed(study)}")
+    return int(ExitCode.DONE)

@@ -1,0 +1,81 @@
+"""The last two steps of a study: statistics over what was measured, and the report. Both read files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes_lib.atomic_files import write_json
+from recipes_lib.recipe.project import runs_root
+from recipes_lib.studies.arm_runs import run_names, study_folder
+from recipes_lib.studies.graph import Graph, digest_of
+from recipes_lib.studies.study import Study
+
+if TYPE_CHECKING:
+    from recipes_lib.studies.claims import Comparison
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a study says: its comparison, and where the report lies."""
+
+    comparison: Comparison
+    folder: Path
+    complete: bool
+
+
+def measured_runs(study: Study, graph: Graph) -> dict[str, list[Path]]:
+    """Return arm -> folders of the runs whose training is done; what an earlier state of the study left is not among them."""
+    trained = {step.run: graph.freshness(step.name).fresh for step in graph.of_kind("train")}
+    names = {arm: [name for name in runs if trained.get(name, True)] for arm, runs in run_names(study).items()}
+    return {arm: [runs_root() / name for name in runs] for arm, runs in names.items() if runs}
+
+
+def conclude(study: Study, graph: Graph) -> Conclusion:
+    """Compute the statistics and write the report; both steps are recorded as done where everything above them is.
+
+    Raises:
+        RecipesError: an evaluation's files are damaged.
+    """
+    from recipes_lib.report.study_report import write_study_report
+    from recipes_lib.studies.claims import compare_arms
+    from recipes_lib.studies.measurements import read_measurements
+    from recipes_lib.studies.validity import check_validity
+
+    started = time.monotonic()
+    known = graph.survey()
+    statistics, report = graph.steps["statistics"], graph.steps["report"]
+    complete = all(known[name].fresh for name in statistics.upstream)
+    measurements = read_measurements(measured_runs(study, graph))
+    comparison = compare_arms(measurements, check_validity(study, measurements), study)
+    record = graph.folder / "statistics" / "comparison.json"
+    write_json(record, dataclasses.asdict(comparison))
+    if complete:
+        graph.finish(statistics, digest_of(dataclasses.asdict(comparison)), [record], seconds=round(time.monotonic() - started, 2))
+    started = time.monotonic()
+    folder = study_folder(study) / "report"
+    scratch = folder.with_name(f".report.tmp-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    write_study_report(scratch, comparison, measurements, study)
+    replace_folder(scratch, folder)
+    if complete:
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        graph.finish(report, digest_of([file.name for file in files]), files, seconds=round(time.monotonic() - started, 2))
+    return Conclusion(comparison, folder, complete)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Put a folder in the place of another; a crash leaves the old one, the new one, or neither, never a mixture."""
+    old = place.with_name(f".{place.name}.old-{os.getpid()}")
+    for leftover in place.parent.glob(f".{place.name}.*-*"):
+        if leftover != new:
+            shutil.rmtree(leftover, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,108 @@
+"""`recipes study plan`: what would be done, why, and what it costs: counted, or measured last time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from recipes_lib.errors import RecipesError
+from recipes_lib.studies.arm_runs import launch_words, train_words
+from recipes_lib.studies.graph import Graph, Step
+from recipes_lib.studies.study import Study
+from recipes_lib.studies.tables import StepRow, aligned, seconds_text, step_rows
+from recipes_lib.suites.recipe import EvalRecipe
+
+
+def plan_object(study: Study, graph: Graph, steps: Sequence[Step]) -> dict[str, Any]:
+    """Return the plan for --json."""
+    rows = {row.name: row for row in step_rows(study, graph)}
+    todo = [step for step in steps if rows[step.name].state != "fresh"]
+    return {
+        "study": study.name,
+        "question": study.question,
+        "steps": [{**rows[step.name].to_dict(), "arm": step.arm, "run": step.run, "cost": cost_of(study, step)} for step in steps],
+        "todo": [step.name for step in todo],
+        "seconds_measured": sum(_seconds(graph, step) or 0.0 for step in todo),
+    }
+
+
+def plan_lines(study: Study, graph: Graph, steps: Sequence[Step]) -> Iterator[str]:
+    """Yield the plan as text: the arms, then every step that would be done with its reason and cost."""
+    rows = {row.name: row for row in step_rows(study, graph)}
+    todo = [step for step in steps if rows[step.name].state != "fresh"]
+    yield study.question
+    yield f"{len(study.arms)} arms{' and their base' if study.include_base else ''}; {len(study.evals)} evals; seeds {_listed(study.seeds)}"
+    yield ""
+    if not todo:
+        yield f"nothing to do: all {len(steps)} steps are fresh"
+        return
+    table = [(step.name, _why(rows[step.name]), cost_of(study, step), _before(graph, step)) for step in todo]
+    yield from aligned([("step", "because", "cost", "took before"), *table])
+    yield ""
+    yield f"{len(todo)} of {len(steps)} steps to do"
+    for step in todo:
+        if step.kind == "train":
+            arm = study.arm(step.arm)
+            yield f"$ recipes train {' '.join([*train_words(study, arm, step.seed or 0), *launch_words(arm)])}"
+
+
+def _why(row: StepRow) -> str:
+    if row.state == "waiting":
+        return "never done"
+    return {"missing": "never done", "failed": f"failed: {row.detail}", "running": f"running: {row.detail}"}.get(row.state, row.detail)
+
+
+def cost_of(study: Study, step: Step) -> str:
+    """Return what a step takes, counted from its inputs."""
+    if step.kind == "train":
+        return training_cost(study, step)
+    recipe = next((recipe for recipe in study.evals if recipe.name == step.eval), None)
+    if recipe is None:
+        return {"check": "loads the adapter", "statistics": "seconds", "report": "seconds"}.get(step.kind, "")
+    if step.kind == "lm_eval":
+        limit = f", {recipe.suite.limit} items each" if recipe.suite.limit else ""
+        return f"{_listed(recipe.suite.tasks or [])}{limit}"
+    turns = count_turns(recipe)
+    if turns is None:
+        return "answers, as many as there are questions (not on this machine yet)" if step.kind == "answers" else "judgments"
+    if step.kind == "answers":
+        return f"{turns:,} answers of at most {recipe.generation.max_new_tokens:,} tokens"
+    if step.kind == "judgments" and recipe.suite.name == "mt_bench":
+        return f"{turns:,} judgments"
+    absolute = turns if recipe.metrics.absolute and step.kind == "judgments" else 0
+    probes = 12 * recipe.metrics.probe_pairs if step.kind == "judgments" else 0
+    return f"{2 * turns + absolute:,} judgments" + (f" and at most {probes:,} probes" if probes else "")
+
+
+def count_turns(recipe: EvalRecipe) -> int | None:
+    """Return how many answers an eval asks for, or None where its questions are not on this machine."""
+    from recipes_lib.suites.questions import load_questions
+
+    named = {"data.questions": recipe.data.questions, "data.references": recipe.data.references}
+    if all(recipe.resolve(key, name).is_file() for key, name in named.items() if name):
+        with suppress(RecipesError):
+            return sum(len(question.turns) for question in load_questions(recipe).questions)
+    return None
+
+
+def training_cost(study: Study, step: Step) -> str:
+    """Return the processes of a training and its length."""
+    arm = study.arm(step.arm)
+    assert arm.recipe is not None
+    steps, epochs = arm.recipe.train.get("max_steps", -1), arm.recipe.train.get("num_train_epochs", 3)
+    length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epoch{'s' * (epochs != 1)}"
+    return f"{length} on {arm.world_size} process{'es' * (arm.world_size > 1)} ({arm.accelerate})"
+
+
+def _seconds(graph: Graph, step: Step) -> float | None:
+    record = graph.record(step.name)
+    return record.get("seconds") if record else None
+
+
+def _before(graph: Graph, step: Step) -> str:
+    return seconds_text(_seconds(graph, step))
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,181 @@
+"""`recipes study run`: do every step that is not fresh, in order, on this machine. Run it again after any interruption.
+
+One runner per study; what a killed one left is continued. A failing arm stops only what depends on it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from recipes_lib.atomic_files import write_text
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
+from recipes_lib.recipe.project import runs_root, shown_path
+from recipes_lib.studies.arm_runs import study_folder
+from recipes_lib.studies.graph import Graph, Step
+from recipes_lib.studies.steps import build_graph
+from recipes_lib.studies.study import Study
+
+EVALUATION = ("check", "answers", "judgments", "comparison", "lm_eval")
+Say = Callable[[str], None]
+
+
+def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), debug: bool = False) -> int:
+    """Do what is to be done and return the exit code: 0, 1 when a step failed, 6 when only judgments are missing, 75 and 130 when stopped.
+
+    Args:
+        study: the study.
+        say: prints a line.
+        jobs: trainings at the same time.
+        only: step names or their beginnings (`train`, `judgments.alpaca_eval`); the others are left as they are.
+        debug: show tracebacks of failing steps.
+
+    Raises:
+        EnvironmentFault: another process runs this study.
+        RecipeError: an imported run is not there, or `only` names no step.
+    """
+    with study_lock(study):
+        check_imported(study)
+        write_text(study_folder(study) / "study.yaml", _as_run(study))
+        graph = build_graph(study)
+        wanted = wanted_steps(graph, only)
+        state = graph.survey()
+        if all(state[step.name].fresh for step in wanted):
+            return int(ExitCode.DONE)
+        for step in wanted:
+            if not state[step.name].fresh and state[step.name].state == "stale":
+                say(f"{step.name} is done again: {state[step.name].why}")
+        failed, stopped = _train(study, graph, wanted, jobs, say)
+        if stopped is not None:
+            say("stopped; the same command continues")
+            return stopped
+        failed |= _evaluate(study, only, say, debug)
+        failed |= _conclude(study, only, say)
+    return _end(failed, say)
+
+
+@contextmanager
+def study_lock(study: Study) -> Iterator[None]:
+    """Hold a study for this process.
+
+    Raises:
+        EnvironmentFault: another process runs it; host, process and time are named.
+    """
+    from recipes_lib.runs.lock import describe_holder, run_lock
+
+    folder = study_folder(study)
+    lock = run_lock(folder)
+    try:
+        lock.__enter__()
+    except EnvironmentFault:
+        what = f"study '{study.name}' is being run{describe_holder(folder / 'lock.json')}"
+        raise EnvironmentFault(what, f"watch it: recipes study status {shown_path(study.path)} --watch") from None
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def check_imported(study: Study) -> None:
+    """Refuse a study that names imported runs which are not there.
+
+    Raises:
+        RecipeError: placed where the run is named.
+    """
+    from recipes_lib.runs.directory import RunDirectory
+
+    for arm in study.arms:
+        if arm.imported and not RunDirectory(arm.imported).exists():
+            origin = study.origins.get(("arms", arm.name, "imported"))
+            what = f"arm '{arm.name}' stands for run '{arm.imported}', which is not in {runs_root()}"
+            hint = f"make it from the foreign files: recipes import FILE... --as {arm.imported}"
+            raise RecipeError(what, hint, file=origin.file if origin else study.path, line=origin.line if origin else None)
+
+
+def _as_run(study: Study) -> str:
+    """The study's file, with the words of the command line on top."""
+    words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
+    return f"# a copy of {shown_path(study.path)}\n{words}{study.path.read_text(encoding='utf-8-sig')}"
+
+
+def wanted_steps(graph: Graph, only: Sequence[str]) -> list[Step]:
+    """Return the steps that were asked for.
+
+    Raises:
+        RecipeError: a word fits no step.
+    """
+    for word in only:
+        if not any(_fits(step, [word]) for step in graph):
+            from recipes_lib.recipe.suggestions import did_you_mean
+
+            raise RecipeError(f"--only {word}: no such step", *did_you_mean(word, list(graph.steps)), "all steps: recipes study plan")
+    return [step for step in graph if _fits(step, only)]
+
+
+def _fits(step: Step, only: Sequence[str]) -> bool:
+    return not only or any(step.name == word or step.name.startswith(f"{word}.") for word in only)
+
+
+def _train(study: Study, graph: Graph, wanted: Sequence[Step], jobs: int, say: Say) -> tuple[dict[str, tuple[str, int]], int | None]:
+    """Train what is not trained; return the failures, and an exit code where somebody asked to stop."""
+    from recipes_lib.studies.trainings import Trainings
+
+    todo = [step for step in wanted if step.kind == "train" and not graph.freshness(step.name).fresh]
+    trainings = Trainings(study, graph, jobs, say)
+    trainings.run(todo)
+    return trainings.failed, trainings.stopped
+
+
+def _evaluate(study: Study, only: Sequence[str], say: Say, debug: bool) -> dict[str, tuple[str, int]]:
+    """Evaluate what is trained; return the failures."""
+
+    def todo(graph: Graph) -> list[Step]:
+        state = graph.survey()
+        return [step for step in wanted_steps(graph, only) if step.kind in EVALUATION and not state[step.name].fresh]
+
+    graph = build_graph(study)
+    if not todo(graph):
+        return {}
+    from recipes_lib.studies.evaluation import Evaluation, record_base_run
+
+    say("\nevaluating: each base and each judge is loaded once")
+    try:
+        record_base_run(study)
+    except RecipesError as error:
+        for step in todo(graph):
+            graph.fail(step, str(error), int(error.exit_code))
+        return {"evaluation": (str(error), int(error.exit_code))}
+    graph = build_graph(study)
+    return Evaluation(study, graph, todo(graph), say, debug).run().found
+
+
+def _conclude(study: Study, only: Sequence[str], say: Say) -> dict[str, tuple[str, int]]:
+    """Write the report, also of what there is where something failed."""
+    from recipes_lib.studies.conclusion import conclude
+
+    graph = build_graph(study)
+    state = graph.survey()
+    wanted = [step for step in wanted_steps(graph, only) if step.kind in ("statistics", "report")]
+    if all(state[step.name].fresh for step in wanted):
+        return {}
+    say("\nstatistics and report ...")
+    try:
+        conclusion = conclude(study, graph)
+    except RecipesError as error:
+        graph.fail(graph.steps["statistics"], str(error), int(error.exit_code))
+        return {"statistics": (str(error), int(error.exit_code))}
+    if not conclusion.complete:
+        say("the report holds what there is; steps are missing (below)")
+    return {}
+
+
+def _end(failed: dict[str, tuple[str, int]], say: Say) -> int:
+    """Say what failed, and return the exit code."""
+    if not failed:
+        return int(ExitCode.DONE)
+    say(f"\n{len(failed)} step{'s' * (len(failed) != 1)} failed:")
+    for name, (error, code) in failed.items():
+        say(f"  {name} (exit code {code}): {error.splitlines()[0]}")
+    only_missing = all(code == ExitCode.EVALUATION_INCOMPLETE for _, code in failed.values())
+    return int(ExitCode.EVALUATION_INCOMPLETE if only_missing else ExitCode.FAILED)

@@ -1,0 +1,98 @@
+"""A study small enough for a test: the tiny Llama trained at two ranks, and the same Llama as judge, on a few questions of each suite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+RECIPE = """\
+# yaml-language-server: $schema=recipe.schema.json
+model: {{name_or_path: {model}, dtype: float32}}
+data: {{source: {rows}, prompt_format: chat, split: {{validation: 0.1}}, max_examples: 60}}
+lora: {{r: {rank}, lora_alpha: {alpha}, lora_dropout: 0.0, target_modules: [q_proj, v_proj]}}
+train:
+  bf16: false
+  learning_rate: 1.0e-2
+  max_length: 192
+  max_steps: {steps}
+  per_device_train_batch_size: 4
+  per_device_eval_batch_size: 8
+  logging_steps: 1
+  eval_strategy: steps
+  eval_steps: {steps}
+  save_steps: 2
+  seed: 42
+  optim: adamw_torch
+run: {{global_batch_size: 4}}
+launch: {{accelerate: cpu}}
+"""
+
+STUDY = """\
+# yaml-language-server: $schema=study.schema.json
+question: Does rank 8 beat rank 4?
+factors:
+  rank: [lora.r, lora.lora_alpha]
+arms:
+  r4: r4.yaml
+  r8: r8.yaml
+seeds: [42]
+evals: [alpaca_eval.yaml, mt_bench.yaml, lm_eval.yaml]
+"""
+
+JUDGE = """\
+# yaml-language-server: $schema=judge.schema.json
+judge:
+  model: {model}
+  mode: logits
+  dtype: float32
+  max_context_tokens: 1024
+  relative_prompt: {project}/evals/prompts/prometheus-relative.txt
+  absolute_prompt: {project}/evals/prompts/prometheus-absolute.txt
+  rubric: {project}/evals/rubrics/helpfulness.txt
+  reference_rubric: {project}/evals/rubrics/correctness.txt
+  weak: random weights
+"""
+
+EVALS = {
+    "alpaca_eval": """\
+suite: {{name: alpaca_eval}}
+data: {{questions: questions.json}}
+generation: {{max_new_tokens: 12}}
+judge: {{file: judge.yaml}}
+metrics: {{probe_pairs: 1}}
+""",
+    "mt_bench": """\
+suite: {{name: mt_bench}}
+data: {{questions: question.jsonl}}
+generation: {{max_new_tokens: 12}}
+judge: {{file: judge.yaml}}
+""",
+    "lm_eval": """\
+suite: {{name: lm_eval, tasks: [quickstart_multiple_choice], batch_size: 16, limit: 12}}
+data: {{include_path: {project}/evals/quickstart/lm_eval, folder: {project}}}
+""",
+}
+
+
+def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int = 8) -> Path:
+    """Write the study and everything it names; return the study file, `tiny.yaml`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "rows.jsonl"
+    lines = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows.write_text("".join(lines[:80]), encoding="utf-8")
+    for rank in (4, 8):
+        text = RECIPE.format(model=model, rows=rows.name, rank=rank, alpha=2 * rank, steps=steps)
+        (folder / f"r{rank}.yaml").write_text(text, encoding="utf-8")
+    (folder / "judge.yaml").write_text(JUDGE.format(model=model, project=PROJECT), encoding="utf-8")
+    for name, text in EVALS.items():
+        schema = "# yaml-language-server: $schema=eval.schema.json\n"
+        (folder / f"{name}.yaml").write_text(schema + text.format(project=PROJECT), encoding="utf-8")
+    asked = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text(encoding="utf-8"))[:questions]
+    (folder / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
+    turns = (PROJECT / "evals/quickstart/mt_bench/question.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
+    (folder / "question.jsonl").write_text("".join(turns), encoding="utf-8")
+    study = folder / "tiny.yaml"
+    study.write_text(STUDY, encoding="utf-8")
+    return study
