@@ -300,7 +300,7 @@ def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_reci
 @pytest.mark.parametrize(
     "lever",
     [
-        "train.padding_free=true",
+        "train.padding_free=false",
         "train.activation_checkpointing=true",
         "train.optim=adamw_torch_fused",
         "train.per_device_train_batch_size=8",
@@ -330,12 +330,14 @@ def test_a_token_cap_without_padding_changes_no_loss_either(tiny_recipe: Path) -
         ("flash_attention_2", [], True),
         ("kernels-community/flash-attn3", [], True),
         ("sdpa", [], False),
+        ("sdpa_by_document", [], True),
+        ("sdpa_by_document", ["train.padding_free=false"], False),
         ("flash_attention_2", ["train.packing=true"], False),
         ("flash_attention_2", ["train.padding_free=false"], False),
         ("flash_attention_2", ["train.per_device_train_batch_size=1"], False),
     ],
 )
-def test_padding_is_dropped_only_where_flash_attention_makes_it_free(
+def test_padding_is_dropped_only_where_the_attention_makes_it_free(
     tiny_recipe: Path, attention: str, overrides: list[str], expected: bool
 ) -> None:
     from recipes_lib.recipe.recipe import load_recipe

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.training.row_tracking import ROW
 
+DOCUMENT_ATTENTION = "sdpa_by_document"
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +47,7 @@ def build_trainer(
     from recipes_lib.training.metrics import MetricsCallback
     from recipes_lib.training.trainer import RecipeTrainer
 
-    drop_padding_where_free(recipe, args, str(getattr(model.config, "_attn_implementation", "")))
+    drop_padding_where_free(recipe, args, attention_of(recipe, args, model))
     keep, args.save_total_limit = args.save_total_limit, None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = RecipeTrainer(
@@ -67,13 +69,23 @@ def build_trainer(
     return trainer
 
 
-def drop_padding_where_free(recipe: Recipe, args: SFTConfig, attention: str) -> None:
-    """Flatten each micro-batch into one row where flash attention keeps its examples apart at no cost; the loss stays the same.
+def attention_of(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> str:
+    """Return the name of the model's attention, after switching it to document attention where that is the fastest (a CPU)."""
+    from recipes_lib.training.document_attention import use_document_attention
 
-    A recipe that says `padding_free` itself, or packs, is left alone.
+    whole_text_rows = args.packing and args.packing_strategy == "wrapped"
+    if args.device.type == "cpu" and recipe.train.get("padding_free") is not False and not whole_text_rows:
+        use_document_attention(model)
+    return str(getattr(model.config, "_attn_implementation", ""))
+
+
+def drop_padding_where_free(recipe: Recipe, args: SFTConfig, attention: str) -> None:
+    """Flatten each micro-batch into one row where the attention keeps its examples apart at no cost; the loss stays the same.
+
+    That is flash attention on a GPU and `document_attention` on a CPU. A recipe that says `padding_free` itself, or packs, is left alone.
     """
     undecided = "padding_free" not in recipe.train and not args.packing
-    if undecided and "flash" in attention and args.per_device_train_batch_size > 1:
+    if undecided and ("flash" in attention or attention == DOCUMENT_ATTENTION) and args.per_device_train_batch_size > 1:
         args.padding_free = True
         args.max_length = None  # rows arrive truncated; TRL refuses a limit that it would not apply
 

@@ -1,0 +1,168 @@
+"""The loss of a micro-batch where there is no Triton (a CPU): scored where a label counts, with the gradient made in the same pass.
+
+TRL's head scores every position there, masked ones too, computes the logits twice and multiplies the gradient back in float32.
+On a GPU its Triton kernels skip masked positions themselves, and TRL's head is used as it is (`trainer.compute_loss`).
+
+The numbers are the same: the negative log-likelihood of the same tokens, in the same precision (logits in the compute type, softmax in
+float32, the gradient of the logits in the compute type).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+TOKENS_PER_TILE = 128  # measured: 32, 64, 256 and 1,000 are slower; a tile of logits should stay in the cache
+
+
+class TokenCounts:
+    """Counts kept on the device until somebody asks: reading one makes the processor wait for the GPU, and summing one for all ranks.
+
+    Args:
+        device: where the micro-batches are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._tokens = torch.zeros(1, dtype=torch.long, device=device)
+        self._scored = torch.zeros(2, dtype=torch.long, device=device)
+
+    def add(self, tokens: torch.Tensor | int, supervised: torch.Tensor, correct: torch.Tensor) -> None:
+        """Count one micro-batch of this rank."""
+        self._tokens += tokens
+        self._scored += torch.stack([supervised, correct])
+
+    def take_tokens(self) -> int:
+        """Return the tokens of all ranks since the last call; every rank has to call."""
+        return _sum_and_clear(self._tokens)[0]
+
+    def take_accuracy(self) -> float | None:
+        """Return the share of supervised tokens of all ranks that were ranked first since the last call; every rank has to call."""
+        supervised, correct = _sum_and_clear(self._scored)
+        return correct / supervised if supervised else None
+
+
+def _sum_and_clear(counts: torch.Tensor) -> list[int]:
+    total = counts.clone()
+    counts.zero_()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return [int(value) for value in total.tolist()]
+
+
+class TokenLoss(NamedTuple):
+    """What a forward pass with `loss_scale` returns.
+
+    Args:
+        loss: scale times the sum of the negative log-likelihoods.
+        num_supervised: tokens that count.
+        num_correct: of these, how many the model ranks first.
+    """
+
+    loss: torch.Tensor
+    num_supervised: torch.Tensor
+    num_correct: torch.Tensor
+
+
+class ScaledTokenLoss(torch.autograd.Function):
+    """`scale * sum(-log p(target))` of `hidden @ weight.T`; the gradient is made beside the loss, tile by tile of tokens.
+
+    Shapes: N supervised tokens, H hidden, V vocabulary. The logits of one tile exist at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,  # (N, H)
+        weight: torch.Tensor,  # (V, H)
+        bias: torch.Tensor | None,  # (V,)
+        targets: torch.Tensor,  # (N,)
+        scale: torch.Tensor,  # ()
+        with_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss and the number of tokens ranked first."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        weight_used = weight.to(dtype)
+        needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
+        grad_bias = torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device) if needs[2] else None
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        for rows in range(0, len(hidden), TOKENS_PER_TILE):
+            tile = slice(rows, rows + TOKENS_PER_TILE)
+            inputs, target = hidden[tile].to(dtype), targets[tile, None]
+            logits = torch.mm(inputs, weight_used.t()) if bias is None else torch.addmm(bias.to(dtype), inputs, weight_used.t())
+            largest = logits.amax(-1, keepdim=True).float()
+            at_target = logits.gather(1, target).float()
+            exponentials = logits.float().sub_(largest).exp_()
+            total = exponentials.sum(-1, keepdim=True)
+            loss += (largest + total.log() - at_target).sum(dtype=torch.float64)
+            correct += (at_target >= largest).sum()
+            if not any(needs):
+                continue
+            gradient = exponentials.mul_(scale / total)
+            gradient.scatter_add_(1, target, -scale.expand_as(target))
+            gradient = gradient.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[tile] = torch.mm(gradient, weight_used)
+            if grad_weight is not None:
+                grad_weight += torch.mm(gradient.t(), inputs)
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0, dtype=torch.float32)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(correct)
+        return (loss * scale).float(), correct
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the forward pass, times what the loss was multiplied by since (1, or an fp16 loss scale)."""
+        gradients = [
+            None if gradient is None else (gradient if upstream[0] == 1 else gradient * upstream[0]).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        ctx.gradients = ()
+        return (*gradients, None, None, None)
+
+
+def can_score_itself(model: Any) -> bool:
+    """Return whether the head is a plain linear layer, so that the loss here is the model's own (Gemma caps its logits, Granite scales)."""
+    config = model.config.get_text_config()
+    scaled = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "router_aux_loss_coef")
+    return type(model.get_output_embeddings()) is torch.nn.Linear and all(getattr(config, name, None) is None for name in scaled)
+
+
+def add_token_loss(model: Any) -> None:
+    """Let `model(..., labels=labels, loss_scale=scale)` return a `TokenLoss`; without `loss_scale` the forward pass is as before.
+
+    To be called on the causal language model inside a PEFT wrapper, before it is wrapped for several processes.
+    """
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() reads the signature
+    def forward(self: Any, *args: Any, loss_scale: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if loss_scale is None:
+            return original(*args, **kwargs)
+        labels = kwargs.pop("labels")[:, 1:]
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        where = (labels != -100).flatten().nonzero().flatten()
+        head = self.get_output_embeddings()
+        weight, bias = (_whole(head.weight), None if head.bias is None else _whole(head.bias))
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where)
+        targets = labels.flatten().index_select(0, where)
+        loss, correct = ScaledTokenLoss.apply(chosen, weight, bias, targets, loss_scale.float(), torch.is_grad_enabled())
+        return TokenLoss(loss, torch.tensor(len(where), device=hidden.device), correct)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter that FSDP2 has sharded, gathered."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
