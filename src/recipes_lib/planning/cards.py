@@ -1,0 +1,124 @@
+"""The cards a plan can be made for: memory, peak rate, bandwidth, links, and the share of the peak that training reaches.
+
+No speed here was measured by this project: every card is marked `assumed` until `benchmarks/` has a number for it. Peaks are the vendors'
+dense bf16 figures. The reached share (MFU, counted with 4N) follows the published 40% of a bf16 LoRA on one H100 (NeMo AutoModel,
+Llama-3-8B, sequence 4,096, 402 TFLOP/s); links are what an all-gather is taken to reach. MIG slices have the original study's 7 GB/s, the
+rate that explains its 449 tokens/s under FSDP without peer-to-peer access.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.suggestions import did_you_mean
+
+
+@dataclass(frozen=True)
+class Card:
+    """One kind of card.
+
+    Args:
+        memory_gib: what a process can see of it.
+        tflops: dense bf16 peak.
+        bandwidth: memory, GB/s.
+        link: GB/s of an all-gather per card on one machine.
+        mfu: share of the peak that bf16 LoRA reaches with large micro-batches.
+        basis: `assumed`, or what was measured where.
+    """
+
+    name: str
+    title: str
+    memory_gib: float
+    tflops: float
+    bandwidth: float
+    link: float
+    mfu: float = 0.40
+    basis: str = "assumed"
+
+
+CARDS = (
+    Card("h100-80gb", "H100 80GB SXM", 79.1, 989, 3350, 300),
+    Card("h100-pcie-80gb", "H100 80GB PCIe", 79.1, 756, 2000, 25),
+    Card("h100-96gb", "H100 96GB", 93.0, 989, 3350, 300),
+    Card("h200-141gb", "H200 141GB", 139.8, 989, 4800, 300),
+    Card("a100-80gb", "A100 80GB", 79.2, 312, 2039, 200, 0.50),
+    Card("a100-40gb", "A100 40GB", 39.4, 312, 1555, 200, 0.50),
+    Card("h100-mig-4g.40gb", "H100 MIG slice 4g.40gb", 39.2, 480, 1675, 7),
+    Card("h100-mig-3g.40gb", "H100 MIG slice 3g.40gb", 39.2, 450, 1675, 7),
+    Card("h100-mig-3g.47gb", "H100 96GB MIG slice 3g.47gb", 46.2, 450, 1675, 7),
+    Card("h100-mig-2g.20gb", "H100 MIG slice 2g.20gb", 19.4, 240, 837, 7),
+    Card("h100-mig-1g.10gb", "H100 MIG slice 1g.10gb", 9.5, 120, 418, 7),
+    Card("a100-mig-3g.40gb", "A100 80GB MIG slice 3g.40gb", 39.2, 121, 1019, 7, 0.50),
+    Card("a100-mig-3g.20gb", "A100 40GB MIG slice 3g.20gb", 19.4, 121, 777, 7, 0.50),
+    Card("l40s-48gb", "L40S 48GB", 44.4, 362, 864, 20),
+    Card("rtx-4090-24gb", "RTX 4090 24GB", 23.5, 165, 1008, 10, 0.50),
+)
+ALIASES = {
+    "h100": "h100-80gb",
+    "h200": "h200-141gb",
+    "a100": "a100-80gb",
+    "l40s": "l40s-48gb",
+    "4090": "rtx-4090-24gb",
+    "rtx4090": "rtx-4090-24gb",
+    "rtx-4090": "rtx-4090-24gb",
+    "h100-sxm": "h100-80gb",
+    "h100-pcie": "h100-pcie-80gb",
+    "h100-47": "h100-mig-3g.47gb",
+    "h100-47gb": "h100-mig-3g.47gb",
+    "h100-96": "h100-96gb",
+    "a100-40": "a100-40gb",
+    "a100-80": "a100-80gb",
+}
+DEFAULT = "h100-80gb"
+
+
+def card_named(name: str) -> Card:
+    """Return the card of that name or alias.
+
+    Raises:
+        RecipeError: there is none; the nearest names are given.
+
+    Example:
+        >>> card_named("H100").name
+        'h100-80gb'
+    """
+    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    by_name = {card.name: card for card in CARDS}
+    card = by_name.get(ALIASES.get(key, key))
+    if card is None:
+        hints = did_you_mean(key, [*by_name, *ALIASES])
+        raise RecipeError(f"--gpu: there is no card '{name}'", *hints, f"cards: {', '.join([*by_name, 'cpu'])}")
+    return card
+
+
+@lru_cache(maxsize=1)
+def cards_here() -> tuple[Card, ...]:
+    """Return this machine's GPUs as nvidia-smi names them; one that is not in the table gets its real memory and a guessed speed."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [line.rsplit(",", 1) for line in done.stdout.strip().splitlines() if "," in line]
+    return tuple(_recognised(name.strip(), float(memory)) for name, memory in rows if memory.strip().replace(".", "").isdigit())
+
+
+def _recognised(name: str, memory_mib: float) -> Card:
+    """Return the table's card of that name and memory; the memory is always the real one.
+
+    Example:
+        >>> _recognised("NVIDIA H100 80GB HBM3", 81559.0).name
+        'h100-80gb'
+    """
+    gib = memory_mib / 1024
+    words = {word for word in re.split(r"[^a-z0-9]+", name.lower()) if word}
+    like = [card for card in CARDS if card.name.split("-")[0] in words or ("4090" in words and "4090" in card.name)]
+    like = [card for card in like if ("mig" in card.name) == ("mig" in words)]
+    near = min(like, key=lambda card: abs(card.memory_gib - gib), default=None)
+    if near is None or abs(near.memory_gib - gib) > 3:
+        return Card(name, f"{name} (not in the table: speed guessed)", round(gib - 0.4, 1), 100, 600, 10)
+    return Card(near.name, near.title, round(min(near.memory_gib, gib), 1), near.tflops, near.bandwidth, near.link, near.mfu, near.basis)

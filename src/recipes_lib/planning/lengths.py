@@ -1,0 +1,152 @@
+"""How long a recipe's examples are, and how many there are: counted in local data, else taken from an earlier run or from Dolly.
+
+Counting reads the rows and, where the model's tokenizer.json is here, tokenises up to `COUNTED` of them: a second, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.errors import RecipesError
+from recipes_lib.planning.dolly_lengths import dolly_lengths
+from recipes_lib.recipe.project import runs_root
+from recipes_lib.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from recipes_lib.data.examples import Example
+
+COUNTED = 2000
+LARGEST_FILE = 200_000_000
+DOLLY = "databricks/databricks-dolly-15k"
+CHARACTERS_PER_TOKEN = 4.2
+TEMPLATE_TOKENS = 24  # what a chat template puts around one exchange
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The examples as the loss will see them.
+
+    Args:
+        tokens: a length per example (or per counted example), not cut to `max_length`.
+        train: training rows.
+        validation: validation rows.
+        source: where the numbers come from, for the reader.
+        counted: whether they are this data's own.
+    """
+
+    tokens: tuple[int, ...]
+    train: int
+    validation: int
+    source: str
+    counted: bool
+
+
+def lengths_of(recipe: Recipe) -> Lengths:
+    """Return the lengths of a recipe's data; what cannot be counted here is assumed, and `source` says so."""
+    try:
+        local = _counted(recipe)
+    except (RecipesError, OSError, KeyError, ValueError):
+        local = None  # the data are checked by `recipes data`; a plan goes on with what it has
+    if local is not None:
+        return local
+    tokens = dolly_lengths()
+    if recipe.data.source == DOLLY:
+        return _split(recipe, tokens, len(tokens), f"Dolly's length histogram ({len(tokens):,} rows)", counted=True)
+    earlier = _from_run(recipe, tokens)
+    if earlier is not None:
+        return earlier
+    named = recipe.data.source if isinstance(recipe.data.source, str) else "the mixture"
+    return _split(recipe, tokens, len(tokens), f"assumed as long and as many as Dolly's: {named} is not on this machine", counted=False)
+
+
+def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, counted: bool) -> Lengths:
+    """Apply the recipe's filters and split fractions to a number of rows."""
+    limit, split = recipe.data.filters.max_tokens, recipe.data.split
+    if limit is not None:
+        kept = [length for length in tokens if length <= limit] or [min(tokens)]
+        rows, tokens = round(rows * len(kept) / len(tokens)), kept
+    rows = min(rows, recipe.data.max_examples or rows)
+    if split.method == "none":
+        train, validation = rows, 0
+    elif split.method == "published":
+        train = rows - math.ceil(rows * (split.validation + split.test) - 1e-9)
+        validation = round(rows * split.validation)
+    else:
+        train, validation = round(rows * (1 - split.validation - split.test)), round(rows * split.validation)
+    return Lengths(tuple(tokens), max(train, 1), validation, source, counted)
+
+
+def _counted(recipe: Recipe) -> Lengths | None:
+    """Count the rows of local data; None where a source is not a local file or folder, or too large to read for a plan."""
+    from recipes_lib.data.columns import read_examples
+    from recipes_lib.data.sources import find_path, listed_sources, load_tables
+    from recipes_lib.data.splits import first_in_hash_order, split_examples
+
+    section, examples = recipe.data, []
+    sources = listed_sources(section)
+    for number, source in enumerate(sources):
+        path = find_path(source.source, (recipe.base_dir,))
+        if path is None or _size(path) > LARGEST_FILE:
+            return None
+        rows = read_examples(load_tables(source, (recipe.base_dir,)), section.prompt_format, source.columns, number)
+        examples += first_in_hash_order(rows, source.max_examples, section.split.seed)
+    if section.filters.categories:
+        examples = [example for example in examples if example.fields.get("category") in section.filters.categories]
+    count, how = _counter(recipe)
+    some = first_in_hash_order(examples, COUNTED, section.split.seed)
+    tokens = count([_text(example, section.prompt_format) for example in some])
+    tokens = [length + (TEMPLATE_TOKENS if section.prompt_format == "chat" else 1) for length in tokens]
+    source_text = f"{how} in {len(some):,} of {len(examples):,} rows"
+    if section.filters.max_tokens is not None:
+        return _split(recipe, tokens, len(examples), source_text, counted=True)
+    examples = first_in_hash_order(examples, section.max_examples, section.split.seed)
+    rows_of = split_examples(examples, section.split).rows
+    return Lengths(tuple(tokens), len(rows_of["train"]), len(rows_of["validation"]), source_text, counted=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+
+
+def _text(example: Example, prompt_format: str) -> str:
+    from recipes_lib.data.conversations import conversation_of
+    from recipes_lib.data.prompts import prompt_and_completion
+
+    if prompt_format == "chat":
+        return "\n".join(str(message["content"]) for message in conversation_of(example, None))
+    prompt, completion = prompt_and_completion(example, prompt_format)
+    return (prompt or "") + completion
+
+
+def _counter(recipe: Recipe) -> tuple[Callable[[list[str]], list[int]], str]:
+    """Return how texts are counted: by the model's tokenizer.json where it is here, else by their characters."""
+    from recipes_lib.recipe.model_files import local_folder
+
+    folder = local_folder(recipe)
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return lambda texts: [len(item.ids) for item in tokenizer.encode_batch(texts, add_special_tokens=True)], "tokens counted"
+    return lambda texts: [max(1, round(len(text) / CHARACTERS_PER_TOKEN)) for text in texts], "tokens estimated from characters"
+
+
+def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
+    """Return what an earlier run of this name found in its data, in the shape of Dolly's lengths."""
+    path = runs_root() / recipe.name / "supervision.json"
+    try:
+        audit = json.loads(path.read_text(encoding="utf-8"))
+        used, total, longest = audit["rows"]["used"], audit["tokens"]["total"], audit["tokens"]["max"]
+        train, validation = audit["rows"]["trained"], audit["rows"]["validation"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not used or not total:
+        return None
+    factor = total / used / (sum(tokens) / len(tokens))
+    scaled = tuple(min(max(1, round(length * factor)), longest) for length in tokens)
+    return Lengths(scaled, train, validation, f"rows and mean length of the earlier run {recipe.name}", counted=True)

@@ -1,0 +1,177 @@
+"""Memory of one process: what lies there all the time, what a micro-batch adds, and the largest micro-batch that still fits.
+
+`peak` is what `torch.cuda.max_memory_allocated` will show; `needed` adds what it does not count: the CUDA context, NCCL's buffers and the
+gaps that the allocator cannot use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from recipes_lib.planning.activations import activations_of, backward_bytes, head_bytes
+from recipes_lib.planning.cards import Card
+from recipes_lib.planning.settings import Settings
+
+GIB = 2**30
+CONTEXT_GIB, NCCL_GIB, GAPS = 0.6, 0.5, 0.05
+CPU_PROCESS_GIB = 1.1  # Python with torch, transformers and datasets, before any model
+BLOCK_4BIT, NESTED_BLOCK = 64, 256
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one process at its worst moment.
+
+    Args:
+        weights: base weights, 4-bit constants among them; the shard under FSDP2.
+        adapter: LoRA weights (0 for full fine-tuning).
+        gathered: FSDP2's whole layers beside the shards.
+        activations: kept for the backward pass.
+        moment: logits tile, recomputed block, gradients inside a block: whichever is largest.
+        validation: the same for a validation batch; counted only where it is more than training needs.
+        outside: context, communication and gaps, which `torch.cuda.max_memory_allocated` does not count.
+    """
+
+    weights: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    moment: float
+    validation: float
+    outside: float
+
+    @property
+    def steady(self) -> float:
+        """What lies there all the time."""
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
+
+    @property
+    def peak(self) -> float:
+        """The highest that is allocated."""
+        return self.steady + max(self.activations + self.moment, self.validation)
+
+    @property
+    def needed(self) -> float:
+        """What the card must have."""
+        return self.peak + self.outside
+
+
+def memory_of(settings: Settings, tokens: int, row: int, eval_tokens: int = 0) -> Memory:
+    """Return the memory for a forward pass of `tokens` tokens in rows of `row`.
+
+    Args:
+        eval_tokens: tokens of the largest validation batch, padding counted.
+    """
+    steady = _steady(settings)
+    kept = activations_of(settings)
+    moment = max(head_bytes(settings, tokens), backward_bytes(settings, tokens) + _dequantised(settings))
+    if settings.checkpointing:
+        block = kept.recomputed(tokens, row) + backward_bytes(settings, tokens) + _dequantised(settings)
+        moment = max(head_bytes(settings, tokens), block)
+    forward = backward_bytes(settings, eval_tokens) + head_bytes(settings, eval_tokens) if eval_tokens else 0.0
+    inside = replace(
+        steady, activations=kept.saved(tokens, row, settings.checkpointing) / GIB, moment=moment / GIB, validation=forward / GIB
+    )
+    return replace(inside, outside=_outside(settings, inside.peak))
+
+
+def largest_tokens(settings: Settings, card: Card, row: int, eval_tokens: int = 0) -> int:
+    """Return the largest forward pass in tokens that fits the card; 0 when not even one token does.
+
+    Args:
+        row: tokens of a row; a flattened micro-batch under sdpa is one row, so its mask grows with the square.
+    """
+
+    def fits(tokens: int) -> bool:
+        rows = tokens if settings.flattened and settings.masked else min(row, tokens)
+        return memory_of(settings, tokens, rows, eval_tokens).needed <= card.memory_gib
+
+    low, high = 0, 1 << 24
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def weight_gib(settings: Settings) -> float:
+    """Return the base weights in GiB, whole."""
+    shape = settings.shape
+    rest = shape.parameters - shape.linear_parameters
+    if settings.bits is None:
+        return shape.parameters * settings.weight_bytes / GIB
+    if settings.bits == 8:
+        per_weight = 1.0
+    else:  # half a byte, and the scale of each block of 64: a float32, or a byte and a float32 for 256 scales
+        scale = 1 + 4 / NESTED_BLOCK if settings.double_quantized else 4
+        per_weight = 0.5 + scale / BLOCK_4BIT
+    return (shape.linear_parameters * per_weight + rest * settings.weight_bytes) / GIB
+
+
+def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:
+    """Return optimizer state in bytes per trained weight. torch keeps both moments in the weight's own precision; an unknown name counts
+    as AdamW.
+
+    Example:
+        >>> optimizer_bytes("adamw_torch_fused", 4), optimizer_bytes("paged_adamw_32bit", 2), optimizer_bytes("adamw_8bit", 4)
+        (8, 8, 2.1)
+    """
+    name = optimizer.lower()
+    if "sgd" in name or "adafactor" in name:
+        return 0.1
+    moments = 1 if any(word in name for word in ("lion", "rmsprop", "adagrad")) else 2
+    if "8bit" in name:
+        return 1.05 * moments
+    if "4bit" in name:
+        return 0.55 * moments
+    return moments * (4 if "bnb" in name or "paged" in name or "32bit" in name else trained_bytes)
+
+
+def _steady(settings: Settings) -> Memory:
+    trained, width = settings.trained_parameters, settings.trained_bytes
+    shards = settings.world_size if settings.sharded else 1
+    whole = weight_gib(settings)
+    adapter = 0.0
+    if settings.adapter is not None:
+        adapter = trained * width / GIB
+    elif settings.bits is None:
+        whole = whole * width / settings.weight_bytes
+    gradients = trained * width / shards
+    if not settings.sharded and settings.world_size > 1:
+        gradients *= 2  # DDP's buckets hold a copy
+    return Memory(
+        weights=whole / shards,
+        adapter=adapter / shards,
+        gradients=gradients / GIB,
+        optimizer=trained * optimizer_bytes(settings.optimizer, width) / shards / GIB,
+        gathered=_gathered(settings) / GIB,
+        activations=0.0,
+        moment=0.0,
+        validation=0.0,
+        outside=0.0,
+    )
+
+
+def _gathered(settings: Settings) -> float:
+    """Bytes of whole layers under FSDP2: embeddings and head all the time; two blocks (this and the next), or all without resharding."""
+    if not settings.sharded:
+        return 0.0
+    shape = settings.shape
+    blocks = weight_gib(settings) * GIB - (shape.parameters - shape.linear_parameters) * settings.weight_bytes
+    block = blocks / shape.layers
+    trained = (settings.trained_parameters / shape.layers) * 4 if settings.adapter is None else 0  # gradients before they are shared out
+    return shape.embedding_parameters * settings.weight_bytes + (2 * block if settings.reshard else blocks) + trained
+
+
+def _dequantised(settings: Settings) -> float:
+    """The largest 4-bit matrix, written out for its product."""
+    if not settings.bits:
+        return 0.0
+    return 2.0 * max(a * b for a, b in settings.shape.linears().values())
+
+
+def _outside(settings: Settings, peak: float) -> float:
+    if settings.device == "cpu":
+        return CPU_PROCESS_GIB
+    return CONTEXT_GIB + (NCCL_GIB if settings.world_size > 1 else 0.0) + GAPS * peak

@@ -1,0 +1,196 @@
+"""What of a recipe and its launch decides about memory and time, as plain numbers.
+
+Precision follows what really happens in the training path, read in TRL 1.16, PEFT 0.21 and accelerate 1.15 and checked by tests: adapters on
+an unquantized base are float32, on a 4-bit base bf16; FSDP2 under bf16 keeps trained weights in float32 unless the base is 4-bit.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from recipes_lib.planning.shapes import ModelShape
+from recipes_lib.recipe.launch import Launch
+from recipes_lib.recipe.recipe import Recipe
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+_BLOCK = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn", "qkv_proj": "self_attn"}
+CUT = 1024  # TRL's default max_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter: rank, dropout, the linear layers of a block it sits on, and parameters trained in full beside it."""
+
+    rank: int
+    dropout: float
+    targets: tuple[str, ...]
+    layers: int
+    extra_parameters: int = 0
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Return how many parameters are trained."""
+        linears = shape.linears()
+        per_block = sum(self.rank * sum(linears[name]) for name in self.targets)
+        return self.layers * per_block + self.extra_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One training in numbers.
+
+    Args:
+        dtype: precision of the base weights in memory.
+        bits: 4 or 8 for quantized linear layers, None for none.
+        autocast: bytes of the autocast type (2), or None without autocast.
+        autocast_matches: whether the autocast type is the type of half-precision weights (fp16 autocast over bf16 weights is not).
+        adapter: None for full fine-tuning.
+        attention: sdpa, flash or eager.
+        per_device: examples per micro-batch and process.
+        max_length: rows are cut there; None for no cut.
+        max_tokens: cap on the tokens of one forward pass (`run.max_tokens_per_micro_batch`).
+        reshard: under FSDP2, whether gathered weights are freed after the forward pass.
+        device: gpu or cpu.
+    """
+
+    shape: ModelShape
+    dtype: str
+    bits: int | None
+    double_quantized: bool = True
+    autocast: int | None
+    autocast_matches: bool = True
+    adapter: Adapter | None
+    optimizer: str
+    attention: str
+    checkpointing: bool
+    per_device: int
+    eval_per_device: int
+    max_length: int | None
+    max_tokens: int | None
+    padding_free: bool
+    packing: bool
+    grouped: bool
+    world_size: int
+    sharded: bool
+    reshard: bool = True
+    device: str = "gpu"
+    per_machine: int = 1
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of an unquantized base weight."""
+        return BYTES[self.dtype]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an activation that a matrix product makes."""
+        return self.autocast or self.weight_bytes
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of a trained weight: adapters are float32 on a plain base and bf16 on a 4-bit one; FSDP2 raises trained weights to float32."""
+        if self.adapter is not None:
+            return 2 if self.bits else 4
+        return 4 if self.sharded and self.autocast else self.weight_bytes
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many parameters are trained."""
+        return self.shape.parameters if self.adapter is None else self.adapter.parameters(self.shape)
+
+    @property
+    def masked(self) -> bool:
+        """Whether sdpa gets a mask of row x row, and with it keys and values repeated for every query head."""
+        return self.attention != "flash" and (self.padding_free or self.packing or self.per_device > 1)
+
+    @property
+    def flattened(self) -> bool:
+        """Whether a micro-batch is one row of examples end to end."""
+        return self.padding_free or self.packing
+
+
+def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bool) -> Settings:
+    """Return the settings of a recipe under a launch.
+
+    Args:
+        on_cpu: whether no GPU will be used.
+    """
+    train = recipe.train
+    quantization = recipe.quantization or {}
+    bits = 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None
+    dtype = shape_dtype(shape, recipe.model.dtype)
+    half = "fp16" if train.get("fp16") else "bf16" if train.get("bf16", True) else None
+    sharded = launch.distributed_type == "FSDP" and launch.world_size > 1
+    attention = _attention(recipe)
+    per_device = int(train.get("per_device_train_batch_size", 8))
+    packing = bool(train.get("packing", False))
+    free = bool(train.get("padding_free", attention == "flash" and not packing and per_device > 1))
+    return Settings(
+        shape=shape,
+        dtype=dtype,
+        bits=bits,
+        double_quantized=bool(quantization.get("bnb_4bit_use_double_quant", False)),
+        autocast=2 if half else None,
+        autocast_matches=not half or {"fp16": "float16", "bf16": "bfloat16"}[half] == dtype or BYTES[dtype] != 2,
+        adapter=_adapter(recipe, shape),
+        optimizer=str(train.get("optim", "adamw_torch_fused")),
+        attention=attention,
+        checkpointing=_checkpointing(train) or bool(launch.config.fsdp.get("fsdp_activation_checkpointing")),
+        per_device=per_device,
+        eval_per_device=int(train.get("per_device_eval_batch_size", 8)) if train.get("eval_strategy", "no") != "no" else 0,
+        max_length=train.get("max_length", CUT),
+        max_tokens=recipe.run.max_tokens_per_micro_batch,
+        padding_free=free,
+        packing=packing,
+        grouped=train.get("train_sampling_strategy") == "group_by_length",
+        world_size=launch.world_size,
+        per_machine=launch.per_machine,
+        sharded=sharded,
+        reshard=bool(launch.config.fsdp.get("fsdp_reshard_after_forward", True)),
+        device="cpu" if on_cpu else "gpu",
+    )
+
+
+def shape_dtype(shape: ModelShape, written: str) -> str:
+    """Return the precision that `model.dtype` means; auto is the checkpoint's own, bf16 where the plan cannot see it."""
+    return written if written in BYTES else shape.dtype if shape.dtype in BYTES else "bfloat16"
+
+
+def _checkpointing(train: dict[str, Any]) -> bool:
+    return bool(train.get("activation_checkpointing", train.get("gradient_checkpointing", False)))
+
+
+def _attention(recipe: Recipe) -> str:
+    name = recipe.model.attn_implementation or "sdpa"
+    return "flash" if "flash" in name else "eager" if name == "eager" else "sdpa"
+
+
+def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
+    """Return the adapter with its target names found in a block."""
+    lora = recipe.lora
+    if lora is None:
+        return None
+    layers = lora.get("layers_to_transform")
+    count = shape.layers if layers is None else 1 if isinstance(layers, int) else len(layers)
+    saved = [name for name in lora.get("modules_to_save") or () if name in ("lm_head", "embed_tokens")]
+    return Adapter(
+        rank=int(lora.get("r", 8)),
+        dropout=float(lora.get("lora_dropout", 0.0)),
+        targets=targets_in(lora.get("target_modules"), shape),
+        layers=min(count, shape.layers),
+        extra_parameters=len(saved) * shape.vocabulary * shape.hidden,
+    )
+
+
+def targets_in(written: Any, shape: ModelShape) -> tuple[str, ...]:
+    """Return the linear layers of a block that `lora.target_modules` means, as PEFT matches it; absent, PEFT's default: query and value."""
+    names = list(shape.linears())
+    if written is None:
+        return tuple(name for name in names if name in ("q_proj", "v_proj", "qkv_proj"))
+    if written == "all-linear":
+        return tuple(names)
+    if isinstance(written, str):
+        paths = {name: f"model.layers.0.{_BLOCK.get(name, 'mlp')}.{name}" for name in names}
+        return tuple(name for name, path in paths.items() if re.fullmatch(written, path))
+    return tuple(name for name in names if any(name == str(given).rpartition(".")[2] for given in written))
