@@ -22,6 +22,19 @@ def printable(text: str) -> str:
     )
 
 
+def shown_size(num_bytes: float) -> str:
+    """Return a size with a unit that leaves something of it to see.
+
+    Example:
+        >>> shown_size(1_234_567), shown_size(310_000), shown_size(5e9)
+        ('1.2 MiB', '303 KiB', '4.7 GiB')
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.{1 if num_bytes < 10 * size else 0}f} {unit}"
+    return f"{num_bytes / 2**10:,.0f} KiB"
+
+
 def use_color(stream: object = None) -> bool:
     """Whether colour escapes may be written: a terminal, and NO_COLOR is not set (no-color.org)."""
     stream = stream or sys.stdout

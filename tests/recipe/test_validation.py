@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.recipe.loader import load_document
+from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.recipe.validation import validate
 
 
@@ -62,7 +63,7 @@ def test_a_mistake_is_named_with_what_to_write_instead(section, line, words, wri
         ("model", "kwargs: {use_kernels: true}"),
         ("data", "columns: {response: output}"),
         ("quantization", "load_in_4bit: true"),
-        ("launch", "gpus: 4"),
+        ("launch", "gpus: 1"),
     ],
 )
 def test_what_upstream_takes_is_taken(section, line, write_with):
@@ -138,3 +139,22 @@ def test_two_sources_of_the_accumulation_steps_are_a_warning(write):
     document = load_document(write(text))
     assert not validate(document)
     assert "gradient_accumulation_steps is ignored" in document.warnings[0].what
+
+
+def test_a_rank_that_changes_the_scaling_is_a_warning_with_the_way_to_keep_it(write):
+    write("model: {name_or_path: a/b}\ndata: {source: rows.jsonl}\nlora: {r: 8, lora_alpha: 16}\n", "_b.yaml")
+
+    def warnings(text: str, *overrides: str) -> str:
+        return " ".join(map(str, load_recipe(write(text), overrides).warnings))
+
+    assert "r.yaml:2: warning: lora.r 8 -> 16" in (said := warnings("extends: _b.yaml\nlora: {r: 16}\n"))
+    assert "lora.lora_alpha still 16 scales the adapter by 1 instead of 2" in said and "lora.lora_alpha=32" in said
+    assert "command line: warning: lora.r 8 -> 32" in warnings("extends: _b.yaml\n", "lora.r=32")
+    assert "lora.lora_alpha=32" in warnings("extends: _b.yaml\nlora: {use_rslora: true}\n", "lora.r=32")
+    for quiet in (
+        "extends: _b.yaml\nlora: {r: 16, lora_alpha: 32}\n",
+        "extends: _b.yaml\nlora: {r: 8}\n",
+        "extends: _b.yaml\nlora: null\n",
+    ):
+        assert not warnings(quiet)
+    assert not warnings("extends: _b.yaml\n", "lora.r=16", "lora.lora_alpha=32")

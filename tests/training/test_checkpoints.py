@@ -100,6 +100,13 @@ def test_a_full_disk_is_noticed_before_a_save(tmp_path: Path, monkeypatch: pytes
         checkpoints.check_free_space(tmp_path, 90 * 2**20)
 
 
+def test_a_small_save_is_not_said_to_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=12_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(EnvironmentFault, match=r"needs 146 KiB \(and 20% spare\), 12 KiB are free"):
+        checkpoints.check_free_space(tmp_path, 150_000)
+
+
 def test_the_marker_lists_every_file_with_its_size(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, 5)
     marker = json.loads((checkpoint / checkpoints.MARKER).read_text())

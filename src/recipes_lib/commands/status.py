@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from typing import Any
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.errors import ExitCode, RecipesError
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.runs.directory import RunDirectory, all_runs, open_run
 from recipes_lib.terminal import next_step, say
@@ -36,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     for row in rows:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    next_step(f"recipes status {runs[-1].name}")
+    newest = max(rows[1:], key=lambda row: row[-1])
+    next_step(f"recipes status {newest[0]}")
     return ExitCode.DONE
 
 
@@ -50,7 +52,11 @@ def true_state(one: RunDirectory, state: dict[str, Any]) -> str:
 
 
 def _row(one: RunDirectory) -> dict[str, Any]:
-    state, last = one.read_state(), _last_values(one)
+    """The line of one run; a run.json that cannot be read costs only its own line."""
+    try:
+        state, last = one.read_state(), _last_values(one)
+    except RecipesError:
+        state, last = {"state": "unreadable", "updated": ""}, {}
     return {
         "run": one.name,
         "state": true_state(one, state),
@@ -66,8 +72,9 @@ def _last_values(one: RunDirectory) -> dict[str, Any]:
     """The newest value of each metric."""
     newest: dict[str, Any] = {}
     if one.metrics.is_file():
-        for line in one.metrics.read_text(encoding="utf-8").split("\n")[:-1]:
-            newest |= json.loads(line)
+        for line in one.metrics.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            with suppress(ValueError):
+                newest |= json.loads(line)
     return newest
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.errors import ExitCode, print_error
 from recipes_lib.recipe.launch import Launch, place_machine, plan_launch
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     command = launch.command(script)
     show_command(command)
     if args.dry_run:
+        for warning in recipe.warnings:  # a training says them itself
+            print_error(warning)
         next_step(typed_command(args, (*OPTIONS, *PLACE)))
         return ExitCode.DONE
     if launch.rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import RecipeError
@@ -65,3 +66,41 @@ def _legal_values(global_batch_size: int, per_device: int, world_size: int) -> l
         f"keep {per_device} per device on {world_size} process{'es' * (world_size > 1)}: run.global_batch_size {' or '.join(legal)}"
     )
     return hints
+
+
+def planned_steps(
+    rows: int, *, per_device: int, accumulation: int, world_size: int, epochs: float, max_steps: int = -1, drop_last: bool = False
+) -> tuple[int, int]:
+    """Return the optimizer steps of an epoch and of the run, counted as the Trainer counts them.
+
+    Args:
+        rows: training rows (packed ones, where they are packed).
+        max_steps: wins over `epochs` when above 0.
+        drop_last: whether an incomplete last micro-batch is left out.
+
+    Example:
+        >>> planned_steps(305, per_device=8, accumulation=1, world_size=1, epochs=1.5)
+        (39, 59)
+    """
+    share = per_device * world_size
+    batches = rows // share if drop_last else -(-rows // share)
+    per_epoch = max(-(-batches // accumulation), 1)
+    return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
+
+
+def describe_batch(rows: int, steps: tuple[int, int], *, per_device: int, accumulation: int, world_size: int) -> str:
+    """Return the batch arithmetic of the start-up lines.
+
+    Args:
+        steps: what `planned_steps` returned.
+
+    Example:
+        >>> describe_batch(12_008, (188, 564), per_device=4, accumulation=8, world_size=2)
+        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 188 steps per epoch, 564 steps'
+    """
+    examples = per_device * accumulation * world_size
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return (
+        f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per step; "
+        f"{rows:,} examples -> {steps[0]:,} steps per epoch, {steps[1]:,} steps"
+    )

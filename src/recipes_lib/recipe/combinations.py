@@ -26,6 +26,7 @@ def check_combinations(document: Document) -> Iterator[Finding]:
             yield path, document.error(path, what, *hints)
     for path, what, *hints in _warnings(sections):
         document.warnings.append(document.error(path, f"warning: {what}", *hints))
+    document.warnings.extend(_changed_scaling(document))
     if document.kind.name == "recipe":
         yield from _run_name(document)
 
@@ -117,6 +118,21 @@ def _warnings(sections: dict[str, Any]) -> Iterator[Any]:
     if run.get("global_batch_size") and "gradient_accumulation_steps" in train:
         what = "train.gradient_accumulation_steps is ignored: it is derived from run.global_batch_size"
         yield ("train", "gradient_accumulation_steps"), what, "remove one of them"
+
+
+def _changed_scaling(document: Document) -> Iterator[RecipeError]:
+    """Yield a warning where a rank was replaced and its lora_alpha was not: the update is scaled by lora_alpha / r."""
+    lora = document.values.get("lora")
+    before = document.replaced.get(("lora", "r"))
+    if not isinstance(lora, dict) or not before or document.origin(("lora", "r")).file == document.origin(("lora", "lora_alpha")).file:
+        return
+    rank, alpha = lora.get("r"), lora.get("lora_alpha")
+    if all(isinstance(number, int | float) and number > 0 for number in (rank, alpha, before)):
+        root = 0.5 if lora.get("use_rslora") is True else 1
+        was, now = alpha / before**root, alpha / rank**root
+        what = f"warning: lora.r {before} -> {rank} with lora.lora_alpha still {alpha} scales the adapter by {now:g} instead of {was:g}"
+        same = was * rank**root
+        yield document.error(("lora", "r"), what, f"to change the rank alone: lora.lora_alpha={same:g}")
 
 
 def _run_name(document: Document) -> Iterator[Finding]:

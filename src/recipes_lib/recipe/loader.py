@@ -34,7 +34,7 @@ class Origin:
 
 @dataclass
 class Document:
-    """A loaded YAML file: merged values, and the origin of every key path."""
+    """A loaded YAML file: merged values, the origin of every key path, and the value that an overridden key had before."""
 
     path: Path
     kind: kinds.Kind
@@ -43,6 +43,7 @@ class Document:
     warnings: list[RecipeError] = field(default_factory=list)
     text: str = ""
     levels: int = 0
+    replaced: dict[KeyPath, Any] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -150,6 +151,8 @@ def _merge(document: Document, source: YamlSource) -> None:
                 continue
             for stale in [known for known in document.origins if known[: len(here)] == here]:
                 del document.origins[stale]
+            if key in target and target[key] != value:
+                document.replaced[here] = target[key]
             target[key] = value
             for known, line in source.lines.items():
                 if known[: len(here)] == here:

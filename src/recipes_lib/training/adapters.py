@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import sync_folder, write_json
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.terminal import shown_size
 from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, explain_peft_failure, file_hashes
 from recipes_lib.training.card import quantized_bits, write_card
 from recipes_lib.training.trained import Family, TrainedRun, load_base
@@ -177,7 +178,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     if trained.recipe.quantization is not None:
         report(_dequantisation_note(trained, before, _size(model), written))
     _check_space(trained.run.path, _size(model))
-    report(f"writing {_size(model) / 2**20:,.0f} MiB in {written} ...")
+    report(f"writing {shown_size(_size(model))} in {written} ...")
     _save(model, tokenizer, scratch)
     del model
     free_memory()
@@ -215,7 +216,7 @@ def _dequantisation_note(trained: TrainedRun, before: int, after: int, dtype: st
     """Return what dequantising costs and what it cannot bring back."""
     return (
         f"dequantised the {quantized_bits(trained.recipe)}-bit base first: "
-        f"{before / 2**20:,.0f} MiB became {after / 2**20:,.0f} MiB in {dtype}\n"
+        f"{shown_size(before)} became {shown_size(after)} in {dtype}\n"
         "what quantization took from the original weights stays lost: the adapter was trained on what was left"
     )
 
@@ -224,7 +225,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < SPARE * needed:
         raise EnvironmentFault(
-            f"disk full: the merged model needs {needed / 2**20:,.0f} MiB (and 20% spare), {free / 2**20:,.0f} MiB are free in {folder}",
+            f"disk full: the merged model needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are free in {folder}",
             "free some space and run the same command again; nothing was written",
         )
 

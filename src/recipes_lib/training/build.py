@@ -119,23 +119,6 @@ def _validation_rows(validation: Dataset | None, args: SFTConfig, filler_token: 
     return concatenate_datasets([rows, Dataset.from_dict(filler, features=rows.features)])
 
 
-def describe_batch(per_device: int, accumulation: int, world_size: int, rows: int, epochs: float, max_steps: int) -> str:
-    """Return the batch arithmetic of the start-up lines.
-
-    Example:
-        >>> describe_batch(4, 8, 2, 12_008, 3, -1)
-        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 188 steps per epoch, 564 steps'
-    """
-    examples = per_device * accumulation * world_size
-    per_epoch = -(-rows // examples)
-    steps = max_steps if max_steps > 0 else round(per_epoch * epochs)
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    return (
-        f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per step; "
-        f"{rows:,} examples -> {per_epoch:,} steps per epoch, {steps:,} steps"
-    )
-
-
 def count_quantized(model: Any) -> int:
     """Return the number of 4-bit weight matrices; under FSDP they are shards of another type, known by their layer."""
     import bitsandbytes

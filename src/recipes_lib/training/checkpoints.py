@@ -16,6 +16,7 @@ from typing import Any
 
 from recipes_lib.atomic_files import sync_folder, write_json
 from recipes_lib.errors import EnvironmentFault
+from recipes_lib.terminal import shown_size
 
 MARKER = "COMPLETE.json"
 STATE_FILES = ("trainer_state.json", "scheduler.pt")
@@ -135,7 +136,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < FREE_SPACE_FACTOR * needed:
         raise EnvironmentFault(
-            f"disk full: a save needs {needed / 2**20:,.0f} MiB (and 20% spare), {free / 2**20:,.0f} MiB are free in {folder}",
+            f"disk full: a save needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are free in {folder}",
             "free some space and run the same command again: it resumes from the newest complete checkpoint",
         )
 

@@ -18,6 +18,7 @@ import yaml
 
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.runs.manifest import SECRET_VALUE
+from recipes_lib.terminal import shown_size
 from recipes_lib.training import base_identity
 from recipes_lib.training.adapters import SPARE, merge_record, why_stale
 from recipes_lib.training.base_notice import write_notice
@@ -215,6 +216,6 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < SPARE * needed:
         raise EnvironmentFault(
-            f"disk full: the export needs {needed / 2**20:,.0f} MiB (and 20% spare), {free / 2**20:,.0f} MiB are free in {folder}",
+            f"disk full: the export needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are free in {folder}",
             "free some space, or export to another disk; nothing was written",
         )

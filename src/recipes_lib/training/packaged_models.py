@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,15 +137,35 @@ def _convert(weights: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    say(f"dequantising {weights.name} ...")
-    loaded = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.bfloat16)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    tokenizer.save_pretrained(folder)
+    say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
+    with _silence():
+        loaded = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.bfloat16)
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+        tokenizer.save_pretrained(folder)
     if "tie_word_embeddings" not in json.loads((folder / "config.json").read_text()):
         raise EnvironmentFault("the converted model lost its tied embeddings")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep transformers' warning about packed GGUF weights and its three progress bars off the terminal."""
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging
+
+    verbosity, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        modeling_gguf_pytorch_utils.tqdm = gguf_bar
+        if bars:
+            logging.enable_progress_bar()

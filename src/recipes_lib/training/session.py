@@ -226,24 +226,24 @@ class Session:
 
     def announce(self) -> None:
         """Say what is about to happen: the batch arithmetic, what is trained, and what is really active."""
-        from recipes_lib.training.build import count_quantized, describe_batch, describe_trainable
+        from recipes_lib.recipe.batch import describe_batch, planned_steps
+        from recipes_lib.recipe.schedule import describe_schedule
+        from recipes_lib.training.build import count_quantized, describe_trainable
 
         args, trainer = self.args, self.trainer
         padding = ", padding-free" if args.padding_free else ", packed" if args.packing else ""
         precision = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else str(trainer.model.dtype).removeprefix("torch.")
         attention = getattr(trainer.model.config, "_attn_implementation", "unknown")
-        batch = describe_batch(
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            self.active.world_size,
-            len(trainer.train_dataset),
-            args.num_train_epochs,
-            args.max_steps,
-        )
+        shape = {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps}
+        shape["world_size"] = self.active.world_size
+        rows, drop_last = len(trainer.train_dataset), args.dataloader_drop_last
+        steps = planned_steps(rows, **shape, epochs=args.num_train_epochs, max_steps=args.max_steps, drop_last=drop_last)
+        scheduler = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
         self.quantized_layers = count_quantized(trainer.model)
         self.say(f"run {self.run.path}")
         self.say(f"launch: {self.launch_line}; precision {precision}; attention {attention}{padding}; seed {args.seed}")
-        self.say(f"batch: {batch}")
+        self.say(f"batch: {describe_batch(rows, steps, **shape)}")
+        self.say(f"schedule: {describe_schedule(scheduler, args.learning_rate, args.warmup_steps, steps[1])}")
         self.say(f"trains: {describe_trainable(trainer.model)}")
 
     def run_trainer(self) -> None:

@@ -23,7 +23,7 @@ def summarise(session: Session) -> dict[str, Any]:
     begun = session.marker.get("tokens", 0)
     return {
         "steps": state.global_step,
-        "best_step": state.best_global_step,
+        **({"best_step": state.best_global_step} if session.args.load_best_model_at_end else {}),
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
         "first_training_loss": training[0] if training else None,
