@@ -14,17 +14,18 @@ start() {
   done
   [ "$(id -u)" = 0 ] || { echo "the sandbox needs root (a container will do)" >&2; return 5; }
   mkdir -p "$1"/{etc,run,log,state,dev}
-  chmod 755 "$1" "$1"/{run,log}   # munged refuses folders that others may write
+  chmod 755 "$1" "$1"/{run,log}
   [ -s "$1/etc/munge.key" ] || (umask 077; head -c 128 /dev/urandom > "$1/etc/munge.key")
-  munged --socket="$1/run/munge.socket" --key-file="$1/etc/munge.key" --pid-file="$1/run/munged.pid" --log-file="$1/log/munged.log" \
-    --seed-file="$1/run/munged.seed" --num-threads=2
+  munged --force --socket="$1/run/munge.socket" --key-file="$1/etc/munge.key" --pid-file="$1/run/munged.pid" \
+    --log-file="$1/log/munged.log" --seed-file="$1/run/munged.seed" --num-threads=2 2> "$1/log/munged.start" \
+    || { cat "$1/log/munged.start" >&2; return 5; }   # --force: root alone uses it, so a private folder is no harm
   configure "$1"
   export SLURM_CONF=$1/etc/slurm.conf
   echo "export SLURM_CONF='$SLURM_CONF'" > "$1/env.sh"
-  slurmctld -c   # -c: forget the jobs of an earlier start
-  for node in $(seq 1 "$NODES"); do start_node "$1" "$node"; done
+  slurmctld -c || return 5   # -c: forget the jobs of an earlier start
+  for node in $(seq 1 "$NODES"); do start_node "$1" "$node" || return 5; done
   for _ in $(seq 1 200); do
-    [ "$(sinfo -h -N -p debug -o %T 2> /dev/null | grep -cx idle)" = "$NODES" ] && return 0
+    [ "$(timeout 5 sinfo -h -N -p debug -o %T 2> /dev/null | grep -cx idle)" = "$NODES" ] && return 0
     sleep 0.1
   done
   echo "the cluster did not come up; its logs are in $1/log" >&2

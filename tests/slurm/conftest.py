@@ -1,0 +1,178 @@
+"""A real Slurm for the tests: started by launch/sandbox.sh for a module, stopped after it, and nothing of it is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+SANDBOX = PROJECT / "launch" / "sandbox.sh"
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
+
+
+class Cluster:
+    """The cluster, and `recipes` as its user types it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder / "work"
+        self.work.mkdir()
+        self.runs = self.work / "runs"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            "SLURM_CONF": str(folder / "slurm" / "etc" / "slurm.conf"),
+            "RECIPES_RUNS_ROOT": str(self.runs),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+
+    def call(self, *argv: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(argv, env=self.environment, cwd=self.work, capture_output=True, text=True, timeout=timeout)
+
+    def recipes(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return self.call(sys.executable, "-m", "recipes_lib.cli", *words, timeout=timeout)
+
+    def launch(self, *words: str) -> str:
+        done = self.recipes("launch", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def profile(self, name: str = "here", **keys: Any) -> Path:
+        """Write a profile: the sandbox's, with other values."""
+        values = {
+            "partition": "debug",
+            "time": "00:10:00",
+            "gres": None,
+            "cpus_per_gpu": 1,
+            "memory_gib_per_gpu": None,
+            "environment": {},
+            "signal_lead_s": 60,
+            **keys,
+        }
+        path = self.work / f"{name}.yaml"
+        lines = [f"{key}: {json.dumps(value)}\n" for key, value in values.items()]
+        path.write_text("# yaml-language-server: $schema=profile.schema.json\n" + "".join(lines), encoding="utf-8")
+        return path
+
+    def jobs(self, name: str) -> dict[str, str]:
+        """Return {label: job id} of what was launched."""
+        rows = json.loads((self.runs / name / "slurm" / "jobs.json").read_text())["jobs"]
+        return {row["label"]: row["id"] for row in rows}
+
+    def queue(self) -> list[str]:
+        return self.call("squeue", "-h", "-o", "%i %j %T").stdout.splitlines()
+
+    def states(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return the states of the tasks by label, as `recipes launch status` knows them."""
+        found = json.loads(self.recipes("launch", "status", name, "--json").stdout)
+        return {state["label"]: state for state in found[name]}
+
+    def ended(self, name: str, seconds: float = 150) -> dict[str, dict[str, Any]]:
+        """Wait until no job of a launch is queued or running; requeued jobs start at once, not after Slurm's two minutes."""
+        ids = list(self.jobs(name).values())
+        deadline = time.monotonic() + seconds
+        while True:
+            waiting = self.call("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids)).stdout.splitlines()
+            if not waiting:
+                return self.states(name)
+            for line in waiting:
+                job, _, reason = line.split("|")
+                if reason == "BeginTime":
+                    time.sleep(2)
+                    self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+            if time.monotonic() > deadline:
+                self.call("scancel", *ids)
+                pytest.fail(f"still there after {seconds} s: {waiting}\n{self.log(name)}")
+            time.sleep(0.3)
+
+    def log(self, name: str, label: str = "train") -> str:
+        path = self.runs / name / "slurm" / f"{label}.log"
+        return path.read_text() if path.is_file() else f"no log {path}"
+
+    def run_state(self, name: str) -> dict[str, Any]:
+        return json.loads((self.runs / name / "run.json").read_text())
+
+    def adapter(self, name: str) -> bytes:
+        return (self.runs / name / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    def steps(self, name: str) -> int:
+        """Return how many steps a run has logged."""
+        path = self.runs / name / "metrics.jsonl"
+        return path.read_text().count('"loss"') if path.is_file() else 0
+
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"waited in vain for {what}; queue: {self.queue()}"
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four nodes. Skipped where Slurm is not installed, except in continuous integration: there that is a failure."""
+    missing = [program for program in NEEDED if shutil.which(program) is None]
+    if missing or os.geteuid() != 0:
+        reason = f"{', '.join(missing)} missing: apt-get install slurm-wlm munge" if missing else "the sandbox cluster needs root"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cluster")
+    environment = {**os.environ, "SANDBOX_PORT": str(free_ports())}
+    started = subprocess.run([SANDBOX, "start", folder / "slurm"], env=environment, capture_output=True, text=True, timeout=60)
+    assert started.returncode == 0, started.stderr
+    try:
+        yield Cluster(folder)
+    finally:
+        stopped = subprocess.run([SANDBOX, "stop", folder / "slurm"], env=environment, capture_output=True, text=True, timeout=120)
+        left = processes_of(folder)
+    assert stopped.returncode == 0, stopped.stderr
+    assert not left, f"left behind: {left}"
+
+
+def free_ports() -> int:
+    """Return a port from which on a controller and four nodes (100 further up) find room."""
+    for _ in range(50):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port < 65000 and all(is_free(port + offset) for offset in (0, 101, 102, 103, 104)):
+            return port
+    raise AssertionError("no free ports")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the commands of processes that belong to a cluster: its daemons, its jobs. What is dead counts as gone."""
+    time.sleep(0.5)
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            variables, words = (entry / "environ").read_bytes(), (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(folder).encode() in variables + words and int(entry.name) != os.getpid() and words:
+            found.append(words.replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def tiny(cluster: Cluster, tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str]) -> Path:
+    """The tiny recipe in the cluster's working folder."""
+    path = cluster.work / "tiny.yaml"
+    path.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")
+    return path

@@ -1,0 +1,109 @@
+"""Trainings as jobs of a real Slurm: sizes, exit codes, preemption, time limits, cancelling."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+STEPS = ("train.max_steps=30", "train.save_steps=10", "train.eval_steps=10", "lora.lora_dropout=0.3")
+
+
+@pytest.fixture(scope="module")
+def profile(cluster) -> str:
+    return str(cluster.profile())
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, tiny, profile) -> str:
+    """A run of one process that nothing disturbs."""
+    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=whole", *STEPS)
+    states = cluster.ended("whole")
+    assert states["train"]["state"] == "COMPLETED", cluster.log("whole")
+    return "whole"
+
+
+def test_a_job_trains_verifies_and_logs_into_the_run_directory(cluster, whole) -> None:
+    assert cluster.run_state(whole)["state"] == "finished"
+    log = cluster.log(whole)
+    assert "world size 1" in log and "verified: these are the trained weights" in log
+    assert "not checked" not in log  # the launch that was asked for is known inside the job
+
+
+def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(cluster, tiny, profile) -> None:
+    from safetensors.torch import load
+
+    plain = ("train.max_steps=6", "train.per_device_train_batch_size=2")
+    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=alone", *plain)
+    words = ("--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "2", "run.name=four")
+    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", *words, *plain)
+    for name in ("alone", "four"):
+        assert cluster.ended(name)["train"]["state"] == "COMPLETED", cluster.log(name)
+    log = cluster.log("four")
+    assert "on node[1-2]: 2 node(s) x 2 process(es)" in log
+    assert "DDP, world size 4" in log
+    alone, four = load(cluster.adapter("alone")), load(cluster.adapter("four"))
+    assert max(float((alone[name] - four[name]).abs().max()) for name in alone) < 1e-4
+
+
+def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_adapter(cluster, tiny, profile, whole) -> None:
+    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=preempted", *STEPS)
+    cluster.wait_for(lambda: cluster.steps("preempted") >= 4, "the fourth step")
+    urgent = cluster.call("sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 1").stdout.strip()
+    states = cluster.ended("preempted")
+    log = cluster.log("preempted")
+    assert states["train"]["state"] == "COMPLETED", log
+    assert states["train"]["tries"] == 2, log
+    assert "checkpoint-" in log and "resuming checkpoint-" in log and urgent
+    assert "try=0" in log and "try=1" in log  # one log, appended
+    assert cluster.adapter("preempted") == cluster.adapter(whole)
+
+
+def test_usr2_to_the_batch_shell_of_two_ranks_saves_requeues_and_changes_nothing(cluster, tiny, profile) -> None:
+    launch = ("tiny.yaml", "--profile", profile, "--stages", "train", "--accelerate", "ddp_cpu", "--gpus", "2")
+    cluster.launch(*launch, "run.name=pair", *STEPS)
+    cluster.ended("pair")
+    cluster.launch(*launch, "run.name=asked", *STEPS)
+    cluster.wait_for(lambda: cluster.steps("asked") >= 4, "the fourth step")
+    cluster.call("scancel", "--batch", "--signal=USR2", cluster.jobs("asked")["train"])
+    states = cluster.ended("asked")
+    log = cluster.log("asked")
+    assert (states["train"]["state"], states["train"]["tries"]) == ("COMPLETED", 2), log
+    assert re.search(r"stopped at step \d+/30", log) and "back into the queue" in log
+    assert cluster.adapter("asked") == cluster.adapter("pair")
+
+
+def test_the_time_limit_asks_for_a_checkpoint_and_a_job_out_of_requeues_ends_with_75(cluster, tiny) -> None:
+    profile = cluster.profile("short", time="00:01:00", signal_lead_s=20, max_requeues=0)
+    long = ("train.max_steps=100000", 'train.eval_strategy="no"', "train.save_steps=100000", "train.logging_steps=10")
+    cluster.launch("tiny.yaml", "--profile", str(profile), "--stages", "train,report", "run.name=limited", *long)
+    states = cluster.ended("limited")
+    assert states["train"]["exit_code"] == 75, cluster.log("limited")
+    assert cluster.run_state("limited")["state"] == "preempted"
+    assert "launch it again to continue" in cluster.log("limited")
+    assert states["report"]["state"] == "CANCELLED"
+
+
+def test_a_failing_training_keeps_its_exit_code_and_cancels_what_waits_for_it(cluster, tiny, profile) -> None:
+    explode = ("lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant", "run.name=explodes")
+    cluster.launch("tiny.yaml", "--profile", profile, "--accelerate", "ddp_cpu", "--gpus", "2", "--stages", "train,report", *explode)
+    states = cluster.ended("explodes")
+    assert (states["train"]["state"], states["train"]["exit_code"]) == ("FAILED", 3), cluster.log("explodes")
+    assert states["report"]["state"] == "CANCELLED"
+    assert "gradient norm is nan" in cluster.recipes("launch", "status", "explodes").stdout
+    assert cluster.queue() == []
+
+
+def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(cluster, tiny, profile) -> None:
+    long = ("train.max_steps=100000", 'train.eval_strategy="no"', "train.save_steps=100000", "run.name=cancelled")
+    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train,report", *long)
+    cluster.wait_for(lambda: cluster.steps("cancelled") >= 2, "the second step")
+    second = cluster.recipes("launch", "tiny.yaml", "--profile", profile, "--stages", "train", *long)
+    assert second.returncode == 2 and "is launched already: train is running" in second.stderr
+    done = cluster.recipes("launch", "cancel", "cancelled")
+    assert done.returncode == 0 and "cancelled" in done.stdout
+    states = cluster.ended("cancelled")
+    assert {state["state"] for state in states.values()} == {"CANCELLED"}
+    assert states["train"]["tries"] == 1
+    assert cluster.run_state("cancelled")["state"] == "preempted"  # it used Slurm's KillWait to save
