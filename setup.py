@@ -19,6 +19,7 @@ INSTALL = [
     "huggingface-hub>=2",
     "safetensors>=0.6",
     "sentencepiece>=0.2",  # Llama-2 tokenizers that ship without tokenizer.json
+    "jinja2>=3.1",  # reports
     "numpy>=2",
     "scipy>=1.13",
     "pyyaml>=6",
@@ -62,6 +63,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"recipes_lib.report": ["templates/*"]},
     python_requires=">=3.11,<3.14",
     install_requires=INSTALL,
     extras_require=EXTRAS,

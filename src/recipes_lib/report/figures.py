@@ -1,0 +1,148 @@
+"""The figures of a report, drawn from its content: the same content gives the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recipes_lib.report.breakdowns import Breakdown
+    from recipes_lib.report.content import Content, Floor
+
+COLORS = ("#0b6e99", "#c4511b", "#4b7f3a", "#7b4fa3", "#a8872c", "#8a8a8a", "#b03a6a", "#2f4f7f")
+MARKERS = "os^Dv<>P"
+_STYLE = {
+    "svg.hashsalt": "recipes",
+    "svg.fonttype": "path",
+    "font.size": 9.5,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "pdf.fonttype": 42,
+    "text.usetex": False,
+    "text.parse_math": False,
+}
+FORMATS = ("svg", "pdf")
+
+
+class Figure:
+    """One figure: its name as a file, its title, what it shows in words, and its bytes by format."""
+
+    def __init__(self, name: str, title: str, caption: str, files: dict[str, bytes]) -> None:
+        self.name, self.title, self.caption, self.files = name, title, caption, files
+
+
+def draw_figures(content: Content, formats: Sequence[str] = FORMATS) -> list[Figure]:
+    """Return every figure that the content has numbers for."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        return list(_figures(content, formats))
+
+
+def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
+    from recipes_lib.report.content import CURVES
+
+    for key, series in content.curves.items():
+        name, unit = CURVES[key]
+        caption = f"{unit[0].upper()}{unit[1:]} by optimizer step, every run."
+        yield Figure(name, unit, caption, _curves(series, unit, formats))
+    for number, breakdown in enumerate(content.breakdowns, 1):
+        title = f"{breakdown.title}, by {'category' if breakdown.kind == 'category' else 'length of the answer'}"
+        caption = "Points with 95% intervals; groups are described, not tested."
+        yield Figure(f"by_{breakdown.kind}_{number}", title, caption, _breakdown(breakdown, formats))
+    shares = [floor for floor in content.floor if floor.unit == "share" and floor.value is not None]
+    if shares:
+        caption = "How much changes where nothing was changed. A difference of this size between two arms shows nothing."
+        yield Figure("noise_floor", "noise floor", caption, _floor(shares, formats))
+
+
+def _new(height: float) -> tuple[Any, Any]:
+    """A figure without pyplot: no global state, no window system."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(6.4, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _saved(figure: Any, formats: Sequence[str]) -> dict[str, bytes]:
+    files = {}
+    for kind in formats:
+        stream = BytesIO()
+        figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else {"CreationDate": None, "Producer": None})
+        files[kind] = stream.getvalue()
+    return files
+
+
+def _curves(series: dict[str, list[tuple[float, float]]], unit: str, formats: Sequence[str]) -> dict[str, bytes]:
+    figure, axes = _new(3.0)
+    for number, (name, points) in enumerate(series.items()):
+        steps, values = zip(*points, strict=True)
+        marker = MARKERS[number % len(MARKERS)] if len(points) < 40 else None
+        color, line = COLORS[number % len(COLORS)], ("-", "--", ":", "-.")[number // len(COLORS) % 4]
+        axes.plot(steps, values, line, color=color, marker=marker, markersize=3.5, linewidth=1.5, label=plain(name))
+    axes.set(xlabel="optimizer step", ylabel=unit)
+    axes.legend(frameon=False, fontsize=8.5, ncols=1 if len(series) < 5 else 2)
+    return _saved(figure, formats)
+
+
+def _breakdown(breakdown: Breakdown, formats: Sequence[str]) -> dict[str, bytes]:
+    """Groups downwards, one point with its interval per arm."""
+    arms, groups = breakdown.arms, breakdown.groups
+    figure, axes = _new(0.9 + len(groups) * max(0.3, 0.16 * len(arms)))
+    factor = 100 if breakdown.unit == "share" else 1
+    for number, arm in enumerate(arms):
+        shift = (number - (len(arms) - 1) / 2) * 0.7 / max(1, len(arms))
+        places, values, errors = [], [], []
+        for row, group in enumerate(groups):
+            cell = breakdown.cell(arm, group)
+            if cell is None or cell.value is None:
+                continue
+            places.append(row + shift)
+            values.append(factor * cell.value)
+            low, high = (cell.value if limit is None else limit for limit in (cell.low, cell.high))
+            errors.append((max(0.0, factor * (cell.value - low)), max(0.0, factor * (high - cell.value))))
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        if places:
+            axes.errorbar(values, places, xerr=list(zip(*errors, strict=True)), fmt=marker, color=color, markersize=4, linewidth=1.1,
+                          label=plain(arm))  # fmt: skip
+    if breakdown.unit == "share":
+        axes.axvline(50, color="#888888", linewidth=0.8, linestyle="--")
+        axes.set_xlim(-2, 102)
+    axes.set_yticks(range(len(groups)), [plain(group, 30) for group in groups])
+    axes.invert_yaxis()
+    axes.set_xlabel("win rate, %, a tie counts half" if breakdown.unit == "share" else "mean grade")
+    if len(arms) > 1:
+        figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, ncols=min(4, len(arms)))
+    return _saved(figure, formats)
+
+
+def _floor(floors: Sequence[Floor], formats: Sequence[str]) -> dict[str, bytes]:
+    figure, axes = _new(0.8 + 0.42 * len(floors))
+    for row, floor in enumerate(floors):
+        value = 100 * (floor.value or 0)
+        low, high = (value if limit is None else 100 * limit for limit in (floor.low, floor.high))
+        axes.errorbar([value], [row], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", color=COLORS[0], markersize=5)
+    axes.set_yticks(range(len(floors)), [f"{plain(floor.what, 52)}\n{plain(floor.where, 52)}" for floor in floors], fontsize=8)
+    axes.set_xlim(-2, 102)
+    axes.set_ylim(len(floors) - 0.5, -0.5)
+    axes.set_xlabel("%")
+    return _saved(figure, formats)
+
+
+def plain(text: str, width: int = 40) -> str:
+    """Return a label: one line, control characters and characters outside the font's alphabets shown as `?`, cut to a width.
+
+    Example:
+        >>> plain("a\\nb $x$ \\U0001f600")
+        'a b $x$ ?'
+    """
+    one = " ".join(text.split())
+    safe = "".join(char if char.isprintable() and ord(char) < 0x2000 else "?" for char in one)
+    return safe if len(safe) <= width else safe[: width - 3] + "..."

@@ -1,0 +1,159 @@
+"""Every number of a report as CSV and JSON: what it is, n, interval, and the file it comes from.
+
+A CSV cell that a spreadsheet would read as a formula gets an apostrophe before it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recipes_lib.report.content import Content
+
+FORMAT_VERSION = 1
+COLUMNS = (
+    "kind", "metric", "arm", "other_arm", "against", "group", "unit", "value", "low", "high", "n", "questions", "seeds", "unresolved",
+    "lowest", "highest", "p", "p_holm", "mde", "verdict", "claim_stopped", "test", "interval", "file",
+)  # fmt: skip
+_OF_TEST = ("low", "high", "p", "n", "questions", "seeds", "unresolved", "lowest", "highest", "test")
+_OF_TRAINING = ("steps", "train_loss", "validation_loss", "best_validation_loss", "perplexity", "tokens_per_second", "peak_memory_gib")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
+
+
+def number_rows(content: Content) -> Iterator[dict[str, Any]]:
+    """Yield every number with the columns that apply to it."""
+    for score in content.scores:
+        yield {
+            "kind": "score", "metric": score.metric, "arm": score.arm, "against": score.opponent, "unit": score.unit, "value": score.value,
+            "low": score.low, "high": score.high, "n": score.n, "seeds": score.seeds, "unresolved": score.unresolved,
+            "lowest": score.lowest, "highest": score.highest, "interval": score.method, "file": " ".join(score.files),
+        }  # fmt: skip
+    for row in content.comparison.rows:
+        facts = row.tested.to_dict() if row.tested else {}
+        kept = {
+            name: facts.get(name) for name in ("low", "high", "p", "n", "questions", "seeds", "unresolved", "lowest", "highest", "test")
+        }
+        yield {
+            "kind": "comparison", "metric": row.metric, "arm": row.first, "other_arm": row.second,
+            "against": "head to head" if row.head_to_head else row.opponent, "unit": row.unit, "value": row.difference, **kept,
+            "p_holm": row.p_holm, "mde": row.mde, "verdict": row.verdict, "claim_stopped": bool(row.stopped),
+            "interval": facts.get("interval_method"), "file": " ".join(row.files),
+        }  # fmt: skip
+    for breakdown in content.breakdowns:
+        for cell in breakdown.cells:
+            yield {
+                "kind": f"by {breakdown.kind}", "metric": breakdown.metric, "arm": cell.arm, "group": cell.group, "unit": breakdown.unit,
+                "value": cell.value, "low": cell.low, "high": cell.high, "n": cell.n, "unresolved": cell.unresolved, "file": cell.file,
+            }  # fmt: skip
+    yield from _of_runs(content)
+    yield from _of_judges(content)
+    if content.published is not None:
+        for number in content.published.numbers:
+            low, high = number.interval or (None, None)
+            yield {
+                "kind": "published", "metric": number.beside or f"{number.table}/{number.metric}", "arm": number.arm, "value": number.value,
+                "group": number.label, "low": low, "high": high, "n": number.n, "file": content.published.path.name,
+            }  # fmt: skip
+
+
+def _of_runs(content: Content) -> Iterator[dict[str, Any]]:
+    """Trainings and costs; one run each, so n is 1 and there is no interval."""
+    for one in content.trainings:
+        for name in (
+            "steps",
+            "train_loss",
+            "validation_loss",
+            "best_validation_loss",
+            "perplexity",
+            "tokens_per_second",
+            "peak_memory_gib",
+        ):
+            if (value := getattr(one, name)) is not None:
+                yield {"kind": "training", "metric": name, "arm": one.arm, "group": one.run, "value": value, "n": 1, "file": one.file}
+    for cost in content.costs:
+        for name in ("seconds", "device_hours", "tokens", "tokens_per_second"):
+            if (value := getattr(cost, name)) is not None:
+                group = f"{cost.run}, {cost.what}"
+                yield {"kind": "cost", "metric": name, "arm": cost.arm, "group": group, "value": value, "n": 1, "file": cost.file}
+
+
+def _of_judges(content: Content) -> Iterator[dict[str, Any]]:
+    for audit in content.audits:
+        for what, interval in audit.measured:
+            limits = {"value": interval["estimate"], "low": interval["low"], "high": interval["high"], "n": interval["n"]}
+            yield {
+                "kind": "judge audit",
+                "metric": what,
+                "group": f"{audit.eval}, {audit.judge}",
+                "unit": "share",
+                **limits,
+                "file": audit.file,
+            }
+    for floor in content.floor:
+        limits = {"value": floor.value, "low": floor.low, "high": floor.high, "n": floor.n}
+        yield {"kind": "noise floor", "metric": floor.what, "group": floor.where, "unit": floor.unit, **limits, "file": floor.file}
+
+
+def numbers_csv(content: Content) -> str:
+    """Return the CSV."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in number_rows(content):
+        writer.writerow({key: cell(row.get(key)) for key in COLUMNS})
+    return stream.getvalue()
+
+
+def cell(value: Any) -> Any:
+    """Return a cell: numbers as they are, text that a spreadsheet would run made text.
+
+    Example:
+        >>> cell("=1+1"), cell(-0.5), cell("plain"), cell(None)
+        ("'=1+1", -0.5, 'plain', '')
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, str):
+        return value
+    text = "".join(char for char in value if char.isprintable() or char in "\n\t")
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) or text.startswith(_FORMULA) else text
+
+
+def numbers_json(content: Content) -> str:
+    """Return the JSON: question, answer, findings, and all numbers."""
+    comparison = content.comparison
+    value = {
+        "format_version": FORMAT_VERSION,
+        "name": content.name,
+        "question": content.question,
+        "answer": list(comparison.answer),
+        "alpha": comparison.alpha,
+        "tests": comparison.tests,
+        "findings": [
+            {name: getattr(finding, name) for name in ("code", "severity", "title", "evidence", "remedy", "arms", "metrics")}
+            for finding in comparison.findings
+        ],
+        "rows": [row_json(row) for row in comparison.rows],
+        "numbers": [{key: clean(item) for key, item in row.items() if item is not None} for row in number_rows(content)],
+    }
+    return json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def row_json(row: Any) -> dict[str, Any]:
+    """Return one row of the table as plain values."""
+    names = ("metric", "label", "first", "second", "unit", "head_to_head", "opponent", "first_value", "second_value", "difference")
+    after = ("p_holm", "mde", "needed", "verdict", "sentence", "reason", "stopped", "flags", "published_first", "published_second", "files")
+    tested = {key: clean(value) for key, value in row.tested.to_dict().items()} if row.tested else None
+    return {name: clean(getattr(row, name)) for name in names} | {"tested": tested} | {name: clean(getattr(row, name)) for name in after}
+
+
+def clean(value: Any) -> Any:
+    """Return a value that JSON has: no infinity, no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,95 @@
+"""How to get these numbers again, and where they come from: commands and the footer. Only what the runs recorded."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from recipes_lib.studies.measurements import Measurements, RunMeasurements
+
+if TYPE_CHECKING:
+    from recipes_lib.studies.published import Published
+    from recipes_lib.studies.study import Study
+
+
+def commands(name: str, measurements: Measurements, study: Study | None) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the commands that make this report again, whole and step by step."""
+    runs = [run for arm in measurements.arms.values() for run in arm.runs]
+    if study is None:
+        return [("This table", (f"recipes compare {shlex.join(run.name for run in runs)}",))]
+    words = shlex.join(study.words)
+    found: list[tuple[str, tuple[str, ...]]] = [
+        ("Everything", (f"recipes study run {_study_file(study)}" + (f" {words}" if words else ""),))
+    ]
+    training = [line for run in runs if (line := _training_command(run))]
+    if training:
+        found.append(("Trainings, as they were started", tuple(training)))
+    evaluating = dict.fromkeys(str(result.result["command"]) for run in runs for result in run.evals if result.result.get("command"))
+    plain = dict.fromkeys(
+        str(result.result["lm_eval_command"]) for run in runs for result in run.evals if result.result.get("lm_eval_command")
+    )
+    if evaluating:
+        found.append(("Evaluations, as they were started", tuple(evaluating)))
+    if plain:
+        found.append(("lm-eval alone, the same numbers", tuple(plain)))
+    return found
+
+
+def _study_file(study: Study) -> str:
+    from recipes_lib.recipe.project import project_root
+
+    path = study.path.resolve()
+    return shlex.quote(str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else path.name)
+
+
+def _training_command(run: RunMeasurements) -> str:
+    path = run.folder / "command.txt"
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    return text.splitlines()[-1] if text else ""
+
+
+def provenance(measurements: Measurements, study: Study | None, published: Published | None) -> list[tuple[str, str]]:
+    """Return the footer's lines: code, versions, devices, data, prompt formats, judges."""
+    lines: dict[str, dict[str, None]] = {}
+
+    def add(name: str, value: object) -> None:
+        if value not in (None, "", {}):
+            lines.setdefault(name, {})[str(value)] = None
+
+    for arm, measured in measurements.arms.items():
+        for run in measured.runs:
+            git = run.environment.get("git") or {}
+            if git.get("commit"):
+                add("code at training", f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}")
+            libraries = run.environment.get("libraries") or {}
+            add("libraries", ", ".join(f"{name} {version}" for name, version in libraries.items() if version))
+            add("devices", ", ".join(dict.fromkeys(run.environment.get("devices") or [])))
+            add("python", run.environment.get("python"))
+            guard = run.state.get("guard") or {}
+            if guard.get("data_fingerprint"):
+                add("data, sha256", str(guard["data_fingerprint"])[:16])
+            add("runs", f"{arm}: {run.name} ({run.state.get('state', 'no run.json')})")
+            for result in run.evals:
+                _evaluation(result.result, add)
+    if study is not None:
+        add("study", study.path.name)
+        add("declared factors", "; ".join(f"{name}: {', '.join(keys)}" for name, keys in study.factors.items()))
+    if published is not None:
+        add("published numbers", f"{published.publication}, {published.source}")
+    return [(name, "; ".join(values)) for name, values in lines.items()]
+
+
+def _evaluation(result: object, add: object) -> None:
+    """The lines of one evaluation."""
+    assert isinstance(result, dict) and callable(add)
+    git = result.get("git") or {}
+    if git.get("commit"):
+        add("code at evaluation", f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}")
+    judge = result.get("judge")
+    if judge:
+        add("judges", f"{judge.get('name')} ({judge.get('model')}, {judge.get('mode')}, {str(judge.get('fingerprint'))[:12]})")
+    answers = result.get("answers") or {}
+    if answers.get("prompt_format_hash"):
+        add("prompt formats", f"{answers.get('prompt_format')} {answers['prompt_format_hash'][:12]}")
+    if result.get("source"):
+        add("imported from", result["source"])
