@@ -28,18 +28,18 @@ def replay(path: str | Path) -> dict[str, Any]:
     Raises:
         DataError: if the file cannot be read as judgments.
     """
-    return _report(read_foreign(path))
+    return report_of(read_foreign(path))
 
 
 def replay_files(paths: Sequence[str | Path]) -> dict[str, Any]:
     """Return one report for one file; for several, their reports under `files` and findings about them together."""
     files = [read_foreign(path) for path in paths]
     if len(files) == 1:
-        return _report(files[0])
-    return {"files": [_report(file) for file in files], "findings": [finding.to_dict() for finding in compare_files(files)]}
+        return report_of(files[0])
+    return {"files": [report_of(file) for file in files], "findings": [finding.to_dict() for finding in compare_files(files)]}
 
 
-def _report(file: ForeignFile) -> dict[str, Any]:
+def report_of(file: ForeignFile) -> dict[str, Any]:
     """The report of one file."""
     records = file.records
     unparsed = sum(not record.parsed for record in records)
