@@ -51,6 +51,8 @@ def test_without_arguments_the_verbs_are_listed_in_groups(capsys):
     assert "\nrecipes\n  ls " in out
     assert "\ntraining\n" in out
     assert out.splitlines()[-1] == "next: recipes ls"
+    headings = [line for line in out.splitlines()[1:-1] if line and " " not in line]
+    assert sorted(headings) == sorted({verb.group for verb in cli.VERBS if cli._exists(verb)})
 
 
 def test_every_verb_that_exists_can_be_configured_and_documents_itself(capsys):

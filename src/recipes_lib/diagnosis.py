@@ -102,7 +102,10 @@ def check_devices() -> Iterator[Finding]:
         what = f"a GPU driver is here, but torch {torch.__version__} cannot use it (built for CUDA {built})"
         yield Finding("fail", "gpu", what, "nvidia-smi shows the driver's CUDA version; install the torch build for it")
     else:
-        what = f"none; {cores} CPU cores: quickstart and smollm2-135m-dolly train here, llama2-7b-dolly can be checked"
+        what = (
+            f"none; {cores} CPU cores: quickstart trains here, smollm2-135m-dolly too where it has its rows (the Hub, or "
+            "data.source=dolly.jsonl), llama2-7b-dolly can be checked"
+        )
         yield Finding("note", "gpu", what)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -48,6 +48,15 @@ def test_ls_filters_by_words_and_names_files_it_cannot_read(capsys, tmp_path):
     assert "no recipes match zzz" in said(capsys, "ls", "zzz")
 
 
+def test_ls_says_where_rows_come_from_the_hub(capsys, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for name, source in {"hub": "a/b", "file": "rows.jsonl", "mixture": "[{source: rows.jsonl}, {source: a/b}]"}.items():
+        (tmp_path / f"recipes/{name}.yaml").write_text(f"model: {{name_or_path: m}}\ndata: {{source: {source}}}\n")
+    lines = {line.split()[0]: line for line in said(capsys, "ls").splitlines()}
+    assert [name for name in ("hub", "file", "mixture", QUICKSTART) if "rows from the Hub" in lines[name]] == ["hub", "mixture"]
+
+
 def test_new_writes_a_recipe_that_passes_the_check_and_points_at_six_lines(capsys, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
@@ -123,7 +132,7 @@ def test_diff_shows_a_section_that_only_one_side_has(capsys):
     [
         ("train.learning_rate", ["a number > 0", "2.0e-05", "trl.SFTConfig", "initial learning rate"]),
         ("learning_rate", ["train.learning_rate: a number > 0"]),
-        ("train.activation_checkpointing", ["default false (project default", "costs a third"]),
+        ("train.activation_checkpointing", ["default false (project default", "about 20% by"]),
         ("train.optim", ["one of 41 choices", "paged_adamw_32bit"]),
         ("data.split.method", ["hash", "published", "none"]),
         ("train", ["trl.SFTConfig", "learning_rate", "packing"]),

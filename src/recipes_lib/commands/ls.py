@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import ExitCode, RecipesError
-from recipes_lib.recipe.loader import load_document
+from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import project_root, shown_path
 from recipes_lib.terminal import next_step, say
 
@@ -54,6 +54,7 @@ def _row(file: Path) -> tuple[str, ...] | None:
     sections: dict[str, Any] = {key: value if isinstance(value, dict) else {} for key, value in document.values.items()}
     launch, tags = sections.get("launch", {}), sections.get("run", {}).get("tags") or []
     marks = ["start here"] * (_START in tags) + [str(tag) for tag in tags if tag != _START]
+    marks += ["rows from the Hub"] * _reads_the_hub(document)
     gpus = f" x{launch['gpus']}" if launch.get("gpus") else ""
     return (
         name,
@@ -62,6 +63,15 @@ def _row(file: Path) -> tuple[str, ...] | None:
         f"{launch.get('accelerate', 'single_gpu')}{gpus}",
         ", ".join(marks),
     )
+
+
+def _reads_the_hub(document: Document) -> bool:
+    """Whether a source of the rows is no file or folder: not beside the YAML that names it, not from the working directory."""
+    source = document.values.get("data", {}).get("source")
+    parts = source if isinstance(source, list) else [source]
+    names = [part.get("source") if isinstance(part, dict) else part for part in parts]
+    beside = Path(document.origin(("data", "source")).file).parent
+    return any(isinstance(name, str) and not any((folder / name).exists() for folder in (beside, Path())) for name in names)
 
 
 def method(values: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ class ProjectDefault:
 
 TRAIN_DEFAULTS = {
     "activation_checkpointing": ProjectDefault(
-        False, "recomputing activations costs speed (torchtune reports -21% on an A100); switch it on when memory is short"
+        False, "recomputing activations costs speed (about 20% by TRL's figure); switch it on when memory is short"
     ),
     "logging_nan_inf_filter": ProjectDefault(False, "upstream replaces a NaN loss by an earlier mean, so a broken run looks fine"),
     "ddp_find_unused_parameters": ProjectDefault(False, "a LoRA step uses every trainable parameter; searching for unused ones costs time"),
