@@ -54,8 +54,8 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_adapter(cl
     states = cluster.ended("preempted")
     log = cluster.log("preempted")
     assert states["train"]["state"] == "COMPLETED", log
-    assert states["train"]["tries"] == 2, log
-    assert "checkpoint-" in log and "resuming checkpoint-" in log and urgent
+    assert urgent and states["train"]["tries"] in (2, 3), log  # Slurm queues a preempted job again once more; that try has nothing to do
+    assert re.search(r"stopped at step \d+/30", log) and log.count("resuming checkpoint-") == 1, log
     assert "try=0" in log and "try=1" in log  # one log, appended
     assert cluster.adapter("preempted") == cluster.adapter(whole)
 
