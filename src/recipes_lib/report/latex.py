@@ -35,7 +35,8 @@ _SPECIAL = {
     "/": r"/\allowbreak{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "-": "-{}",
     "\N{MINUS SIGN}": r"\ensuremath{-}", "\N{EN DASH}": "--", "\N{EM DASH}": "---", "\N{HORIZONTAL ELLIPSIS}": r"\ldots{}",
     "\N{MIDDLE DOT}": r"\textperiodcentered{}", "\N{LESS-THAN OR EQUAL TO}": r"\ensuremath{\leq}",
-    "\N{MULTIPLICATION SIGN}": r"\ensuremath{\times}", "\N{GREATER-THAN OR EQUAL TO}": r"\ensuremath{\geq}", "\N{LEFT SINGLE QUOTATION MARK}": "`", "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{MULTIPLICATION SIGN}": r"\ensuremath{\times}", "\N{GREATER-THAN OR EQUAL TO}": r"\ensuremath{\geq}",
+    "\N{LEFT SINGLE QUOTATION MARK}": "`", "\N{RIGHT SINGLE QUOTATION MARK}": "'",
     "\N{LEFT DOUBLE QUOTATION MARK}": "``", "\N{RIGHT DOUBLE QUOTATION MARK}": "''", "\N{NO-BREAK SPACE}": "~",
     "\N{LATIN SMALL LETTER SHARP S}": r"\ss{}", "\N{LATIN SMALL LETTER AE}": r"\ae{}", "\N{LATIN SMALL LETTER O WITH STROKE}": r"\o{}",
 }  # fmt: skip
