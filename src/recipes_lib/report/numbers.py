@@ -128,30 +128,9 @@ def cell(value: Any) -> Any:
 
 def numbers_json(content: Content) -> str:
     """Return the JSON: question, answer, findings, and all numbers."""
-    comparison = content.comparison
-    value = {
-        "format_version": FORMAT_VERSION,
-        "name": content.name,
-        "question": content.question,
-        "answer": list(comparison.answer),
-        "alpha": comparison.alpha,
-        "tests": comparison.tests,
-        "findings": [
-            {name: getattr(finding, name) for name in ("code", "severity", "title", "evidence", "remedy", "arms", "metrics")}
-            for finding in comparison.findings
-        ],
-        "rows": [row_json(row) for row in comparison.rows],
-        "numbers": [{key: clean(item) for key, item in row.items() if item is not None} for row in number_rows(content)],
-    }
+    numbers = [{key: clean(item) for key, item in row.items() if item is not None} for row in number_rows(content)]
+    value = {"format_version": FORMAT_VERSION, "name": content.name, **content.comparison.to_dict(), "numbers": numbers}
     return json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-
-
-def row_json(row: Any) -> dict[str, Any]:
-    """Return one row of the table as plain values."""
-    names = ("metric", "label", "first", "second", "unit", "head_to_head", "opponent", "first_value", "second_value", "difference")
-    after = ("p_holm", "mde", "needed", "verdict", "sentence", "reason", "stopped", "flags", "published_first", "published_second", "files")
-    tested = {key: clean(value) for key, value in row.tested.to_dict().items()} if row.tested else None
-    return {name: clean(getattr(row, name)) for name in names} | {"tested": tested} | {name: clean(getattr(row, name)) for name in after}
 
 
 def clean(value: Any) -> Any:

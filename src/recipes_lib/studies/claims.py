@@ -13,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.studies.beside import with_flags, with_published
-from recipes_lib.studies.comparison import ALPHA, HALF, Row, Score, Verdict, build_rows, build_scores, corrected
+from recipes_lib.studies.comparison import ALPHA, HALF, Row, Score, Verdict, build_rows, build_scores, corrected, plain
 from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import Measurements
 from recipes_lib.studies.wording import count, difference_text, interval_text, listed, p_text, value_text
@@ -40,6 +40,18 @@ class Comparison:
     findings: tuple[Finding, ...]
     tests: int
     alpha: float = ALPHA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        return {
+            "question": self.question,
+            "answer": list(self.answer),
+            "alpha": self.alpha,
+            "tests": self.tests,
+            "findings": [plain(dataclasses.asdict(finding)) for finding in self.findings],
+            "rows": [row.to_dict() for row in self.rows],
+            "scores": [plain(dataclasses.asdict(score)) for score in self.scores],
+        }
 
     def between(self, first: str, second: str) -> list[Row]:
         """Return the rows of one pair of arms."""

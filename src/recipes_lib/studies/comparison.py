@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +101,21 @@ class Row:
     def arms(self) -> tuple[str, str]:
         """Both arms."""
         return self.first, self.second
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain values, without the items behind it."""
+        names = [item.name for item in dataclasses.fields(self) if item.name not in ("measures", "tested")]
+        tested = self.tested.to_dict() if self.tested else None
+        return {name: plain(getattr(self, name)) for name in names} | {"difference": plain(self.difference), "tested": plain(tested)}
+
+
+def plain(value: Any) -> Any:
+    """Return a value that JSON has: lists for tuples, nothing for what is not finite."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scale_of(unit: str, values: NDArray[np.float64]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
@@ -54,9 +53,9 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     measurements = read_measurements(measured_runs(study, graph))
     comparison = compare_arms(measurements, check_validity(study, measurements), study)
     record = graph.folder / "statistics" / "comparison.json"
-    write_json(record, dataclasses.asdict(comparison))
+    write_json(record, comparison.to_dict())
     if complete:
-        graph.finish(statistics, digest_of(dataclasses.asdict(comparison)), [record], seconds=round(time.monotonic() - started, 2))
+        graph.finish(statistics, digest_of(comparison.to_dict()), [record], seconds=round(time.monotonic() - started, 2))
     started = time.monotonic()
     folder = study_folder(study) / "report"
     scratch = folder.with_name(f".report.tmp-{os.getpid()}")
