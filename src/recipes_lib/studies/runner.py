@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
@@ -35,7 +35,7 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
         EnvironmentFault: another process runs this study.
         RecipeError: an imported run is not there, or `only` names no step.
     """
-    with study_lock(study):
+    with _locks(study, only):
         check_imported(study)
         write_text(study_folder(study) / "study.yaml", _as_run(study))
         graph = build_graph(study)
@@ -52,7 +52,32 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
             return stopped
         failed |= _evaluate(study, only, say, debug)
         failed |= _conclude(study, only, say)
+        failed |= _left_over(study, only, failed)
     return _end(failed, say)
+
+
+@contextmanager
+def _locks(study: Study, only: Sequence[str]) -> Iterator[None]:
+    """Hold the study and its steps; with `only` those steps alone, so that jobs of a cluster can do different ones at the same time."""
+    from recipes_lib.runs.lock import run_lock
+
+    with ExitStack() as stack:
+        if not only:
+            stack.enter_context(study_lock(study))
+        graph = build_graph(study)
+        for step in wanted_steps(graph, only):
+            stack.enter_context(run_lock(graph.folder / step.name))
+        yield
+
+
+def _left_over(study: Study, only: Sequence[str], failed: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
+    """Return the steps that were asked for by name and could not be done, because others come first."""
+    if not only:
+        return {}
+    graph = build_graph(study)
+    state = graph.survey()
+    left = [step.name for step in wanted_steps(graph, only) if not state[step.name].fresh and step.name not in failed]
+    return {name: (state[name].why or "was not done", int(ExitCode.FAILED)) for name in left}
 
 
 @contextmanager
