@@ -10,13 +10,15 @@ rubrics, question files. Nothing about speed, addresses or where the checkout li
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.errors import RecipesError
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.runs.resume_guard import flatten, guarded_values
@@ -28,6 +30,7 @@ from recipes_lib.suites.recipe import EvalRecipe
 
 # Raised by whoever changes what the code of a step computes. Statistics and report take seconds: their source itself is the version.
 VERSIONS = {"train": 1, "check": 1, "answers": 1, "judgments": 1, "comparison": 1, "lm_eval": 1}
+_SOURCES = (".py", ".html", ".jinja", ".j2", ".css", ".js", ".tex", ".md")
 _ONLY_SPEED = {"batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s", "max_retries", "max_consecutive_failures"}
 
 
@@ -152,11 +155,12 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
     from recipes_lib.data.sources import data_files, find_path, listed_sources
 
     contents: dict[str, str | None] = {}
-    for source in listed_sources(recipe.data):
-        path = find_path(source.source, [recipe.base_dir])
-        files = [path] if path and path.is_file() else data_files(path, source.source_split) if path else []
-        for file in files:
-            contents[f"{CONTENT}data {file.name}"] = content_of(file)
+    with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
+        for source in listed_sources(recipe.data):
+            path = find_path(source.source, [recipe.base_dir])
+            files = [path] if path and path.is_file() else data_files(path, source.source_split) if path else []
+            for file in files:
+                contents[f"{CONTENT}data {file.name}"] = content_of(file)
     template = recipe.data.chat_template
     if template and template.endswith(".jinja"):
         contents[f"{CONTENT}chat template"] = content_of(recipe.folder_of("data.chat_template") / template)
@@ -166,7 +170,10 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
 def _base_content(recipe: Recipe) -> dict[str, str | None]:
     from recipes_lib.training.base_identity import base_fingerprint
 
-    return {f"{CONTENT}base model": base_fingerprint(recipe)}
+    fingerprint = None
+    with suppress(RecipesError):  # a model that is not there is the training's error, of this arm alone
+        fingerprint = base_fingerprint(recipe)
+    return {f"{CONTENT}base model": fingerprint}
 
 
 def base_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -225,21 +232,9 @@ def report_inputs(study: Study) -> dict[str, Any]:
     return values
 
 
+@lru_cache(maxsize=4)
 def source_version(*packages: str) -> str:
-    """Return a hash of the code of packages, without comments and docstrings."""
+    """Return a hash of the source files of packages."""
     here = Path(__file__).parents[1]
-    files = sorted(file for package in packages for file in (here / package).rglob("*") if file.suffix in (".py", ".jinja", ".css", ".js"))
-    return digest_of([[file.relative_to(here).as_posix(), _code_of(file)] for file in files])[:16]
-
-
-def _code_of(file: Path) -> str | None:
-    """The meaning of a source file: its syntax tree, docstrings left out."""
-    if file.suffix != ".py":
-        return content_of(file)
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            first.value.value = ""
-    return digest_of(ast.dump(tree))
+    files = sorted(file for package in packages for file in (here / package).rglob("*") if file.suffix in _SOURCES)
+    return digest_of([[file.relative_to(here).as_posix(), content_of(file)] for file in files])[:16]
