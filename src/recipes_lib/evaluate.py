@@ -123,9 +123,12 @@ def _ask_judges(suites: Sequence[Harness | JudgedSuite]) -> None:
     waiting = [suite for suite in suites if isinstance(suite, JudgedSuite)]
     while waiting:
         file = waiting[0].judge_file
+        mine = [suite for suite in waiting if suite.judge_file == file]
         with opened(file) as judge:
-            for suite in [suite for suite in waiting if suite.judge_file == file]:
+            for suite in mine:
                 suite.judge(judge)
+            for suite in mine:
+                suite.conclude(judge, [other for other in mine if other is not suite])
         waiting = [suite for suite in waiting if suite.judge_file != file]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.mt_bench import _pairs, _single, conversation, grading_items, pair_items, summary
+from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import Question
 
 MATH = Question("7", ("Add 2 and 2.", "Add 1."), "math", ("4", "5"))
@@ -88,3 +89,17 @@ def test_fastchat_lines_can_be_replayed(tmp_path):
     ]
     (line,) = _pairs(pairs, "mine", "other", "judge", 0.0)
     assert (line["g1_winner"], line["g2_winner"], line["turn"], line["question_id"]) == ("model_1", "model_2", 1, 7)
+
+
+def test_the_figure_of_grades_is_the_same_bytes_for_the_same_numbers_and_copes_with_missing_grades(tmp_path):
+    def cell(estimate, low=None, high=None, n=2):
+        return {"estimate": estimate, "low": low, "high": high, "n": n}
+
+    writing = {"1": cell(3.5, 2.5, 4.5), "2": cell(None, n=0), "all": cell(3.5)}
+    categories = {"writing": writing, "math": {"1": cell(1.0), "2": cell(5.0), "all": cell(3.0)}}
+    numbers = {"by_category": categories, "by_turn": {"1": cell(2.25, 1.0, 4.0), "2": cell(5.0)}}
+    files = [draw_grades(numbers, tmp_path / name / "grades", "a model") for name in ("one", "two")]
+    assert [path.suffix for path in files[0]] == [".svg", ".png"]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    empty = {"by_category": {"math": {"1": cell(None, n=0), "all": cell(None, n=0)}}, "by_turn": {"1": cell(None, n=0)}}
+    assert all(path.stat().st_size > 500 for path in draw_grades(empty, tmp_path / "none" / "grades", "nothing graded"))

@@ -20,6 +20,7 @@ from recipes_lib.data.conversations import Message
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.engine import Completion, Decoding, Engine, Request
 from recipes_lib.generation.fingerprints import hash_of, model_fingerprint
+from recipes_lib.generation.next_token import NextToken, verdict_tokens
 from recipes_lib.judging.judge import Judge, JudgePlan, JudgeReply, JudgeRequest
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection
 from recipes_lib.judging.prometheus import Prompt
@@ -132,6 +133,7 @@ class _LocalJudge:
         weights = model_fingerprint(self.model_section, self.path)
         self.fingerprint = file.fingerprint(hash_of(weights, section.dtype, section.prompt_style, section.lead_in))
         self._engine: Any = None
+        self._reader: NextToken | None = None
 
     def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
         """Ask the model, loading it for the first question."""
@@ -164,15 +166,15 @@ class _LocalJudge:
         """Read the verdicts of requests with the same allowed tokens from next-token probabilities."""
         import torch
 
-        from recipes_lib.generation.transformers_engine import batches, left_padded
+        from recipes_lib.generation.transformers_engine import batches
 
         lead_ids, token_ids = verdict_tokens(self.tokenizer, self.section.lead_in, allowed)
         requests = [Request(key=request.key, ids=(*request.ids, *lead_ids)) for _, request in pairs]
         replies: dict[str, JudgeReply] = {}
+        self._reader = self._reader or NextToken(self._engine.model, self.tokenizer.pad_token_id or 0)
+        self._reader.share([request.ids for request in requests])
         for batch in batches(requests, 0, self.section.batch_tokens):
-            ids, mask = left_padded([request.ids for request in batch], self.tokenizer.pad_token_id or 0)
-            with torch.inference_mode():
-                probabilities = torch.softmax(_last_logits(self._engine.model, ids, mask), dim=-1).cpu()
+            probabilities = torch.softmax(self._reader.logits([request.ids for request in batch]), dim=-1).cpu()
             for request, row in zip(batch, probabilities, strict=True):
                 found = {verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()}
                 replies[request.key] = JudgeReply(probabilities=found)
@@ -186,28 +188,10 @@ class _LocalJudge:
         """Free the memory."""
         import torch
 
-        self._engine = None
+        self._engine = self._reader = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _last_logits(model: Any, ids: Any, mask: Any) -> Any:
-    """The logits after the last token, shape (rows, vocabulary), in float32.
-
-    The head is applied in float32: in half precision the logits of two verdicts are often exactly equal.
-    """
-    import torch
-
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-    head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or getattr(model.config, "final_logit_softcapping", None):
-        return model(**inputs, logits_to_keep=1).logits[:, -1].float()
-    hidden = model.get_decoder()(**inputs).last_hidden_state[:, -1]
-    bias = None if head.bias is None else head.bias.float()
-    return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
 
 def judge_ids(prompt: Prompt, style: str, tokenizer: Any) -> list[int]:
@@ -230,43 +214,6 @@ def judge_ids(prompt: Prompt, style: str, tokenizer: Any) -> list[int]:
     raise EnvironmentFault(
         f"the judge's chat template refuses the prompt: {str(fault).splitlines()[0]}", "set judge.prompt_style: prometheus"
     )
-
-
-def verdict_tokens(tokenizer: Any, lead_in: str, allowed: Sequence[str]) -> tuple[list[int], dict[str, set[int]]]:
-    """Return the lead-in's token ids and, per verdict, the ids of the tokens that mean it.
-
-    A verdict may follow with or without a space. Where the tokenizer makes the space a token of its own, as some do before digits,
-    it becomes part of the lead-in.
-
-    Raises:
-        EnvironmentFault: two verdicts start with the same token, so that the next token cannot tell them apart.
-    """
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-    bare = encode(lead_in)
-    spaced = {verdict: encode(f"{lead_in} {verdict}") for verdict in allowed}
-    common = 0
-    while common + 1 < min(map(len, spaced.values())) and len({ids[common] for ids in spaced.values()}) == 1:
-        common += 1
-    tokens: dict[str, set[int]] = {verdict: {ids[common]} for verdict, ids in spaced.items()}
-    lead_ids = next(iter(spaced.values()))[:common]
-    if lead_ids == bare:
-        for verdict in allowed:
-            tight = encode(f"{lead_in}{verdict}")
-            if tight[:common] == bare:
-                tokens[verdict].add(tight[common])
-    if not _distinct(tokens):  # some verdicts merge with the space and some do not
-        lead_ids, tokens = encode(f"{lead_in} "), {verdict: {encode(verdict)[0]} for verdict in allowed}
-    if not _distinct(tokens):
-        raise EnvironmentFault(f"this judge's tokenizer cannot tell {', '.join(allowed)} apart by one token", "set judge.mode: generate")
-    return lead_ids, tokens
-
-
-def _distinct(tokens: dict[str, set[int]]) -> bool:
-    """Whether no token stands for two verdicts."""
-    return sum(map(len, tokens.values())) == len(set().union(*tokens.values()))
 
 
 def _written(engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection) -> list[JudgeReply]:

@@ -98,18 +98,28 @@ def banners(
     return [*lines, *([subset] if subset else [])]
 
 
-def failed_elsewhere(answers: AnswerSet, judge: OpenJudge, cards: Mapping[str, Mapping[str, Any]], eval_name: str) -> list[str]:
-    """Return the line about a judge that passed here and failed its audit on another target or in another eval of this run.
+def failed_elsewhere(
+    answers: AnswerSet,
+    judge: OpenJudge,
+    card: Mapping[str, Any],
+    targets: Mapping[str, Mapping[str, Any]],
+    evals: Mapping[str, Sequence[Mapping[str, Any]]],
+    eval_name: str,
+) -> list[str]:
+    """Return the line about a judge that fails no check here and failed its audit on another target or in another eval.
 
     Args:
-        cards: the scorecards of this evaluation by target.
-        eval_name: this evaluation's folder, which is not searched.
+        card: the scorecard of this result.
+        targets: the scorecards of this eval by target.
+        evals: scorecards of this judge in evals that were made together with this one; earlier results of the run are read.
+        eval_name: this evaluation's folder.
     """
-    if _failures(cards[answers.name]):
+    if _failures(card):
         return []
-    found = {f"on {name}": _failures(card) for name, card in cards.items()}
+    found = {f"on {name}": _failures(other) for name, other in targets.items()}
+    found |= {f"in {name}": next(filter(None, map(_failures, cards)), []) for name, cards in evals.items()}
     for path in sorted(answers.folder(eval_name).parent.glob("*/result*.json")):
-        if path.parent.name != eval_name:
+        if path.parent.name != eval_name and f"in {path.parent.name}" not in found:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored.get("judge", {}).get("fingerprint") == judge.judge.fingerprint:
                 found[f"in {path.parent.name}"] = _failures(stored["audit"])

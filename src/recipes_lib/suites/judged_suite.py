@@ -15,12 +15,15 @@ from recipes_lib.judging.store import JudgmentStore
 from recipes_lib.suites import alpaca_eval, mt_bench
 from recipes_lib.suites.answering import REFERENCE, Answering, AnswerSet, Pairing
 from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewhere, judge_facts, judgments_file, scorecard
+from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import load_questions
 from recipes_lib.suites.recipe import EvalRecipe
 
 
 class JudgedSuite:
-    """The targets of one eval recipe: `visit` lets each answer, `judge` has the answers judged, `results` are the numbers.
+    """The targets of one eval recipe: `visit` lets each answer, `judge` has them judged, `conclude` turns the verdicts into `results`.
+
+    `cards` are the judge's scorecards by target.
 
     Raises:
         RecipeError: a word is no target, or mt_bench is asked for an opponent that it has not.
@@ -44,6 +47,7 @@ class JudgedSuite:
         self.chosen = load_questions(recipe)
         self.answering = Answering(recipe, words, against, self.chosen.questions, remote_code)
         self.allow_format_differences = allow_format_differences
+        self.cards: dict[str, dict[str, Any]] = {}
         self.results: list[dict[str, Any]] = []
 
     @property
@@ -65,18 +69,26 @@ class JudgedSuite:
         self.answering.visit(subject)
 
     def judge(self, judge: OpenJudge) -> None:
-        """Ask for every verdict that is missing, and fill `results`.
+        """Ask for every verdict that is missing, and audit the judge on them.
 
         Raises:
             RecipeError: models that were asked in different prompt formats would be compared.
             EvaluationIncomplete: judgments are missing.
         """
-        pairing = self.answering.pairing()
+        self._pairing = self.answering.pairing()
         if not self.allow_format_differences:
-            check_formats(pairing)
-        judged = self._judged(pairing, judge)
-        cards = {name: scorecard(judge, mine) for name, mine in judged.items()}
-        self.results = [self._result(answers, pairing, judge, judged[answers.name], cards) for answers in pairing.targets]
+            check_formats(self._pairing)
+        self._verdicts = self._judged(self._pairing, judge)
+        self.cards = {name: scorecard(judge, mine) for name, mine in self._verdicts.items()}
+
+    def conclude(self, judge: OpenJudge, others: Sequence[JudgedSuite] = ()) -> None:
+        """Fill `results` and write the files for reading.
+
+        Args:
+            others: suites that the same judge judged: where it failed its audit there, its results here say so.
+        """
+        elsewhere = {other.recipe.name: list(other.cards.values()) for other in others}
+        self.results = [self._result(answers, judge, elsewhere) for answers in self._pairing.targets]
 
     def _judged(self, pairing: Pairing, judge: OpenJudge) -> dict[str, Judged]:
         """All verdicts, and the probes of the first pair of models with each of them."""
@@ -94,12 +106,10 @@ class JudgedSuite:
             mine.probes = probes
         return judged
 
-    def _result(
-        self, answers: AnswerSet, pairing: Pairing, judge: OpenJudge, mine: Judged, cards: Mapping[str, dict[str, Any]]
-    ) -> dict[str, Any]:
+    def _result(self, answers: AnswerSet, judge: OpenJudge, elsewhere: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
         """Return one target's result, its files for reading written."""
-        recipe, questions = self.recipe, self.chosen.questions
-        opponent, card = pairing.opponents.get(answers.name), cards[answers.name]
+        recipe, questions, mine = self.recipe, self.chosen.questions, self._verdicts[answers.name]
+        opponent, card = self._pairing.opponents.get(answers.name), self.cards[answers.name]
         limit = recipe.metrics.max_identical_fraction
         facts = answers.to_dict(limit)
         result = {
@@ -109,8 +119,8 @@ class JudgedSuite:
             "subset": self.chosen.subset,
             "banners": [
                 *banners(answers, opponent, judge, card, self.chosen.subset, facts["answers"]),
-                *failed_elsewhere(answers, judge, cards, recipe.name),
-                *twins(answers, pairing.targets),
+                *failed_elsewhere(answers, judge, card, self.cards, elsewhere, recipe.name),
+                *twins(answers, self._pairing.targets),
                 *no_reference(self.chosen.missing_references),
             ],
             "answers": facts,
@@ -125,7 +135,10 @@ class JudgedSuite:
             _write_samples(alpaca_eval.sample_file(answers.folder(recipe.name), "samples.jsonl", opponent), lines)
             return result | alpaca_eval.summary(recipe, questions, answers, opponent, judge, mine.rows)
         mt_bench.write_fastchat(recipe, questions, answers, opponent, mine.rows, self.judge_file.path.stem)
-        return result | mt_bench.summary(questions, mine.rows)
+        numbers = mt_bench.summary(questions, mine.rows)
+        title = f"{answers.name}: {recipe.name}, judge {self.judge_file.path.stem}"
+        draw_grades(numbers, answers.folder(recipe.name) / "figures" / "grades", title)
+        return result | numbers
 
 
 def check_formats(pairing: Pairing) -> None:
