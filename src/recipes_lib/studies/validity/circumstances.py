@@ -1,0 +1,122 @@
+"""Confounds that no recipe shows: what the runs recorded about their data, splits, prompts, processes, hardware and libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.generation.fingerprints import hash_of
+from recipes_lib.studies.findings import Finding, Severity
+from recipes_lib.studies.validity.settings import pairs
+
+if TYPE_CHECKING:
+    from recipes_lib.studies.measurements import ArmMeasurements, Measurements, RunMeasurements
+    from recipes_lib.studies.study import Study
+
+
+@dataclass(frozen=True)
+class _Circumstance:
+    """One thing that runs recorded: `read` returns {what: value} of a run; a factor that may change one of `keys` declares it."""
+
+    code: str
+    severity: Severity
+    what: str
+    keys: tuple[str, ...]
+    read: Callable[[RunMeasurements], Mapping[str, Any]]
+    remedy: str
+
+
+def _guard(name: str) -> Callable[[RunMeasurements], Mapping[str, Any]]:
+    return lambda run: {name: value} if (value := (run.state.get("guard") or {}).get(name)) is not None else {}
+
+
+def _splits(run: RunMeasurements) -> Mapping[str, Any]:
+    """Each part with its size and a hash of its rows' ids."""
+    parts = {name: part for name, part in run.splits.items() if isinstance(part, dict) and "count" in part}
+    return {name: f"{part['count']} rows, {hash_of(sorted(map(str, part.get('ids', []))))[:12]}" for name, part in parts.items()}
+
+
+def _launch(run: RunMeasurements) -> Mapping[str, Any]:
+    guard = run.state.get("guard") or {}
+    return {key.removeprefix("launch."): guard[key] for key in ("launch.world_size", "launch.distribution") if key in guard}
+
+
+def _devices(run: RunMeasurements) -> Mapping[str, Any]:
+    devices = run.environment.get("devices")
+    # "CPU, 2 cores, 1 threads": how many threads were free says nothing about the hardware.
+    return {"devices": "; ".join(str(device).partition(", 1 thread")[0] for device in devices)} if devices else {}
+
+
+def _libraries(run: RunMeasurements) -> Mapping[str, Any]:
+    libraries = run.environment.get("libraries") or {}
+    python = str(run.environment.get("python") or "").rpartition(".")[0]
+    return {**libraries, **({"python": python} if python else {})} if libraries else {}
+
+
+def _code(run: RunMeasurements) -> Mapping[str, Any]:
+    git = run.environment.get("git") or {}
+    return {"commit": f"{str(git['commit'])[:12]}{' with changes' if git.get('dirty') else ''}"} if git.get("commit") else {}
+
+
+_DATA = ("data", "data.source", "data.split", "data.max_examples", "data.filters")
+_SAME_DATA = "train both arms on the same rows: the same source, revision and split"
+CIRCUMSTANCES = (
+    _Circumstance("confound-data", "error", "training data", _DATA, _guard("data_fingerprint"), _SAME_DATA),
+    _Circumstance("confound-split", "error", "splits", _DATA, _splits, "use split.method: hash, which holds the same rows out everywhere"),
+    _Circumstance(
+        "confound-prompt-format",
+        "error",
+        "prompt format in training",
+        ("data", "data.prompt_format", "data.chat_template"),
+        _guard("prompt_format_hash"),
+        "train both arms with one prompt format",
+    ),
+    _Circumstance(
+        "confound-world-size",
+        "warning",
+        "number of processes",
+        ("launch", "launch.accelerate", "launch.gpus", "launch.world_size"),
+        _launch,
+        "train both arms on the same number of processes: dropout and the order of rows depend on it",
+    ),
+    _Circumstance("confound-hardware", "warning", "hardware", (), _devices, "train both arms on the same hardware"),
+    _Circumstance("confound-versions", "warning", "library versions", (), _libraries, "train both arms in one environment"),
+    _Circumstance("code-differs", "note", "version of this code", (), _code, "train both arms from one commit"),
+)
+
+
+def check_circumstances(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
+    """Yield, per two trained arms, what their runs recorded differently."""
+    trained = {name: arm for name, arm in measurements.arms.items() if arm.runs and not arm.is_base}
+    for first, second in pairs(trained):
+        for circumstance in CIRCUMSTANCES:
+            if study is not None and any(study.factor_of(key) is not None for key in circumstance.keys):
+                continue
+            yield from _compare(circumstance, study, trained[first], trained[second])
+
+
+def _compare(circumstance: _Circumstance, study: Study | None, first: ArmMeasurements, second: ArmMeasurements) -> Iterator[Finding]:
+    """One finding where a value that both recorded differs; an arm's runs may have recorded several."""
+    one, other = (_recorded(arm, circumstance) for arm in (first, second))
+    evidence = tuple(
+        f"{what}: {first.name} {' and '.join(one[what])}, {second.name} {' and '.join(other[what])}"
+        for what in one
+        if what in other and one[what] != other[what]
+    )
+    if evidence:
+        differ = "differ" if circumstance.what.endswith("s") else "differs"
+        title = f"{circumstance.what[0].upper()}{circumstance.what[1:]} {differ} between {first.name} and {second.name}"
+        # Without a study nothing is said about causes, so a confound cannot stop anything.
+        severity: Severity = "warning" if study is None and circumstance.severity == "error" else circumstance.severity
+        yield Finding(circumstance.code, severity, title, evidence, circumstance.remedy, (first.name, second.name))
+
+
+def _recorded(arm: ArmMeasurements, circumstance: _Circumstance) -> dict[str, list[str]]:
+    """What an arm's runs recorded: {what: the values, each once}."""
+    found: dict[str, list[str]] = {}
+    for run in arm.runs:
+        for what, value in circumstance.read(run).items():
+            if str(value) not in found.setdefault(what, []):
+                found[what].append(str(value))
+    return {what: sorted(values) for what, values in found.items()}

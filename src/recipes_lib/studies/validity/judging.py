@@ -1,0 +1,160 @@
+"""What is wrong with the judge or with how it was asked: audits, orders, turns, and what a foreign source made of its verdicts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.studies.findings import Finding, Severity
+from recipes_lib.studies.validity.settings import place
+
+if TYPE_CHECKING:
+    from recipes_lib.studies.measurements import EvalResult, Measure, Measurements
+    from recipes_lib.studies.study import Study
+
+_OWN_WORDS = "verdicts against the judge's own words"
+# What a failed check of the audit is called here, and what to do.
+_CHECKS = {
+    "swap consistency": ("order-flips", "The judge's verdict often changes with the order of the answers", "use a stronger judge"),
+    "judgments without a verdict": (
+        "unparsed-share",
+        "Too many of the judge's texts hold no verdict",
+        "read some of them (recipes judge audit), or use mode: logits",
+    ),
+    _OWN_WORDS: (
+        "contradictory-verdicts",
+        "Many verdicts are the opposite of what the judge's own text says",
+        "read some of them, and judge again with a prompt and a parser of its own format (recipes eval)",
+    ),
+}
+_FAILED = (
+    "judge-failed-audit",
+    "The judge failed its audit",
+    "use a stronger judge, or show with human labels that it can be believed",
+)
+# Findings of `recipes judge replay` that are said here too, with what to do about them.
+_REPLAYED: dict[str, tuple[Severity, str]] = {
+    "unparsed-as-tie": ("warning", "here they have no value and widen the interval; the published number counts them"),
+    "unparsed-left-out": ("warning", "here they have no value and widen the interval"),
+    "empty-answer-wins": ("warning", "judge again: an empty answer loses"),
+    "turn-without-context": ("warning", "judge again with the conversation in front of the judge (recipes eval evals/mt_bench.yaml)"),
+    "repeated-judgments": ("warning", "keep one judgment per question"),
+    "constant-answer": ("warning", "look at the answers: one text for many questions wins or loses them all at once"),
+    "not-in-the-judges-format": ("warning", "judge again: a verdict read from a text that ends in none is a guess"),
+}
+
+
+def check_judging(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
+    """Yield what was found about verdicts; a judge that failed somewhere is not believed anywhere in that evaluation."""
+    del study
+    results = [(name, result) for name, arm in measurements.arms.items() for run in arm.runs for result in run.evals]
+    evals: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
+    for name, result in results:
+        evals[result.eval].append((name, result))
+    for found in evals.values():
+        yield from _audits(found)
+        yield from _different_judges(found)
+        yield from _one_order(found)
+        yield from _missing_turns(found)
+        yield from _replayed(found)
+
+
+def judged_metrics(found: Sequence[tuple[str, EvalResult]]) -> tuple[str, ...]:
+    """Return the names of all metrics of an evaluation."""
+    return tuple(dict.fromkeys(measure.name for _, result in found for measure in result.measures))
+
+
+def _audits(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """One finding per kind of failed check, with every arm's value."""
+    failed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name, result in found:
+        card = result.result.get("audit") or {}
+        for check in card.get("checks") or ():
+            if check["result"] == "fail":
+                value = "n/a" if check["value"] is None else f"{check['value']:.3f}"
+                line = f"{name}: {check['check']} {value}, needs {check['needs']}{_detail(card, check)} ({place(result.file)})"
+                failed[_CHECKS.get(check["check"], _FAILED)].append(line)
+    for (code, title, remedy), evidence in failed.items():
+        yield Finding(code, "error", f"{title} in {found[0][1].eval}", tuple(evidence), remedy, (), judged_metrics(found))
+    weak = {str(judge["weak"]) for _, result in found if (judge := result.result.get("judge") or {}).get("weak")}
+    for reason in sorted(weak):
+        title = f"The judge of {found[0][1].eval} is a weak one"
+        yield Finding("weak-judge", "warning", title, (reason,), "use a judge that can judge (evals/judges/)", (), judged_metrics(found))
+
+
+def _detail(card: dict[str, Any], check: dict[str, Any]) -> str:
+    """How many verdicts contradict, and whom that favours."""
+    told = card.get("contradictions") or {}
+    if check["check"] != _OWN_WORDS or not told.get("decidable"):
+        return ""
+    return f"; {told['count']} of {told['decidable']} decidable, {told['direction']}"
+
+
+def _different_judges(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """Arms of one evaluation that different judges judged."""
+    judges: dict[str, list[str]] = defaultdict(list)
+    for name, result in found:
+        judge = result.result.get("judge") or {}
+        if judge.get("fingerprint"):
+            judges[f"{judge.get('name')} {str(judge['fingerprint'])[:12]}"].append(name)
+    if len(judges) > 1:
+        evidence = tuple(f"{judge}: {', '.join(dict.fromkeys(arms))}" for judge, arms in judges.items())
+        title = f"Different judges judged the arms in {found[0][1].eval}"
+        yield Finding("judges-differ", "error", title, evidence, "evaluate all arms with one judge", (), judged_metrics(found))
+
+
+def _measures(found: Sequence[tuple[str, EvalResult]], wanted: Callable[[Measure], bool]) -> Iterator[tuple[str, Measure, EvalResult]]:
+    for name, result in found:
+        for measure in result.measures:
+            if measure.items and wanted(measure):
+                yield name, measure, result
+
+
+def _one_order(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """Comparisons of which each has one verdict only. Where the order was always the same the position is part of every rate."""
+    for name, measure, result in _measures(found, lambda one: one.metric == "win_rate"):
+        single = sum(len(item.verdicts) == 1 and not item.by_rule for item in measure.items)
+        if not single:
+            continue
+        fixed = any("always first" in flag for flag in result.result.get("flags") or ())
+        title = f"{name} was judged in one order only in {result.eval}" + (", its answer always first" if fixed else "")
+        evidence = (f"{single} of {len(measure.items)} comparisons have one verdict ({place(result.file)})",)
+        remedy = "judge both orders (recipes eval does): a judge's preference for a position is part of this rate"
+        metrics = tuple(one.name for one in result.measures if one.opponent is not None)
+        yield Finding("one-order-judging", "error" if fixed else "warning", title, evidence, remedy, (name,), metrics)
+
+
+def _missing_turns(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """Turns without a judgment that other questions, or the same question of another arm, have."""
+    metrics: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    for _, measure, _ in _measures(found, lambda one: one.suite == "mt_bench"):
+        metrics[measure.name] |= {item.key for item in measure.items}
+    for name, measure, result in _measures(found, lambda one: one.suite == "mt_bench"):
+        turns: dict[str, set[int]] = defaultdict(set)
+        for question, turn in metrics[measure.name]:
+            turns[question].add(turn)
+        every = set().union(*turns.values())
+        mine = {item.key for item in measure.items}
+        answered = {item.question for item in measure.items}
+        missing = sorted((question, turn) for question in answered for turn in every if (question, turn) not in mine)
+        if missing:
+            shown = ", ".join(f"question {question} turn {turn}" for question, turn in missing[:5])
+            count = "1 turn" if len(missing) == 1 else f"{len(missing)} turns"
+            title = f"{count} of {name} in {result.eval} {'has' if len(missing) == 1 else 'have'} no judgment: {shown}"
+            evidence = (f"{len(mine)} of {len(answered) * len(every)} turns are judged ({place(result.file)})",)
+            remedy = "judge it: a turn that is left out leaves the mean too high or too low"
+            yield Finding("missing-turn", "warning", title, evidence, remedy, (name,), (measure.name,))
+
+
+def _replayed(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """What `recipes judge replay` found in the files an arm was imported from."""
+    for name, result in found:
+        metrics = tuple(measure.name for measure in result.measures)
+        for report in result.result.get("replays") or ():
+            for finding in report.get("findings") or ():
+                if finding["name"] in _REPLAYED:
+                    severity, remedy = _REPLAYED[finding["name"]]
+                    title = f"{name}, {result.eval}: {finding['message']}"
+                    evidence = (f"{finding['count']} judgments ({place(result.file)})",)
+                    yield Finding(finding["name"], severity, title, evidence, remedy, (name,), metrics)

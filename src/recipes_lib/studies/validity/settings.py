@@ -1,0 +1,96 @@
+"""The resolved values of every arm, and which of them can change a result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.recipe.project import runs_root, shown_path
+from recipes_lib.recipe.vocabulary import subschema
+from recipes_lib.runs.resume_guard import FREE_KEYS, flatten
+
+if TYPE_CHECKING:
+    from recipes_lib.studies.measurements import Measurements
+    from recipes_lib.studies.study import Study
+
+Values = Mapping[str, Any]
+# They decide how the same mathematics is cut into pieces, or where a job runs: rounding aside, the result stays.
+_CUT = (
+    "train.activation_checkpointing",
+    "train.gradient_checkpointing",
+    "train.gradient_checkpointing_kwargs",
+    "train.per_device_train_batch_size",
+    "train.per_device_eval_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.eval_accumulation_steps",
+    "train.ddp_find_unused_parameters",
+    "train.dataloader_drop_last",
+    "launch.accelerate",
+    "launch.gpus",
+    "launch.nodes",
+)
+_LEFT_OUT = ("run.name", "run.notes", "run.tags")
+_CHECKPOINT_CHOICE = ("train.eval_steps", "train.save_steps", "train.eval_strategy", "train.save_strategy", "train.eval_on_start")
+
+
+def arm_values(study: Study | None, measurements: Measurements) -> dict[str, Values]:
+    """Return the dotted values of every arm that a recipe is known of: as the study resolves it, else as its run recorded it."""
+    values: dict[str, Values] = {}
+    declared = {arm.name: arm for arm in study.arms} if study else {}
+    for name in [*measurements.arms, *(arm for arm in declared if arm not in measurements.arms)]:
+        if name in declared and declared[name].recipe is not None:
+            values[name] = declared[name].resolved()
+        elif name in measurements.arms and not measurements.arms[name].is_base:
+            recorded = [run.resolved for run in measurements.arms[name].runs if run.resolved]
+            if recorded:
+                flat = flatten(dict(recorded[0]))
+                seeds = sorted({run.seed for run in measurements.arms[name].runs if run.seed is not None})
+                if len(seeds) > 1:
+                    flat["train.seed"] = seeds
+                values[name] = {key: value for key, value in flat.items() if key not in _LEFT_OUT}
+    return values
+
+
+def pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield every two arms."""
+    yield from itertools.combinations(values, 2)
+
+
+def differing(first: Values, second: Values) -> list[str]:
+    """Return the keys whose values differ; a key that is absent has its default."""
+    return [key for key in dict.fromkeys([*first, *second]) if effective(key, first) != effective(key, second)]
+
+
+def effective(key: str, values: Values) -> Any:
+    """Return the value of a dotted key, its default where it is absent; None in a section that is absent as a whole."""
+    section = key.partition(".")[0]
+    if values.get(key) is not None or not any(name.startswith(f"{section}.") for name in values):
+        return values.get(key)
+    schema = subschema(*key.split("."))
+    return schema.get("default") if schema else None
+
+
+def changes_result(key: str, first: Values, second: Values) -> bool:
+    """Whether a key can change what is learnt.
+
+    How often is evaluated and saved changes nothing, unless the best checkpoint is chosen among those that were.
+    """
+    if key in _CHECKPOINT_CHOICE:
+        return bool(first.get("train.load_best_model_at_end") or second.get("train.load_best_model_at_end"))
+    section, _, name = key.partition(".")
+    return key not in _CUT and not (section == "train" and FREE_KEYS.match(name))
+
+
+def place(path: Path) -> str:
+    """Return a file of a run as `runs/<run>/...`, wherever the runs lie."""
+    root = runs_root().resolve()
+    whole = path.resolve()
+    return f"runs/{whole.relative_to(root).as_posix()}" if whole.is_relative_to(root) else shown_path(path)
+
+
+def shown(value: Any) -> str:
+    """Return a value as text of at most 60 characters."""
+    text = "absent" if value is None else "true" if value is True else "false" if value is False else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
