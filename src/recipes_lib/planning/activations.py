@@ -15,7 +15,7 @@ from recipes_lib.planning.settings import Settings
 
 _INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "qkv_proj": "attention", "o_proj": "output"}
 _INPUTS |= {"gate_proj": "mlp", "up_proj": "mlp", "gate_up_proj": "mlp", "down_proj": "inner"}
-CHUNK_VOCABULARY, CHUNK_TOKENS = 32768, 4096  # tile of TRL's fused LM head
+CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128  # tiles of TRL's fused LM head, and of `training.token_loss`
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def activations_of(settings: Settings) -> Activations:
     if settings.adapter and not settings.checkpointing:  # nothing before the first block is trained: its norm and masks are not kept
         noisy = sum(name in settings.adapter.targets for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
         first = shape.hidden * (4 + (noisy * _noise_bytes(settings) if settings.adapter.dropout else 0))
-    head = norms + shape.hidden * w
+    head = norms + (shape.hidden * w if settings.device == "gpu" else 0)  # on a CPU the gradient is made beside the loss
     return Activations(
         per_token=shape.layers * block - first + head,
         per_token_and_row=shape.layers * row,
@@ -108,10 +108,12 @@ def _linear_inputs(settings: Settings) -> float:
     widths = {name: inputs for name, (inputs, _) in shape.linears().items()}
     casts = settings.autocast is not None and settings.weight_bytes != settings.autocast
     times = {name: shape.active_experts if name in ("gate_proj", "up_proj", "down_proj") else 1 for name in widths}
+    copied = settings.attention == "documents"  # example by example, and put together again; else attention's output is kept already
+    kept = {name: width for name, width in widths.items() if copied or _INPUTS[name] != "output"}
     if adapter is None:
         if casts:  # each layer casts its own copy; what attention and MLP made is in the autocast type already
-            return s * sum(times[name] * width for name, width in widths.items() if _INPUTS[name] != "output")
-        return s * sum({_INPUTS[name]: times[name] * width for name, width in widths.items() if _INPUTS[name] != "output"}.values())
+            return s * sum(times[name] * width for name, width in kept.items())
+        return s * sum({_INPUTS[name]: times[name] * width for name, width in kept.items()}.values())
     share = adapter.layers / shape.layers
     targets = {name: times[name] * widths[name] for name in adapter.targets}
     ranks = s * adapter.rank * sum(times[name] for name in adapter.targets)
@@ -119,7 +121,7 @@ def _linear_inputs(settings: Settings) -> float:
         return share * (ranks + sum(targets.values()) * (s + _noise_bytes(settings)))
     if settings.trained_bytes != s or casts or not settings.autocast_matches:  # cast to the adapter's type and back: a copy for each layer
         return share * (ranks + s * sum(targets.values()))
-    shared = {_INPUTS[name]: width for name, width in targets.items() if _INPUTS[name] != "output"}  # attention's output is kept already
+    shared = {_INPUTS[name]: width for name, width in targets.items() if copied or _INPUTS[name] != "output"}
     return share * (ranks + s * sum(shared.values()))
 
 
@@ -143,7 +145,10 @@ def head_bytes(settings: Settings, tokens: int) -> float:
 
     Full fine-tuning also holds the head's gradient in float32 there.
     """
-    tile = min(tokens, CHUNK_TOKENS) * CHUNK_VOCABULARY * settings.compute_bytes
+    if settings.device == "cpu":
+        tile = CPU_TILE * settings.shape.vocabulary * (settings.compute_bytes + 8)
+    else:
+        tile = min(tokens, CHUNK_TOKENS) * CHUNK_VOCABULARY * settings.compute_bytes
     trained = settings.shape.vocabulary * settings.shape.hidden * 4 if settings.adapter is None else 0
     return tile + tokens * settings.shape.hidden * 4 + trained
 

@@ -19,10 +19,12 @@ llama   80  8192 28672 64  8 128  32000 0   4096 meta-llama/Llama-2-70b-hf meta-
 llama   32  4096 14336 32  8 128 128256 0   8192 meta-llama/Meta-Llama-3-8B meta-llama/Meta-Llama-3-8B-Instruct
 llama   80  8192 28672 64  8 128 128256 0   8192 meta-llama/Meta-Llama-3-70B meta-llama/Meta-Llama-3-70B-Instruct
 llama   32  4096 14336 32  8 128 128256 0 131072 meta-llama/Llama-3.1-8B meta-llama/Llama-3.1-8B-Instruct
-llama   80  8192 28672 64  8 128 128256 0 131072 meta-llama/Llama-3.1-70B meta-llama/Llama-3.1-70B-Instruct meta-llama/Llama-3.3-70B-Instruct
+llama   80  8192 28672 64  8 128 128256 0 131072 meta-llama/Llama-3.1-70B
+        meta-llama/Llama-3.1-70B-Instruct meta-llama/Llama-3.3-70B-Instruct
 llama   16  2048  8192 32  8  64 128256 1 131072 meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-1B-Instruct
 llama   28  3072  8192 24  8 128 128256 1 131072 meta-llama/Llama-3.2-3B meta-llama/Llama-3.2-3B-Instruct
-mistral 32  4096 14336 32  8 128  32000 0  32768 mistralai/Mistral-7B-v0.1 mistralai/Mistral-7B-Instruct-v0.2 prometheus-eval/prometheus-7b-v2.0
+mistral 32  4096 14336 32  8 128  32000 0  32768 mistralai/Mistral-7B-v0.1
+        mistralai/Mistral-7B-Instruct-v0.2 prometheus-eval/prometheus-7b-v2.0
 mistral 32  4096 14336 32  8 128  32768 0  32768 mistralai/Mistral-7B-v0.3 mistralai/Mistral-7B-Instruct-v0.3
 mistral 40  5120 14336 32  8 128 131072 0 131072 mistralai/Mistral-Nemo-Base-2407 mistralai/Mistral-Nemo-Instruct-2407
 mistral 40  5120 32768 32  8 128 131072 0  32768 mistralai/Mistral-Small-24B-Base-2501 mistralai/Mistral-Small-24B-Instruct-2501

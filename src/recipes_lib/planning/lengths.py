@@ -24,7 +24,7 @@ COUNTED = 2000
 LARGEST_FILE = 200_000_000
 DOLLY = "databricks/databricks-dolly-15k"
 CHARACTERS_PER_TOKEN = 4.2
-TEMPLATE_TOKENS = 24  # what a chat template puts around one exchange
+TEMPLATE_TOKENS = 31  # what a chat template puts around one exchange
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Settings:
         autocast: bytes of the autocast type (2), or None without autocast.
         autocast_matches: whether the autocast type is the type of half-precision weights (fp16 autocast over bf16 weights is not).
         adapter: None for full fine-tuning.
-        attention: sdpa, flash or eager.
+        attention: sdpa, flash, eager, or documents (sdpa example by example, on a CPU).
         per_device: examples per micro-batch and process.
         max_length: rows are cut there; None for no cut.
         max_tokens: cap on the tokens of one forward pass (`run.max_tokens_per_micro_batch`).
@@ -102,7 +102,7 @@ class Settings:
     @property
     def masked(self) -> bool:
         """Whether sdpa gets a mask of row x row, and with it keys and values repeated for every query head."""
-        return self.attention != "flash" and (self.padding_free or self.packing or self.per_device > 1)
+        return self.attention in ("sdpa", "eager") and (self.padding_free or self.packing or self.per_device > 1)
 
     @property
     def flattened(self) -> bool:
@@ -122,10 +122,10 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     dtype = shape_dtype(shape, recipe.model.dtype)
     half = "fp16" if train.get("fp16") else "bf16" if train.get("bf16", True) else None
     sharded = launch.distributed_type == "FSDP" and launch.world_size > 1
-    attention = _attention(recipe)
+    attention = _attention(recipe, on_cpu)
     per_device = int(train.get("per_device_train_batch_size", 8))
     packing = bool(train.get("packing", False))
-    free = bool(train.get("padding_free", attention == "flash" and not packing and per_device > 1))
+    free = bool(train.get("padding_free", attention in ("flash", "documents") and not packing and per_device > 1))
     return Settings(
         shape=shape,
         dtype=dtype,
@@ -161,9 +161,13 @@ def _checkpointing(train: dict[str, Any]) -> bool:
     return bool(train.get("activation_checkpointing", train.get("gradient_checkpointing", False)))
 
 
-def _attention(recipe: Recipe) -> str:
+def _attention(recipe: Recipe, on_cpu: bool) -> str:
+    """Return the kernel, as `training.build` chooses it; a flash attention that may be installed on a GPU is not counted on."""
     name = recipe.model.attn_implementation or "sdpa"
-    return "flash" if "flash" in name else "eager" if name == "eager" else "sdpa"
+    if "flash" in name or name == "eager":
+        return "flash" if "flash" in name else "eager"
+    wrapped = recipe.train.get("packing") and recipe.train.get("packing_strategy") == "wrapped"
+    return "documents" if on_cpu and recipe.train.get("padding_free") is not False and not wrapped else "sdpa"
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:

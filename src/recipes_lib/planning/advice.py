@@ -1,0 +1,177 @@
+"""Which settings to change, ranked by what they gain. Each proposal is planned like the recipe itself; nothing is a rule of thumb but the
+one line about serving, which is a published figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from recipes_lib.planning.evaluations import served_seconds
+from recipes_lib.planning.methods import divided
+from recipes_lib.planning.plan import Plan
+from recipes_lib.planning.settings import Settings
+
+WORTH_S, WORTH_SHARE = 5.0, 0.03
+UNMERGED = 0.66  # speed of vLLM with an adapter beside the model, against merged (published: 34% slower)
+LONGEST_MASKED_ROW = 4096
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One proposal.
+
+    Args:
+        setting: what to type.
+        why: in words.
+        saves_s: seconds of the training (or of serving); negative where it costs time.
+        memory_gib: change of the peak.
+        same_result: whether the same thing is learnt.
+        makes_it_fit: whether it turns a plan that does not fit into one that does.
+    """
+
+    setting: str
+    why: str
+    saves_s: float
+    memory_gib: float
+    same_result: bool = True
+    makes_it_fit: bool = False
+
+
+def advise(plan: Plan) -> list[Advice]:
+    """Return proposals: what makes the training fit, or what makes it faster; the best first."""
+    if not plan.fits:
+        found = [advice for advice in _to_fit(plan) if advice.makes_it_fit]
+        return sorted(found, key=lambda advice: (not advice.same_result, -advice.saves_s))
+    found = [advice for advice in _to_be_faster(plan) if advice.saves_s > max(WORTH_S, WORTH_SHARE * plan.duration.training)]
+    found += _serving(plan)
+    return sorted(found, key=lambda advice: -advice.saves_s)
+
+
+def _to_be_faster(plan: Plan) -> Iterator[Advice]:
+    settings, base = plan.settings, plan
+    free = _padding_free(plan)
+    words = ""
+    if free is not None:
+        changed, words = free
+        base = plan.with_settings(changed, plan.batches.accumulation)
+        if base.fits:
+            why = f"padding is {1 - 1 / plan.batches.padding:.0%} of the computed tokens"
+            yield _compare(plan, base, words, why)
+        else:
+            base, words = plan, ""
+    if settings.checkpointing:
+        off = plan.with_settings(replace(settings, checkpointing=False), plan.batches.accumulation)
+        if off.fits:
+            yield _compare(plan, off, "train.activation_checkpointing=false", "activations fit without computing them twice")
+    if settings.sharded:
+        whole = plan.with_settings(replace(settings, sharded=False), plan.batches.accumulation)
+        if whole.fits:
+            name = "ddp" if plan.launch.machines == 1 else "ddp_multi_node"
+            yield _compare(plan, whole, f"launch.accelerate={name}", "the model fits each GPU whole, so nothing has to be gathered")
+    larger = _larger(base)
+    if larger is not None:
+        size = f"train.per_device_train_batch_size={larger.settings.per_device}"
+        yield _compare(plan, larger, f"{words} {size}".strip(), "larger micro-batches: fewer passes, less waiting")
+
+
+def _padding_free(plan: Plan) -> tuple[Settings, str] | None:
+    """Return the settings without padding and the words for it, where there is padding to drop."""
+    settings = plan.settings
+    if settings.flattened or plan.batches.padding < 1.05:
+        return None
+    changed, words = replace(settings, padding_free=True), "train.padding_free=true"
+    if settings.attention == "sdpa" and settings.per_device * (settings.max_length or LONGEST_MASKED_ROW) > LONGEST_MASKED_ROW:
+        changed = replace(changed, max_tokens=min(settings.max_tokens or LONGEST_MASKED_ROW, LONGEST_MASKED_ROW))
+        words += f" run.max_tokens_per_micro_batch={changed.max_tokens}"
+    return changed, words
+
+
+def _larger(plan: Plan) -> Plan | None:
+    """Return the fastest plan with larger micro-batches of the same examples per step that fits; the smallest of those within 1%."""
+    best = None
+    for factor in (2, 4, 8, 16):
+        size, rest = plan.settings.per_device * factor, plan.batches.accumulation % factor
+        if rest:
+            break
+        other = plan.with_settings(replace(plan.settings, per_device=size), plan.batches.accumulation // factor)
+        if other.fits and other.duration.training < 0.99 * (best or plan).duration.training:
+            best = other
+    return best
+
+
+def _to_fit(plan: Plan) -> Iterator[Advice]:
+    settings, accumulation = plan.settings, plan.batches.accumulation
+    longest = min(settings.max_length or max(plan.lengths.tokens), max(plan.lengths.tokens))
+
+    def proposal(words: str, why: str, *, same: bool = True, accumulation: int = accumulation, **changes: object) -> Advice:
+        changed = plan.with_settings(replace(settings, **changes), accumulation)  # type: ignore[arg-type]
+        return replace(_compare(plan, changed, words, why), same_result=same, makes_it_fit=changed.fits)
+
+    cap = max(longest, plan.largest() // 256 * 256)
+    if not settings.packing and cap < plan.batches.largest:
+        yield proposal(f"run.max_tokens_per_micro_batch={cap}", "cuts only the micro-batches that are too large", max_tokens=cap)
+    if not settings.checkpointing:
+        words = "train.activation_checkpointing=true"
+        yield proposal(words, "keeps the blocks' inputs only, and computes each block twice", checkpointing=True)
+        cap = max(longest, plan.largest(checkpointing=True) // 256 * 256)
+        if not settings.packing and cap < plan.batches.largest:
+            words += f" run.max_tokens_per_micro_batch={cap}"
+            yield proposal(words, "both of the above", checkpointing=True, max_tokens=cap)
+    for size in (settings.per_device // 2, settings.per_device // 4, 1):
+        sizes = divided(plan.batches.examples_per_step, size, settings.world_size) if size else None
+        if sizes and sizes[0] < settings.per_device:
+            words = f"train.per_device_train_batch_size={sizes[0]}"
+            changes = {"per_device": sizes[0], "eval_per_device": min(settings.eval_per_device, sizes[0])}
+            yield proposal(words, "smaller micro-batches of the same step", accumulation=sizes[1], **changes)
+    if settings.device == "gpu":
+        yield from _sharded(plan, proposal)
+    yield from _other_experiments(plan, proposal)
+
+
+def _sharded(plan: Plan, proposal: object) -> Iterator[Advice]:
+    settings = plan.settings
+    for count in (2, 4, 8):
+        sizes = divided(plan.batches.examples_per_step, settings.per_device, count)
+        if sizes is None or count < settings.world_size or (count == settings.world_size and settings.sharded):
+            continue
+        config = "fsdp_qlora" if settings.bits else "fsdp"
+        why = f"weights, gradients and optimizer shared out over {count} GPUs"
+        for checkpointing in {settings.checkpointing, True}:
+            words = f"launch.accelerate={config} launch.gpus={count}"
+            words += " train.activation_checkpointing=true" * (checkpointing and not settings.checkpointing)
+            words += f" train.per_device_train_batch_size={sizes[0]}" * (sizes[0] != settings.per_device)
+            changes = {"world_size": count, "per_machine": count, "sharded": True, "per_device": sizes[0], "checkpointing": checkpointing}
+            yield proposal(words, why, accumulation=sizes[1], **changes)  # type: ignore[operator]
+
+
+def _other_experiments(plan: Plan, proposal: object) -> Iterator[Advice]:
+    """Changes of what is learnt."""
+    settings = plan.settings
+    if settings.adapter is not None and settings.adapter.dropout:
+        words = "lora.lora_dropout=0"
+        yield proposal(words, "no masks to keep", same=False, adapter=replace(settings.adapter, dropout=0.0))  # type: ignore[operator]
+    if settings.adapter is not None and settings.bits is None:
+        words = "quantization.load_in_4bit=true quantization.bnb_4bit_quant_type=nf4 quantization.bnb_4bit_use_double_quant=true"
+        words += " quantization.bnb_4bit_compute_dtype=bfloat16 quantization.bnb_4bit_quant_storage=bfloat16"
+        for checkpointing in sorted({settings.checkpointing, True}):
+            more = " train.activation_checkpointing=true" * (checkpointing and not settings.checkpointing)
+            changes = {"bits": 4, "double_quantized": True, "checkpointing": checkpointing}
+            yield proposal(words + more, "the base in 4 bits", same=False, **changes)  # type: ignore[operator]
+    if settings.max_length is None or settings.max_length > 512:
+        words = "train.max_length=512"
+        yield proposal(words, "longer examples lose their tail", same=False, max_length=512)  # type: ignore[operator]
+
+
+def _serving(plan: Plan) -> list[Advice]:
+    """Merging before a server answers the evaluations' questions; a published figure."""
+    if plan.settings.device == "cpu" or plan.settings.adapter is None:
+        return []
+    merged = served_seconds(plan.settings.shape, plan.card)
+    why = "a server is 34% slower with the adapter beside the model (published for vLLM); for AlpacaEval's 805 answers"
+    return [Advice(f"recipes merge {plan.recipe.name}", why, merged / UNMERGED - merged, 0.0)]
+
+
+def _compare(before: Plan, after: Plan, words: str, why: str) -> Advice:
+    saved = before.duration.training + before.duration.validation - after.duration.training - after.duration.validation
+    return Advice(words, why, saved, after.memory.peak - before.memory.peak)
