@@ -22,7 +22,7 @@ def check_selection(study: Study | None, measurements: Measurements) -> Iterator
         title = f"The best of {len(trained)} arms is flattered by having been chosen"
         evidence = (
             f"arms: {', '.join(trained)}",
-            "Holm's correction keeps the tests honest; the size of the winner's lead it leaves too large",
+            "Holm's correction keeps the tests honest, not the size of the lead",
         )
         remedy = "name the winner, and measure it again on other questions or with other seeds before its lead is quoted"
         yield Finding("best-of-many", "warning", title, evidence, remedy)
@@ -32,6 +32,6 @@ def check_selection(study: Study | None, measurements: Measurements) -> Iterator
         counts = {sum(line.get("eval_loss") is not None for line in run.curves) for run in measurements.arms[name].runs}
         if counts and max(counts) > 1:
             title = f"{name} kept the best of {max(counts)} checkpoints by its validation loss"
-            evidence = (f"train.load_best_model_at_end, {max(counts)} evaluations in metrics.jsonl",)
+            told = (f"train.load_best_model_at_end, {max(counts)} evaluations in metrics.jsonl",)
             remedy = "its lowest validation loss is flattered too: compare on data that chose nothing"
-            yield Finding("best-checkpoint", "note", title, evidence, remedy, (name,), ("validation_loss",))
+            yield Finding("best-checkpoint", "note", title, told, remedy, (name,), ("validation_loss",))
