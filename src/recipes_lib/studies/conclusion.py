@@ -32,7 +32,8 @@ def measured_runs(study: Study, graph: Graph) -> dict[str, list[Path]]:
     """Return arm -> folders of the runs whose training is done; what an earlier state of the study left is not among them."""
     trained = {step.run: graph.freshness(step.name).fresh for step in graph.of_kind("train")}
     names = {arm: [name for name in runs if trained.get(name, True)] for arm, runs in run_names(study).items()}
-    return {arm: [runs_root() / name for name in runs] for arm, runs in names.items() if runs}
+    published = {arm.name for arm in study.arms if arm.published_only}  # shown, with no run to read
+    return {arm: [runs_root() / name for name in runs] for arm, runs in names.items() if runs or arm in published}
 
 
 def conclude(study: Study, graph: Graph) -> Conclusion:
