@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import launch_folder
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import Plan, plan_recipe, read_evals, read_stages
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch
+from recipes_lib.recipe.loader import load_document
+from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import load_recipe
 
 
@@ -23,6 +26,8 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
         RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
     """
     stages = read_stages(args.stages)
+    if _is_study(target):
+        return _plan_study(target, overrides, profile, args, flags, stages)
     recipe = load_recipe(target, overrides)
     launch = plan_launch(recipe.launch, args.accelerate, args.gpus, args.nodes)
     accumulation_steps(recipe, launch.world_size)
@@ -36,6 +41,37 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
         evals=read_evals(args.evals, recipe) if "eval" in stages else [],
         words=[*overrides, *flags],
     )
+
+
+def _is_study(target: str) -> bool:
+    """Whether a name or path is a study; what is neither file nor short name is left to the recipe's loader to explain."""
+    from recipes_lib.studies.study import study_path
+
+    path = recipe_path(target)
+    path = path if path.is_file() else study_path(target)
+    return path.is_file() and load_document(path).kind.name == "study"
+
+
+def _plan_study(
+    target: str,
+    overrides: Sequence[str],
+    profile: SiteProfile | None,
+    args: argparse.Namespace,
+    flags: Sequence[str],
+    stages: Sequence[str],
+) -> Plan:
+    from recipes_lib.launching.study_jobs import plan_study
+    from recipes_lib.studies.study import load_study
+
+    if args.evals:
+        raise RecipeError("--evals is for recipes: a study names its evals itself")
+    own = {key: getattr(args, key) for key in ("accelerate", "gpus", "nodes")}
+    study = load_study(target, [*overrides, *(f"{key}={value}" for key, value in own.items() if value is not None)])
+    for arm in study.arms:
+        if arm.trained:
+            _check_gpus(arm.launch, profile)
+    limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
+    return plan_study(study, launch_folder(study.name), profile, stages=stages, flags=flags, throttle=limit)
 
 
 def _check_gpus(launch: Launch, profile: SiteProfile | None) -> None:

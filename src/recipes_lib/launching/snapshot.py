@@ -16,6 +16,7 @@ from recipes_lib.judging.judge_file import JudgeFile
 from recipes_lib.recipe.loader import COMMAND_LINE
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.studies.study import Study
 from recipes_lib.suites.recipe import EvalRecipe
 
 
@@ -55,6 +56,15 @@ class Snapshot:
         section = judge.judge
         files = (section.relative_prompt, section.absolute_prompt, section.rubric, section.reference_rubric)
         self.copies |= {_absolute(path) for path in (judge.path, *(judge.path.parent / name for name in files)) if path.is_file()}
+
+    def add_study(self, study: Study) -> None:
+        """Add a study, the recipes of its arms, its evals and the published numbers."""
+        self.copies |= {_absolute(study.path)} | ({_absolute(study.published)} if study.published else set())
+        for arm in study.arms:
+            if arm.recipe is not None:
+                self.add_recipe(arm.recipe)
+        for one in study.evals:
+            self.add_eval(one)
 
     def add_file(self, path: Path) -> None:
         """Add one file."""
