@@ -179,7 +179,7 @@ def read_run(folder: Path) -> RunMeasurements:
     from recipes_lib.studies.eval_files import read_evals, read_lines
 
     state = read_object(folder / "run.json")
-    resolved = _read_yaml(folder / "resolved.yaml")
+    resolved = read_resolved(folder)
     evals, unfinished = read_evals(folder)
     seed = (resolved.get("train") or {}).get("seed")
     return RunMeasurements(
@@ -216,8 +216,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """Return a YAML mapping; an absent file is an empty one."""
+def read_resolved(folder: Path) -> dict[str, Any]:
+    """Return a run's resolved recipe; an absent one is empty.
+
+    Raises:
+        DataError: the file is not YAML.
+    """
+    path = folder / "resolved.yaml"
     if not path.is_file():
         return {}
     import yaml
