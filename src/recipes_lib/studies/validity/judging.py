@@ -33,15 +33,35 @@ _FAILED = (
     "The judge failed its audit",
     "use a stronger judge, or show with human labels that it can be believed",
 )
-# Findings of `recipes judge replay` that are said here too, with what to do about them.
-_REPLAYED: dict[str, tuple[Severity, str]] = {
-    "unparsed-as-tie": ("warning", "here they have no value and widen the interval; the published number counts them"),
-    "unparsed-left-out": ("warning", "here they have no value and widen the interval"),
-    "empty-answer-wins": ("warning", "judge again: an empty answer loses"),
-    "turn-without-context": ("warning", "judge again with the conversation in front of the judge (recipes eval evals/mt_bench.yaml)"),
-    "repeated-judgments": ("warning", "keep one judgment per question"),
-    "constant-answer": ("warning", "look at the answers: one text for many questions wins or loses them all at once"),
-    "not-in-the-judges-format": ("warning", "judge again: a verdict read from a text that ends in none is a guess"),
+# Findings of `recipes judge replay` that are said here too: severity, title, what to do.
+_REPLAYED: dict[str, tuple[Severity, str, str]] = {
+    "unparsed-as-tie": (
+        "warning",
+        "Judgments without a verdict were counted as ties",
+        "here they have no value and widen the interval; the published number counts them",
+    ),
+    "unparsed-left-out": (
+        "warning",
+        "Judgments without a verdict were left out of the published numbers",
+        "here they have no value and widen the interval",
+    ),
+    "empty-answer-wins": ("warning", "Empty answers were counted as wins", "judge again: an empty answer loses"),
+    "turn-without-context": (
+        "warning",
+        "Second turns were judged without the first turn of their conversation",
+        "judge again with the conversation in front of the judge (recipes eval evals/mt_bench.yaml)",
+    ),
+    "repeated-judgments": ("warning", "Questions were judged twice", "keep one judgment per question"),
+    "constant-answer": (
+        "warning",
+        "One answer was given to many questions",
+        "look at the answers: one text for many questions wins or loses them all at once",
+    ),
+    "not-in-the-judges-format": (
+        "warning",
+        "Verdicts were read from texts that do not end in the judge's verdict format",
+        "judge again: a verdict read from a text that ends in none is a guess",
+    ),
 }
 
 
@@ -113,16 +133,34 @@ def _measures(found: Sequence[tuple[str, EvalResult]], wanted: Callable[[Measure
 
 def _one_order(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
     """Comparisons of which each has one verdict only. Where the order was always the same the position is part of every rate."""
+    lines: dict[bool, dict[str, str]] = {True: {}, False: {}}
     for name, measure, result in _measures(found, lambda one: one.metric == "win_rate"):
         single = sum(len(item.verdicts) == 1 and not item.by_rule for item in measure.items)
-        if not single:
-            continue
-        fixed = any("always first" in flag for flag in result.result.get("flags") or ())
-        title = f"{name} was judged in one order only in {result.eval}" + (", its answer always first" if fixed else "")
-        evidence = (f"{single} of {len(measure.items)} comparisons have one verdict ({place(result.file)})",)
+        if single:
+            fixed = any("always first" in flag for flag in result.result.get("flags") or ())
+            lines[fixed][name] = f"{name}: {single} of {len(measure.items)} comparisons have one verdict ({place(result.file)})"
+    metrics = tuple(dict.fromkeys(one.name for _, result in found for one in result.measures if one.opponent is not None))
+    for fixed, by_arm in lines.items():
+        title = f"Answers were judged in one order only in {found[0][1].eval}" + (", the model's always first" if fixed else "")
         remedy = "judge both orders (recipes eval does): a judge's preference for a position is part of this rate"
-        metrics = tuple(one.name for one in result.measures if one.opponent is not None)
-        yield Finding("one-order-judging", "error" if fixed else "warning", title, evidence, remedy, (name,), metrics)
+        yield from _per_arm(found, "one-order-judging", "error" if fixed else "warning", title, by_arm, remedy, metrics)
+
+
+def _per_arm(
+    found: Sequence[tuple[str, EvalResult]],
+    code: str,
+    severity: Severity,
+    title: str,
+    by_arm: dict[str, str],
+    remedy: str,
+    metrics: tuple[str, ...],
+) -> Iterator[Finding]:
+    """One finding where every arm of an evaluation is concerned, else one per arm."""
+    if len(by_arm) > 1 and by_arm.keys() == {name for name, _ in found}:
+        yield Finding(code, severity, title, tuple(by_arm.values()), remedy, (), metrics)
+        return
+    for name, line in by_arm.items():
+        yield Finding(code, severity, f"{title} ({name})", (line,), remedy, (name,), metrics)
 
 
 def _missing_turns(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
@@ -148,13 +186,13 @@ def _missing_turns(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]
 
 
 def _replayed(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
-    """What `recipes judge replay` found in the files an arm was imported from."""
+    """What `recipes judge replay` found in the files that arms were imported from."""
+    lines: dict[str, dict[str, str]] = defaultdict(dict)
     for name, result in found:
-        metrics = tuple(measure.name for measure in result.measures)
         for report in result.result.get("replays") or ():
             for finding in report.get("findings") or ():
-                if finding["name"] in _REPLAYED:
-                    severity, remedy = _REPLAYED[finding["name"]]
-                    title = f"{name}, {result.eval}: {finding['message']}"
-                    evidence = (f"{finding['count']} judgments ({place(result.file)})",)
-                    yield Finding(finding["name"], severity, title, evidence, remedy, (name,), metrics)
+                lines[finding["name"]][name] = f"{name}: {finding['message']} ({place(result.file)})"
+    for code, by_arm in lines.items():
+        if code in _REPLAYED:
+            severity, title, remedy = _REPLAYED[code]
+            yield from _per_arm(found, code, severity, f"{title} in {found[0][1].eval}", by_arm, remedy, judged_metrics(found))

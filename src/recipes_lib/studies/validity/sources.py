@@ -42,7 +42,7 @@ def _published(study: Study | None, arm: str) -> tuple[str, ...]:
 
     published = load_published(study.published)
     lines = []
-    for number in published.of(arm):
+    for number in (number for number in published.of(arm) if number.beside or number.notes):
         n = f" (n {number.n})" if number.n else ""
         notes = f": {'; '.join(number.notes)}" if number.notes else ""
         lines.append(f"{published.titles[number.table]}, {number.label}: {number.shown}{n}{notes}")
