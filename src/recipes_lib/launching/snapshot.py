@@ -18,6 +18,7 @@ from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.studies.study import Study
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.validation import folder_of
 
 
 class Snapshot:
@@ -46,8 +47,7 @@ class Snapshot:
         data = recipe.data
         for key in ("questions", "references", "include_path", "folder"):
             if getattr(data, key):
-                path = recipe.resolve(f"data.{key}", getattr(data, key))
-                self.links |= {_absolute(path)} if path.exists() else set()
+                self.links |= _beside(folder_of(recipe.document, ("data", key)), [getattr(data, key)])
         if recipe.judge is not None:
             self.add_judge(recipe.judge)
 
@@ -55,7 +55,7 @@ class Snapshot:
         """Add a judge file, its prompts and rubrics."""
         section = judge.judge
         files = (section.relative_prompt, section.absolute_prompt, section.rubric, section.reference_rubric)
-        self.copies |= {_absolute(path) for path in (judge.path, *(judge.path.parent / name for name in files)) if path.is_file()}
+        self.copies |= {path for path in _beside(judge.path.parent, [judge.path.name, *files]) if path.is_file()}
 
     def add_study(self, study: Study) -> None:
         """Add a study, the recipes of its arms, its evals and the published numbers."""
