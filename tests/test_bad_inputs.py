@@ -1,4 +1,4 @@
-"""Bad models, machines and command lines, given to the real entry points: the exit code, the place and the key words of the answer."""
+"""Bad data, models, machines and command lines, given to the real entry points: exit code, place and key words of the answer."""
 
 from __future__ import annotations
 
@@ -83,6 +83,114 @@ def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
     assert "Traceback" not in said
+
+
+TASK = {"instruction": "Say hello to everybody here.", "context": "", "response": "Hello everybody!"}
+
+
+def rows(*changes: dict[str, object], count: int = 20) -> str:
+    """Rows of the dolly columns; the first ones are changed, a value None removes the column."""
+    lines = []
+    for number in range(max(count, len(changes))):
+        row = {**TASK, "instruction": f"{TASK['instruction']} {number}"} | (changes[number] if number < len(changes) else {})
+        lines.append(json.dumps({key: value for key, value in row.items() if value != "ABSENT"}))
+    return "\n".join(lines) + "\n"
+
+
+CHAT, RAW = "data.prompt_format=chat", "data.prompt_format=raw"
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+FOREIGN = {"instruction": "ABSENT", "context": "ABSENT", "response": "ABSENT"}
+DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
+    "36 dolly columns under another format": (rows(), [RAW], 4, ["columns are instruction, context", "data.prompt_format: dolly"]),
+    "36 unknown columns": (rows({**FOREIGN, "ask": "a", "tell": "b"}, count=1), [], 4, ["columns are ask, tell", "data.columns"]),
+    "37 an empty file": ("", [], 4, ["rows.jsonl", "0 rows"]),
+    "38 prompts longer than max_length": (rows(), ["train.max_length=4"], 4, ["20/20 rows", "max_length=4", "p95 prompt is"]),
+    "41 only empty texts": (
+        "".join(json.dumps({"text": "", "id": number}) + "\n" for number in range(9)), [RAW], 4, ["9/9 rows have an empty completion"],
+    ),
+    "42 null as response": (rows({}, {"response": None}), [], 4, ["rows.jsonl:2:", "'response'", "None"]),
+    "42 a number as response": (rows({"response": 3}), [], 4, ["rows.jsonl:1:", "'response'", "int"]),
+    "42 a list as response": (rows({}, {}, {"response": ["a"]}), [], 4, ["rows.jsonl:3:", "'response'", "list"]),
+    "43 a lone surrogate": (rows({"response": "\ud800"}), [], 4, ["rows.jsonl:1:", "'response'"]),
+    "43 a latin-1 file": (b'{"instruction": "caf\xe9", "response": "x"}\n', [], 4, ["rows.jsonl:1", "UTF-8", "byte"]),
+    "44 a torn line": (rows() + '{"instruction": "a", \n', [], 4, ["rows.jsonl:21"]),
+    "47 the assistant is not last": (json.dumps({"messages": HELLO[:1]}) + "\n", [CHAT], 4, ["rows.jsonl:1:", "assistant"]),
+    "47 only a system message": (
+        json.dumps({"messages": [{"role": "system", "content": "Be nice"}]}) + "\n", [CHAT], 4, ["rows.jsonl:1:", "system"],
+    ),
+    "47 a tool call": (
+        json.dumps({"messages": [*HELLO, {"role": "tool", "content": "3"}]}) + "\n", [CHAT], 4, ["rows.jsonl:1:", "tool"],
+    ),
+    "48 loss on the completion of texts": (
+        "".join(json.dumps({"text": f"a b {number}"}) + "\n" for number in range(20)), [RAW, "train.completion_only_loss=true"], 4,
+        ["command line: train.completion_only_loss"],
+    ),
+    "51 an id twice": (rows({"id": 7}, {"id": 7}, count=2), [], 4, ["7"]),
+    "51 an id missing": (rows({"id": 7}, {}, count=2), [], 4, ["id"]),
+    "a validation loss without held-out rows": (rows(count=2), [], 4, ["tiny.yaml", "none of 2 rows is held out", "data.split.validation"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
+    case: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The audit and the training give the same answer."""
+    content, overrides, code, words = DATA[case]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    argv = [str(tiny_recipe), f"data.source={file}", *overrides]
+    for entry in (lambda: recipes(["data", *argv]), lambda: train(argv)):
+        assert entry() == code
+        said = capsys.readouterr().err
+        assert not [word for word in words if word not in said], said
+        assert "Traceback" not in said and not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
+
+
+def test_a_folder_whose_files_differ_in_columns_is_refused(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Case 45."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a.jsonl").write_text(rows())
+    (tmp_path / "parts" / "b.jsonl").write_text(rows(FOREIGN | {"text": "x"}, count=1))
+    assert recipes(["data", str(tiny_recipe), f"data.source={tmp_path / 'parts'}"]) == 4
+    said = capsys.readouterr().err
+    assert "b.jsonl" in said and "instruction" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([{"response": ""}], "1 rows have an empty completion"),
+        ([{"response": "### Response:\nagain"}], "1 rows contain template markers"),
+        ([{"response": "</s> [INST]"}], "1 rows contain special tokens, read as text"),
+        ([TASK, TASK], "1 exact duplicates"),
+    ],
+    ids=["40 an empty completion", "49 a template marker", "49 a special token", "50 a duplicate"],
+)
+def test_data_that_is_odd_is_reported_and_trained_on(
+    changes: list[dict[str, object]], words: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(rows(*changes, count=60))
+    assert recipes(["data", str(tiny_recipe), f"data.source={tmp_path / 'rows.jsonl'}", "--show", "0"]) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_a_defect_is_one_message_and_its_traceback_is_kept(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes_lib.training.session import Session
+
+    def break_it(session: Session) -> None:
+        raise ZeroDivisionError("nobody expected this")
+
+    monkeypatch.setattr(Session, "load_model", break_it)
+    assert train([str(tiny_recipe)]) == 1
+    said = capsys.readouterr().err
+    file = tmp_path / "runs" / "tiny" / "traceback.txt"
+    assert said.count("internal error: ZeroDivisionError: nobody expected this") == 1 and str(file) in said and "Traceback" not in said
+    assert "break_it" in file.read_text()
+    with pytest.raises(ZeroDivisionError):
+        train([str(tiny_recipe), "--debug"])
 
 
 LINES: dict[str, tuple[list[str], int, list[str]]] = {

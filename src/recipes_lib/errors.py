@@ -2,7 +2,7 @@
 
 A user-facing error is raised as a `RecipesError` (or a subclass), never printed where it happens. The entry points
 (`recipes` and `python -m recipes_lib.train`) print it once, without a traceback, and exit with its code. A programming
-error stays an ordinary exception with a traceback.
+error stays an ordinary exception; the entry points call it an internal error, and `--debug` shows its traceback.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes_lib.errors import DataError, RecipeError, RecipesError, print_error
+from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training.ranks import end_process, rank
@@ -39,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
 def main(argv: Sequence[str] | None = None) -> int:
     """Train one recipe to its planned end, or to a checkpoint it can continue from; return the exit code (`errors.ExitCode`)."""
     options, overrides = parse_arguments(argv)
+    recipe = None
     try:
         recipe = load_recipe(options.recipe, overrides)
         code = train(recipe, RunDirectory(recipe.name), options)
@@ -49,6 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_error(error)
         same_everywhere = isinstance(error, RecipeError | DataError) or getattr(error, "on_every_rank", "WORLD_SIZE" not in os.environ)
         return exit_status(int(error.exit_code), on_every_rank=same_everywhere)
+    except Exception as error:
+        if options.debug:
+            raise
+        from recipes_lib.training.defects import as_message
+
+        same_everywhere = getattr(error, "on_every_rank", False)
+        if rank() == 0 or not same_everywhere:
+            print_error(as_message(error, RunDirectory(recipe.name).path if recipe else None))
+        return exit_status(int(ExitCode.FAILED), on_every_rank=same_everywhere)
     return exit_status(code, on_every_rank=True)
 
 

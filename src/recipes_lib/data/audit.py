@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from recipes_lib.data.examples import Example, SettingError, listed
-from recipes_lib.data.splits import SPLITS, TRAIN, Splits
+from recipes_lib.data.splits import SPLITS, TRAIN, VALIDATION, Splits
 from recipes_lib.data.supervision import Encoded, Supervision, decoded_spans
 
 NUM_SHOWN = 3
@@ -81,14 +81,21 @@ def audit_rows(
     }
 
 
-def check_audit(audit: Mapping[str, Any], max_unsupervised_fraction: float) -> None:
+def check_audit(audit: Mapping[str, Any], max_unsupervised_fraction: float, *, evaluates: bool = False) -> None:
     """The gate: refuse data that cannot teach what the recipe asks for.
 
+    Args:
+        evaluates: whether the training computes a validation loss.
+
     Raises:
-        SettingError: no or too few rows with supervised tokens, only empty rows, or EOS without loss. It carries the `audit`.
+        SettingError: no or too few rows with supervised tokens, only empty rows, EOS without loss, or nothing to validate on. It
+            carries the `audit`.
     """
     try:
         _gate(audit, max_unsupervised_fraction)
+        if evaluates and not audit["tokens_per_split"][VALIDATION]["supervised"]:
+            what = f"train.eval_strategy asks for a validation loss, but none of {audit['rows']['used']} rows is held out"
+            raise SettingError("data.split.validation", what, "add rows, raise data.split.validation, or set train.eval_strategy: 'no'")
     except SettingError as error:
         error.audit = audit
         raise

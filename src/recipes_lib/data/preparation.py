@@ -83,7 +83,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
         rows = {name: [(example, encoded[example.id]) for example in splits.rows[name]] for name in SPLITS}
         injections = find_injections(kept, tokenizer, section.prompt_format)
         audit = audit_rows(rows, splits, settings, tokenizer, rows_read=len(examples), filtered=filtered, injections=injections)
-        check_audit(audit, section.max_unsupervised_fraction)
+        check_audit(audit, section.max_unsupervised_fraction, evaluates=recipe.train.get("eval_strategy", "no") != "no")
         _progress(f"{audit['tokens']['total']:,} tokens, {audit['supervised_tokens']['total']:,} with loss", len(kept))
         return PreparedData(
             train=_dataset(rows[TRAIN]),
