@@ -44,6 +44,7 @@ VERBS = (
     Verb("migrate", "recipes", "turn a flat TRL config into a recipe"),
     Verb("doctor", "machine", "versions, devices, disk, token: what is missing and what to do"),
     Verb("data", "training", "what the model reads and what the loss sees", overrides=True),
+    Verb("plan", "training", "what a training or a study needs: memory, steps, time, cost, and what to change", overrides=True),
     Verb("train", "training", "train a recipe, or continue it", overrides=True),
     Verb("status", "training", "the state of runs"),
     Verb("chat", "training", "talk to runs beside their base model"),

@@ -4,7 +4,7 @@ one line about serving, which is a published figure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from recipes_lib.planning.evaluations import served_seconds
@@ -41,7 +41,7 @@ class Advice:
 def advise(plan: Plan) -> list[Advice]:
     """Return proposals: what makes the training fit, or what makes it faster; the best first."""
     if not plan.fits:
-        found = [advice for advice in _to_fit(plan) if advice.makes_it_fit]
+        found = list({advice.setting: advice for advice in _to_fit(plan) if advice.makes_it_fit}.values())
         return sorted(found, key=lambda advice: (not advice.same_result, -advice.saves_s))
     found = [advice for advice in _to_be_faster(plan) if advice.saves_s > max(WORTH_S, WORTH_SHARE * plan.duration.training)]
     found += _serving(plan)
@@ -118,18 +118,20 @@ def _to_fit(plan: Plan) -> Iterator[Advice]:
         if not settings.packing and cap < plan.batches.largest:
             words += f" run.max_tokens_per_micro_batch={cap}"
             yield proposal(words, "both of the above", checkpointing=True, max_tokens=cap)
+    if settings.eval_per_device > 1 and plan.memory.validation > plan.memory.activations + plan.memory.moment:
+        size = max(1, settings.eval_per_device // 4)
+        yield proposal(f"train.per_device_eval_batch_size={size}", "validation is what needs most", eval_per_device=size)
     for size in (settings.per_device // 2, settings.per_device // 4, 1):
         sizes = divided(plan.batches.examples_per_step, size, settings.world_size) if size else None
         if sizes and sizes[0] < settings.per_device:
             words = f"train.per_device_train_batch_size={sizes[0]}"
-            changes = {"per_device": sizes[0], "eval_per_device": min(settings.eval_per_device, sizes[0])}
-            yield proposal(words, "smaller micro-batches of the same step", accumulation=sizes[1], **changes)
+            yield proposal(words, "smaller micro-batches of the same step", accumulation=sizes[1], per_device=sizes[0])
     if settings.device == "gpu":
         yield from _sharded(plan, proposal)
     yield from _other_experiments(plan, proposal)
 
 
-def _sharded(plan: Plan, proposal: object) -> Iterator[Advice]:
+def _sharded(plan: Plan, proposal: Callable[..., Advice]) -> Iterator[Advice]:
     settings = plan.settings
     for count in (2, 4, 8):
         sizes = divided(plan.batches.examples_per_step, settings.per_device, count)
@@ -142,25 +144,25 @@ def _sharded(plan: Plan, proposal: object) -> Iterator[Advice]:
             words += " train.activation_checkpointing=true" * (checkpointing and not settings.checkpointing)
             words += f" train.per_device_train_batch_size={sizes[0]}" * (sizes[0] != settings.per_device)
             changes = {"world_size": count, "per_machine": count, "sharded": True, "per_device": sizes[0], "checkpointing": checkpointing}
-            yield proposal(words, why, accumulation=sizes[1], **changes)  # type: ignore[operator]
+            yield proposal(words, why, accumulation=sizes[1], **changes)
 
 
-def _other_experiments(plan: Plan, proposal: object) -> Iterator[Advice]:
+def _other_experiments(plan: Plan, proposal: Callable[..., Advice]) -> Iterator[Advice]:
     """Changes of what is learnt."""
     settings = plan.settings
     if settings.adapter is not None and settings.adapter.dropout:
         words = "lora.lora_dropout=0"
-        yield proposal(words, "no masks to keep", same=False, adapter=replace(settings.adapter, dropout=0.0))  # type: ignore[operator]
+        yield proposal(words, "no masks to keep", same=False, adapter=replace(settings.adapter, dropout=0.0))
     if settings.adapter is not None and settings.bits is None:
         words = "quantization.load_in_4bit=true quantization.bnb_4bit_quant_type=nf4 quantization.bnb_4bit_use_double_quant=true"
         words += " quantization.bnb_4bit_compute_dtype=bfloat16 quantization.bnb_4bit_quant_storage=bfloat16"
         for checkpointing in sorted({settings.checkpointing, True}):
             more = " train.activation_checkpointing=true" * (checkpointing and not settings.checkpointing)
             changes = {"bits": 4, "double_quantized": True, "checkpointing": checkpointing}
-            yield proposal(words + more, "the base in 4 bits", same=False, **changes)  # type: ignore[operator]
+            yield proposal(words + more, "the base in 4 bits", same=False, **changes)
     if settings.max_length is None or settings.max_length > 512:
         words = "train.max_length=512"
-        yield proposal(words, "longer examples lose their tail", same=False, max_length=512)  # type: ignore[operator]
+        yield proposal(words, "longer examples lose their tail", same=False, max_length=512)
 
 
 def _serving(plan: Plan) -> list[Advice]:

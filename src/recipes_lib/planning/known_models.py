@@ -5,6 +5,8 @@ Source: each repository's config.json. `tests/planning/test_shapes.py` holds the
 
 from __future__ import annotations
 
+import re
+
 from recipes_lib.planning.shapes import ModelShape
 
 # family, layers, hidden, intermediate, heads, kv heads, head size, vocabulary, tied, positions, then the repositories with this shape.
@@ -48,7 +50,7 @@ phi3    32  3072  8192 32 32  96  32064 0 131072 microsoft/Phi-3.5-mini-instruct
 def known_shapes() -> dict[str, ModelShape]:
     """Return repository name -> shape."""
     shapes = {}
-    for line in _TABLE.strip().splitlines():
+    for line in re.sub(r"\n +", " ", _TABLE).strip().splitlines():
         family, *rest = line.split()
         numbers, names = [int(word) for word in rest[:9]], rest[9:]
         layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, tied, positions = numbers

@@ -33,8 +33,8 @@ def method_rows(plan: Plan) -> list[MethodRow]:
     for method in METHODS:
         changed = _as_method(plan.settings, method)
         for count in COUNTS if plan.settings.device == "gpu" else (1,):
-            for strategy in ("one",) if count == 1 else ("DDP", "FSDP2"):
-                rows.append(MethodRow(method, count, strategy, _spread(plan, changed, count, sharded=strategy == "FSDP2")))
+            strategies = ("one",) if count == 1 else ("DDP", "FSDP2")
+            rows += [MethodRow(method, count, name, _spread(plan, changed, count, sharded=name == "FSDP2")) for name in strategies]
     return rows
 
 

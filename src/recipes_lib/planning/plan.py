@@ -94,7 +94,17 @@ def plan_recipe(
     launch = _launch(recipe, gpu, gpus, accelerate, nodes)
     on_cpu = gpu == "cpu" or (gpu is None and launch.config.use_cpu)
     card = cpu_card() if on_cpu else card_named(gpu) if gpu else next(iter(cards_here()), card_named(DEFAULT))
-    settings = settings_of(recipe, launch, model_shape(recipe), on_cpu=on_cpu)
+    return plan_launched(recipe, launch, card, lengths)
+
+
+def plan_launched(recipe: Recipe, launch: Launch, card: Card, lengths: Lengths | None = None) -> Plan:
+    """Return the plan of a recipe under a launch, on a card.
+
+    Raises:
+        RecipeError: an unknown architecture, or a batch that cannot be divided.
+        EnvironmentFault: the model's shape cannot be had.
+    """
+    settings = settings_of(recipe, launch, model_shape(recipe), on_cpu=card.name == "cpu")
     return _plan(recipe, launch, card, settings, lengths or lengths_of(recipe), accumulation_steps(recipe, launch.world_size))
 
 

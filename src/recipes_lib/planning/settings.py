@@ -1,6 +1,6 @@
 """What of a recipe and its launch decides about memory and time, as plain numbers.
 
-Precision follows what really happens in the training path, read in TRL 1.16, PEFT 0.21 and accelerate 1.15 and checked by tests: adapters on
+Precision follows what happens in the training path, read in TRL 1.16, PEFT 0.21 and accelerate 1.15 and checked by tests: adapters on
 an unquantized base are float32, on a 4-bit base bf16; FSDP2 under bf16 keeps trained weights in float32 unless the base is 4-bit.
 """
 
@@ -89,7 +89,7 @@ class Settings:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a trained weight: adapters are float32 on a plain base and bf16 on a 4-bit one; FSDP2 raises trained weights to float32."""
+        """Bytes of a trained weight: adapters are float32 on a plain base, bf16 on a 4-bit one; FSDP2 raises full weights to float32."""
         if self.adapter is not None:
             return 2 if self.bits else 4
         return 4 if self.sharded and self.autocast else self.weight_bytes

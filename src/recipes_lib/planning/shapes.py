@@ -113,7 +113,7 @@ class ModelShape:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token passes through: the N of 4N and 6N. A lookup in the embeddings is counted as work (2% of a 7B model)."""
+        """Parameters that one token passes through: the N of 4N and 6N. The lookup of embeddings counts as work (2% of a 7B model)."""
         return self.layers * self._block_linears(self.active_experts) + self.embedding_parameters + self.small_parameters
 
     def _block_linears(self, experts: int) -> int:
