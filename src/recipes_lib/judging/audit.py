@@ -74,7 +74,8 @@ def audit(
 
 def length_bias(rows: Sequence[Row], outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
     """Return how often the longer answer wins, among pairs with a winner and answers of different length."""
-    lengths = {str(row["question_id"]): row["lengths"] for row in rows if row["kind"] == "relative" and row["order"] == "AB"}
+    pairs = (row for row in rows if row["kind"] == "relative" and row["order"] == "AB" and row["lengths"])  # imported ones may lack them
+    lengths = {str(row["question_id"]): row["lengths"] for row in pairs}
     decided = [
         (item.outcome, lengths[item.question_id]) for item in outcomes if item.outcome in ("win", "loss") and item.question_id in lengths
     ]
