@@ -25,7 +25,14 @@ def read_answers(file: Foreign, model: str | None) -> Part:
     lacks = ["decoding settings, seed and prompt format of the answers are not in the file"]
     if not any(row["tokens"] for row in answers):
         lacks.append("whether an answer was cut at a token limit is not in the file")
-    return Part("mt_bench" if fastchat else "alpaca_eval", file, answers=answers, models=(chosen,) if chosen else (), lacks=tuple(lacks))
+    return Part(
+        "mt_bench" if fastchat else "alpaca_eval",
+        file,
+        answers=answers,
+        models=(chosen,) if chosen else (),
+        rows_of=chosen if len(rows) < len(file.rows) else None,
+        lacks=tuple(lacks),
+    )
 
 
 def answer_row(question: str, turn: int, text: str, model: str, *, instruction: str = "") -> Row:

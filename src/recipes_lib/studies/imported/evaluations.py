@@ -123,6 +123,9 @@ def _answers(parts: Sequence[Part]) -> dict[tuple[str, int], Row]:
 
 def _compare(part: Part, mine: dict[tuple[str, int], Row], other: Part, known: dict[tuple[str, int], Row]) -> None:
     """Answers of two files to the same questions."""
+    if part.models and other.models and part.models != other.models:
+        what = f"answers of {part.models[0]}, and {shown_path(other.file.path)} holds answers of {other.models[0]}"
+        raise part.file.error(what, "a run is one model: import each under a name of its own")
     shared = mine.keys() & known.keys()
     differ = [key for key in shared if mine[key]["answer"] != known[key]["answer"]]
     where = shown_path(other.file.path)

@@ -7,6 +7,7 @@ A text without a verdict has no value, whatever its source counted it as.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,15 +54,17 @@ def read_judgments(file: Foreign, model: str | None, against: str | None) -> Par
         name = one_model(file, [record.model for record in source.records], model)
         opponent, records = None, [record for record in source.records if record.model == name]
     records = check_unique(file, [(record.item, record.turn) for record in records], records)
-    judge = f"imported:{text_hash(f'{file.format}:{file.sha256}')[:16]}"
+    judge_name = _judge_name(source)
+    judge = f"imported:{text_hash(judge_name or file.sha256)[:16]}"
     part = Part(
         _suite(source),
         file,
         models=(name,) if name else (),
         opponent=opponent,
+        rows_of=name if len({side for record in source.records for side in (record.model, record.opponent)} - {""}) > 1 else None,
         flags=_FLAGS.get(file.format, ()),
         lacks=_LACKS[file.format],
-        facts={"judge": judge, "report": _report(source, records), "missing": _missing(records)},
+        facts={"judge": judge, "judge_name": judge_name, "report": _report(source, records), "missing": _missing(records)},
     )
     part.lacks += tuple(f"question {turn['question_id']} turn {turn['turn']}: no judgment" for turn in part.facts["missing"][:20])
     part.judgments = [row for record in records for row in _rows(record, source, judge)]
@@ -71,6 +74,14 @@ def read_judgments(file: Foreign, model: str | None, against: str | None) -> Par
 
         part.answers = [answer_row(_id(record), 1, record.answer or "", name, instruction=record.item) for record in records]
     return part
+
+
+def _judge_name(source: ForeignFile) -> str | None:
+    """The judge's name where the rows of a file tell it, as FastChat's do."""
+    if not source.format.startswith("fastchat"):
+        return None
+    named = json.loads(source.data.decode("utf-8-sig").strip().split("\n", 1)[0]).get("judge")
+    return str(named[0]) if isinstance(named, list) and named else None
 
 
 def _pairs_of(file: Foreign, source: ForeignFile, model: str | None, against: str | None) -> tuple[str, str, list[Record]]:

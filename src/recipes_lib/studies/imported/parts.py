@@ -21,7 +21,8 @@ class Part:
     """One file's share of one evaluation.
 
     `measures` and `items` are as `studies.measurements` reads them, `judgments` and `answers` rows of our own stores. `lacks` says
-    what could not be carried over, `facts` goes into result.json.
+    what could not be carried over, `facts` goes into result.json. `rows_of` is the model whose rows these are, where the
+    file holds several.
     """
 
     eval: str
@@ -32,6 +33,7 @@ class Part:
     answers: list[Row] = field(default_factory=list)
     models: tuple[str, ...] = ()
     opponent: str | None = None
+    rows_of: str | None = None
     flags: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     facts: Row = field(default_factory=dict)

@@ -52,12 +52,15 @@ class _Content:
     summary: Row = field(default_factory=dict)
     adapter: Row | None = None
     becomes: dict[str, str] = field(default_factory=dict)
+    rows_of: dict[str, str] = field(default_factory=dict)
     lacks: list[str] = field(default_factory=list)
 
     def add(self, part: Part, what: str) -> None:
         """Take one file's share of an evaluation."""
         self.evals.setdefault(part.eval, []).append(part)
         self.becomes[part.file.sha256] = f"evals/{part.eval}: {what}"
+        if part.rows_of:
+            self.rows_of[part.file.sha256] = part.rows_of
 
 
 def import_run(
@@ -86,7 +89,7 @@ def import_run(
     target = RunDirectory(run)
     files = read_files(names)
     if target.exists() and not replace:
-        if _same_files(target, files):
+        if _same_files(target, files, model):
             return Imported(run, target.path, there_already=True)
         state = target.read_state()["state"]
         hint = "write it anew with --replace, all its files named" if state == "imported" else "it was trained here"
@@ -97,8 +100,8 @@ def import_run(
         raise RecipeError(f"{shown_path(target.path)} is there and is no run", "choose another name, or move it away")
     content = _read(files, model, against)
     loaded = _recipe(recipe, content)
-    done = Imported(run, target.path, lacks=content.lacks, warnings=list(_twins(run, files)), evals=list(content.evals))
-    done.files = [_provenance(file, content) for file in files]
+    done = Imported(run, target.path, [_provenance(file, content) for file in files], content.lacks, evals=list(content.evals))
+    done.warnings = list(_twins(run, done.files))
     if loaded is None and content.logs:
         done.lacks.append("what was trained: no recipe was named (--recipe R), so its differences cannot be listed")
     _write(target, content, loaded, recipe, done)
@@ -129,7 +132,8 @@ def _read(files: list[Foreign], model: str | None, against: str | None) -> _Cont
     for file in samples:
         content.becomes[file.sha256] = f"evals/lm_eval: {len(file.rows)} samples of {file.task}"
     _add_summaries(content)
-    content.lacks += [f"{name}: {lack}" for name, parts in content.evals.items() for part in parts for lack in part.lacks]
+    lacks = [f"{name}: {lack}" for name, parts in content.evals.items() for part in parts for lack in part.lacks]
+    content.lacks += list(dict.fromkeys(lacks))
     return content
 
 
@@ -187,12 +191,13 @@ def _recipe(name: str | None, content: _Content) -> Recipe | None:
 def _provenance(file: Foreign, content: _Content) -> Row:
     """What run.json records about a file: its name alone, because its folder says nothing elsewhere."""
     facts = {"file": file.path.name, "sha256": file.sha256, "bytes": file.size, "format": file.format, "rows": file.count}
-    return {**facts, "becomes": content.becomes.get(file.sha256, "")}
+    rows_of = content.rows_of.get(file.sha256)
+    return {**facts, **({"rows_of": rows_of} if rows_of else {}), "becomes": content.becomes.get(file.sha256, "")}
 
 
-def _twins(run: str, files: list[Foreign]) -> Iterator[str]:
+def _twins(run: str, files: list[Row]) -> Iterator[str]:
     """A warning for every file that another run was imported from."""
-    mine = {file.sha256: file.path.name for file in files}
+    mine = {same_rows(file): str(file["file"]) for file in files}
     for other in all_runs():
         if other.name == run:
             continue
@@ -201,8 +206,13 @@ def _twins(run: str, files: list[Foreign]) -> Iterator[str]:
         except RecipesError:
             continue
         for source in imported_files(state):
-            if source.get("sha256") in mine:
-                yield f"{mine[source['sha256']]} is in run '{other.name}' too: the two cannot be ranked as different"
+            if same_rows(source) in mine and source.get("format") != "adapter-config":
+                yield f"{mine[same_rows(source)]} is in run '{other.name}' too: the two cannot be ranked as different"
+
+
+def same_rows(source: Row) -> tuple[str, str]:
+    """Return what two sources share that are the same rows of the same file: its hash, and the model they are of."""
+    return str(source.get("sha256")), str(source.get("rows_of") or "")
 
 
 def imported_files(state: Any) -> list[Row]:
@@ -211,11 +221,12 @@ def imported_files(state: Any) -> list[Row]:
     return [source for source in sources if isinstance(source, dict)]
 
 
-def _same_files(target: RunDirectory, files: list[Foreign]) -> bool:
-    """Whether a run was imported from exactly these files."""
+def _same_files(target: RunDirectory, files: list[Foreign], model: str | None) -> bool:
+    """Whether a run was imported from exactly these files, and the same model's rows of them."""
     state = target.read_state()
     known = {source.get("sha256") for source in imported_files(state)}
-    return state["state"] == "imported" and known == {file.sha256 for file in files}
+    other_rows = any(source.get("rows_of") not in (None, model) for source in imported_files(state))
+    return state["state"] == "imported" and known == {file.sha256 for file in files} and not other_rows
 
 
 def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, recipe_name: str | None, done: Imported) -> None:

@@ -14,7 +14,7 @@ from recipes_lib.generation.fingerprints import folder_fingerprint
 from recipes_lib.judging.store import text_hash
 from recipes_lib.studies.eval_files import read_lines
 from recipes_lib.studies.findings import Finding
-from recipes_lib.studies.imported.run import imported_files
+from recipes_lib.studies.imported.run import imported_files, same_rows
 from recipes_lib.studies.validity.settings import pairs, place
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ def _same_runs(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding
 
 def _same_files(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
     """One foreign file that both arms were imported from; it touches the metrics that came from it."""
-    sources = {source["sha256"]: (run, source) for run in other.runs for source in imported_files(run.state) if source.get("sha256")}
+    sources = {same_rows(source): (run, source) for run in other.runs for source in imported_files(run.state) if source.get("sha256")}
     for run in one.runs:
         for source in imported_files(run.state):
-            twin = sources.get(source.get("sha256"))
+            twin = sources.get(same_rows(source))
             if twin is None or source.get("format") == "adapter-config":
                 continue
             name, theirs = str(source["file"]), str(twin[1]["file"])

@@ -160,7 +160,7 @@ def _per_arm(
         yield Finding(code, severity, title, tuple(by_arm.values()), remedy, (), metrics)
         return
     for name, line in by_arm.items():
-        yield Finding(code, severity, f"{title} ({name})", (line,), remedy, (name,), metrics)
+        yield Finding(code, severity, title, (line,), remedy, (name,), metrics)
 
 
 def _missing_turns(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
