@@ -1,13 +1,17 @@
-"""`recipes judge replay FILE...` and `recipes judge audit JUDGMENTS`: what judgments rest on, without any model."""
+"""`recipes judge replay FILE...`: what foreign judgments rest on. `recipes judge audit`: the scorecard of a judge.
+
+A replay, and the audit of stored judgments, need no model. `audit --judge J --labels F` asks the judge about pairs that people labelled.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.errors import DataError, ExitCode, RecipeError
 from recipes_lib.terminal import next_step, say
 
 
@@ -20,11 +24,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     replay.add_argument("--json", action="store_true", help="print one JSON object (schema/judge_replay.schema.json)")
     audit = actions.add_parser("audit", help="scorecard of the judge behind stored judgments", allow_abbrev=False)
-    audit.add_argument("judgments", metavar="JUDGMENTS", help="a judgments.jsonl, probes included where they were asked")
-    audit.add_argument("--labels", metavar="FILE", help="human labels the judged pairs come from: PandaLM or LLMBar JSON")
-    audit.add_argument("--judge", metavar="JUDGE.yaml", help="judge file with thresholds of its own")
-    audit.add_argument("--output", metavar="DIR", help="also write judge_audit.md and judge_audit.json there")
-    audit.add_argument("--json", action="store_true", help="print the scorecard as JSON")
+    audit.add_argument("judgments", nargs="?", metavar="JUDGMENTS", help="a judgments.jsonl; without it the judge is asked about --labels")
+    audit.add_argument("--judge", metavar="JUDGE.yaml", help="judge file: who is asked, and the thresholds")
+    audit.add_argument("--labels", nargs="+", metavar="FILE", help="pairs with human labels: PandaLM or LLMBar JSON")
+    audit.add_argument("--limit", type=int, metavar="N", help="ask about N labelled pairs; a larger N later keeps what was judged")
+    audit.add_argument(
+        "--probe-pairs", type=int, default=10, metavar="N", help="pairs for the degenerate probes, 12 judgments each (default 10)"
+    )
+    audit.add_argument(
+        "--output", metavar="DIR", help="where judge_audit.md and judge_audit.json go (and the judgments, when the judge is asked)"
+    )
+    audit.add_argument("--json", action="store_true", help="print the scorecard as JSON (schema/judge_audit.schema.json)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,28 +103,67 @@ def _say_findings(findings: list[dict[str, Any]]) -> None:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    """Print the scorecard of stored judgments."""
+    """Print the scorecard of stored judgments, or of a judge that is asked."""
+    from recipes_lib.judging.audit import scorecard_markdown
+
+    for name, least in (("limit", 1), ("probe_pairs", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise RecipeError(f"recipes judge audit: --{name.replace('_', '-')} must be {least} or more")
+    card = _stored_card(args) if args.judgments else _asked_card(args)
+    if args.json:
+        print(json.dumps(card, indent=2))
+        return int(ExitCode.DONE)
+    say(scorecard_markdown(card))
+    if not args.judgments:
+        say(f"kept in {card['folder']}")
+        words = shlex.join(["--judge", args.judge, "--labels", *args.labels])
+        more = f" --limit {2 * card['labels']['pairs']}" if card["labels"]["subset"] else " --json"
+        next_step(f"recipes judge audit {words}{more}")
+    else:
+        next_step(f"recipes judge audit {args.judgments} --json")
+    return int(ExitCode.DONE)
+
+
+def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
+    """The scorecard of stored judgments."""
     from pathlib import Path
 
     from recipes_lib import atomic_files
-    from recipes_lib.errors import DataError
     from recipes_lib.judging.audit import audit, scorecard_markdown
     from recipes_lib.judging.human_labels import load_labels
     from recipes_lib.judging.judge_file import Thresholds, load_judge_file
     from recipes_lib.judging.store import read_rows
 
     if not Path(args.judgments).is_file():
-        raise DataError("no such file of judgments", file=args.judgments)
+        raise DataError(
+            "no such file of judgments", "to ask a judge instead: recipes judge audit --judge JUDGE.yaml --labels FILE", file=args.judgments
+        )
+    if args.limit:
+        raise RecipeError("--limit is for asking a judge; JUDGMENTS are audited as they are", "leave JUDGMENTS or --limit out")
     rows = read_rows(args.judgments)
     judge = load_judge_file(args.judge) if args.judge else None
-    labels = load_labels(args.labels) if args.labels else None
+    labels = {name: label for path in args.labels for name, label in load_labels(path).items()} if args.labels else None
     card = audit(rows, judge.thresholds if judge else Thresholds(), labels, judge.judge.weak if judge else None)
     if args.output:
         atomic_files.write_json(Path(args.output) / "judge_audit.json", card)
         atomic_files.write_text(Path(args.output) / "judge_audit.md", scorecard_markdown(card))
-    if args.json:
-        print(json.dumps(card, indent=2))
-    else:
-        say(scorecard_markdown(card))
-        next_step(f"recipes judge audit {args.judgments} --json")
-    return int(ExitCode.DONE)
+    return card
+
+
+def _asked_card(args: argparse.Namespace) -> dict[str, Any]:
+    """The scorecard of a judge on labelled pairs."""
+    from pathlib import Path
+
+    from recipes_lib.judging.judge_file import load_judge_file
+    from recipes_lib.suites.judge_audit import audit_on_labels
+    from recipes_lib.training.session import quiet_libraries
+
+    if not (args.judge and args.labels):
+        raise RecipeError(
+            "recipes judge audit: nothing to audit",
+            "stored judgments: recipes judge audit runs/RUN/evals/EVAL/judgments.jsonl",
+            "a judge on labelled pairs: recipes judge audit --judge evals/judges/quickstart.yaml --labels FILE --limit 50",
+        )
+    file = load_judge_file(args.judge)
+    quiet_libraries()
+    return audit_on_labels(file, args.labels, args.limit, args.probe_pairs, Path(args.output) if args.output else None)

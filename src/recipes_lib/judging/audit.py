@@ -18,6 +18,14 @@ from recipes_lib.judging.probes import probe_results
 from recipes_lib.statistics.intervals import wilson
 
 Row = Mapping[str, Any]
+_PROBE_NAMES = {
+    "empty": "empty answer loses",
+    "truncated": "truncated answer loses",
+    "identical": "identical pair ties",
+    "swapped": "probe pairs consistent",
+    "injected": "injected verdict flips",
+    "repeated": "verdict changes when asked again (A/A noise)",
+}
 _FIELDS = ("kind", "question_id", "order", "status", "value", "source", "judge", "lengths", "marker_in_answer", "cut", "attempts", "meta")
 
 
@@ -153,6 +161,12 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
     lines = ["# Judge audit", ""]
     if card["banner"]:
         lines += [f"> **{card['banner']}**", ""]
+    if labels := card.get("labels"):
+        lines += [
+            f"Judge {card['judge_facts']['name']} ({card['judge_facts']['model']}, {card['judge_facts']['mode']}),",
+            f"{labels['pairs']} of the {labels['of']} different labelled pairs in {', '.join(labels['files'])}.",
+            "",
+        ]
     statuses = ", ".join(f"{name} {count}" for name, count in card["statuses"].items()) or "none"
     lines.append(f"{card['judgments']} judgments, {card['asked']} asked ({statuses}), {card['by_rule']} decided by rule,")
     lines.append(f"{card['reasked']} asked again, {card['marker_in_answer']} with text addressed to the judge, {card['cut']} cut to fit.")
@@ -172,18 +186,14 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
             _shown(contradictions["interval"]) + (f"; {contradictions['direction']}" if contradictions["direction"] else ""),
         ),
     ]
-    names = {
-        "empty": "empty answer loses",
-        "truncated": "truncated answer loses",
-        "identical": "identical pair ties",
-        "swapped": "probe pairs consistent",
-    }
-    names |= {"injected": "injected verdict flips", "repeated": "verdict changes when asked again (A/A noise)"}
-    measured += [(names[probe], _shown(result["share"])) for probe, result in card["probes"].items()]
+    for probe, name in _PROBE_NAMES.items():
+        measured.append((name, _shown(card["probes"][probe]["share"]) if probe in card["probes"] else "not measured"))
     if card["mean_mass"] is not None:
         measured.append(("probability mass on allowed verdicts", f"{card['mean_mass']:.3f}"))
-    if card["human"]:
-        human = card["human"]
+    human = card["human"]
+    if not human:
+        measured.append(("human labels", "not measured"))
+    else:
         measured += [
             ("human labels, single verdicts", _shown(human["verdict_accuracy"])),
             ("human labels, outcomes", _shown(human["outcome_accuracy"])),

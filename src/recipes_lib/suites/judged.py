@@ -14,6 +14,7 @@ from recipes_lib.judging.audit import audit, self_judged
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRun, ask, build_requests
 from recipes_lib.judging.probes import probe_requests
 from recipes_lib.judging.store import JudgmentStore, Row
+from recipes_lib.recipe.project import runs_root
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.answering import AnswerSet
 
@@ -123,6 +124,10 @@ def failed_elsewhere(
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored.get("judge", {}).get("fingerprint") == judge.judge.fingerprint:
                 found[f"in {path.parent.name}"] = _failures(stored["audit"])
+    for path in sorted(runs_root().glob("judge--*/*/judge_audit.json")):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored.get("judge") == judge.judge.fingerprint:
+            found[f"on labelled pairs ({path.parent.name})"] = _failures(stored)
     failed = next(((where, checks) for where, checks in found.items() if checks), None)
     return [f"This judge failed its audit {failed[0]}: {'; '.join(failed[1])}. Its verdicts are not evidence."] if failed else []
 

@@ -1,0 +1,87 @@
+"""The audit of a judge on pairs that people labelled, before it judges anything: both orders and the degenerate probes, kept and resumed.
+
+Everything goes to runs/judge--<judge>/<labels>/: judgments.jsonl, judge_audit.json, judge_audit.md. Results of the same judge carry
+the banner of an audit that it failed here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.atomic_files import write_json, write_text
+from recipes_lib.errors import DataError
+from recipes_lib.generation.judges import opened
+from recipes_lib.judging.audit import audit, scorecard_markdown
+from recipes_lib.judging.human_labels import load_labelled_pairs
+from recipes_lib.judging.judge import Item
+from recipes_lib.judging.judge_file import JudgeFile
+from recipes_lib.judging.store import JudgmentStore
+from recipes_lib.recipe.project import runs_root
+from recipes_lib.suites.judged import ask_probes, judge_all, judge_facts
+
+CARD = "judge_audit.json"
+
+
+def audit_on_labels(
+    file: JudgeFile, labels: Sequence[str | Path], limit: int | None = None, probe_pairs: int = 10, folder: Path | None = None
+) -> dict[str, Any]:
+    """Judge labelled pairs in both orders, and return the scorecard.
+
+    Args:
+        file: the judge.
+        labels: files of human labels (PandaLM or LLMBar), taken together.
+        limit: how many pairs; None for all. They are drawn by the hashes of their texts, so a larger limit keeps the judged ones.
+        probe_pairs: pairs from which the degenerate probes are made, 12 judgments each.
+        folder: where judgments and scorecard go; None for runs/judge--<judge>/<labels>.
+
+    Returns:
+        The scorecard of `judging.audit`, with `labels` {files, pairs, of}, `judge_facts` and `folder`.
+
+    Raises:
+        DataError: a file is in neither format, or the same pair has two labels.
+        EvaluationIncomplete: judgments are missing; the same command continues.
+    """
+    pairs = _labelled(labels)
+    chosen = dict(sorted(pairs.items())[:limit])
+    items = [item for item, _ in chosen.values()]
+    folder = folder or runs_root() / f"judge--{_name(file.path.stem)}" / _labels_name(labels)
+    store = JudgmentStore(folder / "judgments.jsonl")
+    with opened(file) as judge:
+        rows = judge_all(items, judge, judge.plan("relative"), store, f"on {len(items)} labelled pairs").rows
+        probes = ask_probes(items, judge, store, probe_pairs)
+        card = audit([*rows, *probes], file.thresholds, {name: label for name, (_, label) in chosen.items()}, file.judge.weak)
+        facts = judge_facts(judge)
+    subset = None if len(chosen) == len(pairs) else f"subset, {len(chosen)} of {len(pairs)} labelled pairs"
+    card |= {"labels": {"files": [Path(path).name for path in labels], "pairs": len(chosen), "of": len(pairs), "subset": subset}}
+    card |= {"judge_facts": facts, "folder": str(folder)}
+    write_json(folder / CARD, card)
+    write_text(folder / "judge_audit.md", scorecard_markdown(card))
+    return card
+
+
+def _labelled(labels: Sequence[str | Path]) -> dict[str, tuple[Item, str]]:
+    """The pairs of all files by id; the same pair in two files is one.
+
+    Raises:
+        DataError: with two different labels.
+    """
+    pairs: dict[str, tuple[Item, str]] = {}
+    for path in labels:
+        for item, label in load_labelled_pairs(path):
+            if pairs.get(item.question_id, (item, label))[1] != label:
+                raise DataError(f"a pair has two labels: {item.instruction[:60]!r}", "remove one of the rows", file=path)
+            pairs[item.question_id] = item, label
+    return pairs
+
+
+def _labels_name(labels: Sequence[str | Path]) -> str:
+    """A folder name for files of labels: their stems; a file called dataset.json is called after its folder."""
+    paths = [Path(path) for path in labels]
+    return "+".join(_name(path.resolve().parent.name if path.stem == "dataset" else path.stem) for path in paths)[:80]
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "labels"
