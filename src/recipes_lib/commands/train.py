@@ -50,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="with several machines: a free port of machine 0; default: the config's",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
+    parser.add_argument("--no-plan", action="store_true", help="start although the plan says that memory will not do (see: recipes plan)")
     parser.add_argument("--resume-anyway", action="store_true", help="continue a run although settings that change its result differ")
     parser.add_argument(
         "--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state"
@@ -74,9 +75,27 @@ def run(args: argparse.Namespace) -> int:
             print_error(warning)
         next_step(typed_command(args, (*OPTIONS, *PLACE)))
         return ExitCode.DONE
+    if not args.no_plan:
+        _check_plan(recipe, launch)
     if launch.rank:
         say(f"machine {launch.rank} of 0 to {launch.machines - 1}: what the training says is printed on machine 0")
     return supervise(command, recipe, launch)
+
+
+def _check_plan(recipe: Recipe, launch: Launch) -> None:
+    """Stop here if the plan says that the training cannot fit the card that is there; a run that is finished needs no plan.
+
+    Raises:
+        EnvironmentFault: with the arithmetic.
+    """
+    from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
+
+    run = RunDirectory(recipe.name)
+    if run.exists() and run.read_state()["state"] in ("finished", "imported"):
+        return
+    plan = plan_for_here(recipe, launch)
+    if plan is not None:
+        refuse_what_cannot_fit(plan)
 
 
 def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:

@@ -118,8 +118,9 @@ def draw(settings: Settings, lengths: Sequence[int], size: int) -> Drawn:
             batch = order[start : start + size]
             batches += 1
             real += sum(batch)
-            for cost, row in _forward_passes(settings, batch):
-                passes, computed, squares = passes + 1, computed + cost, squares + cost * row
+            for group in _groups(settings, batch):
+                cost, row, square = _computed(settings, group)
+                passes, computed, squares = passes + 1, computed + cost, squares + square
                 if cost > largest:
                     largest, largest_row = cost, row
         if settings.grouped:
@@ -127,8 +128,8 @@ def draw(settings: Settings, lengths: Sequence[int], size: int) -> Drawn:
     return Drawn(real / batches, computed / batches, passes / batches, largest, largest_row, squares / computed)
 
 
-def _forward_passes(settings: Settings, batch: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (computed tokens, tokens of a row) of each forward pass of a micro-batch: one, or more where it exceeds the cap."""
+def _groups(settings: Settings, batch: Sequence[int]) -> list[list[int]]:
+    """Return the examples of each forward pass of a micro-batch: all of them, or pieces where it exceeds the cap."""
     groups: list[list[int]] = []
     group: list[int] = []
     for length in batch:
@@ -136,8 +137,17 @@ def _forward_passes(settings: Settings, batch: Sequence[int]) -> list[tuple[int,
             groups.append(group)
             group = []
         group.append(length)
-    groups.append(group)
-    return [(cost := _cost(settings, group), cost if settings.flattened and settings.masked else max(group)) for group in groups]
+    return [*groups, group]
+
+
+def _computed(settings: Settings, group: Sequence[int]) -> tuple[int, int, int]:
+    """Return computed tokens, tokens of a row, and the pairs of tokens that attention looks at (before half of them are masked)."""
+    cost, longest = _cost(settings, group), max(group)
+    if not settings.flattened:
+        return cost, longest, cost * longest
+    if settings.masked:
+        return cost, cost, cost * cost
+    return cost, longest, sum(length * length for length in group)
 
 
 def _cost(settings: Settings, group: Sequence[int]) -> int:

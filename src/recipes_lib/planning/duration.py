@@ -22,6 +22,7 @@ READ_GIB_PER_S = 0.7  # weights from disk
 NETWORK = 25.0  # GB/s per GPU between machines
 START_S, FINISH_S = 60.0, 45.0  # imports, data; saving, reloading and checking the weights
 CPU_START_S, CPU_FINISH_S = 15.0, 12.0
+CPU_LAYER_PASS_S, CPU_STEP_S = 2e-3, 0.05  # interpreter and optimizer, as a two-layer model shows them
 BANDWIDTH_REACHED = 0.6
 
 
@@ -101,7 +102,7 @@ def _attention(settings: Settings, context: float) -> float:
 def _launching(settings: Settings) -> float:
     """Seconds below which a forward and backward pass cannot go, however few tokens it has."""
     if settings.device == "cpu":
-        return 0.0
+        return settings.shape.layers * CPU_LAYER_PASS_S
     kinds = 1.0 if settings.adapter else 0.5
     return settings.shape.layers * LAYER_PASS_S * kinds * (1.35 if settings.checkpointing else 1.0)
 
@@ -128,10 +129,11 @@ def _per_step(settings: Settings, card: Card) -> float:
     """Seconds of one optimizer step, DDP's sum of gradients before it."""
     shards = settings.world_size if settings.sharded else 1
     update = settings.trained_parameters / shards * 20 / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
+    update += CPU_STEP_S if settings.device == "cpu" else 0.005
     if settings.sharded or settings.world_size == 1:
-        return update + 0.005
+        return update
     share = 2 * (settings.world_size - 1) / settings.world_size
-    return update + 0.005 + settings.trained_parameters * settings.trained_bytes * share / (_link(settings, card) * 1e9)
+    return update + settings.trained_parameters * settings.trained_bytes * share / (_link(settings, card) * 1e9)
 
 
 def _link(settings: Settings, card: Card) -> float:

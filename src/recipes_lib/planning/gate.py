@@ -5,16 +5,24 @@ A plan that cannot be made (a model nobody knows here, an odd architecture) stop
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import EnvironmentFault, RecipesError
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.cards import cards_here
+from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.plan import Plan, plan_launched
 from recipes_lib.planning.text import clock, refusal
+from recipes_lib.recipe.accelerate_config import AccelerateConfig
 from recipes_lib.recipe.launch import Launch
 from recipes_lib.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from recipes_lib.training.launch_check import Active
 
 
 def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
@@ -24,6 +32,34 @@ def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
         return plan_launched(recipe, launch, min(cards, key=lambda card: card.memory_gib) if cards else cpu_card())
     except (RecipesError, OSError):
         return None
+
+
+def plan_of_active(recipe: Recipe, active: Active, tokens: Sequence[int], rows: int, validation: int) -> dict[str, Any] | None:
+    """Return what run.json keeps of the plan of a training that is about to start, made from its real rows; None where none can be made.
+
+    Args:
+        active: the launch as it really is.
+        tokens: lengths of training rows, all or a share of them.
+        rows: number of training rows.
+        validation: number of validation rows.
+    """
+    on_cpu = active.device.startswith("cpu")
+    machine = int(os.environ.get("LOCAL_WORLD_SIZE", active.world_size))
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+    config = AccelerateConfig(
+        Path(recipe.launch.accelerate),
+        active.distributed_type,
+        active.world_size,
+        use_cpu=on_cpu,
+        fsdp={"fsdp_reshard_after_forward": reshard},
+    )
+    launch = Launch(config, per_machine=machine, machines=max(1, active.world_size // machine))
+    cards = () if on_cpu else cards_here()
+    lengths = Lengths(tuple(tokens), rows, validation, "the rows themselves", counted=True)
+    try:
+        return planned_facts(plan_launched(recipe, launch, cards[0] if cards else cpu_card(), lengths))
+    except Exception as error:  # a plan is a note beside the run; whatever it trips over, the training goes on
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
 def refuse_what_cannot_fit(plan: Plan) -> None:
@@ -41,13 +77,13 @@ def refuse_what_cannot_fit(plan: Plan) -> None:
 
 
 def planned_facts(plan: Plan) -> dict[str, Any]:
-    """Return what run.json keeps of the plan, to stand beside what is measured."""
+    """Return what run.json keeps of the plan, named as what is measured is (on a CPU that is resident memory, libraries included)."""
     return {
         "card": plan.card.name,
         "basis": plan.card.basis,
-        "peak_gib": round(plan.memory.peak, 2),
+        "peak_memory_gib": round(plan.memory.needed if plan.settings.device == "cpu" else plan.memory.peak, 2),
         "needed_gib": round(plan.memory.needed, 2),
-        "training_s": round(plan.duration.training + plan.duration.validation, 1),
+        "seconds": round(plan.duration.training + plan.duration.validation, 1),
         "total_s": round(plan.duration.total, 1),
         "tokens_per_second": round(plan.duration.tokens_per_second * plan.settings.world_size, 1),
         "fits": plan.fits,

@@ -79,6 +79,7 @@ class Session:
         self.changes: dict[str, list[Any]] = {}
         self.checkpoint: Path | None = None
         self.marker: dict[str, Any] = {}
+        self.planned: dict[str, Any] | None = None
         self.trainer: RecipeTrainer
         if fsdp_on_cpu.is_wanted():
             fsdp_on_cpu.install()
@@ -194,7 +195,7 @@ class Session:
             resumed = self.earlier.get("resumed", [])
             if found is not None:
                 resumed = [*resumed, {"from": found.name, "changed": self.changes, "partial": self.options.allow_partial_resume}]
-            self.take_over_run(guard=guard, resumed=resumed, launch=self.launch_line)
+            self.take_over_run(guard=guard, resumed=resumed, launch=self.launch_line, planned=self._planned())
             return found
 
         self.checkpoint = on_main_rank(decide)
@@ -203,6 +204,15 @@ class Session:
             unchanged = "recipe, data, versions unchanged" if not self.changes else f"--resume-anyway over {len(self.changes)} changes"
             self.say(f"resuming {self.checkpoint.name} ({unchanged})")
             self.args.eval_on_start = False
+
+    def _planned(self) -> dict[str, Any] | None:
+        """Rank 0: the plan of this training, from its real rows, to stand in run.json beside what is measured."""
+        from recipes_lib.planning.gate import plan_of_active
+
+        lengths = [len(ids) for ids in self.data.train[:20_000]["input_ids"]]
+        validation = len(self.data.validation) if self.data.validation is not None else 0
+        self.planned = plan_of_active(self.recipe, self.active, lengths, len(self.data.train), validation)
+        return self.planned
 
     def load_model(self) -> None:
         """Load the base model, quantized if the recipe says so."""

@@ -35,6 +35,7 @@ def summarise(session: Session) -> dict[str, Any]:
         "tokens_per_second": round((tokens - begun) / session.seconds, 1) if session.seconds else None,
         "quantized_layers": session.quantized_layers,
         "peak_memory_gib": round(peak_memory_gib(), 2),
+        **{f"planned_{key}": (session.planned or {}).get(key) for key in ("seconds", "peak_memory_gib")},
         "world_size": session.active.world_size,
         "distribution": session.active.distributed_type,
         "reproducible": "exact on the same versions" if session.active.device.startswith("cpu") else "same hardware, within rounding",
