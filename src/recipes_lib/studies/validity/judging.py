@@ -72,8 +72,9 @@ def check_judging(study: Study | None, measurements: Measurements) -> Iterator[F
     evals: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
     for name, result in results:
         evals[result.eval].append((name, result))
+    yield from _weak(results)
     for found in evals.values():
-        yield from _audits(found)
+        yield from _audits(found, results)
         yield from _different_judges(found)
         yield from _one_order(found)
         yield from _missing_turns(found)
@@ -85,8 +86,11 @@ def judged_metrics(found: Sequence[tuple[str, EvalResult]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(measure.name for _, result in found for measure in result.measures))
 
 
-def _audits(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
-    """One finding per kind of failed check, with every arm's value."""
+def _audits(found: Sequence[tuple[str, EvalResult]], everything: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """One finding per kind of failed check, with every arm's value; it concerns all that the same judge judged."""
+    judges = {judge for _, result in found if (judge := (result.result.get("judge") or {}).get("fingerprint"))}
+    same = [(name, result) for name, result in everything if (result.result.get("judge") or {}).get("fingerprint") in judges]
+    metrics = judged_metrics([*found, *same])
     failed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name, result in found:
         card = result.result.get("audit") or {}
@@ -96,10 +100,18 @@ def _audits(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
                 line = f"{name}: {check['check']} {value}, needs {check['needs']}{_detail(card, check)} ({place(result.file)})"
                 failed[_CHECKS.get(check["check"], _FAILED)].append(line)
     for (code, title, remedy), evidence in failed.items():
-        yield Finding(code, "error", f"{title} in {found[0][1].eval}", tuple(evidence), remedy, (), judged_metrics(found))
-    weak = {str(judge["weak"]) for _, result in found if (judge := result.result.get("judge") or {}).get("weak")}
-    for reason in sorted(weak):
-        title = f"The judge of {found[0][1].eval} is a weak one"
+        yield Finding(code, "error", f"{title} in {found[0][1].eval}", tuple(evidence), remedy, (), metrics)
+
+
+def _weak(results: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """Judges whose own file says that they are weak, each with the evaluations it judged."""
+    reasons: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
+    for name, result in results:
+        if reason := (result.result.get("judge") or {}).get("weak"):
+            reasons[str(reason)].append((name, result))
+    for reason, found in reasons.items():
+        evals = " and ".join(dict.fromkeys(result.eval for _, result in found))
+        title = f"The judge of {evals} is a weak one"
         yield Finding("weak-judge", "warning", title, (reason,), "use a judge that can judge (evals/judges/)", (), judged_metrics(found))
 
 

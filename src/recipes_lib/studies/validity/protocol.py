@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.runs.resume_guard import flatten
@@ -38,12 +39,30 @@ def check_protocol(study: Study | None, measurements: Measurements) -> Iterator[
         for run in arm.runs:
             for result in run.evals:
                 evals[result.eval, _kind_of_opponent(result, measurements)].setdefault(name, result)
+    alike: list[tuple[str, Finding]] = []
     for found in evals.values():
         for first, second in pairs(found):
-            yield from _asked(study, first, second, found[first], found[second])
-            yield from _questions(first, second, found[first], found[second])
+            one, other = found[first], found[second]
+            alike += [
+                (one.eval, finding)
+                for finding in (_asked(study, first, second, one, other), _precision(study, first, second, one, other))
+                if finding
+            ]
+            yield from _questions(first, second, one, other)
         yield from _subsets(found)
+    yield from _merged(alike)
     yield from _absent(measurements)
+
+
+def _merged(found: Sequence[tuple[str, Finding]]) -> Iterator[Finding]:
+    """What two arms differ in by the same evidence in several evaluations is one finding."""
+    groups: dict[Finding, list[tuple[str, Finding]]] = defaultdict(list)
+    for name, finding in found:
+        groups[replace(finding, metrics=())].append((name, finding))
+    for finding, members in groups.items():
+        metrics = tuple(dict.fromkeys(metric for _, member in members for metric in member.metrics))
+        evals = " and ".join(dict.fromkeys(name for name, _ in members))
+        yield replace(finding, title=f"{finding.title} ({evals})", metrics=metrics)
 
 
 def _kind_of_opponent(result: EvalResult, measurements: Measurements) -> str | None:
@@ -51,18 +70,25 @@ def _kind_of_opponent(result: EvalResult, measurements: Measurements) -> str | N
     return "another arm" if result.against in measurements.arm_of_run else result.against
 
 
-def _asked(study: Study | None, first: str, second: str, one: EvalResult, other: EvalResult) -> Iterator[Finding]:
+def _asked(study: Study | None, first: str, second: str, one: EvalResult, other: EvalResult) -> Finding | None:
     """Settings that both results know and that differ."""
     mine, theirs = _settings(one), _settings(other)
     keys = [key for key in differing(mine, theirs) if key in mine and key in theirs]
     factors = () if study is None else tuple(key for key in ("data.prompt_format", "data") if study.factor_of(key) is not None)
     keys = [key for key in keys if not (factors and key.startswith("answers.prompt_format"))]
-    if keys:
-        evidence = tuple(f"{key}: {first} {shown(mine[key])}, {second} {shown(theirs[key])}" for key in keys)
-        title = f"{first} and {second} were not asked in the same way in {one.eval}: {', '.join(keys[:3])}"
-        remedy = "evaluate both with one eval recipe (recipes eval)"
-        yield Finding("protocol-differs", "error", title, evidence, remedy, (first, second), _metrics(one, other))
-    yield from _precision(study, first, second, one, other)
+    if not keys:
+        return None
+    evidence = tuple(f"{key}: {first} {shown(mine[key])}, {second} {shown(theirs[key])}" for key in keys)
+    title = f"{first} and {second} were not asked in the same way: {', '.join(keys[:3])}"
+    return Finding(
+        "protocol-differs",
+        "error",
+        title,
+        evidence,
+        "evaluate both with one eval recipe (recipes eval)",
+        (first, second),
+        _metrics(one, other),
+    )
 
 
 def _settings(result: EvalResult) -> dict[str, Any]:
@@ -84,20 +110,21 @@ def _settings(result: EvalResult) -> dict[str, Any]:
     return known
 
 
-def _precision(study: Study | None, first: str, second: str, one: EvalResult, other: EvalResult) -> Iterator[Finding]:
+def _precision(study: Study | None, first: str, second: str, one: EvalResult, other: EvalResult) -> Finding | None:
     """Answers given in other precisions, where precision is no factor."""
     if study is not None and any(study.factor_of(key) for key in ("quantization", "quantization.load_in_4bit", "model.dtype")):
-        return
+        return None
     sides = [result.result.get("answers") or {} for result in (one, other)]
     evidence = tuple(
         f"{key}: {first} {shown(sides[0][key])}, {second} {shown(sides[1][key])}"
         for key in ("dtype", "quantized")
         if all(side.get(key) is not None for side in sides) and sides[0][key] != sides[1][key]
     )
-    if evidence:
-        title = f"{first} and {second} answered in different precisions in {one.eval}"
-        remedy = "part of the difference may be the precision: answer with both in the same one"
-        yield Finding("precision-of-answers", "warning", title, evidence, remedy, (first, second), _metrics(one, other))
+    if not evidence:
+        return None
+    title = f"{first} and {second} answered in different precisions"
+    remedy = "part of the difference may be the precision: answer with both in the same one"
+    return Finding("precision-of-answers", "warning", title, evidence, remedy, (first, second), _metrics(one, other))
 
 
 def _questions(first: str, second: str, one: EvalResult, other: EvalResult) -> Iterator[Finding]:
