@@ -149,3 +149,13 @@ def test_an_ascii_terminal_gets_escapes_and_no_crash(tmp_path):
 def test_the_version_is_printed(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_training_sends_no_telemetry_unless_somebody_allows_it():
+    ask = "import recipes_lib.train; from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    clean = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    said = [
+        subprocess.run([sys.executable, "-c", ask], env=clean | more, capture_output=True, text=True, timeout=60).stdout.strip()
+        for more in ({}, {"HF_HUB_DISABLE_TELEMETRY": "0"})
+    ]
+    assert said == ["True", "False"]
