@@ -1,0 +1,486 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes_lib.studies.findings import Finding, in_order
+from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
+from recipes_lib.studies.study import Study, load_study
+from recipes_lib.studies.validity import check_validity
+
+RESOLVED = {
+    "model": {"name_or_path": "m", "dtype": "bfloat16"},
+    "quantization": None,
+    "lora": {"r": 8, "lora_alpha": 16},
+    "data": {"source": "d.jsonl", "prompt_format": "dolly", "split": {"method": "hash", "validation": 0.1}},
+    "train": {"learning_rate": 1e-4, "seed": 42, "bf16": True},
+    "run": {"name": "x", "global_batch_size": 8},
+}
+ENVIRONMENT = {
+    "devices": ["NVIDIA H100, 80 GiB"],
+    "libraries": {"torch": "2.13.0"},
+    "python": "3.11.7",
+    "git": {"commit": "abc", "dirty": False},
+}
+GUARD = {"data_fingerprint": "d1", "prompt_format_hash": "p1", "launch.world_size": 1, "launch.distribution": "one process"}
+SPLITS = {"train": {"count": 2, "ids": ["a", "b"]}, "validation": {"count": 1, "ids": ["c"]}}
+PASSED = {"checks": [{"check": "swap consistency", "value": 0.9, "needs": ">= 0.6", "result": "pass"}], "contradictions": {}}
+
+
+def items(values: Sequence[float | None], verdicts: tuple[str, ...] = ("A", "B")) -> tuple[Item, ...]:
+    outcome = {1.0: "win", 0.5: "tie", 0.0: "loss", None: "unresolved"}
+    return tuple(
+        Item(str(n), 1, "all", value, outcome.get(value, "graded"), verdicts, lengths=(n + 1, 5)) for n, value in enumerate(values)
+    )
+
+
+def evaluated(folder: Path, values: Sequence[float | None] = (1.0, 0.0), suite: str = "alpaca_eval", **facts: Any) -> EvalResult:
+    """One result whose win rate has these items; `facts` go into result.json."""
+    file = folder / "evals" / suite / "result.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made = facts.pop("items", None) or items(values, facts.pop("verdicts", ("A", "B")))
+    metric = "win_rate" if suite == "alpaca_eval" else "grade"
+    measure = Measure(suite, suite, metric, metric, made, file, "reference" if metric == "win_rate" else None)
+    told = {"judge": {"fingerprint": "j", "name": "judge", "weak": None}, "audit": PASSED, **facts}
+    return EvalResult(suite, suite, measure.opponent, file, told, (measure,))
+
+
+def run(root: Path, name: str, *results: EvalResult, resolved: Mapping[str, Any] = RESOLVED, **parts: Any) -> RunMeasurements:
+    (root / name).mkdir(parents=True, exist_ok=True)
+    state = {"state": "finished", "guard": {**GUARD, **parts.pop("guard", {})}, **parts.pop("state", {})}
+    known: dict[str, Any] = {"environment": ENVIRONMENT, "splits": SPLITS, "supervision": {}, "curves": (), **parts}
+    seed = resolved.get("train", {}).get("seed")
+    return RunMeasurements(name=name, folder=root / name, state=state, resolved=resolved, evals=results, seed=seed, **known)
+
+
+def arms(**runs: RunMeasurements | tuple[RunMeasurements, ...]) -> Measurements:
+    return Measurements({name: ArmMeasurements(name, one if isinstance(one, tuple) else (one,)) for name, one in runs.items()})
+
+
+def changed(**sections: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The resolved recipe with values of a section changed."""
+    whole = {key: dict(value) if isinstance(value, dict) else value for key, value in RESOLVED.items()}
+    for section, values in sections.items():
+        whole[section] = None if values is None else {**(whole[section] or {}), **values}
+    return whole
+
+
+def codes(findings: Sequence[Finding], severity: str = "") -> set[str]:
+    return {finding.code for finding in findings if severity in ("", finding.severity)}
+
+
+def found(findings: Sequence[Finding], code: str) -> Finding:
+    matching = [finding for finding in findings if finding.code == code]
+    assert len(matching) == 1, (code, [finding.code for finding in findings])
+    return matching[0]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def rank_study() -> Study:
+    """The shipped study of one factor, its arms called r8 and r32."""
+    return load_study("lora-rank")
+
+
+def with_arms(study: Study, *arms: Any, **values: Any) -> Study:
+    return dataclasses.replace(study, arms=arms or study.arms, **values)
+
+
+def changing(study: Study, name: str, *words: str) -> Study:
+    """The study with words added to one arm's recipe."""
+    from recipes_lib.recipe.recipe import load_recipe
+
+    arm = study.arm(name)
+    assert arm.recipe is not None
+    other = dataclasses.replace(arm, recipe=load_recipe(arm.recipe.path, words))
+    return dataclasses.replace(study, arms=tuple(other if one.name == name else one for one in study.arms))
+
+
+# ---- what a finding concerns ----
+
+
+def test_a_finding_of_two_arms_concerns_the_rows_between_them_and_of_one_arm_all_its_rows():
+    pair = Finding("c", "error", "t", arms=("a", "b"))
+    assert pair.touches(("a", "b"), "m") and pair.touches(("b", "a"), "m") and not pair.touches(("a", "c"), "m")
+    assert Finding("c", "error", "t", arms=("a",)).touches(("a", "c"), "m")
+    assert Finding("c", "error", "t").touches(("x", "y"), "m")
+    assert not Finding("c", "error", "t", metrics=("m",)).touches(("x", "y"), "other")
+
+
+def test_findings_come_errors_first_and_once():
+    note, error = Finding("a", "note", "n"), Finding("z", "error", "e")
+    assert in_order([note, error, note]) == [error, note]
+
+
+# ---- confounds ----
+
+
+def test_a_controlled_study_with_seeds_has_no_finding(root, rank_study):
+    seeds = [
+        tuple(run(root, f"{arm}-{seed}", evaluated(root / f"{arm}-{seed}", (1.0, value)), resolved=changed(train={"seed": seed}))
+              for seed, value in ((42, 0.0), (43, 1.0), (44, 0.5)))
+        for arm in ("a", "b")
+    ]  # fmt: skip
+    findings = check_validity(with_arms(rank_study, published=None), arms(r8=seeds[0], r32=seeds[1]))
+    assert codes(findings) == {"inside-noise-floor"}
+
+
+def test_every_undeclared_key_is_listed_and_those_without_effect_are_marked(root, rank_study):
+    study = changing(rank_study, "r32", "train.learning_rate=3e-4", "train.logging_steps=7", "data.split.validation=0.2")
+    finding = found(check_validity(study, arms()), "confound")
+    assert finding.severity == "error" and finding.arms == ("r8", "r32")
+    lines = [line.partition(":")[0] for line in finding.evidence]
+    assert sorted(lines) == ["data.split.validation", "train.learning_rate", "train.logging_steps"]
+    assert [line for line in finding.evidence if "changes no result" in line] == [finding.evidence[-1]]
+    assert "train.learning_rate: r8 0.0001, r32 0.0003" in finding.evidence
+
+
+def test_how_often_is_saved_matters_only_where_the_best_checkpoint_is_kept(root, rank_study):
+    note = found(check_validity(changing(rank_study, "r32", "train.save_steps=50"), arms()), "differences")
+    assert note.severity == "note"
+    both = [
+        changing(rank_study, name, "train.load_best_model_at_end=true", f"train.save_steps={steps}")
+        for name, steps in (("r8", 100), ("r32", 200))
+    ]
+    study = with_arms(rank_study, both[0].arm("r8"), both[1].arm("r32"))
+    assert found(check_validity(study, arms()), "confound").severity == "error"
+
+
+def test_a_value_that_is_the_default_is_no_difference(root, rank_study):
+    assert not codes(check_validity(changing(rank_study, "r32", "train.fp16=false", "train.weight_decay=0.0"), arms()))
+
+
+def test_the_batch_cut_otherwise_is_a_note(root, rank_study):
+    finding = found(check_validity(changing(rank_study, "r32", "train.per_device_train_batch_size=8"), arms()), "differences")
+    assert finding.severity == "note" and "changes no result" in finding.title
+
+
+def test_without_a_study_differences_are_a_note(root):
+    findings = check_validity(None, arms(a=run(root, "a"), b=run(root, "b", resolved=changed(lora={"r": 32}))))
+    assert found(findings, "differences").evidence == ("lora.r: a 8, b 32",)
+    assert not codes(findings, "error")
+
+
+def test_two_arms_that_differ_in_the_seed_alone_are_an_a_a_pair(root):
+    findings = check_validity(None, arms(a=run(root, "a"), b=run(root, "b", resolved=changed(train={"seed": 43}))))
+    assert "noise-floor-missing" not in codes(findings)
+
+
+@pytest.mark.parametrize(
+    ("code", "severity", "parts"),
+    [
+        ("confound-data", "error", {"guard": {"data_fingerprint": "d2"}}),
+        ("confound-prompt-format", "error", {"guard": {"prompt_format_hash": "p2"}}),
+        ("confound-split", "error", {"splits": {**SPLITS, "validation": {"count": 1, "ids": ["z"]}}}),
+        ("confound-world-size", "warning", {"guard": {"launch.world_size": 2}}),
+        ("confound-hardware", "warning", {"environment": {**ENVIRONMENT, "devices": ["NVIDIA A100, 40 GiB"]}}),
+        ("confound-versions", "warning", {"environment": {**ENVIRONMENT, "libraries": {"torch": "2.9.0"}}}),
+        ("code-differs", "note", {"environment": {**ENVIRONMENT, "git": {"commit": "def", "dirty": False}}}),
+    ],
+)  # fmt: skip
+def test_what_runs_recorded_differently_is_a_confound(root, rank_study, code, severity, parts):
+    same = check_validity(rank_study, arms(r8=run(root, "a"), r32=run(root, "b")))
+    finding = found(check_validity(rank_study, arms(r8=run(root, "a"), r32=run(root, "b", **parts))), code)
+    assert code not in codes(same)
+    assert (finding.severity, finding.arms) == (severity, ("r8", "r32")) and finding.evidence and finding.remedy
+
+
+def test_a_declared_factor_is_no_confound(root, rank_study):
+    study = dataclasses.replace(rank_study, factors={"data": ("data.source", "data.split"), "strategy": ("launch.accelerate",)})
+    runs = arms(r8=run(root, "a"), r32=run(root, "b", guard={"data_fingerprint": "d2", "launch.world_size": 2}, splits={}))
+    assert not {code for code in codes(check_validity(study, runs)) if code in ("confound-data", "confound-split", "confound-world-size")}
+
+
+# ---- the design ----
+
+
+def test_a_missing_cell_is_named_and_factors_that_change_together_are_confounded():
+    study = load_study("distributed-strategy")
+    assert "missing-cell" not in codes(check_validity(study, arms()))
+    half = with_arms(study, study.arm("ddp-qlora"), study.arm("fsdp-bf16"))
+    findings = check_validity(half, arms())
+    assert found(findings, "missing-cell").evidence == (
+        "no arm has strategy: ddp, precision: bf16",
+        "no arm has strategy: fsdp, precision: qlora",
+    )
+    confounded = found(findings, "confound-factors")
+    assert confounded.title.startswith("strategy is confounded with precision") and confounded.severity == "error"
+    assert any("launch.distributed_type: ddp-qlora MULTI_GPU, fsdp-bf16 FSDP" in line for line in confounded.evidence)
+
+
+def test_three_of_four_cells_leave_the_factors_apart():
+    study = load_study("distributed-strategy")
+    findings = check_validity(with_arms(study, *study.arms[:3]), arms())
+    assert "missing-cell" in codes(findings) and "confound-factors" not in codes(findings)
+
+
+# ---- the same thing under two names ----
+
+
+def written(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    path = folder / "evals" / "alpaca_eval" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def answers(model: str, *texts: str) -> list[dict[str, Any]]:
+    return [{"key": f"{model}{n}", "question_id": str(n), "turn": 1, "answer": text, "model": model} for n, text in enumerate(texts)]
+
+
+def test_identical_answers_under_two_names_are_an_error(root):
+    for name, model in (("a", "wa"), ("b", "wb"), ("c", "wc")):
+        written(root / name, "generations.jsonl", answers(model, "x", "same" if name != "c" else "else"))
+    made = {name: run(root, name, evaluated(root / name, answers={"fingerprint": f"w{name}"})) for name in "abc"}
+    finding = found(check_validity(None, arms(**made)), "identical-answers")
+    assert finding.severity == "error" and finding.arms == ("a", "b") and finding.metrics == ("alpaca_eval/win_rate",)
+
+
+def test_answers_of_earlier_weights_in_the_same_file_do_not_count(root):
+    written(root / "a", "generations.jsonl", [*answers("old", "x", "y"), *answers("wa", "x", "z")])
+    written(root / "b", "generations.jsonl", answers("wb", "x", "y"))
+    made = {name: run(root, name, evaluated(root / name, answers={"fingerprint": f"w{name}"})) for name in "ab"}
+    assert "identical-answers" not in codes(check_validity(None, arms(**made)))
+
+
+def test_identical_judgments_are_an_error_where_the_answers_are_not_there(root):
+    for name in "ab":
+        written(root / name, "judgments.jsonl", [{"key": "k", "question_id": "0", "order": "AB", "raw": "Good. [RESULT] A"}])
+    made = {name: run(root, name, evaluated(root / name)) for name in "ab"}
+    assert found(check_validity(None, arms(**made)), "identical-judgments").arms == ("a", "b")
+
+
+def test_identical_adapters_under_two_names_are_an_error(root):
+    made = {}
+    for name, data in (("a", b"same"), ("b", b"same"), ("c", b"diff")):
+        made[name] = run(root, name)
+        (root / name / "adapter").mkdir()
+        (root / name / "adapter" / "adapter_model.safetensors").write_bytes(data)
+    assert found(check_validity(None, arms(**made)), "identical-adapters").arms == ("a", "b")
+
+
+def test_one_run_for_two_arms_is_an_error(root):
+    one = run(root, "a")
+    assert found(check_validity(None, arms(x=one, y=one)), "identical-runs").severity == "error"
+
+
+def test_answers_of_another_arms_adapter_are_an_error(root):
+    made = {}
+    for name, weights in (("a", b"11"), ("b", b"2222")):
+        written(root / name, "generations.jsonl", answers("wa", name, "y"))
+        made[name] = run(root, name, evaluated(root / name, answers={"fingerprint": f"w{name}"}))
+        (root / name / "adapter").mkdir()
+        (root / name / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+    finding = found(check_validity(None, arms(**made)), "answers-of-another-arm")
+    assert finding.arms == ("b",) and "by a's weights" in finding.title
+
+
+def test_one_result_fingerprint_for_two_adapters_is_an_error(root):
+    made = {}
+    for name, weights in (("a", b"11"), ("b", b"2222")):
+        made[name] = run(root, name, evaluated(root / name, answers={"fingerprint": "w"}))
+        (root / name / "adapter").mkdir()
+        (root / name / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+    assert found(check_validity(None, arms(**made)), "answers-of-another-arm").arms == ("a", "b")
+
+
+# ---- the judge ----
+
+
+def failed(check: str, value: float) -> dict[str, Any]:
+    told = {"count": 6, "decidable": 10, "direction": "6 of 6 favour Response A"}
+    return {"checks": [{"check": check, "value": value, "needs": "limit", "result": "fail"}], "contradictions": told}
+
+
+@pytest.mark.parametrize(
+    ("check", "code"),
+    [
+        ("swap consistency", "order-flips"),
+        ("judgments without a verdict", "unparsed-share"),
+        ("verdicts against the judge's own words", "contradictory-verdicts"),
+        ("empty answer loses", "judge-failed-audit"),
+        ("agreement with human labels", "judge-failed-audit"),
+    ],
+)
+def test_a_judge_that_failed_a_check_is_not_believed_for_any_arm(root, check, code):
+    made = arms(a=run(root, "a", evaluated(root / "a", audit=failed(check, 0.3))), b=run(root, "b", evaluated(root / "b", (0.0, 1.0))))
+    finding = found(check_validity(None, made), code)
+    assert finding.severity == "error" and finding.touches(("a", "b"), "alpaca_eval/win_rate") and not finding.arms
+    assert check in finding.evidence[0] and "runs/a/evals/alpaca_eval/result.json" in finding.evidence[0]
+
+
+def test_a_judge_that_failed_in_one_evaluation_is_not_believed_in_another(root):
+    folder = root / "a"
+    results = (evaluated(folder, audit=failed("swap consistency", 0.1)), evaluated(folder, (3.0, 4.0), "mt_bench"))
+    finding = found(check_validity(None, arms(a=run(root, "a", *results))), "order-flips")
+    assert set(finding.metrics) == {"alpaca_eval/win_rate", "mt_bench/grade"}
+
+
+def test_different_judges_are_an_error(root):
+    other = {"fingerprint": "k", "name": "judge", "weak": None}
+    made = arms(a=run(root, "a", evaluated(root / "a")), b=run(root, "b", evaluated(root / "b", (0.0, 1.0), judge=other)))
+    assert found(check_validity(None, made), "judges-differ").severity == "error"
+
+
+def test_a_weak_judge_is_a_warning_with_its_reason(root):
+    judge = {"fingerprint": "j", "name": "judge", "weak": "it is tiny"}
+    finding = found(check_validity(None, arms(a=run(root, "a", evaluated(root / "a", judge=judge)))), "weak-judge")
+    assert finding.evidence == ("it is tiny",)
+
+
+@pytest.mark.parametrize(("flags", "severity"), [(["one order, the model always first"], "error"), ([], "warning")])
+def test_one_order_judging_is_worse_where_the_order_was_always_the_same(root, flags, severity):
+    made = arms(a=run(root, "a", evaluated(root / "a", verdicts=("A",), flags=flags)), b=run(root, "b", evaluated(root / "b", (0.0, 1.0))))
+    finding = found(check_validity(None, made), "one-order-judging")
+    assert (finding.severity, finding.arms) == (severity, ("a",))
+
+
+def test_a_missing_turn_is_named(root):
+    turns = [Item(question, turn, "math", 3.0, "graded", ("3",)) for question in ("81", "82") for turn in (1, 2)]
+    made = arms(
+        a=run(root, "a", evaluated(root / "a", suite="mt_bench", items=tuple(turns[:-1]))),
+        b=run(root, "b", evaluated(root / "b", suite="mt_bench", items=tuple(turns))),
+    )
+    finding = found(check_validity(None, made), "missing-turn")
+    assert finding.arms == ("a",) and "question 82 turn 2" in finding.title
+
+
+def test_what_a_foreign_source_made_of_its_verdicts_is_said(root):
+    replays = [{"findings": [{"name": "unparsed-as-tie", "message": "9 judgments without a verdict were counted as ties", "count": 9}]}]
+    finding = found(check_validity(None, arms(a=run(root, "a", evaluated(root / "a", replays=replays)))), "unparsed-as-tie")
+    assert "a: 9 judgments" in finding.evidence[0]
+
+
+# ---- how the arms were asked ----
+
+
+def test_decoding_and_prompts_that_differ_are_one_error_over_all_evaluations(root):
+    def asked(name: str, temperature: float) -> RunMeasurements:
+        told = {"answers": {"decoding": {"temperature": temperature}, "prompt_format_hash": f"h{temperature}"}}
+        return run(root, name, evaluated(root / name, **told), evaluated(root / name, (3.0, 4.0), "mt_bench", **told))
+
+    finding = found(check_validity(None, arms(a=asked("a", 0.0), b=asked("b", 0.7))), "protocol-differs")
+    assert finding.severity == "error" and set(finding.metrics) == {"alpaca_eval/win_rate", "mt_bench/grade"}
+    assert "answers.decoding.temperature: a 0.0, b 0.7" in finding.evidence
+
+
+def test_few_shot_that_differs_is_an_error_and_unknown_values_are_not(root):
+    def asked(name: str, shots: int | None) -> RunMeasurements:
+        told = {
+            "tasks": [{"task": "gsm8k", "metric": "acc", "num_fewshot": shots, "version": 3}],
+            "imported": [] if shots is None else None,
+        }
+        return run(root, name, evaluated(root / name, **told))
+
+    finding = found(check_validity(None, arms(a=asked("a", 0), b=asked("b", 5))), "protocol-differs")
+    assert "gsm8k, acc: few-shot: a 0, b 5" in finding.evidence
+    assert "protocol-differs" not in codes(check_validity(None, arms(a=asked("a", 0), b=asked("b", None))))
+
+
+def test_other_precision_of_the_answers_is_a_warning(root):
+    made = {name: run(root, name, evaluated(root / name, answers={"quantized": name == "a"})) for name in "ab"}
+    assert found(check_validity(None, arms(**made)), "precision-of-answers").severity == "warning"
+
+
+def test_a_subset_is_stamped_and_other_questions_are_counted(root):
+    made = arms(
+        a=run(root, "a", evaluated(root / "a", (1.0, 0.0, 1.0), subset="subset, n=3 of 805")),
+        b=run(root, "b", evaluated(root / "b", (1.0, 0.0))),
+    )
+    findings = check_validity(None, made)
+    assert found(findings, "subset").evidence == ("a: subset, n=3 of 805",)
+    assert found(findings, "questions-differ").title.endswith("2 are the same")
+
+
+def test_an_evaluation_that_an_arm_lacks_is_named(root):
+    made = arms(
+        a=run(root, "a", evaluated(root / "a"), evaluated(root / "a", (3.0,), "mt_bench")),
+        b=run(root, "b", evaluated(root / "b", (0.0, 1.0)), unfinished=("lm_eval",)),
+    )
+    findings = check_validity(None, made)
+    assert "mt_bench" in found(findings, "missing-evaluation").title
+    assert "lm_eval" in found(findings, "unfinished-evaluation").title
+
+
+# ---- chosen and noisy numbers ----
+
+
+def test_the_best_of_many_arms_is_flattered_but_two_arms_and_a_base_are_not_many(root):
+    made = {
+        name: run(root, name, resolved=changed(train={"learning_rate": rate})) for name, rate in (("a", 1e-4), ("b", 2e-4), ("c", 4e-4))
+    }
+    base = run(root, "base--m--1", resolved={})
+    assert "a, b, c" in found(check_validity(None, arms(**made, base=base)), "best-of-many").evidence[0]
+    assert "best-of-many" not in codes(check_validity(None, arms(a=made["a"], b=made["b"], base=base)))
+
+
+def test_a_checkpoint_chosen_by_its_validation_loss_is_noted(root):
+    curves = tuple({"step": step, "eval_loss": 2.0} for step in range(5))
+    one = run(root, "a", resolved=changed(train={"load_best_model_at_end": True}), curves=curves)
+    assert "best of 5 checkpoints" in found(check_validity(None, arms(a=one)), "best-checkpoint").title
+
+
+def test_a_missing_noise_floor_offers_the_a_a_run(root, rank_study):
+    finding = found(check_validity(with_arms(rank_study, seeds=(42,)), arms(r8=run(root, "a"), r32=run(root, "b"))), "noise-floor-missing")
+    assert "recipes study run" in finding.remedy and "seeds=[" in finding.remedy
+
+
+def test_an_effect_inside_the_noise_floor_is_a_warning_and_one_outside_is_not(root):
+    def seeds(name: str, *means: float) -> tuple[RunMeasurements, ...]:
+        return tuple(
+            run(root, f"{name}{n}", evaluated(root / f"{name}{n}", (mean, mean)), resolved=changed(train={"seed": n}))
+            for n, mean in enumerate(means)
+        )
+
+    near = check_validity(None, arms(a=seeds("a", 0.50, 0.60, 0.55), b=seeds("b", 0.54, 0.64, 0.59)))
+    far = check_validity(None, arms(a=seeds("c", 0.50, 0.52, 0.51), b=seeds("d", 0.90, 0.92, 0.91)))
+    finding = found(near, "inside-noise-floor")
+    # Both arms have a standard deviation of 0.05, so 2.776 x 0.05 x sqrt(2/3) = 0.1133.
+    assert finding.evidence == ("difference 0.04, noise floor 0.1133 (6 trainings of 2 recipes, 95%)",)
+    assert "inside-noise-floor" not in codes(far)
+
+
+# ---- losses and sources ----
+
+
+def test_validation_losses_over_other_tokens_or_in_other_precision_are_not_compared(root):
+    curves = ({"step": 1, "eval_loss": 2.0},)
+    other = changed(data={"prompt_format": "alpaca"}, quantization={"load_in_4bit": True}, train={"bf16": False, "fp16": True})
+    findings = check_validity(None, arms(a=run(root, "a", curves=curves), b=run(root, "b", resolved=other, curves=curves)))
+    tokens, precision = found(findings, "loss-of-other-tokens"), found(findings, "loss-in-other-precision")
+    assert tokens.metrics == ("validation_loss",) and tokens.severity == "error"
+    assert "quantization: a none, b 4 bit" in precision.evidence and any("train.fp16" in line for line in precision.evidence)
+    same = check_validity(None, arms(a=run(root, "a", curves=curves), b=run(root, "b", curves=curves)))
+    assert not codes(same) & {"loss-of-other-tokens", "loss-in-other-precision"}
+
+
+def test_an_imported_arm_says_what_its_files_lack(root):
+    state = {
+        "state": "imported",
+        "sources": [{"file": "x.csv", "sha256": "s"}],
+        "lacks": ["alpaca_eval: the second order was never judged"],
+    }
+    finding = found(check_validity(None, arms(a=run(root, "a", state=state))), "imported")
+    assert finding.severity == "warning" and "run a: x.csv" in finding.evidence
+    assert any("second order" in line for line in finding.evidence)
+
+
+def test_published_numbers_alone_cannot_be_tested():
+    study = load_study("published-lora-rank")
+    finding = next(one for one in check_validity(study, arms()) if one.code == "published-only" and one.arms == ("r32",))
+    assert finding.severity == "error" and "cannot be tested" in finding.title
+    assert any("83.75 (n 800)" in line for line in finding.evidence) and any("byte for byte" in line for line in finding.evidence)
+
+
+def test_an_arm_whose_files_were_not_imported_says_so():
+    finding = next(one for one in check_validity(load_study("published-lora-rank"), arms()) if one.code == "not-imported")
+    assert finding.remedy == "recipes import FILE... --as original-base"
