@@ -84,16 +84,23 @@ def _run(study: Study, args: argparse.Namespace) -> int:
     if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         next_step(f"recipes study run {typed(study)}")
         return code
+    seconds = time.monotonic() - started
+    say(f"\nstudy '{study.name}' took {seconds:.0f} s" if code else f"\nstudy '{study.name}': every step is fresh ({seconds:.0f} s)")
     report = study_folder(study) / "report" / "report.html"
-    say(f"\nstudy '{study.name}' took {time.monotonic() - started:.0f} s" if code else _all_done(study, time.monotonic() - started))
+    for sentence in _answer(study) if report.is_file() else ():
+        say(sentence)
     if report.is_file():
         say(f"report: {shown_path(report)}")
     next_step(f"recipes study status {typed(study)}" if code else f"recipes study diff {typed(study)}")
     return code
 
 
-def _all_done(study: Study, seconds: float) -> str:
-    return f"\nstudy '{study.name}': every step is fresh ({seconds:.0f} s)"
+def _answer(study: Study) -> list[str]:
+    """The report's answer, as it was written."""
+    from recipes_lib.studies.arm_runs import study_folder
+
+    file = study_folder(study) / "steps" / "statistics" / "comparison.json"
+    return list(json.loads(file.read_text(encoding="utf-8"))["answer"]) if file.is_file() else []
 
 
 def _status(study: Study, args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ that were made are kept, so the same command continues.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,13 +77,16 @@ def record_base_run(study: Study) -> None:
 
 @dataclass
 class _Job:
-    """One suite with the steps that its targets' results complete, by run."""
+    """One suite with the steps that its targets' answers and results complete, by run; steps that are fresh are not among them.
+
+    `own` is False for a comparison of two arms.
+    """
 
     recipe: EvalRecipe
     suite: Harness | JudgedSuite
     answers: dict[str, Step]
     results: dict[str, Step]
-    started: float = 0.0
+    own: bool = True
 
 
 class Evaluation:
@@ -170,14 +174,21 @@ class Evaluation:
         answers, judgments = self._mine("answers", recipe), self._mine("judgments", recipe)
         with self.failures.noted(self.graph, [*answers, *judgments], self.debug):
             if answers or judgments:
-                suite = JudgedSuite(recipe, self._words([*answers, *judgments]), None)
+                # Everyone takes part, also whose results are fresh: the judge's probes and its audit are then what they would have been
+                # in one go, wherever an earlier attempt ended. What is stored is not asked again.
+                suite = JudgedSuite(recipe, self._words(self._available(recipe)), None)
                 self.jobs.append(_Job(recipe, suite, {step.run: step for step in answers}, {step.run: step for step in judgments}))
         # The judge's probes belong to its audit above; asking them again for every pair would tell nothing new.
         plain = dataclasses.replace(recipe, metrics=dataclasses.replace(recipe.metrics, probe_pairs=0))
         for step in self._mine("comparison", recipe):
             with self.failures.noted(self.graph, [step], self.debug):
                 against = base_run(self.study) if step.against == BASE_ARM else step.against
-                self.jobs.append(_Job(plain, JudgedSuite(plain, [step.run], against), {}, {step.run: step}))
+                self.jobs.append(_Job(plain, JudgedSuite(plain, [step.run], against), {}, {step.run: step}, own=False))
+
+    def _available(self, recipe: EvalRecipe) -> list[Step]:
+        """The answers of an eval that are there or can be made."""
+        steps = [step for step in self.graph.of_kind("answers") if step.eval == recipe.name]
+        return [step for step in steps if step.name in self.fresh or (step.name in self.todo and not self._blocked(step))]
 
     def _words(self, steps: Sequence[Step]) -> list[str]:
         return list(dict.fromkeys(step.run for step in steps))
@@ -253,29 +264,42 @@ class Evaluation:
         from recipes_lib.suites.judged_suite import JudgedSuite
 
         waiting = [job for job in self.jobs if isinstance(job.suite, JudgedSuite) and job.results and job.suite.answering.words]
+        waiting = [job for job in waiting if not all(self._blocked(step) for step in job.results.values())]
         while waiting:
-            file = _judge_file(waiting[0])
-            same = [job for job in waiting if _judge_file(job) == file]
-            with (
-                self.failures.noted(self.graph, [step for job in same for step in job.results.values()], self.debug),
-                opened(file) as judge,
-            ):
-                for job in same:
-                    steps = [step for step in job.results.values() if not self._blocked(step)]
-                    with self.failures.noted(self.graph, steps, self.debug):
-                        self._judge_one(job, judge)
-            waiting = [job for job in waiting if _judge_file(job) != file]
+            file = _suite(waiting[0]).judge_file
+            same = [job for job in waiting if _suite(job).judge_file == file]
+            steps = [step for job in same for step in job.results.values()]
+            with self.failures.noted(self.graph, steps, self.debug), opened(file) as judge:
+                self._judge_all(same, judge)
+            waiting = [job for job in waiting if _suite(job).judge_file != file]
 
-    def _judge_one(self, job: _Job, judge: Any) -> None:
-        from recipes_lib.suites.judged_suite import JudgedSuite
+    def _judge_all(self, jobs: Sequence[_Job], judge: Any) -> None:
+        """Ask one judge for every verdict, then write the results: each says where else this judge failed its audit."""
+        judged: list[tuple[_Job, float]] = []
+        for job in jobs:
+            started = time.monotonic()
+            with self.failures.noted(self.graph, list(job.results.values()), self.debug):
+                _suite(job).judge(judge)
+                judged.append((job, (time.monotonic() - started) / max(1, len(job.results))))
+        audits = [self._audit(recipe, [job for job, _ in judged]) for recipe in self.study.evals if recipe.judge == jobs[0].recipe.judge]
+        for job, seconds in judged:
+            with self.failures.noted(self.graph, list(job.results.values()), self.debug):
+                _suite(job).conclude(judge, [audit for audit in audits if not job.own or audit.recipe.name != job.recipe.name])
+                for result in _suite(job).results:
+                    if step := job.results.get(result["target"]):
+                        self._finish_result(job, step, result, seconds)
 
-        assert isinstance(job.suite, JudgedSuite)
-        started = time.monotonic()
-        job.suite.judge(judge)
-        seconds = (time.monotonic() - started) / max(1, len(job.results))
-        for result in job.suite.results:
-            if step := job.results.get(result["target"]):
-                self._finish_result(job, step, result, seconds)
+    def _audit(self, recipe: EvalRecipe, judged: Sequence[_Job]) -> _Audit:
+        """The scorecards of an eval: of this process, else those that its results hold."""
+        for job in judged:
+            if job.own and job.recipe.name == recipe.name:
+                return _Audit(recipe, dict(_suite(job).cards))
+        cards = {}
+        for step in self.graph.of_kind("judgments"):
+            file = runs_root() / step.run / "evals" / recipe.name / "result.json"
+            if step.eval == recipe.name and step.name in self.fresh and file.is_file():
+                cards[step.run] = json.loads(file.read_text(encoding="utf-8"))["audit"]
+        return _Audit(recipe, cards)
 
     def _finish_result(self, job: _Job, step: Step, result: dict[str, Any], seconds: float) -> None:
         """Write a result into its run, and record its step."""
@@ -286,8 +310,17 @@ class Evaluation:
         self.graph.finish(step, result_digest(whole), [file], seconds=round(seconds, 2))
 
 
-def _judge_file(job: _Job) -> Any:
-    return job.suite.judge_file  # type: ignore[union-attr]
+@dataclass(frozen=True)
+class _Audit:
+    """What `JudgedSuite.conclude` reads of another suite."""
+
+    recipe: EvalRecipe
+    cards: dict[str, dict[str, Any]]
+
+
+def _suite(job: _Job) -> Any:
+    """The suite of a judged job."""
+    return job.suite
 
 
 def _names(group: Sequence[Any], step: Step) -> bool:

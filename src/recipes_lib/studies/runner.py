@@ -71,13 +71,12 @@ def _locks(study: Study, only: Sequence[str]) -> Iterator[None]:
 
 
 def _left_over(study: Study, only: Sequence[str], failed: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
-    """Return the steps that were asked for by name and could not be done, because others come first."""
-    if not only:
-        return {}
+    """Return the steps that could not be done: those asked for by name because others come first, and any that nothing explains."""
     graph = build_graph(study)
     state = graph.survey()
-    left = [step.name for step in wanted_steps(graph, only) if not state[step.name].fresh and step.name not in failed]
-    return {name: (state[name].why or "was not done", int(ExitCode.FAILED)) for name in left}
+    left = [step for step in wanted_steps(graph, only) if not state[step.name].fresh and step.name not in failed]
+    explained = set() if only else {step.name for step in left if failed}
+    return {step.name: (state[step.name].why or "was not done", int(ExitCode.FAILED)) for step in left if step.name not in explained}
 
 
 @contextmanager
