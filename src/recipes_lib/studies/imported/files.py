@@ -85,7 +85,7 @@ def recognise(path: Path) -> Foreign:
         form = _object_format(rows[0][1]) if single else _rows_format(rows[0][1])
         if form:
             return Foreign(path, form, digest, size, rows)
-        if single:
+        if single and len(text.strip().splitlines()) > 1:  # on one line it can be the only line of a file of judgments
             raise DataError("not a known foreign file", *KNOWN, f"keys here: {', '.join(list(rows[0][1])[:8])}", file=shown_path(path))
     judgments = read_foreign(path)
     return Foreign(path, judgments.format, digest, size, judgments=judgments)

@@ -180,9 +180,11 @@ def _recipe(name: str | None, content: _Content) -> Recipe | None:
 
     recipe = load_recipe(recipe_path(name))
     adapter, lora = content.adapter, recipe.lora or {}
+    if adapter is not None and recipe.lora is None:
+        raise recipe.error("lora", "lora is null, and there is an adapter's config among the files", "name its own recipe")
     if adapter is not None:
-        pairs = [(key, adapter.get(key), lora.get(key)) for key in ("r", "lora_alpha", "lora_dropout", "target_modules") if key in lora]
-        for key, theirs, ours in pairs:
+        pairs = [(key, adapter.get(key), lora.get(key)) for key in ("r", "lora_alpha", "lora_dropout", "target_modules")]
+        for key, theirs, ours in (row for row in pairs if row[1] is not None and row[2] is not None):
             if (sorted(theirs) if isinstance(theirs, list) else theirs) != (sorted(ours) if isinstance(ours, list) else ours):
                 raise recipe.error(f"lora.{key}", f"lora.{key} is {ours}, and the adapter was trained with {theirs}", "name its own recipe")
     return recipe
