@@ -6,7 +6,6 @@ import json
 import re
 
 import pytest
-
 from tests.studies.study_files import write_tiny_study
 
 pytestmark = pytest.mark.slurm
@@ -68,14 +67,11 @@ def test_a_study_becomes_an_array_of_arms_evaluations_and_a_report(cluster, tiny
     states = cluster.ended("tiny", seconds=280)
     logs = {label: cluster.log("tiny", label) for label in states}
     assert {state["state"] for state in states.values()} == {"COMPLETED"}, logs
-    assert set(states) == {"train.0", "train.1", "eval-base", "eval-r4", "eval-r8", "eval-comparisons", "report"}
+    assert set(states) == {"train.0", "train.1", "eval-base", "eval-r4", "eval-r8", "eval-judge", "report"}
     report = cluster.runs / "tiny" / "report"
     assert (report / "report.html").is_file() and json.loads((report / "numbers.json").read_text())
     assert "learning rate 5" not in logs["train.0"]
-    jobs = cluster.jobs("tiny")
-    record = json.loads(cluster.call("scontrol", "show", "job", jobs["eval-r8"], "--json").stdout)["jobs"][0]
-    assert "verified" in logs["train.1"] or "answers as when it was trained" in logs["train.1"] or "check" in logs["train.1"]
-    assert record["job_state"][0] == "COMPLETED"
+    assert "the model answers as when it was trained" in logs["train.1"]
 
 
 def test_an_arm_that_fails_stops_its_evaluation_and_the_report_and_no_other_arm(cluster, tiny_model_dir) -> None:
@@ -87,4 +83,4 @@ def test_an_arm_that_fails_stops_its_evaluation_and_the_report_and_no_other_arm(
     states = cluster.ended("broken", seconds=280)
     assert (states["train.0"]["state"], states["eval-r4"]["state"]) == ("COMPLETED", "COMPLETED"), cluster.log("broken", "eval-r4")
     assert (states["train.1"]["state"], states["train.1"]["exit_code"]) == ("FAILED", 3), cluster.log("broken", "train.1")
-    assert {states[name]["state"] for name in ("eval-r8", "eval-comparisons", "report")} == {"CANCELLED"}
+    assert {states[name]["state"] for name in ("eval-r8", "eval-judge", "report")} == {"CANCELLED"}

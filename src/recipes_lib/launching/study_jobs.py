@@ -1,5 +1,5 @@
-"""The jobs of a study: arms that are equally large train as one array, each is evaluated once its adapter passed its check, then the
-comparisons, then the report. What is fresh already is left out.
+"""The jobs of a study: arms that are equally large train as one array, each answers and is benchmarked once its adapter passed its check,
+then one judge judges them all (its audit is about all of them), then the report. What is fresh already is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from recipes_lib.studies.graph import Graph, Step
 from recipes_lib.studies.steps import build_graph
 from recipes_lib.studies.study import Study
 
-TRAINING, EVALUATION, REPORT = ("train", "check"), ("answers", "judgments", "lm_eval"), ("statistics", "report")
+TRAINING, ANSWERING = ("train", "check"), ("answers", "lm_eval")
+JUDGING, REPORT = ("judgments", "comparison"), ("statistics", "report")
 
 
 def plan_study(
@@ -101,16 +102,12 @@ class _Planner:
         return Task((*self.prefix, *command), check, run_name(self.study, arm, step.seed))
 
     def evaluations(self) -> list[Job]:
-        """Return one job for everything that is asked of one arm and seed, or the base, and one for the comparisons."""
-        words: dict[str, list[Step]] = {}
-        for step in self._open(EVALUATION):
-            words.setdefault(step.name.removeprefix(f"{step.kind}.{step.eval}."), []).append(step)
-        jobs = []
-        for word, steps in words.items():
-            jobs.append(self._steps_job(f"eval-{word}", "eval", [step.name for step in steps], self.uses_gpus))
-        # The base's answers may be needed by the others, so it comes first; a submission needs the ids of what it waits for.
-        jobs.sort(key=lambda job: job.label != "eval-base")
-        return [*jobs, *self.rest("eval-comparisons", "eval", ("comparison",), self.uses_gpus)]
+        """Return a job for what one arm and seed, or the base, is asked, and one for all judgments."""
+        words: dict[str, list[str]] = {}
+        for step in self._open(ANSWERING):
+            words.setdefault(step.name.removeprefix(f"{step.kind}.{step.eval}."), []).append(step.name)
+        jobs = [self._steps_job(f"eval-{word}", "eval", names, self.uses_gpus) for word, names in words.items()]
+        return [*jobs, *self.rest("eval-judge", "eval", JUDGING, self.uses_gpus)]
 
     def rest(self, label: str, stage: str, kinds: Iterable[str], uses_gpus: bool) -> list[Job]:
         """Return one job for all steps of some kinds that are not fresh."""
