@@ -112,9 +112,8 @@ class Trainings:
             log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("ab") if log else None
         self.say(f"\n$ recipes train {' '.join(words)}" + (f"   # output: {log}" if log else ""))
-        command = [sys.executable, "-m", "recipes_lib.cli", "train", *words]
         options: dict[str, Any] = {"stdout": stream, "stderr": stream, "start_new_session": True} if stream else {}
-        process = subprocess.Popen(command, preexec_fn=_die_with_parent, **options)
+        process = subprocess.Popen(train_command(words), preexec_fn=_die_with_parent, **options)
         self.running.append(_Training(step, process, time.monotonic(), log, stream))
 
     def _clear_way(self, step: Step, run: RunDirectory) -> None:
@@ -176,6 +175,11 @@ class Trainings:
         self.graph.fail(step, error, code)
         self.failed[step.name] = (error, code)
         self.say(f"{step.run}: failed (exit code {code}); the other arms go on")
+
+
+def train_command(words: Sequence[str]) -> list[str]:
+    """Return the process that trains."""
+    return [sys.executable, "-m", "recipes_lib.cli", "train", *words]
 
 
 def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:

@@ -1,0 +1,252 @@
+"""Running a study on this machine: one runner, arms that fail alone, runs of other settings moved away. Trainings are stand-ins here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.cli import main
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.studies import conclusion, runner, trainings
+from recipes_lib.studies.runner import run_study, study_lock
+from recipes_lib.studies.steps import build_graph
+from recipes_lib.studies.study import Study, load_study
+
+# What `recipes train` leaves behind, in a hundredth of its time. Its words are those of the real one.
+TRAIN = textwrap.dedent("""
+    import os, pathlib, sys, time
+    from recipes_lib.runs.directory import RunDirectory
+    name = next(word for word in sys.argv if word.startswith("run.name=")).partition("=")[2]
+    run = RunDirectory(name)
+    run.write_state("running")
+    print("training", name, flush=True)
+    time.sleep(float(os.environ.get("TRAIN_SECONDS", "0")))
+    failing = os.environ.get("FAIL", "")
+    if name.endswith(failing) and failing:
+        code = int(os.environ.get("CODE", "1"))
+        run.write_state("preempted" if code == 75 else "failed", exit_code=code, error="out of memory")
+        sys.exit(code)
+    (run.path / "adapter").mkdir()
+    (run.path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights of " + " ".join(sys.argv[1:]).encode())
+    run.write_state("finished", exit_code=0, guard={"prompt_format_hash": "abc"}, summary={"seconds": 12.5})
+""")
+
+
+@pytest.fixture
+def study(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    monkeypatch.setattr(trainings, "train_command", lambda words: [sys.executable, "-c", TRAIN, *words])
+    monkeypatch.setattr(runner, "_evaluate", lambda *args: {})
+    monkeypatch.setattr(runner, "_conclude", lambda *args: {})
+    return load_study(study_folder / "tiny.yaml")
+
+
+def states(study: Study) -> dict[str, str]:
+    return {name: state.state for name, state in build_graph(study).survey().items() if name.startswith("train")}
+
+
+def test_every_arm_is_trained_once(study: Study) -> None:
+    said: list[str] = []
+    run_study(study, said.append, only=["train"])
+    assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
+    assert sum("$ recipes train" in line for line in said) == 2
+    said.clear()
+    assert run_study(study, said.append, only=["train"]) == ExitCode.DONE
+    assert said == []
+
+
+def test_a_failing_arm_stops_no_other_and_the_end_lists_it(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAIL", "r4")
+    said: list[str] = []
+    assert run_study(study, said.append) == ExitCode.FAILED
+    assert states(study) == {"train.r4": "missing", "train.r8": "fresh"}
+    assert any("train.r4 (exit code 1): out of memory" in line for line in said)
+    failure = build_graph(study).freshness("train.r4").failure
+    assert failure is not None and failure["error"] == "out of memory"
+    monkeypatch.delenv("FAIL")
+    run_study(study, said.append, only=["train"])
+    assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
+
+
+def test_a_preempted_training_ends_the_study_with_its_code_and_is_no_failure(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAIL", "r4")
+    monkeypatch.setenv("CODE", "75")
+    assert run_study(study, lambda line: None) == ExitCode.PREEMPTED
+    assert states(study) == {"train.r4": "missing", "train.r8": "missing"}
+    assert build_graph(study).freshness("train.r4").failure is None
+
+
+def test_two_at_a_time_write_their_output_to_files(study: Study) -> None:
+    run_study(study, lambda line: None, jobs=2, only=["train"])
+    logs = RunDirectory("tiny").path / "logs"
+    assert {file.name: file.read_text(encoding="utf-8") for file in logs.iterdir()} == {
+        f"tiny--{arm}.log": f"training tiny--{arm}\n" for arm in ("r4", "r8")
+    }
+
+
+def test_a_run_trained_with_other_inputs_is_moved_away_and_never_lost(study: Study, study_folder: Path) -> None:
+    run_study(study, lambda line: None, only=["train"])
+    before = (RunDirectory("tiny--r4").path / "adapter" / "adapter_model.safetensors").read_bytes()
+    recipe = study_folder / "r4.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("1.0e-2", "2.0e-2"), encoding="utf-8")
+    said: list[str] = []
+    changed = load_study(study_folder / "tiny.yaml")
+    run_study(changed, said.append, only=["train"])
+    moved = RunDirectory("tiny").path / "replaced" / "tiny--r4" / "adapter" / "adapter_model.safetensors"
+    assert moved.read_bytes() == before
+    assert any("train.learning_rate 0.01 -> 0.02" in line and "moved to" in line for line in said)
+    assert states(changed) == {"train.r4": "fresh", "train.r8": "fresh"}
+
+
+def test_a_run_that_a_cluster_job_finished_is_taken_over_without_training(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_study(study, lambda line: None, only=["train"])
+    for arm in ("r4", "r8"):
+        for name in ("done.json", "started.json"):
+            (build_graph(study).folder / f"train.{arm}" / name).unlink()
+    monkeypatch.setattr(trainings, "train_command", lambda words: pytest.fail("it was trained already"))
+    monkeypatch.setattr("recipes_lib.runs.resume_guard.recipe_differences", lambda recipe, guard: {})
+    run_study(study, lambda line: None, only=["train"])
+    assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
+
+
+def test_an_imported_run_is_never_trained_over(study: Study) -> None:
+    RunDirectory("tiny--r4").write_state("imported")
+    said: list[str] = []
+    assert run_study(study, said.append, only=["train"]) == ExitCode.FAILED
+    assert any("was imported" in line for line in said)
+    assert states(study) == {"train.r4": "missing", "train.r8": "fresh"}
+
+
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.runs.lock import run_lock\nwith run_lock(Path(sys.argv[1])):\n"
+
+
+def test_a_second_runner_is_refused_with_host_and_process(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    program = HOLD + "    print('held', flush=True)\n    time.sleep(30)"
+    other = subprocess.Popen([sys.executable, "-c", program, str(RunDirectory("tiny").path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(EnvironmentFault) as refused, study_lock(study):
+            pass
+        assert f"process {other.pid} on host {socket.gethostname()}" in str(refused.value)
+        assert main(["study", "run", str(study.path)]) == ExitCode.ENVIRONMENT
+        assert f"process {other.pid}" in capsys.readouterr().err
+        assert main(["study", "status", str(study.path)]) == ExitCode.DONE
+        assert main(["study", "plan", str(study.path)]) == ExitCode.DONE
+    finally:
+        other.kill()
+        other.wait()
+    with study_lock(study):
+        pass
+
+
+def test_a_training_that_somebody_else_does_is_waited_for(study: Study) -> None:
+    program = HOLD + "    print('held', flush=True)\n    time.sleep(1.5)"
+    other = subprocess.Popen([sys.executable, "-c", program, str(RunDirectory("tiny--r4").path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    said: list[str] = []
+    run_study(study, said.append, only=["train"])
+    assert other.wait() == 0
+    assert sum(f"tiny--r4 is being trained by process {other.pid}" in line for line in said) == 1
+    assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of a killed process on Linux only")
+def test_a_killed_runner_leaves_no_training_behind(study: Study, study_folder: Path) -> None:
+    stand_in = f"lambda words: [{sys.executable!r}, '-c', {TRAIN!r}, *words]"
+    program = f"from recipes_lib.studies import trainings\ntrainings.train_command = {stand_in}\n"
+    program += f"from recipes_lib.cli import main\nmain(['study', 'run', {str(study.path)!r}, '--only', 'train'])"
+    environment = {**os.environ, "TRAIN_SECONDS": "60"}
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "training tiny--r4" not in process.stdout.readline():
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.read()  # ends when the last writer, the training, has ended
+    assert states(study) == {"train.r4": "missing", "train.r8": "missing"}
+
+
+def test_an_imported_run_that_is_not_there_is_named_at_its_line(study_folder: Path) -> None:
+    file = study_folder / "tiny.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("r4: r4.yaml", "r4: {imported: original--r4}"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="arm 'r4' stands for run 'original--r4'") as refused:
+        run_study(load_study(file), lambda line: None)
+    assert refused.value.line == 6
+    assert "recipes import FILE... --as original--r4" in str(refused.value)
+
+
+def test_a_step_that_does_not_exist_is_refused(study: Study) -> None:
+    with pytest.raises(RecipeError, match="--only trian: no such step"):
+        run_study(study, lambda line: None, only=["trian"])
+
+
+# ---- Verbs ----
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "words", [["plan"], ["plan", "--json"], ["status"], ["status", "--json"], ["diff"], ["run", "--dry-run"]], ids=" ".join
+)
+def test_plan_status_and_diff_touch_nothing_and_import_nothing_heavy(words: list[str], study_folder: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    program = "import sys\nfrom recipes_lib.cli import main\ncode = main(sys.argv[1:])\n"
+    program += "print('HEAVY', [name for name in ('torch', 'transformers', 'datasets', 'numpy', 'pandas', 'rich') if name in sys.modules])"
+    command = [sys.executable, "-c", program, "study", words[0], str(study_folder / "tiny.yaml"), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout + done.stderr
+    assert tree(tmp_path) == before
+
+
+def test_the_plan_counts_answers_and_judgments_and_shows_each_command(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "plan", str(study.path), "--json"]) == ExitCode.DONE
+    plan = json.loads(capsys.readouterr().out)
+    cost = {step["step"]: step["cost"] for step in plan["steps"]}
+    assert cost["train.r4"] == "4 steps on 1 process (cpu)"
+    assert cost["answers.study--alpaca_eval.r4"] == "8 answers of at most 12 tokens"
+    assert cost["judgments.study--alpaca_eval.r4"] == "16 judgments and at most 12 probes"
+    assert cost["comparison.study--alpaca_eval.r8-vs-r4"] == "16 judgments"
+    assert cost["answers.study--mt_bench.base"] == "8 answers of at most 12 tokens"
+    assert len(plan["todo"]) == len(plan["steps"]) == 24
+    main(["study", "plan", str(study.path)])
+    assert "run.name=tiny--r8 train.seed=42 --accelerate cpu" in capsys.readouterr().out
+
+
+def test_the_diff_says_which_differences_no_factor_declares(study: Study, study_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = study_folder / "r8.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("1.0e-2", "2.0e-2"), encoding="utf-8")
+    assert main(["study", "diff", str(study.path)]) == ExitCode.DONE
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["lora.r", "4", "8", "rank"] in lines
+    assert ["train.learning_rate", "0.01", "0.02", "none", "declared"] in lines
+
+
+def test_status_tells_waiting_from_failed(study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FAIL", "r4")
+    run_study(study, lambda line: None)
+    capsys.readouterr()
+    main(["study", "status", str(study.path), "--json"])
+    rows = {row["step"]: (row["state"], row["detail"]) for row in json.loads(capsys.readouterr().out)["steps"]}
+    assert rows["train.r4"] == ("failed", "out of memory")
+    assert rows["check.r4"] == ("waiting", "train.r4 failed")
+    assert rows["train.r8"][0] == "fresh"
+    assert rows["check.r8"][0] == "missing"
+
+
+def test_a_report_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
+    place, new = tmp_path / "report", tmp_path / ".report.tmp-2"
+    for folder, name in ((place, "old.html"), (new, "new.html"), (tmp_path / ".report.tmp-1", "half.html")):
+        folder.mkdir()
+        (folder / name).write_text("x", encoding="utf-8")
+    conclusion.replace_folder(new, place)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["report", "report/new.html"]
