@@ -17,6 +17,7 @@ from recipes_lib.recipe.accelerate_config import load_accelerate_config
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.studies.study import load_study
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -88,6 +89,11 @@ def perform(argv: list[str], command: str) -> bool:
         case ["recipes", verb, *rest] if verb in RUN and "--full" not in rest:
             assert cli.main([verb, *rest]) == ExitCode.DONE, command
             return True
+        case ["recipes", "study", "plan" | "diff" | "status" as action, *rest]:
+            assert cli.main(["study", action, *rest]) == ExitCode.DONE, command
+            return True
+        case ["recipes", "study", action, *rest]:
+            check_words("study", [action, *rest], command)
         case ["recipes", "train", *rest]:
             assert cli.main(["train", *rest, "--dry-run"]) == ExitCode.DONE, command
         case ["recipes", verb, *rest]:
@@ -118,6 +124,8 @@ def check_words(name: str, rest: list[str], command: str) -> None:
     overrides = cli._overrides(verb, parser, left)
     if "recipe" in args:
         load_recipe(args.recipe, overrides)
+    if "study" in args:
+        load_study(args.study, overrides)
     for path in [*getattr(args, "paths", []), *([args.eval] if "eval" in args else [])]:
         assert Path(path).exists(), command
     runs = [*getattr(args, "runs", []), *([args.run] if getattr(args, "run", None) else [])]
