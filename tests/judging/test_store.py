@@ -137,6 +137,33 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     assert store.append(_row(2)) and len(read_rows(store.path)) == 2
 
 
+def test_rows_that_arrive_together_are_synced_once_and_each_is_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, synced = JudgmentStore(tmp_path / "j.jsonl"), []
+    store.append(_row(1))
+    real = os.fsync
+    monkeypatch.setattr("recipes_lib.judging.store.os.fsync", lambda fd: (synced.append(fd), real(fd))[1])
+    assert store.append_all([_row(1), _row(2), _row(3), _row(2)]) == 2
+    assert len(synced) == 1
+    assert store.append_all([_row(3), _row(1)]) == 0 and store.append_all([]) == 0
+    assert len(synced) == 1 and read_rows(store.path) == store.rows() and len(store) == 3
+
+
+def test_a_disk_that_fills_between_two_rows_keeps_the_first_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    real, count = os.write, []
+
+    def full_at_the_second(fd: int, data: bytes) -> int:
+        count.append(fd)
+        return real(fd, data if len(count) == 1 else data[:7])
+
+    monkeypatch.setattr("recipes_lib.judging.store.os.write", full_at_the_second)
+    with pytest.raises(EnvironmentFault, match="7 of"):
+        store.append_all([_row(1), _row(2), _row(3)])
+    monkeypatch.undo()
+    assert len(read_rows(store.path)) == len(store) == 1
+    assert store.append_all([_row(1), _row(2), _row(3)]) == 2
+
+
 def test_a_store_that_shrinks_under_us_is_an_error(tmp_path: Path) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
     store.append(_row(1))

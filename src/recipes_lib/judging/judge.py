@@ -224,12 +224,14 @@ def ask(
         replies = judge.complete([request for request, _ in batch])
         if len(replies) != len(batch):
             raise ValueError(f"the judge gave {len(replies)} replies to {len(batch)} requests")
+        rows: list[dict[str, Any]] = []
         for (request, attempts), reply in zip(batch, replies, strict=True):
             verdict = read_reply(request, reply)
             if verdict.status is Status.ERROR and not reply.permanent:
                 failures += 1
                 run.failed.append(str(verdict.reason))
                 if failures >= plan.max_consecutive_failures:
+                    store.append_all(rows)
                     raise EvaluationIncomplete(
                         f"the judge failed {failures} times in a row, last with: {verdict.reason}",
                         f"{len(store)} judgments are stored; run the same command to continue",
@@ -243,8 +245,9 @@ def ask(
                 retries.append((_reask(request, plan), attempts))
                 run.reasked += 1
             else:
-                store.append(_row(request, verdict, judge.fingerprint, "judge", reply, attempts))
-                run.asked += 1
+                rows.append(_row(request, verdict, judge.fingerprint, "judge", reply, attempts))
+        store.append_all(rows)
+        run.asked += len(rows)
         if progress:
             progress(run)
     return run

@@ -1,9 +1,9 @@
 """The store of judgments: one JSONL file, one line per judgment, appended once and never changed.
 
-A line is written by a single `os.write` on an O_APPEND descriptor and synced before `append` returns. Its key is a hash of
-everything that makes it this judgment, and each key occurs once. A writer that was killed leaves at most a torn last line,
-which the next writer cuts; a damaged line anywhere else is an error that names it. Several processes may append to one file:
-each append takes the file's lock and first reads what the others wrote.
+A line is written by a single `os.write` on an O_APPEND descriptor and synced before `append` returns; lines that arrived together
+are synced together. Its key is a hash of everything that makes it this judgment, and each key occurs once. A writer that was killed
+leaves at most a torn last line, which the next writer cuts; a damaged line anywhere else is an error that names it. Several processes
+may append to one file: each append takes the file's lock and first reads what the others wrote.
 """
 
 from __future__ import annotations
@@ -142,30 +142,40 @@ class JudgmentStore:
         Raises:
             EnvironmentFault: if the disk is full (nothing of the row is left behind) or the lock cannot be had.
         """
-        key = row["key"]
-        if key in self._rows:
-            return False
-        line = _line(row)
+        return self.append_all([row]) == 1
+
+    def append_all(self, rows: Sequence[Row]) -> int:
+        """Append judgments that arrived together, each with a write of its own, and sync them once; return how many were new.
+
+        Raises:
+            EnvironmentFault: if the disk is full (whole rows stay, nothing of the failed one is left behind) or the lock cannot be had.
+        """
+        if all(row["key"] in self._rows for row in rows):
+            return 0
         with self._locked():
             self._catch_up()
-            if key in self._rows:
-                return False
-            self._write(line)
-            self._rows[key] = row
-            self._size += len(line)
-            self._lines += 1
-        return True
+            fresh = {row["key"]: row for row in reversed(rows) if row["key"] not in self._rows}
+            missing = [row for row in rows if fresh.get(row["key"]) is row]
+            if missing:
+                self._write(missing)
+        return len(missing)
 
-    def _write(self, line: bytes) -> None:
-        """Write a line whole and synced, or leave the file as it was."""
-        new = not self.path.exists()
+    def _write(self, rows: Sequence[Row]) -> None:
+        """Write lines whole and synced; a line that cannot be written leaves the file as it was before it."""
+        new, error = not self.path.exists(), ""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             try:
-                written = os.write(descriptor, line)
-                error = "" if written == len(line) else f"only {written} of {len(line)} bytes could be written"
-                if not error:
-                    os.fsync(descriptor)
+                for row in rows:
+                    line = _line(row)
+                    written = os.write(descriptor, line)
+                    if written != len(line):
+                        error = f"only {written} of {len(line)} bytes could be written"
+                        break
+                    self._rows[row["key"]] = row
+                    self._size += len(line)
+                    self._lines += 1
+                os.fsync(descriptor)
             except OSError as fault:
                 error = str(fault)
             if error:
