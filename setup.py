@@ -25,7 +25,7 @@ INSTALL = [
     "pyyaml>=6",
     "ruamel.yaml>=0.18",  # recipes migrate keeps comments
     "jsonschema>=4.20",
-    "rich>=14",
+    "tqdm>=4.66",
     "matplotlib>=3.9",
     "filelock>=3.15",
 ]

@@ -198,6 +198,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "53 an offline data set": (["train", "{recipe}", "data.source=nobody/nothing"], 4, ["offline", "data.source"]),
     "63 an offline model": (["train", "{recipe}", "model.name_or_path=nobody/nothing"], 5, ["offline", "nobody/nothing", "hf download"]),
     "63 a folder that is not there": (["train", "{recipe}", "model.name_or_path=./nowhere"], 2, ["./nowhere"]),
+    "a tracker that is not installed": (["train", "{recipe}", "train.report_to=swanlab"], 5, ["swanlab is not installed", "[tracking]"]),
     "91 a run name out of the folder": (["train", "{recipe}", "run.name=../../etc"], 2, ["../../etc"]),
     "93 a value like a flag": (["train", "{recipe}", "run.name=--foo"], 2, ["run.name"]),
     "93 a value like a command": (["train", "{recipe}", "run.name=$(touch x)"], 2, ["run.name"]),

@@ -163,7 +163,9 @@ class Session:
         from recipes_lib.data.prompts import chat_template
         from recipes_lib.recipe.upstream import check_upstream
         from recipes_lib.training.model import load_tokenizer
+        from recipes_lib.training.trackers import check_trackers
 
+        check_trackers(self.recipe, self.args)
         self.tokenizer = load_tokenizer(self.recipe)
         errors = check_upstream(self.recipe, remote_code=self.options.trust_remote_code)
         if errors:

@@ -1,0 +1,33 @@
+"""Trackers that `train.report_to` names: whether they are installed, asked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recipes_lib.errors import EnvironmentFault
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from recipes_lib.recipe.recipe import Recipe
+
+NOT_ASKED = ("none", "all", "flyte")  # transformers does not say whether flyte is there
+
+
+def check_trackers(recipe: Recipe, args: SFTConfig) -> None:
+    """Refuse a tracker that is not installed; the Trainer would say so after the model was loaded.
+
+    Raises:
+        EnvironmentFault: with the way to install it.
+    """
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    missing = sorted(set(args.report_to) - {*NOT_ASKED, *get_available_reporting_integrations()})
+    if missing:
+        origin = recipe.origin_of("train.report_to")
+        raise EnvironmentFault(
+            f"train.report_to: {', '.join(missing)} is not installed",
+            "pip install -c constraints.txt -e '.[tracking]' brings tensorboard, trackio and wandb; or train.report_to=none",
+            file=origin.file,
+            line=origin.line,
+        )
