@@ -48,7 +48,7 @@ check: setup  ## style, types, every YAML, schema up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/recipes check --full $(wildcard recipes accelerate_configs evals)
+	$(BIN)/recipes check --full $(wildcard recipes accelerate_configs evals launch)
 	$(BIN)/python -m recipes_lib.recipe.schema --check
 
 style: setup  ## format the code
