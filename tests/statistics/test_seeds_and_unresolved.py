@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from recipes_lib.statistics.intervals import standard_error
 from recipes_lib.statistics.paired import paired_test
+from recipes_lib.statistics.power import Spread
 from recipes_lib.statistics.seeds import crossed_interval, question_means, seeds_test
 from recipes_lib.statistics.unresolved import compare
 
@@ -106,11 +108,30 @@ def test_grades_are_filled_with_the_ends_of_their_scale() -> None:
     assert result.highest == pytest.approx((1 + 0 + 3 + 0) / 4)
 
 
-def test_power_rests_on_the_same_standard_error() -> None:
+def test_power_rests_on_the_same_spread() -> None:
     rng = np.random.default_rng(4)
     a, b = rng.integers(0, 2, 800).astype(float), rng.integers(0, 2, 800).astype(float)
     result = compare(a, b)
-    assert result.mde() == pytest.approx(2.8016 * result.standard_error, rel=1e-3)
+    assert result.mde() == pytest.approx(2.8016 * standard_error(a - b) + 1 / 800, rel=1e-3)
     assert result.mde(0.01) > result.mde()
     needed = result.questions_needed()
     assert needed is None or (needed > 800) == (abs(result.effect) < result.mde())
+
+
+def test_two_seeds_that_differ_need_more_seeds_not_more_questions() -> None:
+    rng = np.random.default_rng(4)
+    first = rng.normal(0, 1, (2, 400)) + np.array([[0.1], [0.9]])
+    result = compare(first, np.zeros((1, 400)), scale=(-3, 3))
+    assert result.mde() > 5 * 2.8 * 0.05
+    assert result.questions_needed() is None
+
+
+def test_few_pairs_that_differ_cannot_find_a_small_difference() -> None:
+    first, second = np.array([1.0, 1.0, *[0.0] * 78]), np.zeros(80)
+    assert compare(first, second).mde() > 6 / 80  # six of six must agree to reach p <= 0.05
+
+
+def test_questions_needed_find_the_effect() -> None:
+    spread = Spread(0.01**2, 799)
+    factor = spread.questions_factor(0.014)
+    assert Spread(0.01**2 / factor, 799).mde() == pytest.approx(0.014, rel=1e-6)

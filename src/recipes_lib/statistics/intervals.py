@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 MAX_BOOTSTRAP_CLUSTERS = 10_000
 STUDENTISED_BELOW = 100
@@ -74,7 +74,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
         raise ValueError(f"{successes} successes of {n} is not a share")
     if n == 0:
         return Interval(None, None, None, 0, "wilson", level)
-    z = float(stats.norm.ppf(0.5 + level / 2))
+    z = float(special.ndtri(0.5 + level / 2))
     share = successes / n
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -194,14 +194,14 @@ def bca(values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int 
     if means[-1] - means[0] <= tolerance:
         return Interval(estimate, estimate, estimate, n, "zero variance", level)
     below = (np.count_nonzero(means < estimate - tolerance) + 0.5 * np.count_nonzero(np.abs(means - estimate) <= tolerance)) / resamples
-    bias = float(stats.norm.ppf(np.clip(below, 1 / (2 * resamples), 1 - 1 / (2 * resamples))))
+    bias = float(special.ndtri(np.clip(below, 1 / (2 * resamples), 1 - 1 / (2 * resamples))))
     left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
     deviation = left_out.mean() - left_out
     spread = float((deviation**2).sum())
     acceleration = 0.0 if spread == 0 else float((deviation**3).sum() / (6 * spread**1.5))
     tail = np.array([0.5 - level / 2, 0.5 + level / 2])
-    z = bias + stats.norm.ppf(tail)
-    shares = stats.norm.cdf(bias + z / (1 - acceleration * z))
+    z = bias + special.ndtri(tail)
+    shares = special.ndtr(bias + z / (1 - acceleration * z))
     low, high = np.quantile(means, shares)
     return Interval(estimate, float(low), float(high), n, "bca", level)
 
@@ -228,7 +228,7 @@ def studentised(
     means, errors = _resample(sums, sizes, resamples, rng)
     usable = errors > 1e-9 * error
     if usable.mean() < 0.99:
-        half = float(stats.t.ppf(0.5 + level / 2, len(sums) - 1)) * error
+        half = float(special.stdtrit(len(sums) - 1, 0.5 + level / 2)) * error
         return Interval(estimate, estimate - half, estimate + half, n, "student t", level)
     scores = (means[usable] - estimate) / errors[usable]
     lower, upper = np.quantile(scores, [0.5 - level / 2, 0.5 + level / 2])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from recipes_lib.statistics.intervals import Interval, cluster_sums, mean_interval
 
@@ -54,7 +54,7 @@ def mcnemar_p(only_first: int, only_second: int) -> float | None:
     discordant = only_first + only_second
     if discordant == 0:
         return None
-    return float(min(1.0, 2 * stats.binom.cdf(min(only_first, only_second), discordant, 0.5)))
+    return float(min(1.0, 2 * special.bdtr(min(only_first, only_second), discordant, 0.5)))
 
 
 def paired_differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
@@ -90,7 +90,7 @@ def sign_flip_p(differences: ArrayLike, clusters: ArrayLike | None = None, *, re
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=count)))
         return float((np.abs(signs @ sums) >= observed).mean())
     if count > NORMAL_SIGN_FLIPS:
-        return float(2 * stats.norm.sf(abs(sums.sum()) / math.sqrt((sums**2).sum())))
+        return float(2 * special.ndtr(-abs(sums.sum()) / math.sqrt((sums**2).sum())))
     rng = np.random.default_rng(seed)
     hits, step = 0, max(1, _CHUNK // count)
     for start in range(0, resamples, step):
@@ -115,16 +115,23 @@ def _exact_sign_flip_p(steps: NDArray[np.int64]) -> float:
     """The exact p for whole numbers: the distribution of their sum under random signs, one size of number at a time."""
     sizes, counts = np.unique(np.abs(steps), return_counts=True)
     if len(sizes) == 1:
-        return float(stats.binomtest(int((steps > 0).sum()), len(steps)).pvalue)
+        return mcnemar_p(int((steps > 0).sum()), int((steps < 0).sum())) or 0.0
     chances = np.ones(1)
     for size, count in zip(sizes, counts, strict=True):
         one = np.zeros(2 * int(size) * int(count) + 1)
-        one[:: 2 * int(size)] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        one[:: 2 * int(size)] = _fair_coins(int(count))
         chances = np.convolve(chances, one)  # positive terms only: the small chances at the ends keep their digits
     total = int((sizes * counts).sum())
     observed = abs(int(steps.sum()))
     upper = float(chances[total + observed :].sum())  # index i stands for the sum i - total
     return min(1.0, 2 * upper) if observed else 1.0
+
+
+def _fair_coins(count: int) -> NDArray[np.float64]:
+    """Chance of 0..count heads among `count` fair coins."""
+    heads = np.arange(count + 1)
+    logarithms = special.gammaln(count + 1) - special.gammaln(heads + 1) - special.gammaln(count - heads + 1) - count * math.log(2)
+    return np.asarray(np.exp(logarithms))
 
 
 def paired_binary_interval(only_first: int, only_second: int, n: int, level: float = 0.95) -> Interval:
@@ -144,7 +151,7 @@ def paired_binary_interval(only_first: int, only_second: int, n: int, level: flo
     """
     if n == 0:
         return Interval(None, None, None, 0, "adjusted wald", level)
-    z = float(stats.norm.ppf(0.5 + level / 2))
+    z = float(special.ndtri(0.5 + level / 2))
     first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
     center, half = first - second, z * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
     return Interval((only_first - only_second) / n, max(-1.0, center - half), min(1.0, center + half), n, "adjusted wald", level)

@@ -6,28 +6,76 @@ Normal approximation of a paired, two-sided test of a mean difference; n counts 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from recipes_lib.statistics.intervals import standard_error
 
 
 def _multiplier(alpha: float, power: float) -> float:
     """Standard errors between no effect and an effect found with probability `power`."""
-    return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power))
+    return float(special.ndtri(1 - alpha / 2) + special.ndtri(power))
 
 
 def minimum_detectable_effect(
-    differences: ArrayLike, clusters: ArrayLike | None = None, *, alpha: float = 0.05, power: float = 0.8, error: float | None = None
+    differences: ArrayLike, clusters: ArrayLike | None = None, *, alpha: float = 0.05, power: float = 0.8
 ) -> float | None:
-    """Return the smallest mean difference found with probability `power`; None without a spread to base it on.
+    """Return the smallest mean difference found with probability `power`; None without a spread to base it on."""
+    error = standard_error(differences, clusters)
+    return None if not error else _multiplier(alpha, power) * error
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the power of a comparison rests on: the variance of its effect, by source, and how well each source is known.
 
     Args:
-        error: the standard error, where it is known already (several seeds).
+        questions: variance over questions, which shrinks as there are more of them.
+        freedom: degrees of freedom behind it; infinity for the normal curve.
+        seeds: variance over seeds, which more questions do not shrink.
+        seed_freedom: degrees of freedom behind that.
+        step: what one item moves the effect by in an exact test of wins and losses; 0 for other tests.
     """
-    error = standard_error(differences, clusters) if error is None else error
-    return None if not error else _multiplier(alpha, power) * error
+
+    questions: float
+    freedom: float = math.inf
+    seeds: float = 0.0
+    seed_freedom: float = math.inf
+    step: float = 0.0
+
+    def mde(self, alpha: float = 0.05, power: float = 0.8) -> float | None:
+        """Return the smallest difference found with probability `power` at level `alpha`; None without any spread."""
+        return self._at(1.0, alpha, power)
+
+    def questions_factor(self, effect: float, alpha: float = 0.05, power: float = 0.8) -> float | None:
+        """Return how many times the questions are needed for `effect` to be found; None where no number of questions would do."""
+        low, high = 0.0, 1e7
+        if not effect or (self._at(high, alpha, power) or math.inf) > abs(effect):
+            return None
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (low, middle) if (self._at(middle, alpha, power) or math.inf) <= abs(effect) else (middle, high)
+        return high
+
+    def _at(self, factor: float, alpha: float, power: float) -> float | None:
+        """The smallest difference that is found with `factor` times as many questions."""
+        variance = self.questions / factor
+        if variance + self.seeds <= 0:
+            return None
+        half = math.sqrt(_quantile(self.freedom, alpha) ** 2 * variance + _quantile(self.seed_freedom, alpha) ** 2 * self.seeds)
+        smallest = half + float(special.ndtri(power)) * math.sqrt(variance + self.seeds)
+        if not self.step:
+            return smallest
+        # An exact test needs a whole item more than the normal curve says, and enough items that differ to reach its level at all.
+        fewest = math.ceil(math.log2(2 / alpha))
+        return max(smallest + self.step / factor, float(special.gammaincinv(fewest, power)) * self.step / factor)
+
+
+def _quantile(freedom: float, alpha: float) -> float:
+    """The two-sided quantile of Student's t, or of the normal curve."""
+    return float(special.ndtri(1 - alpha / 2) if math.isinf(freedom) else special.stdtrit(freedom, 1 - alpha / 2))
 
 
 def items_needed(effect: float | None, standard_deviation: float | None, *, alpha: float = 0.05, power: float = 0.8) -> int | None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import special
 
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.statistics.paired import PairedResult
+from recipes_lib.statistics.power import Spread
 
 METHOD = "seeds and questions, t"
 
@@ -72,7 +73,7 @@ def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, f
         return Interval(estimate, estimate, estimate, questions, "zero variance", level), None
 
     def half(alpha: float) -> float:
-        first, second = (float(stats.t.ppf(1 - alpha / 2, freedom)) for freedom in (seeds - 1, questions - 1))
+        first, second = (float(special.stdtrit(freedom, 1 - alpha / 2)) for freedom in (seeds - 1, questions - 1))
         return math.sqrt(first**2 * by_seed + second**2 * by_question)
 
     wide = half(1 - level)
@@ -86,7 +87,11 @@ def _touching(half: Callable[[float], float], distance: float) -> float:
         return 1.0
     if half(smallest) <= distance:
         return smallest
-    return math.exp(optimize.brentq(lambda logarithm: half(math.exp(logarithm)) - distance, math.log(smallest), -1e-12, xtol=1e-10))
+    low, high = math.log(smallest), 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if half(math.exp(middle)) > distance else (low, middle)
+    return math.exp(high)
 
 
 def seeds_test(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> PairedResult:
@@ -108,11 +113,11 @@ def seeds_test(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None =
     return PairedResult(interval.estimate, interval.low, interval.high, p, differences.shape[1], "crossed t", interval.method, level)
 
 
-def seeds_standard_error(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None) -> float | None:
-    """Return the standard error of the difference over seeds and questions; None below two of either."""
+def seeds_spread(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None) -> Spread | None:
+    """Return what the power of a comparison over seeds and questions rests on; None below two of either."""
     a, b = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
     table = question_means(a - b, clusters)
     if min(table.shape) < 2:
         return None
     by_seed, by_question, rest = (square / table.size for square in _mean_squares(table))
-    return math.sqrt(by_seed + max(by_question - rest, 0.0))
+    return Spread(max(by_question - rest, 0.0), table.shape[1] - 1, by_seed, table.shape[0] - 1)

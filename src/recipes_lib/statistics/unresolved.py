@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from recipes_lib.statistics.intervals import standard_error
 from recipes_lib.statistics.paired import PairedResult, paired_test
-from recipes_lib.statistics.power import items_needed, minimum_detectable_effect
-from recipes_lib.statistics.seeds import seeds_standard_error, seeds_test
+from recipes_lib.statistics.power import Spread
+from recipes_lib.statistics.seeds import seeds_spread, seeds_test
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Tested:
     """The comparison of two arms on one metric.
 
     `effect` is over resolved items; `lowest` and `highest` are the effects with every unresolved item against the first arm, and in
-    its favour. `low` and `high` span the three intervals. `standard_error` is what the power of this comparison rests on.
+    its favour. `low` and `high` span the three intervals. `spread` is what the power of this comparison rests on.
     """
 
     effect: float | None
@@ -39,17 +39,16 @@ class Tested:
     highest: float | None
     test: str
     interval_method: str
-    standard_error: float | None
+    spread: Spread | None = None
 
     def mde(self, alpha: float = 0.05) -> float | None:
         """Return the smallest difference that a test at level `alpha` would have found with 80% probability."""
-        return None if not self.standard_error else minimum_detectable_effect([0.0], alpha=alpha, error=self.standard_error)
+        return self.spread.mde(alpha) if self.spread else None
 
     def questions_needed(self, alpha: float = 0.05) -> int | None:
-        """Return how many questions would find the observed effect with 80% probability, the spread staying as it is."""
-        if not self.standard_error or not self.effect or self.questions < 2:
-            return None
-        return items_needed(self.effect, self.standard_error * math.sqrt(self.questions), alpha=alpha)
+        """Return how many questions would find the observed effect with 80% probability; None where no number would do."""
+        factor = self.spread.questions_factor(self.effect, alpha) if self.spread and self.effect else None
+        return None if factor is None else max(2, math.ceil(factor * self.questions))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dictionary."""
@@ -79,9 +78,10 @@ def compare(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = No
     seeds = max(a.shape[0], b.shape[0])
     facts = (a.shape[1], len(np.unique(labels)), seeds, int(open_items.sum()))
     if not open_items.any():
-        error = _error(a, b, labels)
+        spread = _spread(complete, a, b, labels)
         limits = (complete.low, complete.high)
-        return Tested(complete.effect, *limits, complete.p, *facts, complete.effect, complete.effect, *_how(complete), error)
+        same = (complete.effect, complete.effect)
+        return Tested(complete.effect, *limits, complete.p, *facts, *same, *_how(complete), spread)
     extremes = [
         _test(np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b), labels) for mine, theirs in ((low, high), (high, low))
     ]
@@ -93,7 +93,7 @@ def compare(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = No
         p = 1.0
     return Tested(
         complete.effect, min(lows, default=None), max(highs, default=None), p, *facts, worst, best, *_how(complete),
-        _error(a[:, known], b[:, known], labels[known]),
+        _spread(complete, a[:, known], b[:, known], labels[known]),
     )  # fmt: skip
 
 
@@ -108,9 +108,15 @@ def _test(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) 
     return paired_test(a[0], b[0], labels)
 
 
-def _error(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) -> float | None:
+def _spread(result: PairedResult, a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) -> Spread | None:
+    """What the power of the comparison rests on; None where nothing varies."""
     if a.shape[1] == 0:
         return None
     if max(a.shape[0], b.shape[0]) > 1:
-        return seeds_standard_error(a, b, labels)
-    return standard_error(a[0] - b[0], labels)
+        return seeds_spread(a, b, labels)
+    error = standard_error(a[0] - b[0], labels)
+    if not error:
+        return None
+    if result.test == "mcnemar exact":  # outcomes against a half move the effect by a half
+        return Spread(error**2, step=(0.5 if (b == 0.5).all() else 1.0) / result.n)
+    return Spread(error**2, len(np.unique(labels)) - 1)

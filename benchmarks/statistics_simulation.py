@@ -1,0 +1,246 @@
+"""Do the tests and intervals keep what they promise? Simulated studies with a known truth, through the functions the reports use.
+
+    python benchmarks/statistics_simulation.py [--studies 10000] [--only NAME] [--json benchmarks/results/statistics_simulation.json]
+
+For every kind of comparison and size: how often an arm that is no better is called "better" (promised: <= 5%), how often the 95% interval
+holds the true difference (promised: 94-96% at n = 800, 93-97% at n = 80; below n = 40 what comes out is stated), and how often a
+difference of the stated size is found (promised: 80%). One core, minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipes_lib.statistics.intervals import bca, wilson
+from recipes_lib.statistics.unresolved import Tested, compare
+
+Array = NDArray[np.float64]
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one kind of comparison did at one size. Shares of `studies` simulated studies; None where it was not simulated."""
+
+    name: str
+    n: int
+    seeds: int
+    studies: int
+    false_better: float | None
+    false_worse: float | None
+    coverage: float | None
+    width: float | None
+    power_at_mde: float | None
+
+
+def _outcomes(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Array]:
+    """Pairs won, tied and lost: 30% ties; the win rate is a half plus `effect`."""
+    return rng.choice([1.0, 0.5, 0.0], n, p=[0.35 + effect, 0.3, 0.35 - effect]), np.full(n, 0.5)
+
+
+def _answers(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Array]:
+    """Right and wrong answers of two arms that agree on most questions; the shares differ by `effect`."""
+    cell = rng.choice(4, n, p=[0.12 + effect / 2, 0.12 - effect / 2, 0.5, 0.26])
+    return np.isin(cell, (0, 2)).astype(float), np.isin(cell, (1, 2)).astype(float)
+
+
+def _rare(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Array]:
+    """Right and wrong answers where the arms differ on 4% of the questions."""
+    won, lost = max(0.02 + effect / 2, effect, 0.0), max(0.02 - effect / 2, -effect if effect < -0.04 else 0.0, 0.0)
+    cell = rng.choice(3, n, p=[won, lost, 1 - won - lost])
+    return (cell == 0).astype(float), (cell == 1).astype(float)
+
+
+_GRADES = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+_EVEN = np.array([0.1, 0.15, 0.25, 0.3, 0.2])
+_SKEWED = np.array([0.06, 0.02, 0.02, 0.1, 0.8])
+
+
+def _graded(rng: np.random.Generator, n: int, effect: float, weights: Array) -> tuple[Array, Array]:
+    """Grades of two arms: half of the questions get the same grade in both; the first arm loses or gains by mixing in another law."""
+    same = rng.random(n) < 0.5
+    second = rng.choice(_GRADES, n, p=weights)
+    mean = float(weights @ _GRADES)
+    share = min(1.0, abs(effect) / (0.5 * ((5.0 - mean) if effect > 0 else (mean - 1.0))))
+    other = np.where(rng.random(n) < share, 5.0 if effect > 0 else 1.0, rng.choice(_GRADES, n, p=weights))
+    return np.where(same, second, other), second
+
+
+def _grades(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Array]:
+    return _graded(rng, n, effect, _EVEN)
+
+
+def _top_grades(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Array]:
+    return _graded(rng, n, effect, _SKEWED)
+
+
+def _scores(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Array]:
+    """Scores without a lattice whose difference is skewed by heavy tails on both sides."""
+    shared = rng.normal(size=n)
+    return shared + rng.standard_t(6, n) + effect, shared + rng.standard_t(6, n)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of comparison: how its items arise, the difference at which coverage is measured, and turns per question."""
+
+    name: str
+    draw: Callable[[np.random.Generator, int, float], tuple[Array, Array]]
+    effect: float
+    turns: int = 1
+    seeds: int = 1
+    spread: float = 0.0
+    unresolved: float = 0.0
+    scale: tuple[float, float] = (0.0, 1.0)
+    factor: float = 1.0  # the true difference is this times `effect`
+
+
+KINDS = (
+    Kind("outcomes, head to head", _outcomes, 0.05),
+    Kind("right or wrong", _answers, 0.06),
+    Kind("right or wrong, 4% differ", _rare, 0.02),
+    Kind("grades", _grades, 0.2, scale=(1, 5)),
+    Kind("grades, four in five are 5", _top_grades, -0.2, scale=(1, 5)),
+    Kind("grades, two turns", _grades, 0.2, turns=2, scale=(1, 5)),
+    Kind("scores", _scores, 0.3),
+    Kind("outcomes, 2 seeds that differ", _outcomes, 0.05, seeds=2, spread=0.05),
+    Kind("outcomes, 3 seeds that differ", _outcomes, 0.05, seeds=3, spread=0.05),
+    Kind("outcomes, 5 seeds that differ", _outcomes, 0.05, seeds=5, spread=0.05),
+    Kind("outcomes, 3 seeds alike", _outcomes, 0.05, seeds=3),
+    Kind("outcomes, 5% of the losses unresolved", _outcomes, 0.05, unresolved=0.05),
+)
+SIZES = (10, 20, 40, 80, 800)
+
+
+def one_study(kind: Kind, n: int, effect: float, rng: np.random.Generator) -> Tested:
+    """Draw one study and test it as a report does. n counts items; a question has `turns` of them."""
+    questions = n // kind.turns
+    first, second = [], []
+    for _ in range(kind.seeds):
+        moved = effect + (rng.normal(0, kind.spread) if kind.spread else 0.0)
+        moved = float(np.clip(moved, -0.35, 0.35)) if kind.spread else moved
+        a, b = kind.draw(rng, questions, moved)
+        if kind.turns > 1:  # turns of one question share most of what makes them good or bad
+            again = kind.draw(rng, questions, moved)
+            same = rng.random(questions) < 0.6
+            a, b = (np.concatenate([one, np.where(same, one, other)]) for one, other in zip((a, b), again, strict=True))
+        first.append(a)
+        second.append(b)
+    values = np.stack(first)
+    if kind.unresolved:
+        hidden = (rng.random(values.shape) < kind.unresolved) & (values < 0.5)
+        values = np.where(hidden, np.nan, values)
+    clusters = np.tile(np.arange(questions), kind.turns)
+    return compare(values, np.stack(second), clusters, scale=kind.scale)
+
+
+def simulate(kind: Kind, n: int, studies: int, seed: int = 0) -> Result:
+    """Return what one kind of comparison does at one size."""
+    rng = np.random.default_rng([seed, n, *kind.name.encode()])
+    better = worse = 0
+    for _ in range(studies):
+        tested = one_study(kind, n, 0.0, rng)
+        shown = tested.p is not None and tested.p <= LEVEL
+        better += shown and tested.effect > 0
+        worse += shown and tested.effect < 0
+    covered, widths = 0, []
+    for _ in range(studies):
+        tested = one_study(kind, n, kind.effect, rng)
+        covered += tested.low is not None and tested.low <= kind.factor * kind.effect <= tested.high
+        widths.append((tested.high or 0) - (tested.low or 0))
+    found = _power(kind, n, studies, rng) if n >= 80 and not kind.unresolved and not kind.spread else None
+    return Result(kind.name, n, kind.seeds, studies, better / studies, worse / studies, covered / studies, float(np.mean(widths)), found)
+
+
+def _power(kind: Kind, n: int, studies: int, rng: np.random.Generator) -> float:
+    """How often a difference is found that is as large as the studies say they would find: the size that agrees with itself."""
+    size = abs(kind.effect)
+    for _ in range(4):
+        stated = [one_study(kind, n, math.copysign(size, kind.effect), rng).mde() for _ in range(200)]
+        size = float(np.mean([one for one in stated if one is not None]))
+    hits = [one_study(kind, n, math.copysign(size, kind.effect), rng).p for _ in range(studies)]
+    return sum(p is not None and p <= LEVEL for p in hits) / studies
+
+
+def simulate_wilson(n: int, studies: int, share: float) -> Result:
+    """Return the coverage of the Wilson interval: exact, over all counts that can occur."""
+    from scipy import stats
+
+    chances = stats.binom.pmf(np.arange(n + 1), n, share)
+    intervals = [wilson(count, n) for count in range(n + 1)]
+    covered = sum(chance for chance, one in zip(chances, intervals, strict=True) if one.low <= share <= one.high)
+    width = sum(chance * (one.high - one.low) for chance, one in zip(chances, intervals, strict=True))
+    return Result(f"a share of {share:g} (Wilson, exact)", n, 1, studies, None, None, float(covered), float(width), None)
+
+
+def simulate_seed_bootstrap(n: int, studies: int, seeds: int) -> Result:
+    """Return what resampling seeds would have done: the interval that is not used, to show why."""
+    rng = np.random.default_rng([7, n, seeds])
+    covered, widths = 0, []
+    for _ in range(studies):
+        moved = rng.normal(0.05, 0.05, seeds)
+        means = np.array([_outcomes(rng, n, float(np.clip(one, -0.35, 0.35)))[0].mean() - 0.5 for one in moved])
+        interval = bca(means, resamples=1000)
+        covered += interval.low is not None and interval.low <= 0.05 <= interval.high
+        widths.append(interval.high - interval.low)
+    return Result(f"not used: bootstrap over {seeds} seeds", n, seeds, studies, None, None, covered / studies, float(np.mean(widths)), None)
+
+
+def run(studies: int, only: str | None = None) -> Iterator[Result]:
+    """Yield every result."""
+    for kind in KINDS:
+        if only and only not in kind.name:
+            continue
+        for n in SIZES:
+            if kind.turns == 1 or n >= 20:
+                yield simulate(kind, n, studies)
+    if not only:
+        for share in (0.5, 0.8, 0.95):
+            for n in SIZES:
+                yield simulate_wilson(n, studies, share)
+        for seeds in (2, 3, 5):
+            yield simulate_seed_bootstrap(800, studies, seeds)
+
+
+def _rounded(values: dict[str, object]) -> dict[str, object]:
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+
+
+def main() -> None:
+    """Simulate, print the table, and keep it."""
+    parser = argparse.ArgumentParser(description="False positives, coverage and power of the statistics, by simulation.")
+    parser.add_argument("--studies", type=int, default=10_000)
+    parser.add_argument("--only", help="kinds whose name holds this")
+    parser.add_argument("--json", help="also write the results here")
+    options = parser.parse_args()
+    begun = time.process_time()
+    print(f"{'kind':38} {'n':>4}  better  worse  coverage  width  power at the stated size")
+    results = []
+    for result in run(options.studies, options.only):
+        results.append(result)
+        shown = ["     -" if value is None else f"{value:6.3f}" for value in (result.false_better, result.false_worse, result.coverage, result.width, result.power_at_mde)]  # fmt: skip  # noqa: E501
+        print(f"{result.name:38} {result.n:>4}  {'  '.join(shown)}", flush=True)
+    spent = time.process_time() - begun
+    print(f"{options.studies} studies each, {spent:.0f} CPU s")
+    if options.json:
+        value = {
+            "studies": options.studies,
+            "machine": f"{platform.machine()}, one core, Python {platform.python_version()}, numpy {np.__version__}",
+            "cpu_seconds": round(spent),
+            "results": [_rounded(asdict(one)) for one in results],
+        }
+        Path(options.json).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
