@@ -17,6 +17,7 @@ from recipes_lib.recipe.accelerate_config import load_accelerate_config
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.studies.arm_runs import run_names
 from recipes_lib.studies.study import load_study
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run for real, in a copy of the folders they read. Of the others only the words are checked: they need a model or finished runs.
 RUN = {"ls", "show", "diff", "explain", "check", "new", "migrate"}
+IMPORTED: set[str] = set()  # runs that an import line of a page makes
 LAUNCHER_FLAGS = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
 
 
@@ -118,22 +120,28 @@ def check_words(name: str, rest: list[str], command: str) -> None:
     """The verb takes these arguments, and what they name exists here or was made by an earlier command of the page."""
     verb = cli._find_verb(name)
     parser = cli._Parser(prog=name, allow_abbrev=False)
-    module = importlib.import_module(f"recipes_lib.commands.{name}")
+    module = importlib.import_module(f"recipes_lib.commands.{verb.module}")
     module.configure(parser)
     args, left = parser.parse_known_args(rest)
     overrides = cli._overrides(verb, parser, left)
-    if "recipe" in args:
+    if getattr(args, "recipe", None):
         load_recipe(args.recipe, overrides)
-    if "study" in args:
+    if getattr(args, "study", None):
         load_study(args.study, overrides)
     for path in [*getattr(args, "paths", []), *([args.eval] if "eval" in args else [])]:
         assert Path(path).exists(), command
     runs = [*getattr(args, "runs", []), *([args.run] if getattr(args, "run", None) else [])]
-    assert set(runs) <= runs_of_recipes(), command
+    if name == "import":
+        IMPORTED.update(runs)
+    assert set(runs) <= runs_of_recipes() | IMPORTED, command
 
 
 def runs_of_recipes() -> set[str]:
-    return {load_recipe(path).name for path in Path("recipes").rglob("*.yaml") if load_document(path).kind.name == "recipe"}
+    """The runs that training a recipe or running a study makes."""
+    kinds = {path: load_document(path).kind.name for path in Path("recipes").rglob("*.yaml")}
+    studies = [run_names(load_study(path)) for path, kind in kinds.items() if kind == "study"]
+    trained = {name for names in studies for runs in names.values() for name in runs}
+    return trained | {load_recipe(path).name for path, kind in kinds.items() if kind == "recipe"}
 
 
 def test_a_wrong_command_and_a_wrong_output_would_be_found(checkout: Path) -> None:
