@@ -17,9 +17,9 @@ pytestmark = pytest.mark.slurm
     [
         ({"partition": "nope"}, 2, ["invalid partition", "partition is nope", "partitions here: debug, urgent"]),
         ({"time": "99-00:00:00"}, 3, ["time limit is invalid", "time is 99-00:00:00"]),
-        ({"gres": "gpu:a100:{gpus}"}, 4, ["node configuration is not available", "gres is gpu:a100:{gpus}"]),
+        ({"gres": "gpu:a100:{gpus}"}, 4, ["node configuration is not available", "no node has", "--gres=gpu:a100:1"]),
         ({"cpus_per_gpu": 99}, 5, ["processors", "cpus_per_gpu is 99"]),
-        ({"memory_gib_per_gpu": 900}, 6, ["Memory specification", "memory_gib_per_gpu is 900"]),
+        ({"memory_gib_per_gpu": 900}, 6, ["Slurm refuses"]),
         ({"extra_sbatch": ["--nonsense"]}, 9, ["unrecognized option", "extra_sbatch"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -29,8 +29,7 @@ def test_what_slurm_refuses_is_placed_at_the_line_of_the_profile(cluster, tiny, 
     config = "single_gpu" if "gres" in keys else "cpu"
     for action in ((), ("--test-only",)):
         done = cluster.recipes("launch", "tiny.yaml", "--profile", str(profile), "--stages", "train", "--accelerate", config, *action)
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"{profile.name}:{line}: Slurm refuses the stage train:") or f"{profile.name}:{line}:" in done.stderr
+        assert done.returncode == 2 and f"{profile.name}:{line}: Slurm refuses the stage train:" in done.stderr, done.stderr
         assert all(word in done.stderr for word in words), done.stderr
     assert cluster.queue() == []
 

@@ -27,7 +27,6 @@ _REFUSALS: tuple[tuple[str, str, str], ...] = (
     (r"qos", "qos", "your accounts: sacctmgr show associations user=$USER format=account,partition,qos"),
     (r"memory", "memory_gib_per_gpu", "what nodes have, in MB: sinfo -o '%P %m'"),
     (r"more processors|cpu count|cpus", "cpus_per_gpu", "what nodes have: sinfo -o '%P %c'"),
-    (r"node configuration|node count", "gres", "no node has so much at once; what they have: sinfo -o '%P %D %c %m %G'"),
     (r"unrecognized option|invalid option|unknown option", "extra_sbatch", "its flags: man sbatch"),
 )
 _UNREACHABLE = re.compile(r"contact slurm controller|connect failure|communication connection|configuration source|timed out", re.I)
@@ -95,7 +94,7 @@ def submit(argv: Sequence[str], profile: SiteProfile, stage: str) -> str:
     """
     done = run_slurm(argv)
     if done.returncode:
-        raise refusal(done.stderr, profile, stage)
+        raise refusal(done.stderr, profile, stage, argv)
     return done.stdout.strip().splitlines()[-1].split(";")[0]  # --parsable prints ID or ID;cluster
 
 
@@ -108,12 +107,16 @@ def try_submission(argv: Sequence[str], profile: SiteProfile, stage: str) -> str
     ours = [word for word in argv if word != "--parsable" and not word.startswith(("--dependency=", "--kill-on-invalid-dep"))]
     done = run_slurm([ours[0], "--test-only", *ours[1:]])
     if done.returncode:
-        raise refusal(done.stderr, profile, stage)
+        raise refusal(done.stderr, profile, stage, argv)
     return done.stderr.strip().removeprefix("sbatch: ")  # --test-only answers there
 
 
-def refusal(text: str, profile: SiteProfile, stage: str) -> RecipesError:
-    """Return Slurm's error in one line, with the profile's line and the remedy."""
+def refusal(text: str, profile: SiteProfile, stage: str, argv: Sequence[str]) -> RecipesError:
+    """Return Slurm's error in one line, with the profile's line and the remedy.
+
+    Args:
+        argv: what was submitted.
+    """
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.strip().splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Batch job submission failed", "Try "))]
     reason = next((line.partition("Batch job submission failed: ")[2] for line in lines if "submission failed: " in line), "")
