@@ -11,7 +11,8 @@ import pytest
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.evaluate import evaluate
-from recipes_lib.suites.harness import lm_eval_overrides
+from recipes_lib.generation.targets import find_targets
+from recipes_lib.suites.harness import lm_eval_overrides, plain_command
 from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,26 @@ def test_lm_evals_flag_names_become_overrides():
         "suite.gen_kwargs={max_gen_toks: 8, temperature: 0}",
         "suite.num_fewshot=0",
     ]
+
+
+def test_the_printed_command_carries_every_option_that_lm_eval_has_a_flag_for(small_task, make_run):
+    make_run("one", 1)
+    (target,) = find_targets(["one"])
+    words = [
+        "suite.apply_chat_template=true",
+        "suite.fewshot_as_multiturn=false",
+        "suite.num_fewshot=2",
+        "suite.gen_kwargs={max_gen_toks: 4}",
+    ]
+    line = plain_command(load_eval(small_task, [*words, "suite.options={fewshot_random_seed: 7, bootstrap_iters: 10}"]), target)
+    for part in (
+        "--apply_chat_template --fewshot_as_multiturn false",
+        "--num_fewshot 2",
+        "--gen_kwargs max_gen_toks=4",
+        "--seed 0,1234,1234,7",
+    ):
+        assert part in line
+    assert line.endswith("# lm_eval has no flag for bootstrap_iters")
 
 
 @pytest.mark.slow

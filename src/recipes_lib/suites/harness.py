@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe
 
 _PASSED = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
+_CLI_OPTIONS = ("max_batch_size", "device", "check_integrity", "write_out", "predict_only", "confirm_run_unsafe_code")
+_SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}  # lm_eval's defaults
 _OURS = ("model", "model_args", "tasks", "task_manager", "use_cache", "log_samples", "samples", "evaluation_tracker")
 
 
@@ -84,12 +86,25 @@ def plain_command(recipe: EvalRecipe, target: Target) -> str:
         if getattr(values, name) is not None:
             words += [f"--{name}", str(getattr(values, name))]
     words += ["--apply_chat_template"] if values.apply_chat_template else []
+    words += ["--fewshot_as_multiturn", "false"] if values.apply_chat_template and not values.fewshot_as_multiturn else []
     words += ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in values.gen_kwargs.items())] if values.gen_kwargs else []
     words += ["--include_path", str(_include_path(recipe))] if recipe.data.include_path else []
-    line = shlex.join(words)
-    return (
-        f"(cd {shlex.quote(os.path.relpath(recipe.resolve('data.folder', recipe.data.folder)))} && {line})" if recipe.data.folder else line
-    )
+    line = shlex.join([*words, *_option_words(values.options)])
+    if recipe.data.folder:
+        line = f"(cd {shlex.quote(os.path.relpath(recipe.resolve('data.folder', recipe.data.folder)))} && {line})"
+    without = [name for name in values.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
+    return f"{line}  # lm_eval has no flag for {', '.join(without)}" if without else line
+
+
+def _option_words(options: Mapping[str, Any]) -> list[str]:
+    """The flags of lm_eval's command line for `suite.options`."""
+    words: list[str] = []
+    for name, value in options.items():
+        if name in _CLI_OPTIONS and value not in (None, False):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    if any(name in options for name in _SEEDS):
+        words += ["--seed", ",".join(str(options.get(name, default)) for name, default in _SEEDS.items())]
+    return words
 
 
 def _named_arguments(target: Target) -> dict[str, Any]:
