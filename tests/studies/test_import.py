@@ -361,3 +361,18 @@ def test_model_text_is_data(tmp_path, runs):
     nasty = "</script><script>alert(1)</script>\x1b[31m=cmd|' \ud800 \\input{x}"
     import_run([lines(tmp_path / "gpt-4_single.jsonl", [single(81, 1, 7, text=nasty)])], "r")
     assert items(runs, "r", "mt_bench")[0]["raws"] == [nasty]
+
+
+def test_results_of_every_suite_are_as_the_schema_says(tmp_path, runs):
+    from jsonschema import Draft202012Validator
+
+    from recipes_lib.recipe.vocabulary import load_schema
+
+    judged = [single(81, 1, 7), single(81, 2, 7), single(82, 1, 7)]
+    files = [original_csv(tmp_path / "d.csv", PAIRS), lines(tmp_path / "single.jsonl", judged), whole(tmp_path / "results.json", results())]
+    import_run(files, "r")
+    validator = Draft202012Validator(load_schema("eval_result"))
+    for suite in ("alpaca_eval", "mt_bench", "lm_eval"):
+        validator.validate(json.loads((runs / "r/evals" / suite / "result.json").read_text(encoding="utf-8")))
+    with pytest.raises(Exception, match="not valid"):
+        validator.validate({"format_version": 1, "suite": "mt_bench", "imported": []})

@@ -18,7 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="judgments (original study, FastChat, alpaca_eval), answers, lm_eval results and samples, trainer logs, adapter_config.json",
     )
     parser.add_argument("--as", dest="name", required=True, metavar="RUN", help="name of the run to make")
-    parser.add_argument("--recipe", dest="trained", metavar="R", help="the recipe that says what was trained; its differences can then be listed")
+    parser.add_argument(
+        "--recipe", dest="trained", metavar="R", help="the recipe that says what was trained, so that its differences can be listed"
+    )
     parser.add_argument("--model", metavar="NAME", help="whose rows are meant, where a file holds several models")
     parser.add_argument("--against", metavar="NAME", help="the opponent, where a file compares with several")
     parser.add_argument("--replace", action="store_true", help="write an imported run anew")
