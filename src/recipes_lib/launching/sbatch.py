@@ -129,6 +129,11 @@ def refusal(text: str, profile: SiteProfile, stage: str, argv: Sequence[str]) ->
             value = profile.values.of_stage(key, stage) if key in ("partition", "time") else getattr(profile.values, key)
             hint = hint.replace("{partitions}", partitions())
             return profile.error(key, f"Slurm refuses the stage {stage}: {what}; {key} is {value}", hint)
+    if re.search("node configuration|node count", text, re.I):  # Slurm does not say which of them is too much
+        asked = [word for word in argv if word.startswith(("--nodes=", "--gres=", "--cpus-per-task=", "--mem=", "--partition="))]
+        key = "gres" if any(word.startswith("--gres=") for word in asked) else "memory_gib_per_gpu"
+        hint = "what nodes have: sinfo -o '%P %D nodes, %c cores, %m MB, %G'"
+        return profile.error(key, f"Slurm refuses the stage {stage}: {what}: no node has {' '.join(asked)} at once", hint)
     return RecipeError(
         f"Slurm refuses the stage {stage}: {what}", "the exact command: recipes launch ... --dry-run", file=profile.document.file
     )
