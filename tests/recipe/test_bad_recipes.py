@@ -144,6 +144,12 @@ def test_case_30_a_missing_file_names_similar_ones(write, capsys):
     refused(capsys, "nowhere/x.yaml: no such file", ["nowhere does not exist"], "check", "nowhere/x.yaml")
 
 
+def test_case_30_a_short_name_of_no_recipe_names_similar_recipes(write, capsys):
+    write()
+    assert main(["show", "quickstart/lora-r9"]) == 2
+    assert "did you mean quickstart/lora-r8" in (said := capsys.readouterr().err) and "recipes ls" in said
+
+
 def test_case_30_a_folder_is_no_recipe(write, capsys, tmp_path):
     write(GOOD, "sub/r.yaml")
     refused(capsys, "sub: is a folder", [], "show", "sub")

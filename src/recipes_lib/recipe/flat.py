@@ -6,6 +6,7 @@ from typing import Any
 
 from recipes_lib.recipe.accelerate_config import launched_processes, load_accelerate_config
 from recipes_lib.recipe.batch import accumulation_steps
+from recipes_lib.recipe.model_files import local_folder
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.yaml_text import value_text
 
@@ -62,6 +63,9 @@ def flatten(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
                     flat[_FLAGS[key]] = value
             elif value not in (None, {}, [], False) and (key, value) not in _IMPLIED and key != "data.source":
                 lost[key] = value
+    if recipe.model.name_or_path.startswith("package:"):  # a name of ours: TRL gets the folder, where it was made already
+        lost["model.name_or_path"] = recipe.model.name_or_path
+        flat["model_name_or_path"] = str(local_folder(recipe) or "FOLDER")
     if isinstance(recipe.data.source, str):
         flat["dataset_name"] = recipe.data.source
     else:

@@ -89,12 +89,23 @@ def parse_yaml(text: str, file: str, *, numbered: bool = True) -> YamlSource:
 def no_such_file(path: Path, file: str) -> RecipeError:
     """Return the error for a file that is not there, with the files of similar name in its folder."""
     folder = path.parent
+    if path.suffix == "" and (recipes := _recipes_like(str(path))):
+        return RecipeError("no such file or recipe", f"did you mean {' or '.join(recipes)}?", "all recipes: recipes ls", file=file)
     if not folder.is_dir():
         return RecipeError("no such file", f"the folder {folder} does not exist", file=file)
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     hint = [f"did you mean {' or '.join(str(Path(file).parent / name) for name in near)}?"] if near else []
     return RecipeError("no such file", *hint, file=file)
+
+
+def _recipes_like(name: str) -> list[str]:
+    """Return the short names of the project's recipes that are near to `name`."""
+    from recipes_lib.recipe.project import project_root
+
+    folder = project_root() / "recipes"
+    names = [file.relative_to(folder).with_suffix("").as_posix() for file in folder.glob("*/*.yaml") if not file.name.startswith("_")]
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.6)
 
 
 def _read_text(path: Path, file: str) -> str:
