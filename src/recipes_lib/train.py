@@ -16,7 +16,7 @@ from pathlib import Path
 from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.training.ranks import end_process, rank
+from recipes_lib.training.ranks import end_process, note_error, rank
 
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipesError as error:
         if options.debug:
             raise
+        note_error(error)
         if rank() == 0:
             print_error(error)
         same_everywhere = isinstance(error, RecipeError | DataError) or getattr(error, "on_every_rank", "WORLD_SIZE" not in os.environ)
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         from recipes_lib.training.defects import as_message
 
+        note_error(error)
         same_everywhere = getattr(error, "on_every_rank", False)
         if rank() == 0 or not same_everywhere:
             print_error(as_message(error, RunDirectory(recipe.name).path if recipe else None))

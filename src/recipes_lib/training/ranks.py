@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -16,6 +20,18 @@ _kept: list[object] = []
 def rank() -> int:
     """This process's rank as the launcher set it; 0 without a launcher. Needs no torch."""
     return int(os.environ.get("RANK", "0"))
+
+
+def note_error(error: BaseException) -> None:
+    """Leave what stopped this rank, named by its time, in the folder RECIPES_RANK_ERRORS where a cluster job asks for it.
+
+    The launcher ends the other ranks, and what they say then hides the cause: the job shows the earliest note first.
+    """
+    folder = os.environ.get("RECIPES_RANK_ERRORS")
+    if folder and getattr(error, "exit_code", 1) not in (75, 130):
+        text = f"rank {rank()} on {socket.gethostname()}: {error if str(error) else type(error).__name__}\n"
+        with suppress(OSError):
+            Path(folder, f"{time.time_ns()}-rank{rank()}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def on_main_rank(work: Callable[[], T]) -> T:
