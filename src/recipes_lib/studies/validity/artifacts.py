@@ -112,15 +112,17 @@ def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
 
 
 def _alike(one: EvalResult, other: EvalResult) -> bool:
-    """Whether two results could rest on the same answers or judgments: equal lengths of all answers, or equal verdicts."""
+    """Whether two results could rest on the same answers or judgments: all lengths are equal, or all verdicts where no length is known."""
     for measure in one.measures:
         twin = next((twin for twin in other.measures if twin.metric == measure.metric), None)
         if twin is not None and len(twin.items) == len(measure.items) > 0:
-            mine, theirs = ({item.key: item for item in items} for items in (measure.items, twin.items))
-            if mine.keys() == theirs.keys():
-                lengths = all(item.lengths[:1] == theirs[key].lengths[:1] for key, item in mine.items())
-                verdicts = all(item.verdicts == theirs[key].verdicts for key, item in mine.items())
-                return lengths or verdicts
+            theirs = {item.key: item for item in twin.items}
+            pairs_of_items = [(item, theirs.get(item.key)) for item in measure.items]
+            lengths = [(item.lengths[:1], match.lengths[:1] if match else None) for item, match in pairs_of_items]
+            if any(mine != their for mine, their in lengths):
+                return False
+            unknown = all(not mine for mine, _ in lengths)
+            return not unknown or all(match is not None and item.verdicts == match.verdicts for item, match in pairs_of_items)
     return False
 
 
