@@ -40,6 +40,7 @@ DESCRIPTIONS = {
 }
 #: name -> (overrides of our recipe, patch or environment of the worker)
 LEVERS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "before these levers: padded, TRL's loss": (["train.padding_free=false"], {"patch": "trl-loss"}),
     "TRL's loss (every position, entropy, four reads per micro-batch)": ([], {"patch": "trl-loss"}),
     "TRL's head without entropy, counts read once per log": ([], {"patch": "trl-head"}),
     "padded": (["train.padding_free=false"], {}),

@@ -1,0 +1,79 @@
+"""Benchmarks are run rarely; these tests keep them working. None checks a speed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def start(script: str, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src")}
+    command = [sys.executable, "-W", "ignore", str(PROJECT / "benchmarks" / script), *arguments]
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the scripts add their folder
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", PROJECT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_three_largest_costs_of_a_step_are_named(tiny_recipe: Path, tmp_path: Path) -> None:
+    done = start("profile_step.py", str(tiny_recipe), "--json", str(tmp_path / "profile.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("largest: ") == 3
+    seconds = json.loads((tmp_path / "profile.json").read_text(encoding="utf-8"))["seconds"]
+    assert seconds["matrix products"] > 0 and seconds["attention"] > 0
+
+
+def test_a_peer_that_does_not_install_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    peer = load("peers", monkeypatch).install("llamafactory", "0.0.0", tmp_path)
+    assert peer.python is None and peer.reason.startswith("does not install")
+
+
+def test_ratios_are_paired_and_the_first_step_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_cpu = load("train_cpu", monkeypatch)
+
+    def worker(way: str, seconds: list[float]) -> Any:
+        one = object.__new__(train_cpu.Worker)
+        one.way, one.failed = way, False
+        one.steps = [{"cpu_s": value, "tokens": 100} for value in seconds]
+        return one
+
+    ours, theirs = worker("ours", [99, 1, 2, 4]), worker("bare", [1, 2, 2, 12])
+    rows = train_cpu.summarise([ours, theirs], ours)
+    assert rows[1]["ours_over_this"] == 2 and rows[1]["range"] == [1, 3] and rows[1]["n"] == 3
+    assert rows[1]["tokens_per_cpu_s"] == 50
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_adapter_of_the_whole_one(tiny_recipe: Path, tmp_path: Path) -> None:
+    done = start("resume_overhead.py", str(tiny_recipe), "--repeats", "1", "--json", str(tmp_path / "resume.json"))
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    record = json.loads((tmp_path / "resume.json").read_text(encoding="utf-8"))
+    assert record["rounds"][0]["same_adapter"] and record["rounds"][0]["checkpoint_mib"] > 0
+
+
+@pytest.mark.slow
+def test_ways_of_training_take_turns(tmp_path: Path) -> None:
+    if not (PROJECT / ".cache" / "models").is_dir():
+        pytest.skip("the packaged model is not here yet: make quickstart")
+    done = start("train_cpu.py", "--steps", "1", "--ways", "ours,bare-our-loss", "--json", str(tmp_path / "train.json"), timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["failed"] for row in rows] == [False, False] and all(row["tokens_per_cpu_s"] > 0 for row in rows)
