@@ -7,8 +7,9 @@ import json
 import shutil
 import sys
 import time
+from contextlib import suppress
 
-from recipes_lib.errors import ExitCode, RecipeError, print_error
+from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.studies.study import Study, load_study
 from recipes_lib.terminal import next_step, say
@@ -65,12 +66,23 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
     graph = build_graph(study)
     steps = wanted_steps(graph, args.only)
     if args.json:
-        print(json.dumps(plan_object(study, graph, steps), indent=2, ensure_ascii=False))
+        print(json.dumps(plan_object(study, graph, steps, _estimates(study)), indent=2, ensure_ascii=False))
         return int(ExitCode.DONE)
-    for line in plan_lines(study, graph, steps):
+    for line in plan_lines(study, graph, steps, _estimates(study)):
         say(line)
+    say("estimated times and memory, and where they come from: recipes plan " + typed(study))
     next_step(f"recipes study run {typed(study)}")
     return int(ExitCode.DONE)
+
+
+def _estimates(study: Study) -> dict[str, str]:
+    """What one training of each arm takes, as `recipes plan` estimates it; nothing for arms it cannot plan."""
+    from recipes_lib.planning.study import plan_study
+    from recipes_lib.planning.text import clock
+
+    with suppress(RecipesError):
+        return {arm.name: f"about {clock(arm.plan.duration.total)} on {arm.plan.card.title}" for arm in plan_study(study).arms}
+    return {}
 
 
 def _run(study: Study, args: argparse.Namespace) -> int:
@@ -107,17 +119,21 @@ def _status(study: Study, args: argparse.Namespace) -> int:
     from recipes_lib.studies.steps import build_graph
     from recipes_lib.studies.tables import status_lines, step_rows, summary_line
 
+    shown = ""
     while True:
         rows = step_rows(study, build_graph(study))
         if args.json:
             print(json.dumps({"study": study.name, "steps": [row.to_dict() for row in rows]}, indent=2, ensure_ascii=False))
             return int(ExitCode.DONE)
-        live = args.watch and sys.stdout.isatty()
-        if live:
+        terminal = sys.stdout.isatty()
+        if args.watch and terminal:
             print("\x1b[H\x1b[2J", end="")
-        for line in status_lines(rows, shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10_000):
-            say(line)
-        say(summary_line(rows))
+        if terminal or not shown:
+            for line in status_lines(rows, shutil.get_terminal_size((160, 24)).columns if terminal else 10_000):
+                say(line)
+        if (summary := summary_line(rows)) != shown or terminal:
+            say(summary)
+        shown = summary
         if not args.watch or all(row.state in ("fresh", "failed") for row in rows):
             break
         time.sleep(WATCH_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,21 +14,27 @@ from recipes_lib.studies.tables import StepRow, aligned, seconds_text, step_rows
 from recipes_lib.suites.recipe import EvalRecipe
 
 
-def plan_object(study: Study, graph: Graph, steps: Sequence[Step]) -> dict[str, Any]:
-    """Return the plan for --json."""
+def plan_object(study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]) -> dict[str, Any]:
+    """Return the plan for --json; `estimates` says per arm what one training takes."""
     rows = {row.name: row for row in step_rows(study, graph)}
     todo = [step for step in steps if rows[step.name].state != "fresh"]
     return {
         "study": study.name,
         "question": study.question,
-        "steps": [{**rows[step.name].to_dict(), "arm": step.arm, "run": step.run, "cost": cost_of(study, step)} for step in steps],
+        "steps": [
+            {**rows[step.name].to_dict(), "arm": step.arm, "run": step.run, "cost": cost_of(study, step, estimates)} for step in steps
+        ],
         "todo": [step.name for step in todo],
         "seconds_measured": sum(_seconds(graph, step) or 0.0 for step in todo),
     }
 
 
-def plan_lines(study: Study, graph: Graph, steps: Sequence[Step]) -> Iterator[str]:
-    """Yield the plan as text: the arms, then every step that would be done with its reason and cost."""
+def plan_lines(study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]) -> Iterator[str]:
+    """Yield the plan as text: the arms, then every step that would be done with its reason and cost.
+
+    Args:
+        estimates: per arm, what one training takes.
+    """
     rows = {row.name: row for row in step_rows(study, graph)}
     todo = [step for step in steps if rows[step.name].state != "fresh"]
     yield study.question
@@ -37,7 +43,7 @@ def plan_lines(study: Study, graph: Graph, steps: Sequence[Step]) -> Iterator[st
     if not todo:
         yield f"nothing to do: all {len(steps)} steps are fresh"
         return
-    table = [(step.name, _why(rows[step.name]), cost_of(study, step), _before(graph, step)) for step in todo]
+    table = [(step.name, _why(rows[step.name]), cost_of(study, step, estimates), _before(graph, step)) for step in todo]
     yield from aligned([("step", "because", "cost", "took before"), *table])
     yield ""
     yield f"{len(todo)} of {len(steps)} steps to do"
@@ -53,10 +59,11 @@ def _why(row: StepRow) -> str:
     return {"missing": "never done", "failed": f"failed: {row.detail}", "running": f"running: {row.detail}"}.get(row.state, row.detail)
 
 
-def cost_of(study: Study, step: Step) -> str:
+def cost_of(study: Study, step: Step, estimates: Mapping[str, str]) -> str:
     """Return what a step takes, counted from its inputs."""
     if step.kind == "train":
-        return training_cost(study, step)
+        estimate = estimates.get(step.arm)
+        return training_cost(study, step) + (f": {estimate}" if estimate else "")
     recipe = next((recipe for recipe in study.evals if recipe.name == step.eval), None)
     if recipe is None:
         return {"check": "loads the adapter", "statistics": "seconds", "report": "seconds"}.get(step.kind, "")
