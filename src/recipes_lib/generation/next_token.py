@@ -7,6 +7,7 @@ batch continues from it.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class NextToken:
         self.model, self.pad = model, pad
         head = model.get_output_embeddings()
         self._plain_head = type(head) is torch.nn.Linear and not getattr(model.config, "final_logit_softcapping", None)
+        self._cache_name = "cache" if "cache" in inspect.signature(model.get_decoder().forward).parameters else "past_key_values"
         self._shared: tuple[int, ...] = ()
         self._cache: Any = None
 
@@ -44,11 +46,15 @@ class NextToken:
             self._shared, self._cache = (), None
             return
         import torch
+        from transformers import DynamicCache
 
         self._shared = tuple(rows[0][:alike])
         ids = torch.tensor([self._shared], device=self.model.device)
         with torch.inference_mode():
-            self._cache = self.model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+            done = self.model.get_decoder()(input_ids=ids, use_cache=True)
+        self._cache = getattr(done, self._cache_name)
+        if type(self._cache) is not DynamicCache:  # another kind of state (Mamba and the like) may not be continued in a padded batch
+            self._shared, self._cache = (), None
 
     def logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the logits after each row's last token, shape (rows, vocabulary), in float32.
@@ -68,7 +74,7 @@ class NextToken:
             if self._cache is not None:
                 cache = copy.deepcopy(self._cache)
                 cache.batch_repeat_interleave(len(rows))
-                inputs |= {"past_key_values": cache, "use_cache": True}
+                inputs |= {self._cache_name: cache, "use_cache": True}
                 mask = torch.cat([mask.new_ones(len(rows), known), mask], dim=1)
             inputs["attention_mask"] = mask
             if not self._plain_head:
