@@ -130,9 +130,7 @@ def dialogue_as_row(row: dict[str, Any]) -> dict[str, str]:
 
 
 def take_turns(workers: list[Worker], steps: int) -> None:
-    """Run the first step of all, then `steps` more, one process at a time."""
-    for worker in workers:
-        worker.step()  # in the order of their start; loading overlaps, it is not measured
+    """Run `steps` steps of each, one process at a time."""
     for number in range(steps):
         for worker in workers:
             if not worker.failed:
@@ -198,6 +196,7 @@ def run_group(names: list[str], options: argparse.Namespace, scratch: Path) -> l
                 job |= {"examples_per_step": PACKS_PER_STEP if extra.get("packs") else EXAMPLES_PER_STEP, "packs_per_step": PACKS_PER_STEP}
                 job |= {"overrides": overrides, "patch": extra.get("patch")}
                 workers.append(Worker(name, python, job, log, extra.get("environment", {})))
+                workers[-1].step()  # one process computes at a time, and needs memory: also while they load
             take_turns(workers, options.steps)
         finally:
             for worker in workers:
