@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,13 @@ class LaunchFolder:
         ]
         write_json(self.jobs_file, {"format_version": FORMAT_VERSION, "profile": profile, "jobs": rows})
 
-    def write_commands(self, jobs: Iterable[Job], environment: str) -> None:
+    def write_commands(self, jobs: Sequence[Job], environment: str) -> None:
         """Write what launch/job.sbatch reads, in place of what an earlier submission left; logs stay."""
         self.path.mkdir(parents=True, exist_ok=True)
         for stale in (path for path in self.path.iterdir() if path.suffix in (".args", ".processes", ".exit_code")):
             stale.unlink()
         write_text(self.path / "env.sh", environment)
+        write_text(self.path / "order", "".join(f"{label}\n" for job in jobs for label in job.task_labels()))
         for job in jobs:
             for label, task in zip(job.task_labels(), job.tasks, strict=True):
                 write_text(self.path / f"{label}.args", "".join(f"{word}\n" for word in check_words(task.args)))
