@@ -336,6 +336,24 @@ def test_a_run_name_that_is_no_folder_name_is_refused(tmp_path, name):
         import_run([original_csv(tmp_path / "d.csv", PAIRS)], name)
 
 
+def test_names_that_the_program_gives_itself_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="names that start so"):
+        import_run([original_csv(tmp_path / "d.csv", PAIRS)], "base--llama--1234")
+
+
+def test_what_a_killed_import_left_is_cleared_by_the_next(tmp_path, runs):
+    (runs / ".import-999999999" / "r").mkdir(parents=True)
+    import_run([original_csv(tmp_path / "d.csv", PAIRS)], "r")
+    assert [path.name for path in runs.iterdir()] == ["r"]
+
+
+def test_an_imported_judge_is_never_taken_for_one_of_ours(tmp_path, runs):
+    import_run([original_csv(tmp_path / "d.csv", PAIRS)], "one")
+    import_run([original_csv(tmp_path / "e.csv", PAIRS[:2])], "two")
+    judges = [read_run(runs / name).evals[0].result["judge"] for name in ("one", "two")]
+    assert judges[0] == judges[1] and judges[0]["fingerprint"].startswith("imported:")
+
+
 def test_a_symbolic_link_out_of_the_runs_is_refused(tmp_path, runs):
     runs.mkdir()
     (tmp_path / "elsewhere").mkdir()

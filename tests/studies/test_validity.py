@@ -325,6 +325,17 @@ def test_a_judge_that_failed_in_one_evaluation_is_not_believed_in_another(root):
     assert set(finding.metrics) == {"alpaca_eval/win_rate", "mt_bench/grade"}
 
 
+def test_an_audit_on_human_labels_that_the_judge_failed_counts_and_another_judges_does_not(root):
+    made = arms(a=run(root, "a", evaluated(root / "a")))
+    card = {**failed("agreement with human labels", 0.5), "judge": "j"}
+    for judge, name in (("j", "pandalm"), ("other", "llmbar")):
+        folder = root / f"judge--{judge}" / name
+        folder.mkdir(parents=True)
+        (folder / "judge_audit.json").write_text(json.dumps({**card, "judge": judge}), encoding="utf-8")
+    finding = found(check_validity(None, made), "judge-failed-audit")
+    assert finding.title.endswith("on pandalm") and finding.metrics == ("alpaca_eval/win_rate",)
+
+
 def test_different_judges_are_an_error(root):
     other = {"fingerprint": "k", "name": "judge", "weak": None}
     made = arms(a=run(root, "a", evaluated(root / "a")), b=run(root, "b", evaluated(root / "b", (0.0, 1.0), judge=other)))

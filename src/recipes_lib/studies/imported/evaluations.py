@@ -176,7 +176,8 @@ def _judge(parts: Sequence[Part]) -> Row | None:
     if not judged:
         return None
     name = next((str(part.facts["judge_name"]) for part in judged if part.facts.get("judge_name")), None)
-    return {"name": name, "model": name, "fingerprint": None, "mode": "generate", "weak": None}
+    known = sorted({str(part.facts["judge"]) for part in judged})
+    return {"name": name, "model": name, "fingerprint": known[0] if len(known) == 1 else None, "mode": "generate", "weak": None}
 
 
 def _audit(judgments: Sequence[Row]) -> dict[str, Any] | None:

@@ -55,7 +55,7 @@ def read_judgments(file: Foreign, model: str | None, against: str | None) -> Par
         opponent, records = None, [record for record in source.records if record.model == name]
     records = check_unique(file, [(record.item, record.turn) for record in records], records)
     judge_name = _judge_name(source)
-    judge = f"imported:{text_hash(judge_name or file.sha256)[:16]}"
+    judge = f"imported:{text_hash(judge_name or file.format)[:16]}"
     part = Part(
         _suite(source),
         file,
@@ -77,11 +77,13 @@ def read_judgments(file: Foreign, model: str | None, against: str | None) -> Par
 
 
 def _judge_name(source: ForeignFile) -> str | None:
-    """The judge's name where the rows of a file tell it, as FastChat's do."""
-    if not source.format.startswith("fastchat"):
-        return None
-    named = json.loads(source.data.decode("utf-8-sig").strip().split("\n", 1)[0]).get("judge")
-    return str(named[0]) if isinstance(named, list) and named else None
+    """The judge's name where the rows of a file tell it; the original study had one judge."""
+    if source.format.startswith("original"):
+        return "prometheus-7b-v2.0"
+    text = source.data.decode("utf-8-sig").strip()
+    row = json.loads(text)[0] if text.startswith("[") else json.loads(text.split("\n", 1)[0])
+    named = row.get("judge") or row.get("annotator")
+    return str(named[0]) if isinstance(named, list) and named else named if isinstance(named, str) else None
 
 
 def _pairs_of(file: Foreign, source: ForeignFile, model: str | None, against: str | None) -> tuple[str, str, list[Record]]:

@@ -87,6 +87,8 @@ def import_run(
         DataError: a file is damaged or unknown, or files do not belong together.
     """
     target = RunDirectory(run)
+    if run.startswith(("base--", "answers--", "judge--")):
+        raise RecipeError(f"'{run}': names that start so are given by recipes eval and recipes judge", "choose another name: --as OTHER")
     files = read_files(names)
     if target.exists() and not replace:
         if _same_files(target, files, model):
@@ -162,7 +164,6 @@ def _add_summaries(content: _Content) -> None:
         if abs(recorded["win"] - told[0]) > 0.01 or recorded["n"] != told[1]:
             what = f"it says {told[0]} % wins of {told[1]}, the judgments {recorded['win']:.3f} % of {recorded['n']}"
             raise file.error(what, "are they of the same model?")
-        judged[0].facts["judge_name"] = row.get("judge_model")
         judged[0].models = judged[0].models or tuple(filter(None, [row.get("model_name")]))
         content.becomes[file.sha256] = "agrees with the judgments"
 
@@ -231,13 +232,26 @@ def _same_files(target: RunDirectory, files: list[Foreign], model: str | None) -
     return state["state"] == "imported" and known == {file.sha256 for file in files} and not other_rows
 
 
+def _runs(pid: str) -> bool:
+    """Whether a process of this machine runs; one that may not be asked does."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, recipe_name: str | None, done: Imported) -> None:
     """Write the run beside its place and rename it, so that a run is there whole or not at all."""
     root = runs_root()
     scratch = root / f".import-{os.getpid()}"
     old = root / f".replaced-{os.getpid()}"
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for left in root.glob(".import-*"):  # of imports that were killed
+            if left == scratch or not _runs(left.name.partition("-")[2]):
+                shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir(parents=True)
         run = RunDirectory(target.name, scratch)
         for name, parts in content.evals.items():

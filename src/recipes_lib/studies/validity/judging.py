@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.studies.findings import Finding, Severity
+from recipes_lib.studies.measurements import read_object
 from recipes_lib.studies.validity.settings import place
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def check_judging(study: Study | None, measurements: Measurements) -> Iterator[F
     for name, result in results:
         evals[result.eval].append((name, result))
     yield from _weak(results)
+    yield from _on_labels(measurements, results)
     for found in evals.values():
         yield from _audits(found, results)
         yield from _different_judges(found)
@@ -88,19 +91,39 @@ def judged_metrics(found: Sequence[tuple[str, EvalResult]]) -> tuple[str, ...]:
 
 def _audits(found: Sequence[tuple[str, EvalResult]], everything: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
     """One finding per kind of failed check, with every arm's value; it concerns all that the same judge judged."""
-    judges = {judge for _, result in found if (judge := (result.result.get("judge") or {}).get("fingerprint"))}
-    same = [(name, result) for name, result in everything if (result.result.get("judge") or {}).get("fingerprint") in judges]
+    judges = {_fingerprint(result) for _, result in found} - {None}
+    same = [(name, result) for name, result in everything if _fingerprint(result) in judges]
     metrics = judged_metrics([*found, *same])
     failed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name, result in found:
         card = result.result.get("audit") or {}
         for check in card.get("checks") or ():
             if check["result"] == "fail":
-                value = "n/a" if check["value"] is None else f"{check['value']:.3f}"
-                line = f"{name}: {check['check']} {value}, needs {check['needs']}{_detail(card, check)} ({place(result.file)})"
-                failed[_CHECKS.get(check["check"], _FAILED)].append(line)
+                failed[_CHECKS.get(check["check"], _FAILED)].append(_line(card, check, name, result.file))
     for (code, title, remedy), evidence in failed.items():
         yield Finding(code, "error", f"{title} in {found[0][1].eval}", tuple(evidence), remedy, (), metrics)
+
+
+def _on_labels(measurements: Measurements, results: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """Audits on human labels (`recipes judge audit JUDGE.yaml`) that the judges of these results failed."""
+    roots = {run.folder.parent for arm in measurements.arms.values() for run in arm.runs}
+    for file in sorted(file for root in roots for file in root.glob("judge--*/*/judge_audit.json")):
+        card = read_object(file)
+        mine = [(name, result) for name, result in results if _fingerprint(result) and _fingerprint(result) == card.get("judge")]
+        lines = tuple(_line(card, check, file.parent.name, file) for check in card.get("checks") or () if check["result"] == "fail")
+        if mine and lines:
+            title = f"The judge failed its audit on {file.parent.name}"
+            yield Finding(_FAILED[0], "error", title, lines, _FAILED[2], (), judged_metrics(mine))
+
+
+def _fingerprint(result: EvalResult) -> str | None:
+    return (result.result.get("judge") or {}).get("fingerprint")
+
+
+def _line(card: dict[str, Any], check: dict[str, Any], whose: str, file: Path) -> str:
+    """A failed check with its value."""
+    value = "n/a" if check["value"] is None else f"{check['value']:.3f}"
+    return f"{whose}: {check['check']} {value}, needs {check['needs']}{_detail(card, check)} ({place(file)})"
 
 
 def _weak(results: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
