@@ -82,6 +82,8 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     from recipes_lib.launching.profile import load_profile
 
     profile = load_profile(args.profile) if args.profile else None
+    if profile is not None:
+        profile.enter()
     flags = [f"--{name.replace('_', '-')}" for name in TRAIN_FLAGS if getattr(args, name)]
     plan = plan_target(target, overrides, profile, args, flags)
     typed = shlex.join(["recipes", "launch", *sys.argv[2:]]) if sys.argv[1:2] == ["launch"] else f"recipes launch {target}"
@@ -90,6 +92,7 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
         print(plan.folder.path)
         return ExitCode.DONE
     assert profile is not None
+    _warn(plan, profile, target)
     if args.dry_run:
         _show(plan, profile)
         next_step(f"{typed.replace(' --dry-run', '')}   (submits; --test-only asks Slurm first)")
@@ -108,6 +111,14 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
         return watching.wait(plan.folder)
     next_step(f"recipes launch status {plan.name}")
     return ExitCode.DONE
+
+
+def _warn(plan: Plan, profile: SiteProfile, target: str) -> None:
+    """Say which models are not here yet, where the jobs cannot fetch them."""
+    from recipes_lib.launching.prefetching import missing_models
+
+    for name in missing_models(plan.models) if profile.values.offline else ():
+        say(f"warning: {name} is not on this machine, and jobs have no network: recipes prefetch {target}")
 
 
 def _show(plan: Plan, profile: SiteProfile) -> None:

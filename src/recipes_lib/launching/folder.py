@@ -109,7 +109,7 @@ def environment_script(profile: SiteProfile | None) -> str:
             lines += ['eval "$("${CONDA_EXE:-conda}" shell.bash hook)"', f"conda activate {shlex.quote(environment.conda)}"]
         if environment.venv:
             lines += [f"source {shlex.quote(str(Path(environment.venv).expanduser() / 'bin' / 'activate'))}"]
-        for key, variable in (("cache", "RECIPES_CACHE"), ("hub", "HF_HOME"), ("temporary", "TMPDIR")):
+        for key, variable in (("hub", "HF_HOME"), ("temporary", "TMPDIR")):
             folder = profile.directory(key)
             variables |= {variable: folder} if folder else {}
         variables |= {"HF_HUB_OFFLINE": "1"} if values.offline else {}

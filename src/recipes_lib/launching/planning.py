@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.errors import RecipeError, RecipesError
 from recipes_lib.launching.folder import launch_folder
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import Plan, plan_recipe, read_evals, read_stages
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.project import recipe_path
-from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.recipe.project import recipe_path, shown_path
+from recipes_lib.recipe.recipe import Recipe, load_recipe
 
 
 def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | None, args: argparse.Namespace, flags: Sequence[str]) -> Plan:
@@ -40,7 +40,32 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
         stages=stages if not args.prepare or args.stages else ("train",),
         evals=read_evals(args.evals, recipe) if "eval" in stages else [],
         words=[*overrides, *flags],
+        seconds=_planned_seconds(recipe, launch, profile),
     )
+
+
+def _planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None) -> int | None:
+    """Return the time limit that a plan gives for the site's card; None where no card is named or nothing is known of the model.
+
+    Raises:
+        RecipeError: the profile names a card that nobody knows.
+    """
+    card = profile.values.gpu if profile else None
+    if card is None or launch.config.use_cpu:
+        return None
+    from recipes_lib.planning.cards import card_named
+    from recipes_lib.planning.plan import plan_recipe as plan_time
+
+    assert profile is not None
+    try:
+        card_named(card)
+    except RecipeError as error:
+        raise profile.error("gpu", error.what, *error.hints) from None
+    try:
+        config = launch.config.path
+        return plan_time(recipe, gpu=card, gpus=launch.per_machine, nodes=launch.machines, accelerate=shown_path(config)).walltime
+    except RecipesError:
+        return None
 
 
 def _is_study(target: str) -> bool:
@@ -71,7 +96,9 @@ def _plan_study(
         if arm.trained:
             _check_gpus(arm.launch, profile)
     limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
-    return plan_study(study, launch_folder(study.name), profile, stages=stages, flags=flags, throttle=limit)
+    seconds = {arm.name: _planned_seconds(arm.recipe, arm.launch, profile) for arm in study.arms if arm.trained and arm.recipe}
+    known = {name: value for name, value in seconds.items() if value is not None}
+    return plan_study(study, launch_folder(study.name), profile, stages=stages, flags=flags, throttle=limit, seconds=known)
 
 
 def _check_gpus(launch: Launch, profile: SiteProfile | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ class SiteProfile:
         """Return a folder of `directories`, `{user}` replaced and `~` expanded."""
         value = getattr(self.values.directories, key)
         return None if value is None else str(Path(value.replace("{user}", getpass.getuser())).expanduser())
+
+    def enter(self) -> None:
+        """Use the site's folders in this process; before the Hub's library is imported, which reads its variable once."""
+        for key, variable in (("runs", "RECIPES_RUNS_ROOT"), ("hub", "HF_HOME"), ("cache", "RECIPES_CACHE")):
+            folder = self.directory(key)
+            if folder:
+                os.environ[variable] = folder
 
 
 def profile_path(name: str) -> Path:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
 from recipes_lib.launching.jobs import Job, Shape, Task, training_command
+from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.sections import STAGES
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.launch import Launch
 from recipes_lib.recipe.project import project_root, shown_path
 from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.recipe.sections import ModelSection
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 
@@ -24,12 +26,13 @@ CLI = ("-m", "recipes_lib.cli")
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a submission needs: the jobs in order, what they belong to, and the files to copy."""
+    """Everything a submission needs: the jobs in order, what they belong to, the files to copy, the models they load."""
 
     name: str
     jobs: tuple[Job, ...]
     folder: LaunchFolder
     snapshot: Snapshot
+    models: tuple[ModelSection, ...] = ()
 
 
 def python_in_job(profile: SiteProfile | None) -> tuple[str, ...]:
@@ -91,7 +94,8 @@ def plan_recipe(
         command = (python, *CLI, "compare", recipe.name, "--html", page)
         last = tuple(job.label for job in jobs if job.stage == "eval") or tuple(job.label for job in jobs)
         jobs.append(Job("report", "report", (Task((*prefix, *command), what="report"),), Shape(uses_gpus=False), last))
-    return Plan(recipe.name, tuple(jobs), folder, snapshot)
+    models = (recipe.model, *(judge for one in evals for judge in judge_model(one)))
+    return Plan(recipe.name, tuple(jobs), folder, snapshot, models)
 
 
 def shape_of(launch: Launch) -> Shape:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
 from recipes_lib.launching.jobs import Job, Shape, Task, training_command
+from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import CLI, Plan, python_in_job, shape_of
 from recipes_lib.launching.snapshot import Snapshot
@@ -54,7 +55,9 @@ def plan_study(
         what = f"study '{study.name}': every step of {', '.join(stages)} is fresh"
         raise RecipeError(what, f"look at it: recipes study status {shown_path(study.path)}")
     planner.check_order()
-    return Plan(study.name, tuple(jobs), folder, planner.snapshot)
+    models = [arm.recipe.model for arm in study.arms if arm.trained and arm.recipe]
+    models += [judge for one in study.evals for judge in judge_model(one)]
+    return Plan(study.name, tuple(jobs), folder, planner.snapshot, tuple(models))
 
 
 class _Planner:
@@ -77,14 +80,15 @@ class _Planner:
 
     def trainings(self, throttle: int | None) -> list[Job]:
         """Return the trainings with their checks: one job for the arms and seeds of one size, an array where there are several."""
-        groups: dict[tuple[Shape, str, int | None], list[Step]] = {}
+        groups: dict[tuple[Shape, str], list[Step]] = {}
         for step in self._open(("train",), also=("check",)):
             launch = self.launches[step.arm]
-            groups.setdefault((shape_of(launch), launch.config.path.stem, self.seconds.get(step.arm)), []).append(step)
+            groups.setdefault((shape_of(launch), launch.config.path.stem), []).append(step)
         jobs: list[Job] = []
-        for (shape, config, seconds), steps in groups.items():
+        for (shape, config), steps in groups.items():
             label = "train" if len(groups) == 1 else f"train-{config}-{shape.nodes}x{shape.processes}"
-            label += f"-{len(jobs)}" if label in {job.label for job in jobs} else ""
+            planned = [self.seconds.get(step.arm) for step in steps]
+            seconds = None if None in planned else max(filter(None, planned))
             before = (jobs[-1].label,) if jobs and throttle else ()  # groups one after another, or together they would exceed the limit
             job = Job(label, "train", tuple(map(self._training, steps)), shape, (), before, throttle, seconds)
             for step, task_label in zip(steps, job.task_labels(), strict=True):

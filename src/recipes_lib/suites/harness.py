@@ -90,8 +90,8 @@ def plain_command(recipe: EvalRecipe, target: Target) -> str:
     words += ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in values.gen_kwargs.items())] if values.gen_kwargs else []
     words += ["--include_path", str(_include_path(recipe))] if recipe.data.include_path else []
     line = shlex.join([*words, *_option_words(values.options)])
-    if recipe.data.folder:
-        line = f"(cd {shlex.quote(os.path.relpath(recipe.resolve('data.folder', recipe.data.folder)))} && {line})"
+    place = os.path.relpath(recipe.resolve("data.folder", recipe.data.folder)) if recipe.data.folder else "."
+    line = line if place == "." else f"(cd {shlex.quote(place)} && {line})"
     without = [name for name in values.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
     return f"{line}  # lm_eval has no flag for {', '.join(without)}" if without else line
 
@@ -279,6 +279,21 @@ def _task_manager(recipe: EvalRecipe) -> Any:
             "all tasks: lm_eval ls tasks",
         )
     return manager
+
+
+def load_tasks(recipe: EvalRecipe) -> int:
+    """Build the tasks without a model, which fetches their data where it is not here yet; return the number of items.
+
+    Raises:
+        RecipeError: a task that does not exist.
+    """
+    from lm_eval.tasks import get_task_dict
+
+    def items(found: Mapping[Any, Any]) -> int:
+        return sum(items(one) if isinstance(one, Mapping) else len(one.eval_docs) for one in found.values())
+
+    with _inside(recipe), _quiet():
+        return items(get_task_dict(list(recipe.suite.tasks or []), _task_manager(recipe)))
 
 
 def _include_path(recipe: EvalRecipe) -> Path | None:

@@ -1,0 +1,55 @@
+"""`recipes prefetch RECIPE|STUDY|EVAL...`: fetch models, data and judges on the login node, and find them again without a network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+
+from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.terminal import next_step, say
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("words", nargs="+", metavar="RECIPE|STUDY|EVAL", help="what will run on nodes without a network")
+    parser.add_argument("--profile", metavar="P", help="the site: its directories hub and cache are filled")
+    parser.add_argument("--check", action="store_true", help="fetch nothing; only look whether everything is here (exit 5 if not)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch, then check in a process of its own that is told to stay offline, as a job on a compute node is."""
+    words = [word for word in args.words if "=" not in word]
+    overrides = [*(word for word in args.words if "=" in word), *args.overrides]
+    if not words:
+        raise RecipeError("recipes prefetch: nothing is named", "recipes prefetch RECIPE evals/alpaca_eval.yaml --profile P")
+    if args.profile:
+        from recipes_lib.launching.profile import load_profile
+
+        load_profile(args.profile).enter()
+    from recipes_lib.launching.prefetching import needs_of
+
+    needs = list(dict.fromkeys(need for word in words for need in needs_of(word, overrides)))
+    if not args.check:
+        for need in needs:
+            say(f"{need.kind} {need.name}")
+            need.fetch()
+        command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *words, *overrides, "--check"]
+        code = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}).returncode
+        if code == ExitCode.DONE:
+            next_step(f"recipes launch {words[0]} --profile {args.profile or 'P'}")
+        return code
+    missing = 0
+    for need in needs:
+        try:
+            say(f"here: {need.kind} {need.name}: {need.check()}")
+        except RecipesError as error:
+            missing += 1
+            print_error(error)
+        except Exception as error:  # datasets and lm-eval have exceptions of their own
+            missing += 1
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            print_error(RecipesError(f"missing: {need.kind} {need.name}: {lines[0]}", "where there is a network: recipes prefetch"))
+    say(f"{len(needs) - missing} of {len(needs)} here, found without a network" if missing else f"all {len(needs)} here, without a network")
+    return ExitCode.ENVIRONMENT if missing else ExitCode.DONE

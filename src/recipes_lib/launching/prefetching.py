@@ -1,0 +1,177 @@
+"""What a recipe, a study or an eval needs from elsewhere: fetched on the login node, and found again without a network.
+
+Nothing is loaded into memory but tokenizers and rows: weights are checked by their headers and sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipes_lib.data.sources import Source, hub_answers, listed_sources, load_tables, offline_by_environment
+from recipes_lib.errors import EnvironmentFault
+from recipes_lib.recipe.loader import load_document
+from recipes_lib.recipe.project import recipe_path
+from recipes_lib.recipe.recipe import Recipe, load_recipe
+from recipes_lib.recipe.sections import ModelSection
+from recipes_lib.suites.recipe import EvalRecipe, load_eval
+from recipes_lib.terminal import say
+
+WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that is needed: `fetch` gets it where a network is, `check` finds it without one and says what it found."""
+
+    kind: str
+    name: str
+    fetch: Callable[[], object] = field(compare=False, repr=False)
+    check: Callable[[], str] = field(compare=False, repr=False)
+
+
+def needs_of(word: str, overrides: Sequence[str] = ()) -> list[Need]:
+    """Return what a recipe, a study or an eval recipe needs, each once.
+
+    Raises:
+        RecipeErrors: what is wrong with the file.
+    """
+    from recipes_lib.studies.study import load_study, study_path
+
+    path = recipe_path(word)
+    path = path if path.is_file() else study_path(word)
+    kind = load_document(path).kind.name if path.is_file() else "recipe"
+    if kind == "study":
+        study = load_study(path, overrides)
+        found = [need for arm in study.arms if arm.trained and arm.recipe for need in _of_recipe(arm.recipe)]
+        found += [need for one in study.evals for need in _of_eval(one)]
+    elif kind == "eval":
+        found = list(_of_eval(load_eval(path, overrides)))
+    else:
+        found = list(_of_recipe(load_recipe(word, overrides)))
+    return list(dict.fromkeys(found))
+
+
+def _of_recipe(recipe: Recipe) -> Iterator[Need]:
+    yield _model(recipe.model)
+    folders = [recipe.folder_of("data.source")]
+    for source in listed_sources(recipe.data):
+        yield _data(source, folders)
+
+
+def _of_eval(recipe: EvalRecipe) -> Iterator[Need]:
+    if judge_model(recipe):
+        yield _model(judge_model(recipe)[0], "judge")
+    if recipe.suite.name == "lm_eval":
+
+        def tasks() -> str:
+            from recipes_lib.suites.harness import load_tasks
+
+            return f"{load_tasks(recipe):,} items"
+
+        yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
+        return
+
+    def questions() -> str:
+        from recipes_lib.suites.questions import load_questions
+
+        return f"{len(load_questions(recipe).questions)} questions"
+
+    yield Need("questions", str(recipe.data.questions), questions, questions)
+
+
+def judge_model(recipe: EvalRecipe) -> list[ModelSection]:
+    """Return the judge of an eval as a model, where it runs in the job itself."""
+    if recipe.judge is None or recipe.judge.judge.engine != "transformers":
+        return []
+    return [ModelSection(name_or_path=recipe.judge.judge.model, revision=recipe.judge.judge.revision)]
+
+
+def _data(source: Source, folders: list[Path]) -> Need:
+    def check() -> str:
+        return f"{sum(len(table.rows) for table in load_tables(source, folders)):,} rows"
+
+    return Need("data", source.source, check, check)
+
+
+def _model(section: ModelSection, kind: str = "model") -> Need:
+    name = section.name_or_path + (f" at {section.revision}" if section.revision else "")
+    return Need(kind, name, lambda: fetch_model(section), lambda: check_model(section))
+
+
+def fetch_model(section: ModelSection) -> None:
+    """Fetch a model's files into the cache, saying how much it is.
+
+    Raises:
+        EnvironmentFault: gated, no such revision, or no network.
+    """
+    from recipes_lib.training.model import explain_load_failure
+    from recipes_lib.training.packaged_models import is_packaged, materialise
+
+    name = section.name_or_path
+    if is_packaged(name):
+        materialise(name)
+        return
+    if Path(name).is_dir():
+        return
+    if offline_by_environment() or not hub_answers():
+        raise explain_load_failure(section, OSError("offline"))
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = HfApi().model_info(name, revision=section.revision, files_metadata=True).siblings or []
+        size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+        say(f"fetching {name} ({size / 2**30:.1f} GiB of weights; what is here already is not fetched again) ...")
+        snapshot_download(name, revision=section.revision, allow_patterns=WEIGHT_FILES)
+    except Exception as error:  # the Hub client has many exception types; each becomes one line
+        raise explain_load_failure(section, OSError(str(error))) from None
+
+
+def check_model(section: ModelSection) -> str:
+    """Return what a model's files on this machine are, once they are whole.
+
+    Raises:
+        EnvironmentFault: files are missing or cut.
+    """
+    from recipes_lib.recipe.model_files import broken_shard
+    from recipes_lib.training.packaged_models import is_packaged, packaged_folder
+
+    name = section.name_or_path
+    if is_packaged(name):
+        folder = packaged_folder(name)
+    elif Path(name).is_dir():
+        folder = Path(name)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(name, "config.json", revision=section.revision)
+        folder = Path(config).parent if isinstance(config, str) else None
+    if folder is None or not (folder / "config.json").is_file():
+        raise EnvironmentFault(f"'{name}' is not on this machine", "where there is a network: recipes prefetch")
+    shards = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(named - {shard.name for shard in shards})
+        if missing:
+            raise EnvironmentFault(f"'{name}' lacks {', '.join(missing[:3])}", "fetch it again: recipes prefetch")
+    problems = [f"{shard.name} {problem}" for shard in shards if (problem := broken_shard(shard))]
+    if problems or not shards:
+        raise EnvironmentFault(f"'{name}': {problems[0] if problems else 'no *.safetensors'}", f"remove {folder} and fetch it again")
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise EnvironmentFault(f"'{name}' has no tokenizer files in {folder}", "fetch it again: recipes prefetch")
+    size = sum(shard.stat().st_size for shard in shards)
+    return f"{len(shards)} weight file{'s' * (len(shards) != 1)}, {size / 2**30:.2f} GiB, whole"
+
+
+def missing_models(sections: Iterable[ModelSection]) -> list[str]:
+    """Return the names of models that are not whole on this machine."""
+    missing = []
+    for section in sections:
+        try:
+            check_model(section)
+        except EnvironmentFault:
+            missing.append(section.name_or_path)
+    return list(dict.fromkeys(missing))
