@@ -26,8 +26,17 @@ def folder_fingerprint(folder: Path) -> str:
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         if (folder / name).is_file():
             values = json.loads((folder / name).read_text(encoding="utf-8"))
-            parts.append([name, {key: value for key, value in values.items() if key not in ("base_model_name_or_path", "_name_or_path")}])
+            values = {key: value for key, value in values.items() if key not in ("base_model_name_or_path", "_name_or_path")}
+            parts.append([name, _in_order(values) if name == "adapter_config.json" else values])
     return hash_of(parts)
+
+
+def _in_order(values: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's settings with names in order: it writes sets, whose order is another one in every process."""
+    return {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+        for key, value in values.items()
+    }
 
 
 def model_fingerprint(section: ModelSection, path: str) -> str:
