@@ -52,8 +52,8 @@ def test_a_bf16_lora_without_padding_comes_near_the_published_rate() -> None:
     assert made.duration.tokens_per_second == pytest.approx(12_473, rel=0.2)
 
 
-# The original runs on two slices without peer-to-peer access (7 GB/s is the rate that explains the second): seconds of training. The plan knows
-# nothing of what slowed their QLoRA down; it is held to within a factor of two and a half.
+# The original runs on two slices without peer-to-peer access (7 GB/s is the rate that explains the second): seconds of training. The plan
+# knows nothing of what slowed their QLoRA down; it is held to within a factor of two and a half.
 @pytest.mark.parametrize(("name", "seconds", "factor"), [("published-ddp-qlora-r32", 2877, 2.5), ("published-fsdp-bf16-r32", 8777, 1.2)])
 def test_the_original_runs_are_in_reach(name: str, seconds: float, factor: float) -> None:
     planned = plan(f"llama2-7b-dolly/{name}", gpu="h100-47").duration.training

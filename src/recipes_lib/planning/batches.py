@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from recipes_lib.planning.lengths import Lengths
@@ -104,6 +105,12 @@ def draw(settings: Settings, lengths: Sequence[int], size: int) -> Drawn:
         lengths: tokens per example, cut.
         size: examples per micro-batch.
     """
+    return _draw(settings.flattened, settings.masked, settings.grouped, settings.max_tokens, tuple(lengths), size)
+
+
+@lru_cache(maxsize=256)
+def _draw(flattened: bool, masked: bool, grouped: bool, cap: int | None, lengths: tuple[int, ...], size: int) -> Drawn:
+    """Draw for `draw`; a plan compares many settings with the same batches."""
     pool = list(lengths)
     while len(pool) < 4 * size:
         pool += pool
@@ -112,46 +119,46 @@ def draw(settings: Settings, lengths: Sequence[int], size: int) -> Drawn:
     largest = largest_row = 0
     for _ in range(3):
         generator.shuffle(order)
-        if settings.grouped:
+        if grouped:
             order.sort()
         for start in range(0, len(order) - size + 1, size):
             batch = order[start : start + size]
             batches += 1
             real += sum(batch)
-            for group in _groups(settings, batch):
-                cost, row, square = _computed(settings, group)
+            for group in _groups(batch, cap, flattened):
+                cost, row, square = _computed(group, flattened, masked)
                 passes, computed, squares = passes + 1, computed + cost, squares + square
                 if cost > largest:
                     largest, largest_row = cost, row
-        if settings.grouped:
+        if grouped:
             break
     return Drawn(real / batches, computed / batches, passes / batches, largest, largest_row, squares / computed)
 
 
-def _groups(settings: Settings, batch: Sequence[int]) -> list[list[int]]:
+def _groups(batch: Sequence[int], cap: int | None, flattened: bool) -> list[list[int]]:
     """Return the examples of each forward pass of a micro-batch: all of them, or pieces where it exceeds the cap."""
     groups: list[list[int]] = []
     group: list[int] = []
     for length in batch:
-        if group and settings.max_tokens and _cost(settings, [*group, length]) > settings.max_tokens:
+        if group and cap and _cost([*group, length], flattened) > cap:
             groups.append(group)
             group = []
         group.append(length)
     return [*groups, group]
 
 
-def _computed(settings: Settings, group: Sequence[int]) -> tuple[int, int, int]:
+def _computed(group: Sequence[int], flattened: bool, masked: bool) -> tuple[int, int, int]:
     """Return computed tokens, tokens of a row, and the pairs of tokens that attention looks at (before half of them are masked)."""
-    cost, longest = _cost(settings, group), max(group)
-    if not settings.flattened:
+    cost, longest = _cost(group, flattened), max(group)
+    if not flattened:
         return cost, longest, cost * longest
-    if settings.masked:
+    if masked:
         return cost, cost, cost * cost
     return cost, longest, sum(length * length for length in group)
 
 
-def _cost(settings: Settings, group: Sequence[int]) -> int:
-    return sum(group) if settings.flattened else max(group) * len(group)
+def _cost(group: Sequence[int], flattened: bool) -> int:
+    return sum(group) if flattened else max(group) * len(group)
 
 
 def validations(steps: int, per_epoch: int, train: dict[str, Any]) -> int:

@@ -12,7 +12,7 @@ from recipes_lib.planning.plan import Plan
 from recipes_lib.planning.settings import Settings
 
 MIB = 2**20
-MOST_ADVICE = 5
+MOST_ADVICE, MOST_OTHERS = 4, 2
 
 
 def plan_lines(
@@ -162,7 +162,8 @@ def _advice(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
         )
         return
     yield "to try, best first" if plan.fits else "what makes it fit, best first"
-    for item in advice[:MOST_ADVICE]:
+    same = [item for item in advice if item.same_result][:MOST_ADVICE]
+    for item in [*same, *[item for item in advice if not item.same_result][:MOST_OTHERS]]:
         gain = f"saves {clock(item.saves_s)}" if item.saves_s >= 0 else f"costs {clock(-item.saves_s)}"
         memory = f", peak {item.memory_gib:+.1f} GiB" if abs(item.memory_gib) >= 0.05 else ""
         other = "" if item.same_result else "; another experiment"

@@ -1,0 +1,193 @@
+"""`recipes plan`: every shipped recipe and study, as text and as JSON, and what it answers to bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from recipes_lib.cli import main
+from recipes_lib.recipe.project import project_root
+
+ROOT = project_root()
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if not path.name.startswith("_") and "studies" not in path.parts]
+STUDIES = [path for path in sorted((ROOT / "recipes/studies").glob("*.yaml")) if not path.name.startswith("_")]
+LORA = "llama2-7b-dolly/lora-bf16-r32"
+Plan = Callable[..., tuple[int, str, str]]
+SCHEMA = Draft202012Validator(json.loads((ROOT / "schema/plan.schema.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
+    """A function that runs the verb and returns exit code, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["plan", *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_schema_is_a_schema_and_its_plan_has_the_four_parts() -> None:
+    Draft202012Validator.check_schema(SCHEMA.schema)
+    assert list(SCHEMA.schema["oneOf"][0]["properties"]) == ["memory", "time", "steps", "advice"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_recipe_has_a_sensible_plan(path: Path, plan: Plan) -> None:
+    code, out, err = plan(path, "--json")
+    assert (code, err) == (0, "")
+    made = json.loads(out)
+    SCHEMA.validate(made)
+    memory, time, steps = made["memory"], made["time"], made["steps"]
+    on_cpu = "7b" not in str(path)
+    assert (memory["card"] == "cpu") == on_cpu
+    assert memory["weights_gib"] < memory["peak_gib"] < memory["needed_gib"]
+    assert memory["needed_gib"] < (8 if on_cpu else 80)
+    assert memory["fits"] or on_cpu  # a machine may have less memory free at this moment than the smallest recipe needs
+    assert memory["max_tokens_with_checkpointing"] >= memory["max_tokens_per_micro_batch"]
+    assert 30 < time["train_total_s"] < (7200 if on_cpu else 4 * 3600)
+    assert time["walltime_s"] >= 1.5 * time["train_total_s"] and time["walltime_s"] % 900 == 0
+    assert time["total_s"] == pytest.approx(time["train_total_s"] + time["evaluation_s"], abs=0.1)
+    assert 0 < time["mfu"] < 1.05
+    assert len(time["evaluations"]) == 3
+    assert steps["steps"] > 30 and 1 <= steps["padding_factor"] < 5
+    assert len(memory["methods"]) == (3 if on_cpu else 21)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_shipped_study_has_sums(path: Path, plan: Plan) -> None:
+    code, out, _ = plan(path, "--json", "--price", 2)
+    assert code == 0
+    made = json.loads(out)
+    SCHEMA.validate(made)
+    arms, total = made["arms"], made["total"]
+    assert arms or made["not_trained_here"]
+    assert total["runs"] == sum(arm["seeds"] for arm in arms.values())
+    assert total["train_s"] == pytest.approx(sum(arm["seeds"] * arm["time"]["train_total_s"] for arm in arms.values()), abs=1)
+    assert total["cost"] == pytest.approx(2 * total["gpu_hours"], abs=0.01)
+    code, out, _ = plan(path)
+    assert code == 0 and "card hours" in out and out.splitlines()[-1].startswith("next: recipes study run ")
+
+
+def test_the_json_has_the_published_figures_of_llama_2_7b(plan: Plan) -> None:
+    memory = json.loads(plan(LORA, "--gpu", "h100-80gb", "--json")[1])["memory"]
+    assert memory["activation_mb_per_token"] == pytest.approx(8.87, rel=0.01)
+    assert memory["activation_mb_per_token_checkpointed"] == pytest.approx(0.25, rel=0.1)
+    plain = json.loads(plan(LORA, "lora.lora_dropout=0", "--json", "--gpu", "h100")[1])["memory"]
+    assert plain["activation_mb_per_token"] == pytest.approx(5.95, rel=0.01)
+
+
+def test_the_text_says_what_fits_how_long_and_what_to_type(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code, out, _ = plan(LORA, "--gpus", 2, "--gpu", "h100-80gb", "--price", 2.5, "train.max_length=2048")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "llama2-7b-dolly--lora-bf16-r32 on 2 x H100 80GB SXM (speed assumed, nobody has measured it here)"
+    for words in ("fits: 79.1 GiB on the card", "ask a scheduler for", "at 2.5 an hour", "<- this recipe", "train.padding_free=true"):
+        assert words in out, words
+    assert lines[-2] == (
+        "$ accelerate launch --config_file accelerate_configs/ddp.yaml -m recipes_lib.train "
+        "recipes/llama2-7b-dolly/lora-bf16-r32.yaml train.max_length=2048"
+    )
+    assert lines[-1].startswith("next: recipes train recipes/llama2-7b-dolly/lora-bf16-r32.yaml --accelerate ddp --gpus 2")
+
+
+def test_what_does_not_fit_says_so_and_what_would(plan: Plan) -> None:
+    code, out, _ = plan(LORA, "--gpu", "4090")
+    assert code == 0
+    assert "DOES NOT FIT: 23.5 GiB on the card" in out
+    assert "what makes it fit, best first" in out
+    assert "another experiment" in out  # QLoRA
+    hopeless = plan(LORA, "--gpu", "h100-mig-1g.10gb", "model.name_or_path=meta-llama/Llama-3.1-70B", "run.global_batch_size=3")[1]
+    assert "cannot be divided" in hopeless or "nothing that the planner knows" in hopeless
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.packing=true"],
+        ["train.max_length=8192"],
+        ["train.max_length=null"],
+        ["lora.target_modules=all-linear"],
+        ["lora.target_modules=[q_proj,v_proj]"],
+        ["lora=null"],
+        ["model.name_or_path=meta-llama/Llama-3.1-70B"],
+        ["model.name_or_path=Qwen/Qwen2.5-0.5B"],
+        ["model.attn_implementation=flash_attention_2"],
+        ["train.optim=adamw_8bit"],
+        ["train.optim=lion_8bit"],
+        ["train.max_steps=1"],
+        ["train.num_train_epochs=0.01"],
+        ["run.global_batch_size=4"],
+        ["data.max_examples=3", "run.global_batch_size=4"],
+        ["data.filters.max_tokens=64"],
+        ["lora.modules_to_save=[lm_head]"],
+        ["lora.layers_to_transform=[0,1]"],
+        ["--gpus", "8"],
+        ["--nodes", "2", "--gpus", "8"],
+        ["--gpu", "cpu"],
+        ["--evals"],
+    ],
+    ids=" ".join,
+)
+def test_unusual_settings_are_planned(words: list[str], plan: Plan) -> None:
+    overrides, flags = [word for word in words if "=" in word], [word for word in words if "=" not in word]
+    if "data.max_examples=3" in overrides:
+        overrides.append("train.per_device_train_batch_size=4")
+    code, out, err = plan(LORA, *overrides, *flags, "--json")
+    assert code == 0, err
+    SCHEMA.validate(json.loads(out))
+    assert plan(LORA, *overrides, *flags)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--gpu", "h100-80"], 2, ["there is no card 'h100-80'", "did you mean h100-80gb", "cards: h100-80gb"]),
+        (["--gpu", "tpu"], 2, ["there is no card 'tpu'"]),
+        (["--gpus", "0"], 2, ["--gpus", "a whole number >= 1"]),
+        (["--price", "cheap"], 2, ["--price", "a number >= 0"]),
+        (["--price", "nan"], 2, ["--price"]),
+        (["--gpus", "3"], 2, ["cannot be made of micro-batches", "run.global_batch_size"]),
+        (["--accelerate", "ddpp"], 2, ["launch.accelerate 'ddpp' is not a file", "did you mean ddp"]),
+        (
+            ["model.name_or_path=nobody/nothing"],
+            5,
+            ["no plan: 'nobody/nothing' is not on this machine", "hf download nobody/nothing config.json"],
+        ),
+        (["model.name_or_path=./nowhere"], 2, ["no such folder"]),
+        (["train.sed=1"], 2, ["did you mean train.seed"]),
+        (["--evals", "nowhere.yaml"], 2, ["nowhere.yaml"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_bad_input_is_one_message(words: list[str], code: int, said: list[str], plan: Plan) -> None:
+    got, out, err = plan(LORA, *words)
+    assert got == code, err
+    assert out == ""
+    assert not [part for part in said if part not in err], err
+    assert "Traceback" not in err
+
+
+def test_a_study_refuses_the_flags_of_a_recipe(plan: Plan) -> None:
+    code, _, err = plan(STUDIES[0], "--gpus", 2)
+    assert code == 2
+    assert "--gpus is for a recipe" in err
+
+
+def test_a_plan_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys\nfrom recipes_lib.cli import main\n"
+        f"main(['plan', '{LORA}', '--json'])\nmain(['plan', 'quickstart/lora-r8'])\n"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'datasets', 'numpy', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"

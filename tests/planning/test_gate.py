@@ -1,0 +1,116 @@
+"""`recipes train` stops where the plan cannot fit, and keeps the plan beside what is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.cli import main
+from recipes_lib.commands import train as train_verb
+from recipes_lib.errors import ExitCode
+from recipes_lib.planning import gate, machine
+from recipes_lib.planning.cards import Card, card_named
+from recipes_lib.recipe.launch import plan_launch
+from recipes_lib.recipe.recipe import load_recipe
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that `recipes train` would have started."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(train_verb, "supervise", lambda command, recipe, launch: commands.append(command) or ExitCode.DONE)
+    return commands
+
+
+@pytest.fixture
+def with_free_gib(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A function that sets the memory this machine has."""
+
+    def set_free(gib: float) -> None:
+        card = machine.cpu_card()
+        monkeypatch.setattr(gate, "cpu_card", lambda: replace(card, memory_gib=gib))
+
+    return set_free
+
+
+def test_a_training_that_cannot_fit_is_refused_with_the_arithmetic(
+    tiny_recipe: Path, started: list[list[str]], with_free_gib: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_free_gib(0.5)
+    assert main(["train", str(tiny_recipe)]) == ExitCode.ENVIRONMENT
+    assert started == []
+    err = capsys.readouterr().err
+    assert "the plan says it cannot fit this machine" in err
+    assert "outside the allocator 1.1 = 1.1 GiB, free now: 0.5 GiB" in err
+    assert "or insist with --no-plan" in err
+    assert main(["train", str(tiny_recipe), "--no-plan"]) == ExitCode.DONE
+    assert len(started) == 1
+
+
+def test_a_training_that_fits_or_cannot_be_planned_starts(
+    tiny_recipe: Path, started: list[list[str]], with_free_gib: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free_gib(64)
+    assert main(["train", str(tiny_recipe)]) == ExitCode.DONE
+    with_free_gib(0.5)
+    assert main(["train", str(tiny_recipe), "model.name_or_path=nobody/nothing"]) == ExitCode.DONE
+    monkeypatch.setattr(gate, "cards_here", lambda: (card_named("h100"),))
+    assert main(["train", str(tiny_recipe), "launch.accelerate=single_gpu"]) == ExitCode.DONE
+    assert len(started) == 3
+
+
+def test_the_card_that_is_there_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Card("rtx-4090-24gb", "RTX 4090 24GB", 23.5, 165, 1008, 10)
+    monkeypatch.setattr(gate, "cards_here", lambda: (card_named("h100"), small))
+    recipe = load_recipe("llama2-7b-dolly/lora-bf16-r32")
+    plan = gate.plan_for_here(recipe, plan_launch(recipe.launch))
+    assert plan is not None and plan.card == small
+    with pytest.raises(gate.EnvironmentFault) as caught:
+        gate.refuse_what_cannot_fit(plan)
+    text = str(caught.value)
+    assert "weights 12.6" in text and "activations 29.5" in text and "there: 23.5 GiB" in text
+    assert "lora-bf16-r32" in text or "_base.yaml:" in text
+
+
+def test_a_finished_run_needs_no_plan(
+    tiny_recipe: Path, started: list[list[str]], with_free_gib: Callable[[float], None], tmp_path: Path
+) -> None:
+    from recipes_lib.runs.directory import RunDirectory
+
+    with_free_gib(0.5)
+    run = RunDirectory("tiny")
+    run.write_state("finished", attempts=1, exit_code=0, error=None)
+    assert main(["train", str(tiny_recipe)]) == ExitCode.DONE
+    assert len(started) == 1
+
+
+def test_planned_and_measured_stand_side_by_side_in_run_json(tiny_recipe: Path, tmp_path: Path) -> None:
+    from recipes_lib.train import main as train
+
+    assert train([str(tiny_recipe), "train.max_steps=2", "train.eval_steps=2", "train.save_steps=2"]) == 0
+    state = json.loads((tmp_path / "runs/tiny/run.json").read_text())
+    planned, summary = state["planned"], state["summary"]
+    assert planned["card"] == "cpu" and planned["fits"]
+    assert summary["planned_seconds"] == planned["seconds"] > 0
+    assert summary["planned_peak_memory_gib"] == planned["peak_memory_gib"] > 1
+    assert summary["seconds"] > 0 and summary["peak_memory_gib"] > 0
+
+
+def test_the_cards_of_this_machine_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes_lib.planning.cards import cards_here
+
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA A100-SXM4-40GB, 40960'\necho 'Quadro X, 8192'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cards_here.cache_clear()
+    try:
+        found = cards_here()
+    finally:
+        cards_here.cache_clear()
+    assert [card.name for card in found] == ["h100-80gb", "a100-40gb", "Quadro X"]
+    assert found[2].memory_gib == pytest.approx(7.6)
