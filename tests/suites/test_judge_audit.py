@@ -76,9 +76,12 @@ def test_the_command_prints_the_scorecard_and_says_how_many_pairs_it_saw(judge_f
     printed = capsys.readouterr().out
     assert "2 of the 6 different labelled pairs in pandalm.json" in printed and "| truncated answer loses | not measured |" in printed
     assert printed.strip().splitlines()[-1].endswith("--limit 4")
-    assert main([*words, "--json", "--output", str(tmp_path / "out")]) == 0
-    SCHEMA.validate(json.loads(capsys.readouterr().out))
-    assert (tmp_path / "out/judgments.jsonl").is_file()
+    assert main([*words, "--json", "--output", str(tmp_path / "out"), "--both-modes", "1"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    SCHEMA.validate(card)
+    assert (card["modes"]["other"], card["modes"]["asked"]) == ("generate", 2)
+    assert all((tmp_path / "out" / name).is_file() for name in ("judgments.jsonl", "judgments.generate.jsonl"))
+    assert "| same verdict in the other verdict mode | n/a" in (tmp_path / "out/judge_audit.md").read_text()
 
 
 @pytest.mark.parametrize(

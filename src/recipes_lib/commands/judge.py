@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     audit.add_argument(
         "--probe-pairs", type=int, default=10, metavar="N", help="pairs for the degenerate probes, 12 judgments each (default 10)"
     )
+    audit.add_argument("--both-modes", type=int, default=0, metavar="N", help="ask about N pairs in the judge's other verdict mode too")
     audit.add_argument(
         "--output", metavar="DIR", help="where judge_audit.md and judge_audit.json go (and the judgments, when the judge is asked)"
     )
@@ -106,7 +107,7 @@ def _audit(args: argparse.Namespace) -> int:
     """Print the scorecard of stored judgments, or of a judge that is asked."""
     from recipes_lib.judging.audit import scorecard_markdown
 
-    for name, least in (("limit", 1), ("probe_pairs", 0)):
+    for name, least in (("limit", 1), ("probe_pairs", 0), ("both_modes", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise RecipeError(f"recipes judge audit: --{name.replace('_', '-')} must be {least} or more")
     card = _stored_card(args) if args.judgments else _asked_card(args)
@@ -166,4 +167,4 @@ def _asked_card(args: argparse.Namespace) -> dict[str, Any]:
         )
     file = load_judge_file(args.judge)
     quiet_libraries()
-    return audit_on_labels(file, args.labels, args.limit, args.probe_pairs, Path(args.output) if args.output else None)
+    return audit_on_labels(file, args.labels, args.limit, args.probe_pairs, Path(args.output) if args.output else None, args.both_modes)

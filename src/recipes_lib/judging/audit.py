@@ -190,6 +190,9 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
         measured.append((name, _shown(card["probes"][probe]["share"]) if probe in card["probes"] else "not measured"))
     if card["mean_mass"] is not None:
         measured.append(("probability mass on allowed verdicts", f"{card['mean_mass']:.3f}"))
+    modes = card.get("modes")
+    agree = f"{_shown(modes['agreement'])}; {modes['asked']} asked in mode {modes['other']}" if modes else "not measured"
+    measured.append(("same verdict in the other verdict mode", agree))
     human = card["human"]
     if not human:
         measured.append(("human labels", "not measured"))

@@ -6,10 +6,11 @@ the banner of an audit that it failed here.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from recipes_lib.atomic_files import write_json, write_text
 from recipes_lib.errors import DataError
@@ -18,15 +19,21 @@ from recipes_lib.judging.audit import audit, scorecard_markdown
 from recipes_lib.judging.human_labels import load_labelled_pairs
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.judge_file import JudgeFile
-from recipes_lib.judging.store import JudgmentStore
+from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.recipe.project import runs_root
+from recipes_lib.statistics.intervals import wilson
 from recipes_lib.suites.judged import ask_probes, judge_all, judge_facts
 
 CARD = "judge_audit.json"
 
 
 def audit_on_labels(
-    file: JudgeFile, labels: Sequence[str | Path], limit: int | None = None, probe_pairs: int = 10, folder: Path | None = None
+    file: JudgeFile,
+    labels: Sequence[str | Path],
+    limit: int | None = None,
+    probe_pairs: int = 10,
+    folder: Path | None = None,
+    mode_pairs: int = 0,
 ) -> dict[str, Any]:
     """Judge labelled pairs in both orders, and return the scorecard.
 
@@ -36,6 +43,7 @@ def audit_on_labels(
         limit: how many pairs; None for all. They are drawn by the hashes of their texts, so a larger limit keeps the judged ones.
         probe_pairs: pairs from which the degenerate probes are made, 12 judgments each.
         folder: where judgments and scorecard go; None for runs/judge--<judge>/<labels>.
+        mode_pairs: pairs that the judge is asked about in its other verdict mode too, to see how far the two agree.
 
     Returns:
         The scorecard of `judging.audit`, with `labels` {files, pairs, of}, `judge_facts` and `folder`.
@@ -57,9 +65,23 @@ def audit_on_labels(
     subset = None if len(chosen) == len(pairs) else f"subset, {len(chosen)} of {len(pairs)} labelled pairs"
     card |= {"labels": {"files": [Path(path).name for path in labels], "pairs": len(chosen), "of": len(pairs), "subset": subset}}
     card |= {"judge_facts": facts, "folder": str(folder)}
+    card["modes"] = _other_mode(file, items[:mode_pairs], rows, folder) if mode_pairs else None
     write_json(folder / CARD, card)
     write_text(folder / "judge_audit.md", scorecard_markdown(card))
     return card
+
+
+def _other_mode(file: JudgeFile, items: Sequence[Item], rows: Sequence[Row], folder: Path) -> dict[str, Any]:
+    """The share of verdicts that are the same in the other verdict mode, among those that are verdicts in both."""
+    mode: Literal["generate", "logits"] = "generate" if file.judge.mode == "logits" else "logits"
+    other = dataclasses.replace(file, judge=dataclasses.replace(file.judge, mode=mode))
+    store = JudgmentStore(folder / f"judgments.{mode}.jsonl")
+    with opened(other) as judge:
+        again = judge_all(items, judge, judge.plan("relative"), store, f"in mode {mode}").rows
+    first = {(row["question_id"], row["order"]): row for row in rows}
+    pairs = [(first[row["question_id"], row["order"]], row) for row in again if row["source"] != "rule"]
+    both = [one["value"] == two["value"] for one, two in pairs if one["status"] == two["status"] == "ok"]
+    return {"other": mode, "asked": len(pairs), "agreement": wilson(sum(both), len(both)).to_dict()}
 
 
 def _labelled(labels: Sequence[str | Path]) -> dict[str, tuple[Item, str]]:
