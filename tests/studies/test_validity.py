@@ -157,7 +157,8 @@ def test_how_often_is_saved_matters_only_where_the_best_checkpoint_is_kept(root,
 
 
 def test_a_value_that_is_the_default_is_no_difference(root, rank_study):
-    assert not codes(check_validity(changing(rank_study, "r32", "train.fp16=false", "train.weight_decay=0.0"), arms()))
+    findings = check_validity(changing(rank_study, "r32", "train.fp16=false", "train.weight_decay=0.0"), arms())
+    assert codes(findings) == {"missing-runs"}
 
 
 def test_the_batch_cut_otherwise_is_a_note(root, rank_study):
@@ -266,6 +267,23 @@ def test_identical_adapters_under_two_names_are_an_error(root):
         (root / name / "adapter").mkdir()
         (root / name / "adapter" / "adapter_model.safetensors").write_bytes(data)
     assert found(check_validity(None, arms(**made)), "identical-adapters").arms == ("a", "b")
+
+
+def test_seeds_that_ended_with_the_same_weights_are_one_training(root):
+    def seeds(arm: str, *weights: bytes) -> tuple[RunMeasurements, ...]:
+        for n, data in enumerate(weights):
+            (root / f"{arm}{n}" / "adapter").mkdir(parents=True)
+            (root / f"{arm}{n}" / "adapter" / "adapter_model.safetensors").write_bytes(data)
+        return tuple(run(root, f"{arm}{n}") for n in range(len(weights)))
+
+    finding = found(check_validity(None, arms(a=seeds("a", b"11", b"11", b"22"), b=seeds("b", b"33", b"44"))), "identical-seeds")
+    assert finding.arms == ("a",) and "counted 2 times" in finding.title
+
+
+def test_a_training_that_is_not_there_is_missed(root, rank_study):
+    runs = tuple(run(root, f"r{seed}") for seed in (42, 43))
+    findings = [one for one in check_validity(rank_study, arms(r8=runs)) if one.code == "missing-runs"]
+    assert [one.title for one in findings] == ["r32 has 0 of 3 trainings", "r8 has 2 of 3 trainings"]
 
 
 def test_one_run_for_two_arms_is_an_error(root):

@@ -30,6 +30,8 @@ def check_artifacts(study: Study | None, measurements: Measurements) -> Iterator
     """Yield what two arms share that must be each one's own."""
     del study
     present = {name: arm for name, arm in measurements.arms.items() if arm.runs}
+    for arm in present.values():
+        yield from _same_seeds(arm)
     for first, second in pairs(present):
         one, other = present[first], present[second]
         yield from _same_runs(one, other)
@@ -91,6 +93,19 @@ def _same_adapters(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Fin
             if folder_fingerprint(mine) == folder_fingerprint(twin):
                 title = f"{one.name} and {other.name} have the same {mine.name} under two names"
                 yield _found("identical-adapters", title, [place(mine), place(twin)], one.name, other.name)
+
+
+def _same_seeds(arm: ArmMeasurements) -> Iterator[Finding]:
+    """Trainings of one arm with several seeds that ended with the same weights: they are one training counted twice."""
+    folders = _adapters(arm) if len(arm.runs) > 1 else {}
+    prints: dict[str, list[Path]] = {}
+    for folder, size in folders.items():
+        if sum(other == size for other in folders.values()) > 1:
+            prints.setdefault(folder_fingerprint(folder), []).append(folder)
+    for same in (same for same in prints.values() if len(same) > 1):
+        title = f"{len(same)} trainings of {arm.name} ended with the same weights: one training is counted {len(same)} times"
+        remedy = "did the seed reach the training? train the other seeds anew"
+        yield Finding("identical-seeds", "error", title, tuple(place(folder) for folder in same), remedy, (arm.name,))
 
 
 def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:

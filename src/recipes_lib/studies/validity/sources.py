@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from recipes_lib.recipe.project import shown_path
 from recipes_lib.studies.findings import Finding
 from recipes_lib.studies.imported.run import imported_files
 
@@ -32,6 +33,11 @@ def check_sources(study: Study | None, measurements: Measurements) -> Iterator[F
             title = f"{declared.name} has no files: run '{declared.imported}' was not imported"
             remedy = f"recipes import FILE... --as {declared.imported}"
             yield Finding("not-imported", "error", title, (), remedy, (declared.name,))
+        elif study is not None and declared.trained and len(runs) < len(declared.seeds):
+            title = f"{declared.name} has {len(runs)} of {len(declared.seeds)} trainings"
+            seeds = f"seeds {', '.join(map(str, declared.seeds))}; there: {', '.join(run.name for run in runs) or 'none'}"
+            remedy = f"recipes study run {shown_path(study.path)}"
+            yield Finding("missing-runs", "warning", title, (seeds,), remedy, (declared.name,))
 
 
 def _published(study: Study | None, arm: str) -> tuple[str, ...]:
