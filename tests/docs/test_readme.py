@@ -91,7 +91,7 @@ def perform(argv: list[str], command: str) -> bool:
         case ["recipes", verb, *rest] if verb in RUN and "--full" not in rest:
             assert cli.main([verb, *rest]) == ExitCode.DONE, command
             return True
-        case ["recipes", "study", "plan" | "diff" | "status" as action, *rest]:
+        case ["recipes", "study", "plan" | "diff" | "status" as action, *rest] if "--watch" not in rest:
             assert cli.main(["study", action, *rest]) == ExitCode.DONE, command
             return True
         case ["recipes", "study", action, *rest]:
