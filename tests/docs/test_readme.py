@@ -25,7 +25,7 @@ PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run for real, in a copy of the folders they read. Of the others only the words are checked: they need a model or finished runs.
-RUN = {"ls", "show", "diff", "explain", "check", "new", "migrate"}
+RUN = {"ls", "show", "diff", "explain", "check", "new", "migrate", "plan"}
 IMPORTED: set[str] = set()  # runs that an import line of a page makes
 LAUNCHER_FLAGS = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
 
