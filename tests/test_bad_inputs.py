@@ -224,6 +224,17 @@ def test_a_bad_command_line_gets_one_answer(case: str, tiny_recipe: Path, capfd:
     assert "Traceback" not in said and not (tiny_recipe.parent / "x").exists()
 
 
+def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Case 68: here a file is in the way; a read-only or vanished disk takes the same path."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "file"))
+    assert train([str(tiny_recipe)]) == 5
+    said = capsys.readouterr().err
+    assert "run 'tiny' cannot be made" in said and "RECIPES_RUNS_ROOT" in said and "internal error" not in said
+
+
 def exit_code(argv: list[str]) -> int:
     try:
         return recipes(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import EnvironmentFault
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
@@ -22,19 +25,24 @@ def run_lock(folder: Path) -> Iterator[None]:
     for people: host, process id and time of the holder.
 
     Raises:
-        EnvironmentFault: another process holds it; the message says which, where and since when.
+        EnvironmentFault: another process holds it (the message says which, where and since when), or the folder cannot be made.
     """
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     note = folder / "lock.json"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise EnvironmentFault(
             f"{folder.name} is in use{describe_holder(note)}", "wait for it, or stop it: touch " + str(folder / "STOP")
         ) from None
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        what = f"the folder of run '{folder.name}' cannot be made or locked in {folder.parent}: {error.strerror or error}"
+        raise EnvironmentFault(what, "choose another place for runs: RECIPES_RUNS_ROOT=FOLDER") from None
     try:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json(note, {"host": socket.gethostname(), "pid": os.getpid(), "since": started})

@@ -110,6 +110,8 @@ class MetricsCallback(TrainerCallback):
             )
         if self.bar is not None:
             self.bar.write(text)
+            if "tokens_per_second" in line:
+                self.bar.set_postfix_str(f"{line['tokens_per_second']:,.0f} tokens/s")
         else:
             say(text)
 

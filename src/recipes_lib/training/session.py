@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
     from recipes_lib.training.trainer import RecipeTrainer
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE}  # ESTALE: an NFS server that forgot the file
+
 
 @contextmanager
 def open_session(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> Iterator[Session]:
@@ -357,10 +360,11 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
     """Return what to do about a full disk or memory that ran out, or None when it is another error."""
     import torch
 
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+    if isinstance(error, OSError) and error.errno in {*FULL, *REFUSED}:
+        remedy = "free some space" if error.errno in FULL else "make it writable again"
         return EnvironmentFault(
             f"cannot write to the disk: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
-            "free some space and run the same command again: it resumes from the newest complete checkpoint",
+            f"{remedy} and run the same command again: it resumes from the newest complete checkpoint",
         )
     if isinstance(error, torch.OutOfMemoryError):
         return EnvironmentFault(
