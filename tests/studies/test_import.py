@@ -106,6 +106,7 @@ def test_fastchat_single_keeps_its_scale_and_takes_whole_answers_from_model_answ
     ]
     assert [item["answer"] for item in found] == ["first", "second", "x"] and found[0]["lengths"] == [5]
     assert any("question 111 turn 2: no judgment" in lack for lack in done.lacks)
+    assert not any("answers are not in a file" in lack for lack in done.lacks)
     assert len(read_rows(runs / "r/evals/mt_bench/judgments.jsonl")) == 3
 
 
@@ -195,6 +196,27 @@ def test_a_recipe_beside_the_files_is_recorded_and_must_agree_with_the_adapter(t
     with pytest.raises(RecipeError, match=r"lora.r is 32, and the adapter was trained with 8"):
         import_run([log, adapter], "other", "llama2-7b-dolly/published-qlora-r32")
     assert not (runs / "other").exists()
+
+
+def test_an_adapters_config_alone_is_no_run(tmp_path, runs):
+    with pytest.raises(DataError, match="holds nothing to make a run of"):
+        import_run([whole(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 8})], "r")
+    assert not runs.exists()
+
+
+def test_our_own_logs_and_grades_come_back_as_they_were(tmp_path, runs):
+    log = {"step": 1, "loss": 2.0, "tokens": 100, "tokens_per_second": 12.5, "peak_memory_gib": 0.5}
+    done = import_run([lines(tmp_path / "metrics.jsonl", [log])], "log")
+    assert read_run(runs / "log").curves == (log,) and not any("peak memory" in lack for lack in done.lacks)
+    ours = {**single(81, 1, 4), "judge": ["some-judge", "prometheus-absolute"]}
+    import_run([lines(tmp_path / "single.jsonl", [ours])], "grades")
+    assert [measure.name for measure in read_run(runs / "grades").measures()] == ["mt_bench/grade"]
+
+
+def test_an_imported_run_has_no_weights_to_chat_with(tmp_path, capsys):
+    import_run([original_csv(tmp_path / "d.csv", PAIRS)], "r")
+    assert cli.main(["merge", "r"]) == 2
+    assert "was imported and has no weights" in capsys.readouterr().err
 
 
 # ---- provenance ----

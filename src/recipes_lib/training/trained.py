@@ -70,6 +70,8 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
 
     recorded = run.read_state()
     if recorded["state"] != "finished":
+        if recorded["state"] == "imported":
+            raise RecipeError(f"run '{run.name}' was imported and has no weights", f"what it has: recipes compare {run.name} OTHER_RUN")
         what = f"run '{run.name}' is {recorded['state']}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     recipe = load_recipe(run.path / "resolved.yaml")

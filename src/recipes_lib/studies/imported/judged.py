@@ -22,15 +22,18 @@ _MIRROR = {"win": "loss", "loss": "win", "tie": "tie", None: None}
 _SWAPPED = {"A": "B", "B": "A"}
 # AlpacaEval's reference answers by any of the names they go under.
 _DAVINCI = ("text_davinci_003", "text-davinci-003", "")
+_NO_ANSWERS = "the answers are not in a file of judgments: import model_answer too"
+_SHORT_ANSWERS = "the answers: the file holds their first 200 characters"
+WITHOUT_ANSWERS = (_NO_ANSWERS, _SHORT_ANSWERS)  # what a file of answers beside the judgments makes good
 _LACKS = {
     "original-alpaca-eval-csv": ("the second order was never judged", "the prompt of the judge is not in the file"),
     "alpaca-eval-annotations": ("which answer stood first is not in the file, and each pair was judged once",),
     "original-mt-bench-jsonl": (
-        "the answers: the file holds their first 200 characters",
+        _SHORT_ANSWERS,
         "reference answers and the second turn's context were never shown to the judge",
     ),
-    "fastchat-single": ("the answers are not in a file of judgments: import model_answer too",),
-    "fastchat-pair": ("the answers are not in a file of judgments: import model_answer too",),
+    "fastchat-single": (_NO_ANSWERS,),
+    "fastchat-pair": (_NO_ANSWERS,),
 }
 _FLAGS = {
     "original-alpaca-eval-csv": ("one order, the model always first",),
@@ -80,10 +83,14 @@ def _judge_name(source: ForeignFile) -> str | None:
     """The judge's name where the rows of a file tell it; the original study had one judge."""
     if source.format.startswith("original"):
         return "prometheus-7b-v2.0"
+    named = _first_row(source).get("judge") or _first_row(source).get("annotator")
+    return str(named[0]) if isinstance(named, list) and named else named if isinstance(named, str) else None
+
+
+def _first_row(source: ForeignFile) -> Row:
     text = source.data.decode("utf-8-sig").strip()
     row = json.loads(text)[0] if text.startswith("[") else json.loads(text.split("\n", 1)[0])
-    named = row.get("judge") or row.get("annotator")
-    return str(named[0]) if isinstance(named, list) and named else named if isinstance(named, str) else None
+    return dict(row)
 
 
 def _pairs_of(file: Foreign, source: ForeignFile, model: str | None, against: str | None) -> tuple[str, str, list[Record]]:
@@ -184,8 +191,9 @@ def _add_pairs(part: Part, source: ForeignFile, records: Sequence[Record]) -> No
 
 
 def _add_grades(part: Part, source: ForeignFile, records: Sequence[Record]) -> None:
-    """Grades on their own scale; FastChat's 1-10 are another metric than ours of 1-5."""
-    ten = source.format == "fastchat-single"
+    """Grades on their own scale; FastChat's 1-10 are another metric than ours of 1-5, which we write in its format too."""
+    named = _first_row(source).get("judge") if source.format == "fastchat-single" else None
+    ten = source.format == "fastchat-single" and not (isinstance(named, list) and "prometheus-absolute" in named)
     metric = "grade_1_10" if ten else "grade"
     label = f"MT-Bench mean grade, {'1-10' if ten else '1-5'}"
     part.measures.append({"metric": metric, "label": label, "unit": "number" if ten else "grade"})

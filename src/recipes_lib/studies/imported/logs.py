@@ -9,6 +9,7 @@ from recipes_lib.studies.imported.files import Foreign
 from recipes_lib.studies.imported.parts import Row
 
 _KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
+_OURS = ("tokens_per_second", "peak_memory_gib")  # in our own metrics.jsonl
 _SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 
 
@@ -48,7 +49,8 @@ def _line(log: Row) -> Row:
     accuracy = _finite(log.get("eval_mean_token_accuracy"))
     if "eval_loss" in log and accuracy is not None:
         line["mean_token_accuracy"] = accuracy
-    tokens = _finite(log.get("num_tokens", log.get("num_input_tokens_seen")))
+    line |= {key: _finite(log[key]) for key in _OURS if key in log}
+    tokens = _finite(log.get("num_tokens", log.get("num_input_tokens_seen", log.get("tokens"))))
     if "loss" in log and tokens is not None:
         line["tokens"] = int(tokens)
     return line
@@ -77,7 +79,7 @@ def _summary(history: list[Row], lines: list[Row], state: Row) -> Row:
 
 def _lacks(lines: list[Row]) -> list[str]:
     """What log lines of ours have and these do not."""
-    lacks = ["tokens per second and peak memory are not in the logs"]
+    lacks = [] if any(key in line for key in _OURS for line in lines) else ["tokens per second and peak memory are not in the logs"]
     if any("step" not in line for line in lines):
         lacks.append("step numbers are not in the logs, only epochs")
     if any(value is None for line in lines for value in line.values()):

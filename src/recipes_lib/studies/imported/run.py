@@ -18,7 +18,7 @@ from recipes_lib.studies.imported.answers import read_answers
 from recipes_lib.studies.imported.evaluations import write_evaluation
 from recipes_lib.studies.imported.files import Foreign, read_files
 from recipes_lib.studies.imported.harness import read_results, samples_alone
-from recipes_lib.studies.imported.judged import read_judgments
+from recipes_lib.studies.imported.judged import WITHOUT_ANSWERS, read_judgments
 from recipes_lib.studies.imported.logs import read_logs
 from recipes_lib.studies.imported.parts import Part, Row
 
@@ -128,12 +128,18 @@ def _read(files: list[Foreign], model: str | None, against: str | None) -> _Cont
             _add_logs(content, file)
         elif file.format == "adapter-config":
             content.adapter = file.rows[0][1]
-            content.becomes[file.sha256] = "compared with the recipe"
+            content.becomes[file.sha256] = "compared with --recipe, where one is named"
     if samples and "lm_eval" not in content.evals:
         raise samples_alone(samples)
     for file in samples:
         content.becomes[file.sha256] = f"evals/lm_eval: {len(file.rows)} samples of {file.task}"
+    if not content.evals and not content.logs:
+        raise files[0].error("holds nothing to make a run of", "name judgments, answers, results or a training log beside it")
     _add_summaries(content)
+    for parts in content.evals.values():
+        if any(part.file.format in ANSWERS for part in parts):
+            for part in parts:
+                part.lacks = tuple(lack for lack in part.lacks if lack not in WITHOUT_ANSWERS)
     lacks = [f"{name}: {lack}" for name, parts in content.evals.items() for part in parts for lack in part.lacks]
     content.lacks += list(dict.fromkeys(lacks))
     return content
