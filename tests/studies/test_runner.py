@@ -250,3 +250,28 @@ def test_a_report_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
         (folder / name).write_text("x", encoding="utf-8")
     conclusion.replace_folder(new, place)
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["report", "report/new.html"]
+
+
+def test_two_studies_of_one_name_do_not_undo_each_other(study: Study, study_folder: Path, tmp_path: Path) -> None:
+    run_study(study, lambda line: None, only=["train"])
+    (tmp_path / "copy").mkdir()
+    for file in study_folder.iterdir():
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(RecipeError, match="belongs to another study of this name"):
+        run_study(load_study(tmp_path / "copy" / "tiny.yaml"), lambda line: None)
+    study.path.unlink()  # moved, not copied
+    assert run_study(load_study(tmp_path / "copy" / "tiny.yaml"), lambda line: None, only=["train"]) == ExitCode.DONE
+
+
+def test_where_no_arm_could_be_trained_nothing_is_evaluated(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAIL", "tiny--r")
+    monkeypatch.setattr(trainings, "train_command", lambda words: [sys.executable, "-c", "raise SystemExit(5)"])
+    monkeypatch.setattr(runner, "_evaluate", lambda *args: pytest.fail("there is no model"))
+    said: list[str] = []
+    assert run_study(study, said.append) == ExitCode.FAILED
+    assert any("train.r4 (exit code 5): the training ended with exit code 5; its message is above" in line for line in said)
+
+
+def test_a_study_that_does_not_exist_is_answered_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "run", "nowhere"]) == ExitCode.USAGE
+    assert "studies: distributed-strategy, learning-rate, lora-rank" in capsys.readouterr().err

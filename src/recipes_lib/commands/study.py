@@ -37,6 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--watch", action="store_true", help="show it again every two seconds until everything is done")
         if name == "run":
             action.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at the same time (default 1)")
+            action.add_argument("--no-plan", action="store_true", help="train also what the plan says cannot fit this machine")
+            action.add_argument(
+                "--trust-remote-code", action="store_true", help="allow code that ships with a model, if the recipe asks for it"
+            )
             action.add_argument("--dry-run", action="store_true", help="the same as plan")
         if name in ("run", "plan"):
             action.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone, by name or its beginning: train")
@@ -92,7 +96,8 @@ def _run(study: Study, args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
     started = time.monotonic()
-    code = run_study(study, say, args.jobs, args.only, args.debug)
+    flags = [f"--{name.replace('_', '-')}" for name in ("no_plan", "trust_remote_code") if getattr(args, name)]
+    code = run_study(study, say, args.jobs, args.only, args.debug, flags)
     if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         next_step(f"recipes study run {typed(study)}")
         return code

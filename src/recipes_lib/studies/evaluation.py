@@ -95,11 +95,15 @@ class Evaluation:
     Args:
         study: the study.
         graph: its steps; the base's run is known.
-        todo: names of the steps to do, all of `KINDS`.
+        todo: the steps to do, all of `KINDS`.
+        debug: raise what is not one of our errors.
+        remote_code: whether the command line allowed code that ships with a model.
     """
 
-    def __init__(self, study: Study, graph: Graph, todo: Sequence[Step], say: Report, debug: bool = False) -> None:
-        self.study, self.graph, self.say, self.debug = study, graph, say, debug
+    def __init__(
+        self, study: Study, graph: Graph, todo: Sequence[Step], say: Report, debug: bool = False, remote_code: bool = False
+    ) -> None:
+        self.study, self.graph, self.say, self.debug, self.remote_code = study, graph, say, debug, remote_code
         self.failures = Failures()
         self.todo = {step.name: step for step in todo}
         self.fresh = {name for name, state in graph.survey().items() if state.fresh}
@@ -142,7 +146,7 @@ class Evaluation:
         self.facts: dict[str, dict[str, Any]] = {}
         for step in self._mine("check"):
             with self.failures.noted(self.graph, [step], self.debug):
-                self.facts[step.run] = check_weight_files(finished_run(RunDirectory(step.run)))
+                self.facts[step.run] = check_weight_files(finished_run(RunDirectory(step.run), self.remote_code))
 
     def _check_loaded(self, subject: Subject) -> None:
         """Finish the check of a run whose model is loaded.
@@ -169,21 +173,25 @@ class Evaluation:
             steps = self._mine("lm_eval", recipe)
             with self.failures.noted(self.graph, steps, self.debug):
                 if steps:
-                    self.jobs.append(_Job(recipe, Harness(recipe, self._words(steps)), {}, {step.run: step for step in steps}))
+                    self.jobs.append(
+                        _Job(recipe, Harness(recipe, self._words(steps), self.remote_code), {}, {step.run: step for step in steps})
+                    )
             return
         answers, judgments = self._mine("answers", recipe), self._mine("judgments", recipe)
         with self.failures.noted(self.graph, [*answers, *judgments], self.debug):
             if answers or judgments:
                 # Everyone takes part, also whose results are fresh: the judge's probes and its audit are then what they would have been
                 # in one go, wherever an earlier attempt ended. What is stored is not asked again.
-                suite = JudgedSuite(recipe, self._words(self._available(recipe)), None)
+                suite = JudgedSuite(recipe, self._words(self._available(recipe)), None, remote_code=self.remote_code)
                 self.jobs.append(_Job(recipe, suite, {step.run: step for step in answers}, {step.run: step for step in judgments}))
         # The judge's probes belong to its audit above; asking them again for every pair would tell nothing new.
         plain = dataclasses.replace(recipe, metrics=dataclasses.replace(recipe.metrics, probe_pairs=0))
         for step in self._mine("comparison", recipe):
             with self.failures.noted(self.graph, [step], self.debug):
                 against = base_run(self.study) if step.against == BASE_ARM else step.against
-                self.jobs.append(_Job(plain, JudgedSuite(plain, [step.run], against), {}, {step.run: step}, own=False))
+                self.jobs.append(
+                    _Job(plain, JudgedSuite(plain, [step.run], against, remote_code=self.remote_code), {}, {step.run: step}, own=False)
+                )
 
     def _available(self, recipe: EvalRecipe) -> list[Step]:
         """The answers of an eval that are there or can be made."""
@@ -198,13 +206,13 @@ class Evaluation:
     def _visit(self) -> None:
         """Load base after base and let every suite ask its targets."""
         from recipes_lib.generation.subjects import grouped, loaded
-        from recipes_lib.generation.targets import distinct, find_targets
+        from recipes_lib.generation.targets import Asking, distinct, find_targets
 
         unchecked = [step.run for step in self._mine("check")]
         for served in (False, True):
             jobs = [job for job in self.jobs if job.suite.served == served]
             targets = [target for job in jobs for target in job.suite.targets]
-            targets += [] if served else find_targets(unchecked)
+            targets += [] if served else find_targets(unchecked, Asking(remote_code=self.remote_code))
             for group in grouped(distinct(targets)):
                 steps = [step for job in jobs for step in [*job.answers.values(), *job.results.values()] if _names(group, step)]
                 steps += [step for step in self._mine("check") if _names(group, step)]

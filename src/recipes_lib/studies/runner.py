@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
@@ -21,7 +22,7 @@ EVALUATION = ("check", "answers", "judgments", "comparison", "lm_eval")
 Say = Callable[[str], None]
 
 
-def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), debug: bool = False) -> int:
+def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), debug: bool = False, flags: Sequence[str] = ()) -> int:
     """Do what is to be done and return the exit code: 0, 1 when a step failed, 6 when only judgments are missing, 75 and 130 when stopped.
 
     Args:
@@ -30,13 +31,15 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
         jobs: trainings at the same time.
         only: step names or their beginnings (`train`, `judgments.alpaca_eval`); the others are left as they are.
         debug: show tracebacks of failing steps.
+        flags: options handed to `recipes train` (`--no-plan`, `--trust-remote-code`).
 
     Raises:
         EnvironmentFault: another process runs this study.
-        RecipeError: an imported run is not there, or `only` names no step.
+        RecipeError: an imported run is not there, `only` names no step, or the folder is another study's.
     """
     with _locks(study, only):
         check_imported(study)
+        _check_folder(study)
         write_text(study_folder(study) / "study.yaml", _as_run(study))
         graph = build_graph(study)
         wanted = wanted_steps(graph, only)
@@ -46,12 +49,13 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
         for step in wanted:
             if not state[step.name].fresh and state[step.name].state == "stale":
                 say(f"{step.name} is done again: {state[step.name].why}")
-        failed, stopped = _train(study, graph, wanted, jobs, say)
+        failed, stopped = _train(study, graph, wanted, jobs, flags, say)
         if stopped is not None:
             say("stopped; the same command continues")
             return stopped
-        failed |= _evaluate(study, only, say, debug)
-        failed |= _conclude(study, only, say)
+        if not failed or _anything_trained(study):
+            failed |= _evaluate(study, only, say, debug, "--trust-remote-code" in flags)
+            failed |= _conclude(study, only, say)
         failed |= _left_over(study, only, failed)
     return _end(failed, say)
 
@@ -117,10 +121,34 @@ def check_imported(study: Study) -> None:
             raise RecipeError(what, hint, file=origin.file if origin else study.path, line=origin.line if origin else None)
 
 
+_COPY = "# a copy of "
+
+
 def _as_run(study: Study) -> str:
-    """The study's file, with the words of the command line on top."""
+    """The study's file, with its place and the words of the command line on top."""
     words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
-    return f"# a copy of {shown_path(study.path)}\n{words}{study.path.read_text(encoding='utf-8-sig')}"
+    return f"{_COPY}{study.path.resolve()}\n{words}{study.path.read_text(encoding='utf-8-sig')}"
+
+
+def _check_folder(study: Study) -> None:
+    """Refuse a study whose folder holds another study of the same name; both would undo each other's steps.
+
+    Raises:
+        RecipeError: naming the other file.
+    """
+    kept = study_folder(study) / "study.yaml"
+    first = kept.read_text(encoding="utf-8").partition("\n")[0] if kept.is_file() else ""
+    other = Path(first.removeprefix(_COPY))
+    if first.startswith(_COPY) and other.is_file() and other != study.path.resolve():
+        what = f"{shown_path(kept.parent)} belongs to another study of this name: {shown_path(other)}"
+        raise RecipeError(what, "rename one of the two files; runs are named after their study", file=study.path)
+
+
+def _anything_trained(study: Study) -> bool:
+    """Whether there is an arm to evaluate."""
+    graph = build_graph(study)
+    state = graph.survey()
+    return any(arm.imported for arm in study.arms) or any(state[step.name].fresh for step in graph.of_kind("train"))
 
 
 def wanted_steps(graph: Graph, only: Sequence[str]) -> list[Step]:
@@ -141,17 +169,19 @@ def _fits(step: Step, only: Sequence[str]) -> bool:
     return not only or any(step.name == word or step.name.startswith(f"{word}.") for word in only)
 
 
-def _train(study: Study, graph: Graph, wanted: Sequence[Step], jobs: int, say: Say) -> tuple[dict[str, tuple[str, int]], int | None]:
+def _train(
+    study: Study, graph: Graph, wanted: Sequence[Step], jobs: int, flags: Sequence[str], say: Say
+) -> tuple[dict[str, tuple[str, int]], int | None]:
     """Train what is not trained; return the failures, and an exit code where somebody asked to stop."""
     from recipes_lib.studies.trainings import Trainings
 
     todo = [step for step in wanted if step.kind == "train" and not graph.freshness(step.name).fresh]
-    trainings = Trainings(study, graph, jobs, say)
+    trainings = Trainings(study, graph, jobs, say, flags)
     trainings.run(todo)
     return trainings.failed, trainings.stopped
 
 
-def _evaluate(study: Study, only: Sequence[str], say: Say, debug: bool) -> dict[str, tuple[str, int]]:
+def _evaluate(study: Study, only: Sequence[str], say: Say, debug: bool, remote_code: bool = False) -> dict[str, tuple[str, int]]:
     """Evaluate what is trained; return the failures."""
 
     def todo(graph: Graph) -> list[Step]:
@@ -171,7 +201,7 @@ def _evaluate(study: Study, only: Sequence[str], say: Say, debug: bool) -> dict[
             graph.fail(step, str(error), int(error.exit_code))
         return {"evaluation": (str(error), int(error.exit_code))}
     graph = build_graph(study)
-    return Evaluation(study, graph, todo(graph), say, debug).run().found
+    return Evaluation(study, graph, todo(graph), say, debug, remote_code).run().found
 
 
 def _conclude(study: Study, only: Sequence[str], say: Say) -> dict[str, tuple[str, int]]:

@@ -152,7 +152,10 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
     words = [word for word in overrides if _section_of(word) in SECTIONS]
-    document = load_document(study_path(path), [word for word in overrides if word not in words])
+    file = study_path(path)
+    if not file.exists() and file.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"there is no study '{path}'", f"studies: {', '.join(_shipped())}, or the path of a study file")
+    document = load_document(file, [word for word in overrides if word not in words])
     if document.kind.name != "study":
         raise RecipeError(f"is {document.kind.title}, not a study", document.kind.use, file=document.file)
     study, errors = _read(document, words)
@@ -170,6 +173,12 @@ def study_path(name: str | Path) -> Path:
         return path
     places = [folder / "recipes" / "studies" / f"{path.name}.yaml" for folder in (Path(), project_root())]
     return next((place for place in places if place.is_file()), path)
+
+
+def _shipped() -> list[str]:
+    from recipes_lib.recipe.project import project_root
+
+    return sorted(file.stem for file in (project_root() / "recipes" / "studies").glob("*.yaml"))
 
 
 def check_study(document: Document, full: bool = False) -> list[RecipeError]:

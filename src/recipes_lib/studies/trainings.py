@@ -47,10 +47,11 @@ class Trainings:
         graph: its steps.
         jobs: trainings at the same time.
         say: prints a line.
+        flags: further options of `recipes train`.
     """
 
-    def __init__(self, study: Study, graph: Graph, jobs: int, say: Callable[[str], None]) -> None:
-        self.study, self.graph, self.jobs, self.say = study, graph, jobs, say
+    def __init__(self, study: Study, graph: Graph, jobs: int, say: Callable[[str], None], flags: Sequence[str] = ()) -> None:
+        self.study, self.graph, self.jobs, self.say, self.flags = study, graph, jobs, say, list(flags)
         self.failed: dict[str, tuple[str, int]] = {}
         self.stopped: int | None = None
         self.running: list[_Training] = []
@@ -106,7 +107,7 @@ class Trainings:
             return
         arm = self.study.arm(step.arm)
         assert step.seed is not None
-        words = [*train_words(self.study, arm, step.seed), *launch_words(arm)]
+        words = [*train_words(self.study, arm, step.seed), *launch_words(arm), *self.flags]
         log = study_folder(self.study) / "logs" / f"{step.run}.log" if self.jobs > 1 else None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -162,8 +163,10 @@ class Trainings:
             self.stopped = self.stopped or code
         else:
             recorded = run.read_state().get("error") if run.exists() else None
-            where = f"; its output is in {training.log}" if training.log else ""
-            self._fail(step, (recorded or f"training ended with exit code {code}") + where, code if code > 0 else int(ExitCode.FAILED))
+            where = f"its output is in {training.log}" if training.log else "its message is above"
+            error = recorded or f"the training ended with exit code {code}"
+            error += f"; {where}" if training.log or not recorded else ""
+            self._fail(step, error, code if code > 0 else int(ExitCode.FAILED))
 
     def _finish(self, step: Step, run: RunDirectory, seconds: float) -> None:
         """Record a finished training: its result is the hash of its weights and of the prompt format it was trained in."""
