@@ -62,6 +62,13 @@ def run(args: argparse.Namespace) -> int:
             return watching.show_status(rest, as_json=args.json)
         return watching.cancel(rest) if first == "cancel" else watching.show_logs(rest, args.stage, args.lines)
     overrides = [*rest, *args.overrides]
+    flag = next((word.partition("=")[0] for word in overrides if word.startswith("-") and "." not in word.partition("=")[0]), None)
+    if flag:
+        raise RecipeError(
+            f"recipes launch: {flag} is no option of recipes launch",
+            f"what the site wants belongs into its profile, {args.profile or 'launch/profiles/NAME.yaml'}: its keys, or extra_sbatch",
+            "all options: recipes launch --help",
+        )
     strangers = [word for word in overrides if "=" not in word]
     if strangers:
         raise RecipeError(f"recipes launch: '{strangers[0]}' is neither an option nor section.key=value", "one recipe or study at a time")

@@ -40,11 +40,11 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
         stages=stages if not args.prepare or args.stages else ("train",),
         evals=read_evals(args.evals, recipe) if "eval" in stages else [],
         words=[*overrides, *flags],
-        seconds=_planned_seconds(recipe, launch, profile),
+        seconds=planned_seconds(recipe, launch, profile),
     )
 
 
-def _planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None) -> int | None:
+def planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None) -> int | None:
     """Return the time limit that a plan gives for the site's card; None where no card is named or nothing is known of the model.
 
     Raises:
@@ -96,7 +96,7 @@ def _plan_study(
         if arm.trained:
             _check_gpus(arm.launch, profile)
     limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
-    seconds = {arm.name: _planned_seconds(arm.recipe, arm.launch, profile) for arm in study.arms if arm.trained and arm.recipe}
+    seconds = {arm.name: planned_seconds(arm.recipe, arm.launch, profile) for arm in study.arms if arm.trained and arm.recipe}
     known = {name: value for name, value in seconds.items() if value is not None}
     return plan_study(study, launch_folder(study.name), profile, stages=stages, flags=flags, throttle=limit, seconds=known)
 

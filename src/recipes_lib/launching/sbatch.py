@@ -120,8 +120,7 @@ def refusal(text: str, profile: SiteProfile, stage: str, argv: Sequence[str]) ->
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.strip().splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Batch job submission failed", "Try "))]
     reason = next((line.partition("Batch job submission failed: ")[2] for line in lines if "submission failed: " in line), "")
-    what = reason if not told else told[0] if not reason or reason in told[0] else f"{told[0]} ({reason})"
-    what = what or "no reason given"
+    what = told[0] if told else reason or "no reason given"
     if _UNREACHABLE.search(text):
         return EnvironmentFault(f"Slurm cannot be reached: {what}", "is this the login node, and is the controller up? sinfo")
     for pattern, key, hint in _REFUSALS:

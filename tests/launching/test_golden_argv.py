@@ -1,0 +1,70 @@
+"""Every shipped recipe and study with every profile: the exact sbatch lines, without Slurm.
+
+After a wanted change: UPDATE_GOLDEN=1 pytest tests/launching/test_golden_argv.py, and read the diff.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes_lib import cli
+from recipes_lib.launching.profile import profile_names
+
+PROJECT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+RECIPES = sorted(path for path in (PROJECT / "recipes").glob("*/*.yaml") if not path.name.startswith("_") and path.parent.name != "studies")
+STUDIES = sorted(path for path in (PROJECT / "recipes" / "studies").glob("*.yaml") if not path.name.startswith(("_", "published")))
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_the_sbatch_lines_of_every_recipe_and_study_are_the_recorded_ones(
+    profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("recipes_lib.launching.planning.planned_seconds", lambda recipe, launch, site: 5400 if site.values.gpu else None)
+    lines = []
+    for path in [*RECIPES, *STUDIES]:
+        words = ["launch", str(path.relative_to(PROJECT)), "--profile", profile, "--dry-run"]
+        code, said = cli.main(words), capsys.readouterr()
+        lines += [f"## {path.relative_to(PROJECT)}", *plain(said.out, tmp_path)]
+        if code:  # a cluster without GPUs is no place for a recipe that needs them
+            assert (code, profile) == (2, "local-sandbox"), said.err
+            lines.append(said.err.splitlines()[0])
+    assert not (tmp_path / "runs").exists()  # a dry run touches nothing
+    file = GOLDEN / f"{profile}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert file.read_text(encoding="utf-8").splitlines() == lines
+
+
+def plain(said: str, tmp_path: Path) -> list[str]:
+    """Return the sbatch lines and the commands of the jobs, without this machine's folders and interpreter; a study's steps are its own."""
+    text = said.replace(str(tmp_path / "runs"), "RUNS").replace(str(PROJECT), "PROJECT").replace(sys.executable, "PYTHON")
+    return [line for line in text.splitlines() if not line.startswith(("next:", "warning:")) and " study run " not in line]
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_a_recorded_line_asks_for_what_the_profile_says(profile: str) -> None:
+    for line in (GOLDEN / f"{profile}.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("$ sbatch"):
+            continue
+        words = shlex.split(line)[1:]
+        flags = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--")}
+        assert len(flags) == len([word for word in words if word.startswith("--")])  # none twice
+        assert words[-3].endswith("launch/job.sbatch") and "--requeue" in flags
+        assert flags["--signal"].startswith("B:USR2@")
+        if profile == "nus-soc":
+            stage = words[-1].partition("-")[0]
+            assert flags["--partition"] == ("gpu-long" if stage == "eval" else "gpu")
+            gres, _, gpus = flags.get("--gres", "gpu:h100-47:1").rpartition(":")
+            assert (gres, flags["--cpus-per-task"], flags["--mem"]) == ("gpu:h100-47", str(8 * int(gpus)), f"{32 * int(gpus)}G")
+            assert stage != "report" or "--gres" not in flags
+        if "--dependency" in flags:
+            assert flags["--dependency"].startswith(("afterok:", "afterany:")) and flags["--kill-on-invalid-dep"] == "yes"

@@ -1,0 +1,143 @@
+"""Submitting without Slurm: programs that stand in for sbatch, scancel and scontrol."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes_lib import cli
+
+REFUSE_SECOND = """
+if [[ "$*" == *.report* ]]; then
+  echo "sbatch: error: invalid partition specified: cpu" >&2
+  echo "sbatch: error: Batch job submission failed: Invalid partition name specified" >&2
+  exit 1
+fi
+echo "17;cluster-a"
+"""
+
+
+@pytest.fixture
+def launched(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile_file):
+    """Calls `recipes launch` on the tiny recipe in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    profile = profile_file()
+
+    def call(*words: str) -> int:
+        return cli.main(["launch", "tiny.yaml", "--profile", str(profile), "--accelerate", "single_gpu", *words])
+
+    return call
+
+
+def test_a_chain_waits_stage_by_stage_and_the_ids_are_noted(launched, stand_in, tmp_path: Path, capsys) -> None:
+    calls = stand_in("sbatch", 'n=$(grep -c -- "^---" "$(dirname "$0")/sbatch.calls"); echo "$((100 + n));here"')
+    assert launched("--stages", "train,report") == 0
+    said = capsys.readouterr().out
+    assert "train: job 101" in said and "report: job 102, after train" in said
+    words = calls.read_text().splitlines()
+    assert "--dependency=afterok:101" in words and "--kill-on-invalid-dep=yes" in words
+    noted = json.loads((tmp_path / "runs" / "tiny" / "slurm" / "jobs.json").read_text())
+    assert [(job["label"], job["id"]) for job in noted["jobs"]] == [("train", "101"), ("report", "102")]
+
+
+def test_a_refused_later_stage_cancels_the_earlier_ones_and_names_the_profiles_line(launched, stand_in, tmp_path: Path, capsys) -> None:
+    stand_in("sbatch", REFUSE_SECOND)
+    cancelled = stand_in("scancel", "")
+    stand_in("sinfo", "echo gpu; echo gpu-long")
+    assert launched("--stages", "train,report") == 2
+    said = capsys.readouterr().err
+    assert "site.yaml:2: Slurm refuses the stage report: invalid partition specified: cpu; partition is cpu" in said
+    assert "partitions here: gpu, gpu-long" in said and "nothing is queued: train had been accepted" in said
+    assert cancelled.read_text().splitlines() == ["17", "---"]
+    assert not (tmp_path / "runs" / "tiny" / "slurm" / "jobs.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        ("sbatch: error: Unable to contact slurm controller (connect failure)", 5, ["Slurm cannot be reached", "sinfo"]),
+        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", 2, ["account is None"]),
+        ("sbatch: error: Batch job submission failed: Invalid qos specification", 2, ["qos is None"]),
+        ("sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", 2, ["site.yaml:"]),
+        ("sbatch: error: Invalid generic resource (gres) specification", 2, ["gres is gpu:h100:{gpus}"]),
+        ("sbatch: error: something nobody foresaw", 2, ["something nobody foresaw"]),
+        ("", 2, ["no reason given"]),
+    ],
+)
+def test_every_refusal_is_one_line_with_a_remedy(launched, stand_in, capsys, error: str, code: int, words: list[str]) -> None:
+    stand_in("sbatch", f"echo '{error}' >&2; exit 1")
+    stand_in("scancel", "")
+    assert launched("--stages", "train") == code
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
+
+
+def test_without_slurm_the_message_says_what_to_do(launched, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert launched("--stages", "train") == 5
+    said = capsys.readouterr().err
+    assert "sbatch is not on this machine" in said and "launch/local.sh" in said and "--dry-run" in said
+
+
+def test_values_that_look_like_flags_or_commands_stay_one_word_each(launched, stand_in, tmp_path: Path) -> None:
+    calls = stand_in("sbatch", "echo 5")
+    assert launched("--stages", "train", "run.notes=$(touch oops); `touch oops`", "run.tags=[--wrap=x, '; rm -rf y']") == 0
+    folder = tmp_path / "runs" / "tiny" / "slurm"
+    words = (folder / "train.args").read_text().splitlines()
+    assert words[-2:] == ["run.notes=$(touch oops); `touch oops`", "run.tags=[--wrap=x, '; rm -rf y']"]
+    assert not any("oops" in word or "wrap" in word for word in calls.read_text().splitlines())
+    assert not (tmp_path / "oops").exists()
+
+
+def test_a_value_with_a_line_break_is_refused_before_anything_is_queued(launched, stand_in, capsys) -> None:
+    calls = stand_in("sbatch", "echo 5")
+    assert launched("--stages", "train", 'run.notes="a\nb"') == 2
+    assert "line break" in capsys.readouterr().err and not calls.exists()
+
+
+def test_a_launch_that_is_queued_already_is_refused(launched, stand_in, capsys) -> None:
+    stand_in("sbatch", "echo 5")
+    stand_in("scontrol", """echo '{"jobs": [{"job_id": 5, "job_state": ["PENDING"], "state_reason": "Priority"}]}'""")
+    assert launched("--stages", "train") == 0
+    assert launched("--stages", "train") == 2
+    said = capsys.readouterr().err
+    assert "'tiny' is launched already: train is pending (job 5)" in said and "recipes launch cancel tiny" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--stages", "trian"], ["no stage 'trian'", "stages: train, eval, report"]),
+        (["--stages", ","], ["no stage is named"]),
+        (["--stages", "eval"], ["is not there, so there is nothing to evaluate"]),
+        (["--gpus", "0"], ["expected a whole number >= 1"]),
+        (["--gpus", "3", "--accelerate", "ddp"], ["cannot be made of micro-batches"]),
+        (["--accelerate", "dpd"], ["did you mean ddp?"]),
+        (["another.yaml"], ["'another.yaml' is neither an option nor section.key=value"]),
+        (["train.learning_rte=1"], ["did you mean train.learning_rate?"]),
+        (["--partition=x"], ["--partition is no option of recipes launch", "site.yaml", "extra_sbatch"]),
+    ],
+)
+def test_a_wrong_launch_says_what_is_wrong(launched, capsys, words: list[str], told: list[str]) -> None:
+    assert launched(*words) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in told), said
+
+
+def test_a_profile_is_asked_for_by_name(tiny_recipe: Path, capsys) -> None:
+    assert cli.main(["launch", str(tiny_recipe)]) == 2
+    assert "--profile is missing" in capsys.readouterr().err
+
+
+def test_the_time_of_a_training_is_the_plans_where_that_is_shorter(profile_file, capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    words = ["launch", "llama2-7b-dolly/qlora-r8", "--stages", "train", "--dry-run", "--profile"]
+    assert cli.main([*words, str(profile_file('time: "3-00:00:00"', "gpu: h100-80gb"))]) == 0
+    assert "--time=3-00:00:00" not in capsys.readouterr().out
+    assert cli.main([*words, str(profile_file('time: "00:10:00"', "gpu: h100-80gb", "signal_lead_s: 60"))]) == 0
+    assert "--time=00:10:00" in capsys.readouterr().out
+    assert cli.main([*words, str(profile_file("gpu: h100-800gb"))]) == 2
+    assert "site.yaml:" in capsys.readouterr().err
