@@ -205,7 +205,7 @@ def flattened(rows: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str,
 def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> tuple[int, torch.Tensor]:
     """Make one optimizer step on one micro-batch; return its tokens (padding not counted) and its loss."""
     inputs = {key: value for key, value in batch.items() if key != "num_tokens"}
-    scale = 1 / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+    scale = 1 / int((inputs["labels"][:, 1:] != -100).sum().clamp(min=1))
     with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16):
         loss = model(**inputs, loss_scale=scale, use_cache=False)[0]
     loss.backward()

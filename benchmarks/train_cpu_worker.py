@@ -204,7 +204,7 @@ def bare_loop(job: dict[str, Any], turns: Turns, our_loss: bool) -> None:
         for batch in batches:
             turns.count(batch)
             with torch.autocast("cpu", torch.bfloat16):
-                extra = {"loss_scale": torch.tensor(1 / count)} if our_loss else {"num_items_in_batch": count}
+                extra = {"loss_scale": 1 / count} if our_loss else {"num_items_in_batch": count}
                 output = model(**batch, **extra, use_cache=False)
             output.loss.backward()
             total += float(output.loss.detach())

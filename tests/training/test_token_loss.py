@@ -41,7 +41,7 @@ def test_loss_gradients_and_counts_are_those_of_trls_head(tiny_model_dir: Path, 
     scale = torch.tensor(1 / 77)
     outputs = trls(**batch, fused_lm_head=True)
     expected = -outputs.log_probs.sum() * scale
-    loss, supervised, correct = ours(**batch, loss_scale=scale)
+    loss, supervised, correct = ours(**batch, loss_scale=float(scale))
 
     exact = dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-6 if exact else 2e-5)
@@ -65,7 +65,7 @@ def test_the_gradient_is_no_further_from_float64_than_trls() -> None:
     def error(kind: str) -> float:
         inputs = (hidden.double() if kind == "exact" else hidden.clone()).requires_grad_()
         if kind == "ours":
-            loss = ScaledTokenLoss.apply(inputs, weight, None, targets, torch.tensor(1 / 300), True)[0]
+            loss = ScaledTokenLoss.apply(inputs, weight, None, targets, 1 / 300, True)[0]
         elif kind == "trl":
             loss = -ChunkedLogProbFunction.apply(inputs, weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs",))[0].sum() / 300
         else:
@@ -83,7 +83,7 @@ def test_a_batch_without_loss_gives_zero_and_gradients_of_zero(tiny_model_dir: P
     add_token_loss(model)
     batch = random_batch()
     batch["labels"].fill_(-100)
-    loss, supervised, correct = model(**batch, loss_scale=torch.tensor(1.0))
+    loss, supervised, correct = model(**batch, loss_scale=1.0)
     assert (float(loss.detach()), int(supervised), int(correct)) == (0, 0, 0)
     assert all(float(gradient.abs().sum()) == 0 for gradient in gradients(model, loss).values())
 
@@ -92,7 +92,7 @@ def test_a_bias_and_a_loss_scale_are_followed_by_the_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((5, 8), (11, 8), (11,))]
     targets = torch.tensor([1, 10, 3, 3, 0])
-    loss, _ = ScaledTokenLoss.apply(*parts, targets, torch.tensor(0.2), True)
+    loss, _ = ScaledTokenLoss.apply(*parts, targets, 0.2, True)
     ours = torch.autograd.grad(loss * 1024, parts)
     reference = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*parts), targets) * 1024
     assert float(loss.detach()) * 1024 == pytest.approx(float(reference.detach()), rel=1e-6)

@@ -81,7 +81,7 @@ class ScaledTokenLoss(torch.autograd.Function):
         weight: torch.Tensor,  # (V, H)
         bias: torch.Tensor | None,  # (V,)
         targets: torch.Tensor,  # (N,)
-        scale: torch.Tensor,  # ()
+        scale: float,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss and the number of tokens ranked first."""
@@ -107,7 +107,7 @@ class ScaledTokenLoss(torch.autograd.Function):
             if not any(needs):
                 continue
             gradient = exponentials.mul_(scale / total)
-            gradient.scatter_add_(1, target, -scale.expand_as(target))
+            gradient.scatter_add_(1, target, torch.full_like(at_target, -scale))
             gradient = gradient.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[tile] = torch.mm(gradient, weight_used)
@@ -141,12 +141,13 @@ def can_score_itself(model: Any) -> bool:
 def add_token_loss(model: Any) -> None:
     """Let `model(..., labels=labels, loss_scale=scale)` return a `TokenLoss`; without `loss_scale` the forward pass is as before.
 
-    To be called on the causal language model inside a PEFT wrapper, before it is wrapped for several processes.
+    To be called on the causal language model inside a PEFT wrapper, before it is wrapped for several processes. The scale is a number and
+    not a tensor, because FSDP2 rounds tensors that enter a module to its compute type.
     """
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
-    def forward(self: Any, *args: Any, loss_scale: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, loss_scale: float | None = None, **kwargs: Any) -> Any:
         if loss_scale is None:
             return original(*args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
@@ -157,7 +158,7 @@ def add_token_loss(model: Any) -> None:
         weight, bias = (_whole(head.weight), None if head.bias is None else _whole(head.bias))
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where)
         targets = labels.flatten().index_select(0, where)
-        loss, correct = ScaledTokenLoss.apply(chosen, weight, bias, targets, loss_scale.float(), torch.is_grad_enabled())
+        loss, correct = ScaledTokenLoss.apply(chosen, weight, bias, targets, loss_scale, torch.is_grad_enabled())
         return TokenLoss(loss, torch.tensor(len(where), device=hidden.device), correct)
 
     model.forward = types.MethodType(forward, model)

@@ -172,7 +172,7 @@ class RecipeTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             scale = scale * self.accelerator.num_processes  # the count is over all ranks, and DDP averages gradients
         if self.scores_itself:
-            loss, supervised, correct = model(**inputs, loss_scale=scale)
+            loss, supervised, correct = model(**inputs, loss_scale=float(scale))
         else:
             outputs = model(**inputs, fused_lm_head=True)
             loss, supervised, correct = -outputs.log_probs.sum() * scale, outputs.label_mask.sum(), outputs.is_top1.sum()
