@@ -103,8 +103,9 @@ def test_what_does_not_fit_says_so_and_what_would(plan: Plan) -> None:
     assert "DOES NOT FIT: 23.5 GiB on the card" in out
     assert "what makes it fit, best first" in out
     assert "another experiment" in out  # QLoRA
-    hopeless = plan(LORA, "--gpu", "h100-mig-1g.10gb", "model.name_or_path=meta-llama/Llama-3.1-70B", "run.global_batch_size=3")[1]
-    assert "cannot be divided" in hopeless or "nothing that the planner knows" in hopeless
+    assert "longer than the 4,096 that" in plan(LORA, "--gpu", "h100", "train.max_length=8192")[1]
+    hopeless = plan(LORA, "--gpu", "h100-mig-1g.10gb", "model.name_or_path=meta-llama/Llama-3.1-70B")[1]
+    assert "nothing that the planner knows makes it fit" in hopeless
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ def test_unusual_settings_are_planned(words: list[str], plan: Plan) -> None:
             ["no plan: 'nobody/nothing' is not on this machine", "hf download nobody/nothing config.json"],
         ),
         (["model.name_or_path=./nowhere"], 2, ["no such folder"]),
+        (["data.source=missing.jsonl"], 2, ["command line: no such file: missing.jsonl"]),
         (["train.sed=1"], 2, ["did you mean train.seed"]),
         (["--evals", "nowhere.yaml"], 2, ["nowhere.yaml"]),
     ],

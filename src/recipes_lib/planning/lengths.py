@@ -47,7 +47,12 @@ class Lengths:
 
 
 def lengths_of(recipe: Recipe) -> Lengths:
-    """Return the lengths of a recipe's data; what cannot be counted here is assumed, and `source` says so."""
+    """Return the lengths of a recipe's data; what cannot be counted here is assumed, and `source` says so.
+
+    Raises:
+        RecipeError: the data are a file by name, and there is no such file.
+    """
+    _check_file(recipe)
     try:
         local = _counted(recipe)
     except (RecipesError, OSError, KeyError, ValueError):
@@ -62,6 +67,15 @@ def lengths_of(recipe: Recipe) -> Lengths:
         return earlier
     named = recipe.data.source if isinstance(recipe.data.source, str) else "the mixture"
     return _split(recipe, tokens, len(tokens), f"assumed as long and as many as Dolly's: {named} is not on this machine", counted=False)
+
+
+def _check_file(recipe: Recipe) -> None:
+    from recipes_lib.data.files import data_format
+    from recipes_lib.data.sources import find_path
+
+    source = recipe.data.source
+    if isinstance(source, str) and data_format(Path(source)) and find_path(source, (recipe.base_dir,)) is None:
+        raise recipe.error("data.source", f"no such file: {source}", f"a relative path is meant from {recipe.base_dir}")
 
 
 def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, counted: bool) -> Lengths:

@@ -77,6 +77,9 @@ def _steps(plan: Plan) -> Iterator[str]:
     )
     mean = batches.tokens / batches.examples_per_step
     form = "packed" if settings.packing else "padding-free" if settings.padding_free else f"padding makes {batches.padding:.2f} of each"
+    longest = min(settings.max_length or max(lengths.tokens), max(lengths.tokens))
+    if longest > settings.shape.positions:
+        yield f"note    rows of {longest:,} tokens are longer than the {settings.shape.positions:,} that {settings.shape.name} was made for"
     yield f"tokens  {batches.tokens * batches.steps:,.0f} in all, {mean:,.0f} per {what[:-1]}; {form} ({lengths.source})"
 
 
