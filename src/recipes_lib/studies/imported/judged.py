@@ -259,4 +259,4 @@ def _report(source: ForeignFile, records: Sequence[Record]) -> Row:
     """What `recipes judge replay` says about these rows: the published numbers, bounds, and findings by name."""
     from recipes_lib.judging.replay import report_of
 
-    return report_of(dataclasses.replace(source, records=list(records)))
+    return {**report_of(dataclasses.replace(source, records=list(records))), "file": source.path.name}
