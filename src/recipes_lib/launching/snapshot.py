@@ -72,8 +72,8 @@ class Snapshot:
 
     @property
     def root(self) -> Path:
-        """The folder above all files."""
-        return Path(os.path.commonpath([path if path in self._around() else path.parent for path in (*self.copies, *self.links)]))
+        """The folder above all files and their own folders: those give runs and evals their names."""
+        return Path(os.path.commonpath([path if path in self._around() else path.parent for path in (*self.copies, *self.links)])).parent
 
     def _around(self) -> set[Path]:
         """Return the links that other files lie below: they come to be as folders."""

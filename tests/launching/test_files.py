@@ -1,0 +1,133 @@
+"""What a submission writes: the snapshot that later edits do not reach, and the site's environment, quoted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from recipes_lib import cli
+from recipes_lib.launching.folder import environment_script
+from recipes_lib.launching.profile import load_profile
+from recipes_lib.launching.snapshot import Snapshot
+from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.studies.study import load_study
+from recipes_lib.suites.recipe import load_eval
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def test_a_copied_recipe_means_the_same_and_later_edits_do_not_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(PROJECT / "recipes" / "quickstart", tmp_path / "recipes" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    path = Path("recipes/quickstart/lora-r8.yaml")
+    before = load_recipe(path)
+    snapshot = Snapshot(tmp_path / "copy")
+    snapshot.add_recipe(before)
+    snapshot.write()
+    base = Path("recipes/quickstart/_base.yaml")
+    base.write_text(base.read_text().replace("1.0e-3", "9.0e-3"))
+    after = load_recipe(snapshot.place(path))
+    assert (after.name, after.to_dict()) == (before.name, before.to_dict())
+    assert load_recipe(path).train["learning_rate"] == 9e-3
+    data = after.base_dir / str(after.data.source)
+    assert data.is_file() and data.resolve() == (tmp_path / "recipes/quickstart/data/instructions.jsonl").resolve()
+
+
+@pytest.mark.parametrize("name", ["quickstart/alpaca_eval", "quickstart/mt_bench", "quickstart/lm_eval", "alpaca_eval", "mt_bench"])
+def test_a_copied_eval_finds_its_judge_prompts_and_questions(tmp_path: Path, name: str) -> None:
+    before = load_eval(PROJECT / "evals" / f"{name}.yaml")
+    snapshot = Snapshot(tmp_path / "copy")
+    snapshot.add_eval(before)
+    snapshot.write()
+    after = load_eval(snapshot.place(before.path))
+    assert (after.name, after.to_dict()) == (before.name, before.to_dict())
+    if after.judge is not None:
+        assert after.judge.template("relative") == before.judge.template("relative") if before.judge else True
+        assert after.judge.path.is_relative_to(tmp_path)
+
+
+def test_a_copied_study_is_the_study(tmp_path: Path) -> None:
+    before = load_study(PROJECT / "recipes" / "studies" / "quickstart.yaml")
+    snapshot = Snapshot(tmp_path / "copy")
+    snapshot.add_study(before)
+    snapshot.write()
+    after = load_study(snapshot.place(before.path))
+    assert after.name == before.name and [arm.resolved() for arm in after.arms] == [arm.resolved() for arm in before.arms]
+    assert [one.name for one in after.evals] == [one.name for one in before.evals]
+
+
+def test_the_environment_is_quoted_and_in_order(profile_file, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    profile = load_profile(
+        str(
+            profile_file(
+                "environment: {modules: [cuda/12.4, 'a b'], venv: /opt/my venv, setup: ['ulimit -n 4096']}",
+                "variables: {NCCL_SOCKET_IFNAME: ib0, TRICKY: \"$(touch oops) 'x'\"}",
+                'directories: {temporary: "/tmp/{user}/{job}"}',
+                "max_requeues: 3",
+            )
+        )
+    )
+    script = environment_script(profile)
+    lines = script.splitlines()
+    assert lines[1:5] == [
+        "MAX_REQUEUES=3 || return 5",
+        "module load cuda/12.4 || return 5",
+        "module load 'a b' || return 5",
+        "source '/opt/my venv/bin/activate' || return 5",
+    ]
+    assert lines[-1] == "ulimit -n 4096 || return 5" and "export HF_HUB_OFFLINE=1 || return 5" in lines
+    plain = "\n".join(line for line in lines if line.startswith(("export", "mkdir")))
+    shown = subprocess.run(
+        ["bash", "-c", f'f() {{\n{plain}\n}}; f; printf "%s|%s" "$TRICKY" "$TMPDIR"'],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "77"},
+    ).stdout  # fmt: skip
+    assert shown.startswith("$(touch oops) 'x'|/tmp/") and shown.endswith("/77")
+    assert not (tmp_path / "oops").exists()
+
+
+def test_prepare_writes_the_folder_of_plain_sbatch_and_local_runs(tiny_recipe: Path, tmp_path: Path, capsys) -> None:
+    assert cli.main(["launch", str(tiny_recipe), "--prepare", "--accelerate", "ddp_cpu", "--gpus", "2"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert folder == tmp_path / "runs" / "tiny" / "slurm"
+    assert (folder / "order").read_text() == "train\n"
+    assert (folder / "train.processes").read_text() == "2 MULTI_GPU\n"
+    words = (folder / "train.args").read_text().splitlines()
+    assert words[1:3] == ["-m", "accelerate.commands.launch"] and words[words.index("--num_processes") + 1] == "@WORLD@"
+    assert not (folder / "jobs.json").exists()
+
+
+def test_prefetch_checks_without_a_network_and_names_what_is_missing(tiny_recipe: Path, tmp_path: Path, capsys) -> None:
+    assert cli.main(["prefetch", str(tiny_recipe), "--check"]) == 0
+    assert "all 2 here, without a network" in capsys.readouterr().out
+    assert cli.main(["prefetch", str(tiny_recipe), "model.name_or_path=nobody/no-such-model", "--check"]) == 5
+    said = capsys.readouterr()
+    assert "'nobody/no-such-model' is not on this machine" in said.err and "1 of 2 here" in said.out
+    assert cli.main(["prefetch", str(tiny_recipe), "data.source=nobody/no-such-data", "--check"]) == 5
+    assert "nobody/no-such-data" in capsys.readouterr().err
+
+
+def test_prefetch_finds_a_cut_weight_file_and_a_missing_shard(tiny_model_dir: Path, tiny_recipe: Path, tmp_path: Path, capsys) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ["prefetch", str(tiny_recipe), f"model.name_or_path={broken}", "--check"]
+    assert cli.main(words) == 5
+    assert "model.safetensors" in capsys.readouterr().err
+    shutil.copyfile(tiny_model_dir / "model.safetensors", weights)
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002.safetensors"}}))
+    assert cli.main(words) == 5
+    assert "lacks model-00002.safetensors" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_here_is_said_before_anything_is_queued(tiny_recipe: Path, profile_file, capsys) -> None:
+    words = ["launch", str(tiny_recipe), "--profile", str(profile_file()), "--accelerate", "single_gpu", "--dry-run", "--stages", "train"]
+    assert cli.main(words) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert cli.main([*words, "model.name_or_path=nobody/no-such-model"]) == 0
+    assert "warning: nobody/no-such-model is not on this machine, and jobs have no network" in capsys.readouterr().out

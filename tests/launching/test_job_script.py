@@ -1,0 +1,112 @@
+"""launch/job.sbatch and its kin without Slurm: clean shell, true exit codes, nothing that is said comes from a value."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+SCRIPTS = [LAUNCH / "job.sbatch", *sorted(LAUNCH.glob("*.sh"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        assert not os.environ.get("CI"), "shellcheck is missing: apt-get install shellcheck"
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_job_script_is_short_commented_and_knows_no_site() -> None:
+    text = (LAUNCH / "job.sbatch").read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 80
+    assert sum("#" in line for line in lines) >= 15
+    sbatch = [line for line in lines if line.startswith("#SBATCH")]
+    assert not any(word in line for line in sbatch for word in ("partition", "gres", "account", "time="))
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """Runs the script on a stage of a folder."""
+    (tmp_path / "env.sh").write_text("export FROM_SITE=yes\n")
+    (tmp_path / "log").touch()
+
+    def run(stage: str, *words: str, check: tuple[str, ...] = (), **environment: str) -> tuple[int, str]:
+        (tmp_path / f"{stage}.args").write_text("".join(f"{word}\n" for word in words))
+        (tmp_path / f"{stage}.processes").write_text("1 NO\n")
+        if check:
+            (tmp_path / f"{stage}.check.args").write_text("".join(f"{word}\n" for word in check))
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        argv = ["bash", str(LAUNCH / "job.sbatch"), str(tmp_path), stage]
+        done = subprocess.run(argv, env={**plain, **environment}, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_a_command_is_an_argument_list_not_a_line_of_shell(job, tmp_path: Path) -> None:
+    code, said = job("eval", "printf", "%s|", "$(touch oops)", "a  b", "'; touch oops", "--foo", "*", "@HEAD@:@NODES@:@NODE_RANK@")
+    assert code == 0 and "$(touch oops)|a  b|'; touch oops|--foo|*|127.0.0.1:1:0|" in said
+    assert not (tmp_path / "oops").exists()
+    assert (tmp_path / "eval.exit_code").read_text() == "0\n"
+
+
+def test_the_sites_environment_reaches_the_command_and_a_failing_one_is_exit_5(job, tmp_path: Path) -> None:
+    assert "yes" in job("eval", "printenv", "FROM_SITE")[1]
+    (tmp_path / "env.sh").write_text("module load nothing || return 5\n")
+    code, said = job("eval", "true")
+    assert code == 5 and "the site's environment failed" in said
+
+
+def test_the_code_of_a_training_is_the_one_it_left_and_none_is_a_failure(job) -> None:
+    leave = 'echo {} > "$RECIPES_EXIT_CODE_FILE"; exit {}'
+    assert job("train", "bash", "-c", leave.format(3, 0))[0] == 3
+    assert job("train", "bash", "-c", leave.format(0, 0))[0] == 0
+    assert job("train", "true")[0] == 1  # it ended well and left no word: a save may have been cut
+    assert job("train", "bash", "-c", "kill -9 $$")[0] == 137
+
+
+def test_a_training_whose_check_fails_has_failed(job) -> None:
+    leave = ("bash", "-c", 'echo 0 > "$RECIPES_EXIT_CODE_FILE"')
+    assert job("train", *leave, check=("true",))[0] == 0
+    assert job("train", *leave, check=("bash", "-c", "exit 1"))[0] == 1
+    assert job("train", "bash", "-c", 'echo 3 > "$RECIPES_EXIT_CODE_FILE"', check=("true",))[0] == 3
+
+
+def test_the_first_failing_rank_is_named_first(job) -> None:
+    script = """
+    echo "rank 1: late" > "$RECIPES_RANK_ERRORS/200-rank1.txt"; echo "rank 3: out of memory" > "$RECIPES_RANK_ERRORS/100-rank3.txt"; exit 1
+    """.strip()
+    code, said = job("train", "bash", "-c", script)
+    assert code == 1 and "first error: rank 3: out of memory" in said and "late" not in said
+
+
+def test_a_stopped_training_without_slurm_says_that_it_can_be_continued(job) -> None:
+    code, said = job("train", "bash", "-c", 'echo 75 > "$RECIPES_EXIT_CODE_FILE"')
+    assert code == 75 and "launch it again to continue" in said
+
+
+def test_usr2_asks_a_training_until_it_listens(job, tmp_path: Path) -> None:
+    # bash cannot trap a signal that was ignored when it started; python can, as the training does
+    python = (
+        "import os, signal, time, pathlib, sys\n"
+        "os.kill(os.getppid(), signal.SIGUSR2)\n"
+        "time.sleep(1)\n"
+        "def save(*_):\n    pathlib.Path(os.environ['RECIPES_EXIT_CODE_FILE']).write_text('75'); sys.exit(0)\n"
+        "signal.signal(signal.SIGUSR2, save)\n"
+        "time.sleep(30)\n"
+    )
+    (tmp_path / "stop.py").write_text(python)
+    code, said = job("train", "python3", "stop.py")
+    assert code == 75 and "USR2" in said
+
+
+def test_a_job_out_of_an_old_submission_says_what_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", LAUNCH / "job.sbatch", tmp_path, "train"], capture_output=True, text=True)
+    assert done.returncode == 2 and "train.args" in done.stderr
