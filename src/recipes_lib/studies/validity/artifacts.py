@@ -203,7 +203,7 @@ def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
         own = str((result.result.get("answers") or {}).get("fingerprint"))
         if own not in models and models & theirs:
             title = f"The answers of {arm.name} in {result.eval} were given by {other.name}'s weights"
-            weights = next(iter(models & theirs))[:12]
+            weights = min(models & theirs)[:12]
             evidence = (f"{place(file)}: weights {weights}", f"{place(result.file)}: weights {own[:12]}")
             remedy = "delete the file and evaluate the run again"
             yield Finding("answers-of-another-arm", "error", title, evidence, remedy, (arm.name,))
