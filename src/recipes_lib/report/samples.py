@@ -76,14 +76,15 @@ def collect_samples(measurements: Measurements) -> SampleSet:
         if result.suite in ("alpaca_eval", "mt_bench")
     ]
     between = [page for page in pages if measurements.opponent_name(page[2].against) in measurements.arms]
-    share = max(1, MAX_SAMPLES // max(1, len(pages)))
+    judged = sum(len(measure.items) for _, _, result in pages for measure in result.measures[:1])
+    step = max(1, -(-judged // MAX_SAMPLES))
     for name, run, result in [*between, *(page for page in pages if page not in between)]:
-        _add(found, measurements, name, run, result, share)
+        _add(found, measurements, name, run, result, step)
     return found
 
 
-def _add(found: SampleSet, measurements: Measurements, arm: str, run: RunMeasurements, result: EvalResult, share: int) -> None:
-    """Add one evaluation's samples, evenly chosen where there are more than its share."""
+def _add(found: SampleSet, measurements: Measurements, arm: str, run: RunMeasurements, result: EvalResult, step: int) -> None:
+    """Add every `step`-th of one evaluation's samples."""
     rows = list(_rows(run, result))
     found.total += len(rows)
     if not rows or found.is_full():
@@ -94,7 +95,6 @@ def _add(found: SampleSet, measurements: Measurements, arm: str, run: RunMeasure
     title = f"{result.eval}: {arm}{seed}" + (f" against {opponent}" if opponent else ", graded")
     folder = "/".join(result.file.parent.parts[-3:])
     found.groups.append({"title": title, "arm": arm, "opponent": opponent or "", "folder": folder})
-    step = max(1, -(-len(rows) // share))
     for row in rows[::step]:
         if found.is_full():
             return

@@ -1,0 +1,184 @@
+"""A report is a function of stored rows: the same bytes each time, every number with its n and file, every text as data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.report.build import write_report
+from recipes_lib.report.figures import draw_figures
+from recipes_lib.report.html import report_html, samples_json
+from recipes_lib.report.latex import report_latex, tex
+from recipes_lib.report.markdown import escaped
+from recipes_lib.report.numbers import number_rows, numbers_csv, numbers_json
+from recipes_lib.report.samples import MAX_CHARACTERS, SampleSet
+from recipes_lib.studies.findings import Finding
+
+
+class Page(HTMLParser):
+    """Tags, attributes and the text outside scripts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if not self.tags or self.tags[-1][0] not in ("script", "style"):
+            self.words.append(data)
+
+
+def test_writing_a_report_twice_gives_the_same_bytes(make_content, tmp_path):
+    content = make_content()
+    first = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in write_report(tmp_path / "a", content)}
+    second = {path.relative_to(tmp_path / "b"): path.read_bytes() for path in write_report(tmp_path / "b", content)}
+    assert first == second
+    assert {"report.html", "report.md", "report.tex", "numbers.csv", "numbers.json"} <= {str(path) for path in first}
+
+
+def test_figures_of_an_earlier_report_are_removed(make_content, tmp_path):
+    old = tmp_path / "report" / "figures" / "old.svg"
+    old.parent.mkdir(parents=True)
+    old.write_text("x")
+    write_report(tmp_path / "report", make_content())
+    assert not old.exists()
+
+
+def test_every_number_has_n_and_a_file(make_content):
+    for row in number_rows(make_content()):
+        if row["kind"] in ("score", "comparison", "by category", "by length", "judge audit", "noise floor"):
+            assert row["n"] is not None and row["file"], row
+
+
+def test_numbers_agree_between_csv_and_json(make_content):
+    content = make_content()
+    table = list(csv.DictReader(numbers_csv(content).splitlines()))
+    values = json.loads(numbers_json(content))["numbers"]
+    assert len(table) == len(values)
+    for line, value in zip(table, values, strict=True):
+        assert line["value"] == ("" if value.get("value") is None else str(value["value"]))
+
+
+def test_no_csv_cell_is_a_formula(make_content):
+    for line in csv.reader(numbers_csv(make_content(hostile=True)).splitlines()):
+        for cell in line:
+            if cell[:1] in "=+@\t" and cell:
+                raise AssertionError(cell)
+            assert not cell.startswith("-") or re.fullmatch(r"-\d[\d.e+-]*", cell), cell
+
+
+def test_the_page_needs_nothing_else(make_content):
+    content = make_content()
+    page = Page(report_html(content, draw_figures(content, ("svg",))))
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base"), tag
+        for name in ("src", "href", "srcset", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:image/svg+xml;base64,")), value
+
+
+def test_hostile_text_adds_no_tag_and_no_attribute(make_content):
+    plain, hostile = make_content(), make_content(hostile=True)
+    pages = [Page(report_html(content, ())) for content in (plain, hostile)]
+    known = {tag for tag, _ in pages[0].tags} | {"ul", "li", "details", "summary", "b"}
+    assert {tag for tag, _ in pages[1].tags} <= known
+    assert sum(tag == "script" for tag, _ in pages[1].tags) == 2
+    assert not any(name.startswith("on") for _, attributes in pages[1].tags for name in attributes)
+
+
+def test_samples_cannot_leave_their_script_element(make_content):
+    text = samples_json(make_content(hostile=True).samples)
+    assert "<" not in text and ">" not in text and "&" not in text and "\u2028" not in text
+    assert json.loads(text)["samples"]
+
+
+def test_control_characters_are_shown_not_obeyed(make_content):
+    content = make_content(hostile=True)
+    for text in (report_html(content, ()), samples_json(content.samples)):
+        assert "\x1b" not in text and "\u202e" not in text and "\\u001b" not in text
+    assert "\\\\x1b" in samples_json(content.samples)
+
+
+def test_a_long_answer_is_cut_and_says_so():
+    found = SampleSet()
+    place = found.text("x" * 10_000_000)
+    assert len(found.texts[place]) < MAX_CHARACTERS + 100
+    assert "10,000,000 characters in all" in found.texts[place]
+
+
+def test_the_first_thing_on_the_page_is_the_answer(make_content):
+    content = make_content()
+    text = report_html(content, ())
+    place = text.index('id="answer"')
+    assert place < text.index('id="table"') < text.index('id="samples"')
+    assert all(sentence.split(":")[0] in text[place : place + 4000] for sentence in content.comparison.answer[:2])
+
+
+def test_every_comparison_sentence_of_the_report_comes_from_claims(make_content):
+    content = make_content()
+    allowed = {row.sentence for row in content.comparison.rows} | set(content.comparison.answer)
+    text = " ".join(Page(report_html(content, ())).words)
+    for found in re.findall(r"[\w-]+ is (?:better|worse) than [\w-]+[^.]*\.", text):
+        assert any(found.split(":")[0] in sentence for sentence in allowed), found
+
+
+def test_errors_are_open_and_stop_the_claim_on_the_page(make_content):
+    error = Finding("judge-audit", "error", "The judge failed its audit", ("swap consistency 0.3",), "use another judge")
+    text = report_html(make_content(findings=(error,)), ())
+    assert "No claim about" in text and "1 error" in text and "swap consistency 0.3" in text
+    assert "no claim" in text
+
+
+def test_markdown_escapes_what_would_be_markup():
+    assert escaped("<b>|x|*y*\n# z") == r"\<b\>\|x\|\*y\* \# z"
+
+
+@pytest.mark.parametrize("text", [r"\input{/etc/passwd}", "^^5c", "100% $x$ a_b & c # ~", "日本", "\x1b[0m", "A" * 5000])
+def test_latex_specials_are_escaped(text):
+    shown = tex(text)
+    for command in re.findall(r"\\[a-zA-Z]+", shown):
+        assert command in {r"\textbackslash", r"\textasciicircum", r"\textasciitilde", r"\allowbreak", r"\textless", r"\textgreater"}
+    assert "^^" not in shown and len(shown) < 4000
+
+
+def test_the_latex_source_is_escaped_by_default(make_content):
+    source = report_latex(make_content(hostile=True), ())
+    assert r"\input{" not in source and r"\write18" not in source
+    assert source.count(r"\end{document}") == 1
+
+
+def test_one_arm_alone_and_runs_without_evaluations_give_a_report(make_content, tmp_path):
+    content = make_content(names=("only",))
+    assert content.comparison.rows == ()
+    assert "Nothing can be compared" in report_html(content, ())
+
+
+def test_three_arms_with_805_questions_are_written_in_seconds(make_content, tmp_path):
+    content = make_content(n=805, names=("base-like", "r8", "r32"))
+    begun = time.process_time()
+    text = report_html(content, ())
+    assert time.process_time() - begun < 5
+    assert len(text) < 20_000_000 and len(content.samples.samples) > 3000
+
+
+def test_unresolved_items_are_shown_with_their_bounds(make_content):
+    content = make_content()
+    score = next(score for score in content.scores if score.metric == "mt_bench/grade" and score.arm == "r32")
+    assert score.unresolved == 1 and score.lowest < score.value < score.highest
+    assert f"({score.lowest:.2f} .. {score.highest:.2f})" in report_html(content, ())
+
+
+def test_nothing_in_a_report_is_a_secret(make_content, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    for path in write_report(tmp_path / "report", make_content()):
+        assert b"hf_abcdefghijklmnop" not in Path(path).read_bytes()

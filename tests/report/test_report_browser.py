@@ -1,0 +1,112 @@
+"""The report in a real browser: nothing that models wrote runs, nothing is loaded, nothing is cut, it opens at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+# Asks the page itself: what sticks out to the right, which requests were made, what the sample browser shows after each of its filters.
+PROBE = """
+<script>
+setTimeout(function () {
+  const wide = [...document.querySelectorAll('body *')].filter((e) => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1);
+  const form = document.getElementById('filters'), place = () => document.getElementById('place').textContent, seen = {};
+  if (form) {
+    seen.first = place();
+    form.group.value = ''; form.group.dispatchEvent(new Event('change')); seen.all = place();
+    form.flip.checked = true; form.flip.dispatchEvent(new Event('change')); seen.flip = place();
+    form.flip.checked = false; form.outcome.value = 'win'; form.outcome.dispatchEvent(new Event('change')); seen.win = place();
+    form.outcome.value = ''; form.text.value = 'question q00007'; form.text.dispatchEvent(new Event('input')); seen.text = place();
+    form.text.value = ''; form.text.dispatchEvent(new Event('input'));
+    for (let n = 0; n < 40; n++) document.getElementById('next').click();
+    seen.last = place();
+    seen.children = [...document.querySelectorAll('#sample *')].map((e) => e.tagName).filter((v, i, a) => a.indexOf(v) === i).sort();
+  }
+  document.body.setAttribute('data-probe', JSON.stringify({
+    title: document.title, wide: wide.map((e) => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)).slice(0, 5), width: innerWidth,
+    requests: performance.getEntriesByType('resource').map((e) => e.name.slice(0, 60)).filter((name) => !name.startsWith('data:')),
+    answer: document.getElementById('answer').getBoundingClientRect().bottom, height: innerHeight, seen: seen }));
+}, 900);
+</script>
+"""
+
+
+def ask(page: Path, width: int = 1300, height: int = 900) -> dict:
+    """Open a page and return what it says about itself."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    probed = page.with_name("probed.html")
+    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    # A narrow window is an iframe: headless Chromium makes no window below 500 pixels.
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", f"--window-size={width},{height}",
+             "--dump-dom", f"file://{probed}"]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    found = re.search(r'data-probe="([^"]*)"', done.stdout)
+    assert found, done.stderr[-500:]
+    return json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+
+
+def html_of(written, **options) -> Path:
+    """Write a report's page alone: figures are drawn, TeX is not asked."""
+    return written(**options) / "report.html"
+
+
+@pytest.fixture(autouse=True)
+def without_tex(monkeypatch):
+    monkeypatch.setattr("recipes_lib.report.latex.compile_pdf", lambda folder: None)
+
+
+def test_nothing_that_a_model_wrote_runs(written):
+    seen = ask(html_of(written, hostile=True, n=62))
+    assert "owned" not in seen["title"]
+    assert seen["requests"] == []
+    assert seen["seen"]["all"].endswith("of 506") and seen["seen"]["last"].startswith("41 of")
+    assert set(seen["seen"]["children"]) <= {"P", "B", "SPAN", "DIV", "H4"}
+    assert seen["wide"] == []
+
+
+def test_nothing_is_cut_on_a_desktop_and_the_first_screen_answers(written):
+    page = html_of(written, names=("base", "r8", "r32"), n=60)
+    seen = ask(page)
+    assert seen["wide"] == [] and seen["requests"] == []
+    assert seen["answer"] < seen["height"]
+    counts = seen["seen"]
+    total = int(counts["all"].split(" of ")[1])
+    assert 0 < int(counts["flip"].split(" of ")[1]) < total
+    assert 0 < int(counts["win"].split(" of ")[1]) < total
+    assert 0 < int(counts["text"].split(" of ")[1]) < int(counts["all"].split(" of ")[1])
+    narrow = ask(page, width=500, height=950)
+    assert narrow["width"] <= 500 and narrow["wide"] == []
+
+
+def test_three_arms_with_805_questions_open_in_two_seconds(written):
+    page = html_of(written, names=("base", "r8", "r32"), n=805)
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    # CPU seconds of the browser with the report, less those with an empty page: the machine may be busy.
+    spent = []
+    empty = page.with_name("empty.html")
+    empty.write_text("<!doctype html><title>empty</title>")
+    for file in (empty, page):
+        before = _children_seconds()
+        words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{file}"]
+        subprocess.run(words, capture_output=True, timeout=240, check=True)
+        spent.append(_children_seconds() - before)
+    assert spent[1] - spent[0] < 2.0, spent
+
+
+def _children_seconds() -> float:
+    import resource
+
+    time.sleep(0.2)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
