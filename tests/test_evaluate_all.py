@@ -107,6 +107,16 @@ def test_two_recipes_of_one_name_and_a_recipe_of_another_kind_are_refused(three_
         split_words([three_suites[0], str(PROJECT / "recipes/quickstart/lora-r8.yaml"), "run"])
 
 
+def test_an_eval_recipe_is_known_by_its_name_and_may_stand_anywhere():
+    (recipe,), targets = split_words(["quickstart/mt_bench", "my-run", "data.max_questions=1"])
+    assert recipe.name == "quickstart--mt_bench" and targets == ["my-run"]
+    (recipe,), targets = split_words(["my-run", str(QUICKSTART / "lm_eval.yaml"), "base"])
+    assert recipe.suite.name == "lm_eval" and targets == ["my-run", "base"]
+    with pytest.raises(RecipeError, match="is no eval recipe") as caught:
+        split_words(["quickstart/mt_bnech", "my-run"])
+    assert "quickstart/mt_bench" in str(caught.value.hints)
+
+
 def test_base_names_the_base_of_the_runs_beside_it(make_run, tiny_model_dir):  # noqa: F811
     make_run("one", 1), make_run("two", 2)
     targets = find_targets(["base", "one", "two", str(tiny_model_dir)])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.recipe.loader import load_document
-from recipes_lib.suites.recipe import EvalRecipe, load_eval
+from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
 
 if TYPE_CHECKING:
     from recipes_lib.suites.harness import Harness
@@ -175,8 +175,8 @@ def main(argv: list[str] | None = None) -> int:
 def split_words(words: Sequence[str], overrides: Sequence[str] = (), lm_eval: Sequence[str] = ()) -> tuple[list[EvalRecipe], list[str]]:
     """Return the eval recipes and the targets of a command line.
 
-    The first word and every further YAML file are eval recipes; `section.key=value` words override a value in each of them; what is
-    left are targets.
+    YAML files are eval recipes (without one, the first word names one of the project's: `quickstart/mt_bench`); `section.key=value`
+    words override a value in each of them; what is left are targets.
 
     Args:
         overrides: further `section.key=value` words.
@@ -185,14 +185,16 @@ def split_words(words: Sequence[str], overrides: Sequence[str] = (), lm_eval: Se
     Raises:
         RecipeError: there is no target, a recipe is named twice, or options of lm_eval stand without a recipe of it.
     """
-    own = [word for word in words[1:] if _is_override(word)]
-    files = [words[0], *(word for word in words[1:] if word not in own and Path(word).suffix in (".yaml", ".yml"))]
-    targets = [word for word in words[1:] if word not in own and word not in files]
+    own = [word for word in words if _is_override(word)]
+    rest = [word for word in words if word not in own]
+    files = [word for word in rest if Path(word).suffix in (".yaml", ".yml")]
+    if not files:
+        files, rest = [str(find_eval(rest[0]))], rest[1:]
+    targets = [word for word in rest if word not in files]
     harness = {file for file in files if load_document(file).values.get("suite", {}).get("name") == "lm_eval"} if lm_eval else set()
     if lm_eval and not harness:
-        raise RecipeError(
-            f"--{lm_eval[0].partition('=')[0].removeprefix('suite.')} is an option of lm_eval", "fewer questions: data.max_questions=N"
-        )
+        option = lm_eval[0].partition("=")[0].removeprefix("suite.")
+        raise RecipeError(f"--{option} is an option of lm_eval", "fewer questions: data.max_questions=N")
     recipes = [load_eval(file, [*own, *overrides, *(lm_eval if file in harness else ())]) for file in dict.fromkeys(files)]
     names = [recipe.name for recipe in recipes]
     if twice := next((name for name in names if names.count(name) > 1), None):

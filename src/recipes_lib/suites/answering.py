@@ -151,6 +151,16 @@ def asking_of(recipe: EvalRecipe, remote_code: bool) -> Asking:
     )
 
 
+def check_words(recipe: EvalRecipe, words: Sequence[str], remote_code: bool) -> None:
+    """Refuse words that are no target; `reference`, `base` and files of answers are left to `Answering`.
+
+    Raises:
+        RecipeError: as `targets_by_word` does.
+    """
+    known = (REFERENCE, BASE)
+    targets_by_word([word for word in words if word not in known and not is_answer_file(word)], asking_of(recipe, remote_code))
+
+
 def _base_of(word: str, named: Mapping[str, Target]) -> Target:
     """The base that a target is compared with; the base itself beside its runs is compared with itself, which is one half.
 

@@ -13,7 +13,7 @@ from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.judging.store import JudgmentStore
 from recipes_lib.suites import alpaca_eval, mt_bench
-from recipes_lib.suites.answering import REFERENCE, Answering, AnswerSet, Pairing
+from recipes_lib.suites.answering import REFERENCE, Answering, AnswerSet, Pairing, check_words
 from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewhere, judge_facts, judgments_file, scorecard
 from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import load_questions
@@ -44,6 +44,7 @@ class JudgedSuite:
         against = against or (recipe.metrics.against if self.alpaca else None)
         if against == REFERENCE and not self.alpaca:
             raise RecipeError("mt_bench has no reference opponent", "compare with a model: --against base, or --against RUN")
+        check_words(recipe, [*words, *([against] if against else [])], remote_code)  # before questions are fetched
         self.chosen = load_questions(recipe)
         self.answering = Answering(recipe, words, against, self.chosen.questions, remote_code)
         self.allow_format_differences = allow_format_differences

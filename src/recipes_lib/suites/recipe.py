@@ -11,6 +11,8 @@ from typing import Any
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection, Thresholds, load_judge_file
 from recipes_lib.recipe.loader import Document, load_document
+from recipes_lib.recipe.project import project_root
+from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.suites.sections import EvalDataSection, GenerationSection, MetricsSection, SuiteSection
 from recipes_lib.suites.validation import check_eval, folder_of
 
@@ -43,6 +45,26 @@ class EvalRecipe:
             parts["judge"] = {"name": self.judge.path.stem, **dataclasses.asdict(self.judge.judge)}
             parts["thresholds"] = dataclasses.asdict(self.judge.thresholds)
         return {"name": self.name, **parts}
+
+
+def find_eval(word: str) -> Path:
+    """Return the file of an eval recipe: the path itself, or one of the project's by its name (`quickstart/mt_bench`).
+
+    Raises:
+        RecipeError: there is none; with similar names.
+    """
+    path = Path(word)
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    folder = project_root() / "evals"
+    known = {
+        str(file.relative_to(folder).with_suffix("")): file
+        for file in sorted(folder.rglob("*.yaml"))
+        if "suite:" in file.read_text(encoding="utf-8") and file.parent.name != "lm_eval"
+    }
+    if word.removeprefix("evals/") in known:
+        return known[word.removeprefix("evals/")]
+    raise RecipeError(f"'{word}' is no eval recipe", *did_you_mean(word, list(known), "evals/"), f"eval recipes: {', '.join(known)}")
 
 
 def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
