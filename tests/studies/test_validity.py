@@ -196,6 +196,12 @@ def test_what_runs_recorded_differently_is_a_confound(root, rank_study, code, se
     assert (finding.severity, finding.arms) == (severity, ("r8", "r32")) and finding.evidence and finding.remedy
 
 
+def test_the_number_of_free_threads_is_no_hardware(root):
+    devices = [{**ENVIRONMENT, "devices": [f"CPU, 2 cores, {threads} threads"]} for threads in (1, 2)]
+    made = arms(a=run(root, "a", environment=devices[0]), b=run(root, "b", environment=devices[1]))
+    assert "confound-hardware" not in codes(check_validity(None, made))
+
+
 def test_a_declared_factor_is_no_confound(root, rank_study):
     study = dataclasses.replace(rank_study, factors={"data": ("data.source", "data.split"), "strategy": ("launch.accelerate",)})
     runs = arms(r8=run(root, "a"), r32=run(root, "b", guard={"data_fingerprint": "d2", "launch.world_size": 2}, splits={}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ class _Circumstance:
     remedy: str
 
 
+_THREADS = re.compile(r", \d+ threads?\Z")
+
+
 def _guard(name: str) -> Callable[[RunMeasurements], Mapping[str, Any]]:
     return lambda run: {name: value} if (value := (run.state.get("guard") or {}).get(name)) is not None else {}
 
@@ -45,7 +49,7 @@ def _launch(run: RunMeasurements) -> Mapping[str, Any]:
 def _devices(run: RunMeasurements) -> Mapping[str, Any]:
     devices = run.environment.get("devices")
     # "CPU, 2 cores, 1 threads": how many threads were free says nothing about the hardware.
-    return {"devices": "; ".join(str(device).partition(", 1 thread")[0] for device in devices)} if devices else {}
+    return {"devices": "; ".join(_THREADS.sub("", str(device)) for device in devices)} if devices else {}
 
 
 def _libraries(run: RunMeasurements) -> Mapping[str, Any]:
