@@ -143,6 +143,11 @@ def test_a_wrong_file_is_answered_with_file_and_line(tmp_path, old, new, line, w
     assert errors and all(any(word in str(error) for error in errors) for word in words), str(caught.value)
 
 
+def test_no_table_is_an_error(tmp_path):
+    with pytest.raises(RecipeErrors, match="3: tables is empty"):
+        load_published(written(tmp_path, "publication: p\nsource: s\ntables: {}\n"))
+
+
 def test_two_numbers_beside_one_metric_are_refused(tmp_path):
     text = MINIMAL.replace("    arms:", "    arms:\n      b: {win: 4}").replace(
         "metrics: {win:", "metrics: {again: {label: w, beside: alpaca_eval/win_rate}, win:"

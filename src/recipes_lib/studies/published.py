@@ -110,6 +110,8 @@ def load_published(path: str | Path) -> Published:
 def check_published(document: Document, full: bool = False) -> list[RecipeError]:
     """The check of published numbers that `recipes check` runs."""
     del full
+    if document.values.get("tables") == {}:
+        return [document.error(("tables",), "tables is empty", "a table has a title, metrics and arms")]
     found: dict[KeyPath, RecipeError] = dict(find_credentials(document))
     for error in _validator().iter_errors(_with_whole_numbers(document.values)):
         for path, translated in translate(document, error):
