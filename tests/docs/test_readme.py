@@ -96,6 +96,10 @@ def perform(argv: list[str], command: str) -> bool:
             return True
         case ["recipes", "study", action, *rest]:
             check_words("study", [action, *rest], command)
+        case ["recipes", "launch", what, *rest] if what not in ("status", "cancel", "logs"):
+            # Nothing is trained here, so stages that need a finished run are looked at together with the training.
+            flags = [word.replace("eval,", "train,eval,") for word in rest if word not in ("--dry-run", "--test-only", "--wait")]
+            assert cli.main(["launch", what, *flags, "--dry-run"]) == ExitCode.DONE, command
         case ["recipes", "train", *rest]:
             assert cli.main(["train", *rest, "--dry-run"]) == ExitCode.DONE, command
         case ["recipes", verb, *rest]:
