@@ -79,13 +79,14 @@ class Cluster:
         return {state["label"]: state for state in found[name]}
 
     def ended(self, name: str, seconds: float = 150) -> dict[str, dict[str, Any]]:
-        """Wait until no job of a launch is queued or running; requeued jobs start at once, not after Slurm's two minutes."""
-        ids = list(self.jobs(name).values())
+        """Wait until no job of a launch is queued or running."""
+        self.over(list(self.jobs(name).values()), lambda: self.log(name), seconds)
+        return self.states(name)
+
+    def over(self, ids: list[str], log: Callable[[], str], seconds: float = 150) -> None:
+        """Wait until no job of these is queued or running; requeued jobs start at once, not after Slurm's two minutes."""
         deadline = time.monotonic() + seconds
-        while True:
-            waiting = self.call("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids)).stdout.splitlines()
-            if not waiting:
-                return self.states(name)
+        while waiting := self.call("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids)).stdout.splitlines():
             for line in waiting:
                 job, _, reason = line.split("|")
                 if reason == "BeginTime":
@@ -93,7 +94,7 @@ class Cluster:
                     self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
             if time.monotonic() > deadline:
                 self.call("scancel", *ids)
-                pytest.fail(f"still there after {seconds} s: {waiting}\n{self.log(name)}")
+                pytest.fail(f"still there after {seconds} s: {waiting}\n{log()}")
             time.sleep(0.3)
 
     def log(self, name: str, label: str = "train") -> str:

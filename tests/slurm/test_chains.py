@@ -7,7 +7,7 @@ import re
 
 import pytest
 import yaml
-from tests.studies.study_files import write_tiny_study
+from tests.studies.study_files import PROJECT, write_tiny_study
 
 pytestmark = pytest.mark.slurm
 
@@ -78,3 +78,36 @@ def test_an_arm_that_fails_stops_its_evaluation_and_the_report_and_no_other_arm(
     assert (states["train.0"]["state"], states["eval-r4"]["state"]) == ("COMPLETED", "COMPLETED"), cluster.log("broken", "eval-r4")
     assert (states["train.1"]["state"], states["train.1"]["exit_code"]) == ("FAILED", 3), cluster.log("broken", "train.1")
     assert {states[name]["state"] for name in ("eval-r8", "eval-judge", "report")} == {"CANCELLED"}
+
+
+def test_an_evaluation_that_is_asked_to_stop_is_ended_queued_again_and_continues(cluster) -> None:
+    folder = cluster.work / "stages"
+    folder.mkdir()
+    (folder / "env.sh").write_text("MAX_REQUEUES=3\n")
+    (folder / "eval.processes").write_text("1 NO\n")
+    (folder / "eval.args").write_text(f"bash\n-c\necho began >> {folder}/began; [ $(wc -l < {folder}/began) -gt 1 ] || sleep 100\n")
+    words = [
+        "--parsable",
+        "-t",
+        "5",
+        "--signal=B:USR2@60",
+        "-o",
+        f"{folder}/eval.log",
+        str(PROJECT / "launch" / "job.sbatch"),
+        str(folder),
+        "eval",
+    ]
+    job = cluster.call("sbatch", *words).stdout.strip()
+    cluster.wait_for((folder / "began").is_file, "the first try")
+    cluster.call("scancel", "--batch", "--signal=USR2", job)
+    cluster.over([job], lambda: (folder / "eval.log").read_text())
+    assert (folder / "began").read_text() == "began\nbegan\n", (folder / "eval.log").read_text()
+    assert (folder / "eval.exit_code").read_text() == "0\n"
+
+
+def test_plain_sbatch_trains_a_recipe(cluster, tiny) -> None:
+    script = str(PROJECT / "launch" / "job.sbatch")
+    words = ["--parsable", "-t", "5", "-o", str(cluster.work / "plain.log"), script, "tiny.yaml", "run.name=plain", "train.max_steps=2"]
+    job = cluster.call("sbatch", *words, "--accelerate", "cpu").stdout.strip()
+    cluster.over([job], (cluster.work / "plain.log").read_text)
+    assert cluster.run_state("plain")["state"] == "finished", (cluster.work / "plain.log").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -95,7 +96,9 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     plan = plan_target(target, overrides, profile, args, flags)
     typed = shlex.join(["recipes", "launch", *sys.argv[2:]]) if sys.argv[1:2] == ["launch"] else f"recipes launch {target}"
     if args.prepare:
-        chain.prepare(plan, profile)
+        again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and (plan.folder.path / "order").is_file()
+        if not again:  # a job that was queued again goes on with what it began with
+            chain.prepare(plan, profile)
         print(plan.folder.path)
         return ExitCode.DONE
     assert profile is not None
