@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def typed(study: Study) -> str:
     """Return the study as it is typed on the command line, with its words."""
-    return " ".join([shown_path(study.path), *study.words])
+    return shlex.join([shown_path(study.path), *study.words])
 
 
 def _plan(study: Study, args: argparse.Namespace) -> int:
