@@ -14,9 +14,10 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -211,20 +212,19 @@ def simulate_seed_bootstrap(n: int, studies: int, seeds: int) -> Result:
     return Result(f"not used: bootstrap over {seeds} seeds", n, seeds, studies, None, None, covered / studies, float(np.mean(widths)), None)
 
 
-def run(studies: int, only: str | None = None) -> Iterator[Result]:
-    """Yield every result."""
-    for kind in KINDS:
-        if only and only not in kind.name:
-            continue
-        for n in SIZES:
-            if n <= kind.largest:
-                yield simulate(kind, n, studies)
-    if not only:
-        for share in (0.5, 0.8, 0.95):
-            for n in SIZES:
-                yield simulate_wilson(n, studies, share)
-        for seeds in (2, 3, 5):
-            yield simulate_seed_bootstrap(800, studies, seeds)
+def run(studies: int, only: str | None = None, known: Collection[tuple[str, int]] = ()) -> Iterator[Result]:
+    """Yield every result that is not known yet, the cheap kinds first."""
+    tasks: list[tuple[str, int, Callable[[], Result]]] = []
+    for kind in sorted(KINDS, key=lambda kind: not kind.name.startswith(("outcomes", "right"))):
+        tasks += [(kind.name, n, partial(simulate, kind, n, studies)) for n in SIZES if n <= kind.largest]
+    for share in (0.5, 0.8, 0.95):
+        tasks += [(f"a share of {share:g} (Wilson, exact)", n, partial(simulate_wilson, n, studies, share)) for n in SIZES]
+    tasks += [
+        (f"not used: bootstrap over {seeds} seeds", 800, partial(simulate_seed_bootstrap, 800, studies, seeds)) for seeds in (2, 3, 5)
+    ]
+    for name, n, work in tasks:
+        if (not only or only in name) and (name, n) not in known:
+            yield work()
 
 
 def _rounded(values: dict[str, object]) -> dict[str, object]:
@@ -236,19 +236,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="False positives, coverage and power of the statistics, by simulation.")
     parser.add_argument("--studies", type=int, default=10_000)
     parser.add_argument("--only", help="kinds whose name holds this")
-    parser.add_argument("--json", help="also write the results here")
+    parser.add_argument("--json", help="also keep the results here; those that are there already are not simulated again")
     options = parser.parse_args()
     begun = time.process_time()
     print(f"{'kind':38} {'n':>4}  better  worse  coverage  width  power at the stated size")
-    results: list[Result] = []
-    for result in run(options.studies, options.only):
+    results, spent = _kept(Path(options.json), options.studies) if options.json else ([], 0.0)
+    for result in run(options.studies, options.only, {(one.name, one.n) for one in results}):
         results.append(result)
         numbers = (result.false_better, result.false_worse, result.coverage, result.width, result.power_at_mde)
         shown = ["     -" if value is None else f"{value:6.3f}" for value in numbers]
         print(f"{result.name:38} {result.n:>4}  {'  '.join(shown)}", flush=True)
         if options.json:
-            _write(Path(options.json), options.studies, time.process_time() - begun, results)
+            _write(Path(options.json), options.studies, spent + time.process_time() - begun, results)
     print(f"{options.studies} studies each, {time.process_time() - begun:.0f} CPU s")
+
+
+def _kept(path: Path, studies: int) -> tuple[list[Result], float]:
+    """What an earlier call with as many studies kept, and the CPU seconds it took."""
+    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"studies": studies, "results": [], "cpu_seconds": 0}
+    return ([Result(**one) for one in value["results"]], value["cpu_seconds"]) if value["studies"] == studies else ([], 0.0)
 
 
 def _write(path: Path, studies: int, seconds: float, results: list[Result]) -> None:

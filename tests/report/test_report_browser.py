@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrom
 PROBE = """
 <script>
 setTimeout(function () {
-  const wide = [...document.querySelectorAll('body *')].filter((e) => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1);
+  const shown = [...document.querySelectorAll('body *')].filter((e) => e.getClientRects().length);
+  const wide = shown.filter((e) => e.getBoundingClientRect().right > innerWidth + 1);
   const form = document.getElementById('filters'), place = () => document.getElementById('place').textContent, seen = {};
   if (form) {
     seen.first = place();
@@ -32,7 +34,8 @@ setTimeout(function () {
     seen.children = [...document.querySelectorAll('#sample *')].map((e) => e.tagName).filter((v, i, a) => a.indexOf(v) === i).sort();
   }
   document.body.setAttribute('data-probe', JSON.stringify({
-    title: document.title, wide: wide.map((e) => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)).slice(0, 5), width: innerWidth,
+    title: document.title, wide: wide.map((e) => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)).slice(0, 5),
+    width: innerWidth,
     requests: performance.getEntriesByType('resource').map((e) => e.name.slice(0, 60)).filter((name) => !name.startsWith('data:')),
     answer: document.getElementById('answer').getBoundingClientRect().bottom, height: innerHeight, seen: seen }));
 }, 900);
@@ -42,11 +45,8 @@ setTimeout(function () {
 
 def ask(page: Path, width: int = 1300, height: int = 900) -> dict:
     """Open a page and return what it says about itself."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium")
     probed = page.with_name("probed.html")
     probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    # A narrow window is an iframe: headless Chromium makes no window below 500 pixels.
     words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", f"--window-size={width},{height}",
              "--dump-dom", f"file://{probed}"]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)
@@ -61,7 +61,9 @@ def html_of(written, **options) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def without_tex(monkeypatch):
+def needs_a_browser_alone(monkeypatch):
+    if CHROMIUM is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium: apt-get install chromium")
     monkeypatch.setattr("recipes_lib.report.latex.compile_pdf", lambda folder: None)
 
 
@@ -90,8 +92,6 @@ def test_nothing_is_cut_on_a_desktop_and_the_first_screen_answers(written):
 
 def test_three_arms_with_805_questions_open_in_two_seconds(written):
     page = html_of(written, names=("base", "r8", "r32"), n=805)
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium")
     # CPU seconds of the browser with the report, less those with an empty page: the machine may be busy.
     spent = []
     empty = page.with_name("empty.html")

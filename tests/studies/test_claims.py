@@ -1,0 +1,243 @@
+"""Sentences are templates over tested rows: each one here, and what stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recipes_lib.studies.claims import compare_arms
+from recipes_lib.studies.findings import Finding
+from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
+from recipes_lib.studies.published import Published, PublishedNumber
+from recipes_lib.studies.study import Arm, Study
+
+
+def arm(name, measures, *, runs=1, imported=False, folder=Path("runs")):
+    """An arm whose runs have the given measures: one list for all runs, or one per run."""
+    lists = measures if measures and isinstance(measures[0], list) else [measures] * runs
+    made = []
+    for number, mine in enumerate(lists):
+        run = name if len(lists) == 1 else f"{name}--seed{number}"
+        placed = [dataclasses.replace(one, file=folder / run / "evals" / one.eval / "result.json") for one in mine]
+        results = tuple(EvalResult(one.eval, one.suite, one.opponent, one.file, {}, (one,)) for one in placed)
+        made.append(RunMeasurements(run, folder / run, {"state": "imported" if imported else "finished"}, {}, {}, {}, {}, (), results))
+    return ArmMeasurements(name, tuple(made))
+
+
+def rates(values, metric="acc", opponent=None, unit="share", label="arc acc"):
+    """A measure of these values, one question each; None is an item without a verdict."""
+    items = tuple(
+        Item(f"q{n}", 1, "all", None if value is None or np.isnan(value) else float(value), "x") for n, value in enumerate(values)
+    )
+    return Measure("ev", "lm_eval" if unit == "share" else "mt_bench", metric, label, items, Path(), opponent, unit=unit)
+
+
+def of(*arms):
+    return Measurements({one.name: one for one in arms})
+
+
+def study(*names, trained=True, factors=("rank",)):
+    cells = [{factor: f"{factor}-{name}" for factor in factors} for name in names]
+    arms = tuple(
+        Arm(name=name, recipe=None, overrides=(), launch=None, seeds=(42,), cell=cell, imported=None if trained else name)  # type: ignore[arg-type]
+        for name, cell in zip(names, cells, strict=True)
+    )
+    keys = dict.fromkeys(factors, ("lora.r",))
+    return Study(Path("s.yaml"), "s", "Does rank matter?", keys, arms, (42,), True, (), None, {})
+
+
+GOOD, BAD = [1.0] * 60 + [0.0] * 20, [1.0] * 30 + [0.0] * 50
+
+
+def test_a_shown_difference_is_better_or_worse():
+    (row,) = compare_arms(of(arm("a", [rates(BAD)]), arm("b", [rates(GOOD)]))).rows
+    assert (row.first, row.second, row.verdict) == ("b", "a", "better")
+    assert row.sentence.startswith("b is better than a on arc acc: 75.0% against 37.5%, difference +37.5 points [")
+    assert "p < 0.001 (Holm), n = 80 questions." in row.sentence
+    (row,) = compare_arms(of(arm("a", [rates(GOOD)]), arm("b", [rates(BAD)]))).rows
+    assert row.verdict == "worse" and row.sentence.startswith("b is worse than a")
+
+
+def test_lower_is_better_turns_the_verdict():
+    lower = [dataclasses.replace(rates(values), higher_is_better=False) for values in (BAD, GOOD)]
+    (row,) = compare_arms(of(arm("a", [lower[0]]), arm("b", [lower[1]]))).rows
+    assert row.verdict == "worse" and row.difference > 0
+
+
+def test_no_difference_shown_says_what_would_have_been_found():
+    (row,) = compare_arms(of(arm("a", [rates(GOOD)]), arm("b", [rates([0.0] * 3 + GOOD[3:])]))).rows
+    assert row.verdict == "no difference shown"
+    assert row.sentence.startswith("No difference shown between b and a on arc acc:")
+    assert "A true difference of" in row.sentence and "would have been found with 80% probability" in row.sentence
+    assert "would need about" in row.sentence
+
+
+def test_two_arms_that_agree_everywhere_show_no_difference():
+    (row,) = compare_arms(of(arm("a", [rates(GOOD)]), arm("b", [rates(GOOD)]))).rows
+    assert row.verdict == "no difference shown" and row.p_holm == 1.0 and row.difference == 0
+    assert row.tested.low < 0 < row.tested.high
+
+
+def test_few_items_cannot_be_tested():
+    (row,) = compare_arms(of(arm("a", [rates([0.0] * 5)]), arm("b", [rates([1.0] * 5)]))).rows
+    assert row.verdict == "cannot be tested" and row.p_holm is None
+    assert row.sentence == "b and a cannot be compared on arc acc: 5 questions cannot reach p <= 0.05, whatever they say."
+
+
+def test_totals_alone_cannot_be_tested():
+    group = dataclasses.replace(rates([]), reported=0.4, reported_n=100)
+    (row,) = compare_arms(of(arm("a", [group]), arm("b", [dataclasses.replace(group, reported=0.5)]))).rows
+    assert row.verdict == "cannot be tested" and row.difference == pytest.approx(0.1)
+    assert "only totals are known" in row.sentence
+
+
+def test_other_questions_cannot_be_tested():
+    other = dataclasses.replace(rates([]), items=tuple(Item(f"z{n}", 1, "all", 1.0, "x") for n in range(80)))
+    (row,) = compare_arms(of(arm("a", [rates(GOOD)]), arm("b", [other]))).rows
+    assert "answered different questions" in row.sentence
+
+
+def test_head_to_head_is_a_win_rate_and_both_directions_are_one_row():
+    won = [1.0] * 60 + [0.5] * 10 + [0.0] * 10
+    direct = rates(won, "win_rate", "a", label="AlpacaEval win rate")
+    turned = rates([1 - value for value in won], "win_rate", "b", label="AlpacaEval win rate")
+    reference = [rates(values, "win_rate", "reference", label="AlpacaEval win rate") for values in (BAD, GOOD)]
+    comparison = compare_arms(of(arm("a", [reference[0], turned]), arm("b", [reference[1], direct])))
+    head = [row for row in comparison.rows if row.head_to_head]
+    assert len(head) == 1 and head[0].first_value == pytest.approx(0.8125)
+    assert head[0].sentence.startswith("b is better than a on AlpacaEval win rate, head to head: win rate 81.2% [")
+    assert [row.opponent for row in comparison.rows] == [None, "reference"]
+    (flipped,) = [row for row in compare_arms(of(arm("a", [turned]), arm("b", [rates(GOOD)]))).rows if row.head_to_head]
+    assert flipped.first == "b" and flipped.first_value == pytest.approx(0.8125)
+
+
+def test_unresolved_items_are_counted_both_ways_and_said():
+    values = [1.0] * 60 + [0.0] * 10 + [None] * 10
+    (row,) = compare_arms(of(arm("a", [rates([0.5] * 80)]), arm("b", [rates(values, "win_rate", "a")]))).rows
+    assert row.tested.unresolved == 10 and row.verdict == "better"
+    assert "10 without a verdict counted both ways" in row.sentence
+    many = [1.0] * 30 + [0.0] * 10 + [None] * 40
+    (row,) = compare_arms(of(arm("a", [rates([0.5] * 80)]), arm("b", [rates(many, "win_rate", "a")]))).rows
+    assert row.verdict == "no difference shown" and row.p_holm == 1.0
+
+
+def test_holm_covers_the_whole_table():
+    weak = [1.0] * 48 + [0.0] * 32
+    many = [rates(GOOD, f"m{n}", label=f"m{n}") for n in range(12)]
+    other = [rates(GOOD, f"m{n}", label=f"m{n}") for n in range(11)] + [rates(weak, "m11", label="m11")]
+    alone = compare_arms(of(arm("a", [many[11]]), arm("b", [other[11]]))).rows[0]
+    among = compare_arms(of(arm("a", many), arm("b", other))).rows
+    assert among[11].p_holm == pytest.approx(min(1.0, 12 * alone.p_holm)) and among[11].mde > alone.mde
+
+
+def test_a_cause_is_named_only_where_the_study_declares_it():
+    measured = of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))
+    (row,) = compare_arms(measured, (), study("r8", "r32")).rows
+    assert row.sentence.endswith(
+        " Only rank (rank-r32 against rank-r8) differs between them, so this is its effect for these two trainings, one seed each."
+    )
+    for without in (None, study("r8", "r32", trained=False), study("r8", "r32", factors=())):
+        (row,) = compare_arms(measured, (), without).rows
+        assert "effect" not in row.sentence and row.verdict == "better"
+
+
+def test_no_cause_is_named_for_a_base_model():
+    measured = of(arm("base", [rates(BAD)]), arm("r8", [rates(GOOD)]))
+    (row,) = compare_arms(measured, (), study("base", "r8")).rows
+    assert row.sentence.startswith("r8 is better than base") and "effect" not in row.sentence
+
+
+def test_a_confound_leaves_an_association():
+    confound = Finding("confound", "error", "The arms differ in train.learning_rate too", (), "", ("r8", "r32"))
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (confound,), study("r8", "r32")).rows
+    assert row.sentence.startswith("r32 scored higher than r8 on arc acc:")
+    assert row.sentence.endswith("This is an association, not an effect: the arms differ in train.learning_rate too.")
+    assert row.verdict == "better" and row.stopped == ("The arms differ in train.learning_rate too",)
+
+
+def test_another_error_stops_the_claim_and_not_the_table():
+    error = Finding("judge-audit", "error", "The judge failed its audit", (), "", (), ("ev/acc",))
+    comparison = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (error,), study("r8", "r32"))
+    (row,) = comparison.rows
+    assert row.sentence == "No claim about r32 and r8 on arc acc: the judge failed its audit."
+    assert row.verdict == "better" and row.p_holm < 0.001 and row.difference == pytest.approx(0.375)
+    assert "no claim, because of an error found, on 1" in comparison.answer[0]
+
+
+def test_an_error_about_another_metric_stops_nothing():
+    error = Finding("judge-audit", "error", "The judge failed", (), "", (), ("other/metric",))
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (error,)).rows
+    assert row.stopped == () and row.verdict == "better"
+
+
+def test_warnings_stop_nothing():
+    warning = Finding("noise-floor", "warning", "No A/A run", (), "")
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (warning,), study("r8", "r32")).rows
+    assert "so this is its effect" in row.sentence
+
+
+def test_one_model_under_two_names_cannot_be_tested():
+    same = Finding("identical-answers", "error", "r8 and r32 gave the same answers", (), "", ("r8", "r32"))
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (same,)).rows
+    assert row.verdict == "cannot be tested" and row.p_holm is None
+    assert "r8 and r32 gave the same answers" in row.sentence
+
+
+def test_several_seeds_enter_the_interval_and_the_sentence():
+    rng = np.random.default_rng(0)
+    seeds = [[rates(rng.integers(0, 2, 80).astype(float))] for _ in range(3)]
+    better = [[rates(np.minimum(1.0, np.array([item.value for item in one[0].items]) + (rng.random(80) < 0.6)))] for one in seeds]
+    (row,) = compare_arms(of(arm("r8", seeds), arm("r32", better)), (), study("r8", "r32")).rows
+    assert row.tested.seeds == 3 and row.tested.test == "crossed t"
+    assert "3 seeds" in row.sentence and "over 3 training seeds" in row.sentence
+
+
+def test_a_missing_turn_is_unresolved_not_dropped():
+    turns = tuple(Item(f"q{n}", turn, "all", 3.0, "graded") for n in range(20) for turn in (1, 2))
+    whole = dataclasses.replace(rates([], "grade", unit="grade", label="MT-Bench"), items=turns)
+    lacking = dataclasses.replace(whole, items=turns[:-1])
+    (row,) = compare_arms(of(arm("a", [whole]), arm("b", [lacking]))).rows
+    assert row.tested.n == 40 and row.tested.unresolved == 1 and row.tested.lowest < 0 < row.tested.highest
+
+
+def test_published_numbers_alone_are_shown_and_never_tested():
+    numbers = tuple(
+        PublishedNumber(name, "t", "m", "Acc", value, str(value), n=800, beside="ev/acc") for name, value in (("r8", 0.41), ("r32", 0.42))
+    )
+    published = Published(Path("p.yaml"), "a report", "somewhere", numbers, {"t": "table"})
+    measured = of(arm("r8", [rates(BAD)], imported=True), ArmMeasurements("r32", ()))
+    (row,) = compare_arms(measured, (), study("r8", "r32", trained=False), published).rows
+    assert row.verdict == "cannot be tested" and row.tested is None
+    assert row.published_first == "42.0% (n 800)" and row.published_second == "41.0% (n 800)"
+    assert "cannot be compared" in row.sentence and "r8 imported" in row.flags
+
+
+def test_published_values_stand_beside_ours():
+    published = Published(
+        Path("p.yaml"), "x", "y", (PublishedNumber("a", "t", "m", "Acc", 41.0, "41.0", beside="ev/acc", factor=0.01),), {}
+    )
+    (row,) = compare_arms(of(arm("a", [rates(BAD)]), arm("b", [rates(GOOD)])), (), None, published).rows
+    assert (row.published_first, row.published_second) == (None, "41.0%")
+
+
+def test_nothing_in_common_is_said():
+    comparison = compare_arms(of(arm("a", [rates(BAD)]), arm("b", [])))
+    assert comparison.rows == () and comparison.answer == ("Nothing can be compared: no two arms have a metric in common.",)
+
+
+def test_the_answer_begins_with_the_arms_of_the_study_and_ends_with_the_base():
+    base, first, second = (arm(name, [rates(values)]) for name, values in (("base", BAD), ("r8", GOOD), ("r32", GOOD)))
+    answer = compare_arms(of(base, first, second), (), study("r8", "r32")).answer
+    assert answer[0] == "r32 against r8, 1 comparison: no difference shown on 1."
+    assert answer[-2:] == ("r8 against base, 1 comparison: better on 1.", "r32 against base, 1 comparison: better on 1.")
+
+
+def test_plain_values_are_json():
+    import json
+
+    comparison = compare_arms(of(arm("a", [rates(BAD)]), arm("b", [rates(GOOD)])))
+    value = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+    assert value["rows"][0]["tested"]["n"] == 80 and "measures" not in value["rows"][0]
