@@ -43,23 +43,23 @@ LEVERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "before these levers: padded, TRL's loss": (["train.padding_free=false"], {"patch": "trl-loss"}),
     "TRL's loss (every position, entropy, four reads per micro-batch)": ([], {"patch": "trl-loss"}),
     "TRL's head without entropy, counts read once per log": ([], {"patch": "trl-head"}),
-    "padded": (["train.padding_free=false"], {}),
-    "padded, length-grouped": (["train.padding_free=false", "train.train_sampling_strategy=group_by_length"], {}),
     "padding-free with one masked attention over the row": (["train.padding_free=true"], {"patch": "masked-attention"}),
-    "packed to 1,024 tokens": (["train.packing=true", "train.per_device_train_batch_size=1"], {"packs": True}),
+    "padded": (["train.padding_free=false"], {}),
     "activation checkpointing": (["train.activation_checkpointing=true"], {}),
+    "packed to 1,024 tokens": (["train.packing=true", "train.per_device_train_batch_size=1"], {"packs": True}),
     "micro-batch 1": (["train.per_device_train_batch_size=1"], {}),
-    "micro-batch 2": (["train.per_device_train_batch_size=2"], {}),
-    "micro-batch 4": (["train.per_device_train_batch_size=4"], {}),
-    "at most 512 tokens per forward pass": (["run.max_tokens_per_micro_batch=512"], {}),
     "optimizer not fused": (["train.optim=adamw_torch"], {}),
-    "one data-loader worker": (["train.dataloader_num_workers=1"], {}),
-    "Python's garbage collector off": ([], {"patch": "no-gc"}),
-    "float32 (another precision)": (["model.dtype=float32", "train.bf16=false"], {}),
-    "adapters in bf16 too (another precision)": (["train.bf16=false"], {"patch": "bf16-adapters"}),
     "memory kept by the allocator": ([], {"environment": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}}),
     "huge pages": ([], {"environment": {"THP_MEM_ALLOC_ENABLE": "1"}}),
+    "Python's garbage collector off": ([], {"patch": "no-gc"}),
+    "float32 (another precision)": (["model.dtype=float32", "train.bf16=false"], {}),
+    "padded, length-grouped": (["train.padding_free=false", "train.train_sampling_strategy=group_by_length"], {}),
+    "at most 512 tokens per forward pass": (["run.max_tokens_per_micro_batch=512"], {}),
+    "one data-loader worker": (["train.dataloader_num_workers=1"], {}),
+    "micro-batch 4": (["train.per_device_train_batch_size=4"], {}),
+    "adapters in bf16 too (another precision)": (["train.bf16=false"], {"patch": "bf16-adapters"}),
     "eager attention": (["train.padding_free=false", "model.attn_implementation=eager"], {}),
+    "micro-batch 2": (["train.per_device_train_batch_size=2"], {}),
     "torch.compile": (["train.torch_compile=true"], {}),
 }
 
@@ -227,16 +227,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = run_group(group, options, Path(folder))
         rows += found if not rows else [row for row in found if row["way"] != "ours"]
-    show(rows)
-    if options.json:
-        record = {
-            "date": datetime.date.today().isoformat(), "command": "python " + " ".join(["benchmarks/train_cpu.py", *sys.argv[1:]]),
-            "data": options.data, "examples_per_step": EXAMPLES_PER_STEP, "threads": 1,
-            "load_average": {"before": load_before, "after": os.getloadavg()},
-            "devices": describe_devices(), "libraries": library_versions(), "rows": rows,
-        }  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        show(rows)
+        if options.json:  # after each group: what was measured is not lost when the rest is interrupted
+            record = {
+                "date": datetime.date.today().isoformat(), "command": "python " + " ".join(["benchmarks/train_cpu.py", *sys.argv[1:]]),
+                "data": options.data, "examples_per_step": EXAMPLES_PER_STEP, "threads": 1,
+                "load_average": {"before": load_before, "after": os.getloadavg()}, "devices": describe_devices(),
+                "libraries": library_versions(), "rows": rows,
+            }  # fmt: skip
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
