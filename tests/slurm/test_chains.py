@@ -107,7 +107,7 @@ def test_an_evaluation_that_is_asked_to_stop_is_ended_queued_again_and_continues
 
 def test_plain_sbatch_trains_a_recipe(cluster, tiny) -> None:
     script = str(PROJECT / "launch" / "job.sbatch")
-    words = ["--parsable", "-t", "5", "-o", str(cluster.work / "plain.log"), script, "tiny.yaml", "run.name=plain", "train.max_steps=2"]
+    words = ["--parsable", "-t", "15", "-o", str(cluster.work / "plain.log"), script, "tiny.yaml", "run.name=plain", "train.max_steps=2"]
     job = cluster.call("sbatch", *words, "--accelerate", "cpu").stdout.strip()
     cluster.over([job], (cluster.work / "plain.log").read_text)
     assert cluster.run_state("plain")["state"] == "finished", (cluster.work / "plain.log").read_text()

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors, RecipesError
+from recipes_lib.errors import EnvironmentFault, ExitCode, Interrupted, Preempted, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.runs.directory import RunDirectory, State
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.ranks import leave_together, on_main_rank, rank
@@ -55,7 +55,7 @@ def open_session(recipe: Recipe, run: RunDirectory, options: argparse.Namespace)
             session.record_failure(int(error.exit_code), str(error))
             raise
         except BaseException as error:
-            fault = explain_fault(error)
+            fault = stop_behind(error) or explain_fault(error)
             session.record_failure(int(fault.exit_code if fault else ExitCode.FAILED), str(fault or f"{type(error).__name__}: {error}"))
             if fault:
                 raise fault from error
@@ -354,6 +354,15 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+
+
+def stop_behind(error: BaseException | None) -> RecipesError | None:
+    """Return the stop request that an error hides: transformers turns one that arrives during its lazy imports into a RuntimeError."""
+    while error is not None:
+        if isinstance(error, Preempted | Interrupted):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
