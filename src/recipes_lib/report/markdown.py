@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from recipes_lib.report.content import Content
     from recipes_lib.report.figures import Figure
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#|~!&$])")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~&$])")
 
 
 def escaped(text: object) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.studies.beside import with_flags, with_published
-from recipes_lib.studies.comparison import ALPHA, HALF, Row, Score, Verdict, build_rows, build_scores, corrected, plain
+from recipes_lib.studies.comparison import ALPHA, HALF, Row, Score, Verdict, build_rows, build_scores, corrected, pairs_of, plain
 from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import Measurements
 from recipes_lib.studies.wording import count, difference_text, interval_text, listed, p_text, value_text
@@ -77,7 +77,8 @@ def compare_arms(
     scores = build_scores(measurements)
     rows = build_rows(measurements, base)
     if published is not None:
-        rows = with_published(rows, scores, measurements, published)
+        place = {frozenset(pair): number for number, pair in enumerate(pairs_of(measurements, base))}
+        rows = sorted(with_published(rows, scores, measurements, published), key=lambda row: place[frozenset(row.arms)])
     one_model = [dataclasses.replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
     judged = [judge_row(with_flags(row, measurements), known, study, base) for row in corrected(one_model)]
     question = study.question if study else f"How do {listed(list(measurements.arms))} compare?"
@@ -204,10 +205,13 @@ def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str
     """Return the answer: for each pair of arms what the table holds for it, with the sentence of its first comparison."""
     pairs = list(dict.fromkeys(row.arms for row in rows))
     own = [pair for pair in pairs if not set(pair) & set(base)]
-    sentences = []
+    sentences: list[str] = []
     for pair in own or pairs:
         mine = [row for row in rows if row.arms == pair]
-        sentences += [summary_sentence(mine), mine[0].sentence]
+        # Of a pair that cannot be tested at all the reason is enough, and once: it is the same for the next pair.
+        untested = all(row.verdict == "cannot be tested" for row in mine)
+        said_before = untested and any(mine[0].reason in sentence for sentence in sentences)
+        sentences += [summary_sentence(mine), *([] if said_before else [mine[0].sentence])]
         sentences += [row.sentence for row in mine[1:] if row.verdict in ("better", "worse")][:3]
     if own:
         sentences += [summary_sentence([row for row in rows if row.arms == pair]) for pair in pairs if pair not in own]

@@ -241,7 +241,8 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
     a, b = _table(mine, keys), _table(other, keys)
     scale = scale_of(one.unit, np.concatenate([a.ravel(), b.ravel()]))
     tested = without_false_certainty(compare(a, b, [key[0] for key in keys], scale=scale)) if keys else None
-    values = [_mean(table) if keys else _reported(measures) for table, measures in ((a, mine), (b, other))]
+    both = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))  # the values that the difference is of; `Score` has each arm's own
+    values = [_mean(table[:, both]) if keys else _reported(measures) for table, measures in ((a, mine), (b, other))]
     flags = []
     asked = max(len(my_keys), len(other_keys))
     if keys and len(keys) < asked:
