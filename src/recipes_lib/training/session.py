@@ -308,7 +308,7 @@ class Session:
         from recipes_lib.training.figures import draw_figures
         from recipes_lib.training.finish import save_and_check
         from recipes_lib.training.hub import push_finished_run
-        from recipes_lib.training.summary import summarise
+        from recipes_lib.training.summary import beside_the_plan, summarise
 
         summary = on_main_rank(lambda: summarise(self))
         self.say("saving the weights, and reloading them to check that they are what was trained ...")
@@ -321,6 +321,7 @@ class Session:
             weights = self.run.weights(self.recipe.lora is None)
             reload = check["reload"]
             say(f"finished: {weights} (reloaded: logits differ by at most {reload['largest']:.2g} of {reload['scale']:.2g})")
+            say(beside_the_plan(summary))
             if self.push_to:
                 say(f"pushed: {push_finished_run(self.run, self.push_to)}")
             next_step(f"recipes chat {self.run.name}")

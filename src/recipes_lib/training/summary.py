@@ -40,3 +40,16 @@ def summarise(session: Session) -> dict[str, Any]:
         "distribution": session.active.distributed_type,
         "reproducible": "exact on the same versions" if session.active.device.startswith("cpu") else "same hardware, within rounding",
     }
+
+
+def beside_the_plan(summary: dict[str, Any]) -> str:
+    """Return time and peak memory as measured, and as planned where there was a plan.
+
+    Example:
+        >>> beside_the_plan({"seconds": 51.3, "peak_memory_gib": 1.88, "planned_seconds": 47.9, "planned_peak_memory_gib": 2.07})
+        'took 51 s (planned 48), peak memory 1.9 GiB (planned 2.1)'
+    """
+    seconds, peak = summary["planned_seconds"], summary["planned_peak_memory_gib"]
+    time_planned = "" if seconds is None else f" (planned {seconds:,.0f})"
+    peak_planned = "" if peak is None else f" (planned {peak:.1f})"
+    return f"took {summary['seconds']:,.0f} s{time_planned}, peak memory {summary['peak_memory_gib']:.1f} GiB{peak_planned}"
