@@ -79,8 +79,8 @@ def test_a_dry_run_on_one_of_several_machines_ends_in_one_message(capsys):
 
 
 def test_the_next_line_of_a_dry_run_is_the_command_without_it(capsys):
-    flags = ["--accelerate", "ddp", "--gpus", "4", "--resume-anyway"]
+    flags = ["--accelerate", "ddp", "--gpus", "4", "--resume-anyway", "--no-plan"]
     assert main(["train", "llama2-7b-dolly/qlora-r8", "train.seed=7", *flags, "--dry-run"]) == 0
     command, following = capsys.readouterr().out.splitlines()
-    assert following == "next: recipes train llama2-7b-dolly/qlora-r8 train.seed=7 --accelerate ddp --gpus 4 --resume-anyway"
+    assert following == "next: recipes train llama2-7b-dolly/qlora-r8 train.seed=7 --accelerate ddp --gpus 4 --resume-anyway --no-plan"
     assert command.endswith("-m recipes_lib.train llama2-7b-dolly/qlora-r8 train.seed=7 --resume-anyway")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,18 +37,18 @@ def run(args: argparse.Namespace) -> int:
         say("# next: save this as FILE, then: trl sft --config FILE")
         return ExitCode.DONE
     say(f"# {recipe.name}: {file}")
-    say(f"#   {launch_line(recipe, file)}")
+    say(f"#   {launch_line(recipe, file, args.overrides)}")
     say(join_lines(yaml_lines(shown_values(recipe, everything=args.all), lambda path: _comment(recipe, path))))
-    say(f"# next: recipes data {file} --show 3")
+    say(f"# next: {shlex.join(['recipes', 'data', file, *args.overrides, '--show', '3'])}")
     return ExitCode.DONE
 
 
-def launch_line(recipe: Recipe, file: str) -> str:
+def launch_line(recipe: Recipe, file: str, overrides: Sequence[str] = ()) -> str:
     """Return the plain command that trains the recipe with its default launch; several machines each put in their own rank."""
     launch = plan_launch(recipe.launch)
     if launch.machines > 1:
         launch = replace(launch, rank=0, address="HOST_OF_RANK_0", port=launch.config.main_process_port or DEFAULT_PORT)
-    return shlex.join(["accelerate", "launch", *launch.launcher_words(), "-m", "recipes_lib.train", file])
+    return shlex.join(["accelerate", "launch", *launch.launcher_words(), "-m", "recipes_lib.train", file, *overrides])
 
 
 def shown_values(recipe: Recipe, *, everything: bool = False) -> dict[str, Any]:

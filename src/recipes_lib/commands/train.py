@@ -104,7 +104,7 @@ def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
     for name in options:
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return shlex.join([*words, *(f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name, False))])
+    return shlex.join([*words, *(f"--{name.replace('_', '-')}" for name in (*FLAGS, "no_plan") if getattr(args, name, False))])
 
 
 def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
