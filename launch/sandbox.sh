@@ -122,9 +122,15 @@ case ${1:-} in
     FOLDER=$(cd "${2:-.slurm}" && pwd)
     if [ "$1" = stop ]; then stop "$FOLDER"; else start "$FOLDER" || { code=$?; stop "$FOLDER"; exit $code; }; fi ;;
   run)
-    FOLDER=$(mktemp -d)
-    trap 'stop "$FOLDER"; rm -rf "$FOLDER"' EXIT
+    FOLDER=$(mktemp -d) COMMAND=
+    trap '[ -z "$COMMAND" ] || kill "$COMMAND" 2> /dev/null || true; stop "$FOLDER"; rm -rf "$FOLDER"' EXIT
+    trap 'exit 143' TERM HUP
+    trap 'exit 130' INT
     start "$FOLDER"
-    "${@:2}" ;;
+    "${@:2}" &
+    COMMAND=$!
+    wait "$COMMAND" && CODE=0 || CODE=$?
+    COMMAND=
+    exit "$CODE" ;;
   *) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
 esac
