@@ -65,7 +65,7 @@ def summary(
     scores = [row["value"] for row in rows if row["kind"] == "absolute" and row["status"] == "ok"]
     return {
         "pairs": pairs.to_dict(),
-        "alpaca_eval": library,
+        "alpaca_eval": library | {"n": library["n_total"]},
         "length_controlled": own_length_controlled(lengths) if recipe.metrics.length_controlled != "none" else None,
         "mean_score": {**within_scale(mean_interval(scores)), "questions": len(questions)} if recipe.metrics.absolute else None,
         "mean_length": {

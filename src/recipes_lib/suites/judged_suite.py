@@ -18,6 +18,7 @@ from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewh
 from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import load_questions
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.replay_numbers import replay_numbers
 
 
 class JudgedSuite:
@@ -134,12 +135,13 @@ class JudgedSuite:
             assert opponent is not None
             lines = alpaca_eval.samples(questions, answers, opponent, mine.rows)
             _write_samples(alpaca_eval.sample_file(answers.folder(recipe.name), "samples.jsonl", opponent), lines)
-            return result | alpaca_eval.summary(recipe, questions, answers, opponent, judge, mine.rows)
+            whole = result | alpaca_eval.summary(recipe, questions, answers, opponent, judge, mine.rows)
+            return whole | replay_numbers(whole, "alpaca_eval")
         mt_bench.write_fastchat(recipe, questions, answers, opponent, mine.rows, self.judge_file.path.stem)
         numbers = mt_bench.summary(questions, mine.rows)
         title = f"{answers.name}: {recipe.name}, judge {self.judge_file.path.stem}"
         draw_grades(numbers, answers.folder(recipe.name) / "figures" / "grades", title)
-        return result | numbers
+        return result | numbers | replay_numbers(result | numbers, "mt_bench")
 
 
 def check_formats(pairing: Pairing) -> None:
