@@ -247,20 +247,19 @@ def main() -> None:
         shown = ["     -" if value is None else f"{value:6.3f}" for value in numbers]
         print(f"{result.name:38} {result.n:>4}  {'  '.join(shown)}", flush=True)
         if options.json:
-            _write(Path(options.json), options.studies, spent + time.process_time() - begun, results)
+            _write(Path(options.json), spent + time.process_time() - begun, results)
     print(f"{options.studies} studies each, {time.process_time() - begun:.0f} CPU s")
 
 
 def _kept(path: Path, studies: int) -> tuple[list[Result], float]:
-    """What an earlier call with as many studies kept, and the CPU seconds it took."""
-    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"studies": studies, "results": [], "cpu_seconds": 0}
-    return ([Result(**one) for one in value["results"]], value["cpu_seconds"]) if value["studies"] == studies else ([], 0.0)
+    """What earlier calls kept that rests on at least as many studies, and the CPU seconds they took."""
+    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"results": [], "cpu_seconds": 0}
+    return [Result(**one) for one in value["results"] if one["studies"] >= studies], value["cpu_seconds"]
 
 
-def _write(path: Path, studies: int, seconds: float, results: list[Result]) -> None:
+def _write(path: Path, seconds: float, results: list[Result]) -> None:
     """Keep the results so far."""
     value = {
-        "studies": studies,
         "machine": f"{platform.machine()}, one core, Python {platform.python_version()}, numpy {np.__version__}",
         "cpu_seconds": round(seconds),
         "results": [_rounded(asdict(one)) for one in results],

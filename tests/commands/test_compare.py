@@ -1,0 +1,100 @@
+"""`recipes compare`: the table for any runs, `base` as a word, one file of HTML, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.cli import main
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import synthetic_runs
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    root = tmp_path / "runs"
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(root))
+    monkeypatch.chdir(tmp_path)
+    synthetic_runs.write_study(root, ("r8", "r32"), 60)
+    return root
+
+
+def make_base(root: Path, **changes) -> None:
+    """The record of a base model as an evaluation leaves it."""
+    base = synthetic_runs.write_run(root, "base--model--12345678")
+    model = {"name_or_path": "some/model", "revision": None, "dtype": "bfloat16"} | changes
+    state = {"format_version": 1, "name": base.name, "state": "finished", "updated": "x", "kind": "base",
+             "stand_in": {"model": model, "quantization": None}, "prompt_format_hash": "p" * 64}  # fmt: skip
+    synthetic_runs.write_json(base / "run.json", state)
+    (base / "metrics.jsonl").unlink()
+    synthetic_runs.write_lm_eval(base, skill=0.3)
+
+
+def test_the_table_names_arms_effect_p_n_and_verdict(runs, capsys):
+    assert main(["compare", "r8", "r32"]) == 0
+    shown = capsys.readouterr().out
+    assert "r32 against r8" in shown and "AlpacaEval win rate head to head" in shown and "p (Holm)" in shown
+    assert "arc_easy acc" in shown and "MT-Bench mean grade" in shown
+    assert shown.rstrip().splitlines()[-1] == "next: recipes compare r8 r32 --html report.html"
+
+
+def test_json_is_one_object(runs, capsys):
+    assert main(["compare", "r8", "r32", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert {row["metric"] for row in value["rows"]} == {"alpaca_eval/win_rate", "mt_bench/grade", "lm_eval/arc_easy/acc"}
+    assert "is its effect" not in json.dumps(value)
+
+
+def test_html_is_one_file(runs, tmp_path, capsys):
+    assert main(["compare", "r8", "r32", "--html", "out.html"]) == 0
+    assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "runs"]
+    assert main(["compare", "r8", "r32", "--html", "runs"]) == 2
+
+
+def test_base_is_the_base_of_the_others(runs, capsys):
+    assert main(["compare", "r8", "base"]) == 2
+    assert "never evaluated" in capsys.readouterr().err
+    make_base(runs)
+    assert main(["compare", "r8", "base"]) == 0
+    assert "r8 against base" in capsys.readouterr().out
+
+
+def test_another_models_base_is_not_taken(runs, capsys):
+    make_base(runs, name_or_path="other/model")
+    assert main(["compare", "r8", "base"]) == 2
+
+
+def test_one_run_shows_its_scores(runs, capsys):
+    assert main(["compare", "r8"]) == 0
+    assert "value [95%]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "said"), [(["r8", "r8"], "named twice"), (["r9"], "no run named"), (["base"], "base of what")])
+def test_words_that_cannot_be_compared(runs, capsys, words, said):
+    assert main(["compare", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_runs_without_evaluations_say_what_to_type(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
+    synthetic_runs.write_run(tmp_path, "bare")
+    assert main(["compare", "bare"]) == 2
+    assert "recipes eval" in capsys.readouterr().err
+
+
+def test_a_result_that_does_not_agree_with_its_judgments_is_refused(runs, capsys):
+    samples = runs / "r8" / "evals" / "alpaca_eval" / "samples" / "samples.jsonl"
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-3]))
+    result = json.loads((runs / "r8" / "evals" / "alpaca_eval" / "result.json").read_text())
+    assert result["pairs"]["n"] == 60
+    assert main(["compare", "r8", "r32"]) == 4
+    assert "its counts differ from the stored judgments" in capsys.readouterr().err
+    samples.write_text(samples.read_text() + "not json\nmore\n")
+    assert main(["compare", "r8", "r32"]) == 4
+    assert "samples.jsonl:58" in capsys.readouterr().err
