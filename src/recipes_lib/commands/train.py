@@ -94,8 +94,9 @@ def _check_plan(recipe: Recipe, launch: Launch) -> None:
     if run.exists() and run.read_state()["state"] in ("finished", "imported"):
         return
     plan = plan_for_here(recipe, launch)
-    if plan is not None:
-        refuse_what_cannot_fit(plan)
+    warning = None if plan is None else refuse_what_cannot_fit(plan)
+    if warning:
+        say(warning)
 
 
 def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:

@@ -62,14 +62,19 @@ def plan_of_active(recipe: Recipe, active: Active, tokens: Sequence[int], rows: 
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
-def refuse_what_cannot_fit(plan: Plan) -> None:
-    """Stop a training whose plan does not fit the card that is there.
+def refuse_what_cannot_fit(plan: Plan) -> str | None:
+    """Stop a training whose plan does not fit the card that is there; return a warning where it is tight.
+
+    Without a GPU resident memory is not predicted: what is refused there is what exceeds the free memory by the model's own tensors alone.
 
     Raises:
         EnvironmentFault: it does not; with the arithmetic, what would make it fit, and how to insist.
     """
     if plan.fits:
-        return
+        return None
+    if plan.settings.device == "cpu" and plan.memory.peak * plan.sharing <= plan.card.memory_gib:
+        needed = plan.memory.needed * plan.sharing
+        return f"warning: the plan needs about {needed:.1f} GiB, and {plan.card.memory_gib:.1f} are free now (recipes plan says what saves some)"
     what, largest = refusal(plan)
     hints = [f"{item.setting}   ({'costs' if item.saves_s < 0 else 'saves'} {clock(abs(item.saves_s))})" for item in advise(plan)[:3]]
     origin = plan.recipe.origin_of("train.per_device_train_batch_size")
