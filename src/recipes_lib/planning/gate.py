@@ -74,7 +74,8 @@ def refuse_what_cannot_fit(plan: Plan) -> str | None:
         return None
     if plan.settings.device == "cpu" and plan.memory.peak * plan.sharing <= plan.card.memory_gib:
         needed = plan.memory.needed * plan.sharing
-        return f"warning: the plan needs about {needed:.1f} GiB, and {plan.card.memory_gib:.1f} are free now (recipes plan says what saves some)"
+        free = f"{plan.card.memory_gib:.1f} are free now"
+        return f"warning: the plan needs about {needed:.1f} GiB, and {free} (recipes plan says what saves some)"
     what, largest = refusal(plan)
     hints = [f"{item.setting}   ({'costs' if item.saves_s < 0 else 'saves'} {clock(abs(item.saves_s))})" for item in advise(plan)[:3]]
     origin = plan.recipe.origin_of("train.per_device_train_batch_size")
