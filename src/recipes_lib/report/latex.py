@@ -32,7 +32,7 @@ COMPILE_TIMEOUT_S = 120
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}", "_": r"\_\allowbreak{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "/": r"/\allowbreak{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "-": "-{}",
+    "/": r"/\allowbreak{}", '"': "''", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "-": "-{}",
     "\N{MINUS SIGN}": r"\ensuremath{-}", "\N{EN DASH}": "--", "\N{EM DASH}": "---", "\N{HORIZONTAL ELLIPSIS}": r"\ldots{}",
     "\N{MIDDLE DOT}": r"\textperiodcentered{}", "\N{LESS-THAN OR EQUAL TO}": r"\ensuremath{\leq}",
     "\N{MULTIPLICATION SIGN}": r"\ensuremath{\times}", "\N{GREATER-THAN OR EQUAL TO}": r"\ensuremath{\geq}",
