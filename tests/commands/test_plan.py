@@ -69,6 +69,8 @@ def test_every_shipped_study_has_sums(path: Path, plan: Plan) -> None:
     assert arms or made["not_trained_here"]
     assert total["runs"] == sum(arm["seeds"] for arm in arms.values())
     assert total["train_s"] == pytest.approx(sum(arm["seeds"] * arm["time"]["train_total_s"] for arm in arms.values()), abs=1)
+    seeds = max((arm["seeds"] for arm in arms.values()), default=0)
+    assert total["comparisons"] == seeds * (len(arms) * (len(arms) - 1) // 2 + len(arms))  # each shipped study includes its base
     assert total["cost"] == pytest.approx(2 * total["gpu_hours"], abs=0.01)
     code, out, _ = plan(path)
     assert code == 0 and "card hours" in out and out.splitlines()[-1].startswith("next: recipes study run ")

@@ -40,22 +40,30 @@ class ArmPlan:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All arms, the evaluations of base models, and arms that are not trained here."""
+    """All arms, the evaluations of base models, and arms that are not trained here.
+
+    Args:
+        bases: base model -> seconds of its evaluations.
+        comparisons: number of head-to-head comparisons: of each pair of arms, and of each arm with its base, seed by seed.
+        comparing: seconds of judging they take.
+    """
 
     name: str
     arms: list[ArmPlan]
     bases: dict[str, float]
     elsewhere: list[str]
+    comparisons: int = 0
+    comparing: float = 0.0
 
     @property
     def card_hours(self) -> float:
         """Card hours of everything."""
-        return sum(arm.card_hours for arm in self.arms) + sum(self.bases.values()) / 3600
+        return sum(arm.card_hours for arm in self.arms) + (sum(self.bases.values()) + self.comparing) / 3600
 
     @property
     def one_after_the_other(self) -> float:
         """Seconds when one thing follows the other."""
-        return sum(arm.seeds * (arm.plan.duration.total + arm.evaluation) for arm in self.arms) + sum(self.bases.values())
+        return sum(arm.seeds * (arm.plan.duration.total + arm.evaluation) for arm in self.arms) + sum(self.bases.values()) + self.comparing
 
 
 def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
@@ -75,7 +83,11 @@ def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
         arms.append(ArmPlan(arm.name, plan, max(1, len(arm.seeds)), evals))
         if study.include_base:
             bases[arm.recipe.model.name_or_path] = sum(item.total for item in evals)
-    return StudyPlan(study.name, arms, bases, elsewhere)
+    pairs = len(arms) * (len(arms) - 1) // 2 + (len(arms) if study.include_base else 0)
+    comparisons = pairs * max((arm.seeds for arm in arms), default=0)
+    places = [place for place, recipe in enumerate(study.evals) if recipe.suite.name == "alpaca_eval"]
+    comparing = sum(arms[0].evals[place].judging for place in places) * comparisons if arms else 0.0
+    return StudyPlan(study.name, arms, bases, elsewhere, comparisons * len(places), comparing)
 
 
 def _card(gpu: str | None, use_cpu: bool) -> Card:
@@ -91,8 +103,9 @@ def study_json(plan: StudyPlan, price: float | None) -> dict[str, Any]:
         "not_trained_here": plan.elsewhere,
         "total": {
             "runs": sum(arm.seeds for arm in plan.arms),
+            "comparisons": plan.comparisons,
             "train_s": round(sum(arm.seeds * arm.plan.duration.total for arm in plan.arms), 1),
-            "evaluation_s": round(sum(arm.seeds * arm.evaluation for arm in plan.arms) + sum(plan.bases.values()), 1),
+            "evaluation_s": round(sum(arm.seeds * arm.evaluation for arm in plan.arms) + sum(plan.bases.values()) + plan.comparing, 1),
             "one_after_the_other_s": round(plan.one_after_the_other, 1),
             "gpu_hours": round(plan.card_hours, 4),
             "price_per_gpu_hour": price,
@@ -115,6 +128,8 @@ def study_lines(plan: StudyPlan, price: float | None) -> Iterator[str]:
         yield f"{arm.name:<{width}}  {card:<26} {need:>9.1f}  {fits:<4} {arm.seeds:>5}  {times}"
     for model, seconds in plan.bases.items():
         yield f"base model {model}: {clock(seconds)} of evaluation"
+    if plan.comparisons:
+        yield f"{plan.comparisons} comparisons head to head: {clock(plan.comparing)} of judging"
     if plan.elsewhere:
         yield f"not trained here: {', '.join(plan.elsewhere)}"
     cost = f", {price * plan.card_hours:,.2f} at {price:g} an hour" if price is not None else ""
