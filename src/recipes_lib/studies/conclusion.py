@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.recipe.project import runs_root
-from recipes_lib.studies.arm_runs import run_names, study_folder
+from recipes_lib.studies.arm_runs import base_run, run_names, study_folder
 from recipes_lib.studies.graph import Graph, digest_of
+from recipes_lib.studies.sections import BASE_ARM
 from recipes_lib.studies.study import Study
 
 if TYPE_CHECKING:
     from recipes_lib.studies.claims import Comparison
+    from recipes_lib.studies.measurements import Measurements, RunMeasurements
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,30 @@ def measured_runs(study: Study, graph: Graph) -> dict[str, list[Path]]:
     return {arm: [runs_root() / name for name in runs] for arm, runs in names.items() if runs or arm in published}
 
 
+def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurements:
+    """Return the measurements without what is not the study's: other evals of the same runs, and results that are out of date.
+
+    An evaluation whose result is left out counts as unfinished. Imported runs keep everything.
+    """
+    known = graph.survey()
+    to_base = {recipe.name for recipe in study.evals if recipe.metrics.against == BASE_ARM}
+    results: dict[tuple[str, str, str], bool] = {}
+    for step in graph.of_kind("judgments", "lm_eval", "comparison"):
+        against = base_run(study) or BASE_ARM if step.kind == "judgments" and step.eval in to_base else step.against
+        results[step.run, step.eval, against] = known[step.name].fresh
+    imported = {arm.imported for arm in study.arms if arm.imported}
+
+    def kept(run: RunMeasurements) -> RunMeasurements:
+        if run.name in imported:
+            return run
+        evals = [one for one in run.evals if results.get((run.name, one.eval, "" if one.against in (None, "reference") else one.against))]
+        stale = [name for (owner, name, _), fresh in results.items() if owner == run.name and not fresh]
+        return dataclasses.replace(run, evals=tuple(evals), unfinished=tuple(dict.fromkeys(stale)))
+
+    arms = {name: dataclasses.replace(arm, runs=tuple(map(kept, arm.runs))) for name, arm in measurements.arms.items()}
+    return dataclasses.replace(measurements, arms=arms)
+
+
 def conclude(study: Study, graph: Graph) -> Conclusion:
     """Compute the statistics and write the report; both steps are recorded as done where everything above them is.
 
@@ -51,7 +78,7 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     known = graph.survey()
     statistics, report = graph.steps["statistics"], graph.steps["report"]
     complete = all(known[name].fresh for name in statistics.upstream)
-    measurements = read_measurements(measured_runs(study, graph))
+    measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
     comparison = compare_arms(measurements, check_validity(study, measurements), study)
     record = graph.folder / "statistics" / "comparison.json"
     write_json(record, comparison.to_dict())
