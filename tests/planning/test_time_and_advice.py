@@ -99,6 +99,7 @@ WORDS_OF = {
     "tiny micro-batches": (LORA, ["train.per_device_train_batch_size=1", "train.padding_free=true"], {}),
     "too large for a 4090": (LORA, [], {"gpu": "4090"}),
     "full on two A100 40GB": (FULL, [], {"gpu": "a100-40gb"}),
+    "checkpointing without need, under a cap": ("llama2-7b-dolly/published-qlora-r32", [], {"gpu": "rtx-4090-24gb"}),
     "70B": (LORA, ["model.name_or_path=meta-llama/Llama-3.1-70B"], {}),
 }
 

@@ -61,9 +61,9 @@ def _to_be_faster(plan: Plan) -> Iterator[Advice]:
         else:
             base, words = plan, ""
     if settings.checkpointing:
-        off = plan.with_settings(replace(settings, checkpointing=False), plan.batches.accumulation)
+        off, capped = _without_checkpointing(plan)
         if off.fits:
-            yield _compare(plan, off, "train.activation_checkpointing=false", "activations fit without computing them twice")
+            yield _compare(plan, off, f"train.activation_checkpointing=false{capped}", "activations fit without computing them twice")
     if settings.sharded:
         whole = plan.with_settings(replace(settings, sharded=False), plan.batches.accumulation)
         if whole.fits:
@@ -73,6 +73,18 @@ def _to_be_faster(plan: Plan) -> Iterator[Advice]:
     if larger is not None:
         size = f"train.per_device_train_batch_size={larger.settings.per_device}"
         yield _compare(plan, larger, f"{words} {size}".strip(), "larger micro-batches: fewer passes, less waiting")
+
+
+def _without_checkpointing(plan: Plan) -> tuple[Plan, str]:
+    """Return the plan that keeps all activations, with a cap on the micro-batches where it would not fit else, and the cap's words."""
+    settings = replace(plan.settings, checkpointing=False)
+    off = plan.with_settings(settings, plan.batches.accumulation)
+    cap = plan.largest(checkpointing=False) // 256 * 256
+    longest = min(settings.max_length or max(plan.lengths.tokens), max(plan.lengths.tokens))
+    if off.fits or settings.packing or cap < longest:
+        return off, ""
+    cap = min(cap, settings.max_tokens or cap)
+    return plan.with_settings(replace(settings, max_tokens=cap), plan.batches.accumulation), f" run.max_tokens_per_micro_batch={cap}"
 
 
 def _padding_free(plan: Plan) -> tuple[Settings, str] | None:
