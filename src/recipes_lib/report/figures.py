@@ -48,8 +48,7 @@ def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
 
     for key, series in content.curves.items():
         name, unit = CURVES[key]
-        caption = f"{unit[0].upper()}{unit[1:]} by optimizer step, every run."
-        yield Figure(name, unit, caption, _curves(series, unit, formats))
+        yield Figure(name, unit, "Every run, by optimizer step.", _curves(series, unit, formats))
     for number, breakdown in enumerate(content.breakdowns, 1):
         title = f"{breakdown.title}, by {'category' if breakdown.kind == 'category' else 'length of the answer'}"
         caption = "Points with 95% intervals; groups are described, not tested."
