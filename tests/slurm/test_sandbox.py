@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from tests.slurm.conftest import NEEDED, SANDBOX, free_ports, processes_of
 
 pytestmark = pytest.mark.slurm
