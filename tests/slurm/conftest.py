@@ -78,12 +78,12 @@ class Cluster:
         found = json.loads(self.recipes("launch", "status", name, "--json").stdout)
         return {state["label"]: state for state in found[name]}
 
-    def ended(self, name: str, seconds: float = 150) -> dict[str, dict[str, Any]]:
+    def ended(self, name: str, seconds: float = 300) -> dict[str, dict[str, Any]]:
         """Wait until no job of a launch is queued or running."""
         self.over(list(self.jobs(name).values()), lambda: self.log(name), seconds)
         return self.states(name)
 
-    def over(self, ids: list[str], log: Callable[[], str], seconds: float = 150) -> None:
+    def over(self, ids: list[str], log: Callable[[], str], seconds: float = 300) -> None:
         """Wait until no job of these is queued or running; requeued jobs start at once, not after Slurm's two minutes."""
         deadline = time.monotonic() + seconds
         while waiting := self.call("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids)).stdout.splitlines():
@@ -112,7 +112,7 @@ class Cluster:
         path = self.runs / name / "metrics.jsonl"
         return path.read_text().count('"loss"') if path.is_file() else 0
 
-    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 90) -> None:
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain for {what}; queue: {self.queue()}"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tests.studies.study_files import PROJECT, write_tiny_study
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_study_becomes_an_array_of_arms_evaluations_and_a_report(cluster, tiny
     assert re.search(r"train: job \d+ \(2 arms\)", said) and "report: job" in said
     edited = study.parent / "r4.yaml"
     edited.write_text(edited.read_text().replace("1.0e-2", "5.0"))  # too late: the queued jobs have their own copy
-    states = cluster.ended("tiny", seconds=280)
+    states = cluster.ended("tiny", seconds=500)
     logs = {label: cluster.log("tiny", label) for label in states}
     assert {state["state"] for state in states.values()} == {"COMPLETED"}, logs
     assert set(states) == {"train.0", "train.1", "eval-base", "eval-r4", "eval-r8", "eval-judge", "report"}
@@ -74,7 +74,7 @@ def test_an_arm_that_fails_stops_its_evaluation_and_the_report_and_no_other_arm(
     text = study.read_text()
     study.write_text(text.replace("r8: r8.yaml", "r8: {recipe: r8.yaml, overrides: [train.learning_rate=1e30, lora=null]}"))
     cluster.launch(str(study), "--profile", str(cluster.profile("study", max_concurrent_arms=2)), "--stages", "train,eval,report")
-    states = cluster.ended("broken", seconds=280)
+    states = cluster.ended("broken", seconds=500)
     assert (states["train.0"]["state"], states["eval-r4"]["state"]) == ("COMPLETED", "COMPLETED"), cluster.log("broken", "eval-r4")
     assert (states["train.1"]["state"], states["train.1"]["exit_code"]) == ("FAILED", 3), cluster.log("broken", "train.1")
     assert {states[name]["state"] for name in ("eval-r8", "eval-judge", "report")} == {"CANCELLED"}

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 STEPS = ("train.max_steps=30", "train.save_steps=10", "train.eval_steps=10", "lora.lora_dropout=0.3")
 
 
