@@ -182,3 +182,14 @@ def test_nothing_in_a_report_is_a_secret(make_content, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     for path in write_report(tmp_path / "report", make_content()):
         assert b"hf_abcdefghijklmnop" not in Path(path).read_bytes()
+
+
+def test_what_is_not_up_to_date_stands_on_top(make_content, tmp_path):
+    from dataclasses import replace
+
+    from recipes_lib.studies.conclusion import not_up_to_date
+    from recipes_lib.studies.graph import Freshness
+
+    lines = not_up_to_date(("judgments.a",), {"judgments.a": Freshness("missing")})
+    text = report_html(replace(make_content(), banners=tuple(lines)), ())
+    assert text.index("Not up to date: judgments.a (missing)") < text.index('id="table"')

@@ -85,9 +85,18 @@ class Content:
 
 
 def gather(
-    name: str, measurements: Measurements, comparison: Comparison, study: Study | None = None, published: Published | None = None
+    name: str,
+    measurements: Measurements,
+    comparison: Comparison,
+    study: Study | None = None,
+    published: Published | None = None,
+    banners: Sequence[str] = (),
 ) -> Content:
-    """Return the content of a report."""
+    """Return the content of a report.
+
+    Args:
+        banners: lines that stand above everything the evaluations say, such as what is not up to date.
+    """
     return Content(
         name=name,
         comparison=comparison,
@@ -99,7 +108,7 @@ def gather(
         samples=collect_samples(measurements),
         commands=tuple(commands(name, measurements, study)),
         provenance=tuple(provenance(measurements, study, published)),
-        banners=tuple(_banners(measurements)),
+        banners=(*banners, *_banners(measurements)),
         imported=tuple(arm for arm, one in measurements.arms.items() if one.imported),
         published=published,
         curves=_curves(measurements),

@@ -36,10 +36,14 @@ def build_report(study: Study, runs: Mapping[str, Sequence[Path]], folder: Path)
     return write_study_report(folder, compare_arms(measurements, check_validity(study, measurements), study), measurements, study)
 
 
-def write_study_report(folder: Path, comparison: Comparison, measurements: Measurements, study: Study) -> Path:
-    """Write the report of a comparison that was made already, and return report.html."""
+def write_study_report(folder: Path, comparison: Comparison, measurements: Measurements, study: Study, banners: Sequence[str] = ()) -> Path:
+    """Write the report of a comparison that was made already, and return report.html.
+
+    Args:
+        banners: lines for the top of the report, such as which steps are not up to date.
+    """
     from recipes_lib.studies.published import load_published
 
     published = load_published(study.published) if study.published else None
-    write_report(folder, gather(study.name, measurements, comparison, study, published))
+    write_report(folder, gather(study.name, measurements, comparison, study, published, banners))
     return folder / "report.html"

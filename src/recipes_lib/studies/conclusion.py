@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from recipes_lib.atomic_files import write_json
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.studies.arm_runs import base_run, run_names, study_folder
-from recipes_lib.studies.graph import Graph, digest_of
+from recipes_lib.studies.graph import Freshness, Graph, digest_of
 from recipes_lib.studies.sections import BASE_ARM
 from recipes_lib.studies.study import Study
 
@@ -88,12 +89,19 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     folder = study_folder(study) / "report"
     scratch = folder.with_name(f".report.tmp-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
-    write_study_report(scratch, comparison, measurements, study)
+    write_study_report(scratch, comparison, measurements, study, not_up_to_date(statistics.upstream, known))
     replace_folder(scratch, folder)
     if complete:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         graph.finish(report, digest_of([file.name for file in files]), files, seconds=round(time.monotonic() - started, 2))
     return Conclusion(comparison, folder, complete)
+
+
+def not_up_to_date(names: Sequence[str], known: Mapping[str, Freshness]) -> list[str]:
+    """Return the line that stands above a report while steps are missing or stale."""
+    behind = [f"{name} ({known[name].state})" for name in names if not known[name].fresh]
+    more = f" and {len(behind) - 6} more" if len(behind) > 6 else ""
+    return [f"Not up to date: {', '.join(behind[:6])}{more}. What follows is what was measured before."] if behind else []
 
 
 def replace_folder(new: Path, place: Path) -> None:
