@@ -275,3 +275,19 @@ def test_where_no_arm_could_be_trained_nothing_is_evaluated(study: Study, monkey
 def test_a_study_that_does_not_exist_is_answered_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "run", "nowhere"]) == ExitCode.USAGE
     assert "studies: distributed-strategy, learning-rate, lora-rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 75)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_is_handed_on_once_and_ends_the_study_with_its_code(number: int, code: int, study: Study) -> None:
+    handled = "import signal, sys, time\n" + "".join(f"signal.signal({n}, lambda *a: sys.exit({c}))\n" for n, c in ((2, 130), (15, 75)))
+    script = handled + "print('training', flush=True)\ntime.sleep(60)"
+    program = f"from recipes_lib.studies import trainings\ntrainings.train_command = lambda words: [{sys.executable!r}, '-c', {script!r}]\n"
+    program += f"from recipes_lib.cli import main\nraise SystemExit(main(['study', 'run', {str(study.path)!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while process.stdout.readline() != "training\n":
+        pass
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait() == code
+    assert "stopped; the same command continues" in rest and "failed" not in rest

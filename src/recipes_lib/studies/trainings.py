@@ -88,11 +88,10 @@ class Trainings:
         return None
 
     def _stop(self, number: int, frame: object) -> None:
-        """Hand a signal on; `recipes train` checkpoints and ends, and a second Ctrl-C ends it at once."""
+        """Hand a signal on, each once: `recipes train` checkpoints and ends, and a second Ctrl-C ends it at once."""
         self.stopped = int(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
         for training in self.running:
-            if training.log is not None or number != signal.SIGINT:  # a terminal's Ctrl-C reaches a child in our group by itself
-                training.process.send_signal(number)
+            training.process.send_signal(number)
 
     def _start(self, step: Step, total: int) -> None:
         """Start one training, or take over one that has reached its end."""
@@ -113,8 +112,9 @@ class Trainings:
             log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("ab") if log else None
         self.say(f"\n$ recipes train {' '.join(words)}" + (f"   # output: {log}" if log else ""))
-        options: dict[str, Any] = {"stdout": stream, "stderr": stream, "start_new_session": True} if stream else {}
-        process = subprocess.Popen(train_command(words), preexec_fn=_die_with_parent, **options)
+        options: dict[str, Any] = {"stdout": stream, "stderr": stream} if stream else {}
+        # In a session of its own, so that a terminal's Ctrl-C reaches it through us alone and not twice.
+        process = subprocess.Popen(train_command(words), preexec_fn=_die_with_parent, start_new_session=True, **options)
         self.running.append(_Training(step, process, time.monotonic(), log, stream))
 
     def _clear_way(self, step: Step, run: RunDirectory) -> None:
