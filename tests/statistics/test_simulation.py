@@ -1,0 +1,44 @@
+"""The promises of the statistics, over 500 simulated studies; the benchmark does 10,000 and more kinds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import statistics_simulation  # noqa: E402
+
+STUDIES = 500
+KINDS = {kind.name: kind for kind in statistics_simulation.KINDS}
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "scores"])
+def test_an_arm_that_is_no_better_is_rarely_called_better(name):
+    result = statistics_simulation.simulate(KINDS[name], 80, STUDIES)
+    assert result.false_better <= 0.05 and result.false_worse <= 0.05
+    # 95% with three standard errors of 500 studies; the exact tests of rare events and unresolved items may cover more.
+    assert 0.92 <= result.coverage <= 1.0
+    if result.power_at_mde is not None:
+        assert result.power_at_mde >= 0.72
+
+
+@pytest.mark.parametrize("name", ["outcomes, head to head", "right or wrong", "outcomes, 3 seeds that differ"])
+def test_large_studies_cover_what_they_say(name):
+    result = statistics_simulation.simulate(KINDS[name], 800, STUDIES)
+    assert 0.92 <= result.coverage <= 0.98 and result.false_better <= 0.05
+
+
+def test_the_committed_results_keep_the_promises():
+    kept = json.loads((BENCHMARKS / "results" / "statistics_simulation.json").read_text())
+    for one in kept["results"]:
+        assert one["studies"] >= 2000 or "Wilson" in one["name"]
+        if one["false_better"] is not None:
+            assert one["false_better"] <= 0.05, one
+        if one["false_better"] is not None and "4%" not in one["name"] and "seeds" not in one["name"] and "unresolved" not in one["name"]:
+            low, high = {80: (0.93, 0.97), 800: (0.94, 0.96)}.get(one["n"], (0, 1))
+            assert low <= one["coverage"] <= high, one
