@@ -127,6 +127,11 @@ def test_a_wrong_launch_says_what_is_wrong(launched, capsys, words: list[str], t
     assert all(word in said for word in told), said
 
 
+def test_a_folder_is_no_study_of_that_name(capsys) -> None:
+    assert cli.main(["launch", "recipes/quickstart", "--profile", "example", "--dry-run"]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_a_profile_is_asked_for_by_name(tiny_recipe: Path, capsys) -> None:
     assert cli.main(["launch", str(tiny_recipe)]) == 2
     assert "--profile is missing" in capsys.readouterr().err

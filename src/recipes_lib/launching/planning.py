@@ -73,6 +73,8 @@ def _is_study(target: str) -> bool:
     from recipes_lib.studies.study import study_path
 
     path = recipe_path(target)
+    if path.is_dir():
+        raise RecipeError("is a folder; launch one recipe or study of it", "all recipes: recipes ls", file=target)
     path = path if path.is_file() else study_path(target)
     return path.is_file() and load_document(path).kind.name == "study"
 
