@@ -110,3 +110,20 @@ def test_usr2_asks_a_training_until_it_listens(job, tmp_path: Path) -> None:
 def test_a_job_out_of_an_old_submission_says_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run(["bash", LAUNCH / "job.sbatch", tmp_path, "train"], capture_output=True, text=True)
     assert done.returncode == 2 and "train.args" in done.stderr
+
+
+@pytest.mark.parametrize(("second", "code", "ran"), [("exit 0", 0, ["first", "second", "third"]), ("exit 6", 6, ["first", "second"])])
+def test_local_runs_the_stages_in_order_and_stops_at_the_first_that_fails(stand_in, tmp_path: Path, second: str, code: int, ran) -> None:
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    (folder / "env.sh").write_text("")
+    (folder / "order").write_text("eval-a\neval-b\nreport\n")
+    for label, name, ends in (("eval-a", "first", "exit 0"), ("eval-b", "second", second), ("report", "third", "exit 0")):
+        (folder / f"{label}.processes").write_text("1 NO\n")
+        (folder / f"{label}.args").write_text(f"bash\n-c\necho {name} >> {folder}/ran; {ends}\n")
+    calls = stand_in("recipes", f"echo {folder}")
+    done = subprocess.run(["bash", LAUNCH / "local.sh", "r.yaml", "run.notes=$(x)"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert (folder / "ran").read_text().split() == ran
+    assert calls.read_text().splitlines() == ["launch", "r.yaml", "run.notes=$(x)", "--stages", "train,eval,report", "--prepare", "---"]
+    assert "exit code 0" in (folder / "eval-a.log").read_text()
