@@ -126,7 +126,8 @@ def _changed_scaling(document: Document) -> Iterator[RecipeError]:
     before = document.replaced.get(("lora", "r"))
     if not isinstance(lora, dict) or not before or document.origin(("lora", "r")).file == document.origin(("lora", "lora_alpha")).file:
         return
-    rank, alpha = lora.get("r"), lora.get("lora_alpha")
+    rank: Any = lora.get("r")
+    alpha: Any = lora.get("lora_alpha")
     if all(isinstance(number, int | float) and number > 0 for number in (rank, alpha, before)):
         root = 0.5 if lora.get("use_rslora") is True else 1
         was, now = alpha / before**root, alpha / rank**root
