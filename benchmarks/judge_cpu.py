@@ -139,7 +139,11 @@ def main() -> None:
 
             torch.set_num_threads(options.threads)
             logits, generate = judge_with("logits"), judge_with("generate")
-            rounds = [(logits(scratch), generate(scratch)) for _ in range(options.repeats)]
+            rounds = []
+            for number in range(1, options.repeats + 1):
+                rounds.append((logits(scratch), generate(scratch)))
+                ratio = rounds[-1][1] / rounds[-1][0]
+                print(f"round {number}: {rounds[-1][0]:.3f} against {rounds[-1][1]:.3f} CPU s, {ratio:.2f}x", flush=True)
             show("logits", [first for first, _ in rounds], "CPU s per judgment")
             show(f"generate, {WRITTEN_TOKENS} tokens", [second for _, second in rounds], "CPU s per judgment")
             show("generate / logits", [second / first for first, second in rounds], "x")
