@@ -17,6 +17,7 @@ ENDING = frozenset({"COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "STAGE_
 ACTIVE = PENDING | RUNNING | ENDING
 # What a reason of Slurm means to somebody who waits.
 _REASONS = {
+    "None": "",
     "Dependency": "waits for an earlier stage",
     "DependencyNeverSatisfied": "an earlier stage failed, so it will never start",
     "Priority": "others are before it in the queue",
