@@ -9,7 +9,8 @@ from recipes_lib.planning.cards import Card
 from recipes_lib.planning.settings import Settings
 
 # Tokens per CPU second of LoRA training, SmolLM2-135M, one thread of a server CPU with AVX512-BF16, torch 2.13 (2026-11-24, n=1 each):
-# 4bit counted over the steps, the others from whole runs less an estimated start, so good to a fifth. As 4N operations per token. Another CPU, above all one without bf16 instructions, is slower.
+# 4bit counted over the steps, the others from whole runs less an estimated start, so good to a fifth.
+# As 4N operations per token. Another CPU, above all one without bf16 instructions, is slower.
 _TOKENS_PER_CPU_SECOND = {"bf16": 400.0, "fp32": 155.0, "4bit": 305.0}
 _PARAMETERS = 134_515_008
 CPU_BASIS = "measured with SmolLM2-135M on one core of another machine; elsewhere taken as proportional"
