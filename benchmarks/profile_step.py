@@ -138,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--random-7b", action="store_true")
     parser.add_argument("--json", type=Path)
     options, overrides = parser.parse_known_args(argv)
+    if "=" in options.recipe:  # no recipe, an override came first
+        options.recipe, overrides = parser.get_default("recipe"), [options.recipe, *overrides]
     import torch
     from train_cpu_worker import apply_patch
 

@@ -79,7 +79,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
-    words = words or [str(PROJECT / "recipes/quickstart/lora-r8.yaml")]
+    if not words or "=" in words[0]:
+        words = [str(PROJECT / "recipes/quickstart/lora-r8.yaml"), *words]
     from recipes_lib.runs.manifest import describe_devices, library_versions
 
     rounds: list[dict[str, Any]] = []
