@@ -34,6 +34,20 @@ def test_rows_and_steps_are_the_stated_ones(name: str, stated: tuple[int, int, i
     assert (batches.rows, batches.steps_per_epoch, batches.steps) == stated
 
 
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["train.num_train_epochs=1.5"], (39, 59)),  # half an epoch is rounded up
+        # 76 whole micro-batches make 12 steps of six and one of four
+        (["train.dataloader_drop_last=true", "train.per_device_train_batch_size=4", "run.global_batch_size=24"], (13, 13)),
+    ],
+    ids=["half an epoch", "drop_last"],
+)
+def test_a_plan_counts_steps_as_the_training_does(words: list[str], steps: tuple[int, int]) -> None:
+    batches = plan_recipe(load_recipe("quickstart/lora-r8", words)).batches
+    assert (batches.rows, batches.steps_per_epoch, batches.steps) == (305, *steps)
+
+
 # Measured on the real rows: tokens computed for each real one. Random batches of 4 and 32; batches grouped by length.
 @pytest.mark.parametrize(("size", "grouped", "measured"), [(4, False, 2.07), (32, False, 4.2), (4, True, 1.005)])
 def test_padding_wastes_what_was_measured_on_dolly(size: int, grouped: bool, measured: float) -> None:

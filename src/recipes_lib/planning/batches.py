@@ -11,6 +11,7 @@ from typing import Any
 
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.settings import Settings
+from recipes_lib.recipe.batch import planned_steps
 
 PACKED = 0.9995  # share of a packed row that is filled; measured with TRL's bfd on Dolly
 _MOST_ROWS = 20_000
@@ -65,9 +66,15 @@ def batches_of(settings: Settings, lengths: Lengths, train: dict[str, Any], accu
         tokens = [cut]
     examples = settings.per_device * accumulation * settings.world_size
     drawn = draw(settings, tokens, settings.per_device)
-    per_epoch = max(1, rows // examples if train.get("dataloader_drop_last") else -(-rows // examples))
-    epochs, most = float(train.get("num_train_epochs", 3)), int(train.get("max_steps", -1))
-    steps = most if most > 0 else max(1, round(per_epoch * epochs))
+    per_epoch, steps = planned_steps(
+        rows,
+        per_device=settings.per_device,
+        accumulation=accumulation,
+        world_size=settings.world_size,
+        epochs=float(train.get("num_train_epochs", 3)),
+        max_steps=int(train.get("max_steps", -1)),
+        drop_last=bool(train.get("dataloader_drop_last")),
+    )
     scale = accumulation * settings.world_size
     real = drawn.tokens * scale
     return Batches(
