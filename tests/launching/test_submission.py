@@ -144,5 +144,7 @@ def test_the_time_of_a_training_is_the_plans_where_that_is_shorter(profile_file,
     assert "--time=3-00:00:00" not in capsys.readouterr().out
     assert cli.main([*words, str(profile_file('time: "00:10:00"', "gpu: h100-80gb", "signal_lead_s: 60"))]) == 0
     assert "--time=00:10:00" in capsys.readouterr().out
+    assert cli.main([*words, str(profile_file('time: "3-00:00:00"', "gpu: h100-80gb", "signal_lead_s: 86400"))]) == 0
+    assert "--time=2-00:00:00" in capsys.readouterr().out  # asked to save halfway, as in a profile, and not before it has begun
     assert cli.main([*words, str(profile_file("gpu: h100-800gb"))]) == 2
     assert "site.yaml:" in capsys.readouterr().err

@@ -60,11 +60,12 @@ def sbatch_argv(job: Job, folder: LaunchFolder, profile: SiteProfile, dependenci
 
 
 def time_limit(job: Job, profile: SiteProfile) -> str | None:
-    """Return the job's time limit: the profile's, or the plan's where that is shorter."""
+    """Return the job's time limit: the profile's, or the plan's where that is shorter, but twice the signal's lead at least."""
     allowed = profile.values.of_stage("time", job.stage)
-    if job.seconds is None or (allowed is not None and seconds_of(allowed) <= job.seconds):
+    if job.seconds is None:
         return allowed
-    return time_of(job.seconds)
+    planned = max(job.seconds, 2 * profile.values.signal_lead_s)
+    return allowed if allowed is not None and seconds_of(allowed) <= planned else time_of(planned)
 
 
 def run_slurm(argv: Sequence[str], timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
