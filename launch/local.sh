@@ -5,7 +5,7 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 RECIPES=$(command -v recipes || echo "$HERE/../.venv/bin/recipes")
-case " $* " in *" --stages "*) ;; *) set -- "$@" --stages train,eval,report ;; esac
+case " $* " in *" --stages"[\ =]*) ;; *) set -- "$@" --stages train,eval,report ;; esac
 FOLDER=$("$RECIPES" launch "$@" --prepare)
 PATH=$(dirname "$RECIPES"):$PATH
 while read -r stage; do

@@ -127,3 +127,11 @@ def test_local_runs_the_stages_in_order_and_stops_at_the_first_that_fails(stand_
     assert (folder / "ran").read_text().split() == ran
     assert calls.read_text().splitlines() == ["launch", "r.yaml", "run.notes=$(x)", "--stages", "train,eval,report", "--prepare", "---"]
     assert "exit code 0" in (folder / "eval-a.log").read_text()
+
+
+@pytest.mark.parametrize("words", [["--stages", "train"], ["--stages=train"]], ids=" ".join)
+def test_local_keeps_the_stages_that_were_asked_for(stand_in, tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "order").touch()
+    calls = stand_in("recipes", f"echo {tmp_path}")
+    subprocess.run(["bash", LAUNCH / "local.sh", "r.yaml", *words], check=True, timeout=60)
+    assert calls.read_text().splitlines() == ["launch", "r.yaml", *words, "--prepare", "---"]
