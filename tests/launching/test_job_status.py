@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from recipes_lib import cli
+from recipes_lib.errors import EnvironmentFault
+from recipes_lib.launching import watching
 from recipes_lib.launching.folder import LaunchFolder, all_launches
 from recipes_lib.launching.status import states_of
 
@@ -120,3 +122,38 @@ def test_cancel_names_only_jobs_that_are_not_over(folder: LaunchFolder, stand_in
     assert cli.main(["launch", "cancel", "study"]) == 0
     assert calls.read_text().splitlines() == ["9", "---"]
     assert [one.name for one in all_launches()] == ["study"]
+
+
+NO_ANSWER = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+def test_a_controller_that_does_not_answer_ends_no_wait(folder: LaunchFolder, stand_in, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "POLL_S", 0.0)
+    over = json.dumps({"jobs": [modern("COMPLETED", 0), modern("COMPLETED", 1), modern("COMPLETED")]})
+    stand_in("sacct", "exit 1")
+    calls = stand_in(
+        "scontrol", f'[ "$(grep -c -- "^---" "$(dirname "$0")/scontrol.calls")" -gt 2 ] || {{ {NO_ANSWER}; }}\necho \'{over}\''
+    )
+    assert watching.wait(folder) == 0
+    said = capsys.readouterr().out
+    assert "train.0: unknown - Slurm gives no answer" in said and "every job succeeded" in said
+    assert calls.read_text().count("---") >= 4
+
+
+def test_what_slurm_does_not_answer_is_neither_cancelled_nor_launched_again(folder: LaunchFolder, stand_in, capsys) -> None:
+    stand_in("scontrol", NO_ANSWER)
+    stand_in("sacct", "exit 1")
+    cancelled = stand_in("scancel", "")
+    assert cli.main(["launch", "cancel", "study"]) == 5
+    said = capsys.readouterr()
+    assert "Slurm gives no answer" in said.err and "nothing was queued" not in said.out and not cancelled.exists()
+    with pytest.raises(EnvironmentFault, match="may still be queued"):
+        watching.refuse_if_active(folder)
+
+
+def test_a_cancelling_that_fails_is_said(folder: LaunchFolder, stand_in, capsys) -> None:
+    stand_in("scontrol", f"echo '{json.dumps({'jobs': [modern('RUNNING', 0)]})}'")
+    stand_in("scancel", "echo 'scancel: error: Kill job error on job id 7: Unable to contact slurm controller' >&2; exit 1")
+    assert cli.main(["launch", "cancel", "study"]) == 5
+    said = capsys.readouterr()
+    assert "Slurm cannot be reached" in said.err and "cancelled" not in said.out

@@ -54,6 +54,17 @@ def test_a_refused_later_stage_cancels_the_earlier_ones_and_names_the_profiles_l
     assert not (tmp_path / "runs" / "tiny" / "slurm" / "jobs.json").exists()
 
 
+def test_jobs_that_could_not_be_cancelled_again_are_said_and_kept(launched, stand_in, tmp_path: Path, capsys) -> None:
+    stand_in("sbatch", REFUSE_SECOND)
+    stand_in("scancel", "echo 'scancel: error: Unable to contact slurm controller' >&2; exit 1")
+    stand_in("sinfo", "echo gpu")
+    assert launched("--stages", "train,report") == 2
+    said = capsys.readouterr().err
+    assert "nothing is queued" not in said and "still queued: train" in said and "recipes launch cancel tiny" in said
+    noted = json.loads((tmp_path / "runs" / "tiny" / "slurm" / "jobs.json").read_text())
+    assert [job["label"] for job in noted["jobs"]] == ["train"]
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 
-from recipes_lib.errors import RecipeError, RecipesError
+from recipes_lib.errors import RecipeError, RecipeErrors, RecipesError
 from recipes_lib.launching.folder import environment_script
 from recipes_lib.launching.jobs import Job
 from recipes_lib.launching.profile import SiteProfile
@@ -17,7 +16,7 @@ def submit_chain(plan: Plan, profile: SiteProfile) -> dict[str, str]:
     """Write the submission's folder, submit every job, and return {label: job id}.
 
     Raises:
-        RecipesError: Slurm refused a job; those before it are cancelled.
+        RecipesError: Slurm refused a job; those before it are cancelled, or named where that failed too.
     """
     prepare(plan, profile)
     ids: dict[str, str] = {}
@@ -27,14 +26,15 @@ def submit_chain(plan: Plan, profile: SiteProfile) -> dict[str, str]:
             ids[job.label] = submit(argv, profile, job.stage)
             plan.folder.write_jobs(plan.jobs, ids, profile.name)
     except BaseException as error:
-        with suppress(RecipesError):
+        try:
             cancel(list(ids.values()))
-        plan.folder.jobs_file.unlink(missing_ok=True)
+        except RecipesError as second:
+            left = f"still queued: {', '.join(ids)} ({second.what}); when Slurm answers: recipes launch cancel {plan.name}"
+        else:
+            plan.folder.jobs_file.unlink(missing_ok=True)
+            left = f"nothing is queued: {', '.join(ids)} had been accepted and {'is' if len(ids) == 1 else 'are'} cancelled"
         if ids and isinstance(error, RecipesError):
-            error.hints = (
-                *error.hints,
-                f"nothing is queued: {', '.join(ids)} had been accepted and {'is' if len(ids) == 1 else 'are'} cancelled",
-            )
+            error.hints = (*error.hints, left)
         raise
     return ids
 
@@ -72,6 +72,4 @@ def test_chain(plan: Plan, profile: SiteProfile) -> Iterator[tuple[Job, str]]:
         except RecipeError as error:
             refused.append(error)
     if refused:
-        from recipes_lib.errors import RecipeErrors
-
         raise RecipeErrors({str(error): error for error in refused}.values())

@@ -122,8 +122,8 @@ def refusal(text: str, profile: SiteProfile, stage: str, argv: Sequence[str]) ->
     told = [line for line in lines if not line.startswith(("Batch job submission failed", "Try "))]
     reason = next((line.partition("Batch job submission failed: ")[2] for line in lines if "submission failed: " in line), "")
     what = told[0] if told else reason or "no reason given"
-    if _UNREACHABLE.search(text):
-        return EnvironmentFault(f"Slurm cannot be reached: {what}", "is this the login node, and is the controller up? sinfo")
+    if is_unreachable(text):
+        return _no_controller(what)
     for pattern, key, hint in _REFUSALS:
         if re.search(pattern, text, re.I):
             value = profile.values.of_stage(key, stage) if key in ("partition", "time") else getattr(profile.values, key)
@@ -145,10 +145,25 @@ def partitions() -> str:
     return ", ".join(dict.fromkeys(done.stdout.split())) or "not known (sinfo says nothing)"
 
 
+def is_unreachable(said: str) -> bool:
+    """Whether what one of Slurm's commands said means that the controller did not answer."""
+    return _UNREACHABLE.search(said) is not None
+
+
+def _no_controller(said: str) -> EnvironmentFault:
+    return EnvironmentFault(f"Slurm cannot be reached: {said}", "is this the login node, and is the controller up? sinfo")
+
+
 def cancel(ids: Sequence[str]) -> None:
-    """Cancel jobs; those that are over already are no error."""
+    """Cancel jobs; those that are over already are no error.
+
+    Raises:
+        EnvironmentFault: Slurm did not answer, so they may go on.
+    """
     if ids:
-        run_slurm(["scancel", *ids])
+        done = run_slurm(["scancel", *ids])
+        if done.returncode and is_unreachable(done.stderr):
+            raise _no_controller(done.stderr.strip().splitlines()[0])
 
 
 def named(ids: Mapping[str, str], label: str) -> str:

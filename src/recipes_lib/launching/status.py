@@ -10,7 +10,7 @@ from typing import Any
 
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.launching.folder import LaunchFolder
-from recipes_lib.launching.sbatch import run_slurm
+from recipes_lib.launching.sbatch import is_unreachable, run_slurm
 
 PENDING, RUNNING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD"}), frozenset({"RUNNING"})
 ENDING = frozenset({"COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"})
@@ -32,6 +32,7 @@ _REASONS = {
     "JobHeldUser": "held; release it: scontrol release",
     "JobHeldAdmin": "held by an administrator",
 }
+_NO_ANSWER = "Slurm gives no answer"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,15 @@ class TaskState:
         """Whether it ended well."""
         return self.state in ("COMPLETED", "done")
 
+    @property
+    def unheard(self) -> bool:
+        """Whether it may be queued or running, and Slurm does not say."""
+        return self.state == "unknown" and self.reason == _NO_ANSWER
+
     def explanation(self) -> str:
         """Return what the state means."""
+        if self.unheard:
+            return self.reason
         if self.state in PENDING:
             return _REASONS.get(self.reason, self.reason)
         if self.state == "RUNNING":
@@ -77,32 +85,39 @@ def states_of(folder: LaunchFolder) -> list[TaskState]:
     for job in folder.read_jobs():
         names = job["tasks"] or [""]
         labels = [f"{job['label']}.{index}" for index in range(len(names))] if len(names) > 1 else [job["label"]]
-        known = _from_scontrol(job["id"])
-        if not known:
-            known = _from_sacct(job["id"])
+        known, answered = _from_scontrol(job["id"])
+        known = known or _from_sacct(job["id"])
         for index, (label, what) in enumerate(zip(labels, names, strict=True)):
             found = known.get(index if len(names) > 1 else None) or known.get("waiting")
-            states.append(_task(folder, label, job["id"], what, found))
+            states.append(_task(folder, label, job["id"], what, found, "" if answered else _NO_ANSWER))
     return states
 
 
-def _task(folder: LaunchFolder, label: str, job: str, what: str, found: Mapping[str, Any] | None) -> TaskState:
-    """Return the state of one task; without Slurm's word its own exit code, which the job writes last, is all there is."""
+def _task(folder: LaunchFolder, label: str, job: str, what: str, found: Mapping[str, Any] | None, reason: str) -> TaskState:
+    """Return the state of one task; without Slurm's word its own exit code, which the job writes last, is all there is.
+
+    Args:
+        reason: why Slurm's word is missing.
+    """
     code = folder.exit_code(label)
     if found is None:
         state = "unknown" if code is None else "done" if code == 0 else "failed"
-        return TaskState(label, job, state, what, exit_code=code, source="files")
+        return TaskState(label, job, state, what, reason, exit_code=code, source="files")
     values = {**found, "exit_code": code if code is not None else found["exit_code"]}
     return TaskState(label, job, what=what, **values)
 
 
-def _from_scontrol(job: str) -> dict[Any, dict[str, Any]]:
-    """Return {task number, None for a plain job, "waiting" for array tasks that did not start: facts}."""
+def _from_scontrol(job: str) -> tuple[dict[Any, dict[str, Any]], bool]:
+    """Return {task number, None for a plain job, "waiting" for array tasks that did not start: facts}, and whether Slurm answered."""
     try:
         done = run_slurm(["scontrol", "show", "job", job, "--json"], timeout_s=30)
-        records = json.loads(done.stdout)["jobs"] if done.returncode == 0 else []
-    except (EnvironmentFault, ValueError, KeyError, TypeError):
-        return {}
+        if done.returncode:
+            return {}, not is_unreachable(done.stderr)
+        records = json.loads(done.stdout)["jobs"]
+    except EnvironmentFault:
+        return {}, False
+    except (ValueError, KeyError, TypeError):
+        return {}, True
     result: dict[Any, dict[str, Any]] = {}
     for record in records:
         task = record.get("array_task_id")
@@ -118,7 +133,7 @@ def _from_scontrol(job: str) -> dict[Any, dict[str, Any]]:
             "tries": int(record.get("restart_cnt") or 0) + 1,
             "exit_code": _exit_code(record.get("exit_code")),
         }
-    return result
+    return result, True
 
 
 def _from_sacct(job: str) -> dict[Any, dict[str, Any]]:

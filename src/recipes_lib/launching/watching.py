@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 
-from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.launching.folder import LaunchFolder, all_launches, launch_folder
 from recipes_lib.launching.sbatch import cancel as scancel
 from recipes_lib.launching.status import TaskState, active_ids, states_of
@@ -16,6 +16,7 @@ from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.terminal import next_step, say
 
 POLL_S = 2.0
+ASK_SINFO = "is this the login node, and is the controller up? sinfo"
 COLUMNS = ("job", "stage", "state", "tries", "")
 
 
@@ -75,7 +76,7 @@ def wait(folder: LaunchFolder) -> int:
             if before.get(state.label) != state.state:
                 say(f"{state.label}: {state.state.lower()}{f' - {state.explanation()}' if state.explanation() else ''}")
                 before[state.label] = state.state
-        if not any(state.active for state in states):
+        if not any(state.active or state.unheard for state in states):
             break
         time.sleep(POLL_S)
     failed = [state for state in states if not state.succeeded]
@@ -90,11 +91,18 @@ def wait(folder: LaunchFolder) -> int:
 
 
 def cancel(names: Sequence[str]) -> int:
-    """Cancel every job of the launches named."""
+    """Cancel every job of the launches named.
+
+    Raises:
+        EnvironmentFault: Slurm does not say what is queued.
+    """
     if not names:
         raise RecipeError("recipes launch cancel: name a run or study", f"launched: {_known()}")
     for name in names:
-        ids = active_ids(states_of(_folder(name)))
+        states = states_of(_folder(name))
+        if any(state.unheard for state in states):
+            raise EnvironmentFault(f"{name}: Slurm gives no answer, so nothing is cancelled", ASK_SINFO)
+        ids = active_ids(states)
         scancel(ids)
         say(f"{name}: cancelled {', '.join(ids)}" if ids else f"{name}: nothing was queued or running")
     next_step(f"recipes launch status {names[0]}")
@@ -127,8 +135,15 @@ def refuse_if_active(folder: LaunchFolder) -> None:
 
     Raises:
         RecipeError: it is.
+        EnvironmentFault: Slurm does not say.
     """
-    states = [state for state in states_of(folder) if state.active] if folder.jobs_file.is_file() else []
+    known = states_of(folder)
+    if any(state.unheard for state in known):
+        raise EnvironmentFault(
+            f"'{folder.name}' was launched before and may still be queued: Slurm gives no answer",
+            ASK_SINFO,
+        )
+    states = [state for state in known if state.active]
     if states:
         jobs = ", ".join(f"{state.label} is {state.state.lower()} (job {state.job})" for state in states)
         raise RecipeError(
