@@ -42,6 +42,18 @@ def test_a_chain_waits_stage_by_stage_and_the_ids_are_noted(launched, stand_in, 
     assert [(job["label"], job["id"]) for job in noted["jobs"]] == [("train", "101"), ("report", "102")]
 
 
+def test_the_errors_of_an_earlier_submission_are_not_those_of_this_one(launched, stand_in, tmp_path: Path, capsys) -> None:
+    stand_in("sbatch", "echo 5")
+    stand_in("scontrol", """echo '{"jobs": [{"job_id": 5, "job_state": ["CANCELLED"]}]}'""")
+    errors = tmp_path / "runs" / "tiny" / "slurm" / "train.errors"
+    errors.mkdir(parents=True)
+    (errors / "100-rank0.txt").write_text("out of GPU memory\n")
+    assert launched("--stages", "train") == 0
+    assert cli.main(["launch", "status", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "cancelled" in said and "out of GPU memory" not in said
+
+
 def test_a_refused_later_stage_cancels_the_earlier_ones_and_names_the_profiles_line(launched, stand_in, tmp_path: Path, capsys) -> None:
     stand_in("sbatch", REFUSE_SECOND)
     cancelled = stand_in("scancel", "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ class LaunchFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for stale in (path for path in self.path.iterdir() if path.suffix in (".args", ".processes", ".exit_code")):
             stale.unlink()
+        for errors in self.path.glob("*.errors"):
+            shutil.rmtree(errors)
         write_text(self.path / "env.sh", environment)
         write_text(self.path / "order", "".join(f"{label}\n" for job in jobs for label in job.task_labels()))
         for job in jobs:
