@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes_lib.training.token_loss import TOKENS_PER_TILE, ScaledTokenLoss, TokenCounts, add_token_loss, can_score_itself
+from recipes_lib.training.token_loss import (
+    TOKENS_PER_TILE,
+    ScaledTokenLoss,
+    TokenCounts,
+    add_token_loss,
+    can_score_itself,
+    gather_trained_head,
+)
 
 
 def random_batch(rows: int = 3, tokens: int = 90, vocabulary: int = 512) -> dict[str, torch.Tensor]:
@@ -113,6 +123,31 @@ def test_a_head_that_caps_or_scales_its_logits_is_left_to_trl() -> None:
     assert can_score_itself(model)
     model.config.final_logit_softcapping = 30.0
     assert not can_score_itself(model)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_a_trained_head_with_a_shard_group_of_its_own_is_gathered_before_the_loss_reads_it(tiny_model_dir: Path, trained: bool) -> None:
+    """Else its gradient is each rank's own: 0.995 of the right one away on two ranks; on one rank only the kind of tensor tells."""
+    from peft import LoraConfig, get_peft_model
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        saved = ["lm_head"] if trained else None
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM"))
+        base = model.get_base_model()
+        add_fused_lm_head(base)
+        gather_trained_head(base)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (*base.model.layers, [base.get_output_embeddings()], model):
+            fully_shard(part, mesh=mesh)
+        loss = -model(**random_batch(), fused_lm_head=True).log_probs.sum()
+        assert isinstance(base.get_output_embeddings().weight, DTensor) is not trained
+        loss.backward()
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_counts_start_again_after_they_were_taken() -> None:

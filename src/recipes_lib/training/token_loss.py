@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 TOKENS_PER_TILE = 128  # measured: 32, 64, 256 and 1,000 are slower; a tile of logits should stay in the cache
@@ -162,6 +163,22 @@ def add_token_loss(model: Any) -> None:
         return TokenLoss(loss, torch.tensor(len(where), device=hidden.device), correct)
 
     model.forward = types.MethodType(forward, model)
+
+
+def gather_trained_head(model: Any) -> None:
+    """Let FSDP2 gather a trained head before the loss reads its weight, so that its gradient is averaged over the ranks.
+
+    The losses here and in TRL use the weight and never call the head. Where accelerate makes the head a shard group of its own
+    (`lora.modules_to_save`), nothing would gather it, and the gradient of `full_tensor()` is each rank's own. To be called on the causal
+    language model, before or after it is wrapped.
+    """
+
+    def gather(*_: Any) -> None:
+        head = model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and any(parameter.requires_grad for parameter in head.parameters()):
+            head.unshard()
+
+    model.base_model.register_forward_hook(gather)
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

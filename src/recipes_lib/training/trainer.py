@@ -9,6 +9,7 @@ What is added, and why:
   entropy that nobody asked for is not computed;
 - without Triton (a CPU) only supervised positions are scored, in one pass (`token_loss`);
 - FSDP2 keeps its outputs and its gradient reduction in float32, so that its logged losses can be compared with DDP's;
+- FSDP2 averages the gradient of a head that `lora.modules_to_save` trains (`token_loss.gather_trained_head`);
 - no training_args.bin: nobody should unpickle one.
 """
 
@@ -35,7 +36,7 @@ from recipes_lib.training.micro_batches import filler, split_batch
 from recipes_lib.training.ranks import agree_on_largest, on_main_rank
 from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
 from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
-from recipes_lib.training.token_loss import TokenCounts, add_token_loss, can_score_itself
+from recipes_lib.training.token_loss import TokenCounts, add_token_loss, can_score_itself, gather_trained_head
 
 DISK_FULL_SIGNS = ("No space left", "unexpected pos", "File too large", "Disk quota")
 
@@ -153,6 +154,8 @@ class RecipeTrainer(SFTTrainer):
             and self.accelerator.parallelism_config is None
         )
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        if self.is_fsdp_enabled:
+            gather_trained_head(base)
         self.scores_itself = self.scored_here and self.args.device.type == "cpu" and can_score_itself(base)
         if self.scores_itself:
             add_token_loss(base)
