@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from recipes_lib.generation.next_token import NextToken, common_prefix
 
@@ -56,6 +56,15 @@ def test_where_nothing_is_saved_nothing_is_shared(model, rows):
     with torch.inference_mode():
         alone = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
     assert torch.allclose(reader.logits(rows), alone, atol=1e-4)
+
+
+def test_a_head_that_scales_its_logits_is_the_models_own():
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**sizes, num_key_value_heads=2, logits_scaling=8.0)).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([[3, 5, 7]])).logits[:, -1]
+    assert torch.allclose(NextToken(model, 0).logits([[3, 5, 7]]), expected, atol=1e-6)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5))

@@ -28,11 +28,10 @@ class NextToken:
     """
 
     def __init__(self, model: Any, pad: int) -> None:
-        import torch
+        from recipes_lib.training.token_loss import has_plain_head
 
         self.model, self.pad = model, pad
-        head = model.get_output_embeddings()
-        self._plain_head = type(head) is torch.nn.Linear and not getattr(model.config, "final_logit_softcapping", None)
+        self._plain_head = has_plain_head(model)
         self._cache_name = "cache" if "cache" in inspect.signature(model.get_decoder().forward).parameters else "past_key_values"
         self._shared: tuple[int, ...] = ()
         self._cache: Any = None

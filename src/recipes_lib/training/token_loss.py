@@ -132,11 +132,16 @@ class ScaledTokenLoss(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def can_score_itself(model: Any) -> bool:
-    """Return whether the head is a plain linear layer, so that the loss here is the model's own (Gemma caps its logits, Granite scales)."""
+def has_plain_head(model: Any) -> bool:
+    """Return whether the head is a plain linear layer whose products are the logits (Gemma caps them, Granite scales them)."""
     config = model.config.get_text_config()
-    scaled = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "router_aux_loss_coef")
-    return type(model.get_output_embeddings()) is torch.nn.Linear and all(getattr(config, name, None) is None for name in scaled)
+    changed = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    return type(model.get_output_embeddings()) is torch.nn.Linear and all(getattr(config, name, None) is None for name in changed)
+
+
+def can_score_itself(model: Any) -> bool:
+    """Return whether the loss here is the model's own: a plain head, and no router whose loss would be added."""
+    return has_plain_head(model) and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is None
 
 
 def add_token_loss(model: Any) -> None:
