@@ -50,6 +50,12 @@ def test_json_is_one_object(runs, capsys):
     assert "is its effect" not in json.dumps(value)
 
 
+def test_a_run_without_an_evaluation_is_said_to_have_none(runs, capsys):
+    synthetic_runs.write_run(runs, "bare")
+    assert main(["compare", "bare"]) == 2
+    assert "the run has no evaluation with a result" in capsys.readouterr().err
+
+
 def test_html_is_one_file(runs, tmp_path, capsys):
     assert main(["compare", "r8", "r32", "--html", "out.html"]) == 0
     assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from recipes_lib import cli
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = [LAUNCH / "job.sbatch", *sorted(LAUNCH.glob("*.sh"))]
@@ -135,3 +140,15 @@ def test_local_keeps_the_stages_that_were_asked_for(stand_in, tmp_path: Path, wo
     calls = stand_in("recipes", f"echo {tmp_path}")
     subprocess.run(["bash", LAUNCH / "local.sh", "r.yaml", *words], check=True, timeout=60)
     assert calls.read_text().splitlines() == ["launch", "r.yaml", *words, "--prepare", "---"]
+
+
+def test_the_report_of_one_run_is_written(tiny_recipe: Path, tmp_path: Path, capsys) -> None:
+    import synthetic_runs
+
+    run = synthetic_runs.write_run(tmp_path / "runs", "tiny")
+    synthetic_runs.write_lm_eval(run, skill=0.3)
+    assert cli.main(["launch", str(tiny_recipe), "--stages", "report", "--prepare"]) == 0
+    words = ["bash", str(LAUNCH / "job.sbatch"), capsys.readouterr().out.strip(), "report"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "report: " in done.stdout, done.stdout + done.stderr
+    assert (run / "report.html").read_text().startswith("<!doctype html>")

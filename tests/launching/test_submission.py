@@ -150,6 +150,21 @@ def test_a_wrong_launch_says_what_is_wrong(launched, capsys, words: list[str], t
     assert all(word in said for word in told), said
 
 
+def test_a_report_without_an_evaluation_is_refused_or_said_before(launched, tmp_path: Path, capsys) -> None:
+    assert launched("--stages", "train,report", "--dry-run") == 0
+    assert "warning: no evaluation comes before the report" in capsys.readouterr().out
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"format_version": 1, "name": "tiny", "state": "finished"}))
+    assert launched("--stages", "report", "--dry-run") == 2
+    assert "run 'tiny' has no evaluation to report" in capsys.readouterr().err
+    (run / "evals" / "alpaca_eval").mkdir(parents=True)
+    (run / "evals" / "alpaca_eval" / "result.json").write_text("{}")
+    assert launched("--stages", "report", "--dry-run") == 0
+    assert launched("--stages", "train,report", "--dry-run") == 0
+    assert "warning: no evaluation" not in capsys.readouterr().out
+
+
 def test_a_folder_is_no_study_of_that_name(capsys) -> None:
     assert cli.main(["launch", "recipes/quickstart", "--profile", "example", "--dry-run"]) == 2
     assert "is a folder" in capsys.readouterr().err

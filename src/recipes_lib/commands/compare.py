@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     measurements = read_measurements({name: [folder] for name, folder in folders.items()})
     if not any(True for arm in measurements.arms.values() for one in arm.runs for _ in one.measures()):
         raise RecipeError(
-            f"{'none of these runs' if len(folders) > 1 else 'the run'} has an evaluation with a result",
+            f"{'none of these runs has an' if len(folders) > 1 else 'the run has no'} evaluation with a result",
             f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
         )
     comparison = compare_arms(measurements, check_validity(None, measurements))

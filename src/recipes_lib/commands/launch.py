@@ -124,9 +124,11 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
 
 
 def _warn(plan: Plan, profile: SiteProfile, target: str) -> None:
-    """Say which models are not here yet, where the jobs cannot fetch them."""
+    """Say what the plan warns of, and which models are not here yet, where the jobs cannot fetch them."""
     from recipes_lib.launching.prefetching import missing_models
 
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
     for name in missing_models(plan.models) if profile.values.offline else ():
         say(f"warning: {name} is not on this machine, and jobs have no network: recipes prefetch {target}")
 

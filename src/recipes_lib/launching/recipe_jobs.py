@@ -26,13 +26,14 @@ CLI = ("-m", "recipes_lib.cli")
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a submission needs: the jobs in order, what they belong to, the files to copy, the models they load."""
+    """Everything a submission needs: the jobs in order, what they belong to, the files to copy, the models they load, what to warn of."""
 
     name: str
     jobs: tuple[Job, ...]
     folder: LaunchFolder
     snapshot: Snapshot
     models: tuple[ModelSection, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def python_in_job(profile: SiteProfile | None) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ def plan_recipe(
         seconds: time limit of the training, from its plan.
 
     Raises:
-        RecipeError: stages without training, of a run that is not finished.
+        RecipeError: stages without training, of a run that is not finished, or a report of one that was not evaluated.
     """
     *prefix, python = python_in_job(profile)
     snapshot = Snapshot(folder.path / "snapshot")
@@ -94,8 +95,13 @@ def plan_recipe(
         command = (python, *CLI, "compare", recipe.name, "--html", page)
         last = tuple(job.label for job in jobs if job.stage == "eval") or tuple(job.label for job in jobs)
         jobs.append(Job("report", "report", (Task((*prefix, *command), what="report"),), Shape(uses_gpus=False), last))
+    warnings = []
+    if "report" in stages and "eval" not in stages and not any(RunDirectory(recipe.name).path.glob("evals/*/result*.json")):
+        if "train" not in stages:
+            raise RecipeError(f"run '{recipe.name}' has no evaluation to report", "add the stage: --stages eval,report")
+        warnings.append("no evaluation comes before the report, so it will end with exit code 2: --stages train,eval,report")
     models = (recipe.model, *(judge for one in evals for judge in judge_model(one)))
-    return Plan(recipe.name, tuple(jobs), folder, snapshot, models)
+    return Plan(recipe.name, tuple(jobs), folder, snapshot, models, tuple(warnings))
 
 
 def shape_of(launch: Launch) -> Shape:
