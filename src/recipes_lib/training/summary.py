@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 def summarise(session: Session) -> dict[str, Any]:
     """Return rows, steps, losses, time and memory of the attempt that reached the end; None where not measured.
 
-    Times are this attempt's: after a resume they leave out the earlier attempts, and `resumed` in run.json says so.
+    Times are this attempt's: after a resume they leave out the earlier attempts, `resumed` in run.json says so, and the planned time, which
+    is that of the whole training, is not put beside them.
     """
     lines = read_metrics(session.run.metrics)
     validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
     training = [line["loss"] for line in lines if "loss" in line]
     state, data = session.trainer.state, session.data
     tokens = int(session.trainer._total_train_tokens)
-    begun = session.marker.get("tokens", 0)
+    begun, planned = session.marker.get("tokens", 0), session.planned or {}
     return {
         "steps": state.global_step,
         **({"best_step": state.best_global_step} if session.args.load_best_model_at_end else {}),
@@ -35,7 +36,8 @@ def summarise(session: Session) -> dict[str, Any]:
         "tokens_per_second": round((tokens - begun) / session.seconds, 1) if session.seconds else None,
         "quantized_layers": session.quantized_layers,
         "peak_memory_gib": round(peak_memory_gib(), 2),
-        **{f"planned_{key}": (session.planned or {}).get(key) for key in ("seconds", "peak_memory_gib")},
+        "planned_seconds": planned.get("seconds") if session.checkpoint is None else None,
+        "planned_peak_memory_gib": planned.get("peak_memory_gib"),
         "world_size": session.active.world_size,
         "distribution": session.active.distributed_type,
         "reproducible": "exact on the same versions" if session.active.device.startswith("cpu") else "same hardware, within rounding",
