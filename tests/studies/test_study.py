@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.errors import RecipeError
+from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.studies.arm_runs import launch_words, run_names, train_words
 from recipes_lib.studies.steps import build_graph
 from recipes_lib.studies.study import load_study
@@ -141,6 +141,20 @@ def test_words_of_the_command_line_change_the_study_or_every_arm(study_folder: P
     words = train_words(study, study.arm("r4"), 2)
     assert words[1:] == ["train.max_steps=3", "run.name=tiny--r4--seed2", "train.seed=2"]
     assert launch_words(study.arm("r4")) == ["--accelerate", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("word", "own"), [("accelerate=ddp_cpu", "accelerate: cpu"), ("gpus=2", "gpus: 1"), ("seeds=[1, 2]", "seeds: [7]")]
+)
+def test_a_word_that_an_arms_own_value_would_swallow_is_refused(study_folder: Path, word: str, own: str) -> None:
+    file = study_folder / "tiny.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("r4: r4.yaml", f"r4: {{recipe: r4.yaml, {own}}}"), encoding="utf-8")
+    with pytest.raises(RecipeErrors) as caught:
+        load_study(file, [word])
+    key = word.partition("=")[0]
+    assert f"tiny.yaml:6: arm 'r4' has its own {own}, so {key}=" in str(caught.value)
+    load_study(file, [own.replace(": ", "=")])  # what it says already
+    load_study(file)
 
 
 def test_an_override_of_an_arm_wins_over_the_studys_and_loses_to_the_command_lines(study_folder: Path) -> None:

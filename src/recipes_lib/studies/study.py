@@ -15,7 +15,7 @@ from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.kinds import SECTIONS
 from recipes_lib.recipe.launch import Launch, plan_launch
-from recipes_lib.recipe.loader import Document, Origin, load_document
+from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.yaml_source import KeyPath
@@ -242,6 +242,7 @@ class _Reader:
         """Return an arm, or None where its recipe or launch cannot be had."""
         study = self.document.values
         section = ArmSection(**({"recipe": value} if isinstance(value, str) else value))
+        self._check_reach(name, section)
         own = [*(study.get("overrides") or []), *section.overrides, *self.words]
         recipe = self._recipe(name, section, own)
         if recipe is None and section.recipe is not None:
@@ -260,6 +261,14 @@ class _Reader:
             imported=section.imported,
             published_only=section.published_only,
         )
+
+    def _check_reach(self, name: str, section: ArmSection) -> None:
+        """Refuse words of the command line that would change the other arms and not this one, which has a value of its own."""
+        for key in ("accelerate", "gpus", "nodes", "seeds"):
+            own, word = getattr(section, key), self.document.values.get(key)
+            if own and word and own != word and self.document.origin((key,)).file == COMMAND_LINE:
+                what = f"arm '{name}' has its own {key}: {own}, so {key}={word} on the command line does not reach it"
+                self.errors.append(self.document.error(("arms", name, key), what, "change the study file, or leave that word away"))
 
     def _launch(self, name: str, section: ArmSection, recipe: Recipe | None) -> Launch | None:
         """Return the arm's launch, once it can work: a config that exists, processes that it starts, a batch that can be divided."""
