@@ -34,6 +34,14 @@ def test_one_seed_is_no_crossed_table() -> None:
     assert (interval.low, interval.high, p) == (None, None, None)
 
 
+def test_seeds_without_any_item_have_no_numbers() -> None:
+    interval, p = crossed_interval(question_means(np.empty((2, 0)), []))
+    assert (interval.estimate, interval.low, interval.high, p) == (None, None, None, None)
+    nothing = compare(np.full((2, 5), np.nan), np.full((1, 5), 0.5), list("abcde"))
+    assert nothing.effect is None and nothing.unresolved == 5 and (nothing.lowest, nothing.highest) == (-0.5, 0.5)
+    assert compare(np.empty((2, 0)), np.empty((2, 0)), []).effect is None
+
+
 def test_equal_rows_have_no_variance_and_no_p() -> None:
     interval, p = crossed_interval(np.full((3, 10), 0.2))
     assert interval.low == interval.high == pytest.approx(0.2) and p is None

@@ -28,7 +28,7 @@ def question_means(values: NDArray[np.float64], clusters: ArrayLike | None) -> N
         values: one row per seed, one column per item.
         clusters: the question of each item; None where each item is a question.
     """
-    if clusters is None:
+    if clusters is None or not values.size:
         return values
     codes = np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
     count = int(codes.max()) + 1
