@@ -158,6 +158,24 @@ def test_a_confound_leaves_an_association():
     assert row.verdict == "better" and row.stopped == ("The arms differ in train.learning_rate too",)
 
 
+def test_no_cause_is_named_where_something_undeclared_differs_that_is_only_warned_of():
+    hardware = Finding("confound-hardware", "warning", "Hardware differs between r8 and r32", (), "", ("r8", "r32"))
+    measured = of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))
+    (row,) = compare_arms(measured, (hardware,), study("r8", "r32")).rows
+    assert row.sentence.startswith("r32 is better than r8 on arc acc:") and row.stopped == ()
+    assert row.sentence.endswith(" No cause is named: hardware differs between r8 and r32.")
+    elsewhere = dataclasses.replace(hardware, arms=("r8", "r64"))
+    (row,) = compare_arms(measured, (elsewhere,), study("r8", "r32")).rows
+    assert "so this is its effect" in row.sentence
+
+
+def test_several_seeds_without_items_are_reported_and_not_tested():
+    groups = [[dataclasses.replace(rates([]), reported=value, reported_n=10)] for value in (0.5, 0.7)]
+    comparison = compare_arms(of(arm("a", groups), arm("b", groups)))
+    assert [score.value for score in comparison.scores] == pytest.approx([0.6, 0.6])
+    assert comparison.rows[0].verdict == "cannot be tested"
+
+
 def test_another_error_stops_the_claim_and_not_the_table():
     error = Finding("judge-audit", "error", "The judge failed its audit", (), "", (), ("ev/acc",))
     comparison = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (error,), study("r8", "r32"))

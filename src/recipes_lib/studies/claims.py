@@ -5,7 +5,8 @@ no difference shown   tested, and not that; the sentence says what difference th
 cannot be tested      there are no items to pair, too few, or the two arms are one model
 
 A cause is named only where a declared factor is all that differs, both arms were trained by the study and no error was found. A
-confound turns the sentence into an association; any other error stops it. The numbers stay in the table either way.
+confound that is only warned of (hardware, versions) takes the cause away, one that is an error turns the sentence into an
+association; any other error stops it. The numbers stay in the table either way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from recipes_lib.studies.published import Published
     from recipes_lib.studies.study import Study
 
-CONFOUNDED = "confound"  # findings whose code starts so leave an association
+CONFOUNDED = "confound"  # findings whose code starts so leave no cause, errors among them an association
 ONE_MODEL = "identical"  # findings whose code starts so leave nothing to compare
 
 
@@ -105,9 +106,10 @@ def verdict_of(row: Row) -> Verdict:
 def judge_row(row: Row, findings: Sequence[Finding], study: Study | None, base: Sequence[str] = ()) -> Row:
     """Return a row with its verdict, the findings that stop its claim, and its sentence."""
     row = dataclasses.replace(row, verdict=verdict_of(row))
-    errors = [finding for finding in findings if finding.severity == "error" and finding.touches(row.arms, row.metric)]
+    mine = [finding for finding in findings if finding.touches(row.arms, row.metric)]
+    errors = [finding for finding in mine if finding.severity == "error"]
     stops = [finding for finding in errors if not finding.code.startswith(CONFOUNDED)]
-    confounds = [finding for finding in errors if finding.code.startswith(CONFOUNDED)]
+    confounds = [finding for finding in mine if finding.code.startswith(CONFOUNDED)]
     row = dataclasses.replace(row, stopped=tuple(finding.title for finding in errors))
     if row.verdict == "cannot be tested":
         sentence = untestable_sentence(row)
@@ -115,10 +117,10 @@ def judge_row(row: Row, findings: Sequence[Finding], study: Study | None, base: 
         sentence = stopped_sentence(row, stops)
     elif row.verdict == "no difference shown":
         sentence = no_difference_sentence(row)
-    elif confounds:
-        sentence = association_sentence(row, confounds)
+    elif errors:
+        sentence = association_sentence(row, [finding for finding in confounds if finding in errors])
     else:
-        sentence = difference_sentence(row) + cause_sentence(row, study, base)
+        sentence = difference_sentence(row) + cause_sentence(row, confounds, study, base)
     return dataclasses.replace(row, sentence=sentence)
 
 
@@ -183,8 +185,8 @@ def association_sentence(row: Row, confounds: Sequence[Finding]) -> str:
     )
 
 
-def cause_sentence(row: Row, study: Study | None, base: Sequence[str]) -> str:
-    """Template of a cause: what the arms declare to differ in, where it is all that differs. Empty where no cause may be named."""
+def cause_sentence(row: Row, confounds: Sequence[Finding], study: Study | None, base: Sequence[str]) -> str:
+    """Template of a cause: what the arms declare to differ in, where it is all that differs, else what else does. Empty without a study."""
     if study is None or set(row.arms) & set(base) or not study.factors:
         return ""
     arms = {arm.name: arm for arm in study.arms}
@@ -194,6 +196,8 @@ def cause_sentence(row: Row, study: Study | None, base: Sequence[str]) -> str:
     factors = [name for name in study.factors if first.cell.get(name) != second.cell.get(name)]
     if not factors:
         return ""
+    if confounds:
+        return f" No cause is named: {_reasons(confounds)}."
     changed = listed([f"{name} ({first.cell.get(name, '?')} against {second.cell.get(name, '?')})" for name in factors])
     # The sentence may not be wider than what varied: one training per arm is two trainings, not two methods.
     seeds = row.tested.seeds if row.tested else 1
