@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
     from recipes_lib.training.trainer import RecipeTrainer
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
-REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE}  # ESTALE: an NFS server that forgot the file
+REFUSED = {errno.EACCES, errno.EPERM, errno.ESTALE}  # reading or writing; ESTALE: an NFS server that forgot the file
 
 
 @contextmanager
@@ -367,13 +366,18 @@ def stop_behind(error: BaseException | None) -> RecipesError | None:
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
-    """Return what to do about a full disk or memory that ran out, or None when it is another error."""
+    """Return what to do about a disk that is full or refuses, or memory that ran out; None when it is another error."""
     import torch
 
-    if isinstance(error, OSError) and error.errno in {*FULL, *REFUSED}:
-        remedy = "free some space" if error.errno in FULL else "make it writable again"
+    from recipes_lib.runs.lock import DISK_FULL
+
+    if isinstance(error, OSError) and error.errno in {*DISK_FULL, *REFUSED, errno.EROFS}:
+        what = "cannot read or write" if error.errno in REFUSED else "cannot write to the disk"
+        remedy = (
+            "free some space" if error.errno in DISK_FULL else f"make it {'accessible' if error.errno in REFUSED else 'writable'} again"
+        )
         return EnvironmentFault(
-            f"cannot write to the disk: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
+            f"{what}: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
             f"{remedy} and run the same command again: it resumes from the newest complete checkpoint",
         )
     if isinstance(error, torch.OutOfMemoryError):
