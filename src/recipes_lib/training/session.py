@@ -372,10 +372,9 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
     from recipes_lib.runs.lock import DISK_FULL
 
     if isinstance(error, OSError) and error.errno in {*DISK_FULL, *REFUSED, errno.EROFS}:
-        what = "cannot read or write" if error.errno in REFUSED else "cannot write to the disk"
-        remedy = (
-            "free some space" if error.errno in DISK_FULL else f"make it {'accessible' if error.errno in REFUSED else 'writable'} again"
-        )
+        what, remedy = "cannot write to the disk", "free some space" if error.errno in DISK_FULL else "make it writable again"
+        if error.errno in REFUSED:
+            what, remedy = "cannot read or write", "make it accessible again"
         return EnvironmentFault(
             f"{what}: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
             f"{remedy} and run the same command again: it resumes from the newest complete checkpoint",
