@@ -46,7 +46,7 @@ def test_the_sbatch_lines_of_every_recipe_and_study_are_the_recorded_ones(
 
 def plain(said: str, tmp_path: Path) -> list[str]:
     """Return the sbatch lines and the commands of the jobs, without this machine's folders and interpreter; a study's steps are its own."""
-    text = said.replace(str(tmp_path / "runs"), "RUNS").replace(str(PROJECT), "PROJECT").replace(sys.executable, "PYTHON")
+    text = said.replace(sys.executable, "PYTHON").replace(str(tmp_path / "runs"), "RUNS").replace(str(PROJECT), "PROJECT")
     text = text.replace(f"snapshot/{PROJECT.name}/", "snapshot/CHECKOUT/")
     return [line for line in text.splitlines() if not line.startswith(("next:", "warning:")) and " study run " not in line]
 
