@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.training.row_tracking import ROW
 
-DOCUMENT_ATTENTION = "sdpa_by_document"
-
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,8 +82,10 @@ def drop_padding_where_free(recipe: Recipe, args: SFTConfig, attention: str) -> 
 
     That is flash attention on a GPU and `document_attention` on a CPU. A recipe that says `padding_free` itself, or packs, is left alone.
     """
+    from recipes_lib.training.document_attention import NAME
+
     undecided = "padding_free" not in recipe.train and not args.packing
-    if undecided and ("flash" in attention or attention == DOCUMENT_ATTENTION) and args.per_device_train_batch_size > 1:
+    if undecided and ("flash" in attention or attention == NAME) and args.per_device_train_batch_size > 1:
         args.padding_free = True
         args.max_length = None  # rows arrive truncated; TRL refuses a limit that it would not apply
 
