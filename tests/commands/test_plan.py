@@ -178,6 +178,11 @@ def test_bad_input_is_one_message(words: list[str], code: int, said: list[str], 
     assert "Traceback" not in err
 
 
+def test_a_study_is_found_by_its_short_name_as_everywhere(plan: Plan) -> None:
+    assert plan("lora-rank", "--gpu", "h100") == plan("recipes/studies/lora-rank.yaml", "--gpu", "h100")
+    assert plan("recipes/quickstart")[0] == 2  # a folder is no study of that name
+
+
 def test_a_study_refuses_the_flags_of_a_recipe(plan: Plan) -> None:
     code, _, err = plan(STUDIES[0], "--gpus", 2)
     assert code == 2

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import ExitCode, RecipeError, print_error
 from recipes_lib.recipe.launch import DEFAULT_PORT, plan_launch
-from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.project import recipe_path, shown_path
+from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.terminal import next_step, say
 
@@ -36,9 +35,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print."""
-    path = recipe_path(args.recipe)
-    if path.is_file() and load_document(path).kind.name == "study":
-        return _study(args, path)
+    from recipes_lib.studies.study import study_file
+
+    study = study_file(args.recipe)
+    if study is not None:
+        return _study(args, study)
     from recipes_lib.planning.advice import advise
     from recipes_lib.planning.as_json import plan_json
     from recipes_lib.planning.evaluations import eval_times, usual_evals
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     for line in plan_lines(*parts):
         say(line)
     say()
-    _closing(plan, shown_path(path), args.overrides)
+    _closing(plan, shown_path(recipe.path), args.overrides)
     return ExitCode.DONE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from recipes_lib.errors import RecipeError, RecipesError
 from recipes_lib.launching.folder import launch_folder
@@ -11,9 +12,9 @@ from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import Plan, plan_recipe, read_evals, read_stages
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch
-from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.project import recipe_path, shown_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
+from recipes_lib.studies.study import load_study, study_file
 
 
 def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | None, args: argparse.Namespace, flags: Sequence[str]) -> Plan:
@@ -26,8 +27,11 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
         RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
     """
     stages = read_stages(args.stages)
-    if _is_study(target):
-        return _plan_study(target, overrides, profile, args, flags, stages)
+    if recipe_path(target).is_dir():
+        raise RecipeError("is a folder; launch one recipe or study of it", "all recipes: recipes ls", file=target)
+    study = study_file(target)
+    if study is not None:
+        return _plan_study(study, overrides, profile, args, flags, stages)
     recipe = load_recipe(target, overrides)
     launch = plan_launch(recipe.launch, args.accelerate, args.gpus, args.nodes)
     accumulation_steps(recipe, launch.world_size)
@@ -68,19 +72,8 @@ def planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None)
         return None
 
 
-def _is_study(target: str) -> bool:
-    """Whether a name or path is a study; what is neither file nor short name is left to the recipe's loader to explain."""
-    from recipes_lib.studies.study import study_path
-
-    path = recipe_path(target)
-    if path.is_dir():
-        raise RecipeError("is a folder; launch one recipe or study of it", "all recipes: recipes ls", file=target)
-    path = path if path.is_file() else study_path(target)
-    return path.is_file() and load_document(path).kind.name == "study"
-
-
 def _plan_study(
-    target: str,
+    path: Path,
     overrides: Sequence[str],
     profile: SiteProfile | None,
     args: argparse.Namespace,
@@ -88,12 +81,11 @@ def _plan_study(
     stages: Sequence[str],
 ) -> Plan:
     from recipes_lib.launching.study_jobs import plan_study
-    from recipes_lib.studies.study import load_study
 
     if args.evals:
         raise RecipeError("--evals is for recipes: a study names its evals itself")
     own = {key: getattr(args, key) for key in ("accelerate", "gpus", "nodes")}
-    study = load_study(target, [*overrides, *(f"{key}={value}" for key, value in own.items() if value is not None)])
+    study = load_study(path, [*overrides, *(f"{key}={value}" for key, value in own.items() if value is not None)])
     for arm in study.arms:
         if arm.trained:
             _check_gpus(arm.launch, profile)

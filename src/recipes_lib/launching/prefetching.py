@@ -16,6 +16,7 @@ from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import ModelSection
+from recipes_lib.studies.study import load_study, study_file
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 from recipes_lib.terminal import say
 
@@ -38,16 +39,12 @@ def needs_of(word: str, overrides: Sequence[str] = ()) -> list[Need]:
     Raises:
         RecipeErrors: what is wrong with the file.
     """
-    from recipes_lib.studies.study import load_study, study_path
-
-    path = recipe_path(word)
-    path = path if path.is_file() else study_path(word)
-    kind = load_document(path).kind.name if path.is_file() else "recipe"
-    if kind == "study":
-        study = load_study(path, overrides)
+    path, file = recipe_path(word), study_file(word)
+    if file is not None:
+        study = load_study(file, overrides)
         found = [need for arm in study.arms if arm.trained and arm.recipe for need in _of_recipe(arm.recipe)]
         found += [need for one in study.evals for need in _of_eval(one)]
-    elif kind == "eval":
+    elif path.is_file() and load_document(path).kind.name == "eval":
         found = list(_of_eval(load_eval(path, overrides)))
     else:
         found = list(_of_recipe(load_recipe(word, overrides)))

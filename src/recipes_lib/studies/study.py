@@ -16,6 +16,7 @@ from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.kinds import SECTIONS
 from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document
+from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.yaml_source import KeyPath
@@ -173,6 +174,15 @@ def study_path(name: str | Path) -> Path:
         return path
     places = [folder / "recipes" / "studies" / f"{path.name}.yaml" for folder in (Path(), project_root())]
     return next((place for place in places if place.is_file()), path)
+
+
+def study_file(word: str) -> Path | None:
+    """Return the file of a study given as the commands take recipes and studies: by path or short name. None where the word is no study."""
+    path = recipe_path(word)
+    if path.is_dir():
+        return None
+    path = path if path.is_file() else study_path(word)
+    return path if path.is_file() and load_document(path).kind.name == "study" else None
 
 
 def _shipped() -> list[str]:
