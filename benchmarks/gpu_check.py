@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -246,8 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     import torch
     from gpu_model import LLAMA_2_7B, TINY
-
-    from recipes_lib.runs.manifest import describe_devices, library_versions
+    from measuring import write_record
 
     if not options.tiny and not torch.cuda.is_available():
         print("no GPU here: nothing to measure (--tiny checks the script itself on a CPU)", file=sys.stderr)
@@ -259,12 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     said = conclusions(rows, card)
     print(table(rows), *said, sep="\n")
     if options.json:
-        record = {
-            "date": datetime.date.today().isoformat(), "model": config, "card": card, "devices": describe_devices(),
-            "libraries": library_versions(), "conclusions": said, "rows": rows,
-        }  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(options.json, {"model": config, "card": card, "conclusions": said, "rows": rows})
         options.json.with_suffix(".md").write_text(table(rows) + "\n\n" + "\n".join(said) + "\n", encoding="utf-8")
     return 0
 

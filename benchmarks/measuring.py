@@ -1,4 +1,4 @@
-"""What the benchmarks of generation and judging share: CPU seconds, medians with their range, and a result file."""
+"""What the benchmarks share: CPU seconds, medians with their range, and result files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -44,6 +45,18 @@ def write_result(name: str, result: dict[str, Any], threads: int | None, started
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
     whole = {"written": now, "machine": machine(threads) | {"load_average_at_start": round(started_load, 1)}, **result}
     (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def write_record(path: Path, facts: dict[str, Any]) -> None:
+    """Write what was measured to the file that `--json` names, after date, command, load, devices and versions."""
+    from recipes_lib.runs.manifest import describe_devices, library_versions
+
+    whole = {
+        "date": datetime.date.today().isoformat(), "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "load_average": os.getloadavg(), "devices": describe_devices(), "libraries": library_versions(),
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole | facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _lines(path: str) -> list[str]:

@@ -11,7 +11,6 @@ one, on the GPU. One thread on a CPU.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -141,9 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     if "=" in options.recipe:  # no recipe, an override came first
         options.recipe, overrides = parser.get_default("recipe"), [options.recipe, *overrides]
     import torch
+    from measuring import write_record
     from train_cpu_worker import apply_patch
-
-    from recipes_lib.runs.manifest import describe_devices, library_versions
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -160,10 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     for number, (group, spent) in enumerate(seconds.items(), 1):
         print(f"{'largest: ' if number <= 3 else '         '}{group:<56}{spent:8.2f} s  {spent / total:5.1%}")
     if options.json:
-        command = " ".join(["python benchmarks/profile_step.py", *(argv if argv is not None else sys.argv[1:])])
-        record = {"command": command, "seconds": seconds, "devices": describe_devices(), "libraries": library_versions()}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(options.json, {"seconds": seconds})
     return 0
 
 

@@ -10,9 +10,7 @@ start (importing, loading, preparing the data), restoring the state, and saving 
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
-import json
 import os
 import resource
 import statistics
@@ -22,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from measuring import write_record
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT / "src"))
@@ -81,8 +81,6 @@ def main() -> int:
     options, words = parser.parse_known_args()
     if not words or "=" in words[0]:
         words = [str(PROJECT / "recipes/quickstart/lora-r8.yaml"), *words]
-    from recipes_lib.runs.manifest import describe_devices, library_versions
-
     rounds: list[dict[str, Any]] = []
     for number in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
@@ -101,13 +99,7 @@ def main() -> int:
     print(f"one stop and resume costs {median:.1f} CPU s [{low:.1f}, {high:.1f}], n = {len(rounds)}; adapters the same in all: ", end="")
     print(all(one["same_adapter"] for one in rounds))
     if options.json:
-        record = {
-            "date": datetime.date.today().isoformat(), "command": "python benchmarks/resume_overhead.py " + " ".join(sys.argv[1:]),
-            "load_average": os.getloadavg(), "devices": describe_devices(), "libraries": library_versions(), "rounds": rounds,
-            "overhead_cpu_s": {"median": median, "range": [low, high], "n": len(rounds)},
-        }  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(options.json, {"rounds": rounds, "overhead_cpu_s": {"median": median, "range": [low, high], "n": len(rounds)}})
     return 0
 
 

@@ -8,14 +8,13 @@ Prints a table and, with --json FILE, writes the numbers with the machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from recipes_lib.runs.manifest import describe_devices, library_versions
+from measuring import write_record
 
 PROJECT = Path(__file__).resolve().parents[1]
 COMMANDS = {
@@ -48,8 +47,7 @@ def main() -> None:
         rows[words] = {"median": statistics.median(seconds), "most": max(seconds), "limit": limit, "n": options.repeats}
         print(f"{words:<42}{rows[words]['median']:>10.3f}{rows[words]['most']:>10.3f}{limit:>10.1f}")
     if options.json:
-        record = {"cpu_seconds": rows, "devices": describe_devices(), "libraries": library_versions()}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.json, {"cpu_seconds": rows})
 
 
 if __name__ == "__main__":

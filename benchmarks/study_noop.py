@@ -9,8 +9,6 @@ command; the second run must do nothing, import no torch and write no step. `sta
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import resource
 import statistics
@@ -18,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from measuring import write_record
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT / "src"), str(PROJECT / "tests"), str(PROJECT / "tests" / "studies")]
@@ -46,8 +46,6 @@ def main() -> int:
     from conftest import build_tiny_model
     from study_files import write_tiny_study
 
-    from recipes_lib.runs.manifest import describe_devices, library_versions
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ |= {"RECIPES_RUNS_ROOT": str(folder / "runs"), "PYTHONPATH": str(PROJECT / "src"), "OMP_NUM_THREADS": "1"}
@@ -72,13 +70,7 @@ def main() -> int:
         low, median, high = min(seconds_of), statistics.median(seconds_of), max(seconds_of)
         print(f"{what}: {median:.2f} CPU s [{low:.2f}, {high:.2f}], n = {len(seconds_of)}")
     if options.json:
-        record = {
-            "date": datetime.date.today().isoformat(), "command": "python benchmarks/study_noop.py " + " ".join(sys.argv[1:]),
-            "load_average": os.getloadavg(), "devices": describe_devices(), "libraries": library_versions(), "steps": len(steps),
-            "cpu_s": {"first": first, "again": again, "status": status},
-        }  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(options.json, {"steps": len(steps), "cpu_s": {"first": first, "again": again, "status": status}})
     return 0
 
 

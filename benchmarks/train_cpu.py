@@ -12,7 +12,6 @@ Rows: Dolly from RECIPES_SHARED_DATA or ../shared/data where it is there, else t
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import random
@@ -216,7 +215,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=HERE / ".peers", help="where peers are installed")
     parser.add_argument("--json", type=Path, help="write the rows, the machine and the versions")
     options = parser.parse_args()
-    from recipes_lib.runs.manifest import describe_devices, library_versions
+    from measuring import write_record
 
     load_before, rows = os.getloadavg(), []
     groups = [options.ways]
@@ -229,14 +228,9 @@ def main() -> None:
         rows += found if not rows else [row for row in found if row["way"] != "ours"]
         show(rows)
         if options.json:  # after each group: what was measured is not lost when the rest is interrupted
-            record = {
-                "date": datetime.date.today().isoformat(), "command": "python " + " ".join(["benchmarks/train_cpu.py", *sys.argv[1:]]),
-                "data": options.data, "examples_per_step": EXAMPLES_PER_STEP, "threads": 1,
-                "load_average": {"before": load_before, "after": os.getloadavg()}, "devices": describe_devices(),
-                "libraries": library_versions(), "rows": rows,
-            }  # fmt: skip
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            load = {"before": load_before, "after": os.getloadavg()}
+            record = {"data": options.data, "examples_per_step": EXAMPLES_PER_STEP, "threads": 1, "load_average": load, "rows": rows}
+            write_record(options.json, record)
 
 
 if __name__ == "__main__":
