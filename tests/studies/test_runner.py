@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +83,32 @@ def test_a_preempted_training_ends_the_study_with_its_code_and_is_no_failure(stu
     assert run_study(study, lambda line: None) == ExitCode.PREEMPTED
     assert states(study) == {"train.r4": "missing", "train.r8": "missing"}
     assert build_graph(study).freshness("train.r4").failure is None
+
+
+@pytest.mark.parametrize("during", ["_clear_way", "Popen"])
+def test_a_request_to_stop_while_a_training_is_being_started_is_not_lost(
+    study: Study, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    monkeypatch.setenv("TRAIN_SECONDS", "20")
+    owner: Any = trainings.Trainings if during == "_clear_way" else trainings.subprocess
+    begin = getattr(owner, during)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        begun = begin(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begun
+
+    monkeypatch.setattr(owner, during, interrupted)
+    started = time.monotonic()
+    assert run_study(study, lambda line: None, only=["train"]) == ExitCode.PREEMPTED
+    assert time.monotonic() - started < 10
+    assert states(study) == {"train.r4": "missing", "train.r8": "missing"}
+
+
+def test_a_training_whose_runner_is_gone_before_it_begins_ends_at_once() -> None:
+    program = "from recipes_lib.studies.trainings import _die_with_parent\n_die_with_parent(1)"
+    done = subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1 if sys.platform == "linux" else 0, "")
 
 
 def test_two_at_a_time_write_their_output_to_files(study: Study) -> None:

@@ -7,6 +7,7 @@ is moved away, never overwritten.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -54,6 +55,7 @@ class Trainings:
         self.study, self.graph, self.jobs, self.say, self.flags = study, graph, jobs, say, list(flags)
         self.failed: dict[str, tuple[str, int]] = {}
         self.stopped: int | None = None
+        self.signals: list[int] = []
         self.running: list[_Training] = []
         self.announced: set[str] = set()
 
@@ -67,6 +69,10 @@ class Trainings:
                     waiting.remove(step)
                     self._start(step, len(steps))
                 time.sleep(POLL_S)
+                while self.signals:
+                    number = self.signals.pop(0)
+                    for training in self.running:
+                        training.process.send_signal(number)
                 for training in [one for one in self.running if one.process.poll() is not None]:
                     self.running.remove(training)
                     self._ended(training)
@@ -88,10 +94,12 @@ class Trainings:
         return None
 
     def _stop(self, number: int, frame: object) -> None:
-        """Hand a signal on, each once: `recipes train` checkpoints and ends, and a second Ctrl-C ends it at once."""
+        """Note a signal, which `run` hands on, each once: `recipes train` checkpoints and ends, and a second Ctrl-C ends it at once.
+
+        Not handed on from here, because a training that is just being started is not among the running ones yet.
+        """
         self.stopped = int(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
-        for training in self.running:
-            training.process.send_signal(number)
+        self.signals.append(number)
 
     def _start(self, step: Step, total: int) -> None:
         """Start one training, or take over one that has reached its end."""
@@ -100,6 +108,8 @@ class Trainings:
             self._clear_way(step, run)
         except RecipesError as error:
             self._fail(step, str(error), int(error.exit_code))
+            return
+        if self.stopped is not None:
             return
         if run.exists() and run.read_state()["state"] == "finished":
             self._finish(step, run, 0.0)
@@ -114,7 +124,8 @@ class Trainings:
         self.say(f"\n$ recipes train {' '.join(words)}" + (f"   # output: {log}" if log else ""))
         options: dict[str, Any] = {"stdout": stream, "stderr": stream} if stream else {}
         # In a session of its own, so that a terminal's Ctrl-C reaches it through us alone and not twice.
-        process = subprocess.Popen(train_command(words), preexec_fn=_die_with_parent, start_new_session=True, **options)
+        tied = functools.partial(_die_with_parent, os.getpid())
+        process = subprocess.Popen(train_command(words), preexec_fn=tied, start_new_session=True, **options)
         self.running.append(_Training(step, process, time.monotonic(), log, stream))
 
     def _clear_way(self, step: Step, run: RunDirectory) -> None:
@@ -133,10 +144,11 @@ class Trainings:
                 raise RecipeError(
                     f"run '{run.name}' was imported, and arm '{step.arm}' is to be trained", "remove the run or rename the study"
                 )
-            recipe = self._recipe(step)
-            other = changed_inputs(begun["inputs"], step.inputs) if begun else list(recipe_differences(recipe, state.get("guard", {})))
-            if not begun and not state.get("guard"):
-                other = []
+            if begun:
+                other = changed_inputs(begun["inputs"], step.inputs)
+            else:  # trained by hand, or by a cluster's job
+                guard = state.get("guard")
+                other = list(recipe_differences(self._recipe(step), guard)) if guard else []
             if other:
                 away = _free_name(study_folder(self.study) / "replaced" / run.name)
                 away.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +183,8 @@ class Trainings:
     def _finish(self, step: Step, run: RunDirectory, seconds: float) -> None:
         """Record a finished training: its result is the hash of its weights and of the prompt format it was trained in."""
         state = run.read_state()
-        self.graph.finish(step, weights_digest(run, state), weight_files(run), seconds=round(seconds or trained_seconds(state), 1))
+        took = seconds or float((state.get("summary") or {}).get("seconds") or 0)
+        self.graph.finish(step, weights_digest(run, state), weight_files(run), seconds=round(took, 1))
         self.say(f"{step.run}: trained" + ("" if seconds else " before"))
 
     def _fail(self, step: Step, error: str, code: int) -> None:
@@ -190,23 +203,19 @@ def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:
     from recipes_lib.training.base_identity import file_hashes
     from recipes_lib.training.probes import read_check
 
-    folder = next(folder for folder in (run.weights(False), run.weights(True)) if folder.is_dir())
+    folder = _weights(run)
     check = read_check(folder)
     return digest_of([check.sha256 if check else file_hashes(folder), state.get("guard", {}).get("prompt_format_hash")])
 
 
 def weight_files(run: RunDirectory) -> list[Path]:
     """Return the files that hold a finished run's weights, and its curves."""
-    folder = next(folder for folder in (run.weights(False), run.weights(True)) if folder.is_dir())
-    return [*sorted(folder.glob("*.safetensors")), *([run.metrics] if run.metrics.is_file() else [])]
+    return [*sorted(_weights(run).glob("*.safetensors")), *([run.metrics] if run.metrics.is_file() else [])]
 
 
-def trained_seconds(state: dict[str, Any]) -> float:
-    """Return what the run's own record says about its duration, 0 where it says nothing."""
-    summary = state.get("summary") or {}
-    return float(
-        next((summary[key] for key in ("seconds", "train_runtime", "runtime_s") if isinstance(summary.get(key), int | float)), 0.0)
-    )
+def _weights(run: RunDirectory) -> Path:
+    """The folder of a finished run's weights: its adapter, or its model."""
+    return next(folder for folder in (run.weights(False), run.weights(True)) if folder.is_dir())
 
 
 def _free_name(path: Path) -> Path:
@@ -215,9 +224,9 @@ def _free_name(path: Path) -> Path:
     return path if not path.exists() else next(name for name in taken if not name.exists())
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """Ask Linux to send SIGTERM to this process when the runner ends, however it ends: a killed study leaves no training behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        if os.getppid() == 1:
+        if os.getppid() != parent:  # it ended before it could be asked
             os._exit(1)
