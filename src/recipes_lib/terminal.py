@@ -1,12 +1,13 @@
-"""Text for the terminal: no control characters from model or data, and the closing line that names the next command."""
+"""Text for the terminal: no control characters from model or data, the closing line that names the next command; numbers typed there."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def printable(text: str) -> str:
@@ -60,3 +61,19 @@ def show_command(argv: Sequence[str]) -> None:
 def next_step(command: str) -> None:
     """Print the closing line that names the next command to type."""
     say(f"next: {command}")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers for argparse that says what it expected.
+
+    Example:
+        >>> at_least(1)("12")
+        12
+    """
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
+        return int(text)
+
+    return number

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipeError
-from recipes_lib.terminal import next_step, say, show_command
+from recipes_lib.terminal import at_least, next_step, say, show_command
 
 if TYPE_CHECKING:
     from recipes_lib.launching.profile import SiteProfile
@@ -28,12 +28,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate", metavar="A", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
     )
-    parser.add_argument("--nodes", type=_positive, metavar="N", help="machines; default: the recipe's launch.nodes")
-    parser.add_argument("--gpus", type=_positive, metavar="G", help="GPUs per machine; default: the recipe's launch.gpus")
+    parser.add_argument("--nodes", type=at_least(1), metavar="N", help="machines; default: the recipe's launch.nodes")
+    parser.add_argument("--gpus", type=at_least(1), metavar="G", help="GPUs per machine; default: the recipe's launch.gpus")
     parser.add_argument("--stages", metavar="LIST", help="of train,eval,report; default: all")
     parser.add_argument("--evals", nargs="+", metavar="EVAL", help="what to evaluate a recipe on; default: the three of evals/")
     parser.add_argument(
-        "--throttle", type=_positive, metavar="N", help="arms of a study that train at the same time; default: the profile's"
+        "--throttle", type=at_least(1), metavar="N", help="arms of a study that train at the same time; default: the profile's"
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="print the sbatch lines and the jobs' commands, and do nothing")
@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(flag, action="store_true", help=help)
     parser.add_argument("--stage", metavar="S", help="logs: the stage, for example train or eval-mt_bench; default: all")
-    parser.add_argument("--lines", type=_positive, default=40, metavar="N", help="logs: lines of each stage (default 40)")
+    parser.add_argument("--lines", type=at_least(1), default=40, metavar="N", help="logs: lines of each stage (default 40)")
     parser.add_argument("--json", action="store_true", help="status: print one JSON object")
 
 
@@ -147,9 +147,3 @@ def _show(plan: Plan, profile: SiteProfile) -> None:
             say(f"    {shlex.join(task.args)}")
             if task.check:
                 say(f"    then {shlex.join(task.check)}")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)

@@ -15,7 +15,7 @@ from recipes_lib.errors import ExitCode, RecipeError, print_error
 from recipes_lib.recipe.launch import DEFAULT_PORT, plan_launch
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.recipe import load_recipe
-from recipes_lib.terminal import next_step, say
+from recipes_lib.terminal import at_least, next_step, say
 
 if TYPE_CHECKING:
     from recipes_lib.planning.plan import Plan
@@ -25,8 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("recipe", metavar="RECIPE_OR_STUDY", help="path or name of a recipe, or a study file")
     parser.add_argument("--gpu", metavar="CARD", help="h100-80gb, a100-40gb, l40s-48gb, rtx-4090-24gb, h100-mig-3g.40gb, ... or cpu")
-    parser.add_argument("--gpus", type=_positive, metavar="N", help="processes on each machine; default: the recipe's launch")
-    parser.add_argument("--nodes", type=_positive, metavar="N", help="machines; default: the recipe's launch")
+    parser.add_argument("--gpus", type=at_least(1), metavar="N", help="processes on each machine; default: the recipe's launch")
+    parser.add_argument("--nodes", type=at_least(1), metavar="N", help="machines; default: the recipe's launch")
     parser.add_argument("--accelerate", metavar="NAME", help="a file in accelerate_configs/ or a path; default: the recipe's")
     parser.add_argument("--evals", nargs="*", metavar="EVAL", help="eval recipes to count in; default: the project's three")
     parser.add_argument("--price", type=_price, metavar="X", help="price of one card for one hour, in any currency")
@@ -103,12 +103,6 @@ def _evals(words: list[str]) -> list[Any]:
     from recipes_lib.suites.recipe import load_eval
 
     return [load_eval(word) for word in words]
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number >= 1, got {text!r}")
-    return int(text)
 
 
 def _price(text: str) -> float:

@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from recipes_lib.errors import ExitCode, print_error
 from recipes_lib.recipe.launch import Launch, place_machine, plan_launch
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.terminal import next_step, say, show_command
+from recipes_lib.terminal import at_least, next_step, say, show_command
 from recipes_lib.train import EXIT_CODE_FILE
 
 OPTIONS = ("accelerate", "gpus", "nodes")
@@ -36,16 +36,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--accelerate", metavar="NAME", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
     )
     parser.add_argument(
-        "--gpus", type=_at_least(1), metavar="N", help="processes on each machine; default: launch.gpus, else the accelerate config's"
+        "--gpus", type=at_least(1), metavar="N", help="processes on each machine; default: launch.gpus, else the accelerate config's"
     )
     parser.add_argument(
-        "--nodes", type=_at_least(1), metavar="N", help="machines; default: launch.nodes, else the accelerate config's. Run this on each"
+        "--nodes", type=at_least(1), metavar="N", help="machines; default: launch.nodes, else the accelerate config's. Run this on each"
     )
-    parser.add_argument("--machine-rank", type=_at_least(0), metavar="N", help="with several machines: the number of this one, from 0")
+    parser.add_argument("--machine-rank", type=at_least(0), metavar="N", help="with several machines: the number of this one, from 0")
     parser.add_argument("--main-process-ip", metavar="HOST", help="with several machines: name or address of machine 0")
     parser.add_argument(
         "--main-process-port",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="PORT",
         help="with several machines: a free port of machine 0; default: the config's",
     )
@@ -165,14 +165,3 @@ def _kill_all(launcher: int, report: Path) -> None:
         with suppress(OSError):
             if mark in (process / "environ").read_bytes().split(b"\0"):
                 os.kill(int(process.name), signal.SIGKILL)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers that names what is wrong."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
-        return int(text)
-
-    return number
