@@ -251,6 +251,9 @@ def test_importing_again_does_nothing_and_other_files_need_replace(tmp_path, run
     import_run([file], "r")
     before = (runs / "r/run.json").read_bytes()
     assert import_run([file], "r").there_already and (runs / "r/run.json").read_bytes() == before
+    for asked in ({"recipe": "quickstart/lora-r8"}, {"against": "reference"}):  # asked for something else, it is not there already
+        with pytest.raises(RecipeError, match="run 'r' exists"):
+            import_run([file], "r", **asked)
     other = original_csv(tmp_path / "e.csv", PAIRS[:2])
     with pytest.raises(RecipeError, match="run 'r' exists"):
         import_run([other], "r")

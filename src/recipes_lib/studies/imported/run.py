@@ -91,7 +91,7 @@ def import_run(
         raise RecipeError(f"'{run}': names that start so are given by recipes eval and recipes judge", "choose another name: --as OTHER")
     files = read_files(names)
     if target.exists() and not replace:
-        if _same_files(target, files, model):
+        if _same_import(target, files, model, {"recipe": recipe, "against": against}):
             return Imported(run, target.path, there_already=True)
         state = target.read_state()["state"]
         hint = "write it anew with --replace, all its files named" if state == "imported" else "it was trained here"
@@ -106,7 +106,7 @@ def import_run(
     done.warnings = list(_twins(run, done.files))
     if loaded is None and content.logs:
         done.lacks.append("what was trained: no recipe was named (--recipe R), so its differences cannot be listed")
-    _write(target, content, loaded, recipe, done)
+    _write(target, content, loaded, {"recipe": recipe, "against": against}, done)
     return done
 
 
@@ -230,9 +230,11 @@ def imported_files(state: Any) -> list[Row]:
     return [source for source in sources if isinstance(source, dict)]
 
 
-def _same_files(target: RunDirectory, files: list[Foreign], model: str | None) -> bool:
-    """Whether a run was imported from exactly these files, and the same model's rows of them."""
+def _same_import(target: RunDirectory, files: list[Foreign], model: str | None, asked: dict[str, str | None]) -> bool:
+    """Whether a run was imported from exactly these files, the same model's rows of them, and asked for in the same words."""
     state = target.read_state()
+    if any(state.get(key) != value for key, value in asked.items()):
+        return False
     known = {source.get("sha256") for source in imported_files(state)}
     other_rows = any(source.get("rows_of") not in (None, model) for source in imported_files(state))
     return state["state"] == "imported" and known == {file.sha256 for file in files} and not other_rows
@@ -249,7 +251,7 @@ def _runs(pid: str) -> bool:
     return True
 
 
-def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, recipe_name: str | None, done: Imported) -> None:
+def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, asked: dict[str, str | None], done: Imported) -> None:
     """Write the run beside its place and rename it, so that a run is there whole or not at all."""
     root = runs_root()
     scratch = root / f".import-{os.getpid()}"
@@ -272,7 +274,7 @@ def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, recip
         from recipes_lib.runs.manifest import command_line
 
         write_text(run.path / "command.txt", command_line() + "\n")
-        facts = {"sources": done.files, "lacks": done.lacks, "recipe": recipe_name, "summary": content.summary or None}
+        facts = {"sources": done.files, "lacks": done.lacks, **asked, "summary": content.summary or None}
         run.write_state("imported", kind="imported", exit_code=0, **{key: value for key, value in facts.items() if value is not None})
         if target.exists():
             target.path.rename(old)
