@@ -17,7 +17,6 @@ from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.methods import method_rows
 from recipes_lib.planning.models import named_shape
 from recipes_lib.planning.plan import Plan, plan_recipe
-from recipes_lib.planning.walltime import planned_walltime
 from recipes_lib.recipe.recipe import load_recipe
 
 LORA, FULL = "llama2-7b-dolly/lora-bf16-r32", "llama2-7b-dolly/full-bf16"
@@ -71,10 +70,10 @@ def test_more_cards_take_less_time_and_more_links_more() -> None:
 def test_the_walltime_is_half_as_long_again_in_quarters_of_an_hour() -> None:
     made = plan(LORA)
     assert made.walltime == walltime(made.duration.total) >= 1.5 * made.duration.total
-    assert planned_walltime(load_recipe(LORA), "h100-80gb", 1) == made.walltime
-    assert planned_walltime(load_recipe(LORA), "h100-80gb", 8, 2) % 900 == 0
+    assert plan_recipe(load_recipe(LORA), gpu="h100-80gb", gpus=1).walltime == made.walltime
+    assert plan_recipe(load_recipe(LORA), gpu="h100-80gb", gpus=8, nodes=2).walltime % 900 == 0
     with pytest.raises(RecipeError, match="there is no card 'h10'"):
-        planned_walltime(load_recipe(LORA), "h10", 1)
+        plan_recipe(load_recipe(LORA), gpu="h10", gpus=1)
 
 
 def test_the_table_has_every_method_count_and_strategy() -> None:

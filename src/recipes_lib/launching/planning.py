@@ -12,7 +12,7 @@ from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import Plan, plan_recipe, read_evals, read_stages
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch
-from recipes_lib.recipe.project import recipe_path, shown_path
+from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.studies.study import load_study, study_file
 
@@ -58,16 +58,15 @@ def planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None)
     if card is None or launch.config.use_cpu:
         return None
     from recipes_lib.planning.cards import card_named
-    from recipes_lib.planning.plan import plan_recipe as plan_time
+    from recipes_lib.planning.plan import plan_launched
 
     assert profile is not None
     try:
-        card_named(card)
+        known = card_named(card)
     except RecipeError as error:
         raise profile.error("gpu", error.what, *error.hints) from None
     try:
-        config = launch.config.path
-        return plan_time(recipe, gpu=card, gpus=launch.per_machine, nodes=launch.machines, accelerate=shown_path(config)).walltime
+        return plan_launched(recipe, launch, known).walltime
     except RecipesError:
         return None
 
