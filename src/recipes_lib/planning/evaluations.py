@@ -7,12 +7,18 @@ and feedback are assumed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recipes_lib.planning.cards import Card
-from recipes_lib.planning.machine import GENERATED_TOKENS_PER_SECOND, JUDGED_TOKENS_PER_SECOND, two_threads_tflops
+from recipes_lib.planning.cards import DEFAULT, Card, card_named
+from recipes_lib.planning.machine import (
+    GENERATED_TOKENS_PER_SECOND,
+    JUDGED_TOKENS_PER_SECOND,
+    MEASURED_PARAMETERS,
+    two_threads_tflops,
+)
 from recipes_lib.planning.models import named_shape
 from recipes_lib.planning.shapes import ModelShape
 
@@ -96,8 +102,6 @@ def _large(recipe: EvalRecipe) -> bool:
 
 def _counted(recipe: EvalRecipe) -> int:
     """Return the number of questions in a local file."""
-    import json
-
     text = recipe.resolve("data.questions", recipe.data.questions or "").read_text(encoding="utf-8")
     try:
         rows = json.loads(text)
@@ -113,17 +117,16 @@ def _kind(card: Card) -> str:
 def _writing(shape: ModelShape, card: Card, answers: int, mean: float, most: int, batch: int, server: bool) -> float:
     """Seconds to write answers; a batch of transformers' generate goes on to its longest answer, a server refills its batch."""
     if card.name == "cpu":
-        share = 134_515_008 / shape.parameters
-        return answers * mean / (GENERATED_TOKENS_PER_SECOND * share * _cores(card))
+        return answers * mean / (GENERATED_TOKENS_PER_SECOND * _pace(shape, card))
     reading = 2 * shape.active_parameters / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
     if server:
         return answers * mean / 16 * (reading + shape.layers * SERVER_LAYER_TOKEN_S)
     return -(-answers // batch) * min(most, 1.8 * mean) * (reading + shape.layers * LAYER_TOKEN_S)
 
 
-def _cores(card: Card) -> float:
-    """How much faster than the two threads of the measurement this processor is."""
-    return card.tflops / two_threads_tflops()
+def _pace(shape: ModelShape, card: Card) -> float:
+    """How much faster than in the measurement this processor reads and writes: against its two threads, and its model's size."""
+    return MEASURED_PARAMETERS / shape.parameters * card.tflops / two_threads_tflops()
 
 
 def _judging(recipe: EvalRecipe, shape: ModelShape, card: Card, verdicts: int) -> tuple[float, bool]:
@@ -134,22 +137,15 @@ def _judging(recipe: EvalRecipe, shape: ModelShape, card: Card, verdicts: int) -
     model = named_shape(judge.model) or shape
     remote = judge.engine == "openai"
     if card.name == "cpu" and not remote:
-        share = 134_515_008 / model.parameters
-        seconds = verdicts * min(JUDGE_PROMPT, 480) / (JUDGED_TOKENS_PER_SECOND * share * _cores(card))
+        seconds = verdicts * min(JUDGE_PROMPT, 480) / (JUDGED_TOKENS_PER_SECOND * _pace(model, card))
         if judge.mode != "logits":
-            seconds += verdicts * FEEDBACK / (GENERATED_TOKENS_PER_SECOND * share * _cores(card))
+            seconds += verdicts * FEEDBACK / (GENERATED_TOKENS_PER_SECOND * _pace(model, card))
         return seconds, remote
-    gpu = card if card.name != "cpu" else _h100()
+    gpu = card if card.name != "cpu" else card_named(DEFAULT)
     prefill = verdicts * JUDGE_PROMPT * 2 * model.active_parameters / (gpu.tflops * 1e12 * PREFILL_MFU)
     if judge.mode == "logits":
         return prefill, remote
     return prefill + _writing(model, gpu, verdicts, FEEDBACK, judge.max_new_tokens, 8, server=remote), remote
-
-
-def _h100() -> Card:
-    from recipes_lib.planning.cards import DEFAULT, card_named
-
-    return card_named(DEFAULT)
 
 
 def _harness(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
@@ -164,8 +160,7 @@ def _harness(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
         if limit is not None:
             items = round(items * limit) if limit < 1 else min(items, int(limit))
         if card.name == "cpu":
-            share = 134_515_008 / shape.parameters
-            seconds += items * requests * tokens / (JUDGED_TOKENS_PER_SECOND * share * _cores(card))
+            seconds += items * requests * tokens / (JUDGED_TOKENS_PER_SECOND * _pace(shape, card))
         else:
             seconds += items * requests * tokens * 2 * shape.active_parameters / (card.tflops * 1e12 * PREFILL_MFU)
         if written:

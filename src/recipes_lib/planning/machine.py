@@ -12,7 +12,7 @@ from recipes_lib.planning.settings import Settings
 # 4bit counted over the steps, the others from whole runs less an estimated start, so good to a fifth.
 # As 4N operations per token. Another CPU, above all one without bf16 instructions, is slower.
 _TOKENS_PER_CPU_SECOND = {"bf16": 400.0, "fp32": 155.0, "4bit": 305.0}
-_PARAMETERS = 134_515_008
+MEASURED_PARAMETERS = 134_515_008  # SmolLM2-135M's
 CPU_BASIS = "measured with SmolLM2-135M on one core of another machine; elsewhere taken as proportional"
 SCALING = 0.85  # threads of one process share caches and memory
 GENERATED_TOKENS_PER_SECOND = 95.0  # SmolLM2-135M, batched, two idle threads: 75-116
@@ -75,7 +75,7 @@ def _meminfo(key: str) -> float:
 
 def _rate(kind: str) -> float:
     """TFLOP/s of one core."""
-    return 4 * _PARAMETERS * _TOKENS_PER_CPU_SECOND[kind] / 1e12
+    return 4 * MEASURED_PARAMETERS * _TOKENS_PER_CPU_SECOND[kind] / 1e12
 
 
 def two_threads_tflops() -> float:

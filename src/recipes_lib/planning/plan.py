@@ -84,7 +84,7 @@ def plan_recipe(
     """Return the plan of a recipe.
 
     Args:
-        gpu: a card's name, or `cpu`; absent: this machine's GPU, else the table's default, and the processor for a launch without GPUs.
+        gpu: a card's name, or `cpu`; absent: as `card_for` chooses.
         gpus: processes on each machine; absent, the recipe's.
         lengths: the data's, where the caller has them.
 
@@ -92,9 +92,18 @@ def plan_recipe(
         RecipeError: unknown card or model, a batch that cannot be divided, a launch that cannot be.
     """
     launch = _launch(recipe, gpu, gpus, accelerate, nodes)
-    on_cpu = gpu == "cpu" or (gpu is None and launch.config.use_cpu)
-    card = cpu_card() if on_cpu else card_named(gpu) if gpu else next(iter(cards_here()), card_named(DEFAULT))
-    return plan_launched(recipe, launch, card, lengths)
+    return plan_launched(recipe, launch, card_for(launch, gpu), lengths)
+
+
+def card_for(launch: Launch, gpu: str | None) -> Card:
+    """Return the card of that name; without one this machine's GPU, else the table's default, and the processor for a launch without GPUs.
+
+    Raises:
+        RecipeError: unknown card.
+    """
+    if gpu == "cpu" or (gpu is None and launch.config.use_cpu):
+        return cpu_card()
+    return card_named(gpu) if gpu else next(iter(cards_here()), card_named(DEFAULT))
 
 
 def plan_launched(recipe: Recipe, launch: Launch, card: Card, lengths: Lengths | None = None) -> Plan:

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
-from recipes_lib.planning.cards import DEFAULT, Card, card_named, cards_here
 from recipes_lib.planning.evaluations import EvalTime, eval_times
-from recipes_lib.planning.machine import cpu_card
-from recipes_lib.planning.plan import Plan, plan_launched
+from recipes_lib.planning.plan import Plan, card_for, plan_launched
 from recipes_lib.planning.text import clock
 
 if TYPE_CHECKING:
@@ -77,7 +75,7 @@ def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
         if not arm.trained or arm.recipe is None:
             elsewhere.append(arm.name)
             continue
-        card = _card(gpu, arm.launch.config.use_cpu)
+        card = card_for(arm.launch, gpu)
         plan = plan_launched(arm.recipe, arm.launch, card)
         evals = eval_times(study.evals, plan.settings.shape, card)
         arms.append(ArmPlan(arm.name, plan, max(1, len(arm.seeds)), evals))
@@ -88,12 +86,6 @@ def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
     places = [place for place, recipe in enumerate(study.evals) if recipe.suite.name == "alpaca_eval"]
     comparing = sum(arms[0].evals[place].judging for place in places) * comparisons if arms else 0.0
     return StudyPlan(study.name, arms, bases, elsewhere, comparisons * len(places), comparing)
-
-
-def _card(gpu: str | None, use_cpu: bool) -> Card:
-    if gpu == "cpu" or (gpu is None and use_cpu):
-        return cpu_card()
-    return card_named(gpu) if gpu else next(iter(cards_here()), card_named(DEFAULT))
 
 
 def study_json(plan: StudyPlan, price: float | None) -> dict[str, Any]:
