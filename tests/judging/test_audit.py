@@ -181,7 +181,7 @@ def test_bad_label_files_say_what_is_wrong(tmp_path: Path, content: str, words: 
     path = tmp_path / "labels.json"
     path.write_text(content)
     with pytest.raises(DataError, match=words):
-        load_labels(path)
+        load_labels([path])
 
 
 def test_pandalm_without_a_majority_is_a_tie(tmp_path: Path) -> None:

@@ -103,3 +103,19 @@ def test_one_pair_with_two_labels_is_refused(judge_file, runs_folder, labels, tm
     Path(labels[1]).write_text(json.dumps([*rows, rows[0] | {"label": 3 - rows[0]["label"]}]))
     with pytest.raises(DataError, match="two labels"):
         audit_on_labels(judge_file(), labels[1:])
+
+
+@pytest.mark.parametrize("option", ["--limit", "--both-modes"])
+def test_options_for_asking_are_refused_beside_stored_judgments(option, tmp_path, capsys):
+    (tmp_path / "judgments.jsonl").touch()
+    assert main(["judge", "audit", str(tmp_path / "judgments.jsonl"), option, "3"]) == 2
+    assert f"{option} is for asking a judge" in capsys.readouterr().err
+
+
+def test_one_pair_with_two_labels_is_refused_beside_stored_judgments_too(labels, tmp_path, capsys):
+    rows = json.loads(Path(labels[1]).read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([rows[0] | {"label": 3 - rows[0]["label"]}]))
+    (tmp_path / "judgments.jsonl").touch()
+    assert main(["judge", "audit", str(tmp_path / "judgments.jsonl"), "--labels", labels[1], str(other)]) == 4
+    assert "two labels" in capsys.readouterr().err

@@ -139,11 +139,12 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
         raise DataError(
             "no such file of judgments", "to ask a judge instead: recipes judge audit --judge JUDGE.yaml --labels FILE", file=args.judgments
         )
-    if args.limit:
-        raise RecipeError("--limit is for asking a judge; JUDGMENTS are audited as they are", "leave JUDGMENTS or --limit out")
+    if args.limit or args.both_modes:
+        option = "--limit" if args.limit else "--both-modes"
+        raise RecipeError(f"{option} is for asking a judge; JUDGMENTS are audited as they are", f"leave JUDGMENTS or {option} out")
     rows = read_rows(args.judgments)
     judge = load_judge_file(args.judge) if args.judge else None
-    labels = {name: label for path in args.labels for name, label in load_labels(path).items()} if args.labels else None
+    labels = load_labels(args.labels) if args.labels else None
     card = audit(rows, judge.thresholds if judge else Thresholds(), labels, judge.judge.weak if judge else None)
     if args.output:
         atomic_files.write_json(Path(args.output) / "judge_audit.json", card)

@@ -48,9 +48,24 @@ def load_labelled_pairs(path: str | Path) -> list[tuple[Item, str]]:
     return pairs
 
 
-def load_labels(path: str | Path) -> dict[str, str]:
-    """Return the label of each pair's id."""
-    return {item.question_id: label for item, label in load_labelled_pairs(path)}
+def pairs_by_id(paths: Sequence[str | Path]) -> dict[str, tuple[Item, str]]:
+    """Return the labelled pairs of all files by id; the same pair in two files is one.
+
+    Raises:
+        DataError: a pair has two different labels, or as `load_labelled_pairs` does.
+    """
+    pairs: dict[str, tuple[Item, str]] = {}
+    for path in paths:
+        for item, label in load_labelled_pairs(path):
+            if pairs.get(item.question_id, (item, label))[1] != label:
+                raise DataError(f"a pair has two labels: {item.instruction[:60]!r}", "remove one of the rows", file=path)
+            pairs[item.question_id] = item, label
+    return pairs
+
+
+def load_labels(paths: Sequence[str | Path]) -> dict[str, str]:
+    """Return the label of each pair's id; see `pairs_by_id`."""
+    return {name: label for name, (_, label) in pairs_by_id(paths).items()}
 
 
 def _item(instruction: str, first: str, second: str, source: str) -> Item:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes_lib.atomic_files import write_json, write_text
-from recipes_lib.errors import DataError
 from recipes_lib.generation.judges import opened
 from recipes_lib.judging.audit import audit, scorecard_markdown
-from recipes_lib.judging.human_labels import load_labelled_pairs
+from recipes_lib.judging.human_labels import pairs_by_id
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.judge_file import JudgeFile
 from recipes_lib.judging.store import JudgmentStore, Row
@@ -52,7 +51,7 @@ def audit_on_labels(
         DataError: a file is in neither format, or the same pair has two labels.
         EvaluationIncomplete: judgments are missing; the same command continues.
     """
-    pairs = _labelled(labels)
+    pairs = pairs_by_id(labels)
     chosen = dict(sorted(pairs.items())[:limit])
     items = [item for item, _ in chosen.values()]
     folder = folder or runs_root() / f"judge--{_name(file.path.stem)}" / _labels_name(labels)
@@ -82,21 +81,6 @@ def _other_mode(file: JudgeFile, items: Sequence[Item], rows: Sequence[Row], fol
     pairs = [(first[row["question_id"], row["order"]], row) for row in again if row["source"] != "rule"]
     both = [one["value"] == two["value"] for one, two in pairs if one["status"] == two["status"] == "ok"]
     return {"other": mode, "asked": len(pairs), "agreement": wilson(sum(both), len(both)).to_dict()}
-
-
-def _labelled(labels: Sequence[str | Path]) -> dict[str, tuple[Item, str]]:
-    """The pairs of all files by id; the same pair in two files is one.
-
-    Raises:
-        DataError: with two different labels.
-    """
-    pairs: dict[str, tuple[Item, str]] = {}
-    for path in labels:
-        for item, label in load_labelled_pairs(path):
-            if pairs.get(item.question_id, (item, label))[1] != label:
-                raise DataError(f"a pair has two labels: {item.instruction[:60]!r}", "remove one of the rows", file=path)
-            pairs[item.question_id] = item, label
-    return pairs
 
 
 def _labels_name(labels: Sequence[str | Path]) -> str:
