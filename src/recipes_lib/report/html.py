@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.report.content import size_text
 from recipes_lib.studies import wording
-from recipes_lib.studies.comparison import HALF, Row
+from recipes_lib.studies.comparison_tables import effect_interval, effect_value
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -42,8 +42,8 @@ def filters() -> dict[str, Any]:
         "number": wording.number,
         "interval": interval_of,
         "shown": visible,
-        "effect": effect_of,
-        "effect_interval": effect_interval_of,
+        "effect": effect_value,
+        "effect_interval": effect_interval,
     }
 
 
@@ -51,19 +51,6 @@ def interval_of(one: Any, unit: str | None = None) -> str:
     """Return the interval of anything with `low` and `high` (an object or a mapping)."""
     low, high = (one["low"], one["high"]) if isinstance(one, dict) else (one.low, one.high)
     return wording.interval_text(low, high, unit or one.unit, signed=False)
-
-
-def effect_of(row: Row) -> str:
-    """Return a row's effect: a win rate head to head, else the difference."""
-    return wording.value_text(row.first_value, "share") if row.head_to_head else wording.difference_text(row.difference, row.unit)
-
-
-def effect_interval_of(row: Row) -> str:
-    """Return the interval of a row's effect."""
-    if row.tested is None or row.tested.low is None or row.tested.high is None:
-        return wording.NONE
-    shift = HALF if row.head_to_head else 0.0
-    return wording.interval_text(row.tested.low + shift, row.tested.high + shift, row.unit, signed=not row.head_to_head)
 
 
 def visible(text: object) -> str:

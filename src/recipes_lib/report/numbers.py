@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.studies.comparison import plain
+
 if TYPE_CHECKING:
     from recipes_lib.report.content import Content
 
@@ -35,9 +37,7 @@ def number_rows(content: Content) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
     for row in content.comparison.rows:
         facts = row.tested.to_dict() if row.tested else {}
-        kept = {
-            name: facts.get(name) for name in ("low", "high", "p", "n", "questions", "seeds", "unresolved", "lowest", "highest", "test")
-        }
+        kept = {name: facts.get(name) for name in _OF_TEST}
         yield {
             "kind": "comparison", "metric": row.metric, "arm": row.first, "other_arm": row.second,
             "against": "head to head" if row.head_to_head else row.opponent, "unit": row.unit, "value": row.difference, **kept,
@@ -64,15 +64,7 @@ def number_rows(content: Content) -> Iterator[dict[str, Any]]:
 def _of_runs(content: Content) -> Iterator[dict[str, Any]]:
     """Trainings and costs; one run each, so n is 1 and there is no interval."""
     for one in content.trainings:
-        for name in (
-            "steps",
-            "train_loss",
-            "validation_loss",
-            "best_validation_loss",
-            "perplexity",
-            "tokens_per_second",
-            "peak_memory_gib",
-        ):
+        for name in _OF_TRAINING:
             if (value := getattr(one, name)) is not None:
                 yield {"kind": "training", "metric": name, "arm": one.arm, "group": one.run, "value": value, "n": 1, "file": one.file}
     for cost in content.costs:
@@ -128,11 +120,6 @@ def cell(value: Any) -> Any:
 
 def numbers_json(content: Content) -> str:
     """Return the JSON: question, answer, findings, and all numbers."""
-    numbers = [{key: clean(item) for key, item in row.items() if item is not None} for row in number_rows(content)]
+    numbers = [{key: plain(item) for key, item in row.items() if item is not None} for row in number_rows(content)]
     value = {"format_version": FORMAT_VERSION, "name": content.name, **content.comparison.to_dict(), "numbers": numbers}
     return json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-
-
-def clean(value: Any) -> Any:
-    """Return a value that JSON has: no infinity, no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,27 +13,6 @@ if TYPE_CHECKING:
     from recipes_lib.studies.claims import Comparison
     from recipes_lib.studies.measurements import Measurements
     from recipes_lib.studies.study import Study
-
-
-def build_report(study: Study, runs: Mapping[str, Sequence[Path]], folder: Path) -> Path:
-    """Read a study's runs, check and compare them, and write the report.
-
-    Args:
-        runs: folders of runs by arm, one per seed, the base among them; an arm of published numbers alone has none.
-        folder: where the report goes (runs/<study>/report).
-
-    Returns:
-        report.html.
-
-    Raises:
-        DataError: a run's file is damaged, or its numbers do not agree with its items.
-    """
-    from recipes_lib.studies.claims import compare_arms
-    from recipes_lib.studies.measurements import read_measurements
-    from recipes_lib.studies.validity import check_validity
-
-    measurements = read_measurements(runs)
-    return write_study_report(folder, compare_arms(measurements, check_validity(study, measurements), study), measurements, study)
 
 
 def write_study_report(folder: Path, comparison: Comparison, measurements: Measurements, study: Study, banners: Sequence[str] = ()) -> Path:

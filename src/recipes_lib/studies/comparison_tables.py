@@ -22,19 +22,24 @@ def pair_lines(rows: Sequence[Row]) -> list[str]:
         open_items = f" ({row.tested.unresolved} open)" if row.tested and row.tested.unresolved else ""
         verdict = f"{row.verdict} (no claim)" if row.stopped and row.verdict != "cannot be tested" else row.verdict
         n = f"{row.n:,}{open_items}" if row.tested else NONE
-        table.append((row.label + opponent, *values, effect_text(row), p_text(row.p_holm).removeprefix("p ").removeprefix("= "), n, verdict,
+        limits = effect_interval(row)
+        effect = effect_value(row) + (f" {limits}" if limits != NONE else "")
+        table.append((row.label + opponent, *values, effect, p_text(row.p_holm).removeprefix("p ").removeprefix("= "), n, verdict,
                       ", ".join(row.flags)))  # fmt: skip
     return [f"{first} against {second}", *(f"  {line}" for line in aligned(table))]
 
 
-def effect_text(row: Row) -> str:
-    """Return a row's effect with its interval: a win rate head to head, else the difference."""
-    shift = HALF if row.head_to_head else 0.0
+def effect_value(row: Row) -> str:
+    """Return a row's effect: a win rate head to head, else the difference."""
+    return value_text(row.first_value, "share") if row.head_to_head else difference_text(row.difference, row.unit)
+
+
+def effect_interval(row: Row) -> str:
+    """Return the interval of a row's effect."""
     if row.tested is None or row.tested.low is None or row.tested.high is None:
-        limits = ""
-    else:
-        limits = f" {interval_text(row.tested.low + shift, row.tested.high + shift, row.unit, signed=not row.head_to_head)}"
-    return (value_text(row.first_value, "share") if row.head_to_head else difference_text(row.difference, row.unit)) + limits
+        return NONE
+    shift = HALF if row.head_to_head else 0.0
+    return interval_text(row.tested.low + shift, row.tested.high + shift, row.unit, signed=not row.head_to_head)
 
 
 def score_lines(scores: Sequence[Score]) -> list[str]:

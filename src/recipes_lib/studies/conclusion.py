@@ -34,7 +34,8 @@ class Conclusion:
 
 def measured_runs(study: Study, graph: Graph) -> dict[str, list[Path]]:
     """Return arm -> folders of the runs whose training is done; what an earlier state of the study left is not among them."""
-    trained = {step.run: graph.freshness(step.name).fresh for step in graph.of_kind("train")}
+    state = graph.survey()
+    trained = {step.run: state[step.name].fresh for step in graph.of_kind("train")}
     names = {arm: [name for name in runs if trained.get(name, True)] for arm, runs in run_names(study).items()}
     published = {arm.name for arm in study.arms if arm.published_only}  # shown, with no run to read
     return {arm: [runs_root() / name for name in runs] for arm, runs in names.items() if runs or arm in published}

@@ -18,7 +18,6 @@ from recipes_lib.studies.graph import Graph, Step
 from recipes_lib.studies.steps import build_graph
 from recipes_lib.studies.study import Study
 
-EVALUATION = ("check", "answers", "judgments", "comparison", "lm_eval")
 Say = Callable[[str], None]
 
 
@@ -175,7 +174,8 @@ def _train(
     """Train what is not trained; return the failures, and an exit code where somebody asked to stop."""
     from recipes_lib.studies.trainings import Trainings
 
-    todo = [step for step in wanted if step.kind == "train" and not graph.freshness(step.name).fresh]
+    state = graph.survey()
+    todo = [step for step in wanted if step.kind == "train" and not state[step.name].fresh]
     trainings = Trainings(study, graph, jobs, say, flags)
     trainings.run(todo)
     return trainings.failed, trainings.stopped
@@ -183,16 +183,15 @@ def _train(
 
 def _evaluate(study: Study, only: Sequence[str], say: Say, debug: bool, remote_code: bool = False) -> dict[str, tuple[str, int]]:
     """Evaluate what is trained; return the failures."""
+    from recipes_lib.studies.evaluation import KINDS, Evaluation, record_base_run
 
     def todo(graph: Graph) -> list[Step]:
         state = graph.survey()
-        return [step for step in wanted_steps(graph, only) if step.kind in EVALUATION and not state[step.name].fresh]
+        return [step for step in wanted_steps(graph, only) if step.kind in KINDS and not state[step.name].fresh]
 
     graph = build_graph(study)
     if not todo(graph):
         return {}
-    from recipes_lib.studies.evaluation import Evaluation, record_base_run
-
     say("\nevaluating: each base and each judge is loaded once")
     try:
         record_base_run(study)
