@@ -122,7 +122,7 @@ def test_prefetch_finds_a_cut_weight_file_and_a_missing_shard(tiny_model_dir: Pa
     shutil.copyfile(tiny_model_dir / "model.safetensors", weights)
     (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002.safetensors"}}))
     assert cli.main(words) == 5
-    assert "lacks model-00002.safetensors" in capsys.readouterr().err
+    assert "model-00002.safetensors is missing; model.safetensors.index.json names it" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_here_is_said_before_anything_is_queued(tiny_recipe: Path, profile_file, capsys) -> None:

@@ -5,7 +5,6 @@ Nothing is loaded into memory but tokenizers and rows: weights are checked by th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +131,7 @@ def check_model(section: ModelSection) -> str:
     Raises:
         EnvironmentFault: files are missing or cut.
     """
-    from recipes_lib.recipe.model_files import broken_shard
+    from recipes_lib.training.base_identity import check_whole
     from recipes_lib.training.packaged_models import is_packaged, packaged_folder
 
     name = section.name_or_path
@@ -148,15 +147,13 @@ def check_model(section: ModelSection) -> str:
     if folder is None or not (folder / "config.json").is_file():
         raise EnvironmentFault(f"'{name}' is not on this machine", "where there is a network: recipes prefetch")
     shards = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(named - {shard.name for shard in shards})
-        if missing:
-            raise EnvironmentFault(f"'{name}' lacks {', '.join(missing[:3])}", "fetch it again: recipes prefetch")
-    problems = [f"{shard.name} {problem}" for shard in shards if (problem := broken_shard(shard))]
-    if problems or not shards:
-        raise EnvironmentFault(f"'{name}': {problems[0] if problems else 'no *.safetensors'}", f"remove {folder} and fetch it again")
+    try:
+        check_whole(folder)
+    except EnvironmentFault as error:
+        raise EnvironmentFault(f"'{name}': {error.what}", "remove a damaged file first, then fetch it again: recipes prefetch") from None
+    if not shards:
+        hint = "fetch it again: recipes prefetch; other weight files are not read"
+        raise EnvironmentFault(f"'{name}' has no *.safetensors in {folder}", hint)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise EnvironmentFault(f"'{name}' has no tokenizer files in {folder}", "fetch it again: recipes prefetch")
     size = sum(shard.stat().st_size for shard in shards)
