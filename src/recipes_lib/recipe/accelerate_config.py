@@ -12,7 +12,6 @@ from typing import Any
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import project_root, shown_path
-from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.yaml_source import no_such_file
 
@@ -105,12 +104,6 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
         mixed_precision=str(values.get("mixed_precision", "no")),
         fsdp=values.get("fsdp_config") or {},
     )
-
-
-def launched_processes(launch: LaunchSection, config: AccelerateConfig) -> int:
-    """Return the number of processes of a recipe's default launch; `config` is what its `launch.accelerate` names."""
-    machines = launch.nodes if launch.nodes > 1 else config.num_machines
-    return (launch.gpus or processes_per_machine(config)) * machines
 
 
 def processes_per_machine(config: AccelerateConfig) -> int:

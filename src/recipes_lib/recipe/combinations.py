@@ -9,6 +9,7 @@ from typing import Any
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.accelerate_config import accelerate_config_path, load_accelerate_config
 from recipes_lib.recipe.loader import Document
+from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.yaml_source import KeyPath
 
 Finding = tuple[KeyPath, RecipeError]
@@ -92,10 +93,8 @@ def _attention(sections: dict[str, Any], _: Document) -> Iterator[Any]:
 
 def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
     launch = sections.get("launch", {})
-    name, several = (
-        launch.get("accelerate", "single_gpu" if document.kind.name == "recipe" else None),
-        [key for key in ("gpus", "nodes") if isinstance(launch.get(key), int) and launch[key] > 1],
-    )
+    name = launch.get("accelerate", LaunchSection.accelerate if document.kind.name == "recipe" else None)
+    several = [key for key in ("gpus", "nodes") if isinstance(launch.get(key), int) and launch[key] > 1]
     if not isinstance(name, str):
         return
     try:

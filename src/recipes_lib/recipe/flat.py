@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes_lib.recipe.accelerate_config import launched_processes, load_accelerate_config
 from recipes_lib.recipe.batch import accumulation_steps
+from recipes_lib.recipe.launch import plan_launch
 from recipes_lib.recipe.model_files import local_folder
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.yaml_text import value_text
@@ -74,9 +74,7 @@ def flatten(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         flat["use_peft"] = True
     flat |= recipe.train
     flat["output_dir"] = f"trl-{recipe.name}"
-    flat["gradient_accumulation_steps"] = accumulation_steps(
-        recipe, launched_processes(recipe.launch, load_accelerate_config(recipe.launch.accelerate))
-    )
+    flat["gradient_accumulation_steps"] = accumulation_steps(recipe, plan_launch(recipe.launch).world_size)
     if flat.get("padding_free") and not flat.get("packing"):
         lost["train.max_length"] = flat.pop("max_length", None)
         flat["max_length"] = None

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.accelerate_config import AccelerateConfig, launched_processes, load_accelerate_config
+from recipes_lib.recipe.accelerate_config import AccelerateConfig
 from recipes_lib.recipe.batch import accumulation_steps
+from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.model_files import KEY, check_files, local_folder
 from recipes_lib.recipe.recipe import Recipe
 
@@ -115,9 +116,9 @@ def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: li
             errors.extend(getattr(error, "errors", [error]))
             return None
 
-    accelerate = collect(lambda: load_accelerate_config(recipe.launch.accelerate)) or AccelerateConfig(Path())
-    world_size = launched_processes(recipe.launch, accelerate)
-    collect(lambda: build_sft_config(_for_this_machine(recipe, accelerate, notes), "unused", world_size))
+    launch = collect(lambda: plan_launch(recipe.launch)) or Launch(AccelerateConfig(Path()), per_machine=1)
+    accelerate = launch.config
+    collect(lambda: build_sft_config(_for_this_machine(recipe, accelerate, notes), "unused", launch.world_size))
     collect(lambda: build_lora_config(recipe))
     collect(lambda: build_quantization_config(recipe))
     errors += _check_sharded_quantization(recipe, accelerate)
