@@ -178,6 +178,13 @@ def test_bad_input_is_one_message(words: list[str], code: int, said: list[str], 
     assert "Traceback" not in err
 
 
+def test_the_next_command_names_a_config_as_it_was_given(plan: Plan, tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text((ROOT / "accelerate_configs/ddp_cpu.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    words = ("--accelerate", own, "--gpus", "2", "train.per_device_train_batch_size=4")
+    assert f" --accelerate {own} --gpus 2" in plan("quickstart/lora-r8", *words)[1].splitlines()[-1]
+
+
 def test_a_study_is_found_by_its_short_name_as_everywhere(plan: Plan) -> None:
     assert plan("lora-rank", "--gpu", "h100") == plan("recipes/studies/lora-rank.yaml", "--gpu", "h100")
     assert plan("recipes/quickstart")[0] == 2  # a folder is no study of that name

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,25 +58,25 @@ def run(args: argparse.Namespace) -> int:
     for line in plan_lines(*parts):
         say(line)
     say()
-    _closing(plan, shown_path(recipe.path), args.overrides)
+    _closing(plan, shown_path(recipe.path), args)
     return ExitCode.DONE
 
 
-def _closing(plan: Plan, file: str, overrides: Sequence[str]) -> None:
+def _closing(plan: Plan, file: str, args: argparse.Namespace) -> None:
     """Print the plain command, and the next one to type; with several machines, machine 0's."""
     launch, own = plan.launch, plan_launch(plan.recipe.launch)
     if launch.machines > 1:
         launch = replace(launch, rank=0, address="HOST_OF_RANK_0", port=launch.config.main_process_port or DEFAULT_PORT)
-    script = shlex.join(["-m", "recipes_lib.train", file, *overrides])
+    script = shlex.join(["-m", "recipes_lib.train", file, *args.overrides])
     say(f"$ accelerate launch {shlex.join(launch.launcher_words())} {script}")
     words = []
     if plan.launch.config.path != own.config.path:
-        words += ["--accelerate", plan.launch.config.path.stem]
+        words += ["--accelerate", args.accelerate or plan.launch.config.path.stem]
     if plan.launch.per_machine != own.per_machine or (words and plan.launch.world_size > 1):
         words += ["--gpus", str(plan.launch.per_machine)]
     if plan.launch.machines != own.machines:
         words += ["--nodes", str(plan.launch.machines)]
-    next_step(shlex.join(["recipes", "train", file, *words, *overrides]))
+    next_step(shlex.join(["recipes", "train", file, *words, *args.overrides]))
 
 
 def _study(args: argparse.Namespace, path: Path) -> int:
