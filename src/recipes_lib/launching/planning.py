@@ -32,6 +32,8 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
     study = study_file(target)
     if study is not None:
         return _plan_study(study, overrides, profile, args, flags, stages)
+    if args.prepare and args.stages is None:
+        stages = ("train",)
     recipe = load_recipe(target, overrides)
     launch = plan_launch(recipe.launch, args.accelerate, args.gpus, args.nodes)
     accumulation_steps(recipe, launch.world_size)
@@ -41,7 +43,7 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
         launch,
         launch_folder(recipe.name),
         profile,
-        stages=stages if not args.prepare or args.stages else ("train",),
+        stages=stages,
         evals=read_evals(args.evals, recipe) if "eval" in stages else [],
         words=[*overrides, *flags],
         seconds=planned_seconds(recipe, launch, profile),

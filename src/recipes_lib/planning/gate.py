@@ -34,8 +34,8 @@ def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
         return None
 
 
-def plan_of_active(recipe: Recipe, active: Active, tokens: Sequence[int], rows: int, validation: int) -> dict[str, Any] | None:
-    """Return what run.json keeps of the plan of a training that is about to start, made from its real rows; None where none can be made.
+def plan_of_active(recipe: Recipe, active: Active, tokens: Sequence[int], rows: int, validation: int) -> dict[str, Any]:
+    """Return what run.json keeps of the plan of a training that is about to start, made from its real rows; why, where none can be made.
 
     Args:
         active: the launch as it really is.
