@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -16,16 +16,25 @@ from typing import Any
 import pytest
 from study_files import write_tiny_study
 
+from recipes_lib.report.study_report import write_study_report
+from recipes_lib.studies.claims import compare_arms
+from recipes_lib.studies.conclusion import measured_runs, of_study
+from recipes_lib.studies.measurements import Measurements, read_measurements
+from recipes_lib.studies.steps import build_graph
+from recipes_lib.studies.study import load_study
+from recipes_lib.studies.validity import check_validity
+
 KILLS = 10
 SEED = 20
 LIMIT_S = 600
-# Sections and columns of the report that say when, how fast and by which code, not what was found.
-ASIDE = ("Cost", "Reproduce", "Provenance")
-MEASURED_NOW = re.compile(r"seconds|tokens_per_second|peak_memory|device_hours|hours|cost")
+# What a report shows of when and how fast: an attempt's own times, and the answers that it gave itself.
+TIMES = {"seconds", "tokens_per_second", "peak_memory_gib", "generated_now"}
 
 
 def start(study: Path, root: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "RECIPES_RUNS_ROOT": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Without git: a commit that somebody makes meanwhile is provenance, and a finding.
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GIT_DIR": os.devnull}
+    environment = {**os.environ, "RECIPES_RUNS_ROOT": str(root), **quiet}
     command = [sys.executable, "-m", "recipes_lib.cli", "study", "run", str(study)]
     log = (root.parent / "study.log").open("a", encoding="utf-8")
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
@@ -41,23 +50,70 @@ def run_to_the_end(study: Path, root: Path) -> float:
     return time.monotonic() - started
 
 
-def findings_of(root: Path) -> dict[str, Any]:
-    """What a study found: the report without times and provenance, every step's result, and every stored answer and judgment."""
-    report = root / "tiny" / "report"
-    numbers = json.loads((report / "numbers.json").read_text(encoding="utf-8"))
-    numbers["numbers"] = [row for row in numbers["numbers"] if not MEASURED_NOW.search(json.dumps(row))]
-    sections = re.split(r"^## ", (report / "report.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    text = [section for section in sections if not section.startswith((*ASIDE, "Training"))]
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def without_times(value: Any) -> Any:
+    """A record with every time in it made the same; what was not measured at all stays away."""
+    if isinstance(value, dict):
+        return {key: 1.0 if key in TIMES and item is not None else without_times(item) for key, item in value.items()}
+    return [without_times(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def timeless(measurements: Measurements) -> Measurements:
+    """What was measured, without times: of results those of answering are left out, because an attempt that only judged has none."""
+
+    def run(one: Any) -> Any:
+        evals = []
+        for result in one.evals:
+            answers = {**(result.result.get("answers") or {}), "generated_now": None}
+            evals.append(dataclasses.replace(result, result={**result.result, "answers": answers}))
+        curves = tuple(without_times(line) for line in one.curves)
+        return dataclasses.replace(one, state=without_times(one.state), curves=curves, evals=tuple(evals))
+
+    arms = {name: dataclasses.replace(arm, runs=tuple(map(run, arm.runs))) for name, arm in measurements.arms.items()}
+    return dataclasses.replace(measurements, arms=arms)
+
+
+def report_bytes(study: Path, root: Path, place: Path) -> dict[str, bytes]:
+    """Every file of the report of what a runs folder holds, times aside; the one that lies there is compared with its own files first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECIPES_RUNS_ROOT", str(root))
+        loaded = load_study(study)
+        graph = build_graph(loaded)
+        assert all(state.fresh for state in graph.survey().values())
+        measurements = of_study(read_measurements(measured_runs(loaded, graph)), loaded, graph)
+        for name, measured in (("as-it-is", measurements), ("timeless", timeless(measurements))):
+            comparison = compare_arms(measured, check_validity(loaded, measured), loaded)
+            write_study_report(place / name, comparison, measured, loaded)
+    assert tree(place / "as-it-is") == tree(root / "tiny" / "report")
+    return tree(place / "timeless")
+
+
+def findings_of(study: Path, root: Path, place: Path) -> dict[str, Any]:
+    """What a study found: the report to the byte, times aside, every step's result, and every stored answer and judgment."""
     steps = {
         file.parent.name: json.loads(file.read_text(encoding="utf-8"))["output"] for file in sorted(root.glob("tiny/steps/*/done.json"))
     }
     stores = {}
     for file in sorted([*root.glob("*/evals/*/generations.jsonl"), *root.glob("*/evals/*/judgments*.jsonl")]):
-        keys = [json.loads(line)["key"] for line in file.read_text(encoding="utf-8").splitlines()]
-        assert len(keys) == len(set(keys)), f"{file} holds an item twice"
-        stores[str(file.relative_to(root))] = sorted(keys)
-    figures = {file.name for file in (report / "figures").iterdir()}
-    return {"numbers": numbers, "text": text, "steps": steps, "stores": stores, "figures": figures}
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        by_key = {row["key"]: without_rounding(row) for row in rows}
+        assert len(rows) == len(by_key), f"{file} holds an item twice"
+        stores[str(file.relative_to(root))] = by_key
+    return {"report": report_bytes(study, root, place), "steps": steps, "stores": stores}
+
+
+def without_rounding(value: Any) -> Any:
+    """A row whose numbers have six digits: what a batch holds moves probabilities by the last ones."""
+    if isinstance(value, dict):
+        return {key: without_rounding(item) for key, item in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def done_steps(root: Path) -> dict[str, bytes]:
+    return {file.parent.name: file.read_bytes() for file in root.glob("tiny/steps/*/done.json")}
 
 
 @pytest.mark.slow
@@ -66,11 +122,12 @@ def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(tiny_model_dir: 
     study = write_tiny_study(tmp_path / "study", tiny_model_dir)
     root = tmp_path / "runs"
     seconds = run_to_the_end(study, root)
-    expected = findings_of(root)
+    expected = findings_of(study, root, tmp_path / "report")
     assert len(expected["steps"]) == 24
     moments, killed, ended = random.Random(SEED), 0, 0
     while killed < KILLS:
         root.rename(tmp_path / f"runs-{ended}")
+        done: dict[str, bytes] = {}
         while killed < KILLS:
             process, started = start(study, root), time.monotonic()
             try:
@@ -83,9 +140,16 @@ def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(tiny_model_dir: 
                 # Alone, so that its children have to notice; or with the whole group, which leaves a training behind.
                 process.kill() if killed % 2 else os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            before, done = done, done_steps(root)
+            assert before.items() <= done.items(), "a step was done twice"
         run_to_the_end(study, root)
+        assert done.items() <= done_steps(root).items(), "a step was done twice"
         ended += 1
-        assert findings_of(root) == expected
+        found = findings_of(study, root, tmp_path / f"report-{ended}")
+        for what in expected:
+            for name, value in expected[what].items():
+                assert found[what].get(name) == value, f"{what}: {name} differs"
+        assert found == expected
     assert ended
 
 
