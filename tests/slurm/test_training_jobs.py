@@ -7,7 +7,8 @@ import re
 import pytest
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-STEPS = ("train.max_steps=30", "train.save_steps=10", "train.eval_steps=10", "lora.lora_dropout=0.3")
+# 400 steps take some 15 seconds: long enough for Slurm to preempt the job before it is done, whose scheduler looks every few seconds.
+STEPS = ("train.max_steps=400", "train.save_steps=100", "train.eval_steps=100", "lora.lora_dropout=0.3")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_adapter(cl
     log = cluster.log("preempted")
     assert states["train"]["state"] == "COMPLETED", log
     assert urgent and states["train"]["tries"] in (2, 3), log  # Slurm queues a preempted job again once more; that try has nothing to do
-    assert re.search(r"stopped at step \d+/30", log) and log.count("resuming checkpoint-") == 1, log
+    assert re.search(r"stopped at step \d+/400", log) and log.count("resuming checkpoint-") == 1, log
     assert "try=0" in log and "try=1" in log  # one log, appended
     assert cluster.adapter("preempted") == cluster.adapter(whole)
 
@@ -70,7 +71,7 @@ def test_usr2_to_the_batch_shell_of_two_ranks_saves_requeues_and_changes_nothing
     states = cluster.ended("asked")
     log = cluster.log("asked")
     assert (states["train"]["state"], states["train"]["tries"]) == ("COMPLETED", 2), log
-    assert re.search(r"stopped at step \d+/30", log) and "back into the queue" in log
+    assert re.search(r"stopped at step \d+/400", log) and "back into the queue" in log
     assert cluster.adapter("asked") == cluster.adapter("pair")
 
 
