@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.studies.arm_runs import base_record
-from recipes_lib.studies.conclusion import measured_runs, of_study
+from recipes_lib.studies.conclusion import conclude, measured_runs, of_study
 from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Measurements, RunMeasurements
 from recipes_lib.studies.steps import build_graph
 from recipes_lib.studies.study import load_study
@@ -54,3 +55,18 @@ def test_a_run_of_an_earlier_state_of_the_study_is_not_measured(study_folder: Pa
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("1.0e-2", "2.0e-2"), encoding="utf-8")
     changed = load_study(study_folder / "tiny.yaml")
     assert not [path for runs in measured_runs(changed, build_graph(changed)).values() for path in runs]
+
+
+def test_statistics_that_are_done_are_not_done_again_for_a_report_that_is_missing(study_folder: Path) -> None:
+    study = load_study(study_folder / "tiny.yaml")
+    graph = build_graph(study)
+    for step in graph:
+        if step.kind not in ("statistics", "report"):
+            graph.finish(step, "r", [])
+    conclude(study, graph)
+    done = graph.folder / "statistics" / "done.json"
+    write_json(done, {**json.loads(done.read_text(encoding="utf-8")), "seconds": 99})
+    (graph.folder / "report" / "done.json").unlink()
+    conclude(study, graph)
+    assert json.loads(done.read_text(encoding="utf-8"))["seconds"] == 99
+    assert graph.freshness("report").fresh

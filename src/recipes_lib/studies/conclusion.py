@@ -68,6 +68,8 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
 def conclude(study: Study, graph: Graph) -> Conclusion:
     """Compute the statistics and write the report; both steps are recorded as done where everything above them is.
 
+    Statistics that are fresh are computed for the report, and not recorded again.
+
     Raises:
         RecipesError: an evaluation's files are damaged.
     """
@@ -83,9 +85,10 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
     comparison = compare_arms(measurements, check_validity(study, measurements), study)
     record = graph.folder / "statistics" / "comparison.json"
-    write_json(record, comparison.to_dict())
-    if complete:
-        graph.finish(statistics, digest_of(comparison.to_dict()), [record], seconds=round(time.monotonic() - started, 2))
+    if not known[statistics.name].fresh:
+        write_json(record, comparison.to_dict())
+        if complete:
+            graph.finish(statistics, digest_of(comparison.to_dict()), [record], seconds=round(time.monotonic() - started, 2))
     started = time.monotonic()
     folder = study_folder(study) / "report"
     scratch = folder.with_name(f".report.tmp-{os.getpid()}")
