@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.recipe.loader import load_document
+from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
+from recipes_lib.training.ranks import end_process, leave_together
 
 if TYPE_CHECKING:
     from recipes_lib.suites.harness import Harness
@@ -102,12 +103,11 @@ def _visit_models(suites: Sequence[Harness | JudgedSuite]) -> None:
     """Load base after base, and let every suite ask its targets on it; served models need no weights here."""
     from recipes_lib.generation.subjects import grouped, loaded
     from recipes_lib.generation.targets import distinct
-    from recipes_lib.suites.harness import alone
 
     for served in (True, False):
         mine = [suite for suite in suites if suite.served == served]
         for group in grouped(distinct(target for suite in mine for target in suite.targets)):
-            with loaded(group, weights=not served and alone()) as subjects:
+            with loaded(group, weights=not served) as subjects:
                 for suite in mine:
                     wanted = {str(target.identity) for target in suite.targets}
                     for subject in subjects:
@@ -149,22 +149,28 @@ def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate without tables, for `accelerate launch`; returns the exit code."""
+    """Evaluate as `recipes eval` does, for `accelerate launch`; the first rank prints the tables. Returns the exit code."""
+    from recipes_lib.suites.tables import say_results
+
     parser = argparse.ArgumentParser(prog="recipes_lib.evaluate", description="Evaluate runs and models.", allow_abbrev=False)
     parser.add_argument("words", nargs="+", metavar="EVAL... TARGET...", help="eval recipes, runs or models, section.key=value overrides")
     parser.add_argument("--against")
     parser.add_argument("--allow-format-differences", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
-    options = parser.parse_args(argv)
+    add_flags(parser)
+    options = parser.parse_intermixed_args(argv)
     try:
-        recipes, targets = split_words(options.words)
-        evaluate_all(
+        recipes, targets = split_words(options.words, lm_eval=overrides_of(options))
+        results = evaluate_all(
             recipes,
             targets,
             options.against,
             allow_format_differences=options.allow_format_differences,
             remote_code=options.trust_remote_code,
         )
+        if results:
+            say_results(results)
+        leave_together(None)
     except RecipesError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print_error(error)
@@ -210,4 +216,4 @@ def _is_override(word: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.cli import main
+from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.evaluate import evaluate
 from recipes_lib.generation.targets import find_targets
-from recipes_lib.suites.harness import lm_eval_overrides, plain_command
+from recipes_lib.suites.harness import plain_command
+from recipes_lib.suites.lm_eval_flags import overrides_of
 from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -67,19 +72,53 @@ def test_an_unknown_task_and_an_unknown_option_are_named(small_task, make_run):
         evaluate(load_eval(small_task), ["one"], "base")
 
 
-def test_several_processes_without_gpus_are_refused_because_each_would_do_all_the_work(small_task, make_run, monkeypatch):
+@pytest.mark.slow
+def test_two_processes_share_the_items_and_give_the_numbers_of_one(small_task, make_run, runs_folder):
+    """An odd number of items, so that one rank has one more; an adapter; a task that writes and one that chooses."""
+    run = make_run("one", 1)
+    (small_task.parent / "write.yaml").write_text(
+        "task: tiny_write\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\noutput_type: generate_until\n"
+        'test_split: test\nnum_fewshot: 0\ndoc_to_text: "{{question}}:"\ndoc_to_target: "{{answer}}"\n'
+        "generation_kwargs: {until: [], do_sample: false, max_gen_toks: 4}\n"
+        "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\nmetadata: {version: 1.0}\n"
+    )
+    flags = ["--tasks", "tiny_choice,tiny_write", "--limit", "7"]
+    launch = ["accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/ddp_cpu.yaml", "-m", "recipes_lib.evaluate"]
+    scripts = Path(sys.executable).parent
+    done = subprocess.run(
+        [scripts / launch[0], *launch[1:], small_task, "one", *flags], cwd=PROJECT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("kept in") == 1 and "tiny_write" in done.stdout
+    files = ["lm_eval_results.json", "samples/samples_tiny_choice.jsonl", "samples/samples_tiny_write.jsonl"]
+    folder = run / f"evals/{load_eval(small_task).name}"
+    shared = [(folder / name).read_text() for name in files]
+    shutil.rmtree(folder)
+    assert main(["eval", str(small_task), "one", *flags]) == 0
+    alone = [(folder / name).read_text() for name in files]
+    assert json.loads(shared[0])["results"] == json.loads(alone[0])["results"]
+    for two, one in zip(shared[1:], alone[1:], strict=True):
+        assert len(two.splitlines()) == 7
+        assert _answered(two) == _answered(one)
+
+
+def _answered(samples: str) -> list[tuple[object, ...]]:
+    """What was asked and answered, in order. `resps` is left out: lm-eval repeats a rank's last answer there to even out the ranks."""
+    rows = sorted(map(json.loads, samples.splitlines()), key=lambda row: row["doc_id"])
+    return [(row["doc_id"], row["doc_hash"], row["filtered_resps"], [row[name] for name in row["metrics"]]) for row in rows]
+
+
+def test_processes_that_did_not_find_each_other_are_refused_because_each_would_do_all_the_work(small_task, make_run, monkeypatch):
     make_run("one", 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(RecipeError, match="over GPUs only"):
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: SimpleNamespace(num_processes=1))
+    with pytest.raises(EnvironmentFault, match="2 processes were started, 1 found"):
         evaluate(load_eval(small_task), ["one"])
 
 
 def test_lm_evals_flag_names_become_overrides():
-    assert lm_eval_overrides({"gen_kwargs": "max_gen_toks=8,temperature=0", "num_fewshot": "0", "apply_chat_template": None}) == [
-        "suite.gen_kwargs={max_gen_toks: 8, temperature: 0}",
-        "suite.num_fewshot=0",
-    ]
+    given = argparse.Namespace(gen_kwargs="max_gen_toks=8,temperature=0", num_fewshot="0", apply_chat_template=None)
+    assert overrides_of(given) == ["suite.num_fewshot=0", "suite.gen_kwargs={max_gen_toks: 8, temperature: 0}"]
 
 
 def test_the_printed_command_carries_every_option_that_lm_eval_has_a_flag_for(small_task, make_run):

@@ -10,18 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from recipes_lib.errors import ExitCode
-from recipes_lib.terminal import next_step, say
-
-_LM_EVAL_FLAGS = (
-    "tasks",
-    "limit",
-    "num_fewshot",
-    "batch_size",
-    "apply_chat_template",
-    "fewshot_as_multiturn",
-    "system_instruction",
-    "gen_kwargs",
-)
+from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
+from recipes_lib.terminal import next_step
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +31,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="allow code that ships with a model, if the run's recipe (or generation.trust_remote_code) asks for it too",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (schema/eval_result.schema.json)")
-    group = parser.add_argument_group("lm_eval", "options under lm_eval's own names")
-    for name in _LM_EVAL_FLAGS:
-        switch = name in ("apply_chat_template", "fewshot_as_multiturn")
-        if switch:
-            group.add_argument(f"--{name}", action="store_true", default=None)
-        else:
-            group.add_argument(f"--{name}", metavar="X")
+    add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     from recipes_lib.evaluate import evaluate_all, split_words
-    from recipes_lib.suites.harness import lm_eval_overrides
+    from recipes_lib.suites.tables import say_results
 
-    flags = {name: getattr(args, name) for name in _LM_EVAL_FLAGS if getattr(args, name) is not None}
-    recipes, targets = split_words([args.eval, *args.targets], args.overrides, lm_eval_overrides(flags))
+    recipes, targets = split_words([args.eval, *args.targets], args.overrides, overrides_of(args))
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         results = evaluate_all(
             recipes, targets, args.against, allow_format_differences=args.allow_format_differences, remote_code=args.trust_remote_code
@@ -67,21 +50,6 @@ def run(args: argparse.Namespace) -> int:
     say_results(results)
     _next(args.eval, results)
     return int(ExitCode.DONE)
-
-
-def say_results(results: Sequence[dict[str, Any]]) -> None:
-    """Print the tables of results, eval after eval, and where they are kept."""
-    from recipes_lib.suites.tables import tables
-
-    for name in dict.fromkeys(result["eval"] for result in results):
-        mine = [result for result in results if result["eval"] == name]
-        say(tables(mine))
-        for result in mine:
-            if command := result.get("lm_eval_command"):
-                say(f"$ {command}")
-        say()
-    for result in results:
-        say(f"kept in {result['file']}")
 
 
 def _next(eval_word: str, results: Sequence[dict[str, Any]]) -> None:

@@ -1,13 +1,13 @@
 """lm-eval through `simple_evaluate`: adapters without merging, every option under lm_eval's own name, its results kept untouched.
 
-In one process all targets of a base share the loaded model. Under `accelerate launch` lm-eval loads and divides the work itself. Its
+All targets of a base share the loaded model. Under `accelerate launch` every process loads it and does its share of the items. lm-eval's
 cache is keyed without the model, so each model fingerprint has a cache of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import datetime
 import json
 import os
 import shlex
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from recipes_lib.atomic_files import write_text
-from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
@@ -35,10 +35,11 @@ _OURS = ("model", "model_args", "tasks", "task_manager", "use_cache", "log_sampl
 class Harness:
     """lm-eval for the targets of one eval recipe, one loaded base at a time; `results` has one per target, in their order.
 
-    Under `accelerate launch` every rank visits every subject, loads the model itself, and the first rank has the results.
+    Under `accelerate launch` every rank visits every subject and the first rank has the results.
 
     Raises:
-        RecipeError: a word is no target, a wrong option, or several processes without GPUs.
+        RecipeError: a word is no target, or a wrong option.
+        EnvironmentFault: the processes of a launch do not find each other.
     """
 
     served = False
@@ -49,11 +50,7 @@ class Harness:
         self._done: dict[str, dict[str, Any]] = {}
         if unknown := sorted(set(recipe.suite.options) & set(_OURS)):
             raise recipe.error("suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself")
-        if not alone():
-            import torch
-
-            if not torch.cuda.is_available():
-                raise RecipeError("lm-eval divides its work over GPUs only: here every process would do all of it", "run it in one process")
+        self._together = None if alone() else _joined()
 
     def visit(self, subject: Subject) -> None:
         """Evaluate one of `targets`.
@@ -62,8 +59,7 @@ class Harness:
             RecipeError: an unknown task or option.
             EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
         """
-        model = _live_model(self.recipe, subject) if alone() else _model_by_name(self.recipe, subject.target)
-        if (result := _run(self.recipe, subject, model)) is not None:
+        if (result := _run(self.recipe, subject, _live_model(self.recipe, subject, self._together))) is not None:
             self._done[str(subject.target.identity)] = result
 
     @property
@@ -75,6 +71,22 @@ class Harness:
 def alone() -> bool:
     """Whether this is the only process."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def _joined() -> Any:
+    """Join the other processes of the launch: a GPU each, or cores of the processor.
+
+    Raises:
+        EnvironmentFault: the launcher started several processes that would each do all the work.
+    """
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(weeks=1))  # ranks wait for the slowest one's share
+    together = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    if together.num_processes != int(os.environ["WORLD_SIZE"]):
+        raise EnvironmentFault(f"{os.environ['WORLD_SIZE']} processes were started, {together.num_processes} found each other")
+    return together
 
 
 def plain_command(recipe: EvalRecipe, target: Target) -> str:
@@ -125,28 +137,20 @@ def _named_arguments(target: Target) -> dict[str, Any]:
     return arguments | {key: value for key, value in quantization.items() if key.startswith(("load_in", "bnb_"))}
 
 
-def _model_by_name(recipe: EvalRecipe, target: Target) -> dict[str, Any]:
-    """What simple_evaluate takes where lm-eval shall load the model itself, on each rank."""
-    from recipes_lib.recipe.upstream import build_quantization_config
-
-    arguments = {key: value for key, value in _named_arguments(target).items() if not key.startswith(("load_in", "bnb_"))}
-    if (quantization := build_quantization_config(target.recipe)) is not None:
-        arguments["quantization_config"] = quantization
-    return {"model": "hf", "model_args": arguments, "batch_size": recipe.suite.batch_size}
-
-
-def _live_model(recipe: EvalRecipe, subject: Subject) -> dict[str, Any]:
-    """What simple_evaluate takes where the model is loaded already."""
+def _live_model(recipe: EvalRecipe, subject: Subject, together: Any) -> Any:
+    """The loaded model as lm-eval takes it; as one of several processes it is told its share, which lm-eval itself only does on GPUs."""
     with _quiet():
         from lm_eval.models.huggingface import HFLM
 
         assert subject.model is not None
         size: Any = recipe.suite.batch_size
         model = HFLM(pretrained=subject.model, tokenizer=subject.prompts.tokenizer, batch_size=size)
-    return {"model": model}
+    if together is not None:
+        model.accelerator, model._rank, model._world_size = together, together.process_index, together.num_processes
+    return model
 
 
-def _run(recipe: EvalRecipe, subject: Subject, model: dict[str, Any]) -> dict[str, Any] | None:
+def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | None:
     """Evaluate one subject, keep lm-eval's files and return our result; None on other ranks than the first."""
     suite = recipe.suite
     folder = subject.run.path / "evals" / recipe.name
@@ -158,7 +162,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: dict[str, Any]) -> dict[st
         cache.parent.mkdir(parents=True, exist_ok=True)
         try:
             found = simple_evaluate(
-                **model,
+                model=model,
                 tasks=list(suite.tasks or []),
                 task_manager=_task_manager(recipe),
                 use_cache=str(cache),
@@ -349,31 +353,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def lm_eval_overrides(flags: dict[str, Any]) -> list[str]:
-    """Return `section.key=value` words for flags under lm_eval's own names.
-
-    Example:
-        >>> lm_eval_overrides({"tasks": "arc_easy,gsm8k", "limit": "20", "apply_chat_template": True, "gen_kwargs": None})
-        ['suite.tasks=[arc_easy, gsm8k]', 'suite.limit=20', 'suite.apply_chat_template=true']
-    """
-    words = []
-    known = {item.name for item in dataclasses.fields(_suite_section())}
-    for name, value in flags.items():
-        if value is None or value is False:
-            continue
-        if name not in known:
-            raise RecipeError(f"--{name} is no option of an eval recipe")
-        if name == "tasks":
-            value = f"[{', '.join(part.strip() for part in value.split(','))}]"
-        elif name == "gen_kwargs" and not value.startswith("{"):
-            value = "{" + ", ".join(f"{key}: {text}" for key, _, text in (part.partition("=") for part in value.split(","))) + "}"
-        words.append(f"suite.{name}={'true' if value is True else value}")
-    return words
-
-
-def _suite_section() -> Any:
-    from recipes_lib.suites.sections import SuiteSection
-
-    return SuiteSection

@@ -5,6 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from recipes_lib.terminal import say
+
+
+def say_results(results: Sequence[dict[str, Any]]) -> None:
+    """Print the tables of results, eval after eval, and where they are kept."""
+    for name in dict.fromkeys(result["eval"] for result in results):
+        mine = [result for result in results if result["eval"] == name]
+        say(tables(mine))
+        for result in mine:
+            if command := result.get("lm_eval_command"):
+                say(f"$ {command}")
+        say()
+    for result in results:
+        say(f"kept in {result['file']}")
+
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
     """Return the tables of results of one suite."""
