@@ -35,7 +35,7 @@ class Verb:
 
 
 VERBS = (
-    Verb("ls", "recipes", "list recipes: method, model, launch, tags"),
+    Verb("ls", "recipes", "list recipes: method, model, launch, planned memory and time, tags"),
     Verb("new", "recipes", "start a recipe of your own from an existing one"),
     Verb("show", "recipes", "a resolved recipe, with the file and line of every value", overrides=True),
     Verb("diff", "recipes", "what differs between two recipes"),

@@ -29,10 +29,26 @@ def said(capsys, *argv: str, code: int = 0) -> str:
 
 def test_ls_starts_with_the_recipe_to_start_with(capsys):
     lines = said(capsys, "ls").splitlines()
-    assert lines[0].split() == ["recipe", "method", "model", "launch", "tags"]
+    assert lines[0].split() == ["recipe", "method", "model", "launch", "memory", "time", "tags"]
     assert lines[1].startswith(QUICKSTART)
     assert "start here" in lines[1]
     assert lines[-1] == f"next: recipes new my-first --from {QUICKSTART}"
+
+
+def test_ls_shows_the_memory_and_time_that_plan_works_out_and_a_dash_where_it_cannot_say_at_once(capsys, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for name, text in {
+        "unknown-model": "model: {name_or_path: a/b}\ndata: {source: c/d}\n",
+        "nonsense": "model: {name_or_path: meta-llama/Llama-2-7b-hf}\ndata: {source: c/d}\nrun: {global_batch_size: many}\n",
+        "known": "model: {name_or_path: meta-llama/Llama-2-7b-hf}\ndata: {source: c/d}\nrun: {global_batch_size: 8}\n",
+    }.items():
+        (tmp_path / f"recipes/{name}.yaml").write_text(text)
+    lines = {line.split()[0]: line for line in said(capsys, "ls").splitlines()}
+    assert lines["unknown-model"].split()[4:6] == lines["nonsense"].split()[4:6] == ["-", "-"]
+    assert " GiB " in lines["known"]
+    plan = json.loads(said(capsys, "plan", "llama2-7b-dolly/qlora-r8", "--gpu", "h100-80gb", "--json"))
+    assert f" {plan['memory']['needed_gib']:.1f} GiB " in lines["llama2-7b-dolly/qlora-r8"]
+    assert "h100 80gb" in lines["memory"].lower()
 
 
 def test_ls_filters_by_words_and_names_files_it_cannot_read(capsys, tmp_path):

@@ -12,7 +12,7 @@ from recipes_lib.recipe.project import project_root, shown_path
 from recipes_lib.terminal import next_step, say
 
 _START = "start-here"
-_HEAD = ("recipe", "method", "model", "launch", "tags")
+_HEAD = ("recipe", "method", "model", "launch", "memory", "time", "tags")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +28,14 @@ def run(args: argparse.Namespace) -> int:
         say("no recipes" + (f" match {' '.join(args.words)}" if args.words else f" in {project_root() / 'recipes'} or ./recipes"))
         next_step("recipes ls" if args.words else "recipes new my-first --from RECIPE")
         return ExitCode.DONE
-    rows.sort(key=lambda row: not row[4].startswith("start here"))
-    widths = [max(len(row[column]) for row in (_HEAD, *rows)) for column in range(4)]
+    rows.sort(key=lambda row: not row[-1].startswith("start here"))
+    widths = [max(len(row[column]) for row in (_HEAD, *rows)) for column in range(len(_HEAD) - 1)]
     for row in (_HEAD, *rows):
-        say("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:4], widths, strict=True)), row[4]]).rstrip())
+        say("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip())
+    if any(row[4] != "-" for row in rows):
+        from recipes_lib.planning.glance import CARD
+
+        say(f"memory of one process and time are planned, for {CARD.title} or this machine's CPU; for other cards: recipes plan RECIPE --gpu CARD")
     next_step(f"recipes new my-first --from {rows[0][0]}")
     return ExitCode.DONE
 
@@ -48,7 +52,7 @@ def _row(file: Path) -> tuple[str, ...] | None:
     try:
         document = load_document(file)
     except RecipesError:
-        return (name, "-", "-", "-", f"cannot be read: recipes check {shown_path(file)}")
+        return (name, "-", "-", "-", "-", "-", f"cannot be read: recipes check {shown_path(file)}")
     if document.kind.name != "recipe":
         return None
     sections: dict[str, Any] = {key: value if isinstance(value, dict) else {} for key, value in document.values.items()}
@@ -61,8 +65,18 @@ def _row(file: Path) -> tuple[str, ...] | None:
         method(document.values),
         str(sections.get("model", {}).get("name_or_path", "?")),
         f"{launch.get('accelerate', 'single_gpu')}{gpus}",
+        *_needs(document),
         ", ".join(marks),
     )
+
+
+def _needs(document: Document) -> tuple[str, str]:
+    """Return the planned memory and time."""
+    from recipes_lib.planning.glance import glance
+    from recipes_lib.planning.text import clock
+
+    seen = glance(document)
+    return ("-", "-") if seen is None else (f"{seen[0]:.1f} GiB", clock(seen[1]))
 
 
 def _reads_the_hub(document: Document) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def parse_yaml(text: str, file: str, *, numbered: bool = True) -> YamlSource:
     """
     source = YamlSource(file, text)
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = _compose(text)
     except yaml.YAMLError as error:
         raise _syntax_error(error, text, file, numbered) from None
     except RecursionError:
@@ -84,6 +85,12 @@ def parse_yaml(text: str, file: str, *, numbered: bool = True) -> YamlSource:
         if builder.problems:
             raise RecipeErrors(builder.problems)
     return source
+
+
+@lru_cache(maxsize=256)
+def _compose(text: str) -> yaml.Node | None:
+    """Compose a text once: a base is read again for every recipe that extends it, and PyYAML takes milliseconds a page."""
+    return yaml.compose(text, Loader=_Loader)
 
 
 def no_such_file(path: Path, file: str) -> RecipeError:
