@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     if any(row[4] != "-" for row in rows):
         from recipes_lib.planning.glance import CARD
 
-        say(f"memory of one process and time are planned, for {CARD.title} or this machine's CPU; for other cards: recipes plan RECIPE --gpu CARD")
+        on = f"{CARD.title} or this machine's CPU"
+        say(f"memory of one process and time are planned, for {on}; for other cards: recipes plan RECIPE --gpu CARD")
     next_step(f"recipes new my-first --from {rows[0][0]}")
     return ExitCode.DONE
 
