@@ -1,58 +1,13 @@
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
 
-from recipes_lib.errors import DataError
-from recipes_lib.recipe.new_recipe import first_row, new_recipe
+from recipes_lib.recipe.new_recipe import Rows, new_recipe
 from recipes_lib.recipe.recipe import load_recipe
 
-
-@pytest.mark.parametrize(
-    ("row", "formats", "columns"),
-    [
-        ({"instruction": "a", "response": "b"}, "dolly", {}),
-        ({"question": "a", "answer": "b"}, "dolly", {"instruction": "question", "response": "answer"}),
-        ({"instruction": "a", "input": "c", "output": "b"}, "dolly", {"context": "input", "response": "output"}),
-        ({"messages": []}, "chat", {}),
-        ({"conversations": []}, "chat", {"messages": "conversations"}),
-        ({"prompt": "a", "completion": "b"}, "raw", {}),
-        ({"text": "a"}, "raw", {}),
-    ],
-)
-def test_columns_are_guessed_from_the_first_row(row, formats, columns, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n" + json.dumps(row) + "\nthis line is never read\n")
-    found = first_row(path)
-    assert found.prompt_formats[0] == formats
-    assert found.columns == columns
-
-
-def test_json_and_csv_are_read_too(tmp_path):
-    (tmp_path / "rows.json").write_text('[{"text": "a"}]')
-    (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
-    assert first_row(tmp_path / "rows.json").prompt_formats == ("raw",)
-    assert first_row(tmp_path / "rows.csv").columns == {"instruction": "question", "response": "answer"}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.jsonl", '{"x": 1, "y": 2}', "columns x, y are not understood"),
-        ("a.jsonl", "", "no row"),
-        ("a.jsonl", "{", "cannot be read"),
-        ("a.json", '{"x": 1}', "no row"),
-        ("a.csv", "x\n", "no row"),
-        ("a.jsonl", None, "no such file"),
-        ("a.parquet", None, "no such file"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_refused(name, content, words, tmp_path):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=words):
-        first_row(tmp_path / name)
+MINE = Path("mine.jsonl")
 
 
 def test_a_recipe_with_two_levels_above_it_is_copied_and_not_extended(write):
@@ -66,3 +21,24 @@ def test_a_recipe_with_two_levels_above_it_is_copied_and_not_extended(write):
     assert "extends" not in target.read_text()
     assert (copied.model.name_or_path, copied.lora["r"], copied.train["seed"]) == ("a", 4, 9)
     assert copied.data.source == "../rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "completion_only"),
+    [
+        (Rows(MINE, ("chat",), {"messages": "conversations"}), {"columns": {"messages": "conversations"}}, True),
+        (Rows(MINE, ("dolly", "alpaca", "chat")), {}, True),
+        (Rows(MINE, ("raw",), whole_text=True), {"prompt_format": "raw"}, None),
+    ],
+    ids=["conversations", "instructions", "one text"],
+)
+def test_a_recipe_for_own_rows_says_what_differs_from_its_origin(rows, data, completion_only, write):
+    write(
+        "model: {name_or_path: a}\ndata: {source: rows.jsonl, prompt_format: chat}\ntrain: {completion_only_loss: true}\n",
+        "origin.yaml",
+    )
+    target = write("", "new.yaml")
+    target.write_text(new_recipe("new", target, load_recipe("origin.yaml"), rows))
+    recipe = load_recipe(target)
+    assert recipe.written_values()["data"] == {"source": "mine.jsonl", "prompt_format": "chat"} | data
+    assert recipe.train["completion_only_loss"] is completion_only

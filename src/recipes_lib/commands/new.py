@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from recipes_lib.data.own_rows import look_at
 from recipes_lib.errors import ExitCode, RecipeError
 from recipes_lib.recipe.new_recipe import new_recipe
 from recipes_lib.recipe.project import check_run_name, project_root, recipe_path, shown_path
@@ -21,7 +22,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--from", dest="origin", metavar="RECIPE", required=True, help="the recipe to start from, for example quickstart/lora-r8"
     )
     parser.add_argument(
-        "--data", metavar="FILE", type=Path, help="your rows: jsonl, json, csv, parquet; columns are guessed from the first row"
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help="your rows: jsonl, json, csv, tsv, parquet, arrow, or a folder of them; the first row says how they are read",
     )
     parser.add_argument("--output", metavar="PATH", type=Path, help="where to write it; default recipes/NAME.yaml")
 
@@ -31,12 +35,13 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         RecipeError: the name cannot be a run's name, or the file exists.
+        DataError: the rows cannot be read, or their columns are not understood.
     """
     check_run_name(args.name)
     target = args.output or _recipes_folder() / f"{args.name}.yaml"
     if target.exists():
         raise RecipeError("exists already", "choose another name, or --output PATH", file=shown_path(target))
-    text = new_recipe(args.name, target, load_recipe(recipe_path(args.origin)), args.data)
+    text = new_recipe(args.name, target, load_recipe(recipe_path(args.origin)), look_at(args.data) if args.data else None)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     file = shown_path(target)

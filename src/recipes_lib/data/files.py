@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,8 +50,11 @@ def data_format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in DATA_FORMATS else None
 
 
-def read_file(path: Path) -> Table:
-    """Read all rows of a data file.
+def read_file(path: Path, max_rows: int | None = None) -> Table:
+    """Read the rows of a data file.
+
+    Args:
+        max_rows: no more than these, counted from the start.
 
     Raises:
         DataError: not a known format, or the file is damaged; with file and line.
@@ -59,13 +63,13 @@ def read_file(path: Path) -> Table:
     if kind is None:
         raise DataError(f"not a data file; known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz", file=file)
     if kind in (".parquet", ".arrow"):
-        return _read_columnar(path, kind, file)
+        return _read_columnar(path, kind, file, max_rows)
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     reader = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}.get(kind, _read_jsonl)
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            for line, row in reader(stream, file):  # type: ignore[arg-type]
+            for line, row in islice(reader(stream, file), max_rows):  # type: ignore[arg-type]
                 rows.append(row)
                 lines.append(line)
     except EOFError:
@@ -192,6 +196,9 @@ def _read_csv(stream: BinaryIO, file: str) -> Iterator[tuple[int, dict[str, Any]
         header = next(reader, None)
         if header is None:
             return
+        if len(header) == 1 and (other := next((sign for sign in ";\t|" if sign in header[0]), "")):
+            what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
+            raise DataError(what, "save it with commas, or with tabs under the name .tsv", file=file, line=1)
         if repeated := sorted({name for name in header if header.count(name) > 1}):
             raise DataError(f"column names appear twice: {', '.join(repeated)}", file=file, line=1)
         start = reader.line_num + 1
@@ -205,21 +212,25 @@ def _read_csv(stream: BinaryIO, file: str) -> Iterator[tuple[int, dict[str, Any]
         raise DataError(f"not CSV: {error}", file=file, line=start) from None
 
 
-def _read_columnar(path: Path, kind: str, file: str) -> Table:
+def _read_columnar(path: Path, kind: str, file: str, max_rows: int | None) -> Table:
     import pyarrow
 
     try:
         if kind == ".parquet":
             import pyarrow.parquet
 
-            table = pyarrow.parquet.read_table(path)
+            parquet = pyarrow.parquet.ParquetFile(path)
+            if max_rows is None:
+                table = parquet.read()
+            else:
+                table = pyarrow.Table.from_batches(islice(parquet.iter_batches(max_rows), 1), parquet.schema_arrow)
         else:
-            with pyarrow.OSFile(str(path)) as stream:
+            with pyarrow.memory_map(str(path)) as stream:
                 try:
                     table = pyarrow.ipc.open_file(stream).read_all()
                 except pyarrow.ArrowInvalid:
                     stream.seek(0)
                     table = pyarrow.ipc.open_stream(stream).read_all()
-        return Table(file, table.to_pylist(), None, table.column_names)
+        return Table(file, table.slice(0, max_rows).to_pylist(), None, table.column_names)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file) from None
