@@ -23,7 +23,6 @@ INSTALL = [
     "numpy>=2",
     "scipy>=1.13",
     "pyyaml>=6",
-    "ruamel.yaml>=0.18",  # recipes migrate keeps comments
     "jsonschema>=4.20",
     "tqdm>=4.66",
     "matplotlib>=3.9",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,17 @@ def already_quantized(folder: Path) -> None:
     change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
 
 
+def gguf_only(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "weights.gguf").write_bytes(b"GGUF")
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
 def nothing(folder: Path) -> None:
     """The fault is in the recipe."""
 
@@ -61,7 +73,14 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
     "62 attention kernel that is not installed": (
         nothing, ["model.attn_implementation=flash_attention_2", "model.dtype=bfloat16"], 5, ["flash_attention_2", "not installed"],
     ),
+    "62 attention that is misspelt": (nothing, ["model.attn_implementation=sdpaa"], 2, ["model.attn_implementation", "did you mean sdpa?"]),
+    "62 attention without a backward pass on a CPU": (
+        nothing, ["model.attn_implementation=flex_attention"], 2, ["flex_attention", "backward", "sdpa"],
+    ),
     "64 an encoder": (lambda folder: change_config(folder, model_type="bert", architectures=["BertModel"]), [], 2, ["BertModel"]),
+    "64 GGUF weights alone": (gguf_only, [], 2, ["weights.gguf", "GGUF"]),
+    "64 a folder without a model": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), [], 2, ["config.json"]),
+    "64 a model without a tokenizer": (without_tokenizer, [], 2, ["tokenizer"]),
     "64 already quantized": (already_quantized, [], 2, ["gptq"]),
     "65 pickled weights": (pickle_weights, [], 2, ["pytorch_model.bin", "safetensors"]),
     "65 remote code without leave": (remote_code, ["model.trust_remote_code=true"], 2, ["--trust-remote-code"]),
@@ -105,6 +124,9 @@ DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
     "36 unknown columns": (rows({**FOREIGN, "ask": "a", "tell": "b"}, count=1), [], 4, ["columns are ask, tell", "data.columns"]),
     "37 an empty file": ("", [], 4, ["rows.jsonl", "0 rows"]),
     "38 prompts longer than max_length": (rows(), ["train.max_length=4"], 4, ["20/20 rows", "max_length=4", "p95 prompt is"]),
+    "39 too many prompts longer than max_length": (
+        rows(*[{"instruction": "word " * 300}] * 3), [], 4, ["3/20 rows", "data.max_unsupervised_fraction", "max_length=192"],
+    ),
     "41 only empty texts": (
         "".join(json.dumps({"text": "", "id": number}) + "\n" for number in range(9)), [RAW], 4, ["9/9 rows have an empty completion"],
     ),
@@ -114,6 +136,11 @@ DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
     "43 a lone surrogate": (rows({"response": "\ud800"}), [], 4, ["rows.jsonl:1:", "'response'"]),
     "43 a latin-1 file": (b'{"instruction": "caf\xe9", "response": "x"}\n', [], 4, ["rows.jsonl:1", "UTF-8", "byte"]),
     "44 a torn line": (rows() + '{"instruction": "a", \n', [], 4, ["rows.jsonl:21"]),
+    "44 a truncated gzip file": (gzip.compress(rows().encode())[:-20], [], 4, ["rows.jsonl.gz", "truncated"]),
+    "44 a CSV with NUL": (b"instruction,response\na,b\nc\0,d\n", [], 4, ["rows.csv:3:", "NUL"]),
+    "46 messages and no chat template": (
+        json.dumps({"messages": HELLO}) + "\n", [CHAT, "model.name_or_path={plain}"], 4, ["chat template", "data.chat_template"],
+    ),
     "47 the assistant is not last": (json.dumps({"messages": HELLO[:1]}) + "\n", [CHAT], 4, ["rows.jsonl:1:", "assistant"]),
     "47 only a system message": (
         json.dumps({"messages": [{"role": "system", "content": "Be nice"}]}) + "\n", [CHAT], 4, ["rows.jsonl:1:", "system"],
@@ -126,6 +153,7 @@ DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
         ["command line: train.completion_only_loss"],
     ),
     "51 an id twice": (rows({"id": 7}, {"id": 7}, count=2), [], 4, ["7"]),
+    "51 ids of mixed types": (rows({"id": 7}, {"id": "a"}, count=2), [], 4, ["rows.jsonl:2:", "str", "int"]),
     "51 an id missing": (rows({"id": 7}, {}, count=2), [], 4, ["id"]),
     "a validation loss without held-out rows": (rows(count=2), [], 4, ["tiny.yaml", "none of 2 rows is held out", "data.split.validation"]),
 }  # fmt: skip
@@ -133,13 +161,15 @@ DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
 
 @pytest.mark.parametrize("case", DATA)
 def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
-    case: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The audit and the training give the same answer."""
     content, overrides, code, words = DATA[case]
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / next((name for name in ("rows.jsonl.gz", "rows.csv") if any(name in word for word in words)), "rows.jsonl")
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    argv = [str(tiny_recipe), f"data.source={file}", *overrides]
+    plain = shutil.copytree(tiny_model_dir, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    argv = [str(tiny_recipe), f"data.source={file}", *(override.replace("{plain}", str(plain)) for override in overrides)]
     for entry in (lambda: recipes(["data", *argv]), lambda: train(argv)):
         assert entry() == code
         said = capsys.readouterr().err
@@ -199,7 +229,12 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "63 an offline model": (["train", "{recipe}", "model.name_or_path=nobody/nothing"], 5, ["offline", "nobody/nothing", "hf download"]),
     "63 a folder that is not there": (["train", "{recipe}", "model.name_or_path=./nowhere"], 2, ["./nowhere"]),
     "a tracker that is not installed": (["train", "{recipe}", "train.report_to=swanlab"], 5, ["swanlab is not installed", "[tracking]"]),
-    "91 a run name out of the folder": (["train", "{recipe}", "run.name=../../etc"], 2, ["../../etc"]),
+    **{
+        f"91 the run name {name[:9]!r}": (["train", "{recipe}", f"run.name={name!r}"], 2, ["run.name", "cannot be a folder name"])
+        for name in ("../../etc", "/abs", "a/b", "", "x" * 300, "CON", "con.txt", "\N{GRINNING FACE}", "dot.", "a\nb", "..")
+    },
+    "59 a layer class that the model has not": (["train", "{recipe}", "launch.accelerate={wrap}"], 2, ["LlamaLayer", "LlamaDecoderLayer"]),
+    "59 a sharded final save": (["train", "{recipe}", "--accelerate", "{sharded}"], 2, ["sharded.yaml:12:", "FULL_STATE_DICT"]),
     "93 a value like a flag": (["train", "{recipe}", "run.name=--foo"], 2, ["run.name"]),
     "93 a value like a command": (["train", "{recipe}", "run.name=$(touch x)"], 2, ["run.name"]),
     "a bare TRL flag": (["train", "{recipe}", "--learning_rate=1e-4"], 2, ["train.learning_rate"]),
@@ -217,7 +252,11 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
 def test_a_bad_command_line_gets_one_answer(case: str, tiny_recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words, code, expected = LINES[case]
     configs = Path(__file__).resolve().parents[1] / "accelerate_configs"
-    argv = [word.format(recipe=tiny_recipe, configs=configs) for word in words]
+    fsdp = (configs / "fsdp_cpu.yaml").read_text(encoding="utf-8").replace("num_processes: 2", "num_processes: 1")
+    wrap, sharded = tiny_recipe.with_name("wrap.yaml"), tiny_recipe.with_name("sharded.yaml")
+    wrap.write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n", encoding="utf-8")
+    sharded.write_text(fsdp.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"), encoding="utf-8")
+    argv = [word.format(recipe=tiny_recipe, configs=configs, wrap=wrap, sharded=sharded) for word in words]
     assert exit_code(argv) == code
     said = capfd.readouterr().err
     assert all(word in said for word in expected), said

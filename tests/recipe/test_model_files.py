@@ -93,6 +93,20 @@ def test_a_folder_without_config_or_weights_is_refused(problems, model):
     assert "no readable config.json" in problems()
 
 
+def test_weights_that_the_hub_has_still_to_send_are_no_fault(write, model, monkeypatch):
+    """Config and tokenizer of a Hub model are cached before the first training fetches its weights."""
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(model / "config.json"))
+    recipe = load_recipe(write("model: {name_or_path: org/tiny}\ndata: {source: b}\n"))
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not list(check_files(recipe, local_folder(recipe)))
+    (model / "model.safetensors").write_bytes(b"torn")
+    assert "is truncated" in "".join(map(str, check_files(recipe, local_folder(recipe))))
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").unlink()
+    assert not list(check_files(recipe, local_folder(recipe)))
+
+
 def test_remote_code_needs_the_recipe_and_the_command_line(problems, model):
     edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     assert "set model.trust_remote_code: true" in problems()

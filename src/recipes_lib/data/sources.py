@@ -162,6 +162,9 @@ def load_from_hub(source: Source) -> Table:
     except Exception as error:  # the Hub client has many exception types; each becomes one line with the client's own words
         if offline and not isinstance(error, ValueError):
             raise _offline_error(source.source) from error
+        if "Repository Not Found" in str(error) or isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            hint = "check the name; for a private or gated data set: hf auth login"
+            raise SettingError("data.source", f"the Hub has no data set '{source.source}', or it is not open to you", hint) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingError("data.source", f"cannot load '{source.source}' from the Hub: {reason}") from error
     rows = dataset.to_list()

@@ -25,6 +25,13 @@ _CHECKPOINTING = {
         "offload": {"type": "boolean"},
     },
 }
+_ATTENTION = {
+    "anyOf": [
+        {"enum": ["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]},
+        {"type": "string", "pattern": "^[^/]+/[^/]+$", "title": "a kernel's name on the Hub (kernels-community/NAME)"},
+        {"type": "null"},
+    ]
+}
 _COLUMN_NAMES = ("id", "instruction", "context", "response", "category", "prompt", "completion", "text", "messages")
 _COLUMNS = {"type": "object", "additionalProperties": False, "properties": {name: {"type": "string"} for name in _COLUMN_NAMES}}
 _MIXTURE_PART = {
@@ -41,6 +48,7 @@ _MIXTURE_PART = {
 
 # section -> key -> JSON Schema words that are added to what upstream's annotation says (they win).
 TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "model": {"attn_implementation": _ATTENTION},
     "train": {
         **dict.fromkeys(
             ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length", "save_total_limit"),

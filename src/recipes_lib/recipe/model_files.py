@@ -81,7 +81,8 @@ def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None
         )
     if "auto_map" in config and remote_code is not True:
         yield from _remote_code(recipe, remote_code)
-    yield from _check_weights(recipe, folder)
+    from_hub = not recipe.model.name_or_path.startswith("package:") and not Path(recipe.model.name_or_path).is_dir()
+    yield from _check_weights(recipe, folder, to_come=from_hub)
 
 
 def _remote_code(recipe: Recipe, allowed: bool | None) -> Iterator[RecipeError]:
@@ -93,19 +94,25 @@ def _remote_code(recipe: Recipe, allowed: bool | None) -> Iterator[RecipeError]:
         yield recipe.error("model.trust_remote_code", "the recipe asks to run the model's own code", "pass --trust-remote-code as well")
 
 
-def _check_weights(recipe: Recipe, folder: Path) -> Iterator[RecipeError]:
-    """Yield missing, truncated or pickled weight files."""
+def _check_weights(recipe: Recipe, folder: Path, to_come: bool) -> Iterator[RecipeError]:
+    """Yield missing, truncated or pickled weight files.
+
+    Args:
+        to_come: whether the folder is the Hub's cache, where config and tokenizer lie before the weights are fetched.
+    """
     index = _read_json(folder / "model.safetensors.index.json")
     present = {path.name for path in folder.glob("*.safetensors")}
     shards = sorted(set(index["weight_map"].values())) if index else sorted(present)
     for shard in shards:
+        if shard not in present and to_come:
+            continue
         if shard not in present:
             yield recipe.error(KEY, f"{folder / shard} is missing; model.safetensors.index.json names it", "download the model again")
             continue
         problem = broken_shard(folder / shard)
         if problem:
             yield recipe.error(KEY, f"{folder / shard} {problem}", "download the model again")
-    if not shards:
+    if not shards and not to_come:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         if pickles:
             what = f"{pickles[0]} is a pickle, which can run code when it is loaded; only safetensors are read"

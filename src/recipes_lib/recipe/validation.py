@@ -200,6 +200,8 @@ def describe(schema: dict[str, Any]) -> str:
         >>> describe({"type": ["integer", "null"], "minimum": 1})
         'a whole number >= 1 or null'
     """
+    if "title" in schema:
+        return str(schema["title"])
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(describe(part) for part in schema["anyOf"]))
     if "const" in schema:

@@ -33,8 +33,14 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    announce_download(recipe)
+    from recipes_lib.recipe.model_files import local_folder
+
+    def look() -> None:
+        if local_folder(recipe) is None:
+            _reach_hub(recipe)
+
     path = model_path(recipe.model)
+    on_main_rank(look)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=recipe.model.revision or "main", trust_remote_code=recipe.model.trust_remote_code
@@ -46,32 +52,41 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def announce_download(recipe: Recipe) -> None:
-    """Say how much a model from the Hub will fetch, before it does; without a network say so at once, not after minutes of retries.
+def _reach_hub(recipe: Recipe) -> None:
+    """Without a network say so at once, not after minutes of retries.
 
     Raises:
-        EnvironmentFault: the model is not on this machine and the Hub does not answer.
+        EnvironmentFault: the Hub does not answer, or must not be asked.
     """
-    name = recipe.model.name_or_path
+    from recipes_lib.data.sources import hub_answers, offline_by_environment
 
-    def announce() -> None:
-        from recipes_lib.data.sources import hub_answers, offline_by_environment
-        from recipes_lib.recipe.model_files import local_folder
+    if offline_by_environment() or not hub_answers():
+        raise explain_load_failure(recipe.model, OSError("offline"))
 
-        if is_packaged(name) or local_folder(recipe) is not None:
-            return
-        if offline_by_environment() or not hub_answers():
-            raise explain_load_failure(recipe.model, OSError("offline"))
-        from huggingface_hub import HfApi
 
-        try:
-            files = HfApi().model_info(name, revision=recipe.model.revision, files_metadata=True).siblings or []
-        except Exception as error:  # gated, no such model, no such revision: each has its own message
-            raise explain_load_failure(recipe.model, OSError(str(error))) from None
-        size = sum(file.size or 0 for file in files if file.rfilename.endswith((".safetensors", ".json", ".model")))
-        say(f"fetching {name} from the Hub ({size / 2**30:.1f} GiB, once) ...")
+def announce_weights(recipe: Recipe) -> None:
+    """Rank 0: say how much will be fetched from the Hub, before it is, unless the weights are on this machine.
 
-    on_main_rank(announce)
+    Raises:
+        EnvironmentFault: the Hub does not answer, refuses, or has no safetensors of this model.
+    """
+    from recipes_lib.recipe.model_files import local_folder
+
+    name, folder = recipe.model.name_or_path, local_folder(recipe)
+    if is_packaged(name) or Path(name).is_dir() or (folder is not None and any(folder.glob("*.safetensors"))):
+        return
+    _reach_hub(recipe)
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().model_info(name, revision=recipe.model.revision, files_metadata=True).siblings or []
+    except Exception as error:  # gated, no such model, no such revision: each has its own message
+        raise explain_load_failure(recipe.model, OSError(str(error))) from None
+    weights = [file for file in files if file.rfilename.endswith(".safetensors")]
+    if not weights:
+        what = f"'{name}' has no safetensors on the Hub; other weights are pickles, which can run code when they are loaded"
+        raise recipe_environment_fault(recipe, "model.name_or_path", what, "choose a revision that has them, or convert the weights")
+    say(f"fetching {name} from the Hub ({sum(file.size or 0 for file in weights) / 2**30:.1f} GiB, once) ...")
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_config: Any = None) -> PreTrainedModel:
@@ -90,6 +105,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_
     from transformers import AutoModelForCausalLM
 
     section = recipe.model
+    on_main_rank(lambda: announce_weights(recipe))
     kwargs: dict[str, Any] = dict(section.kwargs)
     kwargs["dtype"] = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
     kwargs["attn_implementation"] = section.attn_implementation or default_attention(section.dtype)
@@ -155,6 +171,8 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
         return EnvironmentFault(
             f"cannot load '{name}': {text.splitlines()[0]}", "the folder needs config.json, safetensors weights and tokenizer files"
         )
+    if "Repository Not Found" in text:  # before `gated`: the client's text for an unknown name speaks of gated models too
+        return EnvironmentFault(f"the Hub has no model '{name}', or it is private", "check the name; for a private model: hf auth login")
     if "gated" in text.lower() or "401" in text or "403" in text:
         return EnvironmentFault(
             f"'{name}' is gated: no access with the present token", f"accept its licence on the Hub page of {name}, then: hf auth login"

@@ -168,9 +168,11 @@ class Session:
         from recipes_lib.training.trackers import check_trackers
 
         check_trackers(self.recipe, self.args)
+        unchecked: list[RecipeError] = []
+        if errors := check_upstream(self.recipe, remote_code=self.options.trust_remote_code, notes=unchecked):
+            raise RecipeErrors(errors)
         self.tokenizer = load_tokenizer(self.recipe)
-        errors = check_upstream(self.recipe, remote_code=self.options.trust_remote_code)
-        if errors:
+        if unchecked and (errors := check_upstream(self.recipe, remote_code=self.options.trust_remote_code)):  # its files are here now
             raise RecipeErrors(errors)
         self.data = prepare_data(self.recipe, self.tokenizer)
         if self.recipe.data.prompt_format == "chat":  # so that the tokenizer beside the weights carries the template they were trained with
@@ -223,6 +225,9 @@ class Session:
         from recipes_lib.recipe.upstream import build_quantization_config
         from recipes_lib.training.model import load_model
 
+        key = "model.attn_implementation"
+        if self.recipe.model.attn_implementation == "flex_attention" and self.active.device.startswith("cpu"):
+            raise self.recipe.error(key, f"{key}: flex_attention has no backward pass on a CPU", "use sdpa, or leave the key out")
         self.model = load_model(self.recipe, self.tokenizer, build_quantization_config(self.recipe))
 
     def build_trainer(self) -> None:

@@ -1,0 +1,75 @@
+"""A model and rows that lie on the Hub and not on this machine: the first training of everybody who has a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Hub with the tiny model, also as pickle and gated, and the quickstart's rows."""
+    folder = tmp_path_factory.mktemp("hub")
+    for name in ("tiny", "gated-tiny", "pickle"):
+        shutil.copytree(tiny_model_dir, folder / "models" / "org" / name)
+    (folder / "models/org/pickle/model.safetensors").rename(folder / "models/org/pickle/pytorch_model.bin")
+    (folder / "datasets/org/rows").mkdir(parents=True)
+    shutil.copy(ROWS, folder / "datasets/org/rows/train.jsonl")
+    server = subprocess.Popen([sys.executable, Path(__file__).with_name("small_hub.py"), folder], stdout=subprocess.PIPE, text=True)
+    assert server.stdout
+    yield server.stdout.readline().strip()
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def train_from(hub: str, tiny_recipe: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Train the tiny recipe for two steps with overrides, in a process of its own with an empty cache."""
+
+    def train(*overrides: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+        environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        command = [sys.executable, "-m", "recipes_lib.train", str(tiny_recipe), "train.max_steps=2", *overrides]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    return train
+
+
+@pytest.mark.slow
+def test_model_and_rows_are_fetched_and_trained_on(train_from, tmp_path):
+    ended = train_from("model.name_or_path=org/tiny", "data.source=org/rows")
+    assert ended.returncode == 0, ended.stderr
+    assert "fetching org/tiny from the Hub" in ended.stdout
+    assert (tmp_path / "runs/tiny/adapter/adapter_model.safetensors").is_file()
+    audit = json.loads((tmp_path / "runs/tiny/supervision.json").read_text())
+    assert audit["rows"]["read"] == len(ROWS.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "code", "words"),
+    [
+        (["model.name_or_path=org/tinny"], 5, ["no model 'org/tinny'", "check the name"]),
+        (["model.name_or_path=org/gated-tiny"], 5, ["'org/gated-tiny' is gated", "hf auth login"]),
+        (["model.name_or_path=org/tiny", "model.revision=v2"], 5, ["no revision 'v2'", "model.revision"]),
+        (["model.name_or_path=org/pickle"], 5, ["no safetensors", "pickles"]),
+        (["data.source=org/rowz"], 4, ["no data set 'org/rowz'", "check the name"]),
+        (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
+    ],
+    ids=["63 no such model", "63 gated", "63 no such revision", "65 pickles only", "53 no such data set", "no such split"],
+)
+def test_what_the_hub_refuses_is_said_in_one_line(overrides, code, words, train_from):
+    ended = train_from(*overrides)
+    assert ended.returncode == code, ended.stderr
+    assert not [word for word in words if word not in ended.stderr], ended.stderr
+    assert "Traceback" not in ended.stderr
