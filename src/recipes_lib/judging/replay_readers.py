@@ -92,17 +92,28 @@ def read_foreign(path: str | Path) -> ForeignFile:
                 except (KeyError, TypeError, ValueError, AttributeError) as fault:
                     raise DataError(f"not a row of {name}: {type(fault).__name__} {fault}", file=path, line=line) from None
             return ForeignFile(path, name, kind, both or _swapped_pairs(records), records, data)
-    hint = (
-        "our own judgments are read by `recipes judge audit`"
-        if {"key", "kind", "order"} <= fields
-        else f"fields here: {', '.join(sorted(fields))}"
-    )
-    raise DataError(
-        "not a known format of judgments",
-        "known: the original study's CSV and JSONL, alpaca_eval annotations, FastChat JSONL",
-        hint,
-        file=path,
-    )
+    raise _not_judgments(path, fields)
+
+
+# What a file is whose fields give it away, and who reads it.
+_OTHER_KINDS = (
+    ({"key", "kind", "order"}, "these are judgments of this project", "recipes judge audit FILE"),
+    ({"instruction", "output"}, "these are answers", "recipes eval EVAL FILE judges them"),
+    ({"choices", "model_id", "question_id"}, "these are answers", "recipes eval EVAL FILE judges them"),
+    ({"annotator1", "response1"}, "these are pairs that people labelled", "recipes judge audit --judge JUDGE.yaml --labels FILE"),
+    ({"label", "output_1", "output_2"}, "these are pairs that people labelled", "recipes judge audit --judge JUDGE.yaml --labels FILE"),
+    ({"results"}, "these are results of lm_eval", "recipes import FILE --as RUN"),
+    ({"loss", "step"}, "this is a training log", "recipes import FILE --as RUN"),
+)
+
+
+def _not_judgments(path: Path, fields: set[str]) -> DataError:
+    """The error for a file that is something else: what it is, where its fields tell."""
+    known = "known: the original study's CSV and JSONL, alpaca_eval annotations, FastChat JSONL"
+    for needed, what, use in _OTHER_KINDS:
+        if needed <= fields:
+            return DataError(f"not a known format of judgments: {what}", use.replace("FILE", str(path)), known, file=path)
+    return DataError("not a known format of judgments", known, f"fields here: {', '.join(sorted(fields))[:300]}", file=path)
 
 
 def _json_rows(text: str, path: Path) -> list[tuple[int | None, dict[str, Any]]]:
@@ -119,6 +130,8 @@ def _json_rows(text: str, path: Path) -> list[tuple[int | None, dict[str, Any]]]
                 try:
                     rows.append((number, json.loads(line)))
                 except json.JSONDecodeError as fault:
+                    if not rows and (report := _one_object(text)):
+                        raise _not_judgments(path, set(report)) from None
                     raise DataError(f"not JSON: {fault.msg}", file=path, line=number) from None
     if not rows:
         raise DataError("0 judgments", file=path)
@@ -126,6 +139,15 @@ def _json_rows(text: str, path: Path) -> list[tuple[int | None, dict[str, Any]]]
         if not isinstance(row, dict):
             raise DataError("a judgment must be an object", file=path, line=place)
     return rows
+
+
+def _one_object(text: str) -> dict[str, Any] | None:
+    """The one object that a file of several lines holds (a report, a configuration), or None."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return whole if isinstance(whole, dict) else None
 
 
 def _original_csv(text: str, path: Path) -> Iterator[Record]:
