@@ -82,7 +82,8 @@ def test_fastchat_lines_can_be_replayed(tmp_path):
     path = tmp_path / "single.jsonl"
     path.write_text("".join(json.dumps(_single(row, "mine", "judge", 0.0)) + "\n" for row in rows))
     report = replay(path)
-    assert report["format"].startswith("fastchat")
+    assert report["format"] == "fastchat-single" and report["recorded"]["scale"] == "1..5"
+    assert (report["bounds"]["all_lost"], report["bounds"]["all_won"]) == (10 / 4, 14 / 4), "our grades end at 5, FastChat's at 10"
     pairs = [
         {"kind": "relative", "question_id": "7:1", "order": order, "status": "ok", "value": value}
         for order, value in (("AB", "A"), ("BA", "A"))

@@ -52,19 +52,20 @@ def report_of(file: ForeignFile) -> dict[str, Any]:
         "file": str(file.path),
         "format": file.format,
         "sha256": hashlib.sha256(file.data).hexdigest(),
-        "recorded": _recorded(file.format, records),
+        "recorded": _recorded(file, records),
         "unparsed": {"count": unparsed, "share": unparsed / len(records)},
         "contradictions": contradictions.to_dict(),
         "order": _order(file),
-        "bounds": _pair_bounds(records) if pair else _grade_bounds(file.format, records),
+        "bounds": _pair_bounds(records) if pair else _grade_bounds(file, records),
         "alpaca_eval": _alpaca_eval(records) if file.format == "alpaca-eval-annotations" else None,
-        "groups": {name: _recorded(file.format, rows) for name, rows in groups.items()} if len(groups) > 1 else None,
+        "groups": {name: _recorded(file, rows) for name, rows in groups.items()} if len(groups) > 1 else None,
         "findings": [finding.to_dict() for finding in find_all(file, contradictions)],
     }
 
 
-def _recorded(form: str, records: Sequence[Record]) -> dict[str, Any]:
+def _recorded(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any]:
     """What the source publishes for these rows."""
+    form = file.format
     counted = [record for record in records if record.recorded is not None]
     outcomes = Counter(record.recorded for record in counted)
     n = len(counted)
@@ -90,7 +91,7 @@ def _recorded(form: str, records: Sequence[Record]) -> dict[str, Any]:
         result |= {"mean_score_interval": [interval.low, interval.high], "scale": "1..5, 5 = the model is much better"}
     elif form == "fastchat-single":
         result |= {
-            "scale": "1..10",
+            "scale": f"1..{file.highest}",
             "turns": {str(turn): _mean([r.score for r in records if r.turn == turn]) for turn in sorted({r.turn for r in records})},
         }
     return result
@@ -139,9 +140,9 @@ def _pair_bounds(records: Sequence[Record]) -> dict[str, Any]:
     return {"of": "win percent", "all_lost": 100 * wins / len(records), "all_won": 100 * (wins + unparsed) / len(records)}
 
 
-def _grade_bounds(form: str, records: Sequence[Record]) -> dict[str, Any]:
+def _grade_bounds(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any]:
     """The mean with every missing or unparsed turn at the lowest, and at the highest score; every turn counts once."""
-    low, high, factor = (1.0, 10.0, 1) if form == "fastchat-single" else (1.0, 5.0, 2)
+    low, high, factor = 1, file.highest, 1 if file.format == "fastchat-single" else 2
     names = {(record.model, record.item) for record in records}
     turns = {record.turn for record in records}
     scored = {(record.model, record.item, record.turn): record.score for record in records if record.score is not None}

@@ -19,6 +19,7 @@ from recipes_lib.errors import DataError
 from recipes_lib.judging.verdicts import parse_absolute
 
 CSV_COLUMNS = ("instruction", "your_answer (A)", "baseline_answer (B)", "score (A vs B)", "preference", "feedback")
+OUR_GRADING = "prometheus-absolute"  # the prompt's name in the FastChat files that we write, whose grades are 1-5 and not 1-10
 _STANDALONE_DIGIT = re.compile(r"\b[1-5]\b")  # the original study's rule; its last match is the score
 _OUTCOMES = {"A": "win", "B": "loss", "Tie": "tie"}
 
@@ -50,7 +51,7 @@ class Record:
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """A foreign file as read: format, whether it compares ("pair") or grades ("grade"), orders judged, records."""
+    """A foreign file as read: format, whether it compares ("pair") or grades ("grade"), orders judged, records, the highest grade."""
 
     path: Path
     format: str
@@ -58,6 +59,7 @@ class ForeignFile:
     both_orders: bool
     records: list[Record] = field(repr=False)
     data: bytes = field(repr=False)
+    highest: int = 5
 
 
 def read_foreign(path: str | Path) -> ForeignFile:
@@ -91,7 +93,8 @@ def read_foreign(path: str | Path) -> ForeignFile:
                     records.append(read(row))
                 except (KeyError, TypeError, ValueError, AttributeError) as fault:
                     raise DataError(f"not a row of {name}: {type(fault).__name__} {fault}", file=path, line=line) from None
-            return ForeignFile(path, name, kind, both or _swapped_pairs(records), records, data)
+            highest = 10 if name == "fastchat-single" and OUR_GRADING not in (rows[0][1].get("judge") or ()) else 5
+            return ForeignFile(path, name, kind, both or _swapped_pairs(records), records, data, highest)
     raise _not_judgments(path, fields)
 
 

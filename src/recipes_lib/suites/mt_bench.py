@@ -16,6 +16,7 @@ from recipes_lib.atomic_files import write_text
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.replay_readers import OUR_GRADING
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.alpaca_eval import sample_file
@@ -158,7 +159,7 @@ def _single(row: Row, model: str, judge: str, now: float) -> dict[str, Any]:
     facts = {
         "question_id": _number(question),
         "model": model,
-        "judge": [judge, "prometheus-absolute"],
+        "judge": [judge, OUR_GRADING],
         "user_prompt": "",
         "judgment": row.get("raw") or "",
     }

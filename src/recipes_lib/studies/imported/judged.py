@@ -192,8 +192,7 @@ def _add_pairs(part: Part, source: ForeignFile, records: Sequence[Record]) -> No
 
 def _add_grades(part: Part, source: ForeignFile, records: Sequence[Record]) -> None:
     """Grades on their own scale; FastChat's 1-10 are another metric than ours of 1-5, which we write in its format too."""
-    named = _first_row(source).get("judge") if source.format == "fastchat-single" else None
-    ten = source.format == "fastchat-single" and not (isinstance(named, list) and "prometheus-absolute" in named)
+    ten = source.highest == 10
     metric = "grade_1_10" if ten else "grade"
     label = f"MT-Bench mean grade, {'1-10' if ten else '1-5'}"
     part.measures.append({"metric": metric, "label": label, "unit": "number" if ten else "grade"})
