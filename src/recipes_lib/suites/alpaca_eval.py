@@ -17,8 +17,8 @@ from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import SCORE, ItemOutcome, pair_outcomes, summarise
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
-from recipes_lib.suites.alpaca_library import LIBRARY_QUESTIONS, annotations_text, library_numbers, own_length_controlled
 from recipes_lib.suites.alpaca_library import Row as LibraryRow
+from recipes_lib.suites.alpaca_library import annotations_text, library_numbers, own_length_controlled
 from recipes_lib.suites.answering import REFERENCE, AnswerSet
 from recipes_lib.suites.judged import Judged, judge_all, judgments_file, within_scale
 from recipes_lib.suites.questions import Question
@@ -115,7 +115,7 @@ def _library(
     other = ", ".join(opponent.models) if opponent.name == REFERENCE else opponent.name
     plan = judge.plan("relative")
     identity = hash_of(judge.judge.fingerprint, plan.template.fingerprint, plan.rubric.criterion)
-    wanted = recipe.metrics.length_controlled == "library" and len(questions) == LIBRARY_QUESTIONS
+    wanted = recipe.metrics.length_controlled == "library"
     numbers, annotations = library_numbers(rows, answers.name, other, identity, folder / "library", length_controlled=wanted)
     names = {"model_outputs.json": _outputs(questions, answers, answers.name), "annotations.json": annotations_text(annotations)}
     for name, text in names.items():

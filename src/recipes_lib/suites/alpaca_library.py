@@ -22,8 +22,9 @@ import numpy as np
 
 from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import EnvironmentFault
+from recipes_lib.generation.fingerprints import hash_of
 
-LIBRARY_QUESTIONS = 805
+_INSTRUCTIONS = "3e053e0aef9e138ba0c5b5a6e773a1a1750d96dfea70852f892a637a92c34179"  # hash of AlpacaEval's 805, in their order
 _TEMPLATE = "{instruction}\n\x1e\n{output_1}\n\x1e\n{output_2}"
 _CONFIG = """{name}:
   prompt_template: "{name}/prompt.txt"
@@ -44,6 +45,11 @@ class Row:
     opponent: str
     candidate: str
     verdicts: Mapping[str, str | None]
+
+
+def is_alpaca_eval(instructions: Sequence[str]) -> bool:
+    """Whether these are AlpacaEval's 805 instructions in their order, by which the library looks their difficulty up."""
+    return hash_of(list(instructions)) == _INSTRUCTIONS
 
 
 def library_numbers(

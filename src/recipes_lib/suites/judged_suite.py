@@ -13,6 +13,7 @@ from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.judging.store import JudgmentStore
 from recipes_lib.suites import alpaca_eval, mt_bench
+from recipes_lib.suites.alpaca_library import is_alpaca_eval
 from recipes_lib.suites.answering import REFERENCE, Answering, AnswerSet, Pairing, check_words
 from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewhere, judge_facts, judgments_file, scorecard
 from recipes_lib.suites.mt_bench_figure import draw_grades
@@ -27,7 +28,8 @@ class JudgedSuite:
     `cards` are the judge's scorecards by target.
 
     Raises:
-        RecipeError: a word is no target, or mt_bench is asked for an opponent that it has not.
+        RecipeError: a word is no target, mt_bench is asked for an opponent that it has not, or the library's length control is asked
+            for other questions than its own.
         DataError: questions or answers in a file cannot be used.
     """
 
@@ -47,6 +49,8 @@ class JudgedSuite:
             raise RecipeError("mt_bench has no reference opponent", "compare with a model: --against base, or --against RUN")
         check_words(recipe, [*words, *([against] if against else [])], remote_code)  # before questions are fetched
         self.chosen = load_questions(recipe)
+        if self.alpaca and recipe.metrics.length_controlled == "library":
+            check_library_questions(recipe, [question.turns[0] for question in self.chosen.questions])
         self.answering = Answering(recipe, words, against, self.chosen.questions, remote_code)
         self.allow_format_differences = allow_format_differences
         self.cards: dict[str, dict[str, Any]] = {}
@@ -142,6 +146,19 @@ class JudgedSuite:
         title = f"{answers.name}: {recipe.name}, judge {self.judge_file.path.stem}"
         draw_grades(numbers, answers.folder(recipe.name) / "figures" / "grades", title)
         return result | numbers | replay_numbers(result | numbers, "mt_bench")
+
+
+def check_library_questions(recipe: EvalRecipe, instructions: Sequence[str]) -> None:
+    """Refuse the library's length-controlled rate for other questions than AlpacaEval's: a place in the list stands for a question there.
+
+    Raises:
+        RecipeError: they are others, fewer, or in another order.
+    """
+    if not is_alpaca_eval(instructions):
+        what = (
+            f"metrics.length_controlled: library is for AlpacaEval's 805 instructions in their order, and these {len(instructions)} are not"
+        )
+        raise recipe.error("metrics.length_controlled", what, "own (length term only) is for any questions")
 
 
 def check_formats(pairing: Pairing) -> None:
