@@ -142,7 +142,14 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
     if args.limit or args.both_modes:
         option = "--limit" if args.limit else "--both-modes"
         raise RecipeError(f"{option} is for asking a judge; JUDGMENTS are audited as they are", f"leave JUDGMENTS or {option} out")
-    rows = read_rows(args.judgments)
+    try:
+        rows = read_rows(args.judgments)
+    except DataError as error:
+        if error.line == 1:  # not one line of ours before it
+            raise DataError(
+                "these are not judgments of this project", f"of another program: recipes judge replay {args.judgments}", file=args.judgments
+            ) from None
+        raise
     judge = load_judge_file(args.judge) if args.judge else None
     labels = load_labels(args.labels) if args.labels else None
     card = audit(rows, judge.thresholds if judge else Thresholds(), labels, judge.judge.weak if judge else None)
