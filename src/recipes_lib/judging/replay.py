@@ -122,8 +122,9 @@ def _order(file: ForeignFile) -> dict[str, Any]:
         return {"judged": "single-answer", "flips": None, "flip_rate": None, "interval": None}
     if not file.both_orders:
         return {"judged": "one-order", "flips": None, "flip_rate": None, "interval": None}
-    if file.format == "fastchat-pair":
-        flips = [bool(record.flipped) for record in file.records if record.parsed]
+    known = [record.flipped for record in file.records if record.flipped is not None and record.parsed]
+    if file.format == "fastchat-pair" or known:
+        flips = [bool(flipped) for flipped in known]
     else:
         seen = {(record.item, record.answer, record.opponent_answer): record.recorded for record in file.records}
         mirror = {"win": "loss", "loss": "win", "tie": "tie"}

@@ -94,7 +94,8 @@ def read_foreign(path: str | Path) -> ForeignFile:
                 except (KeyError, TypeError, ValueError, AttributeError) as fault:
                     raise DataError(f"not a row of {name}: {type(fault).__name__} {fault}", file=path, line=line) from None
             highest = 10 if name == "fastchat-single" and OUR_GRADING not in (rows[0][1].get("judge") or ()) else 5
-            return ForeignFile(path, name, kind, both or _swapped_pairs(records), records, data, highest)
+            seen = any(record.flipped is not None for record in records)  # our own annotations say what each order gave
+            return ForeignFile(path, name, kind, both or seen or _swapped_pairs(records), records, data, highest)
     raise _not_judgments(path, fields)
 
 
@@ -202,6 +203,7 @@ def _alpaca_eval(row: dict[str, Any]) -> Record:
         raise ValueError(f"preference {preference}")
     value = 1.5 if preference == 0 else preference
     outcome = None if value is None else "win" if value > 1.5 else "loss" if value < 1.5 else "tie"
+    orders = [given for given in (row.get("preference_by_order") or {}).values() if given is not None]
     return Record(
         item=row["instruction"],
         model=str(row.get("generator_2", "")),
@@ -211,6 +213,7 @@ def _alpaca_eval(row: dict[str, Any]) -> Record:
         answer=row["output_2"],
         opponent_answer=row["output_1"],
         preference=value,
+        flipped=orders[0] != orders[1] if len(orders) == 2 else None,
     )
 
 
