@@ -116,6 +116,13 @@ def test_processes_that_did_not_find_each_other_are_refused_because_each_would_d
         evaluate(load_eval(small_task), ["one"])
 
 
+def test_auto_is_a_number_where_there_is_no_gpu_to_try(small_task, make_run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    make_run("one", 1)
+    (result,) = evaluate(load_eval(small_task, ["suite.batch_size=auto"]), ["one"])
+    assert result["protocol"]["batch_size"] == 8 and "--batch_size 8" in result["lm_eval_command"]
+
+
 def test_lm_evals_flag_names_become_overrides():
     given = argparse.Namespace(gen_kwargs="max_gen_toks=8,temperature=0", num_fewshot="0", apply_chat_template=None)
     assert overrides_of(given) == ["suite.num_fewshot=0", "suite.gen_kwargs={max_gen_toks: 8, temperature: 0}"]

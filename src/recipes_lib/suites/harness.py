@@ -29,6 +29,7 @@ from recipes_lib.suites.recipe import EvalRecipe
 _PASSED = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
 _CLI_OPTIONS = ("max_batch_size", "device", "check_integrity", "write_out", "predict_only", "confirm_run_unsafe_code")
 _SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}  # lm_eval's defaults
+_CPU_BATCH = 8  # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than most machines have
 _OURS = ("model", "model_args", "tasks", "task_manager", "use_cache", "log_samples", "samples", "evaluation_tracker")
 
 
@@ -89,11 +90,19 @@ def _joined() -> Any:
     return together
 
 
+def _batch_size(recipe: EvalRecipe) -> Any:
+    """`suite.batch_size`; a number in place of auto where there is no GPU whose memory could be tried."""
+    import torch
+
+    size = recipe.suite.batch_size
+    return _CPU_BATCH if str(size).startswith("auto") and not torch.cuda.is_available() else size
+
+
 def plain_command(recipe: EvalRecipe, target: Target) -> str:
     """Return the `lm_eval` line that gives the same numbers."""
     names, values = _named_arguments(target), recipe.suite
     words = ["lm_eval", "run", "--model", "hf", "--model_args", ",".join(f"{key}={value}" for key, value in names.items())]
-    words += ["--tasks", ",".join(values.tasks or []), "--batch_size", str(values.batch_size)]
+    words += ["--tasks", ",".join(values.tasks or []), "--batch_size", str(_batch_size(recipe))]
     for name in ("num_fewshot", "limit", "system_instruction"):
         if getattr(values, name) is not None:
             words += [f"--{name}", str(getattr(values, name))]
@@ -143,8 +152,7 @@ def _live_model(recipe: EvalRecipe, subject: Subject, together: Any) -> Any:
         from lm_eval.models.huggingface import HFLM
 
         assert subject.model is not None
-        size: Any = recipe.suite.batch_size
-        model = HFLM(pretrained=subject.model, tokenizer=subject.prompts.tokenizer, batch_size=size)
+        model = HFLM(pretrained=subject.model, tokenizer=subject.prompts.tokenizer, batch_size=_batch_size(recipe))
     if together is not None:
         model.accelerator, model._rank, model._world_size = together, together.process_index, together.num_processes
     return model
@@ -155,7 +163,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
     suite = recipe.suite
     folder = subject.run.path / "evals" / recipe.name
     settings = {name: getattr(suite, name) for name in _PASSED if name != "batch_size"} | suite.options
-    cache = folder / "cache" / hash_of(subject.fingerprint, suite.batch_size)[:16]
+    cache = folder / "cache" / hash_of(subject.fingerprint, _batch_size(recipe))[:16]
     with _quiet(), _inside(recipe), subject.using() if subject.using else contextlib.nullcontext():
         from lm_eval import simple_evaluate
 
@@ -211,7 +219,7 @@ def _keep(recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: P
         },
         "banners": [subset] if subset else [],
         "tasks": _tasks(found, samples),
-        "protocol": {name: getattr(recipe.suite, name) for name in _PASSED} | recipe.suite.options,
+        "protocol": {name: getattr(recipe.suite, name) for name in _PASSED} | {"batch_size": _batch_size(recipe)} | recipe.suite.options,
         "lm_eval_command": plain_command(recipe, subject.target),
         "lm_eval_results": "lm_eval_results.json",
     }

@@ -27,7 +27,7 @@ class SuiteSection:
     tasks: list[str] | None = key("lm_eval: task or group names.")
     num_fewshot: int | None = key("lm_eval: examples in the prompt. Absent: each task's own number, shown beside its result.", minimum=0)
     limit: int | float | None = key("lm_eval: items per task (a fraction below 1). The result is stamped as a subset.", minimum=0)
-    batch_size: int | str | None = key("lm_eval: requests per batch, or auto (largest that fits a GPU).", 1)
+    batch_size: int | str | None = key("lm_eval: requests per batch, or auto (the largest that fits a GPU; 8 without one).", 1)
     apply_chat_template: bool = key("lm_eval: put each request into the tokenizer's chat template.", False)
     system_instruction: str | None = key("lm_eval: system message, or text before each prompt.")
     fewshot_as_multiturn: bool = key("lm_eval: few-shot examples as turns of a conversation; only with apply_chat_template.", True)
