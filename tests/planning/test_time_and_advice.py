@@ -19,7 +19,7 @@ from recipes_lib.planning.models import named_shape
 from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.recipe.recipe import load_recipe
 
-LORA, FULL = "llama2-7b-dolly/lora-bf16-r32", "llama2-7b-dolly/full-bf16"
+LORA, QLORA, FULL = (f"llama2-7b-dolly/{name}" for name in ("lora-bf16-r32", "qlora-r32", "full-bf16"))
 N, ADAPTER = 6_738_415_616, 79_953_920
 
 
@@ -87,6 +87,17 @@ def test_the_table_has_every_method_count_and_strategy() -> None:
     assert full[2, "DDP"].memory.needed > full[2, "FSDP2"].memory.needed > full[8, "FSDP2"].memory.needed  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "sharded"), [(LORA, "LoRA bf16", "fsdp"), (QLORA, "QLoRA", "fsdp_qlora"), (FULL, "full", "fsdp")], ids=str
+)
+def test_a_row_of_the_table_is_the_plan_of_that_launch(name: str, method: str, sharded: str) -> None:
+    for row in [row for row in method_rows(plan(name)) if row.method == method]:
+        config = {"one": "single_gpu", "DDP": "ddp", "FSDP2": sharded}[row.strategy]
+        launched = plan(name, gpus=row.processes, accelerate=config)
+        assert row.plan is not None
+        assert (row.plan.memory, row.plan.duration) == (launched.memory, launched.duration), (row.processes, row.strategy)
+
+
 def test_examples_that_cannot_be_divided_leave_a_gap_in_the_table() -> None:
     rows = method_rows(plan(LORA, "run.global_batch_size=6", "train.per_device_train_batch_size=2"))
     assert [row.plan is None for row in rows if row.method == "full"] == [False, False, False, True, True, True, True]
@@ -100,6 +111,7 @@ WORDS_OF = {
     "full on two A100 40GB": (FULL, [], {"gpu": "a100-40gb"}),
     "checkpointing without need, under a cap": ("llama2-7b-dolly/published-qlora-r32", [], {"gpu": "rtx-4090-24gb"}),
     "70B": (LORA, ["model.name_or_path=meta-llama/Llama-3.1-70B"], {}),
+    "70B in 4 bits": (QLORA, ["model.name_or_path=meta-llama/Llama-3.1-70B"], {}),
 }
 
 

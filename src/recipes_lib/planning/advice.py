@@ -156,6 +156,7 @@ def _sharded(plan: Plan, proposal: Callable[..., Advice]) -> Iterator[Advice]:
             words += " train.activation_checkpointing=true" * (checkpointing and not settings.checkpointing)
             words += f" train.per_device_train_batch_size={sizes[0]}" * (sizes[0] != settings.per_device)
             changes = {"world_size": count, "per_machine": count, "sharded": True, "per_device": sizes[0], "checkpointing": checkpointing}
+            changes["reshard"] = config == "fsdp"  # fsdp_qlora.yaml keeps what it gathered
             yield proposal(words, why, accumulation=sizes[1], **changes)
 
 

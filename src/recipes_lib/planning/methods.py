@@ -52,6 +52,14 @@ def divided(examples: int, per_device: int, processes: int) -> tuple[int, int] |
     return size, share // size
 
 
+def resharding(plan: Plan, settings: Settings) -> bool:
+    """Return whether FSDP2 frees gathered weights after the forward pass: as the plan's own launch says, else as the shipped config does
+    (fsdp.yaml frees them, fsdp_qlora.yaml keeps 4-bit weights).
+    """
+    own = plan.settings
+    return own.reshard if own.sharded and own.bits == settings.bits else settings.bits is None
+
+
 def _as_method(settings: Settings, method: str) -> Settings:
     """Return the settings with another method; the adapter stays the recipe's, or has rank 16 on every linear layer."""
     shape = settings.shape
@@ -70,4 +78,6 @@ def _spread(plan: Plan, settings: Settings, processes: int, *, sharded: bool) ->
         return None
     machine = min(processes, 8)
     changed = replace(settings, world_size=processes, per_machine=machine, sharded=sharded, per_device=sizes[0])
+    if sharded:
+        changed = replace(changed, reshard=resharding(plan, settings))
     return plan.with_settings(changed, sizes[1])
