@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,17 +109,41 @@ def test_planned_and_measured_stand_side_by_side_in_run_json(tiny_recipe: Path, 
     assert summary["seconds"] > 0 and summary["peak_memory_gib"] > 0
 
 
-def test_the_cards_of_this_machine_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], list[Card]]]:
+    """A function that puts an nvidia-smi with these answers (to the query, and to -L) first in PATH, and returns the cards found."""
     from recipes_lib.planning.cards import cards_here
 
-    script = tmp_path / "nvidia-smi"
-    script.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA A100-SXM4-40GB, 40960'\necho 'Quadro X, 8192'\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    cards_here.cache_clear()
-    try:
-        found = cards_here()
-    finally:
+    def answer(query: str, listed: str) -> list[Card]:
+        (tmp_path / "query").write_text(query)
+        (tmp_path / "listed").write_text(listed)
+        script = tmp_path / "nvidia-smi"
+        script.write_text(f'#!/bin/sh\n[ "$1" = -L ] && exec /bin/cat {tmp_path}/listed\nexec /bin/cat {tmp_path}/query\n')
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
         cards_here.cache_clear()
+        return list(cards_here())
+
+    yield answer
+    cards_here.cache_clear()
+
+
+def test_the_cards_of_this_machine_are_read_from_nvidia_smi(nvidia_smi: Callable[[str, str], list[Card]]) -> None:
+    found = nvidia_smi("NVIDIA H100 80GB HBM3, 81559\nNVIDIA A100-SXM4-40GB, 40960\nQuadro X, 8192\n", "GPU 0: NVIDIA H100 80GB HBM3\n")
     assert [card.name for card in found] == ["h100-80gb", "a100-40gb", "Quadro X"]
     assert found[2].memory_gib == pytest.approx(7.6)
+
+
+def test_a_mig_slice_counts_and_not_the_card_it_is_cut_from(nvidia_smi: Callable[[str, str], list[Card]]) -> None:
+    """nvidia-smi's query names the whole card; a plan for its 79 GiB would let a training start that the slice cannot hold."""
+    slices = (
+        "MIG 3g.40gb     Device  0: (UUID: MIG-1)",
+        "MIG 1g.10gb+me  Device  1: (UUID: MIG-2)",
+        "MIG 7g.80gb     Device  2: (UUID: MIG-3)",
+    )
+    listed = "\n  ".join(["GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)", *slices]) + "\nGPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-2)\n"
+    found = nvidia_smi("NVIDIA H100 80GB HBM3, [Insufficient Permissions]\nNVIDIA A100-SXM4-80GB, 81920\n", listed)
+    assert [card.name for card in found] == [
+        "h100-mig-3g.40gb", "h100-mig-1g.10gb", "NVIDIA H100 80GB HBM3 MIG 7g.80gb", "a100-80gb",
+    ]  # fmt: skip
+    assert [card.memory_gib for card in found] == [39.2, 9.5, 77.6, 79.2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from recipes_lib.errors import RecipeError
@@ -97,28 +97,62 @@ def card_named(name: str) -> Card:
 
 @lru_cache(maxsize=1)
 def cards_here() -> tuple[Card, ...]:
-    """Return this machine's GPUs as nvidia-smi names them; one that is not in the table gets its real memory and a guessed speed."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    """Return this machine's GPUs as nvidia-smi names them, MIG slices in place of the card they are cut from."""
+    found: list[Card] = []
+    slices = _slices_here()
+    for index, line in enumerate(_nvidia_smi("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")):
+        name, _, memory = (part.strip() for part in line.rpartition(","))
+        if index in slices:
+            found += [recognised(f"{name} MIG {profile}", 0.0) for profile in slices[index]]
+        elif memory.replace(".", "").isdigit():
+            found.append(recognised(name, float(memory)))
+    return tuple(found)
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """Return the lines that nvidia-smi prints; none where it is not there or fails."""
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ()
-    rows = [line.rsplit(",", 1) for line in done.stdout.strip().splitlines() if "," in line]
-    return tuple(_recognised(name.strip(), float(memory)) for name, memory in rows if memory.strip().replace(".", "").isdigit())
+        return []
+    return done.stdout.strip().splitlines()
 
 
-def _recognised(name: str, memory_mib: float) -> Card:
-    """Return the table's card of that name and memory; the memory is always the real one.
+def _slices_here() -> dict[int, list[str]]:
+    """Return the MIG profiles by number of their card: `nvidia-smi -L` alone tells them, the query names the whole card and its memory."""
+    slices: dict[int, list[str]] = {}
+    index = -1
+    for line in _nvidia_smi("-L"):
+        words = line.split()
+        index += line.startswith("GPU ")
+        if len(words) > 1 and words[0] == "MIG":
+            slices.setdefault(index, []).append(words[1])
+    return slices
+
+
+def recognised(name: str, memory_mib: float) -> Card:
+    """Return the table's card of that name and memory; the memory is always the real one. A card that is not in the table gets a guessed
+    speed. A MIG slice is known by its profile, which holds its memory.
 
     Example:
-        >>> _recognised("NVIDIA H100 80GB HBM3", 81559.0).name
-        'h100-80gb'
+        >>> recognised("NVIDIA H100 80GB HBM3", 81559.0).name, recognised("NVIDIA H100 PCIe", 81559.0).name
+        ('h100-80gb', 'h100-pcie-80gb')
+        >>> recognised("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 0.0).name
+        'h100-mig-3g.40gb'
     """
-    gib = memory_mib / 1024
-    words = {word for word in re.split(r"[^a-z0-9]+", name.lower()) if word}
+    words = {word for word in re.split(r"[^a-z0-9.]+", name.lower()) if word}
     like = [card for card in CARDS if card.name.split("-")[0] in words or ("4090" in words and "4090" in card.name)]
-    like = [card for card in like if ("mig" in card.name) == ("mig" in words)]
-    near = min(like, key=lambda card: abs(card.memory_gib - gib), default=None)
+    profile = re.search(r"\bMIG (?:\d+c\.)?(\d+g\.(\d+)gb)", name)
+    if profile:
+        known = next((card for card in like if card.name.endswith(f"-mig-{profile[1]}")), None)
+        return known or _guessed(name, 0.97 * float(profile[2]))
+    gib = memory_mib / 1024
+    whole = [card for card in like if "mig" not in card.name]
+    near = min(whole, key=lambda card: (("pcie" in card.name) != ("pcie" in words), abs(card.memory_gib - gib)), default=None)
     if near is None or abs(near.memory_gib - gib) > 3:
-        return Card(name, f"{name} (not in the table: speed guessed)", round(gib - 0.4, 1), 100, 600, 10)
-    return Card(near.name, near.title, round(min(near.memory_gib, gib), 1), near.tflops, near.bandwidth, near.link, near.mfu, near.basis)
+        return _guessed(name, gib - 0.4)
+    return replace(near, memory_gib=round(min(near.memory_gib, gib), 1))
+
+
+def _guessed(name: str, gib: float) -> Card:
+    return Card(name, f"{name} (not in the table: speed guessed)", round(gib, 1), 100, 600, 10)
