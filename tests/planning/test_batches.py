@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recipes_lib.planning.batches import validations
 from recipes_lib.planning.dolly_lengths import dolly_histogram, dolly_lengths
@@ -59,7 +60,7 @@ def test_padding_wastes_what_was_measured_on_dolly(size: int, grouped: bool, mea
 def test_packing_fills_rows_and_padding_free_pads_nothing() -> None:
     packed = plan("llama2-7b-dolly/lora-bf16-r32", "train.packing=true").batches
     assert packed.padding == pytest.approx(1.0, abs=0.001)
-    assert packed.rows == pytest.approx(13_510 * 184.5 / 1024, rel=0.01)
+    assert packed.rows == pytest.approx(13_510 * 198.5 / 1024, rel=0.01)
     free = plan("llama2-7b-dolly/lora-bf16-r32", "train.padding_free=true").batches
     assert free.padding == 1.0
     assert free.steps == 636
@@ -79,15 +80,23 @@ def test_the_histogram_is_dollys(shared_data: Path) -> None:
     assert 3.5 < characters / sum(dolly_lengths()) < 5  # characters per token, headings included
 
 
+def test_a_small_vocabulary_makes_the_tokens_of_the_original_studys_logs() -> None:
+    """Llama-2: 7,398,213 tokens in three epochs of 12,008 rows (its prompt also named an empty context in rows that have none)."""
+    batches = plan("llama2-7b-dolly/published-fsdp-bf16-r32").batches
+    assert batches.tokens * batches.steps == pytest.approx(7_398_213, rel=0.05)
+    sizes = [sum(dolly_lengths(vocabulary)) for vocabulary in (32_000, 49_152, 128_256)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] / sizes[2] == pytest.approx(210.9 / 188.0, rel=0.01)
+
+
 def test_local_rows_are_counted() -> None:
-    lengths = lengths_of(load_recipe("quickstart/lora-r8"))
+    lengths = lengths_of(load_recipe("quickstart/lora-r8"), 49_152)
     assert (lengths.train, lengths.validation) == (305, 23)
     assert lengths.counted
     assert sum(lengths.tokens) / len(lengths.tokens) == pytest.approx(91.3, rel=0.15)  # `recipes data` counts 91.3
 
 
 def test_data_that_is_not_here_is_assumed_and_said_so() -> None:
-    lengths = lengths_of(load_recipe("quickstart/lora-r8", ["data.source=somebody/something"]))
+    lengths = lengths_of(load_recipe("quickstart/lora-r8", ["data.source=somebody/something"]), 49_152)
     assert not lengths.counted
     assert "assumed" in lengths.source
 
@@ -98,9 +107,12 @@ def test_an_earlier_run_tells_its_lengths(tmp_path: Path, monkeypatch: pytest.Mo
     audit = {"rows": {"used": 100, "trained": 90, "validation": 10}, "tokens": {"total": 5000, "max": 400}}
     (tmp_path / recipe.name).mkdir()
     (tmp_path / recipe.name / "supervision.json").write_text(json.dumps(audit))
-    lengths = lengths_of(recipe)
+    (tmp_path / recipe.name / "resolved.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    lengths = lengths_of(recipe, 49_152)
     assert (lengths.train, lengths.validation, max(lengths.tokens)) == (90, 10, 400)
     assert sum(lengths.tokens) / len(lengths.tokens) == pytest.approx(50, rel=0.1)
+    fewer = load_recipe("quickstart/lora-r8", ["data.source=somebody/something", "data.max_examples=40"])
+    assert lengths_of(fewer, 49_152).train < 40 and not lengths_of(fewer, 49_152).counted  # other data than that run's
 
 
 @pytest.mark.parametrize(

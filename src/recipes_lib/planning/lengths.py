@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from recipes_lib.errors import RecipesError
-from recipes_lib.planning.dolly_lengths import dolly_lengths
+from recipes_lib.planning.dolly_lengths import characters_per_token, dolly_lengths
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 COUNTED = 2000
 LARGEST_FILE = 200_000_000
 DOLLY = "databricks/databricks-dolly-15k"
-CHARACTERS_PER_TOKEN = 4.2
 TEMPLATE_TOKENS = 31  # what a chat template puts around one exchange
 
 
@@ -46,20 +47,23 @@ class Lengths:
     counted: bool
 
 
-def lengths_of(recipe: Recipe) -> Lengths:
+def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
     """Return the lengths of a recipe's data; what cannot be counted here is assumed, and `source` says so.
+
+    Args:
+        vocabulary: of the recipe's model; it decides how many tokens a text becomes where the tokenizer is not here.
 
     Raises:
         RecipeError: the data are a file by name, and there is no such file.
     """
     _check_file(recipe)
     try:
-        local = _counted(recipe)
+        local = _counted(recipe, vocabulary)
     except (RecipesError, OSError, KeyError, ValueError):
         local = None  # the data are checked by `recipes data`; a plan goes on with what it has
     if local is not None:
         return local
-    tokens = dolly_lengths()
+    tokens = dolly_lengths(vocabulary)
     if recipe.data.source == DOLLY:
         return _split(recipe, tokens, len(tokens), f"Dolly's length histogram ({len(tokens):,} rows)", counted=True)
     earlier = _from_run(recipe, tokens)
@@ -95,7 +99,7 @@ def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, cou
     return Lengths(tuple(tokens), max(train, 1), validation, source, counted)
 
 
-def _counted(recipe: Recipe) -> Lengths | None:
+def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     """Count the rows of local data; None where a source is not a local file or folder, or too large to read for a plan."""
     from recipes_lib.data.columns import read_examples
     from recipes_lib.data.sources import find_path, listed_sources, load_tables
@@ -111,7 +115,7 @@ def _counted(recipe: Recipe) -> Lengths | None:
         examples += first_in_hash_order(rows, source.max_examples, section.split.seed)
     if section.filters.categories:
         examples = [example for example in examples if example.fields.get("category") in section.filters.categories]
-    count, how = _counter(recipe)
+    count, how = _counter(recipe, vocabulary)
     some = first_in_hash_order(examples, COUNTED, section.split.seed)
     tokens = count([_text(example, section.prompt_format) for example in some])
     tokens = [length + (TEMPLATE_TOKENS if section.prompt_format == "chat" else 1) for length in tokens]
@@ -137,7 +141,7 @@ def _text(example: Example, prompt_format: str) -> str:
     return (prompt or "") + completion
 
 
-def _counter(recipe: Recipe) -> tuple[Callable[[list[str]], list[int]], str]:
+def _counter(recipe: Recipe, vocabulary: int) -> tuple[Callable[[list[str]], list[int]], str]:
     """Return how texts are counted: by the model's tokenizer.json where it is here, else by their characters."""
     from recipes_lib.recipe.model_files import local_folder
 
@@ -147,17 +151,20 @@ def _counter(recipe: Recipe) -> tuple[Callable[[list[str]], list[int]], str]:
 
         tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
         return lambda texts: [len(item.ids) for item in tokenizer.encode_batch(texts, add_special_tokens=True)], "tokens counted"
-    return lambda texts: [max(1, round(len(text) / CHARACTERS_PER_TOKEN)) for text in texts], "tokens estimated from characters"
+    size = characters_per_token(vocabulary)
+    return lambda texts: [max(1, round(len(text) / size)) for text in texts], "tokens estimated from characters"
 
 
 def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
-    """Return what an earlier run of this name found in its data, in the shape of Dolly's lengths."""
-    path = runs_root() / recipe.name / "supervision.json"
+    """Return what an earlier run of this name and with the same `data` section found, in the shape of Dolly's lengths."""
+    run = runs_root() / recipe.name
     try:
-        audit = json.loads(path.read_text(encoding="utf-8"))
+        if yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))["data"] != recipe.to_dict()["data"]:
+            return None
+        audit = json.loads((run / "supervision.json").read_text(encoding="utf-8"))
         used, total, longest = audit["rows"]["used"], audit["tokens"]["total"], audit["tokens"]["max"]
         train, validation = audit["rows"]["trained"], audit["rows"]["validation"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
     if not used or not total:
         return None

@@ -113,8 +113,10 @@ def plan_launched(recipe: Recipe, launch: Launch, card: Card, lengths: Lengths |
         RecipeError: an unknown architecture, or a batch that cannot be divided.
         EnvironmentFault: the model's shape cannot be had.
     """
-    settings = settings_of(recipe, launch, model_shape(recipe), on_cpu=card.name == "cpu")
-    return _plan(recipe, launch, card, settings, lengths or lengths_of(recipe), accumulation_steps(recipe, launch.world_size))
+    shape = model_shape(recipe)
+    settings = settings_of(recipe, launch, shape, on_cpu=card.name == "cpu")
+    lengths = lengths or lengths_of(recipe, shape.vocabulary)
+    return _plan(recipe, launch, card, settings, lengths, accumulation_steps(recipe, launch.world_size))
 
 
 def _launch(recipe: Recipe, gpu: str | None, gpus: int | None, accelerate: str | None, nodes: int | None) -> Launch:
