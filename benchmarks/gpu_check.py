@@ -6,7 +6,8 @@
 No network, no weights, no data: the lengths are the histogram in `recipes_lib.planning`. Every number is of one training step without a
 trainer: forward, backward, clipping, fused AdamW, LoRA of rank 32 on every linear layer. Tokens are those of the examples; padding does
 not count, so that padded and padding-free rows compare. MFU counts 4N operations per token against the card's dense bf16 peak. The plan
-is `recipes plan`'s arithmetic for the largest micro-batch that was drawn. A case that does not run says why, also if the time was over.
+is `recipes plan`'s arithmetic for the largest micro-batch that was drawn. A case that does not run says why, also if the time was over or a
+library is not there; the JSON is written after each case.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib.util
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,28 +28,30 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 REQUIRED, GOAL = 14_600, 18_200  # tokens/s of bf16 LoRA on one H100: 40% and 50% MFU
 
 
-def attentions(device: str) -> list[str]:
-    """Return the attention kernels that can be tried here, the one that training would choose first."""
+def attentions(device: str) -> dict[str, str | None]:
+    """Return each attention kernel, the one that training would choose first, and why it cannot be tried here (None: it can)."""
     import torch
 
-    found = []
-    if device != "cpu":
-        if importlib.util.find_spec("flash_attn") is not None:
-            found.append("flash_attention_2")
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None and torch.cuda.get_device_capability()[0] >= 8:
-            found.append("torch_varlen")
-    return [*found, "sdpa_by_document", "sdpa", "eager"]
+    varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    if device == "cpu":
+        flash = ours = "needs a GPU"
+    else:
+        flash = "" if importlib.util.find_spec("flash_attn") is not None else "flash-attn is not installed"
+        ours = "" if varlen else "this torch has no torch.nn.attention.varlen"
+        if torch.cuda.get_device_capability()[0] < 8:
+            flash = ours = "needs compute capability 8.0"
+    return {"flash_attention_2": flash or None, "torch_varlen": ours or None, "sdpa_by_document": None, "sdpa": None, "eager": None}
 
 
 def cases_of(device: str) -> list[Any]:
-    """Return the cases, those that matter most first."""
+    """Return the cases, those that matter most first; a kernel that is not here has a case that says so."""
     from gpu_model import Case, with_bits
 
     kernels = attentions(device)
-    best = kernels[0]
+    best = next(kernel for kernel, reason in kernels.items() if reason is None)
     free = Case("padding-free, 16 examples", "padding-free", 16, best)
     packed = Case("packed rows of 4,096", "packed", 1, best)
-    one = Case("1 example", "padding-free", 1, best)
+    one = Case("padding-free, 1 example", "padding-free", 1, best)
     plain = [
         packed,
         free,
@@ -55,12 +59,16 @@ def cases_of(device: str) -> list[Any]:
         replace(packed, name="packed, dropout 0", dropout=0.0),
         replace(packed, name="packed, activation checkpointing", checkpointing=True),
         replace(free, name="padding-free, activation checkpointing", checkpointing=True),
-        *(replace(free, name=f"padding-free, {count} examples", examples=count) for count in (1, 2, 4, 8, 32)),
+        one,
+        *(replace(free, name=f"padding-free, {count} examples", examples=count) for count in (2, 4, 8, 32)),
         Case("padded, 16 examples", "padded", 16, "sdpa"),
-        *(replace(free, name=f"attention {kernel}", examples=8, attention=kernel) for kernel in kernels),
+        *(
+            replace(free, name=f"attention {kernel}", examples=8, attention=kernel, unavailable=reason)
+            for kernel, reason in kernels.items()
+        ),
         replace(free, name="FSDP2 on one rank", fsdp=True),
     ]
-    return [*plain, *(with_bits(case) for case in (packed, free, one, replace(packed, name="packed, checkpointing", checkpointing=True)))]
+    return [*plain, *(with_bits(case) for case in (packed, free, one, plain[4]))]
 
 
 def measure(model: Any, case: Any, config: dict[str, Any], device: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -131,35 +139,75 @@ def generate(model: Any, config: dict[str, Any], device: str, new_tokens: int) -
     return {"tokens_per_s": statistics.median(speeds[1:]), "n": 2, "batch": rows}
 
 
-def run_all(device: str, config: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run every case until the time is over; one row each, measured or with the reason why not."""
-    import torch
-    from gpu_model import build_model, quantize, shard
+def run_all(device: str, config: dict[str, Any], options: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Run every case until the time is over; one row each, measured or with the reason why not.
 
-    deadline, rows = time.monotonic() + 60 * options.minutes, []
-    model, bits, generated, refused = build_model(config, device), None, False, dict[str, Any]()
+    Args:
+        keep: is given all rows after each case, so that what was measured is not lost if the rest is interrupted.
+    """
+    import torch
+
+    bench, deadline, rows = Bench(device, config), time.monotonic() + 60 * options.minutes, list[dict[str, Any]]()
     for case in cases_of(device):
         row: dict[str, Any] = {"case": case.name, "setting": asdict(case)}
         rows.append(row)
-        if time.monotonic() > deadline:
+        if case.unavailable:
+            row["not_measured"] = case.unavailable
+        elif time.monotonic() > deadline:
             row["not_measured"] = "no time left"
-            continue
-        if (case.fsdp or case.bits) and not generated:
-            generated = True
-            rows.insert(-1, {"case": "generation, LoRA unmerged, sdpa"} | attempt(generate, model, config, device, options.new_tokens))
-        if case.bits and bits is None:
-            del model
+        else:
+            if (case.fsdp or case.bits) and not bench.generated:
+                rows.insert(-1, {"case": "generation, LoRA unmerged, sdpa"} | bench.generation(options.new_tokens))
+            row |= bench.prepare(case) or attempt(measure, bench.model, case, config, device, options)
             empty(device)
-            model, bits = build_model(config, device), 4
-            refused = attempt(quantize, model, device)
-        if case.fsdp:
-            refused = attempt(shard, model, device)
-        row |= refused or attempt(measure, model, case, config, device, options)
-        empty(device)
         print(row["case"], row.get("not_measured") or f"{row['tokens_per_s']:,.0f} tokens/s", flush=True)
+        keep(rows)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return rows
+
+
+class Bench:
+    """The model that the cases share: bf16, then sharded, then built again and quantized.
+
+    Args:
+        device: cuda or cpu.
+        config: the model's shape.
+    """
+
+    def __init__(self, device: str, config: dict[str, Any]) -> None:
+        self.device, self.config = device, config
+        self.model: Any = None
+        self.state = "nothing"
+        self.refused = dict[str, Any]()
+        self.generated = False
+
+    def prepare(self, case: Any) -> dict[str, Any]:
+        """Bring the model into the state that a case wants; return why it cannot be had, or nothing."""
+        from gpu_model import quantize, shard
+
+        wanted = "4 bits" if case.bits else "sharded" if case.fsdp else "bf16"
+        if wanted != self.state:
+            self.refused = self._build() if self.model is None or case.bits else {}
+            action = {"4 bits": quantize, "sharded": shard}.get(wanted)
+            self.refused = self.refused or (attempt(action, self.model, self.device) if action else {})
+            self.state = wanted
+        return self.refused
+
+    def generation(self, new_tokens: int) -> dict[str, Any]:
+        """Time generation, once."""
+        self.generated = True
+        return self.refused or attempt(generate, self.model, self.config, self.device, new_tokens)
+
+    def _build(self) -> dict[str, Any]:
+        from gpu_model import build_model
+
+        self.model = None
+        empty(self.device)
+
+        def build() -> None:
+            self.model = build_model(self.config, self.device)
+
+        return attempt(build)
 
 
 def attempt(action: Any, *args: Any) -> dict[str, Any]:
@@ -186,19 +234,25 @@ def empty(device: str) -> None:
             torch.cuda.empty_cache()
 
 
-def add_mfu(rows: list[dict[str, Any]], config: dict[str, Any], device: str) -> dict[str, Any] | None:
-    """Add MFU by 4N to the training rows; return the card."""
+def card_here(device: str) -> Any:
+    """Return the planner's card for the GPU that torch uses; None on a CPU."""
+    import torch
+
+    from recipes_lib.planning.cards import recognised
+
+    if device == "cpu":
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return recognised(found.name, found.total_memory / 2**20)
+
+
+def add_mfu(rows: list[dict[str, Any]], config: dict[str, Any], card: Any) -> None:
+    """Add MFU by 4N to the training rows, where the card's peak is known."""
     from gpu_model import shape_of
 
-    from recipes_lib.planning.cards import cards_here
-
-    cards = cards_here() if device != "cpu" else ()
-    if not cards:
-        return None
     for row in rows:
-        if row.get("tokens_per_s") and "setting" in row:
-            row["mfu"] = 4 * shape_of(config).parameters * row["tokens_per_s"] / (cards[0].tflops * 1e12)
-    return {"name": cards[0].name, "title": cards[0].title, "peak_tflops": cards[0].tflops}
+        if card is not None and row.get("tokens_per_s") and "setting" in row:
+            row["mfu"] = 4 * shape_of(config).parameters * row["tokens_per_s"] / (card.tflops * 1e12)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -215,7 +269,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def conclusions(rows: list[dict[str, Any]], card: dict[str, Any] | None) -> list[str]:
+def conclusions(rows: list[dict[str, Any]], card: Any) -> list[str]:
     """Return the sentences that the numbers allow."""
     speed = {row["case"]: row["tokens_per_s"] for row in rows if row.get("tokens_per_s") and "setting" in row}
     plain = {name: value for name, value in speed.items() if not name.startswith("QLoRA")}
@@ -223,7 +277,7 @@ def conclusions(rows: list[dict[str, Any]], card: dict[str, Any] | None) -> list
     if plain:
         best = max(plain, key=lambda name: plain[name])
         said.append(f"fastest bf16 LoRA: {best}, {plain[best]:,.0f} tokens/s")
-        if card and card["name"].startswith("h100"):
+        if card is not None and card.name in ("h100-80gb", "h100-96gb"):
             met = "goal reached" if plain[best] >= GOAL else "required reached" if plain[best] >= REQUIRED else "below what is required"
             said.append(f"against {REQUIRED:,} required and {GOAL:,} as the goal: {met}")
     pairs = [(name, name.removeprefix("QLoRA: ")) for name in speed if name.startswith("QLoRA")]
@@ -251,13 +305,19 @@ def main(argv: list[str] | None = None) -> int:
         return 5
     device, config = ("cpu", TINY) if options.tiny else ("cuda", LLAMA_2_7B)
     options.longest, options.steps, options.seconds, options.new_tokens = (64, 1, 0.0, 4) if options.tiny else (1024, 5, 5.0, 128)
-    rows = run_all(device, config, options)
-    card = add_mfu(rows, config, device)
-    said = conclusions(rows, card)
-    print(table(rows), *said, sep="\n")
-    if options.json:
-        write_record(options.json, {"model": config, "card": card, "conclusions": said, "rows": rows})
-        options.json.with_suffix(".md").write_text(table(rows) + "\n\n" + "\n".join(said) + "\n", encoding="utf-8")
+    card, last = card_here(device), list[str]()
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        add_mfu(rows, config, card)
+        said = conclusions(rows, card)
+        last[:] = [table(rows), *said]
+        if options.json:
+            facts = None if card is None else {"name": card.name, "title": card.title, "peak_tflops": card.tflops}
+            write_record(options.json, {"model": config, "card": facts, "conclusions": said, "rows": rows})
+            options.json.with_suffix(".md").write_text(table(rows) + "\n\n" + "\n".join(said) + "\n", encoding="utf-8")
+
+    run_all(device, config, options, keep)
+    print(*last, sep="\n")
     return 0
 
 

@@ -43,6 +43,7 @@ class Case:
         attention: a name that transformers knows, or `torch_varlen`.
         bits: 4 for QLoRA.
         fsdp: wrap the model in FSDP2 on one rank.
+        unavailable: why it cannot be tried here.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     dropout: float = 0.05
     bits: int | None = None
     fsdp: bool = False
+    unavailable: str | None = None
 
 
 def build_model(config: dict[str, Any], device: str, rank: int = 32) -> Any:
@@ -153,7 +155,7 @@ def micro_batches(case: Case, config: dict[str, Any], device: str, longest: int,
         longest: examples are cut there; a packed row is four times as long.
     """
     draw = random.Random(seed)
-    lengths = [min(max(length, 2), longest) for length in dolly_lengths()]
+    lengths = [min(max(length, 2), longest) for length in dolly_lengths(LLAMA_2_7B["vocab_size"])]
     generator = torch.Generator().manual_seed(seed)
     vocabulary = config["vocab_size"]
     while True:

@@ -1,7 +1,7 @@
 """Training SmolLM2-135M with LoRA r=8 on a CPU: this project beside a bare loop, plain TRL, the original study's way and LLaMA-Factory.
 
     python benchmarks/train_cpu.py [--steps 8] [--ways ours,bare,...] [--json benchmarks/results/train_cpu.json]
-    python benchmarks/train_cpu.py --levers                  # every setting that could be faster, against ours
+    python benchmarks/train_cpu.py --levers [--json FILE]    # every setting that could be faster, against ours; goes on where FILE ends
 
 Each way is a process with one thread. They take turns: optimizer step k of one, step k of the next, and so on, so that a busy machine
 slows all alike; the first step of each is thrown away. Speed is tokens of the examples (no padding) per CPU second (user + system of the
@@ -12,6 +12,7 @@ Rows: Dolly from RECIPES_SHARED_DATA or ../shared/data where it is there, else t
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import random
@@ -146,7 +147,7 @@ def summarise(workers: list[Worker], reference: Worker) -> list[dict[str, Any]]:
     rows = []
     for worker in workers:
         ratios = [mine / theirs for mine, theirs in zip(reference.speeds, worker.speeds, strict=False)]
-        row: dict[str, Any] = {"way": worker.way, "n": len(worker.speeds), "failed": worker.failed}
+        row: dict[str, Any] = {"way": worker.way, "n": len(worker.speeds), "failed": worker.failed, "date": str(datetime.date.today())}
         if ratios:
             row |= {
                 "tokens_per_cpu_s": statistics.median(worker.speeds),
@@ -206,6 +207,18 @@ def run_group(names: list[str], options: argparse.Namespace, scratch: Path) -> l
     return summarise(workers, workers[0]) + lost
 
 
+def measured_before(path: Path | None) -> list[dict[str, Any]]:
+    """Return the rows that an earlier run of the levers wrote to that file: each is paired with ours of its own group."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path is not None and path.is_file() else []
+
+
+def groups_of(names: list[str], rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the names that no row has measured yet, four at a time."""
+    there = {row["way"] for row in rows if "ours_over_this" in row}
+    missing = [name for name in names if name not in there]
+    return [missing[at : at + 4] for at in range(0, len(missing), 4)]
+
+
 def main() -> None:
     """Measure, print the table, and write it with the machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,12 +233,12 @@ def main() -> None:
     load_before, rows = os.getloadavg(), []
     groups = [options.ways]
     if options.levers is not None:
-        chosen = [name for name in LEVERS if options.levers.lower() in name.lower()]
-        groups = [chosen[at : at + 4] for at in range(0, len(chosen), 4)]
+        rows = measured_before(options.json)
+        groups = groups_of([name for name in LEVERS if options.levers.lower() in name.lower()], rows)
     for group in groups:
         with tempfile.TemporaryDirectory() as folder:
             found = run_group(group, options, Path(folder))
-        rows += found if not rows else [row for row in found if row["way"] != "ours"]
+        rows = [row for row in rows if row["way"] not in group] + (found if not rows else found[1:])  # one row of ours, the first group's
         show(rows)
         if options.json:  # after each group: what was measured is not lost when the rest is interrupted
             load = {"before": load_before, "after": os.getloadavg()}

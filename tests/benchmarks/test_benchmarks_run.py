@@ -61,6 +61,17 @@ def test_ratios_are_paired_and_the_first_step_is_left_out(monkeypatch: pytest.Mo
     assert rows[1]["tokens_per_cpu_s"] == 50
 
 
+def test_levers_go_on_where_an_earlier_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_cpu = load("train_cpu", monkeypatch)
+    earlier = tmp_path / "levers.json"
+    rows = [{"way": "ours", "ours_over_this": 1.0}, {"way": "padded", "ours_over_this": 2.0}, {"way": "huge pages", "failed": True}]
+    earlier.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    found = train_cpu.measured_before(earlier)
+    assert found == rows and train_cpu.measured_before(tmp_path / "none.json") == train_cpu.measured_before(None) == []
+    names = ["padded", "huge pages", *(f"lever {number}" for number in range(4))]
+    assert train_cpu.groups_of(names, found) == [["huge pages", "lever 0", "lever 1", "lever 2"], ["lever 3"]]
+
+
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_adapter_of_the_whole_one(tiny_recipe: Path, tmp_path: Path) -> None:
     done = start("resume_overhead.py", str(tiny_recipe), "--repeats", "1", "--json", str(tmp_path / "resume.json"))
