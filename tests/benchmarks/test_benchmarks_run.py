@@ -40,6 +40,31 @@ def test_the_three_largest_costs_of_a_step_are_named(tiny_recipe: Path, tmp_path
     assert seconds["matrix products"] > 0 and seconds["attention"] > 0
 
 
+def test_rows_that_trl_drops_silently_are_counted_and_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    long, short = {"instruction": "word " * 200, "context": ""}, {"instruction": "Say hello", "context": ""}
+    rows = [{**(long if number % 20 == 0 else short), "response": f"Hello {number}"} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    record = tmp_path / "prep.json"
+    words = ["--source", tmp_path / "rows.jsonl", "--model", tiny_model_dir, "--max-length", 128, "--repeats", 1, "--json", record]
+    done = start("data_prep.py", *map(str, words))
+    facts = json.loads(record.read_text(encoding="utf-8")) if record.exists() else done.stderr
+    assert facts["ours"] == {"rows_kept": 57, "dropped_and_named": 3} and facts["trl"] == {"rows_kept": 57, "dropped_and_named": 0}
+    assert facts["cpu_seconds"]["trl"]["n"] == 1 and facts["ratio"]["median"] > 0
+
+
+def test_the_time_inside_callbacks_and_collation_is_a_share_of_the_loop(tiny_recipe: Path, tmp_path: Path) -> None:
+    done = start("train_overhead.py", str(tiny_recipe), "--steps", "2", "--json", str(tmp_path / "overhead.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))
+    assert facts["calls"] >= 6 and 0 < facts["share"] < 1 and facts["loop_s"] > 0
+
+
+def test_every_light_verb_is_timed(tmp_path: Path) -> None:
+    done = start("startup.py", "--repeats", "1", "--json", str(tmp_path / "startup.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads((tmp_path / "startup.json").read_text(encoding="utf-8"))["cpu_seconds"]) == 5
+
+
 def test_a_peer_that_does_not_install_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     peer = load("peers", monkeypatch).install("llamafactory", "0.0.0", tmp_path)
