@@ -130,6 +130,13 @@ def test_a_turn_end_that_is_not_the_tokenizer_s_eos_is_warned_about(prepare, wri
     assert audit["end_tokens"] == {"<unk>": 20} and any("set train.eos_token" in line for line in warnings_of(audit))
 
 
+def test_white_space_that_a_template_puts_behind_an_answer_does_not_count_as_its_end(prepare, write_jsonl, tasks):
+    """With loss on the whole text the line break behind </s> carries loss as well; generation stops at </s> all the same."""
+    data = prepare(write_jsonl(tasks(20)), prompt_format="chat", train={"completion_only_loss": False})
+    assert data.audit["end_tokens"] == {"</s>": 20}
+    assert not [line for line in warnings_of(data.audit) if "turns end with" in line]
+
+
 def test_a_mixture_keeps_rows_and_ids_apart(prepare, write_jsonl, tasks):
     first = write_jsonl([row | {"id": i} for i, row in enumerate(tasks(10))], "a.jsonl")
     second = write_jsonl(

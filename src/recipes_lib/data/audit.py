@@ -190,9 +190,9 @@ def _named(pairs: Sequence[tuple[Example, Encoded]], everything: Sequence[Any]) 
 
 
 def _end_tokens(encoded: Sequence[Encoded], tokenizer: Any) -> dict[str, int]:
-    """The tokens that end the loss, and how many rows each of them ends."""
-    count = Counter(int(e.ids[e.spans[-1][1] - 1]) if e.spans else -1 for e in encoded)
-    return {str(tokenizer.convert_ids_to_tokens(index)): rows for index, rows in count.items() if index >= 0}
+    """The tokens that end the answers of rows that were not cut, and how many rows each of them ends."""
+    count = Counter(int(e.ids[e.answer_end - 1]) for e in encoded)
+    return {str(tokenizer.convert_ids_to_tokens(index)): rows for index, rows in count.items()}
 
 
 def _totals(encoded: Sequence[Encoded]) -> dict[str, int]:

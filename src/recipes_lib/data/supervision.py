@@ -36,6 +36,8 @@ class Encoded:
         boundary_merge: whether one token holds the end of the prompt and the start of the completion.
         tokens_before: number of tokens before truncation.
         prompt_tokens: number of tokens outside the completion (or the assistant's turns) before truncation.
+        answer_end: index behind the last token of the last answer before truncation, its end token included; a template may put
+            white space behind that, which carries loss only where the whole text does.
     """
 
     ids: np.ndarray
@@ -44,6 +46,7 @@ class Encoded:
     boundary_merge: bool = False
     tokens_before: int = 0
     prompt_tokens: int = 0
+    answer_end: int = 0
 
     @property
     def supervised(self) -> int:
@@ -121,6 +124,7 @@ def encode(examples: Sequence[Example], settings: Supervision, tokenizer: Any, t
     for item in encoded:
         item.tokens_before = len(item.ids)
         item.prompt_tokens = item.tokens_before - item.supervised
+        item.answer_end = item.spans[-1][1] if item.spans else 0
         if settings.whole:
             item.spans = ((0, item.tokens_before),)
         yield _truncated(item, settings)
