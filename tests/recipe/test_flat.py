@@ -33,6 +33,13 @@ def test_what_cannot_be_said_is_a_comment(write):
     assert text.startswith("# r.yaml as a plain TRL config: trl sft --config FILE --accelerate_config accelerate_configs/ddp.yaml")
 
 
+def test_a_mixture_and_filters_are_comments_too(write):
+    mixture = QLORA.replace("source: some/data", "source: [{source: a/b}, {source: c/d}], filters: {categories: [open_qa]}")
+    flat, lost = flatten(load_recipe(write(mixture)))
+    assert "dataset_name" not in flat
+    assert lost["data.source"] == [{"source": "a/b"}, {"source": "c/d"}] and lost["data.filters.categories"] == ["open_qa"]
+
+
 @pytest.mark.parametrize("name", ["llama2-7b-dolly/qlora-r8", "llama2-7b-dolly/full-bf16", "quickstart/lora-r8"])
 def test_trl_itself_takes_the_flat_file(name, tmp_path):
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser

@@ -34,7 +34,7 @@ _FLAGS = {
     "quantization.bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "quantization.bnb_4bit_quant_storage": "bnb_4bit_quant_storage",
 }
-_IMPLIED = {("lora.bias", "none"), ("data.special_tokens", "text"), ("data.max_unsupervised_fraction", 0.05), ("data.chat_loss", "all")}
+_IMPLIED = {"lora.bias": "none", "data.special_tokens": "text", "data.max_unsupervised_fraction": 0.05, "data.chat_loss": "all"}
 
 
 def flat_text(recipe: Recipe, file: str) -> str:
@@ -61,7 +61,7 @@ def flatten(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             if key in _FLAGS:
                 if value is not None:
                     flat[_FLAGS[key]] = value
-            elif value not in (None, {}, [], False) and (key, value) not in _IMPLIED and key != "data.source":
+            elif value not in (None, {}, [], False) and value != _IMPLIED.get(key) and key != "data.source":
                 lost[key] = value
     if recipe.model.name_or_path.startswith("package:"):  # a name of ours: TRL gets the folder, where it was made already
         lost["model.name_or_path"] = recipe.model.name_or_path
