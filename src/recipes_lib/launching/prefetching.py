@@ -12,6 +12,7 @@ from pathlib import Path
 from recipes_lib.data.sources import Source, hub_answers, listed_sources, load_tables, offline_by_environment
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.recipe.loader import load_document
+from recipes_lib.recipe.model_files import TOKENIZER_FILES
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import ModelSection
@@ -154,7 +155,7 @@ def check_model(section: ModelSection) -> str:
     if not shards:
         hint = "fetch it again: recipes prefetch; other weight files are not read"
         raise EnvironmentFault(f"'{name}' has no *.safetensors in {folder}", hint)
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise EnvironmentFault(f"'{name}' has no tokenizer files in {folder}", "fetch it again: recipes prefetch")
     size = sum(shard.stat().st_size for shard in shards)
     return f"{len(shards)} weight file{'s' * (len(shards) != 1)}, {size / 2**30:.2f} GiB, whole"

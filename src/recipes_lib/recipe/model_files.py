@@ -13,6 +13,7 @@ from recipes_lib.recipe.recipe import Recipe
 
 KEY = "model.name_or_path"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -42,6 +43,17 @@ def local_folder(recipe: Recipe) -> Path | None:
 
     config = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
     return Path(config).parent if isinstance(config, str) else None
+
+
+def lacks_tokenizer(recipe: Recipe, folder: Path) -> bool:
+    """Whether the tokenizer is still to be fetched: `recipes plan` caches a Hub model's config alone."""
+    return _from_hub(recipe) and not any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _from_hub(recipe: Recipe) -> bool:
+    """Whether a model that is here lies in the Hub's cache, where what is missing is fetched when it is needed."""
+    name = recipe.model.name_or_path
+    return not name.startswith("package:") and not Path(name).is_dir()
 
 
 def _materialised(name: str) -> Path | None:
@@ -81,8 +93,7 @@ def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None
         )
     if "auto_map" in config and remote_code is not True:
         yield from _remote_code(recipe, remote_code)
-    from_hub = not recipe.model.name_or_path.startswith("package:") and not Path(recipe.model.name_or_path).is_dir()
-    yield from _check_weights(recipe, folder, to_come=from_hub)
+    yield from _check_weights(recipe, folder, to_come=_from_hub(recipe))
 
 
 def _remote_code(recipe: Recipe, allowed: bool | None) -> Iterator[RecipeError]:

@@ -20,7 +20,7 @@ from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch
-from recipes_lib.recipe.model_files import KEY, check_files, local_folder
+from recipes_lib.recipe.model_files import KEY, check_files, lacks_tokenizer, local_folder
 from recipes_lib.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -128,8 +128,9 @@ def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: li
         errors += check_files(recipe, folder, remote_code=remote_code)
     if len(errors) > before:
         return errors
-    if folder is None or recipe.model.trust_remote_code:
-        why = "is not on this machine" if folder is None else "brings its own code"
+    absent = folder is None or lacks_tokenizer(recipe, folder)
+    if folder is None or absent or recipe.model.trust_remote_code:
+        why = "is not on this machine" if absent else "brings its own code"
         if notes is not None:
             notes.append(recipe.error(KEY, f"note: model {recipe.model.name_or_path} {why}: names not checked"))
         return errors
