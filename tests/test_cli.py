@@ -104,6 +104,22 @@ def test_an_error_ends_with_its_own_exit_code(failing, capsys):
     assert capsys.readouterr().err == "rows.jsonl:3: rows are missing\n  add some\n"
 
 
+def test_a_file_that_cannot_be_written_is_an_error_of_the_machine_and_no_bug(failing, capsys):
+    """Case 68: what a verb has not foreseen about files."""
+    failing(IsADirectoryError(21, "Is a directory", "a.tmp", None, "folder"))
+    assert cli.main(["ls"]) == ExitCode.ENVIRONMENT
+    assert capsys.readouterr().err == "cannot read or write folder: is a directory\n  --debug shows where\n"
+    failing(OSError(28, "No space left on device"))
+    assert cli.main(["ls"]) == ExitCode.ENVIRONMENT
+    assert capsys.readouterr().err.startswith("cannot write the output: no space left on device\n")
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    """Case 97: `recipes ls >&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["ls"]) == ExitCode.DONE
+
+
 def test_a_bug_is_one_line_unless_debug_is_asked_for(failing, capsys):
     failing(RuntimeError("broken\ndeep down"))
     assert cli.main(["ls"]) == ExitCode.FAILED

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError, print_error
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code (`errors.ExitCode`)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - closed with `>&-`: Python has no stream
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -93,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.strerror:  # a full disk, a folder in the way, no permission
+            place = error.filename2 or error.filename
+            what = f"cannot read or write {place}" if place else "cannot write the output"
+            print_error(EnvironmentFault(f"{what}: {error.strerror.lower()}", "--debug shows where"))
+            return int(ExitCode.ENVIRONMENT)
         summary = str(error).strip().splitlines() or [""]
         print_error(RecipesError(f"internal error: {type(error).__name__}: {summary[0]}", "this is a bug; --debug shows where"))
         return int(ExitCode.FAILED)
