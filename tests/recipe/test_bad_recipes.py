@@ -68,6 +68,12 @@ BAD_FILES = [
     (15, GOOD + "lora: {r: -8}\n", 5, ["lora.r", "-8"]),
     (15, GOOD + "lora: {r: 0}\n", 5, ["lora.r", ">= 1"]),
     (21, GOOD + "train:\n  bf16: true\n  fp16: true\n", 7, ["train.bf16", "train.fp16", "both true"]),
+    (
+        21,
+        GOOD.replace("a/b", "a/b\n  dtype: bfloat16") + "train:\n  fp16: true\n",
+        7,
+        ["train.fp16", "loss scaling", "model.dtype: float32"],
+    ),
     (22, GOOD + "train:\n  gradient_checkpointing_kwargs: {use_reentrnt: true}\n", 6, ["was renamed", "unknown key", "use_reentrant?"]),
     (23, GOOD + "lora: {r: 8}\nquantization:\n  load_in_4bit: true\n  load_in_8bit: true\n", 8, ["load_in_4bit", "both true"]),
     (25, "train:\n\tseed: 1\n", 2, ["a tab cannot indent", "^"]),

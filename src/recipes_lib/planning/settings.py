@@ -45,6 +45,7 @@ class Settings:
         bits: 4 or 8 for quantized linear layers, None for none.
         autocast: bytes of the autocast type (2), or None without autocast.
         autocast_matches: whether the autocast type is the type of half-precision weights (fp16 autocast over bf16 weights is not).
+        scaled: whether the loss is scaled (fp16), for which trained weights are float32.
         adapter: None for full fine-tuning.
         attention: sdpa, flash, eager, or documents (sdpa example by example, on a CPU).
         per_device: examples per micro-batch and process.
@@ -60,6 +61,7 @@ class Settings:
     double_quantized: bool = True
     autocast: int | None
     autocast_matches: bool = True
+    scaled: bool = False
     adapter: Adapter | None
     optimizer: str
     attention: str
@@ -89,9 +91,9 @@ class Settings:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a trained weight: adapters are float32 on a plain base, bf16 on a 4-bit one; FSDP2 raises full weights to float32."""
+        """Bytes of a trained weight: adapters are float32 on a plain base, bf16 on a 4-bit one unless scaled; FSDP2 raises full ones."""
         if self.adapter is not None:
-            return 2 if self.bits else 4
+            return 2 if self.bits and not self.scaled else 4
         return 4 if self.sharded and self.autocast else self.weight_bytes
 
     @property
@@ -133,6 +135,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
         double_quantized=bool(quantization.get("bnb_4bit_use_double_quant", False)),
         autocast=2 if half else None,
         autocast_matches=not half or {"fp16": "float16", "bf16": "bfloat16"}[half] == dtype or BYTES[dtype] != 2,
+        scaled=half == "fp16",
         adapter=_adapter(recipe, shape),
         optimizer=str(train.get("optim", "adamw_torch_fused")),
         attention=attention,

@@ -35,7 +35,7 @@ def check_combinations(document: Document) -> Iterator[Finding]:
 _Rule = Callable[[dict[str, Any], Document], Iterator[Any]]
 
 
-def _precision(sections: dict[str, Any], _: Document) -> Iterator[Any]:
+def _precision(sections: dict[str, Any], document: Document) -> Iterator[Any]:
     train = sections.get("train", {})
     if train.get("bf16") is True and train.get("fp16") is True:
         yield (
@@ -43,6 +43,10 @@ def _precision(sections: dict[str, Any], _: Document) -> Iterator[Any]:
             "train.bf16 and train.fp16 are both true; a run has one precision",
             "remove one of them (bf16 needs no loss scaling)",
         )
+    dtype = sections.get("model", {}).get("dtype")
+    if train.get("fp16") is True and not sections.get("lora") and dtype in ("float16", "bfloat16") and document.kind.name == "recipe":
+        what = f"train.fp16 cannot train weights that are {dtype} themselves: its loss scaling needs float32 ones"
+        yield ("train", "fp16"), what, "set model.dtype: float32, or train.bf16: true in place of fp16"
 
 
 def _quantization(sections: dict[str, Any], document: Document) -> Iterator[Any]:

@@ -62,9 +62,22 @@ def build_trainer(
         row_ids=list(data.train["example_id"]),
         marker_facts=marker_facts,
     )
+    if args.fp16:
+        raise_trained_weights(trainer.model)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def raise_trained_weights(model: Any) -> None:
+    """Give the trained weights float32, as fp16 training needs: its loss scaling cannot undo the scale of gradients of fewer bits.
+
+    TRL makes the adapters of a quantized base bfloat16, whatever `train.fp16` says, and torch has no unscaling of bfloat16
+    gradients on a GPU: the first step would end in an error.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
 
 
 def attention_of(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> str:
