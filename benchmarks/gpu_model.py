@@ -57,8 +57,12 @@ class Case:
     unavailable: str | None = None
 
 
-def build_model(config: dict[str, Any], device: str, rank: int = 32) -> Any:
-    """Return a causal language model in bf16 with random weights and LoRA on every linear layer, its adapters in float32."""
+def build_model(config: dict[str, Any], device: str, rank: int = 32, dropout: float | None = 0.05) -> Any:
+    """Return a causal language model in bf16 with random weights and LoRA on every linear layer, its adapters in float32.
+
+    Args:
+        dropout: LoRA's; None for no adapter.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,8 +78,11 @@ def build_model(config: dict[str, Any], device: str, rank: int = 32) -> Any:
     add_token_loss(model)
     if device != "cpu":
         token_loss.TOKENS_PER_TILE = 2048  # a GPU wants larger products than a cache does
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
+    if dropout is None:
+        return model.train()
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    with torch.device(device):
+        model = get_peft_model(model, lora)
     for parameter in trained(model):
         parameter.data = parameter.data.float()
     return model.train()
@@ -219,15 +226,23 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, An
 
 def planned_peak_gib(case: Case, config: dict[str, Any], tokens: int, row: int, longest: int, on_cpu: bool) -> float:
     """Return the planner's figure for the peak of a forward and backward pass of `tokens` tokens (padding counted) in rows of `row`."""
+    return memory_of(settings_of_case(case, config, longest, on_cpu=on_cpu), tokens, row).peak
+
+
+def settings_of_case(case: Case, config: dict[str, Any], longest: int, *, on_cpu: bool, full: bool = False) -> Settings:
+    """Return a case as the planner's settings.
+
+    Args:
+        full: no adapter.
+    """
     kinds = {"sdpa_by_document": "documents", VARLEN: "flash", "flash_attention_2": "flash"}
-    settings = Settings(
-        shape=shape_of(config), dtype="bfloat16", bits=case.bits, autocast=2,
-        adapter=Adapter(rank=32, dropout=case.dropout, targets=TARGETS, layers=config["num_hidden_layers"]),
+    adapter = Adapter(rank=32, dropout=case.dropout, targets=TARGETS, layers=config["num_hidden_layers"])
+    return Settings(
+        shape=shape_of(config), dtype="bfloat16", bits=case.bits, autocast=2, adapter=None if full else adapter,
         optimizer="adamw_torch_fused", attention=kinds.get(case.attention, case.attention), checkpointing=case.checkpointing,
         per_device=case.examples, eval_per_device=0, max_length=longest, max_tokens=None, padding_free=case.batching == "padding-free",
         packing=case.batching == "packed", grouped=False, world_size=1, sharded=False, device="cpu" if on_cpu else "gpu",
     )  # fmt: skip
-    return memory_of(settings, tokens, row).peak
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:

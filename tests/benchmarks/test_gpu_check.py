@@ -104,3 +104,37 @@ def test_without_a_gpu_it_says_what_can_be_done() -> None:
         pytest.skip("there is a GPU here")
     done = start()
     assert done.returncode == 5 and "--tiny" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_kernels_of_a_cuda_build_keep_what_is_planned(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(PROJECT / "benchmarks/cuda_shapes.py"),
+        "--layers",
+        "1",
+        "--json",
+        str(tmp_path / "kept.json"),
+    ]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
+    if not torch.backends.cuda.is_built():
+        assert done.returncode == 5 and "built without CUDA" in done.stderr and "Traceback" not in done.stderr
+        pytest.skip("this torch is built without CUDA")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "kept.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        assert row["planned_gib"] == pytest.approx(row["kept_gib"], rel=0.05), row
+
+
+def test_the_recorded_figures_of_a_cuda_build_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    import cuda_shapes
+    import gpu_model
+
+    record = json.loads((PROJECT / "benchmarks/results/cuda_shapes.json").read_text(encoding="utf-8"))
+    config = gpu_model.LLAMA_2_7B | {"num_hidden_layers": record["layers"]}
+    for row in record["rows"]:
+        planned = cuda_shapes.planned_bytes(config, *cuda_shapes.CASES[row["case"]]) / 2**30
+        assert planned == pytest.approx(row["kept_gib"], rel=0.01), row
