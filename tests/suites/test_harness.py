@@ -17,7 +17,7 @@ from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.evaluate import evaluate
 from recipes_lib.generation.targets import find_targets
 from recipes_lib.suites.harness import plain_command
-from recipes_lib.suites.lm_eval_flags import overrides_of
+from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -123,9 +123,22 @@ def test_auto_is_a_number_where_there_is_no_gpu_to_try(small_task, make_run, mon
     assert result["protocol"]["batch_size"] == 8 and "--batch_size 8" in result["lm_eval_command"]
 
 
-def test_lm_evals_flag_names_become_overrides():
-    given = argparse.Namespace(gen_kwargs="max_gen_toks=8,temperature=0", num_fewshot="0", apply_chat_template=None)
-    assert overrides_of(given) == ["suite.num_fewshot=0", "suite.gen_kwargs={max_gen_toks: 8, temperature: 0}"]
+@pytest.mark.parametrize(
+    ("words", "section"),
+    [
+        (["--gen_kwargs", "max_gen_toks=8,temperature=0", "--num_fewshot", "0"], {"gen_kwargs": {"max_gen_toks": 8, "temperature": 0}}),
+        (["--gen_kwargs", 'until=["Q:", "\\n"],do_sample=false'], {"gen_kwargs": {"until": ["Q:", "\n"], "do_sample": False}}),
+        (["--gen_kwargs", '{"max_gen_toks": 8}'], {"gen_kwargs": {"max_gen_toks": 8}}),
+        (["--system_instruction", "Note: answer yes # or no"], {"system_instruction": "Note: answer yes # or no"}),
+        (["--apply_chat_template", "--fewshot_as_multiturn", "false"], {"apply_chat_template": True, "fewshot_as_multiturn": False}),
+        (["--tasks", "arc_easy, gsm8k", "--limit", "0.5"], {"tasks": ["arc_easy", "gsm8k"], "limit": 0.5}),
+    ],
+)
+def test_lm_evals_flags_reach_the_suite_as_they_were_meant(small_task, words, section):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    suite = load_eval(small_task, overrides_of(parser.parse_args(words))).suite
+    assert {name: getattr(suite, name) for name in section} == section
 
 
 def test_the_printed_command_carries_every_option_that_lm_eval_has_a_flag_for(small_task, make_run):

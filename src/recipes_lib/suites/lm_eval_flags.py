@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 
-_SWITCHES = ("apply_chat_template", "fewshot_as_multiturn")
-_FLAGS = ("tasks", "limit", "num_fewshot", "batch_size", *_SWITCHES, "system_instruction", "gen_kwargs")
+_FLAGS = (
+    "tasks", "limit", "num_fewshot", "batch_size", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs",
+)  # fmt: skip
+_TOP_LEVEL_COMMA = re.compile(r""",(?=(?:[^\[\]{}"']|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\})*$)""")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Declare lm_eval's flags."""
     group = parser.add_argument_group("lm_eval", "options under lm_eval's own names")
     for name in _FLAGS:
-        if name in _SWITCHES:
+        if name == "apply_chat_template":
             group.add_argument(f"--{name}", action="store_true", default=None)
         else:
-            group.add_argument(f"--{name}", metavar="X")
+            group.add_argument(f"--{name}", metavar="true|false" if name == "fewshot_as_multiturn" else "X")
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
@@ -33,6 +37,9 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         if name == "tasks":
             value = f"[{', '.join(part.strip() for part in value.split(','))}]"
         elif name == "gen_kwargs" and not value.startswith("{"):
-            value = "{" + ", ".join(f"{key}: {text}" for key, _, text in (part.partition("=") for part in value.split(","))) + "}"
+            pairs = (part.strip().partition("=") for part in _TOP_LEVEL_COMMA.split(value))
+            value = "{" + ", ".join(f"{key}: {text}" for key, _, text in pairs) + "}"
+        elif name == "system_instruction":
+            value = json.dumps(value)  # a text stays that text, whatever YAML makes of `:`, `#` or `yes`
         words.append(f"suite.{name}={'true' if value is True else value}")
     return words
