@@ -84,3 +84,16 @@ def test_the_next_line_of_a_dry_run_is_the_command_without_it(capsys):
     command, following = capsys.readouterr().out.splitlines()
     assert following == "next: recipes train llama2-7b-dolly/qlora-r8 train.seed=7 --accelerate ddp --gpus 4 --resume-anyway --no-plan"
     assert command.endswith("-m recipes_lib.train llama2-7b-dolly/qlora-r8 train.seed=7 --resume-anyway")
+
+
+def test_a_launch_on_the_cpu_stays_there_where_a_gpu_is_present(monkeypatch, capsys):
+    """One process is started without accelerate, whose config says use_cpu."""
+    from recipes_lib.commands import train
+
+    assert main(["train", "quickstart/lora-r8", "--dry-run"]) == 0
+    assert "ACCELERATE_USE_CPU" not in capsys.readouterr().out
+    monkeypatch.setattr(train, "cards_here", lambda: ("an H100",))
+    assert main(["train", "quickstart/lora-r8", "--dry-run"]) == 0
+    assert "$ env ACCELERATE_USE_CPU=true " in capsys.readouterr().out
+    assert main(["train", "llama2-7b-dolly/qlora-r8", "--dry-run"]) == 0
+    assert "ACCELERATE_USE_CPU" not in capsys.readouterr().out

@@ -44,6 +44,17 @@ def test_padding_free_rows_arrive_truncated_so_trl_gets_no_limit(write_with, tmp
     assert upstream.build_sft_config(packed, tmp_path, 1).max_length == 128
 
 
+def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, monkeypatch):
+    """transformers would wrap the model in nn.DataParallel, and a step would have eight times the examples declared."""
+    import torch
+
+    monkeypatch.setattr(upstream, "_has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    recipe = load_recipe(write_with("train", "bf16: false"), ["run.global_batch_size=4", "train.per_device_train_batch_size=4"])
+    args = upstream.build_sft_config(recipe, tmp_path, 1)
+    assert (args.use_cpu, args.n_gpu, args.train_batch_size, args.gradient_accumulation_steps) == (False, 1, 4, 1)
+
+
 @pytest.mark.parametrize(
     ("section", "line", "words"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.training.launch_check import Active, Asked, active_launch, check_launch, what_was_asked
+from recipes_lib.training.launch_check import Active, Asked, active_launch, check_gpus, check_launch, what_was_asked
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
@@ -65,3 +65,14 @@ def test_what_cannot_be_known_is_said() -> None:
 def test_accelerates_names_become_ours() -> None:
     assert active_launch("MULTI_CPU", 2, "cpu").distributed_type == "DDP"
     assert active_launch("FSDP", 2, "cuda:0").distributed_type == "FSDP"
+
+
+def test_more_processes_than_gpus_are_refused_with_the_numbers() -> None:
+    """Case 60."""
+    with pytest.raises(RecipeError, match="4 processes on this machine, but each of them sees 1 GPU;") as caught:
+        check_gpus(1, {"LOCAL_WORLD_SIZE": "4"})
+    assert "--gpus 1" in str(caught.value) and "MIG" in str(caught.value)
+    check_gpus(4, {"LOCAL_WORLD_SIZE": "4"})
+    check_gpus(0, {"LOCAL_WORLD_SIZE": "2"})
+    check_gpus(1, {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "True"})
+    check_gpus(1, {})

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from recipes_lib.errors import ExitCode, print_error
+from recipes_lib.planning.cards import cards_here
 from recipes_lib.recipe.launch import Launch, place_machine, plan_launch
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     script = ["-m", "recipes_lib.train", args.recipe, *args.overrides]
     script += [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name, False)]
     command = launch.command(script)
+    if launch.config.use_cpu and launch.world_size == 1 and cards_here():  # `python -m` alone would take the GPU
+        command = ["env", "ACCELERATE_USE_CPU=true", *command]
     show_command(command)
     if args.dry_run:
         for warning in recipe.warnings:  # a training says them itself

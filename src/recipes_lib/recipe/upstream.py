@@ -54,9 +54,13 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
         values["max_length"] = None  # rows arrive truncated; TRL refuses a limit that it would not apply
     values |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "output_dir": str(output_dir), "run_name": recipe.name}
     try:
-        return SFTConfig(**values)
+        config = SFTConfig(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise _refused(recipe, "train", error) from None
+    # One process on a machine with several GPUs: transformers would spread each micro-batch over all of them (nn.DataParallel), so
+    # that a step had as many times the examples that were declared.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig | None:

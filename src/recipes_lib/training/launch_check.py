@@ -74,6 +74,25 @@ def _asked_of_accelerate(argv: Sequence[str]) -> Asked:
     return Asked(world_size, kind, f"accelerate launch{' ' + path if path else ''}")
 
 
+def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Check that every process of this machine has a GPU of its own, where there are GPUs and the launcher means them.
+
+    Args:
+        num_gpus: how many this process can see.
+
+    Raises:
+        RecipeError: there are more processes than GPUs.
+    """
+    processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < num_gpus < processes and environment.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        seen = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
+        raise RecipeError(
+            f"{processes} processes on this machine, but each of them sees {seen}; a process needs a GPU of its own",
+            f"start {num_gpus}: --gpus {num_gpus} with recipes train, --num_processes with accelerate launch",
+            "of several MIG slices CUDA shows a process one only",
+        )
+
+
 def check_launch(asked: Asked, active: Active) -> str:
     """Return the start-up line that states what is active, once it agrees with what was asked.
 
