@@ -4,6 +4,7 @@
 # Stops at the first stage that fails, with its exit code; run it again to continue.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+case " $* " in *" --help "* | *" -h "*) sed -n '2,4s/^# //p' "$0"; exit 0 ;; esac
 RECIPES=$(command -v recipes || echo "$HERE/../.venv/bin/recipes")
 case " $* " in *" --stages"[\ =]*) ;; *) set -- "$@" --stages train,eval,report ;; esac
 FOLDER=$("$RECIPES" launch "$@" --prepare)

@@ -116,12 +116,16 @@ stop() {
   return $code
 }
 
+usage() { sed -n '2,5s/^# //p' "$0"; }
+
 case ${1:-} in
+  -h | --help) usage ;;
   start | stop)
     mkdir -p "${2:-.slurm}"
     FOLDER=$(cd "${2:-.slurm}" && pwd)
     if [ "$1" = stop ]; then stop "$FOLDER"; else start "$FOLDER" || { code=$?; stop "$FOLDER"; exit $code; }; fi ;;
   run)
+    [ $# -gt 1 ] || { usage >&2; exit 2; }
     FOLDER=$(mktemp -d) COMMAND=
     trap '[ -z "$COMMAND" ] || kill "$COMMAND" 2> /dev/null || true; stop "$FOLDER"; rm -rf "$FOLDER"' EXIT
     trap 'exit 143' TERM HUP
@@ -132,5 +136,5 @@ case ${1:-} in
     wait "$COMMAND" && CODE=0 || CODE=$?
     COMMAND=
     exit "$CODE" ;;
-  *) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
+  *) usage >&2; exit 2 ;;
 esac

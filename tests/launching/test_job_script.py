@@ -42,9 +42,9 @@ def job(tmp_path: Path):
     (tmp_path / "env.sh").write_text("export FROM_SITE=yes\n")
     (tmp_path / "log").touch()
 
-    def run(stage: str, *words: str, check: tuple[str, ...] = (), **environment: str) -> tuple[int, str]:
+    def run(stage: str, *words: str, check: tuple[str, ...] = (), processes: str = "1 NO", **environment: str) -> tuple[int, str]:
         (tmp_path / f"{stage}.args").write_text("".join(f"{word}\n" for word in words))
-        (tmp_path / f"{stage}.processes").write_text("1 NO\n")
+        (tmp_path / f"{stage}.processes").write_text(f"{processes}\n")
         if check:
             (tmp_path / f"{stage}.check.args").write_text("".join(f"{word}\n" for word in check))
         plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -110,6 +110,37 @@ def test_usr2_asks_a_training_until_it_listens(job, tmp_path: Path) -> None:
     (tmp_path / "stop.py").write_text(python)
     code, said = job("train", "python3", "stop.py")
     assert code == 75 and "USR2" in said
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "threads"),
+    [
+        ("1 NO", {"SLURM_CPUS_PER_TASK": "8"}, "8"),
+        ("8 MULTI_GPU", {"SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "8"}, "8"),
+        ("2 MULTI_GPU", {"SLURM_CPUS_PER_TASK": "1"}, "1"),
+        ("2 MULTI_GPU", {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "3"}, "3"),
+        ("1 NO", {}, "1"),
+    ],
+)
+def test_each_process_takes_its_share_of_the_tasks_cores(job, stand_in, monkeypatch, processes: str, given, threads: str) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    stand_in("scontrol", "echo localhost")
+    asked = stand_in("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
+    code, said = job("eval", "printenv", "OMP_NUM_THREADS", processes=processes, SLURM_JOB_ID="5", SLURM_JOB_NODELIST="localhost", **given)
+    assert code == 0 and f"\n{threads}\n" in said, said
+    cores = [word for word in asked.read_text().splitlines() if word.startswith("--cpus-per-task")]
+    assert cores == ([f"--cpus-per-task={given['SLURM_CPUS_PER_TASK']}"] if "SLURM_CPUS_PER_TASK" in given else [])
+
+
+def test_without_slurm_the_number_of_threads_is_not_touched(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert job("eval", "printenv", "OMP_NUM_THREADS")[0] == 1
+
+
+@pytest.mark.parametrize("script", ["local.sh", "sandbox.sh", "vllm_server.sh"])
+def test_a_script_says_how_it_is_used(script: str) -> None:
+    done = subprocess.run([LAUNCH / script, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"launch/{script}" in done.stdout and not done.stderr
 
 
 def test_a_job_out_of_an_old_submission_says_what_is_missing(tmp_path: Path) -> None:

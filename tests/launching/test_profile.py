@@ -40,6 +40,12 @@ def test_the_original_cluster_has_its_values() -> None:
         (['time: "tomorrow"'], ["time is no time limit: tomorrow"]),
         (['time: {train: "01:00:00"}'], ["time.eval is missing", "time.report is missing"]),
         (["gres: gpu:2"], ["gres must contain {gpus}"]),
+        (["gres: --gres=gpu:{gpus}"], ["gres must be one word that is no flag"]),
+        (['partition: "gpu long"'], ["partition must be one word that is no flag, got 'gpu long'"]),
+        (["account: a b"], ["account must be one word"]),
+        (["gpu: h100-800gb"], ["gpu: there is no card 'h100-800gb'", "did you mean h100-80gb?"]),
+        (["directories: {runs: '/scratch/{usr}'}"], ["directories.runs: {usr} is not filled in", "what is: {user}"]),
+        (["directories: {hub: '/scratch/{job}'}"], ["directories.hub: {job} is not filled in"]),
         (["cpus_per_gpu: 0"], ["cpus_per_gpu must be a whole number >= 1"]),
         (["cpus_per_gpu: true"], ["cpus_per_gpu must be a whole number >= 1"]),
         (["memory_gib_per_gpu: 32G"], ["memory_gib_per_gpu must be a whole number >= 1 or null, got '32G'"]),
@@ -48,6 +54,8 @@ def test_the_original_cluster_has_its_values() -> None:
         (["environment: {cnda: a}"], ["did you mean environment.conda?"]),
         (["extra_sbatch: [--array=3]"], ["--array is set by recipes launch"]),
         (["extra_sbatch: [-p, gpu]"], ["--partition has a key of its own", "'gpu' is no flag"]),
+        (["extra_sbatch: [-c8, -n4]"], ["--cpus-per-task has a key of its own: cpus_per_gpu", "--ntasks is set by recipes launch"]),
+        (["extra_sbatch: [--mem-per-gpu=4G]"], ["--mem-per-gpu has a key of its own: memory_gib_per_gpu"]),
         (["variables: {NCCL_DEBUG: 1}"], ["variables.NCCL_DEBUG must be text", 'quote it: "1"']),
         (["variables: {A-B: x}"], ["'A-B' is no name of an environment variable"]),
         (['time: "00:05:00"'], ["asked to stop before it is halfway"]),
@@ -72,6 +80,7 @@ def test_a_missing_value_is_one_line_that_says_what_it_is(profile_file, key: str
     with pytest.raises(RecipeErrors) as caught:
         load_profile(str(path))
     assert str(caught.value).startswith(f"{path}: {key} is missing: ") and "\n" not in str(caught.value)
+    assert "cPU" not in str(caught.value)
 
 
 def test_an_unknown_profile_names_the_nearest_and_all() -> None:

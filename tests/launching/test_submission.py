@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from recipes_lib import cli
 
+PROJECT = Path(__file__).resolve().parents[2]
 REFUSE_SECOND = """
 if [[ "$*" == *.report* ]]; then
   echo "sbatch: error: invalid partition specified: cpu" >&2
@@ -184,5 +186,24 @@ def test_the_time_of_a_training_is_the_plans_where_that_is_shorter(profile_file,
     assert "--time=00:10:00" in capsys.readouterr().out
     assert cli.main([*words, str(profile_file('time: "3-00:00:00"', "gpu: h100-80gb", "signal_lead_s: 86400"))]) == 0
     assert "--time=2-00:00:00" in capsys.readouterr().out  # asked to save halfway, as in a profile, and not before it has begun
-    assert cli.main([*words, str(profile_file("gpu: h100-800gb"))]) == 2
-    assert "site.yaml:" in capsys.readouterr().err
+
+
+def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(launched, stand_in, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    words = ["--stages", "train,report", "run.notes=it's $HOME"]
+    monkeypatch.setattr("sys.argv", ["recipes", "launch", "tiny.yaml", *words, "--dry-run"])
+    assert launched(*words, "--dry-run") == 0
+    lines = [line.removeprefix("$ ") for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    assert lines[0].endswith(" --prepare") and "--dry-run" not in lines[0] and len(lines) == 3
+    calls = stand_in("sbatch", 'n=$(grep -c -- "^---" "$(dirname "$0")/sbatch.calls"); echo "$((100 + n))"')
+    subprocess.run(["bash", "-euc", "\n".join(lines[1:])], check=True, timeout=60)
+    pasted = calls.read_text()
+    calls.unlink()
+    assert launched(*words) == 0
+    assert pasted == calls.read_text() and "--dependency=afterok:101" in pasted
+
+
+def test_prepare_with_a_profile_writes_every_stage_that_was_asked_for(launched, tmp_path: Path, capsys) -> None:
+    assert launched("--prepare", "--evals", str(PROJECT / "evals/quickstart/lm_eval.yaml")) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert (folder / "order").read_text().split() == ["train", "eval-quickstart--lm_eval", "report"]
+    assert "conda activate ml" in (folder / "env.sh").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipeError
-from recipes_lib.terminal import at_least, next_step, say, show_command
+from recipes_lib.terminal import at_least, next_step, say
 
 if TYPE_CHECKING:
     from recipes_lib.launching.profile import SiteProfile
@@ -104,6 +104,8 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     assert profile is not None
     _warn(plan, profile, target)
     if args.dry_run:
+        say("# the lines below can be pasted into bash, after this one, which writes what the jobs read:")
+        say(f"$ {typed.replace(' --dry-run', ' --prepare')}")
         _show(plan, profile)
         next_step(f"{typed.replace(' --dry-run', '')}   (submits; --test-only asks Slurm first)")
         return ExitCode.DONE
@@ -137,12 +139,12 @@ def _show(plan: Plan, profile: SiteProfile) -> None:
     """Print the sbatch line of each job and what it runs."""
     from recipes_lib.launching.chain import dry_run
 
-    for argv, job in dry_run(plan, profile):
+    for line, job in dry_run(plan, profile):
         shape = job.shape
         unit = "GPU" if shape.gpus and profile.values.gres else "process"
         arms = f"{len(job.tasks)} arms, each " if job.is_array else ""
         say(f"# {job.label}: {arms}{shape.nodes} node x {shape.processes} {unit}")
-        show_command(argv)
+        say(f"$ {line}")
         for task in job.tasks:
             say(f"    {shlex.join(task.args)}")
             if task.check:

@@ -6,9 +6,16 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.terminal import next_step, say
+
+if TYPE_CHECKING:
+    from recipes_lib.launching.prefetching import Need
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,28 +35,43 @@ def run(args: argparse.Namespace) -> int:
         from recipes_lib.launching.profile import load_profile
 
         load_profile(args.profile).enter()
+    if args.check:
+        os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
     from recipes_lib.launching.prefetching import needs_of
 
     needs = list(dict.fromkeys(need for word in words for need in needs_of(word, overrides)))
-    if not args.check:
-        for need in needs:
-            say(f"{need.kind} {need.name}")
-            need.fetch()
-        command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *words, *overrides, "--check"]
-        code = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}).returncode
-        if code == ExitCode.DONE:
-            next_step(f"recipes launch {words[0]} --profile {args.profile or 'P'}")
-        return code
-    missing = 0
+    if args.check:
+        missing = _failures(needs, lambda need: say(f"here: {need.kind} {need.name}: {need.check()}"))
+        found = f"{len(needs) - missing} of {len(needs)} here, found without a network" if missing else None
+        say(found or f"all {len(needs)} here, without a network")
+        return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
+    missing = _failures(needs, _fetch)
+    if missing:
+        say(f"{len(needs) - missing} of {len(needs)} fetched")
+        return ExitCode.ENVIRONMENT
+    command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *words, *overrides, "--check"]
+    code = subprocess.run(command, env={**os.environ, **OFFLINE}).returncode
+    if code == ExitCode.DONE:
+        next_step(f"recipes launch {words[0]} --profile {args.profile or 'P'}")
+    return code
+
+
+def _fetch(need: Need) -> None:
+    say(f"{need.kind} {need.name}")
+    need.fetch()
+
+
+def _failures(needs: Sequence[Need], action: Callable[[Need], object]) -> int:
+    """Do something with every need, say what fails in a line each, and return how many did."""
+    failures = 0
     for need in needs:
         try:
-            say(f"here: {need.kind} {need.name}: {need.check()}")
+            action(need)
         except RecipesError as error:
-            missing += 1
+            failures += 1
             print_error(error)
         except Exception as error:  # datasets and lm-eval have exceptions of their own
-            missing += 1
+            failures += 1
             lines = str(error).strip().splitlines() or [type(error).__name__]
             print_error(RecipesError(f"missing: {need.kind} {need.name}: {lines[0]}", "where there is a network: recipes prefetch"))
-    say(f"{len(needs) - missing} of {len(needs)} here, found without a network" if missing else f"all {len(needs)} here, without a network")
-    return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
+    return failures

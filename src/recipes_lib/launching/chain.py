@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 
 from recipes_lib.errors import RecipeError, RecipeErrors, RecipesError
@@ -52,11 +54,14 @@ def dependencies_of(job: Job, ids: Mapping[str, str]) -> list[str]:
     return [*(["afterok:" + ":".join(ok)] if ok else []), *(["afterany:" + ":".join(ended)] if ended else [])]
 
 
-def dry_run(plan: Plan, profile: SiteProfile) -> Iterator[tuple[list[str], Job]]:
-    """Yield the exact sbatch line of each job; where a line needs the id of an earlier job, `<label>` stands for it."""
-    ids = {job.label: f"<{job.label}>" for job in plan.jobs}
+def dry_run(plan: Plan, profile: SiteProfile) -> Iterator[tuple[str, Job]]:
+    """Yield the exact sbatch line of each job, as bash takes it: a variable keeps the job's id for the lines of those that wait for it."""
+    names = {job.label: re.sub(r"\W", "_", job.label) for job in plan.jobs}
+    ids = {label: f"${{{name}}}" for label, name in names.items()}
     for job in plan.jobs:
-        yield sbatch_argv(job, plan.folder, profile, dependencies_of(job, ids)), job
+        words = sbatch_argv(job, plan.folder, profile, dependencies_of(job, ids))
+        line = " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in words)
+        yield f"{names[job.label]}=$({line})", job
 
 
 def test_chain(plan: Plan, profile: SiteProfile) -> Iterator[tuple[Job, str]]:

@@ -32,8 +32,8 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
     study = study_file(target)
     if study is not None:
         return _plan_study(study, overrides, profile, args, flags, stages)
-    if args.prepare and args.stages is None:
-        stages = ("train",)
+    if args.prepare and args.stages is None and profile is None:
+        stages = ("train",)  # what plain `sbatch launch/job.sbatch RECIPE` does
     recipe = load_recipe(target, overrides)
     launch = plan_launch(recipe.launch, args.accelerate, args.gpus, args.nodes)
     accumulation_steps(recipe, launch.world_size)
@@ -51,24 +51,15 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
 
 
 def planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None) -> int | None:
-    """Return the time limit that a plan gives for the site's card; None where no card is named or nothing is known of the model.
-
-    Raises:
-        RecipeError: the profile names a card that nobody knows.
-    """
+    """Return the time limit that a plan gives for the site's card; None where no card is named or nothing is known of the model."""
     card = profile.values.gpu if profile else None
     if card is None or launch.config.use_cpu:
         return None
     from recipes_lib.planning.cards import card_named
     from recipes_lib.planning.plan import plan_launched
 
-    assert profile is not None
     try:
-        known = card_named(card)
-    except RecipeError as error:
-        raise profile.error("gpu", error.what, *error.hints) from None
-    try:
-        return plan_launched(recipe, launch, known).walltime
+        return plan_launched(recipe, launch, card_named(card)).walltime
     except RecipesError:
         return None
 

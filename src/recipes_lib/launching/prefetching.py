@@ -71,12 +71,19 @@ def _of_eval(recipe: EvalRecipe) -> Iterator[Need]:
         yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
         return
 
-    def questions() -> str:
+    def fetch() -> str:
         from recipes_lib.suites.questions import load_questions
 
         return f"{len(load_questions(recipe).questions)} questions"
 
-    yield Need("questions", str(recipe.data.questions), questions, questions)
+    def check() -> str:
+        from recipes_lib.suites.questions import PACKAGE, packaged_questions
+
+        if PACKAGE in (recipe.data.questions, recipe.data.references) and packaged_questions() is None:
+            raise EnvironmentFault(f"{PACKAGE} is not on this machine", "where there is a network: recipes prefetch")
+        return fetch()
+
+    yield Need("questions", str(recipe.data.questions), fetch, check)
 
 
 def judge_model(recipe: EvalRecipe) -> list[ModelSection]:
@@ -102,7 +109,7 @@ def fetch_model(section: ModelSection) -> None:
     """Fetch a model's files into the cache, saying how much it is.
 
     Raises:
-        EnvironmentFault: gated, no such revision, or no network.
+        EnvironmentFault: gated, no such revision, no such folder, or no network.
     """
     from recipes_lib.training.model import explain_load_failure
     from recipes_lib.training.packaged_models import is_packaged, materialise
@@ -111,7 +118,7 @@ def fetch_model(section: ModelSection) -> None:
     if is_packaged(name):
         materialise(name)
         return
-    if Path(name).is_dir():
+    if _is_folder(name):
         return
     if offline_by_environment() or not hub_answers():
         raise explain_load_failure(section, OSError("offline"))
@@ -138,7 +145,7 @@ def check_model(section: ModelSection) -> str:
     name = section.name_or_path
     if is_packaged(name):
         folder = packaged_folder(name)
-    elif Path(name).is_dir():
+    elif _is_folder(name):
         folder = Path(name)
     else:
         from huggingface_hub import try_to_load_from_cache
@@ -159,6 +166,19 @@ def check_model(section: ModelSection) -> str:
         raise EnvironmentFault(f"'{name}' has no tokenizer files in {folder}", "fetch it again: recipes prefetch")
     size = sum(shard.stat().st_size for shard in shards)
     return f"{len(shards)} weight file{'s' * (len(shards) != 1)}, {size / 2**30:.2f} GiB, whole"
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a model's name is a folder of this machine, and no Hub id.
+
+    Raises:
+        EnvironmentFault: it reads like a folder, and there is none.
+    """
+    if Path(name).is_dir():
+        return True
+    if name.startswith(("/", "./", "../", "~")):
+        raise EnvironmentFault(f"there is no model folder '{name}'", "correct model.name_or_path, or copy the model there")
+    return False
 
 
 def missing_models(sections: Iterable[ModelSection]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.launching.sections import STAGES, DirectoriesSection, EnvironmentSection, Profile
+from recipes_lib.planning.cards import CARDS, card_named
 from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import project_root
@@ -25,23 +26,25 @@ if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+))?(?::(?P<seconds>\d+))?|(?P<plain>\d+(?::\d+){0,2}))\Z")
+_WORD = re.compile(r"[^\s-]\S*\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # Flags of sbatch that the project sets itself; a second one would win or contradict.
 _OURS = {
     *("--parsable", "--test-only", "--wrap", "--array", "--dependency", "--kill-on-invalid-dep", "--output", "--error", "--open-mode"),
     *("--job-name", "--nodes", "--ntasks", "--ntasks-per-node", "--signal", "--requeue", "--no-requeue", "--chdir", "--hold"),
+    *("--gpus-per-task", "--ntasks-per-gpu", "--ntasks-per-core", "--ntasks-per-socket"),
 }
 _KEYS_FOR = {"--partition": "partition", "--time": "time", "--gres": "gres", "--account": "account", "--qos": "qos"}
-_KEYS_FOR |= {"--cpus-per-task": "cpus_per_gpu", "--mem": "memory_gib_per_gpu", "--gpus-per-node": "gres"}
-_SHORT_FLAGS = {
-    "-p": "--partition",
-    "-t": "--time",
-    "-A": "--account",
-    "-q": "--qos",
-    "-o": "--output",
-    "-N": "--nodes",
-    "-d": "--dependency",
-}
+_KEYS_FOR |= {"--cpus-per-task": "cpus_per_gpu", "--cpus-per-gpu": "cpus_per_gpu", "--gpus-per-node": "gres", "--gpus": "gres"}
+_KEYS_FOR |= dict.fromkeys(("--mem", "--mem-per-cpu", "--mem-per-gpu"), "memory_gib_per_gpu")
+_SHORT_FLAGS = dict(
+    zip("ptAqcGNnoeaJdDH", (
+        *("--partition", "--time", "--account", "--qos", "--cpus-per-task", "--gpus", "--nodes", "--ntasks", "--output", "--error"),
+        *("--array", "--job-name", "--dependency", "--chdir", "--hold"),
+    ), strict=True)
+)  # fmt: skip
+# The placeholders a folder may hold: one that stayed as it is would become a folder of that name.
+_PLACEHOLDERS = {"temporary": ("{user}", "{job}")}
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,11 @@ def _translate(document: Document, error: ValidationError) -> Iterator[tuple[Key
             yield (*path, key), document.error((*path, key), f"unknown key '{prefix}{key}'", *near, f"keys of {where}: {', '.join(known)}")
     elif error.validator == "required":
         for key in (key for key in error.validator_value if key not in error.instance):
-            what = f"{key} is missing: {error.schema['properties'][key]['description'][0].lower()}"
-            what += error.schema["properties"][key]["description"][1:]
-            yield (*path, key), document.error((*path, key), what)
+            help = error.schema["properties"][key]["description"]
+            yield (
+                (*path, key),
+                document.error((*path, key), f"{key} is missing: {help if help[1].isupper() else help[0].lower() + help[1:]}"),
+            )
     elif error.validator == "anyOf" and isinstance(error.instance, dict):
         for inner in (inner for inner in error.context or () if inner.schema_path[0] == 1):
             yield from _translate(document, inner)
@@ -205,6 +210,14 @@ def _combinations(document: Document) -> Iterator[tuple[KeyPath, RecipeError]]:
     gres = values["gres"]
     if gres is not None and "{gpus}" not in gres:
         yield ("gres",), document.error(("gres",), f"gres must contain {{gpus}}, their number: got {gres}", "for example gpu:{gpus}")
+    for path, word in (
+        (("gres",), gres),
+        (("account",), values.get("account")),
+        (("qos",), values.get("qos")),
+        *_per_stage(values, "partition"),
+    ):
+        if word is not None and not _WORD.match(word):
+            yield path, document.error(path, f"{_dotted(path)} must be one word that is no flag, got {shown(word)}")
     for key in ("partition", "time"):
         for stage in STAGES if isinstance(values[key], dict) else ():
             if stage not in values[key]:
@@ -224,6 +237,15 @@ def _combinations(document: Document) -> Iterator[tuple[KeyPath, RecipeError]]:
     environment = values["environment"]
     if environment.get("conda") and environment.get("venv"):
         yield ("environment", "venv"), document.error(("environment", "venv"), "environment has both conda and venv; keep one")
+    try:
+        card_named(values.get("gpu") or CARDS[0].name)
+    except RecipeError as error:
+        yield ("gpu",), document.error(("gpu",), error.what.removeprefix("--"), *error.hints)
+    for key, folder in values.get("directories", {}).items():
+        known = _PLACEHOLDERS.get(key, ("{user}",))
+        for word in set(re.findall(r"\{[^}]*\}", folder or "")) - set(known):
+            what = f"directories.{key}: {word} is not filled in"
+            yield ("directories", key), document.error(("directories", key), what, f"what is: {', '.join(known)}")
     for name in values.get("variables", {}):
         if not _VARIABLE.match(name):
             yield ("variables", name), document.error(("variables", name), f"'{name}' is no name of an environment variable")
@@ -235,7 +257,7 @@ def _extra_flags(document: Document, flags: list[str]) -> Iterator[tuple[KeyPath
     for index, word in enumerate(flags):
         path: KeyPath = ("extra_sbatch", index)
         flag = word.partition("=")[0]
-        flag = _SHORT_FLAGS.get(flag[:2], flag)
+        flag = _SHORT_FLAGS.get(flag[1:2], flag)
         if not word.startswith("-"):
             hint = "a flag with a value is one word: --constraint=h100"
             yield path, document.error(path, f"extra_sbatch: '{word}' is no flag of sbatch", hint)

