@@ -8,6 +8,7 @@ from tests.generation.faulty_server import MODEL, FaultyServer
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.judges import judge_ids, opened
 from recipes_lib.generation.next_token import verdict_tokens
+from recipes_lib.generation.openai_engine import ServerUnreachable
 from recipes_lib.judging.judge import Item, build_requests, judge_items
 from recipes_lib.judging.store import JudgmentStore
 
@@ -107,6 +108,16 @@ def test_verdicts_that_share_their_first_token_are_refused():
 
     with pytest.raises(EnvironmentFault, match="apart by one token"):
         verdict_tokens(Letters(), "[R]", ("4", "45", "5"))
+
+
+def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_for_it(judge_file, tmp_path, monkeypatch):
+    with FaultyServer(answer="Both fine. [RESULT] A") as server:
+        monkeypatch.setenv("RECIPES_JUDGE_URL", server.url)
+        with opened(judge_file(engine="openai", model=MODEL, base_url="http://localhost:1/v1")) as judge:
+            assert judge_items(PAIRS, judge.judge, JudgmentStore(tmp_path / "a.jsonl"), judge.plan("relative")).asked == 6
+        elsewhere = judge_file(engine="openai", model=MODEL, base_url="http://judge.invalid/v1", max_retries=0)
+        with opened(elsewhere) as judge, pytest.raises(ServerUnreachable, match=r"judge\.invalid"):
+            judge_items(PAIRS, judge.judge, JudgmentStore(tmp_path / "b.jsonl"), judge.plan("relative"))
 
 
 @pytest.mark.parametrize("style", ["chat", "prometheus"])

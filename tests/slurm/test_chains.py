@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -80,29 +81,102 @@ def test_an_arm_that_fails_stops_its_evaluation_and_the_report_and_no_other_arm(
     assert {states[name]["state"] for name in ("eval-r8", "eval-judge", "report")} == {"CANCELLED"}
 
 
-def test_an_evaluation_that_is_asked_to_stop_is_ended_queued_again_and_continues(cluster) -> None:
-    folder = cluster.work / "stages"
+@pytest.fixture
+def stage(cluster, request):
+    """Writes a stage eval, whose command runs until its second try, and the words that submit it."""
+    folder = cluster.work / request.node.name[:40]
     folder.mkdir()
     (folder / "env.sh").write_text("MAX_REQUEUES=3\n")
     (folder / "eval.processes").write_text("1 NO\n")
     (folder / "eval.args").write_text(f"bash\n-c\necho began >> {folder}/began; [ $(wc -l < {folder}/began) -gt 1 ] || sleep 100\n")
-    words = [
-        "--parsable",
-        "-t",
-        "5",
-        "--signal=B:USR2@60",
-        "-o",
-        f"{folder}/eval.log",
-        str(PROJECT / "launch" / "job.sbatch"),
-        str(folder),
-        "eval",
-    ]
+    script = str(PROJECT / "launch" / "job.sbatch")
+    words = ("--parsable", "-t", "5", "--signal=B:USR2@60", "-o", f"{folder}/eval.log", script, str(folder), "eval")
+    return folder, words
+
+
+def test_an_evaluation_that_is_asked_to_stop_is_ended_queued_again_and_continues(cluster, stage) -> None:
+    folder, words = stage
     job = cluster.call("sbatch", *words).stdout.strip()
     cluster.wait_for((folder / "began").is_file, "the first try")
     cluster.call("scancel", "--batch", "--signal=USR2", job)
     cluster.over([job], lambda: (folder / "eval.log").read_text())
     assert (folder / "began").read_text() == "began\nbegan\n", (folder / "eval.log").read_text()
     assert (folder / "eval.exit_code").read_text() == "0\n"
+
+
+def test_a_preempted_evaluation_is_queued_again_and_what_waits_for_it_keeps_waiting(cluster, stage) -> None:
+    folder, words = stage
+    job = cluster.call("sbatch", "-p", "debug", *words).stdout.strip()
+    after = cluster.call("sbatch", "--parsable", f"-d=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap", f"touch {folder}/after").stdout
+    cluster.wait_for((folder / "began").is_file, "the first try")
+    cluster.call("sbatch", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 1")
+    cluster.over([job, after.strip()], lambda: (folder / "eval.log").read_text())
+    assert (folder / "began").read_text() == "began\nbegan\n", (folder / "eval.log").read_text()
+    assert (folder / "eval.exit_code").read_text() == "0\n" and (folder / "after").exists()
+
+
+def test_a_cancelled_evaluation_is_not_queued_again(cluster, stage) -> None:
+    folder, words = stage
+    job = cluster.call("sbatch", *words).stdout.strip()
+    cluster.wait_for((folder / "began").is_file, "the first try")
+    cluster.call("scancel", job)
+    cluster.over([job], lambda: (folder / "eval.log").read_text())
+    assert (folder / "began").read_text() == "began\n", (folder / "eval.log").read_text()
+    assert "JobState=CANCELLED" in cluster.call("scontrol", "show", "job", job).stdout
+
+
+def test_a_recipe_is_trained_judged_by_a_server_of_the_job_and_reported(cluster, tiny, tiny_model_dir) -> None:
+    write_tiny_study(cluster.work / "served", tiny_model_dir, questions=3)
+    judge = cluster.work / "served" / "judge.yaml"
+    served = {"model": "org/judge", "engine": "openai", "base_url": "http://127.0.0.1:8000/v1", "mode": "generate"}
+    kept = yaml.safe_load(judge.read_text())["judge"]
+    judge.write_text(judge.read_text().partition("\n")[0] + "\n" + yaml.safe_dump({"judge": {**kept, **served}}))
+    vllm = cluster.work / "vllm"
+    vllm.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{PROJECT}/tests/launch/served_judge.py" "$@"\n')
+    vllm.chmod(0o755)
+    profile = cluster.profile("served", vllm=str(vllm))
+    said = cluster.launch(
+        "tiny.yaml", "--profile", str(profile), "--evals", "served/alpaca_eval.yaml", "run.name=judged", "train.max_steps=2"
+    )
+    assert "warning: org/judge is not on this machine" in said
+    states = cluster.ended("judged")
+    logs = {label: cluster.log("judged", label) for label in states}
+    assert {label: state["state"] for label, state in states.items()} == dict.fromkeys(states, "COMPLETED"), logs
+    name = next(label for label in states if label.startswith("eval-"))
+    assert "judge: answers after" in logs[name]
+    assert "serve org/judge" in cluster.recipes("launch", "logs", "judged", "--stage", name).stdout
+    assert (cluster.runs / "judged" / "report.html").is_file()
+
+
+def test_the_pasted_lines_of_a_dry_run_are_the_chain(cluster, tiny) -> None:
+    words = ("tiny.yaml", "--profile", str(cluster.profile("paste")), "--stages", "train,report", "run.name=pasted", "train.max_steps=2")
+    lines = [line[2:] for line in cluster.launch(*words, "--dry-run").splitlines() if line.startswith("$ ")]
+    assert lines[0].startswith("recipes launch") and not (cluster.runs / "pasted").exists()
+    lines[0] = lines[0].replace("recipes", f"{sys.executable} -m recipes_lib.cli", 1)
+    done = cluster.call("bash", "-euc", "\n".join([*lines, "echo $train $report"]))
+    assert done.returncode == 0, done.stderr
+    cluster.over(done.stdout.split()[-2:], lambda: cluster.log("pasted"))
+    assert cluster.run_state("pasted")["state"] == "finished", cluster.log("pasted")
+    assert "has no evaluation" in cluster.log("pasted", "report") or "nothing to" in cluster.log("pasted", "report")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SBATCH_EXPORT": "NONE"},
+        {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "100", "SLURM_GPUS_ON_NODE": "3", "SLURM_RESTART_COUNT": "9", "SLURM_NNODES": "2"},
+    ],
+    ids=["a site that exports nothing", "from within another job"],
+)
+def test_what_the_shell_that_submits_holds_does_not_change_the_job(cluster, tiny, variables, monkeypatch) -> None:
+    name = "from-" + "-".join(variables)[:20].lower().replace("_", "-")
+    for key, value in variables.items():
+        monkeypatch.setitem(cluster.environment, key, value)
+    profile = cluster.profile("inside", memory_gib_per_gpu=1, variables={"RECIPES_TEST": "kept"})
+    words = ("--stages", "train", "--accelerate", "ddp_cpu", "--gpus", "2", f"run.name={name}", "train.max_steps=2")
+    cluster.launch("tiny.yaml", "--profile", str(profile), *words)
+    assert cluster.ended(name)["train"]["state"] == "COMPLETED", cluster.log(name)
+    assert "DDP, world size 2" in cluster.log(name) and "try=0" in cluster.log(name)
 
 
 def test_plain_sbatch_trains_a_recipe(cluster, tiny) -> None:

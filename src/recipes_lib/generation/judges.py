@@ -87,7 +87,7 @@ class _ServedJudge:
         section = self.section
         if self._engine is None:
             server = Server(
-                base_url=str(section.base_url),
+                base_url=self.address(),
                 model=section.model,
                 api_key_variable=section.api_key_variable,
                 concurrency=section.concurrency,
@@ -97,6 +97,11 @@ class _ServedJudge:
             )
             self._engine = OpenAIEngine(server, logprobs=section.mode == "logits")
         return _written(self._engine, [(request, self._render(request.prompt, request.key)) for request in requests], section)
+
+    def address(self) -> str:
+        """Return the server's address; one on this machine may have been started for this process alone (launch/with_judge.sh)."""
+        own = os.environ.get("RECIPES_JUDGE_URL") if self.section.served_here else None
+        return own or str(self.section.base_url)
 
     def _render(self, prompt: Prompt, key: str) -> Request:
         lead_in = self.section.lead_in if self.section.mode == "logits" else ""

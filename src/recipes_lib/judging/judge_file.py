@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.judging.prometheus import Rubric, Template, load_rubric, load_template
@@ -74,6 +75,11 @@ class JudgeSection:
     max_reasks: int = _key(2, "How often a malformed verdict is asked again, each time with a recorded seed.")
     max_consecutive_failures: int = _key(20, "Failures in a row after which the evaluation ends (exit 6).")
     weak: str | None = _key(None, "Why this judge's numbers mean little; shown wherever they stand.")
+
+    @property
+    def served_here(self) -> bool:
+        """Whether it is expected behind an address of the machine that evaluates."""
+        return self.engine == "openai" and urlsplit(self.base_url or "").hostname in ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def environment_script(profile: SiteProfile | None) -> str:
             folder = profile.directory(key)
             variables |= {variable: folder} if folder else {}
         variables |= {"HF_HUB_OFFLINE": "1"} if values.offline else {}
+        variables |= {"VLLM": str(Path(values.vllm).expanduser())} if values.vllm else {}
         variables |= values.variables
         lines += [f"export {name}={_quoted(value)}" for name, value in variables.items()]
         lines += ['mkdir -p "$TMPDIR"'] if values.directories.temporary else []

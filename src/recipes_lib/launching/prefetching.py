@@ -87,10 +87,12 @@ def _of_eval(recipe: EvalRecipe) -> Iterator[Need]:
 
 
 def judge_model(recipe: EvalRecipe) -> list[ModelSection]:
-    """Return the judge of an eval as a model, where it runs in the job itself."""
-    if recipe.judge is None or recipe.judge.judge.engine != "transformers":
+    """Return the judge of an eval as a model, where a job needs its weights: by itself, or by the server beside it."""
+    if recipe.judge is None:
         return []
-    return [ModelSection(name_or_path=recipe.judge.judge.model, revision=recipe.judge.judge.revision)]
+    judge = recipe.judge.judge
+    here = judge.engine == "transformers" or (judge.served_here and "/" in judge.model)  # else only a name that a server goes by
+    return [ModelSection(name_or_path=judge.model, revision=judge.revision)] if here else []
 
 
 def _data(source: Source, folders: list[Path]) -> Need:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
 from recipes_lib.launching.jobs import Job, Shape, Task, training_command
+from recipes_lib.launching.judge_server import judges_nobody_starts, with_judge
 from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.sections import STAGES
@@ -89,13 +90,14 @@ def plan_recipe(
         for one in evals:
             command = (python, *CLI, "eval", snapshot.shown(one.path), recipe.name)
             after = ("train",) if "train" in stages else ()
-            jobs.append(Job(f"eval-{one.name}", "eval", (Task((*prefix, *command), what=one.name),), small, after))
+            served = with_judge([one], profile, alone=False)
+            jobs.append(Job(f"eval-{one.name}", "eval", (Task((*served, *prefix, *command), what=one.name),), small, after))
     if "report" in stages:
         page = shown_path(RunDirectory(recipe.name).path / "report.html")
         command = (python, *CLI, "compare", recipe.name, "--html", page)
         last = tuple(job.label for job in jobs if job.stage == "eval") or tuple(job.label for job in jobs)
         jobs.append(Job("report", "report", (Task((*prefix, *command), what="report"),), Shape(uses_gpus=False), last))
-    warnings = []
+    warnings = judges_nobody_starts(evals if "eval" in stages else (), profile)
     if "report" in stages and "eval" not in stages and not any(RunDirectory(recipe.name).path.glob("evals/*/result*.json")):
         if "train" not in stages:
             raise RecipeError(f"run '{recipe.name}' has no evaluation to report", "add the stage: --stages eval,report")

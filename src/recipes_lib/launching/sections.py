@@ -50,6 +50,10 @@ class Profile:
     account: str | None = key("Account the jobs are charged to.")
     qos: str | None = key("Quality of service.")
     gpu: str | None = key("Card for the estimate of the training time, a name of `recipes plan --gpu`.")
+    vllm: str | None = key(
+        "The vllm program, of an environment of its own. A job starts the judge with it that an evaluation expects at 127.0.0.1; "
+        "null: no job does."
+    )
     signal_lead_s: int = key(
         "Seconds before the time limit at which a training is asked to save: more than a step, an evaluation batch and a save.",
         300,

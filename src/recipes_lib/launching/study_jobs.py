@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
 from recipes_lib.launching.jobs import Job, Shape, Task, training_command
+from recipes_lib.launching.judge_server import judges_nobody_starts, with_judge
 from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import CLI, Plan, python_in_job, shape_of
@@ -57,7 +58,8 @@ def plan_study(
     planner.check_order()
     models = [arm.recipe.model for arm in study.arms if arm.trained and arm.recipe]
     models += [judge for one in study.evals for judge in judge_model(one)]
-    return Plan(study.name, tuple(jobs), folder, planner.snapshot, tuple(models))
+    warnings = judges_nobody_starts(study.evals if "eval" in stages else (), profile)
+    return Plan(study.name, tuple(jobs), folder, planner.snapshot, tuple(models), tuple(warnings))
 
 
 class _Planner:
@@ -66,7 +68,7 @@ class _Planner:
     def __init__(
         self, study: Study, folder: LaunchFolder, profile: SiteProfile | None, flags: Sequence[str], seconds: dict[str, int]
     ) -> None:
-        self.study, self.flags, self.seconds = study, flags, seconds
+        self.study, self.profile, self.flags, self.seconds = study, profile, flags, seconds
         *self.prefix, self.python = python_in_job(profile)
         self.snapshot = Snapshot(folder.path / "snapshot")
         self.snapshot.add_study(study)
@@ -111,16 +113,17 @@ class _Planner:
         for step in self._open(ANSWERING):
             words.setdefault(step.name.removeprefix(f"{step.kind}.{step.eval}."), []).append(step.name)
         jobs = [self._steps_job(f"eval-{word}", "eval", names, self.uses_gpus) for word, names in words.items()]
-        return [*jobs, *self.rest("eval-judge", "eval", JUDGING, self.uses_gpus)]
+        served = with_judge(self.study.evals, self.profile, alone=True)
+        return [*jobs, *self.rest("eval-judge", "eval", JUDGING, self.uses_gpus, served)]
 
-    def rest(self, label: str, stage: str, kinds: Iterable[str], uses_gpus: bool) -> list[Job]:
+    def rest(self, label: str, stage: str, kinds: Iterable[str], uses_gpus: bool, before: Sequence[str] = ()) -> list[Job]:
         """Return one job for all steps of some kinds that are not fresh."""
         names = [step.name for step in self._open(kinds)]
-        return [self._steps_job(label, stage, names, uses_gpus)] if names else []
+        return [self._steps_job(label, stage, names, uses_gpus, before)] if names else []
 
-    def _steps_job(self, label: str, stage: str, names: Sequence[str], uses_gpus: bool) -> Job:
+    def _steps_job(self, label: str, stage: str, names: Sequence[str], uses_gpus: bool, before: Sequence[str] = ()) -> Job:
         self.owner |= dict.fromkeys(names, label)
-        task = Task(self._study_command(names), what=label)
+        task = Task((*before, *self._study_command(names)), what=label)
         return Job(label, stage, (task,), Shape(uses_gpus=uses_gpus), self._above(names))
 
     def _above(self, names: Sequence[str]) -> tuple[str, ...]:
