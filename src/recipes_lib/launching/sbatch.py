@@ -29,6 +29,7 @@ _REFUSALS: tuple[tuple[str, str, str], ...] = (
     (r"more processors|cpu count|cpus", "cpus_per_gpu", "what nodes have: sinfo -o '%P %c'"),
     (r"unrecognized option|invalid option|unknown option", "extra_sbatch", "its flags: man sbatch"),
 )
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _UNREACHABLE = re.compile(r"contact slurm controller|connect failure|communication connection|configuration source|timed out", re.I)
 
 
@@ -74,7 +75,10 @@ def run_slurm(argv: Sequence[str], timeout_s: float = TIMEOUT_S) -> subprocess.C
     Raises:
         EnvironmentFault: it is not installed here, or gives no answer.
     """
-    environment = {**os.environ, "LC_ALL": "C"}
+    # Within a job, say on an interactive node, the shell holds that job's variables, and sbatch would hand them on to the new one.
+    inside = "SLURM_JOB_ID" in os.environ
+    kept = {name: value for name, value in os.environ.items() if not (inside and name.startswith("SLURM_")) or name in _OF_THE_SITE}
+    environment = {**kept, "LC_ALL": "C"}
     try:
         return subprocess.run(list(argv), capture_output=True, text=True, timeout=timeout_s, env=environment, errors="replace")
     except FileNotFoundError:
