@@ -17,6 +17,7 @@ from recipes_lib.launching.profile import load_profile
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.studies.study import load_study
+from recipes_lib.suites.harness import load_tasks
 from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,17 @@ def test_a_copied_eval_finds_its_judge_prompts_and_questions(tmp_path: Path, nam
     if after.judge is not None:
         assert after.judge.template("relative") == before.judge.template("relative") if before.judge else True
         assert after.judge.path.is_relative_to(tmp_path)
+
+
+def test_the_tasks_of_a_copied_eval_are_found_from_where_the_job_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = load_eval(PROJECT / "evals" / "quickstart" / "lm_eval.yaml")
+    snapshot = Snapshot(tmp_path / "copy")
+    snapshot.add_eval(before)
+    snapshot.write()
+    shown = snapshot.shown(before.path)
+    assert not Path(shown).is_absolute()
+    assert load_tasks(load_eval(shown)) == load_tasks(before) == 80
 
 
 def test_a_copied_study_is_the_study(tmp_path: Path) -> None:

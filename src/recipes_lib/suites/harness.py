@@ -164,7 +164,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
     folder = subject.run.path / "evals" / recipe.name
     settings = {name: getattr(suite, name) for name in _PASSED if name != "batch_size"} | suite.options
     cache = folder / "cache" / hash_of(subject.fingerprint, _batch_size(recipe))[:16]
-    with _quiet(), _inside(recipe), subject.using() if subject.using else contextlib.nullcontext():
+    with _quiet(), _inside(recipe) as own, subject.using() if subject.using else contextlib.nullcontext():
         from lm_eval import simple_evaluate
 
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
             found = simple_evaluate(
                 model=model,
                 tasks=list(suite.tasks or []),
-                task_manager=_task_manager(recipe),
+                task_manager=_task_manager(recipe, own),
                 use_cache=str(cache),
                 log_samples=True,
                 **settings,
@@ -268,15 +268,17 @@ def _interval(value: float, error: Any, scores: Sequence[float]) -> dict[str, An
     return {"low": None, "high": None, "interval": None}
 
 
-def _task_manager(recipe: EvalRecipe) -> Any:
+def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
     """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the recipe's suffice.
+
+    Args:
+        own: folder of the recipe's tasks.
 
     Raises:
         RecipeError: a task that does not exist.
     """
     from lm_eval.tasks import TaskManager
 
-    own = _include_path(recipe)
     names = _task_names(own) if own else set()
     wanted = list(recipe.suite.tasks or [])
     manager = TaskManager(include_path=str(own) if own else None, include_defaults=not set(wanted) <= names)
@@ -304,8 +306,8 @@ def load_tasks(recipe: EvalRecipe) -> int:
     def items(found: Mapping[Any, Any]) -> int:
         return sum(items(one) if isinstance(one, Mapping) else len(one.eval_docs) for one in found.values())
 
-    with _inside(recipe), _quiet():
-        return items(get_task_dict(list(recipe.suite.tasks or []), _task_manager(recipe)))
+    with _inside(recipe) as own, _quiet():
+        return items(get_task_dict(list(recipe.suite.tasks or []), _task_manager(recipe, own)))
 
 
 def _include_path(recipe: EvalRecipe) -> Path | None:
@@ -330,16 +332,17 @@ _AnyTag.add_multi_constructor("", lambda loader, suffix, node: None)
 
 
 @contextlib.contextmanager
-def _inside(recipe: EvalRecipe) -> Iterator[None]:
-    """Work in `data.folder` while the tasks load."""
+def _inside(recipe: EvalRecipe) -> Iterator[Path | None]:
+    """Work in `data.folder` while the tasks load; gives the folder of the recipe's own tasks, found from where the user stands."""
+    own = _include_path(recipe)
     if not recipe.data.folder:
-        yield
+        yield own
         return
     folder = recipe.resolve("data.folder", recipe.data.folder)
     if not folder.is_dir():
         raise recipe.error("data.folder", f"data.folder: no such folder: {folder}")
     with contextlib.chdir(folder):
-        yield
+        yield own
 
 
 @contextlib.contextmanager
