@@ -301,13 +301,9 @@ def load_tasks(recipe: EvalRecipe) -> int:
     Raises:
         RecipeError: a task that does not exist.
     """
-    from lm_eval.tasks import get_task_dict
-
-    def items(found: Mapping[Any, Any]) -> int:
-        return sum(items(one) if isinstance(one, Mapping) else len(one.eval_docs) for one in found.values())
-
-    with _inside(recipe) as own, _quiet():
-        return items(get_task_dict(list(recipe.suite.tasks or []), _task_manager(recipe, own)))
+    with _quiet(), _inside(recipe) as own:
+        tasks = _task_manager(recipe, own).load(list(recipe.suite.tasks or []))["tasks"]
+        return sum(len(task.eval_docs) for task in tasks.values())
 
 
 def _include_path(recipe: EvalRecipe) -> Path | None:
