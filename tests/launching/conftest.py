@@ -40,10 +40,11 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
-    def make(name: str, body: str) -> Path:
+    def make(name: str, body: str, ping: str = "UP") -> Path:
         calls = folder / f"{name}.calls"
         path = folder / name
-        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" --- >> "{calls}"\n{body}\n', encoding="utf-8")
+        pinged = f'[ "$1" != ping ] || {{ echo "Slurmctld(primary) at here is {ping}"; exit; }}' if name == "scontrol" else ""
+        path.write_text(f'#!/bin/bash\n{pinged}\nprintf "%s\\n" "$@" --- >> "{calls}"\n{body}\n', encoding="utf-8")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return calls
 

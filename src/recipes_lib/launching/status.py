@@ -66,8 +66,8 @@ class TaskState:
 
     def explanation(self) -> str:
         """Return what the state means."""
-        if self.unheard:
-            return self.reason
+        if self.state == "unknown":
+            return self.reason or "Slurm has forgotten it, and it left no exit code: cancelled or killed"
         if self.state in PENDING:
             return _REASONS.get(self.reason, self.reason)
         if self.state == "RUNNING":
@@ -82,10 +82,12 @@ class TaskState:
 def states_of(folder: LaunchFolder) -> list[TaskState]:
     """Return the state of every task of a submission, in order."""
     states: list[TaskState] = []
-    for job in folder.read_jobs():
+    jobs = folder.read_jobs()
+    up = bool(jobs) and controller_answers()
+    for job in jobs:
         names = job["tasks"] or [""]
         labels = [f"{job['label']}.{index}" for index in range(len(names))] if len(names) > 1 else [job["label"]]
-        known, answered = _from_scontrol(job["id"])
+        known, answered = _from_scontrol(job["id"]) if up else ({}, False)
         known = known or _from_sacct(job["id"])
         for index, (label, what) in enumerate(zip(labels, names, strict=True)):
             found = known.get(index if len(names) > 1 else None) or known.get("waiting")
@@ -105,6 +107,14 @@ def _task(folder: LaunchFolder, label: str, job: str, what: str, found: Mapping[
         return TaskState(label, job, state, what, reason, exit_code=code, source="files")
     values = {**found, "exit_code": code if code is not None else found["exit_code"]}
     return TaskState(label, job, what=what, **values)
+
+
+def controller_answers() -> bool:
+    """Whether Slurm's controller is up: where it is not, `scontrol --json` waits, shows no jobs and exits 0, as for a forgotten job."""
+    try:
+        return re.search(r"\bUP\b", run_slurm(["scontrol", "ping"], timeout_s=30).stdout) is not None
+    except EnvironmentFault:
+        return False
 
 
 def _from_scontrol(job: str) -> tuple[dict[Any, dict[str, Any]], bool]:

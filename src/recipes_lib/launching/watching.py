@@ -42,14 +42,22 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
             error = None if state.active or state.succeeded else folder.first_error(state.label)
             if error:
                 say(f"  {state.label}: {error}")
-    name = folders[-1].name
-    failed = next((state for state in last if not state.active and not state.succeeded), None)
-    running = next((state for state in last if state.active), None)
-    if failed:
-        next_step(f"recipes launch logs {name} --stage {failed.label}")
-    else:
-        next_step(f"recipes launch logs {name}" if running else f"recipes status {name}")
+    _next(folders[-1], last)
     return ExitCode.DONE
+
+
+def _next(folder: LaunchFolder, states: Sequence[TaskState]) -> None:
+    """Name the command that follows: the log of what failed where there is one, else the logs of what runs, else the run."""
+    failed = [state for state in states if not (state.active or state.succeeded or state.unheard)]
+    told = next((state for state in failed if folder.log(state.label).is_file()), None)
+    if told:
+        next_step(f"recipes launch logs {folder.name} --stage {told.label}")
+    elif any(folder.path.glob("*.log")):
+        next_step(f"recipes launch logs {folder.name}" if any(state.active for state in states) else f"recipes status {folder.name}")
+    elif failed:
+        next_step("recipes launch RECIPE|STUDY --profile P   (the same command as before: it continues)")
+    else:
+        next_step(f"recipes launch status {folder.name}")
 
 
 def _row(state: TaskState) -> tuple[str, ...]:
