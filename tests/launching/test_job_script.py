@@ -67,6 +67,7 @@ def test_the_sites_environment_reaches_the_command_and_a_failing_one_is_exit_5(j
     (tmp_path / "env.sh").write_text("module load nothing || return 5\n")
     code, said = job("eval", "true")
     assert code == 5 and "the site's environment failed" in said
+    assert (tmp_path / "eval.exit_code").read_text() == "5\n"
 
 
 def test_the_code_of_a_training_is_the_one_it_left_and_none_is_a_failure(job) -> None:

@@ -156,6 +156,7 @@ def test_what_slurm_does_not_answer_is_neither_cancelled_nor_launched_again(fold
     assert "Slurm gives no answer" in said.err and "nothing was queued" not in said.out and not cancelled.exists()
     with pytest.raises(EnvironmentFault, match="may still be queued"):
         watching.refuse_if_active(folder)
+    folder.log("train.0").write_text("it runs\n")
     assert not asked.exists()  # scontrol would wait 18 s for each job
     assert cli.main(["launch", "status", "study"]) == 0
     said = capsys.readouterr().out

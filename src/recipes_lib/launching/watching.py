@@ -50,7 +50,9 @@ def _next(folder: LaunchFolder, states: Sequence[TaskState]) -> None:
     """Name the command that follows: the log of what failed where there is one, else the logs of what runs, else the run."""
     failed = [state for state in states if not (state.active or state.succeeded or state.unheard)]
     told = next((state for state in failed if folder.log(state.label).is_file()), None)
-    if told:
+    if any(state.unheard for state in states):
+        next_step(f"recipes launch status {folder.name}")
+    elif told:
         next_step(f"recipes launch logs {folder.name} --stage {told.label}")
     elif any(folder.path.glob("*.log")):
         next_step(f"recipes launch logs {folder.name}" if any(state.active for state in states) else f"recipes status {folder.name}")
