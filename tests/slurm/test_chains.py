@@ -107,7 +107,9 @@ def test_an_evaluation_that_is_asked_to_stop_is_ended_queued_again_and_continues
 def test_a_preempted_evaluation_is_queued_again_and_what_waits_for_it_keeps_waiting(cluster, stage) -> None:
     folder, words = stage
     job = cluster.call("sbatch", "-p", "debug", *words).stdout.strip()
-    after = cluster.call("sbatch", "--parsable", f"-d=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap", f"touch {folder}/after").stdout
+    after = cluster.call(
+        "sbatch", "--parsable", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--wrap", f"touch {folder}/after"
+    ).stdout
     cluster.wait_for((folder / "began").is_file, "the first try")
     cluster.call("sbatch", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 1")
     cluster.over([job, after.strip()], lambda: (folder / "eval.log").read_text())
