@@ -126,11 +126,9 @@ def test_usr2_asks_a_training_until_it_listens(job, tmp_path: Path) -> None:
 def test_each_process_takes_its_share_of_the_tasks_cores(job, stand_in, monkeypatch, processes: str, given, threads: str) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     stand_in("scontrol", "echo localhost")
-    asked = stand_in("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
+    stand_in("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     code, said = job("eval", "printenv", "OMP_NUM_THREADS", processes=processes, SLURM_JOB_ID="5", SLURM_JOB_NODELIST="localhost", **given)
     assert code == 0 and f"\n{threads}\n" in said, said
-    cores = [word for word in asked.read_text().splitlines() if word.startswith("--cpus-per-task")]
-    assert cores == ([f"--cpus-per-task={given['SLURM_CPUS_PER_TASK']}"] if "SLURM_CPUS_PER_TASK" in given else [])
 
 
 def test_without_slurm_the_number_of_threads_is_not_touched(job, monkeypatch: pytest.MonkeyPatch) -> None:
