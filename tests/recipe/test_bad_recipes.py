@@ -48,6 +48,8 @@ BAD_LINES = [
     (19, "train", "report_to: wnadb", 8, ["did you mean wandb?"]),
     (19, "train", "report_to: null", 8, ["none", "tensorboard", "got null"]),
     (20, "model", "dtype: bf16", 2, ["use bfloat16"]),
+    (22, "model", "kwargs: {torch_dtype: bfloat16}", 2, ["model.kwargs.torch_dtype", "write model.dtype"]),
+    (22, "model", "kwargs: {device_map: auto}", 2, ["model.kwargs.device_map", "launcher"]),
     (22, "train", "activation_checkpointing_kwargs: {use_reentrnt: true}", 8, ["unknown key", "use_reentrant?"]),
     (24, "run", "name: NO", 10, ["run.name must be text", "warning", 'quote it: "NO"']),
     (24, "run", "notes: 1:30", 10, ["is read as 90", 'quote it: "1:30"']),

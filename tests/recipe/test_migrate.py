@@ -234,3 +234,16 @@ def test_schema_line_points_from_the_recipe_to_the_schema(migrated, tmp_path):
     first = migrated("handbook")[1].splitlines()[0]
     schema = tmp_path / "out" / first.split("$schema=")[1]
     assert schema.resolve() == (project_root() / "schema" / "recipe.schema.json").resolve()
+
+
+def test_what_model_init_kwargs_say_about_precision_and_attention_moves_to_the_model_section(migrated):
+    flat = (
+        "model_name_or_path: a/b\ndataset_name: c/d\nmodel_init_kwargs: {torch_dtype: bf16, attn_implementation: sdpa, use_cache: false}\n"
+    )
+    values, _, printed = migrated(flat)
+    assert values["model"] == {
+        "name_or_path": "a/b", "dtype": "bfloat16", "attn_implementation": "sdpa", "kwargs": {"use_cache": False},
+    }  # fmt: skip
+    assert "from model_init_kwargs.torch_dtype" in printed
+    values, _, _ = migrated(flat.replace("model_init_kwargs", "dtype: float32\nmodel_init_kwargs").replace(", use_cache: false", ""))
+    assert values["model"] == {"name_or_path": "a/b", "dtype": "float32", "attn_implementation": "sdpa"}

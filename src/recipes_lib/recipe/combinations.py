@@ -8,6 +8,7 @@ from typing import Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.accelerate_config import accelerate_config_path, load_accelerate_config
+from recipes_lib.recipe.constraints import NOT_IN_MODEL_KWARGS
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.yaml_source import KeyPath
@@ -95,6 +96,13 @@ def _attention(sections: dict[str, Any], _: Document) -> Iterator[Any]:
         yield ("model", "attn_implementation"), what, "set model.dtype: bfloat16, or attn_implementation: sdpa"
 
 
+def _model_kwargs(sections: dict[str, Any], _: Document) -> Iterator[Any]:
+    kwargs = sections.get("model", {}).get("kwargs")
+    for key in kwargs if isinstance(kwargs, dict) else ():
+        if key in NOT_IN_MODEL_KWARGS:
+            yield ("model", "kwargs", key), f"model.kwargs.{key} cannot be set there", NOT_IN_MODEL_KWARGS[key]
+
+
 def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
     launch = sections.get("launch", {})
     name = launch.get("accelerate", LaunchSection.accelerate if document.kind.name == "recipe" else None)
@@ -110,7 +118,7 @@ def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
         yield ("launch", "accelerate"), error.what, *error.hints
 
 
-_RULES: tuple[_Rule, ...] = (_precision, _quantization, _target_modules, _evaluation, _attention, _launch)
+_RULES: tuple[_Rule, ...] = (_precision, _quantization, _target_modules, _evaluation, _attention, _model_kwargs, _launch)
 
 
 def _warnings(sections: dict[str, Any]) -> Iterator[Any]:

@@ -93,6 +93,15 @@ TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# Arguments of `from_pretrained` that are not for model.kwargs -> where they are said instead.
+NOT_IN_MODEL_KWARGS: dict[str, str] = {
+    **{key: f"write model.{key}" for key in ("dtype", "attn_implementation", "trust_remote_code", "revision")},
+    "torch_dtype": "write model.dtype",
+    "quantization_config": "write a quantization section",
+    "device_map": "the launcher decides where the model lies",
+    "use_safetensors": "safetensors are always read",
+}
+
 _LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
 _ADAPTER_RECORD = "PEFT writes it into the saved adapter by itself"
 

@@ -191,6 +191,25 @@ def _mixture(migration: Migration, entry: Entry) -> None:
         migration.leave(entry, "these parts have no place in data.source", *lost)
 
 
+def _model_kwargs(migration: Migration, entry: Entry) -> None:
+    """What has a key of its own in the model section moves there, unless the file says it elsewhere too."""
+    kwargs = entry.value if isinstance(entry.value, dict) else {}
+    moves = {**rules.MOVES, "revision": "model.revision"}
+    own = {key: moves[key] for key in kwargs if moves.get(key, "").startswith("model.")}
+    said_elsewhere = {rules.MOVES.get(key) for key in migration.entries}
+    for key, dotted in own.items():
+        if dotted not in said_elsewhere:
+            value = kwargs[key]
+            migration.add(dotted, rules.dtype_name(value) if dotted == "model.dtype" else value, f"from {entry.key}.{key}")
+    rest = {key: value for key, value in kwargs.items() if key not in own}
+    if not own:
+        migration.move(entry, "model.kwargs")
+    elif rest:
+        migration.move(entry, "model.kwargs", rest)
+    else:
+        migration.drop(entry, "its keys stand in the model section")
+
+
 def _output_dir(migration: Migration, entry: Entry) -> None:
     """The folder's name becomes the run's name, unless the run has one."""
     if migration.value("run_name"):
@@ -279,6 +298,7 @@ _SPECIAL: dict[str, Callable[[Migration, Entry], None]] = {
     "dataset_mixer": _mixture,
     "dataset_mixture": _mixture,
     "datasets": _mixture,
+    "model_init_kwargs": _model_kwargs,
     "output_dir": _output_dir,
     "run_name": _run_name,
     "warmup_ratio": _warmup_ratio,
