@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -46,25 +45,6 @@ def test_absolute_prompt_has_the_five_scores_and_the_reference_of_score_five() -
 
 def test_without_a_reference_its_section_and_its_mention_are_gone() -> None:
     assert "eference" not in _relative("Paris", "Lyon").user
-
-
-def test_all_but_the_fence_is_the_published_wording_to_the_character() -> None:
-    """The hashes are of the format on the judge's model card, with C, S, I, R and REF in its fields."""
-
-    def published(template, answers, reference=None) -> str:
-        user = build_prompt(template, RUBRIC, "I", answers, reference, code="c0de").user
-        bare = "\n".join(line for line in user.split("\n") if "c0de" not in line)
-        return _sha(bare.replace(RUBRIC.criterion, "C").replace("\n".join(RUBRIC.scores), "S"))
-
-    assert (_sha(ABSOLUTE.system), _sha(RELATIVE.system)) == ("526b5b77a2d7eeaf", "2d7f53af02b6a37c")
-    assert published(ABSOLUTE, ["R"], "REF") == "396d4e5529438015"
-    assert published(ABSOLUTE, ["R"]) == "81c7f4c05f3d0412"
-    assert published(RELATIVE, ["R1", "R2"], "REF") == "7a6f0f7bcb6f1b6b"
-    assert published(RELATIVE, ["R1", "R2"]) == "59dda8a840e75525"
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_chat_format_is_the_judge_models() -> None:

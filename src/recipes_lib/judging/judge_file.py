@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.judging.prometheus import Rubric, Template, load_rubric, load_template
+from recipes_lib.judging.published_prompts import PACKAGE, published_template
 from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.yaml_source import YamlSource, read_yaml
@@ -53,8 +54,8 @@ class JudgeSection:
     mode: Literal["generate", "logits"] = _key(
         "generate", "Read the verdict from the text, or from the next-token probabilities of the allowed verdicts."
     )
-    relative_prompt: str = _key("../prompts/prometheus-relative.txt", "Prompt file of the comparison.")
-    absolute_prompt: str = _key("../prompts/prometheus-absolute.txt", "Prompt file of the 1-5 grading.")
+    relative_prompt: str = _key("../prompts/prometheus-relative.txt", "Prompt file of the comparison, or package:prometheus-eval.")
+    absolute_prompt: str = _key("../prompts/prometheus-absolute.txt", "Prompt file of the 1-5 grading, or package:prometheus-eval.")
     rubric: str = _key("../rubrics/helpfulness.txt", "Rubric file.")
     reference_rubric: str = _key(
         "../rubrics/correctness.txt",
@@ -91,9 +92,9 @@ class JudgeFile:
     thresholds: Thresholds
 
     def template(self, kind: str) -> Template:
-        """Return the prompt of a kind ("relative" or "absolute")."""
+        """Return the prompt of a kind ("relative" or "absolute"); the published wording is fetched on first use."""
         name = self.judge.relative_prompt if kind == "relative" else self.judge.absolute_prompt
-        return load_template(self.path.parent / name)
+        return published_template(kind) if name == PACKAGE else load_template(self.path.parent / name)
 
     def rubric(self, reference: bool = False) -> Rubric:
         """Return the rubric, or the one for questions with a reference answer."""

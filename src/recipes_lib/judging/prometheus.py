@@ -1,13 +1,13 @@
 """The prompts of the Prometheus 2 judge formats: absolute grading (1-5) and relative comparison (A/B).
 
-The wording - system line, task description, headings and their order, output line, closing `###Feedback:` - is the fixed part of the
-format that the published judge models were trained on: a paraphrase would still be answered, and its verdicts would be another
-judge's. It is in text files under evals/prompts/, the rubrics under evals/rubrics/, so that another judge can have other files. One
-thing is added: an answer cannot speak to the judge, for it stands between two lines with a code that it cannot know, and strings
-that mean something to the judge or to its parser are rewritten in it and reported.
+The format's facts - the order and the headings of the sections, the criterion in brackets, the `Score n:` lines, the output line
+with `[RESULT]`, the closing `###Feedback:` - are those the published judge models were trained on; the wording is in text files
+under evals/prompts/ and the rubrics under evals/rubrics/, so that another judge can have other files. An answer cannot speak to
+the judge: it stands between two lines with a code that it cannot know, and strings that mean something to the judge or to its
+parser are rewritten in it and reported.
 
-Source: Kim et al. (2024), "Prometheus 2: An Open Source Language Model Specialized in Evaluating Other Language Models"; the prompt
-format on the model card of prometheus-eval/prometheus-7b-v2.0; the chat format is FastChat's for Mistral, which the card names.
+Source: Kim et al. (2024), "Prometheus 2: An Open Source Language Model Specialized in Evaluating Other Language Models", and the
+format section of the model card of prometheus-eval/prometheus-7b-v2.0.
 """
 
 from __future__ import annotations
@@ -41,10 +41,7 @@ _FIELD = re.compile(r"\{([a-z_0-9]+)\}")
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt file: the system text, the user text with fields, and the two pieces that only a reference answer brings in.
-
-    The first of these may be missing: the relative format has the same task description with and without a reference.
-    """
+    """A prompt file: the system text, the user text with fields, and the two pieces that only a reference answer brings in."""
 
     name: str
     system: str
@@ -97,12 +94,14 @@ def load_template(path: str | Path) -> Template:
         RecipeError: if a part is missing, or the user text has no place for the answers or an unknown field.
     """
     text = _read(path)
-    pieces = re.split(r"^=== ([a-z_]+)\n", text, flags=re.MULTILINE)  # what stands before the first part is a note to the reader
-    parts = {"reference_mention": ""} | dict(zip(pieces[1::2], pieces[2::2], strict=True))
-    if missing := [name for name in ("system", "user", "reference_section") if name not in parts]:
+    names = ("system", "user", "reference_mention", "reference_section")
+    pieces = re.split(r"^=== ([a-z_]+)\n", text, flags=re.MULTILINE)
+    parts = dict(zip(pieces[1::2], pieces[2::2], strict=True))
+    if missing := [name for name in names if name not in parts]:
         raise RecipeError(f"prompt file without a part '=== {missing[0]}'", file=path)
-    system, user, mention = (parts[name].removesuffix("\n") for name in ("system", "user", "reference_mention"))
-    template = Template(Path(path).stem, system, user, mention, parts["reference_section"])
+    template = Template(
+        Path(path).stem, *(parts[name].removesuffix("\n") if name != "reference_section" else parts[name] for name in names)
+    )
     known = {"nonce", "instruction", "answer_1", "answer_2", "criterion", "scores", "reference_mention", "reference_section"}
     fields = set(_FIELD.findall(template.user))
     if unknown := sorted(fields - known):

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from recipes_lib.data.sources import Source, hub_answers, listed_sources, load_tables, offline_by_environment
 from recipes_lib.errors import EnvironmentFault
+from recipes_lib.judging.published_prompts import PACKAGE as PROMPTS
+from recipes_lib.judging.published_prompts import package_is_here as prompts_are_here
+from recipes_lib.judging.published_prompts import published_template
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.model_files import TOKENIZER_FILES
 from recipes_lib.recipe.project import recipe_path
@@ -61,6 +64,12 @@ def _of_recipe(recipe: Recipe) -> Iterator[Need]:
 def _of_eval(recipe: EvalRecipe) -> Iterator[Need]:
     if judge_model(recipe):
         yield _model(judge_model(recipe)[0], "judge")
+    if recipe.judge is not None and PROMPTS in (recipe.judge.judge.relative_prompt, recipe.judge.judge.absolute_prompt):
+
+        def prompts() -> str:
+            return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
+
+        yield Need("prompts", PROMPTS, prompts, lambda: _already(PROMPTS, prompts_are_here(), prompts))
     if recipe.suite.name == "lm_eval":
 
         def tasks() -> str:
@@ -71,19 +80,25 @@ def _of_eval(recipe: EvalRecipe) -> Iterator[Need]:
         yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
         return
 
-    def fetch() -> str:
+    def questions() -> str:
         from recipes_lib.suites.questions import load_questions
 
         return f"{len(load_questions(recipe).questions)} questions"
 
     def check() -> str:
-        from recipes_lib.suites.questions import PACKAGE, packaged_questions
+        from recipes_lib.suites.questions import PACKAGE, package_is_here
 
-        if PACKAGE in (recipe.data.questions, recipe.data.references) and packaged_questions() is None:
-            raise EnvironmentFault(f"{PACKAGE} is not on this machine", "where there is a network: recipes prefetch")
-        return fetch()
+        packaged = PACKAGE in (recipe.data.questions, recipe.data.references)
+        return _already(PACKAGE, not packaged or package_is_here(), questions)
 
-    yield Need("questions", str(recipe.data.questions), fetch, check)
+    yield Need("questions", str(recipe.data.questions), questions, check)
+
+
+def _already(name: str, here: bool, look: Callable[[], str]) -> str:
+    """Look at what a wheel brought; a check does not fetch it."""
+    if not here:
+        raise EnvironmentFault(f"{name} is not on this machine", "where there is a network: recipes prefetch")
+    return look()
 
 
 def judge_model(recipe: EvalRecipe) -> list[ModelSection]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import RecipesError
+from recipes_lib.judging.published_prompts import PACKAGE, REQUIREMENT
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.runs.resume_guard import flatten, guarded_values
@@ -196,7 +197,9 @@ def judgment_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     values = {f"judge.{key}": value for key, value in dataclasses.asdict(judge).items() if key not in _ONLY_SPEED}
     values |= flatten({"thresholds": dataclasses.asdict(recipe.judge.thresholds), "metrics": dataclasses.asdict(recipe.metrics)})
     for key in ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric"):
-        values[f"{CONTENT}judge {key.replace('_', ' ')}"] = content_of(recipe.judge.path.parent / getattr(judge, key))
+        name = getattr(judge, key)
+        content = REQUIREMENT if name == PACKAGE else content_of(recipe.judge.path.parent / name)
+        values[f"{CONTENT}judge {key.replace('_', ' ')}"] = content
     return {**values, **_question_files(recipe, "references")}
 
 

