@@ -19,11 +19,11 @@ JUDGE = Path(__file__).resolve().parents[2] / "evals/judges/prometheus-7b-v2.yam
 RUBRIC = Rubric("made-up", "Is it right?", tuple(f"Score {score}: ..." for score in range(1, 6)))
 # The package's shape with other words.
 POINTS = "1. One.\n2. Two.\n3. Three [RESULT] four\n4. Four.\n\n"
-PAIR = "###Response A:\n{response_A}\n\n###Response B:\n{response_B}\n\n"
+PAIR = "{instruction}\n\n###Response A:\n{response_A}\n\n###Response B:\n{response_B}\n\n"
 CONSTANTS = {
     "REL_SYSTEM_PROMPT": "Compare.",
     "ABS_SYSTEM_PROMPT": "Grade.",
-    "RELATIVE_PROMPT": f"A task, a thing to evaluate, a reference answer, and more.\n{POINTS}{{instruction}}\n\n{PAIR}"
+    "RELATIVE_PROMPT": f"A task, a thing to evaluate, a reference answer, and more.\n{POINTS}{PAIR}"
     "###Reference Answer:\n{reference_answer}\n\n###Score Rubric:\n{rubric}\n\n###Feedback: ",
     "RELATIVE_PROMPT_WO_REF": f"A task, a thing to evaluate, and more.\n{POINTS}{PAIR}###Score Rubric:\n{{rubric}}\n\n###Feedback: ",
     "ABSOLUTE_PROMPT": f"A task, a thing to evaluate, a reference answer worth a 5, and more.\n{POINTS}{{response}}\n\n"
