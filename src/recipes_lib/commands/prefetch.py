@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.recipe.loader import load_document
 from recipes_lib.terminal import next_step, say
 
 if TYPE_CHECKING:
@@ -52,8 +54,13 @@ def run(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *words, *overrides, "--check"]
     code = subprocess.run(command, env={**os.environ, **OFFLINE}).returncode
     if code == ExitCode.DONE:
-        next_step(f"recipes launch {words[0]} --profile {args.profile or 'P'}")
+        first = next((word for word in words if not _is_eval(word)), None)
+        next_step(f"recipes launch {first} --profile {args.profile or 'P'}" if first else f"recipes eval {' '.join(words)} RUN")
     return code
+
+
+def _is_eval(word: str) -> bool:
+    return Path(word).is_file() and load_document(word).kind.name == "eval"
 
 
 def _fetch(need: Need) -> None:
