@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from conversation_samples import MARKED, TURNS
 
-from recipes_lib.data.examples import Example
+from recipes_lib.data.examples import Example, SettingError
 from recipes_lib.data.supervision import Supervision, encode
 from recipes_lib.errors import DataError
 from recipes_lib.recipe.sections import DataSection
@@ -93,3 +93,10 @@ def test_text_after_a_special_token_inside_a_turn_keeps_its_loss(tiny_tokenizer)
     messages = [TURNS[0], {"role": "assistant", "content": "a <|user|> b"}]
     [item] = encode_chat([conversation(messages)], tiny_tokenizer)
     assert supervised_text(item, tiny_tokenizer) == ["a <|user|> b</s>"]
+
+
+@pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
+def test_a_template_that_is_no_jinja_is_the_template_s_fault_and_not_the_rows(marked, tiny_tokenizer):
+    with pytest.raises(SettingError, match="line 2 of the chat template is not Jinja") as caught:
+        encode_chat([conversation()], tiny_tokenizer, template=marked + "{% for m in messages %}\n{{ m.content }")
+    assert caught.value.key == "data.chat_template"

@@ -78,6 +78,7 @@ BAD_FILES = [
     ),
     (22, GOOD + "train:\n  gradient_checkpointing_kwargs: {use_reentrnt: true}\n", 6, ["was renamed", "unknown key", "use_reentrant?"]),
     (23, GOOD + "lora: {r: 8}\nquantization:\n  load_in_4bit: true\n  load_in_8bit: true\n", 8, ["load_in_4bit", "both true"]),
+    (37, GOOD.replace("rows.jsonl", "[]"), 4, ["data.source must be text or a list that is not empty"]),
     (25, "train:\n\tseed: 1\n", 2, ["a tab cannot indent", "^"]),
     (25, "train:\n   seed: 1\n  bf16: true\n", 3, ["indentation", "^"]),
     (25, 'run:\n  notes: "open\n', 2, ["never closed", "^"]),

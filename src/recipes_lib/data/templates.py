@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from recipes_lib.data.conversations import Message
-from recipes_lib.data.examples import Example, row_errors
+from recipes_lib.data.examples import Example, SettingError, row_errors
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 BATCH_ROWS = 500
@@ -54,6 +55,8 @@ def _by_markers(
             encoded = tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise _not_jinja(error) from None
         except Exception as error:  # a template may raise anything: jinja2 errors, or its own raise_exception
             problems.append((example, _first_line("the chat template refuses the conversation", error)))
             continue
@@ -76,6 +79,8 @@ def _by_prefixes(
         except _NotAPrefix as error:
             problems.append((example, str(error)))
             continue
+        except jinja2.TemplateSyntaxError as error:
+            raise _not_jinja(error) from None
         except Exception as error:  # a template may raise anything: jinja2 errors, or its own raise_exception
             problems.append((example, _first_line("the chat template refuses the conversation", error)))
             continue
@@ -143,6 +148,10 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of all special tokens, those a model adds beside bos, eos, unk and pad included."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if getattr(token, "special", False)}
+
+
+def _not_jinja(error: jinja2.TemplateSyntaxError) -> SettingError:
+    return SettingError("data.chat_template", f"line {error.lineno} of the chat template is not Jinja: {error.message}")
 
 
 def _first_line(what: str, error: Exception) -> str:

@@ -219,6 +219,8 @@ def describe(schema: dict[str, Any]) -> str:
         word = "null" if name == "null" else _TYPES[name]
         if name == "array" and isinstance(schema.get("items"), dict) and schema["items"].get("type") == "string":
             word = "a list of names"
+        if name == "array" and schema.get("minItems"):
+            word += " that is not empty"
         words.append(f"{word} {bounds}" if bounds and name in ("integer", "number") else word)
     if "pattern" in schema:
         return f"text like {schema['pattern']}"
