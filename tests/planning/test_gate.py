@@ -74,7 +74,7 @@ def test_where_it_is_tight_on_a_cpu_it_is_said_and_not_refused(
 
 def test_the_card_that_is_there_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Card("rtx-4090-24gb", "RTX 4090 24GB", 23.5, 165, 1008, 10)
-    monkeypatch.setattr(gate, "cards_here", lambda: (card_named("h100"), small))
+    monkeypatch.setattr(gate, "cards_here", lambda: (small,))
     recipe = load_recipe("llama2-7b-dolly/lora-bf16-r32")
     plan = gate.plan_for_here(recipe, plan_launch(recipe.launch))
     assert plan is not None and plan.card == small
@@ -114,6 +114,8 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     """A function that puts an nvidia-smi with these answers (to the query, and to -L) first in PATH, and returns the cards found."""
     from recipes_lib.planning.cards import cards_here
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
     def answer(query: str, listed: str) -> list[Card]:
         (tmp_path / "query").write_text(query)
         (tmp_path / "listed").write_text(listed)
@@ -129,12 +131,15 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
 
 def test_the_cards_of_this_machine_are_read_from_nvidia_smi(nvidia_smi: Callable[[str, str], list[Card]]) -> None:
-    found = nvidia_smi("NVIDIA H100 80GB HBM3, 81559\nNVIDIA A100-SXM4-40GB, 40960\nQuadro X, 8192\n", "GPU 0: NVIDIA H100 80GB HBM3\n")
+    query = "0, GPU-a, Quadro X, 8192\n1, GPU-b, NVIDIA H100 80GB HBM3, 81559\n2, GPU-c, NVIDIA A100-SXM4-40GB, 40960\n"
+    found = nvidia_smi(query, "GPU 0: Quadro X\nGPU 1: NVIDIA H100 80GB HBM3\n")
     assert [card.name for card in found] == ["h100-80gb", "a100-40gb", "Quadro X"]
     assert found[2].memory_gib == pytest.approx(7.6)
 
 
-def test_a_mig_slice_counts_and_not_the_card_it_is_cut_from(nvidia_smi: Callable[[str, str], list[Card]]) -> None:
+def test_a_mig_slice_counts_and_not_the_card_it_is_cut_from(
+    nvidia_smi: Callable[[str, str], list[Card]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """nvidia-smi's query names the whole card; a plan for its 79 GiB would let a training start that the slice cannot hold."""
     slices = (
         "MIG 3g.40gb     Device  0: (UUID: MIG-1)",
@@ -142,8 +147,28 @@ def test_a_mig_slice_counts_and_not_the_card_it_is_cut_from(nvidia_smi: Callable
         "MIG 7g.80gb     Device  2: (UUID: MIG-3)",
     )
     listed = "\n  ".join(["GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)", *slices]) + "\nGPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-2)\n"
-    found = nvidia_smi("NVIDIA H100 80GB HBM3, [Insufficient Permissions]\nNVIDIA A100-SXM4-80GB, 81920\n", listed)
-    assert [card.name for card in found] == [
-        "h100-mig-3g.40gb", "h100-mig-1g.10gb", "NVIDIA H100 80GB HBM3 MIG 7g.80gb", "a100-80gb",
-    ]  # fmt: skip
-    assert [card.memory_gib for card in found] == [39.2, 9.5, 77.6, 79.2]
+    query = "0, GPU-1, NVIDIA H100 80GB HBM3, [Insufficient Permissions]\n1, GPU-2, NVIDIA A100-SXM4-80GB, 81920\n"
+    found = nvidia_smi(query, listed)
+    assert {card.name: card.memory_gib for card in found} == {
+        "h100-mig-3g.40gb": 39.2, "a100-80gb": 79.2, "h100-mig-1g.10gb": 9.5, "NVIDIA H100 80GB HBM3 MIG 7g.80gb": 77.6,
+    }  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2")
+    assert [card.name for card in nvidia_smi(query, listed)] == ["h100-mig-1g.10gb"]
+
+
+@pytest.mark.parametrize(("visible", "names"), [("0", ["Quadro X"]), ("GPU-b,0", ["h100-80gb", "Quadro X"]), ("", []), ("-1", [])])
+def test_cards_that_the_training_will_not_see_do_not_count(
+    visible: str, names: list[str], nvidia_smi: Callable[[str, str], list[Card]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = nvidia_smi("0, GPU-a, Quadro X, 8192\n1, GPU-b, NVIDIA H100 80GB HBM3, 81559\n", "")
+    assert [card.name for card in found] == names
+
+
+def test_one_process_is_planned_for_the_first_card_and_two_for_the_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small card beside the one that trains refuses nothing."""
+    monkeypatch.setattr(gate, "cards_here", lambda: (card_named("h100"), Card("T400", "T400", 3.6, 100, 600, 10)))
+    recipe = load_recipe("llama2-7b-dolly/lora-bf16-r32")
+    one, two = (gate.plan_for_here(recipe, plan_launch(recipe.launch, name, gpus)) for name, gpus in (("single_gpu", 1), ("ddp", 2)))
+    assert one is not None and one.card.name == "h100-80gb" and one.fits
+    assert two is not None and two.card.name == "T400" and not two.fits

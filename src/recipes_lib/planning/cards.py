@@ -8,6 +8,7 @@ rate that explains its 449 tokens/s under FSDP without peer-to-peer access.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass, replace
@@ -97,16 +98,22 @@ def card_named(name: str) -> Card:
 
 @lru_cache(maxsize=1)
 def cards_here() -> tuple[Card, ...]:
-    """Return this machine's GPUs as nvidia-smi names them, MIG slices in place of the card they are cut from."""
-    found: list[Card] = []
+    """Return the GPUs a training may use here, the fastest first as CUDA numbers them: nvidia-smi's, MIG slices in place of the card they
+    are cut from, and of these what CUDA_VISIBLE_DEVICES leaves.
+    """
+    found: list[tuple[str, str, Card]] = []  # number and identifier, as CUDA_VISIBLE_DEVICES may name them
     slices = _slices_here()
-    for index, line in enumerate(_nvidia_smi("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")):
-        name, _, memory = (part.strip() for part in line.rpartition(","))
-        if index in slices:
-            found += [recognised(f"{name} MIG {profile}", 0.0) for profile in slices[index]]
+    for line in _nvidia_smi("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"):
+        number, uuid, name, memory = (part.strip() for part in f"{line},,,".split(",")[:4])
+        if number in slices:
+            found += [(number, own, recognised(f"{name} MIG {profile}", 0.0)) for profile, own in slices[number]]
         elif memory.replace(".", "").isdigit():
-            found.append(recognised(name, float(memory)))
-    return tuple(found)
+            found.append((number, uuid, recognised(name, float(memory))))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        words = [word.strip() for word in visible.split(",") if word.strip() not in ("", "-1")]
+        found = [entry for entry in found if any(entry[0] == word or entry[1].startswith(word) for word in words)]
+    return tuple(sorted((card for _, _, card in found), key=lambda card: -card.tflops))
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:
@@ -118,15 +125,15 @@ def _nvidia_smi(*arguments: str) -> list[str]:
     return done.stdout.strip().splitlines()
 
 
-def _slices_here() -> dict[int, list[str]]:
-    """Return the MIG profiles by number of their card: `nvidia-smi -L` alone tells them, the query names the whole card and its memory."""
-    slices: dict[int, list[str]] = {}
-    index = -1
+def _slices_here() -> dict[str, list[tuple[str, str]]]:
+    """Return MIG profiles and identifiers by number of their card: `nvidia-smi -L` alone tells them, the query names the whole card."""
+    slices: dict[str, list[tuple[str, str]]] = {}
+    number = ""
     for line in _nvidia_smi("-L"):
         words = line.split()
-        index += line.startswith("GPU ")
-        if len(words) > 1 and words[0] == "MIG":
-            slices.setdefault(index, []).append(words[1])
+        number = words[1].rstrip(":") if line.startswith("GPU ") else number
+        if words[:1] == ["MIG"]:
+            slices.setdefault(number, []).append((words[1], words[-1].rstrip(")")))
     return slices
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
     """Return the plan for this machine under a launch, or None where none can be made."""
-    cards = () if launch.config.use_cpu else cards_here()
+    cards = () if launch.config.use_cpu else cards_here()[: launch.per_machine]
     try:
         return plan_launched(recipe, launch, min(cards, key=lambda card: card.memory_gib) if cards else cpu_card())
     except (RecipesError, OSError):
