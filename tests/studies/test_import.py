@@ -262,6 +262,22 @@ def test_importing_again_does_nothing_and_other_files_need_replace(tmp_path, run
     assert sorted(path.name for path in runs.iterdir()) == ["r"]
 
 
+def test_importing_again_is_known_where_a_file_names_both_sides_and_a_changed_recipe_is_not_what_was_imported(tmp_path, runs):
+    pairs = lines(tmp_path / "pairs.jsonl", [pair(81, "model_1", "model_1")])
+    assert not import_run([pairs], "p").there_already
+    assert import_run([pairs], "p").there_already
+    with pytest.raises(RecipeError, match="run 'p' exists"):
+        import_run([pairs], "p", model="b")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: {name_or_path: m}\ndata: {source: d.jsonl}\ntrain: {learning_rate: 2.0e-4}\nrun: {global_batch_size: 8}\n")
+    log = whole(tmp_path / "l.json", [{"loss": 1.0, "step": 1}])
+    import_run([log], "t", str(recipe))
+    assert import_run([log], "t", str(recipe)).there_already
+    recipe.write_text(recipe.read_text().replace("2.0e-4", "3.0e-4"))
+    with pytest.raises(RecipeError, match="run 't' exists"):
+        import_run([log], "t", str(recipe))
+
+
 def test_a_trained_run_is_never_replaced(tmp_path, runs):
     from recipes_lib.runs.directory import RunDirectory
 
@@ -274,6 +290,15 @@ def test_a_trained_run_is_never_replaced(tmp_path, runs):
 
 
 # ---- bad input ----
+
+
+def cut(file: Path) -> Path:
+    """The file as far as the middle of its second row's feedback."""
+    whole_text = file.read_text(encoding="utf-8")
+    file.write_text(
+        whole_text[: whole_text.index("\n", whole_text.index("\n") + 1) + 1] + '"x","y","z",1,B,"Response B is', encoding="utf-8"
+    )
+    return file
 
 
 def bad(tmp_path: Path, kind: str) -> list[Path]:
@@ -293,6 +318,7 @@ def bad(tmp_path: Path, kind: str) -> list[Path]:
         "no losses": lambda: whole(tmp_path / "l.json", {"log_history": [{"train_runtime": 1.0}]}),
         "two trainings": lambda: lines(tmp_path / "w.jsonl", [{"loss": 1.0, "step": 9}, {"loss": 1.0, "step": 1}]),
         "no number": lambda: whole(tmp_path / "r.json", {"results": {"arc": {"acc,none": None}}}),
+        "cut csv": lambda: cut(original_csv(tmp_path / "cut.csv", PAIRS)),
         "csv": lambda: (tmp_path / "x.csv").write_text("a,b\n1,2\n") and tmp_path / "x.csv",
     }  # fmt: skip
     return [made[kind]()]
@@ -307,7 +333,7 @@ def bad(tmp_path: Path, kind: str) -> list[Path]:
         ("binary", "not UTF-8"),
         ("broken line", "c.jsonl:2: not JSON"),
         ("unknown", "not a known foreign file"),
-        ("unknown rows", "not a known format of judgments"),
+        ("unknown rows", "lm_eval's results JSON"),
         ("scalars", "int where an object is expected"),
         ("two models", "holds 2 models: a, b"),
         ("two judgments", "81 turn 1"),
@@ -316,7 +342,8 @@ def bad(tmp_path: Path, kind: str) -> list[Path]:
         ("no losses", "no entry holds a loss"),
         ("two trainings", "after step 9"),
         ("no number", "no finite number"),
-        ("csv", "no column 'instruction'"),
+        ("csv", "not the original study's detailed_results.csv: no column 'instruction'"),
+        ("cut csv", "cut.csv: not CSV after line 2: unexpected end of data"),
     ],
 )
 def test_a_bad_file_is_answered_with_what_and_where_and_leaves_nothing_behind(tmp_path, runs, kind, words):

@@ -90,8 +90,9 @@ def import_run(
     if run.startswith(("base--", "answers--", "judge--")):
         raise RecipeError(f"'{run}': names that start so are given by recipes eval and recipes judge", "choose another name: --as OTHER")
     files = read_files(names)
+    asked = {"recipe": recipe, "model": model, "against": against}
     if target.exists() and not replace:
-        if _same_import(target, files, model, {"recipe": recipe, "against": against}):
+        if _same_import(target, files, asked):
             return Imported(run, target.path, there_already=True)
         state = target.read_state()["state"]
         hint = "write it anew with --replace, all its files named" if state == "imported" else "it was trained here"
@@ -106,7 +107,7 @@ def import_run(
     done.warnings = list(_twins(run, done.files))
     if loaded is None and content.logs:
         done.lacks.append("what was trained: no recipe was named (--recipe R), so its differences cannot be listed")
-    _write(target, content, loaded, {"recipe": recipe, "against": against}, done)
+    _write(target, content, loaded, asked, done)
     return done
 
 
@@ -230,14 +231,20 @@ def imported_files(state: Any) -> list[Row]:
     return [source for source in sources if isinstance(source, dict)]
 
 
-def _same_import(target: RunDirectory, files: list[Foreign], model: str | None, asked: dict[str, str | None]) -> bool:
-    """Whether a run was imported from exactly these files, the same model's rows of them, and asked for in the same words."""
+def _same_import(target: RunDirectory, files: list[Foreign], asked: dict[str, str | None]) -> bool:
+    """Whether a run was imported from exactly these files, asked for in the same words, with the recipe as it is now."""
     state = target.read_state()
-    if any(state.get(key) != value for key, value in asked.items()):
+    if state["state"] != "imported" or any(state.get(key) != value for key, value in asked.items()):
         return False
-    known = {source.get("sha256") for source in imported_files(state)}
-    other_rows = any(source.get("rows_of") not in (None, model) for source in imported_files(state))
-    return state["state"] == "imported" and known == {file.sha256 for file in files} and not other_rows
+    if {source.get("sha256") for source in imported_files(state)} != {file.sha256 for file in files}:
+        return False
+    if asked["recipe"] is None:
+        return True
+    from recipes_lib.recipe.project import recipe_path
+    from recipes_lib.recipe.recipe import load_recipe
+    from recipes_lib.studies.measurements import read_resolved
+
+    return read_resolved(target.path) == load_recipe(recipe_path(asked["recipe"])).to_dict()
 
 
 def _runs(pid: str) -> bool:
