@@ -159,7 +159,6 @@ CHANGES = [
     ("the learning rate of one arm", change("r4.yaml", "learning_rate: 1.0e-2", "learning_rate: 2.0e-2"), ["train.r4"]),
     ("the rank of one arm", change("r8.yaml", "r: 8", "r: 6"), ["train.r8"]),
     ("one byte of the training data", change("rows.jsonl", "What", "what"), TRAININGS),
-    ("the seed", change("tiny.yaml", "seeds: [42]", "seeds: [43]"), TRAININGS),
     ("an override", change("tiny.yaml", "seeds: [42]", "seeds: [42]\noverrides: [train.max_steps=3]"), TRAININGS),
     ("the prompt format", change("r8.yaml", "prompt_format: chat", "prompt_format: dolly"), ["train.r8"]),
     ("a question", change("questions.json", "instruction", "instructiom"), ASKED),
@@ -195,6 +194,16 @@ def test_a_new_arm_leaves_the_others_as_they_are(study_folder: Path) -> None:
         "comparison.study--alpaca_eval.r2-vs-r4", "comparison.study--alpaca_eval.r2-vs-r8",
     }  # fmt: skip
     assert {name for name, state in survey.items() if state.state == "stale"} == {"statistics", "report"}
+
+
+def test_a_new_seed_leaves_the_trainings_and_evaluations_of_the_first_as_they_are(study_folder: Path) -> None:
+    file = study_folder / "tiny.yaml"
+    finish_all(build_graph(load_study(file)))
+    change("tiny.yaml", "seeds: [42]", "seeds: [42, 43]")(study_folder)
+    survey = build_graph(load_study(file)).survey()
+    assert {name for name, state in survey.items() if state.state == "stale"} == {"statistics", "report"}
+    missing = {name for name, state in survey.items() if state.state == "missing"}
+    assert all(".seed43" in name for name in missing) and {"train.r4.seed43", "train.r8.seed43"} <= missing
 
 
 def test_moving_the_checkout_makes_nothing_stale(study_folder: Path, tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def test_a_number_stands_beside_our_metric_in_our_unit():
         ("beside: alpaca_eval/win_rate", "beside: win rate", 7, ["'win rate' is no metric of ours"]),
         ("title: a table", "titel: a table", 5, ["unknown key", "did you mean"]),
         ("win: 50", "win: true", 9, ["must be a number"]),
+        ("n: 10", "circumstances: {ab: {hardware: x}}", 6, ["table 't' has no arm 'ab'"]),
+        ("n: 10", "circumstances: {a: {hardware: 7}}", 6, ["must be text, got 7"]),
     ],
 )
 def test_a_wrong_file_is_answered_with_file_and_line(tmp_path, old, new, line, words):

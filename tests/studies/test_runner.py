@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from recipes_lib.cli import main
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.studies import conclusion, runner, trainings
+from recipes_lib.studies import conclusion, runner, steps, trainings
 from recipes_lib.studies.runner import run_study, study_lock
 from recipes_lib.studies.steps import build_graph
 from recipes_lib.studies.study import Study, load_study
@@ -131,6 +132,45 @@ def test_a_run_trained_with_other_inputs_is_moved_away_and_never_lost(study: Stu
     assert moved.read_bytes() == before
     assert any("train.learning_rate 0.01 -> 0.02" in line and "moved to" in line for line in said)
     assert states(changed) == {"train.r4": "fresh", "train.r8": "fresh"}
+
+
+def test_a_training_by_older_code_and_one_whose_weights_are_gone_are_done_again(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_study(study, lambda line: None, only=["train"])
+    monkeypatch.setitem(steps.VERSIONS, "train", 2)
+    said: list[str] = []
+    run_study(study, said.append, only=["train"])
+    assert sum("$ recipes train" in line for line in said) == 2 and any("tiny--r4 is out of date (code 1 -> 2)" in line for line in said)
+    shutil.rmtree(RunDirectory("tiny--r4").path / "adapter")
+    said.clear()
+    run_study(study, said.append, only=["train"])
+    assert sum("$ recipes train" in line for line in said) == 1 and any("its weights are gone" in line for line in said)
+    assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
+
+
+def test_a_training_that_was_stopped_shows_how_far_it_came(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory("tiny--r4")
+    run.write_state("preempted")
+    run.metrics.write_text('{"step": 7, "loss": 2.5}\n', encoding="utf-8")
+    main(["study", "status", str(study.path), "--json"])
+    rows = {row["step"]: (row["state"], row["detail"]) for row in json.loads(capsys.readouterr().out)["steps"]}
+    assert rows["train.r4"] == ("missing", "stopped (step 7, loss 2.500): the same command continues it")
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (None, 75)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_study_stopped_while_it_evaluates_says_so_and_is_no_failure(
+    study: Study, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException] | None, code: int
+) -> None:
+    def evaluating(*args: Any) -> Any:
+        if raised:
+            raise raised
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(runner, "_evaluate", evaluating)
+    said: list[str] = []
+    assert run_study(study, said.append) == code
+    assert said[-1] == "stopped; the same command continues"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_run_that_a_cluster_job_finished_is_taken_over_without_training(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,11 @@ BAD = [
     ("mt_bench.yaml", "mt_bnch.yaml", 9, ["no such eval recipe"]),
     ("mt_bench.yaml", "r4.yaml", None, ["r4.yaml: is a recipe, not an eval recipe"]),
     ("seeds: [42]", "published: nowhere.yaml", 8, ["published: no such file"]),
+    ("seeds: [42]", "published: r4.yaml", None, ["r4.yaml: is a recipe, not published numbers"]),
+    ("seeds: [42]", "overrides: [train.seed=7]", 8, ["train.seed cannot be overridden in a study", "seeds: [1, 2]"]),
+    ("seeds: [42]", "overrides: [run.name=mine]", 8, ["run.name cannot be overridden in a study"]),
+    ("lm_eval.yaml]", "lm_eval.yaml, mt_bench.yaml]", 9, ["mt_bench' stands there twice"]),
+    ("mt_bench.yaml", "mt_bnch.yaml", 9, ["did you mean mt_bench.yaml?"]),
     ("seeds: [42]", "include_base: maybe", 8, ["include_base", "true or false"]),
 ]
 
@@ -155,6 +160,21 @@ def test_a_word_that_an_arms_own_value_would_swallow_is_refused(study_folder: Pa
     assert f"tiny.yaml:6: arm 'r4' has its own {own}, so {key}=" in str(caught.value)
     load_study(file, [own.replace(": ", "=")])  # what it says already
     load_study(file)
+
+
+@pytest.mark.parametrize("word", ["train.seed=7", "--train.seed=7", "run.name=mine"])
+def test_a_word_that_would_change_nothing_is_refused_once(study_folder: Path, word: str) -> None:
+    with pytest.raises(RecipeErrors) as caught:
+        load_study(study_folder / "tiny.yaml", [word])
+    assert [error.file for error in caught.value.errors] == ["command line"]
+    assert f"{word.removeprefix('--').partition('=')[0]} cannot be overridden in a study" in str(caught.value)
+
+
+def test_a_seed_that_is_added_later_leaves_the_first_ones_run_where_it_is(study_folder: Path) -> None:
+    assert run_names(load_study(study_folder / "tiny.yaml"))["r4"] == ["tiny--r4"]
+    more = load_study(study_folder / "tiny.yaml", ["seeds=[42, 43]"])
+    assert run_names(more)["r4"] == ["tiny--r4", "tiny--r4--seed43"]
+    assert [step.name for step in build_graph(more).of_kind("train")] == ["train.r4", "train.r4.seed43", "train.r8", "train.r8.seed43"]
 
 
 def test_an_override_of_an_arm_wins_over_the_studys_and_loses_to_the_command_lines(study_folder: Path) -> None:

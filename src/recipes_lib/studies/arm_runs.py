@@ -17,11 +17,14 @@ def study_folder(study: Study) -> Path:
 
 
 def run_name(study: Study, arm: Arm, seed: int | None = None) -> str:
-    """Return the run of an arm and one of its seeds: `<study>--<arm>`, with several seeds `<study>--<arm>--seed<N>`."""
+    """Return the run of an arm and one of its seeds: `<study>--<arm>`, for another seed than the recipe's `<study>--<arm>--seed<N>`.
+
+    A name depends on no other seed, so that a seed that is added later trains nothing again.
+    """
     if arm.imported:
         return arm.imported
-    suffix = f"--seed{arm.seeds[0] if seed is None else seed}" if len(arm.seeds) > 1 else ""
-    return f"{study.name}--{arm.name}{suffix}"
+    seed = arm.seeds[0] if seed is None else seed
+    return f"{study.name}--{arm.name}" + ("" if seed == arm.own_seed else f"--seed{seed}")
 
 
 def run_names(study: Study) -> dict[str, list[str]]:

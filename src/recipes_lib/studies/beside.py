@@ -19,7 +19,7 @@ def with_published(rows: Sequence[Row], scores: Sequence[Score], measurements: M
         dataclasses.replace(row, published_first=_shown(published, row.first, row), published_second=_shown(published, row.second, row))
         for row in rows
     ]
-    return [*filled, *_alone(scores, measurements, published)]
+    return [*filled, *_alone(rows, scores, measurements, published)]
 
 
 def _shown(published: Published, arm: str, row: Row) -> str | None:
@@ -40,13 +40,19 @@ def number_text(number: PublishedNumber, unit: str) -> str:
     return f"{value_text(number.ours, unit)}{between}" + (f" (n {number.n})" if number.n else "")
 
 
-def _alone(scores: Sequence[Score], measurements: Measurements, published: Published) -> list[Row]:
-    """Comparisons with arms that only published numbers stand for: shown, never tested."""
+def _alone(rows: Sequence[Row], scores: Sequence[Score], measurements: Measurements, published: Published) -> list[Row]:
+    """Comparisons that only published numbers can make: of an arm without a run, or of two imported arms that one evaluation lacks."""
+    there = {(frozenset(row.arms), row.metric) for row in rows}
     names = list(measurements.arms)
-    alone = [name for name, arm in measurements.arms.items() if not arm.runs and published.of(name)]
-    pairs = [(first, second) for position, first in enumerate(names) for second in names[:position] if {first, second} & set(alone)]
+    foreign = {name for name, arm in measurements.arms.items() if arm.imported or not arm.runs}
+    alone = {name for name in names if not measurements.arms[name].runs}
+    pairs = [(first, second) for position, first in enumerate(names) for second in names[:position]]
+    pairs = [pair for pair in pairs if set(pair) & alone or set(pair) <= foreign]
     found = [
-        _row(first, second, metric, scores, published) for first, second in pairs for metric in _metrics(published, first, second, scores)
+        _row(first, second, metric, scores, published)
+        for first, second in pairs
+        for metric in _metrics(published, first, second, scores)
+        if (frozenset((first, second)), metric) not in there
     ]
     return [row for row in found if row is not None]
 
@@ -61,7 +67,7 @@ def _metrics(published: Published, first: str, second: str, scores: Sequence[Sco
 
 
 def _row(first: str, second: str, metric: str, scores: Sequence[Score], published: Published) -> Row | None:
-    """One comparison that is shown and not tested."""
+    """One comparison that is shown and not tested: like with like, so published values where both arms have one."""
     known = next((score for score in scores if score.metric == metric), None)
     numbers = [published.beside(arm, metric) for arm in (first, second)]
     told = next((number for number in numbers if number is not None), None)
@@ -71,7 +77,7 @@ def _row(first: str, second: str, metric: str, scores: Sequence[Score], publishe
     values, texts = [], []
     for arm, number in zip((first, second), numbers, strict=True):
         ours = next((score.value for score in scores if score.arm == arm and score.metric == metric), None)
-        values.append(ours if ours is not None else number.ours if number else None)
+        values.append(number.ours if number and (None not in numbers or ours is None) else ours)
         texts.append(number_text(number, unit) if number else None)
     return Row(
         metric=metric, label=known.label if known else told.label, first=first, second=second, unit=unit, head_to_head=False,

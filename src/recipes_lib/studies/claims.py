@@ -83,7 +83,7 @@ def compare_arms(
     one_model = [dataclasses.replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
     judged = [judge_row(with_flags(row, measurements), known, study, base) for row in corrected(one_model)]
     question = study.question if study else f"How do {listed(list(measurements.arms))} compare?"
-    answer = answer_paragraph(judged, base)
+    answer = answer_paragraph(judged, base) if judged else nothing_compared(measurements, known)
     return Comparison(question, answer, tuple(judged), tuple(scores), known, sum(row.p_holm is not None for row in judged))
 
 
@@ -219,7 +219,19 @@ def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str
         sentences += [row.sentence for row in mine[1:] if row.verdict in ("better", "worse")][:3]
     if own:
         sentences += [summary_sentence([row for row in rows if row.arms == pair]) for pair in pairs if pair not in own]
-    return tuple(sentences) or ("Nothing can be compared: no two arms have a metric in common.",)
+    return tuple(sentences)
+
+
+def nothing_compared(measurements: Measurements, findings: Sequence[Finding]) -> tuple[str, ...]:
+    """Return the answer where no two arms have a metric in common: for each pair the errors that stand against its losses and times."""
+    sentences = ["Nothing can be compared: no two arms have a metric in common."]
+    names = [name for name, arm in measurements.arms.items() if arm.runs]
+    for position, second in enumerate(names):
+        for first in names[:position]:
+            errors = [one for one in findings if one.severity == "error" and {first, second} <= set(one.arms)]
+            if errors:
+                sentences.append(f"Losses and times of {first} and {second} are no comparison either: {_reasons(errors)}.")
+    return tuple(sentences)
 
 
 def summary_sentence(rows: Sequence[Row]) -> str:

@@ -189,8 +189,9 @@ def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
         first: for a .jsonl store, how many bytes count; None for all.
     """
     stat = path.stat()
-    if path.suffix == ".json" and path.name.startswith("result"):
-        digest = result_digest(json.loads(path.read_text(encoding="utf-8")))
+    result = _read(path) if path.suffix == ".json" and path.name.startswith("result") else None
+    if result is not None:
+        digest = result_digest(result)
     elif path.suffix == ".jsonl":
         with path.open("rb") as stream:
             digest = hashlib.sha256(stream.read(stat.st_size if first is None else first)).hexdigest()

@@ -6,9 +6,9 @@ They are shown beside ours and never take part in a test: a mean without its ite
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,13 +64,14 @@ class PublishedNumber:
 
 @dataclass(frozen=True)
 class Published:
-    """All numbers of one publication."""
+    """All numbers of one publication. `circumstances` are arm -> what -> how it was there, where no recipe can say it."""
 
     path: Path
     publication: str
     source: str
     numbers: tuple[PublishedNumber, ...]
     titles: dict[str, str]
+    circumstances: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def of(self, arm: str) -> list[PublishedNumber]:
         """Return an arm's numbers, in the order of the file."""
@@ -104,7 +105,17 @@ def load_published(path: str | Path) -> Published:
         source=values["source"],
         numbers=tuple(_numbers(document)),
         titles={name: table["title"] for name, table in values["tables"].items()},
+        circumstances=_circumstances(values["tables"].values()),
     )
+
+
+def _circumstances(tables: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """The circumstances of each arm, of all tables together."""
+    found: dict[str, dict[str, str]] = {}
+    for table in tables:
+        for arm, told in (table.get("circumstances") or {}).items():
+            found.setdefault(arm, {}).update(told)
+    return found
 
 
 def check_published(document: Document, full: bool = False) -> list[RecipeError]:
@@ -156,8 +167,11 @@ def _metrics(document: Document) -> Iterator[RecipeError]:
 
 
 def _rows(document: Document) -> Iterator[RecipeError]:
-    """Numbers without a column, and values outside their interval."""
+    """Arms without a row, numbers without a column, and values outside their interval."""
     for name, table in document.values["tables"].items():
+        for arm in (arm for arm in table.get("circumstances") or {} if arm not in table["arms"]):
+            near = did_you_mean(arm, table["arms"])
+            yield document.error(("tables", name, "circumstances", arm), f"table '{name}' has no arm '{arm}'", *near)
         for arm, row in table["arms"].items():
             for key, number in row.items():
                 place: KeyPath = ("tables", name, "arms", arm, key)

@@ -50,6 +50,11 @@ def published_schema() -> dict[str, Any]:
             "title": {"type": "string", "description": "What was measured."},
             "n": {"type": "integer", "minimum": 1, "description": "Items behind each number; absent where it was not published."},
             "protocol": {**_TEXTS, "description": "How it was measured, a note each: shown as flags beside the numbers."},
+            "circumstances": {
+                "type": "object",
+                "additionalProperties": {"type": "object", "additionalProperties": {"type": "string"}},
+                "description": "Arm -> what -> how it was there, where no recipe can say it (hardware). Arms that differ are confounded.",
+            },
             "metrics": {"type": "object", "minProperties": 1, "additionalProperties": metric, "description": "Columns by short name."},
             "arms": {
                 "type": "object",

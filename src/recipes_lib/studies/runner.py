@@ -6,6 +6,7 @@ One runner per study; what a killed one left is continued. A failing arm stops o
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -48,15 +49,39 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
         for step in wanted:
             if not state[step.name].fresh and state[step.name].state == "stale":
                 say(f"{step.name} is done again: {state[step.name].why}")
-        failed, stopped = _train(study, graph, wanted, jobs, flags, say)
+        try:
+            with _terminated():
+                failed, stopped = _train(study, graph, wanted, jobs, flags, say)
+                if stopped is None and (not failed or _anything_trained(study)):
+                    failed |= _evaluate(study, only, say, debug, "--trust-remote-code" in flags)
+                    failed |= _conclude(study, only, say)
+        except KeyboardInterrupt:
+            stopped = int(ExitCode.INTERRUPTED)
+        except _Terminated:
+            stopped = int(ExitCode.PREEMPTED)
         if stopped is not None:
             say("stopped; the same command continues")
             return stopped
-        if not failed or _anything_trained(study):
-            failed |= _evaluate(study, only, say, debug, "--trust-remote-code" in flags)
-            failed |= _conclude(study, only, say)
         failed |= _left_over(study, only, failed)
     return _end(failed, say)
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived: what was answered and judged is stored."""
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Turn SIGTERM into an exception until the block ends; trainings, which checkpoint, have a handler of their own."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

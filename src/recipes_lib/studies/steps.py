@@ -75,7 +75,7 @@ class _Builder:
         """Training and check of each seed."""
         assert arm.recipe is not None
         for seed in arm.seeds:
-            word = f"{arm.name}.seed{seed}" if len(arm.seeds) > 1 else arm.name
+            word = arm.name if seed == arm.own_seed else f"{arm.name}.seed{seed}"
             run = run_name(self.study, arm, seed)
             facts: dict[str, Any] = {"arm": arm.name, "seed": seed, "run": run}
             train = Step(f"train.{word}", "train", training_inputs(arm, seed), version=VERSIONS["train"], **facts)

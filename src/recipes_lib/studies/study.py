@@ -16,12 +16,13 @@ from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.kinds import SECTIONS
 from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document
-from recipes_lib.recipe.project import recipe_path
+from recipes_lib.recipe.project import recipe_path, shown_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import LaunchSection
+from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.yaml_source import KeyPath
 from recipes_lib.studies.sections import BASE_ARM, ArmSection
-from recipes_lib.studies.validation import check_levels, check_values, folder_of
+from recipes_lib.studies.validation import check_eval_names, check_levels, check_overrides, check_values, folder_of
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 
 # Values that follow from the accelerate config: a factor that may change the one may change the others.
@@ -59,6 +60,11 @@ class Arm:
     def nodes(self) -> int:
         """Machines."""
         return self.launch.machines
+
+    @property
+    def own_seed(self) -> int:
+        """The seed that the recipe names."""
+        return int(self.recipe.train.get("seed", 42)) if self.recipe else 42
 
     @property
     def trained(self) -> bool:
@@ -119,8 +125,6 @@ class Study:
         """
         found = next((arm for arm in self.arms if arm.name == name), None)
         if found is None:
-            from recipes_lib.recipe.suggestions import did_you_mean
-
             names = [arm.name for arm in self.arms]
             raise RecipeError(f"study '{self.name}' has no arm '{name}'", *did_you_mean(name, names), f"arms: {', '.join(names)}")
         return found
@@ -230,10 +234,16 @@ def _read(document: Document, words: Sequence[str]) -> tuple[Study | None, list[
         origins=document.origins,
         warnings=tuple(document.warnings),
     )
-    problems = list({str(error): error for error in reader.errors}.values())
+    reader.published(study.published)
+    problems = list({str(error): error for error in reader.errors}.values()) or check_eval_names(document, [one.name for one in evals])
     if not problems:
         problems = [*reader.one_base(study), *check_levels(document, study)]
     return dataclasses.replace(study, warnings=tuple(document.warnings)), problems
+
+
+def _alike(path: Path) -> list[str]:
+    """Which file of that folder was meant."""
+    return did_you_mean(path.name, [file.name for file in path.parent.glob("[!_]*.yaml")])
 
 
 def _with_cell(arm: Arm, factors: Mapping[str, tuple[str, ...]]) -> Arm:
@@ -254,23 +264,24 @@ class _Reader:
         section = ArmSection(**({"recipe": value} if isinstance(value, str) else value))
         self._check_reach(name, section)
         own = [*(study.get("overrides") or []), *section.overrides, *self.words]
+        self.errors += [self._at_override(name, error) for error in check_overrides(own)]
         recipe = self._recipe(name, section, own)
         if recipe is None and section.recipe is not None:
             return None
         launch = self._launch(name, section, recipe)
         if launch is None:
             return None
-        seeds = section.seeds or study.get("seeds") or [recipe.train.get("seed", 42) if recipe else 42]
-        return Arm(
+        arm = Arm(
             name=name,
             recipe=recipe,
             overrides=tuple(own),
             launch=launch,
-            seeds=tuple(seeds),
+            seeds=(),
             cell=dict(section.cell),
             imported=section.imported,
             published_only=section.published_only,
         )
+        return dataclasses.replace(arm, seeds=tuple(section.seeds or study.get("seeds") or [arm.own_seed]))
 
     def _check_reach(self, name: str, section: ArmSection) -> None:
         """Refuse words of the command line that would change the other arms and not this one, which has a value of its own."""
@@ -313,7 +324,7 @@ class _Reader:
         key = ("arms", name, "recipe")
         path = folder_of(self.document, key) / section.recipe
         if not path.is_file():
-            self.errors.append(self.document.error(key, f"arm '{name}': no such recipe: {path}"))
+            self.errors.append(self.document.error(key, f"arm '{name}': no such recipe: {shown_path(path)}", *_alike(path)))
             return None
         plain: Recipe | None = None
         try:
@@ -344,7 +355,7 @@ class _Reader:
         key = ("evals", position)
         path = folder_of(self.document, key) / self.document.values["evals"][position]
         if not path.is_file():
-            self.errors.append(self.document.error(key, f"no such eval recipe: {path}"))
+            self.errors.append(self.document.error(key, f"no such eval recipe: {shown_path(path)}", *_alike(path)))
             return None
         try:
             return load_eval(path)
@@ -353,6 +364,18 @@ class _Reader:
         except RecipeError as error:
             self.errors.append(error)
         return None
+
+    def published(self, path: Path | None) -> None:
+        """Read the file of published numbers, for what is wrong in it."""
+        from recipes_lib.studies.published import load_published
+
+        try:
+            if path is not None:
+                load_published(path)
+        except RecipeErrors as several:
+            self.errors += several.errors
+        except RecipeError as error:
+            self.errors.append(error)
 
     def one_base(self, study: Study) -> list[RecipeError]:
         """Return an error where `include_base` does not mean one model."""

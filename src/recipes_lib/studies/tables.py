@@ -50,13 +50,24 @@ def _row(step: Step, known: Mapping[str, Freshness], graph: Graph, held: bool) -
     if state.state == "missing":
         failed = next((name for name in waits if known[name].failure), None)
         after = f"after {waits[0]}" + (f" and {len(waits) - 1} more" if len(waits) > 1 else "") if waits else ""
-        detail = f"{failed} failed" if failed else after
+        detail = f"{failed} failed" if failed else after or (_begun(step.run) if step.kind == "train" else "")
         return StepRow(step.name, "waiting" if waits else "running" if held and step.kind != "train" else "missing", detail, seconds)
     return StepRow(step.name, "stale", state.why, seconds)
 
 
 def progress_of(run_name: str) -> str:
     """Return how far a training is, and who does it."""
+    return _reached(run_name) + describe_holder(RunDirectory(run_name).path / "lock.json")
+
+
+def _begun(run_name: str) -> str:
+    """How far a training came that somebody or something stopped."""
+    run = RunDirectory(run_name)
+    return f"stopped ({_reached(run_name)}): the same command continues it" if run.exists() and run.metrics.is_file() else ""
+
+
+def _reached(run_name: str) -> str:
+    """The last step and loss that a training wrote."""
     run = RunDirectory(run_name)
     last: dict[str, Any] = {}
     with suppress(OSError, ValueError):
@@ -64,7 +75,7 @@ def progress_of(run_name: str) -> str:
             last |= json.loads(line)
     step = f"step {last['step']}" if "step" in last else "starting"
     loss = f", loss {last['loss']:.3f}" if isinstance(last.get("loss"), float) else ""
-    return f"{step}{loss}{describe_holder(run.path / 'lock.json')}"
+    return f"{step}{loss}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.recipe.project import shown_path
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.studies.arm_runs import launch_words, study_folder, train_words
 from recipes_lib.studies.graph import Graph, Step, changed_inputs, digest_of
@@ -146,15 +147,19 @@ class Trainings:
                 )
             if begun:
                 other = changed_inputs(begun["inputs"], step.inputs)
+                if (before := begun.get("version", 1)) != step.version:
+                    other.append(f"code {before} -> {step.version}")
             else:  # trained by hand, or by a cluster's job
                 guard = state.get("guard")
                 other = list(recipe_differences(self._recipe(step), guard)) if guard else []
+            if state["state"] == "finished" and _weights(run) is None:
+                other.append("its weights are gone")
             if other:
                 away = _free_name(study_folder(self.study) / "replaced" / run.name)
                 away.parent.mkdir(parents=True, exist_ok=True)
                 run.path.rename(away)
-                self.say(f"{step.run} was trained with other inputs ({', '.join(other[:3])}): moved to {away}")
-        write_json(note, {"inputs": dict(step.inputs)})
+                self.say(f"{step.run} is out of date ({', '.join(other[:3])}): moved to {shown_path(away)}")
+        write_json(note, {"inputs": dict(step.inputs), "version": step.version})
 
     def _recipe(self, step: Step) -> Any:
         from recipes_lib.recipe.recipe import load_recipe
@@ -204,18 +209,21 @@ def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:
     from recipes_lib.training.probes import read_check
 
     folder = _weights(run)
+    assert folder is not None
     check = read_check(folder)
     return digest_of([check.sha256 if check else file_hashes(folder), state.get("guard", {}).get("prompt_format_hash")])
 
 
 def weight_files(run: RunDirectory) -> list[Path]:
     """Return the files that hold a finished run's weights, and its curves."""
-    return [*sorted(_weights(run).glob("*.safetensors")), *([run.metrics] if run.metrics.is_file() else [])]
+    folder = _weights(run)
+    assert folder is not None
+    return [*sorted(folder.glob("*.safetensors")), *([run.metrics] if run.metrics.is_file() else [])]
 
 
-def _weights(run: RunDirectory) -> Path:
-    """The folder of a finished run's weights: its adapter, or its model."""
-    return next(folder for folder in (run.weights(False), run.weights(True)) if folder.is_dir())
+def _weights(run: RunDirectory) -> Path | None:
+    """The folder of a finished run's weights, its adapter or its model; None where somebody removed it."""
+    return next((folder for folder in (run.weights(False), run.weights(True)) if any(folder.glob("*.safetensors"))), None)
 
 
 def _free_name(path: Path) -> Path:

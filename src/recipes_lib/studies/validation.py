@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.credentials import find_credentials
-from recipes_lib.recipe.loader import Document
+from recipes_lib.recipe.loader import COMMAND_LINE, Document
 from recipes_lib.recipe.project import check_run_name, shown_path
 from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.validation import describe, shown, strict_validator
@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 
     from recipes_lib.studies.study import Study
 
-__all__ = ["check_levels", "check_values", "folder_of"]
+__all__ = ["check_eval_names", "check_levels", "check_overrides", "check_values", "folder_of"]
 _MADE_BY_LAUNCH = ("launch.distributed_type", "launch.world_size", "launch.mixed_precision")
+# What a study gives to every training itself.
+_GIVEN = {
+    "train.seed": "the seeds of a study stand under its own key: seeds: [1, 2], on the command line 'seeds=[1, 2]'",
+    "run.name": "a run of a study is named after the study, its arm and its seed",
+}
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")
 
 
@@ -161,6 +166,19 @@ def _exists(key: str) -> bool:
         if schema is not None:
             return length == len(parts) or "properties" not in schema
     return False
+
+
+def check_overrides(words: Sequence[str]) -> list[RecipeError]:
+    """Return an error for every override that would change nothing, because the study gives that value to each training itself."""
+    keys = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in words)
+    return [RecipeError(f"{key} cannot be overridden in a study", _GIVEN[key], file=COMMAND_LINE) for key in keys if key in _GIVEN]
+
+
+def check_eval_names(document: Document, names: Sequence[str]) -> list[RecipeError]:
+    """Return an error for every eval whose results would lie in the folder of one before it."""
+    twice = [position for position, name in enumerate(names) if name in names[:position]]
+    hint = "name it once; another eval of that name needs another file name"
+    return [document.error(("evals", position), f"evals: '{names[position]}' stands there twice", hint) for position in twice]
 
 
 def check_levels(document: Document, study: Study) -> list[RecipeError]:

@@ -1,4 +1,4 @@
-"""Confounds that no recipe shows: what the runs recorded about their data, splits, prompts, processes, hardware and libraries."""
+"""Confounds that no recipe shows: what runs recorded about data, splits, prompts, processes, hardware and libraries, or was published."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from recipes_lib.studies.findings import Finding, Severity
 from recipes_lib.studies.validity.settings import pairs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from recipes_lib.studies.measurements import ArmMeasurements, Measurements, RunMeasurements
     from recipes_lib.studies.study import Study
 
@@ -98,6 +100,23 @@ def check_circumstances(study: Study | None, measurements: Measurements) -> Iter
             if study is not None and any(study.factor_of(key) is not None for key in circumstance.keys):
                 continue
             yield from _compare(circumstance, study, trained[first], trained[second])
+    if study is not None and study.published is not None:
+        yield from _published(study, study.published)
+
+
+def _published(study: Study, file: Path) -> Iterator[Finding]:
+    """What was published of two arms that were made elsewhere, where no recipe can say it."""
+    from recipes_lib.studies.published import load_published
+
+    published = load_published(file)
+    told = {arm.name: published.circumstances[arm.name] for arm in study.arms if not arm.trained and arm.name in published.circumstances}
+    for first, second in pairs(told):
+        one, other = told[first], told[second]
+        differing = [what for what in one if what in other and one[what] != other[what]]
+        if differing:
+            title = f"As published, {' and '.join(differing)} {'differ' if len(differing) > 1 else 'differs'} between {first} and {second}"
+            evidence = tuple(f"{what}: {first} {one[what]}, {second} {other[what]} ({published.path.name})" for what in differing)
+            yield Finding("confound-published", "warning", title, evidence, "train both arms here, alike", (first, second))
 
 
 def _compare(circumstance: _Circumstance, study: Study | None, first: ArmMeasurements, second: ArmMeasurements) -> Iterator[Finding]:
