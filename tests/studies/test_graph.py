@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from study_files import PROJECT
 
 from recipes_lib.studies.graph import Graph, Step, content_of, file_record, result_digest
 from recipes_lib.studies.steps import build_graph
@@ -181,6 +183,24 @@ def test_each_kind_of_input_makes_its_own_steps_stale(edit: Callable[[Path], Non
     assert sorted(by_themselves) == sorted(expected)
     if not expected:
         assert all(state.fresh for state in survey.values())
+
+
+def test_a_rubric_is_known_by_its_text_and_a_judge_by_its_weights(study_folder: Path) -> None:
+    file, judge = study_folder / "tiny.yaml", study_folder / "judge.yaml"
+    weights = study_folder / "judge" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(9000))
+    before = judge.read_text(encoding="utf-8")
+    judge.write_text(re.sub(r"model: .*", "model: " + str(weights.parent), before), encoding="utf-8")
+    finish_all(build_graph(load_study(file)))
+    rubric = study_folder / "mine.txt"
+    rubric.write_bytes((PROJECT / "evals/rubrics/helpfulness.txt").read_bytes())
+    change("judge.yaml", f"{PROJECT}/evals/rubrics/helpfulness.txt", "mine.txt")(study_folder)
+    assert all(state.fresh for state in build_graph(load_study(file)).survey().values())
+    rubric.write_text("Is it short?\n1: no\n5: yes\n", encoding="utf-8")
+    assert build_graph(load_study(file)).freshness(JUDGED[0]).why == "judge rubric changed"
+    weights.write_bytes(b"\0" * 8 + b"\1" * 8992)
+    assert build_graph(load_study(file)).freshness(JUDGED[0]).why == "judge model changed, judge rubric changed"
 
 
 def test_a_new_arm_leaves_the_others_as_they_are(study_folder: Path) -> None:

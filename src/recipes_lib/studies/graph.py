@@ -19,6 +19,7 @@ from recipes_lib.atomic_files import write_json
 
 FORMAT_VERSION = 1
 CONTENT = "content."  # inputs of this name are hashes; None means that the content cannot be known here, and is not compared
+FOLLOWS = ("is stale", "is not done")  # how a reason ends that is another step's
 State = Literal["fresh", "stale", "missing"]
 # What differs between two writings of one result.
 _VOLATILE = {"written", "command", "git", "libraries", "file", "generated_now"}
@@ -116,7 +117,7 @@ class Graph:
             )
         for name in step.upstream:
             if not known[name].fresh:
-                reasons.append(f"{name} is not done" if known[name].state == "missing" else f"{name} is stale")
+                reasons.append(f"{name} {FOLLOWS[known[name].state == 'missing']}")
             elif record["upstream"].get(name) != self.output(name):
                 reasons.append(f"{name} gave another result")
         reasons += changed_files(record["files"], self.folder.parent.parent)

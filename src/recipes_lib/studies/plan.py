@@ -43,7 +43,7 @@ def plan_lines(study: Study, graph: Graph, steps: Sequence[Step], estimates: Map
     if not todo:
         yield f"nothing to do: all {len(steps)} steps are fresh"
         return
-    table = [(step.name, _why(rows[step.name]), cost_of(study, step, estimates), _before(graph, step)) for step in todo]
+    table = [(step.name, _cut(_why(rows[step.name])), cost_of(study, step, estimates), _before(graph, step)) for step in todo]
     yield from aligned([("step", "because", "cost", "took before"), *table])
     yield ""
     yield f"{len(todo)} of {len(steps)} steps to do"
@@ -51,6 +51,11 @@ def plan_lines(study: Study, graph: Graph, steps: Sequence[Step], estimates: Map
         if step.kind == "train":
             arm = study.arm(step.arm)
             yield f"$ recipes train {' '.join([*train_words(study, arm, step.seed or 0), *launch_words(arm)])}"
+
+
+def _cut(text: str, width: int = 72) -> str:
+    """A reason on a line with three other columns; the whole of it stands in `status` and in --json."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def _why(row: StepRow) -> str:

@@ -5,9 +5,10 @@ One runner per study; what a killed one left is continued. A failing arm stops o
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.studies.arm_runs import study_folder
-from recipes_lib.studies.graph import Graph, Step
+from recipes_lib.studies.graph import FOLLOWS, Freshness, Graph, Step
 from recipes_lib.studies.steps import build_graph
 from recipes_lib.studies.study import Study
 
@@ -46,9 +47,7 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
         state = graph.survey()
         if all(state[step.name].fresh for step in wanted):
             return int(ExitCode.DONE)
-        for step in wanted:
-            if not state[step.name].fresh and state[step.name].state == "stale":
-                say(f"{step.name} is done again: {state[step.name].why}")
+        _say_stale(wanted, state, say)
         try:
             with _terminated():
                 failed, stopped = _train(study, graph, wanted, jobs, flags, say)
@@ -64,6 +63,16 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
             return stopped
         failed |= _left_over(study, only, failed)
     return _end(failed, say)
+
+
+def _say_stale(wanted: Sequence[Step], state: Mapping[str, Freshness], say: Say) -> None:
+    """Say what is done again and why; of steps that only follow another one, their number."""
+    stale = [step.name for step in wanted if state[step.name].state == "stale"]
+    own = {name: [why for why in state[name].reasons if not why.endswith(FOLLOWS)] for name in stale}
+    for name in (name for name in stale if own[name]):
+        say(f"{name} is done again: {dataclasses.replace(state[name], reasons=tuple(own[name])).why}")
+    if following := sum(not reasons for reasons in own.values()):
+        say(f"{following} step{'s follow' if following > 1 else ' follows'} from that")
 
 
 class _Terminated(BaseException):

@@ -33,6 +33,7 @@ from recipes_lib.suites.recipe import EvalRecipe
 VERSIONS = {"train": 1, "check": 1, "answers": 1, "judgments": 1, "comparison": 1, "lm_eval": 1}
 _SOURCES = (".py", ".html", ".jinja", ".j2", ".css", ".js", ".tex", ".md")
 _ONLY_SPEED = {"batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s", "max_retries", "max_consecutive_failures"}
+_JUDGE_FILES = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")  # known by their content, whatever they are called
 
 
 def build_graph(study: Study) -> Graph:
@@ -177,6 +178,12 @@ def _base_content(recipe: Recipe) -> dict[str, str | None]:
     return {f"{CONTENT}base model": fingerprint}
 
 
+def _weights_content(folder: Path) -> str:
+    from recipes_lib.training.base_identity import fingerprint
+
+    return fingerprint(folder)
+
+
 def base_inputs(recipe: Recipe) -> dict[str, Any]:
     """Return what the base's answers depend on: its weights, precision and the prompt format it is asked in."""
     data = {key: getattr(recipe.data, key) for key in ("prompt_format", "chat_template", "system_prompt")}
@@ -194,13 +201,15 @@ def judgment_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     """Return what judgments and their summary depend on beside the answers."""
     assert recipe.judge is not None
     judge = recipe.judge.judge
-    values = {f"judge.{key}": value for key, value in dataclasses.asdict(judge).items() if key not in _ONLY_SPEED}
+    values = {f"judge.{key}": value for key, value in dataclasses.asdict(judge).items() if key not in (*_ONLY_SPEED, *_JUDGE_FILES)}
     values |= flatten({"thresholds": dataclasses.asdict(recipe.judge.thresholds), "metrics": dataclasses.asdict(recipe.metrics)})
-    for key in ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric"):
+    for key in _JUDGE_FILES:
         name = getattr(judge, key)
         content = REQUIREMENT if name == PACKAGE else content_of(recipe.judge.path.parent / name)
         values[f"{CONTENT}judge {key.replace('_', ' ')}"] = content
-    return {**values, **_question_files(recipe, "references")}
+    weights = Path(judge.model)
+    local = judge.engine == "transformers" and any(weights.glob("*.safetensors"))
+    return {**values, f"{CONTENT}judge model": _weights_content(weights) if local else None, **_question_files(recipe, "references")}
 
 
 def harness_inputs(recipe: EvalRecipe) -> dict[str, Any]:
@@ -217,7 +226,7 @@ def _question_files(recipe: EvalRecipe, key: str) -> dict[str, Any]:
     name = getattr(recipe.data, key)
     path = recipe.resolve(f"data.{key}", name) if name else None
     local = path if path is not None and path.is_file() else None
-    return {f"data.{key}": Path(name).name if local else name, f"{CONTENT}{key}": content_of(local) if local else None}
+    return {f"data.{key}": None if local else name, f"{CONTENT}{key}": content_of(local) if local else None}
 
 
 def report_inputs(study: Study) -> dict[str, Any]:
