@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from recipes_lib.studies import validity
 from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
 from recipes_lib.studies.study import Study, load_study
-from recipes_lib.studies.validity import check_validity
 
 RESOLVED = {
     "model": {"name_or_path": "m", "dtype": "bfloat16"},
@@ -30,6 +30,13 @@ ENVIRONMENT = {
 GUARD = {"data_fingerprint": "d1", "prompt_format_hash": "p1", "launch.world_size": 1, "launch.distribution": "one process"}
 SPLITS = {"train": {"count": 2, "ids": ["a", "b"]}, "validation": {"count": 1, "ids": ["c"]}}
 PASSED = {"checks": [{"check": "swap consistency", "value": 0.9, "needs": ">= 0.6", "result": "pass"}], "contradictions": {}}
+
+
+def check_validity(study: Study | None, measurements: Measurements) -> list[Finding]:
+    """What was found; whatever a test is about, a finding has evidence and says what to do."""
+    findings = validity.check_validity(study, measurements)
+    assert all(finding.title and all(finding.evidence) and finding.evidence and finding.remedy for finding in findings), findings
+    return findings
 
 
 def items(values: Sequence[float | None], verdicts: tuple[str, ...] = ("A", "B")) -> tuple[Item, ...]:
@@ -177,6 +184,14 @@ def test_two_arms_that_differ_in_the_seed_alone_are_an_a_a_pair(root):
     assert "noise-floor-missing" not in codes(findings)
 
 
+def test_arms_of_other_seeds_are_no_a_a_pair_where_a_factor_differs_too(root, rank_study):
+    seeds = {"r8": (42,), "r32": (42, 43)}
+    study = with_arms(rank_study, *(dataclasses.replace(arm, seeds=seeds[arm.name]) for arm in rank_study.arms))
+    finding = found(check_validity(study, arms()), "differences")
+    assert (finding.severity, "other seeds" in finding.title, finding.evidence) == ("note", True, ("train.seed: r8 42, r32 [42, 43]",))
+    assert "confound" not in codes(check_validity(study, arms()))
+
+
 @pytest.mark.parametrize(
     ("code", "severity", "parts"),
     [
@@ -317,6 +332,14 @@ def test_one_result_fingerprint_for_two_adapters_is_an_error(root):
     assert found(check_validity(None, arms(**made)), "answers-of-another-arm").arms == ("a", "b")
 
 
+def test_one_model_under_two_names_is_an_error(root):
+    made = {
+        name: run(root, name, evaluated(root / name, values, answers={"fingerprint": "w"}), resolved={})
+        for name, values in (("a", (1.0, 0.0)), ("b", (0.0, 1.0)))
+    }
+    assert found(check_validity(None, arms(**made)), "identical-models").arms == ("a", "b")
+
+
 # ---- the judge ----
 
 
@@ -389,10 +412,15 @@ def test_a_missing_turn_is_named(root):
     assert finding.arms == ("a",) and "question 82 turn 2" in finding.title
 
 
-def test_what_a_foreign_source_made_of_its_verdicts_is_said(root):
-    replays = [{"findings": [{"name": "unparsed-as-tie", "message": "9 judgments without a verdict were counted as ties", "count": 9}]}]
-    finding = found(check_validity(None, arms(a=run(root, "a", evaluated(root / "a", replays=replays)))), "unparsed-as-tie")
-    assert "a: 9 judgments" in finding.evidence[0]
+@pytest.mark.parametrize(
+    "name",
+    ["unparsed-as-tie", "unparsed-left-out", "empty-answer-wins", "turn-without-context", "repeated-judgments", "constant-answer",
+     "not-in-the-judges-format"],
+)  # fmt: skip
+def test_what_a_foreign_source_made_of_its_verdicts_is_said(root, name):
+    replays = [{"findings": [{"name": name, "message": "9 judgments are strange", "count": 9}]}]
+    finding = found(check_validity(None, arms(a=run(root, "a", evaluated(root / "a", replays=replays)))), name)
+    assert "a: 9 judgments" in finding.evidence[0] and finding.severity == "warning"
 
 
 # ---- how the arms were asked ----

@@ -38,9 +38,12 @@ def _finding(study: Study | None, first: str, second: str, keys: list[str], one:
     if study is None:
         title = f"{first} and {second} differ in {_names(listed)}: no factor is declared, so no difference has a named cause"
         return Finding("differences", "note", title, evidence, "declare what is meant to differ: write a study", (first, second))
-    if heavy == ["train.seed"]:
+    if heavy == ["train.seed"] and differing(one, other) == heavy:
         title = f"{first} and {second} differ in nothing but the seed: an A/A pair"
         return Finding("differences", "note", title, evidence, "their difference is the noise floor of every other one", (first, second))
+    if heavy == ["train.seed"]:
+        title = f"{first} and {second} were trained with other seeds, which is chance and no cause"
+        return Finding("differences", "note", title, evidence, "the same seeds: both then see the rows in one order", (first, second))
     if not heavy:
         title = f"{first} and {second} differ in {_names(listed)}, which changes no result"
         return Finding("differences", "note", title, evidence, "nothing to do", (first, second))

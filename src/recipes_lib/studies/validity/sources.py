@@ -29,10 +29,11 @@ def check_sources(study: Study | None, measurements: Measurements) -> Iterator[F
             title = f"{declared.name} stands for published numbers alone, and cannot be tested"
             remedy = "import its answers and judgments (recipes import FILE... --as RUN), or train it: remove published_only"
             yield Finding("published-only", "error", title, _published(study, declared.name), remedy, (declared.name,))
-        elif declared.imported and not runs:
+        elif study is not None and declared.imported and not runs:
             title = f"{declared.name} has no files: run '{declared.imported}' was not imported"
             remedy = f"recipes import FILE... --as {declared.imported}"
-            yield Finding("not-imported", "error", title, (), remedy, (declared.name,))
+            evidence = (f"{shown_path(study.path)}: arms.{declared.name}.imported: {declared.imported}",)
+            yield Finding("not-imported", "error", title, evidence, remedy, (declared.name,))
         elif study is not None and declared.trained and len(runs) < len(declared.seeds):
             title = f"{declared.name} has {len(runs)} of {len(declared.seeds)} trainings"
             seeds = f"seeds {', '.join(map(str, declared.seeds))}; there: {', '.join(run.name for run in runs) or 'none'}"
