@@ -113,7 +113,8 @@ def write_mt_bench(folder: Path, n: int = 80, *, skill: float = 3.0, text: Text 
     write_lines(place / "judgments.jsonl", rows)
     write_lines(place / "samples" / "model_answer.jsonl", answers)
     write_lines(place / "samples" / "question.jsonl", [{"question_id": one.id, "turns": list(one.turns)} for one in questions])
-    write_json(place / "result.json", _result("mt_bench", folder.name, None, n, audit(rows)) | suite.summary(questions, rows))
+    result = _result("mt_bench", folder.name, None, n, audit(rows)) | {"judgment_keys": [row["key"] for row in rows]}
+    write_json(place / "result.json", result | suite.summary(questions, rows))
 
 
 def write_lm_eval(folder: Path, n: int = 200, *, skill: float = 0.5, task: str = "arc_easy") -> None:

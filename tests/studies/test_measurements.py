@@ -45,6 +45,18 @@ def test_judgments_of_earlier_answers_and_other_judges_do_not_count(run):
     assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items] == before
 
 
+def test_judgments_of_another_rubric_or_of_questions_that_are_no_longer_asked_do_not_count(run):
+    file, answers = run / "evals" / "mt_bench" / "judgments.jsonl", run / "evals" / "mt_bench" / "samples" / "model_answer.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items]
+    # The rubric was changed, judged with, and changed back: the same judge graded the same answers, later and otherwise.
+    other = [{**line, "key": f"{line['key']}x", "prompt_hash": "p", "value": 1} for line in lines]
+    dropped = {**lines[0], "key": "y", "question_id": "999:1", "answer_hashes": ["1" * 64]}
+    synthetic_runs.write_lines(file, [dropped, *lines, *other])
+    assert "999" not in answers.read_text()
+    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items] == before
+
+
 def test_a_result_of_other_judgments_is_refused(run):
     file = run / "evals" / "mt_bench" / "judgments.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipes_lib.judging.outcomes import item_outcome
-from recipes_lib.judging.store import read_rows
-from recipes_lib.studies.eval_files import against_file, read_lines
+from recipes_lib.studies.eval_files import against_file, judged_rows, read_lines
 from recipes_lib.studies.measurements import EvalResult, Measurements, RunMeasurements
 
 MAX_SAMPLES = 6_000
@@ -149,14 +148,12 @@ def _mt_bench(run: RunMeasurements, result: EvalResult) -> Iterator[dict[str, An
     """Turns graded, or compared where the result has an opponent."""
     folder = result.file.parent
     answers, questions = _turns(folder, "model_answer.jsonl"), _turns(folder, "question.jsonl")
-    judge = result.result["judge"]["fingerprint"]
     pairs = bool(result.result.get("pairs"))
-    stored = read_rows(against_file(folder, "judgments", result.against) if pairs else folder / "judgments.jsonl")
+    file = against_file(folder, "judgments", result.against) if pairs else folder / "judgments.jsonl"
     theirs = _turns(run.folder.parent / str(result.against) / "evals" / result.eval, "model_answer.jsonl") if pairs else {}
     by_item: dict[str, dict[str, Any]] = {}
-    for row in stored:
-        if row["judge"] == judge and not row["meta"].get("probe") and row["kind"] == ("relative" if pairs else "absolute"):
-            by_item.setdefault(row["question_id"], {})[row["order"]] = row
+    for row in judged_rows(file, result.result, "relative" if pairs else "absolute"):
+        by_item.setdefault(row["question_id"], {})[row["order"]] = row
     for key, rows in by_item.items():
         question, _, turn = key.rpartition(":")
         place = (question, int(turn))

@@ -116,12 +116,9 @@ def _alpaca_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[M
 def _mt_bench(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
     """Mean grade over all turns, and the win rate where there is an opponent."""
     against = result["against"]
-    judge = result["judge"]["fingerprint"]
     current = _answer_hashes(file.parent / "samples" / "model_answer.jsonl")
     grades = {}
-    for row in read_rows(file.parent / "judgments.jsonl"):
-        if row["kind"] != "absolute" or row["judge"] != judge:
-            continue
+    for row in judged_rows(file.parent / "judgments.jsonl", result, "absolute"):
         question, _, turn = row["question_id"].rpartition(":")
         if current.get((question, int(turn)), row["answer_hashes"][0]) == row["answer_hashes"][0]:
             grades[question, int(turn)] = _grade(question, int(turn), row["meta"]["category"], row, tuple(row["lengths"]))
@@ -137,15 +134,23 @@ def _mt_bench(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Meas
         name, "mt_bench", "grade", "MT-Bench mean grade, 1-5", items, file, unit="grade", reported=score["estimate"], reported_n=score["n"]
     )
     if result.get("pairs"):
-        yield _mt_bench_pairs(name, file, result, judge, against)
+        yield _mt_bench_pairs(name, file, result, against)
 
 
-def _mt_bench_pairs(name: str, file: Path, result: Mapping[str, Any], judge: str, against: str) -> Measure:
+def judged_rows(path: Path, result: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
+    """Yield the stored judgments of one kind that a result rests on; the store keeps those of earlier prompts and answers too."""
+    keys = set(result.get("judgment_keys") or ())
+    for row in read_rows(path):
+        mine = row["key"] in keys if keys else row["judge"] == result["judge"]["fingerprint"]
+        if mine and row["kind"] == kind and not row["meta"].get("probe"):
+            yield row
+
+
+def _mt_bench_pairs(name: str, file: Path, result: Mapping[str, Any], against: str) -> Measure:
     """The comparison of each turn with an opponent's."""
     rows: dict[str, dict[str, Any]] = {}
-    for row in read_rows(against_file(file.parent, "judgments", against)):
-        if row["kind"] == "relative" and row["judge"] == judge and not row["meta"].get("probe"):
-            rows.setdefault(row["question_id"], {})[row["order"]] = row
+    for row in judged_rows(against_file(file.parent, "judgments", against), result, "relative"):
+        rows.setdefault(row["question_id"], {})[row["order"]] = row
     items = []
     for key, verdicts in rows.items():
         question, _, turn = key.rpartition(":")

@@ -145,6 +145,8 @@ class JudgedSuite:
         numbers = mt_bench.summary(questions, mine.rows)
         title = f"{answers.name}: {recipe.name}, judge {self.judge_file.path.stem}"
         draw_grades(numbers, answers.folder(recipe.name) / "figures" / "grades", title)
+        # The store keeps every judgment there ever was; these are the ones behind the numbers.
+        result |= {"judgment_keys": [row["key"] for row in mine.rows]}
         return result | numbers | replay_numbers(result | numbers, "mt_bench")
 
 
