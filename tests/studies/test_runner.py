@@ -19,6 +19,7 @@ from recipes_lib.cli import main
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.studies import conclusion, runner, steps, trainings
+from recipes_lib.studies.evaluation import set_aside
 from recipes_lib.studies.runner import run_study, study_lock
 from recipes_lib.studies.steps import build_graph
 from recipes_lib.studies.study import Study, load_study
@@ -145,6 +146,36 @@ def test_a_training_by_older_code_and_one_whose_weights_are_gone_are_done_again(
     run_study(study, said.append, only=["train"])
     assert sum("$ recipes train" in line for line in said) == 1 and any("its weights are gone" in line for line in said)
     assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
+
+
+def test_answers_and_judgments_of_older_code_are_moved_away_because_what_is_stored_is_not_asked_again(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = build_graph(study)
+    folder = RunDirectory("tiny--r8").path / "evals" / "study--alpaca_eval"
+    folder.mkdir(parents=True)
+    made = {"answers.study--alpaca_eval.r8": "generations.jsonl", "judgments.study--alpaca_eval.r8": "result.json",
+            "comparison.study--alpaca_eval.r8-vs-r4": "result.against-tiny--r4.json"}  # fmt: skip
+    for name, file in made.items():
+        (folder / file).write_text("{}\n", encoding="utf-8")
+        (folder / file.replace("result", "judgments").replace(".json", ".jsonl").replace("jsonll", "jsonl")).write_text(
+            "{}\n", encoding="utf-8"
+        )
+        graph.finish(graph.steps[name], "x", [folder / file])
+    for name in made:
+        set_aside(study, graph, graph.steps[name], lambda line: None)
+    assert not (runner.study_folder(study) / "replaced").exists()
+    for kind in ("answers", "judgments", "comparison"):
+        monkeypatch.setitem(steps.VERSIONS, kind, 2)
+    newer = build_graph(study)
+    for name in made:
+        set_aside(study, newer, newer.steps[name], lambda line: None)
+    away = runner.study_folder(study) / "replaced" / "tiny--r8" / "evals" / "study--alpaca_eval"
+    assert sorted(file.name for file in away.iterdir()) == ["generations.jsonl", "judgments.against-tiny--r4.jsonl", "judgments.jsonl"]
+    assert not list(folder.glob("*.jsonl"))
+    (folder / "generations.jsonl").write_text("{}\n", encoding="utf-8")  # the new code's, then killed
+    set_aside(study, newer, newer.steps["answers.study--alpaca_eval.r8"], lambda line: None)
+    assert (folder / "generations.jsonl").is_file()
 
 
 def test_a_training_that_was_stopped_shows_how_far_it_came(study: Study, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,12 @@ def study_folder(study: Study) -> Path:
     return runs_root() / study.name
 
 
+def free_name(path: Path) -> Path:
+    """Return `path`, or with a number where it is taken: what is moved away never replaces what was moved before."""
+    taken = (path.with_name(f"{path.name}--{number}") for number in range(2, 10_000))
+    return path if not path.exists() else next(name for name in taken if not name.exists())
+
+
 def run_name(study: Study, arm: Arm, seed: int | None = None) -> str:
     """Return the run of an arm and one of its seeds: `<study>--<arm>`, for another seed than the recipe's `<study>--<arm>--seed<N>`.
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipesError
-from recipes_lib.recipe.project import runs_root
-from recipes_lib.studies.arm_runs import base_arm, base_record, base_run
+from recipes_lib.recipe.project import runs_root, shown_path
+from recipes_lib.studies.arm_runs import base_arm, base_record, base_run, free_name, study_folder
 from recipes_lib.studies.graph import Graph, Step, digest_of, result_digest
 from recipes_lib.studies.sections import BASE_ARM
 from recipes_lib.studies.study import Study
@@ -75,6 +75,22 @@ def record_base_run(study: Study) -> None:
         write_json(base_record(study), {"run": subject.name, "model": arm.recipe.model.name_or_path})
 
 
+def set_aside(study: Study, graph: Graph, step: Step, say: Report) -> None:
+    """Move what older code answered or judged in this step into the study's folder, because what is stored is not asked again."""
+    record = graph.record(step.name)
+    if record is None or record["version"] == step.version or step.kind not in ("answers", "judgments", "comparison"):
+        return
+    for name in record["files"]:
+        file = runs_root() / name
+        store = file if file.suffix == ".jsonl" else file.with_name(f"{file.stem.replace('result', 'judgments', 1)}.jsonl")
+        if store.is_file():
+            away = free_name(study_folder(study) / "replaced" / store.relative_to(runs_root()))
+            away.parent.mkdir(parents=True, exist_ok=True)
+            store.rename(away)
+            say(f"{step.name}: made by older code, moved to {shown_path(away)}")
+    graph.forget(step.name)  # or an attempt that is killed would lose what it made anew
+
+
 @dataclass
 class _Job:
     """One suite with the steps that its targets' answers and results complete, by run; steps that are fresh are not among them.
@@ -114,6 +130,8 @@ class Evaluation:
         from recipes_lib.training.session import quiet_libraries
 
         quiet_libraries()
+        for step in self.todo.values():
+            set_aside(self.study, self.graph, step, self.say)
         self._check_files()
         for recipe in self.study.evals:
             self._plan(recipe)

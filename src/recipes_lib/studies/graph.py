@@ -146,6 +146,10 @@ class Graph:
         write_json(self.folder / step.name / "done.json", record)
         (self.folder / step.name / "failed.json").unlink(missing_ok=True)
 
+    def forget(self, name: str) -> None:
+        """Take back that a step is done."""
+        (self.folder / name / "done.json").unlink(missing_ok=True)
+
     def fail(self, step: Step, error: str, exit_code: int) -> None:
         """Note that a step failed; an earlier result stays what it is."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

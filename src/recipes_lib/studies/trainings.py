@@ -22,7 +22,7 @@ from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.studies.arm_runs import launch_words, study_folder, train_words
+from recipes_lib.studies.arm_runs import free_name, launch_words, study_folder, train_words
 from recipes_lib.studies.graph import Graph, Step, changed_inputs, digest_of
 from recipes_lib.studies.study import Study
 
@@ -155,7 +155,7 @@ class Trainings:
             if state["state"] == "finished" and _weights(run) is None:
                 other.append("its weights are gone")
             if other:
-                away = _free_name(study_folder(self.study) / "replaced" / run.name)
+                away = free_name(study_folder(self.study) / "replaced" / run.name)
                 away.parent.mkdir(parents=True, exist_ok=True)
                 run.path.rename(away)
                 self.say(f"{step.run} is out of date ({', '.join(other[:3])}): moved to {shown_path(away)}")
@@ -224,12 +224,6 @@ def weight_files(run: RunDirectory) -> list[Path]:
 def _weights(run: RunDirectory) -> Path | None:
     """The folder of a finished run's weights, its adapter or its model; None where somebody removed it."""
     return next((folder for folder in (run.weights(False), run.weights(True)) if any(folder.glob("*.safetensors"))), None)
-
-
-def _free_name(path: Path) -> Path:
-    """`path`, or with a number where it is taken."""
-    taken = (path.with_name(f"{path.name}--{number}") for number in range(2, 10_000))
-    return path if not path.exists() else next(name for name in taken if not name.exists())
 
 
 def _die_with_parent(parent: int) -> None:
