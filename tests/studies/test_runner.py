@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.studies import conclusion, runner, steps, trainings
 from recipes_lib.studies.evaluation import set_aside
@@ -274,12 +274,16 @@ def test_a_killed_runner_leaves_no_training_behind(study: Study, study_folder: P
     assert states(study) == {"train.r4": "missing", "train.r8": "missing"}
 
 
-def test_an_imported_run_that_is_not_there_is_named_at_its_line(study_folder: Path) -> None:
+def test_imported_runs_that_are_not_there_are_all_named_at_their_lines(study_folder: Path) -> None:
     file = study_folder / "tiny.yaml"
-    file.write_text(file.read_text(encoding="utf-8").replace("r4: r4.yaml", "r4: {imported: original--r4}"), encoding="utf-8")
-    with pytest.raises(RecipeError, match="arm 'r4' stands for run 'original--r4'") as refused:
+    text = file.read_text(encoding="utf-8")
+    for arm in ("r4", "r8"):
+        text = text.replace(f"{arm}: {arm}.yaml", f"{arm}: {{imported: original--{arm}}}")
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeErrors) as refused:
         run_study(load_study(file), lambda line: None)
-    assert refused.value.line == 6
+    assert [error.line for error in refused.value.errors] == [6, 7]
+    assert "arm 'r4' stands for run 'original--r4'" in str(refused.value)
     assert "recipes import FILE... --as original--r4" in str(refused.value)
 
 

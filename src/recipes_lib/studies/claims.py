@@ -224,8 +224,10 @@ def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str
 
 def nothing_compared(measurements: Measurements, findings: Sequence[Finding]) -> tuple[str, ...]:
     """Return the answer where no two arms have a metric in common: for each pair the errors that stand against its losses and times."""
-    sentences = ["Nothing can be compared: no two arms have a metric in common."]
     names = [name for name, arm in measurements.arms.items() if arm.runs]
+    if not names:
+        return ("Nothing is measured yet.",)
+    sentences = ["Nothing can be compared: no two arms have a metric in common."]
     for position, second in enumerate(names):
         for first in names[:position]:
             errors = [one for one in findings if one.severity == "error" and {first, second} <= set(one.arms)]

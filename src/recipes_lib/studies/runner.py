@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from recipes_lib.atomic_files import write_text
-from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.studies.arm_runs import study_folder
 from recipes_lib.studies.graph import FOLLOWS, Freshness, Graph, Step
@@ -36,7 +36,8 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
 
     Raises:
         EnvironmentFault: another process runs this study.
-        RecipeError: an imported run is not there, `only` names no step, or the folder is another study's.
+        RecipeErrors: imported runs are not there.
+        RecipeError: `only` names no step, or the folder is another study's.
     """
     with _locks(study, only):
         check_imported(study)
@@ -142,16 +143,19 @@ def check_imported(study: Study) -> None:
     """Refuse a study that names imported runs which are not there.
 
     Raises:
-        RecipeError: placed where the run is named.
+        RecipeErrors: one for each, placed where the run is named.
     """
     from recipes_lib.runs.directory import RunDirectory
 
+    errors = []
     for arm in study.arms:
         if arm.imported and not RunDirectory(arm.imported).exists():
             origin = study.origins.get(("arms", arm.name, "imported"))
             what = f"arm '{arm.name}' stands for run '{arm.imported}', which is not in {runs_root()}"
             hint = f"make it from the foreign files: recipes import FILE... --as {arm.imported}"
-            raise RecipeError(what, hint, file=origin.file if origin else study.path, line=origin.line if origin else None)
+            errors.append(RecipeError(what, hint, file=origin.file if origin else study.path, line=origin.line if origin else None))
+    if errors:
+        raise RecipeErrors(errors)
 
 
 _COPY = "# a copy of "
