@@ -18,6 +18,7 @@ import pytest
 from recipes_lib.cli import main
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors
 from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.runs.lock import run_lock
 from recipes_lib.studies import conclusion, runner, steps, trainings
 from recipes_lib.studies.evaluation import set_aside
 from recipes_lib.studies.runner import run_study, study_lock
@@ -345,6 +346,19 @@ def test_status_tells_waiting_from_failed(study: Study, monkeypatch: pytest.Monk
     assert rows["check.r4"] == ("waiting", "train.r4 failed")
     assert rows["train.r8"][0] == "fresh"
     assert rows["check.r8"][0] == "missing"
+
+
+def test_nothing_is_evaluated_while_an_arm_is_trained(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    def state_of_the_base() -> str:
+        capsys.readouterr()
+        main(["study", "status", str(study.path), "--json"])
+        rows = {row["step"]: row["state"] for row in json.loads(capsys.readouterr().out)["steps"]}
+        return rows["answers.study--alpaca_eval.base"]
+
+    with study_lock(study):
+        assert state_of_the_base() == "running"
+        with run_lock(RunDirectory("tiny--r4").path):
+            assert state_of_the_base() == "missing"
 
 
 def test_a_report_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
         state = graph.survey()
         if all(state[step.name].fresh for step in wanted):
             return int(ExitCode.DONE)
+        say(f"study '{study.name}': {sum(not state[step.name].fresh for step in wanted)} of {len(wanted)} steps to do")
         _say_stale(wanted, state, say)
         try:
             with _terminated():

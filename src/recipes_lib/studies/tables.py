@@ -32,17 +32,18 @@ class StepRow:
 
 def step_rows(study: Study, graph: Graph) -> list[StepRow]:
     """Return every step with its state: fresh, stale, missing, waiting, failed, running."""
-    held = is_held(study_folder(study))
     known = graph.survey()
-    return [_row(step, known, graph, held) for step in graph]
+    training = {step.run for step in graph.of_kind("train") if not known[step.name].fresh and is_held(RunDirectory(step.run).path)}
+    evaluating = not training and is_held(study_folder(study))
+    return [_row(step, known, graph, training, evaluating) for step in graph]
 
 
-def _row(step: Step, known: Mapping[str, Freshness], graph: Graph, held: bool) -> StepRow:
+def _row(step: Step, known: Mapping[str, Freshness], graph: Graph, training: set[str], evaluating: bool) -> StepRow:
     state, record = known[step.name], graph.record(step.name)
     seconds = record.get("seconds") if record else None
     if state.fresh:
         return StepRow(step.name, "fresh", f"done {record['finished'].removesuffix('+00:00')}" if record else "", seconds)
-    if step.kind == "train" and is_held(RunDirectory(step.run).path):
+    if step.kind == "train" and step.run in training:
         return StepRow(step.name, "running", progress_of(step.run), seconds)
     waits = [name for name in step.upstream if not known[name].fresh]
     if state.failure:
@@ -51,7 +52,7 @@ def _row(step: Step, known: Mapping[str, Freshness], graph: Graph, held: bool) -
         failed = next((name for name in waits if known[name].failure), None)
         after = f"after {waits[0]}" + (f" and {len(waits) - 1} more" if len(waits) > 1 else "") if waits else ""
         detail = f"{failed} failed" if failed else after or (_begun(step.run) if step.kind == "train" else "")
-        return StepRow(step.name, "waiting" if waits else "running" if held and step.kind != "train" else "missing", detail, seconds)
+        return StepRow(step.name, "waiting" if waits else "running" if evaluating and step.kind != "train" else "missing", detail, seconds)
     return StepRow(step.name, "stale", state.why, seconds)
 
 
