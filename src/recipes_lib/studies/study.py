@@ -235,6 +235,7 @@ def _read(document: Document, words: Sequence[str]) -> tuple[Study | None, list[
         warnings=tuple(document.warnings),
     )
     reader.published(study.published)
+    reader.check_words(arms)
     problems = list({str(error): error for error in reader.errors}.values()) or check_eval_names(document, [one.name for one in evals])
     if not problems:
         problems = [*reader.one_base(study), *check_levels(document, study)]
@@ -260,10 +261,10 @@ class _Reader:
 
     def arm(self, name: str, value: Any) -> Arm | None:
         """Return an arm, or None where its recipe or launch cannot be had."""
-        study = self.document.values
         section = ArmSection(**({"recipe": value} if isinstance(value, str) else value))
+        study = self._shared(section)
         self._check_reach(name, section)
-        own = [*(study.get("overrides") or []), *section.overrides, *self.words]
+        own = [*(study.get("overrides") or []), *section.overrides, *(self.words if study else [])]
         self.errors += [self._at_override(name, error) for error in check_overrides(own)]
         recipe = self._recipe(name, section, own)
         if recipe is None and section.recipe is not None:
@@ -283,24 +284,27 @@ class _Reader:
         )
         return dataclasses.replace(arm, seeds=tuple(section.seeds or study.get("seeds") or [arm.own_seed]))
 
+    def _shared(self, section: ArmSection) -> dict[str, Any]:
+        """What the study says for all arms; of one that was trained elsewhere it changes nothing, or its differences could be hidden."""
+        return self.document.values if section.imported is None and not section.published_only else {}
+
     def _check_reach(self, name: str, section: ArmSection) -> None:
         """Refuse words of the command line that would change the other arms and not this one, which has a value of its own."""
         for key in ("accelerate", "gpus", "nodes", "seeds"):
-            own, word = getattr(section, key), self.document.values.get(key)
+            own, word = getattr(section, key), self._shared(section).get(key)
             if own and word and own != word and self.document.origin((key,)).file == COMMAND_LINE:
                 what = f"arm '{name}' has its own {key}: {own}, so {key}={word} on the command line does not reach it"
                 self.errors.append(self.document.error(("arms", name, key), what, "change the study file, or leave that word away"))
 
     def _launch(self, name: str, section: ArmSection, recipe: Recipe | None) -> Launch | None:
         """Return the arm's launch, once it can work: a config that exists, processes that it starts, a batch that can be divided."""
-        study = self.document.values
         if recipe is None:  # nothing is launched
             return plan_launch(LaunchSection(), "single_gpu")
-        trained = section.imported is None and not section.published_only
+        study = self._shared(section)
         options = {key: getattr(section, key) or study.get(key) for key in ("accelerate", "gpus", "nodes")}
         try:
             launch = plan_launch(recipe.launch, **options)
-            if trained:
+            if study:
                 accumulation_steps(recipe, launch.world_size)
         except RecipeErrors as several:
             self.errors += several.errors
@@ -364,6 +368,12 @@ class _Reader:
         except RecipeError as error:
             self.errors.append(error)
         return None
+
+    def check_words(self, arms: Sequence[Arm]) -> None:
+        """Refuse words for the arms' recipes where no arm is trained."""
+        if self.words and arms and not any(arm.trained for arm in arms):
+            what = f"{self.words[0]} changes nothing: no arm of this study is trained here"
+            self.errors.append(RecipeError(what, "what was trained elsewhere is as its recipe says", file=COMMAND_LINE))
 
     def published(self, path: Path | None) -> None:
         """Read the file of published numbers, for what is wrong in it."""
