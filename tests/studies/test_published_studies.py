@@ -14,6 +14,7 @@ from recipes_lib.studies.claims import Comparison, compare_arms
 from recipes_lib.studies.findings import Finding
 from recipes_lib.studies.imported.run import import_run
 from recipes_lib.studies.measurements import Measurements, read_measurements, read_run
+from recipes_lib.studies.steps import report_inputs
 from recipes_lib.studies.study import Study, load_study
 from recipes_lib.studies.validity import check_validity
 
@@ -185,6 +186,19 @@ def test_real_annotations_give_the_leaderboards_win_rate(runs, shared_data):
     import_run([*(shared_data / "alpaca_eval/llama-2-7b-chat-hf").iterdir()], "chat", replace=True)
     values = [item.value for item in next(read_run(runs / "chat").measures()).items]
     assert len(values) == 805 and 100 * sum(values) / 805 == pytest.approx(71.366, abs=0.001)
+
+
+def test_the_same_files_imported_anew_make_no_report_stale_and_another_file_does(runs, shared_data):
+    def content() -> object:
+        return report_inputs(load_study("published-ddp-vs-fsdp"))["content.imported run original-fsdp-bf16-r32"]
+
+    file, before = shared_data / "original_study/training/fsdp_metrics.derived.jsonl", content()
+    words = ["original-fsdp-bf16-r32", f"{RECIPES}fsdp-bf16-r32"]
+    import_run([file], *words, replace=True)
+    assert content() == before
+    import_run([shared_data / "original_study/training/ddp_qlora_training_logs.json"], *words, replace=True)
+    assert content() != before
+    import_run([file], *words, replace=True)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.runs.resume_guard import flatten, guarded_values
 from recipes_lib.studies.arm_runs import base_arm, base_run, run_name, study_folder
 from recipes_lib.studies.graph import CONTENT, Graph, Step, content_of, digest_of
+from recipes_lib.studies.measurements import read_object
 from recipes_lib.studies.sections import BASE_ARM
 from recipes_lib.studies.study import Arm, Study
 from recipes_lib.suites.recipe import EvalRecipe
@@ -238,10 +239,19 @@ def report_inputs(study: Study) -> dict[str, Any]:
         if not arm.trained and arm.recipe is not None:
             values[f"arms.{arm.name}.recipe"] = digest_of(arm.resolved())
         if arm.imported:
-            values[f"{CONTENT}imported run {arm.imported}"] = content_of(runs_root() / arm.imported)
+            values[f"{CONTENT}imported run {arm.imported}"] = _imported_content(runs_root() / arm.imported)
     if study.published:
         values[f"{CONTENT}published numbers"] = content_of(study.published)
     return values
+
+
+def _imported_content(folder: Path) -> str | None:
+    """What an imported run holds; when and by which command it was imported is not part of it."""
+    if not folder.is_dir():
+        return None
+    state = {key: value for key, value in read_object(folder / "run.json").items() if key not in ("created", "updated")}
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in ("run.json", "command.txt", ".lock"))
+    return digest_of([state, *([file.relative_to(folder).as_posix(), content_of(file)] for file in files)])
 
 
 @lru_cache(maxsize=4)
