@@ -23,7 +23,7 @@ from recipes_lib.studies.study import load_study
 @pytest.fixture
 def trained(make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path) -> Path:  # noqa: F811
     """The tiny study, its two arms trained by somebody else."""
-    make_run("tiny--r4", 1), make_run("tiny--r8", 2)
+    make_run("tiny--r4", 1, "chat"), make_run("tiny--r8", 2, "chat")
     return write_tiny_study(tmp_path / "study", tiny_model_dir)
 
 
@@ -38,7 +38,7 @@ def rows_of(kind: str) -> dict[str, int]:
 def test_one_base_serves_both_adapters_and_all_evals_and_one_judge_judges_everything(trained: Path, loads: list[str]) -> None:  # noqa: F811
     loads.clear()
     said: list[str] = []
-    assert run_study(load_study(trained), said.append) == ExitCode.DONE, said
+    assert run_study(load_study(trained), said.append) == ExitCode.DONE, said[-3:]
     assert loads == ["tiny-llama", "tiny-llama"]  # the base, then the judge, which has the same weights here
     assert all(state.fresh for state in build_graph(load_study(trained)).survey().values())
     run_study(load_study(trained), said.append)
