@@ -111,13 +111,17 @@ _OTHER_KINDS = (
 )
 
 
-def _not_judgments(path: Path, fields: set[str]) -> DataError:
+class NotJudgments(DataError):
+    """A file that can be read and holds something else."""
+
+
+def _not_judgments(path: Path, fields: set[str]) -> NotJudgments:
     """The error for a file that is something else: what it is, where its fields tell."""
     known = "known: the original study's CSV and JSONL, alpaca_eval annotations, FastChat JSONL"
     for needed, what, use in _OTHER_KINDS:
         if needed <= fields:
-            return DataError(f"not a known format of judgments: {what}", use.replace("FILE", str(path)), known, file=path)
-    return DataError("not a known format of judgments", known, f"fields here: {', '.join(sorted(fields))[:300]}", file=path)
+            return NotJudgments(f"not a known format of judgments: {what}", use.replace("FILE", str(path)), known, file=path)
+    return NotJudgments("not a known format of judgments", known, f"fields here: {', '.join(sorted(fields))[:300]}", file=path)
 
 
 def _json_rows(text: str, path: Path) -> list[tuple[int | None, dict[str, Any]]]:
@@ -157,11 +161,12 @@ def _one_object(text: str) -> dict[str, Any] | None:
 def _original_csv(text: str, path: Path) -> Iterator[Record]:
     """The original study's comparison: the model is always A, the score is the last standalone digit, no digit became a tie."""
     csv.field_size_limit(10_000_000)
-    reader = csv.DictReader(io.StringIO(text.replace("\0", "")))
+    reader = csv.DictReader(io.StringIO(text.replace("\0", "")), strict=True)
     if missing := [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]:
-        raise DataError(f"no column {missing[0]!r}", f"columns: {', '.join(reader.fieldnames or ())}", file=path, line=1)
+        what = f"not the original study's detailed_results.csv: no column {missing[0]!r}"
+        raise DataError(what, f"columns: {', '.join(reader.fieldnames or ())}", file=path, line=1)
     count = 0
-    for count, row in enumerate(reader, 1):
+    for count, row in enumerate(_csv_rows(reader, path), 1):
         try:
             feedback, preference = row["feedback"] or "", row["preference"]
             yield Record(
@@ -178,6 +183,14 @@ def _original_csv(text: str, path: Path) -> Iterator[Record]:
             raise DataError(f"row {count} has no preference A, B or Tie or no score: {fault}", file=path, line=reader.line_num) from None
     if not count:
         raise DataError("0 judgments", file=path)
+
+
+def _csv_rows(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a CSV; one that ends inside a quoted text was cut off."""
+    try:
+        yield from reader
+    except csv.Error as fault:
+        raise DataError(f"not CSV after line {reader.line_num}: {fault}", "is the file whole?", file=path) from None
 
 
 def _original_mt_bench(row: dict[str, Any]) -> Record:

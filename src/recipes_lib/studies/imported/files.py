@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
-from recipes_lib.judging.replay_readers import ForeignFile, holds_judgments, is_ours, read_foreign
+from recipes_lib.judging.replay_readers import ForeignFile, NotJudgments, read_foreign
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.suggestions import near_names
 
@@ -85,9 +85,12 @@ def recognise(path: Path) -> Foreign:
         form = _object_format(rows[0][1]) if single else _rows_format(rows[0][1])
         if form:
             return Foreign(path, form, digest, size, rows)
-        if not (holds_judgments(rows[0][1]) or is_ours(rows[0][1])):
-            raise DataError("not a known foreign file", *KNOWN, f"keys here: {', '.join(list(rows[0][1])[:8])}", file=shown_path(path))
-    judgments = read_foreign(path)
+    try:
+        judgments = read_foreign(path)
+    except NotJudgments as error:
+        what = error.what.replace("a known format of judgments", "a known foreign file")
+        hints = [hint for hint in error.hints if not hint.startswith("known:")]
+        raise DataError(what, *hints, *KNOWN, file=shown_path(path)) from None
     return Foreign(path, judgments.format, digest, size, judgments=judgments)
 
 
