@@ -73,7 +73,7 @@ def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothi
     first = (PROJECT / "evals/rubrics/helpfulness.txt").read_text(encoding="utf-8")
     judge.write_text(judge.read_text(encoding="utf-8").replace(f"{PROJECT}/evals/rubrics/helpfulness.txt", rubric.name), encoding="utf-8")
     seen, rows = [], []
-    for text in (first, first.replace("helpful", "short and funny"), first):
+    for text in (first, first.replace("?", ", and funny?", 1), first):
         rubric.write_text(text, encoding="utf-8")
         assert run_study(load_study(trained), lambda line: None) == ExitCode.DONE
         seen.append(grades())

@@ -140,9 +140,9 @@ class Evaluation:
         return self.failures
 
     def _mine(self, kind: str, recipe: EvalRecipe | None = None) -> list[Step]:
-        """The steps of a kind that are to be done and whose upstream did not fail."""
+        """The steps of a kind that are to be done and did not fail, nor what they need."""
         steps = [step for step in self.todo.values() if step.kind == kind and (recipe is None or step.eval == recipe.name)]
-        return [step for step in steps if not self._blocked(step)]
+        return [step for step in steps if step.name not in self.failures.found and not self._blocked(step)]
 
     def _blocked(self, step: Step) -> bool:
         """Whether a step above this one failed or was never done."""
