@@ -372,9 +372,7 @@ def test_a_report_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
 
 def test_two_studies_of_one_name_do_not_undo_each_other(study: Study, study_folder: Path, tmp_path: Path) -> None:
     run_study(study, lambda line: None, only=["train"])
-    (tmp_path / "copy").mkdir()
-    for file in study_folder.iterdir():
-        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(study_folder, tmp_path / "copy")
     with pytest.raises(RecipeError, match="belongs to another study of this name"):
         run_study(load_study(tmp_path / "copy" / "tiny.yaml"), lambda line: None)
     study.path.unlink()  # moved, not copied
