@@ -89,7 +89,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     precision = {4: "NF4 linear layers", 8: "8-bit linear layers", None: settings.dtype}[settings.bits]
     kept = activations_of(settings)
     per_token = (kept.checkpointed if settings.checkpointing else kept.per_token) / MIB
-    how = ", recomputed (checkpointing)" if settings.checkpointing else ""
+    how = ", checkpointed" if settings.checkpointing else ""
     lines = [
         (f"base weights ({precision}{', shard' * settings.sharded})", memory.weights),
         (f"adapter ({_count(settings)})", memory.adapter),
