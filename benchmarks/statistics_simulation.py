@@ -95,7 +95,10 @@ def _scores(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Arr
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of comparison: how its items arise, the difference at which coverage is measured, and turns per question."""
+    """One kind of comparison: how its items arise, the difference at which coverage is measured, and turns per question.
+
+    `reach` is the largest difference that `draw` can make; a stated one beyond it cannot be simulated.
+    """
 
     name: str
     draw: Callable[[np.random.Generator, int, float], tuple[Array, Array]]
@@ -106,6 +109,7 @@ class Kind:
     unresolved: float = 0.0
     scale: tuple[float, float] = (0.0, 1.0)
     largest: int = 800
+    reach: float = math.inf
 
 
 KINDS = (
@@ -116,9 +120,9 @@ KINDS = (
     Kind("grades, four in five are 5", _top_grades, -0.2, scale=(1, 5)),
     Kind("grades, two turns", _grades, 0.2, turns=2, scale=(1, 5)),
     Kind("scores", _scores, 0.3, largest=80),
-    Kind("outcomes, 2 seeds that differ", _outcomes, 0.05, seeds=2, spread=0.05),
-    Kind("outcomes, 3 seeds that differ", _outcomes, 0.05, seeds=3, spread=0.05),
-    Kind("outcomes, 5 seeds that differ", _outcomes, 0.05, seeds=5, spread=0.05),
+    Kind("outcomes, 2 seeds that differ", _outcomes, 0.05, seeds=2, spread=0.05, reach=0.25),
+    Kind("outcomes, 3 seeds that differ", _outcomes, 0.05, seeds=3, spread=0.05, reach=0.25),
+    Kind("outcomes, 5 seeds that differ", _outcomes, 0.05, seeds=5, spread=0.05, reach=0.25),
     Kind("outcomes, 3 seeds alike", _outcomes, 0.05, seeds=3),
     Kind("outcomes, 5% of the losses unresolved", _outcomes, 0.05, unresolved=0.05),
 )
@@ -173,17 +177,22 @@ def simulate(kind: Kind, n: int, studies: int, seed: int = 0) -> Result:
         tested = one_study(kind, n, kind.effect, rng)
         covered += tested.low is not None and tested.low <= kind.effect <= tested.high
         widths.append((tested.high or 0) - (tested.low or 0))
-    found = _power(kind, n, studies, rng) if n >= 80 and not kind.unresolved and not kind.spread else None
+    found = _power(kind, n, studies, rng) if n >= 80 and not kind.unresolved else None
     return Result(kind.name, n, kind.seeds, studies, better / studies, worse / studies, covered / studies, float(np.mean(widths)), found)
 
 
-def _power(kind: Kind, n: int, studies: int, rng: np.random.Generator) -> float:
-    """How often a difference is found that is as large as the studies say they would find: the size that agrees with itself."""
+def _power(kind: Kind, n: int, studies: int, rng: np.random.Generator) -> float | None:
+    """How often a difference is found that is as large as the studies say they would find: the size that agrees with itself.
+
+    None where that size cannot occur, as with two seeds that differ.
+    """
     size = abs(kind.effect)
     with _tests_alone():
         for _ in range(4):
             stated = [one_study(kind, n, math.copysign(size, kind.effect), rng).mde() for _ in range(200)]
             size = float(np.mean([one for one in stated if one is not None]))
+            if size > kind.reach:
+                return None
         hits = [one_study(kind, n, math.copysign(size, kind.effect), rng).p for _ in range(studies)]
     return sum(p is not None and p <= LEVEL for p in hits) / studies
 

@@ -101,6 +101,14 @@ def test_a_difference_that_unresolved_items_could_turn_round_is_never_shown() ->
     assert result.lowest < 0 < result.highest
 
 
+def test_an_effect_that_open_items_turn_round_is_never_shown() -> None:
+    # What is resolved in both seeds speaks against the first arm, what one seed left open speaks for it, however it is filled.
+    first = np.array([[0.0] * 40 + [1.0] * 60, [0.0] * 40 + [np.nan] * 60])
+    result = compare(first, np.tile([0.2, 0.3, 0.25, 0.25], 25).reshape(1, -1))
+    assert result.effect < 0 < result.lowest < result.highest
+    assert result.p == 1.0
+
+
 def test_nothing_resolved_and_nothing_at_all() -> None:
     result = compare([np.nan] * 5, [0.5] * 5)
     assert result.effect is None and result.n == 5 and result.unresolved == 5
@@ -132,6 +140,22 @@ def test_two_seeds_that_differ_need_more_seeds_not_more_questions() -> None:
     result = compare(first, np.zeros((1, 400)), scale=(-3, 3))
     assert result.mde() > 5 * 2.8 * 0.05
     assert result.questions_needed() is None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_stated_difference_is_found_four_times_in_five_over_few_seeds(seeds: int) -> None:
+    rng = np.random.default_rng(seeds)
+
+    def studies(effect: float, number: int) -> list:
+        shape = (seeds, 60)
+        return [
+            compare(rng.normal(effect, 0.5, shape) + rng.normal(0, 0.1, (seeds, 1)), np.zeros((1, 60)), scale=(-9, 9))
+            for _ in range(number)
+        ]
+
+    stated = float(np.mean([one.mde() for one in studies(0.3, 300)]))
+    found = np.mean([one.p <= 0.05 for one in studies(stated, 600)])
+    assert 0.75 <= found <= 0.87
 
 
 def test_few_pairs_that_differ_cannot_find_a_small_difference() -> None:

@@ -24,7 +24,7 @@ def test_an_arm_that_is_no_better_is_rarely_called_better(name):
     # 95% with three standard errors of 500 studies; the exact tests of rare events and unresolved items may cover more.
     assert 0.92 <= result.coverage <= 1.0
     if result.power_at_mde is not None:
-        assert result.power_at_mde >= (0.58 if result.seeds > 1 else 0.72)  # two thirds with three seeds: docs/studies.md
+        assert 0.72 <= result.power_at_mde <= 0.93
 
 
 @pytest.mark.parametrize("name", ["outcomes, head to head", "right or wrong", "outcomes, 3 seeds that differ"])

@@ -182,7 +182,7 @@ def test_another_error_stops_the_claim_and_not_the_table():
     (row,) = comparison.rows
     assert row.sentence == "No claim about r32 and r8 on arc acc: the judge failed its audit."
     assert row.verdict == "better" and row.p_holm < 0.001 and row.difference == pytest.approx(0.375)
-    assert "no claim, because of an error found, on 1" in comparison.answer[0]
+    assert comparison.answer[0] == "r32 against r8, 1 comparison: no claim (an error was found)."
 
 
 def test_an_error_about_another_metric_stops_nothing():
@@ -249,8 +249,64 @@ def test_nothing_in_common_is_said():
 def test_the_answer_begins_with_the_arms_of_the_study_and_ends_with_the_base():
     base, first, second = (arm(name, [rates(values)]) for name, values in (("base", BAD), ("r8", GOOD), ("r32", GOOD)))
     answer = compare_arms(of(base, first, second), (), study("r8", "r32")).answer
-    assert answer[0] == "r32 against r8, 1 comparison: no difference shown on 1."
-    assert answer[-2:] == ("r8 against base, 1 comparison: better on 1.", "r32 against base, 1 comparison: better on 1.")
+    assert answer[0] == "r32 against r8, 1 comparison: no difference shown."
+    assert answer[-2:] == ("r8 against base, 1 comparison: better.", "r32 against base, 1 comparison: better.")
+
+
+def test_the_first_sentence_counts_the_verdicts_of_all_comparisons():
+    names = [f"m{n}" for n in range(4)]
+
+    def answer(*values):
+        rows = [rates(one, name, label=name) for name, one in zip(names, values, strict=True)]
+        return compare_arms(of(arm("a", [rates(BAD, name, label=name) for name in names]), arm("b", rows))).answer[0]
+
+    assert answer(GOOD, GOOD, GOOD, GOOD) == "b against a: better on all 4 comparisons."
+    assert answer(GOOD, BAD, BAD, BAD) == "b against a: better on 1 of 4 comparisons, no difference shown on 3."
+
+
+def test_one_training_beside_several_is_compared_with_one_of_them():
+    rng = np.random.default_rng(0)
+    many = [[rates((rng.random(80) < 0.8).astype(float))] for _ in range(3)]
+    one = [rates((rng.random(80) < 0.3).astype(float))]
+    (row,) = compare_arms(of(arm("r8", one), arm("r32", many)), (), study("r8", "r32")).rows
+    assert row.tested.seeds == 1 and row.flags == ("1 seed of 3 and 1",)
+    assert "for these two trainings, one seed each" in row.sentence and "3 training seeds" not in row.sentence
+    (row,) = compare_arms(of(arm("base--x", one), arm("r32", many))).rows
+    assert row.tested.seeds == 3 and row.flags == ()  # a base has no other seed to have come out differently
+
+
+def test_one_training_judged_against_several_counts_once():
+    rng = np.random.default_rng(0)
+    judged = [[rates(rng.choice([0.0, 1.0], 80, p=[0.2, 0.8]), "win_rate", "r8")] for _ in range(3)]
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", judged))).rows
+    assert row.head_to_head and row.tested.seeds == 1 and row.flags == ("1 seed of 3",)
+    (row,) = compare_arms(
+        of(arm("base--x", [rates(BAD)]), arm("r32", [[dataclasses.replace(one, opponent="base--x")] for (one,) in judged]))
+    ).rows
+    assert row.head_to_head and row.tested.seeds == 3 and row.flags == ()
+
+
+def test_an_interval_that_holds_zero_shows_no_difference_whatever_p_says():
+    values = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    rng = np.random.default_rng(0)
+    for _ in range(400):  # the permutation test and the bootstrap disagree at the edge now and then
+        first = 3 + rng.choice(values, 150, p=[0.13, 0.17, 0.35, 0.2, 0.15])
+        grades = [rates(one, "grade", unit="grade", label="grade") for one in (np.full(150, 3.0), first)]
+        (row,) = compare_arms(of(arm("a", [grades[0]]), arm("b", [grades[1]]))).rows
+        if row.p_holm <= 0.05 and row.tested.low <= 0 <= row.tested.high:
+            assert row.verdict == "no difference shown"
+            break
+    else:
+        raise AssertionError("no such study was drawn")
+
+
+def test_a_comparison_that_could_find_nothing_says_so():
+    rng = np.random.default_rng(3)
+    rows = [[rates(rng.integers(0, 2, 40).astype(float) * (number % 2))] for number in range(2)]
+    (row,) = compare_arms(of(arm("r8", rows), arm("r32", [[rates(rng.integers(0, 2, 40).astype(float))] for _ in range(2)]))).rows
+    assert row.mde > 1
+    assert "No difference, however large, would have been found with 80% probability." in row.sentence
+    assert "A true difference of" not in row.sentence
 
 
 def test_plain_values_are_json():

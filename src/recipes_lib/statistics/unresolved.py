@@ -1,6 +1,6 @@
 """A paired comparison that does not ignore what has no verdict: tested with unresolved items left out, all against and all in favour.
 
-The interval spans all three, p is the largest of them, and where the two extremes point in different directions p is 1: a
+The interval spans all three, p is the largest of them, and where they do not all point in one direction p is 1: a
 difference is only shown if it holds whatever the missing verdicts would have been.
 """
 
@@ -89,7 +89,8 @@ def compare(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = No
     worst, best = extremes[0].effect, extremes[1].effect
     lows, highs = [one.low for one in every if one.low is not None], [one.high for one in every if one.high is not None]
     p = None if all(one.p is None for one in every) else max(1.0 if one.p is None else one.p for one in every)
-    if p is not None and worst is not None and best is not None and worst <= 0 <= best:
+    effects = [one.effect for one in every if one.effect is not None]
+    if p is not None and min(effects) <= 0 <= max(effects):
         p = 1.0
     return Tested(
         complete.effect, min(lows, default=None), max(highs, default=None), p, *facts, worst, best, *_how(complete),

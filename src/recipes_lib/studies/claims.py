@@ -1,6 +1,6 @@
 """The only place that writes a comparison sentence. A sentence is a template filled with a tested row; no template, no claim.
 
-better / worse        Holm-adjusted p <= 0.05 in that direction, whatever the unresolved items would have been
+better / worse        Holm-adjusted p <= 0.05 and an interval without zero, whatever the unresolved items would have been
 no difference shown   tested, and not that; the sentence says what difference this comparison would have found
 cannot be tested      there are no items to pair, too few, or the two arms are one model
 
@@ -17,12 +17,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.studies.beside import with_flags, with_published
-from recipes_lib.studies.comparison import ALPHA, HALF, Row, Score, Verdict, build_rows, build_scores, corrected, pairs_of, plain
+from recipes_lib.studies.comparison import (
+    ALPHA,
+    HALF,
+    Row,
+    Score,
+    Verdict,
+    build_rows,
+    build_scores,
+    corrected,
+    largest_difference,
+    pairs_of,
+    plain,
+)
 from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import Measurements
 from recipes_lib.studies.wording import count, difference_text, interval_text, listed, p_text, value_text
 
 if TYPE_CHECKING:
+    from recipes_lib.statistics.unresolved import Tested
     from recipes_lib.studies.published import Published
     from recipes_lib.studies.study import Study
 
@@ -98,9 +111,14 @@ def verdict_of(row: Row) -> Verdict:
     """Return what the test of a row shows."""
     if row.tested is None or row.reason or row.difference is None:
         return "cannot be tested"
-    if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0:
+    if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0 or _holds_zero(row.tested):
         return "no difference shown"
     return "better" if (row.difference > 0) == row.higher_is_better else "worse"
+
+
+def _holds_zero(tested: Tested) -> bool:
+    """Whether no difference lies inside the interval: a bootstrap and a permutation test may disagree at the edge, and both must agree."""
+    return tested.low is not None and tested.high is not None and tested.low <= 0 <= tested.high
 
 
 def judge_row(row: Row, findings: Sequence[Finding], study: Study | None, base: Sequence[str] = ()) -> Row:
@@ -159,7 +177,11 @@ def difference_sentence(row: Row) -> str:
 
 def no_difference_sentence(row: Row) -> str:
     """Template of a difference that was not shown, with what would have been."""
-    power = f" A true difference of {_size(row.mde, row.unit)} would have been found with 80% probability." if row.mde else ""
+    power = ""
+    if row.mde is not None:
+        power = f" A true difference of {_size(row.mde, row.unit)} would have been found with 80% probability."
+        if row.mde > largest_difference(row):
+            power = " No difference, however large, would have been found with 80% probability."
     needed = ""
     if row.needed and row.tested and row.needed > row.tested.questions:
         needed = f" The observed one would need about {count(row.needed, 'question')}."
@@ -244,11 +266,16 @@ def summary_sentence(rows: Sequence[Row]) -> str:
         "better on": sum(row.verdict == "better" and not row.stopped for row in rows),
         "worse on": sum(row.verdict == "worse" and not row.stopped for row in rows),
         "no difference shown on": sum(row.verdict == "no difference shown" and not row.stopped for row in rows),
-        "no claim, because of an error found, on": len(stopped),
+        "no claim (an error was found) on": len(stopped),
         "cannot be tested on": sum(row.verdict == "cannot be tested" for row in rows),
     }
-    said = [f"{words} {n}" for words, n in counts.items() if n]
-    return f"{first} against {second}, {count(len(rows), 'comparison')}: {', '.join(said)}."
+    said = [(words, n) for words, n in counts.items() if n]
+    if len(rows) == 1:
+        return f"{first} against {second}, 1 comparison: {said[0][0].removesuffix(' on')}."
+    if len(said) == 1:
+        return f"{first} against {second}: {said[0][0]} all {len(rows)} comparisons."
+    said_first = f"{said[0][0]} {said[0][1]} of {len(rows)} comparisons"
+    return f"{first} against {second}: {', '.join([said_first, *(f'{words} {n}' for words, n in said[1:])])}."
 
 
 def _reasons(findings: Sequence[Finding]) -> str:

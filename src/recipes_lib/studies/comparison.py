@@ -21,6 +21,7 @@ from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
 from recipes_lib.statistics.seeds import crossed_interval, question_means
 from recipes_lib.statistics.unresolved import Tested, compare
 from recipes_lib.studies.measurements import ArmMeasurements, Item, Measure, Measurements
+from recipes_lib.studies.wording import count
 
 Verdict = Literal["better", "worse", "no difference shown", "cannot be tested"]
 ALPHA = 0.05
@@ -126,6 +127,12 @@ def scale_of(unit: str, values: NDArray[np.float64]) -> tuple[float, float]:
     return min(low, seen[0]), max(high, seen[1])
 
 
+def largest_difference(row: Row) -> float:
+    """Return the largest difference that the metric's scale allows; of a plain number, any."""
+    low, high = _SCALES.get(row.unit, (0.0, math.inf))
+    return HALF if row.head_to_head else high - low
+
+
 def pairs_of(measurements: Measurements, base: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Return the pairs of arms, the later one first; pairs with a base model come last."""
     names = list(measurements.arms)
@@ -187,17 +194,18 @@ def _pair_rows(measurements: Measurements, first: str, second: str) -> Iterator[
     for (key, opponent), measures in ours.items():
         if opponent == second:
             direct.add(key)
-            yield _head_to_head(first, second, measures, flipped=False)
+            yield _head_to_head(first, second, *_judged_once(measures, measurements, (first, second)), flipped=False)
     for (key, opponent), measures in theirs.items():
         if opponent == first and key not in direct:
             direct.add(key)
-            yield _head_to_head(first, second, measures, flipped=True)
+            yield _head_to_head(first, second, *_judged_once(measures, measurements, (second, first)), flipped=True)
     for (key, opponent), mine in ours.items():
         other = theirs.get((key, opponent))
         through_an_arm = opponent in measurements.arms
         if other is None or (through_an_arm and (key in direct or opponent in (first, second))):
             continue
-        yield _side_by_side(first, second, opponent, mine, other)
+        trained = not any(measurements.arms[name].is_base for name in (first, second))
+        yield _side_by_side(first, second, opponent, *_seeds_in_line(mine, other, trained))
 
 
 def _table(measures: Sequence[Measure], keys: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
@@ -216,7 +224,24 @@ def _keys(measures: Sequence[Measure]) -> dict[tuple[str, int], Item]:
     return {item.key: item for measure in measures for item in measure.items}
 
 
-def _head_to_head(first: str, second: str, measures: Sequence[Measure], flipped: bool) -> Row:
+def _judged_once(measures: Sequence[Measure], measurements: Measurements, arms: tuple[str, str]) -> tuple[Sequence[Measure], str]:
+    """The measures in which no training stands twice, and what was left out: two seeds against one training are not two pairs of seeds.
+
+    Args:
+        arms: the arm whose answers were judged, and its opponent.
+    """
+    kept: list[Measure] = []
+    seen: set[tuple[int, str]] = set()
+    for measure in measures:
+        runs = (source_of(measure).split("/", 1)[0], str(measure.opponent))
+        trained = {(side, run) for side, (run, arm) in enumerate(zip(runs, arms, strict=True)) if not measurements.arms[arm].is_base}
+        if not trained & seen:
+            seen |= trained
+            kept.append(measure)
+    return kept, "" if len(kept) == len(measures) else f"{count(len(kept), 'seed')} of {len(measures)}"
+
+
+def _head_to_head(first: str, second: str, measures: Sequence[Measure], left_out: str, flipped: bool) -> Row:
     """The first arm's answers judged against the second's, one measure per seed."""
     keys = list(_keys(measures))
     values = _table(measures, keys)
@@ -227,14 +252,13 @@ def _head_to_head(first: str, second: str, measures: Sequence[Measure], flipped:
     return Row(
         metric=one.name, label=one.label, first=first, second=second, unit="share", head_to_head=True, opponent=None,
         higher_is_better=True, first_value=rate, second_value=None if rate is None else 1 - rate, tested=tested,
-        reason=too_few(tested), files=_files(measures), measures=tuple(measures),
+        reason=too_few(tested), flags=(left_out,) if left_out else (), files=_files(measures), measures=tuple(measures),
     )  # fmt: skip
 
 
-def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[Measure], other: Sequence[Measure]) -> Row:
+def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[Measure], other: Sequence[Measure], unpaired: str) -> Row:
     """The same items of both arms, paired; a turn that only one arm has is unresolved where the question is in both."""
     one = mine[0]
-    mine, other, unpaired = _seeds_in_line(mine, other)
     my_keys, other_keys = _keys(mine), _keys(other)
     questions = {key[0] for key in my_keys} & {key[0] for key in other_keys}
     keys = [key for key in {**my_keys, **other_keys} if key[0] in questions]
@@ -257,12 +281,15 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
     )  # fmt: skip
 
 
-def _seeds_in_line(mine: Sequence[Measure], other: Sequence[Measure]) -> tuple[Sequence[Measure], Sequence[Measure], str]:
-    """Two arms with different numbers of seeds (neither one) are compared on as many as both have; the rest is named."""
-    if len(mine) == len(other) or 1 in (len(mine), len(other)):
+def _seeds_in_line(mine: Sequence[Measure], other: Sequence[Measure], trained: bool) -> tuple[Sequence[Measure], Sequence[Measure], str]:
+    """Two trained arms with different numbers of seeds are compared on as many as both have; the rest is named.
+
+    One training repeated beside several would hide how much another of its seeds would have differed. A base has no seeds to differ.
+    """
+    if len(mine) == len(other) or (not trained and 1 in (len(mine), len(other))):
         return mine, other, ""
-    count = min(len(mine), len(other))
-    return mine[:count], other[:count], f"{count} seeds of {len(mine)} and {len(other)}"
+    fewer = min(len(mine), len(other))
+    return mine[:fewer], other[:fewer], f"{count(fewer, 'seed')} of {len(mine)} and {len(other)}"
 
 
 def _mean(table: NDArray[np.float64]) -> float | None:
