@@ -6,16 +6,17 @@ import csv
 import json
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from recipes_lib.report.build import write_report
-from recipes_lib.report.figures import draw_figures
+from recipes_lib.report.figures import COLORS, draw_figures
 from recipes_lib.report.html import report_html, samples_json
 from recipes_lib.report.latex import report_latex, tex
-from recipes_lib.report.markdown import escaped
+from recipes_lib.report.markdown import escaped, report_markdown
 from recipes_lib.report.numbers import number_rows, numbers_csv, numbers_json
 from recipes_lib.report.samples import MAX_CHARACTERS, SampleSet
 from recipes_lib.studies.findings import Finding
@@ -157,6 +158,33 @@ def test_the_latex_source_is_escaped_by_default(make_content):
     assert source.count(r"\end{document}") == 1
 
 
+def test_an_arm_has_one_colour_in_every_figure(make_content):
+    content = make_content(names=("base", "r8", "r32"))
+    drawn = {figure.title: figure.files["svg"].decode() for figure in draw_figures(content, ("svg",))}
+    ours = COLORS[:3]  # base, r8, r32
+    against_r8 = drawn["AlpacaEval win rate against r8, by category"]  # r32 alone was judged against r8
+    assert [color in against_r8 for color in ours] == [False, False, True]
+    for title in ("Training loss per token", "AlpacaEval win rate against reference, by category"):
+        assert all(color in drawn[title] for color in ours)
+
+
+def test_latex_and_markdown_say_how_many_items_are_open_and_which_arms_a_finding_concerns(make_content):
+    content = make_content(findings=(Finding("test", "note", "Something differs", (), "", ("r8", "r32")),))
+    source, text = report_latex(content, ()), report_markdown(content, ())
+    assert "Something differs (r8, r32)" in source and "160 (1 open)" in source and "160 (1 open)" in text
+    assert "n/a n/a" not in source + text
+
+
+def test_a_column_that_no_row_has_a_value_for_is_left_out(make_content):
+    content = make_content()
+    bare = replace(content, comparison=replace(content.comparison, rows=tuple(replace(row, flags=()) for row in content.comparison.rows)))
+    full = replace(
+        content, comparison=replace(content.comparison, rows=tuple(replace(row, flags=("x",)) for row in content.comparison.rows))
+    )
+    assert "<th>flags</th>" in report_html(full, ()) and "<th>flags</th>" not in report_html(bare, ())
+    assert "<th>published</th>" not in report_html(full, ())
+
+
 def test_one_arm_alone_and_runs_without_evaluations_give_a_report(make_content, tmp_path):
     content = make_content(names=("only",))
     assert content.comparison.rows == ()
@@ -185,8 +213,6 @@ def test_nothing_in_a_report_is_a_secret(make_content, monkeypatch, tmp_path):
 
 
 def test_what_is_not_up_to_date_stands_on_top(make_content, tmp_path):
-    from dataclasses import replace
-
     from recipes_lib.studies.conclusion import not_up_to_date
     from recipes_lib.studies.graph import Freshness
 

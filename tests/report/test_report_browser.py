@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -33,11 +34,17 @@ setTimeout(function () {
     seen.last = place();
     seen.children = [...document.querySelectorAll('#sample *')].map((e) => e.tagName).filter((v, i, a) => a.indexOf(v) === i).sort();
   }
+  const copied = {};
+  navigator.clipboard.writeText = (text) => { copied.last = text; return Promise.resolve(); };
+  for (const button of document.querySelectorAll('.copy button')) {
+    button.click();
+    copied[button.textContent.trim()] = copied[button.textContent.trim()] || copied.last;
+  }
   document.body.setAttribute('data-probe', JSON.stringify({
     title: document.title, wide: wide.map((e) => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)).slice(0, 5),
     width: innerWidth,
     requests: performance.getEntriesByType('resource').map((e) => e.name.slice(0, 60)).filter((name) => !name.startsWith('data:')),
-    answer: document.getElementById('answer').getBoundingClientRect().bottom, height: innerHeight, seen: seen }));
+    answer: document.getElementById('answer').getBoundingClientRect().bottom, height: innerHeight, seen: seen, copied: copied }));
 }, 900);
 </script>
 """
@@ -74,6 +81,27 @@ def test_nothing_that_a_model_wrote_runs(written):
     assert seen["seen"]["all"].endswith("of 506") and seen["seen"]["last"].startswith("41 of")
     assert set(seen["seen"]["children"]) <= {"P", "B", "SPAN", "DIV", "H4"}
     assert seen["wide"] == []
+    for line in csv.reader(seen["copied"]["CSV"].splitlines()):
+        assert not any(cell[:1] in ("=", "+", "-", "@") and cell for cell in line), line
+
+
+def test_a_table_is_copied_as_markdown_csv_and_latex(written):
+    page = html_of(written, names=("a_b", "r8"), n=60)
+    copied = ask(page)["copied"]
+    assert copied["Markdown"].startswith("| metric | r8 | a\\_b | effect \\[95% interval\\] |")
+    assert next(csv.reader(copied["CSV"].splitlines()))[:3] == ["metric", "r8", "a_b"]
+    rows = copied["LaTeX"].splitlines()
+    assert rows[0].startswith("\\begin{tabular}{l") and rows[1] == "\\toprule" and rows[-1] == "\\end{tabular}"
+    assert rows[2].startswith("metric & r8 & a\\_b & effect [95\\% interval]")
+    assert "recipes compare" in copied["commands"]
+
+
+def test_printed_it_is_tables_on_a_few_pages(written):
+    page = html_of(written, names=("base", "r8", "r32"), n=60)
+    target = page.with_name("printed.pdf")
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", f"--print-to-pdf={target}"]
+    subprocess.run([*words, f"file://{page}"], capture_output=True, timeout=240, check=True)
+    assert 4 <= len(re.findall(rb"/Type /Page\b", target.read_bytes())) <= 14  # as the cards of a phone it was 33
 
 
 def test_nothing_is_cut_on_a_desktop_and_the_first_screen_answers(written):

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from recipes_lib.studies.study import Study
 
 
+Curves = dict[str, dict[str, dict[int | None, list[tuple[float, float]]]]]  # points (step, value) by curve, arm and seed
+
+
 @dataclass(frozen=True)
 class Audit:
     """A judge's audit over the judgments of one evaluation: the checks, and what was measured, a line each."""
@@ -65,7 +68,7 @@ class Content:
     banners: tuple[str, ...]
     imported: tuple[str, ...]
     published: Published | None
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = field(repr=False, default_factory=dict)
+    curves: Curves = field(repr=False, default_factory=dict)
 
     @property
     def question(self) -> str:
@@ -233,21 +236,21 @@ CURVES = {
 }
 
 
-def _curves(measurements: Measurements) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Points (step, value) by curve and run."""
+def _curves(measurements: Measurements) -> Curves:
+    """What every run logged, by optimizer step."""
     import math
 
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    found: Curves = {}
     for name, arm in measurements.arms.items():
         for run in arm.runs:
-            label = name if len(arm.runs) == 1 else f"{name}, seed {run.seed}"
             for line in run.curves:
                 values = {key: line.get(key) for key in CURVES}
                 if (loss := line.get("eval_loss")) is not None and loss < 20:
                     values["perplexity"] = math.exp(loss)
                 for key, value in values.items():
                     if value is not None and line.get("step") is not None:
-                        found.setdefault(key, {}).setdefault(label, []).append((line["step"], float(value)))
+                        points = found.setdefault(key, {}).setdefault(name, {}).setdefault(run.seed, [])
+                        points.append((line["step"], float(value)))
     return {key: found[key] for key in CURVES if key in found}
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 COLORS = ("#0b6e99", "#c4511b", "#4b7f3a", "#7b4fa3", "#a8872c", "#8a8a8a", "#b03a6a", "#2f4f7f")
 MARKERS = "os^Dv<>P"
+LINES = ("-", "--", ":", "-.")
 _STYLE = {
     "svg.hashsalt": "recipes",
     "svg.fonttype": "path",
@@ -25,6 +26,7 @@ _STYLE = {
     "text.usetex": False,
     "text.parse_math": False,
 }
+GROUPED = {"category": "category", "length": "length of the answer beside the opponent's"}
 FORMATS = ("svg", "png")  # PNG for LaTeX: embedding fonts in fourteen PDFs takes longer than everything else
 
 
@@ -46,17 +48,24 @@ def draw_figures(content: Content, formats: Sequence[str] = FORMATS) -> list[Fig
 def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
     from recipes_lib.report.content import CURVES
 
+    places = _places(content)
     for key, series in content.curves.items():
         name, unit = CURVES[key]
-        yield Figure(name, unit, "Every run, by optimizer step.", _curves(series, unit, formats))
+        yield Figure(name, f"{unit[0].upper()}{unit[1:]}", "Every run, by optimizer step.", _curves(series, unit, places, formats))
     for number, breakdown in enumerate(content.breakdowns, 1):
-        title = f"{breakdown.title}, by {'category' if breakdown.kind == 'category' else 'length of the answer'}"
+        title = f"{breakdown.title}, by {GROUPED[breakdown.kind]}"
         caption = "Points with 95% intervals; groups are described, not tested."
-        yield Figure(f"by_{breakdown.kind}_{number}", title, caption, _breakdown(breakdown, formats))
+        yield Figure(f"by_{breakdown.kind}_{number}", title, caption, _breakdown(breakdown, places, formats))
     shares = [floor for floor in content.floor if floor.unit == "share" and floor.value is not None]
     if shares:
         caption = "How much changes where nothing was changed. A difference of this size between two arms shows nothing."
-        yield Figure("noise_floor", "noise floor", caption, _floor(shares, formats))
+        yield Figure("noise_floor", "Noise floor", caption, _floor(shares, formats))
+
+
+def _places(content: Content) -> dict[str, int]:
+    """The number of each arm, which gives it one colour and marker in every figure."""
+    names = [*(score.arm for score in content.scores), *(arm for series in content.curves.values() for arm in series)]
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
 def _new(height: float) -> tuple[Any, Any]:
@@ -78,47 +87,65 @@ def _saved(figure: Any, formats: Sequence[str]) -> dict[str, bytes]:
     return files
 
 
-def _curves(series: dict[str, list[tuple[float, float]]], unit: str, formats: Sequence[str]) -> dict[str, bytes]:
-    figure, axes = _new(3.0)
-    for number, (name, points) in enumerate(series.items()):
+def _curves(
+    series: dict[str, dict[int | None, list[tuple[float, float]]]], unit: str, places: dict[str, int], formats: Sequence[str]
+) -> dict[str, bytes]:
+    """One curve per run: arms by colour and marker, their seeds by line."""
+    figure, axes = _new(3.2)
+    runs = [(arm, seed, points) for arm, seeds in series.items() for seed, points in seeds.items()]
+    for number, (arm, seed, points) in enumerate(runs):
         steps, values = zip(*points, strict=True)
-        marker = MARKERS[number % len(MARKERS)] if len(points) < 40 else None
-        color, line = COLORS[number % len(COLORS)], ("-", "--", ":", "-.")[number // len(COLORS) % 4]
-        axes.plot(steps, values, line, color=color, marker=marker, markersize=3.5, linewidth=1.5, label=plain(name))
+        line = LINES[list(series[arm]).index(seed) % len(LINES)]
+        # Curves that coincide stay visible: earlier ones are wider, and each has its markers in other places (a fraction of the length).
+        every = 1 if len(points) < 12 else (0.12 * number / len(runs), 0.12)
+        axes.plot(steps, values, line, color=_color(places[arm]), marker=_marker(places[arm]), markersize=4.5, markevery=every,
+                  linewidth=1.3 + 0.7 * max(0, min(3, len(runs) - 1 - number)),
+                  label=plain(arm if len(series[arm]) == 1 else f"{arm}, seed {seed}"))  # fmt: skip
     axes.set(xlabel="optimizer step", ylabel=unit)
-    axes.legend(frameon=False, fontsize=8.5, ncols=1 if len(series) < 5 else 2)
+    _legend(figure, len(runs))
     return _saved(figure, formats)
 
 
-def _breakdown(breakdown: Breakdown, formats: Sequence[str]) -> dict[str, bytes]:
+def _color(place: int) -> str:
+    return COLORS[place % len(COLORS)]
+
+
+def _marker(place: int) -> str:
+    return MARKERS[place % len(MARKERS)]
+
+
+def _breakdown(breakdown: Breakdown, places: dict[str, int], formats: Sequence[str]) -> dict[str, bytes]:
     """Groups downwards, one point with its interval per arm."""
     arms, groups = breakdown.arms, breakdown.groups
     figure, axes = _new(0.9 + len(groups) * max(0.3, 0.16 * len(arms)))
     factor = 100 if breakdown.unit == "share" else 1
     for number, arm in enumerate(arms):
         shift = (number - (len(arms) - 1) / 2) * 0.7 / max(1, len(arms))
-        places, values, errors = [], [], []
+        rows, values, errors = [], [], []
         for row, group in enumerate(groups):
             cell = breakdown.cell(arm, group)
             if cell is None or cell.value is None:
                 continue
-            places.append(row + shift)
+            rows.append(row + shift)
             values.append(factor * cell.value)
             low, high = (cell.value if limit is None else limit for limit in (cell.low, cell.high))
             errors.append((max(0.0, factor * (cell.value - low)), max(0.0, factor * (high - cell.value))))
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        if places:
-            axes.errorbar(values, places, xerr=list(zip(*errors, strict=True)), fmt=marker, color=color, markersize=4, linewidth=1.1,
-                          label=plain(arm))  # fmt: skip
+        if rows:
+            axes.errorbar(values, rows, xerr=list(zip(*errors, strict=True)), fmt=_marker(places[arm]), color=_color(places[arm]),
+                          markersize=4, linewidth=1.1, label=plain(arm))  # fmt: skip
     if breakdown.unit == "share":
         axes.axvline(50, color="#888888", linewidth=0.8, linestyle="--")
         axes.set_xlim(-2, 102)
     axes.set_yticks(range(len(groups)), [plain(group, 30) for group in groups])
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel("win rate, %, a tie counts half" if breakdown.unit == "share" else "mean grade")
-    if len(arms) > 1:
-        figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, ncols=min(4, len(arms)))
+    _legend(figure, len(arms))
     return _saved(figure, formats)
+
+
+def _legend(figure: Any, entries: int) -> None:
+    """A legend above the axes, where it covers no curve."""
+    figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, ncols=min(4, entries))
 
 
 def _floor(floors: Sequence[Floor], formats: Sequence[str]) -> dict[str, bytes]:

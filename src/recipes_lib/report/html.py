@@ -48,9 +48,9 @@ def filters() -> dict[str, Any]:
 
 
 def interval_of(one: Any, unit: str | None = None) -> str:
-    """Return the interval of anything with `low` and `high` (an object or a mapping)."""
+    """Return the interval of anything with `low` and `high` (an object or a mapping); nothing where there is none."""
     low, high = (one["low"], one["high"]) if isinstance(one, dict) else (one.low, one.high)
-    return wording.interval_text(low, high, unit or one.unit, signed=False)
+    return "" if low is None or high is None else wording.interval_text(low, high, unit or one.unit, signed=False)
 
 
 def visible(text: object) -> str:

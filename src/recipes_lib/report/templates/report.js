@@ -1,4 +1,4 @@
-// The sample browser. Texts of models reach the page through textContent alone, so they stay text.
+// The sample browser, and buttons that copy a table. Texts of models reach the page through textContent alone, so they stay text.
 "use strict";
 (function () {
   const $ = (id) => document.getElementById(id);
@@ -100,6 +100,48 @@
     select();
   }
 
+  // ---- Copying a table ----
+
+  const cells = (table) => [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent.trim().replace(/\s+/g, " ")));
+  const latex = (text) => text.replace(/[\\{}$&#%_^~<>\u2212]/g, (one) => ({ "\\": "\\textbackslash{}", "^": "\\textasciicircum{}",
+    "~": "\\textasciitilde{}", "<": "\\textless{}", ">": "\\textgreater{}", "\u2212": "$-$" })[one] || "\\" + one);
+  const forms = {
+    Markdown: (rows) => [rows[0], rows[0].map(() => "---"), ...rows.slice(1)]
+      .map((row) => "| " + row.map((cell) => cell.replace(/[\\|<>`*_[\]]/g, "\\$&")).join(" | ") + " |").join("\n") + "\n",
+    // A spreadsheet takes a cell that begins so for a formula.
+    CSV: (rows) => rows.map((row) => row.map((cell) => '"' + (/^[=+@-]/.test(cell) ? "'" : "") + cell.replace(/"/g, '""') + '"').join(",")).join("\r\n") + "\r\n",
+    LaTeX: (rows) => "\\begin{tabular}{" + "l".repeat(rows[0].length) + "}\n\\toprule\n" + rows.map((row, n) => row.map(latex).join(" & ") +
+      " \\\\" + (n ? "" : "\n\\midrule")).join("\n") + "\n\\bottomrule\n\\end{tabular}\n",
+  };
+
+  function copy(text, button, name) {
+    const said = (word) => { button.textContent = word; setTimeout(() => { button.textContent = name; }, 1500); };
+    const byHand = () => {
+      const area = make("textarea", text);
+      document.body.append(area);
+      area.select();
+      const done = document.execCommand("copy");
+      area.remove();
+      said(done ? "copied" : "not allowed here");
+    };
+    if (navigator.clipboard) navigator.clipboard.writeText(text).then(() => said("copied"), byHand);
+    else byHand();
+  }
+
+  function offerCopies(one) {
+    const line = make("p", "copy: ", "copy");
+    const texts = one.tagName === "TABLE" ? Object.entries(forms).map(([name, form]) => [name, () => form(cells(one))]) : [["commands", () => one.textContent]];
+    for (const [name, text] of texts) {
+      const button = make("button", name);
+      button.type = "button";
+      button.title = "copy " + one.dataset.copy + " as " + name;
+      button.addEventListener("click", () => copy(text(), button, name));
+      line.append(button, " ");
+    }
+    one.after(line);
+  }
+
+  document.querySelectorAll("[data-copy]").forEach(offerCopies);
   window.addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("main details, header details")) one.open = true; });
-  setTimeout(start, 0);
+  if (form) setTimeout(start, 0);
 })();
