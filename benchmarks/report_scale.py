@@ -1,19 +1,21 @@
 """How the report grows: statistics and report of made-up runs with many judgments, and what a browser takes to open it.
 
-    python benchmarks/report_scale.py [--judgments 10000 100000 1000000]
+    python benchmarks/report_scale.py [--judgments 10000 100000 1000000] [--repeats 3] [--record]
 
-Promised: 100,000 judgments, statistics and report together, in < 10 s; growth linear up to 1,000,000. CPU seconds of one thread.
+Promised: 100,000 judgments, statistics and report together, in < 10 s; growth linear up to 1,000,000. CPU seconds of one thread, pdflatex
+among them where it is installed. `--record` writes results/report_scale.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
+from measuring import spread, write_result
 from synthetic_runs import write_alpaca_eval, write_run
 
 from recipes_lib.report.build import write_report
@@ -40,29 +42,46 @@ def measure(judgments: int) -> tuple[float, float, int]:
         write_alpaca_eval(first, n, text=short_text)
         write_alpaca_eval(second, n, skill=0.52, text=short_text)
         write_alpaca_eval(second, n, against="r8", skill=0.51, text=short_text)
-        begun = time.process_time()
+        begun = spent()
         measurements = read_measurements({"r8": [first], "r32": [second]})
         comparison = compare_arms(measurements, check_validity(None, measurements))
-        middle = time.process_time()
+        middle = spent()
         write_report(folder / "report", gather("scale", measurements, comparison))
-        return middle - begun, time.process_time() - middle, (folder / "report" / "report.html").stat().st_size
+        return middle - begun, spent() - middle, (folder / "report" / "report.html").stat().st_size
     finally:
         shutil.rmtree(folder)
+
+
+def spent() -> float:
+    """Return the CPU seconds of this process and of those that it waited for."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
 def main() -> None:
     """Measure each size and print it."""
     parser = argparse.ArgumentParser(description="Statistics and report by number of judgments.")
     parser.add_argument("--judgments", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    for judgments in parser.parse_args().judgments:
-        statistics, report, size = measure(judgments)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"{judgments:>9,} judgments: statistics {statistics:6.2f} s, report {report:6.2f} s, together {statistics + report:6.2f} CPU s "
-            f"(n = 1), {(statistics + report) / judgments * 1e6:5.1f} us per judgment, report.html {size / 1e6:.1f} MB, "
-            f"peak {peak:.1f} GiB",
-            flush=True,
-        )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    rows = []
+    for judgments in options.judgments:
+        measured = [measure(judgments) for _ in range(options.repeats)]
+        together = spread([statistics + report for statistics, report, _ in measured], 2)
+        row = {
+            "judgments": judgments, "statistics_cpu_s": spread([one[0] for one in measured], 2),
+            "report_cpu_s": spread([one[1] for one in measured], 2), "together_cpu_s": together, "report_html_bytes": measured[0][2],
+            "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        }  # fmt: skip
+        rows.append(row)
+        apart = f"statistics {row['statistics_cpu_s']['median']:6.2f} s, report {row['report_cpu_s']['median']:6.2f} s"
+        whole = f"together {together['median']:6.2f} [{together['min']:.2f}, {together['max']:.2f}] CPU s (n = {together['n']})"
+        size = f"{together['median'] / judgments * 1e6:5.1f} us each, report.html {measured[0][2] / 1e6:.1f} MB, peak {row['peak_gib']:.1f} GiB"
+        print(f"{judgments:>9,} judgments: {apart}, {whole}, {size}", flush=True)
+    if options.record:
+        write_result("report_scale", {"pdflatex": shutil.which("pdflatex") is not None, "sizes": rows}, 1, load)
 
 
 if __name__ == "__main__":
