@@ -78,7 +78,7 @@ def main() -> None:
         rows.append(row)
         apart = f"statistics {row['statistics_cpu_s']['median']:6.2f} s, report {row['report_cpu_s']['median']:6.2f} s"
         whole = f"together {together['median']:6.2f} [{together['min']:.2f}, {together['max']:.2f}] CPU s (n = {together['n']})"
-        size = f"{together['median'] / judgments * 1e6:5.1f} us each, report.html {measured[0][2] / 1e6:.1f} MB, peak {row['peak_gib']:.1f} GiB"
+        size = f"{together['median'] / judgments * 1e6:5.1f} us each, page {measured[0][2] / 1e6:.1f} MB, peak {row['peak_gib']:.1f} GiB"
         print(f"{judgments:>9,} judgments: {apart}, {whole}, {size}", flush=True)
     if options.record:
         write_result("report_scale", {"pdflatex": shutil.which("pdflatex") is not None, "sizes": rows}, 1, load)
