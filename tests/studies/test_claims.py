@@ -261,6 +261,7 @@ def test_the_first_sentence_counts_the_verdicts_of_all_comparisons():
         return compare_arms(of(arm("a", [rates(BAD, name, label=name) for name in names]), arm("b", rows))).answer[0]
 
     assert answer(GOOD, GOOD, GOOD, GOOD) == "b against a: better on all 4 comparisons."
+    assert answer(BAD, BAD, BAD, BAD) == "b against a: no difference shown on any of the 4 comparisons."
     assert answer(GOOD, BAD, BAD, BAD) == "b against a: better on 1 of 4 comparisons, no difference shown on 3."
 
 

@@ -273,7 +273,8 @@ def summary_sentence(rows: Sequence[Row]) -> str:
     if len(rows) == 1:
         return f"{first} against {second}, 1 comparison: {said[0][0].removesuffix(' on')}."
     if len(said) == 1:
-        return f"{first} against {second}: {said[0][0]} all {len(rows)} comparisons."
+        every = "all" if said[0][0] in ("better on", "worse on") else "any of the"
+        return f"{first} against {second}: {said[0][0]} {every} {len(rows)} comparisons."
     said_first = f"{said[0][0]} {said[0][1]} of {len(rows)} comparisons"
     return f"{first} against {second}: {', '.join([said_first, *(f'{words} {n}' for words, n in said[1:])])}."
 
