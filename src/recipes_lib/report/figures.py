@@ -93,13 +93,14 @@ def _curves(
     """One curve per run: arms by colour and marker, their seeds by line."""
     figure, axes = _new(3.2)
     runs = [(arm, seed, points) for arm, seeds in series.items() for seed, points in seeds.items()]
+    arms = list(series)
     for number, (arm, seed, points) in enumerate(runs):
         steps, values = zip(*points, strict=True)
         line = LINES[list(series[arm]).index(seed) % len(LINES)]
-        # Curves that coincide stay visible: earlier ones are wider, and each has its markers in other places (a fraction of the length).
+        # Curves that coincide stay visible: earlier arms are wider, and each run has its markers elsewhere (as a share of its length).
         every = 1 if len(points) < 12 else (0.12 * number / len(runs), 0.12)
-        axes.plot(steps, values, line, color=_color(places[arm]), marker=_marker(places[arm]), markersize=4.5, markevery=every,
-                  linewidth=1.3 + 0.7 * max(0, min(3, len(runs) - 1 - number)),
+        axes.plot(steps, values, line, color=_color(places[arm]), marker=_marker(places[arm]), markersize=4, markevery=every,
+                  linewidth=1.2 + 0.7 * min(3, len(arms) - 1 - arms.index(arm)),
                   label=plain(arm if len(series[arm]) == 1 else f"{arm}, seed {seed}"))  # fmt: skip
     axes.set(xlabel="optimizer step", ylabel=unit)
     _legend(figure, len(runs))
@@ -145,7 +146,7 @@ def _breakdown(breakdown: Breakdown, places: dict[str, int], formats: Sequence[s
 
 def _legend(figure: Any, entries: int) -> None:
     """A legend above the axes, where it covers no curve."""
-    figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, ncols=min(4, entries))
+    figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, ncols=entries if entries < 5 else 3, handlelength=3.2)
 
 
 def _floor(floors: Sequence[Floor], formats: Sequence[str]) -> dict[str, bytes]:
