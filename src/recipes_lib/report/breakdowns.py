@@ -114,9 +114,12 @@ def _cell(arm: str, group: str, items: list[Item], file: str) -> Cell:
 
 
 def _interval(items: list[Item]) -> Interval:
-    """Wilson where the values are 0 and 1, the bootstrap over questions otherwise; no limits where all values agree."""
+    """Wilson where the values are 0 and 1, one per question; the bootstrap over questions otherwise; no limits where all values agree.
+
+    Several seeds or turns of one question are one cluster: repeating a question does not make the interval narrower.
+    """
     values = [item.value for item in items if item.value is not None]
-    if values and set(values) <= {0.0, 1.0}:
+    if values and set(values) <= {0.0, 1.0} and len({item.question for item in items}) == len(values):
         return wilson(int(sum(values)), len(values))
     interval = mean_interval(values, [item.question for item in items] if items else None, resamples=1000)
     if interval.method == "zero variance":

@@ -54,7 +54,7 @@ def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
         yield Figure(name, f"{unit[0].upper()}{unit[1:]}", "Every run, by optimizer step.", _curves(series, unit, places, formats))
     for number, breakdown in enumerate(content.breakdowns, 1):
         title = f"{breakdown.title}, by {GROUPED[breakdown.kind]}"
-        caption = "Points with 95% intervals; groups are described, not tested."
+        caption = "Points with 95% intervals over questions; groups are described, not tested."
         yield Figure(f"by_{breakdown.kind}_{number}", title, caption, _breakdown(breakdown, places, formats))
     shares = [floor for floor in content.floor if floor.unit == "share" and floor.value is not None]
     if shares:
