@@ -37,6 +37,7 @@ def test_labelled_pairs_are_judged_in_both_orders_once_and_every_threshold_is_me
     file = judge_file()
     card = audit_on_labels(file, labels, limit=5, probe_pairs=2)
     SCHEMA.validate(card)
+    assert card["labels"]["files"] == ["pandalm.json", "llmbar/dataset.json"], "LLMBar's files are all called dataset.json"
     assert (card["labels"]["pairs"], card["labels"]["of"], card["judgments"]) == (5, 10, 10)
     assert card["human"]["n"] == 5 and card["human"]["kappa"]["n"] == card["human"]["outcome_accuracy"]["n"] == 5
     assert set(card["probes"]) == {"empty", "identical", "swapped", "truncated", "injected", "repeated"}

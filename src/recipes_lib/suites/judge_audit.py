@@ -62,7 +62,8 @@ def audit_on_labels(
         card = audit([*rows, *probes], file.thresholds, {name: label for name, (_, label) in chosen.items()}, file.judge.weak)
         facts = judge_facts(judge)
     subset = None if len(chosen) == len(pairs) else f"subset, {len(chosen)} of {len(pairs)} labelled pairs"
-    card |= {"labels": {"files": [Path(path).name for path in labels], "pairs": len(chosen), "of": len(pairs), "subset": subset}}
+    names = [_file_name(Path(path)) for path in labels]
+    card |= {"labels": {"files": names, "pairs": len(chosen), "of": len(pairs), "subset": subset}}
     card |= {"judge_facts": facts, "folder": str(folder)}
     card["modes"] = _other_mode(file, items[:mode_pairs], rows, folder) if mode_pairs else None
     write_json(folder / CARD, card)
@@ -87,6 +88,11 @@ def _labels_name(labels: Sequence[str | Path]) -> str:
     """A folder name for files of labels: their stems; a file called dataset.json is called after its folder."""
     paths = [Path(path) for path in labels]
     return "+".join(_name(path.resolve().parent.name if path.stem == "dataset" else path.stem) for path in paths)[:80]
+
+
+def _file_name(path: Path) -> str:
+    """A file as the scorecard names it; LLMBar's are all called dataset.json, so their folder goes with them."""
+    return f"{path.resolve().parent.name}/{path.name}" if path.stem == "dataset" else path.name
 
 
 def _name(text: str) -> str:
