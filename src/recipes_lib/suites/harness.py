@@ -163,6 +163,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
     suite = recipe.suite
     folder = subject.run.path / "evals" / recipe.name
     settings = {name: getattr(suite, name) for name in _PASSED if name != "batch_size"} | suite.options
+    command = plain_command(recipe, subject.target)  # on every rank: finding a packaged model is work that the ranks do together
     cache = folder / "cache" / hash_of(subject.fingerprint, _batch_size(recipe))[:16]
     with _quiet(), _inside(recipe) as own, subject.using() if subject.using else contextlib.nullcontext():
         from lm_eval import simple_evaluate
@@ -189,10 +190,10 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
         return None
     if subject.target.is_base:
         record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
-    return _keep(recipe, subject, dict(found), folder)
+    return _keep(recipe, subject, dict(found), folder, command)
 
 
-def _keep(recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _keep(recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
     """Write lm-eval's own results and samples as they are, and return ours."""
     from lm_eval.utils import handle_non_serializable
 
@@ -220,7 +221,7 @@ def _keep(recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: P
         "banners": [subset] if subset else [],
         "tasks": _tasks(found, samples),
         "protocol": {name: getattr(recipe.suite, name) for name in _PASSED} | {"batch_size": _batch_size(recipe)} | recipe.suite.options,
-        "lm_eval_command": plain_command(recipe, subject.target),
+        "lm_eval_command": command,
         "lm_eval_results": "lm_eval_results.json",
     }
 
