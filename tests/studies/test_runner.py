@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -203,6 +204,19 @@ def test_a_study_stopped_while_it_evaluates_says_so_and_is_no_failure(
     assert run_study(study, said.append) == code
     assert said[-1] == "stopped; the same command continues"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def writing(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "generations.jsonl")
+
+    monkeypatch.setattr(runner, "_evaluate", writing)
+    with pytest.raises(EnvironmentFault, match="the disk is full: No space left on device") as refused:
+        run_study(study, lambda line: None)
+    assert "the same command continues" in str(refused.value)
+    monkeypatch.setattr(runner, "_evaluate", lambda *args: {})
+    run_study(study, lambda line: None, only=["train"])
+    assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
 
 
 def test_a_run_that_a_cluster_job_finished_is_taken_over_without_training(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
