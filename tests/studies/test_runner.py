@@ -393,6 +393,12 @@ def test_two_studies_of_one_name_do_not_undo_each_other(study: Study, study_fold
     assert run_study(load_study(tmp_path / "copy" / "tiny.yaml"), lambda line: None, only=["train"]) == ExitCode.DONE
 
 
+def test_a_study_does_not_move_into_the_folder_of_a_run(study: Study) -> None:
+    RunDirectory("tiny").write_state("finished")
+    with pytest.raises(RecipeError, match="is a run, and the study 'tiny' would lie in the same folder"):
+        run_study(study, lambda line: None)
+
+
 def test_where_no_arm_could_be_trained_nothing_is_evaluated(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAIL", "tiny--r")
     monkeypatch.setattr(trainings, "train_command", lambda words: [sys.executable, "-c", "raise SystemExit(5)"])

@@ -175,12 +175,15 @@ def _as_run(study: Study) -> str:
 
 
 def _check_folder(study: Study) -> None:
-    """Refuse a study whose folder holds another study of the same name; both would undo each other's steps.
+    """Refuse a study whose folder is a run, or holds another study of the same name; both would undo each other's steps.
 
     Raises:
-        RecipeError: naming the other file.
+        RecipeError: naming the run, or the other file.
     """
     kept = study_folder(study) / "study.yaml"
+    if kept.with_name("run.json").is_file():
+        what = f"{shown_path(kept.parent)} is a run, and the study '{study.name}' would lie in the same folder"
+        raise RecipeError(what, "rename the study's file", file=study.path)
     first = kept.read_text(encoding="utf-8").partition("\n")[0] if kept.is_file() else ""
     other = Path(first.removeprefix(_COPY))
     if first.startswith(_COPY) and other.is_file() and other != study.path.resolve():
