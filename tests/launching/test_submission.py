@@ -209,7 +209,7 @@ def test_prepare_with_a_profile_writes_every_stage_that_was_asked_for(launched, 
     assert "conda activate ml" in (folder / "env.sh").read_text()
 
 
-def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(profile_file, capsys, monkeypatch, tmp_path: Path) -> None:
+def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(profile_file, stand_in, capsys, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     words = ["launch", "llama2-7b-dolly/qlora-r8", "--dry-run", "--profile"]
     assert cli.main([*words, str(profile_file())]) == 0
@@ -217,11 +217,14 @@ def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(profile_f
     assert "warning: no job starts the judge that alpaca_eval and mt_bench expect at http://127.0.0.1:8000/v1: set vllm" in said
     assert "with_judge.sh" not in said
     assert cli.main([*words, str(profile_file("vllm: ~/vllm/bin/vllm"))]) == 0
+    assert "there is no ~/vllm/bin/vllm here" in capsys.readouterr().out
+    vllm = profile_file(f"vllm: {stand_in('vllm', '').with_suffix('')}")
+    assert cli.main([*words, str(vllm)]) == 0
     said = capsys.readouterr().out
     served = [line for line in said.splitlines() if "with_judge.sh prometheus-eval/prometheus-7b-v2.0" in line]
     assert len(served) == 2 and "no job starts" not in said
     assert all("--max-model-len 4096 --gpu-memory-utilization 0.45 -- python -m recipes_lib.cli eval" in line for line in served)
-    study = ["launch", "recipes/studies/lora-rank.yaml", "--dry-run", "--profile", str(profile_file("vllm: ~/vllm/bin/vllm"))]
+    study = ["launch", "recipes/studies/lora-rank.yaml", "--dry-run", "--profile", str(vllm)]
     assert cli.main(study) == 0
     served = [line for line in capsys.readouterr().out.splitlines() if "with_judge.sh" in line]
     assert len(served) == 1 and "--gpu-memory-utilization" not in served[0] and "judgments.alpaca_eval" in served[0]

@@ -5,7 +5,9 @@ vLLM lives in an environment of its own (the profile's `vllm`); launch/with_judg
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.profile import SiteProfile
@@ -39,14 +41,17 @@ def with_judge(evals: Sequence[EvalRecipe], profile: SiteProfile | None, *, alon
 
 
 def judges_nobody_starts(evals: Sequence[EvalRecipe], profile: SiteProfile | None) -> list[str]:
-    """Return a warning for each judge that is expected on the compute node and that no job starts."""
-    if profile is None or profile.values.vllm is not None:
+    """Return a warning for each judge that is expected on the compute node and that no job will start."""
+    vllm = profile.values.vllm if profile else None
+    if profile is None or (vllm and shutil.which(Path(vllm).expanduser())):
         return []
     names: dict[str, list[str]] = {}
     for recipe in evals:
         if recipe.judge and recipe.judge.judge.served_here:
             names.setdefault(str(recipe.judge.judge.base_url), []).append(recipe.name)
     remedy = "set vllm in the profile, or let the job judge by itself (judge.engine: transformers)"
+    if vllm:
+        remedy = f"there is no {vllm} here (python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm)"
     return [
         f"no job starts the judge that {' and '.join(found)} expect{'s' * (len(found) == 1)} at {url}: {remedy}"
         for url, found in names.items()
