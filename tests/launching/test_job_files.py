@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tests.studies.study_files import write_tiny_study
 
 from recipes_lib import cli
 from recipes_lib.launching.folder import environment_script
@@ -72,6 +73,22 @@ def test_a_copied_study_is_the_study(tmp_path: Path) -> None:
     after = load_study(snapshot.place(before.path))
     assert after.name == before.name and [arm.resolved() for arm in after.arms] == [arm.resolved() for arm in before.arms]
     assert [one.name for one in after.evals] == [one.name for one in before.evals]
+
+
+def test_a_study_goes_on_here_after_its_jobs_and_in_jobs_after_here(tmp_path: Path, tiny_model_dir: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    study = write_tiny_study(tmp_path / "mine", tiny_model_dir)
+    assert cli.main(["launch", str(study), "--prepare"]) == 0
+    copy = next((tmp_path / "runs/tiny/slurm/snapshot").rglob("tiny.yaml"))
+    other = write_tiny_study(tmp_path / "another", tiny_model_dir)
+    for first, second in ((study, copy), (copy, study)):
+        (tmp_path / "runs/tiny/study.yaml").unlink(missing_ok=True)
+        cli.main(["study", "run", str(first), "--only", "statistics"])
+        assert (tmp_path / "runs/tiny/study.yaml").read_text().startswith(f"# a copy of {study}\n")
+        capsys.readouterr()
+        for path, refused in ((second, False), (other, True)):
+            cli.main(["study", "run", str(path), "--only", "statistics"])
+            assert ("belongs to another study of this name" in capsys.readouterr().err) is refused
 
 
 def test_the_environment_is_quoted_and_in_order(profile_file, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from recipes_lib.atomic_files import write_text
 from recipes_lib.data.sources import listed_sources
 from recipes_lib.judging.judge_file import JudgeFile
 from recipes_lib.recipe.loader import COMMAND_LINE
@@ -89,8 +90,10 @@ class Snapshot:
         return shown_path(self.place(path))
 
     def write(self) -> None:
-        """Copy and link, over what an earlier submission left."""
+        """Copy and link, over what an earlier submission left, and note where it all comes from."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder.with_suffix(".origin"), f"{self.root.resolve()}\n")
         for path in sorted(self.copies):
             self.place(path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, self.place(path))

@@ -171,7 +171,18 @@ _COPY = "# a copy of "
 def _as_run(study: Study) -> str:
     """The study's file, with its place and the words of the command line on top."""
     words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
-    return f"{_COPY}{study.path.resolve()}\n{words}{study.path.read_text(encoding='utf-8-sig')}"
+    return f"{_COPY}{written_at(study)}\n{words}{study.path.read_text(encoding='utf-8-sig')}"
+
+
+def written_at(study: Study) -> Path:
+    """Return where the user wrote the study: a job of a cluster runs a copy of it, beside a note of the folder it was copied from."""
+    path, copies = study.path.resolve(), study_folder(study).resolve() / "slurm" / "snapshot"
+    note = copies.with_suffix(".origin")
+    return (
+        Path(note.read_text(encoding="utf-8").strip()) / path.relative_to(copies)
+        if path.is_relative_to(copies) and note.is_file()
+        else path
+    )
 
 
 def _check_folder(study: Study) -> None:
@@ -186,7 +197,7 @@ def _check_folder(study: Study) -> None:
         raise RecipeError(what, "rename the study's file", file=study.path)
     first = kept.read_text(encoding="utf-8").partition("\n")[0] if kept.is_file() else ""
     other = Path(first.removeprefix(_COPY))
-    if first.startswith(_COPY) and other.is_file() and other != study.path.resolve():
+    if first.startswith(_COPY) and other.is_file() and other != written_at(study):
         what = f"{shown_path(kept.parent)} belongs to another study of this name: {shown_path(other)}"
         raise RecipeError(what, "rename one of the two files; runs are named after their study", file=study.path)
 
