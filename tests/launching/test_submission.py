@@ -203,8 +203,9 @@ def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(launched, stand_in, monk
 
 
 def test_prepare_with_a_profile_writes_every_stage_that_was_asked_for(launched, tmp_path: Path, capsys) -> None:
-    assert launched("--prepare", "--evals", str(PROJECT / "evals/quickstart/lm_eval.yaml")) == 0
+    assert launched("--prepare", "--evals", str(PROJECT / "evals/quickstart/lm_eval.yaml"), "run.notes=mine") == 0
     folder = Path(capsys.readouterr().out.strip())
+    assert "run.notes=mine" in (folder / "train.args").read_text()  # an override behind --evals is none of the evals
     assert (folder / "order").read_text().split() == ["train", "eval-quickstart--lm_eval", "report"]
     assert "conda activate ml" in (folder / "env.sh").read_text()
 

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         if first == "status":
             return watching.show_status(rest, as_json=args.json)
         return watching.cancel(rest) if first == "cancel" else watching.show_logs(rest, args.stage, args.lines)
-    overrides = [*rest, *args.overrides]
+    overrides = [*rest, *args.overrides, *(word for word in args.evals or () if "=" in word)]  # --evals takes what follows it
+    args.evals = [word for word in args.evals if "=" not in word] if args.evals else None
     flag = next((word.partition("=")[0] for word in overrides if word.startswith("-") and "." not in word.partition("=")[0]), None)
     if flag:
         raise RecipeError(
