@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.planning.cards import DEFAULT, card_named
+from recipes_lib.planning.remembered import glances
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import project_root, shown_path
 from recipes_lib.terminal import next_step, say
@@ -22,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per recipe; files that cannot be read are listed with the command that says why."""
-    rows = [row for file in recipe_files() if (row := _row(file))]
+    rows = _rows(recipe_files())
     rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in args.words)]
     if not rows:
         say("no recipes" + (f" match {' '.join(args.words)}" if args.words else f" in {project_root() / 'recipes'} or ./recipes"))
@@ -33,9 +35,7 @@ def run(args: argparse.Namespace) -> int:
     for row in (_HEAD, *rows):
         say("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip())
     if any(row[4] != "-" for row in rows):
-        from recipes_lib.planning.glance import CARD
-
-        on = f"{CARD.title} or this machine's CPU"
+        on = f"{card_named(DEFAULT).title} or this machine's CPU"
         say(f"memory of one process and time are planned, for {on}; for other cards: recipes plan RECIPE --gpu CARD")
     next_step(f"recipes new my-first --from {rows[0][0]}")
     return ExitCode.DONE
@@ -47,15 +47,25 @@ def recipe_files() -> list[Path]:
     return [file for folder in folders.values() for file in sorted(folder.rglob("*.yaml")) if not file.name.startswith("_")]
 
 
-def _row(file: Path) -> tuple[str, ...] | None:
-    """Return the line of a recipe, or None for a YAML of another kind."""
-    name = _name(file)
-    try:
-        document = load_document(file)
-    except RecipesError:
-        return (name, "-", "-", "-", "-", "-", f"cannot be read: recipes check {shown_path(file)}")
-    if document.kind.name != "recipe":
-        return None
+def _rows(files: list[Path]) -> list[tuple[str, ...]]:
+    """Return a line per recipe; a YAML of another kind has none."""
+    documents: dict[Path, Document] = {}
+    rows: dict[Path, tuple[str, ...]] = {}
+    for file in files:
+        try:
+            document = load_document(file)
+        except RecipesError:
+            rows[file] = (_name(file), "-", "-", "-", "-", "-", f"cannot be read: recipes check {shown_path(file)}")
+            continue
+        if document.kind.name == "recipe":
+            documents[file] = document
+    for (file, document), needs in zip(documents.items(), glances(list(documents.values())), strict=True):
+        rows[file] = _row(_name(file), document, needs)
+    return [rows[file] for file in files if file in rows]
+
+
+def _row(name: str, document: Document, needs: tuple[str, str]) -> tuple[str, ...]:
+    """Return the line of a recipe; `needs` are planned memory and time."""
     sections: dict[str, Any] = {key: value if isinstance(value, dict) else {} for key, value in document.values.items()}
     launch, tags = sections.get("launch", {}), sections.get("run", {}).get("tags") or []
     marks = ["start here"] * (_START in tags) + [str(tag) for tag in tags if tag != _START]
@@ -66,18 +76,9 @@ def _row(file: Path) -> tuple[str, ...] | None:
         method(document.values),
         str(sections.get("model", {}).get("name_or_path", "?")),
         f"{launch.get('accelerate', 'single_gpu')}{gpus}",
-        *_needs(document),
+        *needs,
         ", ".join(marks),
     )
-
-
-def _needs(document: Document) -> tuple[str, str]:
-    """Return the planned memory and time."""
-    from recipes_lib.planning.glance import glance
-    from recipes_lib.planning.text import clock
-
-    seen = glance(document)
-    return ("-", "-") if seen is None else (f"{seen[0]:.1f} GiB", clock(seen[1]))
 
 
 def _reads_the_hub(document: Document) -> bool:
