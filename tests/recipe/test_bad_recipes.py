@@ -64,6 +64,7 @@ BAD_LINES = [
 ]
 
 GOOD = "model:\n  name_or_path: a/b\ndata:\n  source: rows.jsonl\n"
+HALF = "lora: {r: 8}\nquantization: {load_in_4bit: true}\ntrain: {fp16: true, bf16: false}\n"
 # (case, content, line or None, words)
 BAD_FILES = [
     (15, GOOD + "lora: {r: 8.5}\n", 5, ["lora.r must be a whole number >= 1", "8.5"]),
@@ -79,6 +80,7 @@ BAD_FILES = [
     (22, GOOD + "train:\n  gradient_checkpointing_kwargs: {use_reentrnt: true}\n", 6, ["was renamed", "unknown key", "use_reentrant?"]),
     (23, GOOD + "lora: {r: 8}\nquantization:\n  load_in_4bit: true\n  load_in_8bit: true\n", 8, ["load_in_4bit", "both true"]),
     (37, GOOD.replace("rows.jsonl", "[]"), 4, ["data.source must be text or a list that is not empty"]),
+    (23, GOOD.replace("b\ndata", "b\n  dtype: bfloat16\ndata") + HALF, 3, ["model.dtype bfloat16", "train.fp16", "dtype: float16"]),
     (25, "train:\n\tseed: 1\n", 2, ["a tab cannot indent", "^"]),
     (25, "train:\n   seed: 1\n  bf16: true\n", 3, ["indentation", "^"]),
     (25, 'run:\n  notes: "open\n', 2, ["never closed", "^"]),

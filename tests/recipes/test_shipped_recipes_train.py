@@ -39,7 +39,7 @@ def shrunk(path: Path, model: Path) -> list[str]:
     overrides += ["train.save_steps=2", "train.eval_steps=2"]
     overrides += ["run.global_batch_size=4"] if recipe.run.global_batch_size else ["train.gradient_accumulation_steps=1"]
     if recipe.train.get("fp16"):
-        overrides += ["train.fp16=false", "train.bf16=true"]  # fp16 does nothing on a CPU, so it is refused there
+        overrides += ["train.fp16=false", "train.bf16=true", "model.dtype=bfloat16"]  # fp16 does nothing on a CPU, so it is refused there
     return overrides
 
 

@@ -35,5 +35,6 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
 
     monkeypatch.setattr(upstream, "build_sft_config", build_config)
     monkeypatch.setattr(Session, "run_trainer", look)
-    assert main([str(tiny_recipe), NF4, "model.dtype=bfloat16"]) == 1
+    dtype = "float16" if fp16 else "bfloat16"
+    assert main([str(tiny_recipe), NF4, f"model.dtype={dtype}", "train.bf16=false"]) == 1
     assert found and set(found) == {expected}

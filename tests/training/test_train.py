@@ -297,6 +297,38 @@ def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_reci
     assert max(losses) - min(losses) < 1e-5
 
 
+def test_adapters_on_a_4bit_base_are_float32_under_fp16(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL makes them bf16, for which a GPU's gradient scaler has no kernel. On a CPU fp16 is refused, so it is set behind the refusal."""
+    from recipes_lib.recipe import upstream
+
+    build = upstream.build_sft_config
+
+    def with_fp16(*args: Any, **kwargs: Any) -> Any:
+        config = build(*args, **kwargs)
+        config.fp16 = True
+        return config
+
+    monkeypatch.setattr(upstream, "build_sft_config", with_fp16)
+    short = ["train.max_steps=2", "train.eval_steps=2", "train.save_steps=2"]
+    assert main([str(tiny_recipe), NF4, "train.bf16=false", "model.dtype=float16", *short]) == 0
+    said = capsys.readouterr().out
+    assert "precision fp16 mixed" in said and "parameters in float32; base NF4" in said
+
+
+def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
+    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(tiny_model_dir, half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    words = [NF4, "train.bf16=true", "model.dtype=auto", f"model.name_or_path={half}"]
+    assert main([str(tiny_recipe), *words]) == ExitCode.USAGE
+    assert "the checkpoint is float16 and autocast bfloat16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "lever",
     [

@@ -65,6 +65,17 @@ def _quantization(sections: dict[str, Any], document: Document) -> Iterator[Any]
         yield ("quantization",), "quantized weights cannot be trained without an adapter", "add a lora section, or remove quantization"
 
 
+def _half_precisions(sections: dict[str, Any], document: Document) -> Iterator[Any]:
+    """A 4-bit layer answers in the base's precision; where autocast's is the other half, the next concatenation ends the run."""
+    train, dtype = sections.get("train", {}), sections.get("model", {}).get("dtype")
+    half = "float16" if train.get("fp16") is True else "bfloat16" if train.get("bf16", True) is True else dtype
+    quantized = sections.get("quantization", {}).get("load_in_4bit") is True and document.kind.name == "recipe"
+    if quantized and dtype in ("float16", "bfloat16") and dtype != half:
+        under = "train.fp16" if half == "float16" else "train.bf16"
+        what = f"model.dtype {dtype} under {under}: 4-bit layers would mix the two, which torch refuses"
+        yield ("model", "dtype"), what, f"set model.dtype: {half}"
+
+
 def _target_modules(sections: dict[str, Any], _: Document) -> Iterator[Any]:
     targets = sections.get("lora", {}).get("target_modules")
     path = ("lora", "target_modules")
@@ -118,7 +129,7 @@ def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
         yield ("launch", "accelerate"), error.what, *error.hints
 
 
-_RULES: tuple[_Rule, ...] = (_precision, _quantization, _target_modules, _evaluation, _attention, _model_kwargs, _launch)
+_RULES: tuple[_Rule, ...] = (_precision, _quantization, _half_precisions, _target_modules, _evaluation, _attention, _model_kwargs, _launch)
 
 
 def _warnings(sections: dict[str, Any]) -> Iterator[Any]:

@@ -38,6 +38,9 @@ def build_trainer(
         args: what `recipe.upstream.build_sft_config` returned; its `save_total_limit` moves to our own rotation, which never
             deletes the last complete checkpoint.
         marker_facts: recorded in every checkpoint's marker.
+
+    Raises:
+        RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than autocast's.
     """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -45,6 +48,7 @@ def build_trainer(
     from recipes_lib.training.metrics import MetricsCallback
     from recipes_lib.training.trainer import RecipeTrainer
 
+    check_half_precision(recipe, args, model)
     drop_padding_where_free(recipe, args, attention_of(recipe, args, model))
     keep, args.save_total_limit = args.save_total_limit, None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -67,6 +71,17 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def check_half_precision(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> None:
+    """Refuse what `recipe.combinations` cannot see: the precision that `model.dtype: auto` found in the checkpoint."""
+    import torch
+
+    half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+    if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
+        found, wanted = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, half))
+        what = f"the checkpoint is {found} and autocast {wanted}: quantized layers would mix the two, which torch refuses"
+        raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
 
 
 def raise_trained_weights(model: Any) -> None:
