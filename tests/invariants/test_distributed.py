@@ -58,6 +58,36 @@ def test_bf16_losses_of_fsdp2_are_not_rounded_and_compare_with_ddp(launcher) -> 
     assert not all(step == round(step) for step in steps_of_bf16)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [["lora.r=4"], ["lora=null", "train.learning_rate=1e-3"]], ids=["lora", "full"])
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(launcher, config: str, method: list[str]) -> None:
+    """On a GPU the loss is TRL's fused head; here the same branch runs in the same processes, with TRL's kernels written in torch."""
+    kind = "full" if "lora=null" in method else "lora"
+    for head in ("own", "fused"):
+        command = launcher.command(f"run.name={head}-{kind}-{config}", *method, "train.max_steps=4", config=config)
+        if head == "fused":
+            command[command.index("-m") : command.index("-m") + 2] = [str(Path(__file__).with_name("fused_head.py"))]
+        code, said = launcher.wait(launcher.start(command))
+        assert code == 0 and ("fused head: torch.float32" in said) is (head == "fused"), said[-3000:]
+    for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy"):
+        own, fused = (launcher.series(f"{head}-{kind}-{config}", key) for head in ("own", "fused"))
+        assert len(own) and own == pytest.approx(fused, rel=SUM_ORDER)
+
+
+@pytest.mark.slow
+def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(launcher) -> None:
+    """In float32 it would use no tensor cores: FSDP2 must not cast what the layers hand to it."""
+    for config in ("ddp_cpu", "fsdp_cpu"):
+        overrides = ["train.bf16=true", "model.dtype=bfloat16", "train.max_steps=4", f"run.name=fused-bf16-{config}"]
+        command = launcher.command(*overrides, config=config)
+        command[command.index("-m") : command.index("-m") + 2] = [str(Path(__file__).with_name("fused_head.py"))]
+        code, said = launcher.wait(launcher.start(command))
+        assert code == 0 and "fused head: torch.bfloat16" in said and "fused head: torch.float32" not in said, said[-3000:]
+    ddp, fsdp = (launcher.series(f"fused-bf16-{config}", "loss") for config in ("ddp_cpu", "fsdp_cpu"))
+    assert ddp == pytest.approx(fsdp, rel=SUM_ORDER)
+
+
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
 def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> None:
     said = launcher.train(f"run.name=qlora-{config}", NF4, "train.bf16=true", "train.max_steps=3", config=config)

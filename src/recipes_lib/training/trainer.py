@@ -8,7 +8,7 @@ What is added, and why:
 - token statistics are added up where they are and read once per log: TRL gathers and reads four of them in every micro-batch; the
   entropy that nobody asked for is not computed;
 - without Triton (a CPU) only supervised positions are scored, in one pass (`token_loss`);
-- FSDP2 keeps its outputs and its gradient reduction in float32, so that its logged losses can be compared with DDP's;
+- FSDP2 leaves outputs in the precision they were computed in and adds up gradients in float32, so that it logs DDP's losses;
 - FSDP2 averages the gradient of a head that `lora.modules_to_save` trains (`token_loss.gather_trained_head`);
 - no training_args.bin: nobody should unpickle one.
 """
@@ -81,18 +81,19 @@ class RecipeTrainer(SFTTrainer):
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
         self._counts = {mode: TokenCounts(self.args.device) for mode in ("train", "eval")}
         self._set_up_loss()
-        self._keep_fsdp_outputs_in_float32()
+        self._leave_fsdp_outputs_alone()
 
-    def _keep_fsdp_outputs_in_float32(self) -> None:
-        """accelerate sets output_dtype and reduce_dtype to bf16, which rounds the logged loss: 1716.97 and 1717.25 become 1720."""
+    def _leave_fsdp_outputs_alone(self) -> None:
+        """accelerate has FSDP2 cast the output of every layer to bf16, and with it the logged loss: 1716.97 and 1717.25 become 1720.
+
+        Cast to float32 instead, the layers would hand float32 to the head, whose products then use no tensor cores.
+        """
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
         if self.is_fsdp_enabled and plugin is not None and policy is not None:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
-            )
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
 
     # ---- Which rows are in the step ----
 
