@@ -70,6 +70,33 @@ def test_what_trl_or_the_machine_refuses_is_placed_at_its_key(section, line, wor
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
 
 
+def test_one_process_that_sees_eight_gpus_trains_on_one(write_with, tmp_path, monkeypatch):
+    """Upstream would take all eight for DataParallel, which TRL refuses once the model is loaded."""
+    import torch
+
+    monkeypatch.setattr(upstream, "_has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    recipe = load_recipe(write_with("train", "bf16: false"), ["train.per_device_train_batch_size=4"])
+    args = upstream.build_sft_config(recipe, tmp_path, world_size=1)
+    assert (args.n_gpu, args.train_batch_size, args.parallel_mode.value) == (1, 4, "not_parallel")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.fp16=true", "train.bf16=false"], ["cannot compute in fp16", "rounded to float16", "launch with ddp"]),
+        (["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"], ["8-bit", "scales", "launch with ddp"]),
+    ],
+)
+def test_quantized_weights_that_fsdp_would_change_are_refused(write, overrides, words):
+    """FSDP2 gathers every floating tensor in the compute type: bf16 bits that hold 4-bit values are others after a cast to fp16."""
+    recipe = load_recipe(write(QLORA), ["quantization.bnb_4bit_quant_storage=bfloat16", *overrides])
+    sharded = dataclasses.replace(recipe, launch=dataclasses.replace(recipe.launch, accelerate="fsdp_qlora"))
+    assert not [error for error in upstream.check_upstream(recipe) if "FSDP" in error.what]
+    [error] = [error for error in upstream.check_upstream(sharded) if "FSDP" in error.what]
+    assert not [word for word in words if word not in str(error)], str(error)
+
+
 def test_lora_and_quantization_become_the_real_objects(write):
     recipe = load_recipe(write(QLORA), ["quantization.llm_int8_threshold=5", "lora.init_lora_weights=eva", "lora.eva_config={rho: 3.0}"])
     lora, quantization = upstream.build_lora_config(recipe), upstream.build_quantization_config(recipe)

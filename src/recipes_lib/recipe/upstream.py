@@ -166,11 +166,17 @@ def _has_accelerator() -> bool:
 
 
 def _check_sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> list[RecipeError]:
-    """FSDP shards tensors of one floating type: 4-bit weights must be stored in the type the adapter has."""
+    """FSDP shards tensors of one floating type: 4-bit weights must be stored in the type the adapter has, and be gathered in it."""
     quantization = recipe.quantization or {}
     sharded = accelerate.distributed_type == "FSDP" or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not (sharded and quantization.get("load_in_4bit")):
+    if not (sharded and quantization):
         return []
+    if quantization.get("load_in_8bit"):
+        what = "8-bit weights cannot be sharded: FSDP would part them from their scales"
+        return [recipe.error("quantization.load_in_8bit", what, "set load_in_4bit: true with bfloat16 storage, or launch with ddp")]
+    if recipe.train.get("fp16"):  # FSDP2 gathers every floating tensor in the compute type, packed 4-bit values too
+        what = "QLoRA under FSDP cannot compute in fp16: 4-bit weights stored as bfloat16 would be rounded to float16, and be others"
+        return [recipe.error("train.fp16", what, "set train.bf16: true and train.fp16: false, or launch with ddp")]
     storage, compute = quantization.get("bnb_4bit_quant_storage"), quantization.get("bnb_4bit_compute_dtype")
     if storage == compute == "bfloat16":
         return []

@@ -153,14 +153,14 @@ def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
 
 
 def default_attention(dtype: str) -> str:
-    """Return the fastest attention that is installed: flash attention on a GPU with half-precision weights, else sdpa."""
+    """Return the fastest attention that runs here: flash attention on a GPU from Ampere on with half-precision weights, else sdpa."""
     import importlib.util
 
     import torch
 
     half = dtype in {"bfloat16", "float16"}
     if torch.cuda.is_available() and half and importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2"
+        return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else "sdpa"
     return "sdpa"
 
 
