@@ -16,6 +16,7 @@ from pathlib import Path
 from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.training.launch_check import leave_gpus_out
 from recipes_lib.training.ranks import end_process, note_error, rank
 
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
@@ -39,6 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
 def main(argv: Sequence[str] | None = None) -> int:
     """Train one recipe to its planned end, or to a checkpoint it can continue from; return the exit code (`errors.ExitCode`)."""
     options, overrides = parse_arguments(argv)
+    leave_gpus_out()
     recipe = None
     try:
         recipe = load_recipe(options.recipe, overrides)

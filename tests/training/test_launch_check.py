@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.training.launch_check import Active, Asked, active_launch, check_gpus, check_launch, what_was_asked
+from recipes_lib.training.launch_check import Active, Asked, active_launch, check_gpus, check_launch, leave_gpus_out, what_was_asked
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
@@ -55,6 +56,28 @@ def test_ddp_where_fsdp_was_asked_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="asked for FSDP, but DDP is active"):
         check_launch(Asked(2, "FSDP", "accelerate launch"), Active(2, "DDP", "cpu"))
+
+
+def test_a_launch_for_the_cpu_sees_no_gpu() -> None:
+    for environment in ({"ACCELERATE_USE_CPU": "true"}, {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "0,1"}):
+        leave_gpus_out(environment)
+        assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    for environment in ({}, {"ACCELERATE_USE_CPU": "false"}):
+        leave_gpus_out(environment)
+        assert "CUDA_VISIBLE_DEVICES" not in environment
+
+
+@pytest.mark.parametrize(("config", "said"), [("cpu", "true"), ("single_gpu", "None")])
+def test_recipes_train_tells_its_one_process_whether_the_launch_is_for_the_cpu(config, said, tiny_recipe, monkeypatch) -> None:
+    """One process is started without accelerate launch, which says it to several."""
+    from recipes_lib.commands.train import supervise
+    from recipes_lib.recipe.launch import plan_launch
+    from recipes_lib.recipe.recipe import load_recipe
+
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    recipe = load_recipe(tiny_recipe)
+    script = f"import os, sys; sys.exit(3 if str(os.environ.get('ACCELERATE_USE_CPU')) == '{said}' else 4)"
+    assert supervise([sys.executable, "-c", script], recipe, plan_launch(recipe.launch, accelerate=config)) == 3
 
 
 def test_more_processes_than_gpus_are_refused_with_the_number_that_goes() -> None:

@@ -1,4 +1,4 @@
-"""How a model is loaded: the choice of its attention kernel."""
+"""How a model is loaded: the choice of its attention kernel and of its device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recipes_lib.training.model import default_attention
+from recipes_lib.training.weights_check import device_with_room
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,13 @@ def test_flash_attention_is_taken_where_it_is_installed_and_runs(dtype, capabili
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     assert default_attention(dtype) == expected
+
+
+@pytest.mark.parametrize(("free_bytes", "expected"), [(4400, "cpu"), (4500, "cuda:1")])
+def test_weights_are_checked_on_the_cpu_where_one_gpu_does_not_hold_them(free_bytes, expected, monkeypatch) -> None:
+    """What several GPUs trained in shards may not fit one, and the check at the end must not cost the run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 10**12))
+    model = torch.nn.Linear(1000, 1, bias=False)  # 4,000 bytes
+    assert str(device_with_room(model)) == expected

@@ -121,6 +121,8 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "exit_code"
         environment = {**os.environ, "RECIPES_EXPECT": json.dumps(expected), EXIT_CODE_FILE: str(report)}
+        if launch.config.use_cpu:
+            environment["ACCELERATE_USE_CPU"] = "true"  # one process is started without accelerate launch, which would say it
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         asked: list[int] = []
 

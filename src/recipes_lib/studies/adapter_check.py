@@ -64,7 +64,7 @@ def check_loaded(subject: Subject) -> dict[str, Any]:
         return {}
     with (
         subject.using() if subject.using else contextlib.nullcontext(),
-        autocast(check.autocast == "bfloat16", check.autocast == "float16"),
+        autocast(check.autocast == "bfloat16", check.autocast == "float16", subject.model.device.type),
     ):
         logits = logits_on(subject.model, check.tokens)
     top, recorded = torch.tensor(check.top_tokens), torch.tensor(check.top_logits)

@@ -45,7 +45,7 @@ def save_and_check(
     on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
     trainer.save_model(str(scratch))  # a collective under FSDP: every rank takes part
     probes = [list(ids[:PROBE_TOKENS]) for ids in (data.validation or data.train)[:PROBES]["input_ids"]]
-    with autocast(trainer.args.bf16, trainer.args.fp16):
+    with autocast(trainer.args.bf16, trainer.args.fp16, trainer.args.device.type):
         trained = weights_check.logits_on(trainer.model, probes)
     half = recipe.quantization is not None or trainer.args.bf16 or trainer.args.fp16 or recipe.model.dtype in {"bfloat16", "float16"}
     tokenizer, bf16, fp16 = trainer.processing_class, trainer.args.bf16, trainer.args.fp16
@@ -54,7 +54,7 @@ def save_and_check(
     def check() -> dict[str, Any]:
         files = weights_check.check_files(scratch, full, model_path(recipe.model))
         reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
-        with autocast(bf16, fp16):
+        with autocast(bf16, fp16, reloaded.device.type):
             again = weights_check.logits_on(reloaded, probes)
         comparison = weights_check.compare_logits(trained, again, weights_check.HALF_TOLERANCE if half else weights_check.EXACT_TOLERANCE)
         if comparison.scale == 0 or not comparison.agrees:
@@ -88,13 +88,11 @@ def _publish(scratch: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def autocast(bf16: bool, fp16: bool) -> contextlib.AbstractContextManager[Any]:
+def autocast(bf16: bool, fp16: bool, device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Return the mixed precision that a training ran in, or nothing."""
     import torch
 
-    if not (bf16 or fp16):
-        return contextlib.nullcontext()
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16 if bf16 else torch.float16)
+    return torch.autocast(device_type, dtype=torch.bfloat16 if bf16 else torch.float16) if bf16 or fp16 else contextlib.nullcontext()
 
 
 def _release(trainer: RecipeTrainer) -> None:

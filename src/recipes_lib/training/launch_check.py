@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +120,12 @@ def check_launch(asked: Asked, active: Active) -> str:
     if asked.distributed_type in {"MULTI_GPU", "NO"} and active.distributed_type == "FSDP":
         raise RecipeError(f"{asked.source} asked for {asked.distributed_type}, but FSDP is active", "unset ACCELERATE_USE_FSDP")
     return described if asked.world_size is not None else f"{described} (not checked: {asked.source})"
+
+
+def leave_gpus_out(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Hide the GPUs from a launch for the CPU, so that no library takes one; to be called before torch is imported."""
+    if environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
+        environment["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def check_gpus(processes: int, gpus: int) -> None:

@@ -237,7 +237,8 @@ def _differences_from_record(trained: TrainedRun, family: Family, check: Recorde
 
     from recipes_lib.training.finish import autocast
 
-    with family.using(trained.run.name) as model, autocast(check.autocast == "bfloat16", check.autocast == "float16"):
+    half = check.autocast == "bfloat16", check.autocast == "float16"
+    with family.using(trained.run.name) as model, autocast(*half, model.device.type):
         logits = logits_on(model, check.tokens)
     top = torch.tensor(check.top_tokens)
     recorded = torch.tensor(check.top_logits)

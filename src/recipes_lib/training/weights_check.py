@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Largest difference of a logit, as a share of the largest logit. Half precision: rounding of other kernels on other shapes.
 EXACT_TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
+SPARE = 1.1  # free memory asked for, as a multiple of the weights
 
 
 @dataclass(frozen=True)
@@ -113,22 +114,34 @@ def reload(folder: Path, recipe: Recipe, full_finetuning: bool, tokenizer: Any) 
     """Load what was saved, from its files, in the precision it was trained in."""
     import dataclasses
 
-    import torch
-
     from recipes_lib.recipe.upstream import build_quantization_config
     from recipes_lib.training.model import load_model
 
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if full_finetuning:
         saved = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name_or_path=str(folder), revision=None))
-        return load_model(saved, tokenizer).to(device)
+        model = load_model(saved, tokenizer)
+        return model.to(device_with_room(model))
     from peft import PeftModel
 
     quantization = build_quantization_config(recipe)
     base = load_model(recipe, tokenizer, quantization)
+    device = base.device if quantization else device_with_room(base)
     model = PeftModel.from_pretrained(base if quantization else base.to(device), str(folder))
     keep_saved_precision(model, folder)
     return model.to(device) if quantization is None else model
+
+
+def device_with_room(model: PreTrainedModel) -> torch.device:
+    """Return this process's GPU, or the CPU where there is none or its free memory does not hold the model: what was trained in shards on
+    several GPUs may be too large for one.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    free, _ = torch.cuda.mem_get_info()
+    return torch.device("cuda", torch.cuda.current_device()) if SPARE * needed < free else torch.device("cpu")
 
 
 def keep_saved_precision(model: PreTrainedModel, folder: Path, adapter: str = "default") -> None:
