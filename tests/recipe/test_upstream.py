@@ -70,17 +70,6 @@ def test_what_trl_or_the_machine_refuses_is_placed_at_its_key(section, line, wor
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
 
 
-def test_one_process_that_sees_eight_gpus_trains_on_one(write_with, tmp_path, monkeypatch):
-    """Upstream would take all eight for DataParallel, which TRL refuses once the model is loaded."""
-    import torch
-
-    monkeypatch.setattr(upstream, "_has_accelerator", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    recipe = load_recipe(write_with("train", "bf16: false"), ["train.per_device_train_batch_size=4"])
-    args = upstream.build_sft_config(recipe, tmp_path, world_size=1)
-    assert (args.n_gpu, args.train_batch_size, args.parallel_mode.value) == (1, 4, "not_parallel")
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

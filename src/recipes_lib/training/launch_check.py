@@ -128,24 +128,6 @@ def leave_gpus_out(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def check_gpus(processes: int, gpus: int) -> None:
-    """Refuse several processes on one GPU, which accelerate would allow and NCCL ends with 'Duplicate GPU detected'.
-
-    Args:
-        processes: how many the launcher started on this machine.
-        gpus: how many this process sees.
-
-    Raises:
-        RecipeError: there are fewer GPUs than processes.
-    """
-    if processes > gpus > 0:
-        raise RecipeError(
-            f"the launcher started {processes} processes on this machine, which has {gpus} GPU{'s' if gpus > 1 else ''} to give",
-            f"start one a GPU: accelerate launch --num_processes {gpus} ..., or recipes train --gpus {gpus}",
-            "CUDA_VISIBLE_DEVICES decides how many are seen",
-        )
-
-
 def active_launch(distributed_type: object, world_size: int, device: object) -> Active:
     """Name what accelerate's state reports in the words of our documents: NO, DDP, FSDP."""
     kind = str(getattr(distributed_type, "value", distributed_type))

@@ -90,8 +90,6 @@ class Session:
         self.args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         self.push_to = take_over_push(recipe, self.args)
         state = PartialState()
-        if state.device.type == "cuda":
-            check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
         fsdp = state.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         self.active = active_launch("FSDP" if fsdp else state.distributed_type, state.num_processes, state.device)
         self.asked = what_was_asked()
