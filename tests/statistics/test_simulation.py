@@ -36,9 +36,13 @@ def test_large_studies_cover_what_they_say(name):
 def test_the_committed_results_keep_the_promises():
     kept = json.loads((BENCHMARKS / "results" / "statistics_simulation.json").read_text())
     for one in kept["results"]:
-        assert one["studies"] >= 2000 or "Wilson" in one["name"]
-        if one["false_better"] is not None:
-            assert one["false_better"] <= 0.05, one
-        if one["false_better"] is not None and "4%" not in one["name"] and "seeds" not in one["name"] and "unresolved" not in one["name"]:
-            low, high = {80: (0.93, 0.97), 800: (0.94, 0.96)}.get(one["n"], (0, 1))
-            assert low <= one["coverage"] <= high, one
+        if one["false_better"] is None:
+            continue
+        assert one["studies"] >= (2000 if one["name"] == "scores" else 10_000), one
+        assert one["false_better"] <= 0.05 and one["false_worse"] <= 0.05, one
+        low, high = {80: (0.93, 0.97), 800: (0.94, 0.96)}.get(one["n"], (0, 1))
+        # Few pairs that differ, and items without a verdict, may only make an interval wider: docs/studies.md.
+        wide = "unresolved" in one["name"] or ("4%" in one["name"] and one["n"] == 80)
+        assert low <= one["coverage"] <= (1 if wide else high), one
+        if one["power_at_mde"] is not None:
+            assert one["power_at_mde"] >= 0.77, one
