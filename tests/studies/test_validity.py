@@ -13,6 +13,7 @@ from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
 from recipes_lib.studies.study import Study, load_study
 
+PROJECT = Path(__file__).resolve().parents[2]
 RESOLVED = {
     "model": {"name_or_path": "m", "dtype": "bfloat16"},
     "quantization": None,
@@ -221,6 +222,21 @@ def test_a_declared_factor_is_no_confound(root, rank_study):
     study = dataclasses.replace(rank_study, factors={"data": ("data.source", "data.split"), "strategy": ("launch.accelerate",)})
     runs = arms(r8=run(root, "a"), r32=run(root, "b", guard={"data_fingerprint": "d2", "launch.world_size": 2}, splits={}))
     assert not {code for code in codes(check_validity(study, runs)) if code in ("confound-data", "confound-split", "confound-world-size")}
+
+
+def test_full_fine_tuning_under_fsdp_and_ddp_differs_in_the_precision_of_the_trained_weights(tmp_path):
+    def findings_of(recipe: str) -> list[Finding]:
+        path = PROJECT / "recipes/llama2-7b-dolly" / f"{recipe}.yaml"
+        launches = "\n".join(f"  {name}: {{recipe: {path}, accelerate: {name}, gpus: 2}}" for name in ("ddp", "fsdp"))
+        file = tmp_path / f"{recipe}.yaml"
+        file.write_text(
+            f"question: Which?\nfactors: {{strategy: [launch.accelerate]}}\narms:\n{launches}\nevals: [{PROJECT}/evals/lm_eval.yaml]\n"
+        )
+        return check_validity(load_study(file), arms())
+
+    confound = found(findings_of("full-bf16"), "confound")
+    assert confound.severity == "error" and confound.evidence == ("launch.trained_dtype: ddp bfloat16, fsdp float32",)
+    assert "confound" not in codes(findings_of("lora-bf16-r32"))
 
 
 # ---- the design ----

@@ -154,14 +154,20 @@ def count_quantized(model: Any) -> int:
     return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
 
 
-def describe_trainable(model: Any) -> str:
-    """Return how many parameters are trained, and where they sit."""
+def describe_trainable(model: Any, *, raised: bool = False) -> str:
+    """Return how many parameters are trained, and where they sit.
+
+    Args:
+        raised: whether FSDP2 will keep those of half precision in float32, as it does under mixed precision.
+    """
     import torch
 
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     count, total = sum(parameter.numel() for _, parameter in trainable), sum(parameter.numel() for parameter in model.parameters())
     precision = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for _, parameter in trainable}))
     quantized = count_quantized(model)
+    if raised and not quantized and precision != "float32":
+        precision = f"float32 (FSDP2 keeps the {precision} weights so)"
     frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad and p.dtype != torch.uint8}
     base = f"; base {'NF4 in ' + str(quantized) + ' layers' if quantized else ', '.join(sorted(frozen))}" if frozen or quantized else ""
     return f"{count:,} of {total:,} parameters in {precision}{base}"

@@ -265,7 +265,8 @@ class Session:
         self.say(f"launch: {self.launch_line}; precision {precision}; attention {attention}{padding}; seed {args.seed}")
         self.say(f"batch: {describe_batch(rows, steps, **shape)}")
         self.say(f"schedule: {describe_schedule(scheduler, args.learning_rate, args.warmup_steps, steps[1])}")
-        self.say(f"trains: {describe_trainable(trainer.model)}")
+        raised = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
+        self.say(f"trains: {describe_trainable(trainer.model, raised=raised)}")
 
     def run_trainer(self) -> None:
         """Train, from the beginning or from the checkpoint, until the planned end or a stop."""
