@@ -34,11 +34,15 @@ def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(laun
     assert said.count("gradient norm is nan") == 1 and "Traceback" not in said and "ChildFailedError" not in said, said
 
 
-@pytest.mark.parametrize("config", ["cpu", "ddp_cpu", "fsdp_cpu"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+CTRL_C, TERM = (signal.SIGINT, 130), (signal.SIGTERM, 75)
+
+
+@pytest.mark.parametrize(
+    ("config", "number", "code"),
+    # SIGTERM takes the same path under FSDP2 as under DDP
+    [("cpu", *CTRL_C), ("cpu", *TERM), ("ddp_cpu", *CTRL_C), ("ddp_cpu", *TERM), ("fsdp_cpu", *CTRL_C)],
+)
 def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(launcher, config: str, number: int, code: int) -> None:
-    if (config, number) == ("fsdp_cpu", signal.SIGTERM):
-        pytest.skip("the same path as under ddp_cpu")
     name = f"stopped-{config}-{code}"
     words = ["--accelerate", config, f"run.name={name}"]
     child = launcher.start(verb(launcher, *words, *LONG))
@@ -49,6 +53,18 @@ def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(launcher, c
     assert (stopped, state["state"], state["exit_code"]) == (code, "preempted", code), said[-2000:]
     assert (launcher.run(name) / "checkpoints" / f"checkpoint-{state['step']}" / "COMPLETE.json").is_file()
     assert "Traceback" not in said, said[-3000:]
+
+
+def test_a_port_that_is_in_use_stops_no_training(launcher) -> None:
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind(("127.0.0.1", 29500))
+            held.listen()
+        except OSError:
+            pass  # somebody else holds torchrun's usual port, which is as good
+        code, said = launcher.wait(launcher.start(verb(launcher, "--accelerate", "ddp_cpu", "run.name=port", "train.max_steps=2")))
+    assert code == 0, said[-2000:]
 
 
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:

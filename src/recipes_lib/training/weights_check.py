@@ -102,7 +102,8 @@ def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any
                     raise RecipesError(f"{file.name}: {name} has values that are not finite")
                 changed = changed or ("lora_A" not in name and bool(tensor.any()))
     if not changed:
-        raise RecipesError(f"the adapter in {folder} changes nothing: every trained tensor is zero")
+        what = f"the adapter in {folder} changes nothing: every trained tensor is zero"
+        raise RecipesError(what, "was the learning rate 0 at every step? more steps, or a shorter train.warmup_steps")
     if not full_finetuning:
         recorded = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         if recorded != base:
