@@ -56,7 +56,7 @@ VERBS = (
     Verb("import", "evaluation", "make a run from another program's answers, judgments and logs"),
     Verb("study", "studies", "compare variants: plan, run, status, report, diff", overrides=True),
     Verb("compare", "studies", "the tested table for any runs, outside a study"),
-    Verb("prefetch", "clusters", "fetch and verify models, data and judges for nodes without a network"),
+    Verb("prefetch", "clusters", "fetch and verify models, data and judges for nodes without a network", overrides=True),
     Verb("launch", "clusters", "submit a recipe or a study as Slurm jobs; status, cancel, logs", overrides=True),
 )
 

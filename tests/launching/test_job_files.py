@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -195,4 +196,16 @@ def test_a_model_that_is_not_here_is_said_before_anything_is_queued(tiny_recipe:
     assert cli.main(words) == 0
     assert "warning" not in capsys.readouterr().out
     assert cli.main([*words, "model.name_or_path=nobody/no-such-model"]) == 0
-    assert "warning: nobody/no-such-model is not on this machine, and jobs have no network" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: nobody/no-such-model is not on this machine, and jobs have no network: recipes prefetch " in said
+    assert "evals/" not in said.splitlines()[0] and " model.name_or_path=nobody/no-such-model --profile " in said.splitlines()[0]
+
+
+def test_what_a_job_needs_for_its_evaluation_is_fetched_by_the_command_that_is_shown(profile_file, capsys) -> None:
+    words = ["launch", "quickstart/lora-r8", "--profile", str(profile_file()), "--dry-run", "model.name_or_path=nobody/no-such-model"]
+    assert cli.main(words) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "recipes prefetch " in line)
+    shown = shlex.split(line.partition("recipes prefetch ")[2])
+    assert [word for word in shown if word.startswith("evals/")] and "model.name_or_path=nobody/no-such-model" in shown
+    assert cli.main(["prefetch", "--check", *shown, "train.max_steps=1"]) == 5  # each override reaches the file that has its section
+    assert "'nobody/no-such-model' is not on this machine" in capsys.readouterr().err

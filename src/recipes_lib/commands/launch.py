@@ -103,7 +103,7 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
         print(plan.folder.path)
         return ExitCode.DONE
     assert profile is not None
-    _warn(plan, profile, target)
+    _warn(plan, profile, f"recipes prefetch {shlex.join([target, *plan.evals, *overrides])} --profile {args.profile}")
     if args.dry_run:
         say("# the lines below can be pasted into bash, after this one, which writes what the jobs read:")
         say(f"$ {typed.replace(' --dry-run', ' --prepare')}")
@@ -126,14 +126,20 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     return ExitCode.DONE
 
 
-def _warn(plan: Plan, profile: SiteProfile, target: str) -> None:
-    """Say what the plan warns of, and which models are not here yet, where the jobs cannot fetch them."""
+def _warn(plan: Plan, profile: SiteProfile, prefetch: str) -> None:
+    """Say what the plan warns of, and which models are not here yet, where the jobs cannot fetch them.
+
+    Args:
+        prefetch: the command that fetches everything.
+    """
     from recipes_lib.launching.prefetching import missing_models
 
     for warning in plan.warnings:
         say(f"warning: {warning}")
-    for name in missing_models(plan.models) if profile.values.offline else ():
-        say(f"warning: {name} is not on this machine, and jobs have no network: recipes prefetch {target}")
+    missing = missing_models(plan.models) if profile.values.offline else []
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        say(f"warning: {' and '.join(missing)} {verb} not on this machine, and jobs have no network: {prefetch}")
 
 
 def _show(plan: Plan, profile: SiteProfile) -> None:

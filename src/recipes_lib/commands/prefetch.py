@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from recipes_lib.launching.prefetching import Need
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+EVAL_SECTIONS = ("suite", "generation", "judge", "metrics")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
     from recipes_lib.launching.prefetching import needs_of
 
-    needs = list(dict.fromkeys(need for word in words for need in needs_of(word, overrides)))
+    needs = list(dict.fromkeys(need for word in words for need in needs_of(word, _meant_for(word, words, overrides))))
     if args.check:
         missing = _failures(needs, lambda need: say(f"here: {need.kind} {need.name}: {need.check()}"))
         found = f"{len(needs) - missing} of {len(needs)} here, found without a network" if missing else None
@@ -57,6 +58,14 @@ def run(args: argparse.Namespace) -> int:
         first = next((word for word in words if not _is_eval(word)), None)
         next_step(f"recipes launch {first} --profile {args.profile or 'P'}" if first else f"recipes eval {' '.join(words)} RUN")
     return code
+
+
+def _meant_for(word: str, words: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of one file: beside a recipe, an eval recipe takes those of its own sections and the recipe the others."""
+    if len({_is_eval(one) for one in words}) == 1:
+        return list(overrides)
+    own = _is_eval(word)
+    return [override for override in overrides if (override.removeprefix("--").partition(".")[0] in EVAL_SECTIONS) == own]
 
 
 def _is_eval(word: str) -> bool:

@@ -27,7 +27,11 @@ CLI = ("-m", "recipes_lib.cli")
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a submission needs: the jobs in order, what they belong to, the files to copy, the models they load, what to warn of."""
+    """Everything a submission needs: the jobs in order, what they belong to, the files to copy, the models they load, what to warn of.
+
+    Args:
+        evals: eval recipes that the target does not name itself, for the words of `recipes prefetch`.
+    """
 
     name: str
     jobs: tuple[Job, ...]
@@ -35,6 +39,7 @@ class Plan:
     snapshot: Snapshot
     models: tuple[ModelSection, ...] = ()
     warnings: tuple[str, ...] = ()
+    evals: tuple[str, ...] = ()
 
 
 def python_in_job(profile: SiteProfile | None) -> tuple[str, ...]:
@@ -97,13 +102,14 @@ def plan_recipe(
         command = (python, *CLI, "compare", recipe.name, "--html", page)
         last = tuple(job.label for job in jobs if job.stage == "eval") or tuple(job.label for job in jobs)
         jobs.append(Job("report", "report", (Task((*prefix, *command), what="report"),), Shape(uses_gpus=False), last))
-    warnings = judges_nobody_starts(evals if "eval" in stages else (), profile)
+    evals = evals if "eval" in stages else ()
+    warnings = judges_nobody_starts(evals, profile)
     if "report" in stages and "eval" not in stages and not any(RunDirectory(recipe.name).path.glob("evals/*/result*.json")):
         if "train" not in stages:
             raise RecipeError(f"run '{recipe.name}' has no evaluation to report", "add the stage: --stages eval,report")
         warnings.append("no evaluation comes before the report, so it will end with exit code 2: --stages train,eval,report")
     models = (recipe.model, *(judge for one in evals for judge in judge_model(one)))
-    return Plan(recipe.name, tuple(jobs), folder, snapshot, models, tuple(warnings))
+    return Plan(recipe.name, tuple(jobs), folder, snapshot, models, tuple(warnings), tuple(shown_path(one.path) for one in evals))
 
 
 def shape_of(launch: Launch) -> Shape:
