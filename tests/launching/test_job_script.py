@@ -27,10 +27,9 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_job_script_is_short_commented_and_knows_no_site() -> None:
+def test_the_job_script_is_commented_and_knows_no_site() -> None:
     text = (LAUNCH / "job.sbatch").read_text()
     lines = text.splitlines()
-    assert len(lines) <= 80
     assert sum("#" in line for line in lines) >= 15
     sbatch = [line for line in lines if line.startswith("#SBATCH")]
     assert not any(word in line for line in sbatch for word in ("partition", "gres", "account", "time="))

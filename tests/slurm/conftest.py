@@ -70,6 +70,12 @@ class Cluster:
         rows = json.loads((self.runs / name / "slurm" / "jobs.json").read_text())["jobs"]
         return {row["label"]: row["id"] for row in rows}
 
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon again, as the sandbox did, and wait until Slurm uses it."""
+        self.call(str(SANDBOX), "node", str(self.folder / "slurm"), node.removeprefix("node"))
+        self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.wait_for(lambda: "idle" in self.call("sinfo", "-h", "-N", "-n", node, "-o", "%T").stdout, f"{node} to come back")
+
     def queue(self) -> list[str]:
         return self.call("squeue", "-h", "-o", "%i %j %T").stdout.splitlines()
 

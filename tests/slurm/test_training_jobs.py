@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
 
 import pytest
 
@@ -108,3 +111,24 @@ def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(cluster,
     assert {state["state"] for state in states.values()} == {"CANCELLED"}
     assert states["train"]["tries"] == 1
     assert cluster.run_state("cancelled")["state"] == "preempted"  # it used Slurm's KillWait to save
+
+
+def test_a_job_whose_node_is_lost_goes_on_elsewhere_and_never_two_tries_train(cluster, tiny, profile, whole) -> None:
+    """The node's slurmd ends, its processes live on: Slurm queues the job again while the first try still trains."""
+    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=lost", *STEPS)
+    cluster.wait_for(lambda: cluster.steps("lost") >= 4, "the fourth step")
+    node = cluster.call("squeue", "-h", "-o", "%N", "-j", cluster.jobs("lost")["train"]).stdout.strip()
+    first = json.loads((cluster.runs / "lost" / "lock.json").read_text())
+    pid = (cluster.folder / "slurm" / "run" / f"slurmd-{node}.pid").read_text()
+    os.kill(int(pid), signal.SIGKILL)
+    try:
+        assert cluster.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost").returncode == 0
+        os.kill(first["pid"], 0)  # the first try is not gone with the node's daemon
+        states = cluster.ended("lost")
+    finally:
+        cluster.start_node(node)
+    log = cluster.log("lost")
+    assert (states["train"]["state"], states["train"]["tries"]) == ("COMPLETED", 2), log
+    assert f"is still held by process {first['pid']}" in log and "resuming checkpoint-" in log, log
+    assert cluster.run_state("lost")["state"] == "finished"
+    assert cluster.adapter("lost") == cluster.adapter(whole)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.recipe.project import check_run_name, runs_root
+from recipes_lib.runs.lock import end_if_taken_over
 
 State = Literal["created", "running", "preempted", "failed", "finished", "imported"]
 FORMAT_VERSION = 1
@@ -102,6 +103,7 @@ class RunDirectory:
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
+        end_if_taken_over(self.path)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         old: Mapping[str, Any] = (
             self.read_state() if self.exists() else {"format_version": FORMAT_VERSION, "name": self.name, "created": now}

@@ -31,6 +31,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from recipes_lib.errors import EnvironmentFault, NumericsError
+from recipes_lib.runs.lock import end_if_taken_over
 from recipes_lib.training import checkpoints
 from recipes_lib.training.micro_batches import filler, split_batch
 from recipes_lib.training.ranks import agree_on_largest, on_main_rank
@@ -283,7 +284,7 @@ class RecipeTrainer(SFTTrainer):
         self._count_tokens()
         if folder.is_dir() and checkpoints.what_is_missing(folder) is None:
             return
-        on_main_rank(lambda: checkpoints.check_free_space(root, self._size_of_a_save(root)))
+        on_main_rank(lambda: self._check_place(root))
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:
@@ -295,6 +296,11 @@ class RecipeTrainer(SFTTrainer):
             ) from None
         self.accelerator.wait_for_everyone()
         on_main_rank(lambda: self._seal(root, folder))
+
+    def _check_place(self, root: Path) -> None:
+        """Rank 0, before a save: the run is still ours, and the disk has room."""
+        end_if_taken_over(root.parent)
+        checkpoints.check_free_space(root, self._size_of_a_save(root))
 
     def _seal(self, root: Path, folder: Path) -> None:
         checkpoints.mark_complete(
