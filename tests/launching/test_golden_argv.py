@@ -59,7 +59,7 @@ def plain(said: str, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize("profile", profile_names())
 def test_a_recorded_line_asks_for_what_the_profile_says(profile: str) -> None:
     for line in (GOLDEN / f"{profile}.txt").read_text(encoding="utf-8").splitlines():
-        command = re.fullmatch(r"\$ (\w+)=\$\((sbatch .*)\)", line)
+        command = re.fullmatch(r"\$ (\w+)=\$\((sbatch .*) \| tee (.*)\)", line)
         if command is None:
             assert not line.startswith("$"), line
             continue

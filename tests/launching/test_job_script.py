@@ -54,6 +54,12 @@ def job(tmp_path: Path):
     return run
 
 
+def test_a_node_that_does_not_see_the_folder_of_the_runs_is_exit_5(tmp_path: Path) -> None:
+    argv = ["bash", str(LAUNCH / "job.sbatch"), str(tmp_path / "elsewhere" / "mine" / "slurm"), "train"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5 and "this node does not see" in done.stderr
+
+
 def test_a_command_is_an_argument_list_not_a_line_of_shell(job, tmp_path: Path) -> None:
     code, said = job("eval", "printf", "%s|", "$(touch oops)", "a  b", "'; touch oops", "--foo", "*", "@HEAD@:@NODES@:@NODE_RANK@")
     assert code == 0 and "$(touch oops)|a  b|'; touch oops|--foo|*|127.0.0.1:1:0|" in said

@@ -44,6 +44,7 @@ def test_scontrol_is_asked_first(folder: LaunchFolder, stand_in) -> None:
     cases = "\n".join(f"  {job}) echo '{json.dumps({'jobs': records})}' ;;" for job, records in jobs.items())
     stand_in("scontrol", f'case "$3" in\n{cases}\nesac')
     asked = stand_in("sacct", "exit 1")
+    folder.log("train.1").touch()
     first, second, report = states_of(folder)
     assert (first.label, first.state, first.tries, first.explanation()) == ("train.0", "RUNNING", 2, "on node1")
     assert (second.state, second.exit_code, second.explanation()) == ("FAILED", 3, "exit code 3")
@@ -95,6 +96,15 @@ def test_status_shows_the_first_error_and_the_next_step(folder: LaunchFolder, st
     assert "train.0: rank 3 on node2: out of GPU memory" in said and "closed by peer" not in said
     assert "train.0 (study--r8) failed" in said
     assert "next: recipes launch logs study --stage" in said
+
+
+def test_a_failure_that_left_no_log_comes_with_the_likely_reason(folder: LaunchFolder, stand_in, capsys) -> None:
+    stand_in("scontrol", f"echo '{json.dumps({'jobs': [modern('FAILED', 0), modern('FAILED', 1)]})}'")
+    folder.log("train.1").touch()
+    assert cli.main(["launch", "status"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"exit code 3; left no log: does its node see {folder.path}? (directories.runs of the profile)" in said
+    assert said.count("left no log") == 1
 
 
 def test_logs_show_the_first_error_before_the_log(folder: LaunchFolder, capsys) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib import cli
+from recipes_lib.launching.folder import all_launches
 
 PROJECT = Path(__file__).resolve().parents[2]
 REFUSE_SECOND = """
@@ -75,8 +76,8 @@ def test_jobs_that_could_not_be_cancelled_again_are_said_and_kept(launched, stan
     assert launched("--stages", "train,report") == 2
     said = capsys.readouterr().err
     assert "nothing is queued" not in said and "still queued: train" in said and "recipes launch cancel tiny" in said
-    noted = json.loads((tmp_path / "runs" / "tiny" / "slurm" / "jobs.json").read_text())
-    assert [job["label"] for job in noted["jobs"]] == ["train"]
+    (folder,) = all_launches()
+    assert [job["label"] for job in folder.read_jobs()] == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -195,9 +196,13 @@ def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(launched, stand_in, monk
     lines = [line.removeprefix("$ ") for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
     assert lines[0].endswith(" --prepare") and "--dry-run" not in lines[0] and len(lines) == 3
     calls = stand_in("sbatch", 'n=$(grep -c -- "^---" "$(dirname "$0")/sbatch.calls"); echo "$((100 + n))"')
+    assert launched(*words, "--prepare") == 0 and all_launches() == []
     subprocess.run(["bash", "-euc", "\n".join(lines[1:])], check=True, timeout=60)
     pasted = calls.read_text()
     calls.unlink()
+    (folder,) = all_launches()
+    assert [(job["label"], job["id"]) for job in folder.read_jobs()] == [("train", "101"), ("report", "102")]
+    folder.jobs_file.unlink()  # as if nothing were queued
     assert launched(*words) == 0
     assert pasted == calls.read_text() and "--dependency=afterok:101" in pasted
 

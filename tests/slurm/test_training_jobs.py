@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 
 import pytest
 
@@ -132,3 +133,25 @@ def test_a_job_whose_node_is_lost_goes_on_elsewhere_and_never_two_tries_train(cl
     assert f"is still held by process {first['pid']}" in log and "resuming checkpoint-" in log, log
     assert cluster.run_state("lost")["state"] == "finished"
     assert cluster.adapter("lost") == cluster.adapter(whole)
+
+
+def test_words_for_srun_start_the_training_and_its_check(cluster, tiny) -> None:
+    """As a site with pyxis writes --container-image; --label stands for it here and marks each line that a task wrote."""
+    profile = cluster.profile("labelled", environment={"srun": ["--label"]})
+    cluster.launch("tiny.yaml", "--profile", str(profile), "--stages", "train", "run.name=labelled", "train.max_steps=2")
+    states = cluster.ended("labelled")
+    log = cluster.log("labelled")
+    assert states["train"]["state"] == "COMPLETED", log
+    assert re.search("^0: .*step 2/2", log, re.M) and re.search("^0: .*verified: these are the trained weights", log, re.M), log
+
+
+def test_jobs_of_pasted_dry_run_lines_are_known_to_status_and_cancel(cluster, tiny, profile) -> None:
+    words = ("tiny.yaml", "--profile", profile, "--stages", "train,report", "run.name=pasted", "train.max_steps=100000")
+    said = cluster.launch(*words, "--dry-run")
+    lines = [line.removeprefix("$ ") for line in said.splitlines() if line.startswith("$ ")]
+    lines[0] = lines[0].replace("recipes launch", f"{sys.executable} -m recipes_lib.cli launch")
+    assert cluster.call("bash", "-euc", "\n".join(lines)).returncode == 0
+    cluster.wait_for(lambda: cluster.steps("pasted") >= 1, "the first step")
+    assert [state["state"] for state in cluster.states("pasted").values()] == ["RUNNING", "PENDING"]
+    assert cluster.recipes("launch", "cancel", "pasted").returncode == 0
+    cluster.wait_for(lambda: not cluster.queue(), "the end of both jobs")

@@ -42,8 +42,9 @@ def submit_chain(plan: Plan, profile: SiteProfile) -> dict[str, str]:
 
 
 def prepare(plan: Plan, profile: SiteProfile | None) -> None:
-    """Write what the jobs read."""
+    """Write what the jobs read, and which jobs there will be."""
     plan.folder.write_commands(plan.jobs, environment_script(profile))
+    plan.folder.write_jobs(plan.jobs, {}, profile.name if profile else None)
     plan.snapshot.write()
 
 
@@ -55,13 +56,16 @@ def dependencies_of(job: Job, ids: Mapping[str, str]) -> list[str]:
 
 
 def dry_run(plan: Plan, profile: SiteProfile) -> Iterator[tuple[str, Job]]:
-    """Yield the exact sbatch line of each job, as bash takes it: a variable keeps the job's id for the lines of those that wait for it."""
+    """Yield the exact sbatch line of each job, as bash takes it.
+
+    A variable keeps the job's id for the lines of those that wait for it, a file keeps it for `recipes launch status`.
+    """
     names = {job.label: re.sub(r"\W", "_", job.label) for job in plan.jobs}
     ids = {label: f"${{{name}}}" for label, name in names.items()}
     for job in plan.jobs:
         words = sbatch_argv(job, plan.folder, profile, dependencies_of(job, ids))
         line = " ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in words)
-        yield f"{names[job.label]}=$({line})", job
+        yield f"{names[job.label]}=$({line} | tee {shlex.quote(str(plan.folder.job_file(job.label)))})", job
 
 
 def test_chain(plan: Plan, profile: SiteProfile) -> Iterator[tuple[Job, str]]:

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,26 +55,34 @@ class LaunchFolder:
         errors = sorted((self.path / f"{task_label}.errors").glob("*"))
         return errors[0].read_text(encoding="utf-8").strip() if errors else None
 
+    def job_file(self, label: str) -> Path:
+        """Holds the id of a job that was submitted by hand: a pasted line writes it, and so does the job when it starts."""
+        return self.path / f"{label}.job"
+
     def read_jobs(self) -> list[dict[str, Any]]:
         """Return the submitted jobs; empty where none was."""
         try:
-            return json.loads(self.jobs_file.read_text(encoding="utf-8"))["jobs"]
+            rows = json.loads(self.jobs_file.read_text(encoding="utf-8"))["jobs"]
         except (FileNotFoundError, ValueError, KeyError):
             return []
+        submitted = []
+        for row in rows:
+            with suppress(FileNotFoundError):
+                row["id"] = row["id"] or self.job_file(row["label"]).read_text().strip().partition(";")[0]
+            submitted += [row] if row["id"] else []
+        return submitted
 
-    def write_jobs(self, jobs: Iterable[Job], ids: Mapping[str, str], profile: str) -> None:
-        """Note the job ids."""
+    def write_jobs(self, jobs: Iterable[Job], ids: Mapping[str, str], profile: str | None) -> None:
+        """Note the jobs, with the ids of those that `recipes launch` submitted."""
         rows = [
-            {"label": job.label, "stage": job.stage, "id": ids[job.label], "tasks": [task.what for task in job.tasks]}
-            for job in jobs
-            if job.label in ids
+            {"label": job.label, "stage": job.stage, "id": ids.get(job.label), "tasks": [task.what for task in job.tasks]} for job in jobs
         ]
         write_json(self.jobs_file, {"format_version": FORMAT_VERSION, "profile": profile, "jobs": rows})
 
     def write_commands(self, jobs: Sequence[Job], environment: str) -> None:
         """Write what launch/job.sbatch reads, in place of what an earlier submission left; logs stay."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for stale in (path for path in self.path.iterdir() if path.suffix in (".args", ".processes", ".exit_code")):
+        for stale in (path for path in self.path.iterdir() if path.suffix in (".args", ".processes", ".exit_code", ".job")):
             stale.unlink()
         for errors in self.path.glob("*.errors"):
             shutil.rmtree(errors)
@@ -94,7 +103,8 @@ def launch_folder(name: str, root: Path | None = None) -> LaunchFolder:
 
 def all_launches(root: Path | None = None) -> list[LaunchFolder]:
     """Return everything that was launched, by name."""
-    return [LaunchFolder(file.parent) for file in sorted((root or runs_root()).resolve().glob("*/slurm/jobs.json"))]
+    folders = [LaunchFolder(file.parent) for file in sorted((root or runs_root()).resolve().glob("*/slurm/jobs.json"))]
+    return [folder for folder in folders if folder.read_jobs()]
 
 
 def environment_script(profile: SiteProfile | None) -> str:
@@ -107,6 +117,7 @@ def environment_script(profile: SiteProfile | None) -> str:
     if profile is not None:
         values, environment = profile.values, profile.values.environment
         lines += [f"MAX_REQUEUES={values.max_requeues}"]
+        lines += [f"SRUN_WORDS=({shlex.join(environment.srun)})"] if environment.srun else []
         lines += [f"module load {shlex.quote(name)}" for name in environment.modules]
         if environment.conda:
             lines += ['eval "$("${CONDA_EXE:-conda}" shell.bash hook)"', f"conda activate {shlex.quote(environment.conda)}"]

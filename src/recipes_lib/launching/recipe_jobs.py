@@ -47,7 +47,9 @@ def python_in_job(profile: SiteProfile | None) -> tuple[str, ...]:
     environment = profile.values.environment if profile else None
     if environment is None:
         return (sys.executable,)
-    brings_one = environment.conda or environment.venv or environment.container or environment.modules or environment.setup
+    brings_one = (
+        environment.conda or environment.venv or environment.container or environment.modules or environment.setup or environment.srun
+    )
     return (*environment.container, "python" if brings_one else sys.executable)
 
 

@@ -20,6 +20,11 @@ class EnvironmentSection:
     conda: str | None = key("Conda environment to activate: its name or its folder.")
     venv: str | None = key("Virtual environment to activate: its folder.")
     container: list[str] = key("Words put before every command, for example [apptainer, exec, --nv, image.sif].", factory=list)
+    srun: list[str] = key(
+        "Words for srun, which starts every command of a job: [--container-image=/images/recipes.sqsh, --container-mounts=/scratch] "
+        "for a container of pyxis and enroot.",
+        factory=list,
+    )
     setup: list[str] = key("Further lines of bash, run last.", factory=list)
 
 

@@ -73,7 +73,7 @@ class TaskState:
         if self.state == "RUNNING":
             return f"on {self.nodes}" if self.nodes else ""
         if self.state == "FAILED" or self.state == "failed":
-            return f"exit code {self.exit_code}"
+            return f"exit code {self.exit_code}{f'; {self.reason}' if self.reason.startswith('left no log') else ''}"
         if self.state == "CANCELLED" and self.reason in ("DependencyNeverSatisfied", "Dependency"):
             return "an earlier stage did not succeed"
         return {"TIMEOUT": "reached its time limit", "OUT_OF_MEMORY": "needs more memory_gib_per_gpu"}.get(self.state, "")
@@ -106,6 +106,8 @@ def _task(folder: LaunchFolder, label: str, job: str, what: str, found: Mapping[
         state = "unknown" if code is None else "done" if code == 0 else "failed"
         return TaskState(label, job, state, what, reason, exit_code=code, source="files")
     values = {**found, "exit_code": code if code is not None else found["exit_code"]}
+    if found["state"] == "FAILED" and code is None and not folder.log(label).is_file():
+        values["reason"] = f"left no log: does its node see {folder.path}? (directories.runs of the profile)"
     return TaskState(label, job, what=what, **values)
 
 

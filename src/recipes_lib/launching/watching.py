@@ -169,7 +169,7 @@ def _folder(name: str) -> LaunchFolder:
         RecipeError: nothing was.
     """
     folder = launch_folder(name.rstrip("/").rpartition("/")[2])
-    if not folder.jobs_file.is_file():
+    if not folder.read_jobs():
         raise RecipeError(f"nothing was launched as '{name}' in {runs_root()}", f"launched: {_known()}")
     return folder
 
