@@ -54,8 +54,8 @@ def test_bf16_losses_of_fsdp2_are_not_rounded_and_compare_with_ddp(launcher) -> 
         launcher.train(f"run.name=bf16-{config}", "train.bf16=true", config=config)
     ddp, fsdp = launcher.series("bf16-ddp_cpu", "loss"), launcher.series("bf16-fsdp_cpu", "loss")
     assert ddp == pytest.approx(fsdp, rel=2e-3)
-    steps_of_bf16 = [loss / 2**-5 for loss in fsdp]
-    assert not all(step == round(step) for step in steps_of_bf16)
+    # Each rank's loss would be a multiple of 2**-5 (the next halved by the mean of two ranks); any coarse grid is rounding.
+    assert not all((loss * 2**8).is_integer() for loss in fsdp)
 
 
 @pytest.mark.slow

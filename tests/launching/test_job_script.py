@@ -118,6 +118,24 @@ def test_usr2_asks_a_training_until_it_listens(job, tmp_path: Path) -> None:
     assert code == 75 and "USR2" in said
 
 
+@pytest.mark.parametrize(("by", "queued_again"), [("USR2", True), ("TERM", False)])
+def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(job, tmp_path: Path, stand_in, by, queued_again) -> None:
+    """TERM means that Slurm ends the job: a preemption queues it again by itself, after scancel it must stay away."""
+    stand_in("srun", 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"')
+    answers = 'case "$*" in "show host"*) echo localhost ;; "show job"*) echo "JobId=7 Requeue=1 Restarts=0 B=1" ;; *) exit 1 ;; esac'
+    calls = stand_in("scontrol", answers)
+    (tmp_path / "stop.py").write_text(
+        "import os, signal, time, pathlib, sys\n"
+        "def save(*_):\n    pathlib.Path(os.environ['RECIPES_EXIT_CODE_FILE']).write_text('75'); sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR2, save)\n"
+        f"os.kill(os.getppid(), signal.SIG{by})\n"
+        f"time.sleep(30 if {by!r} == 'USR2' else 1); save()\n"
+    )
+    code, said = job("train", "python3", "stop.py", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1")
+    assert code == 75 and ("saved; back into the queue" in said) is queued_again, said
+    assert ("requeue" in calls.read_text().splitlines()) is queued_again
+
+
 @pytest.mark.parametrize(
     ("processes", "given", "threads"),
     [

@@ -94,6 +94,14 @@ def test_unresolved_items_widen_the_interval_and_raise_p() -> None:
     assert result.p > clean.p
 
 
+def test_the_interval_ends_where_the_intervals_of_the_extremes_end() -> None:
+    won = np.array([1.0] * 30 + [0.0] * 20 + [np.nan] * 10)
+    result, half = compare(won, np.full(60, 0.5)), np.full(60, 0.5)
+    lost, all_won = (paired_test(np.where(np.isnan(won), fill, won), half, np.arange(60)) for fill in (0.0, 1.0))
+    assert (result.low, result.high) == (lost.low, all_won.high)
+    assert result.lowest == lost.effect > result.low and result.highest == all_won.effect < result.high
+
+
 def test_a_difference_that_unresolved_items_could_turn_round_is_never_shown() -> None:
     won = np.array([1.0] * 30 + [0.0] * 10 + [np.nan] * 60)
     result = compare(won, np.full(100, 0.5))

@@ -185,6 +185,15 @@ def test_each_kind_of_input_makes_its_own_steps_stale(edit: Callable[[Path], Non
         assert all(state.fresh for state in survey.values())
 
 
+def test_the_number_of_processes_alone_makes_a_training_stale(study_folder: Path) -> None:
+    file = study_folder / "tiny.yaml"
+    change("r4.yaml", "{accelerate: cpu}", "{accelerate: ddp_cpu, gpus: 2}")(study_folder)
+    change("r4.yaml", "per_device_train_batch_size: 4", "per_device_train_batch_size: 1")(study_folder)
+    finish_all(build_graph(load_study(file)))
+    change("r4.yaml", "gpus: 2", "gpus: 4")(study_folder)
+    assert build_graph(load_study(file)).survey()["train.r4"].reasons == ("launch.world_size 2 -> 4",)
+
+
 def test_a_rubric_is_known_by_its_text_and_a_judge_by_its_weights(study_folder: Path) -> None:
     file, judge = study_folder / "tiny.yaml", study_folder / "judge.yaml"
     weights = study_folder / "judge" / "model.safetensors"

@@ -67,6 +67,24 @@ def test_no_grade_at_all_is_no_number_and_no_crash(rows):
     assert score["estimate"] is None and score["bounds"] == {"all_1": 1.0, "all_5": 5.0}
 
 
+def test_the_turns_of_a_question_are_one_cluster_and_not_two_observations():
+    questions = [Question(str(number), ("a", "b"), "writing") for number in range(20)]
+    rows = [grade(f"{number}:{turn}", 1 + number % 5) for number in range(20) for turn in (1, 2)]
+    both, first = summary(questions, rows)["score"], summary([Question(q.id, ("a",), "writing") for q in questions], rows[::2])["score"]
+    assert both["high"] - both["low"] == pytest.approx(
+        first["high"] - first["low"], rel=0.02
+    )  # a second turn that says the same adds nothing
+    won = [
+        {"kind": "relative", "question_id": f"{number}:{turn}", "order": order, "status": "ok", "value": winner}
+        for number in range(20)
+        for turn in (1, 2)
+        for order, winner in zip(("AB", "BA"), "BA" if number % 3 == 0 else "AB", strict=True)
+    ]
+    pairs = [summary(questions, [row for row in won if turns in ("both", row["question_id"][-1])])["pairs"] for turns in ("both", "1")]
+    both, first = (pair["score"] for pair in pairs)
+    assert both["n"] == 2 * first["n"] and both["high"] - both["low"] == pytest.approx(first["high"] - first["low"], rel=0.02)
+
+
 def test_limits_of_a_mean_stay_on_the_scale():
     rows = [grade("7:1", 5), grade("7:2", 1), grade("8:1", 5), grade("8:2", 4)]
     score = summary([MATH, TALK], rows)["score"]

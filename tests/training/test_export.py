@@ -172,6 +172,15 @@ def test_what_looks_like_a_secret_stops_the_export_and_is_not_repeated(runs: Run
     assert secret not in out + err and not list(tmp_path.glob("*out*"))
 
 
+def test_a_secret_in_the_notes_of_a_run_does_not_leave_in_the_model_card(runs: Runs, tmp_path: Path) -> None:
+    from recipes_lib.errors import RecipesError
+    from recipes_lib.training.export import refuse_secrets
+
+    (tmp_path / "README.md").write_text("# A model\n\nNotes: pushed with hf_" + "a1B2c3D4e5F6g7H8\n")
+    with pytest.raises(RecipesError, match=r"README\.md:3: this looks like a secret"):
+        refuse_secrets(tmp_path)
+
+
 def test_pushing_offline_is_refused_in_one_line_before_anything_happens(
     runs: Runs, recipes: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
