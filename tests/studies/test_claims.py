@@ -13,7 +13,8 @@ from recipes_lib.studies.claims import compare_arms
 from recipes_lib.studies.findings import Finding
 from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
 from recipes_lib.studies.published import Published, PublishedNumber
-from recipes_lib.studies.study import Arm, Study
+from recipes_lib.studies.study import Arm, Study, load_study
+from recipes_lib.studies.validity import check_validity
 
 
 def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
@@ -181,6 +182,15 @@ def test_one_recipe_twice_has_no_cause_whatever_its_arms_are_called(seeds):
     assert row.sentence.endswith(
         " Both are trainings of one recipe: this is how far apart two of them came out, and chance is all there is to name."
     )
+
+
+def test_a_study_that_trains_one_recipe_twice_names_no_cause(study_folder):
+    twice = load_study(study_folder / "twice.yaml")
+    measured = of(arm("r4", [rates(BAD)]), arm("r4-again", [rates(GOOD)]))
+    comparison = compare_arms(measured, check_validity(twice, measured), twice)
+    assert [row.verdict for row in comparison.rows] == ["better"]
+    said = " ".join(comparison.answer)
+    assert "Both are trainings of one recipe" in said and "effect" not in said and "Only" not in said
 
 
 def test_beside_a_difference_inside_the_noise_floor_no_effect_is_claimed():
