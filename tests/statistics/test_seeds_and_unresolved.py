@@ -25,8 +25,23 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
 def test_p_is_the_level_at_which_the_interval_touches_zero() -> None:
     table = np.random.default_rng(1).normal(0.15, 0.5, (3, 60))
     p = crossed_interval(table)[1]
+    assert p > paired_test(table.mean(axis=0), np.zeros(60)).p  # the seeds decide, not the questions
     touching = crossed_interval(table, level=1 - p)[0]
     assert min(abs(touching.low), abs(touching.high)) == pytest.approx(0, abs=1e-6)
+
+
+def test_two_seeds_that_agree_to_the_last_item_are_no_certainty() -> None:
+    # 34 and 44 of 60 against 30 and 40 of 60: both seeds differ by 4, so nothing seems to vary between them.
+    order = np.random.default_rng(0).permutation(60)
+
+    def answers(right: int, seed: int) -> np.ndarray:
+        return (np.random.default_rng(seed).permutation(order) < right).astype(float)
+
+    first, second = np.stack([answers(34, 1), answers(44, 2)]), np.stack([answers(30, 3), answers(40, 4)])
+    result, averaged = compare(first, second), paired_test(first.mean(axis=0), second.mean(axis=0))
+    assert result.effect == pytest.approx(4 / 60)
+    assert result.p >= averaged.p > 0.05 and result.low <= averaged.low < 0 < averaged.high <= result.high
+    assert result.mde() is None  # how much seeds differ is not known
 
 
 def test_one_seed_is_no_crossed_table() -> None:
@@ -169,6 +184,19 @@ def test_the_stated_difference_is_found_four_times_in_five_over_few_seeds(seeds:
 def test_few_pairs_that_differ_cannot_find_a_small_difference() -> None:
     first, second = np.array([1.0, 1.0, *[0.0] * 78]), np.zeros(80)
     assert compare(first, second).mde() > 6 / 80  # six of six must agree to reach p <= 0.05
+
+
+def test_open_items_are_counted_against_the_difference_that_would_have_been_found() -> None:
+    won = np.array([1.0, 0.0] * 400)
+    torn = won.copy()
+    torn[:40] = np.nan
+    whole, result = compare(won, np.full(800, 0.5)), compare(torn, np.full(800, 0.5))
+    # A share f of open items takes half of f from the effect, of which 1 - f is left.
+    assert result.mde() == pytest.approx((whole.mde() + 0.025) / 0.95, rel=0.02)
+    grades = np.array([4.0, 5.0] * 400)
+    torn = np.where(np.arange(800) < 40, np.nan, grades)
+    result = compare(torn, grades, scale=(1, 5))
+    assert result.mde() > (40 * 3.5 / 800) / 0.95  # the worse side: an open 4 or 5 may be a 1
 
 
 def test_questions_needed_find_the_effect() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -33,16 +35,33 @@ def test_large_studies_cover_what_they_say(name):
     assert 0.92 <= result.coverage <= 0.98 and result.false_better <= 0.05
 
 
+@pytest.mark.parametrize(("seeds", "spread"), [(2, 0.0), (2, 0.03), (3, 0.03)])
+def test_a_table_of_many_rows_rarely_holds_a_claim_where_no_arm_is_better(seeds, spread):
+    # Few seeds agree to the last item in some of 64 rows by chance. Without any protection 27% of the tables of two seeds hold a claim.
+    result = statistics_simulation.simulate_table(seeds, spread, 60)
+    assert result.false_better + result.false_worse <= 0.1
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.02, 0.05])
+def test_the_stated_difference_is_found_four_times_in_five_whatever_is_unresolved(missing):
+    kind = dataclasses.replace(KINDS["outcomes, head to head"], missing=missing, reach=0.35)
+    found = statistics_simulation.power(kind, 805, 1500, np.random.default_rng(0))
+    assert found is not None and 0.77 <= found <= 0.83
+
+
 def test_the_committed_results_keep_the_promises():
     kept = json.loads((BENCHMARKS / "results" / "statistics_simulation.json").read_text())
     for one in kept["results"]:
         if one["false_better"] is None:
             continue
-        assert one["studies"] >= (2000 if one["name"] == "scores" else 10_000), one
+        assert one["studies"] >= (1000 if "rows of lm-eval" in one["name"] else 2000 if one["name"] == "scores" else 10_000), one
         assert one["false_better"] <= 0.05 and one["false_worse"] <= 0.05, one
+        if one["coverage"] is None:  # a whole table: any claim in it is false
+            assert one["false_better"] + one["false_worse"] <= 0.05, one
+            continue
         low, high = {80: (0.93, 0.97), 800: (0.94, 0.96)}.get(one["n"], (0, 1))
-        # Few pairs that differ, and items without a verdict, may only make an interval wider: docs/studies.md.
-        wide = "unresolved" in one["name"] or ("4%" in one["name"] and one["n"] == 80)
+        # Few pairs that differ, few seeds, and items without a verdict may only make an interval wider: docs/studies.md.
+        wide = any(word in one["name"] for word in ("unresolved", "seeds")) or ("4%" in one["name"] and one["n"] == 80)
         assert low <= one["coverage"] <= (1 if wide else high), one
         if one["power_at_mde"] is not None:
             assert one["power_at_mde"] >= 0.77, one

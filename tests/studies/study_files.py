@@ -42,6 +42,18 @@ seeds: [42]
 evals: [alpaca_eval.yaml, mt_bench.yaml, lm_eval.yaml]
 """
 
+# One recipe under two names, as docs/studies.md has it: an A/A pair.
+TWICE = """\
+# yaml-language-server: $schema=study.schema.json
+question: How far apart do two trainings of one recipe come out?
+factors:
+  rank: [lora.r, lora.lora_alpha]
+arms:
+  r4: {recipe: r4.yaml, seeds: [42]}
+  r4-again: {recipe: r4.yaml, seeds: [43]}
+evals: [alpaca_eval.yaml, mt_bench.yaml, lm_eval.yaml]
+"""
+
 JUDGE = """\
 # yaml-language-server: $schema=judge.schema.json
 judge:
@@ -78,7 +90,7 @@ data: {{include_path: evals/quickstart/lm_eval, folder: .}}
 
 
 def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int = 8) -> Path:
-    """Write the study and everything it names; return the study file, `tiny.yaml`."""
+    """Write the study and everything it names; return the study file, `tiny.yaml`. `twice.yaml` beside it trains one recipe twice."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
     lines = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -96,6 +108,7 @@ def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int =
     (folder / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
     turns = (PROJECT / "evals/quickstart/mt_bench/question.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
     (folder / "question.jsonl").write_text("".join(turns), encoding="utf-8")
+    (folder / "twice.yaml").write_text(TWICE, encoding="utf-8")
     study = folder / "tiny.yaml"
     study.write_text(STUDY, encoding="utf-8")
     return study

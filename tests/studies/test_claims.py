@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,22 @@ from recipes_lib.studies.claims import compare_arms
 from recipes_lib.studies.findings import Finding
 from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
 from recipes_lib.studies.published import Published, PublishedNumber
-from recipes_lib.studies.study import Arm, Study
+from recipes_lib.studies.study import Arm, Study, load_study
+from recipes_lib.studies.validity import check_validity
 
 
-def arm(name, measures, *, runs=1, imported=False, folder=Path("runs")):
-    """An arm whose runs have the given measures: one list for all runs, or one per run."""
+def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
+    """An arm whose runs have the given measures: one list for all runs, or one per run. `r8` is of rank 8 unless `lora` says otherwise."""
+    rank = {"r": int(name[1:])} if re.fullmatch(r"r\d+", name) else {}
     lists = measures if measures and isinstance(measures[0], list) else [measures] * runs
     made = []
     for number, mine in enumerate(lists):
         run = name if len(lists) == 1 else f"{name}--seed{number}"
         placed = [dataclasses.replace(one, file=folder / run / "evals" / one.eval / "result.json") for one in mine]
         results = tuple(EvalResult(one.eval, one.suite, one.opponent, one.file, {}, (one,)) for one in placed)
-        made.append(RunMeasurements(run, folder / run, {"state": "imported" if imported else "finished"}, {}, {}, {}, {}, (), results))
+        resolved = {"lora": {**rank, **lora}, "train": {"seed": 42 + number}} if rank or lora else {}
+        state = {"state": "imported" if imported else "finished"}
+        made.append(RunMeasurements(run, folder / run, state, resolved, {}, {}, {}, (), results, seed=42 + number))
     return ArmMeasurements(name, tuple(made))
 
 
@@ -40,12 +45,11 @@ def of(*arms):
 
 
 def study(*names, trained=True, factors=("rank",)):
-    cells = [{factor: f"{factor}-{name}" for factor in factors} for name in names]
     arms = tuple(
-        Arm(name=name, recipe=None, overrides=(), launch=None, seeds=(42,), cell=cell, imported=None if trained else name)  # type: ignore[arg-type]
-        for name, cell in zip(names, cells, strict=True)
+        Arm(name=name, recipe=None, overrides=(), launch=None, seeds=(42,), imported=None if trained else name)  # type: ignore[arg-type]
+        for name in names
     )
-    keys = dict.fromkeys(factors, ("lora.r",))
+    keys = dict.fromkeys(factors, ("lora",))
     return Study(Path("s.yaml"), "s", "Does rank matter?", keys, arms, (42,), True, (), None, {})
 
 
@@ -133,15 +137,78 @@ def test_holm_covers_the_whole_table():
     assert among[11].p_holm == pytest.approx(min(1.0, 12 * alone.p_holm)) and among[11].mde > alone.mde
 
 
+def seeded(values, count=3, seed=0):
+    """One list of measures per seed: the values with a few of them turned, other ones for each seed."""
+    rng = np.random.default_rng(seed)
+    return [[rates(np.where(rng.random(len(values)) < 0.03, 1 - np.array(values), values))] for _ in range(count)]
+
+
 def test_a_cause_is_named_only_where_the_study_declares_it():
-    measured = of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))
+    measured = of(arm("r8", seeded(BAD)), arm("r32", seeded(GOOD, seed=1)))
     (row,) = compare_arms(measured, (), study("r8", "r32")).rows
-    assert row.sentence.endswith(
-        " Only rank (rank-r32 against rank-r8) differs between them, so this is its effect for these two trainings, one seed each."
-    )
-    for without in (None, study("r8", "r32", trained=False), study("r8", "r32", factors=())):
+    assert row.sentence.endswith(" Only lora.r (32 against 8) differs between them, so this is its effect over 3 training seeds.")
+    for without in (None, study("r8", "r32", trained=False)):
         (row,) = compare_arms(measured, (), without).rows
         assert "effect" not in row.sentence and row.verdict == "better"
+    (row,) = compare_arms(measured, (), study("r8", "r32", factors=())).rows
+    assert row.sentence.endswith(" No cause is named: no factor declares lora.r.")
+
+
+def test_one_training_of_each_arm_has_no_effect():
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (), study("r8", "r32")).rows
+    assert row.verdict == "better" and "effect" not in row.sentence
+    assert row.sentence.endswith(
+        " These two trainings differ, one of each arm; which of lora.r (32 against 8) and chance is the cause, two trainings cannot tell."
+    )
+
+
+def test_every_key_that_changed_is_named_whatever_the_factor_is_called():
+    arms = arm("r8", seeded(BAD), lora_alpha=16, use_rslora=False), arm("r32", seeded(GOOD, seed=1), lora_alpha=64, use_rslora=True)
+    (row,) = compare_arms(of(*arms), (), study("r8", "r32")).rows
+    assert row.sentence.endswith(
+        " Only lora.r (32 against 8), lora.lora_alpha (64 against 16) and lora.use_rslora (true against false) differ between them, "
+        "so this is their joint effect over 3 training seeds."
+    )
+    many = {f"x{n}": n for n in range(5)}
+    (row,) = compare_arms(of(arm("r8", seeded(BAD)), arm("r32", seeded(GOOD, seed=1), **many)), (), study("r8", "r32")).rows
+    assert "Only lora.r, lora.x0, lora.x1, lora.x2, lora.x3 and lora.x4 differ between them" in row.sentence
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_recipe_twice_has_no_cause_whatever_its_arms_are_called(seeds):
+    pair = arm("r8", seeded(BAD, seeds)), arm("r8-again", seeded(GOOD, seeds, seed=1), r=8)
+    (row,) = compare_arms(of(*pair), (), study("r8", "r8-again")).rows
+    assert row.verdict == "better" and "effect" not in row.sentence and "Only" not in row.sentence
+    assert row.sentence.endswith(
+        " Both are trainings of one recipe: this is how far apart two of them came out, and chance is all there is to name."
+    )
+
+
+def test_a_study_that_trains_one_recipe_twice_names_no_cause(study_folder):
+    twice = load_study(study_folder / "twice.yaml")
+    measured = of(arm("r4", [rates(BAD)]), arm("r4-again", [rates(GOOD)]))
+    comparison = compare_arms(measured, check_validity(twice, measured), twice)
+    assert [row.verdict for row in comparison.rows] == ["better"]
+    said = " ".join(comparison.answer)
+    assert "Both are trainings of one recipe" in said and "effect" not in said and "Only" not in said
+
+
+def test_beside_a_difference_inside_the_noise_floor_no_effect_is_claimed():
+    inside = Finding("inside-noise-floor", "warning", "r8 and r32 differ on ev/acc by no more than two trainings of one recipe do", (), "")
+    (row,) = compare_arms(of(arm("r8", seeded(BAD)), arm("r32", seeded(GOOD, seed=1))), (inside,), study("r8", "r32")).rows
+    assert row.sentence.endswith(" No cause is named: r8 and r32 differ on ev/acc by no more than two trainings of one recipe do.")
+
+
+def test_a_measured_noise_floor_that_is_exceeded_allows_a_cause_for_one_training_of_each_arm():
+    trainings = [1.0] * 30 + [0.0] * 50
+    again = [trainings, [1.0] * 31 + [0.0] * 49, [1.0] * 29 + [0.0] * 51]
+    floor = [arm("r4", [[rates(one)] for one in again])]
+    far = of(*floor, arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))
+    row = next(iter(compare_arms(far, (), study("r4", "r8", "r32")).between("r32", "r8")))
+    assert row.tested.seeds == 1 and "so this is its effect: two trainings of one recipe differ by at most" in row.sentence
+    near = of(*floor, arm("r8", [rates(BAD)]), arm("r32", [rates([1.0] * 38 + [0.0] * 42)]))
+    row = next(iter(compare_arms(near, (), study("r4", "r8", "r32")).between("r32", "r8")))
+    assert row.verdict == "better" and "effect" not in row.sentence
 
 
 def test_no_cause_is_named_for_a_base_model():
@@ -165,6 +232,7 @@ def test_no_cause_is_named_where_something_undeclared_differs_that_is_only_warne
     assert row.sentence.startswith("r32 is better than r8 on arc acc:") and row.stopped == ()
     assert row.sentence.endswith(" No cause is named: hardware differs between r8 and r32.")
     elsewhere = dataclasses.replace(hardware, arms=("r8", "r64"))
+    measured = of(arm("r8", seeded(BAD)), arm("r32", seeded(GOOD, seed=1)))
     (row,) = compare_arms(measured, (elsewhere,), study("r8", "r32")).rows
     assert "so this is its effect" in row.sentence
 
@@ -192,8 +260,8 @@ def test_an_error_about_another_metric_stops_nothing():
 
 
 def test_warnings_stop_nothing():
-    warning = Finding("noise-floor", "warning", "No A/A run", (), "")
-    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (warning,), study("r8", "r32")).rows
+    warning = Finding("weak-judge", "warning", "The judge is a weak one", (), "")
+    (row,) = compare_arms(of(arm("r8", seeded(BAD)), arm("r32", seeded(GOOD, seed=1))), (warning,), study("r8", "r32")).rows
     assert "so this is its effect" in row.sentence
 
 
@@ -271,7 +339,7 @@ def test_one_training_beside_several_is_compared_with_one_of_them():
     one = [rates((rng.random(80) < 0.3).astype(float))]
     (row,) = compare_arms(of(arm("r8", one), arm("r32", many)), (), study("r8", "r32")).rows
     assert row.tested.seeds == 1 and row.flags == ("1 seed of 3 and 1",)
-    assert "for these two trainings, one seed each" in row.sentence and "3 training seeds" not in row.sentence
+    assert "two trainings of one recipe differ by at most" in row.sentence and "training seeds" not in row.sentence
     (row,) = compare_arms(of(arm("base--x", one), arm("r32", many))).rows
     assert row.tested.seeds == 3 and row.flags == ()  # a base has no other seed to have come out differently
 

@@ -13,8 +13,9 @@ from recipes_lib.errors import DataError, RecipeError
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.replay_readers import CSV_COLUMNS
 from recipes_lib.judging.store import read_rows
+from recipes_lib.studies.claims import compare_arms
 from recipes_lib.studies.imported.run import import_run
-from recipes_lib.studies.measurements import read_run
+from recipes_lib.studies.measurements import read_measurements, read_run
 
 Row = Mapping[str, Any]
 
@@ -161,6 +162,37 @@ def test_lm_eval_results_and_samples_are_an_evaluation_of_ours(tmp_path, runs):
     assert (measure.name, measure.reported, measure.reported_n) == ("lm_eval/arc_easy/acc", 0.5, 2)
     assert [item.value for item in measure.items] == [0.0, 1.0] and measure.items[0].question == "0:h0"
     assert (runs / "r/evals/lm_eval/lm_eval_results.json").read_bytes() == files[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("told", "verdict"),
+    [
+        ({"higher_is_better": {"arc_easy": {"mae": False}}}, "worse"),
+        ({"configs": {"arc_easy": {"metric_list": [{"metric": "mae", "higher_is_better": False}]}}}, "worse"),
+        (
+            {"higher_is_better": {"arc_easy": {"mae": None}}, "configs": {"arc_easy": {"metric_list": [{"metric": "mae"}]}}},
+            "cannot be tested",
+        ),
+        ({}, "cannot be tested"),
+    ],
+)
+def test_an_error_metric_is_ranked_only_where_its_files_say_which_way(tmp_path, runs, told, verdict):
+    for name, error in (("good", 0.5), ("bad", 1.0)):
+        samples = [{"doc_id": n, "doc_hash": f"h{n}", "doc": {}, "filter": "none", "mae": error + n % 3 / 10} for n in range(30)]
+        mean = sum(row["mae"] for row in samples) / 30
+        table = {"results": {"arc_easy": {"mae,none": mean}}, "n-samples": {"arc_easy": {"original": 30, "effective": 30}}, **told}
+        (tmp_path / name).mkdir()
+        files = [
+            whole(tmp_path / name / "results.json", table),
+            lines(tmp_path / name / "samples_arc_easy_2026-11-24T10-00-00.1.jsonl", samples),
+        ]
+        import_run(files, name)
+    measured = read_measurements({name: [runs / name] for name in ("good", "bad")})
+    (row,) = compare_arms(measured).rows
+    assert (row.first, row.verdict) == ("bad", verdict)
+    assert "better" not in row.sentence.replace("more or less of it is better", "")
+    if verdict == "cannot be tested":
+        assert "direction unknown" in row.sentence and row.p_holm is None and row.first_value > row.second_value
 
 
 def test_lm_eval_results_alone_can_be_shown_and_tested_against_nothing(tmp_path, runs):

@@ -174,6 +174,48 @@ def test_the_batch_cut_otherwise_is_a_note(root, rank_study):
     assert finding.severity == "note" and "changes no result" in finding.title
 
 
+def test_another_number_of_examples_per_step_is_a_confound_whichever_key_makes_it(root, rank_study):
+    def without_global_batch(study: Study, *words: str) -> Study:
+        for name in ("r8", "r32"):
+            study = changing(study, name, "run.global_batch_size=null", *(words if name == "r32" else ()))
+        return study
+
+    for word in ("train.per_device_train_batch_size=16", "train.gradient_accumulation_steps=4"):
+        finding = found(check_validity(without_global_batch(rank_study, word), arms()), "confound")
+        assert any(line.startswith("launch.examples_per_step: r8 ") for line in finding.evidence)
+        assert f"{word.partition('=')[0]}: r8 " in "".join(finding.evidence)
+    assert "confound" not in codes(check_validity(without_global_batch(rank_study), arms()))
+    same = check_validity(changing(rank_study, "r32", "train.per_device_train_batch_size=8"), arms())
+    assert "confound" not in codes(same)  # run.global_batch_size keeps the examples per step
+
+
+def test_a_factor_declares_the_examples_per_step_where_it_declares_every_key_behind_them(root, rank_study):
+    key, words = "train.per_device_train_batch_size", ("run.global_batch_size=null", "train.per_device_train_batch_size=16")
+    study = changing(changing(rank_study, "r8", "run.global_batch_size=null"), "r32", *words)
+    declared = dataclasses.replace(study, factors={**study.factors, "batch": (key,)})
+    assert "confound" not in codes(check_validity(declared, arms()))
+    more = changing(changing(rank_study, "r8", "run.global_batch_size=null"), "r32", *words, "train.gradient_accumulation_steps=2")
+    more = dataclasses.replace(more, factors=declared.factors)
+    assert "launch.examples_per_step" in found(check_validity(more, arms()), "confound").title
+
+
+def test_rows_that_are_dropped_at_the_end_of_an_epoch_change_a_result(root, rank_study):
+    finding = found(check_validity(changing(rank_study, "r32", "train.dataloader_drop_last=true"), arms()), "confound")
+    assert "train.dataloader_drop_last" in finding.title
+
+
+def test_runs_that_took_another_number_of_steps_are_confounded(root, rank_study):
+    def steps(first: int, second: int, study: Study) -> list[Finding]:
+        made = {name: run(root, name, state={"summary": {"steps": n}}) for name, n in (("r8", first), ("r32", second))}
+        return check_validity(study, arms(**made))
+
+    finding = found(steps(188, 187, rank_study), "confound-steps")
+    assert finding.severity == "error" and finding.evidence == ("optimizer steps: r8 188, r32 187",)
+    assert "confound-steps" not in codes(steps(188, 188, rank_study))
+    longer = dataclasses.replace(rank_study, factors={"epochs": ("train.num_train_epochs",)})
+    assert "confound-steps" not in codes(steps(188, 376, longer))
+
+
 def test_without_a_study_differences_are_a_note(root):
     findings = check_validity(None, arms(a=run(root, "a"), b=run(root, "b", resolved=changed(lora={"r": 32}))))
     assert found(findings, "differences").evidence == ("lora.r: a 8, b 32",)
@@ -183,6 +225,18 @@ def test_without_a_study_differences_are_a_note(root):
 def test_two_arms_that_differ_in_the_seed_alone_are_an_a_a_pair(root):
     findings = check_validity(None, arms(a=run(root, "a"), b=run(root, "b", resolved=changed(train={"seed": 43}))))
     assert "noise-floor-missing" not in codes(findings)
+
+
+def test_an_a_a_pair_gives_a_noise_floor_whatever_is_logged(root):
+    def one(name: str, seed: int, rank: int, mean: float, steps: int = 10) -> RunMeasurements:
+        resolved = changed(train={"seed": seed, "logging_steps": steps}, lora={"r": rank})
+        return run(root, name, evaluated(root / name, (mean, mean)), resolved=resolved)
+
+    made = arms(r8=one("a", 42, 8, 0.5), again=one("b", 43, 8, 0.6, 5), r32=one("c", 42, 32, 0.55))
+    inside = [finding for finding in check_validity(None, made) if finding.code == "inside-noise-floor"]
+    # One pair 0.1 apart: 12.706 x 0.0707 x sqrt(2).
+    assert {finding.arms for finding in inside} == {("r8", "r32"), ("again", "r32")}
+    assert all("noise floor 1.271 (2 trainings of 1 recipe, 95%)" in finding.evidence[0] for finding in inside)
 
 
 def test_arms_of_other_seeds_are_no_a_a_pair_where_a_factor_differs_too(root, rank_study):

@@ -38,6 +38,9 @@ class Spread:
         seeds: variance over seeds, which more questions do not shrink.
         seed_freedom: degrees of freedom behind that.
         step: what one item moves the effect by in an exact test of wins and losses; 0 for other tests.
+        flips: variance of the means over seeds as the sign flips of whole questions see it; 0 where there is one seed.
+        against: what open items, all counted against the difference, take from it.
+        resolved: share of the items that have a value; the rest does not move with the difference.
     """
 
     questions: float
@@ -45,6 +48,9 @@ class Spread:
     seeds: float = 0.0
     seed_freedom: float = math.inf
     step: float = 0.0
+    flips: float = 0.0
+    against: float = 0.0
+    resolved: float = 1.0
 
     def mde(self, alpha: float = 0.05, power: float = 0.8) -> float | None:
         """Return the smallest difference found with probability `power` at level `alpha`; None without any spread."""
@@ -62,11 +68,16 @@ class Spread:
 
     def _at(self, factor: float, alpha: float, power: float) -> float | None:
         """The smallest difference that is found with `factor` times as many questions."""
+        smallest = self._tested(factor, alpha, power)
+        return None if smallest is None or self.resolved <= 0 else (smallest + self.against) / self.resolved
+
+    def _tested(self, factor: float, alpha: float, power: float) -> float | None:
+        """The same for the difference that is tested, every open item counted against it."""
         variance = self.questions / factor
         if variance + self.seeds <= 0:
             return None
         if self.seeds:
-            return self._over_seeds(variance, alpha, power)
+            return self._over_seeds(variance, self.flips / factor, alpha, power)
         smallest = (_quantile(self.freedom, alpha) + float(special.ndtri(power))) * math.sqrt(variance)
         if not self.step:
             return smallest
@@ -74,7 +85,7 @@ class Spread:
         fewest = math.ceil(math.log2(2 / alpha))
         return max(smallest + self.step / factor, float(special.gammaincinv(fewest, power)) * self.step / factor)
 
-    def _over_seeds(self, variance: float, alpha: float, power: float) -> float:
+    def _over_seeds(self, variance: float, flips: float, alpha: float, power: float) -> float:
         """The smallest difference found where seeds vary too: their spread, and with it the interval, comes out by chance.
 
         Power is averaged over what a few seeds may show of their variance (64 equally likely values of the chi-square behind it). The
@@ -85,6 +96,7 @@ class Spread:
         seeds = self.seeds / shown**2
         drawn = special.chdtri(freedom, (np.arange(64) + 0.5) / 64) / freedom
         halves = np.sqrt(_quantile(self.freedom, alpha) ** 2 * variance + _quantile(freedom, alpha) ** 2 * seeds * drawn)
+        halves = np.maximum(halves, _quantile(self.freedom, alpha) * math.sqrt(flips))
         error = math.sqrt(variance + seeds)
         low, high = 0.0, float(halves.max()) + 8 * error
         for _ in range(40):

@@ -3,6 +3,9 @@
 Resampling two to five seeds cannot give a 95% interval, and Satterthwaite's approximation covers 90-93% with two or three seeds that
 differ (benchmarks/statistics_simulation.py measures both). Howe's combination of two t intervals, one over seeds and one over
 questions, covers 94-98% from two seeds on; that it is wide with two seeds is the truth about two seeds.
+
+A few seeds can agree to the last item by chance, and then show no variance at all. So no statement is bolder than the one that the
+questions alone allow: p is the larger of Howe's and the sign flips of whole questions averaged over seeds, and the interval spans both.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from recipes_lib.statistics.intervals import Interval
-from recipes_lib.statistics.paired import PairedResult
+from recipes_lib.statistics.intervals import Interval, mean_interval
+from recipes_lib.statistics.paired import PairedResult, sign_flip_p
 from recipes_lib.statistics.power import Spread
 
 METHOD = "seeds and questions, t"
@@ -53,8 +56,9 @@ def _mean_squares(table: NDArray[np.float64]) -> tuple[float, float, float]:
 def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, float | None]:
     """Return the mean of a (seeds x questions) table with an interval over both, and the two-sided p against zero.
 
-    The squared half width is t(S-1)^2 MS(seeds)/SQ + t(Q-1)^2 (MS(questions) - MS(rest))/SQ, the second part never below zero; p is the
-    level at which the interval touches zero.
+    Howe's squared half width is t(S-1)^2 MS(seeds)/SQ + t(Q-1)^2 (MS(questions) - MS(rest))/SQ, the second part never below zero; his p
+    is the level at which that interval touches zero. The interval is never inside the one over questions averaged over seeds, and p
+    never below the sign-flip p of those averages.
 
     Returns:
         The interval (limits None for fewer than two seeds or questions) and p (None where there is no variance).
@@ -68,16 +72,31 @@ def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, f
     if estimate is None or seeds < 2 or questions < 2:
         return Interval(estimate, None, None, questions, METHOD, level), None
     by_seed, by_question, rest = (square / (seeds * questions) for square in _mean_squares(values))
-    by_question = max(by_question - rest, 0.0)
     if by_seed + by_question <= 1e-24:
         return Interval(estimate, estimate, estimate, questions, "zero variance", level), None
+    excess = max(by_question - rest, 0.0)
+    by_seed += _rounding(values) / seeds
 
     def half(alpha: float) -> float:
         first, second = (float(special.stdtrit(freedom, 1 - alpha / 2)) for freedom in (seeds - 1, questions - 1))
-        return math.sqrt(first**2 * by_seed + second**2 * by_question)
+        return math.sqrt(first**2 * by_seed + second**2 * excess)
 
-    wide = half(1 - level)
-    return Interval(estimate, estimate - wide, estimate + wide, questions, METHOD, level), _touching(half, abs(estimate))
+    wide, over_questions = half(1 - level), mean_interval(values.mean(axis=0), level=level)
+    low, high = estimate - wide, estimate + wide
+    if over_questions.low is not None and over_questions.high is not None:
+        low, high = min(low, over_questions.low), max(high, over_questions.high)
+    p = max(_touching(half, abs(estimate)), sign_flip_p(values.sum(axis=0)) or 0.0)
+    return Interval(estimate, low, high, questions, METHOD, level), p
+
+
+def _rounding(table: NDArray[np.float64]) -> float:
+    """The variance that a seed's mean has for being a multiple of the smallest step between values: the step squared over 12.
+
+    Source: Sheppard (1897), Proceedings of the London Mathematical Society 29.
+    """
+    gaps = np.diff(np.unique(table))
+    gaps = gaps[gaps > 1e-9]
+    return float(gaps.min() / table.shape[1]) ** 2 / 12 if len(gaps) else 0.0
 
 
 def _touching(half: Callable[[float], float], distance: float) -> float:
@@ -114,10 +133,16 @@ def seeds_test(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None =
 
 
 def seeds_spread(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None) -> Spread | None:
-    """Return what the power of a comparison over seeds and questions rests on; None below two of either."""
+    """Return what the power of a comparison over seeds and questions rests on.
+
+    None below two of either, and where all seeds have one and the same mean: that is chance, and no measure of how much seeds differ.
+    """
     a, b = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
     table = question_means(a - b, clusters)
     if min(table.shape) < 2:
         return None
     by_seed, by_question, rest = (square / table.size for square in _mean_squares(table))
-    return Spread(max(by_question - rest, 0.0), table.shape[1] - 1, by_seed, table.shape[0] - 1)
+    if by_seed <= 1e-24:
+        return None
+    by_seed += _rounding(table) / len(table)
+    return Spread(max(by_question - rest, 0.0), table.shape[1] - 1, by_seed, table.shape[0] - 1, flips=by_question)

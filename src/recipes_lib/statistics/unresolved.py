@@ -6,7 +6,9 @@ difference is only shown if it holds whatever the missing verdicts would have be
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +26,8 @@ class Tested:
     """The comparison of two arms on one metric.
 
     `effect` is over resolved items; `lowest` and `highest` are the effects with every unresolved item against the first arm, and in
-    its favour. `low` and `high` span the three intervals. `spread` is what the power of this comparison rests on.
+    its favour. `low` and `high` span the three intervals. `spread` is what the power of this comparison rests on, in the worse of these
+    two cases where items are unresolved.
     """
 
     effect: float | None
@@ -42,7 +45,7 @@ class Tested:
     spread: Spread | None = None
 
     def mde(self, alpha: float = 0.05) -> float | None:
-        """Return the smallest difference that a test at level `alpha` would have found with 80% probability."""
+        """Return the smallest difference, over the items with a value, that is found with 80% probability at level `alpha`."""
         return self.spread.mde(alpha) if self.spread else None
 
     def questions_needed(self, alpha: float = 0.05) -> int | None:
@@ -82,9 +85,8 @@ def compare(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = No
         limits = (complete.low, complete.high)
         same = (complete.effect, complete.effect)
         return Tested(complete.effect, *limits, complete.p, *facts, *same, *_how(complete), spread)
-    extremes = [
-        _test(np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b), labels) for mine, theirs in ((low, high), (high, low))
-    ]
+    filled = [(np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b)) for mine, theirs in ((low, high), (high, low))]
+    extremes = [_test(*values, labels) for values in filled]
     every = [complete, *extremes]
     worst, best = extremes[0].effect, extremes[1].effect
     lows, highs = [one.low for one in every if one.low is not None], [one.high for one in every if one.high is not None]
@@ -94,8 +96,30 @@ def compare(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = No
         p = 1.0
     return Tested(
         complete.effect, min(lows, default=None), max(highs, default=None), p, *facts, worst, best, *_how(complete),
-        _spread(complete, a[:, known], b[:, known], labels[known]),
+        _worst_spread(complete, extremes, [_spread(one, *values, labels) for one, values in zip(extremes, filled, strict=True)], a, b),
     )  # fmt: skip
+
+
+def _worst_spread(
+    complete: PairedResult,
+    extremes: Sequence[PairedResult],
+    spreads: Sequence[Spread | None],
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+) -> Spread | None:
+    """What power rests on where items are open: a difference must be found with all of them against it, whichever arm it favours.
+
+    With a share f of the values open, the tested effect is 1 - f times that over resolved items, less what the open ones count against
+    it; that is read from the effects here.
+    """
+    resolved = 1 - float((np.isnan(a) | np.isnan(b)).mean())
+    found = []
+    for one, spread, sign in zip(extremes, spreads, (1, -1), strict=True):
+        if spread is None or one.effect is None or complete.effect is None:
+            return None
+        against = sign * (resolved * complete.effect - one.effect)
+        found.append(dataclasses.replace(spread, against=max(against, 0.0), resolved=resolved))
+    return max(found, key=lambda spread: spread.mde() or math.inf)
 
 
 def _how(result: PairedResult) -> tuple[str, str]:

@@ -4,15 +4,16 @@ better / worse        Holm-adjusted p <= 0.05 and an interval without zero, what
 no difference shown   tested, and not that; the sentence says what difference this comparison would have found
 cannot be tested      there are no items to pair, too few, or the two arms are one model
 
-A cause is named only where a declared factor is all that differs, both arms were trained by the study and no error was found. A
-confound that is only warned of (hardware, versions) takes the cause away, one that is an error turns the sentence into an
-association; any other error stops it. The numbers stay in the table either way.
+A cause is named only where declared keys are all that differs between the values of two recipes, the study trained both, several
+times or with a noise floor that the difference exceeds, and no error was found. A confound that is only warned of (hardware, versions)
+takes the cause away, one that is an error turns the sentence into an association; any other error stops it. The numbers stay in the
+table either way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,18 @@ from recipes_lib.studies.comparison import (
 )
 from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import Measurements
+from recipes_lib.studies.validity.noise import INSIDE_NOISE, noise_floors
+from recipes_lib.studies.validity.settings import arm_values, beside, changed, effective, shown
 from recipes_lib.studies.wording import count, difference_text, interval_text, listed, p_text, value_text
 
 if TYPE_CHECKING:
     from recipes_lib.statistics.unresolved import Tested
     from recipes_lib.studies.published import Published
     from recipes_lib.studies.study import Study
+    from recipes_lib.studies.validity.noise import Floor
 
 CONFOUNDED = "confound"  # findings whose code starts so leave no cause, errors among them an association
+MOST_VALUES = 4  # of more keys that differ a sentence gives the names alone
 ONE_MODEL = "identical"  # findings whose code starts so leave nothing to compare
 
 
@@ -94,10 +99,13 @@ def compare_arms(
         place = {frozenset(pair): number for number, pair in enumerate(pairs_of(measurements, base))}
         rows = sorted(with_published(rows, scores, measurements, published), key=lambda row: place[frozenset(row.arms)])
     one_model = [dataclasses.replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
-    judged = [judge_row(with_flags(row, measurements), known, study, base) for row in corrected(one_model)]
+    tested = corrected(one_model)
+    tests = sum(row.p_holm is not None for row in tested)
+    causes = Causes(study, arm_values(study, measurements), noise_floors(study, measurements), ALPHA / max(1, tests), tuple(base))
+    judged = [judge_row(with_flags(row, measurements), known, causes) for row in tested]
     question = study.question if study else f"How do {listed(list(measurements.arms))} compare?"
     answer = answer_paragraph(judged, base) if judged else nothing_compared(measurements, known)
-    return Comparison(question, answer, tuple(judged), tuple(scores), known, sum(row.p_holm is not None for row in judged))
+    return Comparison(question, answer, tuple(judged), tuple(scores), known, tests)
 
 
 def _one_model(row: Row, findings: Sequence[Finding]) -> str:
@@ -121,7 +129,7 @@ def _holds_zero(tested: Tested) -> bool:
     return tested.low is not None and tested.high is not None and tested.low <= 0 <= tested.high
 
 
-def judge_row(row: Row, findings: Sequence[Finding], study: Study | None, base: Sequence[str] = ()) -> Row:
+def judge_row(row: Row, findings: Sequence[Finding], causes: Causes) -> Row:
     """Return a row with its verdict, the findings that stop its claim, and its sentence."""
     row = dataclasses.replace(row, verdict=verdict_of(row))
     mine = [finding for finding in findings if finding.touches(row.arms, row.metric)]
@@ -138,7 +146,7 @@ def judge_row(row: Row, findings: Sequence[Finding], study: Study | None, base: 
     elif errors:
         sentence = association_sentence(row, [finding for finding in confounds if finding in errors])
     else:
-        sentence = difference_sentence(row) + cause_sentence(row, confounds, study, base)
+        sentence = difference_sentence(row) + causes.sentence(row, mine)
     return dataclasses.replace(row, sentence=sentence)
 
 
@@ -207,24 +215,60 @@ def association_sentence(row: Row, confounds: Sequence[Finding]) -> str:
     )
 
 
-def cause_sentence(row: Row, confounds: Sequence[Finding], study: Study | None, base: Sequence[str]) -> str:
-    """Template of a cause: what the arms declare to differ in, where it is all that differs, else what else does. Empty without a study."""
-    if study is None or set(row.arms) & set(base) or not study.factors:
-        return ""
-    arms = {arm.name: arm for arm in study.arms}
-    if any(name not in arms or not arms[name].trained for name in row.arms):
-        return ""
-    first, second = arms[row.first], arms[row.second]
-    factors = [name for name in study.factors if first.cell.get(name) != second.cell.get(name)]
-    if not factors:
-        return ""
-    if confounds:
-        return f" No cause is named: {_reasons(confounds)}."
-    changed = listed([f"{name} ({first.cell.get(name, '?')} against {second.cell.get(name, '?')})" for name in factors])
-    # The sentence may not be wider than what varied: one training per arm is two trainings, not two methods.
-    seeds = row.tested.seeds if row.tested else 1
-    scope = f"over {seeds} training seeds" if seeds > 1 else "for these two trainings, one seed each"
-    return f" Only {changed} differs between them, so this is its effect {scope}."
+@dataclass(frozen=True)
+class Causes:
+    """What may be said about the cause of a shown difference; the only place that says it.
+
+    Args:
+        study: None where no factor is declared.
+        values: the resolved values of every arm.
+        floors: noise floors by metric and opponent.
+        alpha: level at which a difference must exceed its noise floor: 5% over all tests of the table.
+        base: arms without a training.
+    """
+
+    study: Study | None
+    values: Mapping[str, Mapping[str, Any]]
+    floors: Mapping[tuple[str, str | None], Floor]
+    alpha: float
+    base: tuple[str, ...] = ()
+
+    def sentence(self, row: Row, findings: Sequence[Finding]) -> str:
+        """Return the template that fits, or nothing between arms of which a study did not train both.
+
+        Args:
+            findings: those that touch the row, without errors.
+        """
+        trained = {arm.name for arm in self.study.arms if arm.trained} if self.study else set()
+        if not set(row.arms) <= trained - set(self.base) or not set(row.arms) <= self.values.keys():
+            return ""
+        keys = changed(self.study, self.values[row.first], self.values[row.second])
+        confounds = [finding for finding in findings if finding.code.startswith(CONFOUNDED)]
+        inside = [finding for finding in findings if finding.code == INSIDE_NOISE]
+        undeclared = [key for key, factor in keys.items() if factor is None]
+        if not keys:
+            return " Both are trainings of one recipe: this is how far apart two of them came out, and chance is all there is to name."
+        if confounds or undeclared:
+            return f" No cause is named: {_reasons(confounds) or f'no factor declares {listed(undeclared)}'}."
+        if inside:
+            return f" No cause is named: {_reasons(inside)}."
+        differ, their = ("differs", "its effect") if len(keys) == 1 else ("differ", "their joint effect")
+        only = f" Only {listed(self._with_values(row, list(keys)))} {differ} between them, so this is {their}"
+        if row.tested and row.tested.seeds > 1:
+            return f"{only} over {row.tested.seeds} training seeds."
+        floor = None if row.head_to_head else self.floors.get((row.metric, row.opponent))
+        limit = floor.limit(1, 1, self.alpha) if floor else None
+        if limit is not None and abs(row.difference or 0.0) > limit:
+            return f"{only}: two trainings of one recipe differ by at most {_size(limit, row.unit)} (from {floor})."
+        kept_apart = listed([*self._with_values(row, list(keys)), "chance"])
+        return f" These two trainings differ, one of each arm; which of {kept_apart} is the cause, two trainings cannot tell."
+
+    def _with_values(self, row: Row, keys: Sequence[str]) -> list[str]:
+        """Every key that differs, with both values where they are few enough to read."""
+        if len(keys) > MOST_VALUES:
+            return list(keys)
+        one, other = beside(self.values[row.first], self.values[row.second])
+        return [f"{key} ({shown(effective(key, one))} against {shown(effective(key, other))})" for key in keys]
 
 
 def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str, ...]:

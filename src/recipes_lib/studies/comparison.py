@@ -26,6 +26,7 @@ from recipes_lib.studies.wording import count
 Verdict = Literal["better", "worse", "no difference shown", "cannot be tested"]
 ALPHA = 0.05
 FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
+DIRECTION_UNKNOWN = "direction unknown, its files do not say whether more or less of it is better"
 HALF = 0.5  # a win rate against the other arm itself that favours nobody
 _SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
 
@@ -48,14 +49,14 @@ class Score:
     lowest: float | None
     highest: float | None
     method: str
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
     files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Row:
     """One comparison: `difference` is first minus second in the metric's own direction, so positive favours the first arm only
-    where `higher_is_better`. Head to head it is the first arm's win rate minus a half.
+    where `higher_is_better` (None: not known, so nothing is ranked). Head to head it is the first arm's win rate minus a half.
 
     `verdict` and `sentence` come from `claims`; `stopped` holds the titles of the findings that stop the claim.
     """
@@ -67,7 +68,7 @@ class Row:
     unit: str
     head_to_head: bool
     opponent: str | None
-    higher_is_better: bool
+    higher_is_better: bool | None
     first_value: float | None
     second_value: float | None
     tested: Tested | None
@@ -267,6 +268,9 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
     tested = without_false_certainty(compare(a, b, [key[0] for key in keys], scale=scale)) if keys else None
     both = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))  # the values that the difference is of; `Score` has each arm's own
     values = [_mean(table[:, both]) if keys else _reported(measures) for table, measures in ((a, mine), (b, other))]
+    directions = {measure.higher_is_better for measure in (*mine, *other)}
+    direction = directions.pop() if len(directions) == 1 else None
+    reason = too_few(tested) if tested else _no_items(my_keys, other_keys)
     flags = []
     asked = max(len(my_keys), len(other_keys))
     if keys and len(keys) < asked:
@@ -275,8 +279,8 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
         flags.append(unpaired)
     return Row(
         metric=one.name, label=one.label, first=first, second=second, unit=one.unit, head_to_head=False, opponent=opponent,
-        higher_is_better=one.higher_is_better, first_value=values[0], second_value=values[1], tested=tested,
-        reason=too_few(tested) if tested else _no_items(my_keys, other_keys), flags=tuple(flags),
+        higher_is_better=direction, first_value=values[0], second_value=values[1], tested=tested,
+        reason=reason or (DIRECTION_UNKNOWN if direction is None else ""), flags=tuple(flags),
         files=_files([*mine, *other]), measures=(*mine, *other),
     )  # fmt: skip
 

@@ -211,10 +211,11 @@ def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measu
         shown = metric if chosen == "none" else f"{metric}, {chosen}"
         shares = all(value in (0.0, 1.0) for value in values)
         share = shares if values else 0 <= row["value"] <= 1
+        direction = row.get("higher_is_better")
         key = metric if chosen == "none" else f"{metric},{chosen}"
         yield Measure(
             name, "lm_eval", key, f"{task} {shown}", tuple(items), file, task=task,
-            higher_is_better=row.get("higher_is_better") is not False, unit="share" if share else "number",
+            higher_is_better=direction if isinstance(direction, bool) else None, unit="share" if share else "number",
             reported=row["value"], reported_n=row["n"],
         )  # fmt: skip
 

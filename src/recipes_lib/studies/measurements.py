@@ -60,7 +60,7 @@ class Measure:
     file: Path
     opponent: str | None = None
     task: str = ""
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True  # None where the files do not say it: nothing is ranked then
     unit: str = "share"  # "share" (0..1), "grade" (1..5, or the scale in the label) or "number"
     reported: float | None = None
     reported_n: int | None = None

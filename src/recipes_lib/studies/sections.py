@@ -30,7 +30,7 @@ class ArmSection(LaunchKeys):
     """One variant. A bare path is short for `{recipe: path}`."""
 
     recipe: str | None = key("The arm's recipe, relative to the study file.")
-    cell: dict[str, str] = key("The arm's level of each factor. With one factor it may be absent: the arm's name.", factory=dict)
+    cell: dict[str, str] = key("The arm's level of each factor; with one factor it may be absent.", factory=dict)
     imported: str | None = key(
         "Name of a run made by `recipes import`: its answers and judgments stand for the arm, and nothing is trained. A recipe beside "
         "it says what was trained, for the list of differences."

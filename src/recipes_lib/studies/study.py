@@ -226,7 +226,7 @@ def _read(document: Document, words: Sequence[str]) -> tuple[Study | None, list[
         name=document.path.stem,
         question=values["question"],
         factors=factors,
-        arms=tuple(_with_cell(arm, factors) for arm in arms),
+        arms=arms,
         seeds=tuple(dict.fromkeys(seed for arm in arms for seed in arm.seeds)),
         include_base=values.get("include_base", True) and not own_base and any(arm.trained for arm in arms),
         evals=evals,
@@ -245,11 +245,6 @@ def _read(document: Document, words: Sequence[str]) -> tuple[Study | None, list[
 def _alike(path: Path) -> list[str]:
     """Which file of that folder was meant."""
     return did_you_mean(path.name, [file.name for file in path.parent.glob("[!_]*.yaml")])
-
-
-def _with_cell(arm: Arm, factors: Mapping[str, tuple[str, ...]]) -> Arm:
-    """With one factor an arm's own name is its level where it says none."""
-    return dataclasses.replace(arm, cell={next(iter(factors)): arm.name}) if len(factors) == 1 and not arm.cell else arm
 
 
 class _Reader:

@@ -252,10 +252,22 @@ def _tasks(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> l
                     "n": sizes.get("effective", len(scores)),
                     "num_fewshot": found.get("n-shot", {}).get(task),
                     "version": found.get("versions", {}).get(task),
-                    "higher_is_better": found.get("higher_is_better", {}).get(task, {}).get(metric),
+                    "higher_is_better": metric_direction(found, task, metric),
                 }
             )
     return rows
+
+
+def metric_direction(found: Mapping[str, Any], task: str, metric: str) -> bool | None:
+    """Return whether more of a metric is better, as lm-eval's results say it; None where they do not.
+
+    Args:
+        found: lm-eval's results: their own table of directions counts, then the metric list of the task's config.
+    """
+    known = [((found.get("higher_is_better") or {}).get(task) or {}).get(metric)]
+    listed = ((found.get("configs") or {}).get(task) or {}).get("metric_list") or ()
+    known += [one.get("higher_is_better") for one in listed if isinstance(one, Mapping) and one.get("metric") == metric]
+    return next((direction for direction in known if isinstance(direction, bool)), None)
 
 
 def _interval(value: float, error: Any, scores: Sequence[float]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from recipes_lib.studies.imported.files import Foreign
 from recipes_lib.studies.imported.parts import Part, Row
+from recipes_lib.suites.harness import metric_direction
 
 _PROTOCOL = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
 _CHANCE = 1e-6
@@ -72,7 +73,7 @@ def _task_rows(file: Foreign, found: Row, task: str, metrics: Row) -> list[Row]:
                 "n": sizes.get("effective"),
                 "num_fewshot": (found.get("n-shot") or {}).get(task, (configs.get(task) or {}).get("num_fewshot")),
                 "version": (found.get("versions") or {}).get(task),
-                "higher_is_better": ((found.get("higher_is_better") or {}).get(task) or {}).get(metric),
+                "higher_is_better": metric_direction(found, task, metric),
             }
         )
     return rows

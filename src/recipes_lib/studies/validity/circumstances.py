@@ -48,6 +48,11 @@ def _launch(run: RunMeasurements) -> Mapping[str, Any]:
     return {key.removeprefix("launch."): guard[key] for key in ("launch.world_size", "launch.distribution") if key in guard}
 
 
+def _steps(run: RunMeasurements) -> Mapping[str, Any]:
+    steps = (run.state.get("summary") or {}).get("steps")
+    return {"optimizer steps": steps} if steps is not None else {}
+
+
 def _devices(run: RunMeasurements) -> Mapping[str, Any]:
     devices = run.environment.get("devices")
     # "CPU, 2 cores, 1 threads": how many threads were free says nothing about the hardware.
@@ -85,6 +90,25 @@ CIRCUMSTANCES = (
         ("launch", "launch.accelerate", "launch.gpus", "launch.world_size"),
         _launch,
         "train both arms on the same number of processes: dropout and the order of rows depend on it",
+    ),
+    _Circumstance(
+        "confound-steps",
+        "error",
+        "number of optimizer steps",
+        (
+            *_DATA,
+            "train.num_train_epochs",
+            "train.max_steps",
+            "train.max_length",
+            "train.packing",
+            "train.dataloader_drop_last",
+            "train.per_device_train_batch_size",
+            "train.gradient_accumulation_steps",
+            "run.global_batch_size",
+            "launch.world_size",
+        ),
+        _steps,
+        "train both arms for as many steps: declare run.global_batch_size, and give both the same epochs or train.max_steps",
     ),
     _Circumstance("confound-hardware", "warning", "hardware", (), _devices, "train both arms on the same hardware"),
     _Circumstance("confound-versions", "warning", "library versions", (), _libraries, "train both arms in one environment"),

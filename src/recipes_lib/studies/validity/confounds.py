@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from recipes_lib.studies.findings import Finding
-from recipes_lib.studies.validity.settings import Values, arm_values, changes_result, differing, pairs, shown
+from recipes_lib.studies.validity.settings import Values, arm_values, beside, changes_result, declared_by, differing, pairs, shown
 
 if TYPE_CHECKING:
     from recipes_lib.studies.measurements import Measurements
     from recipes_lib.studies.study import Study
 
 _NAMED = 4
-_TRAINED = "launch.trained_dtype"
 
 
 def check_confounds(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
@@ -24,25 +23,10 @@ def check_confounds(study: Study | None, measurements: Measurements) -> Iterator
     """
     values = arm_values(study, measurements)
     for first, second in pairs(values):
-        one, other = _with_trained_dtype(values[first], values[second])
-        keys = [key for key in differing(one, other) if study is None or study.factor_of(key) is None]
+        one, other = beside(values[first], values[second])
+        keys = [key for key in differing(one, other) if declared_by(study, key, one, other) is None]
         if keys:
             yield _finding(study, first, second, keys, one, other)
-
-
-def _with_trained_dtype(one: Values, other: Values) -> tuple[Values, Values]:
-    """Add the precision of the weights that the optimizer updates, where both arms train all weights.
-
-    No recipe says it: under mixed precision accelerate's FSDP2 keeps float32 copies of half-precision weights, and DDP does not.
-    """
-    if any(values.get("lora", "adapter") is not None for values in (one, other)):
-        return one, other
-    return {**one, _TRAINED: _trained_dtype(one)}, {**other, _TRAINED: _trained_dtype(other)}
-
-
-def _trained_dtype(values: Values) -> str:
-    mixed = values.get("launch.mixed_precision") in ("bf16", "fp16") or values.get("train.bf16") or values.get("train.fp16")
-    return "float32" if values.get("launch.distributed_type") == "FSDP" and mixed else str(values.get("model.dtype"))
 
 
 def _finding(study: Study | None, first: str, second: str, keys: list[str], one: Values, other: Values) -> Finding:

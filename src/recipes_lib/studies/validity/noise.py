@@ -5,51 +5,80 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.studies.findings import Finding
-from recipes_lib.studies.validity.settings import arm_values, differing, pairs
+from recipes_lib.studies.validity.settings import arm_values, changed, differing, pairs
+from recipes_lib.studies.wording import count
 
 if TYPE_CHECKING:
     from recipes_lib.studies.measurements import Measurements, RunMeasurements
     from recipes_lib.studies.study import Study
 
+INSIDE_NOISE = "inside-noise-floor"
 Means = dict[tuple[str, str | None], dict[str, list[float]]]
 
 
-def check_noise(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
-    """Yield whether a noise floor is missing, and the effects that lie inside the one that was measured.
+@dataclass(frozen=True)
+class Floor:
+    """How much trainings of one recipe differ on one metric: their standard deviation, and how many trainings know it."""
 
-    The floor is what two trainings of one recipe differ by: between seeds of an arm, or between two arms that differ in nothing but
-    the seed (an A/A run).
-    """
+    deviation: float
+    freedom: int
+    recipes: int
+
+    def limit(self, first: int, second: int, alpha: float = 0.05) -> float:
+        """Return what two means over that many trainings of one recipe differ by at most, with probability 1 - alpha."""
+        from scipy import stats
+
+        return self.deviation * float(stats.t.ppf(1 - alpha / 2, self.freedom)) * math.sqrt(1 / first + 1 / second)
+
+    def __str__(self) -> str:
+        return f"{self.freedom + self.recipes} trainings of {count(self.recipes, 'recipe')}"
+
+
+def noise_floors(study: Study | None, measurements: Measurements) -> dict[tuple[str, str | None], Floor]:
+    """Return the noise floor of every metric and opponent that has one: between seeds of an arm, or between two arms of an A/A pair."""
+    twins = _twins(study, measurements)
+    floors = {}
+    for key, by_arm in _means(measurements).items():
+        if (floor := _floor(by_arm, twins)) is not None:
+            floors[key] = floor
+    return floors
+
+
+def check_noise(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
+    """Yield whether a noise floor is missing, and the effects that lie inside the one that was measured."""
     trained = [name for name, arm in measurements.arms.items() if arm.runs and not arm.is_base and name != "base"]
     twins = _twins(study, measurements)
     several = [name for name in trained if len(measurements.arms[name].runs) > 1]
     if len(trained) > 1 and not several and not twins:
         yield _missing(study, measurements, trained)
     means = _means(measurements)
-    for (metric, _), by_arm in means.items():
-        floor, how = _floor(by_arm, twins)
-        if floor is None:
-            continue
+    for key, floor in noise_floors(study, measurements).items():
+        metric, by_arm = key[0], means[key]
         for first, second in pairs({name: values for name, values in by_arm.items() if name in trained}):
             if {first, second} in twins:
                 continue
             effect = _mean(by_arm[first]) - _mean(by_arm[second])
-            limit = _of_difference(floor, len(by_arm[first]), len(by_arm[second]))
+            limit = floor.limit(len(by_arm[first]), len(by_arm[second]))
             if abs(effect) <= limit:
                 title = f"{first} and {second} differ on {metric} by no more than two trainings of one recipe do"
-                evidence = (f"difference {abs(effect):.4g}, noise floor {limit:.4g} ({how})",)
+                evidence = (f"difference {abs(effect):.4g}, noise floor {limit:.4g} ({floor}, 95%)",)
                 remedy = "more seeds per arm make the floor lower; until then this is no effect of the factor"
-                yield Finding("inside-noise-floor", "warning", title, evidence, remedy, (first, second), (metric,))
+                yield Finding(INSIDE_NOISE, "warning", title, evidence, remedy, (first, second), (metric,))
 
 
 def _twins(study: Study | None, measurements: Measurements) -> list[set[str]]:
-    """Pairs of arms that differ in nothing but the seed."""
+    """Pairs of arms of one recipe with other seeds."""
     values = {name: values for name, values in arm_values(study, measurements).items() if name in measurements.arms}
-    return [{first, second} for first, second in pairs(values) if differing(values[first], values[second]) == ["train.seed"]]
+    return [
+        {first, second}
+        for first, second in pairs(values)
+        if not changed(study, values[first], values[second]) and "train.seed" in differing(values[first], values[second])
+    ]
 
 
 def _missing(study: Study | None, measurements: Measurements, trained: list[str]) -> Finding:
@@ -84,23 +113,19 @@ def _means(measurements: Measurements) -> Means:
     return found
 
 
-def _floor(by_arm: dict[str, list[float]], twins: list[set[str]]) -> tuple[float | None, str]:
-    """The standard deviation between trainings of one recipe times Student's factor, pooled over arms; and where it comes from."""
-    groups = [values for values in by_arm.values() if len(values) > 1]
-    groups += [[_mean(by_arm[name]) for name in sorted(pair)] for pair in twins if pair <= by_arm.keys()]
+def _floor(by_arm: dict[str, list[float]], twins: list[set[str]]) -> Floor | None:
+    """The standard deviation between trainings of one recipe, pooled over recipes; None where none was trained twice."""
+    recipes: list[list[str]] = []
+    for name in by_arm:
+        twin = next((arms for arms in recipes if any({name, other} in twins for other in arms)), None)
+        recipes.append([name]) if twin is None else twin.append(name)
+    groups = [[value for name in arms for value in by_arm[name]] for arms in recipes]
+    groups = [values for values in groups if len(values) > 1]
     freedom = sum(len(values) - 1 for values in groups)
     if not freedom:
-        return None, ""
-    from scipy import stats
-
+        return None
     squares = sum((value - _mean(values)) ** 2 for values in groups for value in values)
-    how = f"{freedom + len(groups)} trainings of {len(groups)} recipes, 95%"
-    return math.sqrt(squares / freedom) * float(stats.t.ppf(0.975, freedom)), how
-
-
-def _of_difference(floor: float, first: int, second: int) -> float:
-    """The floor of a difference of two means over that many trainings."""
-    return floor * math.sqrt(1 / first + 1 / second)
+    return Floor(math.sqrt(squares / freedom), freedom, len(groups))
 
 
 def _mean(values: list[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,14 @@ _CUT = (
     "train.gradient_accumulation_steps",
     "train.eval_accumulation_steps",
     "train.ddp_find_unused_parameters",
-    "train.dataloader_drop_last",
     "launch.accelerate",
     "launch.gpus",
     "launch.nodes",
 )
+EXAMPLES_PER_STEP = "launch.examples_per_step"
+_TRAINED_DTYPE = "launch.trained_dtype"
+_GLOBAL_BATCH, _SEED = "run.global_batch_size", "train.seed"
+_OF_BATCH = (_GLOBAL_BATCH, "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "launch.world_size")
 _LEFT_OUT = ("run.name", "run.notes", "run.tags")
 _CHECKPOINT_CHOICE = ("train.eval_steps", "train.save_steps", "train.eval_strategy", "train.save_strategy", "train.eval_on_start")
 
@@ -46,6 +50,9 @@ def arm_values(study: Study | None, measurements: Measurements) -> dict[str, Val
             recorded = [run.resolved for run in measurements.arms[name].runs if run.resolved]
             if recorded:
                 flat = flatten(dict(recorded[0]))
+                world_size = (measurements.arms[name].runs[0].state.get("guard") or {}).get("launch.world_size")
+                if world_size is not None:
+                    flat["launch.world_size"] = world_size
                 seeds = sorted({run.seed for run in measurements.arms[name].runs if run.seed is not None})
                 if len(seeds) > 1:
                     flat["train.seed"] = seeds
@@ -56,6 +63,56 @@ def arm_values(study: Study | None, measurements: Measurements) -> dict[str, Val
 def pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield every two arms."""
     yield from itertools.combinations(values, 2)
+
+
+def beside(first: Values, second: Values) -> tuple[Values, Values]:
+    """Return the values of two arms with those that follow from several keys: examples per optimizer step, precision of trained weights."""
+    pair = [dict(first), dict(second)]
+    batches = [_examples_per_step(values) for values in pair]
+    if None not in batches:
+        for values, examples in zip(pair, batches, strict=True):
+            values[EXAMPLES_PER_STEP] = examples
+    # No recipe says it: under mixed precision accelerate's FSDP2 keeps float32 copies of half-precision weights, and DDP does not.
+    if all(values.get("lora", "adapter") is None for values in pair):
+        for values in pair:
+            values[_TRAINED_DTYPE] = _trained_dtype(values)
+    return pair[0], pair[1]
+
+
+def _examples_per_step(values: Values) -> int | None:
+    """Examples per optimizer step; None where the number of processes is not known."""
+    if values.get(_GLOBAL_BATCH) is not None:
+        return int(values[_GLOBAL_BATCH])
+    _, *factors = (effective(key, values) for key in _OF_BATCH)
+    return math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
+
+
+def _trained_dtype(values: Values) -> str:
+    mixed = values.get("launch.mixed_precision") in ("bf16", "fp16") or values.get("train.bf16") or values.get("train.fp16")
+    return "float32" if values.get("launch.distributed_type") == "FSDP" and mixed else str(values.get("model.dtype"))
+
+
+def changed(study: Study | None, first: Values, second: Values) -> dict[str, str | None]:
+    """Return what can have made a difference between two arms: every key that changes results and differs, with its factor.
+
+    It is computed from values alone. The seed is left out, because it is chance and no cause. Empty means that both arms are trainings
+    of one recipe; a key without a factor is a confound.
+    """
+    one, other = beside(first, second)
+    keys = [key for key in differing(one, other) if key != _SEED and changes_result(key, one, other)]
+    return {key: declared_by(study, key, one, other) for key in keys}
+
+
+def declared_by(study: Study | None, key: str, first: Values, second: Values) -> str | None:
+    """Return the factor that declares a difference; of examples per step, one of those that declare every key behind it."""
+    if study is None:
+        return None
+    if key != EXAMPLES_PER_STEP:
+        return study.factor_of(key)
+    whole = first.get(_GLOBAL_BATCH) is not None and second.get(_GLOBAL_BATCH) is not None
+    sources = [_GLOBAL_BATCH] if whole else [name for name in _OF_BATCH if effective(name, first) != effective(name, second)]
+    factors = [study.factor_of(name) for name in sources]
+    return None if None in factors else factors[0]
 
 
 def differing(first: Values, second: Values) -> list[str]:
