@@ -7,14 +7,19 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import EnvironmentFault
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class LockHeld(EnvironmentFault):
+    """Another process holds a folder."""
 
 
 @contextmanager
@@ -25,7 +30,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     for people: host, process id and time of the holder.
 
     Raises:
-        EnvironmentFault: another process holds it (the message says which, where and since when), or the folder cannot be made.
+        LockHeld: another process holds it (the message says which, where and since when).
+        EnvironmentFault: the folder cannot be made.
     """
     from filelock import FileLock, Timeout
 
@@ -35,7 +41,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise EnvironmentFault(
+        raise LockHeld(
             f"{folder.name} is in use{describe_holder(note)}", "wait for it, or stop it: touch " + str(folder / "STOP")
         ) from None
     except OSError as error:
@@ -50,6 +56,29 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         note.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def waiting_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` as `run_lock` does, after whoever holds it now: what that one makes is found there and not made twice.
+
+    Raises:
+        EnvironmentFault: the folder cannot be made.
+    """
+    from recipes_lib.terminal import say
+
+    said = False
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(run_lock(folder))
+                break
+            except LockHeld:
+                if not said:
+                    say(f"{'/'.join(folder.parts[-3:])} is in use{describe_holder(folder / 'lock.json')}: waiting for it")
+                said = True
+                time.sleep(0.2)
+        yield
 
 
 def is_held(folder: Path) -> bool:
