@@ -172,3 +172,19 @@ def test_an_evaluation_that_another_process_makes_is_waited_for_and_not_made_twi
     assert waiting.returncode == ExitCode.DONE
     after = rows_of("generations")
     assert {name: after[name] for name in before} == before and len(after) == 6
+
+
+@pytest.mark.slow
+def test_two_real_trainings_at_the_same_time_record_a_gpu_each(
+    tiny_model_dir: Path,
+    runs_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The machine has none, so that they train on the CPU; what they were given stands in environment.json."""
+    study = write_tiny_study(tmp_path / "study", tiny_model_dir, steps=2)
+    study.write_text(study.read_text(encoding="utf-8") + "accelerate: single_gpu\n", encoding="utf-8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert main(["study", "run", str(study), "--jobs", "2", "--only", "train", "--no-plan"]) == ExitCode.DONE
+    recorded = [read_run(runs_folder / f"tiny--{arm}").environment["variables"]["CUDA_VISIBLE_DEVICES"] for arm in ("r4", "r8")]
+    assert recorded == ["0", "1"]
