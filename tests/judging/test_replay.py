@@ -148,6 +148,57 @@ def test_fastchat_second_turn_without_its_first_is_found(tmp_path: Path) -> None
     assert _names(replay(_jsonl(tmp_path / "s.jsonl", rows))) == {"turn-without-context"}
 
 
+def _prompts() -> dict[str, str]:
+    """FastChat's prompt templates by name."""
+    lines = (DATA / "mt_bench" / "judge_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["name"]: row["prompt_template"] for row in map(json.loads, lines)}
+
+
+class _Empty(dict):
+    def __missing__(self, key: str) -> str:
+        return "an answer"
+
+
+@needs_data
+@pytest.mark.parametrize(("first", "second"), [("single-v1", "single-v1-multi-turn"), ("single-math-v1", "single-math-v1-multi-turn")])
+def test_a_short_question_in_fastchats_own_prompts_is_found_in_the_second_turn(tmp_path: Path, first: str, second: str) -> None:
+    asked = _Empty(question="Why?", question_1="Why?", question_2="And then?")
+    rows = [_single(81, 1, 8, prompt=_prompts()[first].format_map(asked)), _single(81, 2, 6, prompt=_prompts()[second].format_map(asked))]
+    assert _names(replay(_jsonl(tmp_path / "gpt-4_single.jsonl", rows))) == set()
+    rows[1]["user_prompt"] = _prompts()[second].format_map(_Empty(question_1="[gone]", question_2="And then?"))
+    assert _names(replay(_jsonl(tmp_path / "gpt-4_single.jsonl", rows))) == {"turn-without-context"}
+
+
+@needs_data
+def test_a_short_question_is_found_in_the_second_turn_of_a_pair(tmp_path: Path) -> None:
+    asked = _Empty(question="Why?", question_1="Why?", question_2="And then?")
+    row = {"question_id": 81, "model_1": "m", "model_2": "base", "g1_winner": "tie", "g2_winner": "tie"}
+    names = {1: "pair-v2", 2: "pair-v2-multi-turn"}
+    rows = [row | {"turn": turn, "g1_user_prompt": _prompts()[name].format_map(asked)} for turn, name in names.items()]
+    assert "turn-without-context" not in _names(replay(_jsonl(tmp_path / "gpt-4_pair.jsonl", rows)))
+
+
+def test_the_mean_of_grades_lies_inside_its_bounds_where_rows_repeat(tmp_path: Path) -> None:
+    rows = [_single(81, 1, 2), _single(81, 1, 2), _single(81, 1, 2), _single(81, 2, 10), _single(82, 1, 8), _single(82, 2, 8)]
+    report = replay(_jsonl(tmp_path / "whole.jsonl", rows))
+    assert report["recorded"]["mean_score"] == pytest.approx(32 / 6)
+    assert (report["bounds"]["all_lost"], report["bounds"]["all_won"]) == (pytest.approx(32 / 6), pytest.approx(32 / 6))
+    report = replay(_jsonl(tmp_path / "torn.jsonl", [*rows[:5], _single(83, 1, -1)]))  # two turns that are not there, one without a rating
+    assert report["bounds"]["all_lost"] == pytest.approx((24 + 3 * 1) / 8) and report["bounds"]["all_won"] == pytest.approx((24 + 30) / 8)
+    assert report["bounds"]["all_lost"] < report["recorded"]["mean_score"] < report["bounds"]["all_won"]
+
+
+@needs_data
+@pytest.mark.parametrize("repeated", [0, 40])
+def test_the_original_mean_lies_inside_its_bounds(tmp_path: Path, repeated: int) -> None:
+    for path in (STUDY / "mt_bench").glob("*_raw.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        copy = tmp_path / path.name
+        copy.write_text("".join([*lines, *lines[:repeated]]), encoding="utf-8")
+        report = replay(copy)
+        assert report["bounds"]["all_lost"] <= report["recorded"]["mean_score"] <= report["bounds"]["all_won"]
+
+
 def test_fastchat_pair_counts_flips_as_ties_and_errors_as_unparsed(tmp_path: Path) -> None:
     def game(question: int, first: str, second: str) -> dict:
         row = {"question_id": question, "model_1": "m", "model_2": "base", "g1_winner": first, "g2_winner": second, "turn": 1}

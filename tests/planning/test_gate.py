@@ -13,7 +13,7 @@ from recipes_lib.cli import main
 from recipes_lib.commands import train as train_verb
 from recipes_lib.errors import ExitCode
 from recipes_lib.planning import gate, machine
-from recipes_lib.planning.cards import Card, card_named
+from recipes_lib.planning.cards import Card, card_named, cards_here, devices_here
 from recipes_lib.recipe.launch import plan_launch
 from recipes_lib.recipe.recipe import load_recipe
 
@@ -112,8 +112,6 @@ def test_planned_and_measured_stand_side_by_side_in_run_json(tiny_recipe: Path, 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], list[Card]]]:
     """A function that puts an nvidia-smi with these answers (to the query, and to -L) first in PATH, and returns the cards found."""
-    from recipes_lib.planning.cards import cards_here
-
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def answer(query: str, listed: str) -> list[Card]:
@@ -163,6 +161,16 @@ def test_cards_that_the_training_will_not_see_do_not_count(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = nvidia_smi("0, GPU-a, Quadro X, 8192\n1, GPU-b, NVIDIA H100 80GB HBM3, 81559\n", "")
     assert [card.name for card in found] == names
+
+
+@pytest.mark.parametrize(("visible", "words"), [(None, ["GPU-b", "GPU-a"]), ("1,0", ["1", "0"]), ("0,-1,1", ["0"]), ("", [])])
+def test_the_gpus_to_share_out_are_those_that_the_process_sees(
+    visible: str | None, words: list[str], nvidia_smi: Callable[[str, str], list[Card]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvidia_smi("0, GPU-a, Quadro X, 8192\n1, GPU-b, NVIDIA H100 80GB HBM3, 81559\n", "")
+    assert devices_here() == words
 
 
 def test_one_process_is_planned_for_the_first_card_and_two_for_the_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,24 @@ def test_two_arms_that_agree_everywhere_show_no_difference():
     assert row.tested.low < 0 < row.tested.high
 
 
+def test_items_that_all_differ_by_the_same_have_no_interval_and_so_no_claim():
+    """A p alone is no claim: "better" needs an interval without zero too."""
+    grades = [rates([value] * 10, "grade", unit="grade") for value in (4.0, 5.0)]
+    (row,) = compare_arms(of(arm("a", [grades[0]]), arm("b", [grades[1]]))).rows
+    assert row.tested.p < 0.01 and (row.tested.low, row.tested.high) == (None, None)
+    assert row.verdict == "no difference shown" and "no interval, so no claim" in " ".join(row.flags)
+
+
+@pytest.mark.parametrize(("metric", "unit", "low", "high"), [("grade", "grade", 1, 5), ("grade_1_10", "number", 1, 10)])
+def test_open_grades_are_filled_with_the_ends_of_the_scale(metric, unit, low, high):
+    """None of the grades that were given is at an end of its scale."""
+    values = {"a": [3.0, 4.0] * 10, "b": [4.0] * 18 + [None] * 2}
+    comparison = compare_arms(of(*(arm(name, [rates(mine, metric, unit=unit)]) for name, mine in values.items())))
+    (row,), score = comparison.rows, next(score for score in comparison.scores if score.arm == "b")
+    assert (score.lowest, score.highest) == (pytest.approx((72 + 2 * low) / 20), pytest.approx((72 + 2 * high) / 20))
+    assert row.tested.lowest == pytest.approx((72 + 2 * low - 70) / 20) and row.tested.highest == pytest.approx((72 + 2 * high - 70) / 20)
+
+
 def test_few_items_cannot_be_tested():
     (row,) = compare_arms(of(arm("a", [rates([0.0] * 5)]), arm("b", [rates([1.0] * 5)]))).rows
     assert row.verdict == "cannot be tested" and row.p_holm is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from study_files import PROJECT, write_tiny_study
 from tests.generation.conftest import make_run, runs_folder  # noqa: F401
 from tests.test_evaluate_all import loads  # noqa: F401
 
+from recipes_lib.cli import main
 from recipes_lib.errors import ExitCode
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.studies import steps
@@ -97,3 +100,91 @@ def test_what_older_code_answered_and_judged_is_asked_again(trained: Path, monke
     assert (rows_of("generations"), rows_of("judgments")) == before
     kept = RunDirectory("tiny").path / "replaced" / "tiny--r8" / "evals" / "study--mt_bench" / "judgments.jsonl"
     assert all(json.loads(line)["key"] for line in kept.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.fixture
+def two_studies(make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path) -> tuple[Path, Path]:  # noqa: F811
+    """Two studies in one folder, an arm each, with the same base and evals; both arms are trained."""
+    make_run("a--r4", 1, "chat"), make_run("b--r8", 2, "chat")
+    file = write_tiny_study(tmp_path / "study", tiny_model_dir)
+    text = file.read_text(encoding="utf-8")
+    for name, other in (("a", "r8"), ("b", "r4")):
+        file.with_name(f"{name}.yaml").write_text(text.replace(f"  {other}: {other}.yaml\n", ""), encoding="utf-8")
+    return file.with_name("a.yaml"), file.with_name("b.yaml")
+
+
+def not_fresh(study: Path) -> dict[str, str]:
+    return {name: state.why for name, state in build_graph(load_study(study)).survey().items() if not state.fresh}
+
+
+def test_studies_that_share_a_base_leave_each_other_fresh_and_so_does_a_plain_eval_of_the_base(two_studies: tuple[Path, Path]) -> None:
+    first, second = two_studies
+    for study in two_studies:
+        assert run_study(load_study(study), lambda line: None) == ExitCode.DONE
+    assert (not_fresh(first), not_fresh(second)) == ({}, {})
+    base = next(path for path in RunDirectory("x").root.glob("base--*"))
+    written = {file: file.read_text(encoding="utf-8") for file in base.glob("evals/*/result.json")}
+    for name in ("alpaca_eval", "mt_bench", "lm_eval"):
+        assert main(["eval", str(first.with_name(f"{name}.yaml")), base.name, "b--r8", "generation.batch_tokens=512"]) == ExitCode.DONE
+    assert all(file.read_text(encoding="utf-8") != text for file, text in written.items()) and len(written) == 3
+    assert (not_fresh(first), not_fresh(second)) == ({}, {})
+    file = base / "evals" / "study--mt_bench" / "result.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**result, "n": result["n"] - 1}), encoding="utf-8")
+    assert "judgments.study--mt_bench.base" in not_fresh(first)
+
+
+@pytest.mark.slow
+def test_studies_that_share_a_base_can_run_at_the_same_time(two_studies: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "recipes_lib.cli", "study", "run"]
+    running = [
+        subprocess.Popen([*command, str(study)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for study in two_studies
+    ]
+    said = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert [not_fresh(study) for study in two_studies] == [{}, {}]
+    for kind in ("generations", "judgments"):
+        assert {name.split("/")[0][:4] for name in rows_of(kind)} == {"a--r", "b--r", "base"}
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_another_process_makes_is_waited_for_and_not_made_twice(two_studies: tuple[Path, Path]) -> None:
+    first, second = two_studies
+    assert run_study(load_study(first), lambda line: None, only=["train", "check", "answers"]) == ExitCode.DONE
+    before = rows_of("generations")
+    base = next(path for path in RunDirectory("x").root.glob("base--*"))
+    hold = "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.runs.lock import run_lock\n"
+    hold += "with run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    folder = base / "evals" / "study--alpaca_eval"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    command = [sys.executable, "-m", "recipes_lib.cli", "study", "run", str(second), "--only", "train", "check", "answers"]
+    waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert waiting.stdout is not None
+    said = ""
+    while "waiting for it" not in said:
+        line = waiting.stdout.readline()
+        assert line, said
+        said += line
+    assert f"{base.name}/evals/study--alpaca_eval is in use by process {other.pid}" in said
+    other.communicate("")
+    waiting.communicate(timeout=120)
+    assert waiting.returncode == ExitCode.DONE
+    after = rows_of("generations")
+    assert {name: after[name] for name in before} == before and len(after) == 6
+
+
+@pytest.mark.slow
+def test_two_real_trainings_at_the_same_time_record_a_gpu_each(
+    tiny_model_dir: Path,
+    runs_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The machine has none, so that they train on the CPU; what they were given stands in environment.json."""
+    study = write_tiny_study(tmp_path / "study", tiny_model_dir, steps=2)
+    study.write_text(study.read_text(encoding="utf-8") + "accelerate: single_gpu\n", encoding="utf-8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert main(["study", "run", str(study), "--jobs", "2", "--only", "train", "--no-plan"]) == ExitCode.DONE
+    recorded = [read_run(runs_folder / f"tiny--{arm}").environment["variables"]["CUDA_VISIBLE_DEVICES"] for arm in ("r4", "r8")]
+    assert recorded == ["0", "1"]

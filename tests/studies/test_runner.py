@@ -123,6 +123,73 @@ def test_two_at_a_time_write_their_output_to_files(study: Study) -> None:
     }
 
 
+GPUS = """
+import json, os, pathlib, sys, time
+folder = pathlib.Path(os.environ["SEEN"])
+name = next(word for word in sys.argv if word.startswith("run.name=")).partition("=")[2]
+mine = os.environ.get("CUDA_VISIBLE_DEVICES")
+port = sys.argv[sys.argv.index("--main-process-port") + 1] if "--main-process-port" in sys.argv else None
+file = folder / name
+file.write_text("")
+shared = [other.name for other in folder.glob("*.now") if set(other.read_text().split(",")) & set((mine or "").split(","))]
+(folder / f"{name}.now").write_text(mine or "")
+time.sleep(0.5)
+file.write_text(json.dumps([mine, shared, port]))
+(folder / f"{name}.now").unlink()
+"""
+
+
+def gpus_seen(study: Study, folder: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, visible: str | None) -> dict[str, list[Any]]:
+    """Train with stand-ins that note the devices they see and with whom they share one: run -> [devices, shared with, port]."""
+    folder.mkdir()
+    monkeypatch.setenv("SEEN", str(folder))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible is not None else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    monkeypatch.setattr(trainings, "train_command", lambda words: [sys.executable, "-c", GPUS + TRAIN, *words])
+    said: list[str] = []
+    run_study(study, said.append, jobs=jobs, only=["train"])
+    assert len(list(folder.iterdir())) == 4, said
+    return {file.name.removeprefix("tiny--"): json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()}
+
+
+def many_gpus(study: Study, **arms: tuple[str, int]) -> Study:
+    """The study with four trainings, and arms launched on so many processes."""
+    path = study.path
+    text = path.read_text(encoding="utf-8").replace("seeds: [42]", "seeds: [42, 43]")
+    text += "overrides: [train.per_device_train_batch_size=1]\n"
+    for name, (config, gpus) in arms.items():
+        text = text.replace(f"  {name}: {name}.yaml", f"  {name}: {{recipe: {name}.yaml, accelerate: {config}, gpus: {gpus}}}")
+    path.write_text(text, encoding="utf-8")
+    return load_study(path)
+
+
+def test_trainings_at_the_same_time_never_share_a_gpu(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = many_gpus(study, r4=("single_gpu", 1), r8=("ddp", 2))
+    seen = gpus_seen(wide, tmp_path / "seen", monkeypatch, jobs=3, visible="5,GPU-b,7")
+    assert {name: len(devices.split(",")) for name, (devices, _, _) in seen.items()} == {
+        "r4": 1, "r4--seed43": 1, "r8": 2, "r8--seed43": 2,
+    }  # fmt: skip
+    assert all(set(devices.split(",")) <= {"5", "GPU-b", "7"} and shared == [] for devices, shared, _ in seen.values())
+    assert (seen["r4"][0], seen["r4--seed43"][0]) == ("5", "GPU-b")
+    ports = [port for _, _, port in seen.values() if port]
+    assert len(ports) == len(set(ports)) == 2
+
+
+def test_a_launch_that_wants_more_gpus_than_there_are_has_all_of_them_alone(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = many_gpus(study, r4=("single_gpu", 1), r8=("ddp", 4))
+    seen = gpus_seen(wide, tmp_path / "seen", monkeypatch, jobs=4, visible="0,1")
+    assert {seen["r8"][0], seen["r8--seed43"][0]} == {"0,1"} and all(shared == [] for _, shared, _ in seen.values())
+
+
+@pytest.mark.parametrize(("jobs", "visible"), [(1, "0,1"), (2, ""), (2, None)], ids=["one at a time", "no GPU", "not said"])
+def test_trainings_one_at_a_time_and_on_the_cpu_see_what_the_study_sees(
+    jobs: int, visible: str | None, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = gpus_seen(many_gpus(study), tmp_path / "seen", monkeypatch, jobs, visible)
+    assert {devices for devices, _, _ in seen.values()} == {visible}
+
+
 def test_a_run_trained_with_other_inputs_is_moved_away_and_never_lost(study: Study, study_folder: Path) -> None:
     run_study(study, lambda line: None, only=["train"])
     before = (RunDirectory("tiny--r4").path / "adapter" / "adapter_model.safetensors").read_bytes()

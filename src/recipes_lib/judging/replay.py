@@ -142,18 +142,22 @@ def _pair_bounds(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _grade_bounds(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any]:
-    """The mean with every missing or unparsed turn at the lowest, and at the highest score; every turn counts once."""
-    low, high, factor = 1, file.highest, 1 if file.format == "fastchat-single" else 2
-    names = {(record.model, record.item) for record in records}
+    """The published mean with every missing or unparsed turn at the lowest, and at the highest grade; a row that repeats counts again."""
     turns = {record.turn for record in records}
-    scored = {(record.model, record.item, record.turn): record.score for record in records if record.score is not None}
-    total, missing = len(names) * len(turns), len(names) * len(turns) - len(scored)
-    known = sum(scored.values())
-    return {
-        "of": "mean score",
-        "all_lost": factor * (known + missing * low) / total,
-        "all_won": factor * (known + missing * high) / total,
-    }
+    seen: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        seen[record.model, record.item].append(record)
+    bounds = {}
+    for name, grade in (("all_lost", 1), ("all_won", file.highest)):
+        filled = [
+            [grade if record.score is None else record.score for record in rows] + [grade] * len(turns - {record.turn for record in rows})
+            for rows in seen.values()
+        ]
+        if file.format == "fastchat-single":
+            bounds[name] = _mean([score for scores in filled for score in scores])
+        else:  # the original study's mean is over question means, doubled
+            bounds[name] = 2 * sum(sum(scores) / len(scores) for scores in filled) / len(filled)
+    return {"of": "mean score", **bounds}
 
 
 def _alpaca_eval(records: Sequence[Record]) -> dict[str, Any]:

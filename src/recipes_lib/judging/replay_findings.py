@@ -110,8 +110,9 @@ def _without_context(records: Sequence[Record]) -> Finding | None:
 
 
 def _question(shown: str) -> str:
-    """The question in what the judge saw: the text itself, or the part after FastChat's heading."""
-    return shown.split("[Question]\n")[-1].split("[User Question]\n")[-1].strip()
+    """The question in what the judge saw: the text itself, or the part between FastChat's headings."""
+    after = shown.split("[Question]\n")[-1].split("[User Question]\n")[-1]
+    return after.split("\n\n[The Start of")[0].strip()
 
 
 def _missing_turns(records: Sequence[Record]) -> list[Finding]:

@@ -8,9 +8,11 @@ rate that explains its 449 tokens/s under FSDP without peer-to-peer access.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -101,7 +103,38 @@ def cards_here() -> tuple[Card, ...]:
     """Return the GPUs a training may use here, the fastest first as CUDA numbers them: nvidia-smi's, MIG slices in place of the card they
     are cut from, and of these what CUDA_VISIBLE_DEVICES leaves.
     """
-    found: list[tuple[str, str, Card]] = []  # number and identifier, as CUDA_VISIBLE_DEVICES may name them
+    found = _found_here()
+    words = visible_words(os.environ)
+    if words is not None:
+        found = [entry for entry in found if any(entry[0] == word or entry[1].startswith(word) for word in words)]
+    return tuple(sorted((card for _, _, card in found), key=lambda card: -card.tflops))
+
+
+def devices_here() -> list[str]:
+    """Return the words by which CUDA_VISIBLE_DEVICES names each GPU of this process: its own, else the identifiers that nvidia-smi lists,
+    the fastest first.
+    """
+    words = visible_words(os.environ)
+    return [uuid for _, uuid, _ in sorted(_found_here(), key=lambda entry: -entry[2].tflops)] if words is None else words
+
+
+def visible_words(environment: Mapping[str, str]) -> list[str] | None:
+    """Return what CUDA_VISIBLE_DEVICES names, or None where it is not set. CUDA reads it up to the first word that is no device.
+
+    Example:
+        >>> visible_words({"CUDA_VISIBLE_DEVICES": "2, 0,-1,1"}), visible_words({"CUDA_VISIBLE_DEVICES": ""}), visible_words({})
+        (['2', '0'], [], None)
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return None
+    words = [word.strip() for word in visible.split(",")]
+    return list(itertools.takewhile(lambda word: word.isdigit() or word.startswith(("GPU-", "MIG-")), words))
+
+
+def _found_here() -> list[tuple[str, str, Card]]:
+    """Return number, identifier and card of each GPU and MIG slice that nvidia-smi lists."""
+    found: list[tuple[str, str, Card]] = []
     slices = _slices_here()
     for line in _nvidia_smi("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"):
         number, uuid, name, memory = (part.strip() for part in f"{line},,,".split(",")[:4])
@@ -109,11 +142,7 @@ def cards_here() -> tuple[Card, ...]:
             found += [(number, own, recognised(f"{name} MIG {profile}", 0.0)) for profile, own in slices[number]]
         elif memory.replace(".", "").isdigit():
             found.append((number, uuid, recognised(name, float(memory))))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        words = [word.strip() for word in visible.split(",") if word.strip() not in ("", "-1")]
-        found = [entry for entry in found if any(entry[0] == word or entry[1].startswith(word) for word in words)]
-    return tuple(sorted((card for _, _, card in found), key=lambda card: -card.tflops))
+    return found
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ LOST_AFTER_S = 60.0
 LONGEST_WAIT_S = 1200.0
 
 
+class LockHeld(EnvironmentFault):
+    """Another process holds a folder."""
+
+
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process.
@@ -41,7 +45,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     `lock.json` says who holds it: host, process id, start, Slurm job and try, and the number of the last heartbeat.
 
     Raises:
-        EnvironmentFault: another process holds it (the message says which, where and since when), or the folder cannot be made.
+        LockHeld: another process holds it (the message says which, where and since when).
+        EnvironmentFault: the folder cannot be made.
     """
     from filelock import FileLock, Timeout
 
@@ -55,7 +60,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             lock.acquire()
         holder = _Holder(folder / "lock.json")
     except Timeout:
-        raise EnvironmentFault(f"{folder.name} is in use{describe_holder(folder / 'lock.json')}", *_ways_out(folder)) from None
+        raise LockHeld(f"{folder.name} is in use{describe_holder(folder / 'lock.json')}", *_ways_out(folder)) from None
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
@@ -79,6 +84,27 @@ def end_if_taken_over(folder: Path) -> None:
     holder = _held.get(folder.resolve())
     if holder is not None:
         holder.end_if_taken_over()
+
+
+@contextmanager
+def waiting_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` as `run_lock` does, after whoever holds it now: what that one makes is found there and not made twice.
+
+    Raises:
+        EnvironmentFault: the folder cannot be made.
+    """
+    said = False
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(run_lock(folder))
+                break
+            except LockHeld:
+                if not said:
+                    say(f"{'/'.join(folder.parts[-3:])} is in use{describe_holder(folder / 'lock.json')}: waiting for it")
+                said = True
+                time.sleep(0.2)
+        yield
 
 
 def is_held(folder: Path) -> bool:

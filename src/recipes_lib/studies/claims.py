@@ -119,14 +119,14 @@ def verdict_of(row: Row) -> Verdict:
     """Return what the test of a row shows."""
     if row.tested is None or row.reason or row.difference is None:
         return "cannot be tested"
-    if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0 or _holds_zero(row.tested):
+    if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0 or not _excludes_zero(row.tested):
         return "no difference shown"
     return "better" if (row.difference > 0) == row.higher_is_better else "worse"
 
 
-def _holds_zero(tested: Tested) -> bool:
-    """Whether no difference lies inside the interval: a bootstrap and a permutation test may disagree at the edge, and both must agree."""
-    return tested.low is not None and tested.high is not None and tested.low <= 0 <= tested.high
+def _excludes_zero(tested: Tested) -> bool:
+    """Whether there is an interval, and zero outside it: a bootstrap and a permutation test may disagree at the edge; both must agree."""
+    return tested.low is not None and tested.high is not None and not tested.low <= 0 <= tested.high
 
 
 def judge_row(row: Row, findings: Sequence[Finding], causes: Causes) -> Row:

@@ -28,7 +28,7 @@ ALPHA = 0.05
 FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
 DIRECTION_UNKNOWN = "direction unknown, its files do not say whether more or less of it is better"
 HALF = 0.5  # a win rate against the other arm itself that favours nobody
-_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
+_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0), "grade_1_10": (1.0, 10.0)}  # by the last word of a metric, else by its unit
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,22 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def scale_of(unit: str, values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the ends of a metric's scale, which unresolved items are filled with; of a plain number the values seen."""
+def _scale(metric: str, unit: str) -> tuple[float, float] | None:
+    """The ends of a metric's scale; a plain number has none."""
+    return _SCALES.get(metric.rpartition("/")[2]) or _SCALES.get(unit)
+
+
+def filling_of(measure: Measure, values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return what unresolved items are filled with: the ends of the metric's scale, of a plain number those of the values seen."""
     known = values[~np.isnan(values)]
     seen = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-    low, high = _SCALES.get(unit, seen)
+    low, high = _scale(measure.metric, measure.unit) or seen
     return min(low, seen[0]), max(high, seen[1])
 
 
 def largest_difference(row: Row) -> float:
     """Return the largest difference that the metric's scale allows; of a plain number, any."""
-    low, high = _SCALES.get(row.unit, (0.0, math.inf))
+    low, high = _scale(row.metric, row.unit) or (0.0, math.inf)
     return HALF if row.head_to_head else high - low
 
 
@@ -264,7 +269,7 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
     questions = {key[0] for key in my_keys} & {key[0] for key in other_keys}
     keys = [key for key in {**my_keys, **other_keys} if key[0] in questions]
     a, b = _table(mine, keys), _table(other, keys)
-    scale = scale_of(one.unit, np.concatenate([a.ravel(), b.ravel()]))
+    scale = filling_of(one, np.concatenate([a.ravel(), b.ravel()]))
     tested = without_false_certainty(compare(a, b, [key[0] for key in keys], scale=scale)) if keys else None
     both = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))  # the values that the difference is of; `Score` has each arm's own
     values = [_mean(table[:, both]) if keys else _reported(measures) for table, measures in ((a, mine), (b, other))]
@@ -273,6 +278,8 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
     reason = too_few(tested) if tested else _no_items(my_keys, other_keys)
     flags = []
     asked = max(len(my_keys), len(other_keys))
+    if tested and tested.effect and tested.low is None:
+        flags.append("every item differs by the same: no interval, so no claim")
     if keys and len(keys) < asked:
         flags.append(f"{len(keys)} common items of {asked}")
     if unpaired:
@@ -349,13 +356,13 @@ def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score
     keys = list(_keys(measures))
     table = _table(measures, keys)
     open_items = np.isnan(table).any(axis=0) if keys else np.zeros(0, dtype=bool)
-    low, high = scale_of(one.unit, table)
+    low, high = filling_of(one, table)
     interval = _score_interval(table[:, ~open_items], [key[0] for key, left in zip(keys, open_items, strict=True) if not left])
     value = interval.estimate if keys else _reported(measures)
     filled = [float(np.where(np.isnan(table), end, table).mean()) if keys else None for end in (low, high)]
     limits = [None, None] if interval.method == "zero variance" else [interval.low, interval.high]
-    if one.unit in _SCALES:
-        limits = [None if limit is None else min(max(limit, _SCALES[one.unit][0]), _SCALES[one.unit][1]) for limit in limits]
+    if ends := _scale(one.metric, one.unit):
+        limits = [None if limit is None else min(max(limit, ends[0]), ends[1]) for limit in limits]
     return Score(
         arm, one.name, one.label, opponent, one.unit, value, limits[0], limits[1], len(keys) or int(one.reported_n or 0), len(measures),
         int(open_items.sum()), filled[0], filled[1], interval.method if keys else "reported", one.higher_is_better, _files(measures),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,13 @@ FORMAT_VERSION = 1
 CONTENT = "content."  # inputs of this name are hashes; None means that the content cannot be known here, and is not compared
 FOLLOWS = ("is stale", "is not done")  # how a reason ends that is another step's
 State = Literal["fresh", "stale", "missing"]
+# Keys of a recipe that change how fast a step is, and no result.
+ONLY_SPEED = {"batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s", "max_retries", "max_consecutive_failures"}
 # What differs between two writings of one result.
-_VOLATILE = {"written", "command", "git", "libraries", "file", "generated_now"}
+_VOLATILE = {"written", "command", "git", "libraries", "file", "generated_now", "lm_eval_command", *ONLY_SPEED}
+# What a result says of its judge because of the runs that were evaluated beside it: whose pairs the judge was probed with, where else it
+# failed its audit. A base that several studies share is written again by each.
+_OF_COMPANY = {"banners", "banner", "checks", "probes"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,8 @@ def changed_files(records: Mapping[str, Mapping[str, Any]], root: Path) -> list[
 def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
     """Return size, time and hash of a file.
 
-    Lines that were appended to a .jsonl store later, and the time stamps of a result file, are no change.
+    No change are lines that were appended to a .jsonl store later, and in a result file the time stamps and what other runs that were
+    evaluated beside this one add to it.
 
     Args:
         first: for a .jsonl store, how many bytes count; None for all.
@@ -196,7 +202,7 @@ def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
     stat = path.stat()
     result = _read(path) if path.suffix == ".json" and path.name.startswith("result") else None
     if result is not None:
-        digest = result_digest(result)
+        digest = result_digest(result, _VOLATILE | _OF_COMPANY)
     elif path.suffix == ".jsonl":
         with path.open("rb") as stream:
             digest = hashlib.sha256(stream.read(stat.st_size if first is None else first)).hexdigest()
@@ -205,12 +211,12 @@ def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
 
 
-def result_digest(result: Mapping[str, Any]) -> str:
-    """Return a hash of a result file's content without times, versions and the command."""
+def result_digest(result: Mapping[str, Any], without: Set[str] = _VOLATILE) -> str:
+    """Return a hash of a result file's content, by default without times, versions and the command."""
 
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: kept(inner) for key, inner in value.items() if key not in _VOLATILE}
+            return {key: kept(inner) for key, inner in value.items() if key not in without}
         return [kept(inner) for inner in value] if isinstance(value, list | tuple) else value
 
     return digest_of(kept(result))

@@ -131,13 +131,13 @@ def study_lock(study: Study) -> Iterator[None]:
     Raises:
         EnvironmentFault: another process runs it; host, process and time are named.
     """
-    from recipes_lib.runs.lock import describe_holder, run_lock
+    from recipes_lib.runs.lock import LockHeld, describe_holder, run_lock
 
     folder = study_folder(study)
     lock = run_lock(folder)
     try:
         lock.__enter__()
-    except EnvironmentFault:
+    except LockHeld:
         what = f"study '{study.name}' is being run{describe_holder(folder / 'lock.json')}"
         raise EnvironmentFault(what, f"watch it: recipes study status {shown_path(study.path)} --watch") from None
     try:

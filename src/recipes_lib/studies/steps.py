@@ -24,7 +24,7 @@ from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.runs.resume_guard import flatten, guarded_values
 from recipes_lib.studies.arm_runs import base_arm, base_run, run_name, study_folder
-from recipes_lib.studies.graph import CONTENT, Graph, Step, content_of, digest_of
+from recipes_lib.studies.graph import CONTENT, ONLY_SPEED, Graph, Step, content_of, digest_of
 from recipes_lib.studies.measurements import read_object
 from recipes_lib.studies.sections import BASE_ARM
 from recipes_lib.studies.study import Arm, Study
@@ -33,7 +33,6 @@ from recipes_lib.suites.recipe import EvalRecipe
 # Raised by whoever changes what the code of a step computes. Statistics and report take seconds: their source itself is the version.
 VERSIONS = {"train": 1, "check": 1, "answers": 1, "judgments": 1, "comparison": 1, "lm_eval": 1}
 _SOURCES = (".py", ".html", ".jinja", ".j2", ".css", ".js", ".tex", ".md")
-_ONLY_SPEED = {"batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s", "max_retries", "max_consecutive_failures"}
 _JUDGE_FILES = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")  # known by their content, whatever they are called
 
 
@@ -194,7 +193,7 @@ def base_inputs(recipe: Recipe) -> dict[str, Any]:
 
 def answer_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     """Return what a model's answers depend on beside the model."""
-    values = {f"generation.{key}": value for key, value in dataclasses.asdict(recipe.generation).items() if key not in _ONLY_SPEED}
+    values = {f"generation.{key}": value for key, value in dataclasses.asdict(recipe.generation).items() if key not in ONLY_SPEED}
     return {**values, "data.max_questions": recipe.data.max_questions, **_question_files(recipe, "questions")}
 
 
@@ -202,7 +201,7 @@ def judgment_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     """Return what judgments and their summary depend on beside the answers."""
     assert recipe.judge is not None
     judge = recipe.judge.judge
-    values = {f"judge.{key}": value for key, value in dataclasses.asdict(judge).items() if key not in (*_ONLY_SPEED, *_JUDGE_FILES)}
+    values = {f"judge.{key}": value for key, value in dataclasses.asdict(judge).items() if key not in (*ONLY_SPEED, *_JUDGE_FILES)}
     values |= flatten({"thresholds": dataclasses.asdict(recipe.judge.thresholds), "metrics": dataclasses.asdict(recipe.metrics)})
     for key in _JUDGE_FILES:
         name = getattr(judge, key)

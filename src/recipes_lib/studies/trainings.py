@@ -10,16 +10,18 @@ import ctypes
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.planning.cards import devices_here
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.studies.arm_runs import free_name, launch_words, study_folder, train_words
@@ -39,6 +41,7 @@ class _Training:
     started: float
     log: Path | None = None
     stream: IO[bytes] | None = None
+    devices: tuple[str, ...] = ()
 
 
 class Trainings:
@@ -59,6 +62,8 @@ class Trainings:
         self.signals: list[int] = []
         self.running: list[_Training] = []
         self.announced: set[str] = set()
+        # One training at a time has the whole machine. Several share its GPUs out, each as many as its launch starts processes.
+        self.devices = devices_here() if jobs > 1 else []
 
     def run(self, steps: Sequence[Step]) -> None:
         """Train every step's run; failures are in `failed`, and `stopped` is the exit code where somebody asked to stop."""
@@ -67,8 +72,12 @@ class Trainings:
         try:
             while (waiting and self.stopped is None) or self.running:
                 while self.stopped is None and len(self.running) < self.jobs and (step := self._next(waiting)) is not None:
+                    taken = [device for training in self.running for device in training.devices]
+                    devices = free_devices(self.devices, taken, self._wanted(step))
+                    if devices is None:  # the next one to start, so that many small ones do not keep a large one waiting
+                        break
                     waiting.remove(step)
-                    self._start(step, len(steps))
+                    self._start(step, devices)
                 time.sleep(POLL_S)
                 while self.signals:
                     number = self.signals.pop(0)
@@ -94,6 +103,12 @@ class Trainings:
                 self.say(f"{step.run} is being trained{describe_holder(folder / 'lock.json')}: waiting for it")
         return None
 
+    def _wanted(self, step: Step) -> int:
+        """How many GPUs a training takes; a launch for the CPU takes none."""
+        launch = self.study.arm(step.arm).launch
+        on_cpu = launch.config.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return 0 if on_cpu else launch.per_machine
+
     def _stop(self, number: int, frame: object) -> None:
         """Note a signal, which `run` hands on, each once: `recipes train` checkpoints and ends, and a second Ctrl-C ends it at once.
 
@@ -102,8 +117,8 @@ class Trainings:
         self.stopped = int(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
         self.signals.append(number)
 
-    def _start(self, step: Step, total: int) -> None:
-        """Start one training, or take over one that has reached its end."""
+    def _start(self, step: Step, devices: tuple[str, ...]) -> None:
+        """Start one training on these GPUs, or take over one that has reached its end."""
         run = RunDirectory(step.run)
         try:
             self._clear_way(step, run)
@@ -118,16 +133,21 @@ class Trainings:
         arm = self.study.arm(step.arm)
         assert step.seed is not None
         words = [*train_words(self.study, arm, step.seed), *launch_words(arm), *self.flags]
+        if self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1:  # two launchers that start together would both take the usual port
+            words += ["--main-process-port", str(free_port())]
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
         log = study_folder(self.study) / "logs" / f"{step.run}.log" if self.jobs > 1 else None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("ab") if log else None
-        self.say(f"\n$ recipes train {' '.join(words)}" + (f"   # output: {log}" if log else ""))
+        shown = "".join(f"{key}={value} " for key, value in environment.items())
+        self.say(f"\n$ {shown}recipes train {' '.join(words)}" + (f"   # output: {log}" if log else ""))
         options: dict[str, Any] = {"stdout": stream, "stderr": stream} if stream else {}
+        options["env"] = {**os.environ, **environment}
         # In a session of its own, so that a terminal's Ctrl-C reaches it through us alone and not twice.
         tied = functools.partial(_die_with_parent, os.getpid())
         process = subprocess.Popen(train_command(words), preexec_fn=tied, start_new_session=True, **options)
-        self.running.append(_Training(step, process, time.monotonic(), log, stream))
+        self.running.append(_Training(step, process, time.monotonic(), log, stream, devices))
 
     def _clear_way(self, step: Step, run: RunDirectory) -> None:
         """Note what is going to be trained; a run of other settings or other data is moved into the study's folder first.
@@ -196,6 +216,27 @@ class Trainings:
         self.graph.fail(step, error, code)
         self.failed[step.name] = (error, code)
         self.say(f"{step.run}: failed (exit code {code}); the other arms go on")
+
+
+def free_devices(devices: Sequence[str], taken: Collection[str], wanted: int) -> tuple[str, ...] | None:
+    """Return the devices that a training gets, or None while too few are free.
+
+    Where the machine has fewer than it wants it gets all of them, alone, and says itself that they are too few.
+
+    Example:
+        >>> free_devices(["0", "1", "2"], ["1"], 2), free_devices(["0", "1"], ["1"], 2), free_devices([], [], 2)
+        (('0', '2'), None, ())
+    """
+    wanted = min(wanted, len(devices))
+    free = [device for device in devices if device not in taken]
+    return tuple(free[:wanted]) if len(free) >= wanted else None
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def train_command(words: Sequence[str]) -> list[str]:

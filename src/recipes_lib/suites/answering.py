@@ -18,6 +18,7 @@ from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, Target, base_target, distinct, record_base, targets_by_word
 from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.suites.questions import Question, read_answers
 from recipes_lib.suites.recipe import EvalRecipe
 
@@ -188,13 +189,14 @@ def _answer(recipe: EvalRecipe, subject: Subject, questions: Sequence[Question])
     if subject.target.is_base:
         record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
     folder = subject.run.path / "evals" / recipe.name
-    writer = Writer(folder / "generations.jsonl", _engine(recipe, subject), decoding, subject.prompts, subject.name)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for turn in range(1, max(len(question.turns) for question in questions) + 1):
-        asked = [question for question in questions if len(question.turns) >= turn]
-        prompts = [Prompt(question.id, _conversation(question, turn, rows), turn) for question in asked]
-        for question, row in zip(asked, writer.answer(prompts), strict=True):
-            rows[question.id, turn] = row
+    with waiting_lock(folder):
+        writer = Writer(folder / "generations.jsonl", _engine(recipe, subject), decoding, subject.prompts, subject.name)
+        for turn in range(1, max(len(question.turns) for question in questions) + 1):
+            asked = [question for question in questions if len(question.turns) >= turn]
+            prompts = [Prompt(question.id, _conversation(question, turn, rows), turn) for question in asked]
+            for question, row in zip(asked, writer.answer(prompts), strict=True):
+                rows[question.id, turn] = row
     model = subject.target.recipe.model
     return AnswerSet(
         name=subject.name,

@@ -22,6 +22,7 @@ from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
+from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe
@@ -60,7 +61,10 @@ class Harness:
             RecipeError: an unknown task or option.
             EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
         """
-        if (result := _run(self.recipe, subject, _live_model(self.recipe, subject, self._together))) is not None:
+        first = self._together is None or self._together.is_main_process
+        with waiting_lock(subject.run.path / "evals" / self.recipe.name) if first else contextlib.nullcontext():
+            result = _run(self.recipe, subject, _live_model(self.recipe, subject, self._together))
+        if result is not None:
             self._done[str(subject.target.identity)] = result
 
     @property

@@ -12,6 +12,7 @@ from recipes_lib.errors import RecipeError
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.judging.store import JudgmentStore
+from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.suites import alpaca_eval, mt_bench
 from recipes_lib.suites.alpaca_library import is_alpaca_eval
 from recipes_lib.suites.answering import REFERENCE, Answering, AnswerSet, Pairing, check_words
@@ -103,11 +104,13 @@ class JudgedSuite:
         suite: Any = alpaca_eval if self.alpaca else mt_bench
         for answers in pairing.targets:
             opponent = pairing.opponents.get(answers.name)
-            judged[answers.name] = suite.judge_answers(self.recipe, self.chosen.questions, answers, opponent, judge)
-            if opponent is not None and not probes:
-                pairs = suite.pair_items(self.chosen.questions, answers, opponent)
-                store = JudgmentStore(judgments_file(answers.folder(self.recipe.name), opponent.name))
-                probes = ask_probes(pairs, judge, store, self.recipe.metrics.probe_pairs)
+            folder = answers.folder(self.recipe.name)
+            with waiting_lock(folder):
+                judged[answers.name] = suite.judge_answers(self.recipe, self.chosen.questions, answers, opponent, judge)
+                if opponent is not None and not probes:
+                    pairs = suite.pair_items(self.chosen.questions, answers, opponent)
+                    store = JudgmentStore(judgments_file(folder, opponent.name))
+                    probes = ask_probes(pairs, judge, store, self.recipe.metrics.probe_pairs)
         for mine in judged.values():
             mine.probes = probes
         return judged
