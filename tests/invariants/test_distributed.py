@@ -98,22 +98,34 @@ def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", [[], [NF4, "train.bf16=true"]], ids=["lora", "qlora"])
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
-def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(launcher, config: str) -> None:
-    overrides = ["lora.lora_dropout=0.3", "train.max_steps=30", "train.save_steps=10", "train.eval_steps=10"]
-    launcher.train("run.name=whole-" + config, *overrides, config=config)
-    child = launcher.start(launcher.command(f"run.name=broken-{config}", *overrides, config=config))
-    metrics = launcher.run(f"broken-{config}") / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 5)
+def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(
+    launcher, config: str, method: list[str], request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id
+    overrides = [
+        *method,
+        "lora.lora_dropout=0.3",
+        "train.max_steps=30",
+        "train.save_steps=10",
+        "train.eval_steps=10",
+        "train.logging_steps=3",
+    ]
+    launcher.train("run.name=whole-" + name, *overrides, config=config)
+    child = launcher.start(launcher.command(f"run.name=broken-{name}", *overrides, config=config))
+    metrics = launcher.run(f"broken-{name}") / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
     os.kill(worker(child.pid, rank=1), signal.SIGTERM)
     _, said = launcher.wait(child)
-    state = launcher.state(f"broken-{config}")
+    state = launcher.state(f"broken-{name}")
     assert (state["state"], state["exit_code"]) == ("preempted", 75), said[-3000:]
-    saved = sorted(path.name for path in (launcher.run(f"broken-{config}") / "checkpoints").iterdir() if (path / "COMPLETE.json").is_file())
+    saved = sorted(path.name for path in (launcher.run(f"broken-{name}") / "checkpoints").iterdir() if (path / "COMPLETE.json").is_file())
     assert f"checkpoint-{state['step']}" in saved
-    launcher.train(f"run.name=broken-{config}", *overrides, config=config)
-    assert launcher.adapter(f"broken-{config}") == launcher.adapter(f"whole-{config}")
-    assert launcher.series(f"broken-{config}", "loss") == launcher.series(f"whole-{config}", "loss")
+    launcher.train(f"run.name=broken-{name}", *overrides, config=config)
+    assert launcher.adapter(f"broken-{name}") == launcher.adapter(f"whole-{name}")
+    for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy"):
+        assert launcher.series(f"broken-{name}", key) == launcher.series(f"whole-{name}", key)
 
 
 def test_an_error_on_two_ranks_is_printed_once_and_its_code_is_in_run_json(launcher) -> None:

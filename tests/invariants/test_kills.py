@@ -58,6 +58,24 @@ def test_a_kill_loses_at_most_save_steps_and_changes_nothing(launcher, whole: by
     assert launcher.state(name)["state"] == "finished"
 
 
+@pytest.mark.parametrize("moment", ["in a step", "in the optimizer", "before the final save"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_kill_of_qlora_changes_nothing(launcher, dtype: str, moment: str) -> None:
+    """TRL trains the adapters of a 4-bit base in bf16, which loading them does not keep."""
+    nf4 = f"quantization={{load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: {dtype}}}"
+    words = [*OVERRIDES, nf4, f"model.dtype={dtype}", f"train.bf16={str(dtype == 'bfloat16').lower()}"]
+    whole, name = f"qlora-{dtype}", f"qlora-{dtype}-{moment.replace(' ', '-')}"
+    if not launcher.run(whole).exists():
+        launcher.train(f"run.name={whole}", *words)
+    command = [sys.executable, str(Path(__file__).with_name("kill_at.py")), moment, "6", str(launcher.recipe), f"run.name={name}", *words]
+    code, said = launcher.wait(launcher.start(command))
+    assert code == -signal.SIGKILL, said[-3000:]
+    launcher.train(f"run.name={name}", *words)
+    assert launcher.adapter(name) == launcher.adapter(whole)
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert launcher.series(name, key) == launcher.series(whole, key)
+
+
 def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(launcher, whole: bytes) -> None:
     """The moments come from a seed; a run that gets to its end between two kills is begun again under another name."""
     moments, kills, attempt = random.Random(7), 0, 1

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
 
 # Keys of `train` that may change between attempts: they decide what is written, shown or sent, not what is learnt. `eval_steps` is
-# not among them: an evaluation draws from the random state that dropout uses.
+# not among them: an evaluation draws from the random state that dropout uses; nor is `dataloader_persistent_workers`: other loaders do too.
 FREE_KEYS = re.compile(
     r"^(logging_.*|log_.*|report_to|project|run_name|save_.*|push_to_hub|hub_.*|disable_tqdm|dataloader_num_workers|dataloader_prefetch_factor|"
-    r"dataloader_persistent_workers|dataloader_pin_memory|dataset_num_proc|skip_memory_metrics|include_.*|restore_callback_states_from_checkpoint|trackio_.*)$"
+    r"dataloader_pin_memory|dataset_num_proc|skip_memory_metrics|include_.*|restore_callback_states_from_checkpoint|trackio_.*)$"
 )
 
 

@@ -34,9 +34,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+def has_evaluation(lines: list[dict[str, Any]], step: int) -> bool:
+    """Whether lines of metrics.jsonl, or of a Trainer's history, hold the evaluation of a step."""
+    return any(line["step"] == step and "eval_loss" in line for line in lines)
+
+
+def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
+    """Drop the lines after `step`: a resumed run writes them again, and the evaluation of `step` itself where it comes after the save.
+
+    Args:
+        path: the run's metrics.jsonl.
+        step: the checkpoint's.
+        evaluated: whether the checkpoint was saved after the evaluation of its step.
+    """
+    kept = [line for line in read_metrics(path) if line["step"] < step or (line["step"] == step and (evaluated or "eval_loss" not in line))]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -199,7 +199,8 @@ class Session:
             if found is not None:
                 self.changes = check_resume(self.run.name, self.earlier.get("guard", guard), guard, self.options.resume_anyway)
                 checkpoints.check_resumable(found, world_size, self.options.allow_partial_resume)
-            metrics.forget_after(self.run.metrics, int(found.name.split("-")[1]) if found else -1)
+            pending = found is not None and checkpoints.read_marker(found).get("evaluation_pending", False)
+            metrics.forget_after(self.run.metrics, int(found.name.split("-")[1]) if found else -1, evaluated=not pending)
             resumed = self.earlier.get("resumed", [])
             if found is not None:
                 resumed = [*resumed, {"from": found.name, "changed": self.changes, "partial": self.options.allow_partial_resume}]
@@ -243,7 +244,7 @@ class Session:
         accelerator = self.trainer.accelerator
         check_launch(self.asked, active_launch(accelerator.distributed_type, accelerator.num_processes, accelerator.device))
         if self.checkpoint is not None:
-            self.trainer.resume_facts(self.marker)
+            self.trainer.resume_facts(self.marker, exactly=not (self.changes or self.options.allow_partial_resume))
 
     def announce(self) -> None:
         """Say what is about to happen: the batch arithmetic, what is trained, and what is really active."""
@@ -283,8 +284,9 @@ class Session:
         self.seconds = time.monotonic() - started
 
     def _evaluate_the_end(self) -> None:
-        history = self.trainer.state.log_history
-        if not any(line.get("step") == self.trainer.state.global_step and "eval_loss" in line for line in history):
+        from recipes_lib.training.metrics import has_evaluation
+
+        if not has_evaluation(self.trainer.state.log_history, self.trainer.state.global_step):
             self.trainer.evaluate()
 
     @property

@@ -32,24 +32,33 @@ class TokenCounts:
         self._tokens = torch.zeros(1, dtype=torch.long, device=device)
         self._scored = torch.zeros(2, dtype=torch.long, device=device)
 
-    def add(self, tokens: torch.Tensor | int, supervised: torch.Tensor, correct: torch.Tensor) -> None:
+    def add(self, tokens: torch.Tensor | int, supervised: torch.Tensor | int, correct: torch.Tensor | int) -> None:
         """Count one micro-batch of this rank."""
         self._tokens += tokens
-        self._scored += torch.stack([supervised, correct])
+        self._scored[0] += supervised
+        self._scored[1] += correct
 
     def take_tokens(self) -> int:
         """Return the tokens of all ranks since the last call; every rank has to call."""
-        return _sum_and_clear(self._tokens)[0]
+        tokens = _sum(self._tokens)[0]
+        self._tokens.zero_()
+        return tokens
+
+    def scored(self) -> list[int]:
+        """Return the supervised tokens of all ranks, and how many of them were ranked first, since `take_accuracy`; every rank has to
+        call.
+        """
+        return _sum(self._scored)
 
     def take_accuracy(self) -> float | None:
         """Return the share of supervised tokens of all ranks that were ranked first since the last call; every rank has to call."""
-        supervised, correct = _sum_and_clear(self._scored)
+        supervised, correct = self.scored()
+        self._scored.zero_()
         return correct / supervised if supervised else None
 
 
-def _sum_and_clear(counts: torch.Tensor) -> list[int]:
+def _sum(counts: torch.Tensor) -> list[int]:
     total = counts.clone()
-    counts.zero_()
     if dist.is_initialized():
         dist.all_reduce(total)
     return [int(value) for value in total.tolist()]

@@ -2,6 +2,7 @@
 
 What is added, and why:
 - a checkpoint gets its completeness marker last, after every rank has written its part (`checkpoints`);
+- a resumed run has the precision, the unlogged sums and the random state of the run it continues (`resume_facts`);
 - a stop request ends in one agreed checkpoint, also out of an evaluation (`stopping`);
 - a gradient that is not finite stops the run and names its examples, instead of being logged as 0.0;
 - the validation loss is the sum of token losses over the number of tokens, so that it does not depend on batch size or ranks;
@@ -18,7 +19,8 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from recipes_lib.errors import EnvironmentFault, NumericsError
 from recipes_lib.runs.lock import end_if_taken_over
+from recipes_lib.runs.resume_guard import differences
 from recipes_lib.training import checkpoints
+from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.micro_batches import filler, split_batch
 from recipes_lib.training.ranks import agree_on_largest, on_main_rank
 from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
@@ -79,6 +83,8 @@ class RecipeTrainer(SFTTrainer):
         self.data_collator = RowTrackingCollator(self.data_collator)
         self.recent_rows: deque[torch.Tensor] = deque(maxlen=max(self.args.gradient_accumulation_steps, 1))
         self.evaluation_due = False
+        self._unlogged_before: dict[str, Any] | None = None
+        self._saved_precisions: dict[str, int] | None = None
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
         self._counts = {mode: TokenCounts(self.args.device) for mode in ("train", "eval")}
         self._set_up_loss()
@@ -236,10 +242,13 @@ class RecipeTrainer(SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As TRL's; after a resume it first makes up the evaluation that the stop put off.
+        """As TRL's; after a resume it first takes over the sums for the next log, and makes up the evaluation that the stop put off.
 
         This is the first point after the Trainer has restored the random state, so dropout goes on as if never interrupted.
         """
+        if self._unlogged_before is not None:
+            self._give_back_unlogged(self._unlogged_before)
+            self._unlogged_before = None
         if self.evaluation_due:
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics=metrics, trial=None)
@@ -263,10 +272,64 @@ class RecipeTrainer(SFTTrainer):
                 losses.append(super().training_step(model, dict(piece), num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def resume_facts(self, marker: dict[str, Any]) -> None:
-        """Take over from a checkpoint's marker what the Trainer does not restore: tokens seen, and an evaluation put off."""
+    def resume_facts(self, marker: dict[str, Any], exactly: bool) -> None:
+        """Take over from a checkpoint's marker what the Trainer does not restore: tokens seen, sums not yet logged, an evaluation put off.
+
+        Args:
+            marker: the checkpoint's.
+            exactly: whether to refuse weights or optimizer state of another precision than it was saved from; false where the user
+                insisted on another recipe or on a partial resume.
+        """
         self._total_train_tokens = marker.get("tokens", 0)
         self.evaluation_due = marker.get("evaluation_pending", False)
+        self._unlogged_before = marker.get("unlogged")
+        self._saved_precisions = marker.get("precisions") if exactly else None
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with kept_precision(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with kept_precision(self.model):
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, which converts what it loads to the precision it finds; refused unless that is the one it was saved in."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        now = precisions(self.model, self.optimizer)
+        if checkpoint and self._saved_precisions is not None and now != self._saved_precisions:
+            changed = differences(self._saved_precisions, now)
+            table = [f"{what}: {before or 0} tensors when it was saved, {here or 0} now" for what, (before, here) in changed.items()]
+            error = EnvironmentFault(
+                f"{Path(checkpoint).name} would go on in another precision than it was saved in, and end with other weights",
+                *table,
+                "start a new run with run.name=OTHER, or accept another result with --allow-partial-resume",
+            )
+            error.on_every_rank = True  # type: ignore[attr-defined]  # every rank holds the same tensors
+            raise error
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. Persistent workers get a random state of their own: they draw a seed from it when they start, which is at
+        another time in a resumed run, and dropout must not notice. (Rows are shuffled by the sampler, from the recipe's seed.)
+        """
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self.args.dataloader_persistent_workers:
+            loader.base_dataloader.generator = torch.Generator()
+        return loader
+
+    def _take_unlogged(self) -> dict[str, Any]:
+        """What the next log will average over, and the steps since the last one have added; to be called by every rank."""
+        losses = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+        scored = self._counts["train"].scored()
+        return {"since": self._globalstep_last_logged, "loss_by_rank": losses, "scored": scored, "means": dict(self._metrics["train"])}
+
+    def _give_back_unlogged(self, unlogged: dict[str, Any]) -> None:
+        """The reverse of `_take_unlogged`, in the first step after a resume."""
+        self._globalstep_last_logged = unlogged["since"]
+        self._tr_loss += unlogged["loss_by_rank"][self.args.process_index]
+        self._metrics["train"].update(unlogged["means"])
+        if self.args.process_index == 0:  # they are sums over all ranks
+            self._counts["train"].add(0, *unlogged["scored"])
 
     # ---- Checkpoints ----
 
@@ -282,7 +345,9 @@ class RecipeTrainer(SFTTrainer):
         root = Path(self.args.output_dir)
         folder = root / f"checkpoint-{self.state.global_step}"
         self._count_tokens()
-        if folder.is_dir() and checkpoints.what_is_missing(folder) is None:
+        unlogged = self._take_unlogged()
+        if folder.is_dir() and checkpoints.what_is_missing(folder) is None:  # only the evaluation after it was put off since
+            on_main_rank(lambda: self._seal(root, folder, unlogged))
             return
         on_main_rank(lambda: self._check_place(root))
         try:
@@ -295,24 +360,32 @@ class RecipeTrainer(SFTTrainer):
                 "free some space and run the same command again: it resumes from the newest complete checkpoint",
             ) from None
         self.accelerator.wait_for_everyone()
-        on_main_rank(lambda: self._seal(root, folder))
+        on_main_rank(lambda: self._seal(root, folder, unlogged))
 
     def _check_place(self, root: Path) -> None:
         """Rank 0, before a save: the run is still ours, and the disk has room."""
         end_if_taken_over(root.parent)
         checkpoints.check_free_space(root, self._size_of_a_save(root))
 
-    def _seal(self, root: Path, folder: Path) -> None:
+    def _seal(self, root: Path, folder: Path, unlogged: dict[str, Any]) -> None:
         checkpoints.mark_complete(
             folder,
             step=self.state.global_step,
             world_size=self.accelerator.num_processes,
             tokens=int(self._total_train_tokens),
-            evaluation_pending=self.stop_callback.evaluation_pending or self.evaluation_due,
+            evaluation_pending=self.stop_callback.evaluation_pending or self.evaluation_due or self._evaluation_follows(),
+            unlogged=unlogged,
+            precisions=precisions(self.model, self.optimizer),
             **self.marker_facts,
         )
         best = self.state.best_model_checkpoint
         checkpoints.rotate(root, self.keep_checkpoints, Path(best) if best else None)
+
+    def _evaluation_follows(self) -> bool:
+        """Whether the evaluation of this step comes after its save: that of an epoch after its last step, and that of the whole."""
+        last_of_epoch = self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
+        last = self.eval_dataset is not None and self.state.global_step >= self.state.max_steps
+        return (last_of_epoch or last) and not has_evaluation(self.state.log_history, self.state.global_step)
 
     def _size_of_a_save(self, root: Path) -> int:
         """The last save's size, else three times the trained weights (weights and two optimizer moments, in float32)."""
@@ -320,6 +393,26 @@ class RecipeTrainer(SFTTrainer):
         if earlier:
             return checkpoints.folder_size(earlier[-1])
         return 3 * 4 * sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+@contextlib.contextmanager
+def kept_precision(model: torch.nn.Module) -> Iterator[None]:
+    """Give trained weights their precision back after a loading that changes it: PEFT makes every adapter that it loads float32, also
+    those that TRL trains in bfloat16 (of a quantized base).
+    """
+    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
+
+
+def precisions(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
+    """Return how many tensors of each precision are trained, and how many the optimizer keeps, by their name there."""
+    found = Counter(f"weights {parameter.dtype}" for parameter in model.parameters() if parameter.requires_grad)
+    for state in optimizer.state.values():
+        found.update(f"{name} {value.dtype}" for name, value in state.items() if isinstance(value, torch.Tensor))
+    return {name.replace("torch.", ""): number for name, number in sorted(found.items())}
 
 
 def _random_state() -> tuple[Any, ...]:
