@@ -231,6 +231,31 @@ def test_all_errors_of_a_file_come_at_once_in_the_order_of_lines(write, capsys):
     )
 
 
+def test_a_duplicate_key_is_reported_with_everything_else_in_the_order_of_lines(write, capsys):
+    path = write(GOOD + "train:\n  learning_rte: 1\n  seed: 1\n  seed: 2\n  max_length: 0\n  ? [a]\n  : 1\n")
+    for argv in (["check", str(path)], ["show", str(path)], ["plan", str(path)]):
+        said = refused(capsys, "r.yaml:6: ", ["unknown key 'train.learning_rte'"], *argv)
+        assert [line.split(": ")[0] for line in said.splitlines() if line.startswith("r.yaml")] == [f"r.yaml:{n}" for n in (6, 8, 9, 10)]
+        assert "duplicate key 'train.seed': lines 7 and 8" in said
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000, "-" + "9" * 30, "0x_", "9" * 400], ids=len)
+def test_a_number_that_no_computer_word_holds_is_one_error(number, write_with, capsys):
+    said = refused(capsys, "r.yaml:8: train.max_length: ", ["64 bits"], "check", str(write_with("train", f"max_length: {number}")))
+    assert len(said) < 200
+    refused(capsys, "command line: train.seed: ", ["64 bits"], "show", str(write_with("train", "optim: adafactor")), f"train.seed={number}")
+
+
+@pytest.mark.parametrize("verb", ["check", "show", "plan", "data", "train", "migrate"])
+def test_a_pipe_or_a_device_is_refused_at_once(verb, tmp_path, capsys):
+    """Reading one may never end."""
+    import os
+
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (str(tmp_path / "pipe.yaml"), "/dev/zero"):
+        refused(capsys, f"{path}: is a pipe or a device", [], verb, path, *(["--output", "o.yaml"] if verb == "migrate" else []))
+
+
 def test_a_plain_no_where_the_choice_is_called_no_is_told_to_be_quoted(write_with, capsys):
     path = write_with("train", "eval_strategy: no")
     assert main(["check", str(path)]) == 2

@@ -99,7 +99,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     from recipes_lib.recipe.validation import validate
 
-    document = load_document(recipe_path(path), overrides)
+    document = load_document(recipe_path(path), overrides, keep_going=True)
     errors = validate(document, expected="recipe")
     if errors:
         raise RecipeErrors(errors)

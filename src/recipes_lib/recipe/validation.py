@@ -53,7 +53,9 @@ def validate(document: Document, expected: str | None = None) -> list[RecipeErro
     for path, translated in check_combinations(document):
         if not any(known[: len(path)] == path for known in found):
             found[path] = translated
-    return list(found.values())
+    unread = [problem.what for problem in document.problems]  # a value that could not be read: its stand-in says nothing
+    errors = (error for path, error in found.items() if not any(what.startswith(f"{_dotted(path)}: ") for what in unread))
+    return [*document.problems, *errors]
 
 
 def check_recipe(document: Document, full: bool = False) -> list[RecipeError]:
