@@ -63,6 +63,10 @@ def without_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
+def deep_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+
+
 def nothing(folder: Path) -> None:
     """The fault is in the recipe."""
 
@@ -81,6 +85,9 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
     "64 GGUF weights alone": (gguf_only, [], 2, ["weights.gguf", "GGUF"]),
     "64 a folder without a model": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), [], 2, ["config.json"]),
     "64 a model without a tokenizer": (without_tokenizer, [], 2, ["tokenizer"]),
+    "64 a config.json nested too deeply": (deep_config, [], 2, ["config.json"]),
+    "15 a rank beyond the model's widths": (nothing, ["lora.r=1000000000"], 2, ["lora.r 1,000,000,000", "(512)"]),
+    "16 targets that are all excluded": (nothing, ["lora.exclude_modules=[q_proj,v_proj]"], 2, ["PEFT cannot put this adapter on"]),
     "64 already quantized": (already_quantized, [], 2, ["gptq"]),
     "65 pickled weights": (pickle_weights, [], 2, ["pytorch_model.bin", "safetensors"]),
     "65 remote code without leave": (remote_code, ["model.trust_remote_code=true"], 2, ["--trust-remote-code"]),
@@ -102,6 +109,31 @@ def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("damage", "verb"),
+    [
+        (without_tokenizer, ["check", "--full"]),
+        (without_tokenizer, ["data"]),
+        (deep_config, ["check", "--full"]),
+        (deep_config, ["data"]),
+        (deep_config, ["plan"]),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_one_line_of_every_verb(
+    damage: Callable[[Path], None],
+    verb: list[str],
+    tiny_recipe: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    damage(folder)
+    tiny_recipe.write_text(tiny_recipe.read_text().replace(str(tiny_model_dir), str(folder)))
+    assert recipes([*verb, str(tiny_recipe)]) == 2
+    assert "tiny.yaml:2: " in (said := capsys.readouterr().err) and "internal error" not in said, said
 
 
 TASK = {"instruction": "Say hello to everybody here.", "context": "", "response": "Hello everybody!"}

@@ -99,6 +99,17 @@ class Interrupted(RecipesError):
     exit_code = ExitCode.INTERRUPTED
 
 
+def one_line(error: BaseException) -> str:
+    """Return another library's error on one line of at most 300 characters; its type where it says nothing.
+
+    Example:
+        >>> one_line(ValueError("a must match b, but found\\n- a: 1\\n- b: 2")), one_line(KeyError())
+        ('a must match b, but found - a: 1 - b: 2', 'KeyError')
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def print_error(error: BaseException, stream: TextIO | None = None) -> None:
     """Print an error for the user: its message on stderr, no traceback, no terminal control characters."""
     from recipes_lib.terminal import printable

@@ -21,6 +21,7 @@ BAD_LINES = [
     (3, "train", "group_by_length: true", 8, ["train.train_sampling_strategy"]),
     (4, "train", "seed: 2", 9, ["duplicate key 'train.seed'", "lines 8 and 9"]),
     (6, "train", "learning_rate: fast", 8, ["train.learning_rate must be a number", "'fast'"]),
+    (6, "train", "learning_rate: '1e-4'", 8, ["must be a number", "remove the quotes: 1e-4"]),
     (7, "train", "learning_rate: [1, 2]", 8, ["must be a number", "[1, 2]"]),
     (8, "train", "learning_rate:", 8, ["must be a number", "null"]),
     (9, "train", "learning_rate: .nan", 8, ["must be a number > 0", ".nan"]),
@@ -40,6 +41,7 @@ BAD_LINES = [
     (14, "train", "gradient_accumulation_steps: 0", 8, [">= 1"]),
     (14, "run", "global_batch_size: 0", 10, [">= 1"]),
     (15, "lora", "lora_alpha: 8.5", 6, ["lora.lora_alpha must be a whole number >= 1", "8.5"]),
+    (16, "lora", "target_modules: []", 6, ["lora.target_modules is empty", "all-linear"]),
     (16, "lora", "target_modules: q_proj", 6, ["lora.target_modules must be a list", "write [q_proj]"]),
     (17, "train", "lr_scheduler_type: cosin", 8, ["did you mean cosine?"]),
     (17, "train", "optim: adamw_torchh", 8, ["did you mean adamw_torch?", "recipes explain train.optim"]),
@@ -47,6 +49,7 @@ BAD_LINES = [
     (18, "train", "truncation_mode: keep_middle", 8, ["keep_end, keep_start"]),
     (19, "train", "report_to: wnadb", 8, ["did you mean wandb?"]),
     (19, "train", "report_to: null", 8, ["none", "tensorboard", "got null"]),
+    (19, "train", "load_best_model_at_end: true", 8, ["eval_strategy is no, save_strategy steps", "save_strategy: best"]),
     (20, "model", "dtype: bf16", 2, ["use bfloat16"]),
     (22, "model", "kwargs: {torch_dtype: bfloat16}", 2, ["model.kwargs.torch_dtype", "write model.dtype"]),
     (22, "model", "kwargs: {device_map: auto}", 2, ["model.kwargs.device_map", "launcher"]),
@@ -81,6 +84,16 @@ BAD_FILES = [
     (23, GOOD + "lora: {r: 8}\nquantization:\n  load_in_4bit: true\n  load_in_8bit: true\n", 8, ["load_in_4bit", "both true"]),
     (37, GOOD.replace("rows.jsonl", "[]"), 4, ["data.source must be text or a list that is not empty"]),
     (23, GOOD.replace("b\ndata", "b\n  dtype: bfloat16\ndata") + HALF, 3, ["model.dtype bfloat16", "train.fp16", "dtype: float16"]),
+    (
+        19,
+        GOOD + "train: {eval_strategy: steps, eval_steps: 30, save_steps: 100, load_best_model_at_end: true}\n",
+        5,
+        ["save_steps 100 is not a multiple of train.eval_steps 30", "90 or 120"],
+    ),
+    (60, GOOD + "run: {global_batch_size: 10}\n", 5, ["10 / (8 per device x 1 processes = 8)", "8 or 16"]),
+    (60, GOOD + "run: {global_batch_size: 8}\nlaunch: {accelerate: ddp, gpus: 3}\n", 5, ["8 per device x 3 processes"]),
+    (63, GOOD.replace("a/b", "./models/nowhere"), 2, ["no such folder: ./models/nowhere"]),
+    (64, GOOD.replace("a/b", "weights.gguf"), 2, ["GGUF"]),
     (25, "train:\n\tseed: 1\n", 2, ["a tab cannot indent", "^"]),
     (25, "train:\n   seed: 1\n  bf16: true\n", 3, ["indentation", "^"]),
     (25, 'run:\n  notes: "open\n', 2, ["never closed", "^"]),
@@ -229,6 +242,31 @@ def test_all_errors_of_a_file_come_at_once_in_the_order_of_lines(write, capsys):
     assert [line for line in said.splitlines() if line.startswith("r.yaml")] == sorted(
         line for line in said.splitlines() if "r.yaml:" in line
     )
+
+
+def test_a_duplicate_key_is_reported_with_everything_else_in_the_order_of_lines(write, capsys):
+    path = write(GOOD + "train:\n  learning_rte: 1\n  seed: 1\n  seed: 2\n  max_length: 0\n  ? [a]\n  : 1\n")
+    for argv in (["check", str(path)], ["show", str(path)], ["plan", str(path)]):
+        said = refused(capsys, "r.yaml:6: ", ["unknown key 'train.learning_rte'"], *argv)
+        assert [line.split(": ")[0] for line in said.splitlines() if line.startswith("r.yaml")] == [f"r.yaml:{n}" for n in (6, 8, 9, 10)]
+        assert "duplicate key 'train.seed': lines 7 and 8" in said
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000, "-" + "9" * 30, "0x_", "9" * 400], ids=len)
+def test_a_number_that_no_computer_word_holds_is_one_error(number, write_with, capsys):
+    said = refused(capsys, "r.yaml:8: train.max_length: ", ["64 bits"], "check", str(write_with("train", f"max_length: {number}")))
+    assert len(said) < 200
+    refused(capsys, "command line: train.seed: ", ["64 bits"], "show", str(write_with("train", "optim: adafactor")), f"train.seed={number}")
+
+
+@pytest.mark.parametrize("verb", ["check", "show", "plan", "data", "train", "migrate"])
+def test_a_pipe_or_a_device_is_refused_at_once(verb, tmp_path, capsys):
+    """Reading one may never end."""
+    import os
+
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (str(tmp_path / "pipe.yaml"), "/dev/zero"):
+        refused(capsys, f"{path}: is a pipe or a device", [], verb, path, *(["--output", "o.yaml"] if verb == "migrate" else []))
 
 
 def test_a_plain_no_where_the_choice_is_called_no_is_told_to_be_quoted(write_with, capsys):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.kinds import KINDS, kind_of
+from recipes_lib.recipe.kinds import FOREIGN, KINDS, kind_of
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from recipes_lib.recipe.kinds import KINDS, kind_of
         ({"distributed_type": "NO"}, "", "ddp.yaml", "accelerate"),
         ({"model_name_or_path": "a"}, "", "old.yaml", "flat"),
         ({"model": {}, "learning_rate": 1}, "", "r.yaml", "recipe"),
+        ({"model": {}, "data": {}, "training": {"seed": 1}}, "", "r.yaml", "recipe"),
+        ({"lora": {}, "base_model": "m"}, "", "r.yaml", "recipe"),
     ],
 )
 def test_a_file_tells_its_kind_by_schema_line_or_keys(values, text, file, kind):
@@ -28,6 +30,6 @@ def test_an_unknown_schema_is_an_error_even_when_the_keys_are_known():
 
 
 def test_every_kind_has_a_check_and_says_what_it_is_for():
-    for kind in KINDS:
+    for kind in (*KINDS, *FOREIGN):
         assert callable(kind.checker())
         assert kind.use

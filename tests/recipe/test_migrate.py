@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
+from recipes_lib.cli import main
 from recipes_lib.commands import migrate as command
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.migration_rules import LORA_DEFAULTS, MOVES, mixture_sources
+from recipes_lib.recipe.migration_rules import LORA_DEFAULTS, MOVES, OTHER_LOSSES, OTHER_TRAINERS, mixture_sources
+from recipes_lib.recipe.vocabulary import subschema
 
 FLAT = Path(__file__).parent / "flat_configs"
 STYLES = sorted(path.stem for path in FLAT.glob("*.yaml"))
@@ -201,7 +204,12 @@ def test_aliases_and_flow_style_are_read(migrated):
     ("text", "words"),
     [
         ("model: {name_or_path: m}\ndata: {source: a/b}\n", "is a recipe already"),
-        ("model_name_or_path: m\ndataset_name: a/b\nbeta: 0.1\n", "preference tuning"),
+        ("model_name_or_path: m\ndataset_name: a/b\nbeta: 0.1\n", "flat.yaml:3: 'beta' belongs to preference tuning"),
+        ("model_name_or_path: m\ndataset_name: a/b\nloss_type: ipo\n", "flat.yaml:3: 'loss_type' belongs to preference tuning"),
+        ("model_name_or_path: m\ndataset_name: a/b\nloss_type: [sigmoid, sft]\n", "flat.yaml:3: 'loss_type' belongs"),
+        ("model_name_or_path: m\ndataset_name: a/b\nnum_generations: 4\n", "flat.yaml:3: 'num_generations' belongs"),
+        ("model_name_or_path: m\ndataset_name: a/b\noutput_dir: data/zephyr-7b-dpo-full\n", "flat.yaml:3: 'output_dir' says dpo"),
+        ("model_name_or_path: m\ndataset_name: a/b\nhub_model_id: Qwen-Reward\n", "flat.yaml:3: 'hub_model_id' says Reward"),
         ("dataset_name: a/b\nlearning_rate: 1e-5\n", "no model_name_or_path"),
         ("model_name_or_path: m\n", "names no data"),
         ("", "holds no keys"),
@@ -247,3 +255,37 @@ def test_what_model_init_kwargs_say_about_precision_and_attention_moves_to_the_m
     assert "from model_init_kwargs.torch_dtype" in printed
     values, _, _ = migrated(flat.replace("model_init_kwargs", "dtype: float32\nmodel_init_kwargs").replace(", use_cache: false", ""))
     assert values["model"] == {"name_or_path": "a/b", "dtype": "float32", "attn_implementation": "sdpa"}
+
+
+FOREIGN_FILES = {
+    "axolotl": "base_model: org/m\ndatasets:\n  - {path: org/d, type: alpaca}\nadapter: lora\nlora_r: 8\nmicro_batch_size: 2\n",
+    "LLaMA-Factory": "model_name_or_path: org/m\nstage: sft\nfinetuning_type: lora\nlora_rank: 8\ndataset_name: org/d\ncutoff_len: 9\n",
+    "oumi": "model: {model_name: org/m}\ndata: {train: {datasets: [{dataset_name: d}]}}\ntraining: {trainer_type: TRL_SFT}\n",
+    "torchtune": "output_dir: x\nmodel:\n  _component_: torchtune.models.llama3.lora_llama3_8b\n  lora_rank: 8\nbatch_size: 2\n",
+}
+
+
+@pytest.mark.parametrize("program", FOREIGN_FILES)
+def test_a_file_of_another_program_is_named_and_its_way_here_shown(program, tmp_path, capsys):
+    """By every verb that is given it, and with the same words."""
+    source = tmp_path / "theirs.yaml"
+    source.write_text(FOREIGN_FILES[program], encoding="utf-8")
+    for argv in (["check", str(source)], ["show", str(source)], ["migrate", str(source), "--output", str(tmp_path / "out.yaml")]):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert f"{program} config, not a" in said and "recipes new NAME" in said and "recipes migrate" not in said, said
+    assert not (tmp_path / "out.yaml").exists()
+
+
+def test_keys_of_trls_other_trainers_are_known():
+    """A flat file with one of them must not become supervised fine-tuning."""
+    import trl
+
+    both = {"chat_template_kwargs"}  # TRL's SFT reads it from the rows
+    names = [name for name in dir(trl) if name.endswith("Config") and name not in ("SFTConfig", "ModelConfig", "DatasetMixtureConfig")]
+    sft = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+    for name in names:
+        own = {field.name for field in dataclasses.fields(getattr(trl, name))} - sft - both
+        assert own and own <= OTHER_TRAINERS, (name, sorted(own - OTHER_TRAINERS))
+    assert not OTHER_TRAINERS & sft
+    assert not OTHER_LOSSES & set(subschema("train", "loss_type")["enum"])

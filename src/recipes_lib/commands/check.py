@@ -35,14 +35,16 @@ def run(args: argparse.Namespace) -> int:
     remarks: list[RecipeError] = []
     broken = 0
     for file in files:
+        found: list[RecipeError] = []
         try:
-            document = load_document(file)
-            found = document.kind.checker()(document, args.full)
+            document = load_document(file, keep_going=True)
+            found += document.problems
+            found += document.kind.checker()(document, args.full and not found)
             remarks += document.warnings
         except RecipeErrors as several:
-            found = list(several.errors)
+            found += several.errors
         except RecipeError as error:
-            found = [error]
+            found.append(error)
         broken += bool(found)
         errors |= {str(error): error for error in found}
     _print_remarks(remarks)

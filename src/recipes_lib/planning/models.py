@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.planning.known_models import known_shapes
 from recipes_lib.planning.shapes import ModelShape, shape_of_config
+from recipes_lib.recipe.model_files import local_folder, read_json
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.suggestions import did_you_mean
 
@@ -49,7 +49,7 @@ def named_shape(name: str) -> ModelShape | None:
     known = known_shapes().get(name)
     if known is not None:
         return known
-    config = _read(Path(name) / "config.json") if Path(name).is_dir() else None
+    config = read_json(Path(name) / "config.json") if Path(name).is_dir() else None
     try:
         return shape_of_config(config, name) if config else None
     except RecipeError:
@@ -58,12 +58,10 @@ def named_shape(name: str) -> ModelShape | None:
 
 def _local_config(recipe: Recipe) -> dict[str, Any] | None:
     """Return the config.json of the model's folder on this machine, if it is here."""
-    from recipes_lib.recipe.model_files import local_folder
-
     folder = local_folder(recipe)
     if folder is None:
         return None
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
         raise recipe.error(
             KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer"
@@ -81,16 +79,8 @@ def _hub_config(recipe: Recipe) -> dict[str, Any] | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        return _read(Path(hf_hub_download(name, "config.json", revision=recipe.model.revision)))
+        return read_json(Path(hf_hub_download(name, "config.json", revision=recipe.model.revision)))
     except Exception as error:  # gated, no such model, no such revision: each has its own message
         origin = recipe.origin_of(KEY)
         what = f"no plan: the Hub gives no config.json of '{name}': {str(error).strip().splitlines()[0]}"
         raise EnvironmentFault(what, *did_you_mean(name, known_shapes()), file=origin.file, line=origin.line) from None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

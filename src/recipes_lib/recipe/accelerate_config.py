@@ -16,31 +16,29 @@ from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.yaml_source import no_such_file
 
 DISTRIBUTED_TYPES = ("NO", "MULTI_GPU", "FSDP")
-MIXED_PRECISIONS = ("no", "bf16", "fp16", "fp8")
-# Keys that `accelerate launch` reads from a config file (accelerate/commands/config/config_args.py).
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
+# Every key that `accelerate config` writes (accelerate.commands.config.config_args.ClusterConfig) stands in one of these three.
 _KEYS = {
-    *(
-        "compute_environment",
-        "debug",
-        "distributed_type",
-        "downcast_bf16",
-        "dynamo_config",
-        "enable_cpu_affinity",
-        "fsdp_config",
-        "gpu_ids",
-    ),
+    *("compute_environment", "debug", "distributed_type", "dynamo_config", "enable_cpu_affinity", "fsdp_config", "gpu_ids"),
     *("machine_rank", "main_process_ip", "main_process_port", "main_training_function", "mixed_precision", "num_machines", "num_processes"),
     *("rdzv_backend", "same_network", "use_cpu"),
 }
+# Read for TPUs only, which no distributed_type here means; `accelerate config` writes some of them into every file.
+_WITHOUT_EFFECT = {
+    *("tpu_name", "tpu_zone", "tpu_use_cluster", "tpu_use_sudo", "tpu_vm", "tpu_env", "command_file", "commands", "downcast_bf16"),
+}
+_REFUSED = {
+    "deepspeed_config": "DeepSpeed is not supported; use distributed_type: FSDP (accelerate_configs/fsdp.yaml)",
+    "megatron_lm_config": "Megatron is not supported; use distributed_type: FSDP (accelerate_configs/fsdp.yaml)",
+    "parallelism_config": "only data parallelism and FSDP2 are supported; remove it",
+    "fp8_config": "training in fp8 is not supported; remove it",
+    "mpirun_config": "processes on CPUs are started without MPI: MULTI_GPU with use_cpu: true (accelerate_configs/ddp_cpu.yaml)",
+}
 _FSDP_KEYS = {
     *("fsdp_version", "fsdp_auto_wrap_policy", "fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params", "fsdp_reshard_after_forward"),
-    *(
-        "fsdp_offload_params",
-        "fsdp_cpu_ram_efficient_loading",
-        "fsdp_state_dict_type",
-        "fsdp_activation_checkpointing",
-        "fsdp_backward_prefetch",
-    ),
+    *("fsdp_offload_params", "fsdp_cpu_ram_efficient_loading", "fsdp_state_dict_type", "fsdp_activation_checkpointing"),
+    # of FSDP1, without effect under FSDP2
+    *("fsdp_backward_prefetch", "fsdp_forward_prefetch", "fsdp_use_orig_params", "fsdp_sync_module_states", "fsdp_sharding_strategy"),
 }
 
 
@@ -65,7 +63,7 @@ def accelerate_config_path(name_or_path: str | Path) -> Path:
         RecipeError: there is no such file; the message lists what exists.
     """
     given = Path(name_or_path)
-    if given.suffix in (".yaml", ".yml"):
+    if given.suffix in (".yaml", ".yml", ".json"):
         if not given.is_file():
             raise no_such_file(given, str(name_or_path))
         return given
@@ -115,8 +113,9 @@ def check_accelerate_config(document: Document, full: bool = False) -> list[Reci
     """Return what is wrong with an accelerate config, all at once."""
     del full  # nothing to add: the model's layer names are checked with the recipe
     values = document.values
-    unknown = [key for key in values if key not in _KEYS]
-    errors = [document.error((key,), f"unknown key '{key}' in an accelerate config", *did_you_mean(key, _KEYS)) for key in unknown]
+    errors = [document.error((key,), f"{key} cannot be used here", why) for key, why in _REFUSED.items() if values.get(key)]
+    unknown = [key for key in values if key not in _KEYS | _WITHOUT_EFFECT | _REFUSED.keys()]
+    errors += [document.error((key,), f"unknown key '{key}' in an accelerate config", *did_you_mean(key, _KEYS)) for key in unknown]
     fsdp = values.get("fsdp_config") or {}
     if not isinstance(fsdp, dict):
         return [*errors, document.error(("fsdp_config",), "fsdp_config must be a mapping")]
@@ -145,12 +144,17 @@ def _check_values(document: Document, values: dict[str, Any], fsdp: dict[str, An
     precision = values.get("mixed_precision", "no")
     if precision is False:
         errors.append(document.error(("mixed_precision",), "mixed_precision no is read as false; quote it: 'no'"))
+    elif precision == "fp8":
+        what = "mixed_precision fp8 is not supported: the training would compute in the recipe's precision"
+        errors.append(
+            document.error(("mixed_precision",), what, "write mixed_precision: 'no'; the recipe decides (train.bf16, train.fp16)")
+        )
     elif precision not in MIXED_PRECISIONS:
         errors.append(document.error(("mixed_precision",), f"mixed_precision '{precision}' is none of {', '.join(MIXED_PRECISIONS)}"))
-    for key in ("num_processes", "num_machines"):
-        number = values.get(key, 1)
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            errors.append(document.error((key,), f"{key} must be a whole number >= 1, got {number!r}"))
+    for key, least in (("num_processes", 1), ("num_machines", 1), ("main_process_port", 0)):
+        number = values.get(key, least)
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            errors.append(document.error((key,), f"{key} must be a whole number >= {least}, got {number!r}"))
     if not isinstance(values.get("use_cpu", False), bool):
         errors.append(document.error(("use_cpu",), "use_cpu must be true or false"))
     if kind == "FSDP" and fsdp.get("fsdp_version") != 2:

@@ -8,8 +8,11 @@ from typing import Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.accelerate_config import accelerate_config_path, load_accelerate_config
+from recipes_lib.recipe.batch import solve_batch
 from recipes_lib.recipe.constraints import NOT_IN_MODEL_KWARGS
+from recipes_lib.recipe.launch import plan_launch
 from recipes_lib.recipe.loader import Document
+from recipes_lib.recipe.model_files import no_model_at
 from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.yaml_source import KeyPath
 
@@ -81,6 +84,8 @@ def _target_modules(sections: dict[str, Any], _: Document) -> Iterator[Any]:
     path = ("lora", "target_modules")
     if isinstance(targets, str) and targets != "all-linear" and _PLAIN_NAME.match(targets):
         yield path, f"lora.target_modules must be a list of names, got {targets!r}", f"write [{targets}]"
+    if targets in ([], ""):
+        yield path, "lora.target_modules is empty: no layer would be trained", "write all-linear or a list such as [q_proj, v_proj]"
     names = targets if isinstance(targets, list) else [targets]
     if "lm_head" in names:
         yield path, "lora.target_modules holds lm_head: TRL's loss cannot run through an adapter on the output layer", "remove lm_head"
@@ -97,6 +102,23 @@ def _evaluation(sections: dict[str, Any], document: Document) -> Iterator[Any]:
         held_out = split.get("validation", 0.1) + split.get("test", 0.0)
         if held_out >= 1:
             yield ("data", "split"), f"data.split leaves no training rows: validation + test = {held_out:g}", "make the sum smaller than 1"
+
+
+def _best_model(sections: dict[str, Any], document: Document) -> Iterator[Any]:
+    """The best model is chosen among checkpoints, so each validation needs one."""
+    train = sections.get("train", {})
+    validated, saved = train.get("eval_strategy", "no"), train.get("save_strategy", "steps")
+    if train.get("load_best_model_at_end") is not True or saved == "best" or document.kind.name != "recipe":
+        return
+    path = ("train", "load_best_model_at_end")
+    if validated != saved:
+        what = f"train.load_best_model_at_end needs a checkpoint at every validation: eval_strategy is {validated}, save_strategy {saved}"
+        yield path, what, "set both to steps or both to epoch, or save_strategy: best"
+    every, between = train.get("eval_steps"), train.get("save_steps", 500)
+    if validated == saved == "steps" and type(every) is int and type(between) is int and every > 0 and between % every:
+        what = f"train.load_best_model_at_end: train.save_steps {between} is not a multiple of train.eval_steps {every}"
+        near = [str(steps) for steps in (between // every * every, (between // every + 1) * every) if steps]
+        yield path, what, f"set train.save_steps to {' or '.join(near)}"
 
 
 def _attention(sections: dict[str, Any], _: Document) -> Iterator[Any]:
@@ -129,7 +151,41 @@ def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
         yield ("launch", "accelerate"), error.what, *error.hints
 
 
-_RULES: tuple[_Rule, ...] = (_precision, _quantization, _half_precisions, _target_modules, _evaluation, _attention, _model_kwargs, _launch)
+def check_here(document: Document) -> Iterator[RecipeError]:
+    """Yield what is wrong with a recipe on this machine as it stands: a model folder that is not here, a batch its launch cannot make.
+
+    Only `recipes check` asks: a launch from the command line may have other processes, and a recipe may be read on another machine.
+    """
+    sections = {name: value if isinstance(value, dict) else {} for name, value in document.values.items()}
+    name, path = sections.get("model", {}).get("name_or_path"), ("model", "name_or_path")
+    if isinstance(name, str) and (wrong := no_model_at(name)):
+        yield document.error(path, *wrong)
+    train, run, launch = sections.get("train", {}), sections.get("run", {}), sections.get("launch", {})
+    total, per_device = run.get("global_batch_size"), train.get("per_device_train_batch_size", 8)
+    numbers = (total, per_device, launch.get("gpus") or 1, launch.get("nodes", 1))
+    if document.kind.name != "recipe" or not all(type(number) is int and number > 0 for number in numbers):
+        return
+    try:
+        world_size = plan_launch(LaunchSection(**launch)).world_size
+    except (RecipeError, TypeError):
+        return  # the launch section is refused itself
+    try:
+        solve_batch(total, per_device, world_size)
+    except RecipeError as error:
+        yield document.error(("run", "global_batch_size"), error.what, *error.hints)
+
+
+_RULES: tuple[_Rule, ...] = (
+    _precision,
+    _quantization,
+    _half_precisions,
+    _target_modules,
+    _evaluation,
+    _best_model,
+    _attention,
+    _model_kwargs,
+    _launch,
+)
 
 
 def _warnings(sections: dict[str, Any]) -> Iterator[Any]:

@@ -96,11 +96,55 @@ KINDS = (
         "flat",
         "a flat TRL config, not a recipe",
         "model_name_or_path dataset_name dataset_mixer dataset_mixture output_dir learning_rate per_device_train_batch_size "
-        "num_train_epochs use_peft lora_r load_in_4bit max_seq_length max_length torch_dtype do_train stage finetuning_type",
+        "num_train_epochs use_peft lora_r load_in_4bit max_seq_length max_length torch_dtype do_train",
         "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml",
         "recipes_lib.recipe.validation:check_flat",
     ),
 )
+
+
+def _foreign(name: str, title: str, keys: str, renamed: str) -> Kind:
+    use = f"nothing here reads it; start a recipe (recipes new NAME --from quickstart/lora-r8 --data FILE) and write {renamed}"
+    return _kind(name, title, keys, use, "recipes_lib.recipe.validation:check_flat")
+
+
+# Files of other training programs; `keys` are top-level keys that no other kind has.
+FOREIGN = (
+    _foreign("torchtune", "a torchtune config", "", "batch_size as train.per_device_train_batch_size, epochs as train.num_train_epochs"),
+    _foreign(
+        "oumi",
+        "an oumi config",
+        "",
+        "model.model_name as model.name_or_path, model.model_max_length as train.max_length, training.* as train.*, peft.lora_r as lora.r",
+    ),
+    _foreign(
+        "llama_factory",
+        "a LLaMA-Factory config",
+        "finetuning_type stage cutoff_len lora_target lora_rank dataset_dir quantization_bit",
+        "model_name_or_path as model.name_or_path, cutoff_len as train.max_length, lora_rank as lora.r, quantization_bit as a "
+        "quantization section, lora_target as lora.target_modules; most other keys go to train as they are",
+    ),
+    _foreign(
+        "axolotl",
+        "an axolotl config",
+        "base_model sequence_len micro_batch_size sample_packing val_set_size lora_target_linear dataset_prepared_path",
+        "base_model as model.name_or_path, sequence_len as train.max_length, micro_batch_size as train.per_device_train_batch_size, "
+        "num_epochs as train.num_train_epochs, sample_packing as train.packing, lora_r as lora.r",
+    ),
+)
+
+
+def foreign_kind(values: dict[str, Any]) -> Kind | None:
+    """Return whose config file this is, where it belongs to another training program."""
+    torchtune, oumi, *by_key = FOREIGN
+    if values.keys() & {"extends", "train", "lora", "quantization", "run", "launch"}:
+        return None
+    if any(isinstance(value, dict) and "_component_" in value for value in values.values()):
+        return torchtune
+    model, training = (section if isinstance(section, dict) else {} for section in (values.get("model"), values.get("training")))
+    if "model_name" in model or "trainer_type" in training:
+        return oumi
+    return next((kind for kind in by_key if kind.keys & values.keys()), None)
 
 
 def kind_named(name: str) -> Kind | None:
@@ -124,7 +168,7 @@ def kind_of(values: Any, text: str, file: str) -> Kind:
         what = "is empty" if values is None or values == {} else f"holds {'a list' if isinstance(values, list) else 'a single value'}"
         raise RecipeError(f"{what}; a recipe has sections such as model:, data:, train:", file=file)
     named = schema_line(text)
-    kind = kind_named(named) if named else next((known for known in KINDS if known.keys & values.keys()), None)
+    kind = kind_named(named) if named else foreign_kind(values) or next((known for known in KINDS if known.keys & values.keys()), None)
     if kind is None:
         keys = ", ".join(list(values)[:6])
         what = f"unknown kind of file: schema '{named}'" if named else f"unknown kind of file: its top-level keys are {keys}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe import kinds
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.yaml_source import KeyPath, YamlSource, no_such_file, parse_yaml, read_yaml
@@ -34,13 +34,17 @@ class Origin:
 
 @dataclass
 class Document:
-    """A loaded YAML file: merged values, the origin of every key path, and the value that an overridden key had before."""
+    """A loaded YAML file: merged values, the origin of every key path, and the value that an overridden key had before.
+
+    `problems` are errors that reading the file found about single keys and values.
+    """
 
     path: Path
     kind: kinds.Kind
     values: dict[str, Any]
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
     warnings: list[RecipeError] = field(default_factory=list)
+    problems: list[RecipeError] = field(default_factory=list)
     text: str = ""
     levels: int = 0
     replaced: dict[KeyPath, Any] = field(default_factory=dict)
@@ -66,27 +70,30 @@ def nearest_origin(origins: Mapping[KeyPath, Origin], path: KeyPath, file: str) 
     return next((origins[key] for key in written), Origin(file))
 
 
-def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+def load_document(path: str | Path, overrides: Sequence[str] = (), *, keep_going: bool = False) -> Document:
     """Load a YAML file of any kind; recipes and bases with everything they extend.
 
     Args:
         overrides: `section.key=value` words from the command line.
+        keep_going: leave what is wrong with single keys and values (a duplicate key) in the document's `problems`, for a caller that
+            goes on to check the rest and reports everything at once.
 
     Raises:
         RecipeError: unreadable file, YAML error, unknown kind, broken `extends`, malformed override.
     """
     path = Path(path)
-    source = read_yaml(path, shown_path(path))
+    source = read_yaml(path, shown_path(path), keep_going=True)
     kind = kinds.kind_of(source.values, source.text, source.file)
     document = Document(path, kind, {}, text=source.text)
     if kind.name in ("recipe", "base"):
         parts, document.levels = _with_parents(path, source)
-        for part in parts:
-            _merge(document, part)
     else:
-        _merge(document, source)
-    for override in overrides:
-        _merge(document, _parse_override(override, kind.keys if kind.name == "study" else ()))
+        parts = [source]
+    parts += [_parse_override(override, kind.keys if kind.name == "study" else ()) for override in overrides]
+    for part in parts:
+        _merge(document, part)
+    if document.problems and not keep_going:
+        raise RecipeErrors(document.problems)
     return document
 
 
@@ -130,7 +137,7 @@ def _read_parent(parent: Path, name: str, child: YamlSource, line: int | None) -
     if not parent.is_file():
         missing = no_such_file(parent, name)
         raise RecipeError(f"extends a file that does not exist: {shown_path(parent)}", *missing.hints, file=child.file, line=line)
-    source = read_yaml(parent, shown_path(parent))
+    source = read_yaml(parent, shown_path(parent), keep_going=True)
     kind = kinds.kind_of(source.values, source.text, source.file)
     if kind.name not in ("recipe", "base"):
         raise RecipeError(f"extends {name}, which is {kind.title}", file=child.file, line=line)
@@ -140,6 +147,7 @@ def _read_parent(parent: Path, name: str, child: YamlSource, line: int | None) -
 def _merge(document: Document, source: YamlSource) -> None:
     """Write the values of `source` over the document's."""
     document.warnings.extend(source.warnings)
+    document.problems.extend(source.problems)
 
     def write(target: dict[str, Any], values: dict[str, Any], path: KeyPath) -> None:
         for key, value in values.items():
@@ -174,14 +182,15 @@ def _parse_override(word: str, plain_keys: Collection[str] = ()) -> YamlSource:
         raise RecipeError(f"'{word}' is not section.key=value", *_dotted_form(name, text or "VALUE"), file=COMMAND_LINE)
     if len(keys) == 1 and name not in (*kinds.SECTIONS, *plain_keys):
         raise RecipeError(f"'{name}' needs its section", *_dotted_form(name, text), file=COMMAND_LINE)
-    source = parse_yaml(text, COMMAND_LINE, numbered=False)
+    source = parse_yaml(text, COMMAND_LINE, numbered=False, keep_going=True)
     value = source.values
     for key in reversed(keys):
         value = {key: value}
     lines: dict[KeyPath, Any] = {tuple(keys[:length]): None for length in range(1, len(keys) + 1)}
     lines |= {(*keys, *path): None for path in source.lines}
     warnings = [RecipeError(f"{warning.what} ({name})", *warning.hints, file=COMMAND_LINE) for warning in source.warnings]
-    return YamlSource(COMMAND_LINE, text, value, lines, warnings)
+    problems = [RecipeError(f"{name}: {problem.what}", *problem.hints, file=COMMAND_LINE) for problem in source.problems]
+    return YamlSource(COMMAND_LINE, text, value, lines, warnings, problems)
 
 
 def _dotted_form(name: str, text: str) -> list[str]:

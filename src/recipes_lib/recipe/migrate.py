@@ -13,6 +13,7 @@ from typing import Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe import migration_rules as rules
+from recipes_lib.recipe.kinds import foreign_kind
 from recipes_lib.recipe.migration import Entry, Migration, cut_into_entries
 from recipes_lib.recipe.project import check_run_name
 from recipes_lib.recipe.vocabulary import section_keys
@@ -63,15 +64,22 @@ def keys_behind(errors: Sequence[RecipeError], migration: Migration, lines: Mapp
 
 def _refuse_other_kinds(values: dict[str, Any], lines: dict[Any, int], path: Path) -> None:
     """Raise for what is not a flat supervised fine-tuning config."""
+    if foreign := foreign_kind(values):
+        raise RecipeError(f"is {foreign.title}, not a flat TRL config", foreign.use, file=path)
     if {"model", "data", "train", "extends"} & values.keys():
         raise RecipeError("is a recipe already", f"check it: recipes check {path}", file=path)
-    if preference := sorted(rules.PREFERENCE_KEYS & values.keys()):
-        raise RecipeError(
-            f"'{preference[0]}' belongs to preference tuning or reinforcement learning, which recipes do not describe",
-            "use TRL's own trainers for it",
-            file=path,
-            line=lines.get((preference[0],)),
-        )
+    others = sorted(rules.OTHER_TRAINERS & values.keys(), key=lambda key: lines.get((key,), 0))
+    loss = values.get("loss_type")
+    if isinstance(loss, list) or (isinstance(loss, str) and loss in rules.OTHER_LOSSES):
+        others.append("loss_type")
+    if others:
+        what = f"'{others[0]}' belongs to preference tuning, reward models or reinforcement learning, which recipes do not describe"
+        raise RecipeError(what, "use TRL's own trainer for it", file=path, line=lines.get((others[0],)))
+    for key in ("output_dir", "run_name", "hub_model_id"):
+        if named := rules.OTHER_TRAINING.search(str(values.get(key, ""))):
+            what = f"'{key}' says {named[1]}, and a recipe describes supervised fine-tuning alone"
+            hint = f"use TRL's own trainer for {named[1]}; if this is supervised fine-tuning, give it another {key} and run this again"
+            raise RecipeError(what, hint, file=path, line=lines.get((key,)))
     if "model_name_or_path" not in values:
         raise RecipeError("is not a flat TRL config: it has no model_name_or_path", file=path)
     if not {"dataset_name", "dataset_mixer", "dataset_mixture", "datasets"} & values.keys():

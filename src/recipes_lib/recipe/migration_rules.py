@@ -6,6 +6,7 @@ one mapping, plus a few keys of each project. `migrate` applies these rules.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from recipes_lib.recipe.constraints import NOT_IN_RECIPES
@@ -67,8 +68,39 @@ NOT_CARRIED: dict[str, str] = {
 SECRETS = ("hub_token", "token", "api_key", "wandb_api_key", "password", "secret")
 """Keys (or ends of keys) whose value is copied nowhere."""
 
-PREFERENCE_KEYS = {"beta", "reward_funcs", "num_generations", "max_prompt_length", "max_completion_length", "rpo_alpha", "desirable_weight"}
-"""Keys of DPO, ORPO, KTO or GRPO configs: another kind of training, which a recipe cannot describe."""
+_OTHER_TRAINERS = """
+    beta disable_dropout discopop_tau f_alpha_divergence_coef f_divergence_type label_smoothing ld_alpha loss_weights rpo_alpha
+    precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps sync_ref_model use_weighting
+    reference_free desirable_weight undesirable_weight
+    center_rewards_coefficient simpo_gamma cpo_alpha max_prompt_length generate_during_eval
+    reward_funcs reward_weights reward_clip_range reward_model_path reward_model_name_or_path scale_rewards normalize_advantages
+    num_generations num_generations_eval num_iterations generation_batch_size steps_per_generation generation_kwargs max_completion_length
+    max_tool_calling_iterations mask_truncated_completions num_completions_to_print log_completions log_completions_hub_repo
+    log_unique_prompts log_multimodal repetition_penalty temperature top_k top_p min_p cache_implementation ds3_gather_for_generation
+    delta epsilon epsilon_high entropy_coef entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target use_adaptive_entropy
+    importance_sampling_level multi_objective_aggregation off_policy_mask_threshold top_entropy_quantile use_bias_correction_kl
+    sapo_temperature_neg sapo_temperature_pos vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos cast_lm_head_to_fp32
+    teacher_model_name_or_path teacher_model_init_kwargs teacher_model_revision use_vllm use_transformers_paged
+    use_transformers_continuous_batching transformers_continuous_batching_config
+    vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_importance_sampling_cap vllm_importance_sampling_clip_max
+    vllm_importance_sampling_clip_min vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_max_model_length vllm_mode
+    vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_structured_outputs_regex
+    vllm_tensor_parallel_size
+"""
+OTHER_TRAINERS = frozenset(_OTHER_TRAINERS.split())
+"""Keys of TRL's other trainers (DPO, KTO, ORPO, reward models, GRPO, distillation) that SFT's has not: a recipe cannot describe them."""
+
+_OTHER_LOSSES = """
+    sigmoid sigmoid_norm hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_pair aot_unpaired discopop apo_zero apo_down
+    apo_zero_unpaired kto kto_pair simpo alphapo sft grpo bnpo dr_grpo dapo cispo luspo sapo vespo
+"""
+OTHER_LOSSES = frozenset(_OTHER_LOSSES.split())
+"""Values of `loss_type` of those trainers."""
+
+OTHER_TRAINING = re.compile(
+    r"(?<![a-z0-9])(dpo|ipo|kto|orpo|cpo|simpo|grpo|rloo|ppo|gkd|rm|reward(?:[-_]?model)?)(?![a-z0-9])", re.IGNORECASE
+)
+"""What the name of such a run says, where no key does: a reward model's config may have SFT's keys alone."""
 
 ACCELERATE_NAMES = {"single_gpu": "single_gpu", "multi_gpu": "ddp", "ddp": "ddp", "fsdp": "fsdp", "fsdp1": "fsdp", "fsdp2": "fsdp"}
 """TRL's bundled accelerate configs -> ours."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.errors import RecipeError, one_line
 from recipes_lib.recipe.project import cache_root
 from recipes_lib.recipe.recipe import Recipe
 
@@ -31,23 +32,47 @@ def local_folder(recipe: Recipe) -> Path | None:
     path = Path(name)
     if path.is_dir():
         return path
-    if name.endswith(".gguf"):
-        raise recipe.error(
-            KEY, f"'{name}' is a GGUF file; quantized weights cannot be trained further", "give the original model's folder or Hub id"
-        )
-    if path.is_file():
-        raise recipe.error(KEY, f"'{name}' is a file; a model is a folder with config.json, safetensors and a tokenizer")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise recipe.error(KEY, f"no such folder: {name}", "a relative folder is meant from the working directory")
+    if wrong := no_model_at(name):
+        raise recipe.error(KEY, *wrong)
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
     return Path(config).parent if isinstance(config, str) else None
 
 
+def no_model_at(name: str) -> tuple[str, ...] | None:
+    """Return what is wrong with a name that can only be a path of this machine, and a hint; None for a folder and for a Hub id."""
+    try:
+        is_folder, is_file = os.path.isdir(name), os.path.isfile(name)  # noqa: PTH112, PTH113 (a name that no path can have is not there)
+    except ValueError:
+        is_folder = is_file = False
+    if name.startswith("package:") or is_folder:
+        return None
+    if name.endswith(".gguf"):
+        return f"'{name}' is a GGUF file; quantized weights cannot be trained further", "give the original model's folder or Hub id"
+    if is_file:
+        return (f"'{name}' is a file; a model is a folder with config.json, safetensors and a tokenizer",)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return f"no such folder: {name}", "a relative folder is meant from the working directory"
+    return None
+
+
 def lacks_tokenizer(recipe: Recipe, folder: Path) -> bool:
     """Whether the tokenizer is still to be fetched: `recipes plan` caches a Hub model's config alone."""
     return _from_hub(recipe) and not any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
+    """Return the error for a model whose tokenizer cannot be read.
+
+    Args:
+        error: what transformers said.
+    """
+    folder = local_folder(recipe)
+    hint = "the tokenizer's files stand beside the weights: tokenizer.json or tokenizer.model, and tokenizer_config.json"
+    if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return recipe.error(KEY, f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})", hint)
+    return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
 
 
 def _from_hub(recipe: Recipe) -> bool:
@@ -59,7 +84,7 @@ def _from_hub(recipe: Recipe) -> bool:
 def _materialised(name: str) -> Path | None:
     """Return the folder a packaged model was converted into; its source.json names the package."""
     for note in (cache_root() / "models").glob("*/source.json"):
-        if json.loads(note.read_text(encoding="utf-8")).get("package") == name:
+        if (read_json(note) or {}).get("package") == name:
             return note.parent
     return None
 
@@ -70,7 +95,7 @@ def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None
     Args:
         remote_code: whether the command line allowed the model's own code; None where nothing will be loaded.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
         files = sorted(folder.glob("*.gguf"))
         if files:
@@ -82,12 +107,15 @@ def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None
                 KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer"
             )
         return
-    architectures = config.get("architectures") or []
+    architectures = config.get("architectures")
+    architectures = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if architectures and not any(name.endswith(_CAUSAL) for name in architectures):
         what = f"{', '.join(architectures)} is not a causal language model (…ForCausalLM), which is all that can be trained here"
         yield recipe.error(KEY, what.replace("…", "..."))
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "a method of its own")
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        method = method or "a method of its own"
         yield recipe.error(
             KEY, f"the model is already quantized ({method})", "give the original model; for QLoRA add a quantization section"
         )
@@ -111,9 +139,12 @@ def _check_weights(recipe: Recipe, folder: Path, to_come: bool) -> Iterator[Reci
     Args:
         to_come: whether the folder is the Hub's cache, where config and tokenizer lie before the weights are fetched.
     """
-    index = _read_json(folder / "model.safetensors.index.json")
+    index = read_json(folder / "model.safetensors.index.json")
     present = {path.name for path in folder.glob("*.safetensors")}
-    shards = sorted(set(index["weight_map"].values())) if index else sorted(present)
+    named = index.get("weight_map") if index else None
+    if index is not None and not isinstance(named, dict):
+        yield recipe.error(KEY, f"{folder / 'model.safetensors.index.json'} has no weight_map", "download the model again")
+    shards = sorted({str(shard) for shard in named.values()}) if isinstance(named, dict) else sorted(present)
     for shard in shards:
         if shard not in present and to_come:
             continue
@@ -136,6 +167,8 @@ def _check_weights(recipe: Recipe, folder: Path, to_come: bool) -> Iterator[Reci
 
 def broken_shard(path: Path) -> str | None:
     """Return what is wrong with a safetensors file: its header says how long it must be."""
+    from safetensors import SafetensorError, safe_open
+
     actual = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -143,17 +176,23 @@ def broken_shard(path: Path) -> str | None:
             return f"is truncated: {actual:,} bytes, its header alone needs {length + 8:,}"
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            expected = 8 + length + max(map(int, ends), default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
             return "has a damaged header"
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    expected = 8 + length + end
-    return None if actual == expected else f"is truncated: {actual:,} bytes, expected {expected:,}"
+    if actual < expected < 2**63:
+        return f"is truncated: {actual:,} bytes, expected {expected:,}"
+    try:
+        with safe_open(path, framework="np"):  # checks every offset, shape and type, and reads no weight
+            return None
+    except SafetensorError:
+        return "has a damaged header"
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON object, or None if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

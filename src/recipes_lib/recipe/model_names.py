@@ -5,14 +5,16 @@ The architecture is built on the meta device from the model's config: no weights
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.errors import RecipeError, one_line
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
+from recipes_lib.recipe.model_files import no_tokenizer
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.suggestions import did_you_mean
 
@@ -25,10 +27,11 @@ def check_names(recipe: Recipe, folder: Path, accelerate: AccelerateConfig) -> I
     try:
         model = architecture(folder)
     except Exception as error:  # transformers raises many types here; whatever it is, the user's model cannot be built
-        yield recipe.error("model.name_or_path", f"transformers cannot build this model: {str(error).strip().splitlines()[0]}")
+        yield recipe.error("model.name_or_path", f"transformers cannot build this model: {one_line(error)}")
         return
     if recipe.lora is not None:
-        yield from _check_lora(recipe, model)
+        wrong = list(_check_lora(recipe, model))
+        yield from wrong or _check_adapter(recipe, model)
     wrapped = accelerate.fsdp.get("fsdp_transformer_layer_cls_to_wrap")
     if wrapped:
         classes = {type(module).__name__ for module in model.modules()}
@@ -70,6 +73,12 @@ def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
             place = f"lora.{key}.{given.index(name)}" if isinstance(given, list) else f"lora.{key}"
             hint = [f"it has {', '.join(existing)}"] if key == "target_modules" else []
             yield recipe.error(place, f"lora.{key}: the model has no module '{name}'", *did_you_mean(name, existing), *hint)
+    widest = max(
+        (max(module.in_features, module.out_features) for module in modules.values() if isinstance(module, torch.nn.Linear)), default=0
+    )
+    if lora.get("r", 8) > widest > 0:
+        what = f"lora.r {lora['r']:,} is larger than the widest layer of the model ({widest:,}), so it adds nothing but memory"
+        yield recipe.error("lora.r", what, "ranks of 8 to 128 are usual")
     layers = getattr(model.config, "num_hidden_layers", None)
     wanted = lora.get("layers_to_transform")
     for layer in [wanted] if isinstance(wanted, int) else wanted or []:
@@ -77,6 +86,25 @@ def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
             yield recipe.error(
                 "lora.layers_to_transform", f"lora.layers_to_transform: the model has no layer {layer}", f"it has layers 0 to {layers - 1}"
             )
+
+
+def _check_adapter(recipe: Recipe, model: PreTrainedModel) -> Iterator[RecipeError]:
+    """Yield what PEFT has against the adapter: it is put on a copy without weights. `all-linear` is resolved when the model is loaded."""
+    from peft import inject_adapter_in_model
+
+    from recipes_lib.recipe.upstream import build_lora_config
+
+    try:
+        config = build_lora_config(recipe)
+    except RecipeError:
+        return  # said with the other objects of upstream
+    if config is None or config.target_modules == "all-linear":
+        return
+    config.init_lora_weights = False  # the other ways compute with the weights
+    try:
+        inject_adapter_in_model(config, copy.deepcopy(model))
+    except (ValueError, TypeError) as error:
+        yield recipe.error("lora", f"PEFT cannot put this adapter on the model: {one_line(error)}")
 
 
 def _unmatched(names: Any, modules: dict[str, Any]) -> list[str]:
@@ -93,7 +121,7 @@ def _check_tokenizer(recipe: Recipe, folder: Path, model: Any) -> Iterator[Recip
     try:
         entries = _tokenizer_size(folder)
     except Exception as error:  # as above: any failure to read it is the user's to know
-        yield recipe.error("model.name_or_path", f"the tokenizer cannot be read: {str(error).strip().splitlines()[0]}")
+        yield no_tokenizer(recipe, error)
         return
     rows = model.get_input_embeddings().weight.shape[0]
     if entries > rows and not recipe.model.resize_embeddings:

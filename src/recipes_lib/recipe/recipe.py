@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.errors import EnvironmentFault, RecipeError, RecipeErrors
 from recipes_lib.recipe.defaults import TRAIN_DEFAULTS
 from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document, nearest_origin
 from recipes_lib.recipe.project import check_run_name, recipe_path
@@ -83,6 +83,11 @@ class Recipe:
         origin = nearest_origin(self.origins, _key_path(key), str(self.path))
         return RecipeError(what, *hints, file=origin.file, line=origin.line)
 
+    def fault(self, key: str, what: str, *hints: str) -> EnvironmentFault:
+        """Return an error of the machine, placed where `key` asks for what it has not."""
+        origin = self.origin_of(key)
+        return EnvironmentFault(what, *hints, file=origin.file, line=origin.line)
+
     def folder_of(self, key: str) -> Path:
         """Return the folder that a relative path under `key` is meant from."""
         return _folder(self.origins, self.path, tuple(key.split(".")))
@@ -99,7 +104,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     from recipes_lib.recipe.validation import validate
 
-    document = load_document(recipe_path(path), overrides)
+    document = load_document(recipe_path(path), overrides, keep_going=True)
     errors = validate(document, expected="recipe")
     if errors:
         raise RecipeErrors(errors)

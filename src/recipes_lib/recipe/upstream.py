@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.errors import RecipeError, one_line
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch
@@ -146,6 +146,33 @@ def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: li
     return errors
 
 
+def check_packages(recipe: Recipe) -> None:
+    """Refuse an optional package that the recipe asks for and that is not installed, before anything is loaded.
+
+    Raises:
+        EnvironmentFault: with the way to install it.
+    """
+    from transformers.utils import is_kernels_available, is_liger_kernel_available
+
+    if recipe.train.get("use_liger_kernel") and not is_liger_kernel_available():
+        what, hint = (
+            "train.use_liger_kernel: liger-kernel is not installed",
+            "pip install -c constraints.txt -e '.[gpu]' brings it; or train.use_liger_kernel=false",
+        )
+        raise recipe.fault("train.use_liger_kernel", what, hint)
+    if "/" in (recipe.model.attn_implementation or "") and not is_kernels_available():
+        what = f"model.attn_implementation {recipe.model.attn_implementation} is fetched by the package kernels"
+        hint = f"pip install '{wanted_kernels()}'; or leave the key out for the fastest attention that is installed"
+        raise recipe.fault("model.attn_implementation", f"{what}; {wanted_kernels()} is not installed", hint)
+
+
+def wanted_kernels() -> str:
+    """Return the requirement that the installed transformers has for the package kernels."""
+    from transformers.dependency_versions_table import deps
+
+    return str(deps["kernels"])
+
+
 def _for_this_machine(recipe: Recipe, accelerate: AccelerateConfig, notes: list[RecipeError] | None) -> Recipe:
     """Return the recipe without what only a GPU can judge, when it is meant for one and this machine has none."""
     if accelerate.use_cpu or _has_accelerator():
@@ -188,7 +215,7 @@ def _check_sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) ->
 
 def _refused(recipe: Recipe, section: str, error: Exception) -> RecipeError:
     """Return upstream's refusal at the key it speaks about."""
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    message = one_line(error)
     if "support bf16" in message:
         import torch
 

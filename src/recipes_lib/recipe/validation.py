@@ -10,8 +10,8 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.combinations import check_combinations
+from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.recipe.combinations import check_combinations, check_here
 from recipes_lib.recipe.constraints import NOT_IN_RECIPES
 from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.kinds import SECTIONS, kind_named
@@ -53,18 +53,27 @@ def validate(document: Document, expected: str | None = None) -> list[RecipeErro
     for path, translated in check_combinations(document):
         if not any(known[: len(path)] == path for known in found):
             found[path] = translated
-    return list(found.values())
+    unread = [problem.what for problem in document.problems]  # a value that could not be read: its stand-in says nothing
+    errors = (error for path, error in found.items() if not any(what.startswith(f"{_dotted(path)}: ") for what in unread))
+    return [*document.problems, *errors]
 
 
 def check_recipe(document: Document, full: bool = False) -> list[RecipeError]:
     """The check of recipes and bases that `recipes check` runs; `full` adds stage 2 for recipes."""
     errors = validate(document)
+    errors += check_here(document)
     if errors or not full or document.kind.name != "recipe":
         return errors
     from recipes_lib.recipe.recipe import recipe_from
-    from recipes_lib.recipe.upstream import check_upstream
+    from recipes_lib.recipe.upstream import check_packages, check_upstream
 
-    return check_upstream(recipe_from(document), notes=document.warnings)
+    recipe = recipe_from(document)
+    errors = check_upstream(recipe, notes=document.warnings)
+    try:
+        check_packages(recipe)
+    except EnvironmentFault as fault:
+        errors.append(RecipeError(fault.what, *fault.hints, file=fault.file, line=fault.line))
+    return errors
 
 
 def check_flat(document: Document, full: bool = False) -> list[RecipeError]:
@@ -183,6 +192,8 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
     if isinstance(value, str):
         short = _SHORT_NAMES.get(value)
         hints = [f"use {short}"] if short in choices else did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+        if _is_quoted_number(value, schema):
+            hints = [f"remove the quotes: {value}"]
     spelling = {False: "no", True: "yes"}.get(value) if isinstance(value, bool) else None
     if spelling in choices:
         hints.append(
@@ -191,6 +202,15 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
     if len(choices) > _MOST_CHOICES:
         hints.append(f"all {len(choices)} choices: recipes explain {_dotted(path)}")
     return document.error(path, f"{_dotted(path)} must be {describe(schema)}, got {shown(value)}", *hints)
+
+
+def _is_quoted_number(text: str, schema: dict[str, Any]) -> bool:
+    """Whether a number is wanted and the text is one."""
+    types = schema.get("type", [])
+    try:
+        return not {"number", "integer"}.isdisjoint([types] if isinstance(types, str) else types) and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def describe(schema: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from recipes_lib.errors import RecipeError, RecipeErrors
 KeyPath = tuple[str | int, ...]
 _MAX_BYTES = 1_000_000
 _MAX_VALUES = 10_000  # aliases expanded; a recipe has some hundred
+_MAX_INTEGER = 2**63 - 1  # what a 64-bit number holds; nothing that reads a recipe takes more
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\Z")
 _TAG = "tag:yaml.org,2002:"
 _BOOLEANS = {"yes": True, "no": False, "on": True, "off": False, "true": True, "false": False}
@@ -29,7 +31,8 @@ _BOOLEANS = {"yes": True, "no": False, "on": True, "off": False, "true": True, "
 class YamlSource:
     """The content of one YAML file.
 
-    `lines` maps the path of a key (or list item) to its line; `warnings` are errors that do not stop anything.
+    `lines` maps the path of a key (or list item) to its line; `warnings` are errors that do not stop anything; `problems` are errors
+    about single keys and values, beside which the rest of the file can still be read.
     """
 
     file: str
@@ -37,6 +40,7 @@ class YamlSource:
     values: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     warnings: list[RecipeError] = field(default_factory=list)
+    problems: list[RecipeError] = field(default_factory=list)
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,24 +54,26 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_yaml(path: Path, file: str | None = None) -> YamlSource:
+def read_yaml(path: Path, file: str | None = None, *, keep_going: bool = False) -> YamlSource:
     """Read a YAML file strictly.
 
     Args:
         file: the path as the user typed it, for messages.
+        keep_going: as for `parse_yaml`.
 
     Raises:
         RecipeError: the file cannot be read, is not UTF-8 text, or is not the YAML a recipe may consist of.
     """
     file = file or str(path)
-    return parse_yaml(_read_text(path, file), file)
+    return parse_yaml(_read_text(path, file), file, keep_going=keep_going)
 
 
-def parse_yaml(text: str, file: str, *, numbered: bool = True) -> YamlSource:
+def parse_yaml(text: str, file: str, *, numbered: bool = True, keep_going: bool = False) -> YamlSource:
     """Parse YAML text strictly.
 
     Args:
         numbered: false for text that is not a file (an override): its errors carry no line.
+        keep_going: leave `problems` to the caller, who reports them with everything else that is wrong.
 
     Raises:
         RecipeError: as `read_yaml`.
@@ -82,8 +88,8 @@ def parse_yaml(text: str, file: str, *, numbered: bool = True) -> YamlSource:
     if node is not None:
         builder = _Builder(source, numbered=numbered)
         source.values = builder.build(node, ())
-        if builder.problems:
-            raise RecipeErrors(builder.problems)
+        if source.problems and not keep_going:
+            raise RecipeErrors(source.problems)
     return source
 
 
@@ -117,16 +123,21 @@ def _recipes_like(name: str) -> list[str]:
 
 def _read_text(path: Path, file: str) -> str:
     """Return the file's text, newlines normalised and a byte order mark removed."""
-    if path.is_dir():
-        raise RecipeError("is a folder, not a YAML file", file=file)
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise RecipeError("is a folder, not a YAML file", file=file)
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device may never end, and every process reads the file again
+            raise RecipeError("is a pipe or a device, not a file", "write the text to a file first", file=file)
+        if found.st_size > _MAX_BYTES:
             raise RecipeError("is larger than 1 MB: not a recipe", file=file)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise no_such_file(path, file) from None
     except OSError as error:
         raise RecipeError(f"cannot be read: {(error.strerror or str(error)).lower()}", file=file) from None
+    except ValueError as error:  # a NUL byte in the name
+        raise RecipeError(f"cannot be a file name: {error}", file=file) from None
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise RecipeError("is UTF-16 text; save it as UTF-8", file=file)
     if b"\0" in raw:
@@ -176,7 +187,7 @@ class _Builder:
         self.numbered = numbered
         self.count = 0
         self.open: list[yaml.Node] = []
-        self.problems: list[RecipeError] = []
+        self.problems = source.problems
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         """Return the value of `node`, which lies at `path`."""
@@ -203,7 +214,8 @@ class _Builder:
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise self.error(key_node, "a key must be plain text")
+                self.problems.append(self.error(key_node, "a key must be plain text"))
+                continue
             key, line = key_node.value, key_node.start_mark.line + 1
             dotted = ".".join(map(str, (*path, key)))
             if key == "<<":
@@ -219,7 +231,7 @@ class _Builder:
         """Return a scalar as YAML 1.1 reads it, floats like 2e-5 included, with a warning where that surprises."""
         text, tag = node.value, node.tag.removeprefix(_TAG)
         if "${" in text:
-            what = f"{'.'.join(map(str, path))}: no interpolation in recipes: {text!r} would be taken literally"
+            what = f"{_prefix(path)}no interpolation in recipes: {text!r} would be taken literally"
             self.problems.append(self.error(node, what, "write the value itself; share values with 'extends'"))
         if node.style is not None:
             return text
@@ -241,7 +253,14 @@ class _Builder:
         """Return a number; base 60 and octal are read as YAML 1.1 does and warned about."""
         text = node.value
         loader = yaml.SafeLoader("")
-        value = loader.construct_yaml_int(node) if tag == "int" else loader.construct_yaml_float(node)
+        try:
+            value = loader.construct_yaml_int(node) if tag == "int" else loader.construct_yaml_float(node)
+        except (ValueError, OverflowError):  # thousands of digits, or a form such as 0x_ that has none
+            value = _MAX_INTEGER + 1
+        if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+            shown = text if len(text) <= 40 else f"{text[:20]}... ({len(text):,} characters)"
+            self.problems.append(self.error(node, f"{_prefix(path)}{shown} is not a number that fits in 64 bits"))
+            return 0
         digits = text.lstrip("+-")
         if ":" in text or (tag == "int" and len(digits) > 1 and digits.startswith("0") and digits[1].isdigit()):
             self.warn(node, path, text, str(value))
@@ -249,10 +268,14 @@ class _Builder:
 
     def warn(self, node: yaml.Node, path: KeyPath, text: str, read_as: str) -> None:
         """Record that a plain value is not read the way it looks."""
-        key = ".".join(map(str, path))
         quote = f'if it is text, quote it: "{text}"'
-        self.source.warnings.append(self.error(node, f"warning: {f'{key}: ' if key else ''}{text} is read as {read_as}", quote))
+        self.source.warnings.append(self.error(node, f"warning: {_prefix(path)}{text} is read as {read_as}", quote))
 
     def error(self, node: yaml.Node, what: str, *hints: str) -> RecipeError:
         """Return an error at the node's place."""
         return RecipeError(what, *hints, file=self.source.file, line=node.start_mark.line + 1 if self.numbered else None)
+
+
+def _prefix(path: KeyPath) -> str:
+    """Return the dotted key and a colon, as messages about a value begin; nothing for a value without a key."""
+    return f"{'.'.join(map(str, path))}: " if path else ""

@@ -186,7 +186,7 @@ def study_file(word: str) -> Path | None:
     if path.is_dir():
         return None
     path = path if path.is_file() else study_path(word)
-    return path if path.is_file() and load_document(path).kind.name == "study" else None
+    return path if path.is_file() and load_document(path, keep_going=True).kind.name == "study" else None
 
 
 def _shipped() -> list[str]:

