@@ -78,7 +78,8 @@ class GenerationSection:
         "transformers: precision of a model without a run; runs keep their recipe's.", "bfloat16"
     )
     trust_remote_code: bool = key(
-        "transformers: run Python code that ships with a model without a run; a run has its recipe's model.trust_remote_code. "
+        "Run Python code: of a model without a run (a run has its recipe's model.trust_remote_code), of lm_eval's task files "
+        "(`!function`, a metric of their own), and what suite.options.confirm_run_unsafe_code lets a model write. "
         "Also needs --trust-remote-code on the command line.",
         False,
     )
