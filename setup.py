@@ -30,7 +30,7 @@ INSTALL = [
 ]
 
 # The evaluation suites. alpaca_eval imports pkg_resources, which setuptools 82 removed.
-EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "openai>=3", "setuptools<82"]
+EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "httpx2>=2.12", "setuptools<82"]
 
 EXTRAS = {
     "eval": EVAL,

@@ -192,3 +192,62 @@ def test_a_judge_text_with_control_characters_is_kept_and_stored_as_one_line(tmp
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items([ITEM], FakeJudge(lambda request: says("A", "\x1b[31mred\u2028line\x00 [RESULT] A")), store, PLAN)
     assert [row["value"] for row in JudgmentStore(tmp_path / "j.jsonl")] == ["A", "A"]
+
+
+def test_any_bytes_of_judge_and_answers_are_judged_kept_and_read_again(small, runs_folder, tmp_path, capsys):  # noqa: F811
+    questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
+    answers = tmp_path / "odd.json"
+    odd = ["a lone \ud800 surrogate", "a NUL \x00 and a line\u2028separator"]
+    answers.write_text(
+        json.dumps(
+            [{"instruction": row["instruction"], "output": text, "generator": "odd"} for row, text in zip(questions, odd, strict=True)]
+        )
+    )
+    replies = [
+        b'200:{"choices": [{"message": {"content": "A \\ud800 is fuller. [RESULT] A"}}]}',
+        b'200:{"choices": [{"message": {"content": "A \xff\x80 is fuller. [RESULT] A"}}], "usage": {"completion_tokens": NaN}}',
+        b'200:{"choices": [{"message": {"content": "\\u0000\\u2028\\u001b[31m"}}], "usage": {"completion_tokens": 1e999}}',
+        b'200:{"choices": [{"message": {"content": ' + b"9" * 5000 + b"}}]}",
+    ]
+    with FaultyServer(faults=lambda number: replies[number % 4]) as server:
+        recipe = small(engine="openai", model=MODEL, base_url=server.url, mode="generate", max_reasks=0, concurrency=1)
+        assert main(["eval", recipe, str(answers), "--json"]) == 0
+        first, asked = json.loads(capsys.readouterr().out), len(server.bodies)
+        assert main(["eval", recipe, str(answers), "--json"]) == 0
+        again = json.loads(capsys.readouterr().out)
+        assert asked == len(server.bodies) == 4
+    assert first["pairs"] == again["pairs"]
+    statuses = {row["status"] for row in JudgmentStore(next(runs_folder.glob("answers--*/evals/*/judgments.jsonl")))}
+    assert statuses == {"ok", "unparsed", "empty"}
+    store = next(runs_folder.glob("answers--*/evals/*/judgments.jsonl"))
+    assert main(["judge", "audit", str(store)]) == 0
+    assert main(["judge", "replay", str(store.parent / "samples/annotations.json")]) == 0
+    assert all(json.loads(line) for line in (store.parent / "samples/samples.jsonl").read_text().split("\n")[:-1])
+
+
+@pytest.mark.parametrize("status", ["400", "402", "413", "422", "401", "403", "404", "429:0", "503"])
+def test_whatever_a_server_refuses_is_missing_and_asked_again(status, small, runs_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("RECIPES_RETRY_PAUSE_S", "0.01")
+    questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
+    answers = tmp_path / "theirs.json"
+    answers.write_text(json.dumps([{"instruction": row["instruction"], "output": "Yes.", "generator": "their"} for row in questions]))
+    with FaultyServer(answer="A is fuller. [RESULT] A") as server:
+        recipe = small(engine="openai", model=MODEL, base_url=server.url, mode="generate", max_retries=1)
+        server.faults = lambda number: status
+        assert main(["eval", recipe, str(answers)]) == 6
+        assert f"made-up {status[:3]}" in capsys.readouterr().err
+        server.faults = lambda number: None
+        assert main(["eval", recipe, str(answers), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"]["unresolved"] == 0
+
+
+def test_logits_of_a_server_that_gives_none_say_what_to_set(small, runs_folder, tmp_path, capsys):  # noqa: F811
+    """transformers' own server answers 422 to the keys that continue the judge's turn."""
+    questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
+    answers = tmp_path / "theirs.json"
+    answers.write_text(json.dumps([{"instruction": row["instruction"], "output": "Yes.", "generator": "their"} for row in questions]))
+    with FaultyServer(faults=lambda number: "422") as server:
+        recipe = small(engine="openai", model=MODEL, base_url=server.url, mode="logits")
+        assert main(["eval", recipe, str(answers)]) == 6
+    said = capsys.readouterr().err
+    assert "set judge.mode: generate" in said and "(4 times)" in said and said.count("made-up 422") == 1

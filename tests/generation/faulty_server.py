@@ -72,6 +72,12 @@ class _Handler(BaseHTTPRequestHandler):
                     self.wfile.flush()
                 except OSError:
                     return
+        elif isinstance(fault, bytes):  # STATUS[/ENCODING]:BODY
+            head, _, body = fault.partition(b":")
+            status, _, encoding = head.decode().partition("/")
+            self.raw(int(status), body, {"Content-Encoding": encoding} if encoding else {})
+        elif fault.startswith("body:"):
+            self.raw(200, fault.removeprefix("body:").encode())
         elif fault == "nonsense":
             self.raw(200, b"<html>busy</html>")
         else:

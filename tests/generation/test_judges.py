@@ -8,7 +8,7 @@ from tests.generation.faulty_server import MODEL, FaultyServer
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.judges import judge_ids, opened
 from recipes_lib.generation.next_token import verdict_tokens
-from recipes_lib.generation.openai_engine import ServerUnreachable
+from recipes_lib.generation.openai_engine import ServerFault
 from recipes_lib.judging.judge import Item, build_requests, judge_items
 from recipes_lib.judging.store import JudgmentStore
 
@@ -25,7 +25,8 @@ def test_probabilities_are_those_of_the_next_token_after_the_lead_in(judge_file)
 
     with opened(judge_file()) as judge:
         requests = list(build_requests(PAIRS, judge.plan("relative"), judge.judge.fingerprint))
-        replies = judge.judge.complete(requests)
+        found = dict(judge.judge.complete(requests))
+        replies = [found[request.key] for request in requests]
         model, tokenizer = judge.judge._engine.model, judge.judge.tokenizer
         lead, tokens = verdict_tokens(tokenizer, "[RESULT]", ("A", "B"))
         for request, reply in zip(requests, replies, strict=True):
@@ -116,7 +117,7 @@ def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_
         with opened(judge_file(engine="openai", model=MODEL, base_url="http://localhost:1/v1")) as judge:
             assert judge_items(PAIRS, judge.judge, JudgmentStore(tmp_path / "a.jsonl"), judge.plan("relative")).asked == 6
         elsewhere = judge_file(engine="openai", model=MODEL, base_url="http://judge.invalid/v1", max_retries=0)
-        with opened(elsewhere) as judge, pytest.raises(ServerUnreachable, match=r"judge\.invalid"):
+        with opened(elsewhere) as judge, pytest.raises(ServerFault, match=r"judge\.invalid"):
             judge_items(PAIRS, judge.judge, JudgmentStore(tmp_path / "b.jsonl"), judge.plan("relative"))
 
 

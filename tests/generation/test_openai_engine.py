@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import resource
+import threading
 import time
 
 import pytest
@@ -9,7 +13,7 @@ from tests.generation.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.engine import Decoding, Request
-from recipes_lib.generation.openai_engine import OpenAIEngine, Server, ServerUnreachable, retry_after
+from recipes_lib.generation.openai_engine import OpenAIEngine, Server, ServerFault, retry_after
 
 
 def engine_for(server, **settings):
@@ -36,7 +40,7 @@ def test_what_does_not_pass_ends_after_the_last_attempt(fault):
         engine = engine_for(server, timeout_s=0.2)
         done = ask(engine)["0"]
         assert len(server.bodies) == 3
-    assert done.error and not done.permanent
+    assert done.error and not done.refused
 
 
 def test_the_pause_the_server_asks_for_is_kept():
@@ -51,16 +55,111 @@ def test_the_pause_the_server_asks_for_is_kept():
 def test_a_wrong_key_or_address_ends_everything_at_once_with_the_servers_words(status):
     with FaultyServer(faults=lambda number: status) as server:
         engine = engine_for(server)
-        with pytest.raises(EnvironmentFault, match=f"made-up {status}"):
+        with pytest.raises(ServerFault, match=f"made-up {status}") as caught:
             ask(engine, 8)
-        assert len(server.bodies) <= 8
+        assert len(server.bodies) <= 8 and caught.value.exit_code == 6
 
 
-def test_a_refused_body_is_the_requests_own_fault_and_not_tried_again():
-    with FaultyServer(faults=lambda number: "400") as server:
+@pytest.mark.parametrize("status", ["400", "402", "413", "422"])
+def test_a_refused_body_is_the_requests_own_fault_and_not_tried_again(status):
+    with FaultyServer(faults=lambda number: status) as server:
         done = ask(engine_for(server))["0"]
         assert len(server.bodies) == 1
-    assert done.permanent and "made-up 400" in done.error
+    assert done.refused and done.error == f"{status}: made-up {status}"
+
+
+@pytest.mark.parametrize("status", ["400", "422"])
+def test_a_server_that_takes_no_token_ids_is_told_apart(status):
+    with FaultyServer(faults=lambda number: status) as server:
+        done = ask(engine_for(server), prompt="x", ids=(1, 2))["0"]
+        judged = ask(OpenAIEngine(Server(base_url=server.url, model=MODEL), logprobs=True), prompt="x")["0"]
+    assert "cannot answer for runs" in done.error and "generation.engine=transformers" in done.error
+    assert "judge.mode: generate" in judged.error
+
+
+def test_a_server_without_log_probabilities_says_what_to_set():
+    with FaultyServer(faults=lambda number: "body:" + json.dumps({"choices": [{"text": "A", "logprobs": None}]})) as server:
+        engine = OpenAIEngine(Server(base_url=server.url, model=MODEL, max_retries=0), logprobs=True)
+        assert "judge.mode: generate" in ask(engine, prompt="x")["0"].error
+
+
+def test_a_reply_of_another_model_ends_everything():
+    with FaultyServer(faults=lambda number: "body:" + json.dumps({"model": "stranger", "choices": [{"text": "A"}]})) as server:
+        engine = engine_for(server)
+        with pytest.raises(ServerFault, match=f"answered as 'stranger', not as '{MODEL}'") as caught:
+            ask(engine)
+    assert caught.value.exit_code == 6
+
+
+HOSTILE = {
+    "lone surrogate": b'{"choices": [{"text": "fine \\ud800 [RESULT] A"}]}',
+    "invalid UTF-8": b'{"choices": [{"text": "fine \xff\xfe [RESULT] A"}]}',
+    "NUL": b'{"choices": [{"text": "fine \\u0000 [RESULT] A"}]}',
+    "NaN in usage": b'{"choices": [{"text": "fine [RESULT] A"}], "usage": {"completion_tokens": NaN}}',
+    "huge number": b'{"choices": [{"text": "fine [RESULT] A"}], "usage": {"completion_tokens": ' + b"9" * 5000 + b"}}",
+    "a list of parts": b'{"choices": [{"message": {"content": [{"type": "text", "text": "fine [RESULT] A"}]}}]}',
+    "a number for a reason": b'{"choices": [{"text": "fine [RESULT] A", "finish_reason": 3}], "usage": "none", "model": 7}',
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written(what):
+    with FaultyServer(faults=lambda number: b"200:" + HOSTILE[what]) as server:
+        done = ask(engine_for(server))["0"]
+    assert done.error is None and done.finish_reason == "stop" and done.num_tokens == 0
+    assert done.text.startswith("fine ") and done.text.endswith("[RESULT] A")
+    done.text.encode()
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"null", b"[1]", b'{"choices": []}', b'{"choices": 3}', b"", b"\xff\x00"])
+def test_what_is_no_reply_at_all_fails_alone(body):
+    with FaultyServer(faults=lambda number: b"200:" + body if number <= 3 else None) as server:
+        done = ask(engine_for(server, concurrency=1), 2)
+    assert done["0"].error and not done["0"].refused
+    assert done["1"].error is None
+
+
+@pytest.mark.parametrize("words", [b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'])
+def test_any_bytes_of_a_refusal_are_shown(words):
+    with FaultyServer(faults=lambda number: b"422:" + words) as server:
+        done = ask(engine_for(server))["0"]
+    assert done.refused and done.error.startswith("422: ") and len(done.error) < 400
+    done.error.encode()
+
+
+@pytest.mark.parametrize("status", [b"200", b"500"])
+def test_a_reply_that_unpacks_to_a_gigabyte_takes_little_memory(status):
+    bomb = gzip.compress(b"\0" * (1 << 26)) * 16
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with FaultyServer(faults=lambda number: status + b"/gzip:" + bomb) as server:
+        done = ask(engine_for(server, timeout_s=20, max_retries=0))["0"]
+    assert "longer than 4 MiB when unpacked" in done.error
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 << 10
+
+
+def test_a_packed_reply_is_read_although_none_was_asked_for():
+    with FaultyServer(faults=lambda number: b"200/gzip:" + gzip.compress(b'{"choices": [{"text": "hello"}]}')) as server:
+        assert ask(engine_for(server))["0"].text == "hello"
+
+
+def test_a_server_that_can_do_less_at_once_is_asked_less_and_loses_nothing():
+    active, most, lock = [0], [0], threading.Lock()
+
+    def faults(number):
+        with lock:
+            active[0] += 1
+            most[0] = max(most[0], active[0])
+            fits = active[0] <= 4
+        time.sleep(0.02)
+        with lock:
+            active[0] -= 1
+        return None if fits else "429"
+
+    with FaultyServer(faults=faults) as server:
+        done = ask(engine_for(server, concurrency=64, max_retries=2, timeout_s=10), 200)
+        asked = len(server.bodies)
+    assert len(done) == 200 and not any(one.error for one in done.values())
+    assert most[0] > 4 and asked < 800
 
 
 def test_another_model_on_the_server_is_refused_before_anything_is_asked():
@@ -69,7 +168,7 @@ def test_another_model_on_the_server_is_refused_before_anything_is_asked():
 
 
 def test_no_server_at_all_says_so_and_ends_with_exit_code_6():
-    with pytest.raises(ServerUnreachable, match="does not answer") as caught:
+    with pytest.raises(ServerFault, match="does not answer") as caught:
         OpenAIEngine(Server(base_url="http://127.0.0.1:9/v1", model=MODEL, max_retries=1, first_pause_s=0.01))
     assert caught.value.exit_code == 6
 

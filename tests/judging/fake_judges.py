@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from recipes_lib.judging.judge import JudgeReply, JudgeRequest
 
@@ -18,9 +18,10 @@ class FakeJudge:
         self.answer = answer
         self.asked: list[JudgeRequest] = []
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
-        self.asked += requests
-        return [self.answer(request) for request in requests]
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
+        for request in requests:
+            self.asked.append(request)
+            yield request.key, self.answer(request)
 
 
 def bodies(request: JudgeRequest) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from recipes_lib.errors import ExitCode
 from recipes_lib.judging.judge import EvaluationIncomplete, Item, JudgePlan, JudgeReply, JudgeRequest, build_requests, judge_items
 from recipes_lib.judging.outcomes import pair_outcomes, summarise
 from recipes_lib.judging.prometheus import load_rubric, load_template
-from recipes_lib.judging.store import JudgmentStore
+from recipes_lib.judging.store import JudgmentStore, read_rows
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
@@ -119,7 +120,6 @@ def test_re_asks_are_bounded_and_the_item_stays_unparsed(tmp_path: Path) -> None
         (JudgeReply("I cannot judge this."), "refused"),
         (JudgeReply("so [RESULT] A", finish_reason="length"), "truncated"),
         (JudgeReply(None), "empty"),
-        (JudgeReply(error="400: bad body", permanent=True), "error"),
     ],
 )
 def test_other_statuses_are_stored_as_they_are(tmp_path: Path, reply: JudgeReply, status: str) -> None:
@@ -147,9 +147,72 @@ def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_pat
 def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> None:
     store, flip = JudgmentStore(tmp_path / "j.jsonl"), iter([True, False] * 10)
     run = judge_items(_pairs(10), FakeJudge(lambda r: longer(r) if next(flip) else JudgeReply(error="timeout")), store, _plan())
-    with pytest.raises(EvaluationIncomplete, match="10 judgments"):
+    with pytest.raises(EvaluationIncomplete, match=r"10 judgments are missing: timeout \(10 times\)"):
         run.check_complete()
     assert {item.outcome for item in pair_outcomes(store.rows())} == {"unresolved"}
+
+
+def test_a_refused_request_is_missing_and_the_same_command_asks_again(tmp_path: Path) -> None:
+    path, refuses = tmp_path / "j.jsonl", JudgeReply(error="402: pay first", refused=True)
+    run = judge_items(_pairs(4), FakeJudge(lambda request: refuses), JudgmentStore(path), _plan())
+    with pytest.raises(EvaluationIncomplete, match=r"8 judgments are missing: 402: pay first \(8 times\)\n.*change the recipe"):
+        run.check_complete()
+    assert len(JudgmentStore(path)) == 0
+    again = judge_items(_pairs(4), FakeJudge(longer), JudgmentStore(path), _plan())
+    assert (again.asked, again.failed.total) == (8, 0)
+
+
+def test_errors_that_an_earlier_version_stored_as_verdicts_are_asked_again(tmp_path: Path) -> None:
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    for request in build_requests(_pairs(2), _plan(), "fake"):
+        store.append(
+            {"key": request.key, "kind": "relative", "question_id": request.question_id, "order": request.order, "status": "error"}
+        )
+    store = JudgmentStore(store.path)
+    assert len(store) == 0 and read_rows(store.path) == []
+    assert judge_items(_pairs(2), FakeJudge(longer), store, _plan()).asked == 4
+    assert {row["status"] for row in read_rows(store.path)} == {"ok"}
+
+
+def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) -> None:
+    path, seen = tmp_path / "j.jsonl", []
+
+    def answers(request: JudgeRequest) -> JudgeReply:
+        seen.append(len(read_rows(path)))
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return longer(request)
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_items(_pairs(10), FakeJudge(answers), JudgmentStore(path), _plan(batch_size=64))
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_judge_that_leaves_a_request_without_a_reply_is_a_programming_error(tmp_path: Path) -> None:
+    judge = FakeJudge(longer)
+    judge.complete = lambda requests: (pair for pair in list(FakeJudge(longer).complete(requests))[1:])  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="1 requests without a reply"):
+        judge_items(_pairs(1), judge, JudgmentStore(tmp_path / "j.jsonl"), _plan())
+
+
+def test_probabilities_that_are_not_finite_are_no_verdict(tmp_path: Path) -> None:
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    nan = JudgeReply(probabilities={"A": float("nan"), "B": 0.5})
+    judge_items(_pairs(1), FakeJudge(lambda request: nan), store, _plan())
+    assert {(row["status"], row["mass"]) for row in JudgmentStore(store.path)} == {("unparsed", 0.5)}
+
+
+def test_verdicts_by_rule_are_stored_together_and_cost_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count_tokens(text: str) -> int:
+        raise AssertionError("a prompt that is not sent was counted")
+
+    items = [Item(str(index), "Question", "same é" * 999, "same é" * 999) for index in range(1250)]
+    store, syncs = JudgmentStore(tmp_path / "j.jsonl"), []
+    monkeypatch.setattr(os, "fsync", syncs.append)
+    run = judge_items(items, FakeJudge(longer), store, _plan(count_tokens=count_tokens, max_prompt_tokens=100))
+    assert run.by_rule == 2500 and len(syncs) <= 4
+    again = judge_items(items, FakeJudge(longer), JudgmentStore(store.path), _plan(count_tokens=count_tokens, max_prompt_tokens=100))
+    assert (again.stored_before, again.by_rule, again.asked) == (2500, 0, 0)
 
 
 def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path) -> None:

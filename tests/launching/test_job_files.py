@@ -132,6 +132,16 @@ def test_prepare_writes_the_folder_of_plain_sbatch_and_local_runs(tiny_recipe: P
     assert all_launches() == []  # nothing is submitted yet
 
 
+@pytest.mark.parametrize("what", ["quickstart/lora-r8", "recipes/studies/quickstart.yaml"])
+def test_code_that_the_launch_allowed_is_allowed_to_every_stage_that_loads_the_model(what: str, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(PROJECT)
+    assert cli.main(["launch", what, "--prepare", "--accelerate", "cpu", "--stages", "train,eval", "--trust-remote-code"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    commands = {file.name: file.read_text().splitlines() for file in folder.glob("*.args")}
+    assert any(name.startswith("eval") for name in commands)
+    assert [name for name, words in commands.items() if "--trust-remote-code" not in words] == []
+
+
 def test_prefetch_checks_without_a_network_and_names_what_is_missing(tiny_recipe: Path, tmp_path: Path, capsys) -> None:
     assert cli.main(["prefetch", str(tiny_recipe), "--check"]) == 0
     assert "all 2 here, without a network" in capsys.readouterr().out

@@ -75,6 +75,86 @@ def test_an_unknown_task_and_an_unknown_option_are_named(small_task, make_run):
         evaluate(load_eval(small_task), ["one"], "base")
 
 
+EVIL = "import pathlib\n\npathlib.Path(__file__).with_name('ran').touch()\n\n\ndef f(*args):\n    return 'x'\n"
+CODE = {
+    "a function": ("doc_to_text: !function evil.f", "this task runs code: !function evil.f"),
+    "a function under another handle": ("doc_to_text: !<!function> evil.f", "this task runs code: !function evil.f"),
+    "a metric in a folder": ("metric_list: [{metric: ./evil}]", "this task runs code: metric: ./evil"),
+    "a decoding loop": ("generation_kwargs: {custom_generate: ./evil}", "this task runs code: custom_generate: ./evil"),
+}
+
+
+def evil_task(small_task, line):
+    (small_task.parent / "evil.py").write_text(EVIL)
+    task = small_task.with_name("choice.yaml")
+    key = line.partition(":")[0]
+    kept = [old for old in task.read_text().splitlines() if not old.startswith((f"{key}:", "  -"))]
+    task.write_text("\n".join([*kept, line, ""]))
+    return f"{task.name}:{len(kept) + 1}:"
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_code_of_a_task_needs_the_recipes_and_the_command_lines_word(what, small_task, make_run, capsys, monkeypatch):
+    line, said = CODE[what]
+    place = evil_task(small_task, line)
+    make_run("one", 1)
+    monkeypatch.chdir(small_task.parent)
+    for command in (["check", str(small_task)], ["eval", str(small_task), "one", "--trust-remote-code"], ["prefetch", str(small_task)]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert f"{place} {said}" in error and "set generation.trust_remote_code: true and pass --trust-remote-code" in error
+    assert main(["eval", str(small_task), "one", "generation.trust_remote_code=true"]) == 2
+    error = capsys.readouterr().err
+    assert f"{place} {said}" in error and "pass --trust-remote-code as well" in error
+    assert not (small_task.parent / "ran").exists()
+
+
+def test_code_of_an_included_file_outside_the_folder_is_found(small_task, tmp_path, capsys):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/task.yaml").write_text("include: ../choice.yaml\ntask: mine\n")
+    place = evil_task(small_task, "doc_to_text: !function evil.f")
+    recipe = tmp_path / "sub_lm_eval.yaml"
+    recipe.write_text("suite: {name: lm_eval, tasks: [mine]}\ndata: {include_path: tasks}\n")
+    assert main(["check", str(recipe)]) == 2 and place in capsys.readouterr().err
+
+
+def test_code_of_a_task_runs_with_both_words(small_task, make_run):
+    evil_task(small_task, "doc_to_text: !function evil.f")
+    make_run("one", 1)
+    assert evaluate(load_eval(small_task, ["generation.trust_remote_code=true"]), ["one"], remote_code=True)
+    assert (small_task.parent / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["confirm_run_unsafe_code: true", "gen_kwargs: {custom_generate: ./evil}", "gen_kwargs: 'custom_generate=x'"]
+)
+def test_options_that_let_code_run_need_both_words(line, small_task, make_run, capsys):
+    make_run("one", 1)
+    small_task.write_text(
+        f"suite:\n  name: lm_eval\n  tasks: [tiny_choice]\n  options:\n    {line}\ndata: {{include_path: ., folder: .}}\n"
+    )
+    assert main(["check", str(small_task)]) == 2
+    assert f"{small_task}:5: suite.options." in (said := capsys.readouterr().err) and "runs code" in said
+    assert main(["eval", str(small_task), "one", "generation.trust_remote_code=true"]) == 2
+    assert "pass --trust-remote-code as well" in capsys.readouterr().err
+
+
+def test_a_template_that_reaches_for_the_process_is_refused(small_task, make_run):
+    line = "doc_to_text: \"{{ cycler.__init__.__globals__.os.system('touch ran') }}\""
+    evil_task(small_task, line)
+    make_run("one", 1)
+    with pytest.raises(RecipeError, match="a template of these tasks would run code"):
+        evaluate(load_eval(small_task), ["one"])
+    assert not (small_task.parent / "ran").exists()
+
+
+def test_a_metric_that_lm_eval_does_not_have_is_refused(small_task, make_run):
+    evil_task(small_task, "metric_list: [{metric: evil}]")
+    make_run("one", 1)
+    with pytest.raises(RecipeError, match=r"choice\.yaml: lm-eval has no metric 'evil' and would run the code of one"):
+        evaluate(load_eval(small_task), ["one"])
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_items_and_give_the_numbers_of_one(small_task, make_run, tiny_model_dir, tmp_path):
     """An odd number of items, so that one rank has one more; an adapter on a packaged base, which the ranks look for together; a

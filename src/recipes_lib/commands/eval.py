@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="allow code that ships with a model, if the run's recipe (or generation.trust_remote_code) asks for it too",
+        help="allow code that ships with a model or a task, if the run's recipe (or generation.trust_remote_code) asks for it too",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (schema/eval_result.schema.json)")
     add_flags(parser)

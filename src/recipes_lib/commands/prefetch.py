@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="RECIPE|STUDY|EVAL", help="what will run on nodes without a network")
     parser.add_argument("--profile", metavar="P", help="the site: its directories hub and cache are filled")
     parser.add_argument("--check", action="store_true", help="fetch nothing; only look whether everything is here (exit 5 if not)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code of lm-eval tasks, if the eval recipe asks for it too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
     from recipes_lib.launching.prefetching import needs_of
 
-    needs = list(dict.fromkeys(need for word in words for need in needs_of(word, _meant_for(word, words, overrides))))
+    found = (needs_of(word, _meant_for(word, words, overrides), args.trust_remote_code) for word in words)
+    needs = list(dict.fromkeys(need for several in found for need in several))
     if args.check:
         missing = _failures(needs, lambda need: say(f"here: {need.kind} {need.name}: {need.check()}"))
         found = f"{len(needs) - missing} of {len(needs)} here, found without a network" if missing else None
@@ -53,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"{len(needs) - missing} of {len(needs)} fetched")
         return ExitCode.ENVIRONMENT
     command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *words, *overrides, "--check"]
+    command += ["--trust-remote-code"] if args.trust_remote_code else []
     code = subprocess.run(command, env={**os.environ, **OFFLINE}).returncode
     if code == ExitCode.DONE:
         first = next((word for word in words if not _is_eval(word)), None)

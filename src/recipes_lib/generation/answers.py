@@ -18,6 +18,7 @@ from recipes_lib.generation.engine import Decoding, Engine, Request
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Format
+from recipes_lib.judging.judge import Failures
 from recipes_lib.judging.store import JudgmentStore
 
 MAX_CONSECUTIVE_FAILURES = 20
@@ -99,17 +100,16 @@ class Writer:
 
     def _ask(self, missing: dict[str, tuple[Prompt, Request]]) -> None:
         progress = Progress(f"answers {self.name}", len(missing))
-        failed: list[str] = []
-        in_a_row = 0
+        failed, answered = Failures(), 0
         for completion in self.engine.complete([request for _, request in missing.values()], self.decoding):
             prompt, request = missing[completion.key]
             if completion.error is not None:
-                failed.append(completion.error)
-                in_a_row += 1
-                if in_a_row >= MAX_CONSECUTIVE_FAILURES:
+                failed.add(completion.error, completion.refused)
+                if failed.in_a_row >= MAX_CONSECUTIVE_FAILURES:
                     break
                 continue
-            in_a_row = 0
+            failed.in_a_row = 0
+            answered += 1
             row: dict[str, Any] = {"key": completion.key, "question_id": prompt.question_id, "turn": prompt.turn}
             row |= {"answer": completion.text, "finish_reason": completion.finish_reason, "tokens": completion.num_tokens}
             row |= {"seed": request.seed if self.decoding.temperature > 0 else None, "decoding": self.decoding.to_dict()}
@@ -118,10 +118,10 @@ class Writer:
             self.tokens += completion.num_tokens
             progress.add(tokens=completion.num_tokens)
         self.seconds += progress.close()
-        if failed:
+        if failed.total:
             raise GenerationIncomplete(
-                f"{len(failed)} answers of {self.name} are missing: {failed[-1]}",
-                f"{len(self.store)} answers are stored; run the same command to continue",
+                f"{len(missing) - answered} answers of {self.name} are missing: {failed}",
+                f"{len(self.store)} answers are stored; {failed.remedy()}",
                 file=self.store.path,
             )
 

@@ -54,7 +54,7 @@ class Completion:
         finish_reason: "stop", "length" (cut at max_new_tokens) or "prompt_too_long".
         num_tokens: tokens written.
         error: what went wrong in transport; nothing was answered then.
-        permanent: the error belongs to this request (its body was refused), so asking again is pointless.
+        refused: the server answered and will not take this request as it is; asking at once again is pointless.
         logprobs: for one-token requests, log-probability by token text.
     """
 
@@ -63,7 +63,7 @@ class Completion:
     finish_reason: str = "stop"
     num_tokens: int = 0
     error: str | None = None
-    permanent: bool = False
+    refused: bool = False
     logprobs: dict[str, float] | None = None
 
 

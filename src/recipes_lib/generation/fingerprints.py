@@ -16,7 +16,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 def hash_of(*parts: Any) -> str:
     """Return the SHA-256 of JSON-ready values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def folder_fingerprint(folder: Path) -> str:

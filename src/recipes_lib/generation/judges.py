@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -80,7 +80,7 @@ class _ServedJudge:
         self.tokenizer = _tokenizer_if_here(self.section)
         self._engine: Engine | None = None
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
         """Ask the server."""
         from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 
@@ -96,7 +96,7 @@ class _ServedJudge:
                 first_pause_s=float(os.environ.get("RECIPES_RETRY_PAUSE_S", "0.5")),
             )
             self._engine = OpenAIEngine(server, logprobs=section.mode == "logits")
-        return _written(self._engine, [(request, self._render(request.prompt, request.key)) for request in requests], section)
+        yield from _written(self._engine, [(request, self._render(request.prompt, request.key)) for request in requests], section)
 
     def address(self) -> str:
         """Return the server's address; one on this machine may have been started for this process alone (launch/with_judge.sh)."""
@@ -139,17 +139,16 @@ class _LocalJudge:
         self._engine: Any = None
         self._reader: NextToken | None = None
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
         """Ask the model, loading it for the first question."""
         if self._engine is None:
             self._engine = self._load()
         rendered = [(request, self._render(request.prompt, request.key)) for request in requests]
         if self.section.mode == "generate":
-            return _written(self._engine, rendered, self.section)
-        replies: dict[str, JudgeReply] = {}
+            yield from _written(self._engine, rendered, self.section)
+            return
         for allowed, group in groupby(rendered, key=lambda pair: pair[0].allowed):
-            replies |= self._read(list(group), allowed)
-        return [replies[request.key] for request in requests]
+            yield from self._read([request for _, request in group], allowed)
 
     def _load(self) -> Any:
         import torch
@@ -166,23 +165,21 @@ class _LocalJudge:
     def _render(self, prompt: Prompt, key: str) -> Request:
         return Request(key=key, ids=tuple(judge_ids(prompt, self.section.prompt_style, self.tokenizer)))
 
-    def _read(self, pairs: Sequence[tuple[JudgeRequest, Request]], allowed: Sequence[str]) -> dict[str, JudgeReply]:
+    def _read(self, asked: Sequence[Request], allowed: Sequence[str]) -> Iterator[tuple[str, JudgeReply]]:
         """Read the verdicts of requests with the same allowed tokens from next-token probabilities."""
         import torch
 
         from recipes_lib.generation.transformers_engine import batches
 
         lead_ids, token_ids = verdict_tokens(self.tokenizer, self.section.lead_in, allowed)
-        requests = [Request(key=request.key, ids=(*request.ids, *lead_ids)) for _, request in pairs]
-        replies: dict[str, JudgeReply] = {}
+        requests = [Request(key=request.key, ids=(*request.ids, *lead_ids)) for request in asked]
         self._reader = self._reader or NextToken(self._engine.model, self.tokenizer.pad_token_id or 0)
         self._reader.share([request.ids for request in requests])
         for batch in batches(requests, 0, self.section.batch_tokens):
             probabilities = torch.softmax(self._reader.logits([request.ids for request in batch]), dim=-1).cpu()
             for request, row in zip(batch, probabilities, strict=True):
                 found = {verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()}
-                replies[request.key] = JudgeReply(probabilities=found)
-        return replies
+                yield request.key, JudgeReply(probabilities=found)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text."""
@@ -233,23 +230,21 @@ def judge_ids(prompt: Prompt, style: str, tokenizer: Any) -> list[int]:
     )
 
 
-def _written(engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection) -> list[JudgeReply]:
+def _written(engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection) -> Iterator[tuple[str, JudgeReply]]:
     """Let the engine write the verdicts; requests of one temperature go together."""
-    replies: dict[str, JudgeReply] = {}
     base = section.temperature
     for temperature in {request.temperature for request, _ in pairs}:
         group = {request.key: (request, rendered) for request, rendered in pairs if request.temperature == temperature}
         decoding = Decoding(max_new_tokens=section.max_new_tokens, temperature=max(temperature, base))
         requests = [dataclasses.replace(rendered, seed=request.seed) for request, rendered in group.values()]
         for done in engine.complete(requests, decoding):
-            replies[done.key] = _reply(group[done.key][0], done)
-    return [replies[request.key] for request, _ in pairs]
+            yield done.key, _reply(group[done.key][0], done)
 
 
 def _reply(request: JudgeRequest, done: Completion) -> JudgeReply:
     """A completion as a judge's reply; log-probabilities become probabilities of the allowed verdicts."""
     if done.error is not None:
-        return JudgeReply(error=done.error, permanent=done.permanent)
+        return JudgeReply(error=done.error, refused=done.refused)
     if done.logprobs is None:
         return JudgeReply(text=done.text, finish_reason=done.finish_reason)
     import math

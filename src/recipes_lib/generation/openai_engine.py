@@ -1,9 +1,10 @@
 """The engine behind an OpenAI-compatible address: vLLM, llama.cpp, SGLang, a hosted API.
 
-Requests are in flight together up to a limit. What may pass - 429, 5xx, a timeout, a dropped connection, an answer that is no JSON -
-is tried again a bounded number of times, after the pause the server asks for. What cannot pass ends at once: a wrong key or address
-with everything (401, 403, 404), a refused body with its request (400). Each attempt has a time limit of its own, which a server that
-drips its answer byte by byte does not escape.
+Requests are in flight together up to a limit, which 429 lowers and answers raise again. What may pass - 429, 5xx, a timeout, a dropped
+connection, an answer that is no JSON - is tried again a bounded number of times, after the pause the server asks for. What cannot pass
+ends at once: a wrong key, address or model with everything (401, 403, 404), a refused body with its request (400, 402, 413, 422). Nothing
+that a server refuses is an answer. Each attempt has a time limit of its own, which a server that drips its answer byte by byte does not
+escape, and a reply a size limit, which one that grows on unpacking does not escape. No byte of a reply ends more than that reply.
 """
 
 from __future__ import annotations
@@ -11,29 +12,46 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import os
 import queue
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipesError
 from recipes_lib.generation.engine import Completion, Decoding, Request
 from recipes_lib.generation.fingerprints import hash_of
+from recipes_lib.judging.store import valid_text
 
 MAX_PAUSE_S = 120.0
+MAX_REPLY_BYTES = 4 << 20  # an answer takes kilobytes
 TOP_LOGPROBS = 20
 _PASSING = {408, 409, 429}
 _HOPELESS = {401, 403, 404}
 
 
-class ServerUnreachable(RecipesError):
-    """The server did not answer, after all attempts; the same command continues the evaluation."""
+class ServerFault(RecipesError):
+    """The server does not answer, refuses everything or is another one; what is missing is asked again by the same command."""
 
     exit_code = ExitCode.EVALUATION_INCOMPLETE
+
+
+class _Refused(Exception):
+    """An HTTP status of 400 or above."""
+
+    def __init__(self, status: int, words: str, headers: Mapping[str, str]) -> None:
+        super().__init__(f"{status}: {words}")
+        self.status, self.headers = status, headers
+
+
+class _Unusable(Exception):
+    """A reply that cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +61,7 @@ class Server:
     base_url: str
     model: str
     api_key_variable: str | None = None
-    concurrency: int = 16
+    concurrency: int = 256
     timeout_s: float = 120.0
     max_retries: int = 5
     first_pause_s: float = 0.5
@@ -52,13 +70,15 @@ class Server:
         """Return the key from the environment; servers of one's own need none.
 
         Raises:
-            EnvironmentFault: the variable is named and not set.
+            EnvironmentFault: the variable is named and not set, or holds what no header can.
         """
         if not self.api_key_variable:
             return "none"
-        value = os.environ.get(self.api_key_variable)
+        value = os.environ.get(self.api_key_variable, "").strip()
         if not value:
             raise EnvironmentFault(f"the environment variable {self.api_key_variable} is not set", f"export {self.api_key_variable}=...")
+        if not (value.isascii() and value.isprintable()):
+            raise EnvironmentFault(f"the environment variable {self.api_key_variable} holds no key: it has characters that no key has")
         return value
 
 
@@ -71,26 +91,42 @@ class OpenAIEngine:
         logprobs: ask for the probabilities of the first token instead of a text.
 
     Raises:
-        EnvironmentFault: the server serves other models, or refuses the key.
-        ServerUnreachable: the server does not answer.
+        EnvironmentFault: the server serves other models.
+        ServerFault: the server does not answer, or refuses the key.
     """
 
     def __init__(self, server: Server, fingerprint: str | None = None, logprobs: bool = False) -> None:
+        try:
+            import httpx2
+        except ImportError as error:
+            raise EnvironmentFault(f"a server cannot be asked: {error}", "pip install -e '.[eval]'") from None
+
+        self._faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError, ValueError, _Unusable)
         self.server, self.logprobs = server, logprobs
         self.fingerprint = hash_of("openai", server.model, fingerprint)
         self.retries = 0
         self._api_key = server.key()
+        self._allowed = float(server.concurrency)  # in flight; 429 lowers it, answers raise it again
+        self._lowered = 0.0
+        self._answered = 0
         asyncio.run(self._check_served())
 
     def complete(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
         """Yield completions as they arrive.
 
         Raises:
-            EnvironmentFault: the server refuses the key or does not know the model; with its own words.
+            ServerFault: the server refuses the key, does not know the model, or answers as another one; with its own words.
         """
         arrived: queue.Queue[Completion | BaseException] = queue.Queue()
         stop = threading.Event()
-        thread = threading.Thread(target=lambda: asyncio.run(self._run(requests, decoding, arrived, stop)), daemon=True)
+
+        def ask_all() -> None:
+            try:
+                asyncio.run(self._run(requests, decoding, arrived, stop))
+            except BaseException as fault:  # for the thread that waits
+                arrived.put(fault)
+
+        thread = threading.Thread(target=ask_all, daemon=True)
         thread.start()
         try:
             for _ in requests:
@@ -104,15 +140,17 @@ class OpenAIEngine:
 
     async def _run(self, requests: Sequence[Request], decoding: Decoding, arrived: queue.Queue[Any], stop: threading.Event) -> None:
         """Ask all requests, at most `concurrency` at once."""
-        gate = asyncio.Semaphore(self.server.concurrency)
+        source = iter(requests)
+        self._turn, self._in_flight = asyncio.Condition(), 0
         async with self._client() as client:
 
-            async def one(request: Request) -> None:
-                async with gate:
-                    if not stop.is_set():
-                        arrived.put(await self._ask(client, request, decoding))
+            async def work() -> None:
+                for request in source:
+                    if stop.is_set():
+                        return
+                    arrived.put(await self._ask(client, request, decoding))
 
-            tasks = [asyncio.create_task(one(request)) for request in requests]
+            tasks = [asyncio.create_task(work()) for _ in range(min(self.server.concurrency, len(requests)))]
             while tasks and not stop.is_set():
                 done, pending = await asyncio.wait(tasks, timeout=0.2)
                 tasks = list(pending)
@@ -126,78 +164,157 @@ class OpenAIEngine:
 
     async def _ask(self, client: Any, request: Request, decoding: Decoding) -> Completion:
         """Return the completion of one request, or its error after the last attempt."""
-        import openai
-
-        reason = ""
-        for attempt in range(self.server.max_retries + 1):
-            pause = min(self.server.first_pause_s * 2**attempt, MAX_PAUSE_S) * random.uniform(0.75, 1.25)
+        reason, attempt, busy = "", 0, 0
+        while True:
+            pause = min(self.server.first_pause_s * 2 ** (attempt + min(busy, 5)), MAX_PAUSE_S) * random.uniform(0.75, 1.25)
+            answered = self._answered
             try:
-                reply = await asyncio.wait_for(self._post(client, request, decoding), self.server.timeout_s)
-                return _completion(request, reply, self.logprobs)
-            except openai.APIStatusError as error:
-                body = _body(error)
-                if error.status_code in _HOPELESS:
-                    raise EnvironmentFault(
-                        f"{self.server.base_url} answered {error.status_code}: {body}", "check base_url, model and key"
+                async with self._slot():
+                    reply = await asyncio.wait_for(self._post(client, request, decoding), self.server.timeout_s)
+                self._check_model(reply)
+                done = _completion(request, reply, self.logprobs)
+                self._answered += 1
+                self._allowed = min(float(self.server.concurrency), self._allowed + 0.1)
+                return done
+            except _Refused as error:
+                if error.status in _HOPELESS:
+                    raise ServerFault(
+                        f"{self.server.base_url} answered {error}", *self._advice(request, error.status), "check base_url, model and key"
                     ) from None
-                if error.status_code not in _PASSING and error.status_code < 500:
-                    return Completion(key=request.key, error=f"{error.status_code}: {body}", permanent=True)
-                reason = f"{error.status_code}: {body}"
-                pause = retry_after(error.response.headers) or pause
+                if error.status not in _PASSING and error.status < 500:
+                    return Completion(key=request.key, error="; ".join([str(error), *self._advice(request, error.status)]), refused=True)
+                reason, pause = str(error), retry_after(error.headers) or pause
+                if error.status == 429:
+                    self._lower()
+                    if self._answered > answered:  # the server works, there is only too much for it
+                        busy += 1
+                        attempt -= 1
             except TimeoutError:
                 reason = f"no answer within {self.server.timeout_s:g} s"
-            except (openai.OpenAIError, json.JSONDecodeError, AttributeError, IndexError, TypeError, KeyError) as error:
-                reason = f"{type(error).__name__}: {error}"
-            if attempt < self.server.max_retries:
-                self.retries += 1
-                await asyncio.sleep(pause)
-        return Completion(key=request.key, error=reason)
+            except self._faults as error:
+                reason = str(error) if isinstance(error, _Unusable) else f"{type(error).__name__}: {error}"
+            attempt += 1
+            if attempt > self.server.max_retries:
+                return Completion(key=request.key, error=reason)
+            self.retries += 1
+            await asyncio.sleep(pause)
 
-    async def _post(self, client: Any, request: Request, decoding: Decoding) -> Any:
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """Wait until one more may be in flight, and be it."""
+        async with self._turn:
+            await self._turn.wait_for(lambda: self._in_flight < max(1, int(self._allowed)))
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            async with self._turn:
+                self._turn.notify(2)  # the one that ended, and one more where the limit rose
+
+    def _lower(self) -> None:
+        """Halve what may be in flight, once for a burst of refusals."""
+        now = time.monotonic()
+        if now - self._lowered > self.server.first_pause_s:
+            self._allowed, self._lowered = max(1.0, self._allowed / 2), now
+
+    def _advice(self, request: Request, status: int) -> list[str]:
+        """What to do about a refusal whose likely cause is known."""
+        if request.ids and status in (400, 404, 405, 422):
+            return [
+                "prompts of a run go to /completions as token ids, and a server that does not take them (transformers serve) cannot answer "
+                "for runs: serve the run with launch/vllm_server.sh, or answer in this process (generation.engine=transformers)"
+            ]
+        if self.logprobs and status in (400, 404, 405, 422):
+            return [
+                "judge.mode logits needs a server that continues the judge's turn and gives log-probabilities (vLLM; transformers serve "
+                "does not): set judge.mode: generate, or serve the judge with launch/vllm_server.sh"
+            ]
+        return []
+
+    def _check_model(self, reply: Mapping[str, Any]) -> None:
+        """Make sure that the model which was asked answered.
+
+        Raises:
+            ServerFault: the reply names another one.
+        """
+        name = reply.get("model")
+        if isinstance(name, str) and name and not is_version_of(name, self.server.model):
+            raise ServerFault(
+                f"{self.server.base_url} answered as '{valid_text(name)[:100]}', not as '{self.server.model}'",
+                "is it another server? If the name stands for this model, write the name it answers with",
+            )
+
+    async def _post(self, client: Any, request: Request, decoding: Decoding) -> dict[str, Any]:
         """Send one attempt: token ids or text where the prompt is rendered here, messages where the server renders it."""
-        settings: dict[str, Any] = {"model": self.server.model, "temperature": decoding.temperature}
-        settings |= {"max_tokens": 1 if self.logprobs else decoding.max_new_tokens}
+        body: dict[str, Any] = {"model": self.server.model, "temperature": decoding.temperature}
+        body |= {"max_tokens": 1 if self.logprobs else decoding.max_new_tokens}
         if decoding.temperature > 0:
-            settings |= {"top_p": decoding.top_p, "seed": request.seed % 2**31}
-        extra: dict[str, Any] = {} if decoding.repetition_penalty == 1 else {"repetition_penalty": decoding.repetition_penalty}
+            body |= {"top_p": decoding.top_p, "seed": request.seed % 2**31}
+        body |= {} if decoding.repetition_penalty == 1 else {"repetition_penalty": decoding.repetition_penalty}
         if request.prompt is not None:
-            settings |= {"logprobs": TOP_LOGPROBS} if self.logprobs else {}
-            return await client.completions.create(prompt=list(request.ids) or request.prompt, extra_body=extra, **settings)
-        settings |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self.logprobs else {}
+            body |= {"prompt": list(request.ids) or request.prompt} | ({"logprobs": TOP_LOGPROBS} if self.logprobs else {})
+            return await self._call(client, "POST", "completions", body)
+        body |= {"messages": list(request.messages)} | ({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self.logprobs else {})
         if request.messages and request.messages[-1]["role"] == "assistant":
-            extra |= {"add_generation_prompt": False, "continue_final_message": True}
-        return await client.chat.completions.create(messages=list(request.messages), extra_body=extra, **settings)
+            body |= {"add_generation_prompt": False, "continue_final_message": True}
+        return await self._call(client, "POST", "chat/completions", body)
+
+    async def _call(self, client: Any, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Send one request and return the JSON object of its reply.
+
+        Raises:
+            _Refused: status 400 or above, with the server's words.
+            _Unusable: the reply is too long, or no JSON object.
+        """
+        content = bytearray()
+        sent = None if body is None else json.dumps(body).encode()
+        async with client.stream(method, f"{self.server.base_url.rstrip('/')}/{path}", content=sent) as response:
+            async for chunk in response.aiter_raw():
+                content += chunk
+                if len(content) > MAX_REPLY_BYTES:
+                    raise _Unusable(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
+        text = _unpacked(bytes(content), response.headers.get("content-encoding", "")).decode("utf-8", "replace")
+        try:
+            found = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+        except (ValueError, RecursionError):
+            found = text
+        if response.status_code >= 400:
+            raise _Refused(response.status_code, _words(found), response.headers)
+        if not isinstance(found, dict):
+            raise _Unusable(f"the reply is no JSON object: {_words(found)[:80]!r}")
+        return found
 
     async def _check_served(self) -> None:
         """Make sure that the server is there and serves the model.
 
         Raises:
-            EnvironmentFault: it serves others, or refuses the key.
-            ServerUnreachable: it does not answer, after all attempts.
+            EnvironmentFault: it serves others.
+            ServerFault: it does not answer, after all attempts, or refuses the key.
         """
-        import openai
-
         reason = ""
         async with self._client() as client:
             for attempt in range(self.server.max_retries + 1):
                 try:
-                    page = await asyncio.wait_for(client.models.list(), self.server.timeout_s)
-                    served = [model.id for model in page.data]
+                    page = await asyncio.wait_for(self._call(client, "GET", "models"), self.server.timeout_s)
+                    served = [valid_text(str(model["id"])) for model in page["data"]]
                     break
-                except openai.APIStatusError as error:
-                    reason = f"{error.status_code}: {_body(error)}"
-                    if error.status_code in (401, 403):
-                        raise EnvironmentFault(
+                except _Refused as error:
+                    reason = str(error)
+                    if error.status in (401, 403):
+                        raise ServerFault(
                             f"{self.server.base_url} refuses the key: {reason}", f"check {self.server.api_key_variable}"
                         ) from None
-                    if error.status_code == 404:  # a server without the list; the first request will tell
+                    if error.status == 404:  # a server without the list; the first request will tell
                         return
-                except (openai.OpenAIError, TimeoutError, ValueError, AttributeError, TypeError) as error:
+                except TimeoutError:
+                    reason = f"no answer within {self.server.timeout_s:g} s"
+                except (*self._faults, KeyError, TypeError) as error:
                     reason = f"{type(error).__name__}: {error}"
                 if attempt < self.server.max_retries:
                     await asyncio.sleep(min(self.server.first_pause_s * 2**attempt, MAX_PAUSE_S))
             else:
-                raise ServerUnreachable(
+                raise ServerFault(
                     f"{self.server.base_url} does not answer: {reason}",
                     "start it (launch/vllm_server.sh), then run the same command to continue",
                 )
@@ -207,36 +324,96 @@ class OpenAIEngine:
             )
 
     def _client(self) -> Any:
-        import openai
+        """The HTTP client; it asks for replies that are not packed."""
+        import httpx2
 
-        return openai.AsyncOpenAI(base_url=self.server.base_url, api_key=self._api_key, max_retries=0, timeout=self.server.timeout_s)
-
-
-def _completion(request: Request, reply: Any, logprobs: bool) -> Completion:
-    """Read a reply of either endpoint."""
-    choice = reply.choices[0]
-    message = getattr(choice, "message", None)
-    text = (choice.text if message is None else message.content) or ""
-    found = _first_token(choice) if logprobs else None
-    used = getattr(reply, "usage", None)
-    tokens = int(getattr(used, "completion_tokens", 0) or 0)
-    return Completion(key=request.key, text=text.strip(), finish_reason=choice.finish_reason or "stop", num_tokens=tokens, logprobs=found)
+        headers = {"Authorization": f"Bearer {self._api_key}", "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        limits = httpx2.Limits(max_connections=self.server.concurrency, max_keepalive_connections=self.server.concurrency)
+        return httpx2.AsyncClient(headers=headers, limits=limits, timeout=self.server.timeout_s, follow_redirects=True)
 
 
-def _first_token(choice: Any) -> dict[str, float]:
-    """The likeliest first tokens with their log-probabilities."""
-    content = getattr(choice.logprobs, "content", None)
-    if content:
-        return {entry.token: entry.logprob for entry in content[0].top_logprobs}
-    return dict(choice.logprobs.top_logprobs[0])
+def is_version_of(answered: str, asked: str) -> bool:
+    """Return whether a reply's model is the one that was asked: its name, with or without owner, or a dated or tagged version of it.
+
+    Example:
+        >>> is_version_of("gpt-4o-2024-08-06", "gpt-4o"), is_version_of("org/judge@main", "org/judge"), is_version_of("other", "judge")
+        (True, True, False)
+    """
+    names = [name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (answered, asked)]
+    return names[0] == names[1] or names[0].startswith(tuple(f"{names[1]}{mark}" for mark in "-@:"))
 
 
-def _body(error: Any) -> str:
+def _unpacked(content: bytes, encoding: str) -> bytes:
+    """The content of a reply that was packed although nobody asked for it.
+
+    Raises:
+        _Unusable: another packing than gzip and deflate, damaged, or longer than `MAX_REPLY_BYTES` when unpacked.
+    """
+    if encoding in ("", "identity"):
+        return content
+    if encoding not in ("gzip", "deflate"):
+        raise _Unusable(f"the reply is packed with {encoding}, which nobody asked for")
+    try:
+        plain = zlib.decompressobj(wbits=47).decompress(content, MAX_REPLY_BYTES + 1)
+    except zlib.error as error:
+        raise _Unusable(f"the reply cannot be unpacked: {error}") from None
+    if len(plain) > MAX_REPLY_BYTES:
+        raise _Unusable(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB when unpacked")
+    return plain
+
+
+def _completion(request: Request, reply: Mapping[str, Any], logprobs: bool) -> Completion:
+    """Read a reply of either endpoint.
+
+    Raises:
+        _Unusable: it has no choice, or none of the log-probabilities that were asked for.
+    """
+    choices = reply.get("choices")
+    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+        raise _Unusable(f"the reply has no choices: {_words(reply)[:80]!r}")
+    choice = choices[0]
+    message = choice.get("message")
+    said = message.get("content") if isinstance(message, dict) else choice.get("text")
+    if isinstance(said, list):  # content in parts
+        said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
+    finish, usage = choice.get("finish_reason"), reply.get("usage")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    return Completion(
+        key=request.key,
+        text=valid_text(said).strip() if isinstance(said, str) else "",
+        finish_reason=valid_text(finish) if isinstance(finish, str) and finish else "stop",
+        num_tokens=int(tokens) if isinstance(tokens, int | float) and 0 <= tokens < 2**31 else 0,
+        logprobs=_first_token(choice) if logprobs else None,
+    )
+
+
+def _first_token(choice: Mapping[str, Any]) -> dict[str, float]:
+    """The likeliest first tokens with their log-probabilities.
+
+    Raises:
+        _Unusable: there are none.
+    """
+    found: dict[str, float] = {}
+    try:
+        logprobs = choice["logprobs"]
+        if logprobs.get("content"):
+            pairs = [(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]]
+        else:
+            pairs = list(logprobs["top_logprobs"][0].items())
+        found = {str(token): min(float(value), 0.0) for token, value in pairs if not math.isnan(float(value))}
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+        pass
+    if not found:
+        raise _Unusable("the server gave no log-probabilities: set judge.mode: generate, or serve the judge with launch/vllm_server.sh")
+    return found
+
+
+def _words(found: Any) -> str:
     """The server's own words, in one short line."""
-    body = error.body if error.body is not None else getattr(error.response, "text", "")
-    if isinstance(body, Mapping):
-        body = body.get("message") or body
-    return " ".join(str(body).split())[:300]
+    for name in ("error", "message", "detail"):
+        if isinstance(found, Mapping) and found.get(name):
+            found = found[name]
+    return valid_text(" ".join(str(found)[:3000].split())[:300])
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

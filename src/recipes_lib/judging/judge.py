@@ -1,15 +1,17 @@
 """Asking the judge: the protocol that every judge answers to, and the loop that asks in both orders over a store.
 
-A judge is anything with a `fingerprint` and `complete(requests) -> replies`; models, servers and the fakes of the tests are all
-that. What has been stored is not asked again, so the same command continues an evaluation that ended early. A malformed verdict
-is asked again a bounded number of times with a new seed, and every attempt is stored. A request that failed in transport is not
-stored: it is missing, and the evaluation says so.
+A judge is anything with a `fingerprint` and `complete(requests)`; models, servers and the fakes of the tests are all that. Each reply is
+stored as it arrives. What has been stored is not asked again, so the same command continues an evaluation that ended early. A malformed
+verdict is asked again a bounded number of times with a new seed, and every attempt is stored. Only a reply of the judge is a verdict: a
+request that failed or was refused is not stored. It is missing, and the evaluation says so.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ from recipes_lib.judging.prometheus import CountTokens, Prompt, Rubric, Template
 from recipes_lib.judging.store import JudgmentStore, judgment_key, text_hash
 from recipes_lib.judging.verdicts import Status, Verdict, parse_absolute, parse_relative
 
+DECIDED_AT_ONCE = 1000  # verdicts that need no judge are stored together: syncing each would take longer than finding it
 ALLOWED = {"relative": ("A", "B"), "absolute": ("1", "2", "3", "4", "5")}
 
 
@@ -71,15 +74,15 @@ class JudgeReply:
         text: what the judge wrote after the prompt.
         finish_reason: "stop", or "length" when it was cut off.
         probabilities: next-token probability of each allowed token (not normalised: their sum is the mass).
-        error: what went wrong in transport; None if nothing did.
-        permanent: the error belongs to this request (its body was refused), so asking again is pointless; it is stored.
+        error: why there is no reply; None if there is one. Such a judgment is missing, and is asked again by the next run.
+        refused: the server refused the request as it is, so that something has to be changed before it can be answered.
     """
 
     text: str | None = None
     finish_reason: str | None = "stop"
     probabilities: Mapping[str, float] | None = None
     error: str | None = None
-    permanent: bool = False
+    refused: bool = False
 
 
 class Judge(Protocol):
@@ -89,8 +92,8 @@ class Judge(Protocol):
     def fingerprint(self) -> str:
         """Hash that changes whenever the same prompt could get another verdict."""
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Sequence[JudgeReply]:
-        """Answer each request, in the given order; transport errors are replies, not exceptions."""
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
+        """Yield each request's key with its reply as it arrives, in any order; transport errors are replies, not exceptions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,38 @@ class JudgePlan:
 
 
 @dataclass
+class Failures:
+    """Requests without a reply: how often each reason was given, how many the server refused as they are, how many came in a row."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    in_a_row: int = 0
+
+    def add(self, reason: str, refused: bool) -> None:
+        """Count one."""
+        self.reasons[reason] += 1
+        self.refused += refused
+        self.in_a_row += 1
+
+    @property
+    def total(self) -> int:
+        """How many there were."""
+        return self.reasons.total()
+
+    def __str__(self) -> str:
+        shown = self.reasons.most_common(3)
+        more = self.total - sum(count for _, count in shown)
+        parts = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in shown]
+        return "; ".join([*parts, *([f"{more} other failures"] if more else [])])
+
+    def remedy(self) -> str:
+        """Return what to do about them."""
+        if self.refused == self.total:
+            return "the server refuses them as they are: change the recipe or the server, then run the same command to ask again"
+        return "run the same command to continue"
+
+
+@dataclass
 class JudgeRun:
     """What a run did: judgments asked and stored, decided by rule, already there, re-asked, and failed (missing)."""
 
@@ -122,16 +157,16 @@ class JudgeRun:
     by_rule: int = 0
     stored_before: int = 0
     reasked: int = 0
-    failed: list[str] = field(default_factory=list)
+    failed: Failures = field(default_factory=Failures)
 
     def check_complete(self) -> None:
         """Raise if a judgment is missing.
 
         Raises:
-            EvaluationIncomplete: with the first failure's message.
+            EvaluationIncomplete: with each reason and how often it was given.
         """
-        if self.failed:
-            raise EvaluationIncomplete(f"{len(self.failed)} judgments are missing: {self.failed[0]}", "run the same command to continue")
+        if self.failed.total:
+            raise EvaluationIncomplete(f"{self.failed.total} judgments are missing: {self.failed}", self.failed.remedy())
 
 
 def build_requests(items: Iterable[Item], plan: JudgePlan, fingerprint: str) -> Iterator[JudgeRequest]:
@@ -148,6 +183,7 @@ def build_requests(items: Iterable[Item], plan: JudgePlan, fingerprint: str) -> 
 
 def make_request(item: Item, order: str, shown: Sequence[str], plan: JudgePlan, fingerprint: str, code: str) -> JudgeRequest:
     """Return one request for answers in the prompt's order."""
+    decided = plan.rules and rule_verdict(plan.kind, shown) is not None  # such a prompt is not sent, so it needs not fit
     prompt = build_prompt(
         plan.template,
         plan.rubric,
@@ -155,19 +191,19 @@ def make_request(item: Item, order: str, shown: Sequence[str], plan: JudgePlan, 
         shown,
         item.reference,
         code=code,
-        count_tokens=plan.count_tokens,
+        count_tokens=None if decided else plan.count_tokens,
         max_tokens=plan.max_prompt_tokens,
     )
     key = judgment_key(item.question_id, order, fingerprint, prompt.hash, [text_hash(answer) for answer in shown])
     return JudgeRequest(key, plan.kind, str(item.question_id), order, prompt, tuple(shown), ALLOWED[plan.kind], item.meta, seed=plan.seed)
 
 
-def rule_verdict(request: JudgeRequest) -> Verdict | None:
+def rule_verdict(kind: str, answers: Sequence[str]) -> Verdict | None:
     """Return the verdict that needs no judge: an empty answer loses (score 1), identical answers tie; None otherwise."""
-    empty = [not answer.strip() for answer in request.answers]
-    if request.kind == "absolute":
+    empty = [not answer.strip() for answer in answers]
+    if kind == "absolute":
         return Verdict(Status.OK, 1, "empty answer") if empty[0] else None
-    if request.answers[0].strip() == request.answers[1].strip():
+    if answers[0].strip() == answers[1].strip():
         return Verdict(Status.OK, "tie", "identical answers")
     if any(empty):
         return Verdict(Status.OK, "B" if empty[0] else "A", "empty answer")
@@ -176,11 +212,11 @@ def rule_verdict(request: JudgeRequest) -> Verdict | None:
 
 def read_reply(request: JudgeRequest, reply: JudgeReply) -> Verdict:
     """Return the verdict of a reply, from its probabilities where it has them, else from its text."""
-    if reply.error is not None:
-        return Verdict(Status.ERROR, reason=reply.error)
     if reply.probabilities is None:
         parse = parse_relative if request.kind == "relative" else parse_absolute
         return parse(reply.text, reply.finish_reason)
+    if not all(map(math.isfinite, reply.probabilities.values())):
+        return Verdict(Status.UNPARSED, reason="the judge's probabilities are not finite")
     ranked = sorted(request.allowed, key=lambda token: -reply.probabilities.get(token, 0.0))  # type: ignore[union-attr]
     best, second = (reply.probabilities.get(token, 0.0) for token in ranked[:2])
     if best <= second:
@@ -219,37 +255,34 @@ def ask(
     """Ask requests that are already built (the audit's probes are), as `judge_items` does."""
     run = JudgeRun()
     source, retries = iter(requests), deque[tuple[JudgeRequest, list[dict[str, Any]]]]()
-    failures = 0
-    while batch := list(_next_batch(source, retries, store, plan, judge.fingerprint, run)):
-        replies = judge.complete([request for request, _ in batch])
-        if len(replies) != len(batch):
-            raise ValueError(f"the judge gave {len(replies)} replies to {len(batch)} requests")
-        rows: list[dict[str, Any]] = []
-        for (request, attempts), reply in zip(batch, replies, strict=True):
-            verdict = read_reply(request, reply)
-            if verdict.status is Status.ERROR and not reply.permanent:
-                failures += 1
-                run.failed.append(str(verdict.reason))
-                if failures >= plan.max_consecutive_failures:
-                    store.append_all(rows)
-                    raise EvaluationIncomplete(
-                        f"the judge failed {failures} times in a row, last with: {verdict.reason}",
-                        f"{len(store)} judgments are stored; run the same command to continue",
-                        file=store.path,
-                    )
-                continue
-            failures = 0
-            again = verdict.status in (Status.UNPARSED, Status.EMPTY) and reply.probabilities is None and request.attempt <= plan.max_reasks
-            if again:
-                attempts.append({"seed": request.seed, "status": verdict.status.value, "raw": reply.text})
-                retries.append((_reask(request, plan), attempts))
-                run.reasked += 1
-            else:
-                rows.append(_row(request, verdict, judge.fingerprint, "judge", reply, attempts))
-        store.append_all(rows)
-        run.asked += len(rows)
-        if progress:
-            progress(run)
+    while waiting := _next_batch(source, retries, store, plan, judge.fingerprint, run):
+        with closing(judge.complete([request for request, _ in waiting.values()])) as replies:
+            for key, reply in replies:
+                request, attempts = waiting.pop(key)
+                if reply.error is not None:
+                    run.failed.add(reply.error, reply.refused)
+                    if run.failed.in_a_row >= plan.max_consecutive_failures:
+                        raise EvaluationIncomplete(
+                            f"the judge failed {run.failed.in_a_row} times in a row: {run.failed}",
+                            f"{len(store)} judgments are stored; {run.failed.remedy()}",
+                            file=store.path,
+                        )
+                    continue
+                run.failed.in_a_row = 0
+                verdict = read_reply(request, reply)
+                malformed = verdict.status in (Status.UNPARSED, Status.EMPTY) and reply.probabilities is None
+                if malformed and request.attempt <= plan.max_reasks:
+                    attempts.append({"seed": request.seed, "status": verdict.status.value, "raw": reply.text})
+                    retries.append((_reask(request, plan), attempts))
+                    run.reasked += 1
+                else:
+                    run.asked += store.append(_row(request, verdict, judge.fingerprint, "judge", reply, attempts))
+                if progress:
+                    progress(run)
+        if waiting:
+            raise ValueError(f"the judge left {len(waiting)} requests without a reply")
+    if progress:
+        progress(run)
     return run
 
 
@@ -260,23 +293,30 @@ def _next_batch(
     plan: JudgePlan,
     fingerprint: str,
     run: JudgeRun,
-) -> Iterator[tuple[JudgeRequest, list[dict[str, Any]]]]:
-    """Up to a batch of requests that the judge must answer; the others are counted or stored on the way."""
-    taken = 0
-    while retries and taken < plan.batch_size:
-        taken += 1
-        yield retries.popleft()
-    while taken < plan.batch_size and (request := next(source, None)) is not None:
-        if request.key in store:
+) -> dict[str, tuple[JudgeRequest, list[dict[str, Any]]]]:
+    """Up to a batch of requests that the judge must answer, by key; the others are counted, or stored together on the way."""
+    batch: dict[str, tuple[JudgeRequest, list[dict[str, Any]]]] = {}
+    decided: list[dict[str, Any]] = []
+    while retries and len(batch) < plan.batch_size:
+        request, attempts = retries.popleft()
+        batch[request.key] = request, attempts
+    while len(batch) < plan.batch_size and (request := next(source, None)) is not None:
+        if request.key in store or request.key in batch:
             run.stored_before += 1
-        elif plan.rules and (verdict := rule_verdict(request)):
-            run.by_rule += store.append(_row(request, verdict, fingerprint, "rule"))
+        elif plan.rules and (verdict := rule_verdict(request.kind, request.answers)):
+            decided.append(_row(request, verdict, fingerprint, "rule"))
+            run.by_rule += 1
         elif not request.prompt.fits:
             verdict = Verdict(Status.TRUNCATED, reason="the prompt does not fit the judge, even with its answers cut")
-            run.asked += store.append(_row(request, verdict, fingerprint, "limit"))
+            decided.append(_row(request, verdict, fingerprint, "limit"))
+            run.asked += 1
         else:
-            taken += 1
-            yield request, []
+            batch[request.key] = request, []
+        if len(decided) == DECIDED_AT_ONCE:
+            store.append_all(decided)
+            decided = []
+    store.append_all(decided)
+    return batch
 
 
 def _reask(request: JudgeRequest, plan: JudgePlan) -> JudgeRequest:
@@ -301,8 +341,6 @@ def _row(
     if reply is not None:
         row |= {"raw": reply.text, "finish_reason": reply.finish_reason}
         if reply.probabilities is not None:
-            row |= {
-                "probabilities": dict(reply.probabilities),
-                "mass": sum(reply.probabilities.get(token, 0.0) for token in request.allowed),
-            }
+            finite = {token: share for token, share in reply.probabilities.items() if math.isfinite(share)}
+            row |= {"probabilities": finite, "mass": sum(finite.get(token, 0.0) for token in request.allowed)}
     return row

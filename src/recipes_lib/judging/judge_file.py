@@ -50,7 +50,7 @@ class JudgeSection:
     engine: Literal["transformers", "openai"] = _key("transformers", "In this process, or behind an OpenAI-compatible URL.")
     base_url: str | None = _key(None, "URL of the server up to /v1; openai engine only.")
     api_key_variable: str | None = _key(None, "Environment variable that holds the server's key; the key itself never stands in a file.")
-    concurrency: int = _key(16, "Requests in flight at once; openai engine only.")
+    concurrency: int = _key(256, "Most requests in flight at once, fewer after 429; openai engine only.")
     mode: Literal["generate", "logits"] = _key(
         "generate", "Read the verdict from the text, or from the next-token probabilities of the allowed verdicts."
     )

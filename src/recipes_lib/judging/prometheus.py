@@ -21,6 +21,7 @@ from recipes_lib.errors import RecipeError
 from recipes_lib.judging.store import text_hash
 
 CUT_MARK = "\n(... the rest of this response was left out because of its length)"
+SPECIAL_TOKENS = 8  # what a tokenizer may put around a text, at most
 CountTokens = Callable[[str], int]
 
 _HEADINGS = r"(?:task\s+description|(?:the\s+)?instruction|response|reference\s+answer|score\s+rubrics?|feedback)"
@@ -196,7 +197,10 @@ def build_prompt(
     def size(parts: Sequence[str]) -> int:
         return count_tokens(render(parts).instruct_text())
 
-    if size(bodies) <= max_tokens:
+    text = prompt.instruct_text()
+    if text.isascii() and len(text) + SPECIAL_TOKENS <= max_tokens:  # a token has a character at least
+        return prompt
+    if count_tokens(text) <= max_tokens:
         return prompt
     limit = max(map(count_tokens, bodies))
     shortest = [CUT_MARK.strip()] * len(bodies)

@@ -3,7 +3,8 @@
 A line is written by a single `os.write` on an O_APPEND descriptor and synced before `append` returns; lines that arrived together
 are synced together. Its key is a hash of everything that makes it this judgment, and each key occurs once. A writer that was killed
 leaves at most a torn last line, which the next writer cuts; a damaged line anywhere else is an error that names it. Several processes
-may append to one file: each append takes the file's lock and first reads what the others wrote.
+may append to one file: each append takes the file's lock and first reads what the others wrote. A line with status `error`, as earlier
+versions stored where a server refused a request, is no judgment: it is passed over, and asked again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,6 +24,7 @@ from recipes_lib.atomic_files import sync_folder
 from recipes_lib.errors import DataError, EnvironmentFault
 
 Row = dict[str, Any]
+_INVALID = re.compile("[\ud800-\udfff\x00]")
 
 
 def text_hash(text: str) -> str:
@@ -32,6 +35,25 @@ def text_hash(text: str) -> str:
         'e3b0c442'
     """
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def valid_text(text: str) -> str:
+    """Return a text that every later reader takes: lone surrogates and NUL become the replacement character.
+
+    Example:
+        >>> valid_text("a\\ud800b") == "a\\ufffdb"
+        True
+    """
+    return _INVALID.sub("\ufffd", text)
+
+
+def valid_texts(value: Any) -> Any:
+    """Return a JSON value with `valid_text` in place of every text."""
+    if isinstance(value, dict):
+        return {valid_text(key): valid_texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [valid_texts(item) for item in value]
+    return valid_text(value) if isinstance(value, str) else value
 
 
 def judgment_key(question_id: str | int, order: str, judge_fingerprint: str, prompt_hash: str, answer_hashes: Sequence[str]) -> str:
@@ -66,6 +88,8 @@ def _parse_lines(data: bytes, path: Path, lines_before: int, rows: dict[str, Row
     for number, line in enumerate(lines, lines_before + 1):
         try:
             row = json.loads(line)
+            if b"\\u" in line:
+                row = valid_texts(row)
             key = row["key"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(
@@ -76,7 +100,8 @@ def _parse_lines(data: bytes, path: Path, lines_before: int, rows: dict[str, Row
             ) from None
         if not isinstance(key, str) or key in rows:
             raise DataError(f"{what} {str(key)[:12]} occurs twice", "keep one of the two lines", file=path, line=number)
-        rows[key] = row
+        if row.get("status") != "error":
+            rows[key] = row
     return len(lines)
 
 

@@ -42,7 +42,6 @@ class Status(enum.StrEnum):
     REFUSED = "refused"
     EMPTY = "empty"
     TRUNCATED = "truncated"
-    ERROR = "error"
 
 
 @dataclass(frozen=True)

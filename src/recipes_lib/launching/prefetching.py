@@ -36,8 +36,11 @@ class Need:
     check: Callable[[], str] = field(compare=False, repr=False)
 
 
-def needs_of(word: str, overrides: Sequence[str] = ()) -> list[Need]:
+def needs_of(word: str, overrides: Sequence[str] = (), remote_code: bool = False) -> list[Need]:
     """Return what a recipe, a study or an eval recipe needs, each once.
+
+    Args:
+        remote_code: whether the command line allowed code of lm-eval's tasks, which are built to find their data.
 
     Raises:
         RecipeErrors: what is wrong with the file.
@@ -46,9 +49,9 @@ def needs_of(word: str, overrides: Sequence[str] = ()) -> list[Need]:
     if file is not None:
         study = load_study(file, overrides)
         found = [need for arm in study.arms if arm.trained and arm.recipe for need in _of_recipe(arm.recipe)]
-        found += [need for one in study.evals for need in _of_eval(one)]
+        found += [need for one in study.evals for need in _of_eval(one, remote_code)]
     elif path.is_file() and load_document(path).kind.name == "eval":
-        found = list(_of_eval(load_eval(path, overrides)))
+        found = list(_of_eval(load_eval(path, overrides), remote_code))
     else:
         found = list(_of_recipe(load_recipe(word, overrides)))
     return list(dict.fromkeys(found))
@@ -61,7 +64,7 @@ def _of_recipe(recipe: Recipe) -> Iterator[Need]:
         yield _data(source, folders)
 
 
-def _of_eval(recipe: EvalRecipe) -> Iterator[Need]:
+def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
     if judge_model(recipe):
         yield _model(judge_model(recipe)[0], "judge")
     if recipe.judge is not None and PROMPTS in (recipe.judge.judge.relative_prompt, recipe.judge.judge.absolute_prompt):
@@ -75,7 +78,7 @@ def _of_eval(recipe: EvalRecipe) -> Iterator[Need]:
         def tasks() -> str:
             from recipes_lib.suites.harness import load_tasks
 
-            return f"{load_tasks(recipe):,} items"
+            return f"{load_tasks(recipe, remote_code):,} items"
 
         yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
         return

@@ -79,6 +79,7 @@ def plan_recipe(
     snapshot = Snapshot(folder.path / "snapshot")
     snapshot.add_recipe(recipe)
     jobs: list[Job] = []
+    allowed = tuple(word for word in words if word == "--trust-remote-code")  # every later stage loads the model too
     if "train" in stages:
         snapshot.add_file(launch.config.path)
     if "eval" in stages:
@@ -88,14 +89,14 @@ def plan_recipe(
         shape = shape_of(launch)
         script = [snapshot.shown(recipe.path), *words]
         command = training_command(python, launch.config, snapshot.shown(launch.config.path), shape, script)
-        check = (*prefix, python, *CLI, "verify", recipe.name)
+        check = (*prefix, python, *CLI, "verify", recipe.name, *allowed)
         jobs.append(Job("train", "train", (Task((*prefix, *command), check, recipe.name),), shape, seconds=seconds))
     else:
         _check_finished(recipe)
     small = Shape(uses_gpus=not launch.config.use_cpu)
     if "eval" in stages:
         for one in evals:
-            command = (python, *CLI, "eval", snapshot.shown(one.path), recipe.name)
+            command = (python, *CLI, "eval", snapshot.shown(one.path), recipe.name, *allowed)
             after = ("train",) if "train" in stages else ()
             served = with_judge([one], profile, alone=False)
             jobs.append(Job(f"eval-{one.name}", "eval", (Task((*served, *prefix, *command), what=one.name),), small, after))

@@ -146,7 +146,8 @@ class _Planner:
                 raise RecipeError(f"{name} needs {missing[0]}, which is not done", "add its stage: --stages train,eval,report")
 
     def _study_command(self, steps: Sequence[str]) -> tuple[str, ...]:
-        words = ("study", "run", self.snapshot.shown(self.study.path), *self.study.words, "--only", *steps)
+        allowed = [flag for flag in self.flags if flag == "--trust-remote-code"]  # later steps load the models too
+        words = ("study", "run", self.snapshot.shown(self.study.path), *self.study.words, *allowed, "--only", *steps)
         return (*self.prefix, self.python, *CLI, *words)
 
     def _open(self, kinds: Iterable[str], also: Iterable[str] = ()) -> list[Step]:

