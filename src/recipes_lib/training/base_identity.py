@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.atomic_files import file_hashes
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.recipe.model_files import broken_shard, local_folder
 
@@ -48,13 +49,9 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
+def weight_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of every weight file."""
-    hashes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    return file_hashes(folder, sorted(file.name for file in folder.glob("*.safetensors")))
 
 
 def check_adapter_files(adapter: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_text
-from recipes_lib.training.base_identity import base_fingerprint, file_hashes
+from recipes_lib.training.base_identity import base_fingerprint, weight_hashes
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def record_check(folder: Path, recipe: Recipe, probes: list[list[int]], logits: 
         largest_logit=float(logits.abs().max()),
         autocast=autocast,
         base_fingerprint=base_fingerprint(recipe),
-        sha256=file_hashes(folder),
+        sha256=weight_hashes(folder),
     )
     write_text(folder / CHECK_FILE, json.dumps(record.__dict__) + "\n")
 

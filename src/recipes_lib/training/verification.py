@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipesError
 from recipes_lib.training.adapters import fold, free_memory, load_merged, merge_record, unfolded_float32, why_stale
-from recipes_lib.training.base_identity import check_whole, file_hashes
+from recipes_lib.training.base_identity import check_whole, weight_hashes
 from recipes_lib.training.probes import Prompts, RecordedCheck, read_check, real_prompts
 from recipes_lib.training.trained import BASE, Family, TrainedRun
 from recipes_lib.training.weights_check import EXACT_TOLERANCE, LogitsComparison, check_files, compare_logits, logits_on
@@ -193,7 +193,7 @@ def _check_weights(trained: TrainedRun, result: Verification) -> None:
     if check is None:
         result.facts.append(f"{folder.name}/: this run recorded no hashes and no answers to compare with")
         return
-    hashes = file_hashes(folder)
+    hashes = weight_hashes(folder)
     changed = sorted(name for name in {*hashes, *check.sha256} if hashes.get(name) != check.sha256.get(name))
     if changed:
         result.problems.append(f"{', '.join(changed)} changed after the training: sha256 differs from the recorded one")
