@@ -21,6 +21,10 @@ BLOCK = 2**16
 _warn_once = functools.cache(warn)  # a file is often read several times by one command
 
 
+class DamagedFile(DataError):
+    """A file of ours that is not what was written to it."""
+
+
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
     """Return a JSON object; an absent file is an empty one.
 
@@ -28,7 +32,7 @@ def read_object(path: Path, remedy: str = "restore it, or run the step again tha
         remedy: what to do about a damaged file.
 
     Raises:
-        DataError: the file is not a JSON object.
+        DamagedFile: the file is not a JSON object.
         EnvironmentFault: it cannot be read.
     """
     if not path.is_file():
@@ -37,11 +41,11 @@ def read_object(path: Path, remedy: str = "restore it, or run the step again tha
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         what = "is empty" if not path.stat().st_size else f"is damaged, not JSON: {error}"
-        raise DataError(what, remedy, file=path) from None
+        raise DamagedFile(what, remedy, file=path) from None
     except OSError as error:
         raise EnvironmentFault(f"cannot be read: {error.strerror}", file=path) from None
     if not isinstance(value, dict):
-        raise DataError(f"holds {type(value).__name__}, not an object", remedy, file=path)
+        raise DamagedFile(f"holds {type(value).__name__}, not an object", remedy, file=path)
     return value
 
 
@@ -52,7 +56,7 @@ def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
         skip_damaged: leave out damaged lines in the middle too, each with a warning: for logs, where a line less changes no result.
 
     Raises:
-        DataError: a line before the end is damaged, or a line is no object.
+        DamagedFile: a line before the end is damaged, or a line is no object.
     """
     if not path.is_file():
         return
@@ -83,8 +87,8 @@ def numbered_rows(
     """
     end, number, damaged, any_row = 0, first - 1, 0, first > 1
 
-    def error(what: str, line: int) -> DataError:
-        return DataError(what, *([remedy] if remedy else []), file=path, line=line)
+    def error(what: str, line: int) -> DamagedFile:
+        return DamagedFile(what, *([remedy] if remedy else []), file=path, line=line)
 
     for number, line in enumerate(lines, first):
         end += len(line)

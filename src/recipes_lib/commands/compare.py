@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import DataError, ExitCode, RecipeError
+from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.json_files import DamagedFile
 from recipes_lib.terminal import next_step, say, warn
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from recipes_lib.studies.validity import check_validity
 
     folders = run_folders(args.runs)
-    damaged: list[DataError] = []
+    damaged: list[DamagedFile] = []
     measurements = read_measurements({name: [folder] for name, folder in folders.items()}, damaged.append)
     for error in damaged:
         warn(f"an evaluation is damaged and left out: {error}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import json
 import os
 import socket
@@ -13,8 +12,7 @@ from pathlib import Path
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import EnvironmentFault
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+from recipes_lib.faults import is_disk_full
 
 
 @contextmanager
@@ -39,7 +37,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             f"{folder.name} is in use{describe_holder(note)}", "wait for it, or stop it: touch " + str(folder / "STOP")
         ) from None
     except OSError as error:
-        if error.errno in DISK_FULL:
+        if is_disk_full(error):
             raise
         what = f"the folder of run '{folder.name}' cannot be made or locked in {folder.parent}: {error.strerror or error}"
         raise EnvironmentFault(what, "choose another place for runs: RECIPES_RUNS_ROOT=FOLDER") from None

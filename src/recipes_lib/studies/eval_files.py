@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
-from recipes_lib.json_files import read_object, read_rows
+from recipes_lib.json_files import DamagedFile, read_object, read_rows
 from recipes_lib.judging.outcomes import SCORE, item_outcome
 from recipes_lib.judging.store import read_rows as stored_rows
 from recipes_lib.judging.store import text_hash
@@ -21,7 +21,7 @@ from recipes_lib.studies.measurements import EvalResult, Item, Measure
 SUITE_TITLES = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench", "lm_eval": "lm-eval"}
 
 
-def read_evals(run: Path, report: Callable[[DataError], None] | None = None) -> tuple[tuple[EvalResult, ...], tuple[str, ...]]:
+def read_evals(run: Path, report: Callable[[DamagedFile], None] | None = None) -> tuple[tuple[EvalResult, ...], tuple[str, ...]]:
     """Return a run's finished evaluations, and the names of those that were begun and have no result.
 
     Args:
@@ -42,7 +42,7 @@ def read_evals(run: Path, report: Callable[[DataError], None] | None = None) -> 
         for file in files:
             try:
                 results.append(_read_result(one.name, file, seen))
-            except DataError as error:
+            except DamagedFile as error:
                 if report is None:
                     raise
                 report(error)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
-from recipes_lib.json_files import read_object
+from recipes_lib.json_files import DamagedFile, read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class Measurements:
         return None if opponent is None else self.arm_of_run.get(opponent, opponent)
 
 
-def read_measurements(runs: Mapping[str, Sequence[Path]], report: Callable[[DataError], None] | None = None) -> Measurements:
+def read_measurements(runs: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None) -> Measurements:
     """Return everything that was measured.
 
     Args:
@@ -171,7 +171,7 @@ def read_measurements(runs: Mapping[str, Sequence[Path]], report: Callable[[Data
     return Measurements(arms)
 
 
-def read_run(folder: Path, report: Callable[[DataError], None] | None = None) -> RunMeasurements:
+def read_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) -> RunMeasurements:
     """Return what one run's folder holds; `report` as for `read_measurements`.
 
     Raises:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import publish, write_json
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.faults import explain_fault
 from recipes_lib.terminal import shown_size
 from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, explain_peft_failure, weight_hashes
 from recipes_lib.training.card import quantized_bits, write_card
@@ -238,8 +239,10 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     try:
         model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError) and explain_fault(error) is None:
+            raise
         raise EnvironmentFault(f"the merged model could not be written: {error}", "nothing was left behind") from error
 
 

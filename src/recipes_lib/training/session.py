@@ -6,7 +6,6 @@ What only one process may do (folders, files, messages) rank 0 does, and its err
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import time
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault, ExitCode, Interrupted, Preempted, RecipeError, RecipeErrors, RecipesError
+from recipes_lib.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipeErrors, RecipesError
+from recipes_lib.faults import explain_fault
 from recipes_lib.runs.directory import RunDirectory, State
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.ranks import leave_together, on_main_rank, rank
@@ -22,8 +22,6 @@ from recipes_lib.training.ranks import leave_together, on_main_rank, rank
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
     from recipes_lib.training.trainer import RecipeTrainer
-
-REFUSED = {errno.EACCES, errno.EPERM, errno.ESTALE}  # reading or writing; ESTALE: an NFS server that forgot the file
 
 
 @contextmanager
@@ -143,7 +141,7 @@ class Session:
         """
         if rank() != 0 or not self.taken_over:
             return
-        with suppress(OSError):
+        with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
                 state: State = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
                 self.run.write_state(state, exit_code=code, error=error)
@@ -370,27 +368,4 @@ def stop_behind(error: BaseException | None) -> RecipesError | None:
         if isinstance(error, Preempted | Interrupted):
             return error
         error = error.__cause__ or error.__context__
-    return None
-
-
-def explain_fault(error: BaseException) -> EnvironmentFault | None:
-    """Return what to do about a disk that is full or refuses, or memory that ran out; None when it is another error."""
-    import torch
-
-    from recipes_lib.runs.lock import DISK_FULL
-
-    if isinstance(error, OSError) and error.errno in {*DISK_FULL, *REFUSED, errno.EROFS}:
-        what, remedy = "cannot write to the disk", "free some space" if error.errno in DISK_FULL else "make it writable again"
-        if error.errno in REFUSED:
-            what, remedy = "cannot read or write", "make it accessible again"
-        return EnvironmentFault(
-            f"{what}: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
-            f"{remedy} and run the same command again: it resumes from the newest complete checkpoint",
-        )
-    if isinstance(error, torch.OutOfMemoryError):
-        return EnvironmentFault(
-            f"out of GPU memory: {str(error).splitlines()[0]}",
-            "halve train.per_device_train_batch_size (the examples per step stay, accumulation doubles)",
-            "or set train.activation_checkpointing: true, or use a QLoRA recipe",
-        )
     return None
