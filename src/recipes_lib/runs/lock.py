@@ -46,7 +46,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         write_json(note, {"host": socket.gethostname(), "pid": os.getpid(), "since": started})
         yield
     finally:
-        note.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refuses: what went wrong before must not be hidden
+            note.unlink(missing_ok=True)
         lock.release()
 
 

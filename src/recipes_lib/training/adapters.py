@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.atomic_files import publish, write_json
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.faults import explain_fault
+from recipes_lib.json_files import read_object
 from recipes_lib.terminal import shown_size
 from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, explain_peft_failure, weight_hashes
 from recipes_lib.training.card import quantized_bits, write_card
@@ -61,12 +61,13 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
         RecipesError: the merged model does not answer like the adapter; it is kept in `merged.rejected/`.
     """
     from recipes_lib.runs.lock import run_lock
-    from recipes_lib.training.trained import check_base_of
+    from recipes_lib.training.trained import check_base_of, check_weights
 
     name = trained.run.name
     if trained.full:
         what = f"run '{name}' is a full fine-tuning: its model is whole, there is nothing to merge"
         raise RecipeError(what, f"use {trained.weights} as it is, or: recipes export {name} --to DIR")
+    check_weights(trained)
     check_base_of(trained)
     with run_lock(trained.run.path):
         record = merge_record(trained)
@@ -81,7 +82,7 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
 def merge_record(trained: TrainedRun) -> dict[str, Any] | None:
     """Return what is recorded of the run's `merged/`, or None where there is none."""
     file = trained.merged / RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_object(file, f"make it again: recipes merge {trained.run.name}") or None
 
 
 def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = None, contents: bool = False) -> str | None:

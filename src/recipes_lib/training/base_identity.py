@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What decides how a model computes and reads text. adapter_config.json is not among them: the path of a base may change.
+RECORDED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 SAMPLES, SAMPLE_BYTES = 64, 4096
 _LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 
@@ -52,6 +64,11 @@ def fingerprint(folder: Path) -> str:
 def weight_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of every weight file."""
     return file_hashes(folder, sorted(file.name for file in folder.glob("*.safetensors")))
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of the weights and of every other file that decides what the model answers."""
+    return file_hashes(folder, sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)}))
 
 
 def check_adapter_files(adapter: Path) -> None:

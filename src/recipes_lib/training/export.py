@@ -168,9 +168,10 @@ def _source(trained: TrainedRun, merged: bool) -> Path:
 
 def _check_tensors(trained: TrainedRun, source: Path) -> None:
     """The weights are whole and finite, and an adapter's base is the one it was trained on."""
-    from recipes_lib.training.trained import check_base_of
+    from recipes_lib.training.trained import check_base_of, check_weights
     from recipes_lib.training.weights_check import check_files
 
+    check_weights(trained)
     if not trained.full:
         check_base_of(trained)
     base_identity.check_whole(source)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.atomic_files import publish
 from recipes_lib.errors import RecipesError
 from recipes_lib.training import weights_check
+from recipes_lib.training.base_identity import recorded_hashes
 from recipes_lib.training.card import write_card
 from recipes_lib.training.model import model_path
 from recipes_lib.training.probes import record_check
@@ -62,8 +63,9 @@ def save_and_check(
             raise _reject(scratch, run, comparison)
         record_check(scratch, recipe, probes, trained, "bfloat16" if bf16 else "float16" if fp16 else None)
         write_card(scratch, recipe, summary)
+        hashes = recorded_hashes(scratch)
         publish(scratch, run.weights(full))
-        return {**files, "reload": comparison.as_dict(), "probes": len(probes)}
+        return {**files, "reload": comparison.as_dict(), "probes": len(probes), "sha256": hashes}
 
     return on_main_rank(check)
 

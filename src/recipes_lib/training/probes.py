@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_text
+from recipes_lib.json_files import read_object
 from recipes_lib.training.base_identity import base_fingerprint, weight_hashes
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def record_check(folder: Path, recipe: Recipe, probes: list[list[int]], logits: 
 
 def read_check(folder: Path) -> RecordedCheck | None:
     """Return what `record_check` wrote, or None for weights of a version that recorded nothing."""
-    file = folder / CHECK_FILE
-    return RecordedCheck(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    record = read_object(folder / CHECK_FILE)
+    return RecordedCheck(**record) if record else None
 
 
 def real_prompts(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, count: int = NUM_PROMPTS) -> Prompts:
