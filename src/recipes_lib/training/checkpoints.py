@@ -92,8 +92,7 @@ def newest_complete(folder: Path, report: Callable[[str], None]) -> Path | None:
         if reason is None:
             whole = whole or checkpoint
             continue
-        aside = _free_name(checkpoint.with_name(checkpoint.name + ".incomplete"))
-        checkpoint.rename(aside)
+        aside = set_aside(checkpoint, ".incomplete")
         report(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
     return whole
 
@@ -153,8 +152,10 @@ def folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _free_name(path: Path) -> Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
+def set_aside(folder: Path, ending: str) -> Path:
+    """Rename a folder that cannot be used to its name with `ending`, and a number where that exists; return the new path."""
+    aside, number = folder.with_name(folder.name + ending), 2
+    while aside.exists():
+        aside, number = folder.with_name(f"{folder.name}{ending}-{number}"), number + 1
+    folder.rename(aside)
+    return aside

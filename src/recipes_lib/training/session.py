@@ -78,6 +78,7 @@ class Session:
         self.taken_over = False
         self.earlier: dict[str, Any] = {}
         self.changes: dict[str, list[Any]] = {}
+        self.guard: dict[str, Any] = {}
         self.checkpoint: Path | None = None
         self.marker: dict[str, Any] = {}
         self.planned: dict[str, Any] | None = None
@@ -103,15 +104,21 @@ class Session:
     def read_earlier_attempt(self) -> None:
         """Rank 0: take over what an earlier attempt at this run recorded, and write what is known of this one."""
         from recipes_lib.runs.resume_guard import recipe_differences
+        from recipes_lib.training.trained import weights_damage
 
+        self.run.check_inside()
         self.earlier = self.run.read_state() if self.run.exists() else {}
         if self.earlier.get("state") == "finished":
             changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
             if changed:
                 what = f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}"
                 raise RecipeError(what, "start a new run with run.name=OTHER")
-            self.already_finished = True
-            return
+            damage = weights_damage(self.run, self.recipe.lora is None)
+            if damage is None:
+                self.already_finished = True
+                return
+            what = "going on from its newest whole checkpoint, or from the beginning where there is none"
+            say(f"run '{self.run.name}' is finished, but {damage}; {what}")
         if self.earlier.get("state") == "imported":
             raise RecipeError(f"run '{self.run.name}' was imported and cannot be trained", "start a new run with run.name=OTHER")
         self.run.stop_file.unlink(missing_ok=True)
@@ -124,11 +131,14 @@ class Session:
         """Rank 0: from here on the run's record is this attempt's; an attempt that was refused has left it as it was."""
         from recipes_lib.atomic_files import write_json
         from recipes_lib.data.preparation import data_folders
+        from recipes_lib.training.checkpoints import set_aside
 
         folders = [str(folder.resolve()) for folder in data_folders(self.recipe)]
         if self.earlier:
             fields["attempts"] = self.earlier.get("attempts", 0) + 1
             write_provenance(self.run, self.recipe)
+        if self.earlier.get("state") == "finished" and (weights := self.run.weights(self.recipe.lora is None)).is_dir():
+            set_aside(weights, ".damaged")
         write_json(self.run.path / "supervision.json", self.data.audit)
         write_json(self.run.path / "splits.json", self.data.splits)
         self.run.write_state("running", exit_code=None, error=None, data_folders=folders, **fields)
@@ -191,11 +201,18 @@ class Session:
         guard = guarded_values(self.recipe, self.data.fingerprint, world_size, self.active.distributed_type, library_versions())
         guard["prompt_format_hash"] = self.data.prompt_format_hash
 
+        self.guard = guard
+
         def decide() -> Path | None:
             self.run.checkpoints.mkdir(parents=True, exist_ok=True)
             found = checkpoints.newest_complete(self.run.checkpoints, report=say)
             if found is not None:
-                self.changes = check_resume(self.run.name, self.earlier.get("guard", guard), guard, self.options.resume_anyway)
+                self.changes = check_resume(
+                    self.run.name,
+                    self.earlier.get("guard") or checkpoints.read_marker(found).get("guard", guard),
+                    guard,
+                    self.options.resume_anyway,
+                )
                 checkpoints.check_resumable(found, world_size, self.options.allow_partial_resume)
             metrics.forget_after(self.run.metrics, int(found.name.split("-")[1]) if found else -1)
             resumed = self.earlier.get("resumed", [])
@@ -224,7 +241,9 @@ class Session:
         """Load the base model, quantized if the recipe says so."""
         from recipes_lib.recipe.upstream import build_quantization_config
         from recipes_lib.training.model import load_model
+        from recipes_lib.training.trained import check_base_run
 
+        on_main_rank(lambda: check_base_run(self.recipe.model.name_or_path))
         key = "model.attn_implementation"
         if self.recipe.model.attn_implementation == "flex_attention" and self.active.device.startswith("cpu"):
             raise self.recipe.error(key, f"{key}: flex_attention has no backward pass on a CPU", "use sdpa, or leave the key out")
@@ -235,7 +254,7 @@ class Session:
         from recipes_lib.training.build import build_trainer
         from recipes_lib.training.launch_check import active_launch, check_launch
 
-        facts = {"run": self.run.name, "data_fingerprint": self.data.fingerprint}
+        facts = {"run": self.run.name, "data_fingerprint": self.data.fingerprint, "guard": self.guard}
         self.trainer = build_trainer(self.recipe, self.args, self.model, self.tokenizer, self.data, self.run, self.stop, facts)
         del self.model
         accelerator = self.trainer.accelerator
@@ -310,6 +329,7 @@ class Session:
 
     def close_as_finished(self) -> int:
         """Save and check the weights, draw the curves, and only then call the run finished."""
+        from recipes_lib.atomic_files import sync, sync_tree
         from recipes_lib.training.figures import draw_figures
         from recipes_lib.training.finish import save_and_check
         from recipes_lib.training.hub import push_finished_run
@@ -321,6 +341,9 @@ class Session:
 
         def record() -> None:
             draw_figures(self.run.metrics, self.run.figures, self.run.name)
+            sync_tree(self.run.figures)
+            if self.run.metrics.is_file():
+                sync(self.run.metrics)
             self.run.stop_file.unlink(missing_ok=True)
             self.run.write_state("finished", exit_code=0, error=None, summary=summary, weights_check=check)
             weights = self.run.weights(self.recipe.lora is None)
