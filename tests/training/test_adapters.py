@@ -306,13 +306,16 @@ def test_weights_that_changed_after_the_training_fail(runs: Runs, recipes: Verb,
     file = run / "adapter" / ADAPTER if name == "lora" else run / "model" / "model.safetensors"
     change_tensors(file, lambda name, tensor: tensor * 1.01)
     code, out, _ = recipes("verify", name)
-    assert code == ExitCode.FAILED and f"FAILED: {file.name} changed after the training" in out
+    assert code == ExitCode.FAILED and f"FAILED: {file.parent.name}/{file.name} changed after the training" in out
 
 
 def test_weights_that_changed_behind_a_changed_record_still_answer_otherwise(runs: Runs, recipes: Verb) -> None:
     run = runs("lora")
     change_tensors(run / "adapter" / ADAPTER, lambda name, tensor: tensor * 1.01)
-    edit_json(run / "adapter" / "weights_check.json", sha256=weight_hashes(run / "adapter"))
+    hashes = weight_hashes(run / "adapter")
+    edit_json(run / "adapter" / "weights_check.json", sha256=hashes)
+    checked = json.loads((run / "run.json").read_text())["weights_check"]
+    edit_json(run / "run.json", weights_check={**checked, "sha256": hashes})
     code, out, _ = recipes("verify", "lora")
     assert code == ExitCode.FAILED and "does not answer as it did when it was trained" in out
 

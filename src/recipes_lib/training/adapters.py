@@ -67,8 +67,8 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
     if trained.full:
         what = f"run '{name}' is a full fine-tuning: its model is whole, there is nothing to merge"
         raise RecipeError(what, f"use {trained.weights} as it is, or: recipes export {name} --to DIR")
-    check_weights(trained)
     check_base_of(trained)
+    check_weights(trained)
     with run_lock(trained.run.path):
         record = merge_record(trained)
         if record is not None:

@@ -171,9 +171,9 @@ def _check_tensors(trained: TrainedRun, source: Path) -> None:
     from recipes_lib.training.trained import check_base_of, check_weights
     from recipes_lib.training.weights_check import check_files
 
-    check_weights(trained)
     if not trained.full:
         check_base_of(trained)
+    check_weights(trained)
     base_identity.check_whole(source)
     adapter = source / "adapter_config.json"
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""

@@ -102,6 +102,7 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
     if not folder.is_dir():
         return f"{folder.name}/ is gone"
     try:
+        base_identity.check_whole(folder)
         if not full and not read_object(folder / "adapter_config.json"):
             return f"{folder.name}/adapter_config.json is gone"
         recorded = run.read_state().get("weights_check", {}).get("sha256")
@@ -114,7 +115,6 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         found = file_hashes(folder, recorded)
         if changed := [name for name, sha256 in recorded.items() if found[name] != sha256]:
             return f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs from the recorded one"
-        base_identity.check_whole(folder)
     except (DamagedFile, EnvironmentFault) as error:
         return str(error).splitlines()[0]
     return None
@@ -172,6 +172,8 @@ class Family:
     def __init__(self, runs: Sequence[TrainedRun]) -> None:
         self.runs = list(runs)
         for one in self.runs:
+            if not one.full:
+                check_base_of(one)
             check_weights(one)
         first = self.runs[0]
         self.recipe = first.recipe
@@ -239,8 +241,6 @@ def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBas
 
     from recipes_lib.training.weights_check import keep_saved_precision
 
-    for one in runs:
-        check_base_of(one)
     base = load_base(runs[0].recipe, tokenizer)
     for one in runs:
         base_identity.check_shapes(one.weights, base)
