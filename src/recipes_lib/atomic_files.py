@@ -1,10 +1,18 @@
-"""Files that are either whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Files and folders that are either whole or absent: written beside their place, flushed to the disk, then renamed.
+
+A rename reaches the disk before the bytes it names, unless those were flushed first: after a power cut the name is there and the file
+is full of zeros. So whatever gets its final name by a rename gets it here, from `write_bytes` or `publish`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
+import secrets
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +24,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         OSError: the disk is full or not writable; the old file is untouched and no temporary file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:  # created as any file is, so that the user's umask decides who may read it
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,9 +47,54 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def publish(scratch: Path, final: Path, replace: bool = True) -> None:
+    """Give a finished folder its final name, once everything in it is on the disk.
+
+    A crash leaves the old folder, the new one, or neither, never a mixture; the next `publish` removes what it left behind.
+
+    Args:
+        scratch: the folder, beside `final` on the same file system.
+        final: its name; an empty folder of that name is replaced in any case.
+        replace: whether a folder that has something in it is replaced too.
+
+    Raises:
+        OSError: the disk is full or not writable, or `final` has something in it and is not to be replaced.
+    """
+    sync_tree(scratch)
+    old = final.with_name(f".{final.name}.replaced")
+    if replace:
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+    os.replace(scratch, final)
+    sync(final.parent)
+    if replace:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of files below `folder` by name, several read at a time."""
+
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and every folder below `folder`, and `folder` itself, to the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, so that they survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.faults import explain_fault
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.strerror:  # a full disk, a folder in the way, no permission
+        fault = None if isinstance(error, PermissionError) else explain_fault(error)
+        if fault:
+            print_error(fault)
+            return int(fault.exit_code)
+        if isinstance(error, OSError) and error.strerror:  # a folder in the way, no permission
             place = error.filename2 or error.filename
             what = f"cannot read or write {place}" if place else "cannot write the output"
             print_error(EnvironmentFault(f"{what}: {error.strerror.lower()}", "--debug shows where"))

@@ -53,6 +53,11 @@ def say(text: str = "") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def warn(text: str) -> None:
+    """Print a warning on stderr, where it does not get into what --json prints."""
+    print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
+
+
 def show_command(argv: Sequence[str]) -> None:
     """Print the plain command a verb stands for, ready to paste."""
     say(f"$ {shlex.join(argv)}")

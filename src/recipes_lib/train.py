@@ -13,7 +13,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.errors import DataError, RecipeError, RecipesError, print_error
+from recipes_lib.faults import explain_fault
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
@@ -60,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         note_error(error)
         same_everywhere = getattr(error, "on_every_rank", False)
+        message = explain_fault(error) or as_message(error, RunDirectory(recipe.name).path if recipe else None)
         if rank() == 0 or not same_everywhere:
-            print_error(as_message(error, RunDirectory(recipe.name).path if recipe else None))
-        return exit_status(int(ExitCode.FAILED), on_every_rank=same_everywhere)
+            print_error(message)
+        return exit_status(int(message.exit_code), on_every_rank=same_everywhere)
     return exit_status(code, on_every_rank=True)
 
 
@@ -91,7 +93,10 @@ def exit_status(code: int, on_every_rank: bool) -> int:
     if file is None:
         return code
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of several machines each has a `recipes train` of its own
-        Path(file).write_text(str(code), encoding="utf-8")
+        try:
+            Path(file).write_text(str(code), encoding="utf-8")
+        except OSError:  # a full disk: the launcher's 1 is better than the 0 of a rank that was told to be silent
+            return code
     return 0 if on_every_rank else code
 
 

@@ -56,6 +56,29 @@ def test_a_run_without_an_evaluation_is_said_to_have_none(runs, capsys):
     assert "the run has no evaluation with a result" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", [b'{"step": 90, "lo', b"\0" * 512, b'{"step": 9\xff0}\n'], ids=["torn", "zeros", "no text"])
+def test_a_damaged_end_of_the_metrics_costs_the_comparison_a_warning(runs, capsys, damage):
+    with (runs / "r8" / "metrics.jsonl").open("ab") as stream:
+        stream.write(damage)
+    assert main(["compare", "r8", "r32", "--json"]) == 0
+    said = capsys.readouterr()
+    assert {row["metric"] for row in json.loads(said.out)["rows"]} == {"alpaca_eval/win_rate", "mt_bench/grade", "lm_eval/arc_easy/acc"}
+    assert said.err.count("\n") == 1 and "metrics.jsonl:45: the end of the file is damaged" in said.err
+
+
+def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(runs, capsys):
+    file = runs / "r8" / "evals" / "mt_bench" / "judgments.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], b"\xff" + lines[1], *lines[2:]]))
+    assert main(["compare", "r8", "r32", "--json"]) == 0
+    said = capsys.readouterr()
+    assert {row["metric"] for row in json.loads(said.out)["rows"]} == {"alpaca_eval/win_rate", "lm_eval/arc_easy/acc"}
+    assert f"an evaluation is damaged and left out: {file}:2: this line is damaged" in said.err
+    for other in ("alpaca_eval", "lm_eval"):
+        (runs / "r8" / "evals" / other / "result.json").write_text("")
+    assert main(["compare", "r8"]) == 4
+
+
 def test_html_is_one_file(runs, tmp_path, capsys):
     assert main(["compare", "r8", "r32", "--html", "out.html"]) == 0
     assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")

@@ -61,8 +61,8 @@ def main() -> int:
         "in the preparation of the data": (Session, "check_resume", "before", always),
         "before the final save": (finish, "save_and_check", "before", always),
         "before the check of the weights": (finish.weights_check, "check_files", "before", always),
-        "before the final rename": (finish, "_publish", "before", always),
-        "after the final rename": (finish, "_publish", "after", always),
+        "before the final rename": (finish, "publish", "before", always),
+        "after the final rename": (finish, "publish", "after", always),
     }
     kill_in(*moments[moment])
     return train(arguments)

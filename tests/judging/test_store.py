@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes_lib.errors import DataError, EnvironmentFault
+from recipes_lib.json_files import valid_text
 from recipes_lib.judging.outcomes import pair_outcomes, summarise
-from recipes_lib.judging.store import JudgmentStore, judgment_key, read_rows, text_hash, valid_text
+from recipes_lib.judging.store import JudgmentStore, judgment_key, read_rows, text_hash
 
 
 def _row(index: int, **fields) -> dict:

@@ -71,14 +71,23 @@ def test_an_evaluation_without_result_is_unfinished(run):
     assert {measure.suite for measure in measured.measures()} == {"alpaca_eval", "lm_eval"}
 
 
-def test_a_torn_last_line_is_left_out_and_a_damaged_one_named(run):
+def test_a_damaged_line_costs_a_curve_that_line_alone(run, capsys):
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 41, "lo')
     assert read_run(run).curves[-1]["step"] == 40
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\nnonsense\n{"step": 2}\n')
+    assert [line["step"] for line in read_run(run).curves] == [1, 2] and read_run(run).curves[0]["loss"] is None
+    assert f"{run / 'metrics.jsonl'}:2: this line is damaged and left out" in capsys.readouterr().err
+
+
+def test_a_damaged_judgment_is_named_by_its_line(run):
+    file = run / "evals" / "mt_bench" / "judgments.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[2] = b"\xff" + lines[2]
+    file.write_bytes(b"".join(lines))
     with pytest.raises(DataError) as caught:
         read_run(run)
-    assert caught.value.line == 2
+    assert (caught.value.file, caught.value.line) == (file, 3)
 
 
 def test_imported_items_are_read_as_they_are(tmp_path):

@@ -443,11 +443,11 @@ def test_nothing_is_evaluated_while_an_arm_is_trained(study: Study, capsys: pyte
 
 
 def test_a_report_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
-    place, new = tmp_path / "report", tmp_path / ".report.tmp-2"
-    for folder, name in ((place, "old.html"), (new, "new.html"), (tmp_path / ".report.tmp-1", "half.html")):
+    place, new = tmp_path / "report", tmp_path / ".report.tmp"
+    for folder, name in ((place, "old.html"), (new, "new.html"), (tmp_path / ".report.replaced", "older.html")):
         folder.mkdir()
         (folder / name).write_text("x", encoding="utf-8")
-    conclusion.replace_folder(new, place)
+    conclusion.publish(new, place)
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["report", "report/new.html"]
 
 

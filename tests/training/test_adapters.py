@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recipes_lib.errors import ExitCode
-from recipes_lib.training.base_identity import file_hashes
+from recipes_lib.training.base_identity import weight_hashes
 
 Verb = Callable[..., tuple[int, str, str]]
 Runs = Callable[..., Path]
@@ -122,13 +122,13 @@ def test_merging_in_another_precision_replaces_the_model_and_json_is_alone_on_st
     assert {path.name for path in run.glob("merged*")} == {"merged"}
 
 
-@pytest.mark.parametrize("left", ["merged.unchecked", "merged.old"])
+@pytest.mark.parametrize("left", ["merged.unchecked", ".merged.replaced"])
 def test_what_a_killed_merge_left_behind_is_in_nobodys_way(runs: Runs, recipes: Verb, left: str) -> None:
     run = runs("lora")
     (run / left).mkdir()
     (run / left / "model.safetensors").write_bytes(b"half")
     assert recipes("merge", "lora")[0] == 0
-    assert {path.name for path in run.glob("merged*")} == {"merged"}
+    assert {path.name for path in run.iterdir() if "merged" in path.name} == {"merged"}
 
 
 def test_a_full_fine_tuning_has_nothing_to_merge_and_is_told_what_to_do(runs: Runs, recipes: Verb) -> None:
@@ -295,7 +295,7 @@ def test_a_merged_model_is_verified_from_its_files(runs: Runs, recipes: Verb) ->
     code, out, _ = recipes("verify", "qlora")
     assert code == ExitCode.FAILED and "FAILED: merged/ is out of date: model.safetensors in it was changed" in out and "next:" not in out
     change_tensors(run / "merged" / "model.safetensors", lambda name, tensor: tensor * 0.5 if "v_proj" in name else tensor)
-    edit_json(run / "merged" / "merge.json", sha256=file_hashes(run / "merged"))
+    edit_json(run / "merged" / "merge.json", sha256=weight_hashes(run / "merged"))
     code, out, _ = recipes("verify", "qlora")
     assert code == ExitCode.FAILED and "FAILED: merged/:" in out
 
@@ -306,13 +306,16 @@ def test_weights_that_changed_after_the_training_fail(runs: Runs, recipes: Verb,
     file = run / "adapter" / ADAPTER if name == "lora" else run / "model" / "model.safetensors"
     change_tensors(file, lambda name, tensor: tensor * 1.01)
     code, out, _ = recipes("verify", name)
-    assert code == ExitCode.FAILED and f"FAILED: {file.name} changed after the training" in out
+    assert code == ExitCode.FAILED and f"FAILED: {file.parent.name}/{file.name} changed after the training" in out
 
 
 def test_weights_that_changed_behind_a_changed_record_still_answer_otherwise(runs: Runs, recipes: Verb) -> None:
     run = runs("lora")
     change_tensors(run / "adapter" / ADAPTER, lambda name, tensor: tensor * 1.01)
-    edit_json(run / "adapter" / "weights_check.json", sha256=file_hashes(run / "adapter"))
+    hashes = weight_hashes(run / "adapter")
+    edit_json(run / "adapter" / "weights_check.json", sha256=hashes)
+    checked = json.loads((run / "run.json").read_text())["weights_check"]
+    edit_json(run / "run.json", weights_check={**checked, "sha256": hashes})
     code, out, _ = recipes("verify", "lora")
     assert code == ExitCode.FAILED and "does not answer as it did when it was trained" in out
 

@@ -258,7 +258,7 @@ def test_a_disk_that_fills_during_a_save_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
         assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "disk full while saving checkpoint-6" in capsys.readouterr().err
+    assert "while saving checkpoint-6: disk full: " in capsys.readouterr().err
     assert main([str(tiny_recipe)]) == 0
     runs = tiny_recipe.parent / "runs"
     assert (runs / "tiny" / "checkpoints" / "checkpoint-6.incomplete").is_dir()
@@ -468,7 +468,7 @@ def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code
 
     monkeypatch.setattr(MetricsCallback, "on_log", full_from_now_on)
     assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "cannot write to the disk: No space left on device" in capsys.readouterr().err
+    assert "disk full: No space left on device" in capsys.readouterr().err
 
 
 def test_memory_that_ran_out_is_answered_with_keys_a_recipe_accepts(

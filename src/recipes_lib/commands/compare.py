@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import ExitCode, RecipeError
-from recipes_lib.terminal import next_step, say
+from recipes_lib.json_files import DamagedFile
+from recipes_lib.terminal import next_step, say, warn
 
 if TYPE_CHECKING:
     from recipes_lib.studies.claims import Comparison
@@ -31,8 +32,13 @@ def run(args: argparse.Namespace) -> int:
     from recipes_lib.studies.validity import check_validity
 
     folders = run_folders(args.runs)
-    measurements = read_measurements({name: [folder] for name, folder in folders.items()})
+    damaged: list[DamagedFile] = []
+    measurements = read_measurements({name: [folder] for name, folder in folders.items()}, damaged.append)
+    for error in damaged:
+        warn(f"an evaluation is damaged and left out: {error}")
     if not any(True for arm in measurements.arms.values() for one in arm.runs for _ in one.measures()):
+        if damaged:
+            raise damaged[0]
         raise RecipeError(
             f"{'none of these runs has an' if len(folders) > 1 else 'the run has no'} evaluation with a result",
             f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
@@ -77,8 +83,9 @@ def run_folders(words: list[str]) -> dict[str, Path]:
 
 def _bases_of(state: dict[str, Any], folder: Path, root: Path) -> list[Any]:
     """The run directories of a run's base, asked in the same prompt format; the same weights in another format are another subject."""
+    from recipes_lib.json_files import read_object
     from recipes_lib.runs.directory import RunDirectory
-    from recipes_lib.studies.measurements import read_object, read_resolved
+    from recipes_lib.studies.measurements import read_resolved
 
     resolved = read_resolved(folder)
     wanted = state.get("guard", {}).get("prompt_format_hash")

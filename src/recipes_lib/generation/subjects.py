@@ -131,6 +131,7 @@ def _serves(first: Target, target: Target) -> bool:
 
 def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
     from recipes_lib.training.model import load_tokenizer, model_path
+    from recipes_lib.training.trained import check_weights
 
     trained = [target.trained for target in targets if target.trained]
     if trained and weights:
@@ -144,6 +145,7 @@ def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
         if target.trained:
             from transformers import AutoTokenizer
 
+            check_weights(target.trained)
             subjects.append(_subject(target, AutoTokenizer.from_pretrained(target.trained.weights), None, None))
             continue
         try:

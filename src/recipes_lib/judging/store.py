@@ -1,8 +1,8 @@
 """The store of judgments: one JSONL file, one line per judgment, appended once and never changed.
 
 A line is written by a single `os.write` on an O_APPEND descriptor and synced before `append` returns; lines that arrived together
-are synced together. Its key is a hash of everything that makes it this judgment, and each key occurs once. A writer that was killed
-leaves at most a torn last line, which the next writer cuts; a damaged line anywhere else is an error that names it. Several processes
+are synced together. Its key is a hash of everything that makes it this judgment, and each key occurs once. A kill or a power cut
+leaves at most a damaged end, which the next writer cuts; a damaged line anywhere else is an error that names it. Several processes
 may append to one file: each append takes the file's lock and first reads what the others wrote. A line with status `error`, as earlier
 versions stored where a server refused a request, is no judgment: it is passed over, and asked again.
 """
@@ -12,19 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from recipes_lib.atomic_files import sync_folder
+from recipes_lib.atomic_files import sync
 from recipes_lib.errors import DataError, EnvironmentFault
-
-Row = dict[str, Any]
-_INVALID = re.compile("[\ud800-\udfff\x00]")
+from recipes_lib.json_files import Row, numbered_rows
 
 
 def text_hash(text: str) -> str:
@@ -35,25 +32,6 @@ def text_hash(text: str) -> str:
         'e3b0c442'
     """
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def valid_text(text: str) -> str:
-    """Return a text that every later reader takes: lone surrogates and NUL become the replacement character.
-
-    Example:
-        >>> valid_text("a\\ud800b") == "a\\ufffdb"
-        True
-    """
-    return _INVALID.sub("\ufffd", text)
-
-
-def valid_texts(value: Any) -> Any:
-    """Return a JSON value with `valid_text` in place of every text."""
-    if isinstance(value, dict):
-        return {valid_text(key): valid_texts(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [valid_texts(item) for item in value]
-    return valid_text(value) if isinstance(value, str) else value
 
 
 def judgment_key(question_id: str | int, order: str, judge_fingerprint: str, prompt_hash: str, answer_hashes: Sequence[str]) -> str:
@@ -70,39 +48,34 @@ def judgment_key(question_id: str | int, order: str, judge_fingerprint: str, pro
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Return the stored rows without taking the lock or changing the file; a torn last line is left out.
+    """Return the stored rows without taking the lock or changing the file; lines that a crash damaged at its end are left out.
 
     Raises:
         DataError: for a damaged line or a repeated key, with the line number.
     """
     path = Path(path)
-    data = path.read_bytes() if path.exists() else b""
     rows: dict[str, Row] = {}
-    _parse_lines(data[: data.rfind(b"\n") + 1], path, 0, rows)
+    if path.exists():
+        with path.open("rb") as stream:
+            _take_rows(stream, path, 0, rows)
     return list(rows.values())
 
 
-def _parse_lines(data: bytes, path: Path, lines_before: int, rows: dict[str, Row], what: str = "judgment") -> int:
-    """Add the rows of whole lines to `rows`; return the number of lines read."""
-    lines = data.split(b"\n")[:-1]
-    for number, line in enumerate(lines, lines_before + 1):
-        try:
-            row = json.loads(line)
-            if b"\\u" in line:
-                row = valid_texts(row)
-            key = row["key"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(
-                f"this line is not a stored {what}",
-                "the file is damaged in its middle, which no killed writer does: restore it, or delete this line to have it made again",
-                file=path,
-                line=number,
-            ) from None
-        if not isinstance(key, str) or key in rows:
-            raise DataError(f"{what} {str(key)[:12]} occurs twice", "keep one of the two lines", file=path, line=number)
+def _take_rows(lines: Iterable[bytes], path: Path, lines_before: int, rows: dict[str, Row], what: str = "judgment") -> tuple[int, int]:
+    """Add the rows of whole lines to `rows`; return the number of the last line that holds one, and its end in bytes."""
+    remedy = "the file is damaged in its middle, which no killed writer does: restore it, or delete this line to have it made again"
+    number, end = lines_before, 0
+    for number, end, row in numbered_rows(  # noqa: B007 - the last ones are returned
+        lines, path, lines_before + 1, f"a stored {what}", remedy, appended=True
+    ):
+        key = row.get("key")
+        if not isinstance(key, str):
+            raise DataError(f"this line is not a stored {what}", remedy, file=path, line=number)
+        if key in rows:
+            raise DataError(f"{what} {key[:12]} occurs twice", "keep one of the two lines", file=path, line=number)
         if row.get("status") != "error":
             rows[key] = row
-    return len(lines)
+    return number, end
 
 
 class JudgmentStore:
@@ -137,7 +110,7 @@ class JudgmentStore:
             raise EnvironmentFault("another process holds the lock of this store", "wait for it, or end it", file=self.path) from None
 
     def _catch_up(self) -> None:
-        """Read what others appended and cut a torn tail; the lock is held."""
+        """Read what others appended and cut what a crash left at the end; the lock is held."""
         if not self.path.exists():
             if self._size:
                 raise DataError("this store was deleted while it was in use", file=self.path)
@@ -148,15 +121,14 @@ class JudgmentStore:
                 return
             if file.tell() < self._size:
                 raise DataError("this store was shortened while it was in use", file=self.path)
+            found = file.tell() - self._size
             file.seek(self._size)
-            data = file.read()
-            whole = data.rfind(b"\n") + 1
-            self._lines += _parse_lines(data[:whole], self.path, self._lines, self._rows, self.what)
+            self._lines, whole = _take_rows(file, self.path, self._lines, self._rows, self.what)
             self._size += whole
-            if whole < len(data):
+            if whole < found:
                 file.truncate(self._size)
                 os.fsync(file.fileno())
-                self.torn_bytes_cut += len(data) - whole
+                self.torn_bytes_cut += found - whole
 
     def append(self, row: Row) -> bool:
         """Append one judgment; return False, and write nothing, if its key is already there.
@@ -188,7 +160,7 @@ class JudgmentStore:
     def _write(self, rows: Sequence[Row]) -> None:
         """Write lines whole and synced; a line that cannot be written leaves the file as it was before it."""
         new, error = not self.path.exists(), ""
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             try:
                 for row in rows:
@@ -211,7 +183,7 @@ class JudgmentStore:
         finally:
             os.close(descriptor)
         if new:
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     def refresh(self) -> None:
         """Read what other processes appended since."""

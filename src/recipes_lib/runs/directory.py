@@ -11,13 +11,15 @@ run.json is the only truth about how a run ended: exit codes do not survive `acc
 from __future__ import annotations
 
 import datetime
-import json
+import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.recipe.project import check_run_name, runs_root
 from recipes_lib.runs.lock import end_if_taken_over
 
@@ -50,6 +52,11 @@ class RunDirectory:
         return self.path / "run.json"
 
     @property
+    def command_file(self) -> Path:
+        """command.txt, the command that began the run."""
+        return self.path / "command.txt"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the training checkpoints."""
         return self.path / "checkpoints"
@@ -77,6 +84,13 @@ class RunDirectory:
         """Whether this run was ever started or imported."""
         return self.state_file.is_file()
 
+    def train_command(self) -> str:
+        """Return the command that trains this run, as it was typed: it continues what was stopped, and makes lost weights again."""
+        words = shlex.split(self.command_file.read_text(encoding="utf-8")) if self.command_file.is_file() else []
+        if "recipes_lib.train" not in words:
+            return f"the command in {self.command_file}"
+        return shlex.join(["recipes", "train", *words[words.index("recipes_lib.train") + 1 :]])
+
     def read_state(self) -> dict[str, Any]:
         """Return the content of run.json.
 
@@ -86,12 +100,13 @@ class RunDirectory:
         """
         if not self.exists():
             raise RecipeError(f"no run named '{self.name}' in {self.root}", *_similar_runs(self.name, self.root))
+        self.check_inside()
         try:
-            state = json.loads(self.state_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise EnvironmentFault(
-                f"run.json is not JSON: {error}", "restore it from a backup, or move the run away", file=self.state_file
-            ) from None
+            state = read_object(self.state_file)
+        except DamagedFile as error:
+            raise EnvironmentFault(f"run.json {error.what}", *self._without_state(), file=self.state_file) from None
+        if state.get("state") not in get_args(State):
+            raise EnvironmentFault("run.json does not say in which state the run is", *self._without_state(), file=self.state_file)
         version = state.get("format_version", 0)
         if version != FORMAT_VERSION:
             raise EnvironmentFault(
@@ -100,6 +115,26 @@ class RunDirectory:
                 file=self.state_file,
             )
         return state
+
+    def check_inside(self) -> None:
+        """Refuse a run with a folder or file that a symbolic link puts outside the runs root.
+
+        Raises:
+            RecipeError: it names the link.
+        """
+        for entry in os.scandir(self.path) if self.path.is_dir() else ():
+            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self.root):
+                raise RecipeError(
+                    f"{entry.path} is a symbolic link that leads out of {self.root}",
+                    "remove it, or put the whole runs root on the other disk: RECIPES_RUNS_ROOT=FOLDER",
+                )
+
+    def _without_state(self) -> list[str]:
+        """How to go on with a run whose run.json is damaged."""
+        away = f"restore it from a backup, or move it away: mv {self.state_file} {self.state_file}.damaged"
+        if not self.checkpoints.is_dir():
+            return [away]
+        return [away, f"training then resumes from the newest whole checkpoint: {self.train_command()}"]
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
@@ -129,7 +164,7 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
 def all_runs(root: Path | None = None) -> list[RunDirectory]:
     """Return every run under the runs root, by name."""
     root = root or runs_root()
-    return [RunDirectory(file.parent.name, root) for file in sorted(root.glob("*/run.json"))]
+    return [RunDirectory(file.parent.name, root) for file in sorted(root.glob("*/run.json")) if not file.parent.name.startswith(".")]
 
 
 def _similar_runs(name: str, root: Path) -> list[str]:

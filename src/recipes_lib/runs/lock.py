@@ -10,7 +10,6 @@ in the note ends at once, so that never two of them write.
 from __future__ import annotations
 
 import datetime
-import errno
 import json
 import os
 import socket
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import EnvironmentFault, ExitCode
+from recipes_lib.faults import is_disk_full
 from recipes_lib.terminal import say
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 HEARTBEAT_S = 10.0
 # Without a heartbeat for this long a holder counts as lost. Longer than the pauses of a busy file server.
 LOST_AFTER_S = 60.0
@@ -62,7 +61,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     except Timeout:
         raise LockHeld(f"{folder.name} is in use{describe_holder(folder / 'lock.json')}", *_ways_out(folder)) from None
     except OSError as error:
-        if error.errno in DISK_FULL:
+        if is_disk_full(error):
             raise
         what = f"the folder of run '{folder.name}' cannot be made or locked in {folder.parent}: {error.strerror or error}"
         raise EnvironmentFault(what, "choose another place for runs: RECIPES_RUNS_ROOT=FOLDER") from None
@@ -72,7 +71,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         del _held[folder.resolve()]
-        holder.leave()
+        with suppress(OSError):  # a disk that refuses: what went wrong before must not be hidden
+            holder.leave()
         lock.release()
 
 

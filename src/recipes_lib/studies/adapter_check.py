@@ -21,9 +21,8 @@ def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
     Raises:
         RecipesError: a file is missing, truncated or changed since the training; a tensor is not finite; an adapter that changes nothing.
     """
-    from recipes_lib.training.base_identity import check_whole, file_hashes
-    from recipes_lib.training.probes import read_check
-    from recipes_lib.training.trained import check_base_of
+    from recipes_lib.training.base_identity import check_whole, weight_hashes
+    from recipes_lib.training.trained import check_base_of, check_weights
     from recipes_lib.training.weights_check import check_files
 
     folder, base = trained.weights, ""
@@ -33,11 +32,8 @@ def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
         check_base_of(trained)
         base = _recorded_base(trained)
     found = check_files(folder, trained.full, base)
-    hashes, recorded = file_hashes(folder), read_check(folder)
-    if recorded is not None and hashes != recorded.sha256:
-        changed = sorted(name for name in {*hashes, *recorded.sha256} if hashes.get(name) != recorded.sha256.get(name))
-        raise RecipesError(f"{', '.join(changed)} of run '{trained.run.name}' changed after the training", "restore it, or train again")
-    return {**found, "sha256": hashes}
+    check_weights(trained)
+    return {**found, "sha256": weight_hashes(folder)}
 
 
 def _recorded_base(trained: TrainedRun) -> str:

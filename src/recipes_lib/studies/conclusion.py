@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.atomic_files import write_json
+from recipes_lib.atomic_files import publish, write_json
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.studies.arm_runs import base_run, run_names, study_folder
 from recipes_lib.studies.graph import Freshness, Graph, digest_of
@@ -91,10 +90,10 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
             graph.finish(statistics, digest_of(comparison.to_dict()), [record], seconds=round(time.monotonic() - started, 2))
     started = time.monotonic()
     folder = study_folder(study) / "report"
-    scratch = folder.with_name(f".report.tmp-{os.getpid()}")
+    scratch = folder.with_name(".report.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     write_study_report(scratch, comparison, measurements, study, not_up_to_date(statistics.upstream, known))
-    replace_folder(scratch, folder)
+    publish(scratch, folder)
     if complete:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         graph.finish(report, digest_of([file.name for file in files]), files, seconds=round(time.monotonic() - started, 2))
@@ -106,15 +105,3 @@ def not_up_to_date(names: Sequence[str], known: Mapping[str, Freshness]) -> list
     behind = [f"{name} ({known[name].state})" for name in names if not known[name].fresh]
     more = f" and {len(behind) - 6} more" if len(behind) > 6 else ""
     return [f"Not up to date: {', '.join(behind[:6])}{more}. What follows is what was measured before."] if behind else []
-
-
-def replace_folder(new: Path, place: Path) -> None:
-    """Put a folder in the place of another; a crash leaves the old one, the new one, or neither, never a mixture."""
-    old = place.with_name(f".{place.name}.old-{os.getpid()}")
-    for leftover in place.parent.glob(f".{place.name}.*-*"):
-        if leftover != new:
-            shutil.rmtree(leftover, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)

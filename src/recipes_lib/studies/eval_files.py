@@ -6,22 +6,27 @@ samples hold only current rows, MT-Bench's rows are chosen by judge and answer. 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
+from recipes_lib.json_files import DamagedFile, read_object, read_rows
 from recipes_lib.judging.outcomes import SCORE, item_outcome
-from recipes_lib.judging.store import read_rows, text_hash
-from recipes_lib.studies.measurements import EvalResult, Item, Measure, read_object
+from recipes_lib.judging.store import read_rows as stored_rows
+from recipes_lib.judging.store import text_hash
+from recipes_lib.studies.measurements import EvalResult, Item, Measure
 
 SUITE_TITLES = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench", "lm_eval": "lm-eval"}
 
 
-def read_evals(run: Path) -> tuple[tuple[EvalResult, ...], tuple[str, ...]]:
+def read_evals(run: Path, report: Callable[[DamagedFile], None] | None = None) -> tuple[tuple[EvalResult, ...], tuple[str, ...]]:
     """Return a run's finished evaluations, and the names of those that were begun and have no result.
+
+    Args:
+        run: its folder.
+        report: is told of each result that is damaged, which is then left out; None to raise the error.
 
     Raises:
         DataError: a file is damaged, or a result's numbers do not agree with its items.
@@ -34,7 +39,14 @@ def read_evals(run: Path) -> tuple[tuple[EvalResult, ...], tuple[str, ...]]:
         if not files and any(one.glob("*.jsonl")):
             unfinished.append(one.name)
         seen: set[tuple[Any, ...]] = set()
-        results += [_read_result(one.name, file, seen) for file in files]
+        for file in files:
+            try:
+                results.append(_read_result(one.name, file, seen))
+            except DamagedFile as error:
+                if report is None:
+                    raise
+                report(error)
+                unfinished.append(one.name)
     return tuple(results), tuple(unfinished)
 
 
@@ -57,27 +69,13 @@ def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalResul
     return EvalResult(name, suite, result.get("against"), file, result, tuple(measures))
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file, a torn last line left out; numbers that are not finite become None.
+def read_lines(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file as `json_files.read_rows` does; numbers that are not finite become None.
 
     Raises:
-        DataError: another line is not an object, with its number.
+        DataError: a line before the end is damaged, with its number.
     """
-    if not path.is_file():
-        return
-    text = path.read_text(encoding="utf-8", errors="surrogatepass")
-    lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):  # no newline after it: its writer was killed
-                return
-            raise DataError("not a JSON line", file=path, line=number) from None
-        if not isinstance(row, dict):
-            raise DataError(f"holds {type(row).__name__}, not an object", file=path, line=number)
+    for row in read_rows(path, skip_damaged):
         yield {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
@@ -140,7 +138,7 @@ def _mt_bench(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Meas
 def judged_rows(path: Path, result: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
     """Yield the stored judgments of one kind that a result rests on; the store keeps those of earlier prompts and answers too."""
     keys = set(result.get("judgment_keys") or ())
-    for row in read_rows(path):
+    for row in stored_rows(path):
         mine = row["key"] in keys if keys else row["judge"] == result["judge"]["fingerprint"]
         if mine and row["kind"] == kind and not row["meta"].get("probe"):
             yield row

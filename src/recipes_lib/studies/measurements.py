@@ -14,14 +14,14 @@ and in result.json `measures: [{"metric": "win_rate", "label": "AlpacaEval win r
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import DataError, EnvironmentFault
+from recipes_lib.errors import DataError
+from recipes_lib.json_files import DamagedFile, read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +154,12 @@ class Measurements:
         return None if opponent is None else self.arm_of_run.get(opponent, opponent)
 
 
-def read_measurements(runs: Mapping[str, Sequence[Path]]) -> Measurements:
+def read_measurements(runs: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None) -> Measurements:
     """Return everything that was measured.
 
     Args:
         runs: folders of runs by arm, one per seed. A folder that does not exist is an arm without that run.
+        report: is told of each evaluation that is damaged, which is then left out; None to raise the error.
 
     Raises:
         DataError: a file is damaged, or its numbers do not agree with its items.
@@ -166,12 +167,12 @@ def read_measurements(runs: Mapping[str, Sequence[Path]]) -> Measurements:
     arms = {}
     for name, folders in runs.items():
         present = [Path(folder) for folder in folders if Path(folder).is_dir()]
-        arms[name] = ArmMeasurements(name, tuple(read_run(folder) for folder in present))
+        arms[name] = ArmMeasurements(name, tuple(read_run(folder, report) for folder in present))
     return Measurements(arms)
 
 
-def read_run(folder: Path) -> RunMeasurements:
-    """Return what one run's folder holds.
+def read_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) -> RunMeasurements:
+    """Return what one run's folder holds; `report` as for `read_measurements`.
 
     Raises:
         DataError: a file is damaged.
@@ -180,7 +181,7 @@ def read_run(folder: Path) -> RunMeasurements:
 
     state = read_object(folder / "run.json")
     resolved = read_resolved(folder)
-    evals, unfinished = read_evals(folder)
+    evals, unfinished = read_evals(folder, report)
     seed = (resolved.get("train") or {}).get("seed")
     return RunMeasurements(
         name=folder.name,
@@ -190,30 +191,11 @@ def read_run(folder: Path) -> RunMeasurements:
         environment=read_object(folder / "environment.json"),
         splits=read_object(folder / "splits.json"),
         supervision=read_object(folder / "supervision.json"),
-        curves=tuple(read_lines(folder / "metrics.jsonl")),
+        curves=tuple(read_lines(folder / "metrics.jsonl", skip_damaged=True)),
         evals=evals,
         unfinished=unfinished,
         seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an absent file is an empty one.
-
-    Raises:
-        DataError: the file is not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", "restore it, or run the step again that wrote it", file=path) from None
-    except OSError as error:
-        raise EnvironmentFault(f"cannot be read: {error.strerror}", file=path) from None
-    if not isinstance(value, dict):
-        raise DataError(f"holds {type(value).__name__}, not an object", file=path)
-    return value
 
 
 def read_resolved(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors, RecipesError
+from recipes_lib.faults import is_disk_full
 from recipes_lib.recipe.project import runs_root, shown_path
-from recipes_lib.runs.lock import DISK_FULL
 from recipes_lib.studies.arm_runs import study_folder
 from recipes_lib.studies.graph import FOLLOWS, Freshness, Graph, Step
 from recipes_lib.studies.steps import build_graph
@@ -61,10 +61,10 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
             stopped = int(ExitCode.INTERRUPTED)
         except _Terminated:
             stopped = int(ExitCode.PREEMPTED)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
+        except Exception as error:
+            if not is_disk_full(error):
                 raise
-            what = f"the disk is full: {error.strerror}"
+            what = f"the disk is full: {getattr(error, 'strerror', None) or error}"
             raise EnvironmentFault(what, "free some space; the same command continues", file=shown_path(runs_root())) from None
         if stopped is not None:
             say("stopped; the same command continues")

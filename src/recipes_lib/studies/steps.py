@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import RecipesError
+from recipes_lib.json_files import read_object
 from recipes_lib.judging.published_prompts import PACKAGE, REQUIREMENT
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.runs.resume_guard import flatten, guarded_values
 from recipes_lib.studies.arm_runs import base_arm, base_run, run_name, study_folder
 from recipes_lib.studies.graph import CONTENT, ONLY_SPEED, Graph, Step, content_of, digest_of
-from recipes_lib.studies.measurements import read_object
 from recipes_lib.studies.sections import BASE_ARM
 from recipes_lib.studies.study import Arm, Study
 from recipes_lib.suites.recipe import EvalRecipe

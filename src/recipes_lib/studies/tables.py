@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+from recipes_lib.json_files import rows_from_the_end
 from recipes_lib.recipe.yaml_text import value_text
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.runs.lock import describe_holder, is_held
@@ -70,12 +71,11 @@ def _begun(run_name: str) -> str:
 def _reached(run_name: str) -> str:
     """The last step and loss that a training wrote."""
     run = RunDirectory(run_name)
-    last: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        for line in run.metrics.read_text(encoding="utf-8").splitlines():
-            last |= json.loads(line)
-    step = f"step {last['step']}" if "step" in last else "starting"
-    loss = f", loss {last['loss']:.3f}" if isinstance(last.get("loss"), float) else ""
+    step, loss = "starting", ""
+    with suppress(OSError):
+        lines = [row for _, row in islice(rows_from_the_end(run.metrics), 2)]  # the last one may be a validation
+        step = f"step {lines[0]['step']}" if lines else step
+        loss = next((f", loss {row['loss']:.3f}" for row in lines if isinstance(row.get("loss"), float)), "")
     return f"{step}{loss}"
 
 

@@ -246,13 +246,13 @@ def train_command(words: Sequence[str]) -> list[str]:
 
 def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:
     """Return a hash of a finished run's weights and prompt format."""
-    from recipes_lib.training.base_identity import file_hashes
+    from recipes_lib.training.base_identity import weight_hashes
     from recipes_lib.training.probes import read_check
 
     folder = _weights(run)
     assert folder is not None
     check = read_check(folder)
-    return digest_of([check.sha256 if check else file_hashes(folder), state.get("guard", {}).get("prompt_format_hash")])
+    return digest_of([check.sha256 if check else weight_hashes(folder), state.get("guard", {}).get("prompt_format_hash")])
 
 
 def weight_files(run: RunDirectory) -> list[Path]:

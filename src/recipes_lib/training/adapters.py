@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import sync_folder, write_json
+from recipes_lib.atomic_files import publish, write_json
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.faults import explain_fault
+from recipes_lib.json_files import read_object
 from recipes_lib.terminal import shown_size
-from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, explain_peft_failure, file_hashes
+from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, explain_peft_failure, weight_hashes
 from recipes_lib.training.card import quantized_bits, write_card
 from recipes_lib.training.trained import Family, TrainedRun, load_base
 
@@ -60,13 +61,14 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
         RecipesError: the merged model does not answer like the adapter; it is kept in `merged.rejected/`.
     """
     from recipes_lib.runs.lock import run_lock
-    from recipes_lib.training.trained import check_base_of
+    from recipes_lib.training.trained import check_base_of, check_weights
 
     name = trained.run.name
     if trained.full:
         what = f"run '{name}' is a full fine-tuning: its model is whole, there is nothing to merge"
         raise RecipeError(what, f"use {trained.weights} as it is, or: recipes export {name} --to DIR")
     check_base_of(trained)
+    check_weights(trained)
     with run_lock(trained.run.path):
         record = merge_record(trained)
         if record is not None:
@@ -80,7 +82,7 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
 def merge_record(trained: TrainedRun) -> dict[str, Any] | None:
     """Return what is recorded of the run's `merged/`, or None where there is none."""
     file = trained.merged / RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_object(file, f"make it again: recipes merge {trained.run.name}") or None
 
 
 def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = None, contents: bool = False) -> str | None:
@@ -92,7 +94,7 @@ def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = N
         dtype: the precision asked for; None for any.
         contents: whether to read the files and compare their hashes, not only their sizes.
     """
-    if record["adapter_sha256"] != file_hashes(trained.weights).get(ADAPTER_WEIGHTS):
+    if record["adapter_sha256"] != weight_hashes(trained.weights).get(ADAPTER_WEIGHTS):
         return "it was made from another adapter"
     if dtype is not None and record["dtype"] != dtype:
         return f"it is in {record['dtype']}, not in {dtype}"
@@ -100,7 +102,7 @@ def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = N
     damaged = [name for name, size in record["files"].items() if found.get(name) != size]
     if damaged:
         return f"{damaged[0]} in it is missing or damaged"
-    changed = [name for name, sha in file_hashes(trained.merged).items() if record["sha256"].get(name) != sha] if contents else []
+    changed = [name for name, sha in weight_hashes(trained.merged).items() if record["sha256"].get(name) != sha] if contents else []
     return f"{changed[0]} in it was changed" if changed else None
 
 
@@ -192,8 +194,9 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
         rejected = _set_aside(scratch)
         raise RecipesError(f"the merged model is not the adapter on its base: {comparison.problems[0]}", f"it is kept in {rejected}")
     write_card(scratch, trained.recipe, trained.run.read_state().get("summary") or {}, merged=record)
-    write_json(scratch / RECORD, {**record, "files": _sizes(scratch), "sha256": file_hashes(scratch)})
-    _publish(scratch, trained.merged)
+    write_json(scratch / RECORD, {**record, "files": _sizes(scratch), "sha256": weight_hashes(scratch)})
+    publish(scratch, trained.merged)
+    shutil.rmtree(trained.merged.with_name(REJECTED), ignore_errors=True)
     return Merge(trained.merged, merge_record(trained) or record, already=False)
 
 
@@ -237,8 +240,10 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     try:
         model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError) and explain_fault(error) is None:
+            raise
         raise EnvironmentFault(f"the merged model could not be written: {error}", "nothing was left behind") from error
 
 
@@ -246,23 +251,11 @@ def _record(trained: TrainedRun, dtype: str, comparison: Comparison) -> dict[str
     return {
         "run": trained.run.name,
         "base": trained.recipe.model.name_or_path,
-        "adapter_sha256": file_hashes(trained.weights)[ADAPTER_WEIGHTS],
+        "adapter_sha256": weight_hashes(trained.weights)[ADAPTER_WEIGHTS],
         "dtype": dtype,
         "dequantised": trained.recipe.quantization is not None,
         "check": comparison.as_dict(),
     }
-
-
-def _publish(scratch: Path, final: Path) -> None:
-    """Give the checked model its name; an older one goes only after the new one is whole."""
-    old = final.with_name("merged.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(scratch, final)
-    sync_folder(final.parent)
-    for left in (old, final.with_name(REJECTED)):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _set_aside(scratch: Path) -> Path:

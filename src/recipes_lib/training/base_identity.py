@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.atomic_files import file_hashes
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.recipe.model_files import broken_shard, local_folder
 
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What decides how a model computes and reads text. adapter_config.json is not among them: the path of a base may change.
+RECORDED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 SAMPLES, SAMPLE_BYTES = 64, 4096
 _LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 
@@ -48,13 +61,14 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
+def weight_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of every weight file."""
-    hashes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    return file_hashes(folder, sorted(file.name for file in folder.glob("*.safetensors")))
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of the weights and of every other file that decides what the model answers."""
+    return file_hashes(folder, sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)}))
 
 
 def check_adapter_files(adapter: Path) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recipes_lib.atomic_files import publish
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.runs.manifest import SECRET_VALUE
 from recipes_lib.terminal import shown_size
@@ -73,12 +73,12 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     _check_tensors(trained, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_space(target.parent, folder_size(source))
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        scratch.mkdir()
         _fill(scratch, source, trained, merged)
         refuse_secrets(scratch)
-        scratch.chmod(0o755)
-        os.replace(scratch, target)  # takes the place of an empty folder too, and fails on any other
+        publish(scratch, target, replace=False)
     except OSError as error:
         raise EnvironmentFault(f"the export could not be written: {error}", "nothing was left behind") from error
     finally:
@@ -168,11 +168,12 @@ def _source(trained: TrainedRun, merged: bool) -> Path:
 
 def _check_tensors(trained: TrainedRun, source: Path) -> None:
     """The weights are whole and finite, and an adapter's base is the one it was trained on."""
-    from recipes_lib.training.trained import check_base_of
+    from recipes_lib.training.trained import check_base_of, check_weights
     from recipes_lib.training.weights_check import check_files
 
     if not trained.full:
         check_base_of(trained)
+    check_weights(trained)
     base_identity.check_whole(source)
     adapter = source / "adapter_config.json"
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""

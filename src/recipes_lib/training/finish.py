@@ -9,8 +9,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.atomic_files import publish
 from recipes_lib.errors import RecipesError
 from recipes_lib.training import weights_check
+from recipes_lib.training.base_identity import recorded_hashes
 from recipes_lib.training.card import write_card
 from recipes_lib.training.model import model_path
 from recipes_lib.training.probes import record_check
@@ -61,8 +63,9 @@ def save_and_check(
             raise _reject(scratch, run, comparison)
         record_check(scratch, recipe, probes, trained, "bfloat16" if bf16 else "float16" if fp16 else None)
         write_card(scratch, recipe, summary)
-        _publish(scratch, run.weights(full))
-        return {**files, "reload": comparison.as_dict(), "probes": len(probes)}
+        hashes = recorded_hashes(scratch)
+        publish(scratch, run.weights(full))
+        return {**files, "reload": comparison.as_dict(), "probes": len(probes), "sha256": hashes}
 
     return on_main_rank(check)
 
@@ -77,15 +80,6 @@ def _reject(scratch: Path, run: RunDirectory, comparison: weights_check.LogitsCo
     if comparison.scale == 0:
         what = "the trained model answers nothing: all logits are zero; the learning rate was probably far too high"
     return RecipesError(what, f"the weights are kept in {rejected}, the checkpoints as they are")
-
-
-def _publish(scratch: Path, final: Path) -> None:
-    """Give checked weights their final name; this is the only place where `adapter/` or `model/` comes into being."""
-    from recipes_lib.atomic_files import sync_folder
-
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(scratch, final)
-    sync_folder(final.parent)
 
 
 def autocast(bf16: bool, fp16: bool, device_type: str) -> contextlib.AbstractContextManager[Any]:

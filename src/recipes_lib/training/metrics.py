@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes_lib.atomic_files import write_text
+from recipes_lib.json_files import read_rows, rows_from_the_end
 from recipes_lib.terminal import say
 
 KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
@@ -27,11 +28,8 @@ def peak_memory_gib() -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl; a torn last line (the process was killed while writing) is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """Return the lines of a metrics.jsonl; damaged ones are left out, with a warning."""
+    return list(read_rows(path, skip_damaged=True))
 
 
 def has_evaluation(lines: list[dict[str, Any]], step: int) -> bool:
@@ -40,15 +38,23 @@ def has_evaluation(lines: list[dict[str, Any]], step: int) -> bool:
 
 
 def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
-    """Drop the lines after `step`: a resumed run writes them again, and the evaluation of `step` itself where it comes after the save.
+    """Cut off the lines after `step`, and what a crash left damaged behind them: a resumed run writes them again.
 
     Args:
         path: the run's metrics.jsonl.
         step: the checkpoint's.
-        evaluated: whether the checkpoint was saved after the evaluation of its step.
+        evaluated: whether the checkpoint was saved after the evaluation of its step; otherwise that line, the last of its step, goes too.
     """
-    kept = [line for line in read_metrics(path) if line["step"] < step or (line["step"] == step and (evaluated or "eval_loss" not in line))]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    if not path.is_file():
+        return
+
+    def stays(row: dict[str, Any]) -> bool:
+        return row.get("step", 0) < step or (row.get("step", 0) == step and (evaluated or "eval_loss" not in row))
+
+    kept = next((end for end, row in rows_from_the_end(path) if stays(row)), 0)
+    with path.open("rb+") as stream:
+        stream.truncate(kept)
+        os.fsync(stream.fileno())
 
 
 class MetricsCallback(TrainerCallback):
@@ -135,5 +141,4 @@ class MetricsCallback(TrainerCallback):
 
 
 def _tokens_at(path: Path, step: int) -> int:
-    tokens = [line["tokens"] for line in read_metrics(path) if line["step"] <= step and "tokens" in line]
-    return tokens[-1] if tokens else 0
+    return next((row["tokens"] for _, row in rows_from_the_end(path) if row.get("step", 0) <= step and "tokens" in row), 0)

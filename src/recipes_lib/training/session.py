@@ -6,7 +6,6 @@ What only one process may do (folders, files, messages) rank 0 does, and its err
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import time
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault, ExitCode, Interrupted, Preempted, RecipeError, RecipeErrors, RecipesError
+from recipes_lib.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipeErrors, RecipesError
+from recipes_lib.faults import explain_fault
 from recipes_lib.runs.directory import RunDirectory, State
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.ranks import leave_together, on_main_rank, rank
@@ -22,8 +22,6 @@ from recipes_lib.training.ranks import leave_together, on_main_rank, rank
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
     from recipes_lib.training.trainer import RecipeTrainer
-
-REFUSED = {errno.EACCES, errno.EPERM, errno.ESTALE}  # reading or writing; ESTALE: an NFS server that forgot the file
 
 
 @contextmanager
@@ -80,6 +78,7 @@ class Session:
         self.taken_over = False
         self.earlier: dict[str, Any] = {}
         self.changes: dict[str, list[Any]] = {}
+        self.guard: dict[str, Any] = {}
         self.checkpoint: Path | None = None
         self.marker: dict[str, Any] = {}
         self.planned: dict[str, Any] | None = None
@@ -105,15 +104,21 @@ class Session:
     def read_earlier_attempt(self) -> None:
         """Rank 0: take over what an earlier attempt at this run recorded, and write what is known of this one."""
         from recipes_lib.runs.resume_guard import recipe_differences
+        from recipes_lib.training.trained import weights_damage
 
+        self.run.check_inside()
         self.earlier = self.run.read_state() if self.run.exists() else {}
         if self.earlier.get("state") == "finished":
             changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
             if changed:
                 what = f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}"
                 raise RecipeError(what, "start a new run with run.name=OTHER")
-            self.already_finished = True
-            return
+            damage = weights_damage(self.run, self.recipe.lora is None)
+            if damage is None:
+                self.already_finished = True
+                return
+            what = "going on from its newest whole checkpoint, or from the beginning where there is none"
+            say(f"run '{self.run.name}' is finished, but {damage}; {what}")
         if self.earlier.get("state") == "imported":
             raise RecipeError(f"run '{self.run.name}' was imported and cannot be trained", "start a new run with run.name=OTHER")
         self.run.stop_file.unlink(missing_ok=True)
@@ -126,11 +131,14 @@ class Session:
         """Rank 0: from here on the run's record is this attempt's; an attempt that was refused has left it as it was."""
         from recipes_lib.atomic_files import write_json
         from recipes_lib.data.preparation import data_folders
+        from recipes_lib.training.checkpoints import set_aside
 
         folders = [str(folder.resolve()) for folder in data_folders(self.recipe)]
         if self.earlier:
             fields["attempts"] = self.earlier.get("attempts", 0) + 1
             write_provenance(self.run, self.recipe)
+        if self.earlier.get("state") == "finished" and (weights := self.run.weights(self.recipe.lora is None)).is_dir():
+            set_aside(weights, ".damaged")
         write_json(self.run.path / "supervision.json", self.data.audit)
         write_json(self.run.path / "splits.json", self.data.splits)
         self.run.write_state("running", exit_code=None, error=None, data_folders=folders, **fields)
@@ -143,7 +151,7 @@ class Session:
         """
         if rank() != 0 or not self.taken_over:
             return
-        with suppress(OSError):
+        with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
                 state: State = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
                 self.run.write_state(state, exit_code=code, error=error)
@@ -194,11 +202,18 @@ class Session:
         guard = guarded_values(self.recipe, self.data.fingerprint, world_size, self.active.distributed_type, library_versions())
         guard["prompt_format_hash"] = self.data.prompt_format_hash
 
+        self.guard = guard
+
         def decide() -> Path | None:
             self.run.checkpoints.mkdir(parents=True, exist_ok=True)
             found = checkpoints.newest_complete(self.run.checkpoints, report=say)
             if found is not None:
-                self.changes = check_resume(self.run.name, self.earlier.get("guard", guard), guard, self.options.resume_anyway)
+                self.changes = check_resume(
+                    self.run.name,
+                    self.earlier.get("guard") or checkpoints.read_marker(found).get("guard", guard),
+                    guard,
+                    self.options.resume_anyway,
+                )
                 checkpoints.check_resumable(found, world_size, self.options.allow_partial_resume)
             pending = found is not None and checkpoints.read_marker(found).get("evaluation_pending", False)
             metrics.forget_after(self.run.metrics, int(found.name.split("-")[1]) if found else -1, evaluated=not pending)
@@ -228,7 +243,9 @@ class Session:
         """Load the base model, quantized if the recipe says so."""
         from recipes_lib.recipe.upstream import build_quantization_config
         from recipes_lib.training.model import load_model
+        from recipes_lib.training.trained import check_base_run
 
+        on_main_rank(lambda: check_base_run(self.recipe.model.name_or_path))
         key = "model.attn_implementation"
         if self.recipe.model.attn_implementation == "flex_attention" and self.active.device.startswith("cpu"):
             raise self.recipe.error(key, f"{key}: flex_attention has no backward pass on a CPU", "use sdpa, or leave the key out")
@@ -239,7 +256,7 @@ class Session:
         from recipes_lib.training.build import build_trainer
         from recipes_lib.training.launch_check import active_launch, check_launch
 
-        facts = {"run": self.run.name, "data_fingerprint": self.data.fingerprint}
+        facts = {"run": self.run.name, "data_fingerprint": self.data.fingerprint, "guard": self.guard}
         self.trainer = build_trainer(self.recipe, self.args, self.model, self.tokenizer, self.data, self.run, self.stop, facts)
         del self.model
         accelerator = self.trainer.accelerator
@@ -315,6 +332,7 @@ class Session:
 
     def close_as_finished(self) -> int:
         """Save and check the weights, draw the curves, and only then call the run finished."""
+        from recipes_lib.atomic_files import sync, sync_tree
         from recipes_lib.training.figures import draw_figures
         from recipes_lib.training.finish import save_and_check
         from recipes_lib.training.hub import push_finished_run
@@ -326,6 +344,9 @@ class Session:
 
         def record() -> None:
             draw_figures(self.run.metrics, self.run.figures, self.run.name)
+            sync_tree(self.run.figures)
+            if self.run.metrics.is_file():
+                sync(self.run.metrics)
             self.run.stop_file.unlink(missing_ok=True)
             self.run.write_state("finished", exit_code=0, error=None, summary=summary, weights_check=check)
             weights = self.run.weights(self.recipe.lora is None)
@@ -373,27 +394,4 @@ def stop_behind(error: BaseException | None) -> RecipesError | None:
         if isinstance(error, Preempted | Interrupted):
             return error
         error = error.__cause__ or error.__context__
-    return None
-
-
-def explain_fault(error: BaseException) -> EnvironmentFault | None:
-    """Return what to do about a disk that is full or refuses, or memory that ran out; None when it is another error."""
-    import torch
-
-    from recipes_lib.runs.lock import DISK_FULL
-
-    if isinstance(error, OSError) and error.errno in {*DISK_FULL, *REFUSED, errno.EROFS}:
-        what, remedy = "cannot write to the disk", "free some space" if error.errno in DISK_FULL else "make it writable again"
-        if error.errno in REFUSED:
-            what, remedy = "cannot read or write", "make it accessible again"
-        return EnvironmentFault(
-            f"{what}: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
-            f"{remedy} and run the same command again: it resumes from the newest complete checkpoint",
-        )
-    if isinstance(error, torch.OutOfMemoryError):
-        return EnvironmentFault(
-            f"out of GPU memory: {str(error).splitlines()[0]}",
-            "halve train.per_device_train_batch_size (the examples per step stay, accumulation doubles)",
-            "or set train.activation_checkpointing: true, or use a QLoRA recipe",
-        )
     return None

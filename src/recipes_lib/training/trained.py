@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.atomic_files import file_hashes
+from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training import base_identity
 from recipes_lib.training.base_identity import check_base
@@ -62,7 +64,8 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         remote_code: whether the command line allowed code that ships with the model.
 
     Raises:
-        RecipeError: the run has not reached its end, its weights are gone, or its model needs code that was not allowed.
+        RecipeError: the run has not reached its end, or its model needs code that was not allowed.
+        EnvironmentFault: its weights are gone.
     """
     from recipes_lib.recipe.loader import Origin
     from recipes_lib.recipe.recipe import load_recipe
@@ -84,8 +87,75 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         recipe = dataclasses.replace(recipe, origins={**recipe.origins, **placed}, base_dir=Path(folders[0]))
     trained = TrainedRun(run, recipe)
     if not trained.weights.is_dir():
-        raise RecipeError(f"run '{run.name}' has no {trained.weights.name}/", "it was removed after the training; train the run again")
+        raise _lost(run, f"{trained.weights.name}/ is gone")
     return trained
+
+
+def weights_damage(run: RunDirectory, full: bool) -> str | None:
+    """Return what is wrong with a finished run's weights, or None where they are what was trained, byte for byte.
+
+    A run of a version that recorded no hashes is looked at for missing and truncated files.
+    """
+    from recipes_lib.training.probes import read_check
+
+    folder = run.weights(full)
+    if not folder.is_dir():
+        return f"{folder.name}/ is gone"
+    try:
+        base_identity.check_whole(folder)
+        if not full and not read_object(folder / "adapter_config.json"):
+            return f"{folder.name}/adapter_config.json is gone"
+        recorded = run.read_state().get("weights_check", {}).get("sha256")
+        if recorded is None:
+            check = read_check(folder)
+            recorded = check.sha256 if check else {}
+        gone = [name for name in recorded if not (folder / name).is_file()]
+        if gone or not any(folder.glob("*.safetensors")):
+            return f"{folder.name}/{gone[0] if gone else '*.safetensors'} is gone"
+        found = file_hashes(folder, recorded)
+        if changed := [name for name, sha256 in recorded.items() if found[name] != sha256]:
+            return f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs from the recorded one"
+    except (DamagedFile, EnvironmentFault) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def check_weights(trained: TrainedRun) -> None:
+    """Refuse weights that are not what was trained.
+
+    Raises:
+        EnvironmentFault: which file, and the command that makes the weights again.
+    """
+    if damage := weights_damage(trained.run, trained.full):
+        raise _lost(trained.run, damage)
+
+
+def check_base_run(name_or_path: str) -> None:
+    """Refuse to train on weights of a run (`runs/NAME/model` or `merged`) that are not what was trained.
+
+    Raises:
+        EnvironmentFault: as for `check_weights`, or the file of `merged/` that changed.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.name not in ("model", "merged") or not (folder.parent / "run.json").is_file():
+        return
+    run = RunDirectory(folder.resolve().parent.name, folder.resolve().parent.parent)
+    if folder.name == "model":
+        if damage := weights_damage(run, full=True):
+            raise _lost(run, damage)
+        return
+    recorded = read_object(folder / "merge.json").get("sha256", {})
+    found = base_identity.weight_hashes(folder)
+    if changed := sorted(name for name in recorded if found.get(name) != recorded[name]):
+        raise EnvironmentFault(f"{folder / changed[0]} is not what was merged", f"make it again: recipes merge {run.name}")
+
+
+def _lost(run: RunDirectory, damage: str) -> EnvironmentFault:
+    """The error about weights that cannot be used."""
+    return EnvironmentFault(
+        f"run '{run.name}' has no usable weights: {damage}",
+        f"make them again from the run's newest whole checkpoint: {run.train_command()}",
+    )
 
 
 class Family:
@@ -101,6 +171,10 @@ class Family:
 
     def __init__(self, runs: Sequence[TrainedRun]) -> None:
         self.runs = list(runs)
+        for one in self.runs:
+            if not one.full:
+                check_base_of(one)
+            check_weights(one)
         first = self.runs[0]
         self.recipe = first.recipe
         self.full = first.full
@@ -167,8 +241,6 @@ def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBas
 
     from recipes_lib.training.weights_check import keep_saved_precision
 
-    for one in runs:
-        check_base_of(one)
     base = load_base(runs[0].recipe, tokenizer)
     for one in runs:
         base_identity.check_shapes(one.weights, base)

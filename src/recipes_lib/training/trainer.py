@@ -32,7 +32,9 @@ from transformers import TrainerControl
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from recipes_lib.atomic_files import sync
 from recipes_lib.errors import EnvironmentFault, NumericsError
+from recipes_lib.faults import explain_fault
 from recipes_lib.runs.lock import end_if_taken_over
 from recipes_lib.runs.resume_guard import differences
 from recipes_lib.training import checkpoints
@@ -42,8 +44,6 @@ from recipes_lib.training.ranks import agree_on_largest, on_main_rank
 from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
 from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
 from recipes_lib.training.token_loss import TokenCounts, add_token_loss, can_score_itself, gather_trained_head
-
-DISK_FULL_SIGNS = ("No space left", "unexpected pos", "File too large", "Disk quota")
 
 
 class RecipeTrainer(SFTTrainer):
@@ -352,13 +352,11 @@ class RecipeTrainer(SFTTrainer):
         on_main_rank(lambda: self._check_place(root))
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            if not any(sign in str(error) for sign in DISK_FULL_SIGNS):
+        except Exception as error:
+            fault = explain_fault(error)
+            if fault is None:
                 raise
-            raise EnvironmentFault(
-                f"disk full while saving {folder.name}: {str(error).splitlines()[0]}",
-                "free some space and run the same command again: it resumes from the newest complete checkpoint",
-            ) from None
+            raise EnvironmentFault(f"while saving {folder.name}: {fault.what}", *fault.hints) from None
         self.accelerator.wait_for_everyone()
         on_main_rank(lambda: self._seal(root, folder, unlogged))
 
@@ -368,6 +366,11 @@ class RecipeTrainer(SFTTrainer):
         checkpoints.check_free_space(root, self._size_of_a_save(root))
 
     def _seal(self, root: Path, folder: Path, unlogged: dict[str, Any]) -> None:
+        """Mark the checkpoint complete, once the lines logged up to it are on the disk: a run resumed from it never writes them again."""
+        metrics = root.with_name("metrics.jsonl")
+        if metrics.is_file():
+            sync(metrics)
+            sync(metrics.parent)
         checkpoints.mark_complete(
             folder,
             step=self.state.global_step,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import write_text
+from recipes_lib.atomic_files import publish, write_text
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.runs.directory import RunDirectory, all_runs
@@ -262,7 +262,6 @@ def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, asked
     """Write the run beside its place and rename it, so that a run is there whole or not at all."""
     root = runs_root()
     scratch = root / f".import-{os.getpid()}"
-    old = root / f".replaced-{os.getpid()}"
     try:
         for left in root.glob(".import-*"):  # of imports that were killed
             if left == scratch or not _runs(left.name.partition("-")[2]):
@@ -283,11 +282,8 @@ def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, asked
         write_text(run.path / "command.txt", command_line() + "\n")
         facts = {"sources": done.files, "lacks": done.lacks, **asked, "summary": content.summary or None}
         run.write_state("imported", kind="imported", exit_code=0, **{key: value for key, value in facts.items() if value is not None})
-        if target.exists():
-            target.path.rename(old)
-        run.path.rename(target.path)
+        publish(run.path, target.path)
     except OSError as fault:
         raise EnvironmentFault(f"the run cannot be written: {fault.strerror or fault}", file=shown_path(root)) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

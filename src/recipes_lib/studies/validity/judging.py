@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.json_files import read_object
 from recipes_lib.studies.findings import Finding, Severity
-from recipes_lib.studies.measurements import read_object
 from recipes_lib.studies.validity.settings import place
 
 if TYPE_CHECKING:

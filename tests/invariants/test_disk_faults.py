@@ -1,0 +1,227 @@
+"""Disks that fill, turn read-only, run out of inodes, and lose power: nothing that was complete is lost, and the same command goes on.
+
+The disks are real: a small tmpfs, an ext4 image on a loop device. They need root and the right to mount; without it these tests are
+skipped, and `tests/test_atomic_files.py` has the model of a power cut alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+MIB = 2**20
+ADAPTER = "adapter_model.safetensors"
+
+
+def mounted(*words: str) -> bool:
+    return subprocess.run(["mount", *words], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A function that mounts a tmpfs with these options (or gives the same one others) and returns its folder."""
+    place = tmp_path / "small"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        again = "remount," if os.path.ismount(place) else ""
+        if not mounted("-t", "tmpfs", "-o", again + options, "tmpfs", str(place)):
+            pytest.skip("this test mounts a disk, which is not allowed here")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(launcher) -> Path:
+    """A run that nothing happened to."""
+    launcher.train("run.name=whole")
+    return launcher.run("whole")
+
+
+def assert_told(said: str) -> None:
+    """One line says what happened, and none calls it a bug."""
+    assert "internal error" not in said and "Traceback" not in said, said[-3000:]
+
+
+def loss_series(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert (run / "adapter" / ADAPTER).read_bytes() == (whole / "adapter" / ADAPTER).read_bytes()
+    assert loss_series(run) == loss_series(whole)
+
+
+def bytes_at(whole: Path) -> dict[str, int]:
+    """How much is on the disk when each part of a run is about to be written: a disk of that size and a bit fills in the part."""
+    one = sum(file.stat().st_size for file in (whole / "checkpoints" / "checkpoint-2").rglob("*"))
+    records = sum(file.stat().st_size for file in whole.iterdir() if file.is_file())
+    return {
+        "the first record": 8 * 1024,
+        "the first checkpoint": records + one // 3,
+        "the tokenizer of a checkpoint": records + one - 20 * 1024,
+        "a later checkpoint": records + 2 * one + one // 2,
+        "the final weights": records + 4 * one + 30 * 1024,
+    }
+
+
+PARTS = ("the first record", "the first checkpoint", "the tokenizer of a checkpoint", "a later checkpoint", "the final weights")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(launcher, whole: Path, tmpfs: Callable[[str], Path], part: str) -> None:
+    runs = tmpfs(f"size={bytes_at(whole)[part] // 4096 * 4096}")
+    name = "run.name=small"
+    code, said = launcher.wait(launcher.start(launcher.command(name), RECIPES_RUNS_ROOT=str(runs)))
+    assert code == 5, said[-3000:]
+    assert_told(said)
+    tmpfs("size=64m")
+    launcher.train(name, RECIPES_RUNS_ROOT=str(runs))
+    assert_same(runs / "small", whole)
+
+
+@pytest.mark.parametrize("inodes", [6, 25, 40])
+def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(launcher, whole: Path, tmpfs: Callable[[str], Path], inodes: int) -> None:
+    runs = tmpfs(f"size=64m,nr_inodes={inodes}")
+    code, said = launcher.wait(launcher.start(launcher.command("run.name=small"), RECIPES_RUNS_ROOT=str(runs)))
+    assert code == 5, said[-3000:]
+    assert_told(said)
+    tmpfs("size=64m,nr_inodes=100000")
+    launcher.train("run.name=small", RECIPES_RUNS_ROOT=str(runs))
+    assert_same(runs / "small", whole)
+
+
+@pytest.mark.parametrize("limit", [512, 12 * 1024, 40 * 1024])
+def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(launcher, whole: Path, limit: int) -> None:
+    name = f"limit-{limit}"
+    child = subprocess.Popen(
+        launcher.command(f"run.name={name}"), env=launcher.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    code, said = launcher.wait(child)
+    assert code == 5, said[-3000:]
+    assert_told(said)
+    assert "limit on the size of a file" in said
+    launcher.train(f"run.name={name}")
+    assert_same(launcher.run(name), whole)
+
+
+@pytest.mark.parametrize("gib", [0.3, 1.2, 2.0])
+def test_a_limit_on_memory_ends_in_one_line_and_loses_nothing(launcher, whole: Path, gib: float) -> None:
+    name, limit = f"memory-{gib}", int(gib * 2**30)
+    child = subprocess.Popen(
+        launcher.command(f"run.name={name}"), env=launcher.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )  # fmt: skip
+    code, said = launcher.wait(child)
+    assert code != 0 and "internal error" not in said, said[-3000:]
+    if code > 0:  # a library may abort where it cannot allocate
+        assert code == 5 and "out of memory" in said, said[-3000:]
+    launcher.train(f"run.name={name}")
+    assert_same(launcher.run(name), whole)
+
+
+# ---- ext4 on a loop device ----
+
+
+class Ext4:
+    """A file system in a file. A copy of the file is what a power cut would leave: what was not written to the disk is not in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.image, self.place, self.copies = folder / "disk.img", folder / "disk", 0
+        self.place.mkdir()
+        with self.image.open("wb") as file:
+            file.truncate(192 * MIB)
+        made = shutil.which("mkfs.ext4") and subprocess.run(["mkfs.ext4", "-q", str(self.image)], check=False).returncode == 0
+        # no flush of its own on a rename: other file systems have none
+        if not made or not mounted("-o", "loop,noauto_da_alloc", str(self.image), str(self.place)):
+            pytest.skip("this test mounts a disk, which is not allowed here")
+        self.mounts = [self.place]
+
+    def cut(self) -> Path:
+        """Return what the disk holds when the power goes now, mounted again (its journal is replayed)."""
+        self.copies += 1
+        image, place = self.image.with_name(f"cut-{self.copies}.img"), self.place.with_name(f"cut-{self.copies}")
+        shutil.copyfile(self.image, image)
+        place.mkdir()
+        assert mounted("-o", "loop", str(image), str(place))
+        self.mounts.append(place)
+        return place
+
+    def close(self) -> None:
+        for place in self.mounts:
+            subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Iterator[Ext4]:
+    disk = Ext4(tmp_path)
+    yield disk
+    disk.close()
+
+
+def test_the_cut_of_a_disk_loses_what_was_not_flushed(ext4: Ext4) -> None:
+    (ext4.place / "kept").write_bytes(b"k" * 9000)
+    with (ext4.place / "kept").open("rb") as file:
+        os.fsync(file.fileno())
+    (ext4.place / "lost").write_bytes(b"l" * 9000)
+    after = ext4.cut()
+    assert (after / "kept").read_bytes() == b"k" * 9000
+    assert not (after / "lost").is_file() or (after / "lost").read_bytes() != b"l" * 9000
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 1.0])
+def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(launcher, whole: Path, ext4: Ext4, after_s: float) -> None:
+    launcher.train("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
+    time.sleep(after_s)
+    run = ext4.cut() / "runs" / "cut"
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+    assert_same(run, whole)
+    for file in (run / "adapter").iterdir():
+        assert file.read_bytes() == (ext4.place / "runs" / "cut" / "adapter" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(launcher, whole: Path, ext4: Ext4, step: int) -> None:
+    child = launcher.start(launcher.command("run.name=cut"), RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
+    marker = ext4.place / "runs" / "cut" / "checkpoints" / f"checkpoint-{step}" / "COMPLETE.json"
+    deadline = time.monotonic() + 120
+    while not marker.is_file() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    place = ext4.cut()
+    launcher.wait(child)
+    said = launcher.train("run.name=cut", RECIPES_RUNS_ROOT=str(place / "runs"))
+    if "already finished" not in said:
+        resumed = int(said.split("resuming checkpoint-")[1].split()[0])
+        assert resumed >= step - 2, said  # the marker's rename may not be on the disk yet; the checkpoint before it is
+    assert_same(place / "runs" / "cut", whole)
+
+
+def test_a_file_system_that_turns_read_only_ends_in_one_line_and_loses_nothing(launcher, whole: Path, ext4: Ext4) -> None:
+    root = ext4.place / "runs"
+    child = launcher.start(launcher.command("run.name=ro"), RECIPES_RUNS_ROOT=str(root))
+    deadline = time.monotonic() + 120
+    while not (root / "ro" / "checkpoints" / "checkpoint-2" / "COMPLETE.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if not mounted("-o", "remount,abort", str(ext4.place)):
+        pytest.skip("this kernel cannot abort a file system")
+    code, said = launcher.wait(child)
+    assert code == 5, said[-3000:]
+    assert_told(said)
+    place = ext4.cut()
+    launcher.train("run.name=ro", RECIPES_RUNS_ROOT=str(place / "runs"))
+    assert_same(place / "runs" / "ro", whole)
