@@ -253,6 +253,42 @@ def test_another_error_stops_the_claim_and_not_the_table():
     assert comparison.answer[0] == "r32 against r8, 1 comparison: no claim (an error was found)."
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (GOOD, "The judge preferred r32 more than r8 on arc acc: 72.5% against 37.5%"),
+        (BAD, "The judge showed no preference between r32 and r8 on arc acc: 37.5% against 37.5%"),
+    ],
+)
+def test_a_judge_whose_audit_is_not_whole_has_a_preference_and_proves_nothing(values, said):
+    title = "The audit of the judge of ev did not measure agreement with human labels"
+    gap = Finding("judge-not-audited", "error", title, (), "", (), ("ev/acc",))
+    (row,) = compare_arms(of(arm("r8", seeded(BAD)), arm("r32", seeded(values))), (gap,), study("r8", "r32")).rows
+    assert row.sentence.startswith(said) and row.stopped == (title,)
+    assert row.sentence.endswith(f"No claim about the answers follows: {title[0].lower()}{title[1:]}.")
+    assert "better" not in row.sentence and "effect" not in row.sentence
+    failed = Finding("order-flips", "error", "The judge turns with the order", (), "")
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(values)])), (gap, failed), study("r8", "r32")).rows
+    assert row.sentence == "No claim about r32 and r8 on arc acc: the judge turns with the order."
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "rank 32 beats rank 8 (p < 0.001)",
+        "Rank 32 is better. Does it matter?",
+        "Is rank 32, with p = 0.001, better?",
+        "Is it better by 5 points [+3.8, +9.5]?",
+        "Rank 32 is better!",
+    ],
+)
+def test_a_question_that_states_something_is_marked_as_untested(question):
+    measured = of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))
+    asking = dataclasses.replace(study("r8", "r32"), question=question)
+    assert compare_arms(measured, (), asking).question == f"Question, in the words of the study and not tested: {question}"
+    assert compare_arms(measured, (), study("r8", "r32")).question == "Does rank matter?"
+
+
 def test_an_error_about_another_metric_stops_nothing():
     error = Finding("judge-audit", "error", "The judge failed", (), "", (), ("other/metric",))
     (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)])), (error,)).rows
