@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from recipes_lib.studies import validity
+from recipes_lib.studies.claims import compare_arms
 from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
 from recipes_lib.studies.study import Study, load_study
@@ -513,6 +514,35 @@ def test_a_check_that_nothing_measured_is_no_pass_until_an_audit_measured_it(roo
     assert "judge-not-audited" in codes(check_validity(None, made))
     (folder / "judge_audit.json").write_text(json.dumps({**unmeasured(measured=[labels]), "judge": "j"}), encoding="utf-8")
     assert "judge-not-audited" not in codes(check_validity(None, made))
+
+
+def test_the_shipped_study_of_ranks_names_a_cause_once_its_judge_was_audited_on_labelled_pairs(root, rank_study):
+    own, labels = ["swap consistency", "empty answer loses"], "agreement with human labels"
+    runs: dict[str, tuple[RunMeasurements, ...]] = {}
+    for name, share in (("r8", 0.3), ("r32", 0.7)):
+        made = []
+        for seed in (42, 43, 44):
+            values = [float((n * 7 + seed) % 100 < 100 * share) for n in range(100)]
+            folder = root / f"{name}-{seed}"
+            result = evaluated(folder, values, audit=unmeasured(labels, measured=own), answers={"fingerprint": f"w{name}{seed}"})
+            made.append(run(root, folder.name, result, resolved=changed(train={"seed": seed})))
+        runs[name] = tuple(made)
+    measured = arms(**runs)
+
+    def sentence() -> str:
+        findings = check_validity(rank_study, measured)
+        (row,) = (row for row in compare_arms(measured, findings, rank_study).rows if row.tested is not None)
+        return row.sentence
+
+    assert sentence().startswith("The judge preferred r32 more than r8") and "No claim about the answers follows" in sentence()
+    folder = root / "judge--j" / "pandalm"
+    folder.mkdir(parents=True)
+    (folder / "judge_audit.json").write_text(json.dumps({**unmeasured(measured=[*own, labels]), "judge": "j"}), encoding="utf-8")
+    assert sentence().startswith("r32 is better than r8")
+    assert sentence().endswith(
+        " Only lora.r (32 against 8) and lora.lora_alpha (64 against 16) differ between them, "
+        "so this is their joint effect over 3 training seeds."
+    )
 
 
 def test_a_judge_without_any_audit_was_not_audited_and_one_that_writes_nothing_has_no_words_to_contradict(root):
