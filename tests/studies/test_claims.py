@@ -211,6 +211,30 @@ def test_a_measured_noise_floor_that_is_exceeded_allows_a_cause_for_one_training
     assert row.verdict == "better" and "effect" not in row.sentence
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("trainings", "deviation"), [((1, 1, 1), 0.03), ((3, 1, 1), 0.03), ((2, 2, 2), 0.06), ((3, 3, 3), 0.06)])
+def test_a_cause_is_rarely_named_where_there_is_none(trainings, deviation):
+    rng = np.random.default_rng(7)
+
+    def answers(known, unstable, count):
+        chances = np.clip(0.5 + rng.normal(0, deviation, count) / 0.3, 0, 1)
+        return [[rates(np.where(unstable, rng.random(len(known)) < chance, known))] for chance in chances]
+
+    named = different = 0
+    for _ in range(100):
+        known, unstable = (rng.random(805) < 0.6).astype(float), rng.random(805) < 0.3
+        arms = [arm(name, answers(known, unstable, count)) for name, count in zip(("r4", "r8", "r32"), trainings, strict=True)]
+        declared = study("r4", "r8", "r32")
+        measured = of(*arms)
+        findings = [one for one in check_validity(declared, measured) if one.code == "inside-noise-floor"]
+        rows = compare_arms(measured, findings, declared).rows
+        named += any("effect" in row.sentence for row in rows)
+        different += any(row.verdict in ("better", "worse") for row in rows)
+    assert named <= (0 if trainings == (1, 1, 1) else 11)  # 5% with three standard errors of 100 studies
+    if trainings == (1, 1, 1):
+        assert different > 50  # what trainings of one recipe differ by, with a deviation of three points: no test over questions can know
+
+
 def test_no_cause_is_named_for_a_base_model():
     measured = of(arm("base", [rates(BAD)]), arm("r8", [rates(GOOD)]))
     (row,) = compare_arms(measured, (), study("base", "r8")).rows

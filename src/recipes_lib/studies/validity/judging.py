@@ -74,7 +74,8 @@ _REPLAYED: dict[str, tuple[Severity, str, str]] = {
 def check_judging(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
     """Yield what was found about verdicts; a judge that failed somewhere is not believed anywhere in that evaluation."""
     del study
-    results = [(name, result) for name, arm in measurements.arms.items() for run in arm.runs for result in run.evals]
+    # A finding about no metric would be about all of them.
+    results = [(name, result) for name, arm in measurements.arms.items() for run in arm.runs for result in run.evals if result.measures]
     evals: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
     for name, result in results:
         evals[result.eval].append((name, result))
