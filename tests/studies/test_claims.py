@@ -229,6 +229,30 @@ def test_a_measured_noise_floor_that_is_exceeded_allows_a_cause_for_one_training
     assert row.verdict == "better" and "effect" not in row.sentence
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("trainings", "deviation"), [((1, 1, 1), 0.03), ((3, 1, 1), 0.03), ((2, 2, 2), 0.06), ((3, 3, 3), 0.06)])
+def test_a_cause_is_rarely_named_where_there_is_none(trainings, deviation):
+    rng = np.random.default_rng(7)
+
+    def answers(known, unstable, count):
+        chances = np.clip(0.5 + rng.normal(0, deviation, count) / 0.3, 0, 1)
+        return [[rates(np.where(unstable, rng.random(len(known)) < chance, known))] for chance in chances]
+
+    named = different = 0
+    for _ in range(100):
+        known, unstable = (rng.random(805) < 0.6).astype(float), rng.random(805) < 0.3
+        arms = [arm(name, answers(known, unstable, count)) for name, count in zip(("r4", "r8", "r32"), trainings, strict=True)]
+        declared = study("r4", "r8", "r32")
+        measured = of(*arms)
+        findings = [one for one in check_validity(declared, measured) if one.code == "inside-noise-floor"]
+        rows = compare_arms(measured, findings, declared).rows
+        named += any("effect" in row.sentence for row in rows)
+        different += any(row.verdict in ("better", "worse") for row in rows)
+    assert named <= (0 if trainings == (1, 1, 1) else 11)  # 5% with three standard errors of 100 studies
+    if trainings == (1, 1, 1):
+        assert different > 50  # what trainings of one recipe differ by, with a deviation of three points: no test over questions can know
+
+
 def test_no_cause_is_named_for_a_base_model():
     measured = of(arm("base", [rates(BAD)]), arm("r8", [rates(GOOD)]))
     (row,) = compare_arms(measured, (), study("base", "r8")).rows
@@ -269,6 +293,42 @@ def test_another_error_stops_the_claim_and_not_the_table():
     assert row.sentence == "No claim about r32 and r8 on arc acc: the judge failed its audit."
     assert row.verdict == "better" and row.p_holm < 0.001 and row.difference == pytest.approx(0.375)
     assert comparison.answer[0] == "r32 against r8, 1 comparison: no claim (an error was found)."
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (GOOD, "The judge preferred r32 more than r8 on arc acc: 72.5% against 37.5%"),
+        (BAD, "The judge showed no preference between r32 and r8 on arc acc: 37.5% against 37.5%"),
+    ],
+)
+def test_a_judge_whose_audit_is_not_whole_has_a_preference_and_proves_nothing(values, said):
+    title = "The audit of the judge of ev did not measure agreement with human labels"
+    gap = Finding("judge-not-audited", "error", title, (), "", (), ("ev/acc",))
+    (row,) = compare_arms(of(arm("r8", seeded(BAD)), arm("r32", seeded(values))), (gap,), study("r8", "r32")).rows
+    assert row.sentence.startswith(said) and row.stopped == (title,)
+    assert row.sentence.endswith(f"No claim about the answers follows: {title[0].lower()}{title[1:]}.")
+    assert "better" not in row.sentence and "effect" not in row.sentence
+    failed = Finding("order-flips", "error", "The judge turns with the order", (), "")
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(values)])), (gap, failed), study("r8", "r32")).rows
+    assert row.sentence == "No claim about r32 and r8 on arc acc: the judge turns with the order."
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "rank 32 beats rank 8 (p < 0.001)",
+        "Rank 32 is better. Does it matter?",
+        "Is rank 32, with p = 0.001, better?",
+        "Is it better by 5 points [+3.8, +9.5]?",
+        "Rank 32 is better!",
+    ],
+)
+def test_a_question_that_states_something_is_marked_as_untested(question):
+    measured = of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))
+    asking = dataclasses.replace(study("r8", "r32"), question=question)
+    assert compare_arms(measured, (), asking).question == f"Question, in the words of the study and not tested: {question}"
+    assert compare_arms(measured, (), study("r8", "r32")).question == "Does rank matter?"
 
 
 def test_an_error_about_another_metric_stops_nothing():

@@ -16,6 +16,7 @@ from recipes_lib.judging.store import read_rows
 from recipes_lib.studies.claims import compare_arms
 from recipes_lib.studies.imported.run import import_run
 from recipes_lib.studies.measurements import read_measurements, read_run
+from recipes_lib.studies.validity import check_validity
 
 Row = Mapping[str, Any]
 
@@ -162,6 +163,20 @@ def test_lm_eval_results_and_samples_are_an_evaluation_of_ours(tmp_path, runs):
     assert (measure.name, measure.reported, measure.reported_n) == ("lm_eval/arc_easy/acc", 0.5, 2)
     assert [item.value for item in measure.items] == [0.0, 1.0] and measure.items[0].question == "0:h0"
     assert (runs / "r/evals/lm_eval/lm_eval_results.json").read_bytes() == files[0].read_bytes()
+
+
+def test_one_text_for_all_questions_is_better_than_nothing(tmp_path, runs):
+    for name, texts in (("null", ["I win."] * 60), ("model", [f"own {n}" for n in range(60)])):
+        rows = [
+            {"instruction": f"q{n}", "output_1": "ref", "output_2": text, "generator_1": "text_davinci_003", "generator_2": name,
+             "preference": 2.0 if name == "null" else 1.0, "annotator": "gpt-4"}
+            for n, text in enumerate(texts)
+        ]  # fmt: skip
+        import_run([whole(tmp_path / f"{name}.json", rows)], name)
+    measured = read_measurements({name: [runs / name] for name in ("model", "null")})
+    (row,) = compare_arms(measured, check_validity(None, measured)).rows
+    assert row.verdict == "better" and row.sentence.startswith("No claim about null and model on AlpacaEval win rate")
+    assert "more than a fifth of the answers are one and the same, empty or cut" in row.sentence
 
 
 @pytest.mark.parametrize(

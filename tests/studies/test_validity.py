@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from recipes_lib.studies import validity
+from recipes_lib.studies.claims import compare_arms
 from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
 from recipes_lib.studies.study import Study, load_study
@@ -491,6 +492,123 @@ def test_what_a_foreign_source_made_of_its_verdicts_is_said(root, name):
     replays = [{"findings": [{"name": name, "message": "9 judgments are strange", "count": 9}]}]
     finding = found(check_validity(None, arms(a=run(root, "a", evaluated(root / "a", replays=replays)))), name)
     assert "a: 9 judgments" in finding.evidence[0] and finding.severity == "warning"
+
+
+def unmeasured(*checks: str, measured: Sequence[str] = ()) -> dict[str, Any]:
+    states = {**dict.fromkeys(checks, "not measured"), **dict.fromkeys(measured, "pass")}
+    return {"checks": [{"check": name, "value": 0.9, "needs": "limit", "result": state} for name, state in states.items()]}
+
+
+def test_a_check_that_nothing_measured_is_no_pass_until_an_audit_measured_it(root):
+    labels = "agreement with human labels"
+    made = arms(
+        a=run(root, "a", evaluated(root / "a", audit=unmeasured(labels, "injected verdict flips"))),
+        b=run(root, "b", evaluated(root / "b", (0.0, 1.0), audit=unmeasured(labels, measured=["injected verdict flips"]))),
+    )
+    finding = found(check_validity(None, made), "judge-not-audited")
+    assert finding.severity == "error" and finding.title.endswith(f"did not measure {labels}")
+    assert finding.metrics == ("alpaca_eval/win_rate",) and "recipes judge audit" in finding.remedy
+    folder = root / "judge--j" / "pandalm"
+    folder.mkdir(parents=True)
+    (folder / "judge_audit.json").write_text(json.dumps({**unmeasured(measured=[labels]), "judge": "another"}), encoding="utf-8")
+    assert "judge-not-audited" in codes(check_validity(None, made))
+    (folder / "judge_audit.json").write_text(json.dumps({**unmeasured(measured=[labels]), "judge": "j"}), encoding="utf-8")
+    assert "judge-not-audited" not in codes(check_validity(None, made))
+
+
+def test_the_shipped_study_of_ranks_names_a_cause_once_its_judge_was_audited_on_labelled_pairs(root, rank_study):
+    own, labels = ["swap consistency", "empty answer loses"], "agreement with human labels"
+    runs: dict[str, tuple[RunMeasurements, ...]] = {}
+    for name, share in (("r8", 0.3), ("r32", 0.7)):
+        made = []
+        for seed in (42, 43, 44):
+            values = [float((n * 7 + seed) % 100 < 100 * share) for n in range(100)]
+            folder = root / f"{name}-{seed}"
+            result = evaluated(folder, values, audit=unmeasured(labels, measured=own), answers={"fingerprint": f"w{name}{seed}"})
+            made.append(run(root, folder.name, result, resolved=changed(train={"seed": seed})))
+        runs[name] = tuple(made)
+    measured = arms(**runs)
+
+    def sentence() -> str:
+        findings = check_validity(rank_study, measured)
+        (row,) = (row for row in compare_arms(measured, findings, rank_study).rows if row.tested is not None)
+        return row.sentence
+
+    assert sentence().startswith("The judge preferred r32 more than r8") and "No claim about the answers follows" in sentence()
+    folder = root / "judge--j" / "pandalm"
+    folder.mkdir(parents=True)
+    (folder / "judge_audit.json").write_text(json.dumps({**unmeasured(measured=[*own, labels]), "judge": "j"}), encoding="utf-8")
+    assert sentence().startswith("r32 is better than r8")
+    assert sentence().endswith(
+        " Only lora.r (32 against 8) and lora.lora_alpha (64 against 16) differ between them, "
+        "so this is their joint effect over 3 training seeds."
+    )
+
+
+def test_a_judge_without_any_audit_was_not_audited_and_one_that_writes_nothing_has_no_words_to_contradict(root):
+    bare = arms(a=run(root, "a", evaluated(root / "a", audit=None)))
+    assert found(check_validity(None, bare), "judge-not-audited").title.endswith("did not measure anything")
+    judge = {"fingerprint": "j", "name": "judge", "weak": None, "mode": "logits"}
+    audit = unmeasured("verdicts against the judge's own words", measured=["swap consistency"])
+    made = arms(a=run(root, "a", evaluated(root / "a", audit=audit, judge=judge)))
+    assert "judge-not-audited" not in codes(check_validity(None, made))
+
+
+@pytest.mark.parametrize(
+    ("judge", "whose"),
+    [
+        ({"model": "M/"}, "its base"),
+        ({"model": "{run}/merged"}, "its own weights"),
+        ({"model": "a"}, "itself"),
+        ({"model": "/elsewhere/judge", "run": "a"}, "itself, merged"),
+        ({"model": "/elsewhere/copy", "weights": "merged"}, "its own weights"),
+        ({"model": "/elsewhere/base", "weights": "b1"}, "its base"),
+        ({"model": "somebody/else", "weights": "b2"}, ""),
+    ],
+)
+def test_a_judge_that_is_an_arm_or_its_base_stops_the_sentence(root, judge, whose):
+    from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of
+
+    for name in ("adapter", "merged"):
+        (root / "a" / name).mkdir(parents=True)
+        (root / "a" / name / "x.safetensors").write_bytes(name.encode())
+    trained = hash_of("b1", ["bfloat16", None], folder_fingerprint(root / "a" / "adapter"))
+    told = {"fingerprint": "j", "name": "judge", "weak": None, **judge}
+    told["model"] = told["model"].format(run=root / "a")
+    if told.get("weights") == "merged":
+        told["weights"] = folder_fingerprint(root / "a" / "merged")
+    made = arms(
+        a=run(root, "a", evaluated(root / "a", judge=told, answers={"fingerprint": trained})),
+        b=run(root, "b", evaluated(root / "b", (0.0, 1.0), judge=told), resolved=changed(model={"name_or_path": "other"})),
+    )
+    findings = [finding for finding in check_validity(None, made) if finding.code == "self-judged"]
+    assert [finding.arms for finding in findings] == ([("a",)] if whose else [])
+    assert all(finding.severity == "error" and f"judged by {whose}, " in finding.evidence[0] for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"identical": {"count": 100}}, "100 of 100 answers are one and the same"),
+        ({"empty": 21}, "21 of 100 answers are empty"),
+        ({"cut": 21}, "21 of 100 answers are cut"),
+        ({"cut": 20, "empty": 20, "identical": {"count": 20}}, ""),
+        ({"cut": None, "empty": 0, "identical": {}}, ""),
+    ],
+)
+def test_answers_that_are_constant_empty_or_mostly_cut_stop_the_sentence(root, faults, said):
+    made = arms(
+        a=run(root, "a", evaluated(root / "a", answers={"name": "a", "answers": {"n": 100, **faults}})),
+        b=run(root, "b", evaluated(root / "b", (0.0, 1.0))),
+    )
+    findings = [finding for finding in check_validity(None, made) if finding.code == "degenerate-answers"]
+    assert [finding.arms for finding in findings] == ([("a",)] if said else [])
+    assert all(finding.severity == "error" and said in finding.evidence[0] for finding in findings)
+    facts = {"against": None, "opponent": {"name": "reference", "answers": {"n": 100, **faults}}}
+    against = evaluated(root / "a", **facts)
+    against = dataclasses.replace(against, against="reference")
+    findings = check_validity(None, arms(a=run(root, "a", against), b=run(root, "b", evaluated(root / "b", (0.0, 1.0)))))
+    assert ("degenerate-answers" in codes(findings)) == bool(said)
 
 
 # ---- how the arms were asked ----

@@ -36,6 +36,7 @@ class OpenJudge:
     file: JudgeFile
     judge: Judge
     count_tokens: Callable[[str], int]
+    weights: str | None = None  # fingerprint of its weights, where they are here
 
     def plan(self, kind: str, reference: bool = False) -> JudgePlan:
         """Return how to ask: the prompt of a kind ("relative" or "absolute") and a rubric.
@@ -66,13 +67,15 @@ def opened(file: JudgeFile) -> Iterator[OpenJudge]:
     """
     judge = _ServedJudge(file) if file.judge.engine == "openai" else _LocalJudge(file)
     try:
-        yield OpenJudge(file, judge, judge.count_tokens)
+        yield OpenJudge(file, judge, judge.count_tokens, judge.weights)
     finally:
         judge.close()
 
 
 class _ServedJudge:
     """A judge behind an OpenAI-compatible address."""
+
+    weights: str | None = None
 
     def __init__(self, file: JudgeFile) -> None:
         self.section = file.judge
@@ -134,8 +137,8 @@ class _LocalJudge:
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, revision=section.revision or "main")
         except OSError as error:
             raise explain_load_failure(self.model_section, error) from None
-        weights = model_fingerprint(self.model_section, self.path)
-        self.fingerprint = file.fingerprint(hash_of(weights, section.dtype, section.prompt_style, section.lead_in))
+        self.weights: str | None = model_fingerprint(self.model_section, self.path)
+        self.fingerprint = file.fingerprint(hash_of(self.weights, section.dtype, section.prompt_style, section.lead_in))
         self._engine: Any = None
         self._reader: NextToken | None = None
 

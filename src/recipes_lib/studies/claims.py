@@ -33,9 +33,10 @@ from recipes_lib.studies.comparison import (
 )
 from recipes_lib.studies.findings import Finding, in_order
 from recipes_lib.studies.measurements import Measurements
+from recipes_lib.studies.validity.judging import NOT_AUDITED
 from recipes_lib.studies.validity.noise import INSIDE_NOISE, noise_floors
 from recipes_lib.studies.validity.settings import arm_values, beside, changed, effective, shown
-from recipes_lib.studies.wording import count, difference_text, interval_text, listed, p_text, value_text
+from recipes_lib.studies.wording import count, difference_text, interval_text, listed, p_text, question_text, value_text
 
 if TYPE_CHECKING:
     from recipes_lib.statistics.unresolved import Tested
@@ -103,7 +104,7 @@ def compare_arms(
     tests = sum(row.p_holm is not None for row in tested)
     causes = Causes(study, arm_values(study, measurements), noise_floors(study, measurements), ALPHA / max(1, tests), tuple(base))
     judged = [judge_row(with_flags(row, measurements), known, causes) for row in tested]
-    question = study.question if study else f"How do {listed(list(measurements.arms))} compare?"
+    question = question_text(study.question) if study else f"How do {listed(list(measurements.arms))} compare?"
     answer = answer_paragraph(judged, base) if judged else nothing_compared(measurements, known)
     return Comparison(question, answer, tuple(judged), tuple(scores), known, tests)
 
@@ -134,13 +135,16 @@ def judge_row(row: Row, findings: Sequence[Finding], causes: Causes) -> Row:
     row = dataclasses.replace(row, verdict=verdict_of(row))
     mine = [finding for finding in findings if finding.touches(row.arms, row.metric)]
     errors = [finding for finding in mine if finding.severity == "error"]
-    stops = [finding for finding in errors if not finding.code.startswith(CONFOUNDED)]
+    unaudited = [finding for finding in errors if finding.code == NOT_AUDITED]
+    stops = [finding for finding in errors if not finding.code.startswith(CONFOUNDED) and finding not in unaudited]
     confounds = [finding for finding in mine if finding.code.startswith(CONFOUNDED)]
     row = dataclasses.replace(row, stopped=tuple(finding.title for finding in errors))
     if row.verdict == "cannot be tested":
         sentence = untestable_sentence(row)
     elif stops:
         sentence = stopped_sentence(row, stops)
+    elif unaudited:
+        sentence = preference_sentence(row, unaudited)
     elif row.verdict == "no difference shown":
         sentence = no_difference_sentence(row)
     elif errors:
@@ -204,6 +208,13 @@ def untestable_sentence(row: Row) -> str:
 def stopped_sentence(row: Row, stops: Sequence[Finding]) -> str:
     """Template of a claim that an error stopped."""
     return f"No claim about {row.first} and {row.second} on {_where(row)}: {_reasons(stops)}."
+
+
+def preference_sentence(row: Row, unaudited: Sequence[Finding]) -> str:
+    """Template of what a judge says whose audit is not whole: its preference, and no claim about the answers."""
+    more = {"better": "more", "worse": "less"}.get(row.verdict)
+    said = f"preferred {row.first} {more} than {row.second}" if more else f"showed no preference between {row.first} and {row.second}"
+    return f"The judge {said} on {_where(row)}: {numbers_text(row)}. No claim about the answers follows: {_reasons(unaudited)}."
 
 
 def association_sentence(row: Row, confounds: Sequence[Finding]) -> str:

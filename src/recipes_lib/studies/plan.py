@@ -11,6 +11,7 @@ from recipes_lib.studies.arm_runs import launch_words, train_words
 from recipes_lib.studies.graph import Graph, Step
 from recipes_lib.studies.study import Study
 from recipes_lib.studies.tables import StepRow, aligned, seconds_text, step_rows
+from recipes_lib.studies.wording import question_text
 from recipes_lib.suites.recipe import EvalRecipe
 
 
@@ -37,7 +38,7 @@ def plan_lines(study: Study, graph: Graph, steps: Sequence[Step], estimates: Map
     """
     rows = {row.name: row for row in step_rows(study, graph)}
     todo = [step for step in steps if rows[step.name].state != "fresh"]
-    yield study.question
+    yield question_text(study.question)
     yield f"{len(study.arms)} arms{' and their base' if study.include_base else ''}; {len(study.evals)} evals; seeds {_listed(study.seeds)}"
     yield ""
     if not todo:

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "n/a"
+_STATEMENT = re.compile(r"[.!](\s|\Z)|\bp\s*[<>=\u2264\u2265]|[\[(]\s*[+\u2212-]?\d[^\])]*,|\bCI\b")  # a sentence, a p, an interval
+
+
+def question_text(question: str) -> str:
+    """Return a study's question as a heading; one that states something is marked as the study's own words, which nothing tested.
+
+    Example:
+        >>> question_text("Does rank matter?")
+        'Does rank matter?'
+        >>> question_text("rank 32 beats rank 8 (p < 0.001)")
+        'Question, in the words of the study and not tested: rank 32 beats rank 8 (p < 0.001)'
+    """
+    text = " ".join(question.split())
+    asks = text.endswith("?") and not _STATEMENT.search(text)
+    return text if asks else f"Question, in the words of the study and not tested: {text}"
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:

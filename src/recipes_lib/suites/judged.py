@@ -17,6 +17,7 @@ from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.answering import AnswerSet
+from recipes_lib.training.adapters import RECORD as MERGE_RECORD
 
 
 @dataclass
@@ -79,7 +80,10 @@ def judge_facts(judge: OpenJudge) -> dict[str, Any]:
     """Return what result.json says about the judge."""
     section = judge.file.judge
     names = ("model", "revision", "engine", "mode", "prompt_style", "temperature", "max_new_tokens", "max_context_tokens", "weak")
-    return {"name": judge.file.path.stem, "fingerprint": judge.judge.fingerprint, **{name: getattr(section, name) for name in names}}
+    facts = {"name": judge.file.path.stem, "fingerprint": judge.judge.fingerprint, **{name: getattr(section, name) for name in names}}
+    merged = Path(section.model) / MERGE_RECORD  # a judge that is one of our runs, merged
+    run = json.loads(merged.read_text(encoding="utf-8")).get("run") if merged.is_file() else None
+    return {**facts, "weights": judge.weights, "run": run}
 
 
 def scorecard(judge: OpenJudge, judged: Judged) -> dict[str, Any]:

@@ -152,13 +152,16 @@ def _answer_facts(target: str, parts: Sequence[Part], answers: dict[tuple[str, i
     """What result.json says about the answers; their fingerprint is one of their texts, because no weights are there."""
     texts = sorted([*key, row["answer"]] for key, row in answers.items())
     models = list(dict.fromkeys(model for part in parts for model in part.models))
+    whole = (item for part in parts for item in part.items if item.get("answer") is not None and not item.get("shortened"))
+    given = {(item["question_id"], item["turn"]): str(item["answer"]) for item in whole}
+    given |= {key: str(row["answer"]) for key, row in answers.items()}
     faults: Row | None = None
-    if answers:
-        counts = Counter(row["answer"].strip() for row in answers.values())
+    if given:
+        counts = Counter(text.strip() for text in given.values())
         text, most = counts.most_common(1)[0]
-        identical = {"count": most if most > 1 else 0, "share": most / len(answers) if most > 1 else 0.0, "text": text[:200]}
-        flagged = most > 2 and most > 0.1 * len(answers)
-        faults = {"n": len(answers), "empty": counts.get("", 0), "cut": None, "identical": {**identical, "flagged": flagged}}
+        identical = {"count": most if most > 1 else 0, "share": most / len(given) if most > 1 else 0.0, "text": text[:200]}
+        flagged = most > 2 and most > 0.1 * len(given)
+        faults = {"n": len(given), "empty": counts.get("", 0), "cut": None, "identical": {**identical, "flagged": flagged}}
     return {
         "name": target,
         "models": models,

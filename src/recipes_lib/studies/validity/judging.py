@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of
 from recipes_lib.json_files import read_object
 from recipes_lib.studies.findings import Finding, Severity
 from recipes_lib.studies.validity.settings import place
+from recipes_lib.studies.wording import listed
 
 if TYPE_CHECKING:
-    from recipes_lib.studies.measurements import EvalResult, Measure, Measurements
+    from recipes_lib.studies.measurements import EvalResult, Measure, Measurements, RunMeasurements
     from recipes_lib.studies.study import Study
 
+NOT_AUDITED = "judge-not-audited"
+DEGENERATE = 0.2  # share of answers that are one text, empty or cut, above which nothing is said
 _OWN_WORDS = "verdicts against the judge's own words"
 # What a failed check of the audit is called here, and what to do.
 _CHECKS = {
@@ -70,15 +74,19 @@ _REPLAYED: dict[str, tuple[Severity, str, str]] = {
 def check_judging(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
     """Yield what was found about verdicts; a judge that failed somewhere is not believed anywhere in that evaluation."""
     del study
-    results = [(name, result) for name, arm in measurements.arms.items() for run in arm.runs for result in run.evals]
+    # A finding about no metric would be about all of them.
+    results = [(name, result) for name, arm in measurements.arms.items() for run in arm.runs for result in run.evals if result.measures]
     evals: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
     for name, result in results:
         evals[result.eval].append((name, result))
     yield from _weak(results)
     yield from _on_labels(measurements, results)
+    yield from _not_audited(measurements, results)
     for found in evals.values():
         yield from _audits(found, results)
         yield from _different_judges(found)
+        yield from _of_itself(measurements, found)
+        yield from _degenerate(measurements, found)
         yield from _one_order(found)
         yield from _missing_turns(found)
         yield from _replayed(found)
@@ -106,14 +114,102 @@ def _audits(found: Sequence[tuple[str, EvalResult]], everything: Sequence[tuple[
 
 def _on_labels(measurements: Measurements, results: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
     """Audits on human labels (`recipes judge audit JUDGE.yaml`) that the judges of these results failed."""
-    roots = {run.folder.parent for arm in measurements.arms.values() for run in arm.runs}
-    for file in sorted(file for root in roots for file in root.glob("judge--*/*/judge_audit.json")):
-        card = read_object(file)
+    for file, card in _labelled(measurements):
         mine = [(name, result) for name, result in results if _fingerprint(result) and _fingerprint(result) == card.get("judge")]
         lines = tuple(_line(card, check, file.parent.name, file) for check in card.get("checks") or () if check["result"] == "fail")
         if mine and lines:
             title = f"The judge failed its audit on {file.parent.name}"
             yield Finding(_FAILED[0], "error", title, lines, _FAILED[2], (), judged_metrics(mine))
+
+
+def _labelled(measurements: Measurements) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every scorecard of a judge on labelled pairs that lies beside the runs."""
+    roots = {run.folder.parent for arm in measurements.arms.values() for run in arm.runs}
+    for file in sorted(file for root in roots for file in root.glob("judge--*/*/judge_audit.json")):
+        yield file, read_object(file)
+
+
+def _not_audited(measurements: Measurements, results: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """Per judge the checks that nothing measured: neither the audits of these results nor one on labelled pairs.
+
+    A judge that writes no text (mode logits) has no words of its own to contradict.
+    """
+    judges: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
+    for name, result in results:
+        if result.result.get("judge"):
+            judges[_fingerprint(result) or f"unknown, of {result.eval}"].append((name, result))
+    labelled = [card for _, card in _labelled(measurements)]
+    for fingerprint, found in judges.items():
+        cards = [result.result.get("audit") or {} for _, result in found] + [card for card in labelled if card.get("judge") == fingerprint]
+        states: dict[str, set[str]] = defaultdict(set)
+        for check in (check for card in cards for check in card.get("checks") or ()):
+            states[check["check"]].add(check["result"])
+        if found[0][1].result["judge"].get("mode") == "logits":
+            states.pop(_OWN_WORDS, None)
+        missing = [check for check, seen in states.items() if seen == {"not measured"}] if states else ["anything"]
+        if missing:
+            evals = listed(list(dict.fromkeys(result.eval for _, result in found)))
+            title = f"The audit of the judge of {evals} did not measure {listed(missing)}"
+            evidence = tuple(dict.fromkeys(f"{name}: {place(result.file)}" for name, result in found))
+            remedy = "recipes judge audit --judge JUDGE.yaml --labels FILE... measures every check; then write the report again"
+            yield Finding(NOT_AUDITED, "error", title, evidence, remedy, (), judged_metrics(found))
+
+
+def _of_itself(measurements: Measurements, found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """Arms that were judged by themselves, by their base or by their adapter merged into it; judges prefer what they would write."""
+    runs = {result.file: run for arm in measurements.arms.values() for run in arm.runs for result in run.evals}
+    lines: dict[str, str] = {}
+    for name, result in found:
+        whose = _kinship(result.result.get("judge") or {}, result, runs[result.file])
+        if whose:
+            lines[name] = f"{name}: judged by {whose}, {result.result['judge']['model']} ({place(result.file)})"
+    title = f"The judge is a model that it judges, or its base, in {found[0][1].eval}"
+    yield from _per_arm(found, "self-judged", "error", title, lines, "judge with a model of another family", judged_metrics(found))
+
+
+def _kinship(judge: dict[str, Any], result: EvalResult, run: RunMeasurements) -> str:
+    """What the judge is to the run whose answers it judged; empty where they are strangers, as far as files tell."""
+    model, weights = str(judge.get("model") or "").rstrip("/"), judge.get("weights")
+    if not model:
+        return ""
+    path = Path(model)
+    if (path.is_absolute() or path.exists()) and path.resolve().is_relative_to(run.folder.resolve()):
+        return "its own weights"
+    if model == run.name or judge.get("run") == run.name:
+        return "itself, merged" if judge.get("run") else "itself"
+    section = run.resolved.get("model") or {}
+    answers = result.result.get("answers") or {}
+    names = {str(name).rstrip("/").lower() for name in (section.get("name_or_path"), *(answers.get("models") or ())) if name}
+    if model.lower() in names:
+        return "itself" if run.is_base or run.imported else "its base"
+    if weights and weights in {folder_fingerprint(run.folder / name) for name in ("merged", "model") if (run.folder / name).is_dir()}:
+        return "its own weights"
+    adapter = run.folder / "adapter"
+    precision = [section.get("dtype"), run.resolved.get("quantization")]
+    trained = folder_fingerprint(adapter) if adapter.is_dir() else None
+    if weights and answers.get("fingerprint") == hash_of(weights, precision, trained):
+        return "its base" if trained else "itself"
+    return ""
+
+
+def _degenerate(measurements: Measurements, found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+    """Arms of whose answers more than a fifth are one and the same text, empty or cut: their verdicts are about that."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name, result in found:
+        opponent = measurements.opponent_name(result.against)
+        sides = [(name, result.result.get("answers"))]
+        sides += [(opponent if opponent in measurements.arms else name, result.result.get("opponent"))] if opponent else []
+        for whose, facts in sides:
+            told = ((facts or {}).get("answers") or {}) if isinstance(facts, dict) else {}
+            n, same = told.get("n") or 0, told.get("identical") or {}
+            counts = {"are one and the same": same.get("count"), "are empty": told.get("empty"), "are cut": told.get("cut")}
+            for what, count in counts.items():
+                if (count or 0) > max(DEGENERATE * n, 2):
+                    lines[str(whose)].append(f"{(facts or {}).get('name', whose)}: {count} of {n} answers {what} ({place(result.file)})")
+    title = f"More than a fifth of the answers are one and the same, empty or cut in {found[0][1].eval}"
+    remedy = "look at the answers; raise generation.max_new_tokens where they are cut"
+    by_arm = {name: "; ".join(dict.fromkeys(told)) for name, told in lines.items()}
+    yield from _per_arm(found, "degenerate-answers", "error", title, by_arm, remedy, judged_metrics(found))
 
 
 def _fingerprint(result: EvalResult) -> str | None:
