@@ -61,7 +61,7 @@ class RecipeError(RecipesError):
 class RecipeErrors(RecipeError):
     """Several recipe errors reported together, in the order of file and line."""
 
-    def __init__(self, errors: Iterable[RecipeError]) -> None:
+    def __init__(self, errors: Iterable[RecipesError]) -> None:
         self.errors = sorted(errors, key=lambda error: (str(error.file or ""), error.line or 0))
         super().__init__(f"{len(self.errors)} errors")
 

@@ -2,18 +2,31 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.data.columns import read_examples
-from recipes_lib.data.examples import SettingError
-from recipes_lib.data.files import read_file
+from recipes_lib.data.examples import BadRows, SettingError
+from recipes_lib.data.rows import read_rows
 from recipes_lib.errors import DataError
+from recipes_lib.recipe.sections import DataSection
+
+
+def named_rows(path, prompt_format="dolly", columns=None, **keys):
+    """The rows of a file, or the error for those that cannot be used."""
+    bad = BadRows()
+    rows = read_rows(DataSection(source=str(path), prompt_format=prompt_format, columns=columns or {}, **keys), [], bad)
+    if bad.found:
+        raise bad.error(rows.num_read)
+    return rows
 
 
 @pytest.fixture
-def read(write_jsonl):
-    def read(rows, prompt_format="dolly", columns=None):
-        return read_examples([read_file(write_jsonl(rows))], prompt_format, columns or {})
+def named(write_jsonl):
+    """Write rows and name them."""
+    return lambda rows, *args, **keys: named_rows(write_jsonl(rows), *args, **keys)
 
-    return read
+
+@pytest.fixture
+def read(named):
+    """Write rows and read them as examples."""
+    return lambda *args, **keys: list(named(*args, **keys).examples())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +79,7 @@ def test_a_wrong_mapping_names_the_nearest(read, columns, words):
 def test_case_37_no_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(SettingError, match=r"^0 rows in "):
-        read_examples([read_file(tmp_path / "rows.jsonl")], "dolly", {})
+        named_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +90,7 @@ def test_case_42_a_value_that_is_no_text_names_line_column_and_type(write_jsonl,
     good = {"instruction": "a", "response": "b", "text": "c"}
     path = write_jsonl([good, good | {column: value}, good, good | {column: value}])
     with pytest.raises(DataError) as caught:
-        read_examples([read_file(path)], prompt_format, {})
+        named_rows(path, prompt_format)
     error = caught.value
     assert error.line == 2 and error.file.endswith("rows.jsonl")
     assert f"column '{column}': expected text, found {type_name}" in error.what
@@ -98,15 +111,15 @@ def test_a_column_missing_in_one_row_is_said_so(read):
         read([{"instruction": "a", "response": "b"}, {"instruction": "a"}])
 
 
-def test_a_missing_context_is_an_empty_one(read):
-    first, second = read([{"instruction": "a", "context": None, "response": "b"}, {"instruction": "a", "context": "", "response": "b"}])
-    assert first.fields["context"] == "" and first.content == second.content
+def test_a_missing_context_is_an_empty_one(named):
+    rows = named([{"instruction": "a", "context": None, "response": "b"}, {"instruction": "a", "context": "", "response": "b"}])
+    assert next(rows.examples()).fields["context"] == "" and rows.content(0) == rows.content(1)
 
 
 def test_case_43_a_lone_surrogate_names_line_and_position(write_jsonl):
     path = write_jsonl([{"instruction": "a", "response": "b"}, {"instruction": "a", "response": "x\ud83dy"}])
     with pytest.raises(DataError, match=r"column 'response': lone surrogate '\\ud83d' at character 1") as caught:
-        read_examples([read_file(path)], "dolly", {})
+        named_rows(path)
     assert caught.value.line == 2
     assert str(caught.value).encode()  # the message itself must be printable
 
@@ -140,6 +153,6 @@ def test_ids_do_not_depend_on_order_format_or_extra_columns(read):
     assert [example.id for example in read(rows, "chat")] == ids
 
 
-def test_exact_duplicates_share_content_but_not_the_id(read):
-    first, second = read([{"instruction": "a ", "response": "b\r\nc"}, {"instruction": "a", "response": "b\nc"}])
-    assert first.content == second.content and second.id == f"{first.id}#2"
+def test_exact_duplicates_share_content_but_not_the_id(named):
+    rows = named([{"instruction": "a ", "response": "b\r\nc"}, {"instruction": "a", "response": "b\nc"}])
+    assert rows.content(0) == rows.content(1) and rows.ids[1] == f"{rows.ids[0]}#2"

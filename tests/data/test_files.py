@@ -15,7 +15,7 @@ ROWS = [{"instruction": "a", "response": 'é, "b"\nc'}, {"instruction": "d", "re
 
 def failure(path) -> DataError:
     with pytest.raises(DataError) as caught:
-        read_file(path)
+        _ = read_file(path).rows
     assert caught.value.exit_code == ExitCode.DATA
     assert str(path.name) in str(caught.value.file)
     return caught.value

@@ -128,17 +128,16 @@ def test_offsets_that_leave_white_space_out_do_not_move_the_boundary(tiny_tokeni
 
 
 def test_case_48_completion_only_loss_on_text_rows_is_refused(tiny_tokenizer):
-    rows = [Example("f", 1, 1, {"text": "a"})]
     section = DataSection(source="x", prompt_format="raw")
     with pytest.raises(SettingError, match=r"train\.completion_only_loss: true needs prompt and completion") as caught:
-        check_settings(rows, section, {"completion_only_loss": True}, tiny_tokenizer)
+        check_settings(1, section, {"completion_only_loss": True}, tiny_tokenizer)
     assert caught.value.key == "train.completion_only_loss"
-    check_settings(rows, section, {"completion_only_loss": None}, tiny_tokenizer)
+    check_settings(1, section, {"completion_only_loss": None}, tiny_tokenizer)
 
 
 def test_assistant_only_loss_without_chat_is_refused(tiny_tokenizer):
     with pytest.raises(SettingError, match="needs prompt_format chat"):
-        check_settings([task("a", "b")], DataSection(source="x"), {"assistant_only_loss": True}, tiny_tokenizer)
+        check_settings(0, DataSection(source="x"), {"assistant_only_loss": True}, tiny_tokenizer)
 
 
 def test_text_rows_carry_loss_on_every_token(tiny_tokenizer):

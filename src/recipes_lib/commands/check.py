@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipes_lib.errors import ExitCode, RecipeError, RecipeErrors, print_error
-from recipes_lib.recipe.loader import load_document
+from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipeErrors, RecipesError, print_error
+from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import shown_path
+from recipes_lib.recipe.recipe import recipe_from
 from recipes_lib.recipe.yaml_source import no_such_file
 from recipes_lib.terminal import next_step, say
 
@@ -31,15 +32,17 @@ def run(args: argparse.Namespace) -> int:
         RecipeErrors: everything that is wrong.
     """
     files = list(dict.fromkeys(file for path in args.paths for file in _files(Path(path))))
-    errors: dict[str, RecipeError] = {}
+    errors: dict[str, RecipesError] = {}
     remarks: list[RecipeError] = []
     broken = 0
     for file in files:
-        found: list[RecipeError] = []
+        found: list[RecipesError] = []
         try:
             document = load_document(file, keep_going=True)
             found += document.problems
             found += document.kind.checker()(document, args.full and not found)
+            if not found and document.kind.name == "recipe":
+                found += _data_errors(document)
             remarks += document.warnings
         except RecipeErrors as several:
             found += several.errors
@@ -49,12 +52,25 @@ def run(args: argparse.Namespace) -> int:
         errors |= {str(error): error for error in found}
     _print_remarks(remarks)
     if errors:
-        print_error(RecipeErrors(errors.values()))
+        print_error(RecipeErrors(errors.values()))  # in order of file and line
         print(f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {_count(files)}", file=sys.stderr)
-        return ExitCode.USAGE
+        return ExitCode.DATA if all(isinstance(error, DataError) for error in errors.values()) else ExitCode.USAGE
     say(f"{_count(files)} ok")
     next_step(f"recipes data {shown_path(files[0])} --show 3" if len(files) == 1 and document.kind.name == "recipe" else "recipes ls")
     return ExitCode.DONE
+
+
+def _data_errors(document: Document) -> list[RecipesError]:
+    """Return what is wrong with the recipe's local data: a missing or damaged file, columns, one of the first rows."""
+    from recipes_lib.data.examples import place
+    from recipes_lib.data.rows import check_first_rows
+
+    recipe = recipe_from(document)
+    try:
+        check_first_rows(recipe.data, [recipe.base_dir])
+    except DataError as error:
+        return [place(recipe, error)]
+    return []
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from recipes_lib.data.examples import place
 from recipes_lib.data.own_rows import look_at
-from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.data.rows import check_first_rows
+from recipes_lib.errors import DataError, ExitCode, RecipeError
 from recipes_lib.recipe.new_recipe import new_recipe
 from recipes_lib.recipe.project import check_run_name, project_root, recipe_path, shown_path
 from recipes_lib.recipe.recipe import load_recipe
@@ -35,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         RecipeError: the name cannot be a run's name, or the file exists.
-        DataError: the rows cannot be read, or their columns are not understood.
+        DataError: the rows cannot be read, or their columns are not understood. When a row is the reason, the recipe was written, so
+            that the key the error names can be set in it.
     """
     check_run_name(args.name)
     target = args.output or _recipes_folder() / f"{args.name}.yaml"
@@ -49,6 +52,12 @@ def run(args: argparse.Namespace) -> int:
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip().startswith(_CHANGED):
             say(f"  {file}:{number}: {line.strip()}")
+    if args.data:
+        recipe = load_recipe(target)
+        try:
+            check_first_rows(recipe.data, [recipe.base_dir])
+        except DataError as error:
+            raise place(recipe, error) from None
     next_step(f"recipes check {file}")
     return ExitCode.DONE
 

@@ -11,36 +11,38 @@ from typing import Any
 
 import numpy as np
 
-from recipes_lib.data.examples import Example, SettingError, listed
+from recipes_lib.data.examples import BadRows, SettingError, listed
+from recipes_lib.data.injections import Found, Injections
+from recipes_lib.data.rows import Rows
 from recipes_lib.data.splits import SPLITS, TRAIN, VALIDATION, Splits
-from recipes_lib.data.supervision import Encoded, Supervision, decoded_spans
+from recipes_lib.data.supervision import Supervision, decoded_spans
 
-NUM_SHOWN = 3
+NUM_REASONS = 10
 PERCENTILES = (5, 50, 95)
 
 
 def audit_rows(
-    rows: Mapping[str, Sequence[tuple[Example, Encoded]]],
+    rows: Rows,
+    tokens: Mapping[str, np.ndarray],
     splits: Splits,
     settings: Supervision,
     tokenizer: Any,
     *,
-    rows_read: int,
     filtered: Mapping[str, int],
-    injections: Mapping[str, Any],
+    skipped: BadRows,
+    injections: Injections,
+    shown: Sequence[tuple[int, Any, Any]],
 ) -> dict[str, Any]:
     """Count and name; the result is plain JSON.
 
     Args:
-        rows: split -> its examples with their tokens, before rows without supervised tokens are dropped.
+        rows: those used, before rows without supervised tokens are dropped.
+        tokens: `Tokens.numbers` of these rows.
         filtered: name of a filter -> number of rows it left out.
+        shown: position, token ids and labels of the rows to show.
     """
-    everything = [pair for name in SPLITS for pair in rows[name]]
-    truncated = [pair for pair in everything if len(pair[1].ids) < pair[1].tokens_before]
-    lost_end = [pair for pair in truncated if not pair[1].ends]
-    bare = [pair for pair in everything if not pair[1].supervised]
-    empty = [example for example, _ in everything if is_empty(example)]
-    special = injections["special_tokens"]
+    cut, bare = tokens["lengths"] < tokens["tokens_before"], tokens["supervised"] == 0
+    trained = int((tokens["supervised"][splits.rows[TRAIN]] > 0).sum())
     return {
         "prompt_format": settings.section.prompt_format,
         "loss_on": "whole text" if settings.whole else "completion",
@@ -48,22 +50,25 @@ def audit_rows(
         "truncation_mode": "keep_end" if settings.keep_end else "keep_start",
         "eos_token": settings.eos_token,
         "rows": {
-            "read": rows_read,
+            "read": rows.num_read,
+            "bad": len(skipped.found),
             "filtered": dict(filtered),
-            "used": len(everything),
-            **{name: len(rows[name]) for name in SPLITS},
-            "trained": sum(bool(encoded.supervised) for _, encoded in rows[TRAIN]),
+            "used": len(rows),
+            **{name: len(splits.rows[name]) for name in SPLITS},
+            "trained": trained,
         },
-        "tokens": _distribution([len(e.ids) for _, e in everything]),
-        "supervised_tokens": _distribution([e.supervised for _, e in everything]),
-        "prompt_tokens": _distribution([e.prompt_tokens for _, e in everything]),
-        "completion_tokens": _distribution([e.tokens_before - e.prompt_tokens for _, e in everything]),
-        "tokens_per_split": {name: _totals([e for _, e in rows[name]]) for name in SPLITS},
-        "truncated": _named(truncated, everything) | {"lost_end_token": len(lost_end)},
-        "no_supervised_tokens": _named(bare, everything),
-        "empty_completions": {"count": len(empty), "ids": [example.id for example in empty]},
-        "special_token_injections": {"treated_as": _treatment(settings)} | _injection(special),
-        "template_markers": _injection(injections["markers"]),
+        "bad_rows": skipped.record(),
+        "unused_columns": rows.unused_columns(),
+        "tokens": _distribution(tokens["lengths"]),
+        "supervised_tokens": _distribution(tokens["supervised"]),
+        "prompt_tokens": _distribution(tokens["prompt_tokens"]),
+        "completion_tokens": _distribution(tokens["tokens_before"] - tokens["prompt_tokens"]),
+        "tokens_per_split": {name: _totals(tokens, splits.rows[name]) for name in SPLITS},
+        "truncated": _named(rows, splits, cut) | {"lost_end_token": int((cut & (tokens["ends"] == 0)).sum())},
+        "no_supervised_tokens": _named(rows, splits, bare),
+        "empty_completions": {"count": int(rows.empty.sum()), "ids": [rows.ids[i] for i in _ordered(splits, rows.empty)]},
+        "special_token_injections": {"treated_as": _treatment(settings)} | _injection(injections.special_tokens),
+        "template_markers": _injection(injections.markers),
         "duplicates": {
             "exact_groups": splits.exact_groups,
             "exact_rows": sum(map(len, splits.exact_groups)) - len(splits.exact_groups),
@@ -71,13 +76,13 @@ def audit_rows(
             "moved_to_train": splits.moved,
             "near_groups": splits.near_groups,
         },
-        "boundary_merges": sum(encoded.boundary_merge for _, encoded in everything),
+        "boundary_merges": int(tokens["boundary_merges"].sum()),
         "end_token_supervised": {
-            "untruncated_rows": len(everything) - len(truncated),
-            "of_which_supervised": sum(e.ends for _, e in everything if len(e.ids) == e.tokens_before),
+            "untruncated_rows": int((~cut).sum()),
+            "of_which_supervised": int((~cut & (tokens["ends"] == 1)).sum()),
         },
-        "end_tokens": _end_tokens([e for _, e in everything if len(e.ids) == e.tokens_before and e.ends], tokenizer),
-        "examples": [_shown(example, encoded, tokenizer) for example, encoded in rows[TRAIN][:NUM_SHOWN]],
+        "end_tokens": _end_tokens(tokens["end_tokens"], tokenizer),
+        "examples": [_shown(rows, tokenizer, *row) for row in shown],
     }
 
 
@@ -126,6 +131,11 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
     """What the user should know before training, one line each; empty when all is well."""
     truncated, bare, empty = audit["truncated"], audit["no_supervised_tokens"], audit["empty_completions"]
     lines = []
+    if bad := audit["bad_rows"]["count"]:
+        lines.append(f"{bad} of {audit['rows']['read']} rows cannot be used and are left out (data.on_bad_row: skip):")
+        lines += [f"  {count} x {reason}" for reason, count in list(audit["bad_rows"]["reasons"].items())[:NUM_REASONS]]
+    for file, columns in audit["unused_columns"].items():
+        lines.append(f"columns that are not used: {listed(columns)} (in {file})")
     if truncated["count"]:
         cut = f"{truncated['count']} rows ({truncated['fraction']:.1%}) are cut at max_length={audit['max_length']}"
         lines.append(f"{cut}, {truncated['lost_end_token']} lose their end token")
@@ -162,51 +172,50 @@ def _found(injection: Mapping[str, Any]) -> str:
     return f"{listed(injection['count'], 5)}; rows {listed(injection['rows'], 5)}"
 
 
-def is_empty(example: Example) -> bool:
-    """Whether the text that the example should teach is empty."""
-    fields = example.fields
-    for name in ("response", "completion", "text"):
-        if isinstance(fields.get(name), str):
-            return not fields[name].strip()
-    messages = fields.get("messages") or fields.get("completion") or []
-    return not any(message["content"].strip() for message in messages if message["role"] == "assistant")
-
-
 def _treatment(settings: Supervision) -> str:
     return "text" if settings.section.prompt_format != "chat" and settings.section.special_tokens == "text" else "special tokens"
 
 
-def _injection(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {"num_rows": len(found["rows"]), "count": dict(found["count"]), "rows": dict(found["rows"])}
+def _injection(found: Found) -> dict[str, Any]:
+    count = Counter[str]()
+    for texts in found.values():
+        count.update(texts)
+    return {"num_rows": len(found), "count": dict(sorted(count.items())), "rows": {id: sorted(texts) for id, texts in found.items()}}
 
 
-def _named(pairs: Sequence[tuple[Example, Encoded]], everything: Sequence[Any]) -> dict[str, Any]:
+def _shown(rows: Rows, tokenizer: Any, index: int, ids: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    return {"id": rows.ids[index], "place": rows.place(index), "spans": decoded_spans(tokenizer, ids.tolist(), labels.tolist())}
+
+
+def _ordered(splits: Splits, mask: np.ndarray) -> list[int]:
+    """The positions that a mask names, split by split."""
+    return [index for name in SPLITS for index in splits.rows[name] if mask[index]] if mask.any() else []
+
+
+def _named(rows: Rows, splits: Splits, mask: np.ndarray) -> dict[str, Any]:
+    indices = _ordered(splits, mask)
     return {
-        "count": len(pairs),
-        "fraction": len(pairs) / len(everything) if everything else 0.0,
-        "ids": [example.id for example, _ in pairs],
-        "places": [example.place for example, _ in pairs],
+        "count": len(indices),
+        "fraction": len(indices) / len(rows) if len(rows) else 0.0,
+        "ids": [rows.ids[index] for index in indices],
+        "places": [rows.place(index) for index in indices],
     }
 
 
-def _end_tokens(encoded: Sequence[Encoded], tokenizer: Any) -> dict[str, int]:
+def _end_tokens(tokens: np.ndarray, tokenizer: Any) -> dict[str, int]:
     """The tokens that end the answers of rows that were not cut, and how many rows each of them ends."""
-    count = Counter(int(e.ids[e.answer_end - 1]) for e in encoded)
-    return {str(tokenizer.convert_ids_to_tokens(index)): rows for index, rows in count.items()}
+    found, counts = np.unique(tokens[tokens >= 0], return_counts=True)
+    return {str(tokenizer.convert_ids_to_tokens(int(index))): int(rows) for index, rows in zip(found, counts, strict=True)}
 
 
-def _totals(encoded: Sequence[Encoded]) -> dict[str, int]:
-    return {"tokens": sum(len(e.ids) for e in encoded), "supervised": sum(e.supervised for e in encoded)}
+def _totals(tokens: Mapping[str, np.ndarray], indices: Sequence[int]) -> dict[str, int]:
+    return {name: int(tokens[column][indices].sum()) for name, column in (("tokens", "lengths"), ("supervised", "supervised"))}
 
 
-def _distribution(lengths: Sequence[int]) -> dict[str, int]:
+def _distribution(lengths: np.ndarray) -> dict[str, int]:
     """Total, and per row the percentiles and the maximum, as whole tokens."""
-    if not lengths:
+    if not len(lengths):
         return {"total": 0, **{f"p{p}": 0 for p in PERCENTILES}, "max": 0}
     ranks = np.percentile(lengths, PERCENTILES, method="nearest")
     percentiles = {f"p{p}": int(rank) for p, rank in zip(PERCENTILES, ranks, strict=True)}
-    return {"total": int(sum(lengths)), **percentiles, "max": int(max(lengths))}
-
-
-def _shown(example: Example, encoded: Encoded, tokenizer: Any) -> dict[str, Any]:
-    return {"id": example.id, "place": example.place, "spans": decoded_spans(tokenizer, encoded.ids, encoded.labels)}
+    return {"total": int(lengths.sum()), **percentiles, "max": int(lengths.max())}

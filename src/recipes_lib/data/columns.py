@@ -1,4 +1,4 @@
-"""From the columns of a file to the fields of an example: mapping, checks of every value, identity.
+"""From the columns of a file to the fields of an example: mapping, and checks of every value.
 
 A prompt format reads a fixed set of fields (`FORMATS`); `data.columns` says which column of the file each one is. Every
 value is checked here once, so that nothing after this module meets None, a number or a lone surrogate where text should be.
@@ -7,16 +7,36 @@ value is checked here once, so that nothing after this module meets None, a numb
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes_lib.data.conversations import read_messages
-from recipes_lib.data.examples import Example, SettingError, content_hash, listed, row_errors, type_name
+from recipes_lib.data.conversations import check_roles, conversation_of, is_blank, read_messages, unread_keys
+from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, listed, type_name
 from recipes_lib.data.files import Table
 
-OUR_NAMES = ("id", "instruction", "context", "response", "category", "prompt", "completion", "text", "messages")
-ALIASES = {"context": ("input",), "response": ("output",), "messages": ("conversations",)}
+IDS_HINT = "set data.columns.id to '' to name rows by a hash of their content instead"
+
+OUR_NAMES = ("id", "instruction", "context", "response", "category", "prompt", "completion", "text", "messages", "system")
+ALIASES = {"context": ("input",), "response": ("output",), "messages": ("conversations",), "system": ("system_prompt",)}
+# Columns that other programs put into what the model reads or learns. Where they say something, leaving them out makes other rows.
+MEANINGFUL = (
+    "system",
+    "system_prompt",
+    "history",
+    "tools",
+    "functions",
+    "chat_template_kwargs",
+    "documents",
+    "image",
+    "images",
+    "audio",
+    "audios",
+    "video",
+    "videos",
+    "weight",
+    "rejected",
+)
 
 
 @dataclass(frozen=True)
@@ -29,114 +49,122 @@ class Shape:
 
 TASK = Shape(("instruction", "response"), ("context",))
 PAIR = Shape(("prompt", "completion"))
-CONVERSATION = Shape(("messages",))
 TEXT = Shape(("text",))
 FORMATS: dict[str, tuple[Shape, ...]] = {
     "dolly": (TASK,),
     "alpaca": (TASK,),
-    "chat": (CONVERSATION, PAIR, TASK),
+    "chat": (
+        Shape(("messages",), ("system",)),
+        Shape(("prompt", "completion"), ("system",)),
+        Shape(("instruction", "response"), ("context", "system")),
+    ),
     "raw": (PAIR, TEXT),
 }
 
 
-def read_examples(tables: Sequence[Table], prompt_format: str, columns: Mapping[str, str], source: int = 0) -> list[Example]:
-    """Map and check the rows of one source.
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of one source become examples, decided once from its column names.
 
     Args:
-        columns: our name -> column of the file; names that are absent stand for the column of the same name.
-        source: position in a mixture.
-
-    Raises:
-        DataError: no rows, columns that the format cannot use, or values that are not text; with file and line.
+        names: our field -> column of the file.
+        optional: fields that may be missing in a row.
+        category, identity: columns, or None.
+        meaningful: columns that may not be ignored where they say something.
+        unused: all other columns.
+        dropped: columns and `messages.KEY`s that the recipe leaves out.
     """
-    rows = sum(len(table.rows) for table in tables)
-    if not rows:
-        raise SettingError("data.source", f"0 rows in {listed(table.file for table in tables)}")
-    found = next(table.columns for table in tables if table.rows)
-    _check_mapping(columns, found)
-    shape, names = _choose_shape(prompt_format, columns, found)
-    category, identity = _column("category", columns, found), _column("id", columns, found)
-    examples, problems = [], []
-    for table in tables:
-        lines: Sequence[int | None] = table.lines or [None] * len(table.rows)
-        for number, (row, line) in enumerate(zip(table.rows, lines, strict=True), 1):
-            example = Example(table.file, line, number, {}, source=source)
-            problem = _fill(example, row, shape, names, prompt_format)
-            if problem:
-                problems.append((example, problem))
-            kind = row.get(category) if category else None
-            example.category = kind if kind is None or isinstance(kind, str) else str(kind)
-            example.explicit_id = row.get(identity) if identity else None
-            examples.append(example)
-    if problems:
-        raise row_errors(problems)
-    _identify(examples, identity)
-    return examples
 
+    prompt_format: str
+    names: Mapping[str, str]
+    optional: tuple[str, ...]
+    category: str | None
+    identity: str | None
+    meaningful: tuple[str, ...]
+    unused: tuple[str, ...]
+    dropped: tuple[str, ...]
 
-def _fill(example: Example, row: Mapping[str, Any], shape: Shape, names: Mapping[str, str], prompt_format: str) -> str | None:
-    """Put the row's values into the example; return what is wrong with the first bad one."""
-    for name, column in names.items():
-        value = row.get(column)
-        if name == "messages" or (isinstance(value, list) and shape is PAIR and prompt_format == "chat"):
-            messages, problem = read_messages(value, column)
-            if problem:
-                return problem
-            example.fields[name] = messages
-            continue
-        if value is None and name in shape.optional:
-            value = ""
-        if not isinstance(value, str):
-            missing = "" if column in row else " (the column is missing in this row)"
-            return f"column '{column}': expected text, found {type_name(value)}{missing}"
-        if not value.isascii():
+    @classmethod
+    def of(cls, tables: Sequence[Table], prompt_format: str, columns: Mapping[str, str], dropped: Sequence[str] = ()) -> Reading:
+        """Decide how to read the rows of one source.
+
+        Args:
+            columns: our name -> column of the file; names that are absent stand for the column of the same name.
+            dropped: `data.drop_columns`.
+
+        Raises:
+            SettingError: no rows, or columns that the format cannot use.
+        """
+        found = next((table.columns for table in tables if table.columns), [])
+        if not found:
+            raise SettingError("data.source", f"0 rows in {listed(table.file for table in tables)}")
+        _check_mapping(columns, found)
+        found = [name for name in found if name not in dropped]
+        shape, names = _choose_shape(prompt_format, columns, found)
+        category, identity = _column("category", columns, found), _column("id", columns, found)
+        rest = [name for name in found if name not in (*names.values(), category, identity)]
+        meaningful = tuple(name for name in rest if name in MEANINGFUL and columns.get(name) != "")
+        unused = tuple(name for name in rest if name not in meaningful)
+        return cls(prompt_format, names, shape.optional, category, identity, meaningful, unused, tuple(dropped))
+
+    def examples(self, table: Table, bad: BadRows) -> Iterator[Example]:
+        """The usable rows of a file; the others are added to `bad`."""
+        for number, (line, row) in enumerate(table, 1):
+            example = Example(table.file, line, number, {})
             try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                return f"column '{column}': lone surrogate {value[error.start]!r} at character {error.start}, which has no UTF-8 form"
-        example.fields[name] = value
-    if shape is PAIR and isinstance(example.fields["prompt"], list) != isinstance(example.fields["completion"], list):
-        return "prompt and completion: one is text, the other a list of messages"
-    return None
+                if isinstance(row, BadRow):
+                    raise row
+                self._fill(example, row)
+            except BadRow as reason:
+                bad.add(example, reason.with_traceback(None))
+                continue
+            yield example
 
+    def _fill(self, example: Example, row: Mapping[str, Any]) -> None:
+        """Put the row's values into the example."""
+        unread = [name for name in self.meaningful if not is_blank(row.get(name))]
+        if self.prompt_format == "chat":
+            for name in ("messages", "prompt", "completion"):
+                unread += unread_keys(row.get(self.names.get(name, "")), self.dropped)
+        if unread:
+            unread = list(dict.fromkeys(unread))
+            what = f"{', '.join(unread)}: not supported, and the row would be another one without {'it' if len(unread) == 1 else 'them'}"
+            raise BadRow(what, drop=unread)
+        for name, column in self.names.items():
+            value = row.get(column)
+            if name == "messages" or (name in ("prompt", "completion") and isinstance(value, list) and self.prompt_format == "chat"):
+                example.fields[name] = read_messages(value, column)
+                continue
+            if value is None and name in self.optional:
+                value = ""
+            if not isinstance(value, str):
+                missing = "" if column in row else " (the column is missing in this row)"
+                raise BadRow(f"column '{column}': expected text, found {type_name(value)}{missing}")
+            if not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError as error:
+                    what = f"lone surrogate {value[error.start]!r} at character {error.start}, which has no UTF-8 form"
+                    raise BadRow(f"column '{column}': {what}") from None
+            example.fields[name] = value
+        if isinstance(example.fields.get("prompt"), list) != isinstance(example.fields.get("completion"), list):
+            raise BadRow("prompt and completion: one is text, the other a list of messages")
+        if self.prompt_format == "chat":
+            self._check_conversation(example)
+        kind = row.get(self.category) if self.category else None
+        example.category = kind if kind is None or isinstance(kind, str) else str(kind)
+        if self.identity:
+            example.explicit_id = value = row.get(self.identity)
+            if value is None or value == "" or isinstance(value, (float, bool, list, dict)):
+                what = f"column '{self.identity}': no usable id, found {type_name(value) if value != '' else 'empty text'}"
+                raise BadRow(what, IDS_HINT)
 
-def _identify(examples: list[Example], identity: str | None) -> None:
-    """Give every example its content hash, its id and the key of the hash split."""
-    if identity:
-        _check_ids(examples, identity)
-    seen: dict[str, int] = {}
-    for example in examples:
-        example.content = content_hash(example.fields)
-        example.split_key = example.content if identity is None else str(example.explicit_id)
-        name = example.content[:16] if identity is None else str(example.explicit_id)
-        seen[name] = count = seen.get(name, 0) + 1
-        example.id = name if count == 1 else f"{name}#{count}"
-
-
-def _check_ids(examples: Iterable[Example], column: str) -> None:
-    """Explicit ids must be there, of one type, and unique."""
-    hint = "set data.columns.id to '' to name rows by a hash of their content instead"
-    missing: list[tuple[Example, str]] = []
-    repeated: list[tuple[Example, str]] = []
-    types: dict[type, Example] = {}
-    seen: dict[Any, Example] = {}
-    for example in examples:
-        value = example.explicit_id
-        if value is None or value == "" or isinstance(value, (float, bool, list, dict)):
-            missing.append((example, f"column '{column}': no usable id, found {type_name(value) if value != '' else 'empty text'}"))
-            continue
-        types.setdefault(type(value), example)
-        if value in seen:
-            repeated.append((example, f"id {value!r} appears again (first at {seen[value].place})"))
-        seen.setdefault(value, example)
-    if missing:
-        raise row_errors(missing, hint)
-    if len(types) > 1:
-        (first, at), (second, other) = list(types.items())[:2]
-        raise row_errors([(other, f"ids of mixed types: {second.__name__} here, {first.__name__} at {at.place}")], hint)
-    if repeated:
-        ids = listed(sorted({str(example.explicit_id) for example, _ in repeated}))
-        raise row_errors(repeated, f"repeated ids: {ids}; {hint}")
+    def _check_conversation(self, example: Example) -> None:
+        system = example.fields.get("system")
+        messages = conversation_of(example, None)
+        if system and messages[0] != {"role": "system", "content": system}:
+            raise BadRow(f"a system message and another text in column '{self.names['system']}'")
+        check_roles(messages)
 
 
 def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str | None:
@@ -159,7 +187,7 @@ def _choose_shape(prompt_format: str, columns: Mapping[str, str], found: Sequenc
 
 def _suggestions(prompt_format: str, columns: Mapping[str, str], found: Sequence[str]) -> list[str]:
     fitting = []
-    for name, shapes in (("alpaca" if "input" in found else "dolly", (TASK,)), ("chat", (CONVERSATION,)), ("raw", (PAIR, TEXT))):
+    for name, shapes in (("alpaca" if "input" in found else "dolly", (TASK,)), ("chat", FORMATS["chat"][:1]), ("raw", (PAIR, TEXT))):
         if name != prompt_format and any(all(_column(field, columns, found) for field in shape.required) for shape in shapes):
             fitting.append(f"`data.prompt_format: {name}`")
     mapping = "or name them: data.columns: {<our name>: <your column>}"

@@ -1,54 +1,99 @@
 """Conversations: reading messages of several spellings, checking their roles, and finding what the assistant said.
 
-Used by the `chat` prompt format. A conversation is a list of `{role, content}` with roles system, user and assistant.
+Used by the `chat` prompt format. A conversation is a list of `{role, content}` with roles system, user and assistant; an assistant
+turn that must not be learned also has `weight: 0`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from recipes_lib.data.examples import Example, type_name
+from recipes_lib.data.examples import BadRow, Example, type_name
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 # ShareGPT's names for the roles, as its `from` key has them.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 KNOWN_ROLES = ("system", "user", "assistant")
+MESSAGE_KEYS = ("role", "from", "content", "value", "weight")
 
 
-def read_messages(value: Any, column: str) -> tuple[list[Message], str | None]:
+def is_blank(value: Any) -> bool:
+    """Whether a value says nothing: None, empty, or made of such values alone, as Arrow fills in what a row does not have.
+
+    Example:
+        >>> is_blank({"name": None, "calls": []}), is_blank(False)
+        (True, False)
+    """
+    if isinstance(value, dict):
+        return all(map(is_blank, value.values()))
+    return value is None or (isinstance(value, str | list) and (not value or (isinstance(value, list) and all(map(is_blank, value)))))
+
+
+def unread_keys(value: Any, dropped: Collection[str] = ()) -> Iterator[str]:
+    """The keys of messages that would be ignored although they say something, as `messages.KEY`."""
+    for message in value if isinstance(value, list) else ():
+        if isinstance(message, dict) and len(message) > 2:
+            for key, content in message.items():
+                name = f"messages.{key}"
+                if key not in MESSAGE_KEYS and name not in dropped and not is_blank(content):
+                    yield name
+
+
+def read_messages(value: Any, column: str) -> list[Message]:
     """Messages with `role`/`content` or `from`/`value` keys, in our spelling.
 
-    Returns:
-        The messages, and what is wrong with the first bad one (None if nothing is).
+    Raises:
+        BadRow: what is wrong with the first bad one.
     """
     if not isinstance(value, list):
-        return [], f"column '{column}': expected a list of messages, found {type_name(value)}"
+        raise BadRow(f"column '{column}': expected a list of messages, found {type_name(value)}")
     messages = []
     for index, message in enumerate(value):
         place = f"column '{column}', message {index}"
         if not isinstance(message, dict):
-            return [], f"{place}: expected {{role, content}}, found {type_name(message)}"
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
+            raise BadRow(f"{place}: expected {{role, content}}, found {type_name(message)}")
+        role = message.get("role") or message.get("from")
         role = ROLES.get(role, role) if isinstance(role, str) else role
-        if message.get("tool_calls") or role in ("tool", "function", "function_call", "observation"):
-            return [], f"{place}: tool calls are not supported"
+        if role in ("tool", "function", "function_call", "observation"):
+            raise BadRow(f"{place}: role {role!r}: tool calls are not supported")
         if role not in KNOWN_ROLES:
-            return [], f"{place}: unknown role {role!r}; roles are {', '.join(KNOWN_ROLES)}"
+            raise BadRow(f"{place}: unknown role {role!r}; roles are {', '.join(KNOWN_ROLES)}")
+        content = message["content"] if message.get("content") is not None else message.get("value")
+        if isinstance(content, list):
+            content = _joined(content, place)
         if not isinstance(content, str):
-            return [], f"{place} ({role}): expected text, found {type_name(content)}"
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            return [], f"{place} ({role}): lone surrogate {content[error.start]!r} at character {error.start}"
+            raise BadRow(f"{place} ({role}): expected text, found {type_name(content)}")
+        if not content.isascii():
+            try:
+                content.encode()
+            except UnicodeEncodeError as error:
+                raise BadRow(f"{place} ({role}): lone surrogate {content[error.start]!r} at character {error.start}") from None
         messages.append({"role": role, "content": content})
-    return messages, None
+        weight = message.get("weight")
+        if weight is not None and (weight not in (0, 1) or (weight == 1 and role != "assistant")):
+            raise BadRow(f"{place} ({role}): weight {weight!r} is not supported: an assistant turn may have 0 (no loss) or 1")
+        if weight == 0 and role == "assistant":
+            messages[-1]["weight"] = 0
+    return messages
+
+
+def _joined(parts: list[Any], place: str) -> str:
+    """The text of a content that is a list of parts."""
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else type_name(part)
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(f"{place}: content part {number} is {kind!r}; only {{type: text, text: ...}} is supported")
+    return "".join(part["text"] for part in parts)
 
 
 def conversation_of(example: Example, system_prompt: str | None) -> list[Message]:
-    """The example as a conversation: its messages, or one user and one assistant turn."""
+    """The example as a conversation: its messages, or one user and one assistant turn.
+
+    Args:
+        system_prompt: the recipe's; a system message or a `system` column of the row wins over it.
+    """
     fields = example.fields
     if "messages" in fields:
         messages = list(fields["messages"])
@@ -59,7 +104,7 @@ def conversation_of(example: Example, system_prompt: str | None) -> list[Message
     else:
         messages = [{"role": "user", "content": user_turn(fields["instruction"], fields.get("context", ""))}]
         messages.append({"role": "assistant", "content": fields["response"]})
-    return with_system_prompt(messages, system_prompt)
+    return with_system_prompt(messages, fields.get("system") or system_prompt)
 
 
 def user_turn(instruction: str, context: str = "") -> str:
@@ -74,23 +119,24 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def role_problem(messages: Sequence[Message]) -> str | None:
-    """What is wrong with the order of roles: an optional system message, then user and assistant in turn, ending with assistant.
+def check_roles(messages: Sequence[Message]) -> None:
+    """Check the order of roles: an optional system message, then user and assistant in turn, ending with assistant.
 
-    Example:
-        >>> role_problem([{"role": "assistant", "content": "hi"}])
-        'roles out of order: message 0 is assistant, expected user'
+    Raises:
+        BadRow: it is another order.
     """
     turns = list(messages)
     if turns and turns[0]["role"] == "system":
         turns = turns[1:]
     if not turns:
-        return "only a system message" if messages else "no messages"
+        raise BadRow("only a system message" if messages else "no messages")
     if not any(message["role"] == "assistant" for message in turns):
-        return "no assistant turn"
+        raise BadRow("no assistant turn")
     offset = len(messages) - len(turns)
     for index, message in enumerate(turns):
         expected = ("user", "assistant")[index % 2]
         if message["role"] != expected:
-            return f"roles out of order: message {index + offset} is {message['role']}, expected {expected}"
-    return "the last message is not the assistant's" if turns[-1]["role"] != "assistant" else None
+            raise BadRow(f"roles out of order: message {index + offset} is {message['role']}, expected {expected}")
+    if turns[-1]["role"] != "assistant":
+        what = f"the last message is not the assistant's: message {len(messages) - 1} is the user's, and nothing answers it"
+        raise BadRow(what, "cut the conversation after its last assistant turn")

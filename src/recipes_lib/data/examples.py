@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,23 +31,17 @@ class Example:
         file: path or Hub id, as the user would type it.
         line: line in a text file, counted from 1; None where the format has no lines.
         row: position in the file, counted from 1.
-        fields: our names -> text (or a list of `{role, content}` under `messages`).
-        content: sha256 of the normalised fields; equal for exact duplicates.
-        id: unique name in splits.json and supervision.json.
-        split_key: what the hash split looks at: the explicit id, else `content`.
-        source: position in a mixture, 0 when there is one source.
+        fields: our names -> text (or a list of messages under `messages`).
+        id: unique name in splits.json and supervision.json, once `rows` has given it.
     """
 
     file: str
     line: int | None
     row: int
     fields: dict[str, Any]
-    content: str = ""
-    id: str = ""
-    split_key: str = ""
     category: str | None = None
-    source: int = 0
-    explicit_id: Any = field(default=None, repr=False)
+    explicit_id: Any = None
+    id: str = ""
 
     @property
     def place(self) -> str:
@@ -71,12 +66,66 @@ def place(recipe: Recipe, error: DataError) -> DataError:
     return error
 
 
-def row_errors(problems: Sequence[tuple[Example, str]], *hints: str) -> DataError:
-    """One error for all bad rows: the first at its file and line, the others listed in a hint."""
-    first, what = problems[0]
-    more = [] if len(problems) == 1 else [f"{len(problems) - 1} more: {listed(e.place for e, _ in problems[1:])}"]
-    prefix = "" if first.line is not None else f"row {first.row}: "
-    return DataError(prefix + what, *more, *hints, file=first.file, line=first.line)
+class BadRow(Exception):
+    """Why one row cannot be used.
+
+    Args:
+        what: what is wrong with it.
+        hint: what to do, where the words do not say it.
+        drop: entries of `data.drop_columns` with which the row could be used.
+    """
+
+    def __init__(self, what: str, hint: str = "", drop: Sequence[str] = ()) -> None:
+        super().__init__(what)
+        self.what, self.hint, self.drop = what, hint, tuple(drop)
+
+
+class BadRows:
+    """The rows that cannot be used, collected from every stage, so that all of them are named at once."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Example, BadRow]] = []
+
+    def add(self, example: Example, reason: BadRow) -> None:
+        """Note a row; its texts are not kept."""
+        example.fields = {}
+        self.found.append((example, reason))
+
+    def error(self, num_rows: int | None = None) -> DataError:
+        """One error for all of them: the first at its file and line, then the others by what is wrong with them.
+
+        Args:
+            num_rows: rows read, for the reader; None where that is not known.
+        """
+        first, reason = self.found[0]
+        kinds = list(self._kinds().values())
+        own = next(kind for kind in kinds if kind[0][0] is first)
+        lines = [] if len(own) == 1 else [f"{len(own) - 1} more: {listed(example.place for example, _ in own[1:])}"]
+        others = [kind for kind in kinds if kind is not own]
+        for kind in others[:NUM_LISTED]:
+            places = f"{kind[0][0].place}" if len(kind) == 1 else f"{len(kind)} rows, {listed((e.place for e, _ in kind), 3)}"
+            lines.append(f"{places}: {kind[0][1].what}")
+        if rest := others[NUM_LISTED:]:
+            lines.append(f"{sum(map(len, rest))} more rows with {len(rest)} other problems")
+        lines += dict.fromkeys(bad.hint for _, bad in self.found if bad.hint)
+        if drop := sorted({name for _, bad in self.found for name in bad.drop}):
+            lines.append(f"to train without it: data.drop_columns: [{', '.join(drop)}]")
+        if num_rows is not None:
+            lines.append(f"to leave out bad rows ({len(self.found)} of {num_rows}): data.on_bad_row: skip")
+        prefix = "" if first.line is not None else f"row {first.row}: "
+        return DataError(prefix + reason.what, *lines, file=first.file, line=first.line)
+
+    def record(self) -> dict[str, Any]:
+        """What the audit says about skipped rows: how many, which, and why."""
+        reasons = {kind[0][1].what: len(kind) for kind in self._kinds().values()}
+        return {"count": len(self.found), "places": [example.place for example, _ in self.found], "reasons": reasons}
+
+    def _kinds(self) -> dict[str, list[tuple[Example, BadRow]]]:
+        """The rows by what is wrong, numbers in the words left aside."""
+        kinds: dict[str, list[tuple[Example, BadRow]]] = {}
+        for example, bad in self.found:
+            kinds.setdefault(re.sub(r"0x\w+|\d+|\\u\w{4}", "#", bad.what), []).append((example, bad))
+        return kinds
 
 
 def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
@@ -117,14 +166,14 @@ def normalised(text: str) -> str:
     return text.strip()
 
 
-def content_hash(fields: dict[str, Any]) -> str:
+def content_hash(fields: dict[str, Any]) -> bytes:
     """sha256 of the normalised fields; independent of the prompt format, of the order of rows and of column order.
 
     Example:
         >>> content_hash({"instruction": "Say hi. ", "response": "Hi"}) == content_hash({"response": "Hi", "instruction": "Say hi."})
         True
     """
-    return hashlib.sha256(json.dumps(canonical(fields), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(canonical(fields), ensure_ascii=False).encode()).digest()
 
 
 def canonical(fields: dict[str, Any]) -> list[Any]:
@@ -133,7 +182,8 @@ def canonical(fields: dict[str, Any]) -> list[Any]:
     for name in sorted(fields):
         value = fields[name]
         if isinstance(value, list):
-            parts.append([name, [[message["role"], normalised(message["content"])] for message in value]])
+            turns = [[message["role"], normalised(message["content"]), *([0] if "weight" in message else [])] for message in value]
+            parts.append([name, turns])
         elif value := normalised(value):
             parts.append([name, value])
     return parts

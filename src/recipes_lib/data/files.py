@@ -6,40 +6,78 @@ converted: a number stays a number and is reported later, when its column turns 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from recipes_lib.data.examples import shown_path, type_name
+from recipes_lib.data.examples import BadRow, shown_path, type_name
 from recipes_lib.errors import DataError
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
+COLUMNAR_ROWS = 10_000
 
 
-@dataclass(slots=True)
+Row = dict[str, Any]
+Numbered = Iterator[tuple[int | None, Row | BadRow]]
+
+
 class Table:
-    """The rows of one file.
+    """The rows of one file, read anew each time they are iterated: pairs of a line (None without lines) and a row.
+
+    A line that is no row stands there as the reason.
 
     Args:
         file: the path as the user would type it, or a Hub id.
-        rows: one mapping per row.
-        lines: line of each row, counted from 1; None where the format has no lines.
-        columns: all column names, in the order of first appearance.
+        read: starts to read the rows.
+        columns: all column names, where the format tells them.
     """
 
-    file: str
-    rows: list[dict[str, Any]]
-    lines: list[int] | None
-    columns: list[str]
+    def __init__(self, file: str, read: Callable[[], Numbered], columns: list[str] | None = None) -> None:
+        self.file = file
+        self._read = read
+        self._columns = columns
+
+    def __iter__(self) -> Numbered:
+        return self._read()
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """All column names, in the order of first appearance."""
+        return columns_of(row for _, row in self if not isinstance(row, BadRow)) if self._columns is None else self._columns
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All rows at once.
+
+        Raises:
+            DataError: a line is no row.
+        """
+        return [row for _, row in self._whole]
+
+    @cached_property
+    def lines(self) -> list[int] | None:
+        """The line of each row, counted from 1; None where the format has no lines."""
+        lines = [line for line, _ in self._whole]
+        return None if None in lines else lines  # type: ignore[return-value]
+
+    @cached_property
+    def _whole(self) -> list[tuple[int | None, Row]]:
+        whole = []
+        for line, row in self:
+            if isinstance(row, BadRow):
+                raise DataError(row.what, *filter(None, [row.hint]), file=self.file, line=line)
+            whole.append((line, row))
+        return whole
 
 
 def data_format(path: Path) -> str | None:
@@ -50,38 +88,43 @@ def data_format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in DATA_FORMATS else None
 
 
-def read_file(path: Path, max_rows: int | None = None) -> Table:
-    """Read the rows of a data file.
+def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8", delimiter: str | None = None) -> Table:
+    """The rows of a data file, read when they are iterated; then a damaged file is a DataError with file and line.
 
     Args:
         max_rows: no more than these, counted from the start.
+        encoding: of text formats.
+        delimiter: between the columns of .csv and .tsv; None for the ending's own.
 
     Raises:
-        DataError: not a known format, or the file is damaged; with file and line.
+        DataError: not a known format.
     """
     kind, file = data_format(path), shown_path(path)
     if kind is None:
         raise DataError(f"not a data file; known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz", file=file)
     if kind in (".parquet", ".arrow"):
-        return _read_columnar(path, kind, file, max_rows)
-    rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    reader = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}.get(kind, _read_jsonl)
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            for line, row in islice(reader(stream, file), max_rows):  # type: ignore[arg-type]
-                rows.append(row)
-                lines.append(line)
-    except EOFError:
-        raise DataError(f"the gzip file is truncated: it ends after {len(rows)} rows", file=file, line=(lines or [0])[-1] + 1) from None
-    except gzip.BadGzipFile as error:
-        raise DataError(f"not a gzip file, or damaged: {error}", file=file) from None
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", file=file) from None
-    return Table(file, rows, lines, columns_of(rows))
+        return _columnar(path, kind, file, max_rows)
+
+    def text() -> Numbered:
+        reader: Any = _read_json if kind == ".json" else _read_jsonl
+        if kind in (".csv", ".tsv"):
+            reader = partial(_read_csv, delimiter=delimiter or ("\t" if kind == ".tsv" else ","))
+        last = 0
+        try:
+            with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+                for last, row in islice(reader(stream, file, encoding), max_rows):
+                    yield last, row
+        except EOFError:
+            raise DataError(f"the gzip file is truncated: it ends after line {last}", file=file, line=last + 1) from None
+        except gzip.BadGzipFile as error:
+            raise DataError(f"not a gzip file, or damaged: {error}", file=file) from None
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", file=file) from None
+
+    return Table(file, text)
 
 
-def columns_of(rows: list[dict[str, Any]]) -> list[str]:
+def columns_of(rows: Iterable[Row]) -> list[str]:
     """All column names of the rows, in the order of first appearance."""
     columns: dict[str, None] = {}
     previous = None
@@ -92,38 +135,53 @@ def columns_of(rows: list[dict[str, Any]]) -> list[str]:
     return list(columns)
 
 
-def _decoded(stream: BinaryIO, file: str) -> Iterator[tuple[int, str]]:
-    """Lines as text with their number; the error for bytes that are not UTF-8 names line and byte offset."""
-    offset = 0
+def _lines(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | BadRow]]:
+    """Lines as text with their number; the reason for bytes that are not text names the byte offset."""
+    offset, codec = 0, codecs.lookup(encoding)
+    if codec.name.startswith(("utf-16", "utf-32")):  # line ends are not single bytes there
+        yield from enumerate(io.TextIOWrapper(stream, encoding, newline=""), 1)
+        return
     for number, line in enumerate(stream, 1):
         if number == 1 and line.startswith(BOM):
             line, offset = line[len(BOM) :], len(BOM)
         try:
-            yield number, line.decode()
+            yield number, codec.decode(line)[0]
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"byte {offset + error.start} (0x{line[error.start]:02x}) is not UTF-8",
-                f"if the file is Latin-1: iconv -f LATIN1 -t UTF-8 {file} > new{Path(file).suffix}",
-                file=file,
-                line=number,
-            ) from None
+            name = "UTF-8" if codec.name == "utf-8" else encoding
+            what = f"byte {offset + error.start} (0x{line[error.start]:02x}) is not {name}"
+            yield number, BadRow(what, "set data.encoding: latin-1 (or cp1252, utf-16, ...), or convert the file with iconv")
         offset += len(line)
 
 
-def _read_jsonl(stream: BinaryIO, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _decoded(stream, file):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"not a JSON object: {error.msg} at column {error.colno}", file=file, line=number) from None
-        yield number, _object(row, file, number)
+def _decoded(stream: BinaryIO, file: str, encoding: str) -> Iterator[tuple[int, str]]:
+    """The same for formats in which a bad line spoils the rest."""
+    for number, line in _lines(stream, encoding):
+        if isinstance(line, BadRow):
+            raise DataError(line.what, line.hint, file=file, line=number)
+        yield number, line
 
 
-def _read_json(stream: BinaryIO, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(stream: BinaryIO, file: str, encoding: str) -> Numbered:
+    del file
+    for number, line in _lines(stream, encoding):
+        if isinstance(line, BadRow):
+            yield number, line
+        elif line.strip():
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+                yield number, BadRow(f"not a JSON object: {reason}")
+                continue
+            except ValueError as error:  # a number of thousands of digits
+                yield number, BadRow(f"not a JSON object: {str(error).partition(';')[0]}")
+                continue
+            yield number, row if isinstance(row, dict) else BadRow(f"expected an object with columns, found {type_name(row)}")
+
+
+def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
     """A list of objects, an object with one list of objects in it, or JSON Lines under the name .json."""
-    text = "".join(line for _, line in _decoded(stream, file))
+    text = "".join(line for _, line in _decoded(stream, file, encoding))
     start = _skip_space(text, 0)
     if text.startswith("{", start):
         try:
@@ -131,14 +189,14 @@ def _read_json(stream: BinaryIO, file: str) -> Iterator[tuple[int, dict[str, Any
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":
                 raise DataError(f"not JSON: {error.msg} at column {error.colno}", file=file, line=error.lineno) from None
-            yield from _read_jsonl(io.BytesIO(text.encode()), file)
+            yield from _read_jsonl(io.BytesIO(text.encode()), file, "utf-8")
             return
         tables = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         if "\n" not in text.strip() and not (len(tables) == 1 and len(whole) == 1):
             yield 1, whole  # one line: JSON Lines with a single row
         elif len(tables) == 1:
             for row in tables[0]:
-                yield 1, _object(row, file, 1)
+                yield 1, _object(row)
         else:
             raise DataError("expected a list of objects, or one object with a list of objects in it", file=file, line=1)
         return
@@ -149,7 +207,7 @@ def _read_json(stream: BinaryIO, file: str) -> Iterator[tuple[int, dict[str, Any
     yield from _json_items(text, start + 1, file)
 
 
-def _json_items(text: str, position: int, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_items(text: str, position: int, file: str) -> Numbered:
     """The items of a JSON list one by one, so that each has its line."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     while True:
@@ -161,7 +219,7 @@ def _json_items(text: str, position: int, file: str) -> Iterator[tuple[int, dict
             row, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"not JSON: {error.msg} at column {error.colno}", file=file, line=error.lineno) from None
-        yield line, _object(row, file, line)
+        yield line, _object(row)
         position = _skip_space(text, position)
         if text.startswith(",", position):
             position += 1
@@ -175,62 +233,96 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _object(row: Any, file: str, line: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"expected an object with columns, found {type_name(row)}", file=file, line=line)
-    return row
+def _object(row: Any) -> Row | BadRow:
+    return row if isinstance(row, dict) else BadRow(f"expected an object with columns, found {type_name(row)}")
 
 
-def _read_csv(stream: BinaryIO, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Numbered:
     def lines() -> Iterator[str]:
-        for number, line in _decoded(stream, file):
+        for number, line in _decoded(stream, file, encoding):
             if "\0" in line:
                 raise DataError("the line contains a NUL character", "is it UTF-16? save the file as UTF-8", file=file, line=number)
             yield line
 
     csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if ".tsv" in Path(file).suffixes else ","
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     start = 1
     try:
         header = next(reader, None)
         if header is None:
             return
-        if len(header) == 1 and (other := next((sign for sign in ";\t|" if sign in header[0]), "")):
+        if other := _other_delimiter(header):
             what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
-            raise DataError(what, "save it with commas, or with tabs under the name .tsv", file=file, line=1)
+            raise DataError(what, f'say so: data.delimiter: "{other}"'.replace("\t", "\\t"), file=file, line=1)
         if repeated := sorted({name for name in header if header.count(name) > 1}):
             raise DataError(f"column names appear twice: {', '.join(repeated)}", file=file, line=1)
         start = reader.line_num + 1
         for values in reader:
-            if values and len(values) != len(header):
-                raise DataError(f"{len(values)} fields, but the header has {len(header)}", file=file, line=start)
-            if values:
+            if len(values) == len(header):
                 yield start, dict(zip(header, values, strict=True))
+            elif values:
+                yield start, BadRow(f"{len(values)} fields, but the header has {len(header)}")
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"not CSV: {error}", file=file, line=start) from None
 
 
-def _read_columnar(path: Path, kind: str, file: str, max_rows: int | None) -> Table:
+def _other_delimiter(header: list[str]) -> str:
+    """The sign that separates the columns of a header that was read as one column; empty where there is none."""
+    return next((sign for sign in ";\t|," if sign in header[0]), "") if len(header) == 1 else ""
+
+
+def guessed_delimiter(path: Path) -> str | None:
+    """The sign that separates the columns of a .csv or .tsv file where it is not the ending's own."""
+    if data_format(path) not in (".csv", ".tsv"):
+        return None
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        header = stream.readline(100_000).decode("utf-8", "replace").rstrip("\r\n")
+    own = "\t" if data_format(path) == ".tsv" else ","
+    return _other_delimiter(next(csv.reader([header], delimiter=own), [""])) or None
+
+
+def _columnar(path: Path, kind: str, file: str, max_rows: int | None) -> Table:
     import pyarrow
+
+    def batches() -> Iterator[pyarrow.RecordBatch]:
+        if kind == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            with ParquetFile(path) as parquet:
+                yield from parquet.iter_batches(COLUMNAR_ROWS)
+            return
+        with pyarrow.memory_map(str(path)) as stream:
+            try:
+                reader = pyarrow.ipc.open_file(stream)
+                yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                stream.seek(0)
+                yield from pyarrow.ipc.open_stream(stream)
+
+    def rows() -> Numbered:
+        left = max_rows
+        try:
+            for batch in batches():
+                for start in range(0, len(batch), COLUMNAR_ROWS):
+                    part = batch.slice(start, COLUMNAR_ROWS if left is None else min(left, COLUMNAR_ROWS))
+                    yield from ((None, row) for row in part.to_pylist())
+                    left = None if left is None else left - len(part)
+                    if left == 0:
+                        return
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file) from None
 
     try:
         if kind == ".parquet":
-            import pyarrow.parquet
+            from pyarrow.parquet import read_schema
 
-            parquet = pyarrow.parquet.ParquetFile(path)
-            if max_rows is None:
-                table = parquet.read()
-            else:
-                table = pyarrow.Table.from_batches(islice(parquet.iter_batches(max_rows), 1), parquet.schema_arrow)
-        else:
-            with pyarrow.memory_map(str(path)) as stream:
-                try:
-                    table = pyarrow.ipc.open_file(stream).read_all()
-                except pyarrow.ArrowInvalid:
-                    stream.seek(0)
-                    table = pyarrow.ipc.open_stream(stream).read_all()
-        return Table(file, table.slice(0, max_rows).to_pylist(), None, table.column_names)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            return Table(file, rows, list(read_schema(path).names))
+        with pyarrow.memory_map(str(path)) as stream:
+            try:
+                return Table(file, rows, list(pyarrow.ipc.open_file(stream).schema.names))
+            except pyarrow.ArrowInvalid:
+                stream.seek(0)
+                return Table(file, rows, list(pyarrow.ipc.open_stream(stream).schema.names))
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file) from None

@@ -6,28 +6,45 @@ plain formats (`data.special_tokens: text`); all of them are counted and the row
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from recipes_lib.data.examples import Example
 from recipes_lib.data.prompts import FOREIGN_MARKERS, MARKERS
 
-BATCH_ROWS = 1000
+Found = dict[str, dict[str, int]]
 
 
-def find_injections(examples: Sequence[Example], tokenizer: Any, prompt_format: str) -> dict[str, Any]:
-    """Count what the texts contain of special tokens and of template markers.
+class Injections:
+    """Counts what the texts contain of special tokens and of template markers, batch by batch.
 
-    Returns:
-        `special_tokens` and `markers`, each with `count` (text -> occurrences) and `rows` (id -> list of texts).
+    Args:
+        special_tokens, markers: what was found, id of a row -> text -> occurrences.
     """
-    special = special_tokens(tokenizer)
-    markers = tuple(dict.fromkeys((*MARKERS[prompt_format], *FOREIGN_MARKERS)))
-    return {
-        "special_tokens": _search(examples, special),
-        "markers": _search(examples, tuple(marker for marker in markers if marker not in special)),
-    }
+
+    def __init__(self, tokenizer: Any, prompt_format: str) -> None:
+        special = special_tokens(tokenizer)
+        markers = dict.fromkeys((*MARKERS[prompt_format], *FOREIGN_MARKERS))
+        self._needles = (special, tuple(marker for marker in markers if marker not in special))
+        self.special_tokens: Found = {}
+        self.markers: Found = {}
+
+    def search(self, batch: Sequence[Example]) -> None:
+        """Look for all of them, first by their common beginnings in all texts at once: most data has none."""
+        texts = [texts_of(example) for example in batch]
+        whole = "\0".join(texts)
+        for needles, found in zip(self._needles, (self.special_tokens, self.markers), strict=True):
+            present = [needle for needle in needles if needle[:3] in whole and needle in whole]
+            for example, text in zip(batch, texts, strict=True) if present else ():
+                if here := {needle: times for needle in present if (times := text.count(needle))}:
+                    found[example.id] = here
+
+    def keep(self, ids: Sequence[str]) -> None:
+        """Forget the rows that a filter left out."""
+        if self.special_tokens or self.markers:
+            kept = set(ids)
+            self.special_tokens = {id: texts for id, texts in self.special_tokens.items() if id in kept}
+            self.markers = {id: texts for id, texts in self.markers.items() if id in kept}
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -35,25 +52,6 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     names = dict.fromkeys([*tokenizer.all_special_tokens, *(str(token) for token in added if getattr(token, "special", False))])
     return tuple(name for name in names if len(name) > 1)
-
-
-def _search(examples: Sequence[Example], needles: Sequence[str]) -> dict[str, Any]:
-    """Look for needles, first by their common beginnings in many rows at once: most data has none."""
-    beginnings: dict[str, list[str]] = defaultdict(list)
-    for needle in needles:
-        beginnings[needle[:3]].append(needle)
-    count: Counter[str] = Counter()
-    rows: dict[str, list[str]] = {}
-    for start in range(0, len(examples), BATCH_ROWS):
-        batch = examples[start : start + BATCH_ROWS]
-        texts = [texts_of(example) for example in batch]
-        whole = "\0".join(texts)
-        present = [needle for beginning, group in beginnings.items() if beginning in whole for needle in group if needle in whole]
-        for example, text in zip(batch, texts, strict=True) if present else ():
-            if found := {needle: times for needle in present if (times := text.count(needle))}:
-                count.update(found)
-                rows[example.id] = sorted(found)
-    return {"count": dict(sorted(count.items())), "rows": rows}
 
 
 def texts_of(example: Example) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recipes_lib.data.examples import shown_path
-from recipes_lib.data.files import columns_of, data_format, read_file
+from recipes_lib.data.files import columns_of, data_format, guessed_delimiter, read_file
 from recipes_lib.data.sources import data_files
 from recipes_lib.errors import DataError
 from recipes_lib.recipe.new_recipe import Rows
@@ -34,20 +34,22 @@ def look_at(data: Path) -> Rows:
     if data.is_file() and data_format(data) is None:
         read_file(data)  # says which endings are known
     file = data_files(data, "train")[0] if data.is_dir() else data
-    rows = read_file(file, max_rows=1).rows
+    delimiter = guessed_delimiter(file)
+    rows = read_file(file, max_rows=1, delimiter=delimiter).rows
     names = columns_of(rows)
     if not names:
         raise DataError("has no row with named columns", file=shown_path(file))
     for prompt_formats, needed in _TEXTS:
         if needed <= set(names) and "response" not in names:
-            return Rows(data, prompt_formats, whole_text=needed == {"text"})
+            return Rows(data, prompt_formats, whole_text=needed == {"text"}, delimiter=delimiter)
     if "conversations" in names:
-        return Rows(data, ("chat",), {"messages": "conversations"})
+        return Rows(data, ("chat",), {"messages": "conversations"}, delimiter=delimiter)
     columns = {ours: next((name for name in synonyms if name in names), "") for ours, synonyms in _SYNONYMS.items()}
     if not columns["instruction"] or not columns["response"]:
         what = f"columns {', '.join(names)} are not understood"
         hint = "rename them, or start without --data and set data.source and data.columns yourself"
         raise DataError(what, hint, file=shown_path(file), line=1)
     if columns["context"] == columns["instruction"]:  # one column is not two
-        return Rows(data, ("dolly", "alpaca", "chat"), columns | {"context": ""})
-    return Rows(data, ("dolly", "alpaca", "chat"), {ours: name for ours, name in columns.items() if name and name != ours})
+        return Rows(data, ("dolly", "alpaca", "chat"), columns | {"context": ""}, delimiter=delimiter)
+    renamed = {ours: name for ours, name in columns.items() if name and name != ours}
+    return Rows(data, ("dolly", "alpaca", "chat"), renamed, delimiter=delimiter)

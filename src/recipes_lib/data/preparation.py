@@ -1,6 +1,7 @@
 """From a recipe and a tokenizer to data sets that TRL trains on as they are, with the audit of supervision.json.
 
-Deterministic, and cheap enough to run on every rank: the rows are read once, tokenised once, and nothing is written.
+Deterministic, and cheap enough to run on every rank: the files are read batch by batch (once to check and name the rows, once to
+tokenise them), and nothing is written.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes_lib.data.audit import audit_rows, check_audit, is_empty
-from recipes_lib.data.columns import read_examples
-from recipes_lib.data.examples import Example, SettingError, place
-from recipes_lib.data.injections import find_injections
+from recipes_lib.data.audit import audit_rows, check_audit
+from recipes_lib.data.conversations import conversation_of
+from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
+from recipes_lib.data.injections import Injections
 from recipes_lib.data.prompts import chat_template, format_hash
-from recipes_lib.data.sources import listed_sources, load_tables
-from recipes_lib.data.splits import SPLITS, TEST, TRAIN, VALIDATION, Splits, first_in_hash_order, split_examples
-from recipes_lib.data.supervision import Encoded, Supervision, check_settings, encode
+from recipes_lib.data.rows import Rows, first_in_hash_order, read_rows
+from recipes_lib.data.splits import SPLITS, TEST, TRAIN, VALIDATION, Splits, split_rows
+from recipes_lib.data.supervision import BATCH_ROWS, Supervision, Tokens, check_settings, encode
+from recipes_lib.data.templates import render_conversations
 from recipes_lib.errors import DataError
 from recipes_lib.recipe.sections import DataSection
 from recipes_lib.terminal import say
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
 
 NUM_ROWS_WORTH_A_LINE = 20_000
+NUM_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -69,31 +73,88 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
         DataError: rows, files, columns or settings that cannot be used; with file and line.
     """
     with _placed(recipe):
-        section, folders = recipe.data, data_folders(recipe)
-        examples = read_all(section, folders)
-        kept, filtered = filter_rows(examples, section)
-        kept = first_in_hash_order(kept, section.max_examples, section.split.seed)
-        check_settings(kept, section, recipe.train, tokenizer)
+        section, folders, bad = recipe.data, data_folders(recipe), BadRows()
+        rows = read_rows(section, folders, bad)
+        num_read, num_usable = rows.num_read, len(rows)
+        if bad.found and section.on_bad_row == "error":
+            raise _all_bad_rows(bad, rows, section, tokenizer, folders)
+        rows, filtered = filter_rows(rows, section, bad)
+        rows = rows.take(first_in_hash_order(rows, section.max_examples, section.split.seed))
+        check_settings(rows.num_texts, section, recipe.train, tokenizer)
         settings = Supervision.of(section, recipe.train, tokenizer)
         template = chat_template(section, tokenizer, folders) if section.prompt_format == "chat" else None
-        _progress(f"{len(kept):,} of {len(examples):,} rows, tokenising", len(kept))
-        encoded = dict(zip((example.id for example in kept), encode(kept, settings, tokenizer, template), strict=True))
-        kept = _drop_long(kept, encoded, section.filters.max_tokens, filtered)
-        splits = split_examples(kept, section.split)
-        rows = {name: [(example, encoded[example.id]) for example in splits.rows[name]] for name in SPLITS}
-        injections = find_injections(kept, tokenizer, section.prompt_format)
-        audit = audit_rows(rows, splits, settings, tokenizer, rows_read=len(examples), filtered=filtered, injections=injections)
+        _progress(f"{len(rows):,} of {num_usable:,} rows, tokenising", len(rows))
+
+        tokens, injections, usable = Tokens(), Injections(tokenizer, section.prompt_format), []
+        for first, batch in _batches(rows.examples()):
+            encoded = list(encode(batch, settings, tokenizer, template))
+            good = [index for index, item in enumerate(encoded) if not isinstance(item, BadRow)]
+            for example, item in zip(batch, encoded, strict=True):
+                if isinstance(item, BadRow):
+                    bad.add(example, item)
+            tokens.add([encoded[index] for index in good])  # type: ignore[misc]
+            injections.search([batch[index] for index in good])
+            usable += [first + index for index in good]
+        if bad.found and (section.on_bad_row == "error" or not usable):
+            raise bad.error(num_read)
+        rows = rows.take(usable)
+
+        numbers, kept, names = tokens.numbers(), range(len(rows)), rows.ids
+        if section.filters.max_tokens is not None:
+            kept = np.flatnonzero(numbers["tokens_before"] <= section.filters.max_tokens).tolist()
+            filtered["max_tokens"] = len(rows) - len(kept)
+            if not kept:
+                what = f"0 rows: all {len(rows)} rows are longer than {section.filters.max_tokens} tokens"
+                raise SettingError("data.filters.max_tokens", what)
+            rows, numbers = rows.take(kept), {name: column[kept] for name, column in numbers.items()}
+            injections.keep(rows.ids)
+        splits = split_rows(rows, section.split)
+        audit = audit_rows(
+            rows,
+            numbers,
+            splits,
+            settings,
+            tokenizer,
+            filtered=filtered,
+            skipped=bad,
+            injections=injections,
+            shown=[(index, *tokens.row(kept[index])) for index in splits.rows[TRAIN][:NUM_SHOWN]],
+        )
         check_audit(audit, section.max_unsupervised_fraction, evaluates=recipe.train.get("eval_strategy", "no") != "no")
-        _progress(f"{audit['tokens']['total']:,} tokens, {audit['supervised_tokens']['total']:,} with loss", len(kept))
+        _progress(f"{audit['tokens']['total']:,} tokens, {audit['supervised_tokens']['total']:,} with loss", len(rows))
+        whole, sets = _dataset(tokens, names), {}
+        for name in SPLITS:
+            trained = [kept[index] for index in splits.rows[name] if numbers["supervised"][index]]
+            sets[name] = whole.select(trained) if splits.rows[name] else None
         return PreparedData(
-            train=_dataset(rows[TRAIN]),
-            validation=_dataset(rows[VALIDATION]) if rows[VALIDATION] else None,
-            test=_dataset(rows[TEST]) if rows[TEST] else None,
+            train=sets[TRAIN],
+            validation=sets[VALIDATION],
+            test=sets[TEST],
             audit=audit,
-            splits=_split_record(splits, section, audit),
-            fingerprint=fingerprint(splits),
+            splits=_split_record(rows, splits, section, audit),
+            fingerprint=fingerprint(rows, splits),
             prompt_format_hash=format_hash(section, tokenizer, folders, eos_token=settings.eos_token),
         )
+
+
+def _batches(examples: Iterator[Example]) -> Iterator[tuple[int, list[Example]]]:
+    """Batches of examples with the position of their first one."""
+    first = 0
+    while batch := list(islice(examples, BATCH_ROWS)):
+        yield first, batch
+        first += len(batch)
+
+
+def _all_bad_rows(bad: BadRows, rows: Rows, section: DataSection, tokenizer: Any, folders: Sequence[Path]) -> DataError:
+    """The error for rows that cannot be used, those included that the chat template alone refuses."""
+    if section.prompt_format == "chat":
+        template = chat_template(section, tokenizer, folders)
+        for _, batch in _batches(rows.examples()):
+            conversations = [conversation_of(example, section.system_prompt) for example in batch]
+            for example, item in zip(batch, render_conversations(conversations, tokenizer, template), strict=True):
+                if isinstance(item, BadRow):
+                    bad.add(example, item)
+    return bad.error(rows.num_read)
 
 
 def data_folders(recipe: Recipe) -> list[Path]:
@@ -101,111 +162,66 @@ def data_folders(recipe: Recipe) -> list[Path]:
     return list(dict.fromkeys([recipe.folder_of("data.source"), recipe.folder_of("data.chat_template")]))
 
 
-def read_all(section: DataSection, folders: Sequence[Path]) -> list[Example]:
-    """Read the rows of all sources; in a mixture, ids carry the position of their source.
-
-    Raises:
-        DataError: see `sources` and `columns`.
-    """
-    sources = listed_sources(section)
-    examples: list[Example] = []
-    for index, source in enumerate(sources):
-        rows = read_examples(load_tables(source, folders), section.prompt_format, source.columns, index)
-        examples += first_in_hash_order(rows, source.max_examples, section.split.seed)
-    if len(sources) > 1:
-        _name_apart(examples)
-    return examples
-
-
-def _name_apart(examples: Sequence[Example]) -> None:
-    """Make ids unique over a mixture. Rows without an explicit id are told apart by content already."""
-    seen: dict[str, int] = {}
-    for example in examples:
-        name = example.id.partition("#")[0] if example.explicit_id is None else f"{example.source}:{example.explicit_id}"
-        if example.explicit_id is not None:
-            example.split_key = name
-        seen[name] = count = seen.get(name, 0) + 1
-        example.id = name if count == 1 else f"{name}#{count}"
-
-
-def filter_rows(examples: Sequence[Example], section: DataSection) -> tuple[list[Example], dict[str, int]]:
+def filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:
     """Leave out rows by category and empty completion.
 
     Returns:
         The rows kept, and per filter how many it left out.
 
     Raises:
-        SettingError: no row has a category, or nothing is left.
+        DataError: no row has a category, or nothing is left.
     """
-    filters, filtered, kept = section.filters, {}, list(examples)
+    if bad.found and not len(rows):
+        raise bad.error(rows.num_read)
+    filters, filtered, kept = section.filters, {}, range(len(rows))
     if filters.categories is not None:
-        categories = {example.category for example in examples} - {None}
+        categories = set(rows.categories) - {None}
         if not categories:
             what = "data.filters.categories needs a category column"
             raise SettingError("data.filters.categories", what, "name it: data.columns.category")
         if unknown := sorted(set(filters.categories) - categories):
             have = ", ".join(sorted(map(str, categories)))
             raise SettingError("data.filters.categories", f"no row has the category {', '.join(unknown)}", f"categories: {have}")
-        kept = [example for example in kept if example.category in filters.categories]
-        filtered["categories"] = len(examples) - len(kept)
+        kept = [index for index in kept if rows.categories[index] in filters.categories]
+        filtered["categories"] = len(rows) - len(kept)
     if filters.drop_empty_completions:
-        before = len(kept)
-        kept = [example for example in kept if not is_empty(example)]
+        before, empty = len(kept), rows.empty
+        kept = [index for index in kept if not empty[index]]
         filtered["drop_empty_completions"] = before - len(kept)
     if not kept:
-        raise SettingError("data.filters", f"0 rows: the filters leave none of {len(examples)} rows")
-    return kept, filtered
+        raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
+    return rows.take(kept), filtered
 
 
-def _drop_long(examples: list[Example], encoded: dict[str, Encoded], limit: int | None, filtered: dict[str, int]) -> list[Example]:
-    if limit is None:
-        return examples
-    kept = [example for example in examples if encoded[example.id].tokens_before <= limit]
-    filtered["max_tokens"] = len(examples) - len(kept)
-    if not kept:
-        raise SettingError("data.filters.max_tokens", f"0 rows: all {len(examples)} rows are longer than {limit} tokens")
-    return kept
-
-
-def _dataset(rows: Sequence[tuple[Example, Encoded]]) -> Dataset:
-    """The rows with supervised tokens as an Arrow data set, built without a Python list per token."""
+def _dataset(tokens: Tokens, names: Sequence[str]) -> Dataset:
+    """All tokenised rows as an Arrow data set, which takes over the arrays of `tokens`."""
     import datasets
     import pyarrow as pa
 
-    rows = [pair for pair in rows if pair[1].supervised]
-
-    def column(arrays: list[np.ndarray]) -> pa.Array:
-        offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-        values = np.concatenate(arrays) if arrays else np.array([], dtype=np.int32)
-        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-    table = pa.table(
-        {
-            "input_ids": column([encoded.ids for _, encoded in rows]),
-            "labels": column([encoded.labels for _, encoded in rows]),
-            "example_id": pa.array([example.id for example, _ in rows], pa.string()),
-        }
-    )
     lists = pa.list_(pa.int32())
     schema = pa.schema([("input_ids", lists), ("labels", lists), ("example_id", pa.string())])
-    return datasets.Dataset(table.cast(schema))
+    batches = []
+    for first, last, offsets, ids, labels in tokens.batches():
+        columns = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)) for values in (ids, labels)]
+        batches.append(pa.RecordBatch.from_arrays([*columns, pa.array(names[first:last], pa.string())], schema=schema))
+    return datasets.Dataset(pa.Table.from_batches(batches, schema))
 
 
-def fingerprint(splits: Splits) -> str:
+def fingerprint(rows: Rows, splits: Splits) -> str:
     """sha256 over split, id and content of all rows used, in order."""
     digest = hashlib.sha256()
     for name in SPLITS:
-        for example in splits.rows[name]:
-            digest.update(f"{name}\t{example.id}\t{example.content}\n".encode())
+        for index in splits.rows[name]:
+            digest.update(f"{name}\t{rows.ids[index]}\t{rows.content(index)}\n".encode())
     return digest.hexdigest()
 
 
-def _split_record(splits: Splits, section: DataSection, audit: dict[str, Any]) -> dict[str, Any]:
+def _split_record(rows: Rows, splits: Splits, section: DataSection, audit: dict[str, Any]) -> dict[str, Any]:
     bare = set(audit["no_supervised_tokens"]["ids"])
     record: dict[str, Any] = {"method": section.split.method, "seed": section.split.seed}
     record |= {"fractions": {"validation": section.split.validation, "test": section.split.test}}
     for name in SPLITS:
-        ids = [example.id for example in splits.rows[name]]
+        ids = [rows.ids[index] for index in splits.rows[name]]
         record[name] = {"count": len(ids), "ids": ids, "without_supervision": [id for id in ids if id in bare]}
     return record | {"duplicates_across": splits.across, "duplicates_moved": splits.moved}
 

@@ -6,6 +6,7 @@ that is not in the cache is one clear error.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.data.examples import SettingError, listed, shown_path, type_name
-from recipes_lib.data.files import DATA_FORMATS, Table, columns_of, data_format, read_file
+from recipes_lib.data.files import COLUMNAR_ROWS, DATA_FORMATS, Numbered, Table, data_format, read_file
 from recipes_lib.errors import DataError
 from recipes_lib.recipe.sections import DataSection
 
@@ -36,6 +37,8 @@ class Source:
     source_split: str = "train"
     revision: str | None = None
     columns: Mapping[str, str]
+    encoding: str = "utf-8"
+    delimiter: str | None = None
     max_examples: int | None = None
 
 
@@ -45,12 +48,21 @@ def listed_sources(section: DataSection) -> list[Source]:
     Raises:
         SettingError: an entry of a mixture has an unknown key or a value of the wrong type.
     """
-    whole = Source(source="", subset=section.subset, source_split=section.source_split, revision=section.revision, columns=section.columns)
-    if isinstance(section.source, str):
-        return [replace(whole, source=section.source)]
+    shared = ("subset", "source_split", "revision", "columns", "encoding", "delimiter")
+    whole = Source(source="", **{name: getattr(section, name) for name in shared})
     if not section.source:
-        raise SettingError("data.source", "the mixture is empty: list at least one source")
-    return [_mixture_entry(entry, index, whole) for index, entry in enumerate(section.source)]
+        raise SettingError("data.source", "the mixture is empty: list at least one source" if section.source == [] else "is empty")
+    entries = [section.source] if isinstance(section.source, str) else section.source
+    sources = [_mixture_entry(entry, index, whole) for index, entry in enumerate(entries)]
+    for source in sources:
+        try:
+            codecs.lookup(source.encoding)
+        except LookupError:
+            what = f"data.encoding: Python knows no encoding '{source.encoding}'"
+            raise SettingError("data.encoding", what, "common ones: utf-8, latin-1, cp1252, utf-16") from None
+        if source.delimiter is not None and len(source.delimiter) != 1:
+            raise SettingError("data.delimiter", f"data.delimiter: expected one character, found {source.delimiter!r}")
+    return sources
 
 
 def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
@@ -59,7 +71,8 @@ def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
         return replace(whole, source=entry)
     if not isinstance(entry, Mapping):
         raise SettingError("data.source", f"{key}: expected a mapping with `source`, found {type_name(entry)}")
-    types: dict[str, type] = {"source": str, "subset": str, "source_split": str, "revision": str, "columns": dict, "max_examples": int}
+    types: dict[str, type] = dict.fromkeys(("source", "subset", "source_split", "revision", "encoding", "delimiter"), str)
+    types |= {"columns": dict, "max_examples": int}
     for name, value in entry.items():
         if name not in types:
             near = difflib.get_close_matches(str(name), types, 1)
@@ -72,23 +85,29 @@ def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
     return replace(whole, **{**entry, "columns": {**whole.columns, **entry.get("columns", {})}})
 
 
-def load_tables(source: Source, folders: Sequence[Path]) -> list[Table]:
-    """Read all rows of one source, one table per file, all with the same columns.
+def is_on_hub(source: Source, folders: Sequence[Path]) -> bool:
+    """Whether a source can only be a data set on the Hub: nothing here has its name, and it is not named like a file."""
+    here = find_path(source.source, folders) is not None or data_format(Path(source.source))
+    return not here and bool(HUB_ID.fullmatch(source.source))
+
+
+def load_tables(source: Source, folders: Sequence[Path], max_rows: int | None = None) -> list[Table]:
+    """The rows of one source, one table per file, all with the same columns.
 
     Args:
         folders: where a relative path is looked for, in this order.
+        max_rows: no more than these of each file.
 
     Raises:
         DataError: the file, folder or data set is missing, damaged or mixed.
     """
+    if is_on_hub(source, folders):
+        return [load_from_hub(source)]
     path = find_path(source.source, folders)
     if path is None:
-        if not HUB_ID.fullmatch(source.source) or data_format(Path(source.source)):
-            raise SettingError("data.source", f"no such file or folder: {source.source}", *_similar(source.source, folders))
-        return [load_from_hub(source)]
-    if path.is_file():
-        return [read_file(path)]
-    tables = [read_file(file) for file in data_files(path, source.source_split)]
+        raise SettingError("data.source", f"no such file or folder: {source.source}", *_similar(source.source, folders))
+    files = [path] if path.is_file() else data_files(path, source.source_split)
+    tables = [read_file(file, max_rows, encoding=source.encoding, delimiter=source.delimiter) for file in files]
     for table in tables[1:]:
         _check_same_columns(tables[0], table)
     return tables
@@ -125,11 +144,11 @@ def data_files(folder: Path, split: str) -> list[Path]:
 
 def _check_same_columns(first: Table, other: Table) -> None:
     for column in other.columns:
-        if column not in first.columns and first.rows:
+        if column not in first.columns and first.columns:
             hint = f"there the columns are {', '.join(first.columns)}"
             raise DataError(f"column '{column}' is not in {first.file}", hint, file=other.file)
     for column in first.columns:
-        if column not in other.columns and other.rows:
+        if column not in other.columns and other.columns:
             hint = f"here the columns are {', '.join(other.columns)}"
             raise DataError(f"column '{column}' of {first.file} is missing", hint, file=other.file)
 
@@ -167,8 +186,12 @@ def load_from_hub(source: Source) -> Table:
             raise SettingError("data.source", f"the Hub has no data set '{source.source}', or it is not open to you", hint) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingError("data.source", f"cannot load '{source.source}' from the Hub: {reason}") from error
-    rows = dataset.to_list()
-    return Table(source.source, rows, None, dataset.column_names or columns_of(rows))
+
+    def rows() -> Numbered:
+        for batch in dataset.with_format("arrow").iter(COLUMNAR_ROWS):
+            yield from ((None, row) for row in batch.to_pylist())
+
+    return Table(source.source, rows, dataset.column_names)
 
 
 def _offline_error(name: str) -> SettingError:

@@ -6,14 +6,15 @@ neither on the order of the file, nor on the other rows, nor on anything else in
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes_lib.data.examples import Example, SettingError
+import numpy as np
+
+from recipes_lib.data.examples import SettingError
+from recipes_lib.data.rows import Key, Rows, unit_interval
 from recipes_lib.recipe.sections import SplitSection
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
@@ -21,46 +22,25 @@ TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 
 @dataclass
 class Splits:
-    """The examples of each split in file order, and what was found out about duplicates.
+    """The rows of each split in file order, and what was found out about duplicates.
 
     Args:
-        rows: split name -> examples.
+        rows: split name -> positions of its rows.
         exact_groups: groups of ids with the same normalised content.
         across: those groups that reached more than one split before anything was moved.
         moved: ids that were moved into training for that reason.
         near_groups: groups of ids that differ only in case and white space.
     """
 
-    rows: dict[str, list[Example]]
+    rows: dict[str, list[int]]
     exact_groups: list[list[str]]
     across: list[list[str]]
     moved: list[str]
     near_groups: list[list[str]]
 
 
-def unit_interval(key: str, salt: str) -> float:
-    """A number in [0, 1) that depends on the key and the salt alone.
-
-    Example:
-        >>> 0 <= unit_interval("row-1", "42") < 1 and unit_interval("row-1", "42") == unit_interval("row-1", "42")
-        True
-    """
-    return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode()).digest()[:8], "big") / 2**64
-
-
-def first_in_hash_order(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """The `limit` examples that come first in hash order, returned in file order.
-
-    The salt differs from the split's, so that the chosen rows fall on all sides.
-    """
-    if limit is None or len(examples) <= limit:
-        return list(examples)
-    order = sorted(range(len(examples)), key=lambda i: (unit_interval(examples[i].split_key, f"order:{seed}"), examples[i].id))
-    return [examples[i] for i in sorted(order[:limit])]
-
-
-def split_examples(examples: Sequence[Example], section: SplitSection) -> Splits:
-    """Divide the examples, and keep exact duplicates on one side.
+def split_rows(rows: Rows, section: SplitSection) -> Splits:
+    """Divide the rows, and keep exact duplicates on one side.
 
     Duplicates with different ids that the hash split separates are moved into training. The published split only reports them:
     its sizes are part of what it repeats.
@@ -71,47 +51,50 @@ def split_examples(examples: Sequence[Example], section: SplitSection) -> Splits
     if section.method != "none" and section.validation + section.test >= 1:
         what = f"validation {section.validation} + test {section.test} leaves no training rows; the sum must be below 1"
         raise SettingError("data.split", what)
-    sides = {"hash": _by_hash, "published": _as_published, "none": lambda rows, _: [TRAIN] * len(rows)}[section.method](examples, section)
-    groups = _groups(example.content for example in examples)
+    sides = {"hash": _by_hash, "published": _as_published, "none": lambda rows, _: [TRAIN] * len(rows)}[section.method](rows, section)
+    groups = _groups(rows.contents)
     across = [group for group in groups if len({sides[i] for i in group}) > 1]
     moved = []
     if section.method == "hash":
         for group in across:
-            moved += [examples[i].id for i in group if sides[i] != TRAIN]
+            moved += [rows.ids[i] for i in group if sides[i] != TRAIN]
             for i in group:
                 sides[i] = TRAIN
-        _fill_empty(sides, examples, section)
-    rows = {name: [example for example, side in zip(examples, sides, strict=True) if side == name] for name in SPLITS}
-    if not rows[TRAIN]:
+        _fill_empty(sides, rows, groups, section)
+    divided: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for index, side in enumerate(sides):
+        divided[side].append(index)
+    if not divided[TRAIN]:
         hint = "lower data.split.validation and test, or use data.split.method none"
-        raise SettingError("data.split", f"the split leaves 0 of {len(examples)} rows for training", hint)
+        raise SettingError("data.split", f"the split leaves 0 of {len(rows)} rows for training", hint)
 
     def ids(indices: Sequence[int]) -> list[str]:
-        return [examples[i].id for i in indices]
+        return [rows.ids[i] for i in indices]
 
-    near = [group for group in _groups(map(_loose_key, examples)) if len({examples[i].content for i in group}) > 1]
-    return Splits(rows, list(map(ids, groups)), list(map(ids, across)), moved, list(map(ids, near)))
+    contents = rows.contents
+    near = [group for group in _groups(rows.looses) if len({contents[i] for i in group}) > 1]
+    return Splits(divided, list(map(ids, groups)), list(map(ids, across)), moved, list(map(ids, near)))
 
 
-def _by_hash(examples: Sequence[Example], section: SplitSection) -> list[str]:
+def _by_hash(rows: Rows, section: SplitSection) -> list[str]:
     sides = []
-    for example in examples:
-        position = unit_interval(example.split_key, str(section.seed))
+    for index in range(len(rows)):
+        position = unit_interval(rows.split_key(index), str(section.seed))
         sides.append(TEST if position < section.test else VALIDATION if position < section.test + section.validation else TRAIN)
     return sides
 
 
-def _fill_empty(sides: list[str], examples: Sequence[Example], section: SplitSection) -> None:
+def _fill_empty(sides: list[str], rows: Rows, groups: Sequence[Sequence[int]], section: SplitSection) -> None:
     """A small data set may have no row below the threshold: then the training row nearest to it is taken."""
+    repeated = {i for group in groups for i in group}
     for name, fraction in ((VALIDATION, section.validation), (TEST, section.test)):
-        if fraction > 0 and name not in sides and len({example.content for example in examples}) > 2:
-            content = Counter(example.content for example in examples)
-            alone = [i for i, side in enumerate(sides) if side == TRAIN and content[examples[i].content] == 1]
+        if fraction > 0 and name not in sides and len(rows) - len(repeated) + len(groups) > 2:
+            alone = [i for i, side in enumerate(sides) if side == TRAIN and i not in repeated]
             if alone:
-                sides[min(alone, key=lambda i: unit_interval(examples[i].split_key, str(section.seed)))] = name
+                sides[min(alone, key=lambda i: unit_interval(rows.split_key(i), str(section.seed)))] = name
 
 
-def _as_published(examples: Sequence[Example], section: SplitSection) -> list[str]:
+def _as_published(examples: Rows, section: SplitSection) -> list[str]:
     """Two calls of `train_test_split` with one seed: first validation and test together, then divided.
 
     Source: the training script of the original study.
@@ -139,18 +122,11 @@ def _rows_up(rows: int, fraction: float) -> int:
     return math.ceil(round(rows * fraction, 6))
 
 
-def _groups(keys: Any) -> list[list[int]]:
-    """Positions that share a key, for keys that appear more than once."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for index, key in enumerate(keys):
-        places[key].append(index)
-    return [group for group in places.values() if len(group) > 1]
-
-
-def _loose_key(example: Example) -> str:
-    """Text as compared for near duplicates: no case, one space between words."""
-    parts = []
-    for name, value in example.fields.items():
-        text = value if isinstance(value, str) else "\n".join(f"{m['role']}: {m['content']}" for m in value)
-        parts.append(f"{name} {text}")
-    return " ".join("\n".join(parts).casefold().split())
+def _groups(keys: Key) -> list[list[int]]:
+    """Positions that share a key, for keys that appear more than once, in the order of their first positions."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    same = np.concatenate([[False], ordered[1:] == ordered[:-1], [False]])
+    starts = np.flatnonzero(~same[:-1] & same[1:])
+    ends = np.flatnonzero(same[:-1] & ~same[1:]) + 1
+    return sorted(order[start:end].tolist() for start, end in zip(starts, ends, strict=True))

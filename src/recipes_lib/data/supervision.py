@@ -7,6 +7,7 @@ and packing are TRL's business.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes_lib.data.conversations import conversation_of, role_problem
-from recipes_lib.data.examples import Example, SettingError, row_errors
+from recipes_lib.data.conversations import conversation_of
+from recipes_lib.data.examples import BadRow, Example, SettingError
 from recipes_lib.data.prompts import prompt_and_completion
 from recipes_lib.data.templates import encode_conversations, special_ids
 from recipes_lib.recipe.sections import DataSection
@@ -62,6 +63,46 @@ class Encoded:
         return labels
 
 
+class Tokens:
+    """The tokens of many examples as columns: ids and labels per batch, and numbers per example."""
+
+    NUMBERS = ("lengths", "supervised", "tokens_before", "prompt_tokens", "ends", "boundary_merges", "end_tokens")
+
+    def __init__(self) -> None:
+        self._starts = [0]  # of each batch, in examples
+        self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # offsets, ids, labels
+        self._numbers: list[np.ndarray] = []
+
+    def add(self, encoded: Sequence[Encoded]) -> None:
+        """Append a batch of examples."""
+        if not encoded:
+            return
+        offsets = np.cumsum([0, *(len(item.ids) for item in encoded)], dtype=np.int32)
+        self._batches.append((offsets, np.concatenate([item.ids for item in encoded]), np.concatenate([item.labels for item in encoded])))
+        self._starts.append(self._starts[-1] + len(encoded))
+        end_tokens = [int(item.ids[item.answer_end - 1]) if item.ends and len(item.ids) == item.tokens_before else -1 for item in encoded]
+        columns = [[getattr(item, name) for item in encoded] for name in ("supervised", "tokens_before", "prompt_tokens", "ends")]
+        columns.append([item.boundary_merge for item in encoded])
+        self._numbers.append(np.array([np.diff(offsets), *columns, end_tokens], dtype=np.int32))
+
+    def numbers(self) -> dict[str, np.ndarray]:
+        """The columns `NUMBERS`; `end_tokens` has the token that ends the answer of an example that was not cut, else -1."""
+        whole = np.concatenate(self._numbers, axis=1) if self._numbers else np.zeros((len(self.NUMBERS), 0), dtype=np.int32)
+        return dict(zip(self.NUMBERS, whole, strict=True))
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels of one example."""
+        batch = bisect_right(self._starts, index) - 1
+        offsets, ids, labels = self._batches[batch]
+        start, end = offsets[index - self._starts[batch]], offsets[index - self._starts[batch] + 1]
+        return ids[start:end], labels[start:end]
+
+    def batches(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
+        """First and last example (exclusive), offsets, ids and labels of each batch."""
+        for (first, last), columns in zip(pairwise(self._starts), self._batches, strict=True):
+            yield first, last, *columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
     """The settings that decide about loss, taken from `data` and `train`.
@@ -91,14 +132,17 @@ class Supervision:
         )
 
 
-def check_settings(examples: Sequence[Example], section: DataSection, train: dict[str, Any], tokenizer: Any) -> None:
+def check_settings(num_texts: int, section: DataSection, train: dict[str, Any], tokenizer: Any) -> None:
     """Refuse settings that would otherwise be ignored silently.
+
+    Args:
+        num_texts: rows that are one text each.
 
     Raises:
         SettingError: a loss setting that these rows cannot honour, or a tokenizer without an end token or without offsets.
     """
-    if train.get("completion_only_loss") is True and (bare := [example for example in examples if "text" in example.fields]):
-        what = f"train.completion_only_loss: true needs prompt and completion, but {len(bare)} rows have a text column only"
+    if train.get("completion_only_loss") is True and num_texts:
+        what = f"train.completion_only_loss: true needs prompt and completion, but {num_texts} rows have a text column only"
         hint = "remove the key (loss on the whole text), or name a prompt and a completion column"
         raise SettingError("train.completion_only_loss", what, hint)
     if train.get("assistant_only_loss") and section.prompt_format != "chat":
@@ -111,17 +155,19 @@ def check_settings(examples: Sequence[Example], section: DataSection, train: dic
         raise SettingError("model.name_or_path", what, "set train.eos_token")
 
 
-def encode(examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str | None = None) -> Iterator[Encoded]:
+def encode(examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str | None = None) -> Iterator[Encoded | BadRow]:
     """Tokenise the examples in order and truncate them.
 
-    Raises:
-        DataError: a conversation whose roles or template make it impossible to say what the assistant wrote.
+    A conversation whose template makes it impossible to say what the assistant wrote has the reason in its place.
+
+    Args:
+        examples: as many as may be tokenised together; long data is given in batches of `BATCH_ROWS`.
     """
-    if template is None:
-        encoded = _encode_plain(examples, settings, tokenizer)
-    else:
-        encoded = _encode_chat(examples, settings, tokenizer, template)
+    encoded = _encode_plain(examples, settings, tokenizer) if template is None else _encode_chat(examples, settings, tokenizer, template)
     for item in encoded:
+        if isinstance(item, BadRow):
+            yield item
+            continue
         item.tokens_before = len(item.ids)
         item.prompt_tokens = item.tokens_before - item.supervised
         item.answer_end = item.spans[-1][1] if item.spans else 0
@@ -136,21 +182,20 @@ def _encode_plain(examples: Sequence[Example], settings: Supervision, tokenizer:
     prompt_format = settings.section.prompt_format
     with plain_backend(tokenizer, split_special=settings.section.special_tokens == "text"):
         exact = _offsets_are_exact(backend)
-        for start in range(0, len(examples), BATCH_ROWS):
-            pairs = [prompt_and_completion(example, prompt_format) for example in examples[start : start + BATCH_ROWS]]
-            texts = [(prompt or "") + completion for prompt, completion in pairs]
-            alone = None if exact else backend.encode_batch([prompt or "" for prompt, _ in pairs])
-            for index, encoding in enumerate(backend.encode_batch(texts)):
-                prompt, ids = pairs[index][0], encoding.ids
-                if not ids or ids[-1] != eos:
-                    ids.append(eos)
-                if prompt is None:
-                    first, merged = 0, False
-                elif alone is None:
-                    first, merged = _completion_start(encoding, texts[index], len(prompt), len(ids))
-                else:
-                    first, merged = _divergence(alone[index].ids, ids)
-                yield Encoded(np.array(ids, dtype=np.int32), ((first, len(ids)),), ids[-1] == eos, merged)
+        pairs = [prompt_and_completion(example, prompt_format) for example in examples]
+        texts = [(prompt or "") + completion for prompt, completion in pairs]
+        alone = None if exact else backend.encode_batch([prompt or "" for prompt, _ in pairs])
+        for index, encoding in enumerate(backend.encode_batch(texts)):
+            prompt, ids = pairs[index][0], encoding.ids
+            if not ids or ids[-1] != eos:
+                ids.append(eos)
+            if prompt is None:
+                first, merged = 0, False
+            elif alone is None:
+                first, merged = _completion_start(encoding, texts[index], len(prompt), len(ids))
+            else:
+                first, merged = _divergence(alone[index].ids, ids)
+            yield Encoded(np.array(ids, dtype=np.int32), ((first, len(ids)),), ids[-1] == eos, merged)
 
 
 def _completion_start(encoding: Any, text: str, boundary: int, length: int) -> tuple[int, bool]:
@@ -207,16 +252,20 @@ def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-def _encode_chat(examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str) -> Iterator[Encoded]:
+def _encode_chat(examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str) -> Iterator[Encoded | BadRow]:
     section = settings.section
     conversations = [conversation_of(example, section.system_prompt) for example in examples]
-    problems = [(example, problem) for example, turns in zip(examples, conversations, strict=True) if (problem := role_problem(turns))]
-    if problems:
-        raise row_errors(problems)
+    weighted = "weight 0: with train.completion_only_loss: false, the loss is on the whole text"
     with plain_backend(tokenizer, split_special=False):
-        rows = encode_conversations(examples, conversations, tokenizer, template, last_only=section.chat_loss == "last")
-        for ids, spans, ends in rows:
-            yield Encoded(np.array(ids, dtype=np.int32), spans, ends)
+        rows = encode_conversations(conversations, tokenizer, template, last_only=section.chat_loss == "last")
+        for messages, row in zip(conversations, rows, strict=True):
+            if isinstance(row, BadRow):
+                yield row
+            elif settings.whole and any("weight" in message for message in messages):
+                yield BadRow(weighted)
+            else:
+                ids, spans, ends = row
+                yield Encoded(np.array(ids, dtype=np.int32), spans, ends)
 
 
 def _truncated(item: Encoded, settings: Supervision) -> Encoded:

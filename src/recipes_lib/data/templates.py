@@ -11,149 +11,136 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from recipes_lib.data.conversations import Message
-from recipes_lib.data.examples import Example, SettingError, row_errors
+from recipes_lib.data.examples import BadRow, SettingError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-BATCH_ROWS = 500
 Span = tuple[int, int]
+Rendered = tuple[str, list[Span]]
 
 
 def encode_conversations(
-    examples: Sequence[Example], conversations: Sequence[list[Message]], tokenizer: Any, template: str, *, last_only: bool
-) -> Iterator[tuple[list[int], tuple[Span, ...], bool]]:
+    conversations: Sequence[list[Message]], tokenizer: Any, template: str, *, last_only: bool
+) -> Iterator[tuple[list[int], tuple[Span, ...], bool] | BadRow]:
     """Token ids, the token spans of the assistant's turns, and whether the last span ends with a special token.
+
+    A turn of weight 0 has no span. Where a conversation cannot be used, the reason stands in its place.
 
     Args:
         last_only: only the last assistant turn counts.
+    """
+    special = special_ids(tokenizer)
+    rendered = render_conversations(conversations, tokenizer, template)
+    texts = [item[0] for item in rendered if not isinstance(item, BadRow)]
+    encodings = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+    for messages, item in zip(conversations, rendered, strict=True):
+        if isinstance(item, BadRow):
+            yield item
+            continue
+        text, turns = item
+        encoding = next(encodings)
+        ids = encoding.ids
+        spans = [span for turn in turns if (span := _token_span(encoding, ids, text, turn, special))]
+        weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        if 0 in weights and len(weights) != len(spans):
+            yield BadRow("weight 0: the chat template does not render every assistant turn, so the turns cannot be told apart")
+            continue
+        if last_only:
+            spans, weights = spans[-1:], weights[-1:]
+        ends = bool(spans) and ids[spans[-1][1] - 1] in special
+        if 0 in weights:
+            spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
+        yield ids, tuple(spans), ends
+
+
+def render_conversations(conversations: Sequence[list[Message]], tokenizer: Any, template: str) -> list[Rendered | BadRow]:
+    """Each conversation as text with the character spans of the assistant's turns, or why it cannot be rendered.
 
     Raises:
-        DataError: rows whose renderings are not prefixes of each other, or that the template refuses; all are named.
+        SettingError: the template is not Jinja.
     """
     marked = bool(GENERATION.search(template))
-    special = special_ids(tokenizer)
-    for start in range(0, len(conversations), BATCH_ROWS):
-        turns = conversations[start : start + BATCH_ROWS]
-        rows = examples[start : start + BATCH_ROWS]
-        encode = _by_markers if marked else _by_prefixes
-        for ids, spans in encode(rows, turns, tokenizer, template, special):
-            if last_only:
-                spans = spans[-1:]
-            yield ids, tuple(spans), bool(spans) and ids[spans[-1][1] - 1] in special
+
+    def render(some: list[list[Message]], prompt: bool = False) -> list[Rendered]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            some, chat_template=template, add_generation_prompt=prompt, return_assistant_tokens_mask=marked, **tokenizer.special_tokens_map
+        )
+        return list(zip(texts, spans if marked else ([] for _ in texts), strict=True))
+
+    plain = [[{"role": message["role"], "content": message["content"]} for message in messages] for messages in conversations]
+    try:
+        return render(plain) if marked else _by_prefixes(plain, render)
+    except jinja2.TemplateSyntaxError as error:
+        what = f"line {error.lineno} of the chat template is not Jinja: {error.message}"
+        raise SettingError("data.chat_template", what) from None
+    except Exception as error:  # a template may raise anything: jinja2 errors, or its own raise_exception
+        if len(plain) == 1:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return [BadRow(f"the chat template refuses the conversation: {reason}")]
+    return [item for messages in conversations for item in render_conversations([messages], tokenizer, template)]
 
 
-def _by_markers(
-    examples: Sequence[Example], conversations: Sequence[list[Message]], tokenizer: Any, template: str, special: frozenset[int]
-) -> Iterator[tuple[list[int], list[Span]]]:
-    """Spans from the template's own `{% generation %}` blocks."""
-    problems = []
-    results = []
-    for example, messages in zip(examples, conversations, strict=True):
-        try:
-            encoded = tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+def _by_prefixes(conversations: Sequence[list[Message]], render: Any) -> list[Rendered | BadRow]:
+    """Find the assistant's turns by rendering the conversations up to them and through them."""
+    turns = [[index for index, message in enumerate(messages) if message["role"] == "assistant"] for messages in conversations]
+    before = [messages[:index] for messages, indices in zip(conversations, turns, strict=True) for index in indices]
+    through = [messages[: index + 1] for messages, indices in zip(conversations, turns, strict=True) for index in indices[:-1]]
+    befores, throughs = iter(render(before, True)), iter(render(through))
+    results: list[Rendered | BadRow] = []
+    for (whole, _), indices in zip(render(list(conversations)), turns, strict=True):
+        spans, rewritten = [], None
+        for index in indices:
+            (start, _), (end, _) = next(befores), next(throughs) if index != indices[-1] else (whole, [])
+            if rewritten is None and not (whole.startswith(start) and whole.startswith(end) and len(start) <= len(end)):
+                rewritten = index
+            spans.append((len(start), len(end)))
+        if rewritten is None:
+            results.append((whole, spans))
+        else:
+            results.append(
+                BadRow(
+                    f"the chat template renders the first messages differently when message {rewritten} follows: no loss mask possible",
+                    "mark the assistant's text in the template with {% generation %} ... {% endgeneration %}",
+                )
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise _not_jinja(error) from None
-        except Exception as error:  # a template may raise anything: jinja2 errors, or its own raise_exception
-            problems.append((example, _first_line("the chat template refuses the conversation", error)))
-            continue
-        mask = np.array([0, *encoded["assistant_masks"], 0])
-        edges = np.flatnonzero(np.diff(mask)).reshape(-1, 2).tolist()
-        results.append((encoded["input_ids"], [(start, end) for start, end in edges]))
-    if problems:
-        raise row_errors(problems)
-    yield from results
+    return results
 
 
-def _by_prefixes(
-    examples: Sequence[Example], conversations: Sequence[list[Message]], tokenizer: Any, template: str, special: frozenset[int]
-) -> Iterator[tuple[list[int], list[Span]]]:
-    """Spans from renderings of growing prefixes of the conversation."""
-    texts, turns, problems = [], [], []
-    for example, messages in zip(examples, conversations, strict=True):
-        try:
-            text, spans = _text_spans(messages, tokenizer, template)
-        except _NotAPrefix as error:
-            problems.append((example, str(error)))
-            continue
-        except jinja2.TemplateSyntaxError as error:
-            raise _not_jinja(error) from None
-        except Exception as error:  # a template may raise anything: jinja2 errors, or its own raise_exception
-            problems.append((example, _first_line("the chat template refuses the conversation", error)))
-            continue
-        texts.append(text)
-        turns.append(spans)
-    if problems:
-        raise row_errors(problems, "mark the assistant's text in the template with {% generation %} ... {% endgeneration %}")
-    for encoding, text, spans in zip(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False), texts, turns, strict=True):
-        ids = encoding.ids
-        tokens = []
-        for start, end in spans:
-            first, last = _token_at(encoding, text, start), _token_at(encoding, text, end)
-            tokens.append((first, _end_of_turn(encoding, text, first, last, special)))
-        yield ids, tokens
+def _token_span(encoding: Any, ids: Sequence[int], text: str, turn: Span, special: frozenset[int]) -> Span | None:
+    """The tokens of a turn up to its end-of-turn token; None for a turn without text.
+
+    White space that the template puts after that token carries no loss, inside the generation block or not: at generation, nothing
+    is written after the end of the turn.
+    """
+    start, end = turn
+    first = _token_at(encoding, text, start, len(ids))
+    last = _token_at(encoding, text, end, len(ids))
+    if first >= last:
+        return None
+    kept = last
+    while kept > first:
+        if ids[kept - 1] in special:
+            return first, kept
+        left, right = encoding.token_to_chars(kept - 1) or (0, 0)
+        if text[left:right].strip():
+            break
+        kept -= 1
+    return first, last
 
 
-class _NotAPrefix(Exception):
-    """A rendering of the first messages is not how the whole rendering starts."""
-
-
-def _text_spans(messages: list[Message], tokenizer: Any, template: str) -> tuple[str, list[Span]]:
-    """The rendered conversation and the character spans of the assistant's turns in it."""
-
-    def render(some: list[Message], prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(some, chat_template=template, tokenize=False, add_generation_prompt=prompt))
-
-    whole = render(messages, False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:index], True)
-        through = whole if index == len(messages) - 1 else render(messages[: index + 1], False)
-        if not (whole.startswith(before) and whole.startswith(through) and len(before) <= len(through)):
-            raise _NotAPrefix(
-                f"the chat template renders the first messages differently when message {index} follows: no loss mask possible"
-            )
-        spans.append((len(before), len(through)))
-    return whole, spans
-
-
-def _token_at(encoding: Any, text: str, position: int) -> int:
+def _token_at(encoding: Any, text: str, position: int, behind: int) -> int:
     """Index of the first token at or after a character position."""
     for place in range(position, len(text)):
         token = encoding.char_to_token(place)
         if token is not None:
             return int(token)
-    return len(encoding.ids)
-
-
-def _end_of_turn(encoding: Any, text: str, first: int, last: int, special: frozenset[int]) -> int:
-    """End of a turn: white space that the template puts after the end-of-turn token carries no loss."""
-    end = last
-    while end > first:
-        if encoding.ids[end - 1] in special:
-            return end
-        start, stop = encoding.token_to_chars(end - 1) or (0, 0)
-        if text[start:stop].strip():
-            return last
-        end -= 1
-    return last
+    return behind
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of all special tokens, those a model adds beside bos, eos, unk and pad included."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if getattr(token, "special", False)}
-
-
-def _not_jinja(error: jinja2.TemplateSyntaxError) -> SettingError:
-    return SettingError("data.chat_template", f"line {error.lineno} of the chat template is not Jinja: {error.message}")
-
-
-def _first_line(what: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{what}: {reason}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from recipes_lib.errors import RecipesError
+from recipes_lib.errors import DataError
 from recipes_lib.planning.dolly_lengths import characters_per_token, dolly_lengths
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
@@ -55,12 +55,15 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
 
     Raises:
         RecipeError: the data are a file by name, and there is no such file.
+        DataError: the data are here and cannot be used, for example an empty folder.
     """
+    from recipes_lib.data.examples import place
+
     _check_file(recipe)
     try:
         local = _counted(recipe, vocabulary)
-    except (RecipesError, OSError, KeyError, ValueError):
-        local = None  # the data are checked by `recipes data`; a plan goes on with what it has
+    except DataError as error:
+        raise place(recipe, error) from None
     if local is not None:
         return local
     tokens = dolly_lengths(vocabulary)
@@ -101,30 +104,32 @@ def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, cou
 
 def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     """Count the rows of local data; None where a source is not a local file or folder, or too large to read for a plan."""
-    from recipes_lib.data.columns import read_examples
-    from recipes_lib.data.sources import find_path, listed_sources, load_tables
-    from recipes_lib.data.splits import first_in_hash_order, split_examples
+    from recipes_lib.data.examples import BadRows
+    from recipes_lib.data.rows import first_in_hash_order, read_rows
+    from recipes_lib.data.sources import find_path, listed_sources
+    from recipes_lib.data.splits import split_rows
 
-    section, examples = recipe.data, []
-    sources = listed_sources(section)
-    for number, source in enumerate(sources):
+    section = recipe.data
+    for source in listed_sources(section):
         path = find_path(source.source, (recipe.base_dir,))
         if path is None or _size(path) > LARGEST_FILE:
             return None
-        rows = read_examples(load_tables(source, (recipe.base_dir,)), section.prompt_format, source.columns, number)
-        examples += first_in_hash_order(rows, source.max_examples, section.split.seed)
+    bad = BadRows()
+    rows = read_rows(section, (recipe.base_dir,), bad)
+    if bad.found and (section.on_bad_row == "error" or not len(rows)):
+        raise bad.error(rows.num_read)
     if section.filters.categories:
-        examples = [example for example in examples if example.fields.get("category") in section.filters.categories]
+        rows = rows.take([index for index, kind in enumerate(rows.categories) if kind in section.filters.categories])
     count, how = _counter(recipe, vocabulary)
-    some = first_in_hash_order(examples, COUNTED, section.split.seed)
-    tokens = count([_text(example, section.prompt_format) for example in some])
+    some = rows.take(first_in_hash_order(rows, COUNTED, section.split.seed))
+    tokens = count([_text(example, section.prompt_format) for example in some.examples()])
     tokens = [length + (TEMPLATE_TOKENS if section.prompt_format == "chat" else 1) for length in tokens]
-    source_text = f"{how} in {len(some):,} of {len(examples):,} rows"
+    source_text = f"{how} in {len(some):,} of {len(rows):,} rows"
     if section.filters.max_tokens is not None:
-        return _split(recipe, tokens, len(examples), source_text, counted=True)
-    examples = first_in_hash_order(examples, section.max_examples, section.split.seed)
-    rows_of = split_examples(examples, section.split).rows
-    return Lengths(tuple(tokens), len(rows_of["train"]), len(rows_of["validation"]), source_text, counted=True)
+        return _split(recipe, tokens, len(rows), source_text, counted=True)
+    rows = rows.take(first_in_hash_order(rows, section.max_examples, section.split.seed))
+    sides = split_rows(rows, section.split).rows
+    return Lengths(tuple(tokens), len(sides["train"]), len(sides["validation"]), source_text, counted=True)
 
 
 def _size(path: Path) -> int:

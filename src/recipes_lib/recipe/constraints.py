@@ -32,15 +32,15 @@ _ATTENTION = {
         {"type": "null"},
     ]
 }
-_COLUMN_NAMES = ("id", "instruction", "context", "response", "category", "prompt", "completion", "text", "messages")
+_COLUMN_NAMES = ("id", "instruction", "context", "response", "category", "prompt", "completion", "text", "messages", "system")
 _COLUMNS = {"type": "object", "additionalProperties": False, "properties": {name: {"type": "string"} for name in _COLUMN_NAMES}}
 _MIXTURE_PART = {
     "type": "object",
     "additionalProperties": False,
     "required": ["source"],
     "properties": {
-        **{key: {"type": "string"} for key in ("source", "source_split")},
-        **{key: {"type": ["string", "null"]} for key in ("subset", "revision")},
+        **{key: {"type": "string"} for key in ("source", "source_split", "encoding")},
+        **{key: {"type": ["string", "null"]} for key in ("subset", "revision", "delimiter")},
         "columns": _COLUMNS,
         "max_examples": {"type": ["integer", "null"], "minimum": 1},
     },

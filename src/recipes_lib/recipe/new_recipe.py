@@ -31,12 +31,14 @@ class Rows:
         prompt_formats: those that can read its rows, best first.
         columns: our name -> the file's, where they differ.
         whole_text: whether a row is one text, so that no completion can carry the loss alone.
+        delimiter: between the columns of a text file, where its ending does not tell.
     """
 
     file: Path
     prompt_formats: tuple[str, ...]
     columns: dict[str, str] = field(default_factory=dict)
     whole_text: bool = False
+    delimiter: str | None = None
 
 
 def new_recipe(name: str, target: Path, origin: Recipe, rows: Rows | None) -> str:
@@ -70,6 +72,8 @@ def _values(name: str, target: Path, origin: Recipe, rows: Rows | None) -> dict[
             section["prompt_format"] = rows.prompt_formats[0]
         if rows.columns:
             section["columns"] = rows.columns
+        if rows.delimiter:
+            section["delimiter"] = rows.delimiter
     values["data"] = section
     if origin.lora is not None:
         values["lora"] = {**values.get("lora", {}), "r": origin.lora.get("r", 8), "lora_alpha": origin.lora.get("lora_alpha", 8)}

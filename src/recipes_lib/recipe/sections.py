@@ -67,14 +67,26 @@ class DataSection:
     source: str | list[Any] = field(
         metadata={
             "help": "Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list of {source, subset, "
-            "source_split, columns, max_examples} for a mixture."
+            "source_split, columns, encoding, delimiter, max_examples} for a mixture."
         }
     )
     subset: str | None = key("Configuration of a Hub data set.")
     source_split: str = key("Split of a Hub data set to read.", "train")
     revision: str | None = key("Branch, tag or commit of a Hub data set.")
     columns: dict[str, str] = key(
-        "Our name -> the file's name, for id, instruction, context, response, category, prompt, completion, text, messages.", factory=dict
+        "Our name -> the file's name, for id, instruction, context, response, category, prompt, completion, text, messages, system.",
+        factory=dict,
+    )
+    drop_columns: list[str] = key(
+        "Columns to leave out although they change what a row says (tools, history, chat_template_kwargs, ...), and keys of messages, "
+        "written messages.KEY. Without this, rows where they hold something are refused.",
+        factory=list,
+    )
+    encoding: str = key("Encoding of text files, as Python names it: utf-8, latin-1, cp1252, utf-16.", "utf-8")
+    delimiter: str | None = key("Character between the columns of .csv and .tsv files. Absent: a comma, in .tsv a tab.")
+    on_bad_row: Literal["error", "skip"] = key(
+        "What to do with rows that cannot be used: error names all of them and stops, skip leaves them out, counts them and says why.",
+        "error",
     )
     prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = key(
         "dolly and alpaca: headings around instruction, context, response. chat: the chat template around "
