@@ -64,9 +64,6 @@ NOT_CARRIED: dict[str, str] = {
     "env": "set environment variables where you launch",
 }
 
-SECRETS = ("hub_token", "token", "api_key", "wandb_api_key", "password", "secret")
-"""Keys (or ends of keys) whose value is copied nowhere."""
-
 PREFERENCE_KEYS = {"beta", "reward_funcs", "num_generations", "max_prompt_length", "max_completion_length", "rpo_alpha", "desirable_weight"}
 """Keys of DPO, ORPO, KTO or GRPO configs: another kind of training, which a recipe cannot describe."""
 
@@ -79,17 +76,6 @@ LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05
 """TRL's defaults where PEFT's are others. Source: trl.ModelConfig."""
 
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
-
-
-def is_secret(key: str) -> bool:
-    """Whether the value of a key must not be written anywhere.
-
-    Example:
-        >>> is_secret("hub_token"), is_secret("eos_token")
-        (True, False)
-    """
-    key = key.lower()
-    return key in SECRETS or key.endswith(("_api_key", "_password", "_secret", "hub_token", "auth_token"))
 
 
 def dtype_name(value: Any) -> Any:
