@@ -9,10 +9,11 @@ MODEL=$1 WORDS=() SERVER='' COMMAND=''
 shift
 while [ "$1" != -- ]; do WORDS+=("$1"); shift; done
 shift
-PORT=${PORT:-$((20000 + $$ % 20000))}   # job.sbatch has one from the job's id
+# A port that is free now, and a name that only this server goes by: whoever else may answer there is not taken for it.
+read -r PORT NAME < <(python3 -c 'import secrets, socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1], "judge-" + secrets.token_hex(8))')
 LOG=${REPORT:-${TMPDIR:-/tmp}/judge-$PORT}
 LOG=${LOG%.reported}.judge.log
-export RECIPES_JUDGE_URL=http://127.0.0.1:$PORT/v1
+export RECIPES_JUDGE_URL=http://127.0.0.1:$PORT/v1 NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
 
 # shellcheck disable=SC2086,SC2317
 finish() {
@@ -20,20 +21,37 @@ finish() {
   for _ in {1..60}; do kill -0 "$SERVER" 2> /dev/null || return 0; sleep 0.5; done
   kill -KILL "$SERVER"
 }
+ended() { echo "the judge's server ended $1:" >&2; tail -n 5 "$LOG" >&2; exit 5; }
+# 0: this server answers; 3: somebody else does; else nobody does yet.
+served() {
+  python3 -c 'import json, sys, urllib.request as u
+page = u.build_opener(u.ProxyHandler({})).open(sys.argv[1] + "/models", timeout=10).read()
+try: names = [model["id"] for model in json.loads(page)["data"]]
+except Exception: names = []
+sys.exit(0 if sys.argv[2] in names else 3)' "$RECIPES_JUDGE_URL" "$NAME" 2> /dev/null
+}
 trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
-"$HERE/vllm_server.sh" "$MODEL" --host 127.0.0.1 --port "$PORT" "${WORDS[@]}" > "$LOG" 2>&1 &
+"$HERE/vllm_server.sh" "$MODEL" --host 127.0.0.1 --port "$PORT" "${WORDS[@]}" --served-model-name "$MODEL" "$NAME" > "$LOG" 2>&1 &
 SERVER=$!
 echo "judge: $MODEL starts at $RECIPES_JUDGE_URL (log: $LOG)"
-until python3 -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/models", timeout=10)' "$RECIPES_JUDGE_URL" 2> /dev/null; do
-  kill -0 "$SERVER" 2> /dev/null || { echo "the judge's server ended before it answered:" >&2; tail -n 5 "$LOG" >&2; exit 5; }
+while :; do
+  CODE=0
+  served || CODE=$?
+  kill -0 "$SERVER" 2> /dev/null || ended "before it answered"
+  [ "$CODE" = 0 ] && break
+  [ "$CODE" != 3 ] || { echo "another server answers at $RECIPES_JUDGE_URL, not the one that was started; its log: $LOG" >&2; exit 5; }
   [ "$SECONDS" -lt "${JUDGE_START_S:-1800}" ] || { echo "the judge does not answer after $SECONDS s; its log: $LOG" >&2; exit 5; }
   sleep 2 & wait $!
 done
 echo "judge: answers after $SECONDS s"
 "$@" &
 COMMAND=$!
+while kill -0 "$COMMAND" 2> /dev/null; do
+  kill -0 "$SERVER" 2> /dev/null || ended "while it was needed"
+  sleep 0.5 & wait $!
+done
 wait "$COMMAND" && CODE=0 || CODE=$?
 COMMAND=
 exit "$CODE"

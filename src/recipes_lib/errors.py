@@ -48,8 +48,10 @@ class RecipesError(Exception):
         self.line = line
 
     def __str__(self) -> str:
+        from recipes_lib.recipe.credentials import mask_secrets  # which has errors of its own
+
         place = "" if self.file is None else f"{self.file}:" if self.line is None else f"{self.file}:{self.line}:"
-        return "\n".join([f"{place} {self.what}".strip(), *(f"  {hint}" for hint in self.hints)])
+        return mask_secrets("\n".join([f"{place} {self.what}".strip(), *(f"  {hint}" for hint in self.hints)]))
 
 
 class RecipeError(RecipesError):

@@ -134,6 +134,7 @@ def _ask_judges(suites: Sequence[Harness | JudgedSuite]) -> None:
 
 def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
     """Complete a result and write it into its run."""
+    from recipes_lib.recipe.credentials import masked
     from recipes_lib.recipe.project import runs_root, shown_path
     from recipes_lib.runs.manifest import command_line, git_state, library_versions
 
@@ -143,7 +144,7 @@ def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
     against = result["against"]
     name = "result.json" if against in (None, "reference") else f"result.against-{against}.json"
     path = runs_root() / result["target"] / "evals" / recipe.name / name
-    whole = {**head, **result, **tail}
+    whole = {**head, **result, **masked(tail)}
     write_json(path, whole)
     return {**whole, "file": shown_path(path)}
 

@@ -9,9 +9,11 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from recipes_lib.recipe.credentials import mask_secrets
+
 
 def printable(text: str) -> str:
-    """Return `text` with control characters (ANSI escapes among them) shown instead of obeyed.
+    """Return `text` with control characters (ANSI escapes among them) shown instead of obeyed, and stars for secrets.
 
     Example:
         >>> printable("a\\x1b[31mb\\tc")
@@ -19,7 +21,7 @@ def printable(text: str) -> str:
     """
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"} else char.encode("unicode_escape").decode()
-        for char in text
+        for char in mask_secrets(text)
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODEL = "test-model"
+OTHER_NAMES: list[str] = []
 
 
 class FaultyServer(ThreadingHTTPServer):
@@ -47,7 +48,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.reply(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "test"}]})
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in (MODEL, *OTHER_NAMES)]
+        self.reply(200, {"object": "list", "data": models})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.errors import EnvironmentFault
-from recipes_lib.judging import published_prompts
 from recipes_lib.judging.judge_file import load_judge_file
 from recipes_lib.judging.prometheus import Rubric, Template, build_prompt
-from recipes_lib.judging.published_prompts import PACKAGE, published_template, template_of
+from recipes_lib.judging.published_prompts import PACKAGE, package_is_here, published_template, template_of
 from recipes_lib.recipe.project import cache_root
 
 JUDGE = Path(__file__).resolve().parents[2] / "evals/judges/prometheus-7b-v2.yaml"
@@ -76,7 +75,11 @@ def test_without_the_package_and_a_network_one_line_says_what_to_do(tmp_path: Pa
 
 
 def test_a_changed_file_of_the_package_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "prompts.py").write_text("RELATIVE_PROMPT = 'anything'\n")
-    monkeypatch.setattr(published_prompts, "files_of_wheel", lambda *_: tmp_path)
-    with pytest.raises(EnvironmentFault, match=r"is not the file of prometheus-eval==0\.1\.20"):
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
+    file = cache_root() / "packages" / "prometheus-eval-0.1.20" / "prompts.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("RELATIVE_PROMPT = 'anything'\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no network\n"))
+    assert not package_is_here()
+    with pytest.raises(EnvironmentFault, match=r"cannot fetch prometheus-eval==0\.1\.20: no network"):
         published_template("relative")

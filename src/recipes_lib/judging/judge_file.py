@@ -18,6 +18,7 @@ from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.judging.prometheus import Rubric, Template, load_rubric, load_template
 from recipes_lib.judging.published_prompts import PACKAGE, published_template
 from recipes_lib.judging.store import text_hash
+from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.yaml_source import YamlSource, read_yaml
 
@@ -120,7 +121,8 @@ def load_judge_file(path: str | Path) -> JudgeFile:
     source = read_yaml(path)
     if not isinstance(source.values, dict):
         raise RecipeError("a judge file has a section judge", file=path)
-    errors = [
+    errors: list[RecipeError] = list(find_credentials(source).values())
+    errors += [
         RecipeError(f"unknown section '{name}'", "sections: judge, thresholds", file=path, line=source.lines.get((name,)))
         for name in source.values
         if name not in ("judge", "thresholds")
@@ -157,8 +159,24 @@ def _section(section: type, name: str, source: YamlSource, path: Path, errors: l
     return good
 
 
+def is_address(url: str) -> bool:
+    """Return whether a text is the address of a server.
+
+    Example:
+        >>> is_address("http://127.0.0.1:8000/v1"), is_address("127.0.0.1:8000"), is_address("http://[1")
+        (True, False, False)
+    """
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _problem(key: str, value: Any, kind: Any) -> str | None:
     """What is wrong with a value, or None."""
+    if key == "base_url" and isinstance(value, str) and not is_address(value):
+        return "an address such as http://127.0.0.1:8000/v1"
     if typing.get_origin(kind) is Literal:
         return None if value in typing.get_args(kind) else f"one of {', '.join(typing.get_args(kind))}"
     kinds = typing.get_args(kind) or (kind,)

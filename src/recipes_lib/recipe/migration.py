@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from recipes_lib.recipe.credentials import is_secret_name
 from recipes_lib.recipe.kinds import SECTIONS
-from recipes_lib.recipe.migration_rules import is_secret
 
 _AS_WRITTEN = object()
 
@@ -78,7 +78,7 @@ class Migration:
     def leave(self, entry: Entry, why: str, *details: str) -> None:
         """Keep an entry as a comment at the end of the recipe."""
         self._keep_comments(entry)
-        text = [f"{entry.key}: (not copied)"] if is_secret(entry.key) else entry.text
+        text = [f"{entry.key}: (not copied)"] if is_secret_name(entry.key) else entry.text
         self.left += [f"# {entry.key}: {why}", *(f"#   {detail}" for detail in details), *(f"#     {line}".rstrip() for line in text)]
         for what in details or ("",):
             self.changes.append(f"{self.file}:{entry.line}: {entry.key} NOT CARRIED OVER{f' ({what})' if what else ''}; {why}")

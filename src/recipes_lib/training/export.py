@@ -17,7 +17,7 @@ import yaml
 
 from recipes_lib.atomic_files import publish
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
-from recipes_lib.runs.manifest import SECRET_VALUE
+from recipes_lib.recipe.credentials import holds_secret
 from recipes_lib.terminal import shown_size
 from recipes_lib.training import base_identity
 from recipes_lib.training.adapters import SPARE, merge_record, why_stale
@@ -140,7 +140,7 @@ def refuse_secrets(folder: Path) -> None:
         if file.suffix not in WRITTEN or file.name in UNSEARCHED:
             continue
         for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-            if SECRET_VALUE.search(line):
+            if holds_secret(line):
                 raise RecipesError(
                     f"{file.name}:{number}: this looks like a secret; nothing was exported", "remove it from the recipe or the tokenizer"
                 )
