@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
 def _read(path: Path) -> Table:
     """The rows of a file, their texts such that every later reader takes them."""
     table = read_file(path)
-    return replace(table, rows=[valid_texts(row) for row in table.rows])
+    return Table(table.file, lambda: ((line, valid_texts(row) if isinstance(row, dict) else row) for line, row in table))
 
 
 def _fetch(recipe: EvalRecipe, key: str) -> Path:
