@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.cli import main
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.runs.directory import RunDirectory, all_runs, open_run
 from recipes_lib.runs.lock import is_held, run_lock
@@ -38,6 +39,21 @@ def test_a_state_keeps_the_fields_written_before(tmp_path: Path) -> None:
     run.write_state("finished", exit_code=0)
     state = run.read_state()
     assert (state["state"], state["attempts"], state["exit_code"], state["format_version"]) == ("finished", 1, 0, 1)
+
+
+def test_a_name_with_a_slash_behind_it_is_the_run_of_that_name_in_every_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    RunDirectory("mine").write_state("running")
+    assert open_run("mine/").path == RunDirectory("mine").path
+    for words in (["compare"], ["status"], ["verify"], ["merge"], ["chat"], ["export", "--to", "x"], ["eval", "quickstart/mt_bench"]):
+        answers = []
+        for run in ("mine", "mine/"):
+            code = main([*words, run])
+            answers.append((code, capsys.readouterr().err.replace("mine/", "mine")))
+        assert answers[0] == answers[1], words
 
 
 def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_ones(tmp_path: Path) -> None:

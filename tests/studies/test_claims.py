@@ -462,3 +462,25 @@ def test_plain_values_are_json():
     comparison = compare_arms(of(arm("a", [rates(BAD)]), arm("b", [rates(GOOD)])))
     value = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert value["rows"][0]["tested"]["n"] == 80 and "measures" not in value["rows"][0]
+
+
+def test_no_interval_of_shares_or_grades_leaves_its_scale():
+    """Where nearly all items agree the symmetric limits would lie beyond it: 97.5% [92.4, 102.6]."""
+    won = [1.0] * 38 + [0.5, 0.5]
+    mostly = [1.0] * 12 + [0.5] * 2
+    grades = {"a": [1.0] * 20 + [2.0], "b": [5.0] * 21}
+    arms = [
+        arm("a", [rates(mostly, "win_rate", "reference"), rates(grades["a"], "grade", unit="grade")]),
+        arm(
+            "b",
+            [rates(won, "win_rate", "a"), rates([*mostly[1:], 0.0], "win_rate", "reference"), rates(grades["b"], "grade", unit="grade")],
+        ),
+    ]
+    comparison = compare_arms(of(*arms))
+    head, grade = (
+        next(row for row in comparison.rows if test(row)) for test in (lambda row: row.head_to_head, lambda row: row.unit == "grade")
+    )
+    assert head.tested.high == 0.5 and "100.0]" in head.sentence and grade.tested.high == 4.0
+    for score in comparison.scores:
+        lowest, highest = (1, 5) if score.unit == "grade" else (0, 1)
+        assert score.low is None or lowest <= score.low <= score.value <= score.high <= highest

@@ -408,6 +408,31 @@ def test_the_plan_counts_answers_and_judgments_and_shows_each_command(study: Stu
     assert "run.name=tiny--r8 train.seed=42 --accelerate cpu" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arms", [2, 12])
+def test_the_plan_reads_questions_and_data_as_often_for_many_arms_as_for_two(
+    arms: int, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes_lib.planning import plan as planning
+    from recipes_lib.suites import questions
+
+    text = study.path.read_text(encoding="utf-8").replace("  r4: r4.yaml\n  r8: r8.yaml\n", "".join(
+        f"  a{number}: {{recipe: r4.yaml, overrides: [lora.r={number + 1}]}}\n" for number in range(arms)
+    ))  # fmt: skip
+    study.path.write_text(text, encoding="utf-8")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 512}
+    model = study.path.parents[1] / "no-model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    read: list[str] = []
+    for owner, name in ((questions, "load_questions"), (planning, "lengths_of"), (steps, "data_contents")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, name=name, real=real: read.append(name) or real(*args))
+    assert main(["study", "plan", str(study.path)]) == ExitCode.DONE
+    assert "about " in capsys.readouterr().out
+    assert sorted(read) == ["data_contents", "lengths_of", "load_questions", "load_questions"]
+
+
 def test_the_diff_says_which_differences_no_factor_declares(study: Study, study_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = study_folder / "r8.yaml"
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("1.0e-2", "2.0e-2"), encoding="utf-8")

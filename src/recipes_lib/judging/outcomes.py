@@ -101,7 +101,7 @@ def _first_position(outcomes: Sequence[ItemOutcome]) -> Interval:
     """Share of verdicts for Response A over items that the judge answered in both orders; 0.5 for a judge without position bias."""
     share = {"A": 1.0, "B": 0.0}
     values = [(share.get(item.first, 0.5) + share.get(item.second, 0.5)) / 2 for item in outcomes if item.resolved and not item.by_rule]
-    return mean_interval(values)
+    return mean_interval(values).within(0, 1)
 
 
 def swap_consistency(outcomes: Sequence[ItemOutcome]) -> Interval:
@@ -124,7 +124,7 @@ def summarise(outcomes: Sequence[ItemOutcome], cluster_of: Callable[[str], Any] 
 
     def interval(items: Sequence[ItemOutcome], missing: float) -> Interval:
         clusters = None if cluster_of is None else [cluster_of(item.question_id) for item in items]
-        return mean_interval([SCORE.get(item.outcome, missing) for item in items], clusters)
+        return mean_interval([SCORE.get(item.outcome, missing) for item in items], clusters).within(0, 1)
 
     return PairSummary(
         n=len(outcomes),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.evaluations import EvalTime, eval_times
+from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.plan import Plan, card_for, plan_launched
 from recipes_lib.planning.text import clock
 
@@ -71,12 +72,16 @@ def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
         gpu: a card's name or `cpu`, for every arm; absent, as for a recipe.
     """
     arms, bases, elsewhere = [], {}, []
+    counted: dict[tuple[str, ...], Lengths] = {}  # arms that differ in other things have the same data, which take longest to count
     for arm in study.arms:
         if not arm.trained or arm.recipe is None:
             elsewhere.append(arm.name)
             continue
         card = card_for(arm.launch, gpu)
-        plan = plan_launched(arm.recipe, arm.launch, card)
+        data = (str(arm.recipe.data), str(arm.recipe.model), str(arm.recipe.base_dir))
+        plan = plan_launched(arm.recipe, arm.launch, card, counted.get(data))
+        if plan.lengths.counted:
+            counted[data] = plan.lengths
         evals = eval_times(study.evals, plan.settings.shape, card)
         arms.append(ArmPlan(arm.name, plan, max(1, len(arm.seeds)), evals))
         if study.include_base:

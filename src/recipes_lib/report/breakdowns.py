@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
-from recipes_lib.studies.comparison import source_of
+from recipes_lib.studies.comparison import scale_of, source_of
 from recipes_lib.studies.measurements import Item, Measure, Measurements
 
 MAX_CATEGORIES = 12
@@ -98,18 +99,19 @@ def _breakdown(
     kind: str, title: str, one: Measure, groups: list[str], arms: dict[str, list[Measure]], group_of: Callable[[Item], str]
 ) -> Breakdown:
     cells = []
+    scale = scale_of(one.metric, one.unit) or (-math.inf, math.inf)
     for arm, measures in arms.items():
         by_group: dict[str, list[Item]] = {}
         for measure in measures:
             for item in measure.items:
                 by_group.setdefault(group_of(item), []).append(item)
-        cells += [_cell(arm, group, by_group[group], source_of(measures[0])) for group in groups if group in by_group]
+        cells += [_cell(arm, group, by_group[group], source_of(measures[0]), scale) for group in groups if group in by_group]
     return Breakdown(kind, one.name, title, one.unit, tuple(groups), tuple(arms), tuple(cells))
 
 
-def _cell(arm: str, group: str, items: list[Item], file: str) -> Cell:
+def _cell(arm: str, group: str, items: list[Item], file: str, scale: tuple[float, float]) -> Cell:
     known = [item for item in items if item.value is not None]
-    interval = _interval(known)
+    interval = _interval(known).within(*scale)
     return Cell(arm, group, interval.estimate, interval.low, interval.high, len(items), len(items) - len(known), file)
 
 

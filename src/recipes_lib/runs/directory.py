@@ -147,7 +147,7 @@ class RunDirectory:
 
 
 def open_run(name: str, root: Path | None = None) -> RunDirectory:
-    """Return an existing run, given its name or its folder as a user types it (`my-first`, `runs/my-first/`).
+    """Return an existing run, given its name or its folder as a user types it (`my-first`, `my-first/`, `runs/my-first/`).
 
     Raises:
         RecipeError: there is no such run.
@@ -156,7 +156,7 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
     if len(path.parts) > 1 and (path / "run.json").is_file():
         run = RunDirectory(path.resolve().name, path.resolve().parent)
     else:
-        run = RunDirectory(path.name if path.is_dir() else name, root)
+        run = RunDirectory(path.name if path.is_dir() or len(path.parts) == 1 else name, root)
     run.read_state()
     return run
 

@@ -7,7 +7,7 @@ resampling is seeded, so the same numbers give the same interval.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,16 @@ class Interval:
     n: int
     method: str
     level: float = 0.95
+
+    def within(self, lowest: float, highest: float) -> Interval:
+        """Return the interval without what lies outside the scale, where the truth cannot be: its coverage is the same.
+
+        Example:
+            >>> Interval(0.975, 0.924, 1.026, 40, "studentised").within(0, 1).high
+            1
+        """
+        limits = [None if limit is None else min(max(limit, lowest), highest) for limit in (self.low, self.high)]
+        return replace(self, low=limits[0], high=limits[1])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dictionary."""

@@ -120,7 +120,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _scale(metric: str, unit: str) -> tuple[float, float] | None:
+def scale_of(metric: str, unit: str) -> tuple[float, float] | None:
     """The ends of a metric's scale; a plain number has none."""
     return _SCALES.get(metric.rpartition("/")[2]) or _SCALES.get(unit)
 
@@ -129,13 +129,13 @@ def filling_of(measure: Measure, values: NDArray[np.float64]) -> tuple[float, fl
     """Return what unresolved items are filled with: the ends of the metric's scale, of a plain number those of the values seen."""
     known = values[~np.isnan(values)]
     seen = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-    low, high = _scale(measure.metric, measure.unit) or seen
+    low, high = scale_of(measure.metric, measure.unit) or seen
     return min(low, seen[0]), max(high, seen[1])
 
 
 def largest_difference(row: Row) -> float:
     """Return the largest difference that the metric's scale allows; of a plain number, any."""
-    low, high = _scale(row.metric, row.unit) or (0.0, math.inf)
+    low, high = scale_of(row.metric, row.unit) or (0.0, math.inf)
     return HALF if row.head_to_head else high - low
 
 
@@ -179,9 +179,14 @@ def _p(row: Row) -> float | None:
     return 1.0 if row.tested.p is None else row.tested.p
 
 
-def without_false_certainty(tested: Tested) -> Tested:
-    """Return the comparison without the limits of an interval of no width: items that all agree say nothing about the next one."""
-    return dataclasses.replace(tested, low=None, high=None) if tested.interval_method == "zero variance" else tested
+def with_honest_limits(tested: Tested, largest: float) -> Tested:
+    """Return the comparison with limits that can be: none of an interval of no width (items that all agree say nothing about the next one),
+    and no difference that is larger than the scale allows. Neither moves zero into the interval or out of it.
+    """
+    if tested.interval_method == "zero variance":
+        return dataclasses.replace(tested, low=None, high=None)
+    low, high = (None if limit is None else min(max(limit, -largest), largest) for limit in (tested.low, tested.high))
+    return dataclasses.replace(tested, low=low, high=high)
 
 
 def _by_metric(arm: ArmMeasurements, measurements: Measurements) -> dict[tuple[tuple[str, str, str], str | None], list[Measure]]:
@@ -252,7 +257,7 @@ def _head_to_head(first: str, second: str, measures: Sequence[Measure], left_out
     keys = list(_keys(measures))
     values = _table(measures, keys)
     values = 1 - values if flipped else values
-    tested = without_false_certainty(compare(values, np.full((1, len(keys)), HALF), [key[0] for key in keys]))
+    tested = with_honest_limits(compare(values, np.full((1, len(keys)), HALF), [key[0] for key in keys]), HALF)
     one = measures[0]
     rate = None if tested.effect is None else HALF + tested.effect
     return Row(
@@ -270,7 +275,8 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
     keys = [key for key in {**my_keys, **other_keys} if key[0] in questions]
     a, b = _table(mine, keys), _table(other, keys)
     scale = filling_of(one, np.concatenate([a.ravel(), b.ravel()]))
-    tested = without_false_certainty(compare(a, b, [key[0] for key in keys], scale=scale)) if keys else None
+    lowest, highest = scale_of(one.metric, one.unit) or (0.0, math.inf)
+    tested = with_honest_limits(compare(a, b, [key[0] for key in keys], scale=scale), highest - lowest) if keys else None
     both = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))  # the values that the difference is of; `Score` has each arm's own
     values = [_mean(table[:, both]) if keys else _reported(measures) for table, measures in ((a, mine), (b, other))]
     directions = {measure.higher_is_better for measure in (*mine, *other)}
@@ -360,9 +366,8 @@ def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score
     interval = _score_interval(table[:, ~open_items], [key[0] for key, left in zip(keys, open_items, strict=True) if not left])
     value = interval.estimate if keys else _reported(measures)
     filled = [float(np.where(np.isnan(table), end, table).mean()) if keys else None for end in (low, high)]
-    limits = [None, None] if interval.method == "zero variance" else [interval.low, interval.high]
-    if ends := _scale(one.metric, one.unit):
-        limits = [None if limit is None else min(max(limit, ends[0]), ends[1]) for limit in limits]
+    within = interval.within(*(scale_of(one.metric, one.unit) or (-math.inf, math.inf)))
+    limits = [None, None] if interval.method == "zero variance" else [within.low, within.high]
     return Score(
         arm, one.name, one.label, opponent, one.unit, value, limits[0], limits[1], len(keys) or int(one.reported_n or 0), len(measures),
         int(open_items.sum()), filled[0], filled[1], interval.method if keys else "reported", one.higher_is_better, _files(measures),

@@ -19,14 +19,16 @@ def plan_object(study: Study, graph: Graph, steps: Sequence[Step], estimates: Ma
     """Return the plan for --json; `estimates` says per arm what one training takes."""
     rows = {row.name: row for row in step_rows(study, graph)}
     todo = [step for step in steps if rows[step.name].state != "fresh"]
+    turns = _turns(study)
     return {
         "study": study.name,
         "question": study.question,
         "steps": [
-            {**rows[step.name].to_dict(), "arm": step.arm, "run": step.run, "cost": cost_of(study, step, estimates)} for step in steps
+            {**rows[step.name].to_dict(), "arm": step.arm, "run": step.run, "cost": cost_of(study, step, estimates, turns)}
+            for step in steps
         ],
         "todo": [step.name for step in todo],
-        "seconds_measured": sum(_seconds(graph, step) or 0.0 for step in todo),
+        "seconds_measured": sum(rows[step.name].seconds or 0.0 for step in todo),
     }
 
 
@@ -44,7 +46,11 @@ def plan_lines(study: Study, graph: Graph, steps: Sequence[Step], estimates: Map
     if not todo:
         yield f"nothing to do: all {len(steps)} steps are fresh"
         return
-    table = [(step.name, _cut(_why(rows[step.name])), cost_of(study, step, estimates), _before(graph, step)) for step in todo]
+    turns = _turns(study)
+    table = [
+        (step.name, _cut(_why(rows[step.name])), cost_of(study, step, estimates, turns), seconds_text(rows[step.name].seconds))
+        for step in todo
+    ]
     yield from aligned([("step", "because", "cost", "took before"), *table])
     yield ""
     yield f"{len(todo)} of {len(steps)} steps to do"
@@ -65,8 +71,12 @@ def _why(row: StepRow) -> str:
     return {"missing": "never done", "failed": f"failed: {row.detail}", "running": f"running: {row.detail}"}.get(row.state, row.detail)
 
 
-def cost_of(study: Study, step: Step, estimates: Mapping[str, str]) -> str:
-    """Return what a step takes, counted from its inputs."""
+def cost_of(study: Study, step: Step, estimates: Mapping[str, str], turns_of: Mapping[str, int | None]) -> str:
+    """Return what a step takes, counted from its inputs.
+
+    Args:
+        turns_of: per eval, how many answers it asks for.
+    """
     if step.kind == "train":
         estimate = estimates.get(step.arm)
         return training_cost(study, step) + (f": {estimate}" if estimate else "")
@@ -76,7 +86,7 @@ def cost_of(study: Study, step: Step, estimates: Mapping[str, str]) -> str:
     if step.kind == "lm_eval":
         limit = f", {recipe.suite.limit} items each" if recipe.suite.limit else ""
         return f"{_listed(recipe.suite.tasks or [])}{limit}"
-    turns = count_turns(recipe)
+    turns = turns_of[recipe.name]
     if turns is None:
         return "answers, as many as there are questions (not on this machine yet)" if step.kind == "answers" else "judgments"
     if step.kind == "answers":
@@ -86,6 +96,10 @@ def cost_of(study: Study, step: Step, estimates: Mapping[str, str]) -> str:
     absolute = turns if recipe.metrics.absolute and step.kind == "judgments" else 0
     probes = 12 * recipe.metrics.probe_pairs if step.kind == "judgments" else 0
     return f"{2 * turns + absolute:,} judgments" + (f" and at most {probes:,} probes" if probes else "")
+
+
+def _turns(study: Study) -> dict[str, int | None]:
+    return {recipe.name: count_turns(recipe) for recipe in study.evals if recipe.suite.name != "lm_eval"}
 
 
 def count_turns(recipe: EvalRecipe) -> int | None:
@@ -106,15 +120,6 @@ def training_cost(study: Study, step: Step) -> str:
     steps, epochs = arm.recipe.train.get("max_steps", -1), arm.recipe.train.get("num_train_epochs", 3)
     length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epoch{'s' * (epochs != 1)}"
     return f"{length} on {arm.world_size} process{'es' * (arm.world_size > 1)} ({arm.accelerate})"
-
-
-def _seconds(graph: Graph, step: Step) -> float | None:
-    record = graph.record(step.name)
-    return record.get("seconds") if record else None
-
-
-def _before(graph: Graph, step: Step) -> str:
-    return seconds_text(_seconds(graph, step))
 
 
 def _listed(values: Sequence[Any]) -> str:

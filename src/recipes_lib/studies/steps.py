@@ -57,6 +57,7 @@ class _Builder:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.subjects: list[_Subject] = []
+        self.contents: dict[tuple[str, ...], dict[str, str | None]] = {}  # of files that many arms share, read once
 
     def steps(self) -> Iterator[Step]:
         """Yield every step."""
@@ -79,11 +80,19 @@ class _Builder:
             word = arm.name if seed == arm.own_seed else f"{arm.name}.seed{seed}"
             run = run_name(self.study, arm, seed)
             facts: dict[str, Any] = {"arm": arm.name, "seed": seed, "run": run}
-            train = Step(f"train.{word}", "train", training_inputs(arm, seed), version=VERSIONS["train"], **facts)
+            train = Step(
+                f"train.{word}", "train", training_inputs(arm, seed, self._contents(arm.recipe)), version=VERSIONS["train"], **facts
+            )
             check = Step(f"check.{word}", "check", {}, (train.name,), version=VERSIONS["check"], **facts)
             self.subjects.append(_Subject(word, arm.name, seed, run, (check.name,), {}))
             yield train
             yield check
+
+    def _contents(self, recipe: Recipe) -> dict[str, str | None]:
+        key = (str(recipe.data), str(recipe.model), str(recipe.base_dir))
+        if key not in self.contents:
+            self.contents[key] = {**data_contents(recipe), **_base_content(recipe)}
+        return self.contents[key]
 
     def _judged(self, recipe: EvalRecipe) -> Iterator[Step]:
         """Answers and judgments of everyone, and the comparisons of AlpacaEval."""
@@ -139,14 +148,18 @@ def _facts(subject: _Subject, recipe: EvalRecipe) -> dict[str, Any]:
 # ---- Inputs ----
 
 
-def training_inputs(arm: Arm, seed: int) -> dict[str, Any]:
-    """Return what the weights of an arm depend on: its recipe without logging and saving, how it is launched, its data and base."""
+def training_inputs(arm: Arm, seed: int, contents: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return what the weights of an arm depend on: its recipe without logging and saving, how it is launched, its data and base.
+
+    Args:
+        contents: hashes of the data and of the base.
+    """
     recipe = arm.recipe
     assert recipe is not None
     launch = {key: value for key, value in arm.resolved().items() if key in _LAUNCH}
     values = guarded_values(recipe, "", arm.world_size, "", {})
     values = {key: value for key, value in values.items() if not key.startswith(("launch.", "data_fingerprint"))}
-    return {**values, **launch, "train.seed": seed, **data_contents(recipe), **_base_content(recipe)}
+    return {**values, **launch, "train.seed": seed, **contents}
 
 
 _LAUNCH = ("launch.distributed_type", "launch.world_size", "launch.mixed_precision")

@@ -292,6 +292,8 @@ def _interval(value: float, error: Any, scores: Sequence[float]) -> dict[str, An
     if scores and abs(sum(scores) / len(scores) - value) < 1e-9:
         whole = all(score in (0, 1) for score in scores)
         interval = wilson(int(sum(scores)), len(scores)) if whole else mean_interval([float(score) for score in scores])
+        if min(scores) >= 0 and max(scores) <= 1:
+            interval = interval.within(0, 1)
         return {"low": interval.low, "high": interval.high, "interval": interval.method}
     if isinstance(error, int | float):
         return {"low": value - 1.96 * error, "high": value + 1.96 * error, "interval": "1.96 standard errors of lm_eval"}

@@ -156,9 +156,7 @@ def answer_banners(answers: AnswerSet, opponent: AnswerSet | None, faults: Mappi
 
 def within_scale(interval: Interval) -> dict[str, Any]:
     """Return an interval of a mean grade with its limits cut to the scale 1-5: with few items they would lie outside."""
-    low = None if interval.low is None else max(1.0, interval.low)
-    high = None if interval.high is None else min(5.0, interval.high)
-    return {**interval.to_dict(), "low": low, "high": high, "scale": "1-5"}
+    return {**interval.within(1.0, 5.0).to_dict(), "scale": "1-5"}
 
 
 def statuses(rows: Iterable[Row]) -> dict[str, int]:
