@@ -72,7 +72,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         left_out=("router",),
         because="it returns scores and logits, a LoRA layer one tensor",
         backbone="model",
-        source="transformers 5.24 modeling_llama4.py: Llama4Router; Llama4ForCausalLM.base_model_prefix is language_model",
+        num_experts="num_local_experts",
+        source="transformers 5.24 modeling_llama4.py: Llama4Router, base_model_prefix of Llama4ForCausalLM; trl as for granitemoe",
     ),
 }
 _NONE = Architecture(source="")
@@ -135,8 +136,11 @@ def describe_targets(model: Any) -> str:
     if not plain:
         return text
     needs = needs_of(model)
-    reasons = [f"{', '.join(sorted(set(needs.left_out) & set(plain)))}: {needs.because}"] if set(needs.left_out) & set(plain) else []
-    return f"{text}; none on {', '.join(plain)}" + "".join(f" ({reason})" for reason in reasons)
+    reasons = {needs.because: needs.left_out}
+    if any("experts." in name for name in adapted):
+        reasons["PEFT takes these names for the experts"] = ("gate_proj", "up_proj", "down_proj")
+    told = [f"{', '.join(found)}: {why}" for why, names in reasons.items() if (found := [name for name in plain if name in names])]
+    return f"{text}; none on {', '.join(plain)}" + (f" ({'; '.join(told)})" if told else "")
 
 
 def _matrices(model: Any) -> tuple[list[str], list[str]]:
@@ -156,8 +160,7 @@ def _matrices(model: Any) -> tuple[list[str], list[str]]:
             continue
         wrapped = _wrapped_parameters(model, name)
         for key, parameter in module.named_parameters(recurse=False):
-            matrix = parameter.ndim >= 2 or hasattr(parameter, "quant_state")
-            if matrix and key not in wrapped and "bias" not in key and min(parameter.shape[-2:]) > 1:
+            if (parameter.ndim == 3 or (key == "weight" and parameter.ndim == 2)) and key not in wrapped:
                 plain[parts[-1] if key == "weight" else f"{parts[-1]}.{key}"] = None
     return list(adapted), [name for name in plain if name not in adapted]
 

@@ -113,9 +113,7 @@ def _check_injection(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
             return  # says something about tensors without values, nothing about the recipe
         hints = []
         if "ParamWrapper" in str(error):
-            hints.append(
-                "that is how PEFT adapts experts; or adapt the attention alone: lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
-            )
+            hints.append("PEFT adapts experts so; or adapt the attention alone: lora.target_modules: [q_proj, k_proj, v_proj, o_proj]")
         yield refused(recipe, "lora", error, *hints)
 
 

@@ -130,7 +130,7 @@ def fold(trained: TrainedRun, family: Family, dtype: torch.dtype | None = None) 
 
 
 def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a dequantised model the layers of its class: 4-bit layers become linear ones also where the class stores them transposed (GPT-2)."""
+    """Give a dequantised model the layers of its class: 4-bit ones become linear also where the class has them transposed (GPT-2)."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
