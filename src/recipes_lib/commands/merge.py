@@ -46,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _left_out(difference: dict[str, Any]) -> str:
+    if not difference.get("left_out"):
+        return ""
+    return f"; the {difference['left_out']} positions furthest apart left out, where rounding may have chosen other experts"
+
+
 def describe(check: dict[str, Any]) -> str:
     """Return the lines that say how a folded adapter compares with the adapter on its base."""
     difference, effect = check["difference"], check["adapter_effect"]
@@ -54,6 +60,7 @@ def describe(check: dict[str, Any]) -> str:
         f"on {check['prompts']}, computed in {check['computed_in']}:\n"
         f"  the adapter moves the base's logits by {effect['mean']:.3g} on average, {effect['largest']:.3g} at most\n"
         f"  merging moves them by {difference['mean']:.3g} on average ({check['lost_share']:.1%} of that; "
-        f"allowed {check['lost_limit']:.0%}), {largest}{difference['tolerance']:g} of the largest logit)\n"
+        f"allowed {check['lost_limit']:.0%}), {largest}{difference['tolerance']:g} of the largest logit)"
+        f"{_left_out(difference)}\n"
         f"  the most likely next token is the same at {difference['same_top_token']:.1%} of the positions"
     )

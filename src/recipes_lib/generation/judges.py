@@ -158,10 +158,11 @@ class _LocalJudge:
 
         from recipes_lib.generation.targets import stand_in_recipe
         from recipes_lib.generation.transformers_engine import TransformersEngine
+        from recipes_lib.recipe.architectures import ready_to_answer
         from recipes_lib.training.model import load_model
 
         recipe = dataclasses.replace(stand_in_recipe(self.section.model), model=self.model_section)
-        model = load_model(recipe, self.tokenizer).eval()
+        model = ready_to_answer(load_model(recipe, self.tokenizer))
         model = model.to("cuda") if torch.cuda.is_available() else model
         return TransformersEngine(model, self.tokenizer, self.fingerprint, batch_tokens=self.section.batch_tokens)
 

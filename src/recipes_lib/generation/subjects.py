@@ -190,10 +190,11 @@ def _user_of(family: Family, target: Target) -> Any:
 def _load_bare(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
     import torch
 
+    from recipes_lib.recipe.architectures import ready_to_answer
     from recipes_lib.recipe.upstream import build_quantization_config
     from recipes_lib.training.model import load_model
 
-    model = load_model(recipe, tokenizer, build_quantization_config(recipe)).eval()
+    model = ready_to_answer(load_model(recipe, tokenizer, build_quantization_config(recipe)))
     return model.to("cuda") if torch.cuda.is_available() and recipe.quantization is None else model
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError, one_line
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
+from recipes_lib.recipe.architectures import carries_state, converted, needs_of, settle_targets
 from recipes_lib.recipe.model_files import no_tokenizer
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.suggestions import did_you_mean
@@ -29,9 +30,11 @@ def check_names(recipe: Recipe, folder: Path, accelerate: AccelerateConfig) -> I
     except Exception as error:  # transformers raises many types here; whatever it is, the user's model cannot be built
         yield recipe.error("model.name_or_path", f"transformers cannot build this model: {one_line(error)}")
         return
+    yield from _check_attention(recipe, model)
     if recipe.lora is not None:
-        wrong = list(_check_lora(recipe, model))
-        yield from wrong or _check_adapter(recipe, model)
+        named = list(_check_lora(recipe, model))
+        yield from named or _check_injection(recipe, model)
+    yield from _check_packing(recipe, model)
     wrapped = accelerate.fsdp.get("fsdp_transformer_layer_cls_to_wrap")
     if wrapped:
         classes = {type(module).__name__ for module in model.modules()}
@@ -60,16 +63,74 @@ def _tokenizer_size(folder: Path) -> int:
     return len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
+def _check_attention(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield an error where the model's class does not have the attention asked for; flash attention is left to the machine that has it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    asked = recipe.model.attn_implementation
+    if asked in ("sdpa", "eager", "flex_attention"):
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation=asked)
+        except (ValueError, ImportError) as error:
+            yield attention_refused(recipe, error)
+
+
+def attention_refused(recipe: Recipe, error: Exception) -> RecipeError:
+    """Return transformers' refusal of `model.attn_implementation` in one line."""
+    key = "model.attn_implementation"
+    reason = str(error).strip().splitlines()[0].partition(". Please request")[0].partition(" yet. ")[0]
+    what = f"{key}: {recipe.model.attn_implementation} is not for this model: {reason}"
+    return recipe.error(key, what, "leave the key out: the fastest that the model has is taken")
+
+
+def _check_packing(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield an error where several examples would share a row of a model whose layers do not know where one ends."""
+    train = recipe.train
+    packs = "packing" if train.get("packing") and train.get("packing_strategy") != "wrapped" else "padding_free"
+    if train.get(packs) and carries_state(model):
+        what = f"train.{packs}: {type(model).__name__} has layers that carry a state from one example of a row into the next"
+        yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
+
+
+def _check_injection(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield what PEFT has against these adapters on this model: they are put on a copy without weights."""
+    import torch
+    from peft import get_peft_model
+
+    from recipes_lib.recipe.upstream import build_lora_config, refused
+
+    try:
+        config = build_lora_config(recipe)
+        assert config is not None
+        config.init_lora_weights = False  # the initial values of some kinds need the weights
+        with torch.device("meta"):
+            get_peft_model(copy.deepcopy(model), settle_targets(config, model))
+    except RecipeError:  # of the config itself, which is reported where it is built
+        return
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if "meta" in str(error):
+            return  # says something about tensors without values, nothing about the recipe
+        hints = []
+        if "ParamWrapper" in str(error):
+            hints.append("PEFT adapts experts so; or adapt the attention alone: lora.target_modules: [q_proj, k_proj, v_proj, o_proj]")
+        yield refused(recipe, "lora", error, *hints)
+
+
 def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
-    """Yield LoRA names that match nothing."""
+    """Yield LoRA names that match nothing, and names of layers that cannot be adapted."""
     import torch
 
     lora = recipe.lora or {}
     modules = {name: module for name, module in model.named_modules() if name}
+    yield from _unadaptable(recipe, model, modules)
     linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)} - {"lm_head"})
     for key, existing in (("target_modules", linear), ("modules_to_save", sorted({name.rpartition(".")[2] for name in modules}))):
         given = lora.get(key)
         for name in _unmatched(given, modules):
+            if key == "target_modules" and name in _former_layers(recipe, model):
+                continue
             place = f"lora.{key}.{given.index(name)}" if isinstance(given, list) else f"lora.{key}"
             hint = [f"it has {', '.join(existing)}"] if key == "target_modules" else []
             yield recipe.error(place, f"lora.{key}: the model has no module '{name}'", *did_you_mean(name, existing), *hint)
@@ -88,23 +149,31 @@ def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
             )
 
 
-def _check_adapter(recipe: Recipe, model: PreTrainedModel) -> Iterator[RecipeError]:
-    """Yield what PEFT has against the adapter: it is put on a copy without weights. `all-linear` is resolved when the model is loaded."""
-    from peft import inject_adapter_in_model
+def _unadaptable(recipe: Recipe, model: Any, modules: dict[str, Any]) -> Iterator[RecipeError]:
+    """Yield targets that PEFT would accept or refuse, and that cannot work on this architecture in either case."""
+    needs, given = needs_of(model), (recipe.lora or {}).get("target_modules")
+    for name in needs.left_out:
+        existing = [module for module in modules if module.rpartition(".")[2] == name]
+        if (
+            given == "all-linear"
+            or not existing
+            or len(_unmatched(given, dict.fromkeys(existing))) == (len(given) if isinstance(given, list) else 1)
+        ):
+            continue
+        what = f"lora.target_modules: '{name}' of this model takes no adapter: {needs.because}"
+        yield recipe.error("lora.target_modules", what, "leave it out, or say all-linear, which does")
 
+
+def _former_layers(recipe: Recipe, model: Any) -> set[str]:
+    """Return the targets that PEFT takes for layers which are parameters of the experts now; what it refuses `_check_injection` says."""
     from recipes_lib.recipe.upstream import build_lora_config
 
+    config = build_lora_config(recipe)
     try:
-        config = build_lora_config(recipe)
-    except RecipeError:
-        return  # said with the other objects of upstream
-    if config is None or config.target_modules == "all-linear":
-        return
-    config.init_lora_weights = False  # the other ways compute with the weights
-    try:
-        inject_adapter_in_model(config, copy.deepcopy(model))
-    except (ValueError, TypeError) as error:
-        yield recipe.error("lora", f"PEFT cannot put this adapter on the model: {one_line(error)}")
+        left = converted(config, model).target_modules if config else ()
+    except ValueError:
+        left = ()
+    return set((recipe.lora or {}).get("target_modules") or ()) - set(left or ())
 
 
 def _unmatched(names: Any, modules: dict[str, Any]) -> list[str]:

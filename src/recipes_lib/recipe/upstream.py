@@ -56,7 +56,7 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     try:
         config = SFTConfig(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise _refused(recipe, "train", error) from None
+        raise refused(recipe, "train", error) from None
     # One process on a machine with several GPUs: transformers would spread each micro-batch over all of them (nn.DataParallel), so
     # that a step had as many times the examples that were declared.
     config._n_gpu = min(config.n_gpu, 1)
@@ -82,7 +82,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
                 values[key] = kinds[0](**value)  # type: ignore[operator]
         return LoraConfig(**values)
     except (ValueError, TypeError, ImportError) as error:
-        raise _refused(recipe, "lora", error) from None
+        raise refused(recipe, "lora", error) from None
 
 
 def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
@@ -100,7 +100,7 @@ def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     try:
         return BitsAndBytesConfig(**values)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        raise _refused(recipe, "quantization", error) from None
+        raise refused(recipe, "quantization", error) from None
 
 
 def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: list[RecipeError] | None = None) -> list[RecipeError]:
@@ -213,7 +213,7 @@ def _check_sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) ->
     return [recipe.error(key, what, "set bnb_4bit_quant_storage: bfloat16 and bnb_4bit_compute_dtype: bfloat16, or launch with ddp")]
 
 
-def _refused(recipe: Recipe, section: str, error: Exception) -> RecipeError:
+def refused(recipe: Recipe, section: str, error: Exception, *hints: str) -> RecipeError:
     """Return upstream's refusal at the key it speaks about."""
     message = one_line(error)
     if "support bf16" in message:
@@ -224,4 +224,4 @@ def _refused(recipe: Recipe, section: str, error: Exception) -> RecipeError:
     values = getattr(recipe, section) or {}
     named = [key for key in values if re.search(rf"\b{re.escape(key)}\b", message)]
     key = f"{section}.{max(named, key=len)}" if named else section
-    return recipe.error(key, f"{section}: {message}")
+    return recipe.error(key, f"{section}: {message}", *hints)

@@ -52,7 +52,7 @@ def check_loaded(subject: Subject) -> dict[str, Any]:
 
     from recipes_lib.training.finish import autocast
     from recipes_lib.training.probes import read_check
-    from recipes_lib.training.weights_check import logits_on
+    from recipes_lib.training.weights_check import largest_difference, logits_on, rerouted_share
 
     trained = subject.target.trained
     check = read_check(trained.weights) if trained else None
@@ -64,7 +64,7 @@ def check_loaded(subject: Subject) -> dict[str, Any]:
     ):
         logits = logits_on(subject.model, check.tokens)
     top, recorded = torch.tensor(check.top_tokens), torch.tensor(check.top_logits)
-    largest = float((logits.gather(1, top[:, None]).squeeze(1) - recorded).abs().max())
+    largest = largest_difference((logits.gather(1, top[:, None]).squeeze(1) - recorded).abs(), rerouted_share(subject.model))
     allowed = _tolerance(trained) * check.largest_logit
     if not largest <= allowed:
         what = f"run '{trained.run.name}' does not answer as it did when it was trained"

@@ -131,7 +131,10 @@ def plain_command(recipe: EvalRecipe, target: Target) -> str:
     place = os.path.relpath(recipe.resolve("data.folder", recipe.data.folder)) if recipe.data.folder else "."
     line = line if place == "." else f"(cd {shlex.quote(place)} && {line})"
     without = [name for name in values.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
-    return f"{line}  # lm_eval has no flag for {', '.join(without)}" if without else line
+    notes = [f"lm_eval has no flag for {', '.join(without)}"] if without else []
+    if target.trained and (target.recipe.lora or {}).get("modules_to_save"):
+        notes.append("on a base with tied embeddings lm_eval ties the trained ones again: give it the merged model")
+    return f"{line}  # {'; '.join(notes)}" if notes else line
 
 
 def _option_words(options: Mapping[str, Any]) -> list[str]:
@@ -169,10 +172,21 @@ def _live_model(recipe: EvalRecipe, subject: Subject, together: Any) -> Any:
         from lm_eval.models.huggingface import HFLM
 
         assert subject.model is not None
-        model = HFLM(pretrained=subject.model, tokenizer=subject.prompts.tokenizer, batch_size=_batch_size(recipe))
+        with _tied_as_trained(subject.model):
+            model = HFLM(pretrained=subject.model, tokenizer=subject.prompts.tokenizer, batch_size=_batch_size(recipe))
     if together is not None:
         model.accelerator, model._rank, model._world_size = together, together.process_index, together.num_processes
     return model
+
+
+@contextlib.contextmanager
+def _tied_as_trained(model: Any) -> Iterator[None]:
+    """Keep lm-eval from tying head and embeddings of a loaded model: with `lora.modules_to_save` they were trained apart."""
+    model.__dict__["tie_weights"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.__dict__["tie_weights"]
 
 
 def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | None:

@@ -127,8 +127,23 @@ def fold(trained: TrainedRun, family: Family, dtype: torch.dtype | None = None) 
         model = _on_plain_base(trained, family.tokenizer, wanted)
     if model.dtype.itemsize < wanted.itemsize:
         model = model.to(wanted)
-    merged = model.merge_and_unload(safe_merge=True)
+    merged = with_transposed_layers(model.merge_and_unload(safe_merge=True))
     return merged if merged.dtype == wanted else merged.to(wanted)
+
+
+def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a dequantised model the layers of its class: 4-bit ones become linear also where the class has them transposed (GPT-2)."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name, layer in plain.named_modules():
+        found = model.get_submodule(name)
+        if isinstance(layer, Conv1D) and isinstance(found, torch.nn.Linear):
+            layer.weight, layer.bias = torch.nn.Parameter(found.weight.data.T.contiguous()), found.bias
+            model.set_submodule(name, layer)
+    return model
 
 
 def load_merged(folder: Path, trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:

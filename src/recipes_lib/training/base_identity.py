@@ -158,14 +158,15 @@ def check_shapes(adapter: Path, model: Any) -> None:
             match = _LORA.match(name)
             if match is None:
                 continue
-            module = modules.get(match["module"])
+            layer = match["module"].replace(".base_layer", "")  # PEFT nests the adapters of several parameters of one module
+            module = modules.get(layer)
             if module is None:
-                raise RecipeError(f"{adapter} has weights for {match['module']}, a layer the base does not have", hint)
-            covered.add(match["module"])
+                raise RecipeError(f"{adapter} has weights for {layer}, a layer the base does not have", hint)
+            covered.add(layer)
             side = "in_features" if match["matrix"] == "A" else "out_features"
             found, expected = tensors.get_slice(name).get_shape()[1 if match["matrix"] == "A" else 0], getattr(module, side, None)
             if expected is not None and found != expected:
-                raise RecipeError(f"{adapter} does not fit the base: {match['module']} has {side} {expected}, the adapter {found}", hint)
+                raise RecipeError(f"{adapter} does not fit the base: {layer} has {side} {expected}, the adapter {found}", hint)
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     targets = config.get("target_modules")
     if isinstance(targets, list) and not any(config.get(key) for key in ("layers_to_transform", "exclude_modules", "layer_replication")):

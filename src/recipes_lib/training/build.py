@@ -44,12 +44,15 @@ def build_trainer(
     """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from recipes_lib.recipe.architectures import prepare_for_training, settle_targets
     from recipes_lib.recipe.upstream import build_lora_config
     from recipes_lib.training.metrics import MetricsCallback
     from recipes_lib.training.trainer import RecipeTrainer
 
     check_half_precision(recipe, args, model)
-    drop_padding_where_free(recipe, args, attention_of(recipe, args, model))
+    drop_padding_where_free(recipe, args, model, attention_of(recipe, args, model))
+    prepare_for_training(model, args)
+    lora = build_lora_config(recipe)
     keep, args.save_total_limit = args.save_total_limit, None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = RecipeTrainer(
@@ -58,7 +61,7 @@ def build_trainer(
         train_dataset=_training_rows(data.train, recipe, args),
         eval_dataset=_validation_rows(data.validation, args, tokenizer.eos_token_id),
         processing_class=tokenizer,
-        peft_config=build_lora_config(recipe),
+        peft_config=lora and settle_targets(lora, model),
         callbacks=[MetricsCallback(run.metrics, quiet=args.process_index != 0)],
         stop=stop,
         keep_checkpoints=keep,
@@ -105,14 +108,16 @@ def attention_of(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> str
     return str(getattr(model.config, "_attn_implementation", ""))
 
 
-def drop_padding_where_free(recipe: Recipe, args: SFTConfig, attention: str) -> None:
+def drop_padding_where_free(recipe: Recipe, args: SFTConfig, model: PreTrainedModel, attention: str) -> None:
     """Flatten each micro-batch into one row where the attention keeps its examples apart at no cost; the loss stays the same.
 
-    That is flash attention on a GPU and `document_attention` on a CPU. A recipe that says `padding_free` itself, or packs, is left alone.
+    That is flash attention on a GPU and `document_attention` on a CPU, in a model that has no other layers over tokens. A recipe that
+    says `padding_free` itself, or packs, is left alone.
     """
+    from recipes_lib.recipe.architectures import carries_state
     from recipes_lib.training.document_attention import NAME
 
-    undecided = "padding_free" not in recipe.train and not args.packing
+    undecided = "padding_free" not in recipe.train and not args.packing and not carries_state(model)
     if undecided and ("flash" in attention or attention == NAME) and args.per_device_train_batch_size > 1:
         args.padding_free = True
         args.max_length = None  # rows arrive truncated; TRL refuses a limit that it would not apply

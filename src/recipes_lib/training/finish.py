@@ -58,7 +58,8 @@ def save_and_check(
         reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
         with autocast(bf16, fp16, reloaded.device.type):
             again = weights_check.logits_on(reloaded, probes)
-        comparison = weights_check.compare_logits(trained, again, weights_check.HALF_TOLERANCE if half else weights_check.EXACT_TOLERANCE)
+        tolerance = weights_check.HALF_TOLERANCE if half else weights_check.EXACT_TOLERANCE
+        comparison = weights_check.compare_logits(trained, again, tolerance, weights_check.rerouted_share(reloaded))
         if comparison.scale == 0 or not comparison.agrees:
             raise _reject(scratch, run, comparison)
         record_check(scratch, recipe, probes, trained, "bfloat16" if bf16 else "float16" if fp16 else None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import EnvironmentFault
+from recipes_lib.recipe.model_names import attention_refused
 from recipes_lib.recipe.sections import ModelSection
 from recipes_lib.terminal import say
 from recipes_lib.training.packaged_models import is_packaged, materialise
@@ -112,6 +113,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_
     kwargs: dict[str, Any] = dict(section.kwargs)
     kwargs["dtype"] = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
     kwargs["attn_implementation"] = section.attn_implementation or default_attention(section.dtype)
+    read = AutoModelForCausalLM.from_pretrained
     kwargs["trust_remote_code"] = section.trust_remote_code
     kwargs["revision"] = section.revision or "main"
     if quantization_config is not None:
@@ -119,12 +121,21 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path(section), use_safetensors=True, **kwargs)
+        try:
+            model = read(model_path(section), use_safetensors=True, **kwargs)
+        except (ImportError, ValueError):
+            if section.attn_implementation is not None or kwargs["attn_implementation"] is None:
+                raise
+            model = read(model_path(section), use_safetensors=True, **{**kwargs, "attn_implementation": None})  # its class has no flash
     except ImportError as error:
         what = f"attention kernel '{kwargs['attn_implementation']}' is not installed: {str(error).splitlines()[0]}"
         raise recipe.fault("model.attn_implementation", what, "install it, or leave the key out for the fastest that is") from None
     except OSError as error:
         raise explain_load_failure(section, error) from None
+    except ValueError as error:
+        if section.attn_implementation is None or "attention" not in str(error).lower():
+            raise
+        raise attention_refused(recipe, error) from None
     if quantization_config is not None:
         keep_plain_4bit_layout(model)
     entries, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
@@ -153,16 +164,18 @@ def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def default_attention(dtype: str) -> str:
-    """Return the fastest attention that runs here: flash attention on a GPU from Ampere on with half-precision weights, else sdpa."""
+def default_attention(dtype: str) -> str | None:
+    """Return flash attention on a GPU from Ampere on with half-precision weights; None lets transformers take what the class has, sdpa
+    before eager.
+    """
     import importlib.util
 
     import torch
 
     half = dtype in {"bfloat16", "float16"}
     if torch.cuda.is_available() and half and importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else "sdpa"
-    return "sdpa"
+        return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None
+    return None
 
 
 def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFault:

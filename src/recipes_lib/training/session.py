@@ -266,6 +266,7 @@ class Session:
 
     def announce(self) -> None:
         """Say what is about to happen: the batch arithmetic, what is trained, and what is really active."""
+        from recipes_lib.recipe.architectures import describe_targets
         from recipes_lib.recipe.batch import describe_batch, planned_steps
         from recipes_lib.recipe.schedule import describe_schedule
         from recipes_lib.training.build import count_quantized, describe_trainable
@@ -286,6 +287,8 @@ class Session:
         self.say(f"schedule: {describe_schedule(scheduler, args.learning_rate, args.warmup_steps, steps[1])}")
         raised = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
         self.say(f"trains: {describe_trainable(trainer.model, raised=raised)}")
+        if self.recipe.lora is not None:
+            self.say(describe_targets(trainer.model))
 
     def run_trainer(self) -> None:
         """Train, from the beginning or from the checkpoint, until the planned end or a stop."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.atomic_files import file_hashes
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.json_files import DamagedFile, read_object
+from recipes_lib.recipe.architectures import ready_to_answer
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training import base_identity
 from recipes_lib.training.base_identity import check_base
@@ -233,7 +234,7 @@ def _tokenizer_of(one: TrainedRun) -> PreTrainedTokenizerBase:
 def _load_full(one: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     from recipes_lib.training.weights_check import reload
 
-    return reload(one.weights, one.recipe, full_finetuning=True, tokenizer=tokenizer).eval()
+    return ready_to_answer(reload(one.weights, one.recipe, full_finetuning=True, tokenizer=tokenizer))
 
 
 def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -254,7 +255,7 @@ def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBas
         except (RuntimeError, ValueError, KeyError) as error:
             raise base_identity.explain_peft_failure(one.weights, error) from error
         keep_saved_precision(model, one.weights, adapter_name(position))
-    return model.eval()
+    return ready_to_answer(model)
 
 
 def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

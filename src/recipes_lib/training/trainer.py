@@ -35,6 +35,7 @@ from trl.trainer.utils import add_fused_lm_head
 from recipes_lib.atomic_files import sync
 from recipes_lib.errors import EnvironmentFault, NumericsError
 from recipes_lib.faults import explain_fault
+from recipes_lib.recipe.architectures import training_settings, with_settings
 from recipes_lib.runs.lock import end_if_taken_over
 from recipes_lib.runs.resume_guard import differences
 from recipes_lib.training import checkpoints
@@ -72,6 +73,7 @@ class RecipeTrainer(SFTTrainer):
         marker_facts: dict[str, Any],
         **kwargs: Any,
     ) -> None:
+        self.base_settings = training_settings(kwargs["model"])
         super().__init__(*args, **kwargs)
         self.stop = stop
         self.stop_callback = StopCallback(stop)
@@ -337,7 +339,8 @@ class RecipeTrainer(SFTTrainer):
         """The card is written once, beside the final weights, by `training.card`."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with with_settings(self.model, self.base_settings):  # the trainer turned the cache off and router logits on for itself
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 

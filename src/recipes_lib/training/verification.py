@@ -18,7 +18,15 @@ from recipes_lib.training.adapters import fold, free_memory, load_merged, merge_
 from recipes_lib.training.base_identity import check_whole
 from recipes_lib.training.probes import Prompts, RecordedCheck, read_check, real_prompts
 from recipes_lib.training.trained import BASE, Family, TrainedRun
-from recipes_lib.training.weights_check import EXACT_TOLERANCE, LogitsComparison, check_files, compare_logits, logits_on
+from recipes_lib.training.weights_check import (
+    EXACT_TOLERANCE,
+    LogitsComparison,
+    check_files,
+    compare_logits,
+    largest_difference,
+    logits_on,
+    rerouted_share,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +159,8 @@ def compare_folded(trained: TrainedRun, logits: AdapterLogits, folded: PreTraine
     """
     written = str(folded.dtype).removeprefix("torch.")
     exact = trained.recipe.quantization is None and {precision, written} == {"float32"}
-    first = _compare(logits, logits_on(folded, prompts.rows), prompts, exact, precision)
+    rerouted = rerouted_share(folded)
+    first = _compare(logits, logits_on(folded, prompts.rows), prompts, exact, precision, rerouted)
     if exact or first.lost <= LOST_LIMIT:
         return first
     free_memory()
@@ -159,11 +168,11 @@ def compare_folded(trained: TrainedRun, logits: AdapterLogits, folded: PreTraine
     model = unfolded_float32(trained)
     with model.disable_adapter():
         base = logits_on(model, prompts.rows)
-    return _compare(AdapterLogits(base, logits_on(model, prompts.rows)), again, prompts, written == "float32", "float32")
+    return _compare(AdapterLogits(base, logits_on(model, prompts.rows)), again, prompts, written == "float32", "float32", rerouted)
 
 
-def _compare(logits: AdapterLogits, folded: torch.Tensor, prompts: Prompts, exact: bool, precision: str) -> Comparison:
-    difference = compare_logits(logits.adapter, folded, EXACT_TOLERANCE if exact else HALF_TOLERANCE)
+def _compare(logits: AdapterLogits, folded: torch.Tensor, prompts: Prompts, exact: bool, precision: str, rerouted: float) -> Comparison:
+    difference = compare_logits(logits.adapter, folded, EXACT_TOLERANCE if exact else HALF_TOLERANCE, rerouted)
     return Comparison(str(prompts), difference, compare_logits(logits.base, logits.adapter, 0.0), precision)
 
 
@@ -239,8 +248,7 @@ def _differences_from_record(trained: TrainedRun, family: Family, check: Recorde
     top = torch.tensor(check.top_tokens)
     recorded = torch.tensor(check.top_logits)
     found = logits.gather(1, top[:, None]).squeeze(1)
-    largest = float((found - recorded).abs().max())
-    return largest if largest == largest else float("inf"), float((logits.argmax(-1) == top).float().mean())
+    return largest_difference((found - recorded).abs(), rerouted_share(model)), float((logits.argmax(-1) == top).float().mean())
 
 
 def _check_folded(trained: TrainedRun, family: Family, num_prompts: int, result: Verification) -> None:

@@ -1,0 +1,216 @@
+"""What particular architectures need that the common path does not give them: one table, each entry with its reason and source.
+
+What a class says of itself is read from the class, not written here: the attention it supports, whether its layers carry a state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The needs of one architecture.
+
+    Args:
+        left_out: last names of modules that take no adapter.
+        because: why they take none.
+        backbone: the attribute that holds the model without its head, where `base_model_prefix` names no attribute.
+        num_experts: what the config calls the number of experts, where TRL's auxiliary loss does not find it.
+        source: where this was read.
+    """
+
+    left_out: tuple[str, ...] = ()
+    because: str = ""
+    backbone: str | None = None
+    num_experts: str | None = None
+    source: str
+
+
+_READS_WEIGHT = "the layer's kernel reads their weight and would pass an adapter by"
+_MAMBA_1 = Architecture(
+    left_out=("out_proj", "x_proj", "dt_proj"),
+    because=_READS_WEIGHT,
+    source="transformers 5.24 modeling_mamba.py: mamba_inner_fn(x_proj.weight, dt_proj.weight, out_proj.weight), dt_proj.weight @ ...; "
+    "peft 0.21 _check_lora_target_modules_mamba",
+)
+_MAMBA_2 = Architecture(
+    left_out=("out_proj",),
+    because=_READS_WEIGHT,
+    source="transformers 5.24 modeling_mamba2.py: mamba_split_conv1d_scan_combined(outproj_weight=out_proj.weight); "
+    "peft 0.21 _check_lora_target_modules_mamba forbids it for some of these",
+)
+ARCHITECTURES: dict[str, Architecture] = {
+    "mamba": _MAMBA_1,
+    "falcon_mamba": _MAMBA_1,
+    "jamba": _MAMBA_1,
+    "mamba2": _MAMBA_2,
+    "bamba": _MAMBA_2,
+    "falcon_h1": _MAMBA_2,
+    "nemotron_h": _MAMBA_2,
+    "zamba2": _MAMBA_2,
+    "granitemoehybrid": Architecture(
+        left_out=("out_proj",),
+        because=_READS_WEIGHT,
+        num_experts="num_local_experts",
+        source="transformers 5.24 modeling_granitemoehybrid.py as modeling_mamba2.py; trl 1.16 add_fused_lm_head reads config.num_experts",
+    ),
+    "granitemoe": Architecture(
+        num_experts="num_local_experts", source="trl 1.16 add_fused_lm_head reads config.num_experts, GraniteMoeConfig has none"
+    ),
+    "granitemoeshared": Architecture(num_experts="num_local_experts", source="as granitemoe"),
+    "llama4_text": Architecture(
+        left_out=("router",),
+        because="it returns scores and logits, a LoRA layer one tensor",
+        backbone="model",
+        num_experts="num_local_experts",
+        source="transformers 5.24 modeling_llama4.py: Llama4Router, base_model_prefix of Llama4ForCausalLM; trl as for granitemoe",
+    ),
+}
+_NONE = Architecture(source="")
+ROUTER = "gate.weight"  # peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer once
+_TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+
+
+def needs_of(model: Any) -> Architecture:
+    """Return what a model's architecture needs, by the `model_type` of its language model."""
+    return ARCHITECTURES.get(model.config.get_text_config().model_type, _NONE)
+
+
+def carries_state(model: Any) -> bool:
+    """Return whether layers other than attention pass something from token to token: convolution, state space, linear attention.
+
+    They do not know where one example of a row ends and the next begins. All of them have a convolution over time.
+    """
+    import torch
+
+    return any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
+
+
+def converted(config: LoraConfig, model: Any) -> LoraConfig:
+    """Return a LoRA config as PEFT reads it for this model: names of expert layers become those of the parameters that hold them now.
+
+    Raises:
+        ValueError: only some of the layers that became one parameter are named.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = copy.deepcopy(config)
+    convert_peft_config_for_transformers(found, model, None)
+    return found
+
+
+def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
+    """Return a LoRA config whose `all-linear` leaves out routers and what cannot be adapted; other targets stay as they are.
+
+    Args:
+        config: PEFT's, as the recipe has it.
+        model: the base, with weights or without.
+    """
+    if config.target_modules != "all-linear":
+        return config
+    settled = converted(config, model)
+    if left_out := needs_of(model).left_out:
+        excluded = settled.exclude_modules
+        if isinstance(excluded, str):  # a regular expression over whole names
+            settled.exclude_modules = rf"(?:{excluded})|(?:.*\.)?(?:{'|'.join(left_out)})"
+        else:
+            settled.exclude_modules = sorted({*(excluded or ()), *left_out})
+    settled.target_parameters = sorted(set(settled.target_parameters or ()) - {ROUTER}) or None
+    return settled
+
+
+def describe_targets(model: Any) -> str:
+    """Return which layers of a PEFT model have adapters, and which matrices have none and why."""
+    adapted, plain = _matrices(model)
+    text = f"adapters on {', '.join(adapted)}"
+    if not plain:
+        return text
+    needs = needs_of(model)
+    reasons = {needs.because: needs.left_out}
+    if any("experts." in name for name in adapted):
+        reasons["PEFT takes these names for the experts"] = ("gate_proj", "up_proj", "down_proj")
+    told = [f"{', '.join(found)}: {why}" for why, names in reasons.items() if (found := [name for name in plain if name in names])]
+    return f"{text}; none on {', '.join(plain)}" + (f" ({'; '.join(told)})" if told else "")
+
+
+def _matrices(model: Any) -> tuple[list[str], list[str]]:
+    """Return the names of matrices with and without an adapter, embeddings and head left out."""
+    import torch
+
+    adapted: dict[str, None] = {}
+    plain: dict[str, None] = {}
+    head = model.get_base_model().get_output_embeddings()
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, torch.nn.Embedding | torch.nn.Conv1d) or module is head or "lora_" in name or "modules_to_save" in name:
+            continue
+        parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
+        if hasattr(module, "lora_A"):
+            parameter = getattr(module, "parameter_name", "weight")
+            adapted[".".join(parts[-1:]) if parameter == "weight" else f"{parts[-1]}.{parameter}"] = None
+            continue
+        wrapped = _wrapped_parameters(model, name)
+        for key, parameter in module.named_parameters(recurse=False):
+            if (parameter.ndim == 3 or (key == "weight" and parameter.ndim == 2)) and key not in wrapped:
+                plain[parts[-1] if key == "weight" else f"{parts[-1]}.{key}"] = None
+    return list(adapted), [name for name in plain if name not in adapted]
+
+
+def _wrapped_parameters(model: Any, name: str) -> set[str]:
+    """Return the parameters of a module that adapters around it are on."""
+    found = set()
+    modules = model.get_base_model()
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+        found.add(getattr(modules.get_submodule(name), "parameter_name", "weight"))
+    return found
+
+
+def prepare_for_training(model: Any, args: SFTConfig) -> None:
+    """Give TRL what it looks for in a model: the model without its head, the number of experts; no auxiliary loss without experts."""
+    needs, config = needs_of(model), model.config.get_text_config()
+    if needs.backbone is not None:
+        model.base_model_prefix = needs.backbone
+    if needs.num_experts is not None:
+        type(config).num_experts = property(attrgetter(needs.num_experts))  # not an entry of the config: it is not saved
+        if not getattr(config, needs.num_experts):
+            args.router_aux_loss_coef = 0.0
+
+
+def ready_to_answer(model: Any) -> Any:
+    """Return a model in eval mode that computes no loss of its routers: for a batch that is generated, that loss is an error."""
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+    return model.eval()
+
+
+def training_settings(model: Any) -> dict[str, Any]:
+    """Return the values of a config that a trainer changes for itself."""
+    config = model.config.get_text_config()
+    return {name: getattr(config, name) for name in _TRAINING_ONLY if hasattr(config, name)}
+
+
+@contextlib.contextmanager
+def with_settings(model: Any, settings: dict[str, Any]) -> Iterator[None]:
+    """Give a config other values for a while: those of the base, while the model is saved."""
+    now = training_settings(model)
+    _set_all(model, settings)
+    try:
+        yield
+    finally:
+        _set_all(model, now)
+
+
+def _set_all(model: Any, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        setattr(model.config.get_text_config(), name, value)
