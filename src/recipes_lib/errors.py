@@ -11,7 +11,7 @@ import enum
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 
 class ExitCode(enum.IntEnum):
@@ -54,17 +54,25 @@ class RecipesError(Exception):
         return mask_secrets("\n".join([f"{place} {self.what}".strip(), *(f"  {hint}" for hint in self.hints)]))
 
 
+AnyError = TypeVar("AnyError", bound=RecipesError)
+
+
 class RecipeError(RecipesError):
     """Wrong usage, or a recipe (or another YAML of ours) that cannot be accepted."""
 
     exit_code = ExitCode.USAGE
 
 
+def in_order(errors: Iterable[AnyError]) -> list[AnyError]:
+    """Return errors in the order of file and line."""
+    return sorted(errors, key=lambda error: (str(error.file or ""), error.line or 0))
+
+
 class RecipeErrors(RecipeError):
     """Several recipe errors reported together, in the order of file and line."""
 
-    def __init__(self, errors: Iterable[RecipesError]) -> None:
-        self.errors = sorted(errors, key=lambda error: (str(error.file or ""), error.line or 0))
+    def __init__(self, errors: Iterable[RecipeError]) -> None:
+        self.errors = in_order(errors)
         super().__init__(f"{len(self.errors)} errors")
 
     def __str__(self) -> str:

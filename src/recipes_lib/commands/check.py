@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipeErrors, RecipesError, print_error
+from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipeErrors, RecipesError, in_order, print_error
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.recipe import recipe_from
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         errors |= {str(error): error for error in found}
     _print_remarks(remarks)
     if errors:
-        print_error(RecipeErrors(errors.values()))  # in order of file and line
+        for one in in_order(errors.values()):
+            print_error(one)
         print(f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {_count(files)}", file=sys.stderr)
         return ExitCode.DATA if all(isinstance(error, DataError) for error in errors.values()) else ExitCode.USAGE
     say(f"{_count(files)} ok")

@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
         os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
     from recipes_lib.launching.prefetching import needs_of
 
-    found = (needs_of(word, _meant_for(word, words, overrides), args.trust_remote_code) for word in words)
-    needs = list(dict.fromkeys(need for several in found for need in several))
+    found = (need for word in words for need in needs_of(word, _meant_for(word, words, overrides), args.trust_remote_code))
+    needs = list(dict.fromkeys(found))
     if args.check:
         missing = _failures(needs, lambda need: say(f"here: {need.kind} {need.name}: {need.check()}"))
-        found = f"{len(needs) - missing} of {len(needs)} here, found without a network" if missing else None
-        say(found or f"all {len(needs)} here, without a network")
+        here = f"{len(needs) - missing} of {len(needs)} here, found" if missing else f"all {len(needs)} here,"
+        say(f"{here} without a network")
         return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
     missing = _failures(needs, _fetch)
     if missing:

@@ -163,7 +163,7 @@ def check_here(document: Document) -> Iterator[RecipeError]:
     train, run, launch = sections.get("train", {}), sections.get("run", {}), sections.get("launch", {})
     total, per_device = run.get("global_batch_size"), train.get("per_device_train_batch_size", 8)
     numbers = (total, per_device, launch.get("gpus") or 1, launch.get("nodes", 1))
-    if document.kind.name != "recipe" or not all(type(number) is int and number > 0 for number in numbers):
+    if document.kind.name != "recipe" or total is None or not all(type(number) is int and number > 0 for number in numbers):
         return
     try:
         world_size = plan_launch(LaunchSection(**launch)).world_size

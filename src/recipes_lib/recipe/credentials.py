@@ -39,9 +39,17 @@ _HINT = "log in with 'hf auth login' or export the variable in the shell; if thi
 class Source(Protocol):
     """A YAML file as read: a recipe with its overrides (`loader.Document`), or any other (`yaml_source.YamlSource`)."""
 
-    file: Any
-    text: str
-    values: Any
+    @property
+    def file(self) -> Any:
+        """The path as the user would type it."""
+
+    @property
+    def text(self) -> str:
+        """The file as it is."""
+
+    @property
+    def values(self) -> Any:
+        """What the file says."""
 
 
 def is_secret_name(name: str) -> bool:
@@ -130,7 +138,7 @@ def find_credentials(source: Source) -> dict[KeyPath, RecipeError]:
 def _placed(source: Any) -> Callable[..., RecipeError]:
     """How an error about a key gets its place: a recipe knows which of its files wrote it, another file only its lines."""
     if hasattr(source, "error"):
-        return source.error  # type: ignore[no-any-return]
+        return source.error
     return lambda path, what, *hints: RecipeError(what, *hints, file=source.file, line=source.lines.get(path))
 
 
