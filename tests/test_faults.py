@@ -20,6 +20,7 @@ from recipes_lib.faults import explain_fault, is_disk_full
         (errno.EACCES, "cannot read or write: reason (/a/file)", "make it accessible again, then run"),
         (errno.ESTALE, "cannot read or write: reason (/a/file)", "make it accessible again, then run"),
         (errno.EIO, "the disk does not read or write: reason (/a/file)", "dmesg"),
+        (errno.ELOOP, "a symbolic link leads to itself: reason (/a/file)", "remove it"),
         (errno.ENOMEM, "out of memory: reason (/a/file)", "ulimit -v"),
     ],
 )
@@ -33,6 +34,7 @@ def test_an_error_with_a_number_says_what_to_do(number: int, what: str, remedy: 
     ("error", "what"),
     [
         (Exception("No space left on device (os error 28)"), "disk full"),
+        (RuntimeError("Symlink loop from '/a/loop'"), "a symbolic link leads to itself"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 186432 vs 186324"), "disk full"),
         (
             RuntimeError('Error while serializing: I/O error: Os { code: 27, kind: FileTooLarge, message: "File too large" }'),
@@ -43,7 +45,7 @@ def test_an_error_with_a_number_says_what_to_do(number: int, what: str, remedy: 
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory"),
         (MemoryError(), "out of memory: MemoryError"),
     ],
-    ids=["tokenizers", "torch", "safetensors", "read-only", "torch memory", "import", "Python memory"],
+    ids=["tokenizers", "pathlib", "torch", "safetensors", "read-only", "torch memory", "import", "Python memory"],
 )
 def test_an_error_of_a_library_is_known_by_its_text(error: Exception, what: str) -> None:
     fault = explain_fault(error)

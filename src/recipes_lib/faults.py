@@ -16,7 +16,7 @@ from pathlib import Path
 from recipes_lib.errors import EnvironmentFault, RecipesError
 
 RESUME = "run the same command again: a training resumes from its newest complete checkpoint, and nothing that was complete is lost"
-FULL, LIMIT, READ_ONLY, REFUSED, BROKEN, MEMORY = range(6)
+FULL, LIMIT, READ_ONLY, REFUSED, BROKEN, MEMORY, LOOP = range(7)
 NUMBERS = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
@@ -27,12 +27,14 @@ NUMBERS = {
     errno.ESTALE: REFUSED,  # an NFS server that forgot the file
     errno.EIO: BROKEN,
     errno.ENOMEM: MEMORY,
+    errno.ELOOP: LOOP,
 }
 SIGNS = {
     FULL: r"No space left on device|Disk quota exceeded|unexpected pos \d+|PytorchStreamWriter failed|StorageFull|not enough (disk )?space",
     LIMIT: r"File too large",
     READ_ONLY: r"Read-only file system",
     BROKEN: r"Input/output error",
+    LOOP: r"^Symlink loop from",  # a RuntimeError of pathlib before Python 3.13
     MEMORY: r"Cannot allocate memory|can't allocate memory|not enough memory|bad_alloc|failed to map segment|can't start new thread|"
     r"could not allocate|Unable to allocate|failed to create thread",
 }
@@ -42,6 +44,7 @@ WORDS = {
     READ_ONLY: ("the file system is read-only", "make it writable again"),
     REFUSED: ("cannot read or write", "make it accessible again"),
     BROKEN: ("the disk does not read or write", "see the system's log (dmesg), or move to another disk"),
+    LOOP: ("a symbolic link leads to itself", "remove it"),
     MEMORY: ("out of memory", "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch"),
 }
 

@@ -99,6 +99,25 @@ def test_the_text_says_what_fits_how_long_and_what_to_type(plan: Plan, monkeypat
     assert lines[-1].startswith("next: recipes train recipes/llama2-7b-dolly/lora-bf16-r32.yaml --accelerate ddp --gpus 2")
 
 
+def test_a_card_that_nobody_named_on_a_machine_without_one_is_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes_lib.planning import cards
+
+    monkeypatch.setattr(cards, "_found_here", list)
+    cards.cards_here.cache_clear()
+    assumed = "no GPU on this machine, so H100 80GB SXM is assumed; your card: --gpu CARD"
+    assert plan(LORA)[1].splitlines()[1].startswith(assumed)
+    assert assumed in plan("lora-rank")[1]
+    assert json.loads(plan(LORA, "--json")[1])["memory"]["card_stands_in"] is True
+    assert json.loads(plan(LORA, "--json", "--gpu", "h100")[1])["memory"]["card_stands_in"] is False
+    for words in ((LORA, "--gpu", "h100"), (LORA, "--gpu", "cpu"), ("quickstart/lora-r8",), ("lora-rank", "--gpu", "h100")):
+        assert "assumed; your card" not in plan(*words)[1]
+
+
+def test_a_warm_up_longer_than_the_training_is_told(plan: Plan) -> None:
+    assert "train.learning_rate is never reached" in plan("quickstart/lora-r8", "train.warmup_steps=5000")[1]
+    assert "never reached" not in plan("quickstart/lora-r8", "train.warmup_steps=5")[1]
+
+
 def test_what_does_not_fit_says_so_and_what_would(plan: Plan) -> None:
     code, out, _ = plan(LORA, "--gpu", "4090")
     assert code == 0
@@ -204,7 +223,7 @@ def test_a_plan_imports_no_torch() -> None:
     program = (
         "import sys\nfrom recipes_lib.cli import main\n"
         f"main(['plan', '{LORA}', '--json'])\nmain(['plan', 'quickstart/lora-r8'])\n"
-        "print('HEAVY', [name for name in ('torch', 'transformers', 'datasets', 'numpy', 'pandas') if name in sys.modules])"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'datasets', 'pandas') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"

@@ -51,6 +51,16 @@ def test_ls_shows_the_memory_and_time_that_plan_works_out_and_a_dash_where_it_ca
     assert "h100 80gb" in lines["memory"].lower()
 
 
+def test_a_link_that_points_to_itself_costs_ls_one_line_and_other_verbs_an_answer(capsys, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for name in ("self.yaml", "folder"):
+        (tmp_path / "recipes" / name).symlink_to(name)
+    out = said(capsys, "ls")
+    assert QUICKSTART in out and "cannot be read: recipes check recipes/self.yaml" in out
+    for verb in ("check", "show", "plan", "data", "train"):
+        assert "too many levels of symbolic links" in said(capsys, verb, "recipes/self.yaml", code=2)
+
+
 def test_ls_filters_by_words_and_names_files_it_cannot_read(capsys, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/broken.yaml").write_text("model: [\n")

@@ -22,8 +22,9 @@ train:
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Write a file into the working directory and return its name, as a user would type it."""
+    """Write a file into the working directory, beside the rows that the good recipe names, and return its name, as a user would type it."""
     monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"instruction": "a", "response": "b"}\n', encoding="utf-8")
 
     def write_file(text: str | bytes = GOOD, name: str = "r.yaml") -> Path:
         path = Path(name)

@@ -22,6 +22,7 @@ BAD_LINES = [
     (4, "train", "seed: 2", 9, ["duplicate key 'train.seed'", "lines 8 and 9"]),
     (6, "train", "learning_rate: fast", 8, ["train.learning_rate must be a number", "'fast'"]),
     (6, "train", "learning_rate: '1e-4'", 8, ["must be a number", "remove the quotes: 1e-4"]),
+    (6, "train", "max_steps: '100'", 8, ["train.max_steps must be -1 or", "remove the quotes: 100"]),
     (7, "train", "learning_rate: [1, 2]", 8, ["must be a number", "[1, 2]"]),
     (8, "train", "learning_rate:", 8, ["must be a number", "null"]),
     (9, "train", "learning_rate: .nan", 8, ["must be a number > 0", ".nan"]),
@@ -274,3 +275,15 @@ def test_a_plain_no_where_the_choice_is_called_no_is_told_to_be_quoted(write_wit
     assert main(["check", str(path)]) == 2
     said = capsys.readouterr().err
     assert "train.eval_strategy must be one of no" in said and 'quote it: "no"' in said
+
+
+@pytest.mark.parametrize(("value", "warned"), [("100", True), ("500", True), ("99", False), ("0.03", False), ("1.0", False)])
+def test_a_warm_up_as_long_as_the_training_is_warned_about(value, warned, write_with, capsys):
+    path = write_with("train", f"max_steps: 100\n  warmup_steps: {value}")
+    assert main(["check", str(path)]) == 0
+    assert ("train.learning_rate is never reached" in capsys.readouterr().err) == warned
+
+
+def test_a_schedule_without_warm_up_is_not_warned_about(write_with, capsys):
+    assert main(["check", str(write_with("train", "max_steps: 5\n  warmup_steps: 9\n  lr_scheduler_type: constant"))]) == 0
+    assert "never reached" not in capsys.readouterr().err

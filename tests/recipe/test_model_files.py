@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.cli import main
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.model_files import check_files, local_folder
 from recipes_lib.recipe.recipe import load_recipe
@@ -167,3 +168,12 @@ def test_an_odd_config_is_one_line(text, words, problems, model):
 def test_an_index_without_a_map_of_weights_is_named(problems, model):
     (model / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
     assert "model.safetensors.index.json has no weight_map" in problems()
+
+
+def test_plain_check_looks_into_a_model_folder(write, model, tmp_path, capsys):
+    path = write(f"model: {{name_or_path: {model}}}\ndata: {{source: b/c}}\n")
+    assert main(["check", str(path)]) == 0
+    for file, words in (("model.safetensors", "has no weights"), ("config.json", "no readable config.json")):
+        (model / file).unlink()
+        assert main(["check", str(path)]) == 2
+        assert words in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +82,7 @@ def _files(path: Path) -> Iterable[Path]:
         RecipeError: there is nothing at the path.
     """
     if not path.is_dir():
-        if not path.exists():
+        if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path, str(path))
         return [path]
     files = sorted(file for file in path.rglob("*.y*ml") if file.suffix in (".yaml", ".yml"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def method(values: dict[str, Any]) -> str:
 
 def _name(file: Path) -> str:
     """Return the short name that `recipes show` and `recipes new --from` take."""
+    real = Path(os.path.realpath(file))  # resolve() raises for a link that points to itself
     for folder in (Path("recipes").resolve(), project_root() / "recipes"):
-        if file.resolve().is_relative_to(folder):
-            return file.resolve().relative_to(folder).with_suffix("").as_posix()
+        if real.is_relative_to(folder):
+            return real.relative_to(folder).with_suffix("").as_posix()
     return shown_path(file)

@@ -86,7 +86,10 @@ def _estimates(study: Study) -> dict[str, str]:
     from recipes_lib.planning.text import clock
 
     with suppress(RecipesError):
-        return {arm.name: f"about {clock(arm.plan.duration.total)} on {arm.plan.card.title}" for arm in plan_study(study).arms}
+        return {
+            arm.name: f"about {clock(arm.plan.duration.total)} on {arm.plan.card.title}{' (assumed)' * arm.plan.card.stands_in}"
+            for arm in plan_study(study).arms
+        }
     return {}
 
 

@@ -54,6 +54,7 @@ def memory_json(plan: Plan) -> dict[str, Any]:
             "needed_gib": memory.needed,
             "card": plan.card.name,
             "card_gib": plan.card.memory_gib,
+            "card_stands_in": plan.card.stands_in,
             "processes_on_card": plan.sharing,
             "fits": plan.fits,
             "micro_batch_tokens": plan.batches.largest,

@@ -31,6 +31,7 @@ class Card:
         link: GB/s of an all-gather per card on one machine.
         mfu: share of the peak that bf16 LoRA reaches with large micro-batches.
         basis: `assumed`, or what was measured where.
+        stands_in: whether nobody named it: it stands in for the GPU that this machine has not.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Card:
     link: float
     mfu: float = 0.40
     basis: str = "assumed"
+    stands_in: bool = False
 
 
 CARDS = (

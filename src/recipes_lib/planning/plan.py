@@ -103,7 +103,7 @@ def card_for(launch: Launch, gpu: str | None) -> Card:
     """
     if gpu == "cpu" or (gpu is None and launch.config.use_cpu):
         return cpu_card()
-    return card_named(gpu) if gpu else next(iter(cards_here()), card_named(DEFAULT))
+    return card_named(gpu) if gpu else next(iter(cards_here()), replace(card_named(DEFAULT), stands_in=True))
 
 
 def plan_launched(recipe: Recipe, launch: Launch, card: Card, lengths: Lengths | None = None) -> Plan:

@@ -11,7 +11,7 @@ from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.evaluations import EvalTime, eval_times
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.plan import Plan, card_for, plan_launched
-from recipes_lib.planning.text import clock
+from recipes_lib.planning.text import clock, stand_in
 
 if TYPE_CHECKING:
     from recipes_lib.studies.study import Study
@@ -134,4 +134,6 @@ def study_lines(plan: StudyPlan, price: float | None) -> Iterator[str]:
         f"in all {sum(arm.seeds for arm in plan.arms)} trainings: {clock(plan.one_after_the_other)} one after the other, "
         f"{plan.card_hours:.2f} card hours{cost}"
     )
+    if assumed := next((arm.plan.card for arm in plan.arms if arm.plan.card.stands_in), None):
+        yield stand_in(assumed)
     yield f"speeds: {', '.join(sorted({arm.plan.card.basis for arm in plan.arms})) or 'nothing to plan'}"

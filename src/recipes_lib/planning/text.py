@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from recipes_lib.planning.activations import activations_of
 from recipes_lib.planning.advice import Advice
+from recipes_lib.planning.cards import Card
 from recipes_lib.planning.evaluations import EvalTime
 from recipes_lib.planning.methods import MethodRow
 from recipes_lib.planning.plan import Plan
 from recipes_lib.planning.settings import Settings
+from recipes_lib.recipe.schedule import WITHOUT_WARMUP
 
 MIB = 2**20
 MOST_ADVICE, MOST_OTHERS = 4, 2
@@ -20,6 +22,8 @@ def plan_lines(
 ) -> Iterator[str]:
     """Yield the lines of a plan."""
     yield f"{plan.recipe.name} on {card_words(plan)}"
+    if plan.card.stands_in:
+        yield stand_in(plan.card)
     yield ""
     yield from _steps(plan)
     yield ""
@@ -40,6 +44,11 @@ def card_words(plan: Plan) -> str:
     machines = f" on {plan.launch.machines} machines" if plan.launch.machines > 1 else ""
     speed = "speed assumed, nobody has measured it here" if plan.card.basis == "assumed" else f"speed: {plan.card.basis}"
     return f"{plan.settings.world_size} x {plan.card.title}{machines} ({speed})"
+
+
+def stand_in(card: Card) -> str:
+    """Return what a reader must know of a plan for a card that nobody named."""
+    return f"no GPU on this machine, so {card.title} is assumed; your card: --gpu CARD; this machine, which trains on its CPU: --gpu cpu"
 
 
 def refusal(plan: Plan) -> list[str]:
@@ -80,6 +89,9 @@ def _steps(plan: Plan) -> Iterator[str]:
     longest = min(settings.max_length or max(lengths.tokens), max(lengths.tokens))
     if longest > settings.shape.positions:
         yield f"note    rows of {longest:,} tokens are longer than the {settings.shape.positions:,} that {settings.shape.name} was made for"
+    warmup = float(plan.recipe.train.get("warmup_steps") or 0)
+    if warmup >= max(batches.steps, 1) and plan.recipe.train.get("lr_scheduler_type") not in WITHOUT_WARMUP:
+        yield f"note    train.warmup_steps {warmup:g} is not less than the {batches.steps:,} steps: train.learning_rate is never reached"
     yield f"tokens  {batches.tokens * batches.steps:,.0f} in all, {mean:,.0f} per {what[:-1]}; {form} ({lengths.source})"
 
 

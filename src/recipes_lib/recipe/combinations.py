@@ -13,6 +13,7 @@ from recipes_lib.recipe.constraints import NOT_IN_MODEL_KWARGS
 from recipes_lib.recipe.launch import plan_launch
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.model_files import no_model_at
+from recipes_lib.recipe.schedule import WITHOUT_WARMUP
 from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.yaml_source import KeyPath
 
@@ -196,6 +197,11 @@ def _warnings(sections: dict[str, Any]) -> Iterator[Any]:
     if run.get("global_batch_size") and "gradient_accumulation_steps" in train:
         what = "train.gradient_accumulation_steps is ignored: it is derived from run.global_batch_size"
         yield ("train", "gradient_accumulation_steps"), what, "remove one of them"
+    steps, warmup = train.get("max_steps"), train.get("warmup_steps")
+    numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in (steps, warmup))
+    if numbers and warmup >= steps > 0 and train.get("lr_scheduler_type") not in WITHOUT_WARMUP:
+        what = f"train.warmup_steps {warmup:g} is not less than train.max_steps {steps:g}: train.learning_rate is never reached"
+        yield ("train", "warmup_steps"), what, "a number below 1 is a share of all steps: train.warmup_steps: 0.03"
 
 
 def _changed_scaling(document: Document) -> Iterator[RecipeError]:

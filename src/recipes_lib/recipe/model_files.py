@@ -69,10 +69,17 @@ def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
         error: what transformers said.
     """
     folder = local_folder(recipe)
+    if folder is not None and read_json(folder / "config.json") is None:
+        return _no_config(recipe, folder)
     hint = "the tokenizer's files stand beside the weights: tokenizer.json or tokenizer.model, and tokenizer_config.json"
     if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return recipe.error(KEY, f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})", hint)
     return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
+
+
+def _no_config(recipe: Recipe, folder: Path) -> RecipeError:
+    hint = "a model is a folder with config.json, safetensors and a tokenizer"
+    return recipe.error(KEY, f"{folder} has no readable config.json", hint)
 
 
 def _from_hub(recipe: Recipe) -> bool:
@@ -103,9 +110,7 @@ def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None
                 KEY, f"holds GGUF weights ({files[0].name}); quantized weights cannot be trained further", "give the original model"
             )
         else:
-            yield recipe.error(
-                KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer"
-            )
+            yield _no_config(recipe, folder)
         return
     architectures = config.get("architectures")
     architectures = [str(name) for name in architectures] if isinstance(architectures, list) else []

@@ -28,10 +28,14 @@ def describe_schedule(scheduler: str, learning_rate: float, warmup: float, steps
         'cosine, learning rate 0.001, warmup 1 of 2 steps (step 1 has learning rate 0 and trains nothing; none: train.warmup_steps=0)'
         >>> describe_schedule("linear", 1e-3, 0, 60)
         'linear, learning rate 0.001, no warmup'
+        >>> describe_schedule("linear", 1e-3, 500, 60)
+        'linear, learning rate 0.001, never reached: warmup takes 500 steps, and the run has 60'
     """
     number = 0 if scheduler in WITHOUT_WARMUP else warmup_steps(warmup, steps)
     head = f"{scheduler}, learning rate {learning_rate:g}, "
     if not number:
         return head + "no warmup"
+    if number >= steps:
+        return f"{head}never reached: warmup takes {number:,} steps, and the run has {steps:,}"
     first = "step 1 has learning rate 0" + (" and trains nothing; none: train.warmup_steps=0" if steps <= FEW_STEPS else "")
     return f"{head}warmup {number:,} of {steps:,} steps ({first})"

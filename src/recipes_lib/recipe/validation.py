@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import EnvironmentFault, RecipeError
@@ -62,12 +63,17 @@ def check_recipe(document: Document, full: bool = False) -> list[RecipeError]:
     """The check of recipes and bases that `recipes check` runs; `full` adds stage 2 for recipes."""
     errors = validate(document)
     errors += check_here(document)
-    if errors or not full or document.kind.name != "recipe":
+    if errors or document.kind.name != "recipe":
         return errors
+    from recipes_lib.recipe.model_files import check_files
     from recipes_lib.recipe.recipe import recipe_from
-    from recipes_lib.recipe.upstream import check_packages, check_upstream
 
     recipe = recipe_from(document)
+    if not full:
+        folder = Path(recipe.model.name_or_path)
+        return list(check_files(recipe, folder)) if folder.is_dir() else []
+    from recipes_lib.recipe.upstream import check_packages, check_upstream
+
     errors = check_upstream(recipe, notes=document.warnings)
     try:
         check_packages(recipe)
@@ -207,8 +213,9 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
 def _is_quoted_number(text: str, schema: dict[str, Any]) -> bool:
     """Whether a number is wanted and the text is one."""
     types = schema.get("type", [])
+    wanted = {"number", "integer"}.isdisjoint([types] if isinstance(types, str) else types)
     try:
-        return not {"number", "integer"}.isdisjoint([types] if isinstance(types, str) else types) and math.isfinite(float(text))
+        return (not wanted and math.isfinite(float(text))) or any(_is_quoted_number(text, part) for part in schema.get("anyOf", ()))
     except ValueError:
         return False
 
