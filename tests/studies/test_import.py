@@ -192,8 +192,8 @@ def test_one_text_for_all_questions_is_better_than_nothing(tmp_path, runs):
     ],
 )
 def test_an_error_metric_is_ranked_only_where_its_files_say_which_way(tmp_path, runs, told, verdict):
-    for name, error in (("good", 0.5), ("bad", 1.0)):
-        samples = [{"doc_id": n, "doc_hash": f"h{n}", "doc": {}, "filter": "none", "mae": error + n % 3 / 10} for n in range(30)]
+    for name, error, kinds in (("good", 0.5, 3), ("bad", 1.0, 4)):
+        samples = [{"doc_id": n, "doc_hash": f"h{n}", "doc": {}, "filter": "none", "mae": error + n % kinds / 10} for n in range(30)]
         mean = sum(row["mae"] for row in samples) / 30
         table = {"results": {"arc_easy": {"mae,none": mean}}, "n-samples": {"arc_easy": {"original": 30, "effective": 30}}, **told}
         (tmp_path / name).mkdir()

@@ -125,11 +125,11 @@ def scale_of(metric: str, unit: str) -> tuple[float, float] | None:
     return _SCALES.get(metric.rpartition("/")[2]) or _SCALES.get(unit)
 
 
-def filling_of(measure: Measure, values: NDArray[np.float64]) -> tuple[float, float]:
+def filling_of(metric: str, unit: str, values: NDArray[np.float64]) -> tuple[float, float]:
     """Return what unresolved items are filled with: the ends of the metric's scale, of a plain number those of the values seen."""
     known = values[~np.isnan(values)]
     seen = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-    low, high = scale_of(measure.metric, measure.unit) or seen
+    low, high = scale_of(metric, unit) or seen
     return min(low, seen[0]), max(high, seen[1])
 
 
@@ -270,12 +270,13 @@ def _head_to_head(first: str, second: str, measures: Sequence[Measure], left_out
 def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[Measure], other: Sequence[Measure], unpaired: str) -> Row:
     """The same items of both arms, paired; a turn that only one arm has is unresolved where the question is in both."""
     one = mine[0]
+    unit = one.unit if {measure.unit for measure in (*mine, *other)} == {one.unit} else "number"
     my_keys, other_keys = _keys(mine), _keys(other)
     questions = {key[0] for key in my_keys} & {key[0] for key in other_keys}
     keys = [key for key in {**my_keys, **other_keys} if key[0] in questions]
     a, b = _table(mine, keys), _table(other, keys)
-    scale = filling_of(one, np.concatenate([a.ravel(), b.ravel()]))
-    lowest, highest = scale_of(one.metric, one.unit) or (0.0, math.inf)
+    scale = filling_of(one.metric, unit, np.concatenate([a.ravel(), b.ravel()]))
+    lowest, highest = scale_of(one.metric, unit) or (0.0, math.inf)
     tested = with_honest_limits(compare(a, b, [key[0] for key in keys], scale=scale), highest - lowest) if keys else None
     both = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))  # the values that the difference is of; `Score` has each arm's own
     values = [_mean(table[:, both]) if keys else _reported(measures) for table, measures in ((a, mine), (b, other))]
@@ -291,7 +292,7 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
     if unpaired:
         flags.append(unpaired)
     return Row(
-        metric=one.name, label=one.label, first=first, second=second, unit=one.unit, head_to_head=False, opponent=opponent,
+        metric=one.name, label=one.label, first=first, second=second, unit=unit, head_to_head=False, opponent=opponent,
         higher_is_better=direction, first_value=values[0], second_value=values[1], tested=tested,
         reason=reason or (DIRECTION_UNKNOWN if direction is None else ""), flags=tuple(flags),
         files=_files([*mine, *other]), measures=(*mine, *other),
@@ -362,7 +363,7 @@ def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score
     keys = list(_keys(measures))
     table = _table(measures, keys)
     open_items = np.isnan(table).any(axis=0) if keys else np.zeros(0, dtype=bool)
-    low, high = filling_of(one, table)
+    low, high = filling_of(one.metric, one.unit, table)
     interval = _score_interval(table[:, ~open_items], [key[0] for key, left in zip(keys, open_items, strict=True) if not left])
     value = interval.estimate if keys else _reported(measures)
     filled = [float(np.where(np.isnan(table), end, table).mean()) if keys else None for end in (low, high)]

@@ -7,17 +7,19 @@ samples hold only current rows, MT-Bench's rows are chosen by judge and answer. 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
 from recipes_lib.json_files import DamagedFile, read_object, read_rows
-from recipes_lib.judging.outcomes import SCORE, item_outcome
+from recipes_lib.judging.outcomes import SCORE, ItemOutcome, item_outcome
 from recipes_lib.judging.store import read_rows as stored_rows
 from recipes_lib.judging.store import text_hash
 from recipes_lib.studies.measurements import EvalResult, Item, Measure
 
+_SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")  # metrics of lm-eval between 0 and 1
 SUITE_TITLES = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench", "lm_eval": "lm-eval"}
 
 
@@ -93,12 +95,10 @@ def _alpaca_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[M
         verdicts: dict[str, Mapping[str, Any]] = {verdict["order"]: verdict for verdict in row["verdicts"]}
         outcome = item_outcome(row["question_id"], verdicts)
         lengths = (len(row["answer"]), len(row["opponent_answer"]))
-        value = SCORE.get(outcome.outcome)
-        pairs.append(
-            Item(row["question_id"], 1, row["category"], value, outcome.outcome, (outcome.first, outcome.second), outcome.by_rule, lengths)
-        )
+        asked, opposed = (_same_text(row.get(name)) for name in ("instruction", "opponent_answer"))
+        pairs.append(_pair(row["question_id"], 1, row["category"], outcome, lengths, asked, opposed))
         if grade := verdicts.get("single"):
-            grades.append(_grade(row["question_id"], 1, row["category"], grade, lengths[:1]))
+            grades.append(_grade(row["question_id"], 1, row["category"], grade, lengths[:1], asked))
     _check_counts(file, result["pairs"], pairs)
     title = "AlpacaEval win rate"
     reported, n = result["pairs"]["score"]["estimate"], result["pairs"]["n"]
@@ -115,11 +115,14 @@ def _mt_bench(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Meas
     """Mean grade over all turns, and the win rate where there is an opponent."""
     against = result["against"]
     current = _answer_hashes(file.parent / "samples" / "model_answer.jsonl")
+    asked = _asked_turns(file.parent / "samples" / "question.jsonl")
     grades = {}
     for row in judged_rows(file.parent / "judgments.jsonl", result, "absolute"):
         question, _, turn = row["question_id"].rpartition(":")
         if current.get((question, int(turn)), row["answer_hashes"][0]) == row["answer_hashes"][0]:
-            grades[question, int(turn)] = _grade(question, int(turn), row["meta"]["category"], row, tuple(row["lengths"]))
+            grades[question, int(turn)] = _grade(
+                question, int(turn), row["meta"]["category"], row, tuple(row["lengths"]), asked.get(question, "")
+            )
     score = result["score"]
     items = tuple(grades.values())
     graded = [item.value for item in items if item.value is not None]
@@ -149,15 +152,14 @@ def _mt_bench_pairs(name: str, file: Path, result: Mapping[str, Any], against: s
     rows: dict[str, dict[str, Any]] = {}
     for row in judged_rows(against_file(file.parent, "judgments", against), result, "relative"):
         rows.setdefault(row["question_id"], {})[row["order"]] = row
+    asked = _asked_turns(file.parent / "samples" / "question.jsonl")
     items = []
     for key, verdicts in rows.items():
         question, _, turn = key.rpartition(":")
         any_row = next(iter(verdicts.values()))
         lengths = any_row["lengths"] if any_row["order"] == "AB" else any_row["lengths"][::-1]
         outcome = item_outcome(key, verdicts)
-        said = (outcome.first, outcome.second)
-        value, category = SCORE.get(outcome.outcome), any_row["meta"]["category"]
-        items.append(Item(question, int(turn), category, value, outcome.outcome, said, outcome.by_rule, tuple(lengths)))
+        items.append(_pair(question, int(turn), any_row["meta"]["category"], outcome, tuple(lengths), asked.get(question, "")))
     _check_counts(file, result["pairs"], items)
     reported, n = result["pairs"]["score"]["estimate"], result["pairs"]["n"]
     return Measure(name, "mt_bench", "win_rate", "MT-Bench win rate", tuple(items), file, against, reported=reported, reported_n=n)
@@ -172,11 +174,27 @@ def _answer_hashes(path: Path) -> dict[tuple[str, int], str]:
     }
 
 
-def _grade(question: str, turn: int, category: str, row: Mapping[str, Any], lengths: tuple[int, ...]) -> Item:
+def _asked_turns(path: Path) -> dict[str, str]:
+    """Hash of the turns of each question."""
+    return {str(row["question_id"]): _same_text("\n".join(map(str, row["turns"]))) for row in read_lines(path)} if path.is_file() else {}
+
+
+def _same_text(text: object) -> str:
+    """A short hash that tells texts apart; white space at the ends is no difference. Empty where there is no text."""
+    return text_hash(text.strip())[:16] if isinstance(text, str) else ""
+
+
+def _pair(question: str, turn: int, category: str, outcome: ItemOutcome, lengths: tuple[int, ...], asked: str, opposed: str = "") -> Item:
+    said = (outcome.first, outcome.second)
+    value = SCORE.get(outcome.outcome)
+    return Item(question, turn, category, value, outcome.outcome, said, outcome.by_rule, lengths, asked, opposed)
+
+
+def _grade(question: str, turn: int, category: str, row: Mapping[str, Any], lengths: tuple[int, ...], asked: str) -> Item:
     ok = row["status"] == "ok"
-    said = str(row["value"]) if ok else str(row["status"])
-    by_rule = row.get("source") == "rule"
-    return Item(question, turn, category, float(row["value"]) if ok else None, "graded" if ok else "unresolved", (said,), by_rule, lengths)
+    said = (str(row["value"]) if ok else str(row["status"]),)
+    value, by_rule = float(row["value"]) if ok else None, row.get("source") == "rule"
+    return Item(question, turn, category, value, "graded" if ok else "unresolved", said, by_rule, lengths, asked)
 
 
 def _check_counts(file: Path, pairs: Mapping[str, Any], items: Sequence[Item]) -> None:
@@ -186,8 +204,6 @@ def _check_counts(file: Path, pairs: Mapping[str, Any], items: Sequence[Item]) -
         DataError: they differ.
     """
     found = {outcome: sum(item.outcome == outcome for item in items) for outcome in ("win", "loss", "tie", "unresolved")}
-    # A pair without any row is unresolved too, and has no item.
-    found["unresolved"] += max(0, pairs["n"] - len(items))
     told = {outcome: pairs[outcome] for outcome in found}
     if told != found:
         shown = ", ".join(f"{name} {told[name]} and {found[name]}" for name in found if told[name] != found[name])
@@ -203,12 +219,13 @@ def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measu
             samples[task] = list(read_lines(file.parent / "samples" / f"samples_{task}.jsonl"))
         chosen_samples = (sample for sample in samples[task] if sample.get("filter", "none") == chosen)
         items = [item for sample in chosen_samples if (item := _sample_item(sample, metric, task))]
+        _check_samples(file, task, row["n"], items)
         values = [item.value for item in items if item.value is not None]
         if values and abs(sum(values) / len(values) - row["value"]) > 1e-6:
             items = []  # the metric is no mean of its samples (perplexities): nothing to pair
         shown = metric if chosen == "none" else f"{metric}, {chosen}"
-        shares = all(value in (0.0, 1.0) for value in values)
-        share = shares if values else 0 <= row["value"] <= 1
+        # By its name, not by what one arm's items happen to be: an error of 0 or 1 per item is no share.
+        share = bool(_SHARE.search(metric)) and all(0 <= value <= 1 for value in (*values, row["value"]))
         direction = row.get("higher_is_better")
         key = metric if chosen == "none" else f"{metric},{chosen}"
         yield Measure(
@@ -216,6 +233,18 @@ def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measu
             higher_is_better=direction if isinstance(direction, bool) else None, unit="share" if share else "number",
             reported=row["value"], reported_n=row["n"],
         )  # fmt: skip
+
+
+def _check_samples(file: Path, task: str, told: Any, items: Sequence[Item]) -> None:
+    """Compare the number of samples with the result's.
+
+    Raises:
+        DataError: a sample stands twice, or there are more or fewer of them.
+    """
+    if (different := len({item.key for item in items})) != len(items):
+        raise DataError(f"{task}: {len(items)} samples of {different} items: some stand twice", "evaluate the run again", file=file)
+    if items and isinstance(told, int) and told != len(items):
+        raise DataError(f"{task}: its n is {told}, and there are {len(items)} samples", "evaluate the run again", file=file)
 
 
 def _sample_item(sample: Mapping[str, Any], metric: str, task: str) -> Item | None:
@@ -245,4 +274,5 @@ def _imported_item(row: Mapping[str, Any]) -> Item:
     value = None if row.get("value") is None else float(row["value"])
     said, lengths = tuple(row.get("verdicts") or ()), tuple(row.get("lengths") or ())
     place = (str(row["question_id"]), int(row.get("turn") or 1), row.get("category") or "all")
-    return Item(*place, value, row["outcome"], said, bool(row.get("by_rule")), lengths)
+    opposed = "" if row.get("shortened") else _same_text(row.get("opponent_answer"))
+    return Item(*place, value, row["outcome"], said, bool(row.get("by_rule")), lengths, "", opposed)

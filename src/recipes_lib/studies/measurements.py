@@ -23,6 +23,8 @@ from typing import Any
 from recipes_lib.errors import DataError
 from recipes_lib.json_files import DamagedFile, read_object
 
+REFERENCE = "reference"  # the opponent of a result that was judged against the questions' own reference answers
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -30,7 +32,8 @@ class Item:
 
     `question` is the cluster: items of one question (its turns) are not independent. `verdicts` are what the judge said in order AB
     and BA (a grade alone in grading), or the status of the missing verdict. `lengths` are characters: the arm's answer, then its
-    opponent's.
+    opponent's. `asked` and `opposed` are hashes of what was asked and of the answer it was judged against, empty where the files do not
+    hold them: two arms with one id may have been asked different things.
     """
 
     question: str
@@ -41,6 +44,8 @@ class Item:
     verdicts: tuple[str, ...] = ()
     by_rule: bool = False
     lengths: tuple[int, ...] = ()
+    asked: str = ""
+    opposed: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -150,8 +155,13 @@ class Measurements:
         return {run.name: name for name, arm in self.arms.items() for run in arm.runs}
 
     def opponent_name(self, opponent: str | None) -> str | None:
-        """Return the arm that an opponent belongs to, or the opponent as it is (`reference`, a foreign run)."""
-        return None if opponent is None else self.arm_of_run.get(opponent, opponent)
+        """Return the arm that an opponent belongs to, or the opponent as it is (`reference`, a foreign run), never under an arm's name."""
+        if opponent is None:
+            return None
+        if opponent in self.arm_of_run and opponent != REFERENCE:
+            return self.arm_of_run[opponent]
+        named_alike = opponent in self.arms or opponent in self.arm_of_run
+        return opponent if not named_alike else "the reference answers" if opponent == REFERENCE else f"another run, {opponent}"
 
 
 def read_measurements(runs: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None) -> Measurements:

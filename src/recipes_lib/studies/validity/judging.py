@@ -247,8 +247,8 @@ def _different_judges(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Findi
     judges: dict[str, list[str]] = defaultdict(list)
     for name, result in found:
         judge = result.result.get("judge") or {}
-        if judge.get("fingerprint"):
-            judges[f"{judge.get('name')} {str(judge['fingerprint'])[:12]}"].append(name)
+        if result.suite != "lm_eval":  # a judge that is not recorded may be any other one
+            judges[f"{judge.get('name') or 'a judge that is not recorded'} {str(judge.get('fingerprint') or '')[:12]}".strip()].append(name)
     if len(judges) > 1:
         evidence = tuple(f"{judge}: {', '.join(dict.fromkeys(arms))}" for judge, arms in judges.items())
         title = f"Different judges judged the arms in {found[0][1].eval}"

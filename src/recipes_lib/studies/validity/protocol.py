@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,22 +35,20 @@ _FREE = (
 
 def check_protocol(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
     """Yield what differs between the evaluations of the arms, and which of them are of a subset or missing."""
-    evals: dict[tuple[str, str | None], dict[str, EvalResult]] = defaultdict(dict)
+    evals: dict[tuple[str, str | None], dict[str, list[EvalResult]]] = defaultdict(lambda: defaultdict(list))
     for name, arm in measurements.arms.items():
         for run in arm.runs:
             for result in run.evals:
-                evals[result.eval, _kind_of_opponent(result, measurements)].setdefault(name, result)
+                evals[result.eval, _kind_of_opponent(result, measurements)][name].append(result)
     alike: list[tuple[str, Finding]] = []
     for found in evals.values():
         for first, second in pairs(found):
-            one, other = found[first], found[second]
-            alike += [
-                (one.eval, finding)
-                for finding in (_asked(study, first, second, one, other), _precision(study, first, second, one, other))
-                if finding
-            ]
-            yield from _questions(first, second, one, other)
-        yield from _subsets(found)
+            every = list(itertools.product(found[first], found[second]))  # each seed of one arm with each of the other
+            for check in (_asked, _texts, _precision):
+                finding = next(filter(None, (check(study, first, second, one, other) for one, other in every)), None)
+                alike += [(found[first][0].eval, finding)] if finding else []
+            yield from _questions(first, second, *every[0])
+        yield from _subsets({name: results[0] for name, results in found.items()})
     yield from _merged(alike)
     yield from _absent(measurements)
 
@@ -89,6 +88,32 @@ def _asked(study: Study | None, first: str, second: str, one: EvalResult, other:
         (first, second),
         _metrics(one, other),
     )
+
+
+def _texts(study: Study | None, first: str, second: str, one: EvalResult, other: EvalResult) -> Finding | None:
+    """Items of one id that were about other texts: another question, or another answer of the opponent."""
+    del study
+    opponents = one.against == other.against  # each against the other, or a seed of it, has no opponent in common
+    theirs = {(measure.key, item.key): item for measure in other.measures for item in measure.items}
+    asked: set[str] = set()
+    opposed: set[str] = set()
+    for measure in one.measures:
+        for item in measure.items:
+            twin = theirs.get((measure.key, item.key))
+            if twin is None:
+                continue
+            if item.asked and twin.asked and item.asked != twin.asked:
+                asked.add(item.question)
+            elif opponents and item.opposed and twin.opposed and item.opposed != twin.opposed:
+                opposed.add(item.question)
+    found = {"the question": asked, f"the answer of {one.against} that was judged against": opposed}
+    evidence = tuple(f"{what} differs for {len(ids)} ids, among them {sorted(ids)[0]}" for what, ids in found.items() if ids)
+    if not evidence:
+        return None
+    title = f"{first} and {second} were asked other questions under the same ids, or judged against other answers"
+    remedy = "evaluate both with one eval recipe (recipes eval), after the last change of its files"
+    evidence += (place(one.file), place(other.file))
+    return Finding("protocol-differs", "error", title, evidence, remedy, (first, second), _metrics(one, other))
 
 
 def _settings(result: EvalResult) -> dict[str, Any]:
