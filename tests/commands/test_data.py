@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from recipes_lib.cli import main
 from recipes_lib.commands import data as command
 from recipes_lib.errors import DataError
 
@@ -87,3 +88,48 @@ def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):
     run(recipe_file, show=1)
     out = capsys.readouterr().out
     assert "30 truncated at max_length 128" in out and "30 lose their end token" in out and "[[It is" in out and "<EOS" not in out
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+CALL = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "3"}, TURNS[1]]
+
+
+@pytest.mark.parametrize("bad", [{"messages": CALL}, {"messages": TURNS, "tools": [{"name": "f"}]}, {"messages": TURNS[:1]}])
+def test_new_check_and_data_agree_about_rows_that_cannot_be_used(bad, recipe_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe_file.write_text(recipe_file.read_text().replace("rows.jsonl", "mine.jsonl\n  prompt_format: chat"))
+    rows = [{"messages": TURNS}] * 1500 + [bad, {"messages": TURNS}, bad]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = []
+    new = ["new", "mine", "--from", str(recipe_file), "--data", "mine.jsonl", "--output", "new.yaml"]
+    for argv in (new, ["check", "try.yaml"], ["data", "try.yaml"]):
+        assert main(argv) == 4
+        said.append([line for line in capsys.readouterr().err.splitlines() if "1501" in line or "1503" in line or "on_bad_row" in line])
+    assert said[0] == said[1] == said[2] and len(said[0]) == 3
+    recipe_file.write_text(recipe_file.read_text().replace("chat\n", "chat\n  on_bad_row: skip\n"))
+    for argv in (["check", "try.yaml"], ["check", "--full", "try.yaml"], ["data", "try.yaml"]):
+        assert main(argv) == 0
+    assert "2 of 1503 rows cannot be used and are left out" in capsys.readouterr().out
+
+
+def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monkeypatch, capsys):
+    monkeypatch.setattr("recipes_lib.data.rows.NUM_CHECKED", 30)
+    assert main(["check", str(recipe_file)]) == 0
+    assert "note" not in capsys.readouterr().out
+    with (recipe_file.parent / "rows.jsonl").open("a") as file:
+        file.write('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
+    assert main(["check", str(recipe_file)]) == 0
+    assert "only the first 30 rows of" in capsys.readouterr().out
+    assert main(["check", "--full", str(recipe_file)]) == 4
+    assert "rows.jsonl:32: column 'response'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["gone.jsonl", "gone/", "[{source: rows.jsonl}, {source: gone.csv}]", "empty"])
+@pytest.mark.parametrize("argv", [["check"], ["check", "--full"], ["plan"], ["data"]])
+def test_data_that_is_not_there_is_refused_by_every_verb(source, argv, recipe_file, capsys):
+    (recipe_file.parent / "empty").mkdir()
+    recipe_file.write_text(recipe_file.read_text().replace("rows.jsonl", source))
+    assert main([*argv, str(recipe_file)]) in (2, 4)
+    said = capsys.readouterr()
+    assert "try.yaml:4: " in said.err or "no data file in this folder" in said.err
+    assert ("gone" in said.err or "empty" in said.err) and "13,510" not in said.out

@@ -183,7 +183,7 @@ def test_unusual_settings_are_planned(words: list[str], plan: Plan) -> None:
             ["no plan: 'nobody/nothing' is not on this machine", "hf download nobody/nothing config.json"],
         ),
         (["model.name_or_path=./nowhere"], 2, ["no such folder"]),
-        (["data.source=missing.jsonl"], 2, ["command line: no such file: missing.jsonl"]),
+        (["data.source=missing.jsonl"], 2, ["command line: no such file or folder: missing.jsonl"]),
         (["lora.target_modules=[c_attn]"], 2, ["lora.target_modules names no linear layer of meta-llama/Llama-2-7b-hf", "q_proj, k_proj"]),
         (["train.sed=1"], 2, ["did you mean train.seed"]),
         (["--evals", "nowhere.yaml"], 2, ["nowhere.yaml"]),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRows, SettingError
 from recipes_lib.data.rows import read_rows
 from recipes_lib.errors import DataError
@@ -156,3 +157,88 @@ def test_ids_do_not_depend_on_order_format_or_extra_columns(read):
 def test_exact_duplicates_share_content_but_not_the_id(named):
     rows = named([{"instruction": "a ", "response": "b\r\nc"}, {"instruction": "a", "response": "b\nc"}])
     assert rows.content(0) == rows.content(1) and rows.ids[1] == f"{rows.ids[0]}#2"
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+TASK = {"instruction": "a", "response": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt_format", "name"),
+    [
+        ({**TASK, "history": [["earlier", "turn"]]}, "dolly", "history"),
+        ({**TASK, "system": "Be brief."}, "alpaca", "system"),
+        ({"text": "a", "tools": [{"name": "f"}]}, "raw", "tools"),
+        ({"messages": TURNS, "tools": '[{"name": "f"}]'}, "chat", "tools"),
+        ({"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}}, "chat", "chat_template_kwargs"),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f"}]}]}, "chat", "messages.tool_calls"),
+        ({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "chat", "messages.tool_calls"),
+        ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]}, "chat", "messages.reasoning_content"),
+        ({"prompt": TURNS[:1], "completion": [{**TURNS[1], "thinking": "Hm."}]}, "chat", "messages.thinking"),
+    ],
+)
+def test_a_column_or_key_that_changes_what_a_row_says_is_refused_by_name_until_the_recipe_drops_it(read, row, prompt_format, name):
+    with pytest.raises(DataError) as caught:
+        read([row], prompt_format)
+    assert caught.value.line == 1 and caught.value.what.startswith(f"{name}: not supported")
+    assert f"to train without it: data.drop_columns: [{name}]" in caught.value.hints
+    if "content" in str(row.get("messages", "content")[-1]):
+        assert len(read([row], prompt_format, drop_columns=[name])) == 1
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}, [None], {"name": None}, "[]", "{}", "null", " "])
+def test_a_column_that_says_nothing_changes_nothing(read, value):
+    assert len(read([{"messages": TURNS, "tools": value, "history": value}], "chat")) == 1
+
+
+def test_a_system_column_is_the_system_message(read):
+    [alone] = read([{"messages": TURNS, "system": "Be brief."}], "chat")
+    [task] = read([{**TASK, "system": "Be brief."}], "chat")
+    [other_name] = read([{**TASK, "system_prompt": "Be brief."}], "chat")
+    [empty] = read([{**TASK, "system": None}], "chat")
+    for example in (alone, task, other_name):
+        assert conversation_of(example, "the recipe's")[0] == {"role": "system", "content": "Be brief."}
+    assert conversation_of(empty, "the recipe's")[0] == {"role": "system", "content": "the recipe's"}
+    with pytest.raises(DataError, match="a system message and another text in column 'system'"):
+        read([{"messages": [{"role": "system", "content": "Be long."}, *TURNS], "system": "Be brief."}], "chat")
+
+
+def test_rows_that_differ_in_the_system_column_or_a_weight_are_no_duplicates(named):
+    silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]
+    rows = [{"messages": TURNS * 2}, {"messages": TURNS * 2, "system": "Be brief."}, {"messages": silent}]
+    assert len(set(named(rows, "chat").contents.tolist())) == 3
+
+
+def test_columns_that_nothing_reads_are_listed(named):
+    rows = [{"messages": TURNS, "source": "web", "category": "a"}, {"messages": TURNS, "source": "web", "score": 3}]
+    [(file, columns)] = named(rows, "chat").unused_columns().items()
+    assert file.endswith("rows.jsonl") and columns == ["source", "score"]
+
+
+def test_a_message_key_that_says_what_is_learned_cannot_be_dropped(read):
+    with pytest.raises(SettingError, match="weight cannot be left out"):
+        read([{"messages": TURNS}], "chat", drop_columns=["messages.weight"])
+
+
+def test_all_bad_rows_are_named_at_once_and_counted_by_what_is_wrong(named):
+    good = {"messages": TURNS}
+    rows = [good, {"messages": TURNS[:1]}, {"messages": TURNS, "tools": [{"name": "f"}]}, {"messages": None}]
+    rows += [{"messages": [{"role": "tool", "content": "x"}]}, {"messages": TURNS[:1]}, {**good, "messages": TURNS[:1]}]
+    with pytest.raises(DataError) as caught:
+        named(rows, "chat")
+    said = str(caught.value)
+    assert caught.value.line == 2 and "rows.jsonl:2: no assistant turn" in said and "2 more: " in said
+    for words in (
+        "rows.jsonl:3: tools: not supported",
+        "rows.jsonl:4: column 'messages'",
+        "rows.jsonl:5: column",
+        "(6 of 7): data.on_bad_row: skip",
+    ):
+        assert words in said
+
+
+def test_ids_of_another_type_than_the_first_are_each_named_and_skipped(write_jsonl):
+    bad = BadRows()
+    path = write_jsonl([{"id": id, **TASK} for id in (1, "a", 2, "b")])
+    rows = read_rows(DataSection(source=str(path)), [], bad)
+    assert rows.ids == ["1", "2"] and [example.line for example, _ in bad.found] == [2, 4] and rows.num_read == 4

@@ -137,3 +137,61 @@ def failure_of_unknown(folder) -> DataError:
     path = folder / "a.txt"
     path.write_text("x")
     return failure(path)
+
+
+def test_another_delimiter_is_an_option_and_its_lack_is_one_line(tmp_path):
+    (tmp_path / "a.csv").write_text('instruction;response\n"a;b";c\n')
+    error = failure(tmp_path / "a.csv")
+    assert error.line == 1 and "separated by ';'" in error.what and 'data.delimiter: ";"' in error.hints[0]
+    assert read_file(tmp_path / "a.csv", delimiter=";").rows == [{"instruction": "a;b", "response": "c"}]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16", "utf-16-le", "utf-32", "shift_jis"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_another_encoding_is_an_option(encoding, name, tmp_path):
+    row = {"x": "あ" if encoding == "shift_jis" else "é"}
+    texts = {"a.jsonl": json.dumps(row, ensure_ascii=False), "a.json": json.dumps([row], ensure_ascii=False), "a.csv": f"x\n{row['x']}"}
+    (tmp_path / name).write_bytes((texts[name] + "\n").encode(encoding))
+    assert read_file(tmp_path / name, encoding=encoding).rows == [row]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_file_that_is_not_in_its_encoding_is_one_line(name, tmp_path):
+    (tmp_path / name).write_bytes(b'{"x": "caf\xe9"}\n')
+    for encoding in ("utf-8", "ascii", "utf-16"):
+        with pytest.raises(DataError, match="set data") as caught:
+            _ = read_file(tmp_path / name, encoding=encoding).rows
+        assert caught.value.line == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json"])
+def test_a_key_that_stands_twice_in_an_object_is_refused_and_not_halved(name, tmp_path):
+    text = '{"response": "a", "response": "b"}'
+    (tmp_path / name).write_text(f"[{text}]" if name == "b.json" else text)
+    assert "the key 'response' appears twice" in failure(tmp_path / name).what
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, f'[{{"a": {"9" * 5000}}}]'])
+def test_json_beyond_what_python_reads_is_one_line(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    assert failure(tmp_path / "a.json").line == 1
+
+
+def test_what_stands_beside_the_list_of_rows_is_not_ignored(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"data": ROWS, "system": "Be brief.", "test": []}, indent=1))
+    error = failure(tmp_path / "a.json")
+    assert error.what == "beside the list 'data' there is system, which would be ignored" and "jq .data" in error.hints[0]
+    (tmp_path / "a.json").write_text(json.dumps({"data": ROWS, "test": []}, indent=1))
+    assert read_file(tmp_path / "a.json").rows == ROWS
+
+
+def test_columns_of_one_name_are_refused_in_every_format(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "b.arrow", table.schema) as sink:
+        sink.write_table(table)
+    with pa.ipc.new_stream(tmp_path / "c.arrow", table.schema) as sink:
+        sink.write_table(table)
+    (tmp_path / "d.csv").write_text("x,x\na,b\n")
+    for path in sorted(tmp_path.iterdir()):
+        assert failure(path).what == "column names appear twice: x"

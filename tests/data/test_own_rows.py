@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -73,7 +74,6 @@ def test_every_kind_of_file_is_looked_into(name, write, tmp_path):
         ("a.jsonl", '{"x": 1,\n', 1, "not a JSON object"),
         ("a.json", "[]", None, "no row"),
         ("a.csv", "instruction,response\n", None, "no row"),
-        ("a.csv", "instruction;response\na;b\n", 1, "separated by ';'"),
         ("a.txt", "a", None, "not a data file"),
         ("a.jsonl", None, None, "no such file"),
         ("a.parquet", "this is text", None, "cannot be read as parquet"),
@@ -85,3 +85,13 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_place(name, content, lin
     with pytest.raises(DataError, match=words) as refused:
         look_at(tmp_path / name)
     assert str(refused.value.file).endswith(name) and refused.value.line == line
+
+
+@pytest.mark.parametrize(("name", "sign"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ";"), ("a.csv.gz", ";")])
+def test_the_sign_between_the_columns_is_found(name, sign, tmp_path):
+    content = f"instruction{sign}response\na{sign}b\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert look_at(tmp_path / name).delimiter == sign
+    own = "\t" if name == "a.tsv" else ","
+    (tmp_path / name).write_bytes((gzip.compress if name.endswith(".gz") else bytes)(content.replace(sign.encode(), own.encode())))
+    assert look_at(tmp_path / name).delimiter is None

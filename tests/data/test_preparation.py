@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conversation_samples import MARKED
 
 from recipes_lib.data.audit import warnings_of
 from recipes_lib.data.examples import SettingError
@@ -196,3 +197,56 @@ def test_trl_packs_the_prepared_rows(prepare, write_jsonl, tasks):
     packed = pack_dataset(data.train.select_columns(["input_ids", "labels"]), 256, "bfd")
     assert len(packed) < 40
     assert sum(map(len, packed["labels"])) == data.audit["tokens"]["total"]
+
+
+def test_bad_rows_are_left_out_when_asked_and_counted_with_the_reason(prepare, write_jsonl):
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}]
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, turns[1]]} for i in range(20)]
+    path = write_jsonl([*rows, {"messages": turns[:1]}, {"messages": turns, "tools": [{"name": "f"}]}, {"messages": turns[:1]}])
+    with path.open("a") as file:
+        file.write("{torn\n")
+    with pytest.raises(DataError, match="no assistant turn") as caught:
+        prepare(path, prompt_format="chat")
+    assert "(4 of 24): data.on_bad_row: skip" in str(caught.value)
+    audit = prepare(path, prompt_format="chat", on_bad_row="skip").audit
+    assert audit["rows"]["read"] == 24 and audit["rows"]["bad"] == 4 and audit["rows"]["used"] == 20
+    assert [int(place.rpartition(":")[2]) for place in audit["bad_rows"]["places"]] == [21, 22, 23, 24]
+    assert audit["bad_rows"]["reasons"]["no assistant turn"] == 2
+    notes = warnings_of(audit)
+    assert "4 of 24 rows cannot be used and are left out (data.on_bad_row: skip):" in notes and "  2 x no assistant turn" in notes
+
+
+def test_rows_that_the_reader_and_rows_that_the_template_refuses_are_named_together(prepare, write_jsonl):
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}]
+    system = [{"role": "system", "content": "Be brief."}, *turns]
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + MARKED
+    path = write_jsonl([{"messages": turns}, {"messages": turns[:1]}, {"messages": system}])
+    with pytest.raises(DataError) as caught:
+        prepare(path, prompt_format="chat", chat_template=template)
+    assert "rows.jsonl:2: no assistant turn" in str(caught.value) and "rows.jsonl:3: the chat template refuses" in str(caught.value)
+
+
+def test_a_file_of_which_no_line_is_a_row_says_what_is_wrong_with_its_lines(prepare, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"instruction": "caf\xe9", "response": "x"}\n' * 3)
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(DataError, match="is not UTF-8") as caught:
+            prepare(tmp_path / "rows.jsonl", on_bad_row=on_bad_row)
+        assert caught.value.line == 1 and "2 more" in str(caught.value) and "on_bad_row" not in str(caught.value)
+    assert prepare(tmp_path / "rows.jsonl", encoding="latin-1", split={"method": "none"}).audit["rows"]["used"] == 3
+
+
+def test_unused_columns_and_texts_that_the_template_changes_are_notes(prepare, write_jsonl):
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}], "score": i} for i in range(9)]
+    rows[4]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    without_system = MARKED.replace("{% else %}{{ message['content'] }}", "{% elif message['role'] == 'user' %}{{ message['content'] }}")
+    audit = prepare(write_jsonl(rows), prompt_format="chat", chat_template=without_system).audit
+    notes = "\n".join(warnings_of(audit))
+    assert "columns that are not used: score" in notes and audit["changed_by_template"]["count"] == 1
+    assert "1 rows have a message of which the chat template leaves out or changes something" in notes and "rows.jsonl:5" in notes
+
+
+def test_a_name_in_drop_columns_that_is_no_column_is_refused(prepare, write_jsonl, tasks):
+    with pytest.raises(SettingError, match="the data has no column 'categry'") as caught:
+        prepare(write_jsonl(tasks(9)), drop_columns=["categry"])
+    assert caught.value.hints[0] == "did you mean category?"
+    assert prepare(write_jsonl(tasks(9)), drop_columns=["category"]).audit["unused_columns"] == {}

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from recipes_lib.data.examples import SettingError
+from recipes_lib.data.examples import BadRows, SettingError
+from recipes_lib.data.rows import read_rows
 from recipes_lib.data.sources import Source, data_files, listed_sources, load_tables
 from recipes_lib.errors import DataError
 from recipes_lib.recipe.sections import DataSection
@@ -151,3 +152,25 @@ def test_json_lines_with_numbers_keep_them_as_numbers(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"x": 1, "y": float("nan")}))
     assert load_tables(source(path), [])[0].rows[0]["x"] == 1
+
+
+def test_files_of_a_folder_that_are_not_read_are_listed(write_jsonl, tmp_path):
+    for name in ("all/train.jsonl", "all/extra.jsonl", "all/test.jsonl", "all/more/train-2.jsonl", "all/.git/x.jsonl"):
+        write_jsonl([{"instruction": "a", "response": "b"}], name)
+    for name in ("README.md", "LICENSE", "part2.jsonl.zst", "dataset_info.json"):
+        (tmp_path / "all" / name).write_text("x")
+    rows = read_rows(DataSection(source=str(tmp_path / "all")), [], BadRows())
+    [files] = rows.unread.values()
+    assert files == ["extra.jsonl", "more/train-2.jsonl", "part2.jsonl.zst", "test.jsonl"] and len(rows) == 1
+    assert read_rows(DataSection(source=str(tmp_path / "all/train.jsonl")), [], BadRows()).unread == {}
+
+
+@pytest.mark.parametrize("encoding", ["latin-7x", "rot13", "hex", "", "a\0"])
+def test_an_encoding_that_python_cannot_read_text_with_is_refused(encoding):
+    with pytest.raises(SettingError, match="Python knows no text encoding"):
+        listed_sources(DataSection(source="a.csv", encoding=encoding))
+
+
+def test_a_delimiter_is_one_character():
+    with pytest.raises(SettingError, match="expected one character, found ', '"):
+        listed_sources(DataSection(source="a.csv", delimiter=", "))

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import copy
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 from conversation_samples import MARKED, TURNS
 
@@ -100,3 +105,68 @@ def test_a_template_that_is_no_jinja_is_the_template_s_fault_and_not_the_rows(ma
     with pytest.raises(SettingError, match="line 2 of the chat template is not Jinja") as caught:
         encode_chat([conversation()], tiny_tokenizer, template=marked + "{% for m in messages %}\n{{ m.content }")
     assert caught.value.key == "data.chat_template"
+
+
+TRAINING_TEMPLATES = sorted((Path(str(find_spec("trl").origin)).parent / "chat_templates").glob("*_training.jinja"))
+READ_PARTS_ONLY = {"idefics3_training", "smolvlm_training", "llava_next_training"}  # of models that see images
+
+
+def with_special_tokens_of(template: str, tokenizer):
+    """The tokenizer with what looks like a special token in the template, as the model's own tokenizer has it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    names = re.findall(r"<[|｜][^<>\s'\"{}]+?[|｜]>|<end_of_\w+>|<turn\|>", template)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(names))})
+    return tokenizer
+
+
+@pytest.mark.parametrize("file", TRAINING_TEMPLATES, ids=lambda file: file.stem)
+def test_trl_s_marked_templates_are_accepted_with_every_turn_and_its_end(file, tiny_tokenizer):
+    template = file.read_text(encoding="utf-8")
+    tokenizer = with_special_tokens_of(template, tiny_tokenizer)
+    if file.stem in READ_PARTS_ONLY:
+        with pytest.raises(DataError, match=r"the chat template re(fuses|nders nothing)"):
+            encode_chat([conversation()], tokenizer, template=template)
+        return
+    [item] = encode_chat([conversation()], tokenizer, template=template)
+    [last] = encode_chat([conversation()], tokenizer, template=template, chat_loss="last")
+    said = "".join(supervised_text(item, tokenizer))
+    assert item.ends and "First\n  answer." in said and "Second." in said and "One?" not in said and "Two?" not in said
+    said = "".join(supervised_text(last, tokenizer))
+    assert last.ends and "Second." in said and "First" not in said
+    whole = tokenizer.apply_chat_template(TURNS, chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
+    assert item.ids.tolist() == whole["input_ids"]
+    marked = [index for index, mask in enumerate(whole["assistant_masks"]) if mask]
+    learned = [index for start, end in item.spans for index in range(start, end)]
+    assert set(learned) <= set(marked)
+    for index in set(marked) - set(learned):  # white space behind the end of a turn
+        assert not tokenizer.decode([item.ids[index]]).strip()
+
+
+def test_there_are_marked_templates_to_try():
+    assert len(TRAINING_TEMPLATES) > 20
+
+
+def test_a_turn_of_weight_nought_carries_no_loss(tiny_tokenizer):
+    silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    for template in (None, MARKED):
+        [item] = encode_chat([conversation(silent)], tiny_tokenizer, template=template)
+        [whole] = encode_chat([conversation()], tiny_tokenizer, template=template)
+        assert supervised_text(item, tiny_tokenizer) == ["Second.</s>"] and (item.ids == whole.ids).all()
+    last = [*TURNS[:3], {**TURNS[3], "weight": 0}]
+    assert encode_chat([conversation(last)], tiny_tokenizer, chat_loss="last")[0].supervised == 0
+    with pytest.raises(DataError, match="weight 0: with train"):
+        encode_chat([conversation(silent)], tiny_tokenizer, train={"completion_only_loss": False})
+
+
+@pytest.mark.parametrize("dropped", ["system", "assistant"])
+def test_a_template_that_leaves_out_what_a_message_says_is_noticed(dropped, tiny_tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, *TURNS]
+    cut = "message['content'][:5]" if dropped == "assistant" else "''"
+    template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>\n"
+        f"{{{{ {cut} if message['role'] == '{dropped}' else message['content'] }}}}{{{{ eos_token }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    [changed] = encode_chat([conversation(messages)], tiny_tokenizer, template=template)
+    [whole] = encode_chat([conversation(messages)], tiny_tokenizer)
+    assert changed.changed and not whole.changed

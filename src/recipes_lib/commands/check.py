@@ -22,7 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("paths", metavar="PATH", nargs="+", help="YAML files, or folders with YAML files of any kind")
     parser.add_argument(
-        "--full", action="store_true", help="also build TRL's, PEFT's and bitsandbytes' objects and read the model's config"
+        "--full",
+        action="store_true",
+        help="also build TRL's, PEFT's and bitsandbytes' objects, read the model's config and all local rows",
     )
 
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             found += document.problems
             found += document.kind.checker()(document, args.full and not found)
             if not found and document.kind.name == "recipe":
-                found += _data_errors(document)
+                found += _data_errors(document, args.full)
             remarks += document.warnings
         except RecipeErrors as several:
             found += several.errors
@@ -62,14 +64,15 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _data_errors(document: Document) -> list[RecipesError]:
-    """Return what is wrong with the recipe's local data: a missing or damaged file, columns, one of the first rows."""
+def _data_errors(document: Document, full: bool) -> list[RecipesError]:
+    """Return what is wrong with the recipe's local data: a missing or damaged file, columns, rows that cannot be used."""
     from recipes_lib.data.examples import place
-    from recipes_lib.data.rows import check_first_rows
+    from recipes_lib.data.rows import NUM_CHECKED, check_local_rows
 
     recipe = recipe_from(document)
     try:
-        check_first_rows(recipe.data, [recipe.base_dir])
+        for file in check_local_rows(recipe.data, [recipe.base_dir], None if full else NUM_CHECKED):
+            say(f"note: only the first {NUM_CHECKED:,} rows of {file} were looked at; --full reads all")
     except DataError as error:
         return [place(recipe, error)]
     return []

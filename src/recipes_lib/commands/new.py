@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recipes_lib.data.examples import place
 from recipes_lib.data.own_rows import look_at
-from recipes_lib.data.rows import check_first_rows
+from recipes_lib.data.rows import check_local_rows
 from recipes_lib.errors import DataError, ExitCode, RecipeError
 from recipes_lib.recipe.new_recipe import new_recipe
 from recipes_lib.recipe.project import check_run_name, project_root, recipe_path, shown_path
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.data:
         recipe = load_recipe(target)
         try:
-            check_first_rows(recipe.data, [recipe.base_dir])
+            check_local_rows(recipe.data, [recipe.base_dir])
         except DataError as error:
             raise place(recipe, error) from None
     next_step(f"recipes check {file}")

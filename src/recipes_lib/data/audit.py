@@ -59,6 +59,7 @@ def audit_rows(
         },
         "bad_rows": skipped.record(),
         "unused_columns": rows.unused_columns(),
+        "unread_files": rows.unread,
         "tokens": _distribution(tokens["lengths"]),
         "supervised_tokens": _distribution(tokens["supervised"]),
         "prompt_tokens": _distribution(tokens["prompt_tokens"]),
@@ -66,6 +67,7 @@ def audit_rows(
         "tokens_per_split": {name: _totals(tokens, splits.rows[name]) for name in SPLITS},
         "truncated": _named(rows, splits, cut) | {"lost_end_token": int((cut & (tokens["ends"] == 0)).sum())},
         "no_supervised_tokens": _named(rows, splits, bare),
+        "changed_by_template": _named(rows, splits, tokens["changed"] == 1),
         "empty_completions": {"count": int(rows.empty.sum()), "ids": [rows.ids[i] for i in _ordered(splits, rows.empty)]},
         "special_token_injections": {"treated_as": _treatment(settings)} | _injection(injections.special_tokens),
         "template_markers": _injection(injections.markers),
@@ -136,6 +138,8 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
         lines += [f"  {count} x {reason}" for reason, count in list(audit["bad_rows"]["reasons"].items())[:NUM_REASONS]]
     for file, columns in audit["unused_columns"].items():
         lines.append(f"columns that are not used: {listed(columns)} (in {file})")
+    for folder, files in audit["unread_files"].items():
+        lines.append(f"files that are not read: {listed(files)} (in {folder})")
     if truncated["count"]:
         cut = f"{truncated['count']} rows ({truncated['fraction']:.1%}) are cut at max_length={audit['max_length']}"
         lines.append(f"{cut}, {truncated['lost_end_token']} lose their end token")
@@ -143,6 +147,9 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
         lines.append(f"{bare['count']} rows have no supervised token and are left out: {listed(bare['ids'], 5)}")
     if empty["count"]:
         lines.append(f"{empty['count']} rows have an empty completion and teach only the end token (data.filters.drop_empty_completions)")
+    if changed := audit["changed_by_template"]["count"]:
+        where = listed(audit["changed_by_template"]["places"], 3)
+        lines.append(f"{changed} rows have a message of which the chat template leaves out or changes something: {where}")
     injected, markers = audit["special_token_injections"], audit["template_markers"]
     if injected["num_rows"]:
         acts = "read as text" if injected["treated_as"] == "text" else "ACTING as special tokens"

@@ -7,11 +7,11 @@ value is checked here once, so that nothing after this module meets None, a numb
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes_lib.data.conversations import check_roles, conversation_of, is_blank, read_messages, unread_keys
+from recipes_lib.data.conversations import MESSAGE_KEYS, check_roles, conversation_of, is_blank, read_messages, unread_keys
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, listed, type_name
 from recipes_lib.data.files import Table
 
@@ -97,7 +97,10 @@ class Reading:
         """
         found = next((table.columns for table in tables if table.columns), [])
         if not found:
+            if (bad := _bad_lines(tables)).found:
+                raise bad.error()
             raise SettingError("data.source", f"0 rows in {listed(table.file for table in tables)}")
+        _check_dropped(dropped)
         _check_mapping(columns, found)
         found = [name for name in found if name not in dropped]
         shape, names = _choose_shape(prompt_format, columns, found)
@@ -167,6 +170,16 @@ class Reading:
         check_roles(messages)
 
 
+def _bad_lines(tables: Sequence[Table]) -> BadRows:
+    """The lines that are no row, of files in which no line is one."""
+    bad = BadRows()
+    for table in tables:
+        for number, (line, row) in enumerate(table, 1):
+            if isinstance(row, BadRow):
+                bad.add(Example(table.file, line, number, {}), row)
+    return bad
+
+
 def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str | None:
     """The file's column for one of our names: mapped, or of the same name, or a well-known other name."""
     if name in columns:
@@ -192,6 +205,26 @@ def _suggestions(prompt_format: str, columns: Mapping[str, str], found: Sequence
             fitting.append(f"`data.prompt_format: {name}`")
     mapping = "or name them: data.columns: {<our name>: <your column>}"
     return [f"try {' or '.join(fitting)}", mapping] if fitting else [f"name them: {mapping.removeprefix('or name them: ')}"]
+
+
+def _check_dropped(dropped: Sequence[str]) -> None:
+    for name in dropped:
+        if (key := name.removeprefix("messages.")) != name and key in MESSAGE_KEYS:
+            what = f"data.drop_columns: {name} cannot be left out: it says who speaks, what, or whether it carries loss"
+            raise SettingError("data.drop_columns", what)
+
+
+def check_dropped_are_there(dropped: Sequence[str], found: Collection[str]) -> None:
+    """Refuse a `data.drop_columns` that names no column of any source: a typing error there would be silent.
+
+    Raises:
+        SettingError: the first such name.
+    """
+    for name in dropped:
+        if not name.startswith("messages.") and name not in found:
+            near = difflib.get_close_matches(name, found, 1)
+            hint = f"did you mean {near[0]}?" if near else f"columns are {', '.join(found)}; keys of messages are written messages.KEY"
+            raise SettingError("data.drop_columns", f"data.drop_columns: the data has no column '{name}'", hint)
 
 
 def _check_mapping(columns: Mapping[str, str], found: Sequence[str]) -> None:

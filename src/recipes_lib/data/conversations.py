@@ -16,7 +16,8 @@ Message = dict[str, Any]
 # ShareGPT's names for the roles, as its `from` key has them.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 KNOWN_ROLES = ("system", "user", "assistant")
-MESSAGE_KEYS = ("role", "from", "content", "value", "weight")
+MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "weight"))
+BLANK_TEXTS = ("", "[]", "{}", "null")  # what a list or an object that says nothing becomes as JSON in a text column
 
 
 def is_blank(value: Any) -> bool:
@@ -28,13 +29,15 @@ def is_blank(value: Any) -> bool:
     """
     if isinstance(value, dict):
         return all(map(is_blank, value.values()))
-    return value is None or (isinstance(value, str | list) and (not value or (isinstance(value, list) and all(map(is_blank, value)))))
+    if isinstance(value, list):
+        return all(map(is_blank, value))
+    return value is None or (isinstance(value, str) and value.strip() in BLANK_TEXTS)
 
 
 def unread_keys(value: Any, dropped: Collection[str] = ()) -> Iterator[str]:
     """The keys of messages that would be ignored although they say something, as `messages.KEY`."""
     for message in value if isinstance(value, list) else ():
-        if isinstance(message, dict) and len(message) > 2:
+        if isinstance(message, dict) and not message.keys() <= MESSAGE_KEYS:
             for key, content in message.items():
                 name = f"messages.{key}"
                 if key not in MESSAGE_KEYS and name not in dropped and not is_blank(content):
@@ -61,6 +64,9 @@ def read_messages(value: Any, column: str) -> list[Message]:
         if role not in KNOWN_ROLES:
             raise BadRow(f"{place}: unknown role {role!r}; roles are {', '.join(KNOWN_ROLES)}")
         content = message["content"] if message.get("content") is not None else message.get("value")
+        for key, other in (("from", "role"), ("value", "content")):
+            if message.get(key) is not None and message.get(other) is not None and message[key] != message[other]:
+                raise BadRow(f"{place}: both {other} and {key}, and they differ")
         if isinstance(content, list):
             content = _joined(content, place)
         if not isinstance(content, str):

@@ -110,7 +110,7 @@ class BadRows:
         lines += dict.fromkeys(bad.hint for _, bad in self.found if bad.hint)
         if drop := sorted({name for _, bad in self.found for name in bad.drop}):
             lines.append(f"to train without it: data.drop_columns: [{', '.join(drop)}]")
-        if num_rows is not None:
+        if num_rows is not None and len(self.found) < num_rows:
             lines.append(f"to leave out bad rows ({len(self.found)} of {num_rows}): data.on_bad_row: skip")
         prefix = "" if first.line is not None else f"row {first.row}: "
         return DataError(prefix + reason.what, *lines, file=first.file, line=first.line)

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from recipes_lib.data.conversations import is_blank
 from recipes_lib.data.examples import BadRow, shown_path, type_name
 from recipes_lib.errors import DataError
 
@@ -25,6 +26,7 @@ TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
 COLUMNAR_ROWS = 10_000
+ENCODING_HINT = "set data.encoding to what the file is (utf-8, latin-1, cp1252, utf-16, ...), or convert it with iconv"
 
 
 Row = dict[str, Any]
@@ -135,11 +137,39 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
     return list(columns)
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> Row:
+    """An object whose keys are all different: of equal ones, all but the last would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice in one object")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a JSON text, in a few words."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]  # behind it, advice for programmers
+
+
+def _not_json(error: Exception, file: str, line: int = 1) -> DataError:
+    return DataError(f"not JSON: {_reason(error)}", file=file, line=error.lineno if isinstance(error, json.JSONDecodeError) else line)
+
+
 def _lines(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | BadRow]]:
     """Lines as text with their number; the reason for bytes that are not text names the byte offset."""
     offset, codec = 0, codecs.lookup(encoding)
     if codec.name.startswith(("utf-16", "utf-32")):  # line ends are not single bytes there
-        yield from enumerate(io.TextIOWrapper(stream, encoding, newline=""), 1)
+        number = 0
+        try:
+            for number, text in enumerate(io.TextIOWrapper(stream, encoding, newline=""), 1):
+                yield number, text
+        except UnicodeError as error:
+            yield number + 1, BadRow(f"not {encoding}: {str(error).splitlines()[0]}", ENCODING_HINT)
         return
     for number, line in enumerate(stream, 1):
         if number == 1 and line.startswith(BOM):
@@ -149,7 +179,7 @@ def _lines(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | BadRow]
         except UnicodeDecodeError as error:
             name = "UTF-8" if codec.name == "utf-8" else encoding
             what = f"byte {offset + error.start} (0x{line[error.start]:02x}) is not {name}"
-            yield number, BadRow(what, "set data.encoding: latin-1 (or cp1252, utf-16, ...), or convert the file with iconv")
+            yield number, BadRow(what, ENCODING_HINT)
         offset += len(line)
 
 
@@ -168,13 +198,9 @@ def _read_jsonl(stream: BinaryIO, file: str, encoding: str) -> Numbered:
             yield number, line
         elif line.strip():
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-                yield number, BadRow(f"not a JSON object: {reason}")
-                continue
-            except ValueError as error:  # a number of thousands of digits
-                yield number, BadRow(f"not a JSON object: {str(error).partition(';')[0]}")
+                row = _DECODER.decode(line)
+            except (ValueError, RecursionError) as error:
+                yield number, BadRow(f"not a JSON object: {_reason(error)}")
                 continue
             yield number, row if isinstance(row, dict) else BadRow(f"expected an object with columns, found {type_name(row)}")
 
@@ -185,18 +211,22 @@ def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
     start = _skip_space(text, 0)
     if text.startswith("{", start):
         try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":
-                raise DataError(f"not JSON: {error.msg} at column {error.colno}", file=file, line=error.lineno) from None
+            whole = _DECODER.decode(text)
+        except (ValueError, RecursionError) as error:
+            if not isinstance(error, json.JSONDecodeError) or error.msg != "Extra data":
+                raise _not_json(error, file) from None
             yield from _read_jsonl(io.BytesIO(text.encode()), file, "utf-8")
             return
         tables = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         if "\n" not in text.strip() and not (len(tables) == 1 and len(whole) == 1):
             yield 1, whole  # one line: JSON Lines with a single row
         elif len(tables) == 1:
+            if beside := [name for name, value in whole.items() if value is not tables[0] and not is_blank(value)]:
+                name = next(name for name, value in whole.items() if value is tables[0])
+                what = f"beside the list '{name}' there is {', '.join(beside)}, which would be ignored"
+                raise DataError(what, f"keep the list alone: jq .{name} {file} > rows.json", file=file, line=1)
             for row in tables[0]:
-                yield 1, _object(row)
+                yield None, _object(row)
         else:
             raise DataError("expected a list of objects, or one object with a list of objects in it", file=file, line=1)
         return
@@ -209,16 +239,16 @@ def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
 
 def _json_items(text: str, position: int, file: str) -> Numbered:
     """The items of a JSON list one by one, so that each has its line."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    line, counted = 1, 0
     while True:
         position = _skip_space(text, position)
         line, counted = line + text.count("\n", counted, position), position
         if text.startswith("]", position):
             return
         try:
-            row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"not JSON: {error.msg} at column {error.colno}", file=file, line=error.lineno) from None
+            row, position = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(error, file, line) from None
         yield line, _object(row)
         position = _skip_space(text, position)
         if text.startswith(",", position):
@@ -254,8 +284,7 @@ def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Num
         if other := _other_delimiter(header):
             what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
             raise DataError(what, f'say so: data.delimiter: "{other}"'.replace("\t", "\\t"), file=file, line=1)
-        if repeated := sorted({name for name in header if header.count(name) > 1}):
-            raise DataError(f"column names appear twice: {', '.join(repeated)}", file=file, line=1)
+        _once(header, file, 1)
         start = reader.line_num + 1
         for values in reader:
             if len(values) == len(header):
@@ -265,6 +294,13 @@ def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Num
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"not CSV: {error}", file=file, line=start) from None
+
+
+def _once(names: list[str], file: str, line: int | None = None) -> list[str]:
+    """Column names, each of which stands there once: of equal ones, all but the last would be lost."""
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"column names appear twice: {', '.join(repeated)}", file=file, line=line)
+    return names
 
 
 def _other_delimiter(header: list[str]) -> str:
@@ -317,12 +353,12 @@ def _columnar(path: Path, kind: str, file: str, max_rows: int | None) -> Table:
         if kind == ".parquet":
             from pyarrow.parquet import read_schema
 
-            return Table(file, rows, list(read_schema(path).names))
+            return Table(file, rows, _once(list(read_schema(path).names), file))
         with pyarrow.memory_map(str(path)) as stream:
             try:
-                return Table(file, rows, list(pyarrow.ipc.open_file(stream).schema.names))
+                return Table(file, rows, _once(list(pyarrow.ipc.open_file(stream).schema.names), file))
             except pyarrow.ArrowInvalid:
                 stream.seek(0)
-                return Table(file, rows, list(pyarrow.ipc.open_stream(stream).schema.names))
+                return Table(file, rows, _once(list(pyarrow.ipc.open_stream(stream).schema.names), file))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file) from None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes_lib.data.audit import audit_rows, check_audit
+from recipes_lib.data.columns import check_dropped_are_there
 from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
 from recipes_lib.data.injections import Injections
@@ -75,6 +76,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     with _placed(recipe):
         section, folders, bad = recipe.data, data_folders(recipe), BadRows()
         rows = read_rows(section, folders, bad)
+        check_dropped_are_there(section.drop_columns, list(dict.fromkeys(name for table, _, _ in rows.tables for name in table.columns)))
         num_read, num_usable = rows.num_read, len(rows)
         if bad.found and section.on_bad_row == "error":
             raise _all_bad_rows(bad, rows, section, tokenizer, folders)
@@ -173,7 +175,8 @@ def filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, d
     """
     if bad.found and not len(rows):
         raise bad.error(rows.num_read)
-    filters, filtered, kept = section.filters, {}, range(len(rows))
+    filters, filtered = section.filters, {}
+    kept: Sequence[int] = range(len(rows))
     if filters.categories is not None:
         categories = set(rows.categories) - {None}
         if not categories:

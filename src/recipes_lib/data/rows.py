@@ -11,17 +11,18 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from recipes_lib.data.columns import IDS_HINT, Reading
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, content_hash
 from recipes_lib.data.files import Table
-from recipes_lib.data.sources import is_on_hub, listed_sources, load_tables
+from recipes_lib.data.sources import is_on_hub, listed_sources, load_tables, unread_files
 from recipes_lib.recipe.sections import DataSection
 
-NUM_CHECKED = 1000
-Key = np.ndarray  # of shape (rows,) and dtype S32 or S16: a digest per row
+NUM_CHECKED = 20_000
+Key: TypeAlias = np.ndarray  # of shape (rows,) and dtype S32 or S16: a digest per row
 
 
 class Rows:
@@ -32,6 +33,7 @@ class Rows:
         split_keys: what the hash split looks at, where that is not the content: the explicit id. Empty without explicit ids.
         categories: of each row, or None.
         num_read: rows in the files, those that cannot be used included.
+        unread: files of the sources' folders that are not read, per folder.
     """
 
     def __init__(self) -> None:
@@ -42,6 +44,7 @@ class Rows:
         self._table, self._row, self._line = array("i"), array("q"), array("q")
         self._contents, self._looses, self._empty = bytearray(), bytearray(), bytearray()
         self.num_read = 0
+        self.unread: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
         return len(self._row)
@@ -91,6 +94,11 @@ class Rows:
         shown = {names: files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more" for names, files in found.items()}
         return {files: list(names) for names, files in shown.items()}
 
+    def files_longer_than(self, num_rows: int) -> list[str]:
+        """The files with a row that stands behind so many others."""
+        longer = np.unique(np.frombuffer(self._table, dtype="i")[np.frombuffer(self._row, dtype="q") > num_rows])
+        return [self.tables[number][0].file for number in longer]
+
     def add(self, example: Example, table: int) -> None:
         """Append a row; its id is the explicit one or a hash of its texts, not yet unique."""
         content = content_hash(example.fields)
@@ -112,7 +120,7 @@ class Rows:
         if len(indices) == len(self):
             return self
         some = Rows()
-        some.tables, some.num_read = self.tables, self.num_read
+        some.tables, some.num_read, some.unread = self.tables, self.num_read, self.unread
         chosen = np.asarray(indices, dtype=np.int64)
         for name in ("ids", "split_keys", "categories"):
             values = getattr(self, name)
@@ -206,37 +214,47 @@ def read_rows(section: DataSection, folders: Sequence[Path], bad: BadRows, *, ma
         reading = Reading.of(tables, section.prompt_format, source.columns, section.drop_columns)
         own = Rows()
         before = len(bad.found)
-        types: dict[type, Example] = {}
+        first: tuple[str, str] | None = None  # the type of the first id, and where it stands
         for table in tables:
             own.tables.append((table, reading, number))
             for example in reading.examples(table, bad):
+                if (id := example.explicit_id) is not None:
+                    first = first or (type(id).__name__, example.place)
+                    if type(id).__name__ != first[0]:
+                        bad.add(example, BadRow(f"ids of mixed types: {type(id).__name__} here, {first[0]} at {first[1]}", IDS_HINT))
+                        continue
                 own.add(example, len(own.tables) - 1)
-                if example.explicit_id is not None:
-                    types.setdefault(type(example.explicit_id), Example(example.file, example.line, example.row, {}))
-        if len(types) > 1:
-            (first, at), (second, other) = list(types.items())[:2]
-            bad.add(other, BadRow(f"ids of mixed types: {second.__name__} here, {first.__name__} at {at.place}", IDS_HINT))
         own.num_read = len(own) + len(bad.found) - before
         own = own.name_uniquely(bad)
+        if unread := unread_files(source, folders):
+            rows.unread[source.source] = unread
         rows.extend(own.take(first_in_hash_order(own, source.max_examples, section.split.seed)))
     if len(sources) > 1:
         rows.name_apart()
     return rows
 
 
-def check_first_rows(section: DataSection, folders: Sequence[Path]) -> None:
-    """Read the first rows of local files as training would, without a tokenizer; data sets on the Hub are not looked at.
+def check_local_rows(section: DataSection, folders: Sequence[Path], max_rows: int | None = NUM_CHECKED) -> list[str]:
+    """Read local files as training would, without a tokenizer; data sets on the Hub are not looked at.
+
+    Args:
+        max_rows: no more than these of each file.
+
+    Returns:
+        The files that have more rows.
 
     Raises:
-        DataError: a file is missing or damaged, or one of its first rows cannot be used.
+        DataError: a file is missing or damaged, or one of its rows cannot be used.
     """
     entries = [section.source] if isinstance(section.source, str) else section.source
     local = [entry for entry, source in zip(entries, listed_sources(section), strict=True) if not is_on_hub(source, folders)]
-    if local:
-        bad = BadRows()
-        rows = read_rows(replace(section, source=local), folders, bad, max_rows=NUM_CHECKED)
-        if bad.found and (section.on_bad_row == "error" or not len(rows)):
-            raise bad.error()
+    if not local:
+        return []
+    bad = BadRows()
+    rows = read_rows(replace(section, source=local), folders, bad, max_rows=None if max_rows is None else max_rows + 1)
+    if bad.found and (section.on_bad_row == "error" or not len(rows)):
+        raise bad.error(rows.num_read)
+    return [] if max_rows is None else rows.files_longer_than(max_rows)
 
 
 def unit_interval(key: str, salt: str) -> float:

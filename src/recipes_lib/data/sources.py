@@ -6,13 +6,13 @@ that is not in the cache is one clear error.
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from recipes_lib.recipe.sections import DataSection
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_.]|$)")
 SPLIT_NAMES = {"training": "train", "testing": "test", **dict.fromkeys(("valid", "val", "dev", "eval"), "validation")}
+NOTES = {"", ".md", ".py"}  # a README, a licence, the script that made the data
+MOST_UNREAD = 1000
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 CONNECT_TIMEOUT_S = 3.0
 
@@ -56,9 +58,9 @@ def listed_sources(section: DataSection) -> list[Source]:
     sources = [_mixture_entry(entry, index, whole) for index, entry in enumerate(entries)]
     for source in sources:
         try:
-            codecs.lookup(source.encoding)
-        except LookupError:
-            what = f"data.encoding: Python knows no encoding '{source.encoding}'"
+            "".encode(source.encoding)
+        except (LookupError, ValueError):
+            what = f"data.encoding: Python knows no text encoding {source.encoding!r}"
             raise SettingError("data.encoding", what, "common ones: utf-8, latin-1, cp1252, utf-16") from None
         if source.delimiter is not None and len(source.delimiter) != 1:
             raise SettingError("data.delimiter", f"data.delimiter: expected one character, found {source.delimiter!r}")
@@ -140,6 +142,17 @@ def data_files(folder: Path, split: str) -> list[Path]:
         splits = listed(sorted(set(named.values())))
         raise SettingError("data.source_split", f"{shown_path(folder)} has no file of the split '{split}'; splits: {splits}")
     return wanted or rest
+
+
+def unread_files(source: Source, folders: Sequence[Path]) -> list[str]:
+    """What else lies in the folder of a source: files of other splits, of unknown formats, in folders below. Notes are left out."""
+    folder = None if is_on_hub(source, folders) else find_path(source.source, folders)
+    if folder is None or folder.is_file():
+        return []
+    read = set(data_files(folder, source.source_split))
+    others = (path for path in folder.rglob("*") if path not in read and path.name not in NOT_DATA and path.suffix.lower() not in NOTES)
+    names = (path.relative_to(folder) for path in others if path.is_file())
+    return sorted(str(name) for name in islice(names, MOST_UNREAD) if not any(part.startswith(".") for part in name.parts))
 
 
 def _check_same_columns(first: Table, other: Table) -> None:

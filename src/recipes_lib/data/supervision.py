@@ -35,6 +35,7 @@ class Encoded:
         spans: [start, end) token ranges that carry loss, in order.
         ends: whether the last token with loss ends the turn (EOS, or the template's end-of-turn token).
         boundary_merge: whether one token holds the end of the prompt and the start of the completion.
+        changed: whether the chat template left out or changed the text of a message.
         tokens_before: number of tokens before truncation.
         prompt_tokens: number of tokens outside the completion (or the assistant's turns) before truncation.
         answer_end: index behind the last token of the last answer before truncation, its end token included; a template may put
@@ -45,6 +46,7 @@ class Encoded:
     spans: tuple[tuple[int, int], ...]
     ends: bool
     boundary_merge: bool = False
+    changed: bool = False
     tokens_before: int = 0
     prompt_tokens: int = 0
     answer_end: int = 0
@@ -66,7 +68,7 @@ class Encoded:
 class Tokens:
     """The tokens of many examples as columns: ids and labels per batch, and numbers per example."""
 
-    NUMBERS = ("lengths", "supervised", "tokens_before", "prompt_tokens", "ends", "boundary_merges", "end_tokens")
+    NUMBERS = ("lengths", "supervised", "tokens_before", "prompt_tokens", "ends", "boundary_merges", "changed", "end_tokens")
 
     def __init__(self) -> None:
         self._starts = [0]  # of each batch, in examples
@@ -82,7 +84,7 @@ class Tokens:
         self._starts.append(self._starts[-1] + len(encoded))
         end_tokens = [int(item.ids[item.answer_end - 1]) if item.ends and len(item.ids) == item.tokens_before else -1 for item in encoded]
         columns = [[getattr(item, name) for item in encoded] for name in ("supervised", "tokens_before", "prompt_tokens", "ends")]
-        columns.append([item.boundary_merge for item in encoded])
+        columns += [[item.boundary_merge for item in encoded], [item.changed for item in encoded]]
         self._numbers.append(np.array([np.diff(offsets), *columns, end_tokens], dtype=np.int32))
 
     def numbers(self) -> dict[str, np.ndarray]:
@@ -264,8 +266,8 @@ def _encode_chat(examples: Sequence[Example], settings: Supervision, tokenizer: 
             elif settings.whole and any("weight" in message for message in messages):
                 yield BadRow(weighted)
             else:
-                ids, spans, ends = row
-                yield Encoded(np.array(ids, dtype=np.int32), spans, ends)
+                ids, spans, ends, changed = row
+                yield Encoded(np.array(ids, dtype=np.int32), spans, ends, changed=changed)
 
 
 def _truncated(item: Encoded, settings: Supervision) -> Encoded:

@@ -22,8 +22,8 @@ Rendered = tuple[str, list[Span]]
 
 def encode_conversations(
     conversations: Sequence[list[Message]], tokenizer: Any, template: str, *, last_only: bool
-) -> Iterator[tuple[list[int], tuple[Span, ...], bool] | BadRow]:
-    """Token ids, the token spans of the assistant's turns, and whether the last span ends with a special token.
+) -> Iterator[tuple[list[int], tuple[Span, ...], bool, bool] | BadRow]:
+    """Token ids, the spans of the assistant's turns, whether the last one ends with a special token, whether a message is not whole.
 
     A turn of weight 0 has no span. Where a conversation cannot be used, the reason stands in its place.
 
@@ -41,17 +41,23 @@ def encode_conversations(
         text, turns = item
         encoding = next(encodings)
         ids = encoding.ids
-        spans = [span for turn in turns if (span := _token_span(encoding, ids, text, turn, special))]
+        turn_spans = _turn_spans(encoding, ids, text, turns, special)
         weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
-        if 0 in weights and len(weights) != len(spans):
+        spans = [span for spans in turn_spans for span in spans]
+        answers = any(message["content"].strip() for message in messages if message["role"] == "assistant")
+        if spans and answers and not any(_says_something(encoding, ids, text, span, special) for span in spans):
+            yield BadRow("the chat template renders nothing of what the assistant says", "choose a template for plain text messages")
+            continue
+        if 0 in weights and len(weights) != len(turn_spans):
             yield BadRow("weight 0: the chat template does not render every assistant turn, so the turns cannot be told apart")
             continue
         if last_only:
-            spans, weights = spans[-1:], weights[-1:]
-        ends = bool(spans) and ids[spans[-1][1] - 1] in special
+            turn_spans, weights = turn_spans[-1:], weights[-1:]
+        ends = bool(turn_spans) and ids[turn_spans[-1][-1][1] - 1] in special
         if 0 in weights:
-            spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
-        yield ids, tuple(spans), ends
+            turn_spans = [spans for spans, weight in zip(turn_spans, weights, strict=True) if weight]
+        changed = not all(message["content"].strip() in text for message in messages)
+        yield ids, tuple(span for spans in turn_spans for span in spans), ends, changed
 
 
 def render_conversations(conversations: Sequence[list[Message]], tokenizer: Any, template: str) -> list[Rendered | BadRow]:
@@ -72,7 +78,7 @@ def render_conversations(conversations: Sequence[list[Message]], tokenizer: Any,
 
     plain = [[{"role": message["role"], "content": message["content"]} for message in messages] for messages in conversations]
     try:
-        return render(plain) if marked else _by_prefixes(plain, render)
+        return [*render(plain)] if marked else _by_prefixes(plain, render)
     except jinja2.TemplateSyntaxError as error:
         what = f"line {error.lineno} of the chat template is not Jinja: {error.message}"
         raise SettingError("data.chat_template", what) from None
@@ -107,6 +113,29 @@ def _by_prefixes(conversations: Sequence[list[Message]], render: Any) -> list[Re
                 )
             )
     return results
+
+
+def _turn_spans(encoding: Any, ids: Sequence[int], text: str, turns: Sequence[Span], special: frozenset[int]) -> list[list[Span]]:
+    """The token spans of each turn: some templates mark the text and the end token of one turn apart."""
+    found: list[list[Span]] = []
+    behind = 0
+    for turn in turns:
+        if span := _token_span(encoding, ids, text, turn, special):
+            if found and not text[behind : turn[0]].strip():
+                found[-1].append(span)
+            else:
+                found.append([span])
+            behind = turn[1]
+    return found
+
+
+def _says_something(encoding: Any, ids: Sequence[int], text: str, span: Span, special: frozenset[int]) -> bool:
+    """Whether a span has more than special tokens and white space."""
+    for index in range(*span):
+        left, right = encoding.token_to_chars(index) or (0, 0)
+        if ids[index] not in special and text[left:right].strip():
+            return True
+    return False
 
 
 def _token_span(encoding: Any, ids: Sequence[int], text: str, turn: Span, special: frozenset[int]) -> Span | None:

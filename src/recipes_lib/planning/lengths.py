@@ -54,13 +54,13 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
         vocabulary: of the recipe's model; it decides how many tokens a text becomes where the tokenizer is not here.
 
     Raises:
-        RecipeError: the data are a file by name, and there is no such file.
+        RecipeError: a file or folder of the data is not here.
         DataError: the data are here and cannot be used, for example an empty folder.
     """
     from recipes_lib.data.examples import place
 
-    _check_file(recipe)
     try:
+        _check_files(recipe)
         local = _counted(recipe, vocabulary)
     except DataError as error:
         raise place(recipe, error) from None
@@ -76,13 +76,13 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
     return _split(recipe, tokens, len(tokens), f"assumed as long and as many as Dolly's: {named} is not on this machine", counted=False)
 
 
-def _check_file(recipe: Recipe) -> None:
-    from recipes_lib.data.files import data_format
-    from recipes_lib.data.sources import find_path
+def _check_files(recipe: Recipe) -> None:
+    from recipes_lib.data.sources import find_path, is_on_hub, listed_sources
 
-    source = recipe.data.source
-    if isinstance(source, str) and data_format(Path(source)) and find_path(source, (recipe.base_dir,)) is None:
-        raise recipe.error("data.source", f"no such file: {source}", f"a relative path is meant from {recipe.base_dir}")
+    for source in listed_sources(recipe.data):
+        if not is_on_hub(source, (recipe.base_dir,)) and find_path(source.source, (recipe.base_dir,)) is None:
+            hint = f"a relative path is meant from {recipe.base_dir}"
+            raise recipe.error("data.source", f"no such file or folder: {source.source}", hint)
 
 
 def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, counted: bool) -> Lengths:
