@@ -83,14 +83,14 @@ def test_ls_says_where_rows_come_from_the_hub(capsys, tmp_path):
     assert [name for name in ("hub", "file", "mixture", QUICKSTART) if "rows from the Hub" in lines[name]] == ["hub", "mixture"]
 
 
-def test_new_writes_a_recipe_that_passes_the_check_and_points_at_six_lines(capsys, tmp_path):
+def test_new_writes_a_recipe_that_passes_the_check_and_points_at_the_lines_people_change(capsys, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
     out = said(capsys, "new", "my-first", "--from", QUICKSTART, "--data", "mine.jsonl")
-    assert out.count("recipes/my-first.yaml:") == 6
+    assert out.count("recipes/my-first.yaml:") == 9
     assert out.splitlines()[-1] == "next: recipes check recipes/my-first.yaml"
     text = (tmp_path / "recipes/my-first.yaml").read_text().splitlines()
-    for line in out.splitlines()[1:7]:
+    for line in out.splitlines()[1:10]:
         _, number, content = line.strip().split(":", 2)
         assert text[int(number) - 1].strip() == content.strip()
     recipe = load_recipe("my-first")
@@ -99,6 +99,18 @@ def test_new_writes_a_recipe_that_passes_the_check_and_points_at_six_lines(capsy
     assert (recipe.base_dir / recipe.data.source).resolve() == tmp_path / "mine.jsonl"
     assert recipe.run.tags == []
     assert said(capsys, "check", "recipes/my-first.yaml").startswith("1 file ok")
+
+
+def test_a_new_recipe_for_many_long_rows_does_not_validate_and_save_every_few_steps_nor_cut_them(capsys, tmp_path):
+    row = {"instruction": "a", "response": "word " * 600}
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({**row, "id": number}) + "\n" for number in range(3000)))
+    out = said(capsys, "new", "many", "--from", QUICKSTART, "--data", "mine.jsonl", "--output", "many.yaml")
+    train = load_recipe("many.yaml").train
+    assert (train["eval_steps"], train["save_steps"]) == (0.2, 0.05)
+    assert 600 < train["max_length"] < 1200 and train["max_length"] % 64 == 0
+    assert all(f"{key}: " in out for key in ("eval_steps", "save_steps", "max_length"))
+    steps = json.loads(said(capsys, "plan", "many.yaml", "--json"))
+    assert steps["steps"]["steps"] > 300 and steps["time"]["validation_s"] < 0.3 * steps["time"]["training_s"]
 
 
 def test_new_never_overwrites_and_refuses_names_no_run_can_have(capsys, tmp_path):

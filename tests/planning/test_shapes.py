@@ -6,14 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+from families import DENSE, FAMILIES
 
 from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.planning.advice import advise
 from recipes_lib.planning.known_models import known_shapes
+from recipes_lib.planning.methods import method_rows
 from recipes_lib.planning.models import model_shape, named_shape
+from recipes_lib.planning.plan import plan_recipe
 from recipes_lib.planning.settings import targets_in
 from recipes_lib.planning.shapes import shape_of_config
+from recipes_lib.planning.text import plan_lines
 from recipes_lib.recipe.recipe import load_recipe
 
+NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
 LLAMA = {
     "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 64,
 }  # fmt: skip
@@ -70,16 +76,78 @@ def test_a_mixture_of_experts_counts_all_experts_and_works_with_some() -> None:
     shape = shape_of_config(config, "mixtral")
     assert shape.parameters == 46_702_792_704
     assert shape.active_parameters == pytest.approx(12.9e9, rel=0.01)
-    assert shape.approximate
+    assert shape.uncounted == ("routing between experts",)
+
+
+def test_another_architecture_is_counted_as_a_plain_transformer_and_says_so() -> None:
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512, "text_config": {}, "vision_config": {}}
+    shape = shape_of_config(config, "x")
+    assert (shape.layers, shape.hidden, shape.heads, shape.intermediate, shape.known) == (2, 64, 4, 256, False)
+    assert len(shape.uncounted) == 2 and "gpt2 family" in shape.uncounted[0] and "images" in shape.uncounted[1]
+    assert shape_of_config({**LLAMA, "model_type": "a", "intermediate_size": [16, 32], "num_attention_heads": None}, "x").intermediate == 32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_that_trains_has_a_plan_and_none_with_uncounted_parts_is_said_to_fit(
+    family: str, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(family, vocab_size=520, **{**DENSE, **FAMILIES[family]}).save_pretrained(tmp_path / "model")
+    for words in ([], [NF4, "model.dtype=bfloat16"]):
+        words = [f"model.name_or_path={tmp_path / 'model'}", "lora.target_modules=all-linear", *words]
+        plan = plan_recipe(load_recipe(tiny_recipe, words), gpu="h100")
+        text = "\n".join(plan_lines(plan, [], method_rows(plan)[::4], advise(plan), None))
+        exact = family in ("llama", "qwen2", "qwen3", "smollm3", "phi3")
+        assert plan.verdict == ("yes" if exact else "?")
+        assert ("  fits: " in text) == exact and ("NOT CERTAIN: 79.1 GiB" in text) != exact
+        assert exact or " yes " not in text
+
+
+def test_4_bit_weights_leave_the_experts_as_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
+    """bitsandbytes takes linear layers; the experts of Qwen3-30B-A3B (54 GiB in bfloat16) are one parameter per layer."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "qwen3_moe", "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+                "num_hidden_layers": 48, "moe_intermediate_size": 768, "intermediate_size": 6144, "num_experts": 128,
+                "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 40960,
+            }
+        )
+    )  # fmt: skip
+    words = [f"model.name_or_path={tmp_path}", NF4, "model.dtype=bfloat16"]
+    plan = plan_recipe(load_recipe(tiny_recipe, words), gpu="h100")
+    assert plan.settings.shape.expert_parameters == 48 * 128 * 3 * 2048 * 768
+    assert 54 < plan.memory.weights < 56.5
+    assert plan.verdict == "?" and plan_recipe(load_recipe(tiny_recipe, words), gpu="a100-40gb").verdict == "no"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("lora.use_dora=true", "DoRA"),
+        ("lora.modules_to_save=[norm]", "norm (lora.modules_to_save)"),
+        ("lora.target_modules=[q_proj,embed_tokens]", "adapters on embed_tokens"),
+        ("lora.trainable_token_indices=[1]", "trained tokens"),
+        ("train.torch_compile=true", "torch.compile"),
+    ],
+)
+def test_a_setting_whose_memory_is_not_counted_takes_the_word_fits_away(words: str, said: str, tiny_recipe: Path) -> None:
+    plain, plan = (plan_recipe(load_recipe(tiny_recipe, some), gpu="h100") for some in ([], [words]))
+    assert (plain.verdict, plain.uncounted) == ("yes", ())
+    assert plan.verdict == "?" and said in " ".join(plan.uncounted)
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "mamba"}, "architecture 'mamba'"),
+        ({"model_type": "mamba"}, "no usable 'hidden_size'"),
+        ({**LLAMA, "hidden_size": 10**400}, "no usable 'hidden_size'"),
+        ({**LLAMA, "num_hidden_layers": float("inf")}, "no usable numbers"),
+        ({**LLAMA, "num_hidden_layers": {"a": 1}}, "no usable numbers"),
         ({"model_type": "llama", "hidden_size": 8}, "no usable 'num_attention_heads'"),
-        ({**LLAMA, "num_attention_heads": 0}, "no usable numbers"),
-        ({**LLAMA, "vocab_size": 0}, "no usable 'vocabulary'"),
+        ({**LLAMA, "num_attention_heads": 0}, "no usable 'num_attention_heads'"),
+        ({**LLAMA, "vocab_size": 0}, "no usable 'vocab_size'"),
         ({**LLAMA, "vocab_size": "many"}, "no usable numbers"),
     ],
 )
@@ -97,13 +165,11 @@ def test_an_unknown_model_offline_is_one_clear_error_with_near_names(tiny_recipe
     assert "did you mean meta-llama/Llama-2-7b-hf" in lines[1]
 
 
-def test_an_unknown_architecture_is_placed_at_the_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_config_without_numbers_is_placed_at_the_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     recipe = load_recipe(tiny_recipe, [f"model.name_or_path={tmp_path / 'odd'}"])
-    with pytest.raises(
-        RecipeError, match="^command line: the planner does not know the architecture 'mamba'".removeprefix("^command line: ")
-    ):
+    with pytest.raises(RecipeError, match=r"^command line: the config.json of .* has no usable 'hidden_size'"):
         model_shape(recipe)
 
 

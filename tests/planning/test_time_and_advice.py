@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.planning.advice import advise
+from recipes_lib.planning.advice import advise, largest_cost
 from recipes_lib.planning.cards import card_named
 from recipes_lib.planning.duration import operations_per_token, walltime
 from recipes_lib.planning.evaluations import eval_time, usual_evals
@@ -110,6 +110,8 @@ WORDS_OF = {
     "too large for a 4090": (LORA, [], {"gpu": "4090"}),
     "full on two A100 40GB": (FULL, [], {"gpu": "a100-40gb"}),
     "checkpointing without need, under a cap": ("llama2-7b-dolly/published-qlora-r32", [], {"gpu": "rtx-4090-24gb"}),
+    "validation every two steps": (LORA, ["train.eval_steps=2"], {}),
+    "the best of many validations": (LORA, ["train.eval_steps=2", "train.save_steps=2", "train.load_best_model_at_end=true"], {}),
     "70B": (LORA, ["model.name_or_path=meta-llama/Llama-3.1-70B"], {}),
     "70B in 4 bits": (QLORA, ["model.name_or_path=meta-llama/Llama-3.1-70B"], {}),
 }
@@ -134,6 +136,27 @@ def test_advice_is_ranked_and_typed_as_it_stands_keeps_its_word(name: str, words
         saved = seconds(before) - seconds(after)
         assert saved == pytest.approx(item.saves_s, abs=5 + 0.02 * abs(item.saves_s)), item
         assert after.memory.peak - before.memory.peak == pytest.approx(item.memory_gib, abs=0.3), item
+
+
+def test_the_setting_that_costs_most_is_named() -> None:
+    def named(*words: str) -> str:
+        cost = largest_cost(plan(LORA, *words))
+        return cost.setting if cost else ""
+
+    assert named("train.eval_steps=2") == "train.eval_steps 2"
+    assert named("train.num_train_epochs=4") == "train.num_train_epochs 4"
+    assert named("train.num_train_epochs=1", "train.per_device_train_batch_size=8") == "train.padding_free false"
+    free = ["train.num_train_epochs=1", "train.padding_free=true", "train.eval_steps=10000"]
+    assert named(*free, "train.activation_checkpointing=true") == "train.activation_checkpointing true"
+    assert named(*free) == ""
+    cost = largest_cost(plan(LORA, "train.eval_steps=2"))
+    assert cost is not None and cost.seconds == plan(LORA, "train.eval_steps=2").duration.validation
+    assert "passes over 1,501 validation rows" in cost.why
+
+
+def test_validation_that_costs_more_than_training_is_proposed_less_often_first() -> None:
+    first = advise(plan(LORA, "train.eval_steps=2"))[0]
+    assert first.setting == "train.eval_steps=0.2" and first.same_result and "times as long as training" in first.why
 
 
 def test_a_good_recipe_is_left_alone() -> None:

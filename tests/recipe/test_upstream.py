@@ -58,7 +58,7 @@ def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, m
 def test_what_upstream_says_is_told_in_full(write_with):
     """Its message goes on after the first line."""
     error = ValueError("--load_best_model_at_end requires the strategies to match, but found\n- Evaluation: no\n- Save: steps")
-    told = upstream._refused(load_recipe(write_with("train", "load_best_model_at_end: false")), "train", error)
+    told = upstream.refused(load_recipe(write_with("train", "load_best_model_at_end: false")), "train", error)
     assert told.what.endswith("but found - Evaluation: no - Save: steps") and told.line == 8
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from recipes_lib.data.examples import place
 from recipes_lib.data.own_rows import look_at
 from recipes_lib.data.rows import check_local_rows
-from recipes_lib.errors import DataError, ExitCode, RecipeError
+from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError
+from recipes_lib.planning.lengths import needed_length
+from recipes_lib.planning.models import named_shape
 from recipes_lib.recipe.new_recipe import new_recipe
 from recipes_lib.recipe.project import check_run_name, project_root, recipe_path, shown_path
 from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.terminal import next_step, say
 
 _CHANGED = ("name_or_path:", "source:", "r:", "learning_rate:", "num_train_epochs:", "global_batch_size:")
+_CHANGED += ("max_steps:", "max_length:", "eval_steps:", "save_steps:")
+VOCABULARY, POSITIONS = 50_000, 4096  # where nothing is known of the model
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +49,13 @@ def run(args: argparse.Namespace) -> int:
     target = args.output or _recipes_folder() / f"{args.name}.yaml"
     if target.exists():
         raise RecipeError("exists already", "choose another name, or --output PATH", file=shown_path(target))
-    text = new_recipe(args.name, target, load_recipe(recipe_path(args.origin)), look_at(args.data) if args.data else None)
+    origin, rows = load_recipe(recipe_path(args.origin)), look_at(args.data) if args.data else None
+    text = new_recipe(args.name, target, origin, rows)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
+    if rows is not None and (length := _needed_length(target)):
+        text = new_recipe(args.name, target, origin, replace(rows, max_length=length))
+        target.write_text(text, encoding="utf-8")
     file = shown_path(target)
     say(f"wrote {file}; the lines people change:")
     for number, line in enumerate(text.splitlines(), start=1):
@@ -60,6 +69,19 @@ def run(args: argparse.Namespace) -> int:
             raise place(recipe, error) from None
     next_step(f"recipes check {file}")
     return ExitCode.DONE
+
+
+def _needed_length(target: Path) -> int | None:
+    """Return the max_length that the rows of a new recipe need, as far as its model goes; None where they cannot be read, which is said
+    afterwards.
+    """
+    try:
+        recipe = load_recipe(target)
+        shape = named_shape(recipe.model.name_or_path)
+        length = needed_length(recipe, shape.vocabulary if shape else VOCABULARY)
+    except RecipesError:
+        return None
+    return length and min(length, shape.positions if shape else POSITIONS)
 
 
 def _recipes_folder() -> Path:

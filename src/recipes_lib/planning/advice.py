@@ -7,12 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from recipes_lib.planning.batches import validations
 from recipes_lib.planning.evaluations import served_seconds
 from recipes_lib.planning.methods import divided
 from recipes_lib.planning.plan import Plan
 from recipes_lib.planning.settings import Settings
 
 WORTH_S, WORTH_SHARE = 5.0, 0.03
+VALIDATION_SHARE = 0.25  # of the training: above it, less often or on fewer rows is proposed
+EVAL_SHARE = 0.2  # of the training between two validations
+FEW_ROWS = 500  # validation rows that tell a loss to a few hundredths
 UNMERGED = 0.66  # speed of vLLM with an adapter beside the model, against merged (published: 34% slower)
 LONGEST_MASKED_ROW = 4096
 
@@ -42,13 +46,68 @@ def advise(plan: Plan) -> list[Advice]:
     """Return proposals: what makes the training fit, or what makes it faster; the best first."""
     if not plan.fits:
         found = list({advice.setting: advice for advice in _to_fit(plan) if advice.makes_it_fit}.values())
+        if plan.uncounted:
+            found = [replace(advice, makes_it_fit=False) for advice in found]
         return sorted(found, key=lambda advice: (not advice.same_result, -advice.saves_s))
     found = [advice for advice in _to_be_faster(plan) if advice.saves_s > max(WORTH_S, WORTH_SHARE * plan.duration.training)]
+    if plan.uncounted:
+        found = [advice for advice in found if advice.memory_gib <= 0]
     found += _serving(plan)
     return sorted(found, key=lambda advice: -advice.saves_s)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one setting costs of a training: `setting` as it is, what it means, and its seconds."""
+
+    setting: str
+    why: str
+    seconds: float
+
+
+def largest_cost(plan: Plan) -> Cost | None:
+    """Return the setting that costs most time, beside the rows and the model themselves; None where none costs a tenth of the whole."""
+    train, batches, spent = plan.recipe.train, plan.batches, plan.duration.training
+    how_often = "eval_steps" if train.get("eval_strategy") == "steps" else "eval_strategy"
+    passes = validations(batches.steps, batches.steps_per_epoch, train)
+    recomputed = 1 / 4 if plan.settings.adapter is None else 1 / 3
+    validating = f"{passes:,} passes over {plan.lengths.validation:,} validation rows"
+    padding = 1 - 1 / batches.padding
+    costs = [
+        Cost(f"train.{how_often} {train.get(how_often)}", validating, plan.duration.validation),
+        Cost("train.padding_free false", f"padding is {padding:.0%} of the computed tokens", spent * padding),
+        Cost("train.activation_checkpointing true", "every block is computed twice", spent * recomputed * plan.settings.checkpointing),
+    ]
+    if train.get("max_steps", -1) <= 0 and batches.epochs > 1:
+        words = f"{batches.epochs:g} passes over {plan.lengths.train:,} training rows"
+        costs.append(Cost(f"train.num_train_epochs {train.get('num_train_epochs', 3):g}", words, spent * (1 - 1 / batches.epochs)))
+    most = max(costs, key=lambda cost: cost.seconds)
+    return most if most.seconds > plan.duration.total / 10 else None
+
+
+def _validating(plan: Plan) -> Iterator[Advice]:
+    """Validation that costs much of the training: less often, on fewer rows."""
+    train = plan.recipe.train
+    if plan.duration.validation <= VALIDATION_SHARE * plan.duration.training:
+        return
+    share = plan.duration.validation / plan.duration.training
+    times = f"{share:.1f} times as long as" if share >= 1 else f"{share:.0%} of the time of"
+    why = f"validation takes {times} training"
+    seldom = plan.with_train(eval_strategy="steps", eval_steps=EVAL_SHARE)
+    best = bool(train.get("load_best_model_at_end")) and train.get("save_strategy") != "best"
+    words = f"train.eval_steps={EVAL_SHARE}" + " train.eval_strategy=steps" * (train.get("eval_strategy") != "steps")
+    words += f" train.save_strategy=steps train.save_steps={EVAL_SHARE}" * best  # the best model is chosen among checkpoints
+    yield replace(_compare(plan, seldom, words, why), same_result=not train.get("load_best_model_at_end"))
+    rows, split = plan.lengths.validation, plan.recipe.data.split
+    if rows > 2 * FEW_ROWS and split.method == "hash":
+        fewer = float(f"{split.validation * FEW_ROWS / rows:.2g}")
+        kept = round(rows * fewer / split.validation)
+        words = f"data.split.validation={fewer:g}"
+        yield replace(_compare(plan, plan.with_rows(kept), words, f"{kept:,} validation rows, not {rows:,}"), same_result=False)
+
+
 def _to_be_faster(plan: Plan) -> Iterator[Advice]:
+    yield from _validating(plan)
     settings, base = plan.settings, plan
     free = _padding_free(plan)
     words = ""

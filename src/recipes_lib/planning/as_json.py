@@ -56,13 +56,19 @@ def memory_json(plan: Plan) -> dict[str, Any]:
             "card_gib": plan.card.memory_gib,
             "card_stands_in": plan.card.stands_in,
             "processes_on_card": plan.sharing,
-            "fits": plan.fits,
+            "fits": fits_json(plan),
+            "uncounted": list(plan.uncounted),
             "micro_batch_tokens": plan.batches.largest,
             "max_tokens_per_micro_batch": plan.largest(),
             "max_tokens_with_checkpointing": plan.largest(checkpointing=True),
             "max_tokens_without_checkpointing": plan.largest(checkpointing=False),
         }
     )
+
+
+def fits_json(plan: Plan) -> bool | None:
+    """Return whether a plan fits; None where something is not counted."""
+    return {"yes": True, "no": False}.get(plan.verdict)
 
 
 def time_json(plan: Plan, evals: Sequence[EvalTime], price: float | None) -> dict[str, Any]:
@@ -129,7 +135,7 @@ def _method(row: MethodRow) -> dict[str, Any]:
             "strategy": row.strategy,
             "this_recipe": row.is_the_recipe,
             "needed_gib": plan and plan.memory.needed,
-            "fits": plan and plan.fits,
+            "fits": plan and fits_json(plan),
             "max_tokens_per_micro_batch": plan and plan.largest(),
             "train_total_s": plan and plan.duration.total,
         }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import EnvironmentFault, RecipesError
 from recipes_lib.planning.advice import advise
+from recipes_lib.planning.as_json import fits_json
 from recipes_lib.planning.cards import cards_here
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.machine import cpu_card
@@ -72,6 +73,8 @@ def refuse_what_cannot_fit(plan: Plan) -> str | None:
     """
     if plan.fits:
         return None
+    if plan.verdict != "no":
+        return f"warning: by an estimate this needs {plan.memory.needed * plan.sharing:.1f} GiB; there are {plan.card.memory_gib:.1f} GiB"
     if plan.settings.device == "cpu" and plan.memory.peak * plan.sharing <= plan.card.memory_gib:
         needed = plan.memory.needed * plan.sharing
         free = f"{plan.card.memory_gib:.1f} are free now"
@@ -92,5 +95,5 @@ def planned_facts(plan: Plan) -> dict[str, Any]:
         "seconds": round(plan.duration.training + plan.duration.validation, 1),
         "total_s": round(plan.duration.total, 1),
         "tokens_per_second": round(plan.duration.tokens_per_second * plan.settings.world_size, 1),
-        "fits": plan.fits,
+        "fits": fits_json(plan),
     }

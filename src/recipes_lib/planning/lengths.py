@@ -21,6 +21,7 @@ from recipes_lib.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from recipes_lib.data.examples import Example
+    from recipes_lib.data.rows import Rows
 
 COUNTED = 2000
 LARGEST_FILE = 200_000_000
@@ -120,16 +121,38 @@ def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
         raise bad.error(rows.num_read)
     if section.filters.categories:
         rows = rows.take([index for index, kind in enumerate(rows.categories) if kind in section.filters.categories])
-    count, how = _counter(recipe, vocabulary)
     some = rows.take(first_in_hash_order(rows, COUNTED, section.split.seed))
-    tokens = count([_text(example, section.prompt_format) for example in some.examples()])
-    tokens = [length + (TEMPLATE_TOKENS if section.prompt_format == "chat" else 1) for length in tokens]
+    tokens, how = _tokens(recipe, vocabulary, some)
     source_text = f"{how} in {len(some):,} of {len(rows):,} rows"
     if section.filters.max_tokens is not None:
         return _split(recipe, tokens, len(rows), source_text, counted=True)
     rows = rows.take(first_in_hash_order(rows, section.max_examples, section.split.seed))
     sides = split_rows(rows, section.split).rows
     return Lengths(tuple(tokens), len(sides["train"]), len(sides["validation"]), source_text, counted=True)
+
+
+def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int | None:
+    """Return the `max_length` that leaves nearly all of the first rows whole, in steps of 64; None where none can be read.
+
+    Args:
+        share: of the rows that are to stay whole.
+    """
+    from recipes_lib.data.examples import BadRows
+    from recipes_lib.data.rows import NUM_CHECKED, read_rows
+
+    rows = read_rows(recipe.data, (recipe.base_dir,), BadRows(), max_rows=NUM_CHECKED)
+    if not len(rows):
+        return None
+    tokens, _ = _tokens(recipe, vocabulary, rows)
+    return math.ceil(sorted(tokens)[math.ceil(share * len(tokens)) - 1] / 64) * 64
+
+
+def _tokens(recipe: Recipe, vocabulary: int, rows: Rows) -> tuple[list[int], str]:
+    """Return the length of each row as the loss will see it, and how it was counted."""
+    count, how = _counter(recipe, vocabulary)
+    prompt_format = recipe.data.prompt_format
+    tokens = count([_text(example, prompt_format) for example in rows.examples()])
+    return [length + (TEMPLATE_TOKENS if prompt_format == "chat" else 1) for length in tokens], how
 
 
 def _size(path: Path) -> int:

@@ -98,7 +98,8 @@ def largest_tokens(settings: Settings, card: Card, row: int, eval_tokens: int = 
 def weight_gib(settings: Settings) -> float:
     """Return the base weights in GiB, whole."""
     shape = settings.shape
-    rest = shape.parameters - shape.linear_parameters
+    quantized = shape.linear_parameters - shape.expert_parameters  # bitsandbytes takes linear layers alone
+    rest = shape.parameters - quantized
     if settings.bits is None:
         return shape.parameters * settings.weight_bytes / GIB
     if settings.bits == 8:
@@ -106,7 +107,7 @@ def weight_gib(settings: Settings) -> float:
     else:  # half a byte, and the scale of each block of 64: a float32, or a byte and a float32 for 256 scales
         scale = 1 + 4 / NESTED_BLOCK if settings.double_quantized else 4
         per_weight = 0.5 + scale / BLOCK_4BIT
-    return (shape.linear_parameters * per_weight + rest * settings.weight_bytes) / GIB
+    return (quantized * per_weight + rest * settings.weight_bytes) / GIB
 
 
 def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:

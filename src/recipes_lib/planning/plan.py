@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from recipes_lib.planning.batches import Batches, batches_of, draw, validations
 from recipes_lib.planning.cards import DEFAULT, Card, card_named, cards_here
@@ -12,6 +13,7 @@ from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.memory import Memory, largest_tokens, memory_of
 from recipes_lib.planning.models import model_shape
 from recipes_lib.planning.settings import Settings, settings_of
+from recipes_lib.planning.uncounted import uncounted
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.recipe import Recipe
@@ -42,8 +44,22 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the worst micro-batch fits; several processes without a GPU share the machine's memory."""
+        """Whether what is counted of the worst micro-batch fits, see `verdict`; processes without a GPU share the machine's memory."""
         return self.memory.needed * self.sharing <= self.card.memory_gib
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """What needs memory and is not in the sum, in words."""
+        return uncounted(self.recipe, self.settings)
+
+    @property
+    def verdict(self) -> str:
+        """`yes`, `no`, or `?` where something is not counted: a sum that leaves something out cannot say that it fits, nor, for a family
+        that it was not made for, that it does not.
+        """
+        if not self.fits:
+            return "no" if self.settings.shape.known else "?"
+        return "?" if self.uncounted else "yes"
 
     @property
     def sharing(self) -> int:
@@ -66,6 +82,16 @@ class Plan:
         settings = self.settings if checkpointing is None else replace(self.settings, checkpointing=checkpointing)
         row = self.settings.max_length or max(self.lengths.tokens)
         return largest_tokens(settings, replace(self.card, memory_gib=self.card.memory_gib / self.sharing), row, self.eval_tokens)
+
+    def with_train(self, **values: Any) -> Plan:
+        """Return the plan with other values of the recipe's `train` that the settings do not hold, such as how often is validated."""
+        recipe = replace(self.recipe, train={**self.recipe.train, **values})
+        return _plan(recipe, self.launch, self.card, self.settings, self.lengths, self.batches.accumulation, self.recipe_settings)
+
+    def with_rows(self, validation: int) -> Plan:
+        """Return the plan with fewer rows held out for validation; the others are trained on."""
+        lengths = replace(self.lengths, train=self.lengths.train + self.lengths.validation - validation, validation=validation)
+        return _plan(self.recipe, self.launch, self.card, self.settings, lengths, self.batches.accumulation, self.recipe_settings)
 
     def with_settings(self, settings: Settings, accumulation: int) -> Plan:
         """Return the plan with other settings. The launch stays the recipe's: only numbers are compared."""

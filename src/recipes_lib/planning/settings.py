@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes_lib.planning.shapes import ModelShape
+from recipes_lib.recipe.defaults import MAX_LENGTH
 from recipes_lib.recipe.launch import Launch
 from recipes_lib.recipe.recipe import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _BLOCK = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn", "qkv_proj": "self_attn"}
-CUT = 1024  # TRL's default max_length
+COUNTED_MODULES = ("lm_head", "embed_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
         checkpointing=_checkpointing(train) or bool(launch.config.fsdp.get("fsdp_activation_checkpointing")),
         per_device=per_device,
         eval_per_device=int(train.get("per_device_eval_batch_size", 8)) if train.get("eval_strategy", "no") != "no" else 0,
-        max_length=train.get("max_length", CUT),
+        max_length=train.get("max_length", MAX_LENGTH),
         max_tokens=recipe.run.max_tokens_per_micro_batch,
         padding_free=free,
         packing=packing,
@@ -183,12 +184,14 @@ def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
     if lora is None:
         return None
     targets = targets_in(lora.get("target_modules"), shape)
+    if not targets and shape.uncounted:  # the layers have other names there
+        targets = tuple(shape.linears())
     if not targets:
         what = f"lora.target_modules names no linear layer of {shape.name}"
         raise recipe.error("lora.target_modules", what, f"its blocks have {', '.join(shape.linears())}")
     layers = lora.get("layers_to_transform")
     count = shape.layers if layers is None else 1 if isinstance(layers, int) else len(layers)
-    saved = [name for name in lora.get("modules_to_save") or () if name in ("lm_head", "embed_tokens")]
+    saved = [name for name in lora.get("modules_to_save") or () if name in COUNTED_MODULES]
     return Adapter(
         rank=int(lora.get("r", 8)),
         dropout=float(lora.get("lora_dropout", 0.0)),

@@ -1,6 +1,7 @@
 """The shape of a model: layers, widths, vocabulary, and the parameter counts that follow. Read from a config.json, no torch.
 
-The families named in `FAMILIES` are built alike (attention and a gated MLP per layer); anything else is refused rather than guessed.
+The families named in `FAMILIES` are built alike (attention and a gated MLP per layer). Any other is counted as if it were, and says so in
+`uncounted`: then a plan shows an estimate, and never says that it fits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,22 @@ _HEAD_NORMS = {"qwen3", "qwen3_moe", "gemma3_text"}
 _FOUR_NORMS = {"gemma2", "gemma3_text"}
 _ALWAYS_TIED = {"gemma", "gemma2", "gemma3_text"}
 _APPROXIMATE = {"gemma", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe", "qwen2_moe", "granite"}
-_POSITIVE = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
+_OTHER_PARTS = ("vision_config", "audio_config", "speech_config", "image_config")
+# What a config calls a number; the first that is there. Names after the first are those of other families than `FAMILIES`.
+_NAMES = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers_block_type"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "intermediate": ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"),
+    "vocabulary": ("vocab_size",),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "active_experts": ("num_experts_per_tok", "moe_topk", "moe_k"),
+    "positions": ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"),
+}
+_LARGEST = 2**40  # no model has a number like it
+_MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +65,7 @@ class ModelShape:
         active_experts: how many of them a token goes through.
         positions: the longest sequence the model was made for.
         dtype: precision of the weights on disk; None where not known.
+        other_parts: whether the checkpoint also has parts for images or sound.
     """
 
     name: str
@@ -65,6 +82,12 @@ class ModelShape:
     active_experts: int = 1
     positions: int = 4096
     dtype: str | None = None
+    other_parts: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether the arithmetic was made for this family, so that it counts no more than there is."""
+        return self.family in FAMILIES
 
     @property
     def query_width(self) -> int:
@@ -77,9 +100,14 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
-    def approximate(self) -> bool:
-        """Whether the family has parts that this arithmetic leaves out (extra norms, routing)."""
-        return self.family in _APPROXIMATE
+    def uncounted(self) -> tuple[str, ...]:
+        """What of the model this arithmetic leaves out, in words."""
+        found = [] if self.known else [f"what the {self.family} family has beside attention and a gated MLP in each layer"]
+        if self.family in _APPROXIMATE:
+            found.append("routing between experts" if self.experts > 1 else f"what is special to the {self.family} family")
+        if self.other_parts:
+            found.append("the parts for images or sound")
+        return tuple(found)
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return the linear layers of one block: name -> (inputs, outputs). Experts count once."""
@@ -93,6 +121,13 @@ class ModelShape:
     def linear_parameters(self) -> int:
         """Weights of the linear layers of all blocks: what is quantized, and what the work is proportional to."""
         return self.layers * self._block_linears(self.experts)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of the experts, which are one parameter of three dimensions per layer and not linear layers."""
+        if self.experts == 1:
+            return 0
+        return self.layers * self.experts * sum(a * b for name, (a, b) in self.linears().items() if name in _MLP)
 
     @property
     def embedding_parameters(self) -> int:
@@ -118,46 +153,62 @@ class ModelShape:
         return self.layers * self._block_linears(self.active_experts) + self.embedding_parameters + self.small_parameters
 
     def _block_linears(self, experts: int) -> int:
-        mlp = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
         router = self.hidden * self.experts if self.experts > 1 else 0
-        return router + sum(a * b * (experts if name in mlp else 1) for name, (a, b) in self.linears().items())
+        return router + sum(a * b * (experts if name in _MLP else 1) for name, (a, b) in self.linears().items())
 
 
 def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
-    """Return the shape that a config.json describes.
+    """Return the shape that a config.json describes; a family that is not in `FAMILIES` as the plain transformer of its numbers.
 
     Raises:
-        RecipeError: the architecture is not one whose memory this arithmetic knows, or the file lacks a number.
+        RecipeError: the file lacks a number, or has one that cannot be.
     """
-    config = config.get("text_config") or config
+    whole, inner = config, config.get("text_config")
+    config = inner if isinstance(inner, dict) and inner else config
     family = str(config.get("model_type", "unknown"))
-    if family not in FAMILIES:
-        raise RecipeError(f"the planner does not know the architecture '{family}' of {name}", f"it knows {', '.join(sorted(FAMILIES))}")
+    known = family in FAMILIES
     try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        experts = int(config.get("num_local_experts") or config.get("num_experts") or 1)
+        hidden = _number(config, "hidden")
+        heads = _number(config, "heads", None if known else max(hidden // 64, 1))
+        experts = _number(config, "experts", 1)
         shape = ModelShape(
             name=name,
             family=family,
-            layers=int(config["num_hidden_layers"]),
+            layers=_number(config, "layers"),
             hidden=hidden,
-            intermediate=int(config["moe_intermediate_size"] if "moe_intermediate_size" in config else config["intermediate_size"]),
+            intermediate=_number(config, "intermediate", None if known else 4 * hidden),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocabulary=int(config["vocab_size"]),
+            kv_heads=_number(config, "kv_heads", heads),
+            head_dim=_number(config, "head_dim", hidden // heads),
+            vocabulary=_number(config, "vocabulary"),
             tied=bool(config.get("tie_word_embeddings", False)) or family in _ALWAYS_TIED,
             experts=experts,
-            active_experts=int(config.get("num_experts_per_tok") or 2) if experts > 1 else 1,
-            positions=int(config.get("max_position_embeddings") or 4096),
+            active_experts=_number(config, "active_experts", 2) if experts > 1 else 1,
+            positions=_number(config, "positions", 4096 if known else _LARGEST),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "") or None,
+            other_parts=any(part in whole for part in _OTHER_PARTS),
         )
-        wrong = [field for field in _POSITIVE if getattr(shape, field) < 1]
-        if wrong:
-            raise KeyError(wrong[0])
-        return shape
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise RecipeError(
             f"the config.json of {name} has no usable {error if isinstance(error, KeyError) else 'numbers'}",
             "the planner needs widths, layers, heads and vocabulary",
         ) from None
+    return shape
+
+
+def _number(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
+    """Return a number of a config: the largest where each layer has one; a default where it is absent, null or 0.
+
+    Raises:
+        KeyError: it is needed and not there, or cannot be.
+    """
+    key = next((key for key in _NAMES[field] if config.get(key)), _NAMES[field][0])
+    value = config.get(key) or default
+    if value is None:
+        raise KeyError(key)
+    if isinstance(value, list):  # a number for each layer, or its kind
+        value = len(value) if field == "layers" else max(value)
+    number = int(value)
+    if not 1 <= number <= _LARGEST:
+        raise KeyError(key)
+    return number

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.errors import EnvironmentFault
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.evaluations import EvalTime, eval_times
@@ -42,6 +43,7 @@ class StudyPlan:
     """All arms, the evaluations of base models, and arms that are not trained here.
 
     Args:
+        unplanned: arm -> why it has no plan; the sums are without it.
         bases: base model -> seconds of its evaluations.
         comparisons: number of head-to-head comparisons: of each pair of arms, and of each arm with its base, seed by seed.
         comparing: seconds of judging they take.
@@ -51,6 +53,7 @@ class StudyPlan:
     arms: list[ArmPlan]
     bases: dict[str, float]
     elsewhere: list[str]
+    unplanned: dict[str, str] = field(default_factory=dict)
     comparisons: int = 0
     comparing: float = 0.0
 
@@ -71,7 +74,7 @@ def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
     Args:
         gpu: a card's name or `cpu`, for every arm; absent, as for a recipe.
     """
-    arms, bases, elsewhere = [], {}, []
+    arms, bases, elsewhere, unplanned = [], {}, [], {}
     counted: dict[tuple[str, ...], Lengths] = {}  # arms that differ in other things have the same data, which take longest to count
     for arm in study.arms:
         if not arm.trained or arm.recipe is None:
@@ -79,7 +82,11 @@ def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
             continue
         card = card_for(arm.launch, gpu)
         data = (str(arm.recipe.data), str(arm.recipe.model), str(arm.recipe.base_dir))
-        plan = plan_launched(arm.recipe, arm.launch, card, counted.get(data))
+        try:
+            plan = plan_launched(arm.recipe, arm.launch, card, counted.get(data))
+        except EnvironmentFault as fault:  # a model that is not here and whose config the Hub does not give
+            unplanned[arm.name] = fault.what
+            continue
         if plan.lengths.counted:
             counted[data] = plan.lengths
         evals = eval_times(study.evals, plan.settings.shape, card)
@@ -90,7 +97,7 @@ def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
     comparisons = pairs * max((arm.seeds for arm in arms), default=0)
     places = [place for place, recipe in enumerate(study.evals) if recipe.suite.name == "alpaca_eval"]
     comparing = sum(arms[0].evals[place].judging for place in places) * comparisons if arms else 0.0
-    return StudyPlan(study.name, arms, bases, elsewhere, comparisons * len(places), comparing)
+    return StudyPlan(study.name, arms, bases, elsewhere, unplanned, comparisons * len(places), comparing)
 
 
 def study_json(plan: StudyPlan, price: float | None) -> dict[str, Any]:
@@ -98,6 +105,7 @@ def study_json(plan: StudyPlan, price: float | None) -> dict[str, Any]:
     return {
         "arms": {arm.name: {"seeds": arm.seeds, **plan_json(arm.plan, arm.evals, [], advise(arm.plan), price)} for arm in plan.arms},
         "not_trained_here": plan.elsewhere,
+        "not_planned": plan.unplanned,
         "total": {
             "runs": sum(arm.seeds for arm in plan.arms),
             "comparisons": plan.comparisons,
@@ -114,15 +122,16 @@ def study_json(plan: StudyPlan, price: float | None) -> dict[str, Any]:
 def study_lines(plan: StudyPlan, price: float | None) -> Iterator[str]:
     """Yield a table of the arms and the sums."""
     yield f"study {plan.name}"
-    width = max([len(arm.name) for arm in plan.arms] + [3])
+    width = max([len(name) for name in (*(arm.name for arm in plan.arms), *plan.unplanned)] + [3])
     yield f"{'arm':<{width}}  {'on':<26} {'needs GiB':>9}  {'fits':<4} {'seeds':>5}  {'training':>10}  {'evaluation':>10}"
     for arm in plan.arms:
         cpu = arm.plan.settings.device == "cpu"
         card = arm.plan.card.title if cpu else f"{arm.plan.settings.world_size} x {arm.plan.card.name}"
-        fits = "yes" if arm.plan.fits else "no"
         need = arm.plan.memory.needed * arm.plan.sharing
         times = f"{clock(arm.plan.duration.total):>10}  {clock(arm.evaluation):>10}"
-        yield f"{arm.name:<{width}}  {card:<26} {need:>9.1f}  {fits:<4} {arm.seeds:>5}  {times}"
+        yield f"{arm.name:<{width}}  {card:<26} {need:>9.1f}  {arm.plan.verdict:<4} {arm.seeds:>5}  {times}"
+    for name, why in plan.unplanned.items():
+        yield f"{name:<{width}}  {why}"
     for model, seconds in plan.bases.items():
         yield f"base model {model}: {clock(seconds)} of evaluation"
     if plan.comparisons:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from recipes_lib.planning.activations import activations_of
-from recipes_lib.planning.advice import Advice
+from recipes_lib.planning.advice import Advice, largest_cost
 from recipes_lib.planning.cards import Card
 from recipes_lib.planning.evaluations import EvalTime
 from recipes_lib.planning.methods import MethodRow
@@ -120,14 +120,15 @@ def _memory(plan: Plan) -> Iterator[str]:
     for name, gib in lines:
         if gib or name == "needed":
             yield f"  {name:<58} {gib:>7.2f}"
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = {"yes": "fits", "no": "DOES NOT FIT", "?": "NOT CERTAIN"}[plan.verdict]
     free = "free now" if settings.device == "cpu" else "on the card"
     sharing = f" for {plan.sharing} processes" if plan.sharing > 1 else ""
     yield f"  {verdict}: {plan.card.memory_gib:.1f} GiB {free}{sharing}"
     with_, without = plan.largest(checkpointing=True), plan.largest(checkpointing=False)
-    yield f"  largest micro-batch: {without:,} tokens, {with_:,} with activation checkpointing"
-    if settings.shape.approximate:
-        yield f"  the {settings.shape.family} family has parts that are not counted: take this as an estimate"
+    counted = ", by what is counted" if plan.uncounted else ""
+    yield f"  largest micro-batch: {without:,} tokens, {with_:,} with activation checkpointing{counted}"
+    if plan.uncounted:
+        yield f"  not counted: {'; '.join(plan.uncounted)}"
 
 
 def _count(settings: Settings) -> str:
@@ -143,6 +144,8 @@ def _time(plan: Plan, evals: Sequence[EvalTime], price: float | None) -> Iterato
     reached = "" if settings.device == "cpu" else f", {duration.mfu:.0%} of the peak counted with {full}N"
     yield f"time    {clock(duration.training)} training ({duration.tokens_per_second:,.0f} tokens/s per process, {operations}{reached})"
     yield f"        {clock(duration.validation)} validation, {clock(duration.around)} start and end: {clock(duration.total)} in all"
+    if cost := largest_cost(plan):
+        yield f"        costs most: {cost.setting}: {cost.why}, {clock(cost.seconds)} of {clock(duration.total)}"
     yield f"        ask a scheduler for {clock(plan.walltime)} (half as long again, in quarters of an hour)"
     for item in evals:
         judging = f" + {clock(item.judging)} judging{' (behind a URL)' if item.remote else ''}" if item.judging else ""
@@ -163,20 +166,23 @@ def _methods(rows: Sequence[MethodRow], plan: Plan) -> Iterator[str]:
         if row.plan is None:
             yield f"{start} {plan.batches.examples_per_step} examples per step cannot be divided"
             continue
-        fits, mark = ("yes" if row.plan.fits else "no"), "  <- this recipe" * row.is_the_recipe
+        mark = "  <- this recipe" * row.is_the_recipe
         size = f"{row.plan.largest():,} tokens"
-        yield f"{start} {row.plan.memory.needed:>9.1f}  {fits:<4} {size:>19}  {clock(row.plan.duration.total):>9}{mark}"
+        yield f"{start} {row.plan.memory.needed:>9.1f}  {row.plan.verdict:<4} {size:>19}  {clock(row.plan.duration.total):>9}{mark}"
 
 
 def _advice(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     if not advice:
         yield (
             "no setting is known to be better"
-            if plan.fits
+            if plan.fits and not plan.uncounted
+            else "no advice on memory: not everything is counted"
+            if plan.uncounted
             else "nothing that the planner knows makes it fit: take a smaller model or more GPUs"
         )
         return
-    yield "to try, best first" if plan.fits else "what makes it fit, best first"
+    needs_less = "what needs less, best first (not everything is counted)" if plan.uncounted else "what makes it fit, best first"
+    yield "to try, best first" if plan.fits else needs_less
     same = [item for item in advice if item.same_result][:MOST_ADVICE]
     for item in [*same, *[item for item in advice if not item.same_result][:MOST_OTHERS]]:
         gain = f"saves {clock(item.saves_s)}" if item.saves_s >= 0 else f"costs {clock(-item.saves_s)}"

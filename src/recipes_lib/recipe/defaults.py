@@ -14,6 +14,8 @@ class ProjectDefault:
     reason: str
 
 
+MAX_LENGTH = 1024  # TRL's default of max_length
+
 TRAIN_DEFAULTS = {
     "activation_checkpointing": ProjectDefault(
         False, "recomputing activations costs speed (about 20% by TRL's figure); switch it on when memory is short"

@@ -1,4 +1,8 @@
-"""The text of a new recipe: it extends an existing one and writes out the six values people change."""
+"""The text of a new recipe: it extends an existing one and writes out the values people change.
+
+How often is validated and saved is written as a share of the training where the rows are somebody's own: the steps of the recipe it starts
+from were chosen for other rows.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.recipe.defaults import MAX_LENGTH
 from recipes_lib.recipe.project import project_root, shown_path
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.yaml_text import join_lines, yaml_lines
 
+EVAL_SHARE, SAVE_SHARE = 0.2, 0.05
 _REMARKS = {
     "model.name_or_path": "the base model: a Hub id or a local folder",
     "data.source": "your rows: a file or folder (relative to this file) or a Hub id",
     "lora.r": "rank of the adapter; keep lora_alpha / r when you change it",
     "train.learning_rate": "a LoRA usually wants 1e-4 to 3e-4, full fine-tuning a tenth of that",
     "train.num_train_epochs": "passes over the data",
+    "train.max_steps": "off: the epochs decide; the recipe this starts from stops early",
+    "train.max_length": "longer examples lose their tail",
+    "train.eval_steps": "validate after these steps; a number below 1 is a share of the training",
+    "train.save_steps": "save a checkpoint after these steps; a number below 1 is a share of the training",
     "train.completion_only_loss": "these rows are one text each: the loss is on all of it",
     "run.global_batch_size": "examples per optimizer step over all processes",
 }
@@ -32,6 +42,7 @@ class Rows:
         columns: our name -> the file's, where they differ.
         whole_text: whether a row is one text, so that no completion can carry the loss alone.
         delimiter: between the columns of a text file, where its ending does not tell.
+        max_length: tokens that hold nearly every row, where they were counted.
     """
 
     file: Path
@@ -39,6 +50,7 @@ class Rows:
     columns: dict[str, str] = field(default_factory=dict)
     whole_text: bool = False
     delimiter: str | None = None
+    max_length: int | None = None
 
 
 def new_recipe(name: str, target: Path, origin: Recipe, rows: Rows | None) -> str:
@@ -78,6 +90,7 @@ def _values(name: str, target: Path, origin: Recipe, rows: Rows | None) -> dict[
     if origin.lora is not None:
         values["lora"] = {**values.get("lora", {}), "r": origin.lora.get("r", 8), "lora_alpha": origin.lora.get("lora_alpha", 8)}
     train = {key: origin.train.get(key, default) for key, default in (("learning_rate", 2e-5), ("num_train_epochs", 3))}
+    train |= _scaled(origin.train, rows)
     if rows is not None and rows.whole_text and origin.train.get("completion_only_loss"):
         train["completion_only_loss"] = None
     values["train"] = {**values.get("train", {}), **train}
@@ -86,6 +99,25 @@ def _values(name: str, target: Path, origin: Recipe, rows: Rows | None) -> dict[
     )
     values["run"] = {"name": name, "global_batch_size": batch, "tags": []}
     return values
+
+
+def _scaled(train: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
+    """Return how often is validated and saved and where rows are cut: as the origin has it, for own rows by their number and length.
+
+    Args:
+        train: the origin's section.
+    """
+    length, validated = train.get("max_length", MAX_LENGTH), train.get("eval_strategy", "no") == "steps"
+    saved = train.get("save_strategy", "steps") == "steps"
+    if rows is None:
+        values = {"max_length": length, "eval_steps": train.get("eval_steps"), "save_steps": train.get("save_steps", 500)}
+    else:
+        each = EVAL_SHARE if validated and train.get("load_best_model_at_end") else SAVE_SHARE  # the best is chosen among checkpoints
+        values = {"max_length": length and max(length, rows.max_length or 0), "eval_steps": EVAL_SHARE, "save_steps": each}
+        if train.get("max_steps", -1) > 0:
+            values["max_steps"] = -1
+    wanted = {"eval_steps": validated and values["eval_steps"] is not None, "save_steps": saved}
+    return {key: value for key, value in values.items() if wanted.get(key, True)}
 
 
 def _may_be_extended(origin: Recipe) -> bool:
