@@ -138,9 +138,9 @@ def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int |
         share: of the rows that are to stay whole.
     """
     from recipes_lib.data.examples import BadRows
-    from recipes_lib.data.rows import NUM_CHECKED, read_rows
+    from recipes_lib.data.rows import read_rows
 
-    rows = read_rows(recipe.data, (recipe.base_dir,), BadRows(), max_rows=NUM_CHECKED)
+    rows = read_rows(recipe.data, (recipe.base_dir,), BadRows(), max_rows=COUNTED)
     if not len(rows):
         return None
     tokens, _ = _tokens(recipe, vocabulary, rows)
