@@ -17,8 +17,10 @@ from recipes_lib.recipe.project import check_run_name, project_root, recipe_path
 from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.terminal import next_step, say
 
-_CHANGED = ("name_or_path:", "source:", "r:", "learning_rate:", "num_train_epochs:", "global_batch_size:")
-_CHANGED += ("max_steps:", "max_length:", "eval_steps:", "save_steps:")
+_CHANGED = (
+    *("name_or_path:", "source:", "r:", "learning_rate:", "num_train_epochs:", "max_steps:", "max_length:", "eval_steps:", "save_steps:"),
+    "global_batch_size:",
+)
 VOCABULARY, POSITIONS = 50_000, 4096  # where nothing is known of the model
 
 

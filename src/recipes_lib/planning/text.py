@@ -144,8 +144,8 @@ def _time(plan: Plan, evals: Sequence[EvalTime], price: float | None) -> Iterato
     reached = "" if settings.device == "cpu" else f", {duration.mfu:.0%} of the peak counted with {full}N"
     yield f"time    {clock(duration.training)} training ({duration.tokens_per_second:,.0f} tokens/s per process, {operations}{reached})"
     yield f"        {clock(duration.validation)} validation, {clock(duration.around)} start and end: {clock(duration.total)} in all"
-    if cost := largest_cost(plan):
-        yield f"        costs most: {cost.setting}: {cost.why}, {clock(cost.seconds)} of {clock(duration.total)}"
+    if most := largest_cost(plan):
+        yield f"        costs most: {most.setting}: {most.why}, {clock(most.seconds)} of {clock(duration.total)}"
     yield f"        ask a scheduler for {clock(plan.walltime)} (half as long again, in quarters of an hour)"
     for item in evals:
         judging = f" + {clock(item.judging)} judging{' (behind a URL)' if item.remote else ''}" if item.judging else ""
