@@ -223,7 +223,7 @@ def test_a_plan_imports_no_torch() -> None:
     program = (
         "import sys\nfrom recipes_lib.cli import main\n"
         f"main(['plan', '{LORA}', '--json'])\nmain(['plan', 'quickstart/lora-r8'])\n"
-        "print('HEAVY', [name for name in ('torch', 'transformers', 'datasets', 'pandas') if name in sys.modules])"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'datasets', 'numpy', 'pandas') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"

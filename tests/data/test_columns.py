@@ -206,7 +206,7 @@ def test_a_system_column_is_the_system_message(read):
 def test_rows_that_differ_in_the_system_column_or_a_weight_are_no_duplicates(named):
     silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]
     rows = [{"messages": TURNS * 2}, {"messages": TURNS * 2, "system": "Be brief."}, {"messages": silent}]
-    assert len(set(named(rows, "chat").contents.tolist())) == 3
+    assert len(set(named(rows, "chat").contents())) == 3
 
 
 def test_columns_that_nothing_reads_are_listed(named):

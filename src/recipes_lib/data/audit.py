@@ -68,7 +68,7 @@ def audit_rows(
         "truncated": _named(rows, splits, cut) | {"lost_end_token": int((cut & (tokens["ends"] == 0)).sum())},
         "no_supervised_tokens": _named(rows, splits, bare),
         "changed_by_template": _named(rows, splits, tokens["changed"] == 1),
-        "empty_completions": {"count": int(rows.empty.sum()), "ids": [rows.ids[i] for i in _ordered(splits, rows.empty)]},
+        "empty_completions": _empty(rows, splits),
         "special_token_injections": {"treated_as": _treatment(settings)} | _injection(injections.special_tokens),
         "template_markers": _injection(injections.markers),
         "duplicates": {
@@ -197,6 +197,11 @@ def _shown(rows: Rows, tokenizer: Any, index: int, ids: np.ndarray, labels: np.n
 def _ordered(splits: Splits, mask: np.ndarray) -> list[int]:
     """The positions that a mask names, split by split."""
     return [index for name in SPLITS for index in splits.rows[name] if mask[index]] if mask.any() else []
+
+
+def _empty(rows: Rows, splits: Splits) -> dict[str, Any]:
+    indices = _ordered(splits, np.frombuffer(rows.empty, dtype=np.bool_))
+    return {"count": len(indices), "ids": [rows.ids[index] for index in indices]}
 
 
 def _named(rows: Rows, splits: Splits, mask: np.ndarray) -> dict[str, Any]:

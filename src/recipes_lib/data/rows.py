@@ -11,9 +11,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
-
-import numpy as np
 
 from recipes_lib.data.columns import IDS_HINT, Reading
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, content_hash
@@ -22,7 +19,7 @@ from recipes_lib.data.sources import is_on_hub, listed_sources, load_tables, unr
 from recipes_lib.recipe.sections import DataSection
 
 NUM_CHECKED = 20_000
-Key: TypeAlias = np.ndarray  # of shape (rows,) and dtype S32 or S16: a digest per row
+CONTENT_BYTES, LOOSE_BYTES = 32, 16
 
 
 class Rows:
@@ -49,20 +46,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self._row)
 
-    @property
-    def contents(self) -> Key:
+    def contents(self) -> Iterator[bytes]:
         """A sha256 of each row's normalised texts."""
-        return np.frombuffer(self._contents, dtype="S32")
+        return _digests(self._contents, CONTENT_BYTES)
 
-    @property
-    def looses(self) -> Key:
+    def looses(self) -> Iterator[bytes]:
         """A hash of each row's texts without case and white space."""
-        return np.frombuffer(self._looses, dtype="S16")
+        return _digests(self._looses, LOOSE_BYTES)
 
     @property
-    def empty(self) -> np.ndarray:
-        """Whether the text that a row should teach is empty."""
-        return np.frombuffer(self._empty, dtype=np.bool_)
+    def empty(self) -> bytearray:
+        """Whether the text that a row should teach is empty, 0 or 1 for each."""
+        return self._empty
 
     @property
     def num_texts(self) -> int:
@@ -71,7 +66,7 @@ class Rows:
 
     def content(self, index: int) -> str:
         """The hexadecimal sha256 of a row's texts."""
-        return self._contents[32 * index : 32 * index + 32].hex()
+        return self._contents[CONTENT_BYTES * index : CONTENT_BYTES * (index + 1)].hex()
 
     def split_key(self, index: int) -> str:
         """What the hash split looks at: the explicit id, else the content."""
@@ -96,7 +91,7 @@ class Rows:
 
     def files_longer_than(self, num_rows: int) -> list[str]:
         """The files with a row that stands behind so many others."""
-        longer = np.unique(np.frombuffer(self._table, dtype="i")[np.frombuffer(self._row, dtype="q") > num_rows])
+        longer = {table: None for table, row in zip(self._table, self._row, strict=True) if row > num_rows}
         return [self.tables[number][0].file for number in longer]
 
     def add(self, example: Example, table: int) -> None:
@@ -109,7 +104,7 @@ class Rows:
             self.split_keys.append(explicit)
         self.categories.append(example.category)
         self._contents += content
-        self._looses += hashlib.blake2b(_loose_text(example).encode(), digest_size=16).digest()
+        self._looses += hashlib.blake2b(_loose_text(example).encode(), digest_size=LOOSE_BYTES).digest()
         self._empty.append(is_empty(example))
         self._table.append(table)
         self._line.append(-1 if example.line is None else example.line)
@@ -121,16 +116,15 @@ class Rows:
             return self
         some = Rows()
         some.tables, some.num_read, some.unread = self.tables, self.num_read, self.unread
-        chosen = np.asarray(indices, dtype=np.int64)
         for name in ("ids", "split_keys", "categories"):
             values = getattr(self, name)
             setattr(some, name, [values[index] for index in indices] if values else [])
         for name in ("_table", "_row", "_line"):
             column = getattr(self, name)
-            getattr(some, name).frombytes(np.frombuffer(column, dtype=column.typecode)[chosen].tobytes())
-        some._contents = bytearray(self.contents[chosen].tobytes())
-        some._looses = bytearray(self.looses[chosen].tobytes())
-        some._empty = bytearray(self.empty[chosen].tobytes())
+            getattr(some, name).extend(column[index] for index in indices)
+        for name, size in (("_contents", CONTENT_BYTES), ("_looses", LOOSE_BYTES), ("_empty", 1)):
+            whole = getattr(self, name)
+            setattr(some, name, bytearray().join(whole[size * index : size * (index + 1)] for index in indices))
         return some
 
     def extend(self, other: Rows) -> None:
@@ -195,6 +189,11 @@ class Rows:
                         break
             else:
                 raise SettingError("data.source", f"{table.file} changed while it was read", "run the command again")
+
+
+def _digests(column: bytearray, size: int) -> Iterator[bytes]:
+    whole = bytes(column)
+    return (whole[start : start + size] for start in range(0, len(whole), size))
 
 
 def read_rows(section: DataSection, folders: Sequence[Path], bad: BadRows, *, max_rows: int | None = None) -> Rows:

@@ -7,14 +7,12 @@ neither on the order of the file, nor on the other rows, nor on anything else in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from recipes_lib.data.examples import SettingError
-from recipes_lib.data.rows import Key, Rows, unit_interval
+from recipes_lib.data.rows import Rows, unit_interval
 from recipes_lib.recipe.sections import SplitSection
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
@@ -52,7 +50,7 @@ def split_rows(rows: Rows, section: SplitSection) -> Splits:
         what = f"validation {section.validation} + test {section.test} leaves no training rows; the sum must be below 1"
         raise SettingError("data.split", what)
     sides = {"hash": _by_hash, "published": _as_published, "none": lambda rows, _: [TRAIN] * len(rows)}[section.method](rows, section)
-    groups = _groups(rows.contents)
+    groups = _groups(rows.contents())
     across = [group for group in groups if len({sides[i] for i in group}) > 1]
     moved = []
     if section.method == "hash":
@@ -71,8 +69,7 @@ def split_rows(rows: Rows, section: SplitSection) -> Splits:
     def ids(indices: Sequence[int]) -> list[str]:
         return [rows.ids[i] for i in indices]
 
-    contents = rows.contents
-    near = [group for group in _groups(rows.looses) if len({contents[i] for i in group}) > 1]
+    near = [group for group in _groups(rows.looses()) if len({rows.content(i) for i in group}) > 1]
     return Splits(divided, list(map(ids, groups)), list(map(ids, across)), moved, list(map(ids, near)))
 
 
@@ -122,11 +119,11 @@ def _rows_up(rows: int, fraction: float) -> int:
     return math.ceil(round(rows * fraction, 6))
 
 
-def _groups(keys: Key) -> list[list[int]]:
+def _groups(keys: Iterable[bytes]) -> list[list[int]]:
     """Positions that share a key, for keys that appear more than once, in the order of their first positions."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    same = np.concatenate([[False], ordered[1:] == ordered[:-1], [False]])
-    starts = np.flatnonzero(~same[:-1] & same[1:])
-    ends = np.flatnonzero(same[:-1] & ~same[1:]) + 1
-    return sorted(order[start:end].tolist() for start, end in zip(starts, ends, strict=True))
+    first: dict[bytes, int] = {}
+    groups: dict[int, list[int]] = {}
+    for index, key in enumerate(keys):
+        if (earlier := first.setdefault(key, index)) != index:
+            groups.setdefault(earlier, [earlier]).append(index)
+    return [groups[index] for index in sorted(groups)]
