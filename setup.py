@@ -49,7 +49,9 @@ EXTRAS = {
         "pre-commit>=4",
         "tensorboard>=2.20",
     ],
-    "gpu": ["kernels>=0.10", "nvidia-ml-py>=13"],
+    "gpu": ["liger-kernel>=0.8.2"],
+    # Attention kernels of the Hub. transformers takes a narrow range of versions and says itself which.
+    "kernels": ["transformers[kernels]"],
     "tracking": ["tensorboard>=2.20", "trackio>=0.40", "wandb>=0.25"],
 }
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
+from transformers.dependency_versions_table import deps
 
 from recipes_lib import diagnosis
 from recipes_lib.cli import main
@@ -119,6 +122,41 @@ def test_a_gpu_without_bf16_gets_the_fp16_settings(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     finding = one(diagnosis.check_bf16())
     assert finding.level == "warn" and "train.fp16=true" in finding.remedy
+
+
+def test_a_version_of_kernels_that_transformers_does_not_take_is_named(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_version", lambda name: {"kernels": "0.10.1"}.get(name))
+    found = list(diagnosis.check_attention())
+    assert (found[0].level, found[0].remedy) == ("warn", "pip install -c constraints.txt -e '.[kernels]'")
+    assert "kernels 0.10.1" in found[0].text and "wants" in found[0].text
+    wanted = Requirement(deps["kernels"]).specifier
+    fitting = next(part.version for part in wanted if part.operator == ">=")
+    monkeypatch.setattr(diagnosis, "_version", lambda name: fitting)
+    assert one(diagnosis.check_attention()) == Finding("ok", "attention", "sdpa, kernels")
+
+
+def test_packages_that_only_some_settings_need_are_named_with_the_setting(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_version", lambda name: None if name in ("wandb", "liger-kernel") else "1")
+    assert one(diagnosis.check_optional()).text == "not installed: wandb (train.report_to: wandb)"
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "liger-kernel (train.use_liger_kernel)" in next(iter(diagnosis.check_optional())).text
+    monkeypatch.setattr(diagnosis, "_version", lambda name: "1")
+    assert not list(diagnosis.check_optional())
+
+
+def test_an_extra_asks_for_no_version_that_the_stack_does_not_take(monkeypatch):
+    """pip would install it, and transformers would act as if it was not there."""
+    extras = {}
+    monkeypatch.setattr("setuptools.setup", lambda **values: extras.update(values["extras_require"]))
+    runpy.run_path(str(project_root() / "setup.py"))
+    assert set(diagnosis.OPTIONAL) | {"kernels"} <= extras.keys()
+    taken = [Requirement(line) for name in ("transformers", "trl") for line in importlib.metadata.requires(name) or []]
+    for requirement in (Requirement(line) for name in ("gpu", "kernels", "tracking") for line in extras[name]):
+        least = next((part.version for part in requirement.specifier if part.operator == ">="), None)
+        theirs = [other for other in taken if other.name == requirement.name]
+        assert least is None or all(other.specifier.contains(least) for other in theirs), requirement
 
 
 def test_a_real_4_bit_layer_is_run():

@@ -18,6 +18,11 @@ from pathlib import Path
 
 GIB = 1024**3
 REINSTALL = "make setup, or pip install -c constraints.txt -e '.[quickstart,dev]'"
+KERNELS = "pip install -c constraints.txt -e '.[kernels]'"
+OPTIONAL = {  # extra of setup.py -> its packages and the setting that needs each
+    "gpu": {"liger-kernel": "train.use_liger_kernel"},
+    "tracking": {name: f"train.report_to: {name}" for name in ("tensorboard", "trackio", "wandb")},
+}
 LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCH_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # x86 and Arm, as /proc/cpuinfo spells them
@@ -135,16 +140,40 @@ def check_bf16() -> Iterator[Finding]:
 
 
 def check_attention() -> Iterator[Finding]:
-    """Attention kernels that are installed."""
+    """Attention kernels that are installed, and whether transformers takes their version."""
+    import torch
+    from packaging.requirements import Requirement
+    from transformers.dependency_versions_table import deps
+
+    found = ["flash-attn"] if importlib.util.find_spec("flash_attn") else []
+    wanted, installed = Requirement(deps["kernels"]), _version("kernels")
+    if installed and wanted.specifier.contains(installed, prereleases=True):
+        found.append("kernels")
+    elif installed:
+        what = f"kernels {installed} is not taken by transformers, which wants {wanted.specifier}: no kernels-community/ attention"
+        yield Finding("warn", "attention", what, KERNELS)
+    if found or not torch.cuda.is_available():
+        yield Finding("ok", "attention", ", ".join(["sdpa", *found]))
+    elif not installed:
+        yield Finding("note", "attention", "sdpa; no flash attention", KERNELS)
+
+
+def check_optional() -> Iterator[Finding]:
+    """Packages that only some settings need."""
     import torch
 
-    found = [name for name, module in (("flash-attn", "flash_attn"), ("kernels", "kernels")) if importlib.util.find_spec(module)]
-    if found:
-        yield Finding("ok", "attention", f"sdpa, {', '.join(found)}")
-    elif torch.cuda.is_available():
-        yield Finding("note", "attention", "sdpa; no flash attention", "pip install -c constraints.txt -e '.[gpu]' for the kernels package")
-    else:
-        yield Finding("ok", "attention", "sdpa")
+    for extra, packages in OPTIONAL.items():
+        missing = [f"{name} ({key})" for name, key in packages.items() if _version(name) is None]
+        if missing and (extra != "gpu" or torch.cuda.is_available()):
+            yield Finding("note", "optional", f"not installed: {', '.join(missing)}", f"pip install -c constraints.txt -e '.[{extra}]'")
+
+
+def _version(package: str) -> str | None:
+    """Return the installed version of a package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_bitsandbytes() -> Iterator[Finding]:

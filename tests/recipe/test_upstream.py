@@ -210,7 +210,7 @@ def test_code_that_ships_with_a_model_is_never_run_by_a_check(write, tiny_model_
     ("section", "line", "words"),
     [
         ("train", "use_liger_kernel: true", ["r.yaml:8: ", "liger-kernel is not installed", "[gpu]"]),
-        ("model", "attn_implementation: kernels-community/flash-attn2", ["r.yaml:2: ", "the package kernels", "pip install 'kernels>="]),
+        ("model", "attn_implementation: kernels-community/flash-attn2", ["r.yaml:2: ", "the package kernels", "'.[kernels]'"]),
     ],
 )
 def test_a_package_that_is_missing_is_named_before_anything_is_loaded(section, line, words, write_with, capsys, monkeypatch):

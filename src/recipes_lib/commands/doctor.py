@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
             "gpu": diagnosis.check_devices,
             "bf16": diagnosis.check_bf16,
             "attention": diagnosis.check_attention,
+            "optional": diagnosis.check_optional,
             "bitsandbytes": diagnosis.check_bitsandbytes,
             "quickstart": diagnosis.check_quickstart_model,
             "hub": diagnosis.check_hub,

@@ -162,7 +162,7 @@ def check_packages(recipe: Recipe) -> None:
         raise recipe.fault("train.use_liger_kernel", what, hint)
     if "/" in (recipe.model.attn_implementation or "") and not is_kernels_available():
         what = f"model.attn_implementation {recipe.model.attn_implementation} is fetched by the package kernels"
-        hint = f"pip install '{wanted_kernels()}'; or leave the key out for the fastest attention that is installed"
+        hint = "pip install -c constraints.txt -e '.[kernels]'; or leave the key out for the fastest attention that is installed"
         raise recipe.fault("model.attn_implementation", f"{what}; {wanted_kernels()} is not installed", hint)
 
 
