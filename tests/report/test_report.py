@@ -12,14 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.recipe.project import project_root
 from recipes_lib.report.build import write_report
+from recipes_lib.report.content import gather
 from recipes_lib.report.figures import COLORS, draw_figures
 from recipes_lib.report.html import report_html, samples_json
 from recipes_lib.report.latex import report_latex, tex
 from recipes_lib.report.markdown import escaped, report_markdown
 from recipes_lib.report.numbers import number_rows, numbers_csv, numbers_json
+from recipes_lib.report.provenance import commands
 from recipes_lib.report.samples import MAX_CHARACTERS, SampleSet
+from recipes_lib.studies.claims import compare_arms
 from recipes_lib.studies.findings import Finding
+from recipes_lib.studies.measurements import read_measurements
+from recipes_lib.studies.study import load_study
+from recipes_lib.studies.validity import check_validity
 
 
 class Page(HTMLParser):
@@ -219,3 +226,62 @@ def test_what_is_not_up_to_date_stands_on_top(make_content, tmp_path):
     lines = not_up_to_date(("judgments.a",), {"judgments.a": Freshness("missing")})
     text = report_html(replace(make_content(), banners=tuple(lines)), ())
     assert text.index("Not up to date: judgments.a (missing)") < text.index('id="table"')
+
+
+def test_a_reason_and_a_warning_are_said_once(make_content):
+    reason = "The judge failed its audit somewhere"
+    content = make_content(
+        names=("r8", "r16", "r32"), findings=(Finding("judge-failed-audit", "error", reason, ("0.3",), "another judge"),)
+    )
+    text = report_markdown(content, ())
+    assert all(row.sentence.startswith("No claim about") for row in content.comparison.rows) and len(content.comparison.rows) > 6
+    clause = reason[0].lower() + reason[1:]
+    assert sum(clause in sentence for sentence in content.comparison.answer) == 1
+    listed = text[text.index("## Comparisons") : text.index("## Findings")]
+    assert listed.count(clause) == 1 and listed.count("No claim about") == len(content.comparison.rows) - 1
+    assert text.count(reason) == 1
+    page = report_html(content, ())
+    assert page.count(clause) == 2 and page.count(reason) == 1
+
+
+def test_commands_hold_no_path_of_this_machine(make_content, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    make_content()
+    python, root = "/opt/venv/bin/python", project_root()
+    for folder in (tmp_path / "runs").iterdir():
+        recipe = f"{root}/recipes/quickstart/lora-r8.yaml"
+        (folder / "command.txt").write_text(f"{python} -m recipes_lib.train {recipe} model.name_or_path=/data/models/llama\n")
+        for file in folder.glob("evals/lm_eval/result.json"):
+            result = json.loads(file.read_text())
+            told = f"(cd ../../somewhere/else && lm_eval run --model_args pretrained=/data/models/llama,peft={folder}/adapter)"
+            file.write_text(
+                json.dumps(result | {"lm_eval_command": told, "command": f"{python} -m recipes_lib.cli eval {root}/evals/a.yaml"})
+            )
+    study = load_study(root / "recipes/studies/quickstart.yaml")
+    measurements = read_measurements({folder.name: [folder] for folder in sorted((tmp_path / "runs").iterdir())})
+    told = dict(commands("study", measurements, study))
+    assert (
+        told["Trainings, as they were started"]
+        == ("python -m recipes_lib.train recipes/quickstart/lora-r8.yaml model.name_or_path=.../llama",) * 2
+    )
+    assert "recipes eval evals/a.yaml" in told["Evaluations, as they were started"]
+    assert told["lm-eval alone, the same numbers"][0] == (
+        "(cd .../else && lm_eval run --model_args pretrained=.../llama,peft=runs/r32/adapter)"
+    )
+
+
+def test_what_a_result_warns_of_is_a_finding_and_no_second_time_on_top(make_content, tmp_path):
+    make_content()
+    warned = "Weak judge: it cannot judge. This judge failed its audit: swap consistency 0.00 (needs >= 0.6)."
+    for file in (tmp_path / "runs").glob("*/evals/*/result*.json"):
+        result = json.loads(file.read_text())
+        if result["judge"]:
+            result["judge"]["weak"] = "it cannot judge"
+            result["audit"]["banner"] = warned
+            file.write_text(json.dumps(result | {"banners": [warned, "subset, n=40 of 805"], "missing_references": ["7"]}))
+    folders = {folder.name: [folder] for folder in sorted((tmp_path / "runs").iterdir())}
+    measurements = read_measurements(folders)
+    content = gather("study", measurements, compare_arms(measurements, check_validity(None, measurements)))
+    text = report_markdown(content, ())
+    assert text.count("it cannot judge") == 1 and "Weak judge:" not in text
+    assert text.count("1 questions need a reference answer") == 2  # of two evaluations

@@ -34,6 +34,8 @@ setTimeout(function () {
     seen.last = place();
     seen.children = [...document.querySelectorAll('#sample *')].map((e) => e.tagName).filter((v, i, a) => a.indexOf(v) === i).sort();
   }
+  const tall = document.documentElement.scrollHeight;
+  document.querySelector('nav a[href="#scores"]').click();
   const copied = {};
   navigator.clipboard.writeText = (text) => { copied.last = text; return Promise.resolve(); };
   for (const button of document.querySelectorAll('.copy button')) {
@@ -42,7 +44,7 @@ setTimeout(function () {
   }
   document.body.setAttribute('data-probe', JSON.stringify({
     title: document.title, wide: wide.map((e) => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)).slice(0, 5),
-    width: innerWidth,
+    width: innerWidth, tall: tall, folded: document.querySelectorAll('.part:not([open])').length,
     requests: performance.getEntriesByType('resource').map((e) => e.name.slice(0, 60)).filter((name) => !name.startsWith('data:')),
     answer: document.getElementById('answer').getBoundingClientRect().bottom, height: innerHeight, seen: seen, copied: copied }));
 }, 900);
@@ -116,6 +118,15 @@ def test_nothing_is_cut_on_a_desktop_and_the_first_screen_answers(written):
     assert 0 < int(counts["text"].split(" of ")[1]) < int(counts["all"].split(" of ")[1])
     narrow = ask(page, width=500, height=950)
     assert narrow["width"] <= 500 and narrow["wide"] == []
+
+
+def test_on_a_phone_the_long_parts_are_folded_and_a_link_opens_them(written):
+    page = html_of(written, names=("base", "r8", "r32"), n=60)
+    narrow, wide = ask(page, width=500, height=950), ask(page)
+    assert narrow["tall"] < 8 * 950
+    assert narrow["folded"] >= 6 and wide["folded"] == 0
+    page.write_text(page.read_text(encoding="utf-8").replace('class="part"', 'class="unfolded"'), encoding="utf-8")
+    assert ask(page, width=500, height=950)["tall"] > 2 * narrow["tall"]
 
 
 def test_three_arms_with_805_questions_open_in_two_seconds(written):

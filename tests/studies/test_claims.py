@@ -195,10 +195,13 @@ def test_every_key_that_changed_is_named_whatever_the_factor_is_called():
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_one_recipe_twice_has_no_cause_whatever_its_arms_are_called(seeds):
     pair = arm("r8", seeded(BAD, seeds)), arm("r8-again", seeded(GOOD, seeds, seed=1), r=8)
-    (row,) = compare_arms(of(*pair), (), study("r8", "r8-again")).rows
-    assert row.verdict == "better" and "effect" not in row.sentence and "Only" not in row.sentence
+    comparison = compare_arms(of(*pair), (), study("r8", "r8-again"))
+    (row,) = comparison.rows
+    assert row.verdict == "better" and row.stopped and "its effect" not in row.sentence and "Only" not in row.sentence
+    assert comparison.answer[0] == "r8-again against r8, 1 comparison: no claim (one recipe, trained twice)."
+    assert row.sentence.startswith("r8-again came out higher than r8 on arc acc: ") and "better" not in row.sentence
     assert row.sentence.endswith(
-        " Both are trainings of one recipe: this is how far apart two of them came out, and chance is all there is to name."
+        "No effect is claimed: both are trainings of one recipe, and this is how far apart chance alone took them."
     )
 
 
@@ -208,7 +211,7 @@ def test_a_study_that_trains_one_recipe_twice_names_no_cause(study_folder):
     comparison = compare_arms(measured, check_validity(twice, measured), twice)
     assert [row.verdict for row in comparison.rows] == ["better"]
     said = " ".join(comparison.answer)
-    assert "Both are trainings of one recipe" in said and "effect" not in said and "Only" not in said
+    assert "both are trainings of one recipe" in said and "its effect" not in said and "Only" not in said and "better" not in said
 
 
 def test_beside_a_difference_inside_the_noise_floor_no_effect_is_claimed():
@@ -223,7 +226,8 @@ def test_a_measured_noise_floor_that_is_exceeded_allows_a_cause_for_one_training
     floor = [arm("r4", [[rates(one)] for one in again])]
     far = of(*floor, arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))
     row = next(iter(compare_arms(far, (), study("r4", "r8", "r32")).between("r32", "r8")))
-    assert row.tested.seeds == 1 and "so this is its effect: two trainings of one recipe differ by at most" in row.sentence
+    assert row.tested.seeds == 1 and "so this is its effect: two trainings of one recipe differ by no more than" in row.sentence
+    assert "(estimated from 3 trainings of 1 recipe, at 5% over all tests of this table)." in row.sentence
     near = of(*floor, arm("r8", [rates(BAD)]), arm("r32", [rates([1.0] * 38 + [0.0] * 42)]))
     row = next(iter(compare_arms(near, (), study("r4", "r8", "r32")).between("r32", "r8")))
     assert row.verdict == "better" and "effect" not in row.sentence
@@ -417,7 +421,7 @@ def test_one_training_beside_several_is_compared_with_one_of_them():
     one = [rates((rng.random(80) < 0.3).astype(float))]
     (row,) = compare_arms(of(arm("r8", one), arm("r32", many)), (), study("r8", "r32")).rows
     assert row.tested.seeds == 1 and row.flags == ("1 seed of 3 and 1",)
-    assert "two trainings of one recipe differ by at most" in row.sentence and "training seeds" not in row.sentence
+    assert "two trainings of one recipe differ by no more than" in row.sentence and "training seeds" not in row.sentence
     (row,) = compare_arms(of(arm("base--x", one), arm("r32", many))).rows
     assert row.tested.seeds == 3 and row.flags == ()  # a base has no other seed to have come out differently
 

@@ -53,4 +53,6 @@ def test_two_trainings_of_one_recipe_have_no_cause_in_the_report_however_far_apa
     comparison = compare_arms(found := Measurements(apart), check_validity(study, found), study)
     assert {row.verdict for row in comparison.rows} == {"better"}
     said = [row.sentence for row in comparison.rows]
-    assert all("Both are trainings of one recipe" in sentence and "effect" not in sentence for sentence in said), said
+    assert all("both are trainings of one recipe" in sentence and "its effect" not in sentence for sentence in said), said
+    answer = " ".join(comparison.answer)
+    assert "better" not in answer and "worse" not in answer and "its effect" not in answer, answer

@@ -592,18 +592,20 @@ def test_a_judge_that_is_an_arm_or_its_base_stops_the_sentence(root, judge, whos
         ({"identical": {"count": 100}}, "100 of 100 answers are one and the same"),
         ({"empty": 21}, "21 of 100 answers are empty"),
         ({"cut": 21}, "21 of 100 answers are cut"),
-        ({"cut": 20, "empty": 20, "identical": {"count": 20}}, ""),
+        ({"cut": 20, "empty": 10, "identical": {"count": 10}}, "20 of 100 answers are cut"),
+        ({"cut": 10, "empty": 10, "identical": {"count": 10}}, ""),
         ({"cut": None, "empty": 0, "identical": {}}, ""),
     ],
 )
-def test_answers_that_are_constant_empty_or_mostly_cut_stop_the_sentence(root, faults, said):
+def test_answers_that_are_constant_empty_or_mostly_cut_stop_the_sentence_and_a_tenth_is_a_warning(root, faults, said):
     made = arms(
         a=run(root, "a", evaluated(root / "a", answers={"name": "a", "answers": {"n": 100, **faults}})),
         b=run(root, "b", evaluated(root / "b", (0.0, 1.0))),
     )
     findings = [finding for finding in check_validity(None, made) if finding.code == "degenerate-answers"]
     assert [finding.arms for finding in findings] == ([("a",)] if said else [])
-    assert all(finding.severity == "error" and said in finding.evidence[0] for finding in findings)
+    severity = "warning" if said.startswith("20 of") else "error"
+    assert all(finding.severity == severity and said in finding.evidence[0] for finding in findings)
     facts = {"against": None, "opponent": {"name": "reference", "answers": {"n": 100, **faults}}}
     against = evaluated(root / "a", **facts)
     against = dataclasses.replace(against, against="reference")

@@ -10,8 +10,10 @@ from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.provenance import commands, provenance
 from recipes_lib.report.runs import Cost, Training, costs, trainings
 from recipes_lib.report.samples import SampleSet, collect_samples
+from recipes_lib.studies.claims import remaining_sentences
 from recipes_lib.studies.comparison import Row, Score
 from recipes_lib.studies.wording import count
+from recipes_lib.suites.questions import no_reference
 
 if TYPE_CHECKING:
     from recipes_lib.studies.claims import Comparison
@@ -31,7 +33,6 @@ class Audit:
     judge: str
     model: str
     runs: tuple[str, ...]
-    banner: str | None
     checks: tuple[dict[str, Any], ...]
     measured: tuple[tuple[str, dict[str, Any]], ...]
     file: str
@@ -82,6 +83,11 @@ class Content:
         return [(pair, [row for row in self.comparison.rows if row.arms == pair]) for pair in names]
 
     @property
+    def sentences(self) -> list[tuple[str, list[str]]]:
+        """The sentences of all rows that the answer does not hold, by their reasons."""
+        return remaining_sentences(self.comparison.rows, self.comparison.answer)
+
+    @property
     def scores(self) -> Sequence[Score]:
         """Every arm's score."""
         return self.comparison.scores
@@ -98,7 +104,7 @@ def gather(
     """Return the content of a report.
 
     Args:
-        banners: lines that stand above everything the evaluations say, such as what is not up to date.
+        banners: lines that stand on top, such as what is not up to date.
     """
     return Content(
         name=name,
@@ -135,7 +141,7 @@ def _audits(measurements: Measurements) -> list[Audit]:
                 if key not in best or weight > best[key][0]:
                     best[key] = (weight, _audit(result.eval, judge, card, "/".join(result.file.parts[-4:])))
     return [
-        Audit(audit.eval, audit.judge, audit.model, tuple(dict.fromkeys(seen[key])), audit.banner, audit.checks, audit.measured, audit.file)
+        Audit(audit.eval, audit.judge, audit.model, tuple(dict.fromkeys(seen[key])), audit.checks, audit.measured, audit.file)
         for key, (_, audit) in best.items()
     ]
 
@@ -162,7 +168,7 @@ def _audit(name: str, judge: dict[str, Any], card: dict[str, Any], file: str) ->
     if card.get("human"):
         measured.append(("agreement with human labels", card["human"]["verdict_accuracy"]))
     mode = f"{judge.get('model')}, {judge.get('mode')}"
-    return Audit(name, str(judge.get("name")), mode, (), card.get("banner"), tuple(card["checks"]), tuple(measured), file)
+    return Audit(name, str(judge.get("name")), mode, (), tuple(card["checks"]), tuple(measured), file)
 
 
 def _floor(measurements: Measurements, scores: Sequence[Score]) -> list[Floor]:
@@ -204,26 +210,19 @@ def _seed_means(measurements: Measurements, score: Score) -> list[float]:
 
 
 def _banners(measurements: Measurements) -> list[str]:
-    """Lines that stand above the table: what the evaluations themselves warn of, imported and unfinished parts."""
+    """Lines that stand above the table: runs that are not finished, questions graded without their reference.
+
+    What else a result says on top of itself (a weak judge, a failed audit, cut answers, a subset) is a finding here, and said there.
+    """
     lines = []
-    for name, arm in measurements.arms.items():
-        if arm.imported:
-            lines.append(f"{name} is imported: another program made its files, and only they were read.")
+    without: dict[str, None] = {}
+    for arm in measurements.arms.values():
         for run in arm.runs:
-            lines += [f"{run.name}: the evaluation {one} has no result yet." for one in run.unfinished]
             if run.state.get("state") in ("failed", "preempted", "running", "created"):
                 lines.append(f"{run.name} is {run.state['state']}, not finished.")
-    said: dict[str, list[str]] = {}
-    for name, arm in measurements.arms.items():
-        for run in arm.runs:
             for result in run.evals:
-                for banner in result.result.get("banners") or ():
-                    said.setdefault(f"{result.eval}: {banner}", []).append(name)
-    total = len(measurements.arms)
-    for text, arms in said.items():
-        names = list(dict.fromkeys(arms))
-        lines.append(text if len(names) == total else f"{text} ({', '.join(names)})")
-    return lines
+                without |= {f"{result.eval}: {line}": None for line in no_reference(result.result.get("missing_references") or ())}
+    return [*lines, *without]
 
 
 CURVES = {

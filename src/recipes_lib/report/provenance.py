@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from recipes_lib.studies.measurements import Measurements, RunMeasurements
 if TYPE_CHECKING:
     from recipes_lib.studies.published import Published
     from recipes_lib.studies.study import Study
+
+_PYTHON = re.compile(r"(?<!\S)\S*python[\d.]* -m (recipes_lib\.\w+)")
+_PATH = re.compile(r"(?<![\w./:~-])(?:/|(?:\.\./)+)(?:[^\s/'\",;)]+/)+([^\s/'\",;)]+)")  # absolute, or above the project
 
 
 def commands(name: str, measurements: Measurements, study: Study | None) -> list[tuple[str, tuple[str, ...]]]:
@@ -24,9 +28,11 @@ def commands(name: str, measurements: Measurements, study: Study | None) -> list
     training = [line for run in runs if (line := _training_command(run))]
     if training:
         found.append(("Trainings, as they were started", tuple(training)))
-    evaluating = dict.fromkeys(str(result.result["command"]) for run in runs for result in run.evals if result.result.get("command"))
+    evaluating = dict.fromkeys(
+        portable(str(result.result["command"])) for run in runs for result in run.evals if result.result.get("command")
+    )
     plain = dict.fromkeys(
-        str(result.result["lm_eval_command"]) for run in runs for result in run.evals if result.result.get("lm_eval_command")
+        portable(str(result.result["lm_eval_command"])) for run in runs for result in run.evals if result.result.get("lm_eval_command")
     )
     if evaluating:
         found.append(("Evaluations, as they were started", tuple(evaluating)))
@@ -45,7 +51,22 @@ def _study_file(study: Study) -> str:
 def _training_command(run: RunMeasurements) -> str:
     path = run.folder / "command.txt"
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    return text.splitlines()[-1] if text else ""
+    return portable(text.splitlines()[-1]) if text else ""
+
+
+def portable(command: str) -> str:
+    """Return a command without the paths of the machine it ran on: relative to the project or as `runs/...`, else the last name alone.
+
+    Example:
+        >>> portable("/opt/venv/bin/python -m recipes_lib.cli eval /somewhere/else/my.yaml r8")
+        'recipes eval .../my.yaml r8'
+    """
+    from recipes_lib.recipe.project import project_root, runs_root
+
+    text = _PYTHON.sub(lambda found: "recipes" if found[1].endswith("cli") else f"python -m {found[1]}", command)
+    for folder, name in ((runs_root(), "runs/"), (project_root(), "")):
+        text = re.sub(rf"(?<![\w./~-]){re.escape(str(folder.resolve()))}/", name, text)
+    return _PATH.sub(r".../\1", text)
 
 
 def provenance(measurements: Measurements, study: Study | None, published: Published | None) -> list[tuple[str, str]]:
@@ -87,7 +108,10 @@ def _evaluation(result: object, add: object) -> None:
         add("code at evaluation", f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}")
     judge = result.get("judge")
     if judge:
-        add("judges", f"{judge.get('name')} ({judge.get('model')}, {judge.get('mode')}, {str(judge.get('fingerprint'))[:12]})")
+        add(
+            "judges",
+            f"{judge.get('name')} ({portable(str(judge.get('model')))}, {judge.get('mode')}, {str(judge.get('fingerprint'))[:12]})",
+        )
     answers = result.get("answers") or {}
     if answers.get("prompt_format_hash"):
         add("prompt formats", f"{answers.get('prompt_format')} {answers['prompt_format_hash'][:12]}")

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from recipes_lib.studies.validity.noise import Floor
 
 CONFOUNDED = "confound"  # findings whose code starts so leave no cause, errors among them an association
+ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
 MOST_VALUES = 4  # of more keys that differ a sentence gives the names alone
 ONE_MODEL = "identical"  # findings whose code starts so leave nothing to compare
 
@@ -139,19 +140,26 @@ def judge_row(row: Row, findings: Sequence[Finding], causes: Causes) -> Row:
     stops = [finding for finding in errors if not finding.code.startswith(CONFOUNDED) and finding not in unaudited]
     confounds = [finding for finding in mine if finding.code.startswith(CONFOUNDED)]
     row = dataclasses.replace(row, stopped=tuple(finding.title for finding in errors))
+    because = ""
     if row.verdict == "cannot be tested":
-        sentence = untestable_sentence(row)
+        sentence, because = untestable_sentence(row), row.reason
     elif stops:
-        sentence = stopped_sentence(row, stops)
+        because = _reasons(stops)
+        sentence = stopped_sentence(row, because)
     elif unaudited:
-        sentence = preference_sentence(row, unaudited)
+        because = _reasons(unaudited)
+        sentence = preference_sentence(row, because)
     elif row.verdict == "no difference shown":
         sentence = no_difference_sentence(row)
     elif errors:
-        sentence = association_sentence(row, [finding for finding in confounds if finding in errors])
+        because = _reasons([finding for finding in confounds if finding in errors])
+        sentence = association_sentence(row, because)
+    elif causes.one_recipe(row):
+        row, because = dataclasses.replace(row, stopped=(ONE_RECIPE,)), ONE_RECIPE
+        sentence = chance_sentence(row)
     else:
         sentence = difference_sentence(row) + causes.sentence(row, mine)
-    return dataclasses.replace(row, sentence=sentence)
+    return dataclasses.replace(row, sentence=sentence, because=because)
 
 
 # ---- Templates ----
@@ -187,6 +195,12 @@ def difference_sentence(row: Row) -> str:
     return f"{row.first} is {row.verdict} than {row.second} on {_where(row)}: {numbers_text(row)}."
 
 
+def chance_sentence(row: Row) -> str:
+    """Template of a shown difference between trainings of one recipe, of which neither is better for a reason."""
+    higher = "higher" if (row.difference or 0) > 0 else "lower"
+    return f"{row.first} came out {higher} than {row.second} on {_where(row)}: {numbers_text(row)}. No effect is claimed: {ONE_RECIPE}."
+
+
 def no_difference_sentence(row: Row) -> str:
     """Template of a difference that was not shown, with what would have been."""
     power = ""
@@ -205,24 +219,24 @@ def untestable_sentence(row: Row) -> str:
     return f"{row.first} and {row.second} cannot be compared on {_where(row)}: {row.reason}."
 
 
-def stopped_sentence(row: Row, stops: Sequence[Finding]) -> str:
+def stopped_sentence(row: Row, because: str) -> str:
     """Template of a claim that an error stopped."""
-    return f"No claim about {row.first} and {row.second} on {_where(row)}: {_reasons(stops)}."
+    return f"No claim about {row.first} and {row.second} on {_where(row)}: {because}."
 
 
-def preference_sentence(row: Row, unaudited: Sequence[Finding]) -> str:
+def preference_sentence(row: Row, because: str) -> str:
     """Template of what a judge says whose audit is not whole: its preference, and no claim about the answers."""
     more = {"better": "more", "worse": "less"}.get(row.verdict)
     said = f"preferred {row.first} {more} than {row.second}" if more else f"showed no preference between {row.first} and {row.second}"
-    return f"The judge {said} on {_where(row)}: {numbers_text(row)}. No claim about the answers follows: {_reasons(unaudited)}."
+    return f"The judge {said} on {_where(row)}: {numbers_text(row)}. No claim about the answers follows: {because}."
 
 
-def association_sentence(row: Row, confounds: Sequence[Finding]) -> str:
+def association_sentence(row: Row, because: str) -> str:
     """Template of a shown difference whose cause cannot be told."""
     higher = "higher" if (row.difference or 0) > 0 else "lower"
     return (
         f"{row.first} scored {higher} than {row.second} on {_where(row)}: {numbers_text(row)}. "
-        f"This is an association, not an effect: {_reasons(confounds)}."
+        f"This is an association, not an effect: {because}."
     )
 
 
@@ -244,21 +258,27 @@ class Causes:
     alpha: float
     base: tuple[str, ...] = ()
 
+    def one_recipe(self, row: Row) -> bool:
+        """Whether both arms are trainings of one recipe (an A/A pair): nothing but chance can have made a difference."""
+        return self._knows(row) and not changed(self.study, self.values[row.first], self.values[row.second])
+
+    def _knows(self, row: Row) -> bool:
+        """Whether the study trained both arms, and so knows all that differs between them."""
+        trained = {arm.name for arm in self.study.arms if arm.trained} if self.study else set()
+        return set(row.arms) <= (trained - set(self.base)) & self.values.keys()
+
     def sentence(self, row: Row, findings: Sequence[Finding]) -> str:
         """Return the template that fits, or nothing between arms of which a study did not train both.
 
         Args:
             findings: those that touch the row, without errors.
         """
-        trained = {arm.name for arm in self.study.arms if arm.trained} if self.study else set()
-        if not set(row.arms) <= trained - set(self.base) or not set(row.arms) <= self.values.keys():
+        if not self._knows(row):
             return ""
         keys = changed(self.study, self.values[row.first], self.values[row.second])
         confounds = [finding for finding in findings if finding.code.startswith(CONFOUNDED)]
         inside = [finding for finding in findings if finding.code == INSIDE_NOISE]
         undeclared = [key for key, factor in keys.items() if factor is None]
-        if not keys:
-            return " Both are trainings of one recipe: this is how far apart two of them came out, and chance is all there is to name."
         if confounds or undeclared:
             return f" No cause is named: {_reasons(confounds) or f'no factor declares {listed(undeclared)}'}."
         if inside:
@@ -270,7 +290,8 @@ class Causes:
         floor = None if row.head_to_head else self.floors.get((row.metric, row.opponent))
         limit = floor.limit(1, 1, self.alpha) if floor else None
         if limit is not None and abs(row.difference or 0.0) > limit:
-            return f"{only}: two trainings of one recipe differ by at most {_size(limit, row.unit)} (from {floor})."
+            chance = f"(estimated from {floor}, at 5% over all tests of this table)"
+            return f"{only}: two trainings of one recipe differ by no more than {_size(limit, row.unit)} {chance}."
         kept_apart = listed([*self._with_values(row, list(keys)), "chance"])
         return f" These two trainings differ, one of each arm; which of {kept_apart} is the cause, two trainings cannot tell."
 
@@ -287,16 +308,39 @@ def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str
     pairs = list(dict.fromkeys(row.arms for row in rows))
     own = [pair for pair in pairs if not set(pair) & set(base)]
     sentences: list[str] = []
+    given: set[str] = set()  # reasons that were given
     for pair in own or pairs:
         mine = [row for row in rows if row.arms == pair]
-        # Of a pair that cannot be tested at all the reason is enough, and once: it is the same for the next pair.
-        untested = all(row.verdict == "cannot be tested" for row in mine)
-        said_before = untested and any(mine[0].reason in sentence for sentence in sentences)
-        sentences += [summary_sentence(mine), *([] if said_before else [mine[0].sentence])]
-        sentences += [row.sentence for row in mine[1:] if row.verdict in ("better", "worse")][:3]
+        chosen = [mine[0], *[row for row in mine[1:] if row.verdict in ("better", "worse")][:3]]
+        sentences.append(summary_sentence(mine))
+        for row in chosen:
+            if row.because not in given:
+                sentences.append(row.sentence)
+            elif row.verdict != "cannot be tested" and not row.sentence.startswith("No claim about"):
+                sentences.append(f"{_without_reasons(row)}, for the reasons above.")  # it holds numbers besides
+            given |= {row.because} - {""}
     if own:
         sentences += [summary_sentence([row for row in rows if row.arms == pair]) for pair in pairs if pair not in own]
     return tuple(sentences)
+
+
+def _without_reasons(row: Row) -> str:
+    return row.sentence.removesuffix(f": {row.because}.")
+
+
+def remaining_sentences(rows: Sequence[Row], said: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return the sentences of a table that its answer does not hold, as (reasons, sentences): those with the same reasons stand together.
+
+    The reasons are empty for sentences that need none, and for a single one that holds its own.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.sentence not in said:
+            found.setdefault(row.because, []).append(row)
+    return [
+        (because, [_without_reasons(row) + "." for row in mine]) if because and len(mine) > 1 else ("", [row.sentence for row in mine])
+        for because, mine in found.items()
+    ]
 
 
 def nothing_compared(measurements: Measurements, findings: Sequence[Finding]) -> tuple[str, ...]:
@@ -317,11 +361,13 @@ def summary_sentence(rows: Sequence[Row]) -> str:
     """Template that counts the verdicts of one pair of arms; a claim that an error stopped is counted as stopped."""
     first, second = rows[0].arms
     stopped = [row for row in rows if row.stopped and row.verdict != "cannot be tested"]
+    one_recipe = sum(row.because == ONE_RECIPE for row in rows)
     counts = {
         "better on": sum(row.verdict == "better" and not row.stopped for row in rows),
         "worse on": sum(row.verdict == "worse" and not row.stopped for row in rows),
         "no difference shown on": sum(row.verdict == "no difference shown" and not row.stopped for row in rows),
-        "no claim (an error was found) on": len(stopped),
+        "no claim (an error was found) on": len(stopped) - one_recipe,
+        "no claim (one recipe, trained twice) on": one_recipe,
         "cannot be tested on": sum(row.verdict == "cannot be tested" for row in rows),
     }
     said = [(words, n) for words, n in counts.items() if n]

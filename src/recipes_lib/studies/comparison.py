@@ -58,7 +58,8 @@ class Row:
     """One comparison: `difference` is first minus second in the metric's own direction, so positive favours the first arm only
     where `higher_is_better` (None: not known, so nothing is ranked). Head to head it is the first arm's win rate minus a half.
 
-    `verdict` and `sentence` come from `claims`; `stopped` holds the titles of the findings that stop the claim.
+    `verdict` and `sentence` come from `claims`; `stopped` holds the titles of the findings that stop the claim, `because` the clause of
+    the sentence that gives the reasons, so that a page can give them once.
     """
 
     metric: str
@@ -78,6 +79,7 @@ class Row:
     reason: str = ""
     verdict: Verdict = "cannot be tested"
     sentence: str = ""
+    because: str = ""
     stopped: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     published_first: str | None = None
@@ -106,7 +108,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values, without the items behind it."""
-        names = [item.name for item in dataclasses.fields(self) if item.name not in ("measures", "tested")]
+        names = [item.name for item in dataclasses.fields(self) if item.name not in ("measures", "tested", "because")]
         tested = self.tested.to_dict() if self.tested else None
         return {name: plain(getattr(self, name)) for name in names} | {"difference": plain(self.difference), "tested": plain(tested)}
 

@@ -18,7 +18,7 @@ from recipes_lib.suites.alpaca_library import is_alpaca_eval
 from recipes_lib.suites.answering import REFERENCE, Answering, AnswerSet, Pairing, check_words
 from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewhere, judge_facts, judgments_file, scorecard
 from recipes_lib.suites.mt_bench_figure import draw_grades
-from recipes_lib.suites.questions import load_questions
+from recipes_lib.suites.questions import load_questions, no_reference
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.replay_numbers import replay_numbers
 
@@ -180,13 +180,6 @@ def check_formats(pairing: Pairing) -> None:
                 f"{answers.name} is asked in prompt format {answers.prompt_format}, {opponent.name} in {opponent.prompt_format}",
                 "the difference would be part of the result; insist with --allow-format-differences (recorded)",
             )
-
-
-def no_reference(missing: Sequence[str]) -> list[str]:
-    """Return the line about questions that should be graded against a reference and have none."""
-    if not missing:
-        return []
-    return [f"{len(missing)} questions need a reference answer and have none, so they are graded without: {', '.join(missing[:8])}"]
 
 
 def twins(answers: AnswerSet, targets: Sequence[AnswerSet]) -> list[str]:

@@ -141,6 +141,19 @@
     one.after(line);
   }
 
+  // ---- On a phone the page is short: what stands below the first table is folded, and opened by its link ----
+
+  function reveal() {
+    const aim = document.getElementById(location.hash.slice(1));
+    const part = aim && aim.querySelector(":scope > .part");
+    if (part) part.open = true;
+  }
+
+  if (matchMedia("(max-width: 52rem)").matches) document.querySelectorAll(".part").forEach((part) => { part.open = false; });
+  window.addEventListener("hashchange", reveal);
+  document.querySelectorAll("nav a").forEach((link) => link.addEventListener("click", () => setTimeout(reveal, 0)));
+  reveal();
+
   document.querySelectorAll("[data-copy]").forEach(offerCopies);
   window.addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("main details, header details")) one.open = true; });
   if (form) setTimeout(start, 0);

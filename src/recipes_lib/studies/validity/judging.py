@@ -150,7 +150,10 @@ def _not_audited(measurements: Measurements, results: Sequence[tuple[str, EvalRe
         if missing:
             evals = listed(list(dict.fromkeys(result.eval for _, result in found)))
             title = f"The audit of the judge of {evals} did not measure {listed(missing)}"
-            evidence = tuple(dict.fromkeys(f"{name}: {place(result.file)}" for name, result in found))
+            arms: dict[str, dict[str, None]] = defaultdict(dict)
+            for name, result in found:
+                arms[result.eval][name] = None
+            evidence = tuple(f"{name}: {listed(list(mine))}" for name, mine in arms.items())
             remedy = "recipes judge audit --judge JUDGE.yaml --labels FILE... measures every check; then write the report again"
             yield Finding(NOT_AUDITED, "error", title, evidence, remedy, (), judged_metrics(found))
 
@@ -193,23 +196,35 @@ def _kinship(judge: dict[str, Any], result: EvalResult, run: RunMeasurements) ->
 
 
 def _degenerate(measurements: Measurements, found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
-    """Arms of whose answers more than a fifth are one and the same text, empty or cut: their verdicts are about that."""
-    lines: dict[str, list[str]] = defaultdict(list)
+    """Arms of whose answers more than a fifth are one and the same text, empty or cut: their verdicts are about that.
+
+    A tenth of them is a warning.
+    """
+    told: dict[str, dict[tuple[str, str], tuple[float, int, int, str]]] = defaultdict(dict)  # by arm, the first file that tells it
     for name, result in found:
         opponent = measurements.opponent_name(result.against)
         sides = [(name, result.result.get("answers"))]
         sides += [(opponent if opponent in measurements.arms else name, result.result.get("opponent"))] if opponent else []
         for whose, facts in sides:
-            told = ((facts or {}).get("answers") or {}) if isinstance(facts, dict) else {}
-            n, same = told.get("n") or 0, told.get("identical") or {}
-            counts = {"are one and the same": same.get("count"), "are empty": told.get("empty"), "are cut": told.get("cut")}
-            for what, count in counts.items():
-                if (count or 0) > max(DEGENERATE * n, 2):
-                    lines[str(whose)].append(f"{(facts or {}).get('name', whose)}: {count} of {n} answers {what} ({place(result.file)})")
-    title = f"More than a fifth of the answers are one and the same, empty or cut in {found[0][1].eval}"
-    remedy = "look at the answers; raise generation.max_new_tokens where they are cut"
-    by_arm = {name: "; ".join(dict.fromkeys(told)) for name, told in lines.items()}
-    yield from _per_arm(found, "degenerate-answers", "error", title, by_arm, remedy, judged_metrics(found))
+            answers = ((facts or {}).get("answers") or {}) if isinstance(facts, dict) else {}
+            n, same = answers.get("n") or 0, answers.get("identical") or {}
+            counts = {"are one and the same": same.get("count"), "are empty": answers.get("empty"), "are cut": answers.get("cut")}
+            for what, count in ((what, count or 0) for what, count in counts.items()):
+                if count > 2 and (facts or {}).get("name"):
+                    told[str(whose)].setdefault((str((facts or {})["name"]), what), (count / n, count, n, place(result.file)))
+    faults: tuple[tuple[Severity, str, float, float], ...] = (("error", "fifth", DEGENERATE, 1.0), ("warning", "tenth", 0.1, DEGENERATE))
+    for severity, part, above, most in faults:
+        by_arm: dict[str, str] = {}
+        for whose, mine in told.items():
+            lines = [
+                f"{count} of {n} answers{'' if name == whose else f' of {name}'} {what} ({file})"
+                for (name, what), (share, count, n, file) in mine.items()
+                if above < share <= most
+            ]
+            by_arm |= {whose: f"{whose}: {'; '.join(lines)}"} if lines else {}
+        title = f"More than a {part} of the answers are one and the same, empty or cut in {found[0][1].eval}"
+        remedy = "look at the answers; raise generation.max_new_tokens where they are cut"
+        yield from _per_arm(found, "degenerate-answers", severity, title, by_arm, remedy, judged_metrics(found))
 
 
 def _fingerprint(result: EvalResult) -> str | None:
