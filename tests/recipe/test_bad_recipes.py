@@ -287,3 +287,16 @@ def test_a_warm_up_as_long_as_the_training_is_warned_about(value, warned, write_
 def test_a_schedule_without_warm_up_is_not_warned_about(write_with, capsys):
     assert main(["check", str(write_with("train", "max_steps: 5\n  warmup_steps: 9\n  lr_scheduler_type: constant"))]) == 0
     assert "never reached" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        ('extends: "\\0"\n', "r.yaml:1: ", "extends must be a file name"),
+        ("run: text\n", "r.yaml:1: ", "section 'run' must be a mapping of keys, got 'text'"),
+        ("run: [1]\n", "r.yaml:1: ", "section 'run' must be a mapping of keys, got [1]"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["check", "show", "plan"])
+def test_what_a_loop_of_hostile_files_found_is_one_line(verb, text, place, words, write, capsys):
+    refused(capsys, place, [words], verb, str(write(text + GOOD)))

@@ -8,7 +8,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.model_files import check_files, local_folder
+from recipes_lib.recipe.model_files import check_files, local_folder, no_model_at
 from recipes_lib.recipe.recipe import load_recipe
 
 
@@ -177,3 +177,19 @@ def test_plain_check_looks_into_a_model_folder(write, model, tmp_path, capsys):
         (model / file).unlink()
         assert main(["check", str(path)]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a b", "", "a--b", "-a/b", "a/b.", "\u202e", "x" * 97, "a/b.git", "caf\u00e9/x"])
+def test_a_name_that_is_no_folder_and_cannot_be_on_the_hub_is_refused_by_every_verb(name, write, capsys):
+    path = write(f"model: {{name_or_path: {json.dumps(name)}}}\ndata: {{source: rows.jsonl}}\n")
+    for verb in ("check", "plan", "data"):
+        assert main([verb, str(path)]) == 2
+        assert "r.yaml:1: " in (said := capsys.readouterr().err) and "cannot be a name on the Hub" in said
+
+
+@pytest.mark.parametrize("name", ["gpt2", "a/b", "Qwen/Qwen2.5-0.5B", "org_1/m.v2-x_y", "x" * 96])
+def test_a_name_that_the_hub_takes_is_no_error(name):
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(name)
+    assert no_model_at(name) is None

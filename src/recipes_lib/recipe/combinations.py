@@ -223,8 +223,8 @@ def _changed_scaling(document: Document) -> Iterator[RecipeError]:
 def _run_name(document: Document) -> Iterator[Finding]:
     from recipes_lib.recipe.recipe import run_name
 
-    given = document.values.get("run")
-    if isinstance(given, dict) and not isinstance(given.get("name", ""), str):
+    given = document.values.get("run", {})
+    if not isinstance(given, dict) or not isinstance(given.get("name", ""), str):  # reported already
         return
     try:
         run_name(document)

@@ -127,7 +127,7 @@ def _parents(source: YamlSource) -> Iterable[tuple[str, int | None]]:
     items = names if isinstance(names, list) else [] if "extends" not in source.values else [names]
     for index, name in enumerate(items):
         line = source.lines.get(("extends", index), source.lines[("extends",)])
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or "\0" in name:
             raise RecipeError("extends must be a file name or a list of file names", file=source.file, line=line)
         yield name, line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from recipes_lib.recipe.recipe import Recipe
 KEY = "model.name_or_path"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_HUB_PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?:{_HUB_PART}/)?{_HUB_PART}\Z", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -29,11 +32,11 @@ def local_folder(recipe: Recipe) -> Path | None:
     name = recipe.model.name_or_path
     if name.startswith("package:"):
         return _materialised(name)
+    if wrong := no_model_at(name):
+        raise recipe.error(KEY, *wrong)
     path = Path(name)
     if path.is_dir():
         return path
-    if wrong := no_model_at(name):
-        raise recipe.error(KEY, *wrong)
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
@@ -54,6 +57,8 @@ def no_model_at(name: str) -> tuple[str, ...] | None:
         return (f"'{name}' is a file; a model is a folder with config.json, safetensors and a tokenizer",)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         return f"no such folder: {name}", "a relative folder is meant from the working directory"
+    if not _HUB_ID.match(name) or "--" in name or ".." in name or name.endswith(".git"):
+        return f"{name!r} is no folder here, and cannot be a name on the Hub", "the Hub's names are like meta-llama/Llama-3.1-8B"
     return None
 
 
