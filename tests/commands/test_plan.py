@@ -10,6 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from recipes_lib.cli import main
+from recipes_lib.planning.text import clock
 from recipes_lib.recipe.project import project_root
 
 ROOT = project_root()
@@ -208,6 +209,17 @@ def test_the_next_command_names_a_config_as_it_was_given(plan: Plan, tmp_path: P
 def test_a_study_is_found_by_its_short_name_as_everywhere(plan: Plan) -> None:
     assert plan("lora-rank", "--gpu", "h100") == plan("recipes/studies/lora-rank.yaml", "--gpu", "h100")
     assert plan("recipes/quickstart")[0] == 2  # a folder is no study of that name
+
+
+def test_times_on_a_processor_are_ranges_because_another_one_may_be_slower_or_busy(plan: Plan) -> None:
+    made = json.loads(plan("quickstart/lora-r8", "--json")[1])["time"]
+    out = plan("quickstart/lora-r8")[1]
+    total = made["train_total_s"]
+    (line,) = (line for line in out.splitlines() if line.endswith(" in all"))
+    assert line.endswith(f": {clock(total)} to {clock(4 * total)} in all")
+    assert "older processor, or one that has other work" in out
+    assert all(f"{clock(4 * one['answering_s'])} answering" in out for one in made["evaluations"])
+    assert " to " not in plan(LORA, "--gpu", "h100-80gb")[1].split("time    ")[1].split("method")[0]
 
 
 def test_a_study_refuses_the_flags_of_a_recipe(plan: Plan) -> None:

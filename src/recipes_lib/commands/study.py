@@ -83,11 +83,12 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
 def _estimates(study: Study) -> dict[str, str]:
     """What one training of each arm takes, as `recipes plan` estimates it; nothing for arms it cannot plan."""
     from recipes_lib.planning.study import plan_study
-    from recipes_lib.planning.text import clock
+    from recipes_lib.planning.text import spread
 
     with suppress(RecipesError):
         return {
-            arm.name: f"about {clock(arm.plan.duration.total)} on {arm.plan.card.title}{' (assumed)' * arm.plan.card.stands_in}"
+            arm.name: f"about {spread(arm.plan.duration.total, arm.plan.settings.device)} on {arm.plan.card.title}"
+            f"{' (assumed)' * arm.plan.card.stands_in}"
             for arm in plan_study(study).arms
         }
     return {}

@@ -12,7 +12,7 @@ from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.evaluations import EvalTime, eval_times
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.plan import Plan, card_for, plan_launched
-from recipes_lib.planning.text import clock, stand_in
+from recipes_lib.planning.text import clock, spread, stand_in
 
 if TYPE_CHECKING:
     from recipes_lib.studies.study import Study
@@ -138,9 +138,10 @@ def study_lines(plan: StudyPlan, price: float | None) -> Iterator[str]:
         yield f"{plan.comparisons} comparisons head to head: {clock(plan.comparing)} of judging"
     if plan.elsewhere:
         yield f"not trained here: {', '.join(plan.elsewhere)}"
+    device = "cpu" if any(arm.plan.settings.device == "cpu" for arm in plan.arms) else "cuda"
     cost = f", {price * plan.card_hours:,.2f} at {price:g} an hour" if price is not None else ""
     yield (
-        f"in all {sum(arm.seeds for arm in plan.arms)} trainings: {clock(plan.one_after_the_other)} one after the other, "
+        f"in all {sum(arm.seeds for arm in plan.arms)} trainings: {spread(plan.one_after_the_other, device)} one after the other, "
         f"{plan.card_hours:.2f} card hours{cost}"
     )
     if assumed := next((arm.plan.card for arm in plan.arms if arm.plan.card.stands_in), None):

@@ -14,6 +14,7 @@ from recipes_lib.planning.settings import Settings
 from recipes_lib.recipe.schedule import WITHOUT_WARMUP
 
 MIB = 2**20
+CPU_SLOWER = 4  # the quickstart's training took the planned time on idle cores, and 168 s for 50 on two cores that others used too
 MOST_ADVICE, MOST_OTHERS = 4, 2
 
 
@@ -142,15 +143,19 @@ def _time(plan: Plan, evals: Sequence[EvalTime], price: float | None) -> Iterato
     full = 6 if settings.adapter is None else 4
     operations = f"{full + 2 * settings.checkpointing}N operations per token"
     reached = "" if settings.device == "cpu" else f", {duration.mfu:.0%} of the peak counted with {full}N"
-    yield f"time    {clock(duration.training)} training ({duration.tokens_per_second:,.0f} tokens/s per process, {operations}{reached})"
-    yield f"        {clock(duration.validation)} validation, {clock(duration.around)} start and end: {clock(duration.total)} in all"
+    training, total = (spread(seconds, settings.device) for seconds in (duration.training, duration.total))
+    yield f"time    {training} training ({duration.tokens_per_second:,.0f} tokens/s per process, {operations}{reached})"
+    yield f"        {clock(duration.validation)} validation, {clock(duration.around)} start and end: {total} in all"
+    if settings.device == "cpu":
+        yield f"        the longer time is that of an older processor, or one that has other work: {CPU_SLOWER} times the first"
     if most := largest_cost(plan):
         yield f"        costs most: {most.setting}: {most.why}, {clock(most.seconds)} of {clock(duration.total)}"
     yield f"        ask a scheduler for {clock(plan.walltime)} (half as long again, in quarters of an hour)"
     for item in evals:
-        judging = f" + {clock(item.judging)} judging{' (behind a URL)' if item.remote else ''}" if item.judging else ""
+        where = "a server" if item.remote else settings.device
+        judging = f" + {spread(item.judging, where)} judging{' (behind a URL)' if item.remote else ''}" if item.judging else ""
         unknown = f"; not estimated: {', '.join(item.unknown)}" if item.unknown else ""
-        yield f"        {item.name}: {clock(item.answering)} answering{judging}{unknown}"
+        yield f"        {item.name}: {spread(item.answering, settings.device)} answering{judging}{unknown}"
     hours = plan.gpu_hours + sum(item.total for item in evals) / 3600
     unit = "hours of this machine" if settings.device == "cpu" else "GPU hours"
     cost = f", {price * hours:,.2f} at {price:g} an hour" if price is not None else ""
@@ -190,6 +195,16 @@ def _advice(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
         other = "" if item.same_result else "; another experiment"
         yield f"  {item.setting}"
         yield f"      {gain}{memory}: {item.why}{other}"
+
+
+def spread(seconds: float, device: str) -> str:
+    """Return a duration, on a processor as a range: an older or a busy one is several times slower.
+
+    Example:
+        >>> spread(42, "cpu"), spread(42, "cuda")
+        ('42 s to 3 min', '42 s')
+    """
+    return f"{clock(seconds)} to {clock(CPU_SLOWER * seconds)}" if device == "cpu" else clock(seconds)
 
 
 def clock(seconds: float) -> str:
