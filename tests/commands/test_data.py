@@ -133,3 +133,11 @@ def test_data_that_is_not_there_is_refused_by_every_verb(source, argv, recipe_fi
     said = capsys.readouterr()
     assert "try.yaml:4: " in said.err or "no data file in this folder" in said.err
     assert ("gone" in said.err or "empty" in said.err) and "13,510" not in said.out
+
+
+def test_a_large_file_is_planned_with_its_own_rows(recipe_file, monkeypatch, capsys):
+    monkeypatch.setattr("recipes_lib.planning.lengths.LARGEST_FILE", 1000)
+    monkeypatch.setattr("recipes_lib.planning.lengths.COUNTED", 10)
+    assert main(["plan", str(recipe_file)]) == 0
+    said = capsys.readouterr().out
+    assert "in 10 of about 30 rows" in said and "not on this machine" not in said

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recipes_lib.data.files import data_format, read_file
+from recipes_lib.data.files import count_rows, data_format, read_file
 from recipes_lib.errors import DataError, ExitCode
 
 ROWS = [{"instruction": "a", "response": 'é, "b"\nc'}, {"instruction": "d", "response": "e"}]
@@ -195,3 +195,21 @@ def test_columns_of_one_name_are_refused_in_every_format(tmp_path):
     (tmp_path / "d.csv").write_text("x,x\na,b\n")
     for path in sorted(tmp_path.iterdir()):
         assert failure(path).what == "column names appear twice: x"
+
+
+def test_rows_are_counted_without_reading_them(tmp_path):
+    rows = [{"x": str(number)} for number in range(25_000)]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode() + b"\n"))
+    (tmp_path / "c.csv").write_text("x\n" + "\n".join(row["x"] for row in rows) + "\n")
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "e.parquet")
+    with pa.ipc.new_file(tmp_path / "f.arrow", table.schema) as sink:
+        sink.write_table(table)
+    assert {path.name: count_rows(path) for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("a.jsonl", "b.jsonl.gz", "c.csv", "d.json", "e.parquet", "f.arrow"), 25_000
+    )
+    (tmp_path / "empty.jsonl").touch()
+    assert count_rows(tmp_path / "empty.jsonl") == 0

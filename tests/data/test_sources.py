@@ -174,3 +174,11 @@ def test_an_encoding_that_python_cannot_read_text_with_is_refused(encoding):
 def test_a_delimiter_is_one_character():
     with pytest.raises(SettingError, match="expected one character, found ', '"):
         listed_sources(DataSection(source="a.csv", delimiter=", "))
+
+
+@pytest.mark.parametrize("key", ["system_prompt", "chat_template", "chat_loss"])
+def test_what_acts_in_chat_alone_is_not_ignored_in_another_format(key):
+    assert listed_sources(DataSection(source="a.csv", prompt_format="chat", **{key: "last"}))
+    with pytest.raises(SettingError, match=f"{key} acts in prompt_format chat alone, not in dolly") as caught:
+        listed_sources(DataSection(source="a.csv", **{key: "last"}))
+    assert caught.value.key == f"data.{key}"

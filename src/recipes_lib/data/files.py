@@ -26,6 +26,7 @@ TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
 COLUMNAR_ROWS = 10_000
+BLOCK_BYTES = 1 << 20
 ENCODING_HINT = "set data.encoding to what the file is (utf-8, latin-1, cp1252, utf-16, ...), or convert it with iconv"
 
 
@@ -124,6 +125,26 @@ def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8
             raise DataError(f"cannot be read: {error.strerror or error}", file=file) from None
 
     return Table(file, text)
+
+
+def count_rows(path: Path) -> int:
+    """How many rows a file has: what its format says, lines where a row is one (a text with line ends counts as more), else by reading.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    kind = data_format(path)
+    if kind == ".parquet":
+        from pyarrow.parquet import read_metadata
+
+        return int(read_metadata(path).num_rows)
+    if kind not in TEXT_FORMATS or kind == ".json":
+        return sum(1 for _ in read_file(path))
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        lines, last = 0, b"\n"
+        while block := stream.read(BLOCK_BYTES):
+            lines, last = lines + block.count(b"\n"), block[-1:]
+    return lines + (last != b"\n") - (kind in (".csv", ".tsv"))
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:

@@ -54,6 +54,11 @@ def listed_sources(section: DataSection) -> list[Source]:
     whole = Source(source="", **{name: getattr(section, name) for name in shared})
     if not section.source:
         raise SettingError("data.source", "the mixture is empty: list at least one source" if section.source == [] else "is empty")
+    settings = {"chat_template": section.chat_template, "system_prompt": section.system_prompt}
+    for key, value in {**settings, "chat_loss": None if section.chat_loss == "all" else section.chat_loss}.items():
+        if value is not None and section.prompt_format != "chat":
+            what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
+            raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
     entries = [section.source] if isinstance(section.source, str) else section.source
     sources = [_mixture_entry(entry, index, whole) for index, entry in enumerate(entries)]
     for source in sources:
@@ -105,14 +110,23 @@ def load_tables(source: Source, folders: Sequence[Path], max_rows: int | None = 
     """
     if is_on_hub(source, folders):
         return [load_from_hub(source)]
-    path = find_path(source.source, folders)
-    if path is None:
-        raise SettingError("data.source", f"no such file or folder: {source.source}", *_similar(source.source, folders))
-    files = [path] if path.is_file() else data_files(path, source.source_split)
+    files = source_files(source, folders)
     tables = [read_file(file, max_rows, encoding=source.encoding, delimiter=source.delimiter) for file in files]
     for table in tables[1:]:
         _check_same_columns(tables[0], table)
     return tables
+
+
+def source_files(source: Source, folders: Sequence[Path]) -> list[Path]:
+    """The files of a local source.
+
+    Raises:
+        DataError: there is nothing of this name, or no data file of the split in the folder.
+    """
+    path = find_path(source.source, folders)
+    if path is None:
+        raise SettingError("data.source", f"no such file or folder: {source.source}", *_similar(source.source, folders))
+    return [path] if path.is_file() else data_files(path, source.source_split)
 
 
 def find_path(name: str, folders: Sequence[Path]) -> Path | None:

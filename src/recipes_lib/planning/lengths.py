@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from recipes_lib.data.rows import Rows
 
 COUNTED = 2000
-LARGEST_FILE = 200_000_000
+LARGEST_FILE = 20_000_000  # bytes; of larger data, the first rows are read and the others counted
 DOLLY = "databricks/databricks-dolly-15k"
 TEMPLATE_TOKENS = 31  # what a chat template puts around one exchange
 
@@ -104,25 +104,28 @@ def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, cou
 
 
 def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
-    """Count the rows of local data; None where a source is not a local file or folder, or too large to read for a plan."""
+    """Count the rows of local data; None where a source is not a local file or folder."""
     from recipes_lib.data.examples import BadRows
     from recipes_lib.data.rows import first_in_hash_order, read_rows
     from recipes_lib.data.sources import find_path, listed_sources
     from recipes_lib.data.splits import split_rows
 
     section = recipe.data
-    for source in listed_sources(section):
-        path = find_path(source.source, (recipe.base_dir,))
-        if path is None or _size(path) > LARGEST_FILE:
-            return None
+    paths = [find_path(source.source, (recipe.base_dir,)) for source in listed_sources(section)]
+    if None in paths:
+        return None
+    large = sum(_size(path) for path in paths if path) > LARGEST_FILE
     bad = BadRows()
-    rows = read_rows(section, (recipe.base_dir,), bad)
+    rows = read_rows(section, (recipe.base_dir,), bad, max_rows=COUNTED if large else None)
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     if section.filters.categories:
         rows = rows.take([index for index, kind in enumerate(rows.categories) if kind in section.filters.categories])
     some = rows.take(first_in_hash_order(rows, COUNTED, section.split.seed))
     tokens, how = _tokens(recipe, vocabulary, some)
+    if large:
+        total = round(_rows_in_files(recipe) * len(rows) / rows.num_read)  # as many filtered and skipped as among the first
+        return _split(recipe, tokens, total, f"{how} in {len(some):,} of about {total:,} rows", counted=True)
     source_text = f"{how} in {len(some):,} of {len(rows):,} rows"
     if section.filters.max_tokens is not None:
         return _split(recipe, tokens, len(rows), source_text, counted=True)
@@ -153,6 +156,18 @@ def _tokens(recipe: Recipe, vocabulary: int, rows: Rows) -> tuple[list[int], str
     prompt_format = recipe.data.prompt_format
     tokens = count([_text(example, prompt_format) for example in rows.examples()])
     return [length + (TEMPLATE_TOKENS if prompt_format == "chat" else 1) for length in tokens], how
+
+
+def _rows_in_files(recipe: Recipe) -> int:
+    """The rows of all local sources, counted as lines where a format has one row per line."""
+    from recipes_lib.data.files import count_rows
+    from recipes_lib.data.sources import listed_sources, source_files
+
+    total = 0
+    for source in listed_sources(recipe.data):
+        rows = sum(map(count_rows, source_files(source, (recipe.base_dir,))))
+        total += min(rows, source.max_examples or rows)
+    return total
 
 
 def _size(path: Path) -> int:
