@@ -111,7 +111,7 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_machine_and_no_bug(fai
     assert capsys.readouterr().err == "cannot read or write folder: is a directory\n  --debug shows where\n"
     failing(OSError(28, "No space left on device"))
     assert cli.main(["ls"]) == ExitCode.ENVIRONMENT
-    assert capsys.readouterr().err.startswith("cannot write the output: no space left on device\n")
+    assert capsys.readouterr().err.startswith("disk full: No space left on device\n  free some space, then run the same command again")
 
 
 def test_a_closed_output_is_no_error(monkeypatch):

@@ -370,15 +370,17 @@ def test_a_token_cap_without_padding_changes_no_loss_either(tiny_recipe: Path) -
     ],
 )
 def test_padding_is_dropped_only_where_the_attention_makes_it_free(
-    tiny_recipe: Path, attention: str, overrides: list[str], expected: bool
+    tiny_recipe: Path, tiny_model_dir: Path, attention: str, overrides: list[str], expected: bool
 ) -> None:
+    from transformers import AutoModelForCausalLM
+
     from recipes_lib.recipe.recipe import load_recipe
     from recipes_lib.recipe.upstream import build_sft_config
     from recipes_lib.training.build import drop_padding_where_free
 
     recipe = load_recipe(tiny_recipe, overrides)
     args = build_sft_config(recipe, "unused", world_size=1)
-    drop_padding_where_free(recipe, args, attention)
+    drop_padding_where_free(recipe, args, AutoModelForCausalLM.from_pretrained(tiny_model_dir), attention)
     assert args.padding_free is expected and (args.max_length is None) is expected
 
 
