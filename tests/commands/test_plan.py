@@ -239,3 +239,21 @@ def test_a_plan_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_a_study_with_an_arm_whose_model_nobody_can_see_is_planned_without_it(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "other.yaml").write_text(f"extends: {ROOT / 'recipes' / LORA}.yaml\nmodel: {{name_or_path: nobody/nothing}}\n")
+    study = (ROOT / "recipes/studies/lora-rank.yaml").read_text(encoding="utf-8")
+    study = study.replace("../llama2-7b-dolly/qlora-r8.yaml", "other.yaml").replace("../llama2-7b", f"{ROOT}/recipes/llama2-7b")
+    study = study.replace("include_base: true", "include_base: false").replace("published: ", "# published: ")
+    study = study.replace("../../evals", str(ROOT / "evals"))
+    (tmp_path / "study.yaml").write_text(study, encoding="utf-8")
+    code, out, err = plan(tmp_path / "study.yaml", "--gpu", "h100")
+    assert code == 0, err
+    assert "no plan: 'nobody/nothing' is not on this machine" in out and "in all 3 trainings" in out
+    made = json.loads(plan(tmp_path / "study.yaml", "--json", "--gpu", "h100")[1])
+    SCHEMA.validate(made)
+    assert list(made["arms"]) == ["r32"] and list(made["not_planned"]) == ["r8"]

@@ -300,3 +300,9 @@ def test_a_schedule_without_warm_up_is_not_warned_about(write_with, capsys):
 @pytest.mark.parametrize("verb", ["check", "show", "plan"])
 def test_what_a_loop_of_hostile_files_found_is_one_line(verb, text, place, words, write, capsys):
     refused(capsys, place, [words], verb, str(write(text + GOOD)))
+
+
+def test_a_rank_beyond_the_widths_of_a_known_model_is_refused_without_loading_it(write_with, capsys):
+    path = write_with("train", "optim: adafactor")
+    path.write_text(path.read_text().replace("r: 8", "r: 1000000000"))
+    refused(capsys, "r.yaml:6: ", ["lora.r 1,000,000,000", "(32,000)"], "check", str(path))

@@ -59,6 +59,8 @@ def test_a_name_with_a_slash_behind_it_is_the_run_of_that_name_in_every_verb(
 def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_ones(tmp_path: Path) -> None:
     RunDirectory("my-first", tmp_path).write_state("finished")
     assert open_run("my-first", tmp_path).path == open_run(f"{tmp_path}/my-first/", tmp_path).path
+    with pytest.raises(RecipeError, match=r"no such run: /no/where/my-frist\n  runs there: my-first"):
+        open_run("/no/where/my-frist", tmp_path)
     with pytest.raises(RecipeError, match="my-first"):
         open_run("my-frist", tmp_path)
     assert [run.name for run in all_runs(tmp_path)] == ["my-first"]

@@ -161,6 +161,7 @@ def check_here(document: Document) -> Iterator[RecipeError]:
     name, path = sections.get("model", {}).get("name_or_path"), ("model", "name_or_path")
     if isinstance(name, str) and (wrong := no_model_at(name)):
         yield document.error(path, *wrong)
+    yield from _rank_beyond_the_model(document, sections.get("lora", {}).get("r"), name)
     train, run, launch = sections.get("train", {}), sections.get("run", {}), sections.get("launch", {})
     total, per_device = run.get("global_batch_size"), train.get("per_device_train_batch_size", 8)
     numbers = (total, per_device, launch.get("gpus") or 1, launch.get("nodes", 1))
@@ -174,6 +175,21 @@ def check_here(document: Document) -> Iterator[RecipeError]:
         solve_batch(total, per_device, world_size)
     except RecipeError as error:
         yield document.error(("run", "global_batch_size"), error.what, *error.hints)
+
+
+def _rank_beyond_the_model(document: Document, rank: Any, model: Any) -> Iterator[RecipeError]:
+    from recipes_lib.planning.models import named_shape
+
+    shape = named_shape(model) if isinstance(model, str) and type(rank) is int else None
+    widest = max(shape.hidden, shape.intermediate, shape.query_width, shape.vocabulary) if shape else 0
+    if shape and rank > widest:
+        yield document.error(("lora", "r"), *rank_too_large(rank, widest))
+
+
+def rank_too_large(rank: int, widest: int) -> tuple[str, str]:
+    """Return what is wrong with a rank beyond the widest layer of a model, and a hint."""
+    what = f"lora.r {rank:,} is larger than the widest layer of the model ({widest:,}), so it adds nothing but memory"
+    return what, "ranks of 8 to 128 are usual"
 
 
 _RULES: tuple[_Rule, ...] = (

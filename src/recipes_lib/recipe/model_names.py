@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.errors import RecipeError, one_line
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
 from recipes_lib.recipe.architectures import carries_state, converted, needs_of, settle_targets
+from recipes_lib.recipe.combinations import rank_too_large
 from recipes_lib.recipe.model_files import no_tokenizer
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.suggestions import did_you_mean
@@ -138,8 +139,7 @@ def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
         (max(module.in_features, module.out_features) for module in modules.values() if isinstance(module, torch.nn.Linear)), default=0
     )
     if lora.get("r", 8) > widest > 0:
-        what = f"lora.r {lora['r']:,} is larger than the widest layer of the model ({widest:,}), so it adds nothing but memory"
-        yield recipe.error("lora.r", what, "ranks of 8 to 128 are usual")
+        yield recipe.error("lora.r", *rank_too_large(lora["r"], widest))
     layers = getattr(model.config, "num_hidden_layers", None)
     wanted = lora.get("layers_to_transform")
     for layer in [wanted] if isinstance(wanted, int) else wanted or []:

@@ -155,6 +155,8 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
     path = Path(name)
     if len(path.parts) > 1 and (path / "run.json").is_file():
         run = RunDirectory(path.resolve().name, path.resolve().parent)
+    elif len(path.parts) > 1 and not path.is_dir():
+        raise RecipeError(f"no such run: {name}", *_similar_runs(path.name, root or runs_root()))
     else:
         run = RunDirectory(path.name if path.is_dir() or len(path.parts) == 1 else name, root)
     run.read_state()
