@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import synthetic_runs
 
 from recipes_lib.recipe.project import project_root
 from recipes_lib.report.build import write_report
@@ -25,6 +26,7 @@ from recipes_lib.report.samples import MAX_CHARACTERS, SampleSet
 from recipes_lib.studies.claims import compare_arms
 from recipes_lib.studies.findings import Finding
 from recipes_lib.studies.measurements import read_measurements
+from recipes_lib.studies.published import Published, PublishedNumber
 from recipes_lib.studies.study import load_study
 from recipes_lib.studies.validity import check_validity
 
@@ -285,3 +287,43 @@ def test_what_a_result_warns_of_is_a_finding_and_no_second_time_on_top(make_cont
     text = report_markdown(content, ())
     assert text.count("it cannot judge") == 1 and "Weak judge:" not in text
     assert text.count("1 questions need a reference answer") == 2  # of two evaluations
+
+
+def test_a_number_means_the_same_in_the_table_and_in_the_csv(make_content):
+    content = make_content()
+    (row,) = (row for row in content.comparison.rows if row.head_to_head)
+    (cells,) = (cells for cells in number_rows(content) if cells["kind"] == "comparison" and cells["against"] == "head to head")
+    assert cells["value"] == row.first_value and cells["unit"] == "share"
+    assert (cells["low"], cells["high"]) == (row.tested.low + 0.5, row.tested.high + 0.5) and cells["low"] < cells["value"] < cells["high"]
+    number = PublishedNumber("r8", "t", "win", "win %", 85.0, "85.00", interval=(82.0, 88.0), beside="alpaca_eval/win_rate", factor=0.01)
+    told = Published(Path("p.yaml"), "a report", "somewhere", (number, replace(number, beside=None)), {"t": "t"})
+    ours, other = (cells for cells in number_rows(replace(content, published=told)) if cells["kind"] == "published")
+    assert (ours["value"], ours["low"], ours["high"]) == pytest.approx((0.85, 0.82, 0.88)) and other["value"] == 85.0
+
+
+def test_a_spread_between_seeds_is_in_points_and_no_percentage(tmp_path):
+    folders = [synthetic_runs.write_run(tmp_path, f"r8-{seed}", seed=seed) for seed in (42, 43)]
+    for folder, skill in zip(folders, (0.4, 0.6), strict=True):
+        synthetic_runs.write_lm_eval(folder, 200, skill=skill)
+    measurements = read_measurements({"r8": folders})
+    (floor,) = gather("study", measurements, compare_arms(measurements)).floor
+    means = [sum(item.value for item in run.evals[0].measures[0].items) / 200 for run in measurements.arms["r8"].runs]
+    assert floor.value == pytest.approx(abs(means[0] - means[1]) / 2**0.5) and floor.unit == "points"
+    assert f"{100 * floor.value:.1f} points" in report_markdown(gather("study", measurements, compare_arms(measurements)), ())
+
+
+def test_what_a_resumed_run_cost_is_not_told_as_the_whole(make_content, tmp_path):
+    make_content()
+    folder = tmp_path / "runs" / "r8"
+    state = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(state | {"resumed": [{"from": "checkpoint-20"}]}))
+    result = json.loads((folder / "evals/alpaca_eval/result.json").read_text())
+    result["answers"] |= {"fingerprint": "w", "generated_now": {"new_tokens": 90, "seconds": 1.5}}
+    (folder / "evals/alpaca_eval/result.json").write_text(json.dumps(result))
+    rows = [{"model": model, "tokens": 100, "question_id": str(n), "turn": 1} for n in range(20) for model in ("w", "other")]
+    (folder / "evals/alpaca_eval/generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measurements = read_measurements({name: [tmp_path / "runs" / name] for name in ("r8", "r32")})
+    told = {(cost.arm, cost.what): cost for cost in gather("study", measurements, compare_arms(measurements)).costs}
+    assert told["r8", "training, its last attempt alone"].tokens is None and ("r8", "training") not in told
+    assert ("r8", "answers, alpaca_eval, the last 90 of 2,000 tokens") in told
+    assert told["r32", "training"].tokens == 400_000 and ("r32", "answers, alpaca_eval") in told

@@ -205,6 +205,21 @@ def test_one_recipe_twice_has_no_cause_whatever_its_arms_are_called(seeds):
     )
 
 
+def test_one_recipe_twice_is_not_better_than_itself_outside_a_study_either():
+    pair = of(arm("r8", [rates(BAD)]), arm("r8-again", [rates(GOOD)], r=8))
+    (row,) = compare_arms(pair).rows
+    assert row.sentence.startswith("r8-again came out higher than r8") and "better" not in row.sentence
+    (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))).rows
+    assert row.sentence.startswith("r32 is better than r8")
+
+
+def test_chance_alone_is_not_named_where_the_machine_differs_too():
+    hardware = Finding("confound-hardware", "warning", "They were trained on other devices", (), "", ("r8", "r8-again"))
+    for within in (None, study("r8", "r8-again")):
+        (row,) = compare_arms(of(arm("r8", [rates(BAD)]), arm("r8-again", [rates(GOOD)], r=8)), (hardware,), within).rows
+        assert "chance" not in row.sentence and "its effect" not in row.sentence
+
+
 def test_a_study_that_trains_one_recipe_twice_names_no_cause(study_folder):
     twice = load_study(study_folder / "twice.yaml")
     measured = of(arm("r4", [rates(BAD)]), arm("r4-again", [rates(GOOD)]))

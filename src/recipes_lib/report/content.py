@@ -190,7 +190,8 @@ def _floor(measurements: Measurements, scores: Sequence[Score]) -> list[Floor]:
             mean = sum(values) / len(values)
             spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
             what = f"standard deviation between seeds, {score.arm}"
-            floor.append(Floor(what, score.label, spread, None, None, len(values), score.unit, score.files[0]))
+            unit = "points" if score.unit == "share" else score.unit
+            floor.append(Floor(what, score.label, spread, None, None, len(values), unit, score.files[0]))
     return floor
 
 

@@ -58,7 +58,7 @@ def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
         yield Figure(f"by_{breakdown.kind}_{number}", title, caption, _breakdown(breakdown, places, formats))
     shares = [floor for floor in content.floor if floor.unit == "share" and floor.value is not None]
     if shares:
-        caption = "How much changes where nothing was changed. A difference of this size between two arms shows nothing."
+        caption = "How many verdicts change where nothing was changed: shares with 95% intervals, of the pairs that were asked twice."
         yield Figure("noise_floor", "Noise floor", caption, _floor(shares, formats))
 
 

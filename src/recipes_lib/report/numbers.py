@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.studies.comparison import plain
+from recipes_lib.studies.comparison import HALF, plain
 
 if TYPE_CHECKING:
     from recipes_lib.report.content import Content
@@ -37,10 +37,13 @@ def number_rows(content: Content) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
     for row in content.comparison.rows:
         facts = row.tested.to_dict() if row.tested else {}
-        kept = {name: facts.get(name) for name in _OF_TEST}
+        shift = HALF if row.head_to_head else 0.0  # as in the table, a win rate and no difference
+        shifted = {name: facts[name] + shift for name in ("low", "high", "lowest", "highest") if facts.get(name) is not None}
+        kept = {name: facts.get(name) for name in _OF_TEST} | shifted
         yield {
             "kind": "comparison", "metric": row.metric, "arm": row.first, "other_arm": row.second,
-            "against": "head to head" if row.head_to_head else row.opponent, "unit": row.unit, "value": row.difference, **kept,
+            "against": "head to head" if row.head_to_head else row.opponent, "unit": row.unit,
+            "value": row.first_value if row.head_to_head else row.difference, **kept,
             "p_holm": row.p_holm, "mde": row.mde, "verdict": row.verdict, "claim_stopped": bool(row.stopped),
             "interval": facts.get("interval_method"), "file": " ".join(row.files),
         }  # fmt: skip
@@ -54,9 +57,11 @@ def number_rows(content: Content) -> Iterator[dict[str, Any]]:
     yield from _of_judges(content)
     if content.published is not None:
         for number in content.published.numbers:
-            low, high = number.interval or (None, None)
+            ours = number.beside is not None  # then in the unit of our metric, as everywhere under its name
+            low, high = (number.our_interval if ours else number.interval) or (None, None)
             yield {
-                "kind": "published", "metric": number.beside or f"{number.table}/{number.metric}", "arm": number.arm, "value": number.value,
+                "kind": "published", "metric": number.beside or f"{number.table}/{number.metric}", "arm": number.arm,
+                "value": number.ours if ours else number.value,
                 "group": number.label, "low": low, "high": high, "n": number.n, "file": content.published.path.name,
             }  # fmt: skip
 

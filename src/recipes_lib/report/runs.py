@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from recipes_lib.studies.measurements import Measurements, RunMeasurements
+from recipes_lib.studies.eval_files import read_lines
+from recipes_lib.studies.measurements import EvalResult, Measurements, RunMeasurements
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,24 @@ def costs(measurements: Measurements) -> list[Cost]:
                 if facts and facts.get("seconds"):
                     tokens, seconds = int(facts["new_tokens"]), float(facts["seconds"])
                     file = "/".join(result.file.parts[-4:])
-                    what = f"answers, {result.eval}"
+                    every = _tokens_of(result)
+                    what = f"answers, {result.eval}" + (f", the last {tokens:,} of {every:,} tokens" if every > tokens else "")
                     found.append(Cost(name, run.name, what, seconds, seconds / 3600, _devices(run), tokens, tokens / seconds, file))
     return list({(cost.run, cost.what): cost for cost in reversed(found)}.values())[::-1]
 
 
 def _training_cost(arm: str, run: RunMeasurements, summary: dict[str, Any]) -> Cost:
     seconds, ranks = float(summary["seconds"]), int(summary.get("world_size") or 1)
+    # Of a training that was resumed run.json has the time of the last attempt alone, and the tokens of all.
+    what, tokens = ("training, its last attempt alone", None) if run.state.get("resumed") else ("training", summary.get("tokens"))
     return Cost(
-        arm, run.name, "training", seconds, seconds * ranks / 3600, _devices(run), summary.get("tokens"),
+        arm, run.name, what, seconds, seconds * ranks / 3600, _devices(run), tokens,
         summary.get("tokens_per_second"), f"{run.name}/run.json",
     )  # fmt: skip
+
+
+def _tokens_of(result: EvalResult) -> int:
+    """The tokens of all answers behind a result; those of one command may be fewer, where an evaluation was stopped and went on."""
+    fingerprint = (result.result.get("answers") or {}).get("fingerprint")
+    rows = read_lines(result.file.with_name("generations.jsonl"))
+    return sum(int(row.get("tokens") or 0) for row in rows if row.get("model") == fingerprint)

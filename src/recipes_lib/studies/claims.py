@@ -154,7 +154,7 @@ def judge_row(row: Row, findings: Sequence[Finding], causes: Causes) -> Row:
     elif errors:
         because = _reasons([finding for finding in confounds if finding in errors])
         sentence = association_sentence(row, because)
-    elif causes.one_recipe(row):
+    elif causes.one_recipe(row) and not confounds:
         row, because = dataclasses.replace(row, stopped=(ONE_RECIPE,)), ONE_RECIPE
         sentence = chance_sentence(row)
     else:
@@ -259,8 +259,9 @@ class Causes:
     base: tuple[str, ...] = ()
 
     def one_recipe(self, row: Row) -> bool:
-        """Whether both arms are trainings of one recipe (an A/A pair): nothing but chance can have made a difference."""
-        return self._knows(row) and not changed(self.study, self.values[row.first], self.values[row.second])
+        """Whether both arms are trainings of one recipe (an A/A pair), as the study says or, without one, as both runs recorded it."""
+        known = self._knows(row) if self.study else set(row.arms) <= self.values.keys() - set(self.base)
+        return known and not changed(self.study, self.values[row.first], self.values[row.second])
 
     def _knows(self, row: Row) -> bool:
         """Whether the study trained both arms, and so knows all that differs between them."""

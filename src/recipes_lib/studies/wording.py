@@ -40,14 +40,16 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
 
 
 def value_text(value: float | None, unit: str) -> str:
-    """Return a metric's value: a share in percent, a grade with two digits.
+    """Return a metric's value: a share in percent, a grade with two digits, a spread of shares in percentage points.
 
     Example:
-        >>> value_text(0.625, "share"), value_text(4.0, "grade")
-        ('62.5%', '4.00')
+        >>> value_text(0.625, "share"), value_text(4.0, "grade"), value_text(0.021, "points")
+        ('62.5%', '4.00', '2.1 points')
     """
     if value is None or not math.isfinite(value):
         return NONE
+    if unit == "points":
+        return f"{number(100 * value, 1)} points"
     return f"{number(100 * value, 1)}%" if unit == "share" else number(value, _digits(value, unit))
 
 
