@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def rows_with(verdicts):
     ]
 
 
-def test_the_real_annotations_give_the_leaderboards_71_366(shared_data, tmp_path):
+def test_the_real_annotations_give_the_leaderboards_71_366(shared_data):
     folder = shared_data / "alpaca_eval/llama-2-7b-chat-hf"
     annotations = json.loads((folder / "alpaca_eval_gpt4.annotations.json").read_text())
     verdict = {1: ("B", "A"), 2: ("A", "B"), 0: ("tie", "tie")}
@@ -37,24 +38,24 @@ def test_the_real_annotations_give_the_leaderboards_71_366(shared_data, tmp_path
         )
         for row in annotations
     ]
-    numbers, written = library_numbers(rows, "llama-2-7b-chat-hf", "text_davinci_003", "judge", tmp_path)
+    numbers, written = library_numbers(rows, "llama-2-7b-chat-hf", "text_davinci_003", "judge")
     assert round(numbers["win_rate"], 3) == 71.366
     assert round(numbers["standard_error"], 3) == 1.593
     assert numbers["n_total"] == 805 == len(written)
 
 
-def test_two_orders_that_disagree_are_half_a_win_for_the_library_too(tmp_path):
-    numbers, _ = library_numbers(rows_with([("A", "B"), ("A", "A"), ("B", "A"), ("A", "B")]), "m", "r", "j", tmp_path)
+def test_two_orders_that_disagree_are_half_a_win_for_the_library_too():
+    numbers, _ = library_numbers(rows_with([("A", "B"), ("A", "A"), ("B", "A"), ("A", "B")]), "m", "r", "j")
     assert numbers["win_rate"] == pytest.approx(100 * (1 + 0.5 + 0 + 1) / 4)
     assert numbers["by_order"] == {"reference_first": 50.0, "model_first": 75.0}
 
 
-def test_our_score_and_the_librarys_win_rate_are_the_same_number(tmp_path):
+def test_our_score_and_the_librarys_win_rate_are_the_same_number():
     from recipes_lib.judging.outcomes import item_outcome, summarise
 
     rng = random.Random(3)
     verdicts = [(rng.choice("AB"), rng.choice("AB")) for _ in range(60)]
-    numbers, _ = library_numbers(rows_with(verdicts), "m", "r", "j", tmp_path)
+    numbers, _ = library_numbers(rows_with(verdicts), "m", "r", "j")
     outcomes = [
         item_outcome(str(n), {order: {"status": "ok", "value": value} for order, value in zip(("AB", "BA"), pair, strict=True)})
         for n, pair in enumerate(verdicts)
@@ -66,7 +67,7 @@ def test_our_annotations_can_be_replayed_with_both_their_orders(tmp_path):
     from recipes_lib.judging.replay import replay
 
     verdicts = [("A", "B"), ("A", "A"), ("B", "A"), ("A", "B"), (None, "B")]
-    numbers, annotations = library_numbers(rows_with(verdicts), "m", "r", "j", tmp_path)
+    numbers, annotations = library_numbers(rows_with(verdicts), "m", "r", "j")
     path = tmp_path / "annotations.json"
     path.write_text(annotations_text(annotations))
     report = replay(path)
@@ -75,21 +76,87 @@ def test_our_annotations_can_be_replayed_with_both_their_orders(tmp_path):
     assert [finding["name"] for finding in report["findings"]] == ["unparsed-left-out"]
 
 
-def test_items_without_a_verdict_leave_the_library_count_and_all_missing_does_not_crash(tmp_path):
-    numbers, _ = library_numbers(rows_with([("A", "B"), (None, "B"), ("A", None)]), "m", "r", "j", tmp_path)
+def test_items_without_a_verdict_leave_the_library_count_and_all_missing_does_not_crash():
+    numbers, _ = library_numbers(rows_with([("A", "B"), (None, "B"), ("A", None)]), "m", "r", "j")
     assert (numbers["n_total"], numbers["win_rate"]) == (1, 100.0)
-    nothing, annotations = library_numbers(rows_with([(None, None)] * 3), "m", "r", "j", tmp_path)
+    nothing, annotations = library_numbers(rows_with([(None, None)] * 3), "m", "r", "j")
     assert nothing["win_rate"] is None and nothing["n_total"] == 0 and len(annotations) == 3
 
 
-def test_texts_with_placeholders_and_identical_outputs_are_counted(tmp_path):
+def test_texts_with_placeholders_and_identical_outputs_are_counted():
     rows = [
         Row("say {output_1}", "d", "the {instruction}", "a {output_2} b", {"AB": "A", "BA": "B"}),
         Row("same", "d", "x", "x", {"AB": "tie", "BA": "tie"}),
     ]
-    for _ in range(2):  # a second time as well: the library's own cache would break on the identical pair
-        numbers, _ = library_numbers(rows, "m", "r", "j", tmp_path)
-        assert (numbers["n_total"], numbers["n_wins"], numbers["n_draws"]) == (2, 1, 1)
+    numbers, _ = library_numbers(rows, "m", "r", "j")
+    assert (numbers["n_total"], numbers["n_wins"], numbers["n_draws"]) == (2, 1, 1)
+
+
+def test_our_annotations_are_those_of_the_librarys_own_annotator(tmp_path):
+    rows = [
+        *rows_with([("A", "B"), ("A", "A"), ("B", "A"), ("tie", "B"), (None, "B"), ("A", None), (None, None)]),
+        Row("say {output_1}", "e", "the {instruction}", "", {"AB": "B", "BA": "A"}),
+        Row("same", "d", "x", "x", {"AB": "tie", "BA": "tie"}),
+        Row("same without a verdict", "d", "x", "x", {"AB": None, "BA": None}),
+        *rows_with([("A", "B")]),  # a question that occurs twice
+    ]
+    _, ours = library_numbers(rows, "m", "r", "j")
+    for order, name in (("BA", "reference_first"), ("AB", "model_first")):
+        theirs = annotated_by_the_library(rows, order, tmp_path / name)
+        assert [row["preference_by_order"][name] for row in ours] == [row["preference"] for row in theirs]
+        added = ("preference", "preference_raw_completion", "preference_by_order", "preference_date", "preference_version", "annotator")
+        assert [{key: row[key] for key in row if key not in added} for row in ours] == [
+            {key: row[key] for key in row if key not in added} for row in theirs
+        ]
+
+
+def annotated_by_the_library(rows, order, folder):
+    """The annotations of alpaca_eval's own annotator, which gets our verdicts in place of a judge's replies."""
+    from alpaca_eval import evaluate
+
+    template = "{instruction}\n\x1e\n{output_1}\n\x1e\n{output_2}"
+    folder.mkdir()
+    settings = "is_randomize_output_order: false, is_shuffle: false, batch_size: 1"
+    (folder / "configs.yaml").write_text(f"{folder.name}: {{prompt_template: {folder.name}/prompt.txt, {settings}}}")
+    (folder / "prompt.txt").write_text(template)
+    verdicts = {}
+    for row in rows:
+        prompt = template
+        for name, text in (("instruction", row.instruction), ("output_1", row.opponent), ("output_2", row.candidate)):
+            prompt = prompt.replace("{" + name + "}", text, 1)
+        verdicts[prompt] = row.verdicts[order]
+    preference = {"tie": 1.5, "": None} | ({"A": 1.0, "B": 2.0} if order == "BA" else {"A": 2.0, "B": 1.0})
+
+    def outputs(generator, texts):
+        return [
+            {"dataset": row.dataset, "instruction": row.instruction, "output": text, "generator": generator}
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+    _, annotations = evaluate(
+        model_outputs=outputs("m", [row.candidate for row in rows]),
+        reference_outputs=outputs("r", [row.opponent for row in rows]),
+        annotators_config=str(folder),
+        fn_completions=lambda prompts, **_: {"completions": [verdicts[prompt] or "" for prompt in prompts]},
+        fn_completion_parser=lambda completion: [preference[completion]],
+        caching_path=None,
+        precomputed_leaderboard=None,
+        output_path=None,
+        is_return_instead_of_print=True,
+        fn_metric=lambda _: {"win_rate": 0.0, "standard_error": 0.0},
+        sort_by="win_rate",
+        annotation_kwargs={"is_ordered": True, "chunksize": None},
+    )
+    return [{key: None if value != value else value for key, value in row.items()} for row in annotations]
+
+
+def test_tens_of_thousands_of_questions_are_counted_in_seconds():
+    rows = rows_with([("A", "B"), ("B", "B"), (None, "A")] * 10_000)
+    library_numbers(rows[:3], "m", "r", "j")  # imports
+    started = time.process_time()
+    numbers, _ = library_numbers(rows, "m", "r", "j")
+    assert numbers["n_total"] == 20_000
+    assert time.process_time() - started < 10  # 4 minutes with the library's annotator
 
 
 def test_equal_lengths_are_estimated_from_length_and_outcome():
@@ -110,7 +177,7 @@ def test_nothing_to_estimate_gives_no_number(rows):
     assert own_length_controlled(rows)["estimate"] is None
 
 
-def test_the_librarys_length_control_is_refused_for_other_questions_or_another_order(shared_data, tmp_path):
+def test_the_librarys_length_control_is_refused_for_other_questions_or_another_order(shared_data):
     rows = json.loads((shared_data / "alpaca_eval/alpaca_eval_reference_text_davinci_003.json").read_text())
     instructions = [row["instruction"] for row in rows]
     assert is_alpaca_eval(instructions)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from recipes_lib.errors import DataError
-from recipes_lib.suites.questions import load_questions, read_answers
+from recipes_lib.suites.answering import Answering
+from recipes_lib.suites.questions import Question, load_questions, read_answers
 from recipes_lib.suites.recipe import load_eval
 
 QUICK = Path(__file__).resolve().parents[2] / "evals/quickstart"
@@ -53,6 +55,17 @@ def test_alpaca_outputs_are_matched_by_instruction_in_any_order(shared_data):
     questions = load_questions(load_eval(QUICK / "alpaca_eval.yaml", [f"data.questions={path}"])).questions
     answers = read_answers(folder / "llama-2-7b-chat-hf/model_outputs.json", questions)
     assert len(questions) == 805 and len(answers) == 805
+
+
+def test_a_file_of_twenty_thousand_answers_is_matched_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    questions = [Question(str(number), (f"question {number}",)) for number in range(20_000)]
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps([{"instruction": question.turns[0], "output": "yes", "generator": "m"} for question in questions]))
+    recipe = load_eval(QUICK / "alpaca_eval.yaml")
+    started = time.process_time()
+    assert len(Answering(recipe, [str(path)], None, questions).pairing().targets[0].rows) == 20_000
+    assert time.process_time() - started < 5  # it was quadratic: a minute
 
 
 def test_repeated_ids_empty_files_and_wrong_columns_are_named(tmp_path):

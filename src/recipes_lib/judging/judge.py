@@ -300,7 +300,10 @@ def _next_batch(
     while retries and len(batch) < plan.batch_size:
         request, attempts = retries.popleft()
         batch[request.key] = request, attempts
-    while len(batch) < plan.batch_size and (request := next(source, None)) is not None:
+    while len(batch) < plan.batch_size:
+        if (following := next(source, None)) is None:
+            break
+        request = following
         if request.key in store or request.key in batch:
             run.stored_before += 1
         elif plan.rules and (verdict := rule_verdict(request.kind, request.answers)):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from recipes_lib.errors import RecipeError
@@ -135,6 +136,7 @@ def _read(path: str | Path) -> str:
         raise RecipeError(f"cannot be read: {getattr(fault, 'strerror', None) or 'not UTF-8'}", file=path) from None
 
 
+@lru_cache(maxsize=8)  # an item's texts stand in two prompts, one per order
 def neutralise(text: str) -> tuple[str, bool]:
     """Return a text without strings that mean something to the judge or its parser, and whether there were any.
 

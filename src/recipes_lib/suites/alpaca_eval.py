@@ -105,7 +105,7 @@ def _library(
     judge: OpenJudge,
     outcomes: Sequence[ItemOutcome],
 ) -> dict[str, Any]:
-    """The library's numbers on these outcomes; its files go beside the samples."""
+    """The library's numbers on these outcomes; files as it writes them go beside the samples."""
     verdict_of = {item.question_id: {"AB": _verdict(item.first), "BA": _verdict(item.second)} for item in outcomes}
     rows = [
         LibraryRow(question.turns[0], question.category, opponent.text(question.id), answers.text(question.id), verdict_of[question.id])
@@ -116,7 +116,7 @@ def _library(
     plan = judge.plan("relative")
     identity = hash_of(judge.judge.fingerprint, plan.template.fingerprint, plan.rubric.criterion)
     wanted = recipe.metrics.length_controlled == "library"
-    numbers, annotations = library_numbers(rows, answers.name, other, identity, folder / "library", length_controlled=wanted)
+    numbers, annotations = library_numbers(rows, answers.name, other, identity, length_controlled=wanted)
     names = {"model_outputs.json": _outputs(questions, answers, answers.name), "annotations.json": annotations_text(annotations)}
     for name, text in names.items():
         write_text(sample_file(folder, name, opponent), text)

@@ -1,8 +1,8 @@
-"""The alpaca_eval library's own numbers on our verdicts: one pass per order, then its metric on the mean of both.
+"""The alpaca_eval library's own numbers on our verdicts: its metric on each order, and on the mean of both.
 
-The library gets the verdicts as `fn_completions`: it pairs the outputs, drops duplicates, parses and counts as it always does, and
-never draws an order of its own. Its cache is off: its key leaves prompt, judge and decoding out, and our judgments are stored already.
-Nothing is written into site-packages. Nothing is downloaded, except `df_gamed.csv` where its length-controlled rate is asked for.
+The verdicts become annotations as the library's annotator would write them (a test holds the two beside each other), and its metric
+counts them. Its annotator is left out: it has nothing to ask, and takes minutes for tens of thousands of questions. Nothing is
+downloaded, except `df_gamed.csv` where its length-controlled rate is asked for.
 """
 
 from __future__ import annotations
@@ -15,23 +15,14 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.fingerprints import hash_of
 
 _INSTRUCTIONS = "3e053e0aef9e138ba0c5b5a6e773a1a1750d96dfea70852f892a637a92c34179"  # hash of AlpacaEval's 805, in their order
-_TEMPLATE = "{instruction}\n\x1e\n{output_1}\n\x1e\n{output_2}"
-_CONFIG = """{name}:
-  prompt_template: "{name}/prompt.txt"
-  is_randomize_output_order: false
-  is_shuffle: false
-  batch_size: 1
-"""
 # preference by (order, verdict): output_1 is the opponent's, output_2 the candidate's; 2 says that the candidate wins.
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
 
@@ -53,7 +44,7 @@ def is_alpaca_eval(instructions: Sequence[str]) -> bool:
 
 
 def library_numbers(
-    rows: Sequence[Row], candidate: str, opponent: str, judge: str, folder: Path, *, length_controlled: bool = False
+    rows: Sequence[Row], candidate: str, opponent: str, judge: str, *, length_controlled: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the library's metrics and its annotations.
 
@@ -61,8 +52,7 @@ def library_numbers(
         rows: questions in order.
         candidate: name of the evaluated model (generator_2).
         opponent: name of its opponent (generator_1).
-        judge: hash of judge, prompt and decoding, part of the cache path.
-        folder: where the annotator config and the cache go.
+        judge: hash of judge, prompt and decoding, part of the annotator's name.
         length_controlled: also compute the library's length-controlled rate; only for its 805 questions in order.
 
     Returns:
@@ -71,77 +61,49 @@ def library_numbers(
     Raises:
         EnvironmentFault: alpaca_eval is not installed, or its file for length control cannot be fetched.
     """
+    annotations = [_annotation(row, candidate, opponent, f"judge-{judge[:12]}") for row in rows]
     with _quiet_library():
-        from alpaca_eval import metrics
-
-        passes = {order: _one_pass(rows, order, candidate, opponent, judge, folder) for order in ("BA", "AB")}
-        annotations = []
-        for first, second in zip(passes["BA"], passes["AB"], strict=True):
-            preferences = [first["preference"], second["preference"]]
-            known = all(value is not None and not math.isnan(value) for value in preferences)
-            row = {key: value for key, value in first.items() if key not in ("preference", "preference_raw_completion")}
-            row["preference"] = sum(preferences) / 2 if known else None
-            row["preference_by_order"] = {"reference_first": preferences[0], "model_first": preferences[1]}
-            annotations.append(row)
-        numbers = _plain(metrics.get_winrate(annotations)) if any(row["preference"] is not None for row in annotations) else _nothing()
-        numbers["by_order"] = {
-            name: _plain(metrics.get_winrate(done))["win_rate"] if any(row["preference"] is not None for row in done) else None
-            for name, done in (("reference_first", passes["BA"]), ("model_first", passes["AB"]))
-        }
+        numbers = _win_rate([row["preference"] for row in annotations])
+        orders = {name: [row["preference_by_order"][name] for row in annotations] for name in ("reference_first", "model_first")}
+        numbers["by_order"] = {name: _win_rate(preferences)["win_rate"] for name, preferences in orders.items()}
         if length_controlled:
             numbers |= _length_controlled(annotations)
     return numbers, annotations
 
 
-def _one_pass(rows: Sequence[Row], order: str, candidate: str, opponent: str, judge: str, folder: Path) -> list[dict[str, Any]]:
-    """Let the library annotate all pairs in one order."""
-    import pandas as pd
-    from alpaca_eval import evaluate, utils
-
-    name = f"judge-{judge[:12]}-{'reference' if order == 'BA' else 'model'}-first"
-    config = folder / name
-    write_text(config / "configs.yaml", _CONFIG.format(name=name))
-    write_text(config / "prompt.txt", _TEMPLATE)
-    frame = pd.DataFrame([{"instruction": row.instruction, "output_1": row.opponent, "output_2": row.candidate} for row in rows])
-    prompts = utils.make_prompts(frame, template=_TEMPLATE)[0]
-    verdicts = {prompt: row.verdicts.get(order) for prompt, row in zip(prompts, rows, strict=True)}
-
-    def complete(prompts: Sequence[str], **_: Any) -> dict[str, Any]:
-        return {"completions": [verdicts.get(prompt) or "" for prompt in prompts]}
-
-    def parse(completion: str) -> list[float | None]:
-        return [1.5 if completion == "tie" else _PREFERENCE.get((order, completion))]
-
-    _, annotations = evaluate(
-        model_outputs=[_output(row, row.candidate, candidate) for row in rows],
-        reference_outputs=[_output(row, row.opponent, opponent) for row in rows],
-        annotators_config=str(config.resolve()),
-        fn_completions=complete,
-        fn_completion_parser=parse,
-        caching_path=None,
-        precomputed_leaderboard=None,
-        output_path=None,
-        is_return_instead_of_print=True,
-        fn_metric=lambda _: {"win_rate": 0.0, "standard_error": 0.0},  # counted later: its own call fails without any verdict
-        sort_by="win_rate",
-        annotation_kwargs={"is_ordered": True, "chunksize": None},
+def _annotation(row: Row, candidate: str, opponent: str, annotator: str) -> dict[str, Any]:
+    """One question as the library's annotator writes it: preference 1 for the opponent, 2 for the candidate, 1.5 for a tie."""
+    tie = row.opponent == row.candidate
+    first, second = (
+        1.5 if tie or row.verdicts.get(order) == "tie" else _PREFERENCE.get((order, row.verdicts.get(order))) for order in ("BA", "AB")
     )
-    return [_plain(annotation) for annotation in annotations]
+    return {
+        "dataset": row.dataset,
+        "instruction": row.instruction,
+        "output_1": row.opponent,
+        "generator_1": opponent,
+        "output_2": row.candidate,
+        "generator_2": candidate,
+        "annotator": annotator,
+        "preference": None if first is None or second is None else (first + second) / 2,
+        "preference_by_order": {"reference_first": first, "model_first": second},
+    }
 
 
-def _output(row: Row, text: str, generator: str) -> dict[str, Any]:
-    return {"dataset": row.dataset, "instruction": row.instruction, "output": text, "generator": generator}
+def _win_rate(preferences: Sequence[float | None]) -> dict[str, Any]:
+    """The library's metric; what it would say where there is no verdict, on which it fails."""
+    from alpaca_eval import metrics
+
+    if all(preference is None for preference in preferences):
+        nothing = {"win_rate": None, "standard_error": None, "n_wins": 0, "n_wins_base": 0, "n_draws": 0}
+        return {**nothing, "n_total": 0, "discrete_win_rate": None}
+    return _plain(metrics.get_winrate([{"preference": preference} for preference in preferences]))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers without numpy types; NaN becomes None."""
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in plain.items()}
-
-
-def _nothing() -> dict[str, Any]:
-    """What the library says where it has no verdict: it would fail on that."""
-    return {"win_rate": None, "standard_error": None, "n_wins": 0, "n_wins_base": 0, "n_draws": 0, "n_total": 0, "discrete_win_rate": None}
 
 
 def _length_controlled(annotations: list[dict[str, Any]]) -> dict[str, Any]:

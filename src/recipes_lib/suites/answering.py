@@ -270,7 +270,8 @@ def _from_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
     run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")
     if not run.exists():
         run.write_state("imported", kind="answers", source={"file": path.name, "sha256": digest, "generator": found.generator})
-    rows = {key: _row(text) for key, text in found.items() if key[0] in {question.id for question in questions}}
+    asked = {question.id for question in questions}
+    rows = {key: _row(text) for key, text in found.items() if key[0] in asked}
     return AnswerSet(run.name, run, rows, fingerprint=digest, models=(found.generator,), details={"imported_from": path.name})
 
 
