@@ -75,7 +75,8 @@ def _annotation(row: Row, candidate: str, opponent: str, annotator: str) -> dict
     """One question as the library's annotator writes it: preference 1 for the opponent, 2 for the candidate, 1.5 for a tie."""
     tie = row.opponent == row.candidate
     first, second = (
-        1.5 if tie or row.verdicts.get(order) == "tie" else _PREFERENCE.get((order, row.verdicts.get(order))) for order in ("BA", "AB")
+        1.5 if tie or row.verdicts.get(order) == "tie" else _PREFERENCE.get((order, row.verdicts.get(order) or ""))
+        for order in ("BA", "AB")
     )
     return {
         "dataset": row.dataset,
