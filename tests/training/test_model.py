@@ -16,12 +16,14 @@ from recipes_lib.training.weights_check import device_with_room
     [
         ("bfloat16", (9, 0), True, "flash_attention_2"),
         ("float16", (8, 0), True, "flash_attention_2"),
-        ("float16", (7, 5), True, "sdpa"),  # Turing: installed, and refused at the first step
-        ("float32", (9, 0), True, "sdpa"),
-        ("bfloat16", (9, 0), False, "sdpa"),
+        ("float16", (7, 5), True, None),  # Turing: installed, and refused at the first step
+        ("float32", (9, 0), True, None),
+        ("bfloat16", (9, 0), False, None),
     ],
 )
-def test_flash_attention_is_taken_where_it_is_installed_and_runs(dtype, capability, installed, expected, monkeypatch) -> None:
+def test_flash_attention_is_taken_where_it_is_installed_and_runs_and_else_what_the_class_has(
+    dtype, capability, installed, expected, monkeypatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)

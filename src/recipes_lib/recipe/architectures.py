@@ -86,6 +86,17 @@ def needs_of(model: Any) -> Architecture:
     return ARCHITECTURES.get(model.config.get_text_config().model_type, _NONE)
 
 
+def not_quantized(config: Any) -> list[str]:
+    """Return the last names of layers that quantization must leave alone, because what reads their weight expects numbers; the head too,
+    which bitsandbytes leaves alone only where it is given no names.
+
+    Args:
+        config: the model's, before it is loaded.
+    """
+    needs = ARCHITECTURES.get(config.get_text_config().model_type, _NONE)
+    return ["lm_head", *needs.left_out] if needs.because == _READS_WEIGHT else []
+
+
 def carries_state(model: Any) -> bool:
     """Return whether layers other than attention pass something from token to token: convolution, state space, linear attention.
 

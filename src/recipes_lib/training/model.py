@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import EnvironmentFault
+from recipes_lib.recipe.architectures import not_quantized
 from recipes_lib.recipe.model_names import attention_refused
 from recipes_lib.recipe.sections import ModelSection
 from recipes_lib.terminal import say
@@ -106,7 +107,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_
         RecipeError: the tokenizer has more entries than the embeddings.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     section = recipe.model
     on_main_rank(lambda: announce_weights(recipe))
@@ -121,6 +122,10 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
+        if quantization_config is not None:
+            code = {name: kwargs[name] for name in ("revision", "trust_remote_code")}
+            if plain := not_quantized(AutoConfig.from_pretrained(model_path(section), **code)):
+                quantization_config.llm_int8_skip_modules = sorted({*(quantization_config.llm_int8_skip_modules or ()), *plain})
         try:
             model = read(model_path(section), use_safetensors=True, **kwargs)
         except (ImportError, ValueError):

@@ -385,6 +385,8 @@ def quiet_libraries() -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
+    # PEFT doubles the rank for the experts' two fused matrices, and then looks for the pattern among modules, where no parameter is
+    warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match .*: \['\.\*.*\.gate_up_proj'\]")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()

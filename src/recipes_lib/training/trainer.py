@@ -2,6 +2,7 @@
 
 What is added, and why:
 - a checkpoint gets its completeness marker last, after every rank has written its part (`checkpoints`);
+- a fully trained model is loaded from a checkpoint with its experts, which the Trainer passes over (`load_whole`);
 - a resumed run has the precision, the unlogged sums and the random state of the run it continues (`resume_facts`);
 - a stop request ends in one agreed checkpoint, also out of an evaluation (`stopping`);
 - a gradient that is not finite stops the run and names its examples, instead of being logged as 0.0;
@@ -287,13 +288,24 @@ class RecipeTrainer(SFTTrainer):
         self._unlogged_before = marker.get("unlogged")
         self._saved_precisions = marker.get("precisions") if exactly else None
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with kept_precision(self.model):
-            super()._load_from_checkpoint(*args, **kwargs)
+            if self._whole:
+                load_whole(self.model, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         with kept_precision(self.model):
-            super()._load_best_model()
+            if self._whole:
+                load_whole(self.model, Path(str(self.state.best_model_checkpoint)))
+            else:
+                super()._load_best_model()
+
+    @property
+    def _whole(self) -> bool:
+        """Whether a checkpoint holds the whole model in the files of `save_pretrained`."""
+        return not (is_peft_model(self.model) or self.is_fsdp_enabled)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, which converts what it loads to the precision it finds; refused unless that is the one it was saved in."""
@@ -399,6 +411,25 @@ class RecipeTrainer(SFTTrainer):
         if earlier:
             return checkpoints.folder_size(earlier[-1])
         return 3 * 4 * sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def load_whole(model: Any, folder: Path) -> None:
+    """Load a fully trained model's weights from a checkpoint, all of them.
+
+    The Trainer looks for the names of the model's parameters in the file and passes over those that it does not find. Experts are one
+    parameter in memory and a matrix each in the file, so that they would stay those of the base without a word.
+
+    Raises:
+        EnvironmentFault: weights are missing in the checkpoint.
+    """
+    saved, report = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True)
+    if lost := sorted(report["missing_keys"]):
+        error = EnvironmentFault(
+            f"{folder} lacks {len(lost)} weights of the model, {lost[0]} among them", "remove it to go on from an earlier one"
+        )
+        error.on_every_rank = True  # type: ignore[attr-defined]  # every rank reads the same files
+        raise error
+    model.load_state_dict(saved.state_dict())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,173 @@
+"""Each architecture of `tests/families.py` goes the whole way of a run, or is refused in one line before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.families import FAMILIES, build_family
+
+from recipes_lib.errors import ExitCode
+from recipes_lib.train import main
+
+Verb = Callable[..., tuple[int, str, str]]
+Write = Callable[..., Path]
+ALL_LINEAR = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": ALL_LINEAR},
+    "qlora": {"lora": ALL_LINEAR, "quantization": NF4, "model": {"dtype": "bfloat16"}, "train": {"bf16": True}},
+    "full": {"lora": None, "train": {"learning_rate": 1.0e-3}},
+}
+SHORT = {
+    "data": {"max_examples": 60},
+    "train": {"max_steps": 4, "save_steps": 2, "eval_steps": 4, "lr_scheduler_type": "constant"},
+}
+REFUSED: dict[tuple[str, str], str] = {}
+
+
+@pytest.fixture
+def write_recipe(tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """A function that writes a short recipe for a family's tiny model; its runs go to <tmp_path>/runs."""
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+
+    def write(family: str, *changes: dict[str, Any]) -> Path:
+        values = yaml.safe_load(tiny_recipe_text(build_family(family, tmp_path / family, tiny_model_dir)))
+        for section, keys in (item for change in (SHORT, *changes) for item in change.items()):
+            values[section] = keys and {**(values.get(section) or {}), **keys}
+        path = tmp_path / f"{family}.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path) -> Path:
+    """An eval recipe with one task that compares choices and one that generates, for prompts of several lengths."""
+    rows = [{"question": f"Pick {'one of these ' * n}{n}", "choices": ["one", "two three"], "answer": n % 2} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "test_split": "test", "num_fewshot": 0,
+        "doc_to_text": "{{question}}:", "metadata": {"version": 1.0},
+    }  # fmt: skip
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    choice = {"task": "tiny_choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
+    words = {"task": "tiny_words", "output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
+    words |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
+    for task in (choice | {"metric_list": metrics}, words | {"metric_list": [metrics[0] | {"metric": "exact_match"}]}):
+        (tmp_path / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata: {include_path: ., folder: .}\n"
+        "generation: {dtype: float32}\n"
+    )
+    return path
+
+
+def asked_to_stop(honest: Callable[..., Any]) -> Callable[..., Any]:
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == 2:
+            self.request.requested = 1
+        return honest(self, args, state, control, **kwargs)
+
+    return on_step_end
+
+
+def weights_of(run: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for folder in ("adapter", "model") for file in (run / folder).glob("*.safetensors")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_training(
+    family: str,
+    method: str,
+    write_recipe: Write,
+    own_tasks: Path,
+    recipes: Verb,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from recipes_lib.training.stopping import StopCallback
+
+    recipe, run = write_recipe(family, METHODS[method]), tmp_path / "runs" / "run"
+    code, _, err = recipes("check", "--full", recipe)
+    if reason := REFUSED.get((family, method)):
+        assert code == ExitCode.USAGE and reason in err
+        assert main([str(recipe), "run.name=run"]) == ExitCode.USAGE
+        said = capsys.readouterr().err
+        assert reason in said and len(said.splitlines()) <= 3 and not list(run.glob("checkpoints/*"))
+        return
+    assert code == 0
+    assert main([str(recipe), "run.name=whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(StopCallback, "on_step_end", asked_to_stop(StopCallback.on_step_end))
+        assert main([str(recipe), "run.name=run"]) == ExitCode.PREEMPTED
+    assert main([str(recipe), "run.name=run"]) == 0
+    assert weights_of(run) and weights_of(run) == weights_of(run.with_name("whole"))
+
+    given = [tmp_path / "given"]
+    assert recipes("verify", "run")[0] == 0
+    if method != "full":
+        given.append(tmp_path / "given-merged")
+        assert recipes("merge", "run")[0] == recipes("verify", "run")[0] == recipes("export", "run", "--merged", "--to", given[1])[0] == 0
+    assert recipes("chat", "run", "--prompt", "What is gold?", "--max-new-tokens", "5")[0] == 0
+    assert recipes("eval", own_tasks, "run")[0] == 0
+    assert recipes("export", "run", "--to", given[0])[0] == 0
+    assert_plain(given[-1], tmp_path / family)
+
+
+def assert_plain(given: Path, base: Path) -> None:
+    """What is given away answers two prompts at once in transformers alone, and its config says what the base's says."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(given, padding_side="left", pad_token="</s>")
+    prompts = tokenizer(["What is gold?", "Name three metals, and say what each is used for."], return_tensors="pt", padding=True)
+    prompts.pop("token_type_ids", None)
+    answers = AutoModelForCausalLM.from_pretrained(given).generate(**prompts, max_new_tokens=3, do_sample=False)
+    assert len(answers) == 2
+    saved, original = (json.loads((folder / "config.json").read_text()) for folder in (given, base))
+    assert {key for key in original if saved.get(key) != original[key]} <= {"dtype", "tie_word_embeddings", "pad_token_id"}
+
+
+@pytest.mark.slow
+def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(write_recipe: Write, tmp_path: Path) -> None:
+    """In a file each expert has its matrices, in memory all share one: the Trainer finds none of them, and keeps those of the last step."""
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "eval_steps": 2}  # the worst loss, so that it is not the last one
+    recipe = write_recipe("mixtral", METHODS["full"], {"train": best})
+    assert main([str(recipe), "run.name=run"]) == 0
+    run = tmp_path / "runs" / "run"
+    saved = {step: (run / f"checkpoints/checkpoint-{step}/model.safetensors").read_bytes() for step in (2, 4)}
+    assert weights_of(run) == {"model.safetensors": saved[2]} != {"model.safetensors": saved[4]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_trained(
+    module: str, write_recipe: Write, own_tasks: Path, recipes: Verb, tmp_path: Path
+) -> None:
+    """lm-eval ties the weights of what it is given; the merged model, which has nothing to tie, must get the same numbers."""
+    recipe = write_recipe("qwen3", {"lora": {"modules_to_save": [module], "target_modules": ["q_proj", "v_proj"]}})
+    assert main([str(recipe), "run.name=run"]) == 0
+    assert recipes("verify", "run")[0] == recipes("merge", "run")[0] == recipes("verify", "run")[0] == 0
+    merged = tmp_path / "given"
+    assert recipes("export", "run", "--merged", "--to", merged)[0] == 0
+    assert_plain(merged, tmp_path / "qwen3")
+    assert recipes("eval", own_tasks, "run", merged, tmp_path / "qwen3")[0] == 0
+    of_adapter, of_merged, of_base = (likelihoods(tmp_path / "runs", name) for name in ("run", "base--given-*", "base--qwen3-*"))
+    assert of_adapter == pytest.approx(of_merged, abs=1e-3)
+    assert max(abs(here - there) for here, there in zip(of_adapter, of_base, strict=True)) > 0.1
+
+
+def likelihoods(root: Path, run: str) -> list[float]:
+    """The log-likelihoods that lm-eval recorded for the choices."""
+    [file] = root.glob(f"{run}/evals/*/samples/samples_tiny_choice.jsonl")
+    rows = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda row: row["doc_id"])
+    return [float(answer[0][0]) for row in rows for answer in row["resps"]]
