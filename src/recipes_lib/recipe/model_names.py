@@ -23,6 +23,8 @@ from recipes_lib.recipe.suggestions import did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings?)$")  # tables; rotary positions go on beyond what was trained
+
 
 def check_names(recipe: Recipe, folder: Path, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
     """Yield names in the recipe or its accelerate config that the model does not have."""
@@ -31,6 +33,7 @@ def check_names(recipe: Recipe, folder: Path, accelerate: AccelerateConfig) -> I
     except Exception as error:  # transformers raises many types here; whatever it is, the user's model cannot be built
         yield recipe.error("model.name_or_path", f"transformers cannot build this model: {one_line(error)}")
         return
+    yield from _check_causal(recipe, model)
     yield from _check_attention(recipe, model)
     if recipe.lora is not None:
         named = list(_check_lora(recipe, model))
@@ -62,6 +65,22 @@ def _tokenizer_size(folder: Path) -> int:
     from transformers import AutoTokenizer
 
     return len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+
+
+def _check_causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield an error for an encoder, which sees the tokens that it should predict, and for rows longer than a table of positions."""
+    import torch
+
+    key = "model.name_or_path"
+    if getattr(model.config, "is_decoder", None) is False:  # decoders of encoder-decoder models have set it, causal models have no such key
+        what = f"{type(model).__name__} is an encoder here (is_decoder: false): it sees the tokens that it should predict"
+        yield recipe.error(key, what, "choose a causal language model")
+    positions, longest = getattr(model.config, "max_position_embeddings", None), recipe.train.get("max_length", 1024)
+    tables = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)]
+    if tables and positions and (longest is None or longest > positions):
+        what = f"train.max_length {longest:,}" if longest is not None else "train.max_length: null"
+        hint = f"set train.max_length: {positions} or less"
+        yield recipe.error("train.max_length", f"{what}: the model has a table of {positions:,} positions and fails beyond", hint)
 
 
 def _check_attention(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
