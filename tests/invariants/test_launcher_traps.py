@@ -1,4 +1,4 @@
-"""Four ways to launch that silently train something else; each is refused, or really does what was asked."""
+"""Ways to launch that silently train something else; each is refused, or really does what was asked."""
 
 from __future__ import annotations
 
@@ -54,6 +54,23 @@ def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> Non
     code, said = launcher.wait(launcher.start(command))
     assert code != 0 and "asked for FSDP, but DDP is active" in said
     assert launcher.state("trap-fallback")["exit_code"] == 2
+
+
+@pytest.mark.parametrize("way", ["config file", "command line", "environment"])
+def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_step(launcher, tmp_path: Path, way: str) -> None:
+    """accelerate's word wins over `train.bf16: false`: the run was thrown away at its end, where float32 logits were compared."""
+    config = tmp_path / "foreign.yaml"
+    precision = "bf16" if way == "config file" else "'no'"
+    config.write_text(f"distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nnum_machines: 1\nmixed_precision: {precision}\n")
+    command = launcher.command("run.name=trap-precision", *SHORT, config=config)
+    if way == "command line":
+        command[2:2] = ["--mixed_precision", "bf16"]
+    environment = {}
+    if way == "environment":
+        command, environment = launcher.command("run.name=trap-precision", *SHORT), {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    code, said = launcher.wait(launcher.start(command, **environment))
+    assert code != 0 and "asks for mixed_precision bf16, but the recipe for none (train.bf16: false)" in said, said[-3000:]
+    assert "internal error" not in said and not launcher.run("trap-precision").exists()
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])

@@ -97,3 +97,28 @@ def test_a_launch_on_the_cpu_stays_there_where_a_gpu_is_present(monkeypatch, cap
     assert "$ env ACCELERATE_USE_CPU=true " in capsys.readouterr().out
     assert main(["train", "llama2-7b-dolly/qlora-r8", "--dry-run"]) == 0
     assert "ACCELERATE_USE_CPU" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_config_of_another_precision_than_the_recipe_is_refused_by_check_train_and_launch(tmp_path, tiny_recipe_text, precision, capsys):
+    """Of one process accelerate is not asked, and would not have its way; of several it would win over the recipe."""
+    foreign = tmp_path / "foreign.yaml"
+    foreign.write_text(f"distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nnum_machines: 1\nmixed_precision: {precision}\n")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(tiny_recipe_text(tmp_path).replace("{accelerate: cpu}", f"{{accelerate: {foreign}}}"))
+    said = f"asks for mixed_precision {precision}, but the recipe for none (train.bf16: false)"
+    assert main(["check", str(recipe)]) == 2
+    assert f"tiny.yaml:19: launch.accelerate {foreign} {said}" in capsys.readouterr().err
+    recipe.write_text(tiny_recipe_text(tmp_path))
+    assert main(["train", str(recipe), "--accelerate", str(foreign), "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+    assert main(["launch", str(recipe), "--accelerate", str(foreign), "--profile", "local-sandbox", "--stages", "train", "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_config_of_the_recipes_own_precision_is_taken(tmp_path, tiny_recipe_text, capsys):
+    foreign = tmp_path / "foreign.yaml"
+    foreign.write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nnum_machines: 1\nmixed_precision: bf16\n")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(tiny_recipe_text(tmp_path).replace("bf16: false", "bf16: true"))
+    assert main(["train", str(recipe), "--accelerate", str(foreign), "--dry-run"]) == 0

@@ -118,6 +118,13 @@ def test_mixture_parts_are_checked_one_by_one(write):
     assert any("data.source.2.max_examples must be a whole number >= 1" in error for error in said)
 
 
+@pytest.mark.parametrize(("key", "value"), [("split_batches", "true"), ("dispatch_batches", "true"), ("use_seedable_sampler", "false")])
+def test_accelerate_is_not_let_to_share_out_the_rows_in_another_way(write, key, value):
+    text = f"data: {{source: b}}\nmodel: {{name_or_path: a}}\ntrain:\n  accelerator_config:\n    {key}: {value}\n"
+    [error] = errors_of(write(text))
+    assert error.startswith(f"r.yaml:5: train.accelerator_config.{key}: {value} gives the steps other examples")
+
+
 def test_flash_attention_needs_half_precision_weights(write):
     text = "data: {source: b}\nmodel:\n  name_or_path: a\n  dtype: float32\n  attn_implementation: flash_attention_2\n"
     [error] = errors_of(write(text))

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.training.launch_check import Active, Asked, active_launch, check_gpus, check_launch, leave_gpus_out, what_was_asked
+from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.training.launch_check import (
+    Active,
+    Asked,
+    active_launch,
+    check_gpus,
+    check_launch,
+    check_precision,
+    leave_gpus_out,
+    what_was_asked,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
@@ -72,12 +82,35 @@ def test_recipes_train_tells_its_one_process_whether_the_launch_is_for_the_cpu(c
     """One process is started without accelerate launch, which says it to several."""
     from recipes_lib.commands.train import supervise
     from recipes_lib.recipe.launch import plan_launch
-    from recipes_lib.recipe.recipe import load_recipe
 
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     recipe = load_recipe(tiny_recipe)
     script = f"import os, sys; sys.exit(3 if str(os.environ.get('ACCELERATE_USE_CPU')) == '{said}' else 4)"
     assert supervise([sys.executable, "-c", script], recipe, plan_launch(recipe.launch, accelerate=config)) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "recipe_words", "said"),
+    [
+        ("bf16", ["train.bf16=false"], "the launcher asks for mixed_precision bf16, but the recipe for none (train.bf16: false)"),
+        ("FP16", ["train.bf16=true"], "the launcher asks for mixed_precision FP16, but the recipe for bf16 (train.bf16: true)"),
+        ("fp8", ["train.bf16=true"], "the launcher asks for mixed_precision fp8, but the recipe for bf16 (train.bf16: true)"),
+        ("fp8", ["train.bf16=false"], "the launcher asks for mixed_precision fp8, but the recipe for none (train.bf16: false)"),
+        ("bf16", ["train.bf16=true"], None),
+        ("no", ["train.bf16=true"], None),
+        (None, ["train.bf16=false"], None),
+    ],
+)
+def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(asked, recipe_words, said, tiny_recipe) -> None:
+    recipe = load_recipe(tiny_recipe, recipe_words)
+    environment = {} if asked is None else {"ACCELERATE_MIXED_PRECISION": asked}
+    if said is None:
+        check_precision(recipe, environment)
+    else:
+        with pytest.raises(RecipeError) as caught:
+            check_precision(recipe, environment)
+        assert caught.value.what == said and "leave it to the recipe" in caught.value.hints[0]
+        assert ("fp8" in said) is (len(caught.value.hints) == 1)  # what cannot be trained is not recommended
 
 
 def test_what_cannot_be_known_is_said() -> None:

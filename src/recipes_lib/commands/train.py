@@ -19,7 +19,7 @@ from types import FrameType
 
 from recipes_lib.errors import ExitCode, print_error
 from recipes_lib.planning.cards import cards_here
-from recipes_lib.recipe.launch import Launch, place_machine, plan_launch
+from recipes_lib.recipe.launch import Launch, place_machine, plan_launch_of
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.terminal import at_least, next_step, say, show_command
@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Launch, wait, and return the training's own exit code."""
     recipe = load_recipe(args.recipe, args.overrides)
-    launch = plan_launch(recipe.launch, args.accelerate, args.gpus, args.nodes)
+    launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
     place = (args.machine_rank, args.main_process_ip, args.main_process_port)
     launch = place_machine(launch, *place, typed=typed_command(args, OPTIONS))
     script = ["-m", "recipes_lib.train", args.recipe, *args.overrides]

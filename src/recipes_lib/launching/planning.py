@@ -11,7 +11,7 @@ from recipes_lib.launching.folder import launch_folder
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import Plan, plan_recipe, read_evals, read_stages
 from recipes_lib.recipe.batch import accumulation_steps
-from recipes_lib.recipe.launch import Launch, plan_launch
+from recipes_lib.recipe.launch import Launch, plan_launch_of
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.studies.study import load_study, study_file
@@ -35,7 +35,7 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
     if args.prepare and args.stages is None and profile is None:
         stages = ("train",)  # what plain `sbatch launch/job.sbatch RECIPE` does
     recipe = load_recipe(target, overrides)
-    launch = plan_launch(recipe.launch, args.accelerate, args.gpus, args.nodes)
+    launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
     accumulation_steps(recipe, launch.world_size)
     _check_gpus(launch, profile)
     return plan_recipe(

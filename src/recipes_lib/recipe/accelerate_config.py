@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,31 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
         mixed_precision=str(values.get("mixed_precision", "no")),
         fsdp=values.get("fsdp_config") or {},
     )
+
+
+def precision_conflict(train: Mapping[str, Any], asked: str, asked_by: str) -> list[str]:
+    """Return what is wrong, then what to do, where a launch asks for another mixed precision than the recipe: it would win, unsaid.
+
+    Args:
+        train: the recipe's `train` section.
+        asked: `mixed_precision` of the launch; `no` leaves it to the recipe.
+        asked_by: what asks for it, for the message.
+
+    Example:
+        >>> precision_conflict({"bf16": False}, "bf16", "mine.yaml")[0]
+        'mine.yaml asks for mixed_precision bf16, but the recipe for none (train.bf16: false)'
+        >>> precision_conflict({"bf16": True}, "bf16", "mine.yaml")
+        []
+    """
+    half = "fp16" if train.get("fp16") else None if train.get("bf16") is False else "bf16"
+    if asked.lower() in ("no", half):
+        return []
+    wanted = f"{half} (train.{half}: true)" if half else "none (train.bf16: false)"
+    return [
+        f"{asked_by} asks for mixed_precision {asked}, but the recipe for {wanted}",
+        "leave it to the recipe: mixed_precision: 'no' in the accelerate config, no --mixed_precision, no ACCELERATE_MIXED_PRECISION",
+        *([f"or set train.{asked.lower()}: true in the recipe"] if asked.lower() in MIXED_PRECISIONS else []),
+    ]
 
 
 def processes_per_machine(config: AccelerateConfig) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.accelerate_config import accelerate_config_path, load_accelerate_config
+from recipes_lib.recipe.accelerate_config import load_accelerate_config, precision_conflict
 from recipes_lib.recipe.batch import solve_batch
 from recipes_lib.recipe.constraints import NOT_IN_MODEL_KWARGS
 from recipes_lib.recipe.launch import plan_launch
@@ -18,6 +18,7 @@ from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.yaml_source import KeyPath
 
 Finding = tuple[KeyPath, RecipeError]
+_ROWS_OF_ACCELERATE = {"split_batches": True, "dispatch_batches": True, "use_seedable_sampler": False}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\Z")
 
 
@@ -137,6 +138,15 @@ def _model_kwargs(sections: dict[str, Any], _: Document) -> Iterator[Any]:
             yield ("model", "kwargs", key), f"model.kwargs.{key} cannot be set there", NOT_IN_MODEL_KWARGS[key]
 
 
+def _accelerator(sections: dict[str, Any], _: Document) -> Iterator[Any]:
+    """What accelerate would do to the rows of a step; it must not depend on the number of processes, nor on a break."""
+    config = sections.get("train", {}).get("accelerator_config")
+    for key, wrong in _ROWS_OF_ACCELERATE.items():
+        if isinstance(config, dict) and config.get(key) is wrong:
+            what = f"train.accelerator_config.{key}: {str(wrong).lower()} gives the steps other examples on another number of processes"
+            yield ("train", "accelerator_config", key), what, "remove it"
+
+
 def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
     launch = sections.get("launch", {})
     name = launch.get("accelerate", LaunchSection.accelerate if document.kind.name == "recipe" else None)
@@ -144,8 +154,11 @@ def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
     if not isinstance(name, str):
         return
     try:
-        path = accelerate_config_path(name)
-        if several and load_accelerate_config(path).distributed_type == "NO":
+        config = load_accelerate_config(name)
+        conflict = precision_conflict(sections.get("train", {}), config.mixed_precision, f"launch.accelerate {name}")
+        if conflict and document.kind.name == "recipe":
+            yield ("launch", "accelerate"), *conflict
+        if several and config.distributed_type == "NO":
             what = f"launch.accelerate {name} starts one process, but launch.{several[0]} is {launch[several[0]]}"
             yield ("launch", several[0]), what, "set launch.accelerate to ddp or fsdp (ddp_cpu or fsdp_cpu without GPUs)"
     except RecipeError as error:
@@ -201,6 +214,7 @@ _RULES: tuple[_Rule, ...] = (
     _best_model,
     _attention,
     _model_kwargs,
+    _accelerator,
     _launch,
 )
 

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.accelerate_config import AccelerateConfig, load_accelerate_config, processes_per_machine
+from recipes_lib.recipe.accelerate_config import AccelerateConfig, load_accelerate_config, precision_conflict, processes_per_machine
 from recipes_lib.recipe.sections import LaunchSection
+
+if TYPE_CHECKING:
+    from recipes_lib.recipe.recipe import Recipe
 
 DEFAULT_PORT = 29500
 
@@ -83,6 +87,19 @@ def plan_launch(section: LaunchSection, accelerate: str | None = None, gpus: int
             f"{config.path.stem} starts one process, but {launch.world_size} were asked for",
             "several processes: ddp or fsdp on GPUs, ddp_cpu or fsdp_cpu without (--accelerate NAME, or launch.accelerate)",
         )
+    return launch
+
+
+def plan_launch_of(recipe: Recipe, accelerate: str | None = None, gpus: int | None = None, nodes: int | None = None) -> Launch:
+    """Return the launch of a recipe that is about to be trained, as `plan_launch` does.
+
+    Raises:
+        RecipeError: also where the config asks for another precision than the recipe.
+    """
+    launch = plan_launch(recipe.launch, accelerate, gpus, nodes)
+    conflict = precision_conflict(recipe.train, launch.config.mixed_precision, _shown(launch.config.path))
+    if conflict:
+        raise recipe.error("train.bf16", *conflict)
     return launch
 
 

@@ -11,11 +11,16 @@ import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.accelerate_config import load_accelerate_config
+from recipes_lib.recipe.accelerate_config import load_accelerate_config, precision_conflict
+
+if TYPE_CHECKING:
+    from recipes_lib.recipe.recipe import Recipe
 
 EXPECT_VARIABLE = "RECIPES_EXPECT"
+PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,19 @@ def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> No
             f"start {num_gpus}: --gpus {num_gpus} with recipes train, --num_processes with accelerate launch",
             "of several MIG slices CUDA shows a process one only",
         )
+
+
+def check_precision(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
+    """Check that the launcher asks for no other mixed precision than the recipe; its word would win, and no line would say so.
+
+    accelerate hands it on in a variable, whether it was written in a config file or on the command line.
+
+    Raises:
+        RecipeError: it asks for another one.
+    """
+    conflict = precision_conflict(recipe.train, environment.get(PRECISION_VARIABLE, "no"), "the launcher")
+    if conflict:
+        raise recipe.error("train.bf16", *conflict)
 
 
 def check_launch(asked: Asked, active: Active) -> str:

@@ -69,7 +69,7 @@ class Session:
         from recipes_lib.recipe.upstream import build_sft_config
         from recipes_lib.training import fsdp_on_cpu
         from recipes_lib.training.hub import take_over_push
-        from recipes_lib.training.launch_check import active_launch, check_gpus, check_launch, what_was_asked
+        from recipes_lib.training.launch_check import active_launch, check_gpus, check_launch, check_precision, what_was_asked
         from recipes_lib.training.stopping import StopRequest
 
         self.recipe, self.run, self.options = recipe, run, options
@@ -84,6 +84,7 @@ class Session:
         self.planned: dict[str, Any] | None = None
         self.trainer: RecipeTrainer
         check_gpus(torch.cuda.device_count())
+        check_precision(recipe)
         if fsdp_on_cpu.is_wanted():
             fsdp_on_cpu.install()
         self.args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
