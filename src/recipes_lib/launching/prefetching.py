@@ -15,7 +15,7 @@ from recipes_lib.judging.published_prompts import PACKAGE as PROMPTS
 from recipes_lib.judging.published_prompts import package_is_here as prompts_are_here
 from recipes_lib.judging.published_prompts import published_template
 from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.model_files import TOKENIZER_FILES
+from recipes_lib.recipe.model_files import TOKENIZER_FILES, read_json
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import ModelSection
@@ -174,6 +174,8 @@ def check_model(section: ModelSection) -> str:
         folder = Path(config).parent if isinstance(config, str) else None
     if folder is None or not (folder / "config.json").is_file():
         raise EnvironmentFault(f"'{name}' is not on this machine", "where there is a network: recipes prefetch")
+    if read_json(folder / "config.json") is None:
+        raise EnvironmentFault(f"'{name}' has no readable config.json in {folder}", "remove it, then fetch it again: recipes prefetch")
     shards = sorted(folder.glob("*.safetensors"))
     try:
         check_whole(folder)
