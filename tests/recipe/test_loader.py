@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from recipes_lib.errors import RecipeError
@@ -115,3 +117,9 @@ def test_a_surprising_override_warns_with_its_key(write):
     [warning] = load_document(write(), ["run.name=NO"]).warnings
     assert "run.name" in warning.what
     assert "NO is read as false" in warning.what
+
+
+def test_a_parent_that_is_a_link_to_itself_is_an_error_at_its_line(write):
+    Path("loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(RecipeError, match=r"r.yaml:1: extends a file that does not exist: loop.yaml"):
+        load_document(write("extends: loop.yaml\nmodel: {name_or_path: a}\n"))

@@ -105,20 +105,25 @@ def _with_parents(path: Path, source: YamlSource) -> tuple[list[YamlSource], int
     def visit(path: Path, source: YamlSource, stack: tuple[Path, ...]) -> None:
         nonlocal deepest
         deepest = max(deepest, len(stack))
-        stack = (*stack, path.resolve())
+        stack = (*stack, _real(path))
         for name, line in _parents(source):
             parent = Path(os.path.normpath(path.parent / name))
-            if parent.resolve() in stack:
-                chain = [*stack[stack.index(parent.resolve()) :], parent.resolve()]
+            if _real(parent) in stack:
+                chain = [*stack[stack.index(_real(parent)) :], _real(parent)]
                 raise RecipeError(f"extends goes in a circle: {' -> '.join(step.name for step in chain)}", file=source.file, line=line)
             if len(stack) > MAX_LEVELS:
                 names = [step.name for step in (*stack, parent)]
                 raise RecipeError(f"extends goes deeper than {MAX_LEVELS} levels: {' -> '.join(names)}", file=source.file, line=line)
             visit(parent, _read_parent(parent, name, source, line), stack)
-        ordered.setdefault(path.resolve(), source)
+        ordered.setdefault(_real(path), source)
 
     visit(path, source, ())
     return list(ordered.values()), deepest
+
+
+def _real(path: Path) -> Path:
+    """Return a path without links; where a link leads to itself `resolve` would raise."""
+    return Path(os.path.realpath(path))
 
 
 def _parents(source: YamlSource) -> Iterable[tuple[str, int | None]]:

@@ -104,6 +104,8 @@ def no_such_file(path: Path, file: str) -> RecipeError:
     folder = path.parent
     if path.suffix == "" and (recipes := _recipes_like(str(path))):
         return RecipeError("no such file or recipe", f"did you mean {' or '.join(recipes)}?", "all recipes: recipes ls", file=file)
+    if path.is_symlink():
+        return RecipeError("is a link that leads nowhere", file=file)
     if not folder.is_dir():
         return RecipeError("no such file", f"the folder {folder} does not exist", file=file)
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
