@@ -127,6 +127,7 @@ def test_studies_that_share_a_base_leave_each_other_fresh_and_so_does_a_plain_ev
     for name in ("alpaca_eval", "mt_bench", "lm_eval"):
         assert main(["eval", str(first.with_name(f"{name}.yaml")), base.name, "b--r8", "generation.batch_tokens=512"]) == ExitCode.DONE
     assert all(file.read_text(encoding="utf-8") != text for file, text in written.items()) and len(written) == 3
+    assert main(["eval", str(first.with_name("alpaca_eval.yaml")), "a--r4", "--against", "base"]) == ExitCode.DONE
     assert (not_fresh(first), not_fresh(second)) == ({}, {})
     file = base / "evals" / "study--mt_bench" / "result.json"
     result = json.loads(file.read_text(encoding="utf-8"))

@@ -26,8 +26,9 @@ ONLY_SPEED = {"batch_tokens", "base_url", "api_key_variable", "concurrency", "ti
 # What differs between two writings of one result.
 _VOLATILE = {"written", "command", "git", "libraries", "file", "generated_now", "lm_eval_command", *ONLY_SPEED}
 # What a result says of its judge because of the runs that were evaluated beside it: whose pairs the judge was probed with, where else it
-# failed its audit. A base that several studies share is written again by each.
-_OF_COMPANY = {"banners", "banner", "checks", "probes"}
+# failed its audit. A base that several studies share is written again by each; a plain `recipes eval --against` asks for probes, a
+# study asks for them once.
+_OF_COMPANY = {"banners", "banner", "checks", "probes", "probe_pairs"}
 
 
 @dataclass(frozen=True)
