@@ -173,9 +173,9 @@ def test_evaluations_count_answers_and_verdicts_and_name_what_they_do_not_know(t
     assert times["alpaca_eval"].judging > times["mt_bench"].judging > 0 == times["lm_eval"].judging
     assert times["alpaca_eval"].remote
     path = tmp_path / "odd.yaml"
-    path.write_text("suite: {name: lm_eval, tasks: [gsm8k, my_own], limit: 10}\n")
+    path.write_text("suite: {name: lm_eval, tasks: [gsm8k, lambada_openai], limit: 10}\n")
     odd = eval_time(load_eval(path), shape, card)
-    assert odd.unknown == ("my_own",)
+    assert odd.unknown == ("lambada_openai",)
     assert odd.total < times["lm_eval"].total
 
 

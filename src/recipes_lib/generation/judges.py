@@ -179,7 +179,7 @@ class _LocalJudge:
         requests = [Request(key=request.key, ids=(*request.ids, *lead_ids)) for request in asked]
         self._reader = self._reader or NextToken(self._engine.model, self.tokenizer.pad_token_id or 0)
         self._reader.share([request.ids for request in requests])
-        for batch in batches(requests, 0, self.section.batch_tokens):
+        for batch in batches(requests, 0, self._engine.batch_tokens):
             probabilities = torch.softmax(self._reader.logits([request.ids for request in batch]), dim=-1).cpu()
             for request, row in zip(batch, probabilities, strict=True):
                 found = {verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()}

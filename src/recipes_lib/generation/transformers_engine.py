@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.generation.batch_memory import tokens_for
 from recipes_lib.generation.engine import Completion, Decoding, Request
 
 if TYPE_CHECKING:
@@ -27,14 +28,20 @@ class TransformersEngine:
         model: a causal language model in eval mode.
         tokenizer: its tokenizer.
         fingerprint: hash of the weights (`fingerprints`).
-        batch_tokens: padded tokens, prompt and answer, per batch.
+        batch_tokens: padded tokens, prompt and answer, per batch; None for what fits the memory that is free now.
         using: gives a context in which the wanted adapter is active; None for the model as it is.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fingerprint: str, batch_tokens: int = 8192, using: Any = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        fingerprint: str,
+        batch_tokens: int | None = None,
+        using: Any = None,
     ) -> None:
-        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens = batch_tokens or tokens_for(model)
         self.fingerprint = fingerprint
         self._using = using
         self.stop_ids = stop_ids(model, tokenizer)

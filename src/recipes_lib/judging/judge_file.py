@@ -67,7 +67,7 @@ class JudgeSection:
     )
     lead_in: str = _key("[RESULT]", "Logits mode: what stands at the start of the judge's turn; the next token is the verdict.")
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = _key("bfloat16", "Precision of the weights; transformers engine only.")
-    batch_tokens: int = _key(8192, "Padded tokens per batch; transformers engine only.")
+    batch_tokens: int | None = _key(None, "Padded tokens per batch; absent: what fits the free memory. transformers engine only.")
     timeout_s: int = _key(120, "Seconds until one attempt is given up; openai engine only.")
     max_retries: int = _key(5, "Further attempts after 429, 5xx, a timeout or a dropped connection; openai engine only.")
     temperature: float = _key(0.0, "0 is greedy.")
@@ -175,6 +175,8 @@ def is_address(url: str) -> bool:
 
 def _problem(key: str, value: Any, kind: Any) -> str | None:
     """What is wrong with a value, or None."""
+    if value is None and type(None) in typing.get_args(kind):
+        return None
     if key == "base_url" and isinstance(value, str) and not is_address(value):
         return "an address such as http://127.0.0.1:8000/v1"
     if typing.get_origin(kind) is Literal:
@@ -189,4 +191,4 @@ def _problem(key: str, value: Any, kind: Any) -> str | None:
         return None if isinstance(value, int) and number and value >= least else f"an integer of at least {least}"
     if bool in kinds:
         return None if isinstance(value, bool) else "true or false"
-    return None if isinstance(value, str) or (value is None and type(None) in kinds) else "text"
+    return None if isinstance(value, str) else "text"

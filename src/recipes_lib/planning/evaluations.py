@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recipes_lib.generation.batch_memory import token_bytes, tokens_per_batch
+from recipes_lib.generation.transformers_engine import MAX_ROWS
 from recipes_lib.planning.cards import DEFAULT, Card, card_named
 from recipes_lib.planning.machine import (
     GENERATED_TOKENS_PER_SECOND,
@@ -80,7 +82,8 @@ def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     turns = 2 if suite == "mt_bench" else 1
     answers = questions * turns
     written = recipe.generation.max_new_tokens * ANSWER_SHARE
-    batch = max(1, int(recipe.generation.batch_tokens // (PROMPT_TOKENS[suite] + recipe.generation.max_new_tokens)))
+    tokens = recipe.generation.batch_tokens or _batch_tokens(shape, card)
+    batch = max(1, min(MAX_ROWS, tokens // (PROMPT_TOKENS[suite] + recipe.generation.max_new_tokens)))
     remote_engine = recipe.generation.engine == "openai"
     answering = _writing(shape, card, answers, written, recipe.generation.max_new_tokens, batch, remote_engine)
     verdicts = answers * (2 if suite == "alpaca_eval" else 1) + (answers if recipe.metrics.absolute and suite == "alpaca_eval" else 0)
@@ -92,6 +95,12 @@ def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
 def eval_times(recipes: Sequence[EvalRecipe], shape: ModelShape, card: Card) -> list[EvalTime]:
     """Return the time of each evaluation."""
     return [eval_time(recipe, shape, card) for recipe in recipes]
+
+
+def _batch_tokens(shape: ModelShape, card: Card) -> int:
+    """The padded tokens of a batch, as an answering engine will choose them beside weights of two bytes."""
+    per_token = token_bytes(shape.layers, shape.kv_width, shape.hidden, shape.intermediate, 2)
+    return tokens_per_batch(card.memory_gib * 2**30 - 2 * shape.parameters, per_token, on_gpu=card.name != "cpu")
 
 
 def _large(recipe: EvalRecipe) -> bool:

@@ -83,8 +83,9 @@ class GenerationSection:
         "Also needs --trust-remote-code on the command line.",
         False,
     )
-    batch_tokens: int = key(
-        "transformers: padded tokens (prompt and answer) per batch; larger is faster until memory is full.", 8192, minimum=1
+    batch_tokens: int | None = key(
+        "transformers: padded tokens (prompt and answer) per batch; absent: what fits the free memory, on a processor at most 8192.",
+        minimum=1,
     )
     base_url: str | None = key("openai: address of the server, for example http://localhost:8000/v1.")
     served_name: str | None = key("openai: model name on the server; absent: the run's name, as launch/vllm_server.sh serves it.")
