@@ -289,3 +289,11 @@ def test_keys_of_trls_other_trainers_are_known():
         assert own and own <= OTHER_TRAINERS, (name, sorted(own - OTHER_TRAINERS))
     assert not OTHER_TRAINERS & sft
     assert not OTHER_LOSSES & set(subschema("train", "loss_type")["enum"])
+
+
+def test_what_acts_on_conversations_alone_is_left_behind_where_rows_are_texts(migrated, tmp_path):
+    flat = "model_name_or_path: a/b\ndataset_name: c/d\ndataset_text_field: body\nsystem_prompt: Be nice\nchat_template: x\n"
+    values, text, said = migrated(flat)
+    assert values["data"]["prompt_format"] == "raw" and not {"system_prompt", "chat_template"} & values["data"].keys()
+    assert "system_prompt NOT CARRIED OVER; it acts on conversations alone" in said and "#     system_prompt: Be nice" in text
+    assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0

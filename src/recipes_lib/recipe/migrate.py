@@ -100,6 +100,8 @@ def _place(migration: Migration, entry: Entry, rejected: Mapping[str, str]) -> N
         _SPECIAL[key](migration, entry)
     elif key in rules.WITHOUT_EFFECT:
         migration.drop(entry, rules.WITHOUT_EFFECT[key])
+    elif rules.MOVES.get(key) in ("data.chat_template", "data.system_prompt") and "dataset_text_field" in migration.entries:
+        migration.leave(entry, "it acts on conversations alone, and dataset_text_field says that each row is one text")
     elif rules.MOVES.get(key, "").startswith("lora.") and not migration.value("use_peft"):
         migration.leave(entry, "without use_peft: true TRL ignores it and trains all weights")
     elif key in rules.MOVES:
