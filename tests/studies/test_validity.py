@@ -267,6 +267,19 @@ def test_what_runs_recorded_differently_is_a_confound(root, rank_study, code, se
     assert (finding.severity, finding.arms) == (severity, ("r8", "r32")) and finding.evidence and finding.remedy
 
 
+def test_one_name_of_a_base_may_stand_for_two_models(root, rank_study):
+    made = arms(r8=run(root, "a"), r32=run(root, "b"))
+    for name, weights in (("a", "1" * 64), ("b", "1" * 64)):
+        (root / name / "adapter").mkdir(parents=True)
+        (root / name / "adapter" / "weights_check.json").write_text(json.dumps({"base_fingerprint": weights}))
+    assert "confound-base" not in codes(check_validity(rank_study, made))
+    (root / "b" / "adapter" / "weights_check.json").write_text(json.dumps({"base_fingerprint": "2" * 64}))
+    finding = found(check_validity(rank_study, made), "confound-base")
+    assert finding.severity == "error" and finding.evidence == ("weights: r8 111111111111, r32 222222222222",)
+    (root / "b" / "adapter" / "weights_check.json").write_text("{torn")
+    assert "confound-base" not in codes(check_validity(rank_study, made))
+
+
 def test_the_number_of_free_threads_is_no_hardware(root):
     devices = [{**ENVIRONMENT, "devices": [f"CPU, 2 cores, {threads} threads"]} for threads in (1, 2)]
     made = arms(a=run(root, "a", environment=devices[0]), b=run(root, "b", environment=devices[1]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.generation.fingerprints import hash_of
+from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.studies.findings import Finding, Severity
 from recipes_lib.studies.validity.settings import pairs
 
@@ -35,6 +37,15 @@ _THREADS = re.compile(r", \d+ threads?\Z")
 
 def _guard(name: str) -> Callable[[RunMeasurements], Mapping[str, Any]]:
     return lambda run: {name: value} if (value := (run.state.get("guard") or {}).get(name)) is not None else {}
+
+
+def _base(run: RunMeasurements) -> Mapping[str, Any]:
+    """What identifies the weights that the run began with, as its own weights recorded it: a name may stand for other files later."""
+    for name in ("adapter", "model"):
+        with suppress(DamagedFile):  # what a damaged record does not tell is not compared; `recipes verify` names the damage
+            if found := read_object(run.folder / name / "weights_check.json").get("base_fingerprint"):
+                return {"weights": str(found)[:12]}
+    return {}
 
 
 def _splits(run: RunMeasurements) -> Mapping[str, Any]:
@@ -74,6 +85,14 @@ _DATA = ("data", "data.source", "data.split", "data.max_examples", "data.filters
 _SAME_DATA = "train both arms on the same rows: the same source, revision and split"
 CIRCUMSTANCES = (
     _Circumstance("confound-data", "error", "training data", _DATA, _guard("data_fingerprint"), _SAME_DATA),
+    _Circumstance(
+        "confound-base",
+        "error",
+        "base model's weights",
+        ("model", "model.name_or_path", "model.revision"),
+        _base,
+        "train both arms from the same files: pin model.revision, or keep the model's folder as it is",
+    ),
     _Circumstance("confound-split", "error", "splits", _DATA, _splits, "use split.method: hash, which holds the same rows out everywhere"),
     _Circumstance(
         "confound-prompt-format",
