@@ -51,6 +51,30 @@ def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) 
     assert texts["lora.chat"] == "<s><|user|>\nSay hi.</s>\n<|assistant|>\n"
 
 
+def test_answers_are_computed_in_the_precision_of_the_training(tiny_recipe: Path) -> None:
+    """Trained in bf16 beside float32 weights: the logits of an answer are those recorded at the end of the training, bit for bit."""
+    import torch
+
+    from recipes_lib.generation.subjects import loaded
+    from recipes_lib.generation.targets import Target
+    from recipes_lib.runs.directory import open_run
+    from recipes_lib.train import main
+    from recipes_lib.training.probes import read_check
+    from recipes_lib.training.trained import finished_run
+    from recipes_lib.training.weights_check import logits_on
+
+    words = ["run.name=half", "train.bf16=true", "train.max_steps=3", "train.learning_rate=3e-2", "train.eval_strategy='no'"]
+    assert main([str(tiny_recipe), *words]) == 0
+    trained = finished_run(open_run("half"))
+    check = read_check(trained.weights)
+    assert check is not None and check.autocast == "bfloat16"
+    with loaded([Target("half", trained.recipe, trained)]) as (subject,), subject.using():
+        assert subject.model is not None
+        found = logits_on(subject.model, check.tokens).max(-1)
+    assert found.indices.tolist() == check.top_tokens
+    torch.testing.assert_close(found.values, torch.tensor(check.top_logits), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 def test_escapes_control_characters_and_markup_in_answers_are_shown_not_obeyed(
     runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch, terminal: bool

@@ -67,7 +67,7 @@ def answer(family: Family, name: str, instruction: str, context: str, max_new_to
     section, tokenizer = family.prompting(name)
     ids = prompt_ids(section, tokenizer, generation_prompt(section, tokenizer, instruction=instruction, context=context))
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with family.using(name) as model, torch.no_grad():
+    with family.answering(name) as model, torch.no_grad():
         tokens = torch.tensor([ids], device=model.device)
         written = model.generate(
             input_ids=tokens,

@@ -182,7 +182,7 @@ def _user_of(family: Family, target: Target) -> Any:
     name = target.trained.run.name if target.trained else BASE
 
     def using() -> AbstractContextManager[Any]:
-        return family.using(name)
+        return family.answering(name)
 
     return using
 

@@ -205,6 +205,20 @@ class Family:
             self.model.set_adapter(self._adapter_of(name))
             yield self.model
 
+    @contextlib.contextmanager
+    def answering(self, name: str) -> Iterator[PreTrainedModel]:
+        """As `using`, in the precision that the run was trained in: mixed-precision training computes in half precision beside float32
+        weights, and without it the float32 adapters of a bf16 base would compute in float32. The base answers as it is loaded.
+        """
+        from recipes_lib.training.finish import autocast
+        from recipes_lib.training.probes import read_check
+
+        weights = next((one.weights for one in self.runs if one.run.name == name), None)
+        check = read_check(weights) if weights else None
+        half = check.autocast if check else None
+        with self.using(name) as model, autocast(half == "bfloat16", half == "float16", model.device.type):
+            yield model
+
     def _adapter_of(self, name: str) -> str:
         return adapter_name([one.run.name for one in self.runs].index(name))
 
