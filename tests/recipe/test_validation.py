@@ -40,6 +40,11 @@ def errors_of(path, *overrides: str) -> list[str]:
         ("quantization", "bnb_4bit_quant_type: nf4", ["switches nothing on"]),
         ("train", "max_steps: 0", ["-1", "whole number >= 1"]),
         ("train", "accelerator_config: {split_batch: true}", ["did you mean train.accelerator_config.split_batches?"]),
+        (
+            "train",
+            "accelerator_config: {gradient_accumulation_kwargs: {num_steps: 4}}",
+            ["would replace train.gradient_accumulation_steps"],
+        ),
     ],
 )
 def test_a_mistake_is_named_with_what_to_write_instead(section, line, words, write_with):
@@ -55,6 +60,7 @@ def test_a_mistake_is_named_with_what_to_write_instead(section, line, words, wri
         ("train", "warmup_steps: 0.03"),
         ("train", "max_length: null"),
         ("train", "max_steps: -1"),
+        ("train", "accelerator_config: {split_batches: false, gradient_accumulation_kwargs: {sync_each_batch: false}}"),
         ("train", "num_train_epochs: 1"),
         ("lora", "target_modules: all-linear"),
         ("lora", "target_modules: .*_proj"),

@@ -145,6 +145,11 @@ def _accelerator(sections: dict[str, Any], _: Document) -> Iterator[Any]:
         if isinstance(config, dict) and config.get(key) is wrong:
             what = f"train.accelerator_config.{key}: {str(wrong).lower()} gives the steps other examples on another number of processes"
             yield ("train", "accelerator_config", key), what, "remove it"
+    accumulation = config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
+    if isinstance(accumulation, dict) and "num_steps" in accumulation:
+        what = "train.accelerator_config.gradient_accumulation_kwargs.num_steps would replace train.gradient_accumulation_steps"
+        hint = "set train.gradient_accumulation_steps, or declare run.global_batch_size"
+        yield ("train", "accelerator_config", "gradient_accumulation_kwargs"), what, hint
 
 
 def _launch(sections: dict[str, Any], document: Document) -> Iterator[Any]:
