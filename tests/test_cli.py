@@ -135,9 +135,10 @@ def test_debug_shows_the_traceback_of_an_error_as_well(capsys):
     assert "nowhere.yaml: no such file" in err
 
 
-def test_ctrl_c_ends_with_130(failing):
+def test_ctrl_c_ends_with_130_and_one_line(failing, capsys):
     failing(KeyboardInterrupt())
     assert cli.main(["ls"]) == ExitCode.INTERRUPTED
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_a_closed_pipe_is_no_traceback():

@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(error)
         return int(error.exit_code)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:  # the reader went away (`| head`): nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

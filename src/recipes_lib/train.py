@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-from recipes_lib.errors import DataError, RecipeError, RecipesError, print_error
+from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.faults import explain_fault
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
-from recipes_lib.training.ranks import end_process, note_error, rank
-
-EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
+from recipes_lib.training.ranks import EXIT_CODE_FILE, end_process, note_error, rank
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -44,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_gpus_out()
     recipe = None
     try:
-        recipe = load_recipe(options.recipe, overrides)
-        code = train(recipe, RunDirectory(recipe.name), options)
+        with ending_at_once():
+            recipe = load_recipe(options.recipe, overrides)
+            code = train(recipe, RunDirectory(recipe.name), options)
     except RecipesError as error:
         if options.debug:
             raise
@@ -66,6 +68,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_error(message)
         return exit_status(int(message.exit_code), on_every_rank=same_everywhere)
     return exit_status(code, on_every_rank=True)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let a signal end this process with one line, until the session listens: an exception could be lost or disguised inside an import."""
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
+        if os.getpid() != process:  # a worker that was forked from it
+            os._exit(code)
+        if rank() == 0:
+            what = "interrupted" if number == signal.SIGINT else "stopped"
+            line = f"{what} before the first step: nothing is lost, the same command starts it again\n"
+            os.write(2, line.encode())
+        os._exit(exit_status(int(code), on_every_rank=True))
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int:

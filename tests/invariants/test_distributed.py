@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -161,3 +162,81 @@ def worker(launcher_pid: int, rank: int) -> int:
 def test_a_token_cap_makes_ranks_meet_and_changes_no_loss(launcher, compared, config: str) -> None:
     launcher.train(f"run.name=capped-{config}", "run.max_tokens_per_micro_batch=300", config=config)
     assert launcher.series(f"capped-{config}", "loss") == pytest.approx(launcher.series(config, "loss"), rel=SUM_ORDER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+def test_a_final_check_that_takes_longer_than_ddp_timeout_ends_the_run_as_finished(launcher, config: str) -> None:
+    name = f"slow-check-{config}"
+    command = launcher.command(f"run.name={name}", "train.max_steps=2", "train.ddp_timeout=20", config=config)
+    command[command.index("-m") : command.index("-m") + 2] = [str(Path(__file__).with_name("slow_check.py"))]
+    code, said = launcher.wait(launcher.start(command, SLOW_CHECK_S="35"))
+    assert code == 0 and "finished: " in said, said[-3000:]
+    assert launcher.state(name)["state"] == "finished"
+
+
+def watched(launcher, name: str, *overrides: str) -> dict[int, tuple[int, list[int]]]:
+    """Train under FSDP2 on two ranks; return how often each shared gradients out, and the pieces of each of its micro-batches."""
+    command = launcher.command(f"run.name={name}", *overrides, config="fsdp_cpu")
+    command[command.index("-m") : command.index("-m") + 2] = [str(Path(__file__).with_name("watched.py"))]
+    code, said = launcher.wait(launcher.start(command))
+    assert code == 0, said[-3000:]
+    found = re.findall(r"rank (\d): (\d+) exchanges; pieces (\[.*?\])", said)
+    return {int(rank): (int(exchanges), json.loads(pieces)) for rank, exchanges, pieces in found}
+
+
+@pytest.mark.slow
+def test_under_fsdp2_ranks_with_unlike_numbers_of_pieces_meet_and_share_adapter_gradients_out_once_per_step(launcher) -> None:
+    accumulating = ["train.per_device_train_batch_size=2", "train.max_steps=6"]  # two micro-batches per step
+    whole = watched(launcher, "uncapped", *accumulating)
+    pieces = watched(launcher, "in-pieces", *accumulating, "run.max_tokens_per_micro_batch=270")
+    assert any(first != second for first, second in zip(pieces[0][1], pieces[1][1], strict=True))
+    assert pieces[0][0] == pieces[1][0] == whole[0][0] == whole[1][0] > 0
+    for key in ("loss", "grad_norm"):
+        assert launcher.series("in-pieces", key) == pytest.approx(launcher.series("uncapped", key), rel=SUM_ORDER)
+
+
+@pytest.fixture(scope="module")
+def larger_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """110 MB of float32 weights: enough to be seen in the memory of a process."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("larger")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_batches_and_the_plan_knows(launcher, larger_model) -> None:
+    """Measured as the peak memory of a process, against a training that is told to share gradients out once per step."""
+    from recipes_lib.planning.plan import plan_recipe
+    from recipes_lib.recipe.recipe import load_recipe
+
+    once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
+    overrides = [
+        f"model.name_or_path={larger_model}",
+        "lora=null",
+        "train.per_device_train_batch_size=1",
+        "run.global_batch_size=4",
+        "train.max_steps=2",
+    ]
+    overrides += ["train.logging_steps=1", "train.eval_strategy='no'", "train.save_strategy='no'"]
+    measured, planned = {}, {}
+    for name, more in (("each", []), ("once", [once])):
+        said = launcher.train(f"run.name=shared-{name}", *overrides, *more, config="fsdp_cpu")
+        assert ("each rank keeps its share" in said) is (name == "each"), said
+        measured[name] = max(launcher.series(f"shared-{name}", "peak_memory_gib")) * 2**30
+        planned[name] = plan_recipe(load_recipe(launcher.recipe, [*overrides, *more]), accelerate="fsdp_cpu").memory.gradients * 2**30
+    whole = 4 * sum(parameter.numel() for parameter in load_model(larger_model).parameters())
+    assert planned["once"] - planned["each"] == pytest.approx(whole, rel=0.01)
+    assert measured["once"] - measured["each"] == pytest.approx(planned["once"] - planned["each"], rel=0.3)
+    assert launcher.series("shared-once", "loss") == pytest.approx(launcher.series("shared-each", "loss"), rel=SUM_ORDER)
+
+
+def load_model(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)

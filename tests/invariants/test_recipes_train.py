@@ -55,6 +55,60 @@ def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(launcher, c
     assert "Traceback" not in said, said[-3000:]
 
 
+@pytest.mark.parametrize("seconds", [1, 4])
+@pytest.mark.parametrize("start", ["cpu", "ddp_cpu", "without recipes train"])
+def test_ctrl_c_while_a_training_starts_is_one_line_and_130(launcher, start: str, seconds: int) -> None:
+    name = f"hasty-{start.replace(' ', '-')}-{seconds}"
+    words = [f"run.name={name}", *LONG]
+    command = launcher.command(*words) if start == "without recipes train" else verb(launcher, "--accelerate", start, *words)
+    child = launcher.start(command)
+    time.sleep(seconds)
+    started = (launcher.run(name) / "metrics.jsonl").is_file()
+    os.kill(child.pid, signal.SIGINT)
+    code, said = launcher.wait(child)
+    assert code == 130 and "Traceback" not in said, said[-3000:]
+    if not started:
+        after = [line for line in said.splitlines() if "interrupted" in line or "stopp" in line]
+        assert after == said.splitlines()[-1:] and after[0].startswith("interrupted"), said[-3000:]
+
+
+def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_command_makes_it_up(launcher) -> None:
+    """The checkpoint of the last step is there before that validation begins, and its progress is shown."""
+    words = ["train.max_steps=4", "train.save_steps=4", "train.eval_steps=4", "train.per_device_eval_batch_size=1"]
+    launcher.train("run.name=patient", *words)
+    script = str(Path(__file__).with_name("slow_validation.py"))
+    child = launcher.start([sys.executable, script, str(launcher.recipe), *words, "run.name=hurried"])
+    checkpoint, end = launcher.run("hurried") / "checkpoints" / "checkpoint-4", time.monotonic() + 90
+    while not (checkpoint / "COMPLETE.json").is_file():
+        assert child.poll() is None and time.monotonic() < end, "no checkpoint before the validation"
+        time.sleep(0.05)
+    time.sleep(2)
+    assert "eval_loss" not in (launcher.run("hurried") / "metrics.jsonl").read_text()
+    os.kill(child.pid, signal.SIGINT)
+    code, said = launcher.wait(child)
+    assert code == 130 and "Traceback" not in said, said[-3000:]
+    assert "step 4/4  validation: " in said and "stopping in a checkpoint after this step or validation batch" in said
+    assert "stopped in the validation after the last step, step 4/4: checkpoint-4 is complete" in said
+    said = launcher.train("run.name=hurried", *words)
+    assert "resuming checkpoint-4" in said and launcher.state("hurried")["state"] == "finished"
+    assert launcher.adapter("hurried") == launcher.adapter("patient")
+    for key in ("loss", "eval_loss", "mean_token_accuracy"):
+        assert launcher.series("hurried", key) == launcher.series("patient", key)
+
+
+@pytest.mark.parametrize(("number", "code"), [CTRL_C, TERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_to_every_process_of_a_training_spares_its_data_workers_until_the_checkpoint(launcher, number: int, code: int) -> None:
+    """A terminal sends Ctrl-C, and Slurm SIGTERM, to data workers too: without them there is no last step."""
+    name = f"group-{code}"
+    child = launcher.start(launcher.command(f"run.name={name}", "train.dataloader_num_workers=2", *LONG))
+    wait_for_step(launcher, name, child)
+    os.killpg(child.pid, number)
+    stopped, said = launcher.wait(child)
+    assert (stopped, launcher.state(name)["state"]) == (code, "preempted"), said[-3000:]
+    assert said.count("stopping in a checkpoint") == (number == signal.SIGINT), said[-3000:]
+    assert "Traceback" not in said
+
+
 def test_a_port_that_is_in_use_stops_no_training(launcher) -> None:
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -76,8 +130,11 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
     time.sleep(0.1)
     if child.poll() is None:
         os.kill(child.pid, signal.SIGINT)
-    code, _ = launcher.wait(child)
+    code, said = launcher.wait(child)
     assert code == 130
+    complete = sorted(path.parent.name for path in (launcher.run(name) / "checkpoints").glob("*/COMPLETE.json"))
+    assert (f"resume from {complete[-1]}" if complete else "there is no complete checkpoint") in said, said[-2000:]
+    assert (launcher.state(name)["state"], launcher.state(name)["exit_code"]) == ("preempted", 130)
     end = time.monotonic() + 5  # a killed process takes a moment to give its memory back
     while left := [
         pid for pid in Path("/proc").iterdir() if pid.name.isdigit() and runs(pid, f"run.name={name}") and runs(pid, str(launcher.recipe))

@@ -66,6 +66,19 @@ def test_full_fine_tuning_under_fsdp_keeps_float32_and_shares_it_out() -> None:
     assert four.weights + four.gradients + four.optimizer == pytest.approx(6_738_415_616 * 16 / 4 / GIB)
 
 
+def test_under_fsdp_gradients_that_wait_for_the_end_of_the_step_are_counted_whole() -> None:
+    once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
+    shared, kept = plan(FULL), plan(FULL, once)
+    assert shared.batches.accumulation > 1
+    assert kept.memory.gradients - shared.memory.gradients == pytest.approx(6_738_415_616 * 4 / GIB)  # 25 GiB on every GPU
+    for words in ((), ("run.max_tokens_per_micro_batch=1024", "run.global_batch_size=8")):  # adapters, by accumulation and by pieces
+        adapters = plan(LORA, *words, gpus=2, accelerate="fsdp")
+        assert adapters.batches.forward_passes > 1
+        assert adapters.memory.gradients == pytest.approx(adapters.settings.trained_parameters * 4 * 1.5 / GIB)
+    one_pass = plan(LORA, "run.global_batch_size=8", gpus=2, accelerate="fsdp")
+    assert one_pass.memory.gradients == pytest.approx(one_pass.settings.trained_parameters * 4 / 2 / GIB)
+
+
 def test_what_saves_memory_in_the_docs_saves_memory_in_the_plan() -> None:
     base = plan(LORA).memory.peak
     for words in (

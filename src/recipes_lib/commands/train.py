@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +22,13 @@ from recipes_lib.errors import ExitCode, print_error
 from recipes_lib.planning.cards import cards_here
 from recipes_lib.recipe.launch import Launch, place_machine, plan_launch_of
 from recipes_lib.recipe.recipe import Recipe, load_recipe
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.runs.directory import RunDirectory, State
+from recipes_lib.runs.lock import is_held
 from recipes_lib.terminal import at_least, next_step, say, show_command
-from recipes_lib.train import EXIT_CODE_FILE
+from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
+from recipes_lib.training.ranks import EXIT_CODE_FILE, SEEN, STAGE_FILE
 
+LETTING_GO_S = 5.0
 OPTIONS = ("accelerate", "gpus", "nodes")
 PLACE = ("machine_rank", "main_process_ip", "main_process_port")
 FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code", "debug")
@@ -114,30 +118,47 @@ def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
 def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     """Run the command in its own process group and return what the training script reported.
 
-    A first Ctrl-C or SIGTERM asks for a checkpoint, a second Ctrl-C ends everything at once.
+    A first Ctrl-C or SIGTERM asks for a checkpoint, a second Ctrl-C ends everything at once; so does the first before the first step,
+    when there is nothing to save.
     """
     run = RunDirectory(recipe.name)
     expected = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "exit_code"
-        environment = {**os.environ, "RECIPES_EXPECT": json.dumps(expected), EXIT_CODE_FILE: str(report)}
+        stage_file = Path(folder) / "stage"
+        environment = {**os.environ, EXIT_CODE_FILE: str(report), STAGE_FILE: str(stage_file)}
+        environment["RECIPES_EXPECT"] = json.dumps(expected)
         if launch.config.use_cpu:
             environment["ACCELERATE_USE_CPU"] = "true"  # one process is started without accelerate launch, which would say it
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        child: subprocess.Popen[bytes] | None = None
         asked: list[int] = []
+        at_once = ""
 
         def forward(number: int, frame: FrameType | None) -> None:
             asked.append(number)
-            if asked.count(signal.SIGINT) > 1:
+            if child is not None:
+                answer(child, number)
+
+        def answer(child: subprocess.Popen[bytes], number: int) -> None:
+            nonlocal at_once
+            stage = _read_stage(stage_file)
+            if at_once:
+                return
+            if stage is None or asked.count(signal.SIGINT) > 1:
+                at_once = "before the first step" if stage is None else "at once"
                 _kill_all(child.pid, report)
-            elif launch.world_size == 1:
+                return
+            if launch.world_size == 1:
                 child.send_signal(number)
-            elif run.path.is_dir():  # the launcher would kill its workers after 30 s: ask them through the file instead
+            else:  # the launcher would kill its workers after 30 s: ask them through the file instead
                 run.stop_file.write_text("INT" if number == signal.SIGINT else "", encoding="utf-8")
-                say("stopping at the end of this step (Ctrl-C again ends it at once) ...")
+            say(SEEN[stage])
 
         before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
         try:
+            child = subprocess.Popen(command, env=environment, start_new_session=True)
+            if asked:  # while it was being started
+                answer(child, asked[-1])
             child.wait()
         finally:
             for number, handler in before.items():
@@ -145,18 +166,46 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
         _kill_all(child.pid, report)  # no rank outlives its launcher
         reported = report.is_file()
         code = int(report.read_text(encoding="utf-8")) if reported else child.returncode
-    if not reported and not launch.rank and not report_is_final(run):
+    if at_once and not reported:
+        code = ExitCode.INTERRUPTED if signal.SIGINT in asked else ExitCode.PREEMPTED
+        what = "interrupted" if signal.SIGINT in asked else "stopped"
+        if not launch.rank:
+            note_end(run, "preempted", code, f"{what} {at_once}")
+            say(f"{what} {at_once}: {how_to_go_on(run)}")
+    elif not reported and not launch.rank and note_end(run, "failed", ExitCode.FAILED, "the process ended without a word"):
         say(f"the training ended without a word (exit {code}); what it saved is kept")
-        next_step("run the same command again to resume from the newest complete checkpoint")
-    return ExitCode.INTERRUPTED if asked.count(signal.SIGINT) > 1 else ExitCode.FAILED if code < 0 else code
+        next_step(how_to_go_on(run))
+    return ExitCode.FAILED if code < 0 else code
 
 
-def report_is_final(run: RunDirectory) -> bool:
-    """Whether run.json says how the run ended; a training that was killed left it `running`, which is put right here."""
-    if not run.exists() or run.read_state()["state"] != "running":
-        return True
-    run.write_state("failed", exit_code=int(ExitCode.FAILED), error="the process ended without a word")
-    return False
+def note_end(run: RunDirectory, state: State, code: ExitCode, error: str) -> bool:
+    """Record how a training that was killed ended, which left run.json `running`; return whether it had.
+
+    A run that another process holds is that one's; a killed rank takes a moment to let go.
+    """
+    end = time.monotonic() + LETTING_GO_S
+    while is_held(run.path) and time.monotonic() < end:
+        time.sleep(0.1)
+    if not run.exists() or run.read_state()["state"] != "running" or is_held(run.path):
+        return False
+    run.write_state(state, exit_code=int(code), error=error)
+    return True
+
+
+def how_to_go_on(run: RunDirectory) -> str:
+    """Return what the same command will do: go on from the newest complete checkpoint, or begin where there is none."""
+    complete = [path for path in list_checkpoints(run.checkpoints) if what_is_missing(path) is None]
+    if complete:
+        return f"run the same command again to resume from {complete[-1].name}"
+    return "there is no complete checkpoint, the same command starts from the beginning"
+
+
+def _read_stage(file: Path) -> str | None:
+    """Return how far the training is (`ranks.tell_stage`), or None before its first step."""
+    try:
+        return file.read_text(encoding="utf-8") or None
+    except FileNotFoundError:
+        return None
 
 
 def _kill_all(launcher: int, report: Path) -> None:

@@ -143,13 +143,13 @@ def _autocast_copies(settings: Settings) -> float:
 def head_bytes(settings: Settings, tokens: int) -> float:
     """Return what the fused LM head takes for a moment: one tile of logits, and the gradient of its input in float32.
 
-    Full fine-tuning also holds the head's gradient in float32 there.
+    Full fine-tuning also holds the head's gradient in float32 there (counted with the gathered layers under FSDP2).
     """
     if settings.device == "cpu":
         tile = CPU_TILE * settings.shape.vocabulary * (settings.compute_bytes + 8)
     else:
         tile = min(tokens, CHUNK_TOKENS) * CHUNK_VOCABULARY * settings.compute_bytes
-    trained = settings.shape.vocabulary * settings.shape.hidden * 4 if settings.adapter is None else 0
+    trained = settings.shape.vocabulary * settings.shape.hidden * 4 if settings.adapter is None and not settings.sharded else 0
     return tile + tokens * settings.shape.hidden * 4 + trained
 
 

@@ -138,7 +138,9 @@ def _steady(settings: Settings) -> Memory:
         adapter = trained * width / GIB
     elif settings.bits is None:
         whole = whole * width / settings.weight_bytes
-    gradients = trained * width / shards
+    gradients: float = trained * width / shards
+    if settings.sharded and settings.accumulates and not settings.shares_each_batch:
+        gradients += trained * (4 if settings.autocast else width)  # whole, until the last backward pass of the step shares them out
     if not settings.sharded and settings.world_size > 1:
         gradients *= 2  # DDP's buckets hold a copy
     return Memory(
@@ -155,13 +157,16 @@ def _steady(settings: Settings) -> Memory:
 
 
 def _gathered(settings: Settings) -> float:
-    """Bytes of whole layers under FSDP2: embeddings and head all the time; two blocks (this and the next), or all without resharding."""
+    """Bytes of whole layers under FSDP2: embeddings and head all the time; two blocks (this and the next), or all without resharding.
+
+    Full fine-tuning adds their gradients before they are shared out: those of embeddings and head until the backward pass ends.
+    """
     if not settings.sharded:
         return 0.0
     shape = settings.shape
     blocks = weight_gib(settings) * GIB - (shape.parameters - shape.linear_parameters) * settings.weight_bytes
     block = blocks / shape.layers
-    trained = (settings.trained_parameters / shape.layers) * 4 if settings.adapter is None else 0  # gradients before they are shared out
+    trained = (settings.trained_parameters / shape.layers + shape.embedding_parameters) * 4 if settings.adapter is None else 0
     return shape.embedding_parameters * settings.weight_bytes + (2 * block if settings.reshard else blocks) + trained
 
 

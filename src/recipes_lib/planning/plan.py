@@ -167,6 +167,7 @@ def _plan(
     recipe: Recipe, launch: Launch, card: Card, settings: Settings, lengths: Lengths, accumulation: int, own: Settings | None = None
 ) -> Plan:
     batches = batches_of(settings, lengths, recipe.train, accumulation)
+    settings = replace(settings, accumulates=batches.forward_passes > 1)
     eval_tokens, per_pass = _validation(settings, lengths)
     validation = per_pass * validations(batches.steps, batches.steps_per_epoch, recipe.train)
     return Plan(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes_lib.planning.shapes import ModelShape
+from recipes_lib.recipe.batch import written_sync
 from recipes_lib.recipe.defaults import MAX_LENGTH
 from recipes_lib.recipe.launch import Launch
 from recipes_lib.recipe.recipe import Recipe
@@ -53,6 +54,8 @@ class Settings:
         max_length: rows are cut there; None for no cut.
         max_tokens: cap on the tokens of one forward pass (`run.max_tokens_per_micro_batch`).
         reshard: under FSDP2, whether gathered weights are freed after the forward pass.
+        sync_each_batch: under FSDP2, whether gradients are shared out after every backward pass; None as `shares_each_batch` has it.
+        accumulates: whether a step has several backward passes; the plan finds out.
         device: gpu or cpu.
     """
 
@@ -77,6 +80,8 @@ class Settings:
     world_size: int
     sharded: bool
     reshard: bool = True
+    sync_each_batch: bool | None = None
+    accumulates: bool = False
     device: str = "gpu"
     per_machine: int = 1
 
@@ -101,6 +106,12 @@ class Settings:
     def trained_parameters(self) -> int:
         """How many parameters are trained."""
         return self.shape.parameters if self.adapter is None else self.adapter.parameters(self.shape)
+
+    @property
+    def shares_each_batch(self) -> bool:
+        """Whether FSDP2 shares gradients out after every backward pass: unless told otherwise, those of whole layers."""
+        whole_layers = self.adapter is None or self.adapter.extra_parameters > 0
+        return whole_layers if self.sync_each_batch is None else self.sync_each_batch
 
     @property
     def masked(self) -> bool:
@@ -151,6 +162,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
         world_size=launch.world_size,
         per_machine=launch.per_machine,
         sharded=sharded,
+        sync_each_batch=written_sync(recipe),
         reshard=bool(launch.config.fsdp.get("fsdp_reshard_after_forward", True)),
         device="cpu" if on_cpu else "gpu",
     )

@@ -25,6 +25,24 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
         raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
 
 
+def sync_each_batch(recipe: Recipe) -> bool:
+    """Return whether FSDP2 shares out the gradients of every backward pass, instead of once per optimizer step.
+
+    Between two passes a process then keeps its share of them; else it keeps all of them, in float32. For adapters that is little, and one
+    exchange per step is faster; for a whole model it is 4 bytes per parameter on every GPU, however many share the rest. A recipe decides
+    itself with `train.accelerator_config.gradient_accumulation_kwargs.sync_each_batch`.
+    """
+    written = written_sync(recipe)
+    return recipe.lora is None or bool(recipe.lora.get("modules_to_save")) if written is None else written
+
+
+def written_sync(recipe: Recipe) -> bool | None:
+    """Return what the recipe itself says about `sync_each_batch`, or None."""
+    config = recipe.train.get("accelerator_config")
+    settings = (config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None) or {}
+    return settings.get("sync_each_batch")
+
+
 def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:
     """Return the gradient accumulation steps that make one optimizer step see exactly `global_batch_size` examples.
 

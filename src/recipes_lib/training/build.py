@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.recipe.batch import sync_each_batch
 from recipes_lib.training.row_tracking import ROW
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def build_trainer(
         row_ids=list(data.train["example_id"]),
         marker_facts=marker_facts,
     )
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = sync_each_batch(recipe)
     if args.fp16:
         raise_trained_weights(trainer.model)
     trainer.remove_callback(ProgressCallback)
@@ -176,3 +179,11 @@ def describe_trainable(model: Any, *, raised: bool = False) -> str:
     frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad and p.dtype != torch.uint8}
     base = f"; base {'NF4 in ' + str(quantized) + ' layers' if quantized else ', '.join(sorted(frozen))}" if frozen or quantized else ""
     return f"{count:,} of {total:,} parameters in {precision}{base}"
+
+
+def describe_exchange(model: Any, each_batch: bool) -> str:
+    """Return when FSDP2 shares the gradients out, and what each process keeps until then."""
+    if each_batch:
+        return "shared out after every backward pass (sync_each_batch), each rank keeps its share"
+    whole = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * 4 / 2**20
+    return f"shared out once per step, each rank keeps all of them until then: {whole:,.1f} MiB"

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from recipes_lib.json_files import read_rows, rows_from_the_end
 from recipes_lib.terminal import say
 
+SAY_EVERY_S = 10.0
 KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 
@@ -72,6 +73,7 @@ class MetricsCallback(TrainerCallback):
         self.seconds = 0.0
         self._last = (time.monotonic(), 0)
         self._started = (time.monotonic(), 0)
+        self._validation = _Validation()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start the clock, and the bar on a terminal."""
@@ -110,6 +112,18 @@ class MetricsCallback(TrainerCallback):
         self._show(line, state)
         self.seconds += time.perf_counter() - begun
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Say now and then how far a validation is: that of a large set takes minutes, and the last one comes after the last step."""
+        text = self._validation.after_batch(len(eval_dataloader))
+        if text is None or self.quiet or not state.is_world_process_zero:
+            return
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            say(f"step {state.global_step}/{state.max_steps}  {text}")
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the bar."""
         if self.bar is not None:
@@ -135,9 +149,35 @@ class MetricsCallback(TrainerCallback):
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self._started[1]
         seconds = (time.monotonic() - self._started[0]) / max(done, 1) * (state.max_steps - state.global_step)
-        minutes, seconds = divmod(int(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return _clock(seconds)
+
+
+class _Validation:
+    """How far a pass over the validation set is."""
+
+    def __init__(self) -> None:
+        self.started = self.said = time.monotonic()
+        self.done = 0
+
+    def after_batch(self, batches: int) -> str | None:
+        """Count one batch of a pass; return the words for it every `SAY_EVERY_S` seconds."""
+        now = time.monotonic()
+        if self.done in (0, batches):
+            self.started = self.said = now
+            self.done = 0
+        self.done += 1
+        if now - self.said < SAY_EVERY_S:
+            return None
+        self.said = now
+        seconds = (now - self.started) / (self.done - 1) * (batches - self.done)
+        return f"validation: {self.done:,} of {batches:,} batches, {_clock(seconds)} left"
+
+
+def _clock(seconds: float) -> str:
+    """Return minutes and seconds, hours where there are any."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _tokens_at(path: Path, step: int) -> int:

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
+import pickle
 import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"  # where `recipes train` and a cluster job read the exit code, which launchers lose
+STAGE_FILE = "RECIPES_STAGE_FILE"  # where `recipes train` reads how far the training is
+STEPS, CLOSING = "steps", "closing"
+SEEN = {  # what a first Ctrl-C is answered, by stage
+    STEPS: "stopping in a checkpoint after this step or validation batch (Ctrl-C again ends it at once) ...",
+    CLOSING: "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at once) ...",
+}
+LAST_WORDS_S = 60.0  # that a failing rank 0 waits for the others to read why
+
 _working_alone = False
+_meetings = itertools.count()
 _kept: list[object] = []
 
 
 def rank() -> int:
     """This process's rank as the launcher set it; 0 without a launcher. Needs no torch."""
     return int(os.environ.get("RANK", "0"))
+
+
+def tell_stage(stage: str) -> None:
+    """Leave a word for `recipes train`: a Ctrl-C before the first step has nothing to save, one after the last has nothing to stop."""
+    file = os.environ.get(STAGE_FILE)
+    if file and os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):
+            Path(file).write_text(stage, encoding="utf-8")
 
 
 def note_error(error: BaseException) -> None:
@@ -35,9 +55,11 @@ def note_error(error: BaseException) -> None:
 
 
 def on_main_rank(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and return its result on every rank.
+    """Run `work` on rank 0 and return its result on every rank, however long it takes.
 
-    Inside `work` a further call just runs: the other ranks wait for the outer result and would take the inner one for it.
+    The result goes through the store that the processes met in, not through a collective: `train.ddp_timeout` ends a collective, and
+    hashing or reloading the weights of a large model may take longer. Inside `work` a further call just runs: the other ranks wait for the
+    outer result and would take the inner one for it.
 
     Raises:
         Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set.
@@ -47,20 +69,66 @@ def on_main_rank(work: Callable[[], T]) -> T:
     global _working_alone
     if _working_alone or not (dist.is_available() and dist.is_initialized()):
         return work()
-    outcome: list[object] = [None, None]
+    store, key = _meeting()
     if dist.get_rank() == 0:
         _working_alone = True
         try:
-            outcome[0] = work()
+            outcome: tuple[T | None, Exception | None] = (work(), None)
         except Exception as error:
-            outcome[1] = error
+            error.on_every_rank = True  # type: ignore[attr-defined]
+            outcome = (None, error)
         finally:
             _working_alone = False
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[1], Exception):
-        outcome[1].on_every_rank = True  # type: ignore[attr-defined]
+        store.set(key, _pickled(outcome))
+        if outcome[1] is not None:  # this process ends now, and the store perhaps with it
+            _wait(lambda: store.add(f"{key}/read", 0) == dist.get_world_size() - 1, LAST_WORDS_S)
+    else:
+        _wait(lambda: store.check([key]))
+        outcome = pickle.loads(store.get(key))
+        store.add(f"{key}/read", 1)
+    if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def meet() -> None:
+    """Wait until every rank is here, however long one of them reads or writes files: a barrier would end after `train.ddp_timeout`."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and not _working_alone:
+        store, key = _meeting()
+        store.add(key, 1)
+        _wait(lambda: store.add(key, 0) == dist.get_world_size())
+
+
+def _meeting() -> tuple[Any, str]:
+    """Return the store that all processes share, and the name of this meeting there: every rank counts its calls."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store(), f"recipes/{next(_meetings)}"
+
+
+def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
+    """Ask again and again, so that signals are handled meanwhile. A store that is gone raises; a rank that is gone ends its launcher."""
+    end, pause = time.monotonic() + seconds, 0.001
+    while not arrived() and time.monotonic() < end:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)
+
+
+def _pickled(outcome: tuple[Any, Exception | None]) -> bytes:
+    """Return what the other ranks can read: an error that cannot be made again there (some libraries' cannot) becomes its text."""
+    error = outcome[1]
+    try:
+        data = pickle.dumps(outcome)
+        pickle.loads(data)
+    except Exception:
+        if error is None:
+            raise
+        text = RuntimeError(f"{type(error).__name__}: {error}")
+        text.on_every_rank = True  # type: ignore[attr-defined]
+        return pickle.dumps((None, text))
+    return data
 
 
 def agree_on_largest(value: int) -> int:

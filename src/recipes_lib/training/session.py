@@ -17,7 +17,7 @@ from recipes_lib.errors import ExitCode, Interrupted, Preempted, RecipeError, Re
 from recipes_lib.faults import explain_fault
 from recipes_lib.runs.directory import RunDirectory, State
 from recipes_lib.terminal import next_step, say
-from recipes_lib.training.ranks import leave_together, on_main_rank, rank
+from recipes_lib.training.ranks import leave_together, meet, on_main_rank, rank
 
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
@@ -251,6 +251,7 @@ class Session:
         if self.recipe.model.attn_implementation == "flex_attention" and self.active.device.startswith("cpu"):
             raise self.recipe.error(key, f"{key}: flex_attention has no backward pass on a CPU", "use sdpa, or leave the key out")
         self.model = load_model(self.recipe, self.tokenizer, build_quantization_config(self.recipe))
+        meet()  # each rank reads the weights itself, and a slow share serves one after the other
 
     def build_trainer(self) -> None:
         """Build the trainer, and make sure that the distribution is the one that was promised before the model was loaded."""
@@ -270,7 +271,7 @@ class Session:
         from recipes_lib.recipe.architectures import describe_targets
         from recipes_lib.recipe.batch import describe_batch, planned_steps
         from recipes_lib.recipe.schedule import describe_schedule
-        from recipes_lib.training.build import count_quantized, describe_trainable
+        from recipes_lib.training.build import count_quantized, describe_exchange, describe_trainable
 
         args, trainer = self.args, self.trainer
         padding = ", padding-free" if args.padding_free else ", packed" if args.packing else ""
@@ -290,6 +291,8 @@ class Session:
         self.say(f"trains: {describe_trainable(trainer.model, raised=raised)}")
         if self.recipe.lora is not None:
             self.say(describe_targets(trainer.model))
+        if trainer.is_fsdp_enabled and (args.gradient_accumulation_steps > 1 or trainer.max_tokens is not None):
+            self.say(f"gradients: {describe_exchange(trainer.model, trainer.syncs_each_batch)}")
 
     def run_trainer(self) -> None:
         """Train, from the beginning or from the checkpoint, until the planned end or a stop."""
@@ -299,22 +302,14 @@ class Session:
         started = time.monotonic()
         try:
             self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-            if not self.stopped and self.trainer.eval_dataset is not None:
-                self._evaluate_the_end()
         except EvaluationStopped:  # in an evaluation that an earlier stop had put off: the old checkpoint still says so
             pass
         self.seconds = time.monotonic() - started
 
-    def _evaluate_the_end(self) -> None:
-        from recipes_lib.training.metrics import has_evaluation
-
-        if not has_evaluation(self.trainer.state.log_history, self.trainer.state.global_step):
-            self.trainer.evaluate()
-
     @property
     def stopped(self) -> bool:
-        """Whether all ranks agreed to stop before the planned end."""
-        return bool(self.stop.agreed) and self.trainer.state.global_step < self.trainer.state.max_steps
+        """Whether all ranks agreed to stop before the planned end, or in the validation after it."""
+        return bool(self.stop.agreed)
 
     # ---- The end ----
 
@@ -326,9 +321,10 @@ class Session:
 
         def record() -> None:
             self.run.stop_file.unlink(missing_ok=True)
-            step = self.trainer.state.global_step
+            step, last = self.trainer.state.global_step, self.trainer.state.max_steps
             self.run.write_state("preempted", exit_code=int(code), step=step, error=None)
-            say(f"stopped at step {step}/{self.trainer.state.max_steps}: checkpoint-{step} is complete (exit code {int(code)})")
+            where = "in the validation after the last step," if step >= last else "at"
+            say(f"stopped {where} step {step}/{last}: checkpoint-{step} is complete (exit code {int(code)})")
             next_step("run the same command again to resume")
 
         on_main_rank(record)
@@ -342,6 +338,7 @@ class Session:
         from recipes_lib.training.hub import push_finished_run
         from recipes_lib.training.summary import beside_the_plan, summarise
 
+        self.stop.close()
         summary = on_main_rank(lambda: summarise(self))
         self.say("saving the weights, and reloading them to check that they are what was trained ...")
         check = save_and_check(self.trainer, self.recipe, self.data, self.run, summary)

@@ -2,7 +2,8 @@
 
 SIGTERM, SIGUSR2 (what a Slurm job forwards before its time limit) and a file `STOP` in the run directory ask for a checkpoint
 and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code 130, a second SIGINT ends the process at once. One rank's
-request is enough: at the end of each step all ranks take the largest request and act on it together.
+request is enough: at the end of each step, and at each batch of a validation, all ranks take the largest request and act on it together.
+After the last step only a validation can be cut short: the run's last checkpoint says that it is still due.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes_lib.errors import ExitCode, Interrupted, Preempted
-from recipes_lib.training.ranks import agree_on_largest
+from recipes_lib.training.ranks import CLOSING, SEEN, STAGE_FILE, STEPS, agree_on_largest, rank, tell_stage
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
@@ -32,18 +33,31 @@ class StopRequest:
     """What this process was asked to do, set by signal handlers; `agreed` is what all ranks decided.
 
     Before the first step there is nothing to save, so a signal ends the process at once; `wait_for_step` begins the time in which
-    a signal waits for the end of the step.
+    a signal waits for the end of the step, `close` that in which the weights are saved and checked, which a first signal does not stop.
     """
 
     def __init__(self, stop_file: Path) -> None:
         self.stop_file = stop_file
         self.requested = NOTHING
         self.agreed = NOTHING
-        self.waits_for_step = False
+        self.stage = ""
+        self.process = os.getpid()
 
     def wait_for_step(self) -> None:
-        """From now on a request is noted and acted on at the end of a step."""
-        self.waits_for_step = True
+        """From now on a request is noted and acted on at the end of a step.
+
+        Raises:
+            Preempted, Interrupted: a signal came before, and what it raised was lost inside a library.
+        """
+        if self.requested != NOTHING:
+            raise before_first_step(self.requested)
+        self.stage = STEPS
+        tell_stage(STEPS)
+
+    def close(self) -> None:
+        """From now on there is nothing to stop: what remains is to save and check the weights."""
+        self.stage = CLOSING
+        tell_stage(CLOSING)
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -56,17 +70,32 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _in_a_worker(self, code: ExitCode) -> bool:
+        """Whether this is a process forked from the training, which gets signals of its own from a terminal and from Slurm.
+
+        One that prepares data ends; one that loads data goes on, because the training needs its rows for the step that it finishes.
+        """
+        if os.getpid() != self.process and not self.stage:
+            os._exit(code)
+        return os.getpid() != self.process
+
     def _on_preempt(self, number: int, frame: FrameType | None) -> None:
-        if not self.waits_for_step:
-            raise Preempted("stopped before the first step; nothing is lost", "the same command starts it again")
+        if self._in_a_worker(ExitCode.PREEMPTED):
+            return
         self.requested = max(self.requested, PREEMPT)
+        if not self.stage:
+            raise before_first_step(PREEMPT)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self.waits_for_step:
-            raise Interrupted("interrupted before the first step; nothing is lost", "the same command starts it again")
+        if self._in_a_worker(ExitCode.INTERRUPTED):
+            return
         if self.requested == INTERRUPT:
             os._exit(ExitCode.INTERRUPTED)
         self.requested = INTERRUPT
+        if not self.stage:
+            raise before_first_step(INTERRUPT)
+        if rank() == 0 and STAGE_FILE not in os.environ:  # else `recipes train` says it
+            os.write(2, f"{SEEN[self.stage]}\n".encode())  # print may be in the middle of a line
 
     def agree(self) -> int:
         """Return what all ranks do: the largest request of any rank. Every rank must call this at the same point."""
@@ -80,6 +109,12 @@ class StopRequest:
             return INTERRUPT if self.stop_file.read_text().strip() == "INT" else PREEMPT
         except FileNotFoundError:
             return NOTHING
+
+
+def before_first_step(request: int) -> Preempted | Interrupted:
+    """Return how a request ends a process that has nothing to save."""
+    kind, what = (Interrupted, "interrupted") if request == INTERRUPT else (Preempted, "stopped")
+    return kind(f"{what} before the first step: nothing is lost, the same command starts it again")
 
 
 class StopCallback(TrainerCallback):
@@ -110,6 +145,6 @@ class StopCallback(TrainerCallback):
         return control
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A request during an evaluation cuts it short."""
-        if state.global_step < state.max_steps and self.request.agree() != NOTHING:
+        """A request during an evaluation cuts it short, that of the last step too."""
+        if self.request.agree() != NOTHING:
             raise EvaluationStopped

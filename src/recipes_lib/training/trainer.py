@@ -18,10 +18,12 @@ What is added, and why:
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
+import signal
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from recipes_lib.runs.resume_guard import differences
 from recipes_lib.training import checkpoints
 from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.micro_batches import filler, split_batch
-from recipes_lib.training.ranks import agree_on_largest, on_main_rank
+from recipes_lib.training.ranks import agree_on_largest, meet, on_main_rank
 from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
 from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
 from recipes_lib.training.token_loss import TokenCounts, add_token_loss, can_score_itself, gather_trained_head
@@ -153,6 +155,13 @@ class RecipeTrainer(SFTTrainer):
         error.on_every_rank = True  # type: ignore[attr-defined]  # norm and logged loss are global numbers
         return error
 
+    # ---- Gradients of several backward passes ----
+
+    @property
+    def syncs_each_batch(self) -> bool:
+        """Whether FSDP2 shares out the gradients of every backward pass (`recipe.batch.sync_each_batch`)."""
+        return self.is_fsdp_enabled and bool(self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"))
+
     # ---- The loss, and what is counted beside it ----
 
     def _set_up_loss(self) -> None:
@@ -225,17 +234,45 @@ class RecipeTrainer(SFTTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, model: torch.nn.Module, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        random_state = _random_state() if self.control.should_evaluate else None
-        try:
+        last = self.state.global_step >= self.state.max_steps
+        if last and self.control.should_save and self.control.should_evaluate:  # the trained weights must not wait for a long validation
+            self.control.should_evaluate = False
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+            self.control.should_save, self.control.should_evaluate = False, True
+        with self._stopping_in_an_evaluation(model, trial) if self.control.should_evaluate else contextlib.nullcontext():
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+            if last:
+                self._note_best_checkpoint()
+
+    @contextlib.contextmanager
+    def _stopping_in_an_evaluation(self, model: torch.nn.Module, trial: Any = None) -> Iterator[None]:
+        """Turn an evaluation that a stop request cuts short into a checkpoint that says it is still due."""
+        random_state = _random_state()
+        try:
+            yield
         except EvaluationStopped:
-            assert random_state is not None
             _restore_random_state(random_state)
             self.stop_callback.evaluation_pending = True
             self.control.should_evaluate = False
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self.control.should_training_stop = True
+
+    def _note_best_checkpoint(self) -> None:
+        """Let the checkpoint of the last step, saved before its evaluation, be the best one if that is what the evaluation found."""
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if self.args.load_best_model_at_end and self.state.best_global_step == step and on_main_rank(folder.is_dir):
+            self.state.best_model_checkpoint = str(folder)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, after the evaluation of the last step where none was made: one that a stop put off, or `train.eval_delay`."""
+        step = self.state.global_step
+        if not self.stop.agreed and self.eval_dataset is not None and not has_evaluation(self.state.log_history, step):
+            with self._stopping_in_an_evaluation(self.model_wrapped):
+                self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+                self._note_best_checkpoint()
+        return super()._finalize_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, which trains one step too many when it resumes from the checkpoint of the last planned step."""
@@ -263,7 +300,11 @@ class RecipeTrainer(SFTTrainer):
     def _training_step_in_pieces(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, max_tokens: int
     ) -> torch.Tensor:
-        """One micro-batch in pieces of at most `max_tokens`; every rank makes as many pieces as the rank that needs most."""
+        """One micro-batch in pieces of at most `max_tokens`; every rank makes as many pieces as the rank that needs most.
+
+        Gradients are exchanged as for whole micro-batches: after every piece where `sync_each_batch` says so, else after the last piece of
+        the step. (Leaving accelerate's `no_sync` turns FSDP2's exchange on, whatever was around it.)
+        """
         rows = inputs.pop(ROW, None)
         if rows is not None:
             self.recent_rows.append(rows)
@@ -271,7 +312,8 @@ class RecipeTrainer(SFTTrainer):
         pieces += [filler(inputs)] * (agree_on_largest(len(pieces)) - len(pieces))
         losses = []
         for number, piece in enumerate(pieces, 1):
-            with contextlib.nullcontext() if number == len(pieces) else self.accelerator.no_sync(model):
+            last = number == len(pieces) and self.accelerator.sync_gradients
+            with contextlib.nullcontext() if last or self.syncs_each_batch else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, dict(piece), num_items_in_batch))
         return torch.stack(losses).sum()
 
@@ -329,6 +371,8 @@ class RecipeTrainer(SFTTrainer):
         loader = super()._get_dataloader(*args, **kwargs)
         if self.args.dataloader_persistent_workers:
             loader.base_dataloader.generator = torch.Generator()
+        if self.args.dataloader_num_workers:
+            loader.base_dataloader.worker_init_fn = functools.partial(_init_worker, loader.base_dataloader.worker_init_fn)
         return loader
 
     def _take_unlogged(self) -> dict[str, Any]:
@@ -350,6 +394,11 @@ class RecipeTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written once, beside the final weights, by `training.card`."""
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; the other ranks wait for rank 0, whose files may take longer than the collective that would follow allows."""
+        super().save_model(*args, **kwargs)
+        meet()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with with_settings(self.model, self.base_settings):  # the trainer turned the cache off and router logits on for itself
             super()._save(output_dir, state_dict)
@@ -361,7 +410,8 @@ class RecipeTrainer(SFTTrainer):
         folder = root / f"checkpoint-{self.state.global_step}"
         self._count_tokens()
         unlogged = self._take_unlogged()
-        if folder.is_dir() and checkpoints.what_is_missing(folder) is None:  # only the evaluation after it was put off since
+        # Only the evaluation after it was put off since; rank 0 looks, because a file server shows a new file to some ranks later.
+        if on_main_rank(lambda: folder.is_dir() and checkpoints.what_is_missing(folder) is None):
             on_main_rank(lambda: self._seal(root, folder, unlogged))
             return
         on_main_rank(lambda: self._check_place(root))
@@ -372,7 +422,7 @@ class RecipeTrainer(SFTTrainer):
             if fault is None:
                 raise
             raise EnvironmentFault(f"while saving {folder.name}: {fault.what}", *fault.hints) from None
-        self.accelerator.wait_for_everyone()
+        meet()  # rank 0 may have written longer than `train.ddp_timeout`
         on_main_rank(lambda: self._seal(root, folder, unlogged))
 
     def _check_place(self, root: Path) -> None:
@@ -450,6 +500,15 @@ def precisions(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
     for state in optimizer.state.values():
         found.update(f"{name} {value.dtype}" for name, value in state.items() if isinstance(value, torch.Tensor))
     return {name.replace("torch.", ""): number for name, number in sorted(found.items())}
+
+
+def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """Let a data worker leave SIGTERM to the training. Slurm sends it to every process of a step: workers would end before the checkpoint,
+    and the training with them. They end with the training.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -1,0 +1,29 @@
+"""Train with a final check of the weights that takes SLOW_CHECK_S seconds more: python slow_check.py RECIPE [override ...]."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    from recipes_lib.train import main as train
+    from recipes_lib.training import weights_check
+
+    original = weights_check.check_files
+
+    def check_files(folder: Path, *rest: Any) -> dict[str, Any]:
+        time.sleep(float(os.environ["SLOW_CHECK_S"]))
+        return original(folder, *rest)
+
+    weights_check.check_files = check_files
+    return train(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    from recipes_lib.training.ranks import end_process
+
+    end_process(main())

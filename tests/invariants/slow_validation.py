@@ -1,0 +1,29 @@
+"""Train with a validation of one batch per second, whose progress is said every second: python slow_validation.py RECIPE [override ...]."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+
+def main() -> int:
+    from recipes_lib.train import main as train
+    from recipes_lib.training import metrics
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    original: Any = RecipeTrainer.prediction_step
+
+    def prediction_step(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(1)
+        return original(*args, **kwargs)
+
+    RecipeTrainer.prediction_step = prediction_step
+    metrics.SAY_EVERY_S = 1.0
+    return train(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    from recipes_lib.training.ranks import end_process
+
+    end_process(main())
