@@ -75,6 +75,23 @@ def test_an_unknown_task_and_an_unknown_option_are_named(small_task, make_run):
         evaluate(load_eval(small_task), ["one"], "base")
 
 
+def test_a_limited_run_after_a_full_one_asks_the_model_what_a_cold_one_asks_it(small_task, make_run, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    asked, scored = [], HFLM._loglikelihood_tokens
+
+    def recorded(self, requests, **options):
+        asked.append([request[0] for request in requests])
+        return scored(self, requests, **options)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", recorded)
+    make_run("one", 1)
+    for limit in ("null", "5", "5"):  # full; a subset, in whose batches nothing else may be; again, with nothing to ask
+        evaluate(load_eval(small_task, [f"suite.limit={limit}"]), ["one"])
+    assert [len(requests) for requests in asked] == [16, 10]
+    assert asked[1] == [request for request in asked[0] if request in asked[1]]
+
+
 EVIL = "import pathlib\n\npathlib.Path(__file__).with_name('ran').touch()\n\n\ndef f(*args):\n    return 'x'\n"
 CODE = {
     "a function": ("doc_to_text: !function evil.f", "this task runs code: !function evil.f"),

@@ -1,7 +1,7 @@
 """lm-eval through `simple_evaluate`: adapters without merging, every option under lm_eval's own name, its results kept untouched.
 
 All targets of a base share the loaded model. Under `accelerate launch` every process loads it and does its share of the items. lm-eval's
-cache is keyed without the model, so each model fingerprint has a cache of its own.
+cache is keyed without the model and without what shares a batch, so each model fingerprint and set of requests has a cache of its own.
 """
 
 from __future__ import annotations
@@ -195,7 +195,9 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
     folder = subject.run.path / "evals" / recipe.name
     settings = {name: getattr(suite, name) for name in _PASSED if name != "batch_size"} | suite.options
     command = plain_command(recipe, subject.target)  # on every rank: finding a packaged model is work that the ranks do together
-    cache = folder / "cache" / hash_of(subject.fingerprint, _batch_size(recipe))[:16]
+    # Rounding depends on what shares a batch, so answers of another set of requests are not reused.
+    requests = [suite.tasks, settings, _batch_size(recipe), os.environ.get("WORLD_SIZE", "1")]
+    cache = folder / "cache" / hash_of(subject.fingerprint, requests)[:16]
     with _quiet(), _inside(recipe) as own, _sandboxed(recipe), subject.using() if subject.using else contextlib.nullcontext():
         from lm_eval import simple_evaluate
 
