@@ -46,6 +46,7 @@ class Launcher:
             said, _ = child.communicate(timeout=TIME_LIMIT_S)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
+            self.end_ranks()
             said, _ = child.communicate()
             pytest.fail(f"no end after {TIME_LIMIT_S} s:\n{said[-3000:]}")
         finally:
@@ -54,6 +55,15 @@ class Launcher:
             except ProcessLookupError:
                 pass
         return child.returncode, said
+
+    def end_ranks(self) -> None:
+        """End every process of this recipe: torch's launcher gives ranks sessions of their own, and some wait for each other for ever."""
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(self.recipe).encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+            except OSError:
+                continue
 
     def train(self, *overrides: str, config: str | Path | None = None, **environment: str) -> str:
         code, said = self.wait(self.start(self.command(*overrides, config=config), **environment))
