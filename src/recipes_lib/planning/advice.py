@@ -74,7 +74,7 @@ def largest_cost(plan: Plan) -> Cost | None:
     validating = f"{passes:,} passes over {plan.lengths.validation:,} validation rows"
     padding = 1 - 1 / batches.padding
     costs = [
-        Cost(f"train.{how_often} {train.get(how_often)}", validating, plan.duration.validation),
+        Cost(f"train.{how_often} {train.get(how_often, 'absent')}", validating, plan.duration.validation),
         Cost("train.padding_free false", f"padding is {padding:.0%} of the computed tokens", spent * padding),
         Cost("train.activation_checkpointing true", "every block is computed twice", spent * recomputed * plan.settings.checkpointing),
     ]
