@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,7 @@ from recipes_lib.faults import explain_fault, is_disk_full
         (errno.EROFS, "the file system is read-only: reason (/a/file)", "make it writable again, then run"),
         (errno.EACCES, "cannot read or write: reason (/a/file)", "make it accessible again, then run"),
         (errno.ESTALE, "cannot read or write: reason (/a/file)", "make it accessible again, then run"),
+        (errno.EISDIR, "a file or folder is in the way: reason (/a/file)", "move it away, then run"),
         (errno.EIO, "the disk does not read or write: reason (/a/file)", "dmesg"),
         (errno.ELOOP, "a symbolic link leads to itself: reason (/a/file)", "remove it"),
         (errno.ENOMEM, "out of memory: reason (/a/file)", "ulimit -v"),
@@ -75,3 +79,17 @@ def test_other_errors_are_left_alone() -> None:
             {}["key"]
     except KeyError as error:
         assert explain_fault(error) is None
+
+
+def test_a_limit_on_address_space_that_the_libraries_go_over_is_refused_before_they_are_imported() -> None:
+    """In a process of its own: a limit cannot be taken back. A library would wait for ever for what it does not get."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); from recipes_lib.train import main; "
+        "code = main([sys.argv[1]]); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / "quickstart" / "lora-r8.yaml"
+    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
+    assert done.stderr == (
+        "out of memory: the limit on address space is 2.0 GiB, and the libraries alone take 2.5 GiB\n  raise it: ulimit -v unlimited\n"
+    )

@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        fault = None if isinstance(error, PermissionError) else explain_fault(error)
+        plain = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)  # nothing here that a training could resume
+        fault = None if isinstance(error, plain) else explain_fault(error)
         if fault:
             print_error(fault)
             return int(fault.exit_code)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.faults import explain_fault
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
@@ -172,10 +173,13 @@ def main(argv: list[str] | None = None) -> int:
         if results:
             say_results(results)
         leave_together(None)
-    except RecipesError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print_error(error)
-        return int(error.exit_code)
+    except Exception as error:
+        told = error if isinstance(error, RecipesError) else explain_fault(error)
+        if told is None:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0 or told is not error:  # a fault may be this rank's alone
+            print_error(told)
+        return int(told.exit_code)
     return int(ExitCode.DONE)
 
 

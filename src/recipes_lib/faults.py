@@ -16,7 +16,8 @@ from pathlib import Path
 from recipes_lib.errors import EnvironmentFault, RecipesError
 
 RESUME = "run the same command again: a training resumes from its newest complete checkpoint, and nothing that was complete is lost"
-FULL, LIMIT, READ_ONLY, REFUSED, BROKEN, MEMORY, LOOP = range(7)
+FULL, LIMIT, READ_ONLY, REFUSED, BROKEN, MEMORY, LOOP, IN_THE_WAY = range(8)
+LIBRARIES_GIB = 2.5  # what a training of a model of 1 MB maps on two cores
 NUMBERS = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
@@ -25,6 +26,10 @@ NUMBERS = {
     errno.EACCES: REFUSED,
     errno.EPERM: REFUSED,
     errno.ESTALE: REFUSED,  # an NFS server that forgot the file
+    errno.EISDIR: IN_THE_WAY,
+    errno.ENOTDIR: IN_THE_WAY,
+    errno.EEXIST: IN_THE_WAY,
+    errno.ENOTEMPTY: IN_THE_WAY,
     errno.EIO: BROKEN,
     errno.ENOMEM: MEMORY,
     errno.ELOOP: LOOP,
@@ -43,6 +48,7 @@ WORDS = {
     LIMIT: ("the limit on the size of a file is reached", "raise it (ulimit -f unlimited)"),
     READ_ONLY: ("the file system is read-only", "make it writable again"),
     REFUSED: ("cannot read or write", "make it accessible again"),
+    IN_THE_WAY: ("a file or folder is in the way", "move it away"),
     BROKEN: ("the disk does not read or write", "see the system's log (dmesg), or move to another disk"),
     LOOP: ("a symbolic link leads to itself", "remove it"),
     MEMORY: ("out of memory", "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch"),
@@ -59,7 +65,7 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
                 "or set train.activation_checkpointing: true, or use a QLoRA recipe",
             )
         kind = kind_of(one)
-        if kind is None or (kind == REFUSED and one is not error):  # what was tried before something else failed
+        if kind is None or (kind in (REFUSED, IN_THE_WAY) and one is not error):  # what was tried before something else failed
             continue
         what, remedy = WORDS[kind]
         place = getattr(one, "filename2", None) or getattr(one, "filename", None)
@@ -68,6 +74,24 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
         reason = getattr(one, "strerror", None) or (str(one).strip().splitlines() or [type(one).__name__])[0]
         return EnvironmentFault(f"{what}: {reason}{f' ({place})' if place else ''}", f"{remedy}, then {RESUME}")
     return None
+
+
+def check_address_space() -> None:
+    """Refuse a limit on memory (`ulimit -v`) that the libraries alone go over: OpenBLAS waits for ever for memory it does not get.
+
+    Call it before torch is imported.
+
+    Raises:
+        EnvironmentFault: the limit, and how to raise it.
+    """
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LIBRARIES_GIB * 2**30:
+        raise EnvironmentFault(
+            f"out of memory: the limit on address space is {limit / 2**30:.1f} GiB, and the libraries alone take {LIBRARIES_GIB} GiB",
+            "raise it: ulimit -v unlimited",
+        )
 
 
 def kind_of(error: BaseException) -> int | None:

@@ -13,11 +13,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import ExitCode, print_error
 from recipes_lib.planning.cards import cards_here
 from recipes_lib.recipe.launch import Launch, place_machine, plan_launch_of
@@ -151,7 +152,7 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
             if launch.world_size == 1:
                 child.send_signal(number)
             else:  # the launcher would kill its workers after 30 s: ask them through the file instead
-                run.stop_file.write_text("INT" if number == signal.SIGINT else "", encoding="utf-8")
+                _ask_to_stop(run, number, report)
             say(SEEN[stage])
 
         before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
@@ -164,15 +165,15 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
         _kill_all(child.pid, report)  # no rank outlives its launcher
-        reported = report.is_file()
-        code = int(report.read_text(encoding="utf-8")) if reported else child.returncode
-    if at_once and not reported:
+        reported = _reported(report)
+    code = child.returncode if reported is None else reported
+    if at_once and reported is None:
         code = ExitCode.INTERRUPTED if signal.SIGINT in asked else ExitCode.PREEMPTED
         what = "interrupted" if signal.SIGINT in asked else "stopped"
         if not launch.rank:
             note_end(run, "preempted", code, f"{what} {at_once}")
             say(f"{what} {at_once}: {how_to_go_on(run)}")
-    elif not reported and not launch.rank and note_end(run, "failed", ExitCode.FAILED, "the process ended without a word"):
+    elif reported is None and not launch.rank and note_end(run, "failed", ExitCode.FAILED, "the process ended without a word"):
         say(f"the training ended without a word (exit {code}); what it saved is kept")
         next_step(how_to_go_on(run))
     return ExitCode.FAILED if code < 0 else code
@@ -208,14 +209,39 @@ def _read_stage(file: Path) -> str | None:
         return None
 
 
+def _reported(report: Path) -> int | None:
+    """Return the exit code that rank 0 reported; None where it could not, as on a full disk."""
+    try:
+        return int(report.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _ask_to_stop(run: RunDirectory, number: int, report: Path) -> None:
+    """Ask all ranks through the STOP file; where the disk does not take one, ask each of this machine with the signal itself."""
+    try:
+        write_text(run.stop_file, "INT" if number == signal.SIGINT else "")
+    except OSError:
+        for process, environment in _processes_of(report):
+            if any(entry.startswith(b"LOCAL_RANK=") for entry in environment):
+                os.kill(process, number)
+
+
 def _kill_all(launcher: int, report: Path) -> None:
     """End the launcher and every rank at once. torch's launcher gives each rank a session of its own, so the launcher's process group
     does not hold them: they are known by the report file in their environment.
     """
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(launcher, signal.SIGKILL)
+    for process, _ in _processes_of(report):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _processes_of(report: Path) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield id and environment of each process that reports to this file."""
     mark = f"{EXIT_CODE_FILE}={report}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if mark in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
+            if mark in (environment := (process / "environ").read_bytes().split(b"\0")):
+                yield int(process.name), environment

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from recipes_lib.atomic_files import write_text
+
 T = TypeVar("T")
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"  # where `recipes train` and a cluster job read the exit code, which launchers lose
 STAGE_FILE = "RECIPES_STAGE_FILE"  # where `recipes train` reads how far the training is
@@ -39,7 +41,7 @@ def tell_stage(stage: str) -> None:
     file = os.environ.get(STAGE_FILE)
     if file and os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):
-            Path(file).write_text(stage, encoding="utf-8")
+            write_text(Path(file), stage)  # whole whenever it is read: an empty one would say that nothing can be saved
 
 
 def note_error(error: BaseException) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipeErrors, RecipesError
-from recipes_lib.faults import explain_fault
+from recipes_lib.faults import check_address_space, explain_fault
 from recipes_lib.runs.directory import RunDirectory, State
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.ranks import leave_together, meet, on_main_rank, rank
@@ -117,6 +117,7 @@ class Session:
             damage = weights_damage(self.run, self.recipe.lora is None)
             if damage is None:
                 self.already_finished = True
+                restore_settings(self.run, self.recipe)
                 return
             what = "going on from its newest whole checkpoint, or from the beginning where there is none"
             say(f"run '{self.run.name}' is finished, but {damage}; {what}")
@@ -362,6 +363,17 @@ class Session:
         return ExitCode.DONE
 
 
+def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
+    """Write the settings of a finished run again where a disk damaged them; they were compared with the recipe's."""
+    from recipes_lib.recipe.recipe import load_recipe
+
+    try:
+        load_recipe(run.path / "resolved.yaml")
+    except RecipeError as error:
+        say(f"{error}; written again")
+        write_provenance(run, recipe)
+
+
 def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
     """Write recipe.yaml (as it was), resolved.yaml, command.txt and environment.json."""
     import yaml
@@ -379,6 +391,7 @@ def quiet_libraries() -> None:
     """Leave the terminal to this project's own lines; libraries still report errors."""
     import warnings
 
+    check_address_space()
     import datasets
     import transformers
 

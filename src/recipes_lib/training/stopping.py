@@ -106,8 +106,8 @@ class StopRequest:
     def _asked_by_file(self) -> int:
         """An empty STOP file asks for preemption; one that says INT (written by `recipes train` on Ctrl-C) for an interrupt."""
         try:
-            return INTERRUPT if self.stop_file.read_text().strip() == "INT" else PREEMPT
-        except FileNotFoundError:
+            return INTERRUPT if self.stop_file.read_bytes().strip() == b"INT" else PREEMPT
+        except OSError:  # there is none, or the file server is away for a moment: asked again after the next step
             return NOTHING
 
 

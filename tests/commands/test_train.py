@@ -1,0 +1,54 @@
+"""`recipes train` as the parent of a training, where the disk does not take what it writes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.commands.train import _ask_to_stop, _reported
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.training.ranks import EXIT_CODE_FILE
+
+WAITS = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(7)); print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("is_rank", [True, False])
+def test_where_no_stop_file_can_be_written_each_rank_gets_the_signal_and_the_launcher_does_not(tmp_path: Path, is_rank: bool) -> None:
+    run, report = RunDirectory("one", tmp_path), tmp_path / "exit_code"
+    run.stop_file.mkdir(parents=True)  # a rename onto it fails, as any write does on a full disk
+    environment = {**os.environ, EXIT_CODE_FILE: str(report), **({"LOCAL_RANK": "1"} if is_rank else {})}
+    child = subprocess.Popen([sys.executable, "-c", WAITS], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        _ask_to_stop(run, signal.SIGINT, report)
+        if is_rank:
+            assert child.wait(timeout=20) == 7
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(timeout=1)
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def test_a_stop_file_is_whole_when_a_rank_sees_it(tmp_path: Path) -> None:
+    run = RunDirectory("one", tmp_path)
+    run.path.mkdir()
+    _ask_to_stop(run, signal.SIGINT, tmp_path / "exit_code")
+    assert run.stop_file.read_text() == "INT"
+    _ask_to_stop(run, signal.SIGTERM, tmp_path / "exit_code")
+    assert run.stop_file.read_text() == ""
+
+
+@pytest.mark.parametrize(("content", "code"), [("75", 75), ("", None), (None, None)])
+def test_a_report_that_a_full_disk_left_empty_is_no_report(tmp_path: Path, content: str | None, code: int | None) -> None:
+    report = tmp_path / "exit_code"
+    if content is not None:
+        report.write_text(content)
+    assert _reported(report) == code
