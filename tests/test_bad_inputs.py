@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from recipes_lib.cli import main as recipes
+from recipes_lib.errors import ExitCode
 from recipes_lib.train import main as train
 
 NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
@@ -293,6 +296,39 @@ def test_a_bad_command_line_gets_one_answer(case: str, tiny_recipe: Path, capfd:
     said = capfd.readouterr().err
     assert all(word in said for word in expected), said
     assert "Traceback" not in said and not (tiny_recipe.parent / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "pipe.yaml"],
+        ["train", "tiny.yaml", "data.source=pipe.jsonl"],
+        ["plan", "tiny.yaml", "data.source=pipe.parquet"],
+        ["new", "mine", "--from", "tiny.yaml", "--data", "pipe.jsonl", "--output", "mine.yaml"],
+        ["import", "pipe.json", "--as", "theirs"],
+        ["judge", "replay", "pipe.jsonl"],
+        ["judge", "audit", "--judge", "pipe.yaml", "--labels", "pipe.json"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
+    words: list[str], tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny_recipe.parent)
+    for ending in ("yaml", "json", "jsonl", "parquet"):
+        os.mkfifo(f"pipe.{ending}")
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("it waits for the pipe")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        assert (train(words[1:]) if words[0] == "train" else exit_code(words)) in (ExitCode.USAGE, ExitCode.DATA)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert "is a pipe or a device, not a file" in capfd.readouterr().err
 
 
 def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(

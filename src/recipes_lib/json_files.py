@@ -46,6 +46,16 @@ class DamagedFile(DataError):
     """A file of ours that is not what was written to it."""
 
 
+def refuse_pipe(path: Path, shown: str | Path | None = None) -> None:
+    """Refuse a pipe or a device where a file is wanted: reading it may never end, and most files are read more than once.
+
+    Raises:
+        DataError: it is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError("is a pipe or a device, not a file", "write its content to a file first", file=shown or path)
+
+
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
     """Return a JSON object; an absent file is an empty one.
 

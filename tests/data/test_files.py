@@ -97,6 +97,15 @@ def test_a_truncated_gzip_says_how_far_it_goes(tmp_path):
     assert "truncated" in error.what and error.line > 1
 
 
+def test_a_changed_byte_anywhere_in_a_gzip_is_the_files_fault(tmp_path):
+    whole, path = gzip.compress(b"".join(b'{"x": "%d"}\n' % (i * 7919) for i in range(2000))), tmp_path / "a.jsonl.gz"
+    kinds = set()
+    for place in range(12, len(whole), len(whole) // 100):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        kinds.add(failure(path).what.partition(":")[0])
+    assert "not a gzip file, or damaged" in kinds
+
+
 def test_a_file_that_is_no_gzip_says_so(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_text('{"x": "1"}\n')

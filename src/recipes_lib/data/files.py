@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from itertools import islice
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 from recipes_lib.data.conversations import is_blank
 from recipes_lib.data.examples import BadRow, shown_path, type_name
 from recipes_lib.errors import DataError
+from recipes_lib.json_files import refuse_pipe
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
@@ -105,6 +107,7 @@ def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8
     kind, file = data_format(path), shown_path(path)
     if kind is None:
         raise DataError(f"not a data file; known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz", file=file)
+    refuse_pipe(path, file)
     if kind in (".parquet", ".arrow"):
         return _columnar(path, kind, file, max_rows)
 
@@ -119,7 +122,7 @@ def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8
                     yield last, row
         except EOFError:
             raise DataError(f"the gzip file is truncated: it ends after line {last}", file=file, line=last + 1) from None
-        except gzip.BadGzipFile as error:
+        except (gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"not a gzip file, or damaged: {error}", file=file) from None
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror or error}", file=file) from None
@@ -334,7 +337,10 @@ def guessed_delimiter(path: Path) -> str | None:
     if data_format(path) not in (".csv", ".tsv"):
         return None
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-        header = stream.readline(100_000).decode("utf-8", "replace").rstrip("\r\n")
+        try:
+            header = stream.readline(100_000).decode("utf-8", "replace").rstrip("\r\n")
+        except (EOFError, gzip.BadGzipFile, zlib.error):  # reading the rows says what is wrong
+            return None
     own = "\t" if data_format(path) == ".tsv" else ","
     return _other_delimiter(next(csv.reader([header], delimiter=own), [""])) or None
 

@@ -12,6 +12,7 @@ from recipes_lib.data.examples import shown_path
 from recipes_lib.data.files import columns_of, data_format, guessed_delimiter, read_file
 from recipes_lib.data.sources import data_files
 from recipes_lib.errors import DataError
+from recipes_lib.json_files import refuse_pipe
 from recipes_lib.recipe.new_recipe import Rows
 
 # Names that files use for ours, best first; `input` is the question where nothing else is, and the context beside an instruction.
@@ -31,6 +32,7 @@ def look_at(data: Path) -> Rows:
     """
     if not data.exists():
         raise DataError("no such file", "for a data set on the Hub: start without --data and set data.source", file=shown_path(data))
+    refuse_pipe(data, shown_path(data))
     if data.is_file() and data_format(data) is None:
         read_file(data)  # says which endings are known
     file = data_files(data, "train")[0] if data.is_dir() else data

@@ -128,7 +128,11 @@ def chat_template(section: DataSection, tokenizer: Any, folders: Sequence[Path] 
     path = find_path(given, folders)
     if path is None or not path.is_file():
         raise SettingError("data.chat_template", f"no such file: {given}", "give a .jinja file, or the template itself")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise SettingError("data.chat_template", f"{given} cannot be read: {what}", "save it as UTF-8") from None
 
 
 def format_hash(section: DataSection, tokenizer: Any, folders: Sequence[Path] = (), eos_token: str | None = None) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from recipes_lib.data.examples import SettingError, listed, shown_path, type_name
 from recipes_lib.data.files import COLUMNAR_ROWS, DATA_FORMATS, Numbered, Table, data_format, read_file
 from recipes_lib.errors import DataError
+from recipes_lib.json_files import refuse_pipe
 from recipes_lib.recipe.sections import DataSection
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -142,6 +143,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
     Raises:
         DataError: the folder has no data file, or none of this split.
     """
+    refuse_pipe(folder, shown_path(folder))
     for place in (folder, folder / split, folder / "data"):
         files = [path for path in sorted(place.glob("[!.]*")) if data_format(path) and path.name not in NOT_DATA]
         if files:

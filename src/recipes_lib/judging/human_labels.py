@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
+from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import ItemOutcome
 from recipes_lib.judging.store import text_hash
@@ -31,11 +32,12 @@ def load_labelled_pairs(path: str | Path) -> list[tuple[Item, str]]:
         DataError: if the file is neither of the two formats, with the row.
     """
     path = Path(path)
+    refuse_pipe(path)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except OSError as fault:
         raise DataError(f"cannot be read: {fault.strerror}", file=path) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError("not JSON", file=path) from None
     if not isinstance(rows, list) or not rows:
         raise DataError("labelled pairs are a JSON array with at least one row", file=path)

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from recipes_lib.errors import RecipeError
+from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.store import text_hash
 
 CUT_MARK = "\n(... the rest of this response was left out because of its length)"
@@ -130,6 +131,7 @@ def load_rubric(path: str | Path) -> Rubric:
 
 def _read(path: str | Path) -> str:
     """The text of a prompt or rubric file."""
+    refuse_pipe(Path(path))
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:

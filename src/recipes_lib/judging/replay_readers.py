@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
+from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.verdicts import parse_absolute
 
 CSV_COLUMNS = ("instruction", "your_answer (A)", "baseline_answer (B)", "score (A vs B)", "preference", "feedback")
@@ -69,6 +70,7 @@ def read_foreign(path: str | Path) -> ForeignFile:
         DataError: if the file cannot be read, is damaged (with the line) or has none of the known formats.
     """
     path = Path(path)
+    refuse_pipe(path)
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
+from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.replay_readers import ForeignFile, NotJudgments, read_foreign
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.suggestions import near_names
@@ -99,6 +100,7 @@ def _text_of(path: Path) -> tuple[bytes, str]:
     shown = shown_path(path)
     if path.is_dir():
         raise DataError("is a folder", f"name its files: {shown.rstrip('/')}/*", file=shown)
+    refuse_pipe(path, shown)
     try:
         data = path.read_bytes()
     except OSError as fault:
