@@ -84,6 +84,9 @@ def test_a_judge_that_fails_in_one_suite_carries_its_banner_into_the_others(thre
     assert any(f"failed its audit in {pairs['eval']}" in line for line in grades["banners"])
     (alone,) = evaluate_all(recipes[:1], targets)
     assert any(f"failed its audit in {pairs['eval']}" in line for line in alone["banners"]), "known from the run's earlier results"
+    Path(pairs["file"]).write_bytes(b"\0" * 400)  # a damaged earlier result says nothing, and stops nothing
+    (alone,) = evaluate_all(recipes[:1], targets)
+    assert not any(f"failed its audit in {pairs['eval']}" in line for line in alone["banners"])
 
 
 def test_the_opponent_concerns_the_suites_that_compare_and_lm_evals_flags_concern_lm_eval(three_suites, make_run, capsys):  # noqa: F811

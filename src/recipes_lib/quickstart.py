@@ -11,12 +11,14 @@ import json
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.cli import main as recipes
-from recipes_lib.errors import ExitCode
+from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import project_root, runs_root, shown_path
 from recipes_lib.studies.arm_runs import run_names, study_folder
 from recipes_lib.studies.graph import content_of, digest_of
@@ -77,8 +79,10 @@ def style_check(study: Study, prompts_file: Path) -> dict[str, Any]:
     graph = build_graph(study)
     state = digest_of([content_of(prompts_file), [graph.output(step.name) for step in graph.of_kind("check")], ANSWER_TOKENS])
     kept = study_folder(study) / "style.json"
-    if kept.is_file() and (known := json.loads(kept.read_text(encoding="utf-8")))["state"] == state:
-        return dict(known["found"])
+    with suppress(RecipesError):  # damaged: asked again
+        known = read_object(kept)
+        if known.get("state") == state:
+            return dict(known["found"])
     prompts = [json.loads(line) for line in prompts_file.read_text(encoding="utf-8").splitlines()]
     found: dict[str, Any] = {"prompt": prompts[0]["instruction"]}
     for name, answers in held_out_answers([name for names in run_names(study).values() for name in names], prompts).items():
@@ -134,8 +138,8 @@ def show_results(study: Study) -> None:
     names = [name for names in run_names(study).values() for name in names]
     for recipe in study.evals:
         files = [runs_root() / name / "evals" / recipe.name / "result.json" for name in names]
-        say(f"\n{tables([json.loads(file.read_text(encoding='utf-8')) for file in files])}")
-    comparison = json.loads((study_folder(study) / "steps" / "statistics" / "comparison.json").read_text(encoding="utf-8"))
+        say(f"\n{tables([read_object(file) for file in files])}")
+    comparison = read_object(study_folder(study) / "steps" / "statistics" / "comparison.json")
     say(f"\n{comparison['question']}")
     for sentence in comparison["answer"]:
         say(f"  {sentence}")

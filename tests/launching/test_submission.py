@@ -234,3 +234,18 @@ def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(profile_f
     assert cli.main(study) == 0
     served = [line for line in capsys.readouterr().out.splitlines() if "with_judge.sh" in line]
     assert len(served) == 1 and "--gpu-memory-utilization" not in served[0] and "judgments.alpaca_eval" in served[0]
+
+
+def test_damaged_notes_of_one_submission_are_named_and_hide_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from recipes_lib.errors import DataError
+    from recipes_lib.launching.folder import all_launches, launch_folder
+
+    for name, content in (("good", b'{"jobs": [{"label": "train", "id": "7"}]}'), ("torn", b'{"jobs": [{"la'), ("bytes", b"\xff")):
+        folder = tmp_path / "runs" / name / "slurm"
+        folder.mkdir(parents=True)
+        (folder / "jobs.json").write_bytes(content)
+    assert [folder.name for folder in all_launches(tmp_path / "runs")] == ["good"]
+    said = capsys.readouterr().err
+    assert said.count("left out") == 2 and "torn/slurm/jobs.json" in said and "bytes/slurm/jobs.json" in said
+    with pytest.raises(DataError, match="is damaged"):
+        launch_folder("torn", tmp_path / "runs").read_jobs()

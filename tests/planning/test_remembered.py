@@ -44,6 +44,8 @@ def test_a_recipe_is_planned_once_and_again_when_it_or_its_rows_change(planned, 
     (tmp_path / "cache" / "glances.json").write_text("{torn")
     assert look() == [("2.0 GiB", "90 s"), UNKNOWN]
     assert planned[5:] == [recipe, odd]
+    (tmp_path / "cache" / "glances.json").write_text("[3]")
+    assert look() == [("2.0 GiB", "90 s"), UNKNOWN]
 
 
 def test_an_earlier_run_of_the_recipe_makes_its_plan_anew(planned, tmp_path):

@@ -44,7 +44,10 @@ def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(tmp_path: P
     assert (tmp_path / "checkpoint-10.incomplete").is_dir() and not bad.exists()
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"files": 3}'])
+DAMAGED_MARKERS = ["", "{}", "[1]", '{"files": 3}', "[" * 100_000, '{"files": {}, "guard": {}, "sha257": {}}']
+
+
+@pytest.mark.parametrize("content", [None, *DAMAGED_MARKERS], ids=lambda text: str(text)[:30])
 def test_a_missing_or_torn_marker_makes_the_checkpoint_incomplete(tmp_path: Path, content: str | None) -> None:
     checkpoint = make_checkpoint(tmp_path, 5, complete=False)
     if content is not None:

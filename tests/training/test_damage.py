@@ -53,6 +53,13 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def replace(file: Path, old: str, new: str) -> None:
+    """Change some letters of a text that must be in it."""
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
 def series(run: Path) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
@@ -141,7 +148,31 @@ def test_weights_of_a_version_without_hashes_are_looked_at_for_what_is_missing_o
     [["export", "tiny", "--to", "given"], ["merge", "tiny"], ["chat", "tiny", "--prompt", "hi"], ["verify", "tiny"]],
     ids=lambda words: words[0],
 )
-@pytest.mark.parametrize("damage", [lambda adapter: flip(adapter / ADAPTER), shutil.rmtree], ids=["flipped", "removed"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda adapter: flip(adapter / ADAPTER),
+        shutil.rmtree,
+        lambda adapter: (adapter / "adapter_config.json").write_text(""),
+        lambda adapter: (adapter / "adapter_config.json").write_bytes(b'{"r": "\xff"}'),
+        lambda adapter: replace(adapter / "adapter_config.json", '"lora_alpha": 8', '"lora_alpha": 9'),
+        lambda adapter: replace(adapter / "chat_template.jinja", "assistant", "assistent"),
+        lambda adapter: (adapter / "tokenizer_config.json").write_text("{"),
+        lambda adapter: (adapter / "weights_check.json").write_bytes(b"\0" * 400),
+        lambda adapter: (adapter / "weights_check.json").write_text('{"tokens": []}'),
+    ],
+    ids=[
+        "flipped",
+        "gone",
+        "settings empty",
+        "settings no text",
+        "settings changed",
+        "template",
+        "tokenizer",
+        "record zeros",
+        "record short",
+    ],
+)
 def test_damaged_weights_are_neither_read_nor_given_away_and_the_command_that_helps_is_named(
     run: Path,
     recipes: Callable[..., tuple[int, str, str]],
@@ -153,17 +184,59 @@ def test_damaged_weights_are_neither_read_nor_given_away_and_the_command_that_he
     (run / "command.txt").write_text("/usr/bin/python -m recipes_lib.train mine.yaml 'run.tags=[a, b]'\n")
     damage(run / "adapter")
     code, out, err = recipes(*words)
-    assert code == (ExitCode.FAILED if words[0] == "verify" and (run / "adapter").is_dir() else ExitCode.ENVIRONMENT)
+    assert code in ([ExitCode.FAILED, ExitCode.ENVIRONMENT] if words[0] == "verify" else [ExitCode.ENVIRONMENT])
     assert "recipes train mine.yaml 'run.tags=[a, b]'" in out + err and "internal error" not in err
     assert not (run.parent / "given").exists() and not (run / "merged").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 900, b"model: {na", b"\xff\xfe: 1\n"], ids=["empty", "zeros", "torn", "no text"])
+def test_damaged_settings_of_a_finished_run_are_named_and_training_it_again_writes_them_anew(
+    run: Path, trained: tuple[Path, Path], recipes: Callable[..., tuple[int, str, str]], content: bytes, tmp_path: Path
+) -> None:
+    whole = (run / "resolved.yaml").read_bytes()
+    (run / "command.txt").write_text(f"python -m recipes_lib.train {trained[0]}\n")
+    (run / "resolved.yaml").write_bytes(content)
+    for words in (["export", "tiny", "--to", tmp_path / "given"], ["chat", "tiny", "--prompt", "hi"], ["verify", "tiny"]):
+        code, _, err = recipes(*words)
+        assert code == ExitCode.ENVIRONMENT and "resolved.yaml" in err and f"recipes train {trained[0]}" in err
+    code, _, err = recipes("compare", "tiny")
+    assert code == ExitCode.DATA and err.startswith(str(run / "resolved.yaml")) and "writes it anew" in err
+    assert main([str(trained[0])]) == 0
+    assert (run / "resolved.yaml").read_bytes() == whole
+    assert recipes("compare", "tiny")[2].find("resolved.yaml") == -1
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xff", b"python -m recipes_lib.train 'torn", b"", None], ids=["no text", "torn", "empty", "gone"]
+)
+def test_without_the_command_of_a_run_the_way_on_is_named_all_the_same(
+    run: Path, recipes: Callable[..., tuple[int, str, str]], content: bytes | None
+) -> None:
+    flip(run / "adapter" / ADAPTER)
+    (run / "command.txt").unlink()
+    if content is not None:
+        (run / "command.txt").write_bytes(content)
+    code, _, err = recipes("chat", "tiny", "--prompt", "hi")
+    assert code == ExitCode.ENVIRONMENT and "recipes train RECIPE run.name=tiny" in err
+
+
+def test_a_merged_model_that_a_disk_damaged_is_not_called_merged_already(run: Path, recipes: Callable[..., tuple[int, str, str]]) -> None:
+    assert recipes("merge", "tiny", "--dtype", "float32")[0] == 0
+    for name in ("model.safetensors", "tokenizer.json"):
+        flip(run / "merged" / name)
+        code, _, err = recipes("export", "tiny", "--merged", "--to", run.parent / "given")
+        assert code == ExitCode.USAGE and "recipes merge tiny" in err and not (run.parent / "given").exists()
+        code, out, err = recipes("merge", "tiny", "--dtype", "float32")
+        assert code == 0 and f"making merged/ again: {name} in it was changed" in out + err
+    assert recipes("export", "tiny", "--merged", "--to", run.parent / "given")[0] == 0
 
 
 def test_a_training_does_not_start_from_damaged_weights_of_another_run(
     run: Path, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full = [str(trained[0]), "lora=null", "train.learning_rate=1e-3", "train.max_steps=2", "train.save_steps=2", "train.eval_strategy=no"]
+    full = [str(trained[0]), "lora=null", "train.learning_rate=1e-3", "train.max_steps=2", "train.save_steps=2", 'train.eval_strategy="no"']
     assert main([*full, "run.name=full"]) == 0
-    onto = [str(trained[0]), f"model.name_or_path={run.parent / 'full' / 'model'}", "train.max_steps=2", "train.eval_strategy=no"]
+    onto = [str(trained[0]), f"model.name_or_path={run.parent / 'full' / 'model'}", "train.max_steps=2", 'train.eval_strategy="no"']
     assert main([*onto, "run.name=second"]) == 0
     flip(run.parent / "full" / "model" / "model.safetensors")
     capsys.readouterr()
@@ -230,6 +303,17 @@ def test_metrics_of_a_million_lines_cost_a_resume_no_time_and_no_memory(tmp_path
     with path.open("rb") as stream:
         stream.seek(-60, 2)
         assert stream.read().endswith(b'{"step": 999000, "loss": 1.5, "tokens": 9990000}\n')
+
+
+@pytest.mark.parametrize("name", ["run.json", "resolved.yaml"])
+def test_a_folder_in_the_place_of_a_file_is_named_and_is_no_bug(
+    killed: Path, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (killed / name).unlink()
+    (killed / name).mkdir()
+    assert main([str(trained[0])]) == ExitCode.ENVIRONMENT
+    err = capsys.readouterr().err
+    assert f"is in the way: Is a directory ({killed / name})" in err and "move it away" in err
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter", "metrics.jsonl"])

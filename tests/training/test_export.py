@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from recipes_lib.errors import ExitCode
+from recipes_lib.training.base_identity import recorded_hashes
 
 Verb = Callable[..., tuple[int, str, str]]
 Runs = Callable[..., Path]
@@ -167,6 +168,9 @@ def test_what_looks_like_a_secret_stops_the_export_and_is_not_repeated(runs: Run
     run, secret = runs("lora"), "hf_" + "a1B2c3D4e5F6g7H8"
     config = run / "adapter" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "note": secret}, indent=2))
+    state = json.loads((run / "run.json").read_text())  # as if the base's tokenizer had brought it
+    state["weights_check"]["sha256"] = recorded_hashes(run / "adapter")
+    (run / "run.json").write_text(json.dumps(state))
     code, out, err = recipes("export", "lora", "--to", tmp_path / "out")
     assert code == ExitCode.FAILED and "tokenizer_config.json:" in err and "looks like a secret" in err
     assert secret not in out + err and not list(tmp_path.glob("*out*"))

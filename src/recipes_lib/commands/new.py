@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from recipes_lib.atomic_files import write_text
 from recipes_lib.data.examples import place
 from recipes_lib.data.own_rows import look_at
 from recipes_lib.data.rows import check_local_rows
@@ -53,11 +54,10 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError("exists already", "choose another name, or --output PATH", file=shown_path(target))
     origin, rows = load_recipe(recipe_path(args.origin)), look_at(args.data) if args.data else None
     text = new_recipe(args.name, target, origin, rows)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    write_text(target, text)
     if rows is not None and (length := _needed_length(target)):
         text = new_recipe(args.name, target, origin, replace(rows, max_length=length))
-        target.write_text(text, encoding="utf-8")
+        write_text(target, text)
     file = shown_path(target)
     say(f"wrote {file}; the lines people change:")
     for number, line in enumerate(text.splitlines(), start=1):

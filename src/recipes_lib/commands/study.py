@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.studies.study import Study, load_study
 from recipes_lib.terminal import next_step, say
@@ -122,7 +123,7 @@ def _answer(study: Study) -> list[str]:
     from recipes_lib.studies.arm_runs import study_folder
 
     file = study_folder(study) / "steps" / "statistics" / "comparison.json"
-    return list(json.loads(file.read_text(encoding="utf-8"))["answer"]) if file.is_file() else []
+    return list(read_object(file).get("answer", []))
 
 
 def _status(study: Study, args: argparse.Namespace) -> int:

@@ -220,6 +220,8 @@ def _reported(report: Path) -> int | None:
 def _ask_to_stop(run: RunDirectory, number: int, report: Path) -> None:
     """Ask all ranks through the STOP file; where the disk does not take one, ask each of this machine with the signal itself."""
     try:
+        if not run.path.is_dir():
+            raise FileNotFoundError(run.path)
         write_text(run.stop_file, "INT" if number == signal.SIGINT else "")
     except OSError:
         for process, environment in _processes_of(report):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.atomic_files import write_json
+from recipes_lib.errors import RecipesError
+from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import cache_root
 from recipes_lib.recipe.sections import ModelSection
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+_PLACES = ("base_model_name_or_path", "_name_or_path")  # where a base lies
 
 
 def hash_of(*parts: Any) -> str:
@@ -25,8 +31,7 @@ def folder_fingerprint(folder: Path) -> str:
     parts: list[Any] = [[path.name, _digest(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         if (folder / name).is_file():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            values = {key: value for key, value in values.items() if key not in ("base_model_name_or_path", "_name_or_path")}
+            values = {key: value for key, value in read_object(folder / name).items() if key not in _PLACES}
             parts.append([name, _in_order(values) if name == "adapter_config.json" else values])
     return hash_of(parts)
 
@@ -59,8 +64,8 @@ def _digest(path: Path) -> str:
     stat = path.stat()
     stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     memory = cache_root() / "digests" / f"{hash_of(stamp)[:32]}.json"
-    if memory.is_file():
-        return str(json.loads(memory.read_text(encoding="utf-8"))["sha256"])
+    with suppress(RecipesError, KeyError):  # a memory that is damaged is made again
+        return str(read_object(memory)["sha256"])
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     write_json(memory, {"file": path.name, "sha256": digest})

@@ -5,7 +5,6 @@ launch/job.sbatch reads it on the compute node; `recipes launch status`, `cancel
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -16,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.atomic_files import write_json, write_text
+from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.launching.jobs import Job, check_words
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.recipe.project import cache_root, runs_root
+from recipes_lib.terminal import warn
 
 FORMAT_VERSION = 1
 
@@ -53,20 +54,20 @@ class LaunchFolder:
     def first_error(self, task_label: str) -> str | None:
         """Return what the first failing rank said."""
         errors = sorted((self.path / f"{task_label}.errors").glob("*"))
-        return errors[0].read_text(encoding="utf-8").strip() if errors else None
+        return errors[0].read_text(encoding="utf-8", errors="replace").strip() if errors else None
 
     def job_file(self, label: str) -> Path:
         """Holds the id of a job that was submitted by hand: a pasted line writes it, and so does the job when it starts."""
         return self.path / f"{label}.job"
 
     def read_jobs(self) -> list[dict[str, Any]]:
-        """Return the submitted jobs; empty where none was."""
-        try:
-            rows = json.loads(self.jobs_file.read_text(encoding="utf-8"))["jobs"]
-        except (FileNotFoundError, ValueError, KeyError):
-            return []
+        """Return the submitted jobs; empty where none was.
+
+        Raises:
+            DamagedFile: jobs.json is not what was written to it.
+        """
         submitted = []
-        for row in rows:
+        for row in read_object(self.jobs_file, "squeue lists the jobs; submitting them again writes it anew").get("jobs", []):
             with suppress(FileNotFoundError):
                 row["id"] = row["id"] or self.job_file(row["label"]).read_text().strip().partition(";")[0]
             submitted += [row] if row["id"] else []
@@ -104,7 +105,15 @@ def launch_folder(name: str, root: Path | None = None) -> LaunchFolder:
 def all_launches(root: Path | None = None) -> list[LaunchFolder]:
     """Return everything that was launched, by name."""
     folders = [LaunchFolder(file.parent) for file in sorted((root or runs_root()).resolve().glob("*/slurm/jobs.json"))]
-    return [folder for folder in folders if folder.read_jobs()]
+    return [folder for folder in folders if _was_launched(folder)]
+
+
+def _was_launched(folder: LaunchFolder) -> bool:
+    try:
+        return bool(folder.read_jobs())
+    except DamagedFile as error:  # it costs only its own line
+        warn(f"{str(error).splitlines()[0]}; left out")
+        return False
 
 
 def environment_script(profile: SiteProfile | None) -> str:

@@ -111,11 +111,11 @@ def _large(recipe: EvalRecipe) -> bool:
 
 def _counted(recipe: EvalRecipe) -> int:
     """Return the number of questions in a local file."""
-    text = recipe.resolve("data.questions", recipe.data.questions or "").read_text(encoding="utf-8")
+    text = recipe.resolve("data.questions", recipe.data.questions or "").read_text(encoding="utf-8", errors="replace")
     try:
         rows = json.loads(text)
         return len(rows) if isinstance(rows, list) else 1
-    except ValueError:
+    except (ValueError, RecursionError):  # JSON lines, or a damaged file: the evaluation says where
         return sum(bool(line.strip()) for line in text.splitlines())
 
 

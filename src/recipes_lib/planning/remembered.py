@@ -11,8 +11,11 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from recipes_lib.atomic_files import write_json
+from recipes_lib.errors import RecipesError
+from recipes_lib.json_files import read_object
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.project import cache_root, runs_root
 
@@ -22,11 +25,11 @@ UNKNOWN = ("-", "-")
 def glances(documents: list[Document]) -> list[tuple[str, str]]:
     """Return memory per process and time of each recipe, `UNKNOWN` where only `recipes plan` can say; what is new is written down once."""
     file = cache_root() / "glances.json"
-    before: dict[str, list[str]] = {}
-    with suppress(OSError, ValueError):
-        before = json.loads(file.read_text(encoding="utf-8"))
+    before: dict[str, Any] = {}
+    with suppress(RecipesError):
+        before = read_object(file)
     keys = [_made_from(document) for document in documents]
-    known = {key: before[key] for key in keys if key in before}
+    known = {key: before[key] for key in keys if isinstance(before.get(key), list) and len(before[key]) == 2}
     for key, document in zip(keys, documents, strict=True):
         if key not in known:
             known[key] = list(_planned(document))

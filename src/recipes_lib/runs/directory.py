@@ -14,6 +14,7 @@ import datetime
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -86,9 +87,11 @@ class RunDirectory:
 
     def train_command(self) -> str:
         """Return the command that trains this run, as it was typed: it continues what was stopped, and makes lost weights again."""
-        words = shlex.split(self.command_file.read_text(encoding="utf-8")) if self.command_file.is_file() else []
+        words: list[str] = []
+        with suppress(OSError, ValueError):  # it is gone, or damaged
+            words = shlex.split(self.command_file.read_text(encoding="utf-8"))
         if "recipes_lib.train" not in words:
-            return f"the command in {self.command_file}"
+            return f"recipes train RECIPE run.name={self.name}, with the recipe and overrides that it was trained with"
         return shlex.join(["recipes", "train", *words[words.index("recipes_lib.train") + 1 :]])
 
     def read_state(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
     Raises:
         RecipesError: a file is missing, truncated or changed since the training; a tensor is not finite; an adapter that changes nothing.
     """
-    from recipes_lib.training.base_identity import check_whole, weight_hashes
+    from recipes_lib.training.base_identity import adapter_config, check_whole, weight_hashes
     from recipes_lib.training.trained import check_base_of, check_weights
     from recipes_lib.training.weights_check import check_files
 
@@ -30,16 +30,10 @@ def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
         check_whole(folder)
     else:
         check_base_of(trained)
-        base = _recorded_base(trained)
+        base = adapter_config(folder)["base_model_name_or_path"]
     found = check_files(folder, trained.full, base)
     check_weights(trained)
     return {**found, "sha256": weight_hashes(folder)}
-
-
-def _recorded_base(trained: TrainedRun) -> str:
-    import json
-
-    return str(json.loads((trained.weights / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def check_loaded(subject: Subject) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 
+from recipes_lib.errors import RecipesError
+from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.studies.sections import BASE_ARM
 from recipes_lib.studies.study import Arm, Study
@@ -60,8 +61,8 @@ def base_record(study: Study) -> Path:
 
 def base_run(study: Study) -> str | None:
     """Return the run of the base model, once it is known."""
-    with suppress(OSError, ValueError, KeyError):
-        return str(json.loads(base_record(study).read_text(encoding="utf-8"))["run"])
+    with suppress(RecipesError, KeyError):  # damaged: the runner notes it again
+        return str(read_object(base_record(study))["run"])
     return None
 
 

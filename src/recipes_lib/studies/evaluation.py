@@ -7,7 +7,6 @@ that were made are kept, so the same command continues.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.studies.arm_runs import base_arm, base_record, base_run, free_name, study_folder
 from recipes_lib.studies.graph import Graph, Step, digest_of, result_digest
@@ -324,7 +324,7 @@ class Evaluation:
         for step in self.graph.of_kind("judgments"):
             file = runs_root() / step.run / "evals" / recipe.name / "result.json"
             if step.eval == recipe.name and step.name in self.fresh and file.is_file():
-                cards[step.run] = json.loads(file.read_text(encoding="utf-8"))["audit"]
+                cards[step.run] = read_object(file)["audit"]
         return _Audit(recipe, cards)
 
     def _finish_result(self, job: _Job, step: Step, result: dict[str, Any], seconds: float) -> None:

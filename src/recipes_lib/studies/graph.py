@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes_lib.atomic_files import write_json
+from recipes_lib.errors import RecipesError
+from recipes_lib.json_files import read_object
 
 FORMAT_VERSION = 1
 CONTENT = "content."  # inputs of this name are hashes; None means that the content cannot be known here, and is not compared
@@ -246,9 +248,8 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else None
+    with suppress(RecipesError):
+        return read_object(path) or None
     return None
 
 

@@ -212,7 +212,7 @@ def read_resolved(folder: Path) -> dict[str, Any]:
     """Return a run's resolved recipe; an absent one is empty.
 
     Raises:
-        DataError: the file is not YAML.
+        DataError: the file is not a YAML mapping.
     """
     path = folder / "resolved.yaml"
     if not path.is_file():
@@ -221,6 +221,11 @@ def read_resolved(folder: Path) -> dict[str, Any]:
 
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise DataError(f"not YAML: {str(error).splitlines()[0]}", file=path) from None
-    return value if isinstance(value, dict) else {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"is damaged, not YAML: {str(error).splitlines()[0]}", _WRITTEN_AGAIN, file=path) from None
+    if not isinstance(value, dict):
+        raise DataError("is damaged: it holds no recipe", _WRITTEN_AGAIN, file=path)
+    return value
+
+
+_WRITTEN_AGAIN = "training the run's recipe again writes it anew, and trains nothing where the run is finished"

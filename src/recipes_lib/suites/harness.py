@@ -405,7 +405,7 @@ def _task_names(folder: Path) -> set[str]:
     """The tasks that a folder's files define."""
     names = set()
     for path in folder.rglob("*.yaml"):
-        with contextlib.suppress(yaml.YAMLError):
+        with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError, OSError):  # lm_eval says what is wrong with it
             values = yaml.load(path.read_text(encoding="utf-8"), Loader=_AnyTag)
             names |= {values["task"]} if isinstance(values, dict) and isinstance(values.get("task"), str) else set()
     return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.progress import Progress
+from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.judging.audit import audit, self_judged
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRun, ask, build_requests
 from recipes_lib.judging.probes import probe_requests
@@ -17,6 +17,7 @@ from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.answering import AnswerSet
+from recipes_lib.terminal import warn
 from recipes_lib.training.adapters import RECORD as MERGE_RECORD
 
 
@@ -82,8 +83,7 @@ def judge_facts(judge: OpenJudge) -> dict[str, Any]:
     names = ("model", "revision", "engine", "mode", "prompt_style", "temperature", "max_new_tokens", "max_context_tokens", "weak")
     facts = {"name": judge.file.path.stem, "fingerprint": judge.judge.fingerprint, **{name: getattr(section, name) for name in names}}
     merged = Path(section.model) / MERGE_RECORD  # a judge that is one of our runs, merged
-    run = json.loads(merged.read_text(encoding="utf-8")).get("run") if merged.is_file() else None
-    return {**facts, "weights": judge.weights, "run": run}
+    return {**facts, "weights": judge.weights, "run": read_object(merged).get("run")}
 
 
 def scorecard(judge: OpenJudge, judged: Judged) -> dict[str, Any]:
@@ -125,15 +125,24 @@ def failed_elsewhere(
     found |= {f"in {name}": next(filter(None, map(_failures, cards)), []) for name, cards in evals.items()}
     for path in sorted(answers.folder(eval_name).parent.glob("*/result*.json")):
         if path.parent.name != eval_name and f"in {path.parent.name}" not in found:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored.get("judge", {}).get("fingerprint") == judge.judge.fingerprint:
+            stored = _earlier(path)
+            if (stored.get("judge") or {}).get("fingerprint") == judge.judge.fingerprint:
                 found[f"in {path.parent.name}"] = _failures(stored["audit"])
     for path in sorted(runs_root().glob("judge--*/*/judge_audit.json")):
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = _earlier(path)
         if stored.get("judge") == judge.judge.fingerprint:
             found[f"on labelled pairs ({path.parent.name})"] = _failures(stored)
     failed = next(((where, checks) for where, checks in found.items() if checks), None)
     return [f"This judge failed its audit {failed[0]}: {'; '.join(failed[1])}. Its verdicts are not evidence."] if failed else []
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """An earlier result; a damaged one says nothing about the judge, and must not stop an evaluation that has been paid for."""
+    try:
+        return read_object(path)
+    except DamagedFile as error:
+        warn(f"{str(error).splitlines()[0]}; left out")
+        return {}
 
 
 def _failures(card: Mapping[str, Any]) -> list[str]:

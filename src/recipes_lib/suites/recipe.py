@@ -60,7 +60,7 @@ def find_eval(word: str) -> Path:
     known = {
         str(file.relative_to(folder).with_suffix("")): file
         for file in sorted(folder.rglob("*.yaml"))
-        if "suite:" in file.read_text(encoding="utf-8") and file.parent.name != "lm_eval"
+        if "suite:" in file.read_text(encoding="utf-8", errors="replace") and file.parent.name != "lm_eval"
     }
     if word.removeprefix("evals/") in known:
         return known[word.removeprefix("evals/")]

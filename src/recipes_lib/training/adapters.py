@@ -21,7 +21,7 @@ from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.faults import explain_fault
 from recipes_lib.json_files import read_object
 from recipes_lib.terminal import shown_size
-from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, explain_peft_failure, weight_hashes
+from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, changed_files, explain_peft_failure, recorded_hashes, weight_hashes
 from recipes_lib.training.card import quantized_bits, write_card
 from recipes_lib.training.trained import Family, TrainedRun, load_base
 
@@ -72,7 +72,7 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
     with run_lock(trained.run.path):
         record = merge_record(trained)
         if record is not None:
-            stale = why_stale(trained, record, dtype)
+            stale = why_stale(trained, record, dtype, contents=True)
             if stale is None:
                 return Merge(trained.merged, record, already=True)
             report(f"making merged/ again: {stale}")
@@ -102,7 +102,7 @@ def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = N
     damaged = [name for name, size in record["files"].items() if found.get(name) != size]
     if damaged:
         return f"{damaged[0]} in it is missing or damaged"
-    changed = [name for name, sha in weight_hashes(trained.merged).items() if record["sha256"].get(name) != sha] if contents else []
+    changed = changed_files(trained.merged, record["sha256"]) if contents else []
     return f"{changed[0]} in it was changed" if changed else None
 
 
@@ -209,7 +209,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
         rejected = _set_aside(scratch)
         raise RecipesError(f"the merged model is not the adapter on its base: {comparison.problems[0]}", f"it is kept in {rejected}")
     write_card(scratch, trained.recipe, trained.run.read_state().get("summary") or {}, merged=record)
-    write_json(scratch / RECORD, {**record, "files": _sizes(scratch), "sha256": weight_hashes(scratch)})
+    write_json(scratch / RECORD, {**record, "files": _sizes(scratch), "sha256": recorded_hashes(scratch)})
     publish(scratch, trained.merged)
     shutil.rmtree(trained.merged.with_name(REJECTED), ignore_errors=True)
     return Merge(trained.merged, merge_record(trained) or record, already=False)

@@ -9,23 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import file_hashes
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.recipe.model_files import broken_shard, local_folder
 
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What decides how a model computes and reads text. adapter_config.json is not among them: the path of a base may change.
+ADAPTER_CONFIG = "adapter_config.json"
+# What decides how a model computes and reads text.
 RECORDED = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
+    ADAPTER_CONFIG,
+    "chat_template.jinja",
     "tokenizer.json",
+    "tokenizer_config.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
@@ -67,8 +73,38 @@ def weight_hashes(folder: Path) -> dict[str, str]:
 
 
 def recorded_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of the weights and of every other file that decides what the model answers."""
-    return file_hashes(folder, sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)}))
+    """Return the sha256 of the weights and of every other file that decides what the model answers.
+
+    That of an adapter's settings is without the base's name and revision: a base may be moved, and has a check of its own.
+    """
+    return _hashes(folder, sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)}))
+
+
+def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
+    """Return which of the files recorded by `recorded_hashes` are not what they were, those that are gone first."""
+    gone = [name for name in recorded if not (folder / name).is_file()]
+    found = _hashes(folder, [name for name in recorded if name not in gone])
+    return gone + [name for name, sha256 in found.items() if recorded[name] != sha256]
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    hashes = file_hashes(folder, names)
+    if ADAPTER_CONFIG in hashes:
+        settings = {key: value for key, value in adapter_config(folder).items() if key not in ("base_model_name_or_path", "revision")}
+        hashes[ADAPTER_CONFIG] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashes
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """Return the settings of an adapter.
+
+    Raises:
+        DamagedFile: they are not a JSON object that names a base.
+    """
+    settings = read_object(adapter / ADAPTER_CONFIG)
+    if not isinstance(settings.get("base_model_name_or_path"), str):
+        raise DamagedFile("does not name its base model", file=adapter / ADAPTER_CONFIG)
+    return settings
 
 
 def check_adapter_files(adapter: Path) -> None:
@@ -84,7 +120,7 @@ def check_adapter_files(adapter: Path) -> None:
             what = f"{adapter / 'adapter_model.bin'} is a pickle, which can run code when it is loaded"
             raise RecipeError(what, "only safetensors are read")
         raise EnvironmentFault(f"{adapter} has no {ADAPTER_WEIGHTS}", "restore it, or train the run again under another run.name")
-    if not (adapter / "adapter_config.json").is_file():
+    if not (adapter / ADAPTER_CONFIG).is_file():
         raise EnvironmentFault(f"{adapter} has no adapter_config.json", "restore it, or train the run again under another run.name")
     check_whole(adapter)
 
@@ -96,8 +132,10 @@ def check_whole(folder: Path) -> None:
         EnvironmentFault: the file, with the size it has and the size it must have.
     """
     index = folder / "model.safetensors.index.json"
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-    for file in sorted({*folder.glob("*.safetensors"), *(folder / name for name in named)}):
+    named = read_object(index).get("weight_map", {}) if index.is_file() else {}
+    if not isinstance(named, dict) or (index.is_file() and not named):
+        raise DamagedFile("names no weights", file=index)
+    for file in sorted({*folder.glob("*.safetensors"), *(folder / str(name) for name in named.values())}):
         problem = broken_shard(file) if file.is_file() else f"is missing; {index.name} names it"
         if problem:
             raise EnvironmentFault(f"{file} {problem}", "restore it from a backup, or make it again")
@@ -113,7 +151,7 @@ def check_base(adapter: Path, *names: str) -> None:
     Raises:
         RecipeError: the adapter names another base.
     """
-    recorded = str(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    recorded = adapter_config(adapter)["base_model_name_or_path"]
     if recorded not in names and Path(recorded).name not in {Path(name).name for name in names}:
         raise RecipeError(f"{adapter} was trained on '{recorded}', not on '{names[0]}'", "load it on its own base")
 
@@ -167,7 +205,7 @@ def check_shapes(adapter: Path, model: Any) -> None:
             found, expected = tensors.get_slice(name).get_shape()[1 if match["matrix"] == "A" else 0], getattr(module, side, None)
             if expected is not None and found != expected:
                 raise RecipeError(f"{adapter} does not fit the base: {layer} has {side} {expected}, the adapter {found}", hint)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = adapter_config(adapter)
     targets = config.get("target_modules")
     if isinstance(targets, list) and not any(config.get(key) for key in ("layers_to_transform", "exclude_modules", "layer_replication")):
         wanted = {name for name in modules if any(name == target or name.endswith(f".{target}") for target in targets)}

@@ -49,10 +49,13 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 def what_is_missing(checkpoint: Path) -> str | None:
     """Return why a checkpoint cannot be used, going by the sizes of its files, or None when it is complete."""
     try:
-        files = dict(read_marker(checkpoint)["files"])
+        marker = read_marker(checkpoint)
+        files = dict(marker["files"])
+        if "guard" in marker and set(marker["sha256"]) != set(files):  # versions without hashes recorded no guard either
+            return f"{MARKER} is damaged"
     except FileNotFoundError:
         return f"no {MARKER}: the save was interrupted"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{MARKER} is not readable"
     for name, size in files.items():
         file = checkpoint / name

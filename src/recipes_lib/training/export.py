@@ -17,6 +17,7 @@ import yaml
 
 from recipes_lib.atomic_files import publish
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.json_files import read_object
 from recipes_lib.recipe.credentials import holds_secret
 from recipes_lib.terminal import shown_size
 from recipes_lib.training import base_identity
@@ -175,9 +176,8 @@ def _check_tensors(trained: TrainedRun, source: Path) -> None:
         check_base_of(trained)
     check_weights(trained)
     base_identity.check_whole(source)
-    adapter = source / "adapter_config.json"
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
-    check_files(source, full_finetuning=not adapter.is_file(), base=base)
+    full = trained.full or source == trained.merged
+    check_files(source, full, base="" if full else base_identity.adapter_config(source)["base_model_name_or_path"])
 
 
 def _fill(folder: Path, source: Path, trained: TrainedRun, merged: bool) -> None:
@@ -196,7 +196,7 @@ def _fill(folder: Path, source: Path, trained: TrainedRun, merged: bool) -> None
 
 def _rewrite(file: Path, recipe: Recipe) -> None:
     """Take this machine's paths out of a JSON file, and name an adapter's base as the recipe does."""
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_object(file)
     if file.name == "adapter_config.json":
         values["base_model_name_or_path"] = recipe.model.name_or_path
         values["revision"] = recipe.model.revision if is_hub_id(recipe.model.name_or_path) else None

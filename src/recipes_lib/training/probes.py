@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_text
-from recipes_lib.json_files import read_object
+from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.training.base_identity import base_fingerprint, weight_hashes
 
 if TYPE_CHECKING:
@@ -89,7 +89,10 @@ def record_check(folder: Path, recipe: Recipe, probes: list[list[int]], logits: 
 def read_check(folder: Path) -> RecordedCheck | None:
     """Return what `record_check` wrote, or None for weights of a version that recorded nothing."""
     record = read_object(folder / CHECK_FILE)
-    return RecordedCheck(**record) if record else None
+    try:
+        return RecordedCheck(**record) if record else None
+    except TypeError:
+        raise DamagedFile("is not what was recorded at the end of the training", file=folder / CHECK_FILE) from None
 
 
 def real_prompts(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, count: int = NUM_PROMPTS) -> Prompts:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import file_hashes
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.recipe.architectures import ready_to_answer
@@ -78,7 +77,11 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
             raise RecipeError(f"run '{run.name}' was imported and has no weights", f"what it has: recipes compare {run.name} OTHER_RUN")
         what = f"run '{run.name}' is {recorded['state']}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
-    recipe = load_recipe(run.path / "resolved.yaml")
+    try:
+        recipe = load_recipe(run.path / "resolved.yaml")
+    except RecipeError as error:
+        what = f"the settings of run '{run.name}' are damaged: {str(error).splitlines()[0]}"
+        raise EnvironmentFault(what, f"write them again: {run.train_command()}") from None
     if recipe.model.trust_remote_code and not remote_code:
         raise RecipeError(f"the model of run '{run.name}' runs code that ships with it", "pass --trust-remote-code, as its training did")
     folders = recorded.get("data_folders")
@@ -113,8 +116,7 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         gone = [name for name in recorded if not (folder / name).is_file()]
         if gone or not any(folder.glob("*.safetensors")):
             return f"{folder.name}/{gone[0] if gone else '*.safetensors'} is gone"
-        found = file_hashes(folder, recorded)
-        if changed := [name for name, sha256 in recorded.items() if found[name] != sha256]:
+        if changed := base_identity.changed_files(folder, recorded):
             return f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs from the recorded one"
     except (DamagedFile, EnvironmentFault) as error:
         return str(error).splitlines()[0]
@@ -145,9 +147,7 @@ def check_base_run(name_or_path: str) -> None:
         if damage := weights_damage(run, full=True):
             raise _lost(run, damage)
         return
-    recorded = read_object(folder / "merge.json").get("sha256", {})
-    found = base_identity.weight_hashes(folder)
-    if changed := sorted(name for name in recorded if found.get(name) != recorded[name]):
+    if changed := base_identity.changed_files(folder, read_object(folder / "merge.json").get("sha256", {})):
         raise EnvironmentFault(f"{folder / changed[0]} is not what was merged", f"make it again: recipes merge {run.name}")
 
 
@@ -293,7 +293,10 @@ def check_base_of(one: TrainedRun) -> None:
     from recipes_lib.training.model import model_path
     from recipes_lib.training.probes import read_check
 
-    base_identity.check_adapter_files(one.weights)
-    check_base(one.weights, one.recipe.model.name_or_path, model_path(one.recipe.model))
-    recorded = read_check(one.weights)
+    try:
+        base_identity.check_adapter_files(one.weights)
+        check_base(one.weights, one.recipe.model.name_or_path, model_path(one.recipe.model))
+        recorded = read_check(one.weights)
+    except (DamagedFile, EnvironmentFault) as error:
+        raise _lost(one.run, str(error).splitlines()[0]) from None
     base_identity.check_content(one.run.name, recorded.base_fingerprint if recorded else None, one.recipe)

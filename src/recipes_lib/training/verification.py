@@ -9,13 +9,12 @@ half precision, both sides are computed again in float32.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipesError
 from recipes_lib.training.adapters import fold, free_memory, load_merged, merge_record, unfolded_float32, why_stale
-from recipes_lib.training.base_identity import check_whole
+from recipes_lib.training.base_identity import adapter_config, check_whole
 from recipes_lib.training.probes import Prompts, RecordedCheck, read_check, real_prompts
 from recipes_lib.training.trained import BASE, Family, TrainedRun
 from recipes_lib.training.weights_check import (
@@ -189,7 +188,7 @@ def _check_weights(trained: TrainedRun, result: Verification) -> None:
     else:
         check_base_of(trained)
     try:
-        found = check_files(folder, trained.full, "" if trained.full else _recorded_base(trained))
+        found = check_files(folder, trained.full, "" if trained.full else adapter_config(folder)["base_model_name_or_path"])
     except RecipesError as error:
         result.problems.append(error.what)
         return
@@ -204,10 +203,6 @@ def _check_weights(trained: TrainedRun, result: Verification) -> None:
         result.facts.append(f"{folder.name}/: this run recorded no hashes and no answers to compare with")
     else:
         result.facts.append(f"{folder.name}/: sha256 as recorded at the end of the training")
-
-
-def _recorded_base(trained: TrainedRun) -> str:
-    return json.loads((trained.weights / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def _check_as_trained(trained: TrainedRun, family: Family, result: Verification) -> None:

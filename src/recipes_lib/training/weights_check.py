@@ -5,12 +5,12 @@ The check reloads what was saved into a fresh model, from the files alone, and c
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipesError
+from recipes_lib.training.base_identity import adapter_config
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any
         what = f"the adapter in {folder} changes nothing: every trained tensor is zero"
         raise RecipesError(what, "was the learning rate 0 at every step? more steps, or a shorter train.warmup_steps")
     if not full_finetuning:
-        recorded = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        recorded = adapter_config(folder)["base_model_name_or_path"]
         if recorded != base:
             raise RecipesError(f"the adapter names the base '{recorded}', but '{base}' was trained")
     return {"tensors": count, "parameters": parameters}
