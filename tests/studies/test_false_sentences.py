@@ -100,6 +100,20 @@ def test_other_questions_or_reference_answers_under_the_same_ids_stop_the_senten
     assert not untouched.sentence.startswith("No claim")
 
 
+def test_verdicts_against_a_run_that_was_trained_again_are_about_no_run_that_is_there(two: list[Path]) -> None:
+    for folder in two:
+        facts = {"answers": {"name": folder.name, "fingerprint": f"weights of {folder.name}"}}
+        change(folder / "evals/alpaca_eval/result.json", lambda result, facts=facts: result.update(facts))
+    synthetic_runs.write_alpaca_eval(two[1], 100, against="one", skill=0.8)
+    against = two[1] / "evals/alpaca_eval/result.against-one.json"
+    for weights, stopped in (("weights of one", False), ("other weights", True)):
+        facts = {"answers": {"fingerprint": "weights of two"}, "opponent": {"name": "one", "fingerprint": weights}}
+        change(against, lambda result, facts=facts: result.update(facts))
+        comparison = compared(one=[two[0]], two=[two[1]])
+        (row,) = (row for row in comparison.rows if row.head_to_head)
+        assert row.sentence.startswith("No claim") == stopped == ("answers-of-another-arm" in codes(comparison))
+
+
 @pytest.mark.parametrize("judge", [None, {"name": "other", "model": "other/judge", "fingerprint": None}])
 def test_a_judge_that_is_not_recorded_is_not_taken_for_the_known_one(judge: dict[str, Any] | None, two: list[Path]) -> None:
     change(two[1] / "evals/alpaca_eval/result.json", lambda result: result.update(judge=judge))

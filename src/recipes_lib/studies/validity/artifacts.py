@@ -163,6 +163,7 @@ def _same_weights(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
             yield _found(code, title, evidence, one.name, other.name)
     for arm, twin in ((one, other), (other, one)):
         yield from _foreign_rows(arm, twin)
+        yield from _former_opponent(arm, twin)
 
 
 def _fingerprints(arm: ArmMeasurements) -> set[str]:
@@ -207,6 +208,21 @@ def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
             evidence = (f"{place(file)}: weights {weights}", f"{place(result.file)}: weights {own[:12]}")
             remedy = "delete the file and evaluate the run again"
             yield Finding("answers-of-another-arm", "error", title, evidence, remedy, (arm.name,))
+
+
+def _former_opponent(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
+    """Verdicts against answers of a run that has other weights now: it was trained again, or another run has its name."""
+    runs = {run.name: run for run in other.runs}
+    for result in (result for run in arm.runs for result in run.evals if result.against in runs):
+        told = (result.result.get("opponent") or {}).get("fingerprint")
+        own = [one for one in runs[str(result.against)].evals if one.eval == result.eval]
+        now = {one.result["answers"]["fingerprint"] for one in own if (one.result.get("answers") or {}).get("fingerprint")}
+        if told and now and told not in now:
+            title = f"{arm.name} was judged in {result.eval} against answers that {other.name} does not give any more"
+            evidence = (f"{place(result.file)}: weights {str(told)[:12]}", f"{place(own[0].file)}: weights {min(now)[:12]}")
+            remedy = f"judge it again: recipes eval EVAL {result.file.parents[2].name} --against {result.against}"
+            metrics = tuple(measure.name for measure in result.measures if measure.opponent is not None)
+            yield Finding("answers-of-another-arm", "error", title, evidence, remedy, (arm.name, other.name), metrics)
 
 
 @lru_cache(maxsize=256)
