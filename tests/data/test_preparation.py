@@ -250,3 +250,14 @@ def test_a_name_in_drop_columns_that_is_no_column_is_refused(prepare, write_json
         prepare(write_jsonl(tasks(9)), drop_columns=["categry"])
     assert caught.value.hints[0] == "did you mean category?"
     assert prepare(write_jsonl(tasks(9)), drop_columns=["category"]).audit["unused_columns"] == {}
+
+
+def test_the_tokens_are_named_by_a_hash_of_ours_and_not_pickled_whole(prepare, write_jsonl, tasks, monkeypatch):
+    def pickled(*args, **keys):
+        raise AssertionError("datasets pickles the table, which takes three times the memory of the tokens")
+
+    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", pickled)
+    rows = tasks(60)
+    first, again = (prepare(write_jsonl(rows)).train._fingerprint for _ in range(2))
+    rows[7]["response"] += " Yes."
+    assert first == again != prepare(write_jsonl(rows)).train._fingerprint

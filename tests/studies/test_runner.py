@@ -433,6 +433,22 @@ def test_the_plan_reads_questions_and_data_as_often_for_many_arms_as_for_two(
     assert sorted(read) == ["data_contents", "lengths_of", "load_questions", "load_questions"]
 
 
+def test_two_data_files_of_one_name_are_both_part_of_what_a_study_depends_on(tmp_path: Path) -> None:
+    from recipes_lib.recipe.recipe import load_recipe
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text(json.dumps({"instruction": folder, "response": "x"}) + "\n", encoding="utf-8")
+    text = "model: {name_or_path: m}\ndata: {source: [{source: a/rows.jsonl}, {source: b/rows.jsonl}]}\n"
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    before = steps.data_contents(load_recipe(tmp_path / "r.yaml"))
+    assert len(before) == 2
+    for folder in ("a", "b"):
+        file = tmp_path / folder / "rows.jsonl"
+        file.write_text(json.dumps({"instruction": "other " + folder, "response": "x"}) + "\n", encoding="utf-8")
+        assert before != (before := steps.data_contents(load_recipe(tmp_path / "r.yaml")))
+
+
 def test_the_diff_says_which_differences_no_factor_declares(study: Study, study_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = study_folder / "r8.yaml"
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("1.0e-2", "2.0e-2"), encoding="utf-8")

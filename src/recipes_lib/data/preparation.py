@@ -203,11 +203,14 @@ def _dataset(tokens: Tokens, names: Sequence[str]) -> Dataset:
 
     lists = pa.list_(pa.int32())
     schema = pa.schema([("input_ids", lists), ("labels", lists), ("example_id", pa.string())])
-    batches = []
+    batches, digest = [], hashlib.blake2b(digest_size=8)
     for first, last, offsets, ids, labels in tokens.batches():
+        for values in (offsets, ids, labels):
+            digest.update(values)
         columns = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)) for values in (ids, labels)]
         batches.append(pa.RecordBatch.from_arrays([*columns, pa.array(names[first:last], pa.string())], schema=schema))
-    return datasets.Dataset(pa.Table.from_batches(batches, schema))
+    # Given one, `datasets` need not pickle the whole table to name it, which takes three times the memory of the tokens.
+    return datasets.Dataset(pa.Table.from_batches(batches, schema), fingerprint=digest.hexdigest())
 
 
 def fingerprint(rows: Rows, splits: Splits) -> str:

@@ -175,7 +175,11 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
             path = find_path(source.source, [recipe.base_dir])
             files = [path] if path and path.is_file() else data_files(path, source.source_split) if path else []
             for file in files:
-                contents[f"{CONTENT}data {file.name}"] = content_of(file)
+                key, alike = f"{CONTENT}data {file.name}", 1
+                while key in contents:  # a/rows.jsonl and b/rows.jsonl
+                    alike += 1
+                    key = f"{CONTENT}data {file.name} ({alike})"
+                contents[key] = content_of(file)
     template = recipe.data.chat_template
     if template and template.endswith(".jinja"):
         contents[f"{CONTENT}chat template"] = content_of(recipe.folder_of("data.chat_template") / template)
