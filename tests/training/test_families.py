@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from tests.families import FAMILIES, build_family
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.errors import EnvironmentFault, ExitCode
 from recipes_lib.train import main
 
 Verb = Callable[..., tuple[int, str, str]]
@@ -146,6 +147,22 @@ def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(write_recipe: 
     run = tmp_path / "runs" / "run"
     saved = {step: (run / f"checkpoints/checkpoint-{step}/model.safetensors").read_bytes() for step in (2, 4)}
     assert weights_of(run) == {"model.safetensors": saved[2]} != {"model.safetensors": saved[4]}
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from recipes_lib.training.trainer import load_whole
+
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "checkpoint-4"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        EnvironmentFault, match=r"checkpoint-4 lacks 1 weights of the model, model.layers.1.mlp.down_proj.weight among them"
+    ):
+        load_whole(AutoModelForCausalLM.from_pretrained(tiny_model_dir), folder)
 
 
 @pytest.mark.slow
