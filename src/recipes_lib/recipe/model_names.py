@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings?)$")  # tables; rotary positions go on beyond what was trained
+_STARTS_OF_PARAMETERS = ("gaussian",)
+_ATTENTION_ALONE = "or adapt the attention alone: lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
 
 
 def check_names(recipe: Recipe, folder: Path, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
@@ -124,9 +126,15 @@ def _check_injection(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     try:
         config = build_lora_config(recipe)
         assert config is not None
-        config.init_lora_weights = False  # the initial values of some kinds need the weights
+        start, config.init_lora_weights = config.init_lora_weights, False  # the initial values of some kinds need the weights
+        settled = settle_targets(config, model)
         with torch.device("meta"):
-            get_peft_model(copy.deepcopy(model), settle_targets(config, model))
+            get_peft_model(copy.deepcopy(model), settled)
+        if isinstance(start, str) and start not in _STARTS_OF_PARAMETERS and converted(settled, model).target_parameters:
+            what = (
+                f"lora.init_lora_weights: {start} starts from the weights of linear layers, and these adapters are on parameters of experts"
+            )
+            yield recipe.error("lora.init_lora_weights", what, "leave the key out", _ATTENTION_ALONE)
     except RecipeError:  # of the config itself, which is reported where it is built
         return
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -134,7 +142,7 @@ def _check_injection(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
             return  # says something about tensors without values, nothing about the recipe
         hints = []
         if "ParamWrapper" in str(error):
-            hints.append("PEFT adapts experts so; or adapt the attention alone: lora.target_modules: [q_proj, k_proj, v_proj, o_proj]")
+            hints += ["that is how PEFT adapts experts: leave the setting out", _ATTENTION_ALONE]
         yield refused(recipe, "lora", error, *hints)
 
 
