@@ -78,6 +78,13 @@ def test_targets_that_a_user_names_stay_as_they_are_and_exclusions_are_added_to_
     assert "adapters on q_proj; none on" in describe_targets(adapted("gpt_oss", target_modules=["q_proj"]))
 
 
+def test_what_is_trained_as_a_whole_or_was_not_asked_for_gets_no_reason() -> None:
+    said = describe_targets(adapted("gpt2", target_modules=["c_attn"], modules_to_save=["lm_head", "c_fc"]))
+    assert said == "adapters on c_attn; none on c_proj"
+    experts = adapted("llama4_text", target_modules=["q_proj"], target_parameters=["feed_forward.experts.gate_up_proj"])
+    assert "none on" in describe_targets(experts) and "PEFT takes" not in describe_targets(experts)
+
+
 def test_layers_that_carry_a_state_are_known_by_their_convolution() -> None:
     states = {family for family in FAMILIES if carries_state(without_weights(family))}
     assert states == {"lfm2", "nemotron_h", "falcon_h1", "mamba", "mamba2", "granitemoehybrid", "qwen3_next"}

@@ -148,23 +148,26 @@ def describe_targets(model: Any) -> str:
         return text
     needs = needs_of(model)
     reasons = {needs.because: needs.left_out}
-    if any("experts." in name for name in adapted):
+    if any("gate_up_proj" in name for name in model.active_peft_config.rank_pattern):  # PEFT took layers for what became parameters
         reasons["PEFT takes these names for the experts"] = ("gate_proj", "up_proj", "down_proj")
     told = [f"{', '.join(found)}: {why}" for why, names in reasons.items() if (found := [name for name in plain if name in names])]
     return f"{text}; none on {', '.join(plain)}" + (f" ({'; '.join(told)})" if told else "")
 
 
 def _matrices(model: Any) -> tuple[list[str], list[str]]:
-    """Return the names of matrices with and without an adapter, embeddings and head left out."""
+    """Return the names of matrices with and without an adapter; embeddings, head and what is trained as a whole left out."""
     import torch
 
     adapted: dict[str, None] = {}
     plain: dict[str, None] = {}
     head = model.get_base_model().get_output_embeddings()
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, torch.nn.Embedding | torch.nn.Conv1d) or module is head or "lora_" in name or "modules_to_save" in name:
+        parts = name.split(".")
+        if isinstance(module, torch.nn.Embedding | torch.nn.Conv1d) or module is head or "lora_" in name:
             continue
-        parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
+        if {"modules_to_save", "original_module"} & {*parts}:  # trained as a whole
+            continue
+        parts = [part for part in parts if part != "base_layer"]
         if hasattr(module, "lora_A"):
             parameter = getattr(module, "parameter_name", "weight")
             adapted[".".join(parts[-1:]) if parameter == "weight" else f"{parts[-1]}.{parameter}"] = None
