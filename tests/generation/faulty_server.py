@@ -74,6 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
                     self.wfile.flush()
                 except OSError:
                     return
+        elif isinstance(fault, tuple):  # (status, location)
+            self.wfile.write(b"HTTP/1.1 %s Moved\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % fault)
         elif isinstance(fault, bytes):  # STATUS[/ENCODING]:BODY
             head, _, body = fault.partition(b":")
             status, _, encoding = head.decode().partition("/")

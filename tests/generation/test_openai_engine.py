@@ -111,7 +111,9 @@ def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written(what):
     done.text.encode()
 
 
-@pytest.mark.parametrize("body", [b"[" * 100_000, b"null", b"[1]", b'{"choices": []}', b'{"choices": 3}', b"", b"\xff\x00"])
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"choices": [{"text": {"a": 1}}]}', b"null", b"[1]", b'{"choices": []}', b'{"choices": 3}', b"", b"\xff\x00"]
+)
 def test_what_is_no_reply_at_all_fails_alone(body):
     with FaultyServer(faults=lambda number: b"200:" + body if number <= 3 else None) as server:
         done = ask(engine_for(server, concurrency=1), 2)
@@ -138,8 +140,26 @@ def test_a_reply_that_unpacks_to_a_gigabyte_takes_little_memory(status):
 
 
 def test_a_packed_reply_is_read_although_none_was_asked_for():
-    with FaultyServer(faults=lambda number: b"200/gzip:" + gzip.compress(b'{"choices": [{"text": "hello"}]}')) as server:
+    with FaultyServer(faults=lambda number: b"200/GZIP:" + gzip.compress(b'{"choices": [{"text": "hello"}]}')) as server:
         assert ask(engine_for(server))["0"].text == "hello"
+
+
+@pytest.mark.parametrize("location", [b"http://127.0.0.1:99999/", b"http://127.0.0.1:1/", b"file:///etc/passwd", b"http://[", b"\xff", b""])
+def test_no_redirect_is_followed_and_the_address_it_names_is_shown(location):
+    with FaultyServer(faults=lambda number: (b"307", location)) as server:
+        done = ask(engine_for(server))["0"]
+        assert len(server.bodies) == 1
+    assert done.refused and done.error.startswith("307: it sends requests on to ") and "set base_url" in done.error
+    done.error.encode()
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_a_reply_that_the_server_broke_off_is_asked_again_and_is_no_answer(reason):
+    half = b'200:{"choices": [{"text": "half a rea", "finish_reason": "' + reason.encode() + b'"}]}'
+    with FaultyServer(faults=lambda number: half if number == 1 else None) as server:
+        assert ask(engine_for(server))["0"].text == "echo: Hello there"
+    with FaultyServer(faults=lambda number: half) as server:
+        assert f"finish_reason {reason}" in ask(engine_for(server))["0"].error
 
 
 def test_a_server_that_can_do_less_at_once_is_asked_less_and_loses_nothing():

@@ -4,7 +4,8 @@ Requests are in flight together up to a limit, which 429 lowers and answers rais
 connection, an answer that is no JSON - is tried again a bounded number of times, after the pause the server asks for. What cannot pass
 ends at once: a wrong key, address or model with everything (401, 403, 404), a refused body with its request (400, 402, 413, 422). Nothing
 that a server refuses is an answer. Each attempt has a time limit of its own, which a server that drips its answer byte by byte does not
-escape, and a reply a size limit, which one that grows on unpacking does not escape. No byte of a reply ends more than that reply.
+escape, and a reply a size limit, which one that grows on unpacking does not escape. No byte of a reply ends more than that reply, one that
+the server broke off is none, and no redirect is followed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MAX_REPLY_BYTES = 4 << 20  # an answer takes kilobytes
 TOP_LOGPROBS = 20
 _PASSING = {408, 409, 429}
 _HOPELESS = {401, 403, 404}
+_BROKEN_OFF = {"abort", "aborted", "cancelled", "error"}  # finish reasons of a reply that the server did not finish
 
 
 class ServerFault(RecipesError):
@@ -43,7 +45,7 @@ class ServerFault(RecipesError):
 
 
 class _Refused(Exception):
-    """An HTTP status of 400 or above."""
+    """An HTTP status of 300 or above."""
 
     def __init__(self, status: int, words: str, headers: Mapping[str, str]) -> None:
         super().__init__(f"{status}: {words}")
@@ -264,7 +266,7 @@ class OpenAIEngine:
         """Send one request and return the JSON object of its reply.
 
         Raises:
-            _Refused: status 400 or above, with the server's words.
+            _Refused: status 300 or above, with the server's words.
             _Unusable: the reply is too long, or no JSON object.
         """
         content = bytearray()
@@ -274,7 +276,10 @@ class OpenAIEngine:
                 content += chunk
                 if len(content) > MAX_REPLY_BYTES:
                     raise _Unusable(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
-        text = _unpacked(bytes(content), response.headers.get("content-encoding", "")).decode("utf-8", "replace")
+        if 300 <= response.status_code < 400:  # not followed: whoever is there was not asked for
+            place = valid_text(response.headers.get("location", "nowhere"))[:200]
+            raise _Refused(response.status_code, f"it sends requests on to {place}: if that is the server, set base_url to it", {})
+        text = _unpacked(bytes(content), response.headers.get("content-encoding", "").strip().lower()).decode("utf-8", "replace")
         try:
             found = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
         except (ValueError, RecursionError):
@@ -329,7 +334,7 @@ class OpenAIEngine:
 
         headers = {"Authorization": f"Bearer {self._api_key}", "Content-Type": "application/json", "Accept-Encoding": "identity"}
         limits = httpx2.Limits(max_connections=self.server.concurrency, max_keepalive_connections=self.server.concurrency)
-        return httpx2.AsyncClient(headers=headers, limits=limits, timeout=self.server.timeout_s, follow_redirects=True)
+        return httpx2.AsyncClient(headers=headers, limits=limits, timeout=self.server.timeout_s)
 
 
 def is_version_of(answered: str, asked: str) -> bool:
@@ -363,10 +368,10 @@ def _unpacked(content: bytes, encoding: str) -> bytes:
 
 
 def _completion(request: Request, reply: Mapping[str, Any], logprobs: bool) -> Completion:
-    """Read a reply of either endpoint.
+    """Read a reply of either endpoint; no text at all is an empty one, as of a model that declines or calls a tool.
 
     Raises:
-        _Unusable: it has no choice, or none of the log-probabilities that were asked for.
+        _Unusable: it has no choice, no text, was broken off, or has none of the log-probabilities that were asked for.
     """
     choices = reply.get("choices")
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
@@ -377,6 +382,10 @@ def _completion(request: Request, reply: Mapping[str, Any], logprobs: bool) -> C
     if isinstance(said, list):  # content in parts
         said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
     finish, usage = choice.get("finish_reason"), reply.get("usage")
+    if not (said is None or isinstance(said, str)):
+        raise _Unusable(f"the reply's text is no text: {_words(said)[:80]!r}")
+    if isinstance(finish, str) and finish.lower() in _BROKEN_OFF:
+        raise _Unusable(f"the server broke the reply off (finish_reason {finish})")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     return Completion(
         key=request.key,

@@ -30,7 +30,7 @@ _HEADINGS = r"(?:task\s+description|(?:the\s+)?instruction|response|reference\s+
 _REWRITES = [
     (re.compile(r"\[(\s*/?(?:result|(?:final\s+)?score|overall|response\s+[ab]|inst)\b[^\]\n]{0,24})\]", re.IGNORECASE), r"(\1)"),
     (re.compile(r"\[(?=\s*result\b)", re.IGNORECASE), "("),
-    (re.compile(r"#{2,}(\s*)(?=" + _HEADINGS + r"\b)", re.IGNORECASE), r"# #\1"),
+    (re.compile(r"(?<!#)#{2,}(\s*)(?=" + _HEADINGS + r"\b)", re.IGNORECASE), r"# #\1"),
     (re.compile(r"<(/?s|/?<?/?sys>?)>", re.IGNORECASE), r"(\1)"),
     (re.compile(r"<\|([^|>\n]{1,40})\|>"), r"(|\1|)"),
 ]
