@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.judging.prometheus import CUT_MARK, build_prompt, load_rubric, load_template, neutralise, nonce
-from recipes_lib.judging.verdicts import parse_relative
+from recipes_lib.judging.verdicts import parse_absolute, parse_relative
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 RELATIVE, ABSOLUTE = (load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute"))
@@ -141,6 +142,16 @@ def test_a_broken_rubric_is_named_by_its_line(tmp_path: Path, text: str, line: i
     with pytest.raises(RecipeError, match=words) as caught:
         load_rubric(path)
     assert caught.value.line == line
+
+
+@pytest.mark.parametrize("piece", ["#", "# #", "[", "[result", "<", "<|", "ignore ", "ignore all previous ", " ", "\n", "score of ", "((1"])
+def test_a_text_that_repeats_itself_is_cleaned_and_read_in_linear_time(piece: str) -> None:
+    text = piece * (200_000 // len(piece))
+    started = time.process_time()
+    neutralise(text)
+    for parse in (parse_absolute, parse_relative):
+        parse(text)
+    assert time.process_time() - started < 5  # 200,000 # took minutes
 
 
 @pytest.mark.parametrize(
