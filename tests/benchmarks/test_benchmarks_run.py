@@ -52,6 +52,14 @@ def test_rows_that_trl_drops_silently_are_counted_and_named(tiny_model_dir: Path
     assert facts["cpu_seconds"]["trl"]["n"] == 1 and facts["ratio"]["median"] > 0
 
 
+def test_preparing_rows_is_measured_for_each_number_of_rows(tiny_model_dir: Path, tmp_path: Path) -> None:
+    record = tmp_path / "scale.json"
+    done = start("data_scale.py", "--model", str(tiny_model_dir), "--rows", "400", "200", "--json", str(record))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "400 rows:" in done.stdout and "per row beyond the first 200" in done.stdout
+    assert json.loads(record.read_text(encoding="utf-8"))["rows"]["400"]["cpu_seconds"] > 0
+
+
 def test_the_time_inside_callbacks_and_collation_is_a_share_of_the_loop(tiny_recipe: Path, tmp_path: Path) -> None:
     done = start("train_overhead.py", str(tiny_recipe), "--steps", "2", "--json", str(tmp_path / "overhead.json"))
     assert done.returncode == 0, done.stderr[-2000:]
