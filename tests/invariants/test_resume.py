@@ -1,4 +1,4 @@
-"""Stopped and resumed equals uninterrupted, byte for byte and line for line, for every way to train that has a state of its own."""
+"""Stopped or killed, and resumed, equals uninterrupted, byte for byte and line for line: every way to train that has a state of its own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ WAYS = {
     "packing": ["train.packing=true"],
     "token-cap": ["run.max_tokens_per_micro_batch=300"],
     "checkpointing": ["train.activation_checkpointing=true"],
-    "length-groups": ["train.train_sampling_strategy=group_by_length"],
+    "length-groups": [*EPOCHS, "train.train_sampling_strategy=group_by_length"],
+    "rebalanced": [*EPOCHS, "train.train_sampling_strategy=batch_rebalance"],
+    "dropped": [*EPOCHS, "train.dataloader_drop_last=true", "data.max_examples=45"],
     "epoch-saves": [*EPOCHS, "train.save_strategy=epoch", "train.eval_strategy=epoch"],
     "epoch-evaluations": [*EPOCHS, "train.save_strategy=steps", "train.eval_strategy=epoch"],
     "workers": [*EPOCHS, "train.dataloader_num_workers=1"],
@@ -62,19 +64,20 @@ def written(recipe: Path, name: str) -> tuple[dict[str, bytes], list[dict[str, f
 
 @pytest.fixture
 def resumed(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """A function that trains `whole` without a break, and `broken` with one at a step, and returns the exit code of resuming it."""
+    """A function that trains `whole` without a break, and `name` with one at a step, and returns the exit code of resuming it."""
     from recipes_lib.training.stopping import StopCallback
 
-    def resume(*words: str, step: int, crash: bool = False) -> int:
+    def resume(*words: str, step: int, crash: bool = False, name: str = "broken") -> int:
         words = (str(tiny_recipe), "train.lr_scheduler_type=constant", *words)
-        assert main([*words, "run.name=whole"]) == 0
+        if not (tiny_recipe.parent / "runs" / "whole").exists():
+            assert main([*words, "run.name=whole"]) == 0
         with monkeypatch.context() as patch:
             if crash:
                 patch.setattr(StopCallback, "on_pre_optimizer_step", broken_off(step), raising=False)
             else:
                 patch.setattr(StopCallback, "on_step_end", asked_to_stop(step, StopCallback.on_step_end))
-            assert main([*words, "run.name=broken"]) == (ExitCode.FAILED if crash else ExitCode.PREEMPTED)
-        return main([*words, "run.name=broken"])
+            assert main([*words, f"run.name={name}"]) == (ExitCode.FAILED if crash else ExitCode.PREEMPTED)
+        return main([*words, f"run.name={name}"])
 
     return resume
 
@@ -99,12 +102,15 @@ def broken_off(step: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_stopped_and_resumed_equals_uninterrupted(tiny_recipe: Path, way: str, resumed: Callable[..., int]) -> None:
-    dropout = [] if "lora=null" in WAYS[way] else ["lora.lora_dropout=0.2"]
-    assert resumed(*dropout, *WAYS[way], step=5) == 0
-    (whole, metrics), (broken, metrics_again) = written(tiny_recipe, "whole"), written(tiny_recipe, "broken")
-    assert whole and whole == broken
-    assert metrics == metrics_again
+def test_stopped_or_killed_and_resumed_equals_uninterrupted(tiny_recipe: Path, way: str, resumed: Callable[..., int]) -> None:
+    words = [*([] if "lora=null" in WAYS[way] else ["lora.lora_dropout=0.2"]), *WAYS[way]]
+    assert resumed(*words, step=5, name="stopped") == 0
+    assert resumed(*words, step=7, crash=True, name="killed") == 0
+    whole, metrics = written(tiny_recipe, "whole")
+    for name in ("stopped", "killed"):
+        weights, metrics_again = written(tiny_recipe, name)
+        assert whole and whole == weights, name
+        assert metrics == metrics_again, name
 
 
 def test_an_evaluation_after_the_save_of_its_step_is_made_again_by_a_run_that_was_killed_after_it(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipes_lib.training.micro_batches import filler, split_batch
+from recipes_lib.training.row_tracking import ROW
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=12)
 
@@ -47,5 +48,5 @@ def test_flattened_pieces_are_what_the_collator_would_have_made_of_their_rows(le
 def test_a_filler_has_the_keys_of_a_batch_and_no_loss(padding_free: bool) -> None:
     batch = collate([3, 4], padding_free)
     piece = filler(batch)
-    assert piece.keys() == batch.keys()
-    assert int((piece["labels"] != -100).sum()) == 0
+    assert piece.keys() == {*batch.keys(), ROW}
+    assert int((piece["labels"] != -100).sum()) == 0 and not piece[ROW].numel()

@@ -60,7 +60,7 @@ def build_trainer(
         model=model,
         args=args,
         train_dataset=_training_rows(data.train, recipe, args),
-        eval_dataset=_validation_rows(data.validation, args, tokenizer.eos_token_id),
+        eval_dataset=_validation_rows(data.validation, args),
         processing_class=tokenizer,
         peft_config=lora and settle_targets(lora, model),
         callbacks=[MetricsCallback(run.metrics, quiet=args.process_index != 0)],
@@ -134,25 +134,25 @@ def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
         from trl import pack_dataset
 
         rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe.train["max_length"], args.packing_strategy)
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.dataloader_drop_last and len(rows) < step:
+        what = f"train.dataloader_drop_last leaves nothing to train: {len(rows)} examples do not fill a step of {step}"
+        raise recipe.error("train.dataloader_drop_last", what, "set it to false, or make run.global_batch_size smaller")
     return rows
 
 
-def _validation_rows(validation: Dataset | None, args: SFTConfig, filler_token: int) -> Dataset | None:
+def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | None:
     """The validation rows, filled up with rows that carry no loss so that every rank gets the same number of full batches.
 
     Otherwise accelerate repeats the first rows in the last batch, and the validation loss depends on the number of ranks.
     """
+    from recipes_lib.training.row_order import with_fillers
+
     if validation is None or not len(validation) or args.eval_strategy == "no":
         return None
-    from datasets import Dataset, concatenate_datasets
-
     rows = validation.select_columns(["input_ids", "labels"])
-    batch = args.per_device_eval_batch_size * args.world_size
-    missing = -len(rows) % batch
-    if not missing:
-        return rows
-    filler = {"input_ids": [[filler_token] * 2] * missing, "labels": [[-100] * 2] * missing}
-    return concatenate_datasets([rows, Dataset.from_dict(filler, features=rows.features)])
+    missing = -len(rows) % (args.per_device_eval_batch_size * args.world_size)
+    return with_fillers(rows, missing) if missing else rows
 
 
 def count_quantized(model: Any) -> int:

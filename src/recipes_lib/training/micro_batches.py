@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from recipes_lib.training.row_tracking import ROW
+
 
 def split_batch(batch: dict[str, Any], max_tokens: int) -> list[dict[str, Any]]:
     """Cut a collated batch into pieces of at most `max_tokens` computed tokens, padding counted; a single longer example stays whole.
@@ -30,9 +32,10 @@ def split_batch(batch: dict[str, Any], max_tokens: int) -> list[dict[str, Any]]:
 
 
 def filler(like: dict[str, Any]) -> dict[str, Any]:
-    """A piece of two tokens without loss, for a rank that has fewer pieces than another: collectives must meet."""
+    """A piece of two tokens without loss and without rows, for a rank that has fewer pieces than another: collectives must meet."""
     device = like["input_ids"].device
     piece = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "labels": torch.full((1, 2), -100, device=device)}
+    piece[ROW] = torch.zeros(0, dtype=torch.long, device=device)
     if "attention_mask" in like:
         return piece | {"attention_mask": torch.ones(1, 2, dtype=torch.long, device=device)}
     return piece | _sequence_bounds(torch.arange(2, device=device)[None])

@@ -1,4 +1,7 @@
-"""Which rows are in the current step: so that a loss that explodes can name the examples it exploded on."""
+"""Which rows are in the current step: so that a loss that explodes can name the examples it exploded on.
+
+Rows that only fill a batch (`row_order`) are known by their number, and stand in no batch that has others.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 import torch
 
 ROW = "example_row"
+FILLER = -1
+"""The number of a row without loss."""
 
 
 class RowTrackingCollator:
@@ -17,11 +22,12 @@ class RowTrackingCollator:
         self.collate = collate
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate; packed rows carry no row number."""
-        rows = [example[ROW] for example in examples if ROW in example]
-        batch = self.collate([{key: value for key, value in example.items() if key != ROW} for example in examples])
-        if rows:
-            batch[ROW] = torch.tensor(rows)
+        """Collate, without fillers where there are other rows; packed rows carry no row number, and a batch of a filler an empty list."""
+        real = [example for example in examples if example.get(ROW) != FILLER]
+        rows = [example[ROW] for example in real if example.get(ROW) is not None]
+        batch = self.collate([{key: value for key, value in example.items() if key != ROW} for example in real or examples[:1]])
+        if rows or not real:
+            batch[ROW] = torch.tensor(rows, dtype=torch.long)
         return batch
 
 

@@ -270,7 +270,7 @@ class Session:
     def announce(self) -> None:
         """Say what is about to happen: the batch arithmetic, what is trained, and what is really active."""
         from recipes_lib.recipe.architectures import describe_targets
-        from recipes_lib.recipe.batch import describe_batch, planned_steps
+        from recipes_lib.recipe.batch import describe_batch, describe_last_step, planned_steps
         from recipes_lib.recipe.schedule import describe_schedule
         from recipes_lib.training.build import count_quantized, describe_exchange, describe_trainable
 
@@ -287,6 +287,9 @@ class Session:
         self.say(f"run {self.run.path}")
         self.say(f"launch: {self.launch_line}; precision {precision}; attention {attention}{padding}; seed {args.seed}")
         self.say(f"batch: {describe_batch(rows, steps, **shape)}")
+        last = describe_last_step(rows, **shape, drop_last=drop_last)
+        if last and steps[1] >= steps[0]:
+            self.say(f"epoch: {last}")
         self.say(f"schedule: {describe_schedule(scheduler, args.learning_rate, args.warmup_steps, steps[1])}")
         raised = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
         self.say(f"trains: {describe_trainable(trainer.model, raised=raised)}")

@@ -3,6 +3,7 @@
 What is added, and why:
 - a checkpoint gets its completeness marker last, after every rank has written its part (`checkpoints`);
 - a fully trained model is loaded from a checkpoint with its experts, which the Trainer passes over (`load_whole`);
+- an epoch has the same rows in each step on any number of processes, and none twice (`row_order`);
 - a resumed run has the precision, the unlogged sums and the random state of the run it continues (`resume_facts`);
 - a stop request ends in one agreed checkpoint, also out of an evaluation (`stopping`);
 - a gradient that is not finite stops the run and names its examples, instead of being logged as 0.0;
@@ -31,7 +32,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerControl
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -39,12 +42,14 @@ from recipes_lib.atomic_files import sync
 from recipes_lib.errors import EnvironmentFault, NumericsError
 from recipes_lib.faults import explain_fault
 from recipes_lib.recipe.architectures import training_settings, with_settings
+from recipes_lib.recipe.batch import rows_per_epoch
 from recipes_lib.runs.lock import end_if_taken_over
 from recipes_lib.runs.resume_guard import differences
 from recipes_lib.training import checkpoints
 from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.micro_batches import filler, split_batch
 from recipes_lib.training.ranks import agree_on_largest, meet, on_main_rank
+from recipes_lib.training.row_order import EpochRows, LengthGroups, RebalancedRows, with_training_filler
 from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
 from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
 from recipes_lib.training.token_loss import TokenCounts, add_token_loss, can_score_itself, gather_trained_head
@@ -87,6 +92,7 @@ class RecipeTrainer(SFTTrainer):
         self.marker_facts = marker_facts
         self.data_collator = RowTrackingCollator(self.data_collator)
         self.recent_rows: deque[torch.Tensor] = deque(maxlen=max(self.args.gradient_accumulation_steps, 1))
+        self.without_rows = False
         self.evaluation_due = False
         self._unlogged_before: dict[str, Any] | None = None
         self._saved_precisions: dict[str, int] | None = None
@@ -116,9 +122,40 @@ class RecipeTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         rows = inputs.pop(ROW, None)
-        if rows is not None and self.model.training:
+        self.without_rows = rows is not None and not rows.numel()
+        if rows is not None and rows.numel() and self.model.training:
             self.recent_rows.append(rows)
         return super()._prepare_inputs(inputs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's, with the rows of `row_order`."""
+        args, rows = self.args, self.train_dataset
+        shape = {"per_device": self._train_batch_size, "accumulation": args.gradient_accumulation_steps, "world_size": args.world_size}
+        length = rows_per_epoch(len(rows), **shape, drop_last=args.dataloader_drop_last)
+        loader = self._get_dataloader(
+            dataset=with_training_filler(rows),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda _: self._get_train_sampler(rows),
+            is_training=True,
+        )
+        batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # of all processes
+        if isinstance(batches, RebalancedRows):  # accelerate's wrapper does not hand the epoch on after a resume
+            loader.batch_sampler.set_epoch = batches.set_epoch
+        else:
+            loader.set_sampler(EpochRows(batches.sampler, length, filler=len(rows)))
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """As the Trainer's, with groups of rows that depend on the seed, the epoch and the examples of a step alone."""
+        sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(sampler, LengthGroupedSampler):
+            return LengthGroups(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
+        if isinstance(sampler, BatchRebalanceSampler):
+            shape = (sampler.lengths, sampler.effective_batch_size, sampler.dp_size, sampler.grad_accum)
+            return RebalancedRows(*shape, seed=seed, rank=sampler.rank, drop_last=sampler.drop_last)
+        return sampler
 
     # ---- Numbers that are not finite ----
 
@@ -186,6 +223,8 @@ class RecipeTrainer(SFTTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's token loss: the sum over supervised tokens, divided by their number in the whole step."""
+        if not self.scored_here and self.without_rows:  # other losses are means over the micro-batch, and this one has no token
+            return model(**{key: value for key, value in inputs.items() if key != "labels"}).logits.float().sum() * 0
         if not self.scored_here or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
@@ -199,9 +238,9 @@ class RecipeTrainer(SFTTrainer):
         else:
             outputs = model(**inputs, fused_lm_head=True)
             loss, supervised, correct = -outputs.log_probs.sum() * scale, outputs.label_mask.sum(), outputs.is_top1.sum()
-        counts = self._counts["train" if self.model.training else "eval"]
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
-        counts.add(tokens, supervised, correct)
+        if not self.without_rows:
+            tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
+            self._counts["train" if self.model.training else "eval"].add(tokens, supervised, correct)
         return loss
 
     def _count_tokens(self) -> None:
@@ -306,9 +345,9 @@ class RecipeTrainer(SFTTrainer):
         the step. (Leaving accelerate's `no_sync` turns FSDP2's exchange on, whatever was around it.)
         """
         rows = inputs.pop(ROW, None)
-        if rows is not None:
+        if rows is not None and rows.numel():
             self.recent_rows.append(rows)
-        pieces = split_batch(inputs, max_tokens)
+        pieces = [filler(inputs)] if rows is not None and not rows.numel() else split_batch(inputs, max_tokens)
         pieces += [filler(inputs)] * (agree_on_largest(len(pieces)) - len(pieces))
         losses = []
         for number, piece in enumerate(pieces, 1):

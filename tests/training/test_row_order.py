@@ -1,0 +1,77 @@
+"""The rows of an epoch: which ones, in which order, on any number of processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, SequentialSampler
+
+from recipes_lib.recipe.batch import rows_per_epoch
+from recipes_lib.training.row_order import EpochRows, LengthGroups, RebalancedRows, with_fillers, with_training_filler
+from recipes_lib.training.row_tracking import ROW, RowTrackingCollator
+
+LENGTHS = [5, 9, 2, 7, 3, 8, 4, 6, 1, 11, 12, 10, 13]
+
+
+def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    longest = max(len(example["input_ids"]) for example in examples)
+    return {"input_ids": torch.tensor([example["input_ids"] + [0] * (longest - len(example["input_ids"])) for example in examples])}
+
+
+def test_a_filler_stands_in_no_batch_with_other_rows_and_alone_it_is_a_batch_without_rows() -> None:
+    rows = Dataset.from_dict({"input_ids": [[7, 7, 7]], "labels": [[7, 7, 7]], ROW: [0]})
+    real, filler = with_training_filler(rows)
+    collate = RowTrackingCollator(padded)
+    assert collate([filler, real, filler])["input_ids"].tolist() == [[7, 7, 7]]
+    assert collate([real, filler])[ROW].tolist() == [0]
+    alone = collate([filler, filler])
+    assert alone["input_ids"].shape == (1, 2) and alone[ROW].tolist() == []
+
+
+def test_packed_rows_are_told_from_fillers_though_they_have_no_number() -> None:
+    packed = Dataset.from_dict({"input_ids": [[7, 7, 7]], "labels": [[7, 7, 7]], "seq_lengths": [[1, 2]]})
+    real, filler = with_training_filler(packed)
+    collate = RowTrackingCollator(padded)
+    assert ROW not in collate([real]) and collate([filler])[ROW].tolist() == []
+    assert filler["seq_lengths"] == [2]
+
+
+def test_validation_rows_are_filled_in_number() -> None:
+    rows = Dataset.from_dict({"input_ids": [[7, 7, 7]], "labels": [[7, 7, 7]]})
+    assert with_fillers(rows, 3)["labels"][:] == [[7, 7, 7], *[[-100, -100]] * 3]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_steps_of_an_epoch_have_the_same_rows_on_any_number_of_processes(drop_last: bool) -> None:
+    from accelerate.data_loader import BatchSamplerShard
+
+    rows = Dataset.from_dict({"row": list(range(26))})
+    epochs = []
+    for processes in (1, 2, 3):
+        shape = {"per_device": 2, "accumulation": 6 // processes, "world_size": processes}
+        length = rows_per_epoch(len(rows), **shape, drop_last=drop_last)
+        batches = DataLoader(rows, batch_size=2, sampler=EpochRows(SequentialSampler(rows), length, filler=26)).batch_sampler
+        shards = [list(BatchSamplerShard(batches, processes, rank)) if processes > 1 else list(batches) for rank in range(processes)]
+        assert len({len(shard) for shard in shards}) == 1
+        each = shape["accumulation"]
+        steps = [[row for shard in shards for batch in shard[at : at + each] for row in batch] for at in range(0, len(shards[0]), each)]
+        epochs.append([sorted(row for row in step if row != 26) for step in steps])
+    assert epochs[0] == epochs[1] == epochs[2]
+    assert [len(step) for step in epochs[0]] == ([12, 12] if drop_last else [12, 12, 2])
+
+
+def test_length_groups_depend_on_the_seed_and_the_epoch_and_not_on_the_random_state() -> None:
+    one, other = LengthGroups(4, LENGTHS, seed=7), LengthGroups(4, LENGTHS, seed=7)
+    first = list(one)
+    torch.rand(5)
+    assert list(other) == first and sorted(first) == list(range(len(LENGTHS)))
+    one.set_epoch(1)
+    assert list(one) != first
+
+
+def test_a_last_step_of_rebalanced_batches_repeats_no_row() -> None:
+    ranks = [RebalancedRows(LENGTHS, 12, dp_size=3, grad_accum=2, seed=1, rank=rank, drop_last=False) for rank in range(3)]
+    handed_out = [row for sampler in ranks for batch in sampler for row in batch]
+    assert sorted(row for row in handed_out if row < len(LENGTHS)) == list(range(len(LENGTHS)))
+    assert handed_out.count(len(LENGTHS)) == 5  # six micro-batches, one example
