@@ -6,6 +6,7 @@ The architecture is built on the meta device from the model's config: no weights
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -74,7 +75,9 @@ def _check_causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     import torch
 
     key = "model.name_or_path"
-    if getattr(model.config, "is_decoder", None) is False:  # decoders of encoder-decoder models have set it, causal models have no such key
+    # GPT-NeoX has the key and is causal whatever it says: only the classes that ask for it depend on it
+    asks_for_it = "add `is_decoder=True" in inspect.getsource(type(model))
+    if asks_for_it and not model.config.is_decoder:
         what = f"{type(model).__name__} is an encoder here (is_decoder: false): it sees the tokens that it should predict"
         yield recipe.error(key, what, "choose a causal language model")
     positions, longest = getattr(model.config, "max_position_embeddings", None), recipe.train.get("max_length", 1024)
