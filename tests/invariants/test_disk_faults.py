@@ -126,7 +126,7 @@ BATCH = ("train.per_device_train_batch_size", "run.global_batch_size")
 @pytest.mark.parametrize(
     ("gib", "larger"), [(0.3, []), (2.0, []), (4.0, [f"{key}=304" for key in BATCH])], ids=["Python", "libraries", "a batch"]
 )
-def test_a_limit_on_memory_ends_in_one_line(launcher, gib: float, larger: list[str]) -> None:
+def test_a_limit_on_memory_ends_in_one_line_and_loses_nothing(launcher, whole: Path, gib: float, larger: list[str]) -> None:
     limit = int(gib * 2**30)
     command = launcher.command(f"run.name=memory-{gib}", *larger)
     child = subprocess.Popen(
@@ -136,6 +136,9 @@ def test_a_limit_on_memory_ends_in_one_line(launcher, gib: float, larger: list[s
     code, said = launcher.wait(child)
     assert code == 5 and "out of memory" in said, said[-3000:]
     assert_told(said)
+    if not larger:
+        launcher.train(f"run.name=memory-{gib}")
+        assert_same(launcher.run(f"memory-{gib}"), whole)
 
 
 # ---- ext4 on a loop device ----
