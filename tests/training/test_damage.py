@@ -288,7 +288,7 @@ def test_metrics_of_a_million_lines_cost_a_resume_no_time_and_no_memory(tmp_path
     import time
     import tracemalloc
 
-    from recipes_lib.training.metrics import _tokens_at, forget_after
+    from recipes_lib.training.metrics import _tokens_at, first_and_last, forget_after
 
     path = tmp_path / "metrics.jsonl"
     with path.open("w") as stream:
@@ -297,6 +297,7 @@ def test_metrics_of_a_million_lines_cost_a_resume_no_time_and_no_memory(tmp_path
     started = time.perf_counter()
     forget_after(path, 999_000)
     assert _tokens_at(path, 999_000) == 9_990_000
+    assert first_and_last(path, "tokens") == (10, 9_990_000)
     assert time.perf_counter() - started < 2
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()

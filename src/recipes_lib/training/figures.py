@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from recipes_lib.training.metrics import read_metrics
+from recipes_lib.json_files import read_rows
 
 PERPLEXITY_LIMIT = 20.0  # exp(20) is beyond any axis worth drawing
 
@@ -24,21 +23,27 @@ def draw_figures(metrics: Path, folder: Path, title: str) -> list[Path]:
     matplotlib.rcParams.update(
         {"svg.hashsalt": "recipes", "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
     )
-    lines = read_metrics(metrics)
-    validation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    series = _series(metrics, ("loss", "eval_loss", "learning_rate", "tokens_per_second", "peak_memory_gib"))
+    validation = series["eval_loss"]
     perplexity = [(step, math.exp(loss)) for step, loss in validation if loss < PERPLEXITY_LIMIT]
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    written += _draw(folder / "loss", title, "loss per token", {"training": _series(lines, "loss"), "validation": validation})
+    written += _draw(folder / "loss", title, "loss per token", {"training": series["loss"], "validation": validation})
     written += _draw(folder / "validation_perplexity", title, "validation perplexity", {"validation": perplexity})
-    written += _draw(folder / "learning_rate", title, "learning rate", {"learning rate": _series(lines, "learning_rate")})
-    written += _draw(folder / "throughput", title, "tokens per second", {"tokens/s": _series(lines, "tokens_per_second")})
-    written += _draw(folder / "memory", title, "peak memory, GiB", {"peak": _series(lines, "peak_memory_gib")})
+    written += _draw(folder / "learning_rate", title, "learning rate", {"learning rate": series["learning_rate"]})
+    written += _draw(folder / "throughput", title, "tokens per second", {"tokens/s": series["tokens_per_second"]})
+    written += _draw(folder / "memory", title, "peak memory, GiB", {"peak": series["peak_memory_gib"]})
     return written
 
 
-def _series(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])]
+def _series(metrics: Path, keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """The finite values of each key with their steps, in one pass over the file."""
+    series: dict[str, list[tuple[int, float]]] = {key: [] for key in keys}
+    for line in read_rows(metrics, skip_damaged=True):
+        for key in keys:
+            if line.get(key) is not None and math.isfinite(line[key]):
+                series[key].append((line["step"], line[key]))
+    return series
 
 
 def _draw(stem: Path, title: str, unit: str, series: dict[str, list[tuple[int, float]]]) -> list[Path]:

@@ -28,9 +28,10 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl; damaged ones are left out, with a warning."""
-    return list(read_rows(path, skip_damaged=True))
+def first_and_last(path: Path, key: str) -> tuple[float | None, float | None]:
+    """Return the first and the last value of a key in a metrics.jsonl, None where it has none; read from both ends, not as a whole."""
+    first = next((row[key] for row in read_rows(path, skip_damaged=True) if key in row), None)
+    return first, next((row[key] for _, row in rows_from_the_end(path) if key in row), None)
 
 
 def has_evaluation(lines: list[dict[str, Any]], step: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.training.metrics import peak_memory_gib, read_metrics
+from recipes_lib.training.metrics import first_and_last, peak_memory_gib
 
 if TYPE_CHECKING:
     from recipes_lib.training.session import Session
@@ -16,9 +16,7 @@ def summarise(session: Session) -> dict[str, Any]:
     Times are this attempt's: after a resume they leave out the earlier attempts, `resumed` in run.json says so, and the planned time, which
     is that of the whole training, is not put beside them.
     """
-    lines = read_metrics(session.run.metrics)
-    validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    training = [line["loss"] for line in lines if "loss" in line]
+    training, validation = first_and_last(session.run.metrics, "loss"), first_and_last(session.run.metrics, "eval_loss")
     state, data = session.trainer.state, session.data
     tokens = int(session.trainer._total_train_tokens)
     begun, planned = session.marker.get("tokens", 0), session.planned or {}
@@ -27,10 +25,10 @@ def summarise(session: Session) -> dict[str, Any]:
         **({"best_step": state.best_global_step} if session.args.load_best_model_at_end else {}),
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
-        "first_training_loss": training[0] if training else None,
-        "last_training_loss": training[-1] if training else None,
-        "first_validation_loss": validation[0] if validation else None,
-        "last_validation_loss": validation[-1] if validation else None,
+        "first_training_loss": training[0],
+        "last_training_loss": training[1],
+        "first_validation_loss": validation[0],
+        "last_validation_loss": validation[1],
         "tokens": tokens,
         "seconds": round(session.seconds, 1),
         "tokens_per_second": round((tokens - begun) / session.seconds, 1) if session.seconds else None,
