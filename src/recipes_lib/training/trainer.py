@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerControl
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
@@ -377,6 +378,9 @@ class RecipeTrainer(SFTTrainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        for module in self.model_wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a validation leaves the root's weights gathered, and shards are what is loaded
         with kept_precision(self.model):
             if self._whole:
                 load_whole(self.model, Path(str(self.state.best_model_checkpoint)))
