@@ -80,7 +80,12 @@ def test_items_decided_by_rule_say_nothing_about_the_judge() -> None:
     rows = [row | {"source": "rule"} for row in _rows(("A", "B"))]
     summary = summarise(pair_outcomes(rows))
     assert summary.win == summary.by_rule == 1
-    assert summary.swap_consistency.n == 0 and summary.swap_consistency.estimate is None
+    assert summary.swap_consistency.n == summary.first_position.n == 0 and summary.swap_consistency.estimate is None
+
+
+def test_position_bias_is_measured_on_items_that_the_judge_answered_in_both_orders() -> None:
+    summary = summarise(pair_outcomes(_rows(*[("A", "A")] * 10, *[("B", "unparsed")] * 10)))
+    assert summary.first_position.n == 10 and summary.first_position.estimate == 1.0
 
 
 def test_no_item_and_one_item_do_not_crash() -> None:
