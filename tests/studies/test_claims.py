@@ -369,6 +369,25 @@ def test_one_model_under_two_names_cannot_be_tested():
     assert "r8 and r32 gave the same answers" in row.sentence
 
 
+def test_one_thing_under_two_names_is_that_on_the_metrics_it_concerns_alone():
+    same = Finding("identical-answers", "error", "a and b gave the same answers", (), "", ("a", "b"), ("ev/win_rate",))
+    one, other = [[rates(values), rates(values, metric="win_rate", label="win rate")] for values in (BAD, GOOD)]
+    verdicts = {row.metric: row.verdict for row in compare_arms(of(arm("a", one), arm("b", other)), [same]).rows}
+    assert verdicts == {"ev/acc": "better", "ev/win_rate": "cannot be tested"}
+
+
+def test_where_nothing_is_compared_only_errors_between_two_arms_stand_against_their_losses():
+    arms = of(arm("a", [rates(BAD)]), arm("b", [rates(GOOD, metric="f1")]), arm("c", [rates(GOOD, metric="bleu")]))
+    findings = [
+        Finding("x-y", "error", "a and b differ", (), "", ("a", "b")),
+        Finding("x-z", "warning", "a and c differ", (), "", ("a", "c")),
+    ]
+    assert compare_arms(arms, findings).answer == (
+        "Nothing can be compared: no two arms have a metric in common.",
+        "Losses and times of a and b are no comparison either: a and b differ.",
+    )
+
+
 def test_several_seeds_enter_the_interval_and_the_sentence():
     rng = np.random.default_rng(0)
     seeds = [[rates(rng.integers(0, 2, 80).astype(float))] for _ in range(3)]
