@@ -388,6 +388,14 @@ def test_where_nothing_is_compared_only_errors_between_two_arms_stand_against_th
     )
 
 
+@pytest.mark.parametrize(("code", "words", "times"), [("judge-x", "No claim about", 1), ("confound-x", " scored ", 3)])
+def test_an_answer_gives_a_reason_once_and_repeats_only_numbers(code, words, times):
+    arms = of(arm("a", [rates(BAD)]), arm("b", [rates(GOOD)]), arm("c", [rates([1.0] * 50 + [0.0] * 30)]))
+    answer = " ".join(compare_arms(arms, [Finding(code, "error", "This reason stands", (), "")]).answer)
+    assert answer.count("this reason stands") == 1 and answer.count(words) == times
+    assert answer.count("for the reasons above") == times - 1
+
+
 def test_several_seeds_enter_the_interval_and_the_sentence():
     rng = np.random.default_rng(0)
     seeds = [[rates(rng.integers(0, 2, 80).astype(float))] for _ in range(3)]
