@@ -52,6 +52,19 @@ def test_scontrol_is_asked_first(folder: LaunchFolder, stand_in) -> None:
     assert not asked.exists()
 
 
+def test_the_jobs_own_exit_code_wins_and_only_a_cancelled_follower_blames_an_earlier_stage(folder: LaunchFolder, stand_in) -> None:
+    """Slurm reports the code of the batch script's last command; the job writes that of the training."""
+    jobs = {"7": [modern("FAILED", 0), modern("CANCELLED", 1)], "9": [modern("CANCELLED", None, state_reason="DependencyNeverSatisfied")]}
+    cases = "\n".join(f"  {job}) echo '{json.dumps({'jobs': records})}' ;;" for job, records in jobs.items())
+    stand_in("scontrol", f'case "$3" in\n{cases}\nesac')
+    for label in ("train.0", "train.1"):
+        folder.log(label).touch()
+    (folder.path / "train.0.exit_code").write_text("75")
+    first, second, report = states_of(folder)
+    assert (first.exit_code, first.explanation()) == (75, "exit code 75")
+    assert second.explanation() == "" and report.explanation() == "an earlier stage did not succeed"
+
+
 def test_the_json_of_older_versions_is_read_too(folder: LaunchFolder, stand_in) -> None:
     old = {"job_state": "COMPLETED", "array_job_id": 7, "array_task_id": 1, "nodes": "n", "restart_cnt": 0, "exit_code": 0}
     stand_in("scontrol", f"echo '{json.dumps({'jobs': [old, {**old, 'array_task_id': 0, 'job_state': 'TIMEOUT', 'exit_code': 256}]})}'")
