@@ -213,8 +213,12 @@ def test_two_processes_share_the_items_and_give_the_numbers_of_one(small_task, m
 
 
 def _answered(samples: str) -> list[tuple[object, ...]]:
-    """What was asked and answered, in order. `resps` is left out: lm-eval repeats a rank's last answer there to even out the ranks."""
-    rows = sorted(map(json.loads, samples.splitlines()), key=lambda row: row["doc_id"])
+    """What was asked and answered, in order; likelihoods to four digits, because ranks make other batches, and sums another order.
+
+    `resps` is left out: lm-eval repeats a rank's last answer there to even out the ranks.
+    """
+    lines = (json.loads(line, parse_float=lambda digits: round(float(digits), 4)) for line in samples.splitlines())
+    rows = sorted(lines, key=lambda row: row["doc_id"])
     return [(row["doc_id"], row["doc_hash"], row["filtered_resps"], [row[name] for name in row["metrics"]]) for row in rows]
 
 
