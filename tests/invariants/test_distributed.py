@@ -198,12 +198,12 @@ def test_under_fsdp2_ranks_with_unlike_numbers_of_pieces_meet_and_share_adapter_
 
 @pytest.fixture(scope="module")
 def larger_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """450 MB of float32 weights: enough to be seen above what the allocator keeps of a process (tens of MB)."""
+    """340 MB of float32 weights: enough to be seen above what the allocator keeps of a process (tens of MB)."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("larger")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -73,8 +73,15 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start a node's daemon again, as the sandbox did, and wait until Slurm uses it."""
         self.call(str(SANDBOX), "node", str(self.folder / "slurm"), node.removeprefix("node"))
-        self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        self.wait_for(lambda: "idle" in self.call("sinfo", "-h", "-N", "-n", node, "-o", "%T").stdout, f"{node} to come back")
+
+        def is_back() -> bool:
+            if "idle" in self.call("sinfo", "-h", "-N", "-n", node, "-o", "%T").stdout:
+                return True
+            # Asked again each time: a word that came before the daemon had registered, or while the lost job ended, has no effect.
+            self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            return False
+
+        self.wait_for(is_back, f"{node} to come back")
 
     def queue(self) -> list[str]:
         return self.call("squeue", "-h", "-o", "%i %j %T").stdout.splitlines()
