@@ -16,7 +16,7 @@ import torch
 from recipes_lib.planning.dolly_lengths import dolly_lengths
 from recipes_lib.planning.memory import memory_of
 from recipes_lib.planning.settings import Adapter, Settings
-from recipes_lib.planning.shapes import ModelShape, shape_of_config
+from recipes_lib.recipe.model_shapes import ModelShape, shape_of_config
 from recipes_lib.training import token_loss
 from recipes_lib.training.token_loss import add_token_loss
 

@@ -30,7 +30,6 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 UPWARDS = {
     ("errors", "recipe.credentials"),
     ("terminal", "recipe.credentials"),
-    ("recipe.combinations", "planning.models"),
     ("planning.evaluations", "generation.batch_memory"),
     ("planning.evaluations", "generation.transformers_engine"),
     ("planning.evaluations", "suites.recipe"),

@@ -25,7 +25,7 @@ def test_four_bit_weights_take_what_bitsandbytes_stores(tiny_model_dir: Path) ->
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from recipes_lib.planning.models import named_shape
+    from recipes_lib.recipe.known_models import named_shape
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config, dtype=torch.bfloat16)

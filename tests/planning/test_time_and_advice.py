@@ -15,8 +15,8 @@ from recipes_lib.planning.duration import operations_per_token, walltime
 from recipes_lib.planning.evaluations import eval_time, usual_evals
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.methods import method_rows
-from recipes_lib.planning.models import named_shape
 from recipes_lib.planning.plan import Plan, plan_recipe
+from recipes_lib.recipe.known_models import named_shape
 from recipes_lib.recipe.recipe import load_recipe
 
 LORA, QLORA, FULL = (f"llama2-7b-dolly/{name}" for name in ("lora-bf16-r32", "qlora-r32", "full-bf16"))

@@ -7,6 +7,7 @@ import pytest
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe import upstream
+from recipes_lib.recipe.check import check_upstream
 from recipes_lib.recipe.recipe import load_recipe
 
 QLORA = """\
@@ -22,7 +23,7 @@ quantization:
 @pytest.fixture(autouse=True)
 def no_accelerator(monkeypatch):
     """The tests are the same with and without a GPU."""
-    monkeypatch.setattr(upstream, "_has_accelerator", lambda: False)
+    monkeypatch.setattr(upstream, "has_accelerator", lambda: False)
 
 
 def test_sft_config_gets_the_recipe_and_what_the_machine_decides(write_with, tmp_path):
@@ -48,7 +49,7 @@ def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, m
     """transformers would wrap the model in nn.DataParallel, and a step would have eight times the examples declared."""
     import torch
 
-    monkeypatch.setattr(upstream, "_has_accelerator", lambda: True)
+    monkeypatch.setattr(upstream, "has_accelerator", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     recipe = load_recipe(write_with("train", "bf16: false"), ["run.global_batch_size=4", "train.per_device_train_batch_size=4"])
     args = upstream.build_sft_config(recipe, tmp_path, 1)
@@ -87,8 +88,8 @@ def test_quantized_weights_that_fsdp_would_change_are_refused(write, overrides, 
     """FSDP2 gathers every floating tensor in the compute type: bf16 bits that hold 4-bit values are others after a cast to fp16."""
     recipe = load_recipe(write(QLORA), ["quantization.bnb_4bit_quant_storage=bfloat16", *overrides])
     sharded = dataclasses.replace(recipe, launch=dataclasses.replace(recipe.launch, accelerate="fsdp_qlora"))
-    assert not [error for error in upstream.check_upstream(recipe) if "FSDP" in error.what]
-    [error] = [error for error in upstream.check_upstream(sharded) if "FSDP" in error.what]
+    assert not [error for error in check_upstream(recipe) if "FSDP" in error.what]
+    [error] = [error for error in check_upstream(sharded) if "FSDP" in error.what]
     assert not [word for word in words if word not in str(error)], str(error)
 
 
@@ -114,31 +115,31 @@ def test_peft_has_the_last_word(write_with):
 
 def test_qlora_under_fsdp_needs_bfloat16_storage(write):
     recipe = load_recipe(write(QLORA), ["launch.accelerate=fsdp"])
-    [error] = upstream.check_upstream(recipe)
+    [error] = check_upstream(recipe)
     assert str(error).startswith("r.yaml:5: QLoRA under FSDP")
     assert "bnb_4bit_quant_storage: bfloat16" in str(error)
     fixed = load_recipe("r.yaml", ["launch.accelerate=fsdp", "quantization.bnb_4bit_quant_storage=bfloat16"])
-    assert not upstream.check_upstream(fixed)
-    assert not upstream.check_upstream(load_recipe("r.yaml", ["launch.accelerate=ddp"]))
+    assert not check_upstream(fixed)
+    assert not check_upstream(load_recipe("r.yaml", ["launch.accelerate=ddp"]))
 
 
 def test_a_model_that_is_not_here_is_a_note_and_no_error(write):
     notes: list[RecipeError] = []
-    assert not upstream.check_upstream(load_recipe(write()), notes=notes)
+    assert not check_upstream(load_recipe(write()), notes=notes)
     assert "meta-llama/Llama-2-7b-hf is not on this machine: names not checked" in notes[0].what
 
 
 def test_what_only_a_gpu_can_judge_is_a_note_unless_the_launch_is_for_the_cpu(write_with):
     notes: list[RecipeError] = []
     path = write_with("train", "fp16: true")
-    assert not upstream.check_upstream(load_recipe(path), notes=notes)
+    assert not check_upstream(load_recipe(path), notes=notes)
     assert any("train.fp16 not checked" in note.what for note in notes)
-    [error] = upstream.check_upstream(load_recipe(path, ["launch.accelerate=cpu"]))
+    [error] = check_upstream(load_recipe(path, ["launch.accelerate=cpu"]))
     assert "does nothing on a CPU" in error.what
 
 
 def test_the_default_launch_decides_the_batch_arithmetic(write):
-    errors = upstream.check_upstream(load_recipe(write(), ["launch.accelerate=ddp", "launch.gpus=3", "run.global_batch_size=64"]))
+    errors = check_upstream(load_recipe(write(), ["launch.accelerate=ddp", "launch.gpus=3", "run.global_batch_size=64"]))
     assert "64 / (8 per device x 3 processes = 24)" in str(errors[0])
 
 
@@ -147,8 +148,8 @@ def local(write, folder, *overrides: str):
 
 
 def test_names_are_checked_against_a_local_model(write, tiny_model_dir):
-    assert not upstream.check_upstream(local(write, tiny_model_dir))
-    [error] = upstream.check_upstream(local(write, tiny_model_dir, "lora.target_modules=[q_proj, qq_proj]"))
+    assert not check_upstream(local(write, tiny_model_dir))
+    [error] = check_upstream(local(write, tiny_model_dir, "lora.target_modules=[q_proj, qq_proj]"))
     assert "the model has no module 'qq_proj'" in error.what
     assert "did you mean q_proj?" in str(error)
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(error)
@@ -163,14 +164,14 @@ def test_names_are_checked_against_a_local_model(write, tiny_model_dir):
     ],
 )
 def test_other_lora_names_are_checked_too(override, words, write, tiny_model_dir):
-    [error] = upstream.check_upstream(local(write, tiny_model_dir, override))
+    [error] = check_upstream(local(write, tiny_model_dir, override))
     assert words in error.what
     assert error.file == "command line"
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "'.*_proj'", "[self_attn.q_proj]"])
 def test_every_form_of_target_that_peft_takes_is_taken(targets, write, tiny_model_dir):
-    assert not upstream.check_upstream(local(write, tiny_model_dir, f"lora.target_modules={targets}"))
+    assert not check_upstream(local(write, tiny_model_dir, f"lora.target_modules={targets}"))
 
 
 def test_an_fsdp_layer_class_must_exist_in_the_model(write, tiny_model_dir, tmp_path):
@@ -179,7 +180,7 @@ def test_an_fsdp_layer_class_must_exist_in_the_model(write, tiny_model_dir, tmp_
         "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_state_dict_type: FULL_STATE_DICT\n"
         "  fsdp_transformer_layer_cls_to_wrap: MistralDecoderLayer\n"
     )
-    [error] = upstream.check_upstream(local(write, tiny_model_dir, f"launch.accelerate={config}"))
+    [error] = check_upstream(local(write, tiny_model_dir, f"launch.accelerate={config}"))
     assert "MistralDecoderLayer" in error.what
     assert "LlamaDecoderLayer" in str(error)
 
@@ -192,17 +193,15 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(write, tiny_model_dir
     added = {"id": len(tokenizer["model"]["vocab"]), "content": "<|extra|>", "single_word": False, "lstrip": False, "rstrip": False}
     tokenizer["added_tokens"].append({**added, "normalized": False, "special": True})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    [error] = upstream.check_upstream(local(write, folder))
+    [error] = check_upstream(local(write, folder))
     assert "the tokenizer has 513 entries, the model embeds only 512" in error.what
     assert "model.resize_embeddings: true" in str(error)
-    assert not upstream.check_upstream(local(write, folder, "model.resize_embeddings=true"))
+    assert not check_upstream(local(write, folder, "model.resize_embeddings=true"))
 
 
 def test_code_that_ships_with_a_model_is_never_run_by_a_check(write, tiny_model_dir):
     notes: list[RecipeError] = []
-    assert not upstream.check_upstream(
-        local(write, tiny_model_dir, "model.trust_remote_code=true", "lora.target_modules=[zz]"), notes=notes
-    )
+    assert not check_upstream(local(write, tiny_model_dir, "model.trust_remote_code=true", "lora.target_modules=[zz]"), notes=notes)
     assert "brings its own code: names not checked" in notes[0].what
 
 

@@ -12,7 +12,7 @@ from recipes_lib.data.own_rows import look_at
 from recipes_lib.data.rows import check_local_rows
 from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError
 from recipes_lib.planning.lengths import needed_length
-from recipes_lib.planning.models import named_shape
+from recipes_lib.recipe.known_models import named_shape
 from recipes_lib.recipe.new_recipe import new_recipe
 from recipes_lib.recipe.project import check_run_name, project_root, recipe_path, shown_path
 from recipes_lib.recipe.recipe import load_recipe

@@ -21,8 +21,8 @@ from recipes_lib.planning.machine import (
     MEASURED_PARAMETERS,
     two_threads_tflops,
 )
-from recipes_lib.planning.models import named_shape
-from recipes_lib.planning.shapes import ModelShape
+from recipes_lib.recipe.known_models import named_shape
+from recipes_lib.recipe.model_shapes import ModelShape
 
 if TYPE_CHECKING:
     from recipes_lib.suites.recipe import EvalRecipe

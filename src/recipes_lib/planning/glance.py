@@ -5,9 +5,9 @@ from __future__ import annotations
 from recipes_lib.data.sources import find_path, listed_sources
 from recipes_lib.errors import RecipesError
 from recipes_lib.planning.cards import DEFAULT, card_named
-from recipes_lib.planning.known_models import known_shapes
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.plan import plan_launched
+from recipes_lib.recipe.known_models import known_shapes
 from recipes_lib.recipe.launch import plan_launch
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.recipe import Recipe, recipe_from

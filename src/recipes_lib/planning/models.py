@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import EnvironmentFault, RecipeError
-from recipes_lib.planning.known_models import known_shapes
-from recipes_lib.planning.shapes import ModelShape, shape_of_config
+from recipes_lib.recipe.known_models import known_shapes
 from recipes_lib.recipe.model_files import local_folder, read_json
+from recipes_lib.recipe.model_shapes import ModelShape, shape_of_config
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.suggestions import did_you_mean
 
@@ -42,18 +42,6 @@ def model_shape(recipe: Recipe) -> ModelShape:
         file=origin.file,
         line=origin.line,
     )
-
-
-def named_shape(name: str) -> ModelShape | None:
-    """Return the shape of a model given by name alone (a judge): the table's or a local folder's, else None."""
-    known = known_shapes().get(name)
-    if known is not None:
-        return known
-    config = read_json(Path(name) / "config.json") if Path(name).is_dir() else None
-    try:
-        return shape_of_config(config, name) if config else None
-    except RecipeError:
-        return None
 
 
 def _local_config(recipe: Recipe) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ def _made_from(document: Document) -> str:
     run = document.values.get("run")
     named = run.get("name") if isinstance(run, dict) else None
     earlier = f"{named or f'{document.path.parent.name}--{document.path.stem}'}/supervision.json"
-    code = [_stamp(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [_stamp(file) for package in ("planning", "recipe") for file in sorted((Path(__file__).parents[1] / package).glob("*.py"))]
     models = sorted(path.name for path in (cache_root() / "models").glob("*"))
     machine = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), os.environ.get("OMP_NUM_THREADS")]
     parts = [document.values, str(document.path.resolve()), rows, _stamp(runs_root() / earlier), models, machine, code]

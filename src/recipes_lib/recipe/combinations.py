@@ -10,8 +10,9 @@ from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.accelerate_config import load_accelerate_config, precision_conflict
 from recipes_lib.recipe.batch import solve_batch
 from recipes_lib.recipe.constraints import NOT_IN_MODEL_KWARGS
+from recipes_lib.recipe.known_models import named_shape
 from recipes_lib.recipe.launch import plan_launch
-from recipes_lib.recipe.loader import Document
+from recipes_lib.recipe.loader import Document, run_name
 from recipes_lib.recipe.model_files import no_model_at
 from recipes_lib.recipe.schedule import WITHOUT_WARMUP
 from recipes_lib.recipe.sections import LaunchSection
@@ -196,8 +197,6 @@ def check_here(document: Document) -> Iterator[RecipeError]:
 
 
 def _rank_beyond_the_model(document: Document, rank: Any, model: Any) -> Iterator[RecipeError]:
-    from recipes_lib.planning.models import named_shape
-
     shape = named_shape(model) if isinstance(model, str) and type(rank) is int else None
     widest = max(shape.hidden, shape.intermediate, shape.query_width, shape.vocabulary) if shape else 0
     if shape and rank > widest:
@@ -256,8 +255,6 @@ def _changed_scaling(document: Document) -> Iterator[RecipeError]:
 
 
 def _run_name(document: Document) -> Iterator[Finding]:
-    from recipes_lib.recipe.recipe import run_name
-
     given = document.values.get("run", {})
     if not isinstance(given, dict) or not isinstance(given.get("name", ""), str):  # reported already
         return

@@ -46,10 +46,8 @@ def _kind(name: str, title: str, keys: str = "", use: str = "", check: str = "")
     return Kind(name, title, frozenset(keys.split()), use, check)
 
 
-RECIPE = _kind(
-    "recipe", "a recipe", f"extends {' '.join(SECTIONS)}", "train it: recipes train", "recipes_lib.recipe.validation:check_recipe"
-)
-BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipes_lib.recipe.validation:check_recipe")
+RECIPE = _kind("recipe", "a recipe", f"extends {' '.join(SECTIONS)}", "train it: recipes train", "recipes_lib.recipe.check:check_recipe")
+BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipes_lib.recipe.check:check_recipe")
 KINDS = (
     _kind(
         "eval", "an eval recipe", "suite generation metrics", "run it: recipes eval EVAL RUN", "recipes_lib.suites.validation:check_eval"

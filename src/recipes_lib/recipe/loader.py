@@ -14,7 +14,8 @@ from typing import Any
 
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe import kinds
-from recipes_lib.recipe.project import shown_path
+from recipes_lib.recipe.project import check_run_name, shown_path
+from recipes_lib.recipe.vocabulary import dotted_names
 from recipes_lib.recipe.yaml_source import KeyPath, YamlSource, no_such_file, parse_yaml, read_yaml
 
 COMMAND_LINE = "command line"
@@ -68,6 +69,18 @@ def nearest_origin(origins: Mapping[KeyPath, Origin], path: KeyPath, file: str) 
     """Return the origin of the value at `path`, of the nearest key above it, or the file as a whole."""
     written = (path[:length] for length in range(len(path), 0, -1) if path[:length] in origins)
     return next((origins[key] for key in written), Origin(file))
+
+
+def run_name(document: Document) -> str:
+    """Return the run's name: `run.name`, else `<folder>--<file stem>`.
+
+    Raises:
+        RecipeError: the name cannot be a folder name.
+    """
+    given = (document.values.get("run") or {}).get("name")
+    origin = document.origin(("run", "name"))
+    name = f"{document.path.resolve().parent.name}--{document.path.stem}" if given is None else given
+    return check_run_name(name, origin.file, origin.line)
 
 
 def load_document(path: str | Path, overrides: Sequence[str] = (), *, keep_going: bool = False) -> Document:
@@ -200,7 +213,5 @@ def _parse_override(word: str, plain_keys: Collection[str] = ()) -> YamlSource:
 
 def _dotted_form(name: str, text: str) -> list[str]:
     """Return the hint that names the dotted form of a bare TRL flag such as `learning_rate`."""
-    from recipes_lib.recipe.vocabulary import dotted_names
-
     near = dotted_names(name)
     return [f"write {' or '.join(f'{dotted}={text}' for dotted in near)}"] if near else []

@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError, one_line
 from recipes_lib.recipe.project import cache_root
-from recipes_lib.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from recipes_lib.recipe.recipe import Recipe
 
 KEY = "model.name_or_path"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")

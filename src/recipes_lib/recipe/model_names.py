@@ -20,6 +20,7 @@ from recipes_lib.recipe.combinations import rank_too_large
 from recipes_lib.recipe.model_files import no_tokenizer
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.recipe.upstream import build_lora_config, refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,8 +125,6 @@ def _check_injection(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     import torch
     from peft import get_peft_model
 
-    from recipes_lib.recipe.upstream import build_lora_config, refused
-
     try:
         config = build_lora_config(recipe)
         assert config is not None
@@ -196,8 +195,6 @@ def _unadaptable(recipe: Recipe, model: Any, modules: dict[str, Any]) -> Iterato
 
 def _former_layers(recipe: Recipe, model: Any) -> set[str]:
     """Return the targets that PEFT takes for layers which are parameters of the experts now; what it refuses `_check_injection` says."""
-    from recipes_lib.recipe.upstream import build_lora_config
-
     config = build_lora_config(recipe)
     try:
         left = converted(config, model).target_modules if config else ()

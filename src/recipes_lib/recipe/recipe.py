@@ -13,9 +13,10 @@ from typing import Any
 
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipeErrors
 from recipes_lib.recipe.defaults import TRAIN_DEFAULTS
-from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document, nearest_origin
-from recipes_lib.recipe.project import check_run_name, recipe_path
+from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document, nearest_origin, run_name
+from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.sections import DataSection, FiltersSection, LaunchSection, ModelSection, RunSection, SplitSection
+from recipes_lib.recipe.validation import validate
 from recipes_lib.recipe.yaml_source import KeyPath
 
 PROJECT_DEFAULT = Origin("project default")
@@ -102,8 +103,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    from recipes_lib.recipe.validation import validate
-
     document = load_document(recipe_path(path), overrides, keep_going=True)
     errors = validate(document, expected="recipe")
     if errors:
@@ -132,18 +131,6 @@ def recipe_from(document: Document) -> Recipe:
         levels=document.levels,
         base_dir=_folder(document.origins, document.path, ("data", "source")),
     )
-
-
-def run_name(document: Document) -> str:
-    """Return the run's name: `run.name`, else `<folder>--<file stem>`.
-
-    Raises:
-        RecipeError: the name cannot be a folder name.
-    """
-    given = (document.values.get("run") or {}).get("name")
-    origin = document.origin(("run", "name"))
-    name = f"{document.path.resolve().parent.name}--{document.path.stem}" if given is None else given
-    return check_run_name(name, origin.file, origin.line)
 
 
 def _key_path(key: str) -> KeyPath:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault, RecipeError
-from recipes_lib.recipe.combinations import check_combinations, check_here
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.combinations import check_combinations
 from recipes_lib.recipe.constraints import NOT_IN_RECIPES
 from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.kinds import SECTIONS, kind_named
@@ -57,29 +56,6 @@ def validate(document: Document, expected: str | None = None) -> list[RecipeErro
     unread = [problem.what for problem in document.problems]  # a value that could not be read: its stand-in says nothing
     errors = (error for path, error in found.items() if not any(what.startswith(f"{_dotted(path)}: ") for what in unread))
     return [*document.problems, *errors]
-
-
-def check_recipe(document: Document, full: bool = False) -> list[RecipeError]:
-    """The check of recipes and bases that `recipes check` runs; `full` adds stage 2 for recipes."""
-    errors = validate(document)
-    errors += check_here(document)
-    if errors or document.kind.name != "recipe":
-        return errors
-    from recipes_lib.recipe.model_files import check_files
-    from recipes_lib.recipe.recipe import recipe_from
-
-    recipe = recipe_from(document)
-    if not full:
-        folder = Path(recipe.model.name_or_path)
-        return list(check_files(recipe, folder)) if folder.is_dir() else []
-    from recipes_lib.recipe.upstream import check_packages, check_upstream
-
-    errors = check_upstream(recipe, notes=document.warnings)
-    try:
-        check_packages(recipe)
-    except EnvironmentFault as fault:
-        errors.append(RecipeError(fault.what, *fault.hints, file=fault.file, line=fault.line))
-    return errors
 
 
 def check_flat(document: Document, full: bool = False) -> list[RecipeError]:

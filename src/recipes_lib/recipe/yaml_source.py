@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.recipe.project import project_root
 
 KeyPath = tuple[str | int, ...]
 _MAX_BYTES = 1_000_000
@@ -116,8 +117,6 @@ def no_such_file(path: Path, file: str) -> RecipeError:
 
 def _recipes_like(name: str) -> list[str]:
     """Return the short names of the project's recipes that are near to `name`."""
-    from recipes_lib.recipe.project import project_root
-
     folder = project_root() / "recipes"
     names = [file.relative_to(folder).with_suffix("").as_posix() for file in folder.glob("*/*.yaml") if not file.name.startswith("_")]
     return difflib.get_close_matches(name, names, n=3, cutoff=0.6)

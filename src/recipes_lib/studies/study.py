@@ -200,7 +200,7 @@ def check_study(document: Document, full: bool = False) -> list[RecipeError]:
     study, errors = _read(document, [])
     if errors or study is None or not full:
         return errors
-    from recipes_lib.recipe.upstream import check_upstream
+    from recipes_lib.recipe.check import check_upstream
 
     found = {str(error): error for arm in study.arms if arm.recipe for error in check_upstream(arm.recipe, notes=[])}
     return list(found.values())

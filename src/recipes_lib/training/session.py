@@ -175,7 +175,8 @@ class Session:
         from recipes_lib.data.audit import warnings_of
         from recipes_lib.data.preparation import data_folders, prepare_data
         from recipes_lib.data.prompts import chat_template
-        from recipes_lib.recipe.upstream import check_packages, check_upstream
+        from recipes_lib.recipe.check import check_upstream
+        from recipes_lib.recipe.upstream import check_packages
         from recipes_lib.training.model import load_tokenizer
         from recipes_lib.training.trackers import check_trackers
 

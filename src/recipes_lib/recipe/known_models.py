@@ -6,8 +6,11 @@ Source: each repository's config.json. `tests/planning/test_shapes.py` holds the
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from recipes_lib.planning.shapes import ModelShape
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.model_files import read_json
+from recipes_lib.recipe.model_shapes import ModelShape, shape_of_config
 
 # family, layers, hidden, intermediate, heads, kv heads, head size, vocabulary, tied, positions, then the repositories with this shape.
 _TABLE = """
@@ -69,3 +72,15 @@ def known_shapes() -> dict[str, ModelShape]:
                 positions=positions,
             )
     return shapes
+
+
+def named_shape(name: str) -> ModelShape | None:
+    """Return the shape of a model given by name alone (a judge): the table's or a local folder's, else None."""
+    known = known_shapes().get(name)
+    if known is not None:
+        return known
+    config = read_json(Path(name) / "config.json") if Path(name).is_dir() else None
+    try:
+        return shape_of_config(config, name) if config else None
+    except RecipeError:
+        return None
