@@ -9,7 +9,7 @@ import recipes_lib
 
 ROOT = Path(recipes_lib.__file__).parent
 ORDER = (
-    ("errors", "terminal", "atomic_files", "json_files", "faults", "statistics"),
+    ("redaction", "errors", "terminal", "atomic_files", "json_files", "faults", "statistics"),
     ("recipe",),
     ("runs",),
     ("data",),
@@ -28,12 +28,9 @@ ORDER = (
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # What runs upwards today, and should not: (module, what it imports). The list may only become shorter.
 UPWARDS = {
-    ("errors", "recipe.credentials"),
-    ("terminal", "recipe.credentials"),
     ("planning.evaluations", "generation.batch_memory"),
     ("planning.evaluations", "generation.transformers_engine"),
     ("planning.evaluations", "suites.recipe"),
-    ("planning.gate", "training.launch_check"),
     ("planning.study", "studies.study"),
     ("studies.conclusion", "report.study_report"),
 }

@@ -13,6 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from recipes_lib.redaction import mask_secrets
+from recipes_lib.terminal import printable
+
 
 class ExitCode(enum.IntEnum):
     """Exit codes of `recipes <verb>` and `python -m recipes_lib.train`; run.json records the same numbers."""
@@ -48,8 +51,6 @@ class RecipesError(Exception):
         self.line = line
 
     def __str__(self) -> str:
-        from recipes_lib.recipe.credentials import mask_secrets  # which has errors of its own
-
         place = "" if self.file is None else f"{self.file}:" if self.line is None else f"{self.file}:{self.line}:"
         return mask_secrets("\n".join([f"{place} {self.what}".strip(), *(f"  {hint}" for hint in self.hints)]))
 
@@ -122,6 +123,4 @@ def one_line(error: BaseException) -> str:
 
 def print_error(error: BaseException, stream: TextIO | None = None) -> None:
     """Print an error for the user: its message on stderr, no traceback, no terminal control characters."""
-    from recipes_lib.terminal import printable
-
     print(printable(str(error)), file=stream or sys.stderr, flush=True)

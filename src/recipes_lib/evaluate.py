@@ -135,8 +135,8 @@ def _ask_judges(suites: Sequence[Harness | JudgedSuite]) -> None:
 
 def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
     """Complete a result and write it into its run."""
-    from recipes_lib.recipe.credentials import masked
     from recipes_lib.recipe.project import runs_root, shown_path
+    from recipes_lib.redaction import masked
     from recipes_lib.runs.manifest import command_line, git_state, library_versions
 
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

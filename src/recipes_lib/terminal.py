@@ -9,7 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from recipes_lib.recipe.credentials import mask_secrets
+from recipes_lib.redaction import mask_secrets
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ import yaml
 from recipes_lib.cli import main
 from recipes_lib.errors import DataError, RecipeErrors, print_error
 from recipes_lib.judging.judge_file import load_judge_file
-from recipes_lib.recipe.credentials import holds_secret, is_secret_name, mask_secrets, masked, masked_command
+from recipes_lib.redaction import holds_secret, is_secret_name, mask_secrets, masked, masked_command
 from recipes_lib.terminal import say
 
 SECRETS = {

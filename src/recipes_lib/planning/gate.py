@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes_lib.errors import EnvironmentFault, RecipesError
 from recipes_lib.planning.advice import advise
@@ -19,11 +19,8 @@ from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.plan import Plan, plan_launched
 from recipes_lib.planning.text import clock, refusal
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
-from recipes_lib.recipe.launch import Launch
+from recipes_lib.recipe.launch import Active, Launch
 from recipes_lib.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from recipes_lib.training.launch_check import Active
 
 
 def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:

@@ -69,6 +69,15 @@ class Launch:
         return [str(Path(sys.executable).with_name("accelerate")), "launch", *self.launcher_words(), *script]
 
 
+@dataclass(frozen=True)
+class Active:
+    """The processes that are really running."""
+
+    world_size: int
+    distributed_type: str
+    device: str
+
+
 def plan_launch(section: LaunchSection, accelerate: str | None = None, gpus: int | None = None, nodes: int | None = None) -> Launch:
     """Return the launch of a recipe's section, with flags that win over it; the machine's rank is not part of it.
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe import migration_rules as rules
-from recipes_lib.recipe.credentials import is_secret_name
 from recipes_lib.recipe.kinds import foreign_kind
 from recipes_lib.recipe.migration import Entry, Migration, cut_into_entries
 from recipes_lib.recipe.project import check_run_name
 from recipes_lib.recipe.vocabulary import section_keys
 from recipes_lib.recipe.yaml_source import read_yaml
+from recipes_lib.redaction import is_secret_name
 
 
 def migrate(path: Path, schema: str, rejected: Mapping[str, str] | None = None) -> Migration:

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.recipe.credentials import is_secret_name
 from recipes_lib.recipe.kinds import SECTIONS
+from recipes_lib.redaction import is_secret_name
 
 _AS_WRITTEN = object()
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.recipe.credentials import masked, masked_command
 from recipes_lib.recipe.project import project_root
+from recipes_lib.redaction import masked, masked_command
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 RECORDED_VARIABLES = re.compile(

@@ -18,7 +18,7 @@ import yaml
 from recipes_lib.atomic_files import publish
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.json_files import read_object
-from recipes_lib.recipe.credentials import holds_secret
+from recipes_lib.redaction import holds_secret
 from recipes_lib.terminal import shown_size
 from recipes_lib.training import base_identity
 from recipes_lib.training.adapters import SPARE, merge_record, why_stale

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.accelerate_config import load_accelerate_config, precision_conflict
+from recipes_lib.recipe.launch import Active
 
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
@@ -30,15 +31,6 @@ class Asked:
     world_size: int | None = None
     distributed_type: str | None = None
     source: str = "not known"
-
-
-@dataclass(frozen=True)
-class Active:
-    """What is really running."""
-
-    world_size: int
-    distributed_type: str
-    device: str
 
 
 def what_was_asked(environment: Mapping[str, str] = os.environ, parent: Sequence[str] | None = None) -> Asked:
