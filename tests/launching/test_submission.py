@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +108,33 @@ def test_without_slurm_the_message_says_what_to_do(launched, monkeypatch: pytest
     assert launched("--stages", "train") == 5
     said = capsys.readouterr().err
     assert "sbatch is not on this machine" in said and "launch/local.sh" in said and "--dry-run" in said
+
+
+def test_a_controller_that_hangs_is_given_up_after_90_seconds(launched, stand_in, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    stand_in("sbatch", "sleep 600")
+    run = subprocess.run
+
+    def hurried(argv: list[str], timeout: float | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+        seconds = timeout if argv[0] != "sbatch" or timeout is None else timeout / 100
+        return run(argv, timeout=seconds, **options)
+
+    monkeypatch.setattr(subprocess, "run", hurried)
+    assert launched("--stages", "train") == 5
+    assert "sbatch gave no answer in 90 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("job", "handed_on"), [("7", ["SLURM_CONF"]), (None, ["SLURM_CONF", "SLURM_TIME_FORMAT"])])
+def test_within_a_job_only_what_tells_the_site_reaches_sbatch_and_elsewhere_every_setting(
+    launched, stand_in, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: str | None, handed_on: list[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"SLURM_CONF": "/etc/slurm.conf", "SLURM_TIME_FORMAT": "relative", "SLURM_JOB_ID": job}.items():
+        if value:
+            monkeypatch.setenv(name, value)
+    stand_in("sbatch", f"compgen -e SLURM_ | sort > {tmp_path}/seen; echo 5")
+    assert launched("--stages", "train") == 0
+    assert (tmp_path / "seen").read_text().split() == handed_on
 
 
 def test_values_that_look_like_flags_or_commands_stay_one_word_each(launched, stand_in, tmp_path: Path) -> None:
