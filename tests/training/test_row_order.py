@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from recipes_lib.recipe.batch import rows_per_epoch
 from recipes_lib.training.row_order import EpochRows, LengthGroups, RebalancedRows, with_fillers, with_training_filler
@@ -39,7 +40,9 @@ def test_packed_rows_are_told_from_fillers_though_they_have_no_number() -> None:
 
 def test_validation_rows_are_filled_in_number() -> None:
     rows = Dataset.from_dict({"input_ids": [[7, 7, 7]], "labels": [[7, 7, 7]]})
-    assert with_fillers(rows, 3)["labels"][:] == [[7, 7, 7], *[[-100, -100]] * 3]
+    filled = with_fillers(rows, 3)
+    assert filled["labels"][:] == [[7, 7, 7], *[[-100, -100]] * 3]
+    assert filled["input_ids"][:] == [[7, 7, 7], *[[0, 0]] * 3]  # an id that every vocabulary has
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -68,6 +71,13 @@ def test_length_groups_depend_on_the_seed_and_the_epoch_and_not_on_the_random_st
     assert list(other) == first and sorted(first) == list(range(len(LENGTHS)))
     one.set_epoch(1)
     assert list(one) != first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whole_steps_of_rebalanced_batches_are_those_of_transformers(rank: int) -> None:
+    shape = {"effective_batch_size": 12, "dp_size": 2, "grad_accum": 2, "rank": rank, "drop_last": True}
+    lengths = [2 ** (row % 9) for row in range(24)]  # unlike enough that batches have unlike numbers of rows
+    assert list(RebalancedRows(lengths, **shape)) == list(BatchRebalanceSampler(lengths, **shape))
 
 
 def test_a_last_step_of_rebalanced_batches_repeats_no_row() -> None:
