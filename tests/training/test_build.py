@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trl import SFTConfig
 
+import recipes_lib
 from recipes_lib.errors import RecipesError
 from recipes_lib.train import main
 from recipes_lib.training.build import describe_trainable
@@ -46,3 +50,45 @@ def test_the_start_up_line_says_that_fsdp2_trains_half_precision_weights_in_floa
     assert describe_trainable(model) == "6 of 6 parameters in bfloat16"
     assert describe_trainable(model, raised=True) == "6 of 6 parameters in float32 (FSDP2 keeps the bfloat16 weights so)"
     assert describe_trainable(model.to(torch.float32), raised=True) == "6 of 6 parameters in float32"
+
+
+def assigned_arguments(source: str) -> list[str]:
+    """Every `args.X = ...`, `anything.args.X = ...` and `setattr(args, ...)` of a file that knows TRL's arguments."""
+    if not ("SFTConfig" in source or "TrainingArguments" in source or "SFTTrainer" in source):
+        return []
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            found.append((node.value, f"{ast.unparse(node)}, line {node.lineno}"))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            found.append((node.args[0], f"{ast.unparse(node)}, line {node.lineno}"))
+    return [where for owner, where in found if getattr(owner, "id", getattr(owner, "attr", None)) == "args"]
+
+
+def test_no_line_assigns_to_the_arguments_after_they_were_built() -> None:
+    sources = {str(path): path.read_text(encoding="utf-8") for path in Path(recipes_lib.__file__).parent.rglob("*.py")}
+    assert [(path, where) for path, source in sources.items() for where in assigned_arguments(source)] == []
+    assert assigned_arguments("class SFTTrainer:\n  def f(self):\n    self.args.eval_on_start, x = False, 1")
+
+
+def test_a_training_and_its_resumption_change_none_of_their_arguments(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, changed = str(Path(recipes_lib.__file__).parent), []
+    honest = SFTConfig.__setattr__
+
+    def record(self: SFTConfig, name: str, value: Any) -> None:
+        frame = sys._getframe(1)
+        if frame.f_code.co_filename.startswith(ours) and frame.f_code.co_name != "build_sft_config":
+            changed.append((frame.f_code.co_qualname, name))
+        honest(self, name, value)
+
+    monkeypatch.setattr(SFTConfig, "__setattr__", record)
+    words = [str(tiny_recipe), "train.eval_on_start=true", "train.save_total_limit=1", "train.max_steps=4"]
+    with monkeypatch.context() as patch:
+        from recipes_lib.training.stopping import StopRequest
+
+        patch.setattr(StopRequest, "_asked_by_file", lambda self: 1)
+        assert main(words) == 75
+    assert main(words) == 0
+    lines = (tiny_recipe.parent / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    assert sum('"step": 0,' in line for line in lines) <= 1
+    assert changed == []

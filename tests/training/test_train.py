@@ -376,12 +376,11 @@ def test_padding_is_dropped_only_where_the_attention_makes_it_free(
 
     from recipes_lib.recipe.recipe import load_recipe
     from recipes_lib.recipe.upstream import build_sft_config
-    from recipes_lib.training.build import drop_padding_where_free
+    from recipes_lib.training.build import padding_costs_nothing_to_drop
 
     recipe = load_recipe(tiny_recipe, overrides)
     args = build_sft_config(recipe, "unused", world_size=1)
-    drop_padding_where_free(recipe, args, AutoModelForCausalLM.from_pretrained(tiny_model_dir), attention)
-    assert args.padding_free is expected and (args.max_length is None) is expected
+    assert padding_costs_nothing_to_drop(recipe, args, AutoModelForCausalLM.from_pretrained(tiny_model_dir), attention) is expected
 
 
 def test_a_push_without_a_network_is_refused_before_anything_is_computed(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from trl import SFTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +188,19 @@ def _wrapped_parameters(model: Any, name: str) -> set[str]:
     return found
 
 
-def prepare_for_training(model: Any, args: SFTConfig) -> None:
-    """Give TRL what it looks for in a model: the model without its head, the number of experts; no auxiliary loss without experts."""
+def prepare_for_training(model: Any) -> None:
+    """Give TRL what it looks for in a model: the model without its head, the number of experts."""
     needs, config = needs_of(model), model.config.get_text_config()
     if needs.backbone is not None:
         model.base_model_prefix = needs.backbone
     if needs.num_experts is not None:
         type(config).num_experts = property(attrgetter(needs.num_experts))  # not an entry of the config: it is not saved
-        if not getattr(config, needs.num_experts):
-            args.router_aux_loss_coef = 0.0
+
+
+def lacks_experts(model: Any) -> bool:
+    """Whether a model whose class may have experts was made without any: it has no routers whose loss could be added."""
+    needs, config = needs_of(model), model.config.get_text_config()
+    return needs.num_experts is not None and not getattr(config, needs.num_experts)
 
 
 def ready_to_answer(model: Any) -> Any:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
-    """Return TRL's arguments for this recipe on this machine.
+    """Return TRL's arguments for this recipe on this machine: all of them, nobody changes one later.
 
     Args:
         output_dir: where checkpoints go.
@@ -48,6 +48,8 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     if values.get("padding_free") and not values.get("packing"):
         values["max_length"] = None  # rows arrive truncated; TRL refuses a limit that it would not apply
     values |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "output_dir": str(output_dir), "run_name": recipe.name}
+    values["save_total_limit"] = None  # our own rotation keeps that many; it never deletes the last complete checkpoint
+    values["push_to_hub"] = False  # only checked weights are pushed (`training.hub`), never a checkpoint
     try:
         config = SFTConfig(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:

@@ -36,8 +36,7 @@ def build_trainer(
     """Return the trainer, with the adapter (if the recipe has one) already on the model.
 
     Args:
-        args: what `recipe.upstream.build_sft_config` returned; its `save_total_limit` moves to our own rotation, which never
-            deletes the last complete checkpoint.
+        args: what `recipe.upstream.build_sft_config` returned.
         marker_facts: recorded in every checkpoint's marker.
 
     Raises:
@@ -51,11 +50,9 @@ def build_trainer(
     from recipes_lib.training.trainer import RecipeTrainer
 
     check_half_precision(recipe, args, model)
-    drop_padding_where_free(recipe, args, model, attention_of(recipe, args, model))
-    prepare_for_training(model, args)
+    attention = attention_of(recipe, args, model)
+    prepare_for_training(model)
     lora = build_lora_config(recipe)
-    keep, args.save_total_limit = args.save_total_limit, None
-    args.dataset_kwargs = {"skip_prepare_dataset": True}
     trainer = RecipeTrainer(
         model=model,
         args=args,
@@ -65,7 +62,8 @@ def build_trainer(
         peft_config=lora and settle_targets(lora, model),
         callbacks=[MetricsCallback(run.metrics, quiet=args.process_index != 0)],
         stop=stop,
-        keep_checkpoints=keep,
+        keep_checkpoints=recipe.train.get("save_total_limit"),
+        flattens=padding_costs_nothing_to_drop(recipe, args, model, attention),
         max_tokens=recipe.run.max_tokens_per_micro_batch,
         row_ids=list(data.train["example_id"]),
         marker_facts=marker_facts,
@@ -111,8 +109,8 @@ def attention_of(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> str
     return str(getattr(model.config, "_attn_implementation", ""))
 
 
-def drop_padding_where_free(recipe: Recipe, args: SFTConfig, model: PreTrainedModel, attention: str) -> None:
-    """Flatten each micro-batch into one row where the attention keeps its examples apart at no cost; the loss stays the same.
+def padding_costs_nothing_to_drop(recipe: Recipe, args: SFTConfig, model: PreTrainedModel, attention: str) -> bool:
+    """Whether to flatten each micro-batch into one row, because the attention keeps its examples apart at no cost; the loss stays the same.
 
     That is flash attention on a GPU and `document_attention` on a CPU, in a model that has no other layers over tokens. A recipe that
     says `padding_free` itself, or packs, is left alone.
@@ -121,9 +119,7 @@ def drop_padding_where_free(recipe: Recipe, args: SFTConfig, model: PreTrainedMo
     from recipes_lib.training.document_attention import NAME
 
     undecided = "padding_free" not in recipe.train and not args.packing and not carries_state(model)
-    if undecided and ("flash" in attention or attention == NAME) and args.per_device_train_batch_size > 1:
-        args.padding_free = True
-        args.max_length = None  # rows arrive truncated; TRL refuses a limit that it would not apply
+    return undecided and ("flash" in attention or attention == NAME) and args.per_device_train_batch_size > 1
 
 
 def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:

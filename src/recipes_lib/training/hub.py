@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from recipes_lib.errors import EnvironmentFault, RecipeError
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
-
     from recipes_lib.recipe.recipe import Recipe
     from recipes_lib.runs.directory import RunDirectory
 
@@ -56,20 +54,20 @@ def push(folder: Path, repo: str, public: bool) -> str:
     return str(address)
 
 
-def take_over_push(recipe: Recipe, args: SFTConfig) -> str | None:
-    """Return where a finished run goes (`train.push_to_hub`), and stop the Trainer from pushing checkpoints by itself.
+def push_target(recipe: Recipe) -> str | None:
+    """Return where the weights of the finished run go (`train.push_to_hub`), or None where they stay here.
 
     Raises:
         RecipeError: no `train.hub_model_id`, or not a repository's name.
         EnvironmentFault: offline.
     """
-    if not args.push_to_hub:
+    if not recipe.train.get("push_to_hub"):
         return None
-    if not args.hub_model_id:
+    repo = recipe.train.get("hub_model_id")
+    if not repo:
         raise recipe.error("train.push_to_hub", "train.push_to_hub needs train.hub_model_id: OWNER/NAME")
-    check_repo(args.hub_model_id)
-    args.push_to_hub = False
-    return args.hub_model_id
+    check_repo(repo)
+    return str(repo)
 
 
 def push_finished_run(run: RunDirectory, repo: str) -> str:

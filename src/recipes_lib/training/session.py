@@ -68,7 +68,7 @@ class Session:
 
         from recipes_lib.recipe.upstream import build_sft_config
         from recipes_lib.training import fsdp_on_cpu
-        from recipes_lib.training.hub import take_over_push
+        from recipes_lib.training.hub import push_target
         from recipes_lib.training.launch_check import active_launch, check_gpus, check_launch, check_precision, what_was_asked
         from recipes_lib.training.stopping import StopRequest
 
@@ -88,7 +88,7 @@ class Session:
         if fsdp_on_cpu.is_wanted():
             fsdp_on_cpu.install()
         self.args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        self.push_to = take_over_push(recipe, self.args)
+        self.push_to = push_target(recipe)
         state = PartialState()
         fsdp = state.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         self.active = active_launch("FSDP" if fsdp else state.distributed_type, state.num_processes, state.device)
@@ -231,7 +231,6 @@ class Session:
             self.marker = checkpoints.read_marker(self.checkpoint)  # read now: the rotation may delete the checkpoint later
             unchanged = "recipe, data, versions unchanged" if not self.changes else f"--resume-anyway over {len(self.changes)} changes"
             self.say(f"resuming {self.checkpoint.name} ({unchanged})")
-            self.args.eval_on_start = False
 
     def _planned(self) -> dict[str, Any] | None:
         """Rank 0: the plan of this training, from its real rows, to stand in run.json beside what is measured."""
@@ -276,7 +275,7 @@ class Session:
         from recipes_lib.training.build import count_quantized, describe_exchange, describe_trainable
 
         args, trainer = self.args, self.trainer
-        padding = ", padding-free" if args.padding_free else ", packed" if args.packing else ""
+        padding = ", padding-free" if args.padding_free or trainer.flattens else ", packed" if args.packing else ""
         precision = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else str(trainer.model.dtype).removeprefix("torch.")
         attention = getattr(trainer.model.config, "_attn_implementation", "unknown")
         shape = {"per_device": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps}

@@ -19,6 +19,7 @@ What is added, and why:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import random
@@ -42,7 +43,7 @@ from trl.trainer.utils import add_fused_lm_head
 from recipes_lib.atomic_files import sync
 from recipes_lib.errors import EnvironmentFault, NumericsError
 from recipes_lib.faults import explain_fault
-from recipes_lib.recipe.architectures import training_settings, with_settings
+from recipes_lib.recipe.architectures import lacks_experts, training_settings, with_settings
 from recipes_lib.recipe.batch import rows_per_epoch
 from recipes_lib.runs.lock import end_if_taken_over
 from recipes_lib.runs.resume_guard import differences
@@ -63,6 +64,8 @@ class RecipeTrainer(SFTTrainer):
         *args: as for `trl.SFTTrainer`.
         stop: the process's stop request.
         keep_checkpoints: complete checkpoints to keep; None keeps all.
+        flattens: whether each micro-batch becomes one row without padding, although `args.padding_free` does not say so. It is decided
+            here and not there because it depends on the attention of the loaded model.
         row_ids: example ids by row of the training set, to name examples in errors.
         max_tokens: cap on the tokens of one forward pass (`micro_batches`); None for none.
         marker_facts: what each checkpoint's marker records besides step and sizes (fingerprint of the run).
@@ -77,26 +80,35 @@ class RecipeTrainer(SFTTrainer):
         *args: Any,
         stop: StopRequest,
         keep_checkpoints: int | None,
+        flattens: bool,
         row_ids: list[str],
         max_tokens: int | None,
         marker_facts: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        self.base_settings = training_settings(kwargs["model"])
+        model = kwargs["model"]
+        self.base_settings = training_settings(model)
         super().__init__(*args, **kwargs)
+        if lacks_experts(model):  # its config has a coefficient all the same, and there is no auxiliary loss to weigh
+            self.router_aux_loss_coef, self.aux_loss_enabled = 0.0, False
+            model.config.get_text_config().update({"router_aux_loss_coef": 0.0, "output_router_logits": False})
         self.stop = stop
         self.stop_callback = StopCallback(stop)
         self.add_callback(self.stop_callback)
         self.keep_checkpoints = keep_checkpoints
+        self.flattens = flattens
         self.row_ids = row_ids
         self.max_tokens = max_tokens
         self.marker_facts = marker_facts
+        if flattens:
+            self.data_collator = dataclasses.replace(self.data_collator, padding_free=True)
         self.data_collator = RowTrackingCollator(self.data_collator)
         self.recent_rows: deque[torch.Tensor] = deque(maxlen=max(self.args.gradient_accumulation_steps, 1))
         self.without_rows = False
         self.evaluation_due = False
         self._unlogged_before: dict[str, Any] | None = None
         self._saved_precisions: dict[str, int] | None = None
+        self._resumes = False
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
         self._counts = {mode: TokenCounts(self.args.device) for mode in ("train", "eval")}
         self._set_up_loss()
@@ -365,10 +377,17 @@ class RecipeTrainer(SFTTrainer):
             exactly: whether to refuse weights or optimizer state of another precision than it was saved from; false where the user
                 insisted on another recipe or on a partial resume.
         """
+        self._resumes = True
         self._total_train_tokens = marker.get("tokens", 0)
         self.evaluation_due = marker.get("evaluation_pending", False)
         self._unlogged_before = marker.get("unlogged")
         self._saved_precisions = marker.get("precisions") if exactly else None
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]:
+        """As the Trainer's, but for `train.eval_on_start` (which alone skips the scheduler): a resumed run made it when it began."""
+        if skip_scheduler and self._resumes:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with kept_precision(self.model):
