@@ -18,11 +18,11 @@ from pathlib import Path
 from measuring import spread, write_result
 from synthetic_runs import write_alpaca_eval, write_run
 
+from recipes_lib.compare.claims import compare_arms
+from recipes_lib.compare.measurements import read_measurements
+from recipes_lib.compare.validity import check_validity
 from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
-from recipes_lib.studies.claims import compare_arms
-from recipes_lib.studies.measurements import read_measurements
-from recipes_lib.studies.validity import check_validity
 
 
 def short_text(who: str, question: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from measuring import write_record
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(PROJECT / "src"), str(PROJECT / "tests"), str(PROJECT / "tests" / "studies")]
+sys.path[:0] = [str(PROJECT / "src"), str(PROJECT / "tests"), str(PROJECT / "tests" / "study")]
 
 
 def recipes(*words: str) -> tuple[float, subprocess.CompletedProcess[str]]:

@@ -65,8 +65,8 @@ def test_nothing_else_renames_what_others_read() -> None:
         if re.search(r"os\.(replace|rename)\(|\.rename\(|shutil\.move\(|\.replace\([a-z_]+\)", line) and file.name != "atomic_files.py"
     }
     assert found == {
-        "studies/evaluation.py: store.rename(away)",
-        "studies/trainings.py: run.path.rename(away)",
+        "study/evaluation.py: store.rename(away)",
+        "study/trainings.py: run.path.rename(away)",
         "training/adapters.py: os.replace(scratch, rejected)",
         "training/checkpoints.py: folder.rename(aside)",
         "training/finish.py: os.replace(scratch, rejected)",

@@ -19,8 +19,10 @@ ORDER = (
     ("generation",),
     ("suites",),
     ("evaluate", "train"),
-    ("studies",),
+    ("foreign",),
+    ("compare",),
     ("report",),
+    ("study",),
     ("launching",),
     ("diagnosis",),
     ("commands", "quickstart", "cli"),
@@ -31,8 +33,6 @@ UPWARDS = {
     ("planning.evaluations", "generation.batch_memory"),
     ("planning.evaluations", "generation.transformers_engine"),
     ("planning.evaluations", "suites.recipe"),
-    ("planning.study", "studies.study"),
-    ("studies.conclusion", "report.study_report"),
 }
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from recipes_lib import quickstart
-from recipes_lib.studies.steps import build_graph
-from recipes_lib.studies.study import load_study
+from recipes_lib.compare.design import load_study
+from recipes_lib.study.steps import build_graph
 
 PROJECT = Path(__file__).resolve().parents[1]
 ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.cli import main as recipes
+from recipes_lib.compare.design import Study, load_study
 from recipes_lib.errors import ExitCode, RecipesError
 from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import project_root, runs_root, shown_path
-from recipes_lib.studies.arm_runs import run_names, study_folder
-from recipes_lib.studies.graph import content_of, digest_of
-from recipes_lib.studies.steps import build_graph
-from recipes_lib.studies.study import Study, load_study
+from recipes_lib.study.arms import run_names, study_folder
+from recipes_lib.study.graph import content_of, digest_of
+from recipes_lib.study.steps import build_graph
 from recipes_lib.terminal import next_step, say
 
 if TYPE_CHECKING:

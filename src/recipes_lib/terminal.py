@@ -38,6 +38,12 @@ def shown_size(num_bytes: float) -> str:
     return f"{num_bytes / 2**10:,.0f} KiB"
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def use_color(stream: object = None) -> bool:
     """Whether colour escapes may be written: a terminal, and NO_COLOR is not set (no-color.org)."""
     stream = stream or sys.stdout

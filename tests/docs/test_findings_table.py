@@ -16,7 +16,7 @@ def test_docs_studies_lists_every_finding_that_a_check_can_make_and_no_other():
     listed = {code for cell in rows for code in re.findall(r"`([a-z-]+)`", cell)}
     constants = {
         node.value
-        for path in (PROJECT / "src/recipes_lib/studies/validity").glob("*.py")
+        for path in (PROJECT / "src/recipes_lib/compare/validity").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

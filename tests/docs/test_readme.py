@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from recipes_lib import cli, train
+from recipes_lib.compare.design import load_study
 from recipes_lib.errors import ExitCode, RecipeError
 from recipes_lib.recipe.accelerate_config import load_accelerate_config
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.recipe import load_recipe
-from recipes_lib.studies.arm_runs import run_names
-from recipes_lib.studies.study import load_study
+from recipes_lib.study.arms import run_names
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]

@@ -11,14 +11,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.studies.study_files import write_tiny_study
+from tests.study.study_files import write_tiny_study
 
 from recipes_lib import cli
+from recipes_lib.compare.design import load_study
 from recipes_lib.launching.folder import all_launches, environment_script
 from recipes_lib.launching.profile import load_profile
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.recipe import load_recipe
-from recipes_lib.studies.study import load_study
 from recipes_lib.suites.harness import load_tasks
 from recipes_lib.suites.recipe import load_eval
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.compare.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
 from recipes_lib.report.breakdowns import breakdowns
 from recipes_lib.statistics.intervals import wilson
-from recipes_lib.studies.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
 
 
 def measured(runs: int) -> Measurements:

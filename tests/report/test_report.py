@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 import synthetic_runs
 
+from recipes_lib.compare.claims import compare_arms
+from recipes_lib.compare.design import load_study
+from recipes_lib.compare.findings import Finding
+from recipes_lib.compare.measurements import read_measurements
+from recipes_lib.compare.published import Published, PublishedNumber
+from recipes_lib.compare.validity import check_validity
 from recipes_lib.recipe.project import project_root
 from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
@@ -23,12 +29,6 @@ from recipes_lib.report.markdown import escaped, report_markdown
 from recipes_lib.report.numbers import number_rows, numbers_csv, numbers_json
 from recipes_lib.report.provenance import commands
 from recipes_lib.report.samples import MAX_CHARACTERS, SampleSet
-from recipes_lib.studies.claims import compare_arms
-from recipes_lib.studies.findings import Finding
-from recipes_lib.studies.measurements import read_measurements
-from recipes_lib.studies.published import Published, PublishedNumber
-from recipes_lib.studies.study import load_study
-from recipes_lib.studies.validity import check_validity
 
 
 class Page(HTMLParser):
@@ -222,8 +222,8 @@ def test_nothing_in_a_report_is_a_secret(make_content, monkeypatch, tmp_path):
 
 
 def test_what_is_not_up_to_date_stands_on_top(make_content, tmp_path):
-    from recipes_lib.studies.conclusion import not_up_to_date
-    from recipes_lib.studies.graph import Freshness
+    from recipes_lib.study.conclusion import not_up_to_date
+    from recipes_lib.study.graph import Freshness
 
     lines = not_up_to_date(("judgments.a",), {"judgments.a": Freshness("missing")})
     text = report_html(replace(make_content(), banners=tuple(lines)), ())

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from tests.studies.study_files import PROJECT, write_tiny_study
+from tests.study.study_files import PROJECT, write_tiny_study
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

@@ -12,8 +12,8 @@ from recipes_lib.json_files import DamagedFile
 from recipes_lib.terminal import next_step, say, warn
 
 if TYPE_CHECKING:
-    from recipes_lib.studies.claims import Comparison
-    from recipes_lib.studies.measurements import Measurements
+    from recipes_lib.compare.claims import Comparison
+    from recipes_lib.compare.measurements import Measurements
 
 BASE = "base"
 
@@ -27,9 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print."""
-    from recipes_lib.studies.claims import compare_arms
-    from recipes_lib.studies.measurements import read_measurements
-    from recipes_lib.studies.validity import check_validity
+    from recipes_lib.compare.claims import compare_arms
+    from recipes_lib.compare.measurements import read_measurements
+    from recipes_lib.compare.validity import check_validity
 
     folders = run_folders(args.runs)
     damaged: list[DamagedFile] = []
@@ -84,8 +84,7 @@ def run_folders(words: list[str]) -> dict[str, Path]:
 def _bases_of(state: dict[str, Any], folder: Path, root: Path) -> list[Any]:
     """The run directories of a run's base, asked in the same prompt format; the same weights in another format are another subject."""
     from recipes_lib.json_files import read_object
-    from recipes_lib.runs.directory import RunDirectory
-    from recipes_lib.studies.measurements import read_resolved
+    from recipes_lib.runs.directory import RunDirectory, read_resolved
 
     resolved = read_resolved(folder)
     wanted = state.get("guard", {}).get("prompt_format_hash")
@@ -122,7 +121,7 @@ def _write_html(path: Path, comparison: Comparison, measurements: Measurements, 
 
 def lines_of(comparison: Comparison) -> list[str]:
     """Return what the terminal shows: the answer, the table by pairs of arms, the scores of a single run, the findings."""
-    from recipes_lib.studies.comparison_tables import finding_lines, pair_lines, score_lines
+    from recipes_lib.compare.table_lines import finding_lines, pair_lines, score_lines
 
     lines = list(comparison.answer) if comparison.rows else []
     for pair in dict.fromkeys(row.arms for row in comparison.rows):

@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import the files, and say what became of each and what they do not hold."""
-    from recipes_lib.studies.imported.run import import_run
+    from recipes_lib.foreign.run import import_run
 
     done = import_run(args.files, args.name, args.trained, model=args.model, against=args.against, replace=args.replace)
     if args.json:

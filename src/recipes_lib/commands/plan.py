@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print."""
-    from recipes_lib.studies.study import study_file
+    from recipes_lib.compare.design import study_file
 
     study = study_file(args.recipe)
     if study is not None:
@@ -80,8 +80,8 @@ def _closing(plan: Plan, file: str, args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace, path: Path) -> int:
-    from recipes_lib.planning.study import plan_study, study_json, study_lines
-    from recipes_lib.studies.study import load_study
+    from recipes_lib.compare.design import load_study
+    from recipes_lib.study.hours import plan_study, study_json, study_lines
 
     for flag in ("gpus", "nodes", "accelerate", "evals"):
         if getattr(args, flag) is not None:

@@ -10,10 +10,10 @@ import sys
 import time
 from contextlib import suppress
 
+from recipes_lib.compare.design import Study, load_study
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import shown_path
-from recipes_lib.studies.study import Study, load_study
 from recipes_lib.terminal import next_step, say
 
 ACTIONS = {
@@ -64,9 +64,9 @@ def typed(study: Study) -> str:
 
 
 def _plan(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.studies.plan import plan_lines, plan_object
-    from recipes_lib.studies.runner import check_imported, wanted_steps
-    from recipes_lib.studies.steps import build_graph
+    from recipes_lib.study.plan import plan_lines, plan_object
+    from recipes_lib.study.runner import check_imported, wanted_steps
+    from recipes_lib.study.steps import build_graph
 
     check_imported(study)
     graph = build_graph(study)
@@ -83,8 +83,8 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
 
 def _estimates(study: Study) -> dict[str, str]:
     """What one training of each arm takes, as `recipes plan` estimates it; nothing for arms it cannot plan."""
-    from recipes_lib.planning.study import plan_study
     from recipes_lib.planning.text import spread
+    from recipes_lib.study.hours import plan_study
 
     with suppress(RecipesError):
         return {
@@ -96,8 +96,8 @@ def _estimates(study: Study) -> dict[str, str]:
 
 
 def _run(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.studies.arm_runs import study_folder
-    from recipes_lib.studies.runner import run_study
+    from recipes_lib.study.arms import study_folder
+    from recipes_lib.study.runner import run_study
 
     if args.jobs < 1:
         raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
@@ -120,15 +120,15 @@ def _run(study: Study, args: argparse.Namespace) -> int:
 
 def _answer(study: Study) -> list[str]:
     """The report's answer, as it was written."""
-    from recipes_lib.studies.arm_runs import study_folder
+    from recipes_lib.study.arms import study_folder
 
     file = study_folder(study) / "steps" / "statistics" / "comparison.json"
     return list(read_object(file).get("answer", []))
 
 
 def _status(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.studies.steps import build_graph
-    from recipes_lib.studies.tables import status_lines, step_rows, summary_line
+    from recipes_lib.study.status import status_lines, step_rows, summary_line
+    from recipes_lib.study.steps import build_graph
 
     shown = ""
     while True:
@@ -154,9 +154,9 @@ def _status(study: Study, args: argparse.Namespace) -> int:
 
 
 def _report(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.studies.conclusion import conclude
-    from recipes_lib.studies.runner import check_imported, study_lock
-    from recipes_lib.studies.steps import build_graph
+    from recipes_lib.study.conclusion import conclude
+    from recipes_lib.study.runner import check_imported, study_lock
+    from recipes_lib.study.steps import build_graph
 
     with study_lock(study):
         check_imported(study)
@@ -171,7 +171,8 @@ def _report(study: Study, args: argparse.Namespace) -> int:
 
 
 def _diff(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.studies.tables import aligned, diff_rows
+    from recipes_lib.study.status import diff_rows
+    from recipes_lib.terminal import aligned
 
     arms = [arm.name for arm in study.arms if arm.recipe is not None]
     rows = list(diff_rows(study))

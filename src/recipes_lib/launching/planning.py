@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipes_lib.compare.design import load_study, study_file
 from recipes_lib.errors import RecipeError, RecipesError
 from recipes_lib.launching.folder import launch_folder
 from recipes_lib.launching.profile import SiteProfile
@@ -14,7 +15,6 @@ from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch_of
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
-from recipes_lib.studies.study import load_study, study_file
 
 
 def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | None, args: argparse.Namespace, flags: Sequence[str]) -> Plan:

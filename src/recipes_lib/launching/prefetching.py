@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from recipes_lib.compare.design import load_study, study_file
 from recipes_lib.data.sources import Source, hub_answers, listed_sources, load_tables, offline_by_environment
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.judging.published_prompts import PACKAGE as PROMPTS
@@ -19,7 +20,6 @@ from recipes_lib.recipe.model_files import TOKENIZER_FILES, read_json
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import ModelSection
-from recipes_lib.studies.study import load_study, study_file
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 from recipes_lib.terminal import say
 

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from recipes_lib.atomic_files import write_text
+from recipes_lib.compare.design import Study
 from recipes_lib.data.sources import listed_sources
 from recipes_lib.judging.judge_file import JudgeFile
 from recipes_lib.recipe.loader import COMMAND_LINE
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.recipe import Recipe
-from recipes_lib.studies.study import Study
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.validation import folder_of
 

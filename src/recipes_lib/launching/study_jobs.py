@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from recipes_lib.compare.design import Study
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
 from recipes_lib.launching.jobs import Job, Shape, Task, training_command
@@ -15,10 +16,9 @@ from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import CLI, Plan, python_in_job, shape_of
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.project import shown_path
-from recipes_lib.studies.arm_runs import run_name, train_words
-from recipes_lib.studies.graph import Graph, Step
-from recipes_lib.studies.steps import build_graph
-from recipes_lib.studies.study import Study
+from recipes_lib.study.arms import run_name, train_words
+from recipes_lib.study.graph import Graph, Step
+from recipes_lib.study.steps import build_graph
 
 TRAINING, ANSWERING = ("train", "check"), ("answers", "lm_eval")
 JUDGING, REPORT = ("judgments", "comparison"), ("statistics", "report")

@@ -57,7 +57,7 @@ KINDS = (
         "a study",
         "question factors arms seeds evals include_base published accelerate gpus nodes overrides",
         "run it: recipes study run",
-        "recipes_lib.studies.study:check_study",
+        "recipes_lib.compare.design:check_study",
     ),
     _kind(
         "profile",
@@ -71,7 +71,7 @@ KINDS = (
         "published numbers",
         "publication tables source",
         "name it in a study's published",
-        "recipes_lib.studies.published:check_published",
+        "recipes_lib.compare.published:check_published",
     ),
     _kind("judge", "a judge", "judge thresholds", "name it in an eval recipe's judge.file", "recipes_lib.suites.validation:check_judge"),
     _kind(

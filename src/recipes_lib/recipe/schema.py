@@ -28,8 +28,8 @@ _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", typ
 _ELSEWHERE = {
     "eval": "recipes_lib.suites.schema",
     "judge": "recipes_lib.suites.schema",
-    "study": "recipes_lib.studies.schema",
-    "published": "recipes_lib.studies.published_schema",
+    "study": "recipes_lib.compare.design_schema",
+    "published": "recipes_lib.compare.published_schema",
     "profile": "recipes_lib.launching.schema",
 }
 _SECTION_HELP = {

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from recipes_lib.compare.measurements import Item, Measure, Measurements
+from recipes_lib.compare.table import scale_of, source_of
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
-from recipes_lib.studies.comparison import scale_of, source_of
-from recipes_lib.studies.measurements import Item, Measure, Measurements
 
 MAX_CATEGORIES = 12
 LENGTHS = ("under half", "half to 0.8", "0.8 to 1.25", "1.25 to 2", "over twice")

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.compare.claims import remaining_sentences
+from recipes_lib.compare.table import Row, Score
+from recipes_lib.compare.wording import count
 from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.provenance import commands, provenance
 from recipes_lib.report.runs import Cost, Training, costs, trainings
 from recipes_lib.report.samples import SampleSet, collect_samples
-from recipes_lib.studies.claims import remaining_sentences
-from recipes_lib.studies.comparison import Row, Score
-from recipes_lib.studies.wording import count
 from recipes_lib.suites.questions import no_reference
 
 if TYPE_CHECKING:
-    from recipes_lib.studies.claims import Comparison
-    from recipes_lib.studies.measurements import Measurements
-    from recipes_lib.studies.published import Published
-    from recipes_lib.studies.study import Study
+    from recipes_lib.compare.claims import Comparison
+    from recipes_lib.compare.design import Study
+    from recipes_lib.compare.measurements import Measurements
+    from recipes_lib.compare.published import Published
 
 
 Curves = dict[str, dict[str, dict[int | None, list[tuple[float, float]]]]]  # points (step, value) by curve, arm and seed

@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.compare import wording
+from recipes_lib.compare.table_lines import effect_interval, effect_value
 from recipes_lib.report.content import size_text
-from recipes_lib.studies import wording
-from recipes_lib.studies.comparison_tables import effect_interval, effect_value
 
 if TYPE_CHECKING:
     from jinja2 import Environment

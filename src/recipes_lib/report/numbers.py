@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.studies.comparison import HALF, plain
+from recipes_lib.compare.table import HALF, plain
 
 if TYPE_CHECKING:
     from recipes_lib.report.content import Content

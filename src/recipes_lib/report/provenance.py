@@ -6,11 +6,11 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from recipes_lib.studies.measurements import Measurements, RunMeasurements
+from recipes_lib.compare.measurements import Measurements, RunMeasurements
 
 if TYPE_CHECKING:
-    from recipes_lib.studies.published import Published
-    from recipes_lib.studies.study import Study
+    from recipes_lib.compare.design import Study
+    from recipes_lib.compare.published import Published
 
 _PYTHON = re.compile(r"(?<!\S)\S*python[\d.]* -m (recipes_lib\.\w+)")
 _PATH = re.compile(r"(?<![\w./:~-])(?:/|(?:\.\./)+)(?:[^\s/'\",;)]+/)+([^\s/'\",;)]+)")  # absolute, or above the project

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from recipes_lib.studies.eval_files import read_lines
-from recipes_lib.studies.measurements import EvalResult, Measurements, RunMeasurements
+from recipes_lib.compare.eval_files import read_lines
+from recipes_lib.compare.measurements import EvalResult, Measurements, RunMeasurements
 
 
 @dataclass(frozen=True)

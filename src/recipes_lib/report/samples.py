@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from recipes_lib.compare.eval_files import against_file, judged_rows, read_lines
+from recipes_lib.compare.measurements import EvalResult, Measurements, RunMeasurements
 from recipes_lib.judging.outcomes import item_outcome
-from recipes_lib.studies.eval_files import against_file, judged_rows, read_lines
-from recipes_lib.studies.measurements import EvalResult, Measurements, RunMeasurements
 
 MAX_SAMPLES = 6_000
 MAX_CHARACTERS = 8_000

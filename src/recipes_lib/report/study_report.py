@@ -10,9 +10,9 @@ from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
 
 if TYPE_CHECKING:
-    from recipes_lib.studies.claims import Comparison
-    from recipes_lib.studies.measurements import Measurements
-    from recipes_lib.studies.study import Study
+    from recipes_lib.compare.claims import Comparison
+    from recipes_lib.compare.design import Study
+    from recipes_lib.compare.measurements import Measurements
 
 
 def write_study_report(folder: Path, comparison: Comparison, measurements: Measurements, study: Study, banners: Sequence[str] = ()) -> Path:
@@ -21,7 +21,7 @@ def write_study_report(folder: Path, comparison: Comparison, measurements: Measu
     Args:
         banners: lines for the top of the report, such as which steps are not up to date.
     """
-    from recipes_lib.studies.published import load_published
+    from recipes_lib.compare.published import load_published
 
     published = load_published(study.published) if study.published else None
     write_report(folder, gather(study.name, measurements, comparison, study, published, banners))

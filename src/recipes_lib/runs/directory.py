@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from recipes_lib.atomic_files import write_json
-from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.errors import DataError, EnvironmentFault, RecipeError
 from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.recipe.project import check_run_name, runs_root
 from recipes_lib.runs.lock import end_if_taken_over
@@ -178,3 +178,24 @@ def _similar_runs(name: str, root: Path) -> list[str]:
     names = [run.name for run in all_runs(root)]
     near = difflib.get_close_matches(name, names, n=3) or names[:5]
     return [f"runs there: {', '.join(near)}"] if near else ["no run there yet: recipes train RECIPE"]
+
+
+def read_resolved(folder: Path) -> dict[str, Any]:
+    """Return a run's resolved recipe; an absent one is empty.
+
+    Raises:
+        DataError: the file is not a YAML mapping.
+    """
+    path = folder / "resolved.yaml"
+    hint = "training the run's recipe again writes it anew, and trains nothing where the run is finished"
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"is damaged, not YAML: {str(error).splitlines()[0]}", hint, file=path) from None
+    if not isinstance(value, dict):
+        raise DataError("is damaged: it holds no recipe", hint, file=path)
+    return value

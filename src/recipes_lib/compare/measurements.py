@@ -1,0 +1,208 @@
+"""What was measured, read from run folders: items of every evaluation, training curves, and the facts about each run.
+
+Pure file reading: no model, no statistics, no sentence. `claims` compares what stands here, `validity` looks for reasons not to
+believe it, `report` shows it. The readers of the single file formats are in `eval_files`.
+
+An imported evaluation (`recipes import`) may hold, instead of our judgments, `items.jsonl` beside its result.json, one line per item:
+
+    {"metric": "win_rate", "question_id": "17", "turn": 1, "category": "writing", "value": 0.5, "outcome": "tie",
+     "verdicts": ["A", ""], "raws": ["...", ""], "lengths": [812, 401], "instruction": "...", "answer": "...", "opponent_answer": "..."}
+
+and in result.json `measures: [{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference", "unit": "share"}]`
+(`higher_is_better` is true and `task` empty unless given). `value` is null where there is no verdict, `outcome` then "unresolved".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.json_files import DamagedFile, read_object
+from recipes_lib.runs.directory import read_resolved
+
+REFERENCE = "reference"  # the opponent of a result that was judged against the questions' own reference answers
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One value: a pair's outcome (1, 0.5, 0), a grade, or a right or wrong answer; `value` is None where there is no verdict.
+
+    `question` is the cluster: items of one question (its turns) are not independent. `verdicts` are what the judge said in order AB
+    and BA (a grade alone in grading), or the status of the missing verdict. `lengths` are characters: the arm's answer, then its
+    opponent's. `asked` and `opposed` are hashes of what was asked and of the answer it was judged against, empty where the files do not
+    hold them: two arms with one id may have been asked different things.
+    """
+
+    question: str
+    turn: int
+    category: str
+    value: float | None
+    outcome: str
+    verdicts: tuple[str, ...] = ()
+    by_rule: bool = False
+    lengths: tuple[int, ...] = ()
+    asked: str = ""
+    opposed: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What pairs this item with the same one of another arm."""
+        return self.question, self.turn
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric of one run: all its items, or the reported value alone where there are none (groups of lm-eval tasks)."""
+
+    eval: str
+    suite: str
+    metric: str
+    label: str
+    items: tuple[Item, ...] = field(repr=False)
+    file: Path
+    opponent: str | None = None
+    task: str = ""
+    higher_is_better: bool | None = True  # None where the files do not say it: nothing is ranked then
+    unit: str = "share"  # "share" (0..1), "grade" (1..5, or the scale in the label) or "number"
+    reported: float | None = None
+    reported_n: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What the same metric of another arm has too; the opponent is left out because it may be the other arm."""
+        return self.eval, self.task, self.metric
+
+    @property
+    def name(self) -> str:
+        """The key as one word, as findings name metrics: `alpaca_eval/win_rate`, `lm_eval/arc_easy/acc_norm`."""
+        return "/".join(part for part in self.key if part)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One result file of a run. `against` is None for a suite without an opponent."""
+
+    eval: str
+    suite: str
+    against: str | None
+    file: Path
+    result: Mapping[str, Any] = field(repr=False)
+    measures: tuple[Measure, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunMeasurements:
+    """One run: what its folder says, each part empty where the file is absent."""
+
+    name: str
+    folder: Path
+    state: Mapping[str, Any] = field(repr=False)  # run.json
+    resolved: Mapping[str, Any] = field(repr=False)  # resolved.yaml
+    environment: Mapping[str, Any] = field(repr=False)  # environment.json
+    splits: Mapping[str, Any] = field(repr=False)  # splits.json
+    supervision: Mapping[str, Any] = field(repr=False)  # supervision.json
+    curves: tuple[Mapping[str, Any], ...] = field(repr=False)  # metrics.jsonl, non-finite values left out
+    evals: tuple[EvalResult, ...] = field(repr=False)
+    unfinished: tuple[str, ...] = ()  # evaluations with judgments or answers but no result
+    seed: int | None = None
+
+    @property
+    def imported(self) -> bool:
+        """Whether the run's files come from another program (`recipes import`)."""
+        return self.state.get("state") == "imported"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is a model without a run."""
+        return self.name.startswith("base--")
+
+    def measures(self) -> Iterator[Measure]:
+        """Yield every measure of every evaluation."""
+        for result in self.evals:
+            yield from result.measures
+
+
+@dataclass(frozen=True)
+class ArmMeasurements:
+    """One arm: one run per training seed."""
+
+    name: str
+    runs: tuple[RunMeasurements, ...]
+
+    @property
+    def imported(self) -> bool:
+        """Whether any run of the arm is imported."""
+        return any(run.imported for run in self.runs)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the arm is a model without a run."""
+        return bool(self.runs) and all(run.is_base for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All arms by name, in the order of the study."""
+
+    arms: Mapping[str, ArmMeasurements]
+
+    @cached_property
+    def arm_of_run(self) -> dict[str, str]:
+        """The arm of each run's name: an opponent in a result file is a run, in a report an arm."""
+        return {run.name: name for name, arm in self.arms.items() for run in arm.runs}
+
+    def opponent_name(self, opponent: str | None) -> str | None:
+        """Return the arm that an opponent belongs to, or the opponent as it is (`reference`, a foreign run), never under an arm's name."""
+        if opponent is None:
+            return None
+        if opponent in self.arm_of_run and opponent != REFERENCE:
+            return self.arm_of_run[opponent]
+        named_alike = opponent in self.arms or opponent in self.arm_of_run
+        return opponent if not named_alike else "the reference answers" if opponent == REFERENCE else f"another run, {opponent}"
+
+
+def read_measurements(runs: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None) -> Measurements:
+    """Return everything that was measured.
+
+    Args:
+        runs: folders of runs by arm, one per seed. A folder that does not exist is an arm without that run.
+        report: is told of each evaluation that is damaged, which is then left out; None to raise the error.
+
+    Raises:
+        DataError: a file is damaged, or its numbers do not agree with its items.
+    """
+    arms = {}
+    for name, folders in runs.items():
+        present = [Path(folder) for folder in folders if Path(folder).is_dir()]
+        arms[name] = ArmMeasurements(name, tuple(read_run(folder, report) for folder in present))
+    return Measurements(arms)
+
+
+def read_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) -> RunMeasurements:
+    """Return what one run's folder holds; `report` as for `read_measurements`.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    from recipes_lib.compare.eval_files import read_evals, read_lines
+
+    state = read_object(folder / "run.json")
+    resolved = read_resolved(folder)
+    evals, unfinished = read_evals(folder, report)
+    seed = (resolved.get("train") or {}).get("seed")
+    return RunMeasurements(
+        name=folder.name,
+        folder=folder,
+        state=state,
+        resolved=resolved,
+        environment=read_object(folder / "environment.json"),
+        splits=read_object(folder / "splits.json"),
+        supervision=read_object(folder / "supervision.json"),
+        curves=tuple(read_lines(folder / "metrics.jsonl", skip_damaged=True)),
+        evals=evals,
+        unfinished=unfinished,
+        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
+    )

@@ -1,0 +1,86 @@
+"""Which runs stand for the arms of a study: their names, and the words that train them. Needs no torch."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from recipes_lib.compare.design import Arm, Study
+from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.errors import RecipesError
+from recipes_lib.json_files import read_object
+from recipes_lib.recipe.project import runs_root, shown_path
+
+
+def study_folder(study: Study) -> Path:
+    """Return runs/<study>, where steps, logs and the report lie."""
+    return runs_root() / study.name
+
+
+def free_name(path: Path) -> Path:
+    """Return `path`, or with a number where it is taken: what is moved away never replaces what was moved before."""
+    taken = (path.with_name(f"{path.name}--{number}") for number in range(2, 10_000))
+    return path if not path.exists() else next(name for name in taken if not name.exists())
+
+
+def run_name(study: Study, arm: Arm, seed: int | None = None) -> str:
+    """Return the run of an arm and one of its seeds: `<study>--<arm>`, for another seed than the recipe's `<study>--<arm>--seed<N>`.
+
+    A name depends on no other seed, so that a seed that is added later trains nothing again.
+    """
+    if arm.imported:
+        return arm.imported
+    seed = arm.seeds[0] if seed is None else seed
+    return f"{study.name}--{arm.name}" + ("" if seed == arm.own_seed else f"--seed{seed}")
+
+
+def run_names(study: Study) -> dict[str, list[str]]:
+    """Return arm -> names of its runs under `runs_root()`, the base model's under `base`.
+
+    The base's run is named after its weights, so it is known once the base was evaluated; before that `base` is absent. Arms that
+    published numbers alone stand for have no run.
+    """
+    names: dict[str, list[str]] = {}
+    base = base_run(study)
+    if study.include_base and base:
+        names[BASE_ARM] = [base]
+    for arm in study.arms:
+        if arm.published_only:
+            names[arm.name] = []
+        elif arm.imported:
+            names[arm.name] = [arm.imported]
+        else:
+            names[arm.name] = [run_name(study, arm, seed) for seed in arm.seeds]
+    return names
+
+
+def base_record(study: Study) -> Path:
+    """Return the file in which the runner notes the base's run."""
+    return study_folder(study) / "base.json"
+
+
+def base_run(study: Study) -> str | None:
+    """Return the run of the base model, once it is known."""
+    with suppress(RecipesError, KeyError):  # damaged: the runner notes it again
+        return str(read_object(base_record(study))["run"])
+    return None
+
+
+def base_arm(study: Study) -> Arm | None:
+    """Return the arm whose recipe says how the base is asked: the first one without quantization, else the first."""
+    trained = [arm for arm in study.arms if arm.trained and arm.recipe is not None]
+    return next((arm for arm in trained if arm.recipe and arm.recipe.quantization is None), trained[0] if trained else None)
+
+
+def train_words(study: Study, arm: Arm, seed: int) -> list[str]:
+    """Return recipe and overrides that train one arm with one seed: what follows `recipes train` or `-m recipes_lib.train`."""
+    assert arm.recipe is not None
+    return [shown_path(arm.recipe.path), *arm.overrides, f"run.name={run_name(study, arm, seed)}", f"train.seed={seed}"]
+
+
+def launch_words(arm: Arm) -> list[str]:
+    """Return the options of `recipes train` that launch an arm as the study says."""
+    config = arm.launch.config
+    words = ["--accelerate", arm.accelerate if config.path.parent.name == "accelerate_configs" else shown_path(config.path)]
+    words += ["--gpus", str(arm.gpus)] if arm.gpus * arm.nodes != config.num_processes else []
+    return words + (["--nodes", str(arm.nodes)] if arm.nodes != config.num_machines else [])

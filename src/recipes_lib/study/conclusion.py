@@ -1,0 +1,107 @@
+"""The last two steps of a study: statistics over what was measured, and the report. Both read files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes_lib.atomic_files import publish, write_json
+from recipes_lib.compare.design import Study
+from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.recipe.project import runs_root
+from recipes_lib.study.arms import base_run, run_names, study_folder
+from recipes_lib.study.graph import Freshness, Graph, digest_of
+
+if TYPE_CHECKING:
+    from recipes_lib.compare.claims import Comparison
+    from recipes_lib.compare.measurements import Measurements, RunMeasurements
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a study says: its comparison, and where the report lies."""
+
+    comparison: Comparison
+    folder: Path
+    complete: bool
+
+
+def measured_runs(study: Study, graph: Graph) -> dict[str, list[Path]]:
+    """Return arm -> folders of the runs whose training is done; what an earlier state of the study left is not among them."""
+    state = graph.survey()
+    trained = {step.run: state[step.name].fresh for step in graph.of_kind("train")}
+    names = {arm: [name for name in runs if trained.get(name, True)] for arm, runs in run_names(study).items()}
+    published = {arm.name for arm in study.arms if arm.published_only}  # shown, with no run to read
+    return {arm: [runs_root() / name for name in runs] for arm, runs in names.items() if runs or arm in published}
+
+
+def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurements:
+    """Return the measurements without what is not the study's: other evals of the same runs, and results that are out of date.
+
+    An evaluation whose result is left out counts as unfinished. Imported runs keep everything.
+    """
+    known = graph.survey()
+    to_base = {recipe.name for recipe in study.evals if recipe.metrics.against == BASE_ARM}
+    results: dict[tuple[str, str, str], bool] = {}
+    for step in graph.of_kind("judgments", "lm_eval", "comparison"):
+        against = base_run(study) or BASE_ARM if step.kind == "judgments" and step.eval in to_base else step.against
+        results[step.run, step.eval, against] = known[step.name].fresh
+    imported = {arm.imported for arm in study.arms if arm.imported}
+
+    def kept(run: RunMeasurements) -> RunMeasurements:
+        if run.name in imported:
+            return run
+        evals = [one for one in run.evals if results.get((run.name, one.eval, "" if one.against in (None, "reference") else one.against))]
+        stale = [name for (owner, name, _), fresh in results.items() if owner == run.name and not fresh]
+        return dataclasses.replace(run, evals=tuple(evals), unfinished=tuple(dict.fromkeys(stale)))
+
+    arms = {name: dataclasses.replace(arm, runs=tuple(map(kept, arm.runs))) for name, arm in measurements.arms.items()}
+    return dataclasses.replace(measurements, arms=arms)
+
+
+def conclude(study: Study, graph: Graph) -> Conclusion:
+    """Compute the statistics and write the report; both steps are recorded as done where everything above them is.
+
+    Statistics that are fresh are computed for the report, and not recorded again.
+
+    Raises:
+        RecipesError: an evaluation's files are damaged.
+    """
+    from recipes_lib.compare.claims import compare_arms
+    from recipes_lib.compare.measurements import read_measurements
+    from recipes_lib.compare.validity import check_validity
+    from recipes_lib.report.study_report import write_study_report
+
+    started = time.monotonic()
+    known = graph.survey()
+    statistics, report = graph.steps["statistics"], graph.steps["report"]
+    complete = all(known[name].fresh for name in statistics.upstream)
+    measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
+    comparison = compare_arms(measurements, check_validity(study, measurements), study)
+    record = graph.folder / "statistics" / "comparison.json"
+    if not known[statistics.name].fresh:
+        write_json(record, comparison.to_dict())
+        if complete:
+            graph.finish(statistics, digest_of(comparison.to_dict()), [record], seconds=round(time.monotonic() - started, 2))
+    started = time.monotonic()
+    folder = study_folder(study) / "report"
+    scratch = folder.with_name(".report.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    write_study_report(scratch, comparison, measurements, study, not_up_to_date(statistics.upstream, known))
+    publish(scratch, folder)
+    if complete:
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        graph.finish(report, digest_of([file.name for file in files]), files, seconds=round(time.monotonic() - started, 2))
+    return Conclusion(comparison, folder, complete)
+
+
+def not_up_to_date(names: Sequence[str], known: Mapping[str, Freshness]) -> list[str]:
+    """Return the line that stands above a report while steps are missing or stale."""
+    behind = [f"{name} ({known[name].state})" for name in names if not known[name].fresh]
+    more = f" and {len(behind) - 6} more" if len(behind) > 6 else ""
+    return [f"Not up to date: {', '.join(behind[:6])}{more}. What follows is what was measured before."] if behind else []

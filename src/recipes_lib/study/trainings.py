@@ -1,0 +1,275 @@
+"""The trainings of a study on this machine: `recipes train` for each arm and seed, some at a time, each with its own run directory.
+
+A training that is left over from a killed runner, or that a cluster job does, is waited for; a run that was trained with other settings
+is moved away, never overwritten.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from recipes_lib.atomic_files import write_json
+from recipes_lib.compare.design import Study
+from recipes_lib.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.planning.cards import devices_here
+from recipes_lib.recipe.project import shown_path
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.study.arms import free_name, launch_words, study_folder, train_words
+from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
+
+POLL_S = 0.2
+PREEMPTED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
+
+
+@dataclass
+class _Training:
+    """One `recipes train` that runs."""
+
+    step: Step
+    process: subprocess.Popen[bytes]
+    started: float
+    log: Path | None = None
+    stream: IO[bytes] | None = None
+    devices: tuple[str, ...] = ()
+
+
+class Trainings:
+    """Runs the training steps of a study.
+
+    Args:
+        study: the study.
+        graph: its steps.
+        jobs: trainings at the same time.
+        say: prints a line.
+        flags: further options of `recipes train`.
+    """
+
+    def __init__(self, study: Study, graph: Graph, jobs: int, say: Callable[[str], None], flags: Sequence[str] = ()) -> None:
+        self.study, self.graph, self.jobs, self.say, self.flags = study, graph, jobs, say, list(flags)
+        self.failed: dict[str, tuple[str, int]] = {}
+        self.stopped: int | None = None
+        self.signals: list[int] = []
+        self.running: list[_Training] = []
+        self.announced: set[str] = set()
+        # One training at a time has the whole machine. Several share its GPUs out, each as many as its launch starts processes.
+        self.devices = devices_here() if jobs > 1 else []
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Train every step's run; failures are in `failed`, and `stopped` is the exit code where somebody asked to stop."""
+        waiting = list(steps)
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while (waiting and self.stopped is None) or self.running:
+                while self.stopped is None and len(self.running) < self.jobs and (step := self._next(waiting)) is not None:
+                    taken = [device for training in self.running for device in training.devices]
+                    devices = free_devices(self.devices, taken, self._wanted(step))
+                    if devices is None:  # the next one to start, so that many small ones do not keep a large one waiting
+                        break
+                    waiting.remove(step)
+                    self._start(step, devices)
+                time.sleep(POLL_S)
+                while self.signals:
+                    number = self.signals.pop(0)
+                    for training in self.running:
+                        training.process.send_signal(number)
+                for training in [one for one in self.running if one.process.poll() is not None]:
+                    self.running.remove(training)
+                    self._ended(training)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _next(self, waiting: Sequence[Step]) -> Step | None:
+        """The first run that nobody else is training."""
+        from recipes_lib.runs.lock import describe_holder, is_held
+
+        for step in waiting:
+            folder = RunDirectory(step.run).path
+            if not is_held(folder):
+                return step
+            if step.run not in self.announced:
+                self.announced.add(step.run)
+                self.say(f"{step.run} is being trained{describe_holder(folder / 'lock.json')}: waiting for it")
+        return None
+
+    def _wanted(self, step: Step) -> int:
+        """How many GPUs a training takes; a launch for the CPU takes none."""
+        launch = self.study.arm(step.arm).launch
+        on_cpu = launch.config.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return 0 if on_cpu else launch.per_machine
+
+    def _stop(self, number: int, frame: object) -> None:
+        """Note a signal, which `run` hands on, each once: `recipes train` checkpoints and ends, and a second Ctrl-C ends it at once.
+
+        Not handed on from here, because a training that is just being started is not among the running ones yet.
+        """
+        self.stopped = int(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
+        self.signals.append(number)
+
+    def _start(self, step: Step, devices: tuple[str, ...]) -> None:
+        """Start one training on these GPUs, or take over one that has reached its end."""
+        run = RunDirectory(step.run)
+        try:
+            self._clear_way(step, run)
+        except RecipesError as error:
+            self._fail(step, str(error), int(error.exit_code))
+            return
+        if self.stopped is not None:
+            return
+        if run.exists() and run.read_state()["state"] == "finished":
+            self._finish(step, run, 0.0)
+            return
+        arm = self.study.arm(step.arm)
+        assert step.seed is not None
+        words = [*train_words(self.study, arm, step.seed), *launch_words(arm), *self.flags]
+        if self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1:  # two launchers that start together would both take the usual port
+            words += ["--main-process-port", str(free_port())]
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+        log = study_folder(self.study) / "logs" / f"{step.run}.log" if self.jobs > 1 else None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        stream = log.open("ab") if log else None
+        shown = "".join(f"{key}={value} " for key, value in environment.items())
+        self.say(f"\n$ {shown}recipes train {' '.join(words)}" + (f"   # output: {log}" if log else ""))
+        options: dict[str, Any] = {"stdout": stream, "stderr": stream} if stream else {}
+        options["env"] = {**os.environ, **environment}
+        # In a session of its own, so that a terminal's Ctrl-C reaches it through us alone and not twice.
+        tied = functools.partial(_die_with_parent, os.getpid())
+        process = subprocess.Popen(train_command(words), preexec_fn=tied, start_new_session=True, **options)
+        self.running.append(_Training(step, process, time.monotonic(), log, stream, devices))
+
+    def _clear_way(self, step: Step, run: RunDirectory) -> None:
+        """Note what is going to be trained; a run of other settings or other data is moved into the study's folder first.
+
+        Raises:
+            RecipeError: the run was imported.
+        """
+        from recipes_lib.runs.resume_guard import recipe_differences
+
+        note = self.graph.folder / step.name / "started.json"
+        if run.exists():
+            begun = self.graph.read(step.name, "started.json")
+            state = run.read_state()
+            if state["state"] == "imported":
+                raise RecipeError(
+                    f"run '{run.name}' was imported, and arm '{step.arm}' is to be trained", "remove the run or rename the study"
+                )
+            if begun:
+                other = changed_inputs(begun["inputs"], step.inputs)
+                if (before := begun.get("version", 1)) != step.version:
+                    other.append(f"code {before} -> {step.version}")
+            else:  # trained by hand, or by a cluster's job
+                guard = state.get("guard")
+                other = list(recipe_differences(self._recipe(step), guard)) if guard else []
+            if state["state"] == "finished" and _weights(run) is None:
+                other.append("its weights are gone")
+            if other:
+                away = free_name(study_folder(self.study) / "replaced" / run.name)
+                away.parent.mkdir(parents=True, exist_ok=True)
+                run.path.rename(away)
+                self.say(f"{step.run} is out of date ({', '.join(other[:3])}): moved to {shown_path(away)}")
+        write_json(note, {"inputs": dict(step.inputs), "version": step.version})
+
+    def _recipe(self, step: Step) -> Any:
+        from recipes_lib.recipe.recipe import load_recipe
+
+        assert step.seed is not None
+        path, *words = train_words(self.study, self.study.arm(step.arm), step.seed)
+        return load_recipe(path, words)
+
+    def _ended(self, training: _Training) -> None:
+        """Record how a training ended."""
+        if training.stream:
+            training.stream.close()
+        step, code = training.step, training.process.returncode
+        run = RunDirectory(step.run)
+        if code == ExitCode.DONE and run.exists() and run.read_state()["state"] == "finished":
+            self._finish(step, run, time.monotonic() - training.started)
+        elif code in PREEMPTED or self.stopped is not None:
+            self.stopped = self.stopped or code
+        else:
+            recorded = run.read_state().get("error") if run.exists() else None
+            where = f"its output is in {training.log}" if training.log else "its message is above"
+            error = recorded or f"the training ended with exit code {code}"
+            error += f"; {where}" if training.log or not recorded else ""
+            self._fail(step, error, code if code > 0 else int(ExitCode.FAILED))
+
+    def _finish(self, step: Step, run: RunDirectory, seconds: float) -> None:
+        """Record a finished training: its result is the hash of its weights and of the prompt format it was trained in."""
+        state = run.read_state()
+        took = seconds or float((state.get("summary") or {}).get("seconds") or 0)
+        self.graph.finish(step, weights_digest(run, state), weight_files(run), seconds=round(took, 1))
+        self.say(f"{step.run}: trained" + ("" if seconds else " before"))
+
+    def _fail(self, step: Step, error: str, code: int) -> None:
+        self.graph.fail(step, error, code)
+        self.failed[step.name] = (error, code)
+        self.say(f"{step.run}: failed (exit code {code}); the other arms go on")
+
+
+def free_devices(devices: Sequence[str], taken: Collection[str], wanted: int) -> tuple[str, ...] | None:
+    """Return the devices that a training gets, or None while too few are free.
+
+    Where the machine has fewer than it wants it gets all of them, alone, and says itself that they are too few.
+
+    Example:
+        >>> free_devices(["0", "1", "2"], ["1"], 2), free_devices(["0", "1"], ["1"], 2), free_devices([], [], 2)
+        (('0', '2'), None, ())
+    """
+    wanted = min(wanted, len(devices))
+    free = [device for device in devices if device not in taken]
+    return tuple(free[:wanted]) if len(free) >= wanted else None
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def train_command(words: Sequence[str]) -> list[str]:
+    """Return the process that trains."""
+    return [sys.executable, "-m", "recipes_lib.cli", "train", *words]
+
+
+def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:
+    """Return a hash of a finished run's weights and prompt format."""
+    from recipes_lib.training.base_identity import weight_hashes
+    from recipes_lib.training.probes import read_check
+
+    folder = _weights(run)
+    assert folder is not None
+    check = read_check(folder)
+    return digest_of([check.sha256 if check else weight_hashes(folder), state.get("guard", {}).get("prompt_format_hash")])
+
+
+def weight_files(run: RunDirectory) -> list[Path]:
+    """Return the files that hold a finished run's weights, and its curves."""
+    folder = _weights(run)
+    assert folder is not None
+    return [*sorted(folder.glob("*.safetensors")), *([run.metrics] if run.metrics.is_file() else [])]
+
+
+def _weights(run: RunDirectory) -> Path | None:
+    """The folder of a finished run's weights, its adapter or its model; None where somebody removed it."""
+    return next((folder for folder in (run.weights(False), run.weights(True)) if any(folder.glob("*.safetensors"))), None)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask Linux to send SIGTERM to this process when the runner ends, however it ends: a killed study leaves no training behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before it could be asked
+            os._exit(1)

@@ -1,0 +1,114 @@
+"""What stands in a run's files is what is compared: current rows only, torn lines left out, foreign items read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.compare.measurements import read_measurements, read_run
+from recipes_lib.compare.table import build_scores
+from recipes_lib.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import synthetic_runs
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = synthetic_runs.write_run(tmp_path, "r8", seed=43)
+    synthetic_runs.write_alpaca_eval(folder, 30, unparsed=0.1)
+    synthetic_runs.write_mt_bench(folder, 10, missing=(2,))
+    synthetic_runs.write_lm_eval(folder, 20)
+    return folder
+
+
+def test_every_measure_has_its_items(run):
+    measured = read_run(run)
+    names = {measure.name: measure for measure in measured.measures()}
+    assert set(names) == {"alpaca_eval/win_rate", "mt_bench/grade", "lm_eval/arc_easy/acc"}
+    assert [len(measure.items) for measure in names.values()] == [30, 20, 20]
+    assert measured.seed == 43 and len(measured.curves) == 44 and not measured.imported
+    unresolved = [item for item in names["alpaca_eval/win_rate"].items if item.value is None]
+    assert unresolved and all("unparsed" in item.verdicts for item in unresolved)
+
+
+def test_judgments_of_earlier_answers_and_other_judges_do_not_count(run):
+    file = run / "evals" / "mt_bench" / "judgments.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    old = [{**lines[0], "key": "old", "answer_hashes": ["0" * 64], "value": 1}, {**lines[1], "key": "other", "judge": "x", "value": 1}]
+    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items]
+    synthetic_runs.write_lines(file, [*lines, *old])
+    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items] == before
+
+
+def test_judgments_of_another_rubric_or_of_questions_that_are_no_longer_asked_do_not_count(run):
+    file, answers = run / "evals" / "mt_bench" / "judgments.jsonl", run / "evals" / "mt_bench" / "samples" / "model_answer.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items]
+    # The rubric was changed, judged with, and changed back: the same judge graded the same answers, later and otherwise.
+    other = [{**line, "key": f"{line['key']}x", "prompt_hash": "p", "value": 1} for line in lines]
+    dropped = {**lines[0], "key": "y", "question_id": "999:1", "answer_hashes": ["1" * 64]}
+    synthetic_runs.write_lines(file, [dropped, *lines, *other])
+    assert "999" not in answers.read_text()
+    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items] == before
+
+
+def test_a_result_of_other_judgments_is_refused(run):
+    file = run / "evals" / "mt_bench" / "judgments.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
+    with pytest.raises(DataError, match="its mean is over 19 grades, the stored ones are 17"):
+        read_run(run)
+
+
+def test_an_evaluation_without_result_is_unfinished(run):
+    (run / "evals" / "mt_bench" / "result.json").unlink()
+    measured = read_run(run)
+    assert measured.unfinished == ("mt_bench",)
+    assert {measure.suite for measure in measured.measures()} == {"alpaca_eval", "lm_eval"}
+
+
+def test_a_damaged_line_costs_a_curve_that_line_alone(run, capsys):
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 41, "lo')
+    assert read_run(run).curves[-1]["step"] == 40
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\nnonsense\n{"step": 2}\n')
+    assert [line["step"] for line in read_run(run).curves] == [1, 2] and read_run(run).curves[0]["loss"] is None
+    assert f"{run / 'metrics.jsonl'}:2: this line is damaged and left out" in capsys.readouterr().err
+
+
+def test_a_damaged_judgment_is_named_by_its_line(run):
+    file = run / "evals" / "mt_bench" / "judgments.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[2] = b"\xff" + lines[2]
+    file.write_bytes(b"".join(lines))
+    with pytest.raises(DataError) as caught:
+        read_run(run)
+    assert (caught.value.file, caught.value.line) == (file, 3)
+
+
+def test_imported_items_are_read_as_they_are(tmp_path):
+    folder = tmp_path / "foreign"
+    place = folder / "evals" / "alpaca_eval"
+    synthetic_runs.write_json(folder / "run.json", {"format_version": 1, "name": "foreign", "state": "imported", "updated": "x"})
+    measures = [{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference"}]
+    synthetic_runs.write_json(
+        place / "result.json", {"suite": "alpaca_eval", "eval": "alpaca_eval", "against": "reference", "measures": measures}
+    )
+    rows = [{"metric": "win_rate", "question_id": n, "value": None if n == 0 else 1.0, "outcome": "win"} for n in range(8)]
+    synthetic_runs.write_lines(place / "items.jsonl", rows)
+    measurements = read_measurements({"theirs": [folder]})
+    assert measurements.arms["theirs"].imported
+    (score,) = build_scores(measurements)
+    assert (score.n, score.unresolved, score.value, score.lowest, score.highest) == (8, 1, 1.0, 0.875, 1.0)
+
+
+def test_an_opponent_is_called_by_its_arm(run, tmp_path):
+    other = synthetic_runs.write_run(tmp_path, "r32")
+    synthetic_runs.write_alpaca_eval(other, 30, against="r8")
+    measurements = read_measurements({"small": [run], "large": [other], "gone": [tmp_path / "nowhere"]})
+    assert measurements.opponent_name("r8") == "small" and measurements.opponent_name("reference") == "reference"
+    assert measurements.arms["gone"].runs == ()
