@@ -12,12 +12,12 @@ from recipes_lib.errors import RecipeError
 from recipes_lib.planning.advice import advise, largest_cost
 from recipes_lib.planning.cards import card_named
 from recipes_lib.planning.duration import operations_per_token, walltime
-from recipes_lib.planning.evaluations import eval_time, usual_evals
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.methods import method_rows
 from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.recipe.known_models import named_shape
 from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.suites.eval_times import eval_time, usual_evals
 
 LORA, QLORA, FULL = (f"llama2-7b-dolly/{name}" for name in ("lora-bf16-r32", "qlora-r32", "full-bf16"))
 N, ADAPTER = 6_738_415_616, 79_953_920

@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
         return _study(args, study)
     from recipes_lib.planning.advice import advise
     from recipes_lib.planning.as_json import plan_json
-    from recipes_lib.planning.evaluations import eval_times, usual_evals
     from recipes_lib.planning.methods import method_rows
     from recipes_lib.planning.plan import plan_recipe
     from recipes_lib.planning.text import plan_lines
+    from recipes_lib.suites.eval_times import eval_times, usual_evals
 
     recipe = load_recipe(args.recipe, args.overrides)
     for warning in recipe.warnings:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
-from recipes_lib.planning.evaluations import EvalTime, eval_times
+from recipes_lib.planning.evaluations import EvalTime
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.plan import Plan, card_for, plan_launched
 from recipes_lib.planning.text import clock, spread, stand_in
+from recipes_lib.suites.eval_times import eval_times
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
