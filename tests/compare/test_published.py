@@ -120,24 +120,25 @@ def test_a_number_stands_beside_our_metric_in_our_unit():
     assert published.arms == ["base", "r8", "base-r32-job", "r32", "ddp-qlora", "fsdp-bf16"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "line", "words"),
-    [
-        ("win: 50", "wins: 50", 9, ["no metric 'wins'", "did you mean win?"]),
-        ("win: 50", "win: fifty", 9, ["must be a number", "'fifty'"]),
-        ("win: 50", "win: .nan", 9, ["must be a number", ".nan"]),
-        ("win: 50", "win: {value: 50, interval: [60, 70]}", 9, ["50 is not within its interval [60, 70]"]),
-        ("win: 50", "win: {value: 50, interval: [60]}", 9, ["interval"]),
-        ("win: 50", "win: {value: 50, ci: [40, 60]}", 9, ["unknown key", "ci"]),
-        ("n: 10", "n: 0", 6, ["whole number >= 1"]),
-        ("n: 10", "n: 10.5", 6, ["whole number >= 1"]),
-        ("beside: alpaca_eval/win_rate", "beside: win rate", 7, ["'win rate' is no metric of ours"]),
-        ("title: a table", "titel: a table", 5, ["unknown key", "did you mean"]),
-        ("win: 50", "win: true", 9, ["must be a number"]),
-        ("n: 10", "circumstances: {ab: {hardware: x}}", 6, ["table 't' has no arm 'ab'"]),
-        ("n: 10", "circumstances: {a: {hardware: 7}}", 6, ["must be text, got 7"]),
-    ],
-)
+# (what is replaced in the minimal file, by what, line of the answer, words of the answer)
+BAD_NUMBERS = [
+    ("win: 50", "wins: 50", 9, ["no metric 'wins'", "did you mean win?"]),
+    ("win: 50", "win: fifty", 9, ["must be a number", "'fifty'"]),
+    ("win: 50", "win: .nan", 9, ["must be a number", ".nan"]),
+    ("win: 50", "win: {value: 50, interval: [60, 70]}", 9, ["50 is not within its interval [60, 70]"]),
+    ("win: 50", "win: {value: 50, interval: [60]}", 9, ["interval"]),
+    ("win: 50", "win: {value: 50, ci: [40, 60]}", 9, ["unknown key", "ci"]),
+    ("n: 10", "n: 0", 6, ["whole number >= 1"]),
+    ("n: 10", "n: 10.5", 6, ["whole number >= 1"]),
+    ("beside: alpaca_eval/win_rate", "beside: win rate", 7, ["'win rate' is no metric of ours"]),
+    ("title: a table", "titel: a table", 5, ["unknown key", "did you mean"]),
+    ("win: 50", "win: true", 9, ["must be a number"]),
+    ("n: 10", "circumstances: {ab: {hardware: x}}", 6, ["table 't' has no arm 'ab'"]),
+    ("n: 10", "circumstances: {a: {hardware: 7}}", 6, ["must be text, got 7"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "line", "words"), BAD_NUMBERS)
 def test_a_wrong_file_is_answered_with_file_and_line(tmp_path, old, new, line, words):
     with pytest.raises(RecipeErrors) as caught:
         load_published(written(tmp_path, MINIMAL.replace(old, new)))

@@ -36,7 +36,7 @@ def held(name: str, text: str) -> None:
     """Compare with the golden file, or write it."""
     file = GOLDEN / name
     if os.environ.get("UPDATE_GOLDEN"):
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     before = file.read_text(encoding="utf-8")
     if before != text:

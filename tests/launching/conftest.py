@@ -19,15 +19,20 @@ environment: {conda: ml}
 """
 
 
+def profile_with(*lines: str) -> str:
+    """Return the good profile, with lines replaced or added."""
+    keys = {line.partition(":")[0] for line in lines}
+    kept = [line for line in PROFILE.splitlines() if line.partition(":")[0] not in keys]
+    return "\n".join([*kept, *lines]) + "\n"
+
+
 @pytest.fixture
 def profile_file(tmp_path: Path):
     """Writes a profile, with lines replaced or added."""
 
     def write(*lines: str, name: str = "site") -> Path:
-        keys = {line.partition(":")[0] for line in lines}
-        kept = [line for line in PROFILE.splitlines() if line.partition(":")[0] not in keys]
         path = tmp_path / f"{name}.yaml"
-        path.write_text("\n".join([*kept, *lines]) + "\n", encoding="utf-8")
+        path.write_text(profile_with(*lines), encoding="utf-8")
         return path
 
     return write

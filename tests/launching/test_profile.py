@@ -32,37 +32,39 @@ def test_the_original_cluster_has_its_values() -> None:
     assert values.environment.conda == "ml"
 
 
+# (lines that replace those of the good profile, words of the answer)
+BAD_PROFILES = [
+    (["partitoin: gpu"], ["unknown key 'partitoin'", "did you mean partition?"]),
+    (["time: 24:00:00"], ["time must be text", 'write "24:00:00"']),
+    (['time: "tomorrow"'], ["time is no time limit: tomorrow"]),
+    (['time: {train: "01:00:00"}'], ["time.eval is missing", "time.report is missing"]),
+    (["gres: gpu:2"], ["gres must contain {gpus}"]),
+    (["gres: --gres=gpu:{gpus}"], ["gres must be one word that is no flag"]),
+    (['partition: "gpu long"'], ["partition must be one word that is no flag, got 'gpu long'"]),
+    (["account: a b"], ["account must be one word"]),
+    (["gpu: h100-800gb"], ["gpu: there is no card 'h100-800gb'", "did you mean h100-80gb?"]),
+    (["directories: {runs: '/scratch/{usr}'}"], ["directories.runs: {usr} is not filled in", "what is: {user}"]),
+    (["directories: {hub: '/scratch/{job}'}"], ["directories.hub: {job} is not filled in"]),
+    (["cpus_per_gpu: 0"], ["cpus_per_gpu must be a whole number >= 1"]),
+    (["cpus_per_gpu: true"], ["cpus_per_gpu must be a whole number >= 1"]),
+    (["memory_gib_per_gpu: 32G"], ["memory_gib_per_gpu must be a whole number >= 1 or null, got '32G'"]),
+    (["environment:"], ["environment must be a mapping", "environment: {}"]),
+    (["environment: {conda: a, venv: b}"], ["both conda and venv"]),
+    (["environment: {cnda: a}"], ["did you mean environment.conda?"]),
+    (["extra_sbatch: [--array=3]"], ["--array is set by recipes launch"]),
+    (["extra_sbatch: [-p, gpu]"], ["--partition has a key of its own", "'gpu' is no flag"]),
+    (["extra_sbatch: [-c8, -n4]"], ["--cpus-per-task has a key of its own: cpus_per_gpu", "--ntasks is set by recipes launch"]),
+    (["extra_sbatch: [--mem-per-gpu=4G]"], ["--mem-per-gpu has a key of its own: memory_gib_per_gpu"]),
+    (["variables: {NCCL_DEBUG: 1}"], ["variables.NCCL_DEBUG must be text", 'quote it: "1"']),
+    (["variables: {A-B: x}"], ["'A-B' is no name of an environment variable"]),
+    (['time: "00:05:00"'], ["asked to stop before it is halfway"]),
+    (["variables: {WANDB_API_KEY: abc}"], ["looks like a secret"]),
+    (["account: ${USER}"], ["no interpolation"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        (["partitoin: gpu"], ["unknown key 'partitoin'", "did you mean partition?"]),
-        (["time: 24:00:00"], ["time must be text", 'write "24:00:00"']),
-        (['time: "tomorrow"'], ["time is no time limit: tomorrow"]),
-        (['time: {train: "01:00:00"}'], ["time.eval is missing", "time.report is missing"]),
-        (["gres: gpu:2"], ["gres must contain {gpus}"]),
-        (["gres: --gres=gpu:{gpus}"], ["gres must be one word that is no flag"]),
-        (['partition: "gpu long"'], ["partition must be one word that is no flag, got 'gpu long'"]),
-        (["account: a b"], ["account must be one word"]),
-        (["gpu: h100-800gb"], ["gpu: there is no card 'h100-800gb'", "did you mean h100-80gb?"]),
-        (["directories: {runs: '/scratch/{usr}'}"], ["directories.runs: {usr} is not filled in", "what is: {user}"]),
-        (["directories: {hub: '/scratch/{job}'}"], ["directories.hub: {job} is not filled in"]),
-        (["cpus_per_gpu: 0"], ["cpus_per_gpu must be a whole number >= 1"]),
-        (["cpus_per_gpu: true"], ["cpus_per_gpu must be a whole number >= 1"]),
-        (["memory_gib_per_gpu: 32G"], ["memory_gib_per_gpu must be a whole number >= 1 or null, got '32G'"]),
-        (["environment:"], ["environment must be a mapping", "environment: {}"]),
-        (["environment: {conda: a, venv: b}"], ["both conda and venv"]),
-        (["environment: {cnda: a}"], ["did you mean environment.conda?"]),
-        (["extra_sbatch: [--array=3]"], ["--array is set by recipes launch"]),
-        (["extra_sbatch: [-p, gpu]"], ["--partition has a key of its own", "'gpu' is no flag"]),
-        (["extra_sbatch: [-c8, -n4]"], ["--cpus-per-task has a key of its own: cpus_per_gpu", "--ntasks is set by recipes launch"]),
-        (["extra_sbatch: [--mem-per-gpu=4G]"], ["--mem-per-gpu has a key of its own: memory_gib_per_gpu"]),
-        (["variables: {NCCL_DEBUG: 1}"], ["variables.NCCL_DEBUG must be text", 'quote it: "1"']),
-        (["variables: {A-B: x}"], ["'A-B' is no name of an environment variable"]),
-        (['time: "00:05:00"'], ["asked to stop before it is halfway"]),
-        (["variables: {WANDB_API_KEY: abc}"], ["looks like a secret"]),
-        (["account: ${USER}"], ["no interpolation"]),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) and ":" in value[0] else "",
+    ("lines", "words"), BAD_PROFILES, ids=lambda value: value[0] if isinstance(value, list) and ":" in value[0] else ""
 )
 def test_a_wrong_value_is_answered_at_its_line(profile_file, lines: list[str], words: list[str]) -> None:
     path = profile_file(*lines)

