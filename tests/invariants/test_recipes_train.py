@@ -122,13 +122,14 @@ def test_a_port_that_is_in_use_stops_no_training(launcher) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
-    name = "impatient"
-    child = launcher.start(verb(launcher, "--accelerate", "ddp_cpu", f"run.name={name}", *LONG))
-    wait_for_step(launcher, name, child)
+    """Steps of about two seconds: a short one would be over, and the training ended well, before the second Ctrl-C."""
+    name, long_steps = "impatient", ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=64")
+    child = launcher.start(verb(launcher, "--accelerate", "ddp_cpu", f"run.name={name}", *LONG, *long_steps))
+    wait_for_step(launcher, name, child)  # the next one has only begun
     os.kill(child.pid, signal.SIGINT)
     os.kill(child.pid, signal.SIGINT)
     time.sleep(0.1)
-    if child.poll() is None:
+    if child.poll() is None:  # the first two came as one
         os.kill(child.pid, signal.SIGINT)
     code, said = launcher.wait(child)
     assert code == 130

@@ -72,16 +72,26 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon again, as the sandbox did, and wait until Slurm uses it."""
-        self.call(str(SANDBOX), "node", str(self.folder / "slurm"), node.removeprefix("node"))
+        started = self.call(str(SANDBOX), "node", str(self.folder / "slurm"), node.removeprefix("node"))
+        assert started.returncode == 0, started.stdout + started.stderr
 
         def is_back() -> bool:
-            if "idle" in self.call("sinfo", "-h", "-N", "-n", node, "-o", "%T").stdout:
+            # Of the nodes that answer (-r) any state but these will do: one that still ends the lost job takes other jobs too.
+            states = self.call("sinfo", "-h", "-r", "-N", "-n", node, "-o", "%T").stdout.split()
+            if states and not any(state.startswith(("down", "drain", "unknown")) for state in states):
                 return True
             # Asked again each time: a word that came before the daemon had registered, or while the lost job ended, has no effect.
             self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            time.sleep(1)
             return False
 
         self.wait_for(is_back, f"{node} to come back")
+
+    def daemons(self) -> str:
+        """Return what Slurm says of its nodes, and the end of each daemon's log."""
+        logs = sorted((self.folder / "slurm").rglob("*.log"))
+        ends = ("\n".join([f"== {log.name}", *log.read_text(errors="replace").splitlines()[-15:]]) for log in logs)
+        return "\n".join([self.call("sinfo", "-h", "-N", "-o", "%N %T %E").stdout, *ends])
 
     def queue(self) -> list[str]:
         return self.call("squeue", "-h", "-o", "%i %j %T").stdout.splitlines()
@@ -128,7 +138,7 @@ class Cluster:
     def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"waited in vain for {what}; queue: {self.queue()}"
+            assert time.monotonic() < deadline, f"waited in vain for {what}; queue: {self.queue()}\n{self.daemons()}"
             time.sleep(0.1)
 
 
