@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # pytest workers; 1 switches the parallel runner off.
 WORKERS ?= 2
+# The slow tests wait for other processes a third of their time.
+SLOW_WORKERS ?= 3
 
 .PHONY: help setup quickstart test test-slow check style schema
 
@@ -41,7 +43,7 @@ test: setup  ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not slurm and not browser and not latex and not gpu" -n $(WORKERS) --dist loadfile
 
 test-slow: setup  ## the tests that take minutes or start several processes
-	@$(BIN)/python -m pytest -m "slow or slurm or browser or latex" -n $(WORKERS) --dist loadfile || { code=$$?; \
+	@$(BIN)/python -m pytest -m "slow or slurm or browser or latex" -n $(SLOW_WORKERS) --dist loadfile || { code=$$?; \
 	    [ $$code -eq 5 ] && echo "test-slow: there is no slow test" || exit $$code; }
 
 check: setup  ## style, types, every YAML, schema up to date

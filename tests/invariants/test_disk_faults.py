@@ -94,7 +94,7 @@ def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(launcher, whole: P
     assert_same(runs / "small", whole)
 
 
-@pytest.mark.parametrize("inodes", [6, 25, 40])
+@pytest.mark.parametrize("inodes", [6, 40])
 def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(launcher, whole: Path, tmpfs: Callable[[str], Path], inodes: int) -> None:
     runs = tmpfs(f"size=64m,nr_inodes={inodes}")
     code, said = launcher.wait(launcher.start(launcher.command("run.name=small"), RECIPES_RUNS_ROOT=str(runs)))
@@ -105,7 +105,7 @@ def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(launcher, whol
     assert_same(runs / "small", whole)
 
 
-@pytest.mark.parametrize("limit", [512, 12 * 1024, 40 * 1024])
+@pytest.mark.parametrize("limit", [512, 40 * 1024])
 def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(launcher, whole: Path, limit: int) -> None:
     name = f"limit-{limit}"
     child = subprocess.Popen(
@@ -190,7 +190,7 @@ def test_the_cut_of_a_disk_loses_what_was_not_flushed(ext4: Ext4) -> None:
     assert not (after / "lost").is_file() or (after / "lost").read_bytes() != b"l" * 9000
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("after_s", [0.0, 1.0])
 def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(launcher, whole: Path, ext4: Ext4, after_s: float) -> None:
     launcher.train("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
     time.sleep(after_s)
@@ -201,7 +201,7 @@ def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(launch
         assert file.read_bytes() == (ext4.place / "runs" / "cut" / "adapter" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize("step", [2, 6])
 def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(launcher, whole: Path, ext4: Ext4, step: int) -> None:
     child = launcher.start(launcher.command("run.name=cut"), RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
     marker = ext4.place / "runs" / "cut" / "checkpoints" / f"checkpoint-{step}" / "COMPLETE.json"

@@ -58,8 +58,10 @@ def test_a_kill_loses_at_most_save_steps_and_changes_nothing(launcher, whole: by
     assert launcher.state(name)["state"] == "finished"
 
 
-@pytest.mark.parametrize("moment", ["in a step", "in the optimizer", "before the final save"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "moment"),
+    [("bfloat16", "in a step"), ("bfloat16", "in the optimizer"), ("bfloat16", "before the final save"), ("float32", "in the optimizer")],
+)
 def test_a_kill_of_qlora_changes_nothing(launcher, dtype: str, moment: str) -> None:
     """TRL trains the adapters of a 4-bit base in bf16, which loading them does not keep."""
     nf4 = f"quantization={{load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: {dtype}}}"
