@@ -21,7 +21,7 @@ help:  ## this list
 
 setup: $(STAMP)  ## a virtual environment in .venv with everything the project needs
 	@echo "setup: $(BIN) is ready"
-	@echo "next: $(BIN)/recipes doctor"
+	@echo "next: . $(BIN)/activate && recipes doctor"
 
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \

@@ -59,7 +59,9 @@ def test_every_verb_that_exists_can_be_configured_and_documents_itself(capsys):
     for verb in cli.VERBS:
         if cli._exists(verb):
             assert cli.main([verb.name, "--help"]) == 0
-            assert f"recipes {verb.name}" in capsys.readouterr().out
+            out = capsys.readouterr().out
+            assert f"recipes {verb.name}" in out
+            assert verb.help[1:] in " ".join(out.split()), out  # names keep their capitals
 
 
 @pytest.mark.parametrize(

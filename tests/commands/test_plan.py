@@ -206,6 +206,14 @@ def test_the_next_command_names_a_config_as_it_was_given(plan: Plan, tmp_path: P
     assert f" --accelerate {own} --gpus 2" in plan("quickstart/lora-r8", *words)[1].splitlines()[-1]
 
 
+def test_the_next_command_after_a_plan_that_does_not_fit_plans_its_first_remedy(plan: Plan) -> None:
+    line = plan("llama2-7b-dolly/lora-bf16-r32", "--gpu", "4090", "train.seed=1")[1].splitlines()[-1]
+    assert line.startswith("next: recipes plan ") and line.endswith(" --gpu 4090 train.seed=1 train.per_device_train_batch_size=1")
+    out = plan(*line.split()[3:])[1]
+    assert "fits: 23.5 GiB" in out and out.splitlines()[-1].startswith("next: recipes train ")
+    assert plan(LORA, "--gpu", "4090", "lora=null", "train.max_length=4096")[1].splitlines()[-1] == "next: recipes ls"
+
+
 def test_a_study_is_found_by_its_short_name_as_everywhere(plan: Plan) -> None:
     assert plan("lora-rank", "--gpu", "h100") == plan("recipes/studies/lora-rank.yaml", "--gpu", "h100")
     assert plan("recipes/quickstart")[0] == 2  # a folder is no study of that name

@@ -173,6 +173,14 @@ def test_case_30_a_short_name_of_no_recipe_names_similar_recipes(write, capsys):
     write()
     assert main(["show", "quickstart/lora-r9"]) == 2
     assert "did you mean quickstart/lora-r8" in (said := capsys.readouterr().err) and "recipes ls" in said
+    assert main(["show", "lora-r8"]) == 2
+    assert "did you mean quickstart/lora-r8 or smollm2-135m-dolly/lora-r8?" in capsys.readouterr().err
+
+
+def test_check_takes_the_short_name_of_a_recipe_as_the_other_verbs_do(write, capsys):
+    write()
+    assert main(["check", "quickstart/lora-r8"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "1 file ok"
 
 
 def test_case_30_a_folder_is_no_recipe(write, capsys, tmp_path):

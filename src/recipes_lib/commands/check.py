@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipeErrors, RecipesError, in_order, print_error
 from recipes_lib.recipe.loader import Document, load_document
-from recipes_lib.recipe.project import shown_path
+from recipes_lib.recipe.project import recipe_path, shown_path
 from recipes_lib.recipe.recipe import recipe_from
 from recipes_lib.recipe.yaml_source import no_such_file
 from recipes_lib.terminal import next_step, say
@@ -20,7 +20,7 @@ _SKIPPED_FOLDERS = {"runs", "node_modules"}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="YAML files, or folders with YAML files of any kind")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="YAML files, names of recipes, or folders with YAML files of any kind")
     parser.add_argument(
         "--full",
         action="store_true",
@@ -85,6 +85,7 @@ def _files(path: Path) -> Iterable[Path]:
         RecipeError: there is nothing at the path.
     """
     if not path.is_dir():
+        path = recipe_path(path)
         if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path, str(path))
         return [path]

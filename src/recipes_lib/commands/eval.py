@@ -16,7 +16,9 @@ from recipes_lib.terminal import next_step
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("eval", help="an eval recipe, for example evals/quickstart/alpaca_eval.yaml; several may follow each other")
+    parser.add_argument(
+        "eval", metavar="EVAL", help="an eval recipe, for example evals/quickstart/alpaca_eval.yaml; several may follow each other"
+    )
     parser.add_argument(
         "targets",
         nargs="+",

@@ -17,6 +17,7 @@ from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.terminal import at_least, next_step, say
 
 if TYPE_CHECKING:
+    from recipes_lib.planning.advice import Advice
     from recipes_lib.planning.plan import Plan
 
 
@@ -51,19 +52,20 @@ def run(args: argparse.Namespace) -> int:
         print_error(warning)
     plan = plan_recipe(recipe, gpu=args.gpu, gpus=args.gpus, nodes=args.nodes, accelerate=args.accelerate)
     recipes = usual_evals(plan.settings.device == "cpu") if args.evals is None else _evals(args.evals)
-    parts = (plan, eval_times(recipes, plan.settings.shape, plan.card), method_rows(plan), advise(plan), args.price)
+    advice = advise(plan)
+    parts = (plan, eval_times(recipes, plan.settings.shape, plan.card), method_rows(plan), advice, args.price)
     if args.json:
         print(json.dumps(plan_json(*parts), indent=2, ensure_ascii=False))
         return ExitCode.DONE
     for line in plan_lines(*parts):
         say(line)
     say()
-    _closing(plan, shown_path(recipe.path), args)
+    _closing(plan, advice, shown_path(recipe.path), args)
     return ExitCode.DONE
 
 
-def _closing(plan: Plan, file: str, args: argparse.Namespace) -> None:
-    """Print the plain command, and the next one to type; with several machines, machine 0's."""
+def _closing(plan: Plan, advice: list[Advice], file: str, args: argparse.Namespace) -> None:
+    """Print the plain command (with several machines, machine 0's), and the next one to type: of what fits, the training."""
     launch, own = plan.launch, plan_launch(plan.recipe.launch)
     if launch.machines > 1:
         launch = replace(launch, rank=0, address="HOST_OF_RANK_0", port=launch.config.main_process_port or DEFAULT_PORT)
@@ -76,7 +78,14 @@ def _closing(plan: Plan, file: str, args: argparse.Namespace) -> None:
         words += ["--gpus", str(plan.launch.per_machine)]
     if plan.launch.machines != own.machines:
         words += ["--nodes", str(plan.launch.machines)]
-    next_step(shlex.join(["recipes", "train", file, *words, *args.overrides]))
+    if plan.fits:
+        next_step(shlex.join(["recipes", "train", file, *words, *args.overrides]))
+    elif advice:
+        card = ["--gpu", args.gpu] if args.gpu else []
+        words = [] if "launch." in advice[0].setting else words  # a flag would win over it
+        next_step(shlex.join(["recipes", "plan", file, *card, *words, *args.overrides, *advice[0].setting.split()]))
+    else:
+        next_step("recipes ls")
 
 
 def _study(args: argparse.Namespace, path: Path) -> int:

@@ -19,7 +19,7 @@ COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (U
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", nargs="?", help="a run's name; default: all runs")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name; default: all runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object (a list without RUN)")
 
 

@@ -37,7 +37,7 @@ FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code", "debug")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
+    parser.add_argument("recipe", metavar="RECIPE", help="path or name of a recipe; any `section.key=value` after it overrides a value")
     parser.add_argument(
         "--accelerate", metavar="NAME", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
     )

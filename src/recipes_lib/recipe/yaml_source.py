@@ -116,10 +116,11 @@ def no_such_file(path: Path, file: str) -> RecipeError:
 
 
 def _recipes_like(name: str) -> list[str]:
-    """Return the short names of the project's recipes that are near to `name`."""
+    """Return the short names of the project's recipes that end in `name`, or else are near to it."""
     folder = project_root() / "recipes"
-    names = [file.relative_to(folder).with_suffix("").as_posix() for file in folder.glob("*/*.yaml") if not file.name.startswith("_")]
-    return difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    files = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]
+    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files if not file.name.startswith("_")]
+    return sorted(full for full in names if full.endswith(f"/{name}")) or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
 
 
 def _read_text(path: Path, file: str) -> str:
