@@ -28,7 +28,7 @@ from measuring import spread, write_result
 
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, JudgeRequest, judge_items
 from recipes_lib.judging.judge_file import load_judge_file
-from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.store import JudgmentStore
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ def write_store(path: Path) -> None:
 def read_store(path: Path) -> float:
     """CPU seconds to load and summarise them."""
     started = time.process_time()
-    summary = summarise(pair_outcomes(JudgmentStore(path).rows()))
+    summary = summarise(pair_samples(JudgmentStore(path).rows()))
     assert summary.n == STORED // 2
     return time.process_time() - started
 

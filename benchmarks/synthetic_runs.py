@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.judging.audit import audit
-from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.store import text_hash
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites import mt_bench as suite
@@ -88,7 +88,7 @@ def write_alpaca_eval(
     place = folder / "evals" / "alpaca_eval"
     suffix = "" if against == "reference" else f".against-{against}"
     write_lines(place / "samples" / f"samples{suffix}.jsonl", lines)
-    pairs = summarise(pair_outcomes(rows))
+    pairs = summarise(pair_samples(rows))
     result = _result("alpaca_eval", folder.name, against, n, audit(rows)) | {"pairs": pairs.to_dict(), "mean_score": None}
     write_json(place / f"result{suffix}.json", result)
 

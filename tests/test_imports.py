@@ -15,6 +15,7 @@ ORDER = (
     ("data",),
     ("planning",),
     ("training",),
+    ("eval_log",),
     ("judging",),
     ("generation",),
     ("suites",),

@@ -14,7 +14,7 @@ from tests.judging.fake_judges import FakeJudge, always_a, bodies, obeys_answers
 from recipes_lib.cli import main
 from recipes_lib.errors import EnvironmentFault, RecipesError
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, ask, judge_items
-from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.probes import probe_requests, probe_results
 from recipes_lib.judging.prometheus import load_rubric, load_template
 from recipes_lib.judging.store import JudgmentStore
@@ -55,7 +55,7 @@ def test_a_verdict_that_is_none_is_never_a_tie_and_never_dropped(case: str, tmp_
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items([ITEM], FakeJudge(lambda request: reply), store, PLAN)
     assert [(row["status"], row["value"]) for row in store] == [(status, None)] * 2
-    summary = summarise(pair_outcomes(store.rows()))
+    summary = summarise(pair_samples(store.rows()))
     assert (summary.n, summary.unresolved, summary.tie) == (1, 1, 0)
     assert [bound.estimate for bound in summary.score_bounds] == [0.0, 1.0]
 
@@ -181,7 +181,7 @@ def test_numbers_without_variance_or_items_are_said_and_nothing_crashes(count, a
     """Case 86."""
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items([dataclasses.replace(ITEM, question_id=str(n)) for n in range(count)], FakeJudge(answer), store, PLAN)
-    summary = summarise(pair_outcomes(store.rows())).to_dict()
+    summary = summarise(pair_samples(store.rows())).to_dict()
     assert summary["n"] == count
     if count == 0:
         assert summary["score"]["estimate"] is summary["win_rate"]["estimate"] is None

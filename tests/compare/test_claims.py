@@ -12,9 +12,10 @@ import pytest
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Arm, Study, load_study
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
+from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
 from recipes_lib.compare.published import Published, PublishedNumber
 from recipes_lib.compare.validity import check_validity
+from recipes_lib.eval_log import EvalLog, Measure, Sample
 
 
 def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
@@ -25,7 +26,7 @@ def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
     for number, mine in enumerate(lists):
         run = name if len(lists) == 1 else f"{name}--seed{number}"
         placed = [dataclasses.replace(one, file=folder / run / "evals" / one.eval / "result.json") for one in mine]
-        results = tuple(EvalResult(one.eval, one.suite, one.opponent, one.file, {}, (one,)) for one in placed)
+        results = tuple(EvalLog(one.eval, one.suite, one.opponent, one.file, {}, (one,)) for one in placed)
         resolved = {"lora": {**rank, **lora}, "train": {"seed": 42 + number}} if rank or lora else {}
         state = {"state": "imported" if imported else "finished"}
         made.append(RunMeasurements(run, folder / run, state, resolved, {}, {}, {}, (), results, seed=42 + number))
@@ -35,7 +36,7 @@ def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
 def rates(values, metric="acc", opponent=None, unit="share", label="arc acc"):
     """A measure of these values, one question each; None is an item without a verdict."""
     items = tuple(
-        Item(f"q{n}", 1, "all", None if value is None or np.isnan(value) else float(value), "x") for n, value in enumerate(values)
+        Sample(f"q{n}", 1, "all", None if value is None or np.isnan(value) else float(value), "x") for n, value in enumerate(values)
     )
     return Measure("ev", "lm_eval" if unit == "share" else "mt_bench", metric, label, items, Path(), opponent, unit=unit)
 
@@ -117,7 +118,7 @@ def test_totals_alone_cannot_be_tested():
 
 
 def test_other_questions_cannot_be_tested():
-    other = dataclasses.replace(rates([]), items=tuple(Item(f"z{n}", 1, "all", 1.0, "x") for n in range(80)))
+    other = dataclasses.replace(rates([]), samples=tuple(Sample(f"z{n}", 1, "all", 1.0, "x") for n in range(80)))
     (row,) = compare_arms(of(arm("a", [rates(GOOD)]), arm("b", [other]))).rows
     assert "answered different questions" in row.sentence
 
@@ -399,16 +400,16 @@ def test_an_answer_gives_a_reason_once_and_repeats_only_numbers(code, words, tim
 def test_several_seeds_enter_the_interval_and_the_sentence():
     rng = np.random.default_rng(0)
     seeds = [[rates(rng.integers(0, 2, 80).astype(float))] for _ in range(3)]
-    better = [[rates(np.minimum(1.0, np.array([item.value for item in one[0].items]) + (rng.random(80) < 0.6)))] for one in seeds]
+    better = [[rates(np.minimum(1.0, np.array([item.value for item in one[0].samples]) + (rng.random(80) < 0.6)))] for one in seeds]
     (row,) = compare_arms(of(arm("r8", seeds), arm("r32", better)), (), study("r8", "r32")).rows
     assert row.tested.seeds == 3 and row.tested.test == "crossed t"
     assert "3 seeds" in row.sentence and "over 3 training seeds" in row.sentence
 
 
 def test_a_missing_turn_is_unresolved_not_dropped():
-    turns = tuple(Item(f"q{n}", turn, "all", 3.0, "graded") for n in range(20) for turn in (1, 2))
-    whole = dataclasses.replace(rates([], "grade", unit="grade", label="MT-Bench"), items=turns)
-    lacking = dataclasses.replace(whole, items=turns[:-1])
+    turns = tuple(Sample(f"q{n}", turn, "all", 3.0, "graded") for n in range(20) for turn in (1, 2))
+    whole = dataclasses.replace(rates([], "grade", unit="grade", label="MT-Bench"), samples=turns)
+    lacking = dataclasses.replace(whole, samples=turns[:-1])
     (row,) = compare_arms(of(arm("a", [whole]), arm("b", [lacking]))).rows
     assert row.tested.n == 40 and row.tested.unresolved == 1 and row.tested.lowest < 0 < row.tested.highest
 

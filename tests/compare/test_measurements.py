@@ -30,9 +30,9 @@ def test_every_measure_has_its_items(run):
     measured = read_run(run)
     names = {measure.name: measure for measure in measured.measures()}
     assert set(names) == {"alpaca_eval/win_rate", "mt_bench/grade", "lm_eval/arc_easy/acc"}
-    assert [len(measure.items) for measure in names.values()] == [30, 20, 20]
+    assert [len(measure.samples) for measure in names.values()] == [30, 20, 20]
     assert measured.seed == 43 and len(measured.curves) == 44 and not measured.imported
-    unresolved = [item for item in names["alpaca_eval/win_rate"].items if item.value is None]
+    unresolved = [item for item in names["alpaca_eval/win_rate"].samples if item.value is None]
     assert unresolved and all("unparsed" in item.verdicts for item in unresolved)
 
 
@@ -40,21 +40,21 @@ def test_judgments_of_earlier_answers_and_other_judges_do_not_count(run):
     file = run / "evals" / "mt_bench" / "judgments.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     old = [{**lines[0], "key": "old", "answer_hashes": ["0" * 64], "value": 1}, {**lines[1], "key": "other", "judge": "x", "value": 1}]
-    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items]
+    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples]
     synthetic_runs.write_lines(file, [*lines, *old])
-    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items] == before
+    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples] == before
 
 
 def test_judgments_of_another_rubric_or_of_questions_that_are_no_longer_asked_do_not_count(run):
     file, answers = run / "evals" / "mt_bench" / "judgments.jsonl", run / "evals" / "mt_bench" / "samples" / "model_answer.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items]
+    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples]
     # The rubric was changed, judged with, and changed back: the same judge graded the same answers, later and otherwise.
     other = [{**line, "key": f"{line['key']}x", "prompt_hash": "p", "value": 1} for line in lines]
     dropped = {**lines[0], "key": "y", "question_id": "999:1", "answer_hashes": ["1" * 64]}
     synthetic_runs.write_lines(file, [dropped, *lines, *other])
     assert "999" not in answers.read_text()
-    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").items] == before
+    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples] == before
 
 
 def test_a_result_of_other_judgments_is_refused(run):

@@ -12,7 +12,8 @@ from recipes_lib.compare import validity
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Study, load_study
 from recipes_lib.compare.findings import Finding, in_order
-from recipes_lib.compare.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
+from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
+from recipes_lib.eval_log import EvalLog, Measure, Sample
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESOLVED = {
@@ -41,14 +42,14 @@ def check_validity(study: Study | None, measurements: Measurements) -> list[Find
     return findings
 
 
-def items(values: Sequence[float | None], verdicts: tuple[str, ...] = ("A", "B")) -> tuple[Item, ...]:
+def items(values: Sequence[float | None], verdicts: tuple[str, ...] = ("A", "B")) -> tuple[Sample, ...]:
     outcome = {1.0: "win", 0.5: "tie", 0.0: "loss", None: "unresolved"}
     return tuple(
-        Item(str(n), 1, "all", value, outcome.get(value, "graded"), verdicts, lengths=(n + 1, 5)) for n, value in enumerate(values)
+        Sample(str(n), 1, "all", value, outcome.get(value, "graded"), verdicts, lengths=(n + 1, 5)) for n, value in enumerate(values)
     )
 
 
-def evaluated(folder: Path, values: Sequence[float | None] = (1.0, 0.0), suite: str = "alpaca_eval", **facts: Any) -> EvalResult:
+def evaluated(folder: Path, values: Sequence[float | None] = (1.0, 0.0), suite: str = "alpaca_eval", **facts: Any) -> EvalLog:
     """One result whose win rate has these items; `facts` go into result.json."""
     file = folder / "evals" / suite / "result.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +57,10 @@ def evaluated(folder: Path, values: Sequence[float | None] = (1.0, 0.0), suite: 
     metric = "win_rate" if suite == "alpaca_eval" else "grade"
     measure = Measure(suite, suite, metric, metric, made, file, "reference" if metric == "win_rate" else None)
     told = {"judge": {"fingerprint": "j", "name": "judge", "weak": None}, "audit": PASSED, **facts}
-    return EvalResult(suite, suite, measure.opponent, file, told, (measure,))
+    return EvalLog(suite, suite, measure.opponent, file, told, (measure,))
 
 
-def run(root: Path, name: str, *results: EvalResult, resolved: Mapping[str, Any] = RESOLVED, **parts: Any) -> RunMeasurements:
+def run(root: Path, name: str, *results: EvalLog, resolved: Mapping[str, Any] = RESOLVED, **parts: Any) -> RunMeasurements:
     (root / name).mkdir(parents=True, exist_ok=True)
     state = {"state": "finished", "guard": {**GUARD, **parts.pop("guard", {})}, **parts.pop("state", {})}
     known: dict[str, Any] = {"environment": ENVIRONMENT, "splits": SPLITS, "supervision": {}, "curves": (), **parts}
@@ -487,7 +488,7 @@ def test_one_order_judging_is_worse_where_the_order_was_always_the_same(root, fl
 
 
 def test_a_missing_turn_is_named(root):
-    turns = [Item(question, turn, "math", 3.0, "graded", ("3",)) for question in ("81", "82") for turn in (1, 2)]
+    turns = [Sample(question, turn, "math", 3.0, "graded", ("3",)) for question in ("81", "82") for turn in (1, 2)]
     made = arms(
         a=run(root, "a", evaluated(root / "a", suite="mt_bench", items=tuple(turns[:-1]))),
         b=run(root, "b", evaluated(root / "b", suite="mt_bench", items=tuple(turns))),

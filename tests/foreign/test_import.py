@@ -161,7 +161,7 @@ def test_lm_eval_results_and_samples_are_an_evaluation_of_ours(tmp_path, runs):
     import_run(files, "r")
     measure = next(read_run(runs / "r").measures())
     assert (measure.name, measure.reported, measure.reported_n) == ("lm_eval/arc_easy/acc", 0.5, 2)
-    assert [item.value for item in measure.items] == [0.0, 1.0] and measure.items[0].question == "0:h0"
+    assert [item.value for item in measure.samples] == [0.0, 1.0] and measure.samples[0].id == "0:h0"
     assert (runs / "r/evals/lm_eval/lm_eval_results.json").read_bytes() == files[0].read_bytes()
 
 
@@ -213,7 +213,7 @@ def test_an_error_metric_is_ranked_only_where_its_files_say_which_way(tmp_path, 
 def test_lm_eval_results_alone_can_be_shown_and_tested_against_nothing(tmp_path, runs):
     done = import_run([whole(tmp_path / "results.json", results(limit=2.0))], "r")
     run = read_run(runs / "r")
-    assert not next(run.measures()).items and run.evals[0].result["subset"] == "subset, limit=2 per task"
+    assert not next(run.measures()).samples and run.evals[0].result["subset"] == "subset, limit=2 per task"
     assert any("tested against nothing" in lack for lack in done.lacks)
 
 

@@ -14,7 +14,7 @@ from fake_judges import FakeJudge
 
 from recipes_lib.errors import ExitCode
 from recipes_lib.judging.judge import EvaluationIncomplete, Item, JudgePlan, JudgeReply, JudgeRequest, build_requests, judge_items
-from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.prometheus import load_rubric, load_template
 from recipes_lib.judging.store import JudgmentStore, read_rows
 
@@ -45,7 +45,7 @@ def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None
     }
     again = judge_items(_pairs(10), FakeJudge(longer), JudgmentStore(store.path), _plan())
     assert (again.asked, again.stored_before) == (0, 20)
-    assert summarise(pair_outcomes(store.rows())).swap_consistency.estimate == 1.0
+    assert summarise(pair_samples(store.rows())).swap_consistency.estimate == 1.0
 
 
 def test_candidate_stands_first_in_ab_and_second_in_ba() -> None:
@@ -73,7 +73,7 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Pat
     items = [Item("empty", "x", " \n", "b"), Item("opponent", "x", "a", ""), Item("same", "x", "a ", "a"), Item("none", "x", "", "")]
     run = judge_items(items, judge, store, _plan())
     assert not judge.asked and run.by_rule == 8
-    assert {item.question_id: item.outcome for item in pair_outcomes(store.rows())} == {
+    assert {item.id: item.outcome for item in pair_samples(store.rows())} == {
         "empty": "loss",
         "opponent": "win",
         "same": "tie",
@@ -87,7 +87,7 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Pat
 def test_self_comparison_gives_exactly_one_half(tmp_path: Path) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items([Item(str(i), "x", f"answer {i}", f"answer {i}") for i in range(50)], FakeJudge(longer), store, _plan())
-    score = summarise(pair_outcomes(store.rows())).score
+    score = summarise(pair_samples(store.rows())).score
     assert (score.estimate, score.low, score.high) == (0.5, 0.5, 0.5)
 
 
@@ -149,7 +149,7 @@ def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> N
     run = judge_items(_pairs(10), FakeJudge(lambda r: longer(r) if next(flip) else JudgeReply(error="timeout")), store, _plan())
     with pytest.raises(EvaluationIncomplete, match=r"10 judgments are missing: timeout \(10 times\)"):
         run.check_complete()
-    assert {item.outcome for item in pair_outcomes(store.rows())} == {"unresolved"}
+    assert {item.outcome for item in pair_samples(store.rows())} == {"unresolved"}
 
 
 def test_a_refused_request_is_missing_and_the_same_command_asks_again(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from recipes_lib.errors import DataError, EnvironmentFault
 from recipes_lib.json_files import valid_text
-from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.store import JudgmentStore, judgment_key, read_rows, text_hash
 
 
@@ -262,6 +262,6 @@ def test_a_hundred_thousand_judgments_load_and_summarise_within_five_seconds(tmp
                 + "\n"
             )
     start = time.process_time()
-    summary = summarise(pair_outcomes(JudgmentStore(path).rows()))
+    summary = summarise(pair_samples(JudgmentStore(path).rows()))
     assert time.process_time() - start < 5
     assert summary.n == 50_000

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.compare.measurements import ArmMeasurements, EvalResult, Item, Measure, Measurements, RunMeasurements
+from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
+from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.report.breakdowns import breakdowns
 from recipes_lib.statistics.intervals import wilson
 
 
 def measured(runs: int) -> Measurements:
     """One arm whose runs all gave the same right and wrong answers to 40 questions in two categories."""
-    items = tuple(Item(f"q{n}", 1, "ab"[n % 2], float(n % 3 == 0), "x") for n in range(40))
+    items = tuple(Sample(f"q{n}", 1, "ab"[n % 2], float(n % 3 == 0), "x") for n in range(40))
     made = []
     for number in range(runs):
         file = Path("runs") / f"r{number}" / "evals" / "ev" / "result.json"
         measure = Measure("ev", "alpaca_eval", "win_rate", "win rate", items, file, "reference")
         made.append(
-            RunMeasurements(f"r{number}", file.parents[2], {}, {}, {}, {}, {}, (), (EvalResult("ev", "x", None, file, {}, (measure,)),))
+            RunMeasurements(f"r{number}", file.parents[2], {}, {}, {}, {}, {}, (), (EvalLog("ev", "x", None, file, {}, (measure,)),))
         )
     return Measurements({"r": ArmMeasurements("r", tuple(made))})
 

@@ -307,7 +307,7 @@ def test_a_spread_between_seeds_is_in_points_and_no_percentage(tmp_path):
         synthetic_runs.write_lm_eval(folder, 200, skill=skill)
     measurements = read_measurements({"r8": folders})
     (floor,) = gather("study", measurements, compare_arms(measurements)).floor
-    means = [sum(item.value for item in run.evals[0].measures[0].items) / 200 for run in measurements.arms["r8"].runs]
+    means = [sum(item.value for item in run.evals[0].measures[0].samples) / 200 for run in measurements.arms["r8"].runs]
     assert floor.value == pytest.approx(abs(means[0] - means[1]) / 2**0.5) and floor.unit == "points"
     assert f"{100 * floor.value:.1f} points" in report_markdown(gather("study", measurements, compare_arms(measurements)), ())
 

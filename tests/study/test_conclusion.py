@@ -7,14 +7,15 @@ from pathlib import Path
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.compare.design import load_study
-from recipes_lib.compare.measurements import ArmMeasurements, EvalResult, Measurements, RunMeasurements
+from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
+from recipes_lib.eval_log import EvalLog
 from recipes_lib.study.arms import base_record
 from recipes_lib.study.conclusion import conclude, measured_runs, of_study
 from recipes_lib.study.steps import build_graph
 
 
 def measured(name: str, *evals: tuple[str, str | None]) -> ArmMeasurements:
-    results = tuple(EvalResult(eval, "alpaca_eval", against, Path("result.json"), {}) for eval, against in evals)
+    results = tuple(EvalLog(eval, "alpaca_eval", against, Path("result.json"), {}) for eval, against in evals)
     run = RunMeasurements(name, Path(name), {"state": "finished"}, {}, {}, {}, {}, (), results)
     return ArmMeasurements(name, (run,))
 

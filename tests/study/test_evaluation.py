@@ -70,7 +70,7 @@ def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) ->
 @pytest.mark.slow
 def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothing_again(trained: Path) -> None:
     def grades() -> list[float | None]:
-        return [item.value for one in read_run(RunDirectory("tiny--r8").path).measures() if one.metric == "grade" for item in one.items]
+        return [item.value for one in read_run(RunDirectory("tiny--r8").path).measures() if one.metric == "grade" for item in one.samples]
 
     judge, rubric = trained.with_name("judge.yaml"), trained.with_name("mine.txt")
     first = (PROJECT / "evals/rubrics/helpfulness.txt").read_text(encoding="utf-8")

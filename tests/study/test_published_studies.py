@@ -72,17 +72,17 @@ def test_imported_judgments_give_the_published_numbers_and_keep_what_was_no_verd
     recorded = report["recorded"]
     assert [recorded[name] for name in ("win", "loss", "tie", "mean_score")] == pytest.approx([win, loss, tie, score])
     measure = next(measure for measure in read_run(runs / run).measures() if measure.metric == "win_rate")
-    outcomes = [item.outcome for item in measure.items]
+    outcomes = [item.outcome for item in measure.samples]
     counts = [outcomes.count(name) for name in ("win", "loss", "tie", "unresolved")]
     assert counts == [8 * win, 8 * loss, 8 * tie - unparsed, unparsed]
-    assert all(len(item.verdicts) == 1 for item in measure.items)
+    assert all(len(item.verdicts) == 1 for item in measure.samples)
 
 
 def test_the_missing_turn_stays_missing(runs):
     for run, missing in (("original-base", ("131", 1)), ("original-r8", ("86", 2))):
         measure = next(measure for measure in read_run(runs / run).measures() if measure.suite == "mt_bench")
-        assert len(measure.items) == 159 and missing not in {item.key for item in measure.items}
-        assert sum(item.value or 0 for item in measure.items) / 159 == pytest.approx({"131": 2.786, "86": 3.013}[missing[0]], abs=0.03)
+        assert len(measure.samples) == 159 and missing not in {item.key for item in measure.samples}
+        assert sum(item.value or 0 for item in measure.samples) / 159 == pytest.approx({"131": 2.786, "86": 3.013}[missing[0]], abs=0.03)
 
 
 def test_every_difference_of_the_rank_recipes_is_a_confound(runs):
@@ -184,7 +184,7 @@ def test_one_mt_bench_file_under_two_names_is_an_error(runs):
 
 def test_real_annotations_give_the_leaderboards_win_rate(runs, shared_data):
     import_run([*(shared_data / "alpaca_eval/llama-2-7b-chat-hf").iterdir()], "chat", replace=True)
-    values = [item.value for item in next(read_run(runs / "chat").measures()).items]
+    values = [item.value for item in next(read_run(runs / "chat").measures()).samples]
     assert len(values) == 805 and 100 * sum(values) / 805 == pytest.approx(71.366, abs=0.001)
 
 

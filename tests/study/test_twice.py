@@ -25,8 +25,8 @@ def all_right(arm: ArmMeasurements, right: bool) -> ArmMeasurements:
     runs = []
     for run in arm.runs:
         (one,) = (result for result in run.evals if result.suite == "lm_eval")
-        items = tuple(dataclasses.replace(one.measures[0].items[0], question=str(n), value=float(right)) for n in range(QUESTIONS))
-        measures = tuple(dataclasses.replace(measure, items=items) for measure in one.measures)
+        items = tuple(dataclasses.replace(one.measures[0].samples[0], id=str(n), value=float(right)) for n in range(QUESTIONS))
+        measures = tuple(dataclasses.replace(measure, samples=items) for measure in one.measures)
         runs.append(dataclasses.replace(run, evals=(dataclasses.replace(one, measures=measures),)))
     return dataclasses.replace(arm, runs=tuple(runs))
 

@@ -10,18 +10,22 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.suites.alpaca_library import Row, annotations_text, is_alpaca_eval, library_numbers, own_length_controlled
+from recipes_lib.eval_log import Sample
+from recipes_lib.suites.alpaca_library import annotations_text, is_alpaca_eval, library_numbers, own_length_controlled
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
+def compared(instruction, dataset, opponent, answer, first, second):
+    return Sample(
+        "q", category=dataset, verdicts=(first or "unparsed", second or "unparsed"), input=instruction, answer=answer, opponent=opponent
+    )
+
+
 def rows_with(verdicts):
-    return [
-        Row(f"question {n}", "d", f"reference {n}", f"answer {n}", {"AB": first, "BA": second})
-        for n, (first, second) in enumerate(verdicts)
-    ]
+    return [compared(f"question {n}", "d", f"reference {n}", f"answer {n}", first, second) for n, (first, second) in enumerate(verdicts)]
 
 
 def test_the_real_annotations_give_the_leaderboards_71_366(shared_data):
@@ -29,14 +33,7 @@ def test_the_real_annotations_give_the_leaderboards_71_366(shared_data):
     annotations = json.loads((folder / "alpaca_eval_gpt4.annotations.json").read_text())
     verdict = {1: ("B", "A"), 2: ("A", "B"), 0: ("tie", "tie")}
     rows = [
-        Row(
-            row["instruction"],
-            row["dataset"],
-            row["output_1"],
-            row["output_2"],
-            dict(zip(("AB", "BA"), verdict[row["preference"]], strict=True)),
-        )
-        for row in annotations
+        compared(row["instruction"], row["dataset"], row["output_1"], row["output_2"], *verdict[row["preference"]]) for row in annotations
     ]
     numbers, written = library_numbers(rows, "llama-2-7b-chat-hf", "text_davinci_003", "judge")
     assert round(numbers["win_rate"], 3) == 71.366
@@ -51,13 +48,13 @@ def test_two_orders_that_disagree_are_half_a_win_for_the_library_too():
 
 
 def test_our_score_and_the_librarys_win_rate_are_the_same_number():
-    from recipes_lib.judging.outcomes import item_outcome, summarise
+    from recipes_lib.judging.outcomes import pair_sample, summarise
 
     rng = random.Random(3)
     verdicts = [(rng.choice("AB"), rng.choice("AB")) for _ in range(60)]
     numbers, _ = library_numbers(rows_with(verdicts), "m", "r", "j")
     outcomes = [
-        item_outcome(str(n), {order: {"status": "ok", "value": value} for order, value in zip(("AB", "BA"), pair, strict=True)})
+        pair_sample(str(n), {order: {"status": "ok", "value": value} for order, value in zip(("AB", "BA"), pair, strict=True)})
         for n, pair in enumerate(verdicts)
     ]
     assert numbers["win_rate"] == pytest.approx(100 * summarise(outcomes).score.estimate)
@@ -85,8 +82,8 @@ def test_items_without_a_verdict_leave_the_library_count_and_all_missing_does_no
 
 def test_texts_with_placeholders_and_identical_outputs_are_counted():
     rows = [
-        Row("say {output_1}", "d", "the {instruction}", "a {output_2} b", {"AB": "A", "BA": "B"}),
-        Row("same", "d", "x", "x", {"AB": "tie", "BA": "tie"}),
+        compared("say {output_1}", "d", "the {instruction}", "a {output_2} b", "A", "B"),
+        compared("same", "d", "x", "x", "tie", "tie"),
     ]
     numbers, _ = library_numbers(rows, "m", "r", "j")
     assert (numbers["n_total"], numbers["n_wins"], numbers["n_draws"]) == (2, 1, 1)
@@ -95,9 +92,9 @@ def test_texts_with_placeholders_and_identical_outputs_are_counted():
 def test_our_annotations_are_those_of_the_librarys_own_annotator(tmp_path):
     rows = [
         *rows_with([("A", "B"), ("A", "A"), ("B", "A"), ("tie", "B"), (None, "B"), ("A", None), (None, None)]),
-        Row("say {output_1}", "e", "the {instruction}", "", {"AB": "B", "BA": "A"}),
-        Row("same", "d", "x", "x", {"AB": "tie", "BA": "tie"}),
-        Row("same without a verdict", "d", "x", "x", {"AB": None, "BA": None}),
+        compared("say {output_1}", "e", "the {instruction}", "", "B", "A"),
+        compared("same", "d", "x", "x", "tie", "tie"),
+        compared("same without a verdict", "d", "x", "x", None, None),
         *rows_with([("A", "B")]),  # a question that occurs twice
     ]
     _, ours = library_numbers(rows, "m", "r", "j")
@@ -122,22 +119,22 @@ def annotated_by_the_library(rows, order, folder):
     verdicts = {}
     for row in rows:
         prompt = template
-        for name, text in (("instruction", row.instruction), ("output_1", row.opponent), ("output_2", row.candidate)):
+        for name, text in (("instruction", row.input), ("output_1", row.opponent), ("output_2", row.answer)):
             prompt = prompt.replace("{" + name + "}", text, 1)
-        verdicts[prompt] = row.verdicts[order]
-    preference = {"tie": 1.5, "": None} | ({"A": 1.0, "B": 2.0} if order == "BA" else {"A": 2.0, "B": 1.0})
+        verdicts[prompt] = row.verdicts[("AB", "BA").index(order)]
+    preference = {"tie": 1.5, "unparsed": None} | ({"A": 1.0, "B": 2.0} if order == "BA" else {"A": 2.0, "B": 1.0})
 
     def outputs(generator, texts):
         return [
-            {"dataset": row.dataset, "instruction": row.instruction, "output": text, "generator": generator}
+            {"dataset": row.category, "instruction": row.input, "output": text, "generator": generator}
             for row, text in zip(rows, texts, strict=True)
         ]
 
     _, annotations = evaluate(
-        model_outputs=outputs("m", [row.candidate for row in rows]),
+        model_outputs=outputs("m", [row.answer for row in rows]),
         reference_outputs=outputs("r", [row.opponent for row in rows]),
         annotators_config=str(folder),
-        fn_completions=lambda prompts, **_: {"completions": [verdicts[prompt] or "" for prompt in prompts]},
+        fn_completions=lambda prompts, **_: {"completions": [verdicts[prompt] for prompt in prompts]},
         fn_completion_parser=lambda completion: [preference[completion]],
         caching_path=None,
         precomputed_leaderboard=None,
@@ -164,17 +161,17 @@ def test_equal_lengths_are_estimated_from_length_and_outcome():
     longer_wins = []
     for _ in range(400):
         length = rng.choice([-400, -200, 200, 400])
-        longer_wins.append((1000 + length, 1000, 1.0 if rng.random() < (0.8 if length > 0 else 0.2) else 0.0))
+        won = rng.random() < (0.8 if length > 0 else 0.2)
+        longer_wins.append(Sample("q", value=float(won), lengths=(1000 + length, 1000)))
     fair = own_length_controlled(longer_wins)
     assert fair["estimate"] == pytest.approx(50, abs=6) and fair["length_term"] > 0.5
     assert fair["low"] < fair["estimate"] < fair["high"]
-    padded = [(candidate + 2000, opponent, outcome) for candidate, opponent, outcome in longer_wins]
-    assert own_length_controlled(padded)["n"] == 400
+    assert own_length_controlled([*longer_wins, Sample("q", lengths=(1, 2))]) == fair  # one without an outcome
 
 
 @pytest.mark.parametrize("rows", [[], [(1, 2, 1.0)], [(5, 5, 1.0)] * 20, [(n, 5, 0.5) for n in range(20)]])
 def test_nothing_to_estimate_gives_no_number(rows):
-    assert own_length_controlled(rows)["estimate"] is None
+    assert own_length_controlled([Sample("q", value=value, lengths=lengths) for *lengths, value in rows])["estimate"] is None
 
 
 def test_the_librarys_length_control_is_refused_for_other_questions_or_another_order(shared_data):

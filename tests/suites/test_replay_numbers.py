@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recipes_lib.judging.audit import audit
-from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.suites.replay_numbers import replay_numbers
 
 
@@ -22,7 +22,7 @@ def rows(verdicts):
 
 def result(verdicts, **more):
     stored = rows(verdicts)
-    return {"audit": audit(stored), "pairs": summarise(pair_outcomes(stored)).to_dict(), "mean_score": None} | more
+    return {"audit": audit(stored), "pairs": summarise(pair_samples(stored)).to_dict(), "mean_score": None} | more
 
 
 def test_pairs_are_percent_of_what_is_resolved_and_the_bounds_are_of_all():

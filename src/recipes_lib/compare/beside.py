@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from recipes_lib.compare.measurements import Measure, Measurements
+from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import Published, PublishedNumber
 from recipes_lib.compare.table import Row, Score
 from recipes_lib.compare.wording import value_text
+from recipes_lib.eval_log import Measure
 
 PUBLISHED_ALONE = "a published number without the items behind it can be tested against nothing"
 

@@ -1,4 +1,4 @@
-"""Reading the files of one evaluation: which items it has, what each got, and whether they add up to the numbers in its result.
+"""The evaluation logs of a run, read from its folder: which samples an evaluation has, and whether they add up to its result's numbers.
 
 A stored judgment that belongs to other answers or another judge (the recipe was changed and run again) is not counted: AlpacaEval's
 samples hold only current rows, MT-Bench's rows are chosen by judge and answer. The counts of the result file are the check.
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.compare.measurements import EvalResult, Item, Measure
 from recipes_lib.errors import DataError
+from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.json_files import DamagedFile, read_object, read_rows
-from recipes_lib.judging.outcomes import SCORE, ItemOutcome, item_outcome
+from recipes_lib.judging.outcomes import grade_sample, pair_sample
 from recipes_lib.judging.store import read_rows as stored_rows
 from recipes_lib.judging.store import text_hash
 
@@ -23,7 +23,7 @@ _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^
 SUITE_TITLES = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench", "lm_eval": "lm-eval"}
 
 
-def read_evals(run: Path, report: Callable[[DamagedFile], None] | None = None) -> tuple[tuple[EvalResult, ...], tuple[str, ...]]:
+def read_evals(run: Path, report: Callable[[DamagedFile], None] | None = None) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
     """Return a run's finished evaluations, and the names of those that were begun and have no result.
 
     Args:
@@ -34,7 +34,7 @@ def read_evals(run: Path, report: Callable[[DamagedFile], None] | None = None) -
         DataError: a file is damaged, or a result's numbers do not agree with its items.
     """
     folder = run / "evals"
-    results: list[EvalResult] = []
+    results: list[EvalLog] = []
     unfinished = []
     for one in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
         files = sorted(one.glob("result*.json"), key=lambda path: (path.name != "result.json", path.name))
@@ -52,7 +52,7 @@ def read_evals(run: Path, report: Callable[[DamagedFile], None] | None = None) -
     return tuple(results), tuple(unfinished)
 
 
-def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalResult:
+def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalLog:
     """One result file; a grade that stands in several of them (one per opponent) is taken from the first."""
     result = read_object(file)
     suite = str(result.get("suite", ""))
@@ -68,7 +68,7 @@ def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalResul
                 measures.append(measure)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"not a result of this version: {type(error).__name__} {error}", "evaluate the run again", file=file) from None
-    return EvalResult(name, suite, result.get("against"), file, result, tuple(measures))
+    return EvalLog(name, suite, result.get("against"), file, result, tuple(measures))
 
 
 def read_lines(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
@@ -81,28 +81,23 @@ def read_lines(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any
         yield {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
-def against_file(folder: Path, stem: str, against: str | None) -> Path:
-    """Return the file of one opponent: `<stem>.jsonl`, with the opponent in its name unless that is the reference."""
+def _against_file(folder: Path, stem: str, against: str | None) -> Path:
+    """The file of one opponent: `<stem>.jsonl`, with the opponent in its name unless that is the reference."""
     return folder / (f"{stem}.jsonl" if against in (None, "reference") else f"{stem}.against-{against}.jsonl")
 
 
 def _alpaca_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
     """Win rate, and the mean grade where it was asked for."""
     against = result["against"]
-    rows = list(read_lines(against_file(file.parent / "samples", "samples", against)))
     pairs, grades = [], []
-    for row in rows:
+    for row in read_lines(_against_file(file.parent / "samples", "samples", against)):
         verdicts: dict[str, Mapping[str, Any]] = {verdict["order"]: verdict for verdict in row["verdicts"]}
-        outcome = item_outcome(row["question_id"], verdicts)
-        lengths = (len(row["answer"]), len(row["opponent_answer"]))
-        asked, opposed = (_same_text(row.get(name)) for name in ("instruction", "opponent_answer"))
-        pairs.append(_pair(row["question_id"], 1, row["category"], outcome, lengths, asked, opposed))
+        answer, opponent = row["answer"], row["opponent_answer"]
+        known = {"category": row["category"], "input": row.get("instruction"), "answer": answer}
+        pairs.append(pair_sample(row["question_id"], verdicts, lengths=(len(answer), len(opponent)), opponent=opponent, **known))
         if grade := verdicts.get("single"):
-            grades.append(_grade(row["question_id"], 1, row["category"], grade, lengths[:1], asked))
-    _check_counts(file, result["pairs"], pairs)
-    title = "AlpacaEval win rate"
-    reported, n = result["pairs"]["score"]["estimate"], result["pairs"]["n"]
-    yield Measure(name, "alpaca_eval", "win_rate", title, tuple(pairs), file, against, reported=reported, reported_n=n)
+            grades.append(grade_sample(row["question_id"], grade, lengths=(len(answer),), **known))
+    yield _pairs(name, "alpaca_eval", "AlpacaEval win rate", file, result, pairs)
     if grades:
         mean = result["mean_score"]
         yield Measure(
@@ -113,32 +108,57 @@ def _alpaca_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[M
 
 def _mt_bench(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
     """Mean grade over all turns, and the win rate where there is an opponent."""
-    against = result["against"]
-    current = _answer_hashes(file.parent / "samples" / "model_answer.jsonl")
-    asked = _asked_turns(file.parent / "samples" / "question.jsonl")
+    folder = file.parent
+    asked, answers = (_turns(folder / "samples" / f"{stem}.jsonl") for stem in ("question", "model_answer"))
     grades = {}
-    for row in judged_rows(file.parent / "judgments.jsonl", result, "absolute"):
-        question, _, turn = row["question_id"].rpartition(":")
-        if current.get((question, int(turn)), row["answer_hashes"][0]) == row["answer_hashes"][0]:
-            grades[question, int(turn)] = _grade(
-                question, int(turn), row["meta"]["category"], row, tuple(row["lengths"]), asked.get(question, "")
-            )
+    for row in _judged(folder / "judgments.jsonl", result, "absolute"):
+        key = _turn_key(row)
+        answer = answers.get(key)
+        if answer is None or text_hash(answer) == row["answer_hashes"][0]:
+            known = {"category": row["meta"]["category"], "lengths": tuple(row["lengths"]), "input": asked.get(key), "answer": answer}
+            grades[key] = grade_sample(key[0], row, turn=key[1], **known)
     score = result["score"]
-    items = tuple(grades.values())
-    graded = [item.value for item in items if item.value is not None]
+    graded = [one.value for one in grades.values() if one.value is not None]
     if len(graded) != score["n"] or (graded and abs(sum(graded) / len(graded) - score["estimate"]) > 1e-6):
         raise DataError(
             f"its mean is over {score['n']} grades, the stored ones are {len(graded)}", "evaluate the run again: it asks nothing twice",
             file=file,
         )  # fmt: skip
     yield Measure(
-        name, "mt_bench", "grade", "MT-Bench mean grade, 1-5", items, file, unit="grade", reported=score["estimate"], reported_n=score["n"]
-    )
-    if result.get("pairs"):
-        yield _mt_bench_pairs(name, file, result, against)
+        name, "mt_bench", "grade", "MT-Bench mean grade, 1-5", tuple(grades.values()), file, unit="grade",
+        reported=score["estimate"], reported_n=score["n"],
+    )  # fmt: skip
+    if not result.get("pairs"):
+        return
+    against = result["against"]
+    theirs = _turns(file.parents[3] / against / "evals" / name / "samples" / "model_answer.jsonl")
+    rows: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in _judged(_against_file(folder, "judgments", against), result, "relative"):
+        rows.setdefault(_turn_key(row), {})[row["order"]] = row
+    pairs = []
+    for key, verdicts in rows.items():
+        one = next(iter(verdicts.values()))
+        lengths = tuple(one["lengths"] if one["order"] == "AB" else one["lengths"][::-1])
+        texts = {"input": asked.get(key), "answer": answers.get(key), "opponent": theirs.get(key, "")}
+        pairs.append(pair_sample(key[0], verdicts, turn=key[1], category=one["meta"]["category"], lengths=lengths, **texts))
+    yield _pairs(name, "mt_bench", "MT-Bench win rate", file, result, pairs)
 
 
-def judged_rows(path: Path, result: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
+def _pairs(name: str, suite: str, label: str, file: Path, result: Mapping[str, Any], pairs: Sequence[Sample]) -> Measure:
+    """The win rate of a suite, its counts compared with the result's.
+
+    Raises:
+        DataError: they differ.
+    """
+    told: Mapping[str, Any] = result["pairs"]
+    counts = {outcome: sum(one.outcome == outcome for one in pairs) for outcome in ("win", "loss", "tie", "unresolved")}
+    if shown := ", ".join(f"{word} {told[word]} and {n}" for word, n in counts.items() if told[word] != n):
+        raise DataError(f"its counts differ from the stored judgments: {shown}", "evaluate the run again: it asks nothing twice", file=file)
+    reported, n = told["score"]["estimate"], told["n"]
+    return Measure(name, suite, "win_rate", label, tuple(pairs), file, result["against"], reported=reported, reported_n=n)
+
+
+def _judged(path: Path, result: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
     """Yield the stored judgments of one kind that a result rests on; the store keeps those of earlier prompts and answers too."""
     keys = set(result.get("judgment_keys") or ())
     for row in stored_rows(path):
@@ -147,67 +167,19 @@ def judged_rows(path: Path, result: Mapping[str, Any], kind: str) -> Iterator[di
             yield row
 
 
-def _mt_bench_pairs(name: str, file: Path, result: Mapping[str, Any], against: str) -> Measure:
-    """The comparison of each turn with an opponent's."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in judged_rows(against_file(file.parent, "judgments", against), result, "relative"):
-        rows.setdefault(row["question_id"], {})[row["order"]] = row
-    asked = _asked_turns(file.parent / "samples" / "question.jsonl")
-    items = []
-    for key, verdicts in rows.items():
-        question, _, turn = key.rpartition(":")
-        any_row = next(iter(verdicts.values()))
-        lengths = any_row["lengths"] if any_row["order"] == "AB" else any_row["lengths"][::-1]
-        outcome = item_outcome(key, verdicts)
-        items.append(_pair(question, int(turn), any_row["meta"]["category"], outcome, tuple(lengths), asked.get(question, "")))
-    _check_counts(file, result["pairs"], items)
-    reported, n = result["pairs"]["score"]["estimate"], result["pairs"]["n"]
-    return Measure(name, "mt_bench", "win_rate", "MT-Bench win rate", tuple(items), file, against, reported=reported, reported_n=n)
+def _turn_key(row: Mapping[str, Any]) -> tuple[str, int]:
+    """Question and turn of a stored judgment."""
+    question, _, turn = row["question_id"].rpartition(":")
+    return question, int(turn)
 
 
-def _answer_hashes(path: Path) -> dict[tuple[str, int], str]:
-    """Hash of each current answer by question and turn."""
+def _turns(path: Path) -> dict[tuple[str, int], str]:
+    """Texts by question and turn, of FastChat's question or answer file."""
     return {
-        (str(row["question_id"]), turn): text_hash(text)
+        (str(row["question_id"]), turn): text
         for row in read_lines(path)
-        for turn, text in enumerate(row["choices"][0]["turns"], 1)
+        for turn, text in enumerate(row["turns"] if "turns" in row else row["choices"][0]["turns"], 1)
     }
-
-
-def _asked_turns(path: Path) -> dict[str, str]:
-    """Hash of the turns of each question."""
-    return {str(row["question_id"]): _same_text("\n".join(map(str, row["turns"]))) for row in read_lines(path)} if path.is_file() else {}
-
-
-def _same_text(text: object) -> str:
-    """A short hash that tells texts apart; white space at the ends is no difference. Empty where there is no text."""
-    return text_hash(text.strip())[:16] if isinstance(text, str) else ""
-
-
-def _pair(question: str, turn: int, category: str, outcome: ItemOutcome, lengths: tuple[int, ...], asked: str, opposed: str = "") -> Item:
-    said = (outcome.first, outcome.second)
-    value = SCORE.get(outcome.outcome)
-    return Item(question, turn, category, value, outcome.outcome, said, outcome.by_rule, lengths, asked, opposed)
-
-
-def _grade(question: str, turn: int, category: str, row: Mapping[str, Any], lengths: tuple[int, ...], asked: str) -> Item:
-    ok = row["status"] == "ok"
-    said = (str(row["value"]) if ok else str(row["status"]),)
-    value, by_rule = float(row["value"]) if ok else None, row.get("source") == "rule"
-    return Item(question, turn, category, value, "graded" if ok else "unresolved", said, by_rule, lengths, asked)
-
-
-def _check_counts(file: Path, pairs: Mapping[str, Any], items: Sequence[Item]) -> None:
-    """Compare a result's counts with its items'.
-
-    Raises:
-        DataError: they differ.
-    """
-    found = {outcome: sum(item.outcome == outcome for item in items) for outcome in ("win", "loss", "tie", "unresolved")}
-    told = {outcome: pairs[outcome] for outcome in found}
-    if told != found:
-        shown = ", ".join(f"{name} {told[name]} and {found[name]}" for name in found if told[name] != found[name])
-        raise DataError(f"its counts differ from the stored judgments: {shown}", "evaluate the run again: it asks nothing twice", file=file)
 
 
 def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
@@ -218,7 +190,7 @@ def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measu
         if task not in samples:
             samples[task] = list(read_lines(file.parent / "samples" / f"samples_{task}.jsonl"))
         chosen_samples = (sample for sample in samples[task] if sample.get("filter", "none") == chosen)
-        items = [item for sample in chosen_samples if (item := _sample_item(sample, metric, task))]
+        items = [one for sample in chosen_samples if (one := _scored(sample, metric, task))]
         _check_samples(file, task, row["n"], items)
         values = [item.value for item in items if item.value is not None]
         if values and abs(sum(values) / len(values) - row["value"]) > 1e-6:
@@ -235,7 +207,7 @@ def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measu
         )  # fmt: skip
 
 
-def _check_samples(file: Path, task: str, told: Any, items: Sequence[Item]) -> None:
+def _check_samples(file: Path, task: str, told: Any, items: Sequence[Sample]) -> None:
     """Compare the number of samples with the result's.
 
     Raises:
@@ -247,14 +219,14 @@ def _check_samples(file: Path, task: str, told: Any, items: Sequence[Item]) -> N
         raise DataError(f"{task}: its n is {told}, and there are {len(items)} samples", "evaluate the run again", file=file)
 
 
-def _sample_item(sample: Mapping[str, Any], metric: str, task: str) -> Item | None:
+def _scored(sample: Mapping[str, Any], metric: str, task: str) -> Sample | None:
     value = sample.get(metric)
     if not isinstance(value, int | float | bool):
         return None
     outcome = {1.0: "right", 0.0: "wrong"}.get(float(value), "scored")
     doc = sample.get("doc") or {}
     category = str(doc.get("subject") or doc.get("category") or task)
-    return Item(f"{sample['doc_id']}:{sample.get('doc_hash', '')[:12]}", 1, category, float(value), outcome)
+    return Sample(f"{sample['doc_id']}:{sample.get('doc_hash', '')[:12]}", 1, category, float(value), outcome)
 
 
 def _imported(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
@@ -263,16 +235,16 @@ def _imported(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Meas
     for told in result["measures"]:
         metric, task = told["metric"], told.get("task") or ""
         mine = (row for row in rows if row["metric"] == metric and (row.get("task") or "") == task)
-        items = tuple(_imported_item(row) for row in mine)
+        items = tuple(map(_imported_sample, mine))
         yield Measure(
             name, str(result["suite"]), metric, told["label"], items, file, told.get("opponent"), task,
             told.get("higher_is_better", True), told.get("unit", "share"), told.get("reported"), told.get("reported_n"),
         )  # fmt: skip
 
 
-def _imported_item(row: Mapping[str, Any]) -> Item:
+def _imported_sample(row: Mapping[str, Any]) -> Sample:
     value = None if row.get("value") is None else float(row["value"])
-    said, lengths = tuple(row.get("verdicts") or ()), tuple(row.get("lengths") or ())
+    said, lengths, raws = (tuple(row.get(key) or ()) for key in ("verdicts", "lengths", "raws"))
     place = (str(row["question_id"]), int(row.get("turn") or 1), row.get("category") or "all")
-    opposed = "" if row.get("shortened") else _same_text(row.get("opponent_answer"))
-    return Item(*place, value, row["outcome"], said, bool(row.get("by_rule")), lengths, "", opposed)
+    asked, answer, opponent = (row.get(key) for key in ("instruction", "answer", "opponent_answer"))
+    return Sample(*place, value, row["outcome"], said, bool(row.get("by_rule")), lengths, asked, answer, opponent, raws)

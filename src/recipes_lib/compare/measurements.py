@@ -1,4 +1,4 @@
-"""What was measured, read from run folders: items of every evaluation, training curves, and the facts about each run.
+"""What was measured, read from run folders: the log of every evaluation, training curves, and the facts about each run.
 
 Pure file reading: no model, no statistics, no sentence. `claims` compares what stands here, `validity` looks for reasons not to
 believe it, `report` shows it. The readers of the single file formats are in `eval_files`.
@@ -20,77 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.eval_log import EvalLog, Measure
 from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.runs.directory import read_resolved
 
 REFERENCE = "reference"  # the opponent of a result that was judged against the questions' own reference answers
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One value: a pair's outcome (1, 0.5, 0), a grade, or a right or wrong answer; `value` is None where there is no verdict.
-
-    `question` is the cluster: items of one question (its turns) are not independent. `verdicts` are what the judge said in order AB
-    and BA (a grade alone in grading), or the status of the missing verdict. `lengths` are characters: the arm's answer, then its
-    opponent's. `asked` and `opposed` are hashes of what was asked and of the answer it was judged against, empty where the files do not
-    hold them: two arms with one id may have been asked different things.
-    """
-
-    question: str
-    turn: int
-    category: str
-    value: float | None
-    outcome: str
-    verdicts: tuple[str, ...] = ()
-    by_rule: bool = False
-    lengths: tuple[int, ...] = ()
-    asked: str = ""
-    opposed: str = ""
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """What pairs this item with the same one of another arm."""
-        return self.question, self.turn
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One metric of one run: all its items, or the reported value alone where there are none (groups of lm-eval tasks)."""
-
-    eval: str
-    suite: str
-    metric: str
-    label: str
-    items: tuple[Item, ...] = field(repr=False)
-    file: Path
-    opponent: str | None = None
-    task: str = ""
-    higher_is_better: bool | None = True  # None where the files do not say it: nothing is ranked then
-    unit: str = "share"  # "share" (0..1), "grade" (1..5, or the scale in the label) or "number"
-    reported: float | None = None
-    reported_n: int | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What the same metric of another arm has too; the opponent is left out because it may be the other arm."""
-        return self.eval, self.task, self.metric
-
-    @property
-    def name(self) -> str:
-        """The key as one word, as findings name metrics: `alpaca_eval/win_rate`, `lm_eval/arc_easy/acc_norm`."""
-        return "/".join(part for part in self.key if part)
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """One result file of a run. `against` is None for a suite without an opponent."""
-
-    eval: str
-    suite: str
-    against: str | None
-    file: Path
-    result: Mapping[str, Any] = field(repr=False)
-    measures: tuple[Measure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +39,7 @@ class RunMeasurements:
     splits: Mapping[str, Any] = field(repr=False)  # splits.json
     supervision: Mapping[str, Any] = field(repr=False)  # supervision.json
     curves: tuple[Mapping[str, Any], ...] = field(repr=False)  # metrics.jsonl, non-finite values left out
-    evals: tuple[EvalResult, ...] = field(repr=False)
+    evals: tuple[EvalLog, ...] = field(repr=False)
     unfinished: tuple[str, ...] = ()  # evaluations with judgments or answers but no result
     seed: int | None = None
 

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes_lib.compare.measurements import ArmMeasurements, Item, Measure, Measurements
+from recipes_lib.compare.measurements import ArmMeasurements, Measurements
 from recipes_lib.compare.wording import count
+from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.statistics.corrections import holm
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
 from recipes_lib.statistics.seeds import crossed_interval, question_means
@@ -226,15 +227,15 @@ def _table(measures: Sequence[Measure], keys: Sequence[tuple[str, int]]) -> NDAr
     place = {key: number for number, key in enumerate(keys)}
     values = np.full((len(measures), len(keys)), np.nan)
     for row, measure in enumerate(measures):
-        for item in measure.items:
+        for item in measure.samples:
             column = place.get(item.key)
             if column is not None and item.value is not None:
                 values[row, column] = item.value
     return values
 
 
-def _keys(measures: Sequence[Measure]) -> dict[tuple[str, int], Item]:
-    return {item.key: item for measure in measures for item in measure.items}
+def _keys(measures: Sequence[Measure]) -> dict[tuple[str, int], Sample]:
+    return {item.key: item for measure in measures for item in measure.samples}
 
 
 def _judged_once(measures: Sequence[Measure], measurements: Measurements, arms: tuple[str, str]) -> tuple[Sequence[Measure], str]:
@@ -324,7 +325,7 @@ def _reported(measures: Sequence[Measure]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _no_items(mine: Mapping[tuple[str, int], Item], other: Mapping[tuple[str, int], Item]) -> str:
+def _no_items(mine: Mapping[tuple[str, int], Sample], other: Mapping[tuple[str, int], Sample]) -> str:
     if not mine or not other:
         return "only totals are known, not the items behind them"
     return "the two arms answered different questions"

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipes_lib.errors import DataError
+from recipes_lib.eval_log import Sample
 from recipes_lib.judging.contradictions import find_contradictions
 from recipes_lib.judging.human_labels import agreement
 from recipes_lib.judging.judge_file import Thresholds
-from recipes_lib.judging.outcomes import ItemOutcome, pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.probes import probe_results
 from recipes_lib.statistics.intervals import wilson
 
@@ -53,7 +54,7 @@ def audit(
     probes = [row for row in rows if row["meta"].get("probe")]
     plain = [row for row in rows if not row["meta"].get("probe")]
     asked = [row for row in plain if row["source"] != "rule"]
-    outcomes = pair_outcomes(plain)
+    outcomes = pair_samples(plain)
     summary = summarise(outcomes)
     statuses = Counter(row["status"] for row in asked)
     masses = [row["mass"] for row in asked if row.get("mass") is not None]
@@ -80,13 +81,11 @@ def audit(
     return card
 
 
-def length_bias(rows: Sequence[Row], outcomes: Sequence[ItemOutcome]) -> dict[str, Any]:
+def length_bias(rows: Sequence[Row], outcomes: Sequence[Sample]) -> dict[str, Any]:
     """Return how often the longer answer wins, among pairs with a winner and answers of different length."""
     pairs = (row for row in rows if row["kind"] == "relative" and row["order"] == "AB" and row["lengths"])  # imported ones may lack them
     lengths = {str(row["question_id"]): row["lengths"] for row in pairs}
-    decided = [
-        (item.outcome, lengths[item.question_id]) for item in outcomes if item.outcome in ("win", "loss") and item.question_id in lengths
-    ]
+    decided = [(item.outcome, lengths[item.id]) for item in outcomes if item.outcome in ("win", "loss") and item.id in lengths]
     longer = [(outcome == "win") == (first > second) for outcome, (first, second) in decided if first != second]
     return {"longer_wins": wilson(sum(longer), len(longer)).to_dict()}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
+from recipes_lib.eval_log import Sample
 from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.judge import Item
-from recipes_lib.judging.outcomes import ItemOutcome
 from recipes_lib.judging.store import text_hash
 from recipes_lib.statistics.agreement import accuracy, cohens_kappa
 from recipes_lib.statistics.intervals import mean_interval, rate_bounds
@@ -88,23 +88,19 @@ def _pandalm(row: Mapping[str, Any]) -> tuple[Item, str]:
     return _item(instruction, str(row["response1"]), str(row["response2"]), "pandalm"), label if votes > 1 else "tie"
 
 
-def agreement(outcomes: Sequence[ItemOutcome], labels: Mapping[str, str]) -> dict[str, Any]:
+def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> dict[str, Any]:
     """Return how far a judge's outcomes agree with labels.
 
     `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` is chance-corrected. `verdict_accuracy` looks at
     single verdicts on pairs that people decided, where chance is one half whatever the judge's position bias, because each pair
     is seen in both orders; its interval is clustered by pair and answers "above chance".
     """
-    labelled = [(item, labels[item.question_id]) for item in outcomes if item.question_id in labels]
+    labelled = [(item, labels[item.id]) for item in outcomes if item.id in labels]
     resolved = [(item, label) for item, label in labelled if item.resolved]
     said, truth = [item.outcome for item, _ in resolved], [label for _, label in resolved]
     right = sum(outcome == label for outcome, label in zip(said, truth, strict=True))
     meaning = {"win": ("A", "B"), "loss": ("B", "A")}
-    verdicts = [
-        ((item.first == meaning[label][0]) + (item.second == meaning[label][1])) / 2
-        for item, label in resolved
-        if label != "tie" and not item.by_rule
-    ]
+    verdicts = [sum(map(str.__eq__, item.verdicts, meaning[label])) / 2 for item, label in resolved if label != "tie" and not item.by_rule]
     interval = mean_interval(verdicts)
     return {
         "n": len(labelled),

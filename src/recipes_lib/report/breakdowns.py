@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from recipes_lib.compare.measurements import Item, Measure, Measurements
+from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.table import scale_of, source_of
+from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
 
 MAX_CATEGORIES = 12
@@ -53,24 +54,24 @@ def breakdowns(measurements: Measurements) -> list[Breakdown]:
     for name, arm in measurements.arms.items():
         for run in arm.runs:
             for measure in run.measures():
-                if measure.items and measure.suite != "lm_eval":
+                if measure.samples and measure.suite != "lm_eval":
                     opponent = measurements.opponent_name(measure.opponent)
                     groups.setdefault((measure.name, opponent), {}).setdefault(name, []).append(measure)
     found = []
     for (_, opponent), arms in groups.items():
         one = next(iter(arms.values()))[0]
         title = f"{one.label} against {opponent}" if opponent else one.label
-        categories = _ranked(item.category for measures in arms.values() for measure in measures for item in measure.items)
+        categories = _ranked(item.category for measures in arms.values() for measure in measures for item in measure.samples)
         if len(categories) > 1:
             keep = set(categories[:MAX_CATEGORIES])
             names = [*categories[:MAX_CATEGORIES], *(["all others"] if len(categories) > MAX_CATEGORIES else [])]
             found.append(_breakdown("category", title, one, names, arms, partial(_kept, keep=keep)))
-        if one.metric == "win_rate" and any(len(item.lengths) == 2 for item in one.items):
+        if one.metric == "win_rate" and any(len(item.lengths) == 2 for item in one.samples):
             found.append(_breakdown("length", title, one, list(LENGTHS), arms, length_group))
     return found
 
 
-def _kept(item: Item, *, keep: set[str]) -> str:
+def _kept(item: Sample, *, keep: set[str]) -> str:
     return item.category if item.category in keep else "all others"
 
 
@@ -82,11 +83,11 @@ def _ranked(categories: Iterable[str]) -> list[str]:
     return sorted(counts, key=lambda name: (-counts[name], name))
 
 
-def length_group(item: Item) -> str:
+def length_group(item: Sample) -> str:
     """Return the group of an item by the ratio of its answer's length to its opponent's; nothing where one is empty or unknown.
 
     Example:
-        >>> length_group(Item("q", 1, "c", 1.0, "win", lengths=(100, 100))), length_group(Item("q", 1, "c", 1.0, "win", lengths=(0, 9)))
+        >>> length_group(Sample("q", 1, "c", 1.0, "win", lengths=(100, 100))), length_group(Sample("q", 1, "c", 1.0, "win", lengths=(0, 9)))
         ('0.8 to 1.25', '')
     """
     if len(item.lengths) != 2 or min(item.lengths) == 0:
@@ -96,34 +97,34 @@ def length_group(item: Item) -> str:
 
 
 def _breakdown(
-    kind: str, title: str, one: Measure, groups: list[str], arms: dict[str, list[Measure]], group_of: Callable[[Item], str]
+    kind: str, title: str, one: Measure, groups: list[str], arms: dict[str, list[Measure]], group_of: Callable[[Sample], str]
 ) -> Breakdown:
     cells = []
     scale = scale_of(one.metric, one.unit) or (-math.inf, math.inf)
     for arm, measures in arms.items():
-        by_group: dict[str, list[Item]] = {}
+        by_group: dict[str, list[Sample]] = {}
         for measure in measures:
-            for item in measure.items:
+            for item in measure.samples:
                 by_group.setdefault(group_of(item), []).append(item)
         cells += [_cell(arm, group, by_group[group], source_of(measures[0]), scale) for group in groups if group in by_group]
     return Breakdown(kind, one.name, title, one.unit, tuple(groups), tuple(arms), tuple(cells))
 
 
-def _cell(arm: str, group: str, items: list[Item], file: str, scale: tuple[float, float]) -> Cell:
+def _cell(arm: str, group: str, items: list[Sample], file: str, scale: tuple[float, float]) -> Cell:
     known = [item for item in items if item.value is not None]
     interval = _interval(known).within(*scale)
     return Cell(arm, group, interval.estimate, interval.low, interval.high, len(items), len(items) - len(known), file)
 
 
-def _interval(items: list[Item]) -> Interval:
+def _interval(items: list[Sample]) -> Interval:
     """Wilson where the values are 0 and 1, one per question; the bootstrap over questions otherwise; no limits where all values agree.
 
     Several seeds or turns of one question are one cluster: repeating a question does not make the interval narrower.
     """
     values = [item.value for item in items if item.value is not None]
-    if values and set(values) <= {0.0, 1.0} and len({item.question for item in items}) == len(values):
+    if values and set(values) <= {0.0, 1.0} and len({item.id for item in items}) == len(values):
         return wilson(int(sum(values)), len(values))
-    interval = mean_interval(values, [item.question for item in items] if items else None, resamples=1000)
+    interval = mean_interval(values, [item.id for item in items] if items else None, resamples=1000)
     if interval.method == "zero variance":
         return Interval(interval.estimate, None, None, interval.n, interval.method)
     return interval

@@ -205,7 +205,7 @@ def _seed_means(measurements: Measurements, score: Score) -> list[float]:
     for run in measurements.arms[score.arm].runs:
         for measure in run.measures():
             if measure.name == score.metric and measurements.opponent_name(measure.opponent) == score.opponent:
-                values = [item.value for item in measure.items if item.value is not None]
+                values = [item.value for item in measure.samples if item.value is not None]
                 means += [sum(values) / len(values)] if values else []
     return means
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes_lib.compare.eval_files import read_lines
-from recipes_lib.compare.measurements import EvalResult, Measurements, RunMeasurements
+from recipes_lib.compare.measurements import Measurements, RunMeasurements
+from recipes_lib.eval_log import EvalLog
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _training_cost(arm: str, run: RunMeasurements, summary: dict[str, Any]) -> C
     )  # fmt: skip
 
 
-def _tokens_of(result: EvalResult) -> int:
+def _tokens_of(result: EvalLog) -> int:
     """The tokens of all answers behind a result; those of one command may be fewer, where an evaluation was stopped and went on."""
     fingerprint = (result.result.get("answers") or {}).get("fingerprint")
     rows = read_lines(result.file.with_name("generations.jsonl"))

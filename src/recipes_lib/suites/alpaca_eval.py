@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.atomic_files import write_text
+from recipes_lib.eval_log import Sample
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
-from recipes_lib.judging.outcomes import SCORE, ItemOutcome, pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_sample, summarise
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
-from recipes_lib.suites.alpaca_library import Row as LibraryRow
 from recipes_lib.suites.alpaca_library import annotations_text, library_numbers, own_length_controlled
 from recipes_lib.suites.answering import REFERENCE, AnswerSet
 from recipes_lib.suites.judged import Judged, judge_all, judgments_file, within_scale
@@ -54,26 +54,34 @@ def summary(
     recipe: EvalRecipe, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, judge: OpenJudge, rows: Sequence[Row]
 ) -> dict[str, Any]:
     """Return the suite's numbers for one target, and write model_outputs.json and annotations.json beside its samples."""
-    outcomes = pair_outcomes([row for row in rows if row["kind"] == "relative"], [question.id for question in questions])
-    pairs = summarise(outcomes)
-    library = _library(recipe, questions, answers, opponent, judge, outcomes)
-    lengths = [
-        (len(answers.text(item.question_id)), len(opponent.text(item.question_id)), SCORE[item.outcome])
-        for item in outcomes
-        if item.resolved
-    ]
+    compared = _compared(questions, answers, opponent, rows)
+    library = _library(recipe, compared, answers, opponent, judge)
     scores = [row["value"] for row in rows if row["kind"] == "absolute" and row["status"] == "ok"]
     return {
-        "pairs": pairs.to_dict(),
+        "pairs": summarise(compared).to_dict(),
         "alpaca_eval": library | {"n": library["n_total"]},
-        "length_controlled": own_length_controlled(lengths) if recipe.metrics.length_controlled != "none" else None,
+        "length_controlled": own_length_controlled(compared) if recipe.metrics.length_controlled != "none" else None,
         "mean_score": {**within_scale(mean_interval(scores)), "questions": len(questions)} if recipe.metrics.absolute else None,
         "mean_length": {
-            "answers": _mean([len(answers.text(question.id)) for question in questions]),
-            "opponent": _mean([len(opponent.text(question.id)) for question in questions]),
+            "answers": _mean([one.lengths[0] for one in compared]),
+            "opponent": _mean([one.lengths[1] for one in compared]),
         },
-        "by_category": _by_category(questions, outcomes),
+        "by_category": _by_category(compared),
     }
+
+
+def _compared(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]) -> list[Sample]:
+    """One comparison per question, with what was asked and both answers."""
+    verdicts: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["kind"] == "relative":
+            verdicts.setdefault(row["question_id"], {})[row["order"]] = row
+    found = []
+    for question in questions:
+        sides = answers.text(question.id), opponent.text(question.id)
+        texts = {"input": question.turns[0], "answer": sides[0], "opponent": sides[1], "lengths": tuple(map(len, sides))}
+        found.append(pair_sample(question.id, verdicts.get(question.id, {}), category=question.category, **texts))
+    return found
 
 
 def samples(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -97,27 +105,15 @@ def samples(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerS
     ]
 
 
-def _library(
-    recipe: EvalRecipe,
-    questions: Sequence[Question],
-    answers: AnswerSet,
-    opponent: AnswerSet,
-    judge: OpenJudge,
-    outcomes: Sequence[ItemOutcome],
-) -> dict[str, Any]:
-    """The library's numbers on these outcomes; files as it writes them go beside the samples."""
-    verdict_of = {item.question_id: {"AB": _verdict(item.first), "BA": _verdict(item.second)} for item in outcomes}
-    rows = [
-        LibraryRow(question.turns[0], question.category, opponent.text(question.id), answers.text(question.id), verdict_of[question.id])
-        for question in questions
-    ]
+def _library(recipe: EvalRecipe, compared: Sequence[Sample], answers: AnswerSet, opponent: AnswerSet, judge: OpenJudge) -> dict[str, Any]:
+    """The library's numbers on these comparisons; files as it writes them go beside the samples."""
     folder = answers.folder(recipe.name)
     other = ", ".join(opponent.models) if opponent.name == REFERENCE else opponent.name
     plan = judge.plan("relative")
     identity = hash_of(judge.judge.fingerprint, plan.template.fingerprint, plan.rubric.criterion)
     wanted = recipe.metrics.length_controlled == "library"
-    numbers, annotations = library_numbers(rows, answers.name, other, identity, length_controlled=wanted)
-    names = {"model_outputs.json": _outputs(questions, answers, answers.name), "annotations.json": annotations_text(annotations)}
+    numbers, annotations = library_numbers(compared, answers.name, other, identity, length_controlled=wanted)
+    names = {"model_outputs.json": _outputs(compared, answers.name), "annotations.json": annotations_text(annotations)}
     for name, text in names.items():
         write_text(sample_file(folder, name, opponent), text)
     return numbers
@@ -131,25 +127,17 @@ def sample_file(folder: Path, name: str, opponent: AnswerSet | None) -> Path:
     return path.with_name(f"{path.stem}.against-{opponent.name}{path.suffix}")
 
 
-def _outputs(questions: Sequence[Question], answers: AnswerSet, generator: str) -> str:
-    rows = [
-        {"dataset": question.category, "instruction": question.turns[0], "output": answers.text(question.id), "generator": generator}
-        for question in questions
-    ]
+def _outputs(compared: Sequence[Sample], generator: str) -> str:
+    rows = [{"dataset": one.category, "instruction": one.input, "output": one.answer, "generator": generator} for one in compared]
     return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
 
 
-def _verdict(shown: str) -> str | None:
-    return shown if shown in ("A", "B", "tie") else None
-
-
-def _by_category(questions: Sequence[Question], outcomes: Sequence[ItemOutcome]) -> dict[str, dict[str, int]]:
+def _by_category(compared: Sequence[Sample]) -> dict[str, dict[str, int]]:
     """Counts of outcomes per category."""
-    category_of = {question.id: question.category for question in questions}
     counts: dict[str, dict[str, int]] = {}
-    for item in outcomes:
-        group = counts.setdefault(category_of[item.question_id], dict.fromkeys(("win", "loss", "tie", "unresolved"), 0))
-        group[item.outcome] += 1
+    for one in compared:
+        group = counts.setdefault(one.category, dict.fromkeys(("win", "loss", "tie", "unresolved"), 0))
+        group[one.outcome] += 1
     return counts
 
 

@@ -14,28 +14,17 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from recipes_lib.errors import EnvironmentFault
+from recipes_lib.eval_log import ORDERS, Sample
 from recipes_lib.generation.fingerprints import hash_of
 
 _INSTRUCTIONS = "3e053e0aef9e138ba0c5b5a6e773a1a1750d96dfea70852f892a637a92c34179"  # hash of AlpacaEval's 805, in their order
 # preference by (order, verdict): output_1 is the opponent's, output_2 the candidate's; 2 says that the candidate wins.
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question with both outputs and the verdict per order: "A", "B", "tie", or None where there is none."""
-
-    instruction: str
-    dataset: str
-    opponent: str
-    candidate: str
-    verdicts: Mapping[str, str | None]
 
 
 def is_alpaca_eval(instructions: Sequence[str]) -> bool:
@@ -44,12 +33,12 @@ def is_alpaca_eval(instructions: Sequence[str]) -> bool:
 
 
 def library_numbers(
-    rows: Sequence[Row], candidate: str, opponent: str, judge: str, *, length_controlled: bool = False
+    samples: Sequence[Sample], candidate: str, opponent: str, judge: str, *, length_controlled: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the library's metrics and its annotations.
 
     Args:
-        rows: questions in order.
+        samples: one comparison per question in order, with its texts.
         candidate: name of the evaluated model (generator_2).
         opponent: name of its opponent (generator_1).
         judge: hash of judge, prompt and decoding, part of the annotator's name.
@@ -61,7 +50,7 @@ def library_numbers(
     Raises:
         EnvironmentFault: alpaca_eval is not installed, or its file for length control cannot be fetched.
     """
-    annotations = [_annotation(row, candidate, opponent, f"judge-{judge[:12]}") for row in rows]
+    annotations = [_annotation(one, candidate, opponent, f"judge-{judge[:12]}") for one in samples]
     with _quiet_library():
         numbers = _win_rate([row["preference"] for row in annotations])
         orders = {name: [row["preference_by_order"][name] for row in annotations] for name in ("reference_first", "model_first")}
@@ -71,19 +60,17 @@ def library_numbers(
     return numbers, annotations
 
 
-def _annotation(row: Row, candidate: str, opponent: str, annotator: str) -> dict[str, Any]:
+def _annotation(one: Sample, candidate: str, opponent: str, annotator: str) -> dict[str, Any]:
     """One question as the library's annotator writes it: preference 1 for the opponent, 2 for the candidate, 1.5 for a tie."""
-    tie = row.opponent == row.candidate
-    first, second = (
-        1.5 if tie or row.verdicts.get(order) == "tie" else _PREFERENCE.get((order, row.verdicts.get(order) or ""))
-        for order in ("BA", "AB")
-    )
+    said = dict(zip(ORDERS, one.verdicts, strict=True))
+    tie = one.opponent == one.answer
+    first, second = (1.5 if tie or said[order] == "tie" else _PREFERENCE.get((order, said[order])) for order in ("BA", "AB"))
     return {
-        "dataset": row.dataset,
-        "instruction": row.instruction,
-        "output_1": row.opponent,
+        "dataset": one.category,
+        "instruction": one.input,
+        "output_1": one.opponent,
         "generator_1": opponent,
-        "output_2": row.candidate,
+        "output_2": one.answer,
         "generator_2": candidate,
         "annotator": annotator,
         "preference": None if first is None or second is None else (first + second) / 2,
@@ -122,24 +109,24 @@ def _length_controlled(annotations: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: _plain(found)[key] for key in ("length_controlled_winrate", "lc_standard_error")}
 
 
-def own_length_controlled(rows: Sequence[tuple[int, int, float]]) -> dict[str, Any]:
+def own_length_controlled(samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the win rate at equal length by a logistic model with the length term only: P(win) = s(a + b tanh(d)).
 
     d is the difference of the answers' lengths in characters, candidate minus opponent, over its standard deviation. The library's model
     has terms for the instruction's difficulty and two gamed baselines as well, so the two numbers differ.
 
     Args:
-        rows: per resolved question the candidate's length, the opponent's, and the outcome (1, 0.5, 0).
+        samples: comparisons; those without an outcome are left out.
 
     Returns:
         {estimate, low, high (percent), n, b}; None where lengths or outcomes do not vary.
 
     Source: Dubois et al. (2024), "Length-Controlled AlpacaEval", without its instruction and regularisation terms.
     """
-    empty = {"estimate": None, "low": None, "high": None, "n": len(rows), "length_term": None, "method": "own: length term only"}
-    lengths = np.array([candidate - opponent for candidate, opponent, _ in rows], dtype=float)
-    outcomes = np.array([outcome for *_, outcome in rows], dtype=float)
-    if len(rows) < 10 or lengths.std() == 0 or outcomes.std() == 0:
+    known = [(one.lengths[0] - one.lengths[1], one.value) for one in samples if one.value is not None]
+    empty = {"estimate": None, "low": None, "high": None, "n": len(known), "length_term": None, "method": "own: length term only"}
+    lengths, outcomes = np.array(known, dtype=float).reshape(-1, 2).T
+    if len(known) < 10 or lengths.std() == 0 or outcomes.std() == 0:
         return empty
     design = np.stack([np.ones_like(lengths), np.tanh(lengths / lengths.std())], axis=1)
     ridge = np.diag([0.0, 1e-2])  # keeps the length term finite where length decides everything

@@ -15,7 +15,7 @@ from typing import Any
 from recipes_lib.atomic_files import write_text
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
-from recipes_lib.judging.outcomes import pair_outcomes, summarise
+from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.replay_readers import OUR_GRADING
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
@@ -102,8 +102,8 @@ def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any
     }
     comparison = None
     if pairs:
-        outcomes = pair_outcomes(pairs, [f"{question.id}:{turn}" for question, turn in turns])
-        comparison = summarise(outcomes, cluster_of=lambda name: name.rpartition(":")[0]).to_dict()
+        compared = pair_samples(pairs, [f"{question.id}:{turn}" for question, turn in turns])
+        comparison = summarise(compared, cluster_of=lambda one: one.id.rpartition(":")[0]).to_dict()
     return {
         "score": _mean(table),
         "by_turn": {str(turn): _mean([cell for cell in table if cell[1] == turn]) for turn in range(1, last + 1)},

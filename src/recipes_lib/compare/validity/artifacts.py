@@ -21,7 +21,8 @@ from recipes_lib.judging.store import text_hash
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import ArmMeasurements, EvalResult, Measurements, RunMeasurements
+    from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
+    from recipes_lib.eval_log import EvalLog
 
 _ONE = "they cannot be ranked as different: find out which arm it belongs to, and make the other's anew"
 
@@ -126,13 +127,13 @@ def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
             yield _found("identical-judgments", title, places, one.name, other.name, metrics)
 
 
-def _alike(one: EvalResult, other: EvalResult) -> bool:
+def _alike(one: EvalLog, other: EvalLog) -> bool:
     """Whether two results could rest on the same answers or judgments: all lengths are equal, or all verdicts where no length is known."""
     for measure in one.measures:
         twin = next((twin for twin in other.measures if twin.metric == measure.metric), None)
-        if twin is not None and len(twin.items) == len(measure.items) > 0:
-            theirs = {item.key: item for item in twin.items}
-            pairs_of_items = [(item, theirs.get(item.key)) for item in measure.items]
+        if twin is not None and len(twin.samples) == len(measure.samples) > 0:
+            theirs = {item.key: item for item in twin.samples}
+            pairs_of_items = [(item, theirs.get(item.key)) for item in measure.samples]
             lengths = [(item.lengths[:1], match.lengths[:1] if match else None) for item, match in pairs_of_items]
             if any(mine != their for mine, their in lengths):
                 return False
@@ -141,7 +142,7 @@ def _alike(one: EvalResult, other: EvalResult) -> bool:
     return False
 
 
-def _texts(result: EvalResult, field: str) -> str | None:
+def _texts(result: EvalLog, field: str) -> str | None:
     """A hash of all answers, or of all that the judge wrote, of one result; None where there are none."""
     folder = result.file.parent
     rows = list(read_lines(folder / ("generations.jsonl" if field == "answer" else "judgments.jsonl")))

@@ -15,7 +15,8 @@ from recipes_lib.json_files import read_object
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import EvalResult, Measure, Measurements, RunMeasurements
+    from recipes_lib.compare.measurements import Measurements, RunMeasurements
+    from recipes_lib.eval_log import EvalLog, Measure
 
 NOT_AUDITED = "judge-not-audited"
 DEGENERATE = 0.2  # share of answers that are one text, empty or cut, above which nothing is said
@@ -76,7 +77,7 @@ def check_judging(study: Study | None, measurements: Measurements) -> Iterator[F
     del study
     # A finding about no metric would be about all of them.
     results = [(name, result) for name, arm in measurements.arms.items() for run in arm.runs for result in run.evals if result.measures]
-    evals: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
+    evals: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
     for name, result in results:
         evals[result.eval].append((name, result))
     yield from _weak(results)
@@ -92,12 +93,12 @@ def check_judging(study: Study | None, measurements: Measurements) -> Iterator[F
         yield from _replayed(found)
 
 
-def judged_metrics(found: Sequence[tuple[str, EvalResult]]) -> tuple[str, ...]:
+def judged_metrics(found: Sequence[tuple[str, EvalLog]]) -> tuple[str, ...]:
     """Return the names of all metrics of an evaluation."""
     return tuple(dict.fromkeys(measure.name for _, result in found for measure in result.measures))
 
 
-def _audits(found: Sequence[tuple[str, EvalResult]], everything: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _audits(found: Sequence[tuple[str, EvalLog]], everything: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """One finding per kind of failed check, with every arm's value; it concerns all that the same judge judged."""
     judges = {_fingerprint(result) for _, result in found} - {None}
     same = [(name, result) for name, result in everything if _fingerprint(result) in judges]
@@ -112,7 +113,7 @@ def _audits(found: Sequence[tuple[str, EvalResult]], everything: Sequence[tuple[
         yield Finding(code, "error", f"{title} in {found[0][1].eval}", tuple(evidence), remedy, (), metrics)
 
 
-def _on_labels(measurements: Measurements, results: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _on_labels(measurements: Measurements, results: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """Audits on human labels (`recipes judge audit JUDGE.yaml`) that the judges of these results failed."""
     for file, card in _labelled(measurements):
         mine = [(name, result) for name, result in results if _fingerprint(result) and _fingerprint(result) == card.get("judge")]
@@ -129,12 +130,12 @@ def _labelled(measurements: Measurements) -> Iterator[tuple[Path, dict[str, Any]
         yield file, read_object(file)
 
 
-def _not_audited(measurements: Measurements, results: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _not_audited(measurements: Measurements, results: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """Per judge the checks that nothing measured: neither the audits of these results nor one on labelled pairs.
 
     A judge that writes no text (mode logits) has no words of its own to contradict.
     """
-    judges: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
+    judges: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
     for name, result in results:
         if result.result.get("judge"):
             judges[_fingerprint(result) or f"unknown, of {result.eval}"].append((name, result))
@@ -158,7 +159,7 @@ def _not_audited(measurements: Measurements, results: Sequence[tuple[str, EvalRe
             yield Finding(NOT_AUDITED, "error", title, evidence, remedy, (), judged_metrics(found))
 
 
-def _of_itself(measurements: Measurements, found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _of_itself(measurements: Measurements, found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """Arms that were judged by themselves, by their base or by their adapter merged into it; judges prefer what they would write."""
     runs = {result.file: run for arm in measurements.arms.values() for run in arm.runs for result in run.evals}
     lines: dict[str, str] = {}
@@ -170,7 +171,7 @@ def _of_itself(measurements: Measurements, found: Sequence[tuple[str, EvalResult
     yield from _per_arm(found, "self-judged", "error", title, lines, "judge with a model of another family", judged_metrics(found))
 
 
-def _kinship(judge: dict[str, Any], result: EvalResult, run: RunMeasurements) -> str:
+def _kinship(judge: dict[str, Any], result: EvalLog, run: RunMeasurements) -> str:
     """What the judge is to the run whose answers it judged; empty where they are strangers, as far as files tell."""
     model, weights = str(judge.get("model") or "").rstrip("/"), judge.get("weights")
     if not model:
@@ -195,7 +196,7 @@ def _kinship(judge: dict[str, Any], result: EvalResult, run: RunMeasurements) ->
     return ""
 
 
-def _degenerate(measurements: Measurements, found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _degenerate(measurements: Measurements, found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """Arms of whose answers more than a fifth are one and the same text, empty or cut: their verdicts are about that.
 
     A tenth of them is a warning.
@@ -227,7 +228,7 @@ def _degenerate(measurements: Measurements, found: Sequence[tuple[str, EvalResul
         yield from _per_arm(found, "degenerate-answers", severity, title, by_arm, remedy, judged_metrics(found))
 
 
-def _fingerprint(result: EvalResult) -> str | None:
+def _fingerprint(result: EvalLog) -> str | None:
     return (result.result.get("judge") or {}).get("fingerprint")
 
 
@@ -237,9 +238,9 @@ def _line(card: dict[str, Any], check: dict[str, Any], whose: str, file: Path) -
     return f"{whose}: {check['check']} {value}, needs {check['needs']}{_detail(card, check)} ({place(file)})"
 
 
-def _weak(results: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _weak(results: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """Judges whose own file says that they are weak, each with the evaluations it judged."""
-    reasons: dict[str, list[tuple[str, EvalResult]]] = defaultdict(list)
+    reasons: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
     for name, result in results:
         if reason := (result.result.get("judge") or {}).get("weak"):
             reasons[str(reason)].append((name, result))
@@ -257,7 +258,7 @@ def _detail(card: dict[str, Any], check: dict[str, Any]) -> str:
     return f"; {told['count']} of {told['decidable']} decidable, {told['direction']}"
 
 
-def _different_judges(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _different_judges(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """Arms of one evaluation that different judges judged."""
     judges: dict[str, list[str]] = defaultdict(list)
     for name, result in found:
@@ -270,21 +271,21 @@ def _different_judges(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Findi
         yield Finding("judges-differ", "error", title, evidence, "evaluate all arms with one judge", (), judged_metrics(found))
 
 
-def _measures(found: Sequence[tuple[str, EvalResult]], wanted: Callable[[Measure], bool]) -> Iterator[tuple[str, Measure, EvalResult]]:
+def _measures(found: Sequence[tuple[str, EvalLog]], wanted: Callable[[Measure], bool]) -> Iterator[tuple[str, Measure, EvalLog]]:
     for name, result in found:
         for measure in result.measures:
-            if measure.items and wanted(measure):
+            if measure.samples and wanted(measure):
                 yield name, measure, result
 
 
-def _one_order(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _one_order(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """Comparisons of which each has one verdict only. Where the order was always the same the position is part of every rate."""
     lines: dict[bool, dict[str, str]] = {True: {}, False: {}}
     for name, measure, result in _measures(found, lambda one: one.metric == "win_rate"):
-        single = sum(len(item.verdicts) == 1 and not item.by_rule for item in measure.items)
+        single = sum(len(item.verdicts) == 1 and not item.by_rule for item in measure.samples)
         if single:
             fixed = any("always first" in flag for flag in result.result.get("flags") or ())
-            lines[fixed][name] = f"{name}: {single} of {len(measure.items)} comparisons have one verdict ({place(result.file)})"
+            lines[fixed][name] = f"{name}: {single} of {len(measure.samples)} comparisons have one verdict ({place(result.file)})"
     metrics = tuple(dict.fromkeys(one.name for _, result in found for one in result.measures if one.opponent is not None))
     for fixed, by_arm in lines.items():
         title = f"Answers were judged in one order only in {found[0][1].eval}" + (", the model's always first" if fixed else "")
@@ -293,7 +294,7 @@ def _one_order(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
 
 
 def _per_arm(
-    found: Sequence[tuple[str, EvalResult]],
+    found: Sequence[tuple[str, EvalLog]],
     code: str,
     severity: Severity,
     title: str,
@@ -309,18 +310,18 @@ def _per_arm(
         yield Finding(code, severity, title, (line,), remedy, (name,), metrics)
 
 
-def _missing_turns(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _missing_turns(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """Turns without a judgment that other questions, or the same question of another arm, have."""
     metrics: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for _, measure, _ in _measures(found, lambda one: one.suite == "mt_bench"):
-        metrics[measure.name] |= {item.key for item in measure.items}
+        metrics[measure.name] |= {item.key for item in measure.samples}
     for name, measure, result in _measures(found, lambda one: one.suite == "mt_bench"):
         turns: dict[str, set[int]] = defaultdict(set)
         for question, turn in metrics[measure.name]:
             turns[question].add(turn)
         every = set().union(*turns.values())
-        mine = {item.key for item in measure.items}
-        answered = {item.question for item in measure.items}
+        mine = {item.key for item in measure.samples}
+        answered = {item.id for item in measure.samples}
         missing = sorted((question, turn) for question in answered for turn in every if (question, turn) not in mine)
         if missing:
             shown = ", ".join(f"question {question} turn {turn}" for question, turn in missing[:5])
@@ -331,7 +332,7 @@ def _missing_turns(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]
             yield Finding("missing-turn", "warning", title, evidence, remedy, (name,), (measure.name,))
 
 
-def _replayed(found: Sequence[tuple[str, EvalResult]]) -> Iterator[Finding]:
+def _replayed(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     """What `recipes judge replay` found in the files that arms were imported from."""
     lines: dict[str, dict[str, str]] = defaultdict(dict)
     for name, result in found:

@@ -106,7 +106,7 @@ def _means(measurements: Measurements) -> Means:
     for name, arm in measurements.arms.items():
         for run in arm.runs:
             for measure in run.measures():
-                values = [item.value for item in measure.items if item.value is not None]
+                values = [item.value for item in measure.samples if item.value is not None]
                 mean = sum(values) / len(values) if values else measure.reported
                 if mean is not None:
                     found[measure.name, measurements.opponent_name(measure.opponent)][name].append(mean)

@@ -14,7 +14,8 @@ from recipes_lib.runs.resume_guard import flatten
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import EvalResult, Measurements
+    from recipes_lib.compare.measurements import Measurements
+    from recipes_lib.eval_log import EvalLog
 
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a check of its own.
 _FREE = (
@@ -35,7 +36,7 @@ _FREE = (
 
 def check_protocol(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
     """Yield what differs between the evaluations of the arms, and which of them are of a subset or missing."""
-    evals: dict[tuple[str, str | None], dict[str, list[EvalResult]]] = defaultdict(lambda: defaultdict(list))
+    evals: dict[tuple[str, str | None], dict[str, list[EvalLog]]] = defaultdict(lambda: defaultdict(list))
     for name, arm in measurements.arms.items():
         for run in arm.runs:
             for result in run.evals:
@@ -64,12 +65,12 @@ def _merged(found: Sequence[tuple[str, Finding]]) -> Iterator[Finding]:
         yield replace(finding, title=f"{finding.title} ({evals})", metrics=metrics)
 
 
-def _kind_of_opponent(result: EvalResult, measurements: Measurements) -> str | None:
+def _kind_of_opponent(result: EvalLog, measurements: Measurements) -> str | None:
     """Results against another arm are compared with each other, whichever arm that is."""
     return "another arm" if result.against in measurements.arm_of_run else result.against
 
 
-def _asked(study: Study | None, first: str, second: str, one: EvalResult, other: EvalResult) -> Finding | None:
+def _asked(study: Study | None, first: str, second: str, one: EvalLog, other: EvalLog) -> Finding | None:
     """Settings that both results know and that differ."""
     mine, theirs = _settings(one), _settings(other)
     keys = [key for key in differing(mine, theirs) if key in mine and key in theirs]
@@ -90,22 +91,23 @@ def _asked(study: Study | None, first: str, second: str, one: EvalResult, other:
     )
 
 
-def _texts(study: Study | None, first: str, second: str, one: EvalResult, other: EvalResult) -> Finding | None:
+def _texts(study: Study | None, first: str, second: str, one: EvalLog, other: EvalLog) -> Finding | None:
     """Items of one id that were about other texts: another question, or another answer of the opponent."""
     del study
     opponents = one.against == other.against  # each against the other, or a seed of it, has no opponent in common
-    theirs = {(measure.key, item.key): item for measure in other.measures for item in measure.items}
+    prompts = not one.imported and not other.imported  # a foreign file holds what the judge was shown
+    theirs = {(measure.key, item.key): item for measure in other.measures for item in measure.samples}
     asked: set[str] = set()
     opposed: set[str] = set()
     for measure in one.measures:
-        for item in measure.items:
+        for item in measure.samples:
             twin = theirs.get((measure.key, item.key))
             if twin is None:
                 continue
-            if item.asked and twin.asked and item.asked != twin.asked:
-                asked.add(item.question)
-            elif opponents and item.opposed and twin.opposed and item.opposed != twin.opposed:
-                opposed.add(item.question)
+            if prompts and _differ(item.input, twin.input):
+                asked.add(item.id)
+            elif opponents and _differ(item.opponent, twin.opponent):
+                opposed.add(item.id)
     found = {"the question": asked, f"the answer of {one.against} that was judged against": opposed}
     evidence = tuple(f"{what} differs for {len(ids)} ids, among them {sorted(ids)[0]}" for what, ids in found.items() if ids)
     if not evidence:
@@ -116,7 +118,12 @@ def _texts(study: Study | None, first: str, second: str, one: EvalResult, other:
     return Finding("protocol-differs", "error", title, evidence, remedy, (first, second), _metrics(one, other))
 
 
-def _settings(result: EvalResult) -> dict[str, Any]:
+def _differ(one: str | None, other: str | None) -> bool:
+    """Whether two texts are known and not the same; white space at the ends is no difference."""
+    return one is not None and other is not None and one.strip() != other.strip()
+
+
+def _settings(result: EvalLog) -> dict[str, Any]:
     """How an evaluation asked, by dotted key; what a foreign file does not tell is left out."""
     told = result.result
     answers: Mapping[str, Any] = told.get("answers") or {}
@@ -135,7 +142,7 @@ def _settings(result: EvalResult) -> dict[str, Any]:
     return known
 
 
-def _precision(study: Study | None, first: str, second: str, one: EvalResult, other: EvalResult) -> Finding | None:
+def _precision(study: Study | None, first: str, second: str, one: EvalLog, other: EvalLog) -> Finding | None:
     """Answers given in other precisions, where precision is no factor."""
     if study is not None and any(study.factor_of(key) for key in ("quantization", "quantization.load_in_4bit", "model.dtype")):
         return None
@@ -152,14 +159,14 @@ def _precision(study: Study | None, first: str, second: str, one: EvalResult, ot
     return Finding("precision-of-answers", "warning", title, evidence, remedy, (first, second), _metrics(one, other))
 
 
-def _questions(first: str, second: str, one: EvalResult, other: EvalResult) -> Iterator[Finding]:
+def _questions(first: str, second: str, one: EvalLog, other: EvalLog) -> Iterator[Finding]:
     """Questions that only one of the two was asked."""
     theirs = {measure.key: measure for measure in other.measures}
     for measure in one.measures:
         twin = theirs.get(measure.key)
-        if twin is None or not measure.items or not twin.items:
+        if twin is None or not measure.samples or not twin.samples:
             continue
-        mine, other_items = ({item.question for item in items} for items in (measure.items, twin.items))
+        mine, other_items = ({item.id for item in items} for items in (measure.samples, twin.samples))
         shared = len(mine & other_items)
         alone = (len(mine - other_items), len(other_items - mine))
         if any(alone):
@@ -169,7 +176,7 @@ def _questions(first: str, second: str, one: EvalResult, other: EvalResult) -> I
             yield Finding("questions-differ", "warning", title, evidence, remedy, (first, second), (measure.name,))
 
 
-def _subsets(found: Mapping[str, EvalResult]) -> Iterator[Finding]:
+def _subsets(found: Mapping[str, EvalLog]) -> Iterator[Finding]:
     """Results on some of the questions."""
     stamps: dict[str, list[str]] = defaultdict(list)
     for name, result in found.items():
@@ -197,5 +204,5 @@ def _absent(measurements: Measurements) -> Iterator[Finding]:
                 yield Finding("missing-evaluation", "note", title, (place(run.folder),), "recipes eval EVAL RUN", (name,))
 
 
-def _metrics(one: EvalResult, other: EvalResult) -> tuple[str, ...]:
+def _metrics(one: EvalLog, other: EvalLog) -> tuple[str, ...]:
     return tuple(dict.fromkeys(measure.name for measure in (*one.measures, *other.measures)))
