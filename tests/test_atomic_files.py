@@ -67,7 +67,7 @@ def test_nothing_else_renames_what_others_read() -> None:
     assert found == {
         "study/evaluation.py: store.rename(away)",
         "study/trainings.py: run.path.rename(away)",
-        "training/adapters.py: os.replace(scratch, rejected)",
+        "training/merging.py: os.replace(scratch, rejected)",
         "training/checkpoints.py: folder.rename(aside)",
         "training/finish.py: os.replace(scratch, rejected)",
     }

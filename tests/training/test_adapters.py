@@ -139,13 +139,13 @@ def test_a_full_fine_tuning_has_nothing_to_merge_and_is_told_what_to_do(runs: Ru
 
 
 def test_a_merge_that_lost_the_adapter_is_rejected_and_kept(runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes_lib.training import adapters
+    from recipes_lib.training import merging
 
     def forgetful(trained: Any, family: Any, dtype: Any = None) -> Any:
         return family.model.unload()
 
     run = runs("lora")
-    monkeypatch.setattr(adapters, "fold", forgetful)
+    monkeypatch.setattr(merging, "fold", forgetful)
     code, _, err = recipes("merge", "lora")
     assert code == ExitCode.FAILED and "is not the adapter on its base" in err and "merged.rejected" in err
     assert {path.name for path in run.glob("merged*")} == {"merged.rejected"}

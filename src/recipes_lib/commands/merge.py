@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     from recipes_lib.recipe.project import shown_path
     from recipes_lib.runs.directory import open_run
-    from recipes_lib.training.adapters import merge
+    from recipes_lib.training.merging import merge
     from recipes_lib.training.session import quiet_libraries
     from recipes_lib.training.trained import finished_run
 
