@@ -15,7 +15,7 @@ from transformers.dependency_versions_table import deps
 from recipes_lib import diagnosis
 from recipes_lib.cli import main
 from recipes_lib.commands import doctor
-from recipes_lib.diagnosis import Finding
+from recipes_lib.diagnosis import DoctorLine
 from recipes_lib.recipe.project import project_root
 
 
@@ -23,7 +23,7 @@ def levels(findings) -> dict[str, str]:
     return {finding.text: finding.level for finding in findings}
 
 
-def one(findings) -> Finding:
+def one(findings) -> DoctorLine:
     (finding,) = list(findings)
     return finding
 
@@ -50,12 +50,12 @@ def test_a_check_that_crashes_is_a_finding_and_the_others_still_run():
         raise ImportError("libcuda.so.1: cannot open shared object file\nmore")
 
     findings = diagnosis.diagnose({"gpu": broken, "python": diagnosis.check_python})
-    assert findings[0] == Finding("fail", "gpu", "ImportError: libcuda.so.1: cannot open shared object file", diagnosis.REINSTALL)
+    assert findings[0] == DoctorLine("fail", "gpu", "ImportError: libcuda.so.1: cannot open shared object file", diagnosis.REINSTALL)
     assert findings[1].topic == "python"
 
 
 def test_a_failure_gives_exit_code_5_and_its_remedy_as_the_next_command(monkeypatch, capsys):
-    monkeypatch.setattr(diagnosis, "diagnose", lambda checks: [Finding("fail", "disk", "full", "free some")])
+    monkeypatch.setattr(diagnosis, "diagnose", lambda checks: [DoctorLine("fail", "disk", "full", "free some")])
     assert doctor.run(argparse.Namespace()) == 5
     assert capsys.readouterr().out == "fail  disk          full -> free some\nnext: free some; then recipes doctor\n"
 
@@ -63,7 +63,7 @@ def test_a_failure_gives_exit_code_5_and_its_remedy_as_the_next_command(monkeypa
 def test_versions_as_tested_are_counted(tmp_path):
     constraints = tmp_path / "constraints.txt"
     constraints.write_text(f"# tested\ntorch>=2.9\nPyYAML=={importlib.metadata.version('pyyaml')}  # reader\nnot-installed-anywhere==1\n")
-    assert one(diagnosis.check_versions(constraints, required=["torch"])) == Finding("ok", "versions", "2 packages as tested")
+    assert one(diagnosis.check_versions(constraints, required=["torch"])) == DoctorLine("ok", "versions", "2 packages as tested")
 
 
 def test_a_version_other_than_tested_is_named_with_both_versions(tmp_path):
@@ -132,7 +132,7 @@ def test_a_version_of_kernels_that_transformers_does_not_take_is_named(monkeypat
     wanted = Requirement(deps["kernels"]).specifier
     fitting = next(part.version for part in wanted if part.operator == ">=")
     monkeypatch.setattr(diagnosis, "_version", lambda name: fitting)
-    assert one(diagnosis.check_attention()) == Finding("ok", "attention", "sdpa, kernels")
+    assert one(diagnosis.check_attention()) == DoctorLine("ok", "attention", "sdpa, kernels")
 
 
 def test_packages_that_only_some_settings_need_are_named_with_the_setting(monkeypatch):

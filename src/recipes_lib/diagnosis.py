@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-GIB = 1024**3
+_GIB = 1024**3
 REINSTALL = "make setup, or pip install -c constraints.txt -e '.[quickstart,dev]'"
 KERNELS = "pip install -c constraints.txt -e '.[kernels]'"
 OPTIONAL = {  # extra of setup.py -> its packages and the setting that needs each
@@ -29,7 +29,7 @@ FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # x86 and Arm, as /proc/cpuinfo
 
 
 @dataclass(frozen=True)
-class Finding:
+class DoctorLine:
     """One line of the report.
 
     Args:
@@ -43,16 +43,16 @@ class Finding:
     remedy: str = ""
 
 
-def check_python() -> Iterator[Finding]:
+def check_python() -> Iterator[DoctorLine]:
     """The interpreter: 3.11 to 3.13."""
     version = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
-    yield Finding(
+    yield DoctorLine(
         "ok" if supported else "fail", "python", version, "" if supported else "make setup PYTHON=python3.12 (3.11, 3.12 or 3.13)"
     )
 
 
-def check_versions(constraints: Path, required: Iterable[str] | None = None) -> Iterator[Finding]:
+def check_versions(constraints: Path, required: Iterable[str] | None = None) -> Iterator[DoctorLine]:
     """Installed packages against the tested versions.
 
     Args:
@@ -63,7 +63,7 @@ def check_versions(constraints: Path, required: Iterable[str] | None = None) -> 
     from packaging.utils import canonicalize_name
 
     if not constraints.is_file():
-        yield Finding(
+        yield DoctorLine(
             "note", "versions", f"{constraints} is not there, so nothing to compare with", "run it from a checkout of the project"
         )
         return
@@ -84,14 +84,14 @@ def check_versions(constraints: Path, required: Iterable[str] | None = None) -> 
         else:
             other.append(f"{requirement.name} {installed} (tested {requirement.specifier})")
     if missing:
-        yield Finding("fail", "versions", f"not installed: {', '.join(missing)}", REINSTALL)
+        yield DoctorLine("fail", "versions", f"not installed: {', '.join(missing)}", REINSTALL)
     if other:
-        yield Finding("warn", "versions", f"other than tested: {', '.join(other)}", REINSTALL)
+        yield DoctorLine("warn", "versions", f"other than tested: {', '.join(other)}", REINSTALL)
     if not missing:
-        yield Finding("ok", "versions", f"{same} packages as tested")
+        yield DoctorLine("ok", "versions", f"{same} packages as tested")
 
 
-def check_devices() -> Iterator[Finding]:
+def check_devices() -> Iterator[DoctorLine]:
     """GPUs with their memory, or the CPU."""
     import torch
 
@@ -99,33 +99,33 @@ def check_devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            yield Finding(
-                "ok", "gpu", f"{index}: {card.name}, {card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
+            yield DoctorLine(
+                "ok", "gpu", f"{index}: {card.name}, {card.total_memory / _GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
             )
     elif Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         built = torch.version.cuda or "none"
         what = f"a GPU driver is here, but torch {torch.__version__} cannot use it (built for CUDA {built})"
-        yield Finding("fail", "gpu", what, "nvidia-smi shows the driver's CUDA version; install the torch build for it")
+        yield DoctorLine("fail", "gpu", what, "nvidia-smi shows the driver's CUDA version; install the torch build for it")
     else:
         what = (
             f"none; {cores} CPU cores: quickstart trains here, smollm2-135m-dolly too where it has its rows (the Hub, or "
             "data.source=dolly.jsonl), llama2-7b-dolly can be checked"
         )
-        yield Finding("note", "gpu", what)
+        yield DoctorLine("note", "gpu", what)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        yield Finding("note", "gpu", f"CUDA_VISIBLE_DEVICES={visible!r} hides the others", "unset CUDA_VISIBLE_DEVICES to use all")
+        yield DoctorLine("note", "gpu", f"CUDA_VISIBLE_DEVICES={visible!r} hides the others", "unset CUDA_VISIBLE_DEVICES to use all")
 
 
-def check_bf16() -> Iterator[Finding]:
+def check_bf16() -> Iterator[DoctorLine]:
     """Whether bfloat16 works, and whether it is fast."""
     import torch
 
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            yield Finding("ok", "bf16", "supported by the GPU")
+            yield DoctorLine("ok", "bf16", "supported by the GPU")
         else:
-            yield Finding(
+            yield DoctorLine(
                 "warn", "bf16", "this GPU is older than Ampere and has no bf16", "train.bf16=false train.fp16=true model.dtype=float16"
             )
         return
@@ -134,12 +134,12 @@ def check_bf16() -> Iterator[Finding]:
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()) if Path("/proc/cpuinfo").is_file() else set()
     fast = [flag for flag in FAST_BF16 if flag in flags]
     what = f"works on this CPU, {f'with {fast[0]} instructions' if fast else 'without instructions for it: float32 may be as fast'}"
-    yield Finding(
+    yield DoctorLine(
         "ok" if works else "fail", "bf16", what if works else "a product of two bf16 matrices is not finite", "" if works else REINSTALL
     )
 
 
-def check_attention() -> Iterator[Finding]:
+def check_attention() -> Iterator[DoctorLine]:
     """Attention kernels that are installed, and whether transformers takes their version."""
     import torch
     from packaging.requirements import Requirement
@@ -151,21 +151,21 @@ def check_attention() -> Iterator[Finding]:
         found.append("kernels")
     elif installed:
         what = f"kernels {installed} is not taken by transformers, which wants {wanted.specifier}: no kernels-community/ attention"
-        yield Finding("warn", "attention", what, KERNELS)
+        yield DoctorLine("warn", "attention", what, KERNELS)
     if found or not torch.cuda.is_available():
-        yield Finding("ok", "attention", ", ".join(["sdpa", *found]))
+        yield DoctorLine("ok", "attention", ", ".join(["sdpa", *found]))
     elif not installed:
-        yield Finding("note", "attention", "sdpa; no flash attention", KERNELS)
+        yield DoctorLine("note", "attention", "sdpa; no flash attention", KERNELS)
 
 
-def check_optional() -> Iterator[Finding]:
+def check_optional() -> Iterator[DoctorLine]:
     """Packages that only some settings need."""
     import torch
 
     for extra, packages in OPTIONAL.items():
         missing = [f"{name} ({key})" for name, key in packages.items() if _version(name) is None]
         if missing and (extra != "gpu" or torch.cuda.is_available()):
-            yield Finding("note", "optional", f"not installed: {', '.join(missing)}", f"pip install -c constraints.txt -e '.[{extra}]'")
+            yield DoctorLine("note", "optional", f"not installed: {', '.join(missing)}", f"pip install -c constraints.txt -e '.[{extra}]'")
 
 
 def _version(package: str) -> str | None:
@@ -176,7 +176,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def check_bitsandbytes() -> Iterator[Finding]:
+def check_bitsandbytes() -> Iterator[DoctorLine]:
     """A 4-bit layer computes something close to what its weights say."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it reports a faster kernel that it did not find
     import bitsandbytes
@@ -194,26 +194,28 @@ def check_bitsandbytes() -> Iterator[Finding]:
     error = float((answer - exact).norm() / exact.norm())
     packed = layer.weight.numel() * layer.weight.element_size() < weight.numel()
     if packed and error < 0.3:
-        yield Finding("ok", "bitsandbytes", f"{bitsandbytes.__version__}, an NF4 layer computes on the {device}")
+        yield DoctorLine("ok", "bitsandbytes", f"{bitsandbytes.__version__}, an NF4 layer computes on the {device}")
     else:
         what = f"an NF4 layer on the {device} is off by {error:.0%}{'' if packed else ' and was not quantized'}"
-        yield Finding("fail", "bitsandbytes", what, f"QLoRA recipes will not work; {REINSTALL}")
+        yield DoctorLine("fail", "bitsandbytes", what, f"QLoRA recipes will not work; {REINSTALL}")
 
 
-def check_hub(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+def check_hub(environment: Mapping[str, str] = os.environ) -> Iterator[DoctorLine]:
     """Token and offline mode; nothing is asked over the network."""
     from huggingface_hub import get_token
 
     if get_token():
-        yield Finding("ok", "hub", "a token is set")
+        yield DoctorLine("ok", "hub", "a token is set")
     else:
-        yield Finding("note", "hub", "no token: gated models such as llama2-7b-dolly's cannot be downloaded", "hf auth login")
+        yield DoctorLine("note", "hub", "no token: gated models such as llama2-7b-dolly's cannot be downloaded", "hf auth login")
     offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if _is_on(environment.get(name))]
     if offline:
-        yield Finding("note", "hub", f"offline ({', '.join(offline)}): only what is cached or local is found", f"unset {' '.join(offline)}")
+        yield DoctorLine(
+            "note", "hub", f"offline ({', '.join(offline)}): only what is cached or local is found", f"unset {' '.join(offline)}"
+        )
 
 
-def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[Finding]:
+def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[DoctorLine]:
     """Free space where runs and downloads go.
 
     Args:
@@ -221,73 +223,73 @@ def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[Finding]:
     """
     for name, (folder, enough) in folders.items():
         place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        free = shutil.disk_usage(place).free / GIB
+        free = shutil.disk_usage(place).free / _GIB
         if not os.access(place, os.W_OK):
-            yield Finding("fail", "disk", f"{name}: {folder} cannot be written", "choose another folder: RECIPES_RUNS_ROOT, HF_HOME")
+            yield DoctorLine("fail", "disk", f"{name}: {folder} cannot be written", "choose another folder: RECIPES_RUNS_ROOT, HF_HOME")
         elif free < enough:
-            yield Finding("warn", "disk", f"{name}: {free:.1f} GiB free, {enough:.0f} wanted", f"free some, or move {folder}")
+            yield DoctorLine("warn", "disk", f"{name}: {free:.1f} GiB free, {enough:.0f} wanted", f"free some, or move {folder}")
         else:
-            yield Finding("ok", "disk", f"{name}: {free:.0f} GiB free")
+            yield DoctorLine("ok", "disk", f"{name}: {free:.0f} GiB free")
 
 
-def check_quickstart_model() -> Iterator[Finding]:
+def check_quickstart_model() -> Iterator[DoctorLine]:
     """Whether the quickstart's model is here already, or can be made."""
     from recipes_lib.training.packaged_models import PACKAGES, PREFIX, packaged_folder
 
     for name, package in PACKAGES.items():
         if packaged_folder(PREFIX + name):
-            yield Finding("ok", "quickstart", f"{package.folder} is ready")
+            yield DoctorLine("ok", "quickstart", f"{package.folder} is ready")
         elif importlib.util.find_spec("gguf") is None:
-            yield Finding("fail", "quickstart", f"{package.folder} cannot be read without gguf", REINSTALL)
+            yield DoctorLine("fail", "quickstart", f"{package.folder} cannot be read without gguf", REINSTALL)
         else:
-            yield Finding("note", "quickstart", f"{package.folder} ({package.download_mib} MiB) is fetched on first use")
+            yield DoctorLine("note", "quickstart", f"{package.folder} ({package.download_mib} MiB) is fetched on first use")
 
 
-def check_launcher(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+def check_launcher(environment: Mapping[str, str] = os.environ) -> Iterator[DoctorLine]:
     """What silently changes how a training is launched: variables left behind, threads, accelerate's own default file."""
     left = sorted(name for name in environment if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES))
     if left:
-        yield Finding(
+        yield DoctorLine(
             "warn", "launcher", f"left in the environment, where they overrule a config: {', '.join(left)}", f"unset {' '.join(left)}"
         )
     cores = os.cpu_count() or 1
     threads = environment.get("OMP_NUM_THREADS", "")
     if threads and not threads.isdigit():
-        yield Finding("warn", "launcher", f"OMP_NUM_THREADS={threads!r} is no number", "unset OMP_NUM_THREADS")
+        yield DoctorLine("warn", "launcher", f"OMP_NUM_THREADS={threads!r} is no number", "unset OMP_NUM_THREADS")
     elif threads and int(threads) > cores:
-        yield Finding(
+        yield DoctorLine(
             "warn", "launcher", f"OMP_NUM_THREADS={threads} on {cores} cores: threads will wait for each other", "unset OMP_NUM_THREADS"
         )
     elif threads and int(threads) < cores:
-        yield Finding(
+        yield DoctorLine(
             "note", "launcher", f"OMP_NUM_THREADS={threads} of {cores} cores: one process trains on that many", "unset OMP_NUM_THREADS"
         )
     cache = Path(environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
     default = [path for path in (cache / "accelerate" / f"default_config.{ending}" for ending in ("yaml", "json")) if path.is_file()]
     if default:
-        yield Finding(
+        yield DoctorLine(
             "note",
             "launcher",
             f"accelerate launch without --config_file reads {default[0]}",
             "always give --config_file; recipes train does",
         )
     if not left and not threads and not default:
-        yield Finding("ok", "launcher", "no variable and no default config that changes a launch")
+        yield DoctorLine("ok", "launcher", "no variable and no default config that changes a launch")
 
 
-def diagnose(checks: Mapping[str, Callable[[], Iterable[Finding]]]) -> list[Finding]:
+def diagnose(checks: Mapping[str, Callable[[], Iterable[DoctorLine]]]) -> list[DoctorLine]:
     """Run the checks; one that raises becomes a finding of its own.
 
     Args:
         checks: topic -> check.
     """
-    findings: list[Finding] = []
+    findings: list[DoctorLine] = []
     for topic, check in checks.items():
         try:
             findings.extend(check())
         except Exception as error:
             summary = (str(error).strip().splitlines() or [""])[0]
-            findings.append(Finding("fail", topic, f"{type(error).__name__}: {summary}", REINSTALL))
+            findings.append(DoctorLine("fail", topic, f"{type(error).__name__}: {summary}", REINSTALL))
     return findings
 
 

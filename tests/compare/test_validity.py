@@ -11,7 +11,7 @@ import pytest
 from recipes_lib.compare import validity
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Study, load_study
-from recipes_lib.compare.findings import Finding, in_order
+from recipes_lib.compare.findings import Finding, errors_first
 from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 
@@ -129,7 +129,7 @@ def test_a_finding_of_two_arms_concerns_the_rows_between_them_and_of_one_arm_all
 
 def test_findings_come_errors_first_and_once():
     note, error = Finding("a", "note", "n"), Finding("z", "error", "e")
-    assert in_order([note, error, note]) == [error, note]
+    assert errors_first([note, error, note]) == [error, note]
 
 
 # ---- confounds ----

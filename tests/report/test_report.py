@@ -22,7 +22,7 @@ from recipes_lib.compare.validity import check_validity
 from recipes_lib.recipe.project import project_root
 from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
-from recipes_lib.report.figures import COLORS, draw_figures
+from recipes_lib.report.figures import COLORS, draw_comparison
 from recipes_lib.report.html import report_html, samples_json
 from recipes_lib.report.latex import report_latex, tex
 from recipes_lib.report.markdown import escaped, report_markdown
@@ -89,7 +89,7 @@ def test_no_csv_cell_is_a_formula(make_content):
 
 def test_the_page_needs_nothing_else(make_content):
     content = make_content()
-    page = Page(report_html(content, draw_figures(content, ("svg",))))
+    page = Page(report_html(content, draw_comparison(content, ("svg",))))
     for tag, attributes in page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base"), tag
         for name in ("src", "href", "srcset", "action"):
@@ -169,7 +169,7 @@ def test_the_latex_source_is_escaped_by_default(make_content):
 
 def test_an_arm_has_one_colour_in_every_figure(make_content):
     content = make_content(names=("base", "r8", "r32"))
-    drawn = {figure.title: figure.files["svg"].decode() for figure in draw_figures(content, ("svg",))}
+    drawn = {figure.title: figure.files["svg"].decode() for figure in draw_comparison(content, ("svg",))}
     ours = COLORS[:3]  # base, r8, r32
     against_r8 = drawn["AlpacaEval win rate against r8, by category"]  # r32 alone was judged against r8
     assert [color in against_r8 for color in ours] == [False, False, True]

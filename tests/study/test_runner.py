@@ -22,7 +22,7 @@ from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeEr
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.runs.lock import run_lock
 from recipes_lib.study import conclusion, runner, steps, trainings
-from recipes_lib.study.evaluation import set_aside
+from recipes_lib.study.evaluation import set_results_aside
 from recipes_lib.study.runner import run_study, study_lock
 from recipes_lib.study.steps import build_graph
 
@@ -232,18 +232,18 @@ def test_answers_and_judgments_of_older_code_are_moved_away_because_what_is_stor
         )
         graph.finish(graph.steps[name], "x", [folder / file])
     for name in made:
-        set_aside(study, graph, graph.steps[name], lambda line: None)
+        set_results_aside(study, graph, graph.steps[name], lambda line: None)
     assert not (runner.study_folder(study) / "replaced").exists()
     for kind in ("answers", "judgments", "comparison"):
         monkeypatch.setitem(steps.VERSIONS, kind, 2)
     newer = build_graph(study)
     for name in made:
-        set_aside(study, newer, newer.steps[name], lambda line: None)
+        set_results_aside(study, newer, newer.steps[name], lambda line: None)
     away = runner.study_folder(study) / "replaced" / "tiny--r8" / "evals" / "study--alpaca_eval"
     assert sorted(file.name for file in away.iterdir()) == ["generations.jsonl", "judgments.against-tiny--r4.jsonl", "judgments.jsonl"]
     assert not list(folder.glob("*.jsonl"))
     (folder / "generations.jsonl").write_text("{}\n", encoding="utf-8")  # the new code's, then killed
-    set_aside(study, newer, newer.steps["answers.study--alpaca_eval.r8"], lambda line: None)
+    set_results_aside(study, newer, newer.steps["answers.study--alpaca_eval.r8"], lambda line: None)
     assert (folder / "generations.jsonl").is_file()
 
 

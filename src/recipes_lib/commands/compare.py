@@ -105,14 +105,14 @@ def _write_html(path: Path, comparison: Comparison, measurements: Measurements, 
     from recipes_lib.errors import EnvironmentFault
     from recipes_lib.recipe.project import shown_path
     from recipes_lib.report.content import gather
-    from recipes_lib.report.figures import draw_figures
+    from recipes_lib.report.figures import draw_comparison
     from recipes_lib.report.html import report_html
 
     content = gather("comparison", measurements, comparison)
     if path.is_dir():
         raise RecipeError(f"--html {path} is a folder", f"name a file: --html {path / 'report.html'}")
     try:
-        write_text(path, report_html(content, draw_figures(content, ("svg",))))
+        write_text(path, report_html(content, draw_comparison(content, ("svg",))))
     except OSError as error:
         raise EnvironmentFault(f"--html: {error.strerror}", file=path) from None
     if not quiet:

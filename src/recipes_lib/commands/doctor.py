@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from recipes_lib import diagnosis
-from recipes_lib.diagnosis import Finding
+from recipes_lib.diagnosis import DoctorLine
 from recipes_lib.errors import ExitCode
 from recipes_lib.recipe.project import project_root, runs_root
 from recipes_lib.terminal import next_step, say
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     return int(ExitCode.DONE)
 
 
-def line(finding: Finding) -> str:
+def line(finding: DoctorLine) -> str:
     """Return a finding as one line.
 
     Example:

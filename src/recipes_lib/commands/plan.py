@@ -90,14 +90,14 @@ def _closing(plan: Plan, advice: list[Advice], file: str, args: argparse.Namespa
 
 def _study(args: argparse.Namespace, path: Path) -> int:
     from recipes_lib.compare.design import load_study
-    from recipes_lib.study.hours import plan_study, study_json, study_lines
+    from recipes_lib.study.hours import study_hours, study_json, study_lines
 
     for flag in ("gpus", "nodes", "accelerate", "evals"):
         if getattr(args, flag) is not None:
             raise RecipeError(
                 f"--{flag} is for a recipe: a study says itself how its arms are launched and evaluated", file=shown_path(path)
             )
-    plan = plan_study(load_study(path, args.overrides), args.gpu)
+    plan = study_hours(load_study(path, args.overrides), args.gpu)
     if args.json:
         print(json.dumps(study_json(plan, args.price), indent=2, ensure_ascii=False))
         return ExitCode.DONE

@@ -14,7 +14,7 @@ from recipes_lib.runs.directory import RunDirectory, all_runs, open_run
 from recipes_lib.terminal import next_step, say
 
 NEWEST = 10_000  # lines of metrics.jsonl to look for the newest value of each metric in
-COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
+_COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
         say(f"no runs in {runs_root()}")
         next_step("recipes train recipes/quickstart/lora-r8.yaml")
         return ExitCode.DONE
-    rows = [COLUMNS, *(tuple(str(value) for value in _row(one).values()) for one in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    rows = [_COLUMNS, *(tuple(str(value) for value in _row(one).values()) for one in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     for row in rows:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     newest = max(rows[1:], key=lambda row: row[-1])

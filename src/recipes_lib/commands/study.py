@@ -16,7 +16,7 @@ from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.terminal import next_step, say
 
-ACTIONS = {
+_ACTIONS = {
     "plan": "what would be done, why, and what it costs; nothing is touched",
     "run": "do every step that is not fresh; the same command continues after any interruption",
     "status": "every step with its state",
@@ -29,8 +29,8 @@ WATCH_S = 2.0
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
     parser.epilog = "section.key=value words override a value in every arm's recipe; key=value words the study's own (seeds=[1,2], gpus=2)"
-    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
-    for name, help in ACTIONS.items():
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
+    for name, help in _ACTIONS.items():
         action = actions.add_parser(name, help=help, allow_abbrev=False)
         action.add_argument("study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/")
         if name in ("plan", "status"):
@@ -64,7 +64,7 @@ def typed(study: Study) -> str:
 
 
 def _plan(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.study.plan import plan_lines, plan_object
+    from recipes_lib.study.plan import study_plan_lines, study_plan_object
     from recipes_lib.study.runner import check_imported, wanted_steps
     from recipes_lib.study.steps import build_graph
 
@@ -72,9 +72,9 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
     graph = build_graph(study)
     steps = wanted_steps(graph, args.only)
     if args.json:
-        print(json.dumps(plan_object(study, graph, steps, _estimates(study)), indent=2, ensure_ascii=False))
+        print(json.dumps(study_plan_object(study, graph, steps, _estimates(study)), indent=2, ensure_ascii=False))
         return int(ExitCode.DONE)
-    for line in plan_lines(study, graph, steps, _estimates(study)):
+    for line in study_plan_lines(study, graph, steps, _estimates(study)):
         say(line)
     say("estimated times and memory, and where they come from: recipes plan " + typed(study))
     next_step(f"recipes study run {typed(study)}")
@@ -84,13 +84,13 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
 def _estimates(study: Study) -> dict[str, str]:
     """What one training of each arm takes, as `recipes plan` estimates it; nothing for arms it cannot plan."""
     from recipes_lib.planning.text import spread
-    from recipes_lib.study.hours import plan_study
+    from recipes_lib.study.hours import study_hours
 
     with suppress(RecipesError):
         return {
             arm.name: f"about {spread(arm.plan.duration.total, arm.plan.settings.device)} on {arm.plan.card.title}"
             f"{' (assumed)' * arm.plan.card.stands_in}"
-            for arm in plan_study(study).arms
+            for arm in study_hours(study).arms
         }
     return {}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import Published, PublishedNumber
 from recipes_lib.compare.table import Row, Score
-from recipes_lib.compare.wording import value_text
+from recipes_lib.compare.wording import metric_text
 from recipes_lib.eval_log import Measure
 
 PUBLISHED_ALONE = "a published number without the items behind it can be tested against nothing"
@@ -37,8 +37,8 @@ def number_text(number: PublishedNumber, unit: str) -> str:
         '85.0% (n 800)'
     """
     limits = number.our_interval
-    between = f" [{value_text(limits[0], unit)}, {value_text(limits[1], unit)}]" if limits else ""
-    return f"{value_text(number.ours, unit)}{between}" + (f" (n {number.n})" if number.n else "")
+    between = f" [{metric_text(limits[0], unit)}, {metric_text(limits[1], unit)}]" if limits else ""
+    return f"{metric_text(number.ours, unit)}{between}" + (f" (n {number.n})" if number.n else "")
 
 
 def _alone(rows: Sequence[Row], scores: Sequence[Score], measurements: Measurements, published: Published) -> list[Row]:

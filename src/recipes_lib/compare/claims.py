@@ -18,25 +18,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.beside import with_flags, with_published
-from recipes_lib.compare.findings import Finding, in_order
+from recipes_lib.compare.findings import Finding, errors_first
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.table import (
     ALPHA,
     HALF,
     Row,
     Score,
-    Verdict,
+    TestVerdict,
     build_rows,
     build_scores,
     corrected,
-    largest_difference,
+    json_value,
+    largest_possible,
     pairs_of,
-    plain,
 )
 from recipes_lib.compare.validity.judging import NOT_AUDITED
 from recipes_lib.compare.validity.noise import INSIDE_NOISE, noise_floors
-from recipes_lib.compare.validity.settings import arm_values, beside, changed, effective, shown
-from recipes_lib.compare.wording import count, difference_text, interval_text, listed, p_text, question_text, value_text
+from recipes_lib.compare.validity.settings import arm_values, beside, changed, effective, setting_text
+from recipes_lib.compare.wording import count, difference_text, interval_text, metric_text, p_text, question_text, sentence_list
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
@@ -69,9 +69,9 @@ class Comparison:
             "answer": list(self.answer),
             "alpha": self.alpha,
             "tests": self.tests,
-            "findings": [plain(dataclasses.asdict(finding)) for finding in self.findings],
+            "findings": [json_value(dataclasses.asdict(finding)) for finding in self.findings],
             "rows": [row.to_dict() for row in self.rows],
-            "scores": [plain(dataclasses.asdict(score)) for score in self.scores],
+            "scores": [json_value(dataclasses.asdict(score)) for score in self.scores],
         }
 
     def between(self, first: str, second: str) -> list[Row]:
@@ -93,7 +93,7 @@ def compare_arms(
         from recipes_lib.compare.published import load_published
 
         published = load_published(study.published)
-    known = tuple(in_order(findings))
+    known = tuple(errors_first(findings))
     base = [name for name, arm in measurements.arms.items() if arm.is_base or name == "base"]
     scores = build_scores(measurements)
     rows = build_rows(measurements, base)
@@ -105,7 +105,7 @@ def compare_arms(
     tests = sum(row.p_holm is not None for row in tested)
     causes = Causes(study, arm_values(study, measurements), noise_floors(study, measurements), ALPHA / max(1, tests), tuple(base))
     judged = [judge_row(with_flags(row, measurements), known, causes) for row in tested]
-    question = question_text(study.question) if study else f"How do {listed(list(measurements.arms))} compare?"
+    question = question_text(study.question) if study else f"How do {sentence_list(list(measurements.arms))} compare?"
     answer = answer_paragraph(judged, base) if judged else nothing_compared(measurements, known)
     return Comparison(question, answer, tuple(judged), tuple(scores), known, tests)
 
@@ -117,7 +117,7 @@ def _one_model(row: Row, findings: Sequence[Finding]) -> str:
     return _lower(titles[0]).rstrip(".") if titles else ""
 
 
-def verdict_of(row: Row) -> Verdict:
+def verdict_of(row: Row) -> TestVerdict:
     """Return what the test of a row shows."""
     if row.tested is None or row.reason or row.difference is None:
         return "cannot be tested"
@@ -171,9 +171,9 @@ def numbers_text(row: Row) -> str:
     assert tested is not None
     if row.head_to_head:
         low, high = (None if limit is None else HALF + limit for limit in (tested.low, tested.high))
-        effect = f"win rate {value_text(row.first_value, 'share')} {interval_text(low, high, 'share', signed=False)}"
+        effect = f"win rate {metric_text(row.first_value, 'share')} {interval_text(low, high, 'share', signed=False)}"
     else:
-        values = f"{value_text(row.first_value, row.unit)} against {value_text(row.second_value, row.unit)}"
+        values = f"{metric_text(row.first_value, row.unit)} against {metric_text(row.second_value, row.unit)}"
         effect = f"{values}, difference {difference_text(row.difference, row.unit)} {interval_text(tested.low, tested.high, row.unit)}"
     size = count(tested.questions, "question") if tested.questions == tested.n else f"{tested.n:,} items of {tested.questions:,} questions"
     parts = [effect.replace(" n/a", ""), f"{p_text(row.p_holm)} (Holm)", f"n = {size}"]
@@ -206,7 +206,7 @@ def no_difference_sentence(row: Row) -> str:
     power = ""
     if row.mde is not None:
         power = f" A true difference of {_size(row.mde, row.unit)} would have been found with 80% probability."
-        if row.mde > largest_difference(row):
+        if row.mde > largest_possible(row):
             power = " No difference, however large, would have been found with 80% probability."
     needed = ""
     if row.needed and row.tested and row.needed > row.tested.questions:
@@ -281,11 +281,11 @@ class Causes:
         inside = [finding for finding in findings if finding.code == INSIDE_NOISE]
         undeclared = [key for key, factor in keys.items() if factor is None]
         if confounds or undeclared:
-            return f" No cause is named: {_reasons(confounds) or f'no factor declares {listed(undeclared)}'}."
+            return f" No cause is named: {_reasons(confounds) or f'no factor declares {sentence_list(undeclared)}'}."
         if inside:
             return f" No cause is named: {_reasons(inside)}."
         differ, their = ("differs", "its effect") if len(keys) == 1 else ("differ", "their joint effect")
-        only = f" Only {listed(self._with_values(row, list(keys)))} {differ} between them, so this is {their}"
+        only = f" Only {sentence_list(self._with_values(row, list(keys)))} {differ} between them, so this is {their}"
         if row.tested and row.tested.seeds > 1:
             return f"{only} over {row.tested.seeds} training seeds."
         floor = None if row.head_to_head else self.floors.get((row.metric, row.opponent))
@@ -293,7 +293,7 @@ class Causes:
         if limit is not None and abs(row.difference or 0.0) > limit:
             chance = f"(estimated from {floor}, at 5% over all tests of this table)"
             return f"{only}: two trainings of one recipe differ by no more than {_size(limit, row.unit)} {chance}."
-        kept_apart = listed([*self._with_values(row, list(keys)), "chance"])
+        kept_apart = sentence_list([*self._with_values(row, list(keys)), "chance"])
         return f" These two trainings differ, one of each arm; which of {kept_apart} is the cause, two trainings cannot tell."
 
     def _with_values(self, row: Row, keys: Sequence[str]) -> list[str]:
@@ -301,7 +301,7 @@ class Causes:
         if len(keys) > MOST_VALUES:
             return list(keys)
         one, other = beside(self.values[row.first], self.values[row.second])
-        return [f"{key} ({shown(effective(key, one))} against {shown(effective(key, other))})" for key in keys]
+        return [f"{key} ({setting_text(effective(key, one))} against {setting_text(effective(key, other))})" for key in keys]
 
 
 def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str, ...]:

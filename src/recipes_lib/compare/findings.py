@@ -41,6 +41,6 @@ class Finding:
         return not self.arms or len(compared & set(self.arms)) >= min(2, len(set(self.arms)))
 
 
-def in_order(findings: Iterable[Finding]) -> list[Finding]:
+def errors_first(findings: Iterable[Finding]) -> list[Finding]:
     """Return findings without repetition, errors first, in a stable order."""
     return sorted(set(findings), key=lambda finding: (SEVERITIES.index(finding.severity), finding.code, finding.arms, finding.title))

@@ -24,7 +24,7 @@ from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
 from recipes_lib.statistics.seeds import crossed_interval, question_means
 from recipes_lib.statistics.unresolved import Tested, compare
 
-Verdict = Literal["better", "worse", "no difference shown", "cannot be tested"]
+TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested"]
 ALPHA = 0.05
 FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
 DIRECTION_UNKNOWN = "direction unknown, its files do not say whether more or less of it is better"
@@ -78,7 +78,7 @@ class Row:
     mde: float | None = None
     needed: int | None = None
     reason: str = ""
-    verdict: Verdict = "cannot be tested"
+    verdict: TestVerdict = "cannot be tested"
     sentence: str = ""
     because: str = ""
     stopped: tuple[str, ...] = ()
@@ -111,15 +111,18 @@ class Row:
         """Return the row as plain values, without the items behind it."""
         names = [item.name for item in dataclasses.fields(self) if item.name not in ("measures", "tested", "because")]
         tested = self.tested.to_dict() if self.tested else None
-        return {name: plain(getattr(self, name)) for name in names} | {"difference": plain(self.difference), "tested": plain(tested)}
+        return {name: json_value(getattr(self, name)) for name in names} | {
+            "difference": json_value(self.difference),
+            "tested": json_value(tested),
+        }
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Return a value that JSON has: lists for tuples, nothing for what is not finite."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -136,7 +139,7 @@ def filling_of(metric: str, unit: str, values: NDArray[np.float64]) -> tuple[flo
     return min(low, seen[0]), max(high, seen[1])
 
 
-def largest_difference(row: Row) -> float:
+def largest_possible(row: Row) -> float:
     """Return the largest difference that the metric's scale allows; of a plain number, any."""
     low, high = scale_of(row.metric, row.unit) or (0.0, math.inf)
     return HALF if row.head_to_head else high - low
@@ -146,8 +149,8 @@ def pairs_of(measurements: Measurements, base: Sequence[str] = ()) -> list[tuple
     """Return the pairs of arms, the later one first; pairs with a base model come last."""
     names = list(measurements.arms)
     pairs = [(second, first) for first, second in itertools.combinations(names, 2)]
-    plain = [(second, first) if first in base else (first, second) for first, second in pairs]
-    return sorted(plain, key=lambda pair: any(name in base for name in pair))
+    json_value = [(second, first) if first in base else (first, second) for first, second in pairs]
+    return sorted(json_value, key=lambda pair: any(name in base for name in pair))
 
 
 def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.table import HALF, Row, Score
-from recipes_lib.compare.wording import NONE, difference_text, interval_text, p_text, value_text
+from recipes_lib.compare.wording import NONE, difference_text, interval_text, metric_text, p_text
 from recipes_lib.terminal import aligned
 
 HEAD = ("metric", "effect [95%]", "p (Holm)", "n", "verdict")
@@ -18,7 +18,7 @@ def pair_lines(rows: Sequence[Row]) -> list[str]:
     table = [(HEAD[0], first, second, *HEAD[1:], "flags")]
     for row in rows:
         opponent = " head to head" if row.head_to_head else f" against {row.opponent}" if row.opponent else ""
-        values = (value_text(row.first_value, row.unit), value_text(row.second_value, row.unit))
+        values = (metric_text(row.first_value, row.unit), metric_text(row.second_value, row.unit))
         open_items = f" ({row.tested.unresolved} open)" if row.tested and row.tested.unresolved else ""
         verdict = f"{row.verdict} (no claim)" if row.stopped and row.verdict != "cannot be tested" else row.verdict
         n = f"{row.n:,}{open_items}" if row.tested else NONE
@@ -31,7 +31,7 @@ def pair_lines(rows: Sequence[Row]) -> list[str]:
 
 def effect_value(row: Row) -> str:
     """Return a row's effect: a win rate head to head, else the difference."""
-    return value_text(row.first_value, "share") if row.head_to_head else difference_text(row.difference, row.unit)
+    return metric_text(row.first_value, "share") if row.head_to_head else difference_text(row.difference, row.unit)
 
 
 def effect_interval(row: Row) -> str:
@@ -48,7 +48,7 @@ def score_lines(scores: Sequence[Score]) -> list[str]:
     for score in scores:
         opponent = f" against {score.opponent}" if score.opponent else ""
         limits = interval_text(score.low, score.high, score.unit, signed=False)
-        value = f"{value_text(score.value, score.unit)} {limits}"
+        value = f"{metric_text(score.value, score.unit)} {limits}"
         table.append((score.arm, score.label + opponent, value, f"{score.n:,}", str(score.unresolved)))
     return aligned(table)
 

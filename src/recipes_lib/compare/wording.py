@@ -39,7 +39,7 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
     return sign + text
 
 
-def value_text(value: float | None, unit: str) -> str:
+def metric_text(value: float | None, unit: str) -> str:
     """Return a metric's value: a share in percent, a grade with two digits, a spread of shares in percentage points.
 
     Example:
@@ -104,7 +104,7 @@ def count(n: int, noun: str, plural: str | None = None) -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
-def listed(names: list[str] | tuple[str, ...]) -> str:
+def sentence_list(names: list[str] | tuple[str, ...]) -> str:
     """Return names as a list in a sentence.
 
     Example:

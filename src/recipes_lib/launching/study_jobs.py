@@ -16,7 +16,7 @@ from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import CLI, Plan, python_in_job, shape_of
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.project import shown_path
-from recipes_lib.study.arms import run_name, train_words
+from recipes_lib.study.arms import arm_run, train_words
 from recipes_lib.study.graph import Graph, Step
 from recipes_lib.study.steps import build_graph
 
@@ -105,7 +105,7 @@ class _Planner:
         script = [self.snapshot.shown(arm.recipe.path), *train_words(self.study, arm, step.seed)[1:], *self.flags]
         command = training_command(self.python, launch.config, self.snapshot.shown(launch.config.path), shape_of(launch), script)
         check = self._study_command(self._names(step, TRAINING))
-        return Task((*self.prefix, *command), check, run_name(self.study, arm, step.seed))
+        return Task((*self.prefix, *command), check, arm_run(self.study, arm, step.seed))
 
     def evaluations(self) -> list[Job]:
         """Return a job for what one arm and seed, or the base, is asked, and one for all judgments."""

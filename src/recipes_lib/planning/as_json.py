@@ -10,10 +10,9 @@ from recipes_lib.planning.activations import activations_of, reference_per_token
 from recipes_lib.planning.advice import Advice
 from recipes_lib.planning.duration import operations_per_token
 from recipes_lib.planning.evaluations import EvalTime
+from recipes_lib.planning.memory import MIB
 from recipes_lib.planning.methods import MethodRow
 from recipes_lib.planning.plan import Plan
-
-MIB = 2**20
 
 
 def plan_json(

@@ -62,7 +62,7 @@ CARDS = (
     Card("l40s-48gb", "L40S 48GB", 44.4, 362, 864, 20),
     Card("rtx-4090-24gb", "RTX 4090 24GB", 23.5, 165, 1008, 10, 0.50),
 )
-ALIASES = {
+_ALIASES = {
     "h100": "h100-80gb",
     "h200": "h200-141gb",
     "a100": "a100-80gb",
@@ -93,9 +93,9 @@ def card_named(name: str) -> Card:
     """
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
     by_name = {card.name: card for card in CARDS}
-    card = by_name.get(ALIASES.get(key, key))
+    card = by_name.get(_ALIASES.get(key, key))
     if card is None:
-        hints = did_you_mean(key, [*by_name, *ALIASES])
+        hints = did_you_mean(key, [*by_name, *_ALIASES])
         raise RecipeError(f"--gpu: there is no card '{name}'", *hints, f"cards: {', '.join([*by_name, 'cpu'])}")
     return card
 

@@ -13,7 +13,7 @@ from recipes_lib.planning.cards import Card
 from recipes_lib.planning.machine import GENERATED_TOKENS_PER_SECOND, MEASURED_PARAMETERS, two_threads_tflops
 from recipes_lib.recipe.model_shapes import ModelShape
 
-QUESTIONS = {"alpaca_eval": 805, "mt_bench": 80}
+NUM_QUESTIONS = {"alpaca_eval": 805, "mt_bench": 80}
 ANSWER_SHARE = 0.45  # of max_new_tokens, on average
 LAYER_TOKEN_S = 0.6e-3  # one block of transformers' generate per token
 SERVER_LAYER_TOKEN_S = 0.05e-3
@@ -60,4 +60,4 @@ def pace(shape: ModelShape, card: Card) -> float:
 
 def served_seconds(shape: ModelShape, card: Card) -> float:
     """Return seconds in which a server writes AlpacaEval's 805 answers with a model."""
-    return writing_seconds(shape, card, QUESTIONS["alpaca_eval"], 1024 * ANSWER_SHARE, 1024, 16, server=True)
+    return writing_seconds(shape, card, NUM_QUESTIONS["alpaca_eval"], 1024 * ANSWER_SHARE, 1024, 16, server=True)

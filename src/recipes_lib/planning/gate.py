@@ -17,7 +17,7 @@ from recipes_lib.planning.cards import cards_here
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.plan import Plan, plan_launched
-from recipes_lib.planning.text import clock, refusal
+from recipes_lib.planning.text import clock, refusal_lines
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
 from recipes_lib.recipe.launch import Active, Launch
 from recipes_lib.recipe.recipe import Recipe
@@ -76,7 +76,7 @@ def refuse_what_cannot_fit(plan: Plan) -> str | None:
         needed = plan.memory.needed * plan.sharing
         free = f"{plan.card.memory_gib:.1f} are free now"
         return f"warning: the plan needs about {needed:.1f} GiB, and {free} (recipes plan says what saves some)"
-    what, largest = refusal(plan)
+    what, largest = refusal_lines(plan)
     hints = [f"{item.setting}   ({'costs' if item.saves_s < 0 else 'saves'} {clock(abs(item.saves_s))})" for item in advise(plan)[:3]]
     origin = plan.recipe.origin_of("train.per_device_train_batch_size")
     raise EnvironmentFault(what, largest, *hints, "or insist with --no-plan", file=origin.file, line=origin.line)

@@ -13,7 +13,7 @@ from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.recipe import Recipe, recipe_from
 
 LARGEST_DATA = 300_000  # bytes; reading more would keep the list waiting
-CARD = card_named(DEFAULT)
+_CARD = card_named(DEFAULT)
 
 
 def glance(document: Document) -> tuple[float, float] | None:
@@ -26,7 +26,7 @@ def glance(document: Document) -> tuple[float, float] | None:
         if recipe.model.name_or_path not in known_shapes() or not _small(recipe):
             return None
         launch = plan_launch(recipe.launch, None, None, None)
-        plan = plan_launched(recipe, launch, cpu_card() if launch.config.use_cpu else CARD)
+        plan = plan_launched(recipe, launch, cpu_card() if launch.config.use_cpu else _CARD)
     except (RecipesError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
         return None
     return plan.memory.needed, plan.duration.total

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 COUNTED = 2000
 LARGEST_FILE = 20_000_000  # bytes; of larger data, the first rows are read and the others counted
-DOLLY = "databricks/databricks-dolly-15k"
+DOLLY_DATASET = "databricks/databricks-dolly-15k"
 TEMPLATE_TOKENS = 31  # what a chat template puts around one exchange
 
 
@@ -68,7 +68,7 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
     if local is not None:
         return local
     tokens = dolly_lengths(vocabulary)
-    if recipe.data.source == DOLLY:
+    if recipe.data.source == DOLLY_DATASET:
         return _split(recipe, tokens, len(tokens), f"Dolly's length histogram ({len(tokens):,} rows)", counted=True)
     earlier = _from_run(recipe, tokens)
     if earlier is not None:

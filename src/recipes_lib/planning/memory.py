@@ -12,7 +12,7 @@ from recipes_lib.planning.activations import activations_of, backward_bytes, hea
 from recipes_lib.planning.cards import Card
 from recipes_lib.planning.settings import Settings
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 CONTEXT_GIB, NCCL_GIB, GAPS = 0.6, 0.5, 0.05
 CPU_PROCESS_GIB = 0.8  # Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
 BLOCK_4BIT, NESTED_BLOCK = 64, 256

@@ -12,7 +12,7 @@ from recipes_lib.recipe.model_shapes import ModelShape, shape_of_config
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.suggestions import did_you_mean
 
-KEY = "model.name_or_path"
+_KEY = "model.name_or_path"
 
 
 def model_shape(recipe: Recipe) -> ModelShape:
@@ -33,8 +33,8 @@ def model_shape(recipe: Recipe) -> ModelShape:
     except EnvironmentFault:
         raise
     except RecipeError as error:
-        raise error if error.file else recipe.error(KEY, error.what, *error.hints) from None
-    origin = recipe.origin_of(KEY)
+        raise error if error.file else recipe.error(_KEY, error.what, *error.hints) from None
+    origin = recipe.origin_of(_KEY)
     raise EnvironmentFault(
         f"no plan: '{name}' is not on this machine, not among the known models, and the Hub does not answer",
         *did_you_mean(name, known),
@@ -52,7 +52,7 @@ def _local_config(recipe: Recipe) -> dict[str, Any] | None:
     config = read_json(folder / "config.json")
     if config is None:
         raise recipe.error(
-            KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer"
+            _KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer"
         )
     return config
 
@@ -69,6 +69,6 @@ def _hub_config(recipe: Recipe) -> dict[str, Any] | None:
     try:
         return read_json(Path(hf_hub_download(name, "config.json", revision=recipe.model.revision)))
     except Exception as error:  # gated, no such model, no such revision: each has its own message
-        origin = recipe.origin_of(KEY)
+        origin = recipe.origin_of(_KEY)
         what = f"no plan: the Hub gives no config.json of '{name}': {str(error).strip().splitlines()[0]}"
         raise EnvironmentFault(what, *did_you_mean(name, known_shapes()), file=origin.file, line=origin.line) from None

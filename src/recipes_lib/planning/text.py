@@ -8,12 +8,12 @@ from recipes_lib.planning.activations import activations_of
 from recipes_lib.planning.advice import Advice, largest_cost
 from recipes_lib.planning.cards import Card
 from recipes_lib.planning.evaluations import EvalTime
+from recipes_lib.planning.memory import MIB
 from recipes_lib.planning.methods import MethodRow
 from recipes_lib.planning.plan import Plan
 from recipes_lib.planning.settings import Settings
 from recipes_lib.recipe.schedule import WITHOUT_WARMUP
 
-MIB = 2**20
 CPU_SLOWER = 4  # the quickstart's training took the planned time on idle cores, and 168 s for 50 on two cores that others used too
 MOST_ADVICE, MOST_OTHERS = 4, 2
 
@@ -52,7 +52,7 @@ def stand_in(card: Card) -> str:
     return f"no GPU on this machine, so {card.title} is assumed; your card: --gpu CARD; this machine, which trains on its CPU: --gpu cpu"
 
 
-def refusal(plan: Plan) -> list[str]:
+def refusal_lines(plan: Plan) -> list[str]:
     """Return the arithmetic of a plan that does not fit, in one line and a few hints."""
     memory = plan.memory
     parts = [

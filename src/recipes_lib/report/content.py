@@ -11,7 +11,7 @@ from recipes_lib.compare.table import Row, Score
 from recipes_lib.compare.wording import count
 from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.provenance import commands, provenance
-from recipes_lib.report.runs import Cost, Training, costs, trainings
+from recipes_lib.report.runs import RunCost, Training, costs, trainings
 from recipes_lib.report.samples import SampleSet, collect_samples
 from recipes_lib.suites.questions import no_reference
 
@@ -39,7 +39,7 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class Floor:
+class NoiseFloor:
     """One number of the noise floor: how much changes where nothing was changed."""
 
     what: str
@@ -59,10 +59,10 @@ class Content:
     name: str
     comparison: Comparison
     trainings: tuple[Training, ...]
-    costs: tuple[Cost, ...]
+    costs: tuple[RunCost, ...]
     breakdowns: tuple[Breakdown, ...]
     audits: tuple[Audit, ...]
-    floor: tuple[Floor, ...]
+    floor: tuple[NoiseFloor, ...]
     samples: SampleSet
     commands: tuple[tuple[str, tuple[str, ...]], ...]
     provenance: tuple[tuple[str, str], ...]
@@ -171,18 +171,20 @@ def _audit(name: str, judge: dict[str, Any], card: dict[str, Any], file: str) ->
     return Audit(name, str(judge.get("name")), mode, (), tuple(card["checks"]), tuple(measured), file)
 
 
-def _floor(measurements: Measurements, scores: Sequence[Score]) -> list[Floor]:
+def _floor(measurements: Measurements, scores: Sequence[Score]) -> list[NoiseFloor]:
     """How much changes where nothing was changed: the judge asked again or in the other order, another seed, the same model twice."""
     floor = []
     for audit in _audits(measurements):
         facts = dict(audit.measured)
         again = facts.get(_PROBES["repeated"])
         if again and again["n"]:
-            floor.append(Floor("verdicts that change when the same pair is asked again", audit.eval, *_limits(again), "share", audit.file))
+            floor.append(
+                NoiseFloor("verdicts that change when the same pair is asked again", audit.eval, *_limits(again), "share", audit.file)
+            )
         same = facts["both orders name the same answer"]
         if same["n"]:
             turned = {"estimate": 1 - same["estimate"], "low": 1 - same["high"], "high": 1 - same["low"], "n": same["n"]}
-            floor.append(Floor("pairs whose verdict turns with the order", audit.eval, *_limits(turned), "share", audit.file))
+            floor.append(NoiseFloor("pairs whose verdict turns with the order", audit.eval, *_limits(turned), "share", audit.file))
     by_seed = [score for score in scores if score.seeds > 1]
     for score in by_seed:
         values = _seed_means(measurements, score)
@@ -191,7 +193,7 @@ def _floor(measurements: Measurements, scores: Sequence[Score]) -> list[Floor]:
             spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
             what = f"standard deviation between seeds, {score.arm}"
             unit = "points" if score.unit == "share" else score.unit
-            floor.append(Floor(what, score.label, spread, None, None, len(values), unit, score.files[0]))
+            floor.append(NoiseFloor(what, score.label, spread, None, None, len(values), unit, score.files[0]))
     return floor
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recipes_lib.report.breakdowns import Breakdown
-    from recipes_lib.report.content import Content, Floor
+    from recipes_lib.report.content import Content, NoiseFloor
 
 COLORS = ("#0b6e99", "#c4511b", "#4b7f3a", "#7b4fa3", "#a8872c", "#8a8a8a", "#b03a6a", "#2f4f7f")
-MARKERS = "os^Dv<>P"
+_MARKERS = "os^Dv<>P"
 LINES = ("-", "--", ":", "-.")
 _STYLE = {
     "svg.hashsalt": "recipes",
@@ -27,7 +27,7 @@ _STYLE = {
     "text.parse_math": False,
 }
 GROUPED = {"category": "category", "length": "length of the answer beside the opponent's"}
-FORMATS = ("svg", "png")  # PNG for LaTeX: embedding fonts in fourteen PDFs takes longer than everything else
+_FORMATS = ("svg", "png")  # PNG for LaTeX: embedding fonts in fourteen PDFs takes longer than everything else
 
 
 class Figure:
@@ -37,7 +37,7 @@ class Figure:
         self.name, self.title, self.caption, self.files = name, title, caption, files
 
 
-def draw_figures(content: Content, formats: Sequence[str] = FORMATS) -> list[Figure]:
+def draw_comparison(content: Content, formats: Sequence[str] = _FORMATS) -> list[Figure]:
     """Return every figure that the content has numbers for."""
     import matplotlib as mpl
 
@@ -101,7 +101,7 @@ def _curves(
         every = 1 if len(points) < 12 else (0.12 * number / len(runs), 0.12)
         axes.plot(steps, values, line, color=_color(places[arm]), marker=_marker(places[arm]), markersize=4, markevery=every,
                   linewidth=1.2 + 0.7 * min(3, len(arms) - 1 - arms.index(arm)),
-                  label=plain(arm if len(series[arm]) == 1 else f"{arm}, seed {seed}"))  # fmt: skip
+                  label=short_label(arm if len(series[arm]) == 1 else f"{arm}, seed {seed}"))  # fmt: skip
     axes.set(xlabel="optimizer step", ylabel=unit)
     _legend(figure, len(runs))
     return _saved(figure, formats)
@@ -112,7 +112,7 @@ def _color(place: int) -> str:
 
 
 def _marker(place: int) -> str:
-    return MARKERS[place % len(MARKERS)]
+    return _MARKERS[place % len(_MARKERS)]
 
 
 def _breakdown(breakdown: Breakdown, places: dict[str, int], formats: Sequence[str]) -> dict[str, bytes]:
@@ -133,11 +133,11 @@ def _breakdown(breakdown: Breakdown, places: dict[str, int], formats: Sequence[s
             errors.append((max(0.0, factor * (cell.value - low)), max(0.0, factor * (high - cell.value))))
         if rows:
             axes.errorbar(values, rows, xerr=list(zip(*errors, strict=True)), fmt=_marker(places[arm]), color=_color(places[arm]),
-                          markersize=4, linewidth=1.1, label=plain(arm))  # fmt: skip
+                          markersize=4, linewidth=1.1, label=short_label(arm))  # fmt: skip
     if breakdown.unit == "share":
         axes.axvline(50, color="#888888", linewidth=0.8, linestyle="--")
         axes.set_xlim(-2, 102)
-    axes.set_yticks(range(len(groups)), [plain(group, 30) for group in groups])
+    axes.set_yticks(range(len(groups)), [short_label(group, 30) for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel("win rate, %, a tie counts half" if breakdown.unit == "share" else "mean grade")
     _legend(figure, len(arms))
@@ -149,20 +149,20 @@ def _legend(figure: Any, entries: int) -> None:
     figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, ncols=entries if entries < 5 else 3, handlelength=3.2)
 
 
-def _floor(floors: Sequence[Floor], formats: Sequence[str]) -> dict[str, bytes]:
+def _floor(floors: Sequence[NoiseFloor], formats: Sequence[str]) -> dict[str, bytes]:
     figure, axes = _new(0.8 + 0.42 * len(floors))
     for row, floor in enumerate(floors):
         value = 100 * (floor.value or 0)
         low, high = (value if limit is None else 100 * limit for limit in (floor.low, floor.high))
         axes.errorbar([value], [row], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", color=COLORS[0], markersize=5)
-    axes.set_yticks(range(len(floors)), [f"{plain(floor.what, 52)}\n{plain(floor.where, 52)}" for floor in floors], fontsize=8)
+    axes.set_yticks(range(len(floors)), [f"{short_label(floor.what, 52)}\n{short_label(floor.where, 52)}" for floor in floors], fontsize=8)
     axes.set_xlim(-2, 102)
     axes.set_ylim(len(floors) - 0.5, -0.5)
     axes.set_xlabel("%")
     return _saved(figure, formats)
 
 
-def plain(text: str, width: int = 40) -> str:
+def short_label(text: str, width: int = 40) -> str:
     """Return a label: one line, control characters and characters outside the font's alphabets shown as `?`, cut to a width.
 
     Example:

@@ -24,7 +24,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @lru_cache(maxsize=1)
-def environment() -> Environment:
+def templates() -> Environment:
     """Return the template environment: every value escaped, a misspelt name an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -36,7 +36,7 @@ def environment() -> Environment:
 def filters() -> dict[str, Any]:
     """Return the number formats that the templates of all forms use."""
     return {
-        "value": wording.value_text,
+        "value": wording.metric_text,
         "difference": wording.difference_text,
         "p": wording.p_text,
         "number": wording.number,
@@ -69,7 +69,7 @@ def report_html(content: Content, figures: Sequence[Figure]) -> str:
     curves = [picture for picture in pictures if not picture["name"].startswith(("by_", "noise_floor"))]
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return (
-        environment()
+        templates()
         .get_template("report.html.jinja")
         .render(
             content=content, comparison=content.comparison, curves=curves, style=_raw(style), script=_raw(script), size=size_text(content),

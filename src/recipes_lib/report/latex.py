@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from recipes_lib.report.content import Content
     from recipes_lib.report.figures import Figure
 
-MAX_CHARACTERS = 2_000
+_MAX_CHARACTERS = 2_000
 COMPILE_TIMEOUT_S = 120
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "^": r"\textasciicircum{}",
@@ -57,8 +57,8 @@ def tex(text: object) -> Tex:
     if isinstance(text, Tex):
         return text
     one = " ".join(str(text).split())
-    if len(one) > MAX_CHARACTERS:
-        one = f"{one[:MAX_CHARACTERS]} [cut: {len(one):,} characters]"
+    if len(one) > _MAX_CHARACTERS:
+        one = f"{one[:_MAX_CHARACTERS]} [cut: {len(one):,} characters]"
     return Tex("".join(_character(char) for char in one))
 
 

@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.table import HALF, plain
+from recipes_lib.compare.table import HALF, json_value
 
 if TYPE_CHECKING:
     from recipes_lib.report.content import Content
 
-FORMAT_VERSION = 1
-COLUMNS = (
+_FORMAT_VERSION = 1
+_COLUMNS = (
     "kind", "metric", "arm", "other_arm", "against", "group", "unit", "value", "low", "high", "n", "questions", "seeds", "unresolved",
     "lowest", "highest", "p", "p_holm", "mde", "verdict", "claim_stopped", "test", "interval", "file",
 )  # fmt: skip
@@ -99,10 +99,10 @@ def _of_judges(content: Content) -> Iterator[dict[str, Any]]:
 def numbers_csv(content: Content) -> str:
     """Return the CSV."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(stream, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in number_rows(content):
-        writer.writerow({key: cell(row.get(key)) for key in COLUMNS})
+        writer.writerow({key: cell(row.get(key)) for key in _COLUMNS})
     return stream.getvalue()
 
 
@@ -125,6 +125,6 @@ def cell(value: Any) -> Any:
 
 def numbers_json(content: Content) -> str:
     """Return the JSON: question, answer, findings, and all numbers."""
-    numbers = [{key: plain(item) for key, item in row.items() if item is not None} for row in number_rows(content)]
-    value = {"format_version": FORMAT_VERSION, "name": content.name, **content.comparison.to_dict(), "numbers": numbers}
+    numbers = [{key: json_value(item) for key, item in row.items() if item is not None} for row in number_rows(content)]
+    value = {"format_version": _FORMAT_VERSION, "name": content.name, **content.comparison.to_dict(), "numbers": numbers}
     return json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n"

@@ -29,10 +29,13 @@ def commands(name: str, measurements: Measurements, study: Study | None) -> list
     if training:
         found.append(("Trainings, as they were started", tuple(training)))
     evaluating = dict.fromkeys(
-        portable(str(result.result["command"])) for run in runs for result in run.evals if result.result.get("command")
+        portable_command(str(result.result["command"])) for run in runs for result in run.evals if result.result.get("command")
     )
     plain = dict.fromkeys(
-        portable(str(result.result["lm_eval_command"])) for run in runs for result in run.evals if result.result.get("lm_eval_command")
+        portable_command(str(result.result["lm_eval_command"]))
+        for run in runs
+        for result in run.evals
+        if result.result.get("lm_eval_command")
     )
     if evaluating:
         found.append(("Evaluations, as they were started", tuple(evaluating)))
@@ -51,10 +54,10 @@ def _study_file(study: Study) -> str:
 def _training_command(run: RunMeasurements) -> str:
     path = run.folder / "command.txt"
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    return portable(text.splitlines()[-1]) if text else ""
+    return portable_command(text.splitlines()[-1]) if text else ""
 
 
-def portable(command: str) -> str:
+def portable_command(command: str) -> str:
     """Return a command without the paths of the machine it ran on: relative to the project or as `runs/...`, else the last name alone.
 
     Example:
@@ -110,7 +113,7 @@ def _evaluation(result: object, add: object) -> None:
     if judge:
         add(
             "judges",
-            f"{judge.get('name')} ({portable(str(judge.get('model')))}, {judge.get('mode')}, {str(judge.get('fingerprint'))[:12]})",
+            f"{judge.get('name')} ({portable_command(str(judge.get('model')))}, {judge.get('mode')}, {str(judge.get('fingerprint'))[:12]})",
         )
     answers = result.get("answers") or {}
     if answers.get("prompt_format_hash"):

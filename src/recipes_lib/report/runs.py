@@ -34,7 +34,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """What one run took: training and answers. Device hours are processes times seconds."""
 
     arm: str
@@ -89,7 +89,7 @@ def _devices(run: RunMeasurements) -> str:
     return f"{len(devices)} x {devices[0]}" if len(devices) > 1 else str(devices[0]) if devices else "not recorded"
 
 
-def costs(measurements: Measurements) -> list[Cost]:
+def costs(measurements: Measurements) -> list[RunCost]:
     """Return what trainings and answers took, run by run."""
     found = []
     for name, arm in measurements.arms.items():
@@ -104,15 +104,15 @@ def costs(measurements: Measurements) -> list[Cost]:
                     file = "/".join(result.file.parts[-4:])
                     every = _tokens_of(result)
                     what = f"answers, {result.eval}" + (f", the last {tokens:,} of {every:,} tokens" if every > tokens else "")
-                    found.append(Cost(name, run.name, what, seconds, seconds / 3600, _devices(run), tokens, tokens / seconds, file))
+                    found.append(RunCost(name, run.name, what, seconds, seconds / 3600, _devices(run), tokens, tokens / seconds, file))
     return list({(cost.run, cost.what): cost for cost in reversed(found)}.values())[::-1]
 
 
-def _training_cost(arm: str, run: RunMeasurements, summary: dict[str, Any]) -> Cost:
+def _training_cost(arm: str, run: RunMeasurements, summary: dict[str, Any]) -> RunCost:
     seconds, ranks = float(summary["seconds"]), int(summary.get("world_size") or 1)
     # Of a training that was resumed run.json has the time of the last attempt alone, and the tokens of all.
     what, tokens = ("training, its last attempt alone", None) if run.state.get("resumed") else ("training", summary.get("tokens"))
-    return Cost(
+    return RunCost(
         arm, run.name, what, seconds, seconds * ranks / 3600, _devices(run), tokens,
         summary.get("tokens_per_second"), f"{run.name}/run.json",
     )  # fmt: skip

@@ -23,7 +23,7 @@ def free_name(path: Path) -> Path:
     return path if not path.exists() else next(name for name in taken if not name.exists())
 
 
-def run_name(study: Study, arm: Arm, seed: int | None = None) -> str:
+def arm_run(study: Study, arm: Arm, seed: int | None = None) -> str:
     """Return the run of an arm and one of its seeds: `<study>--<arm>`, for another seed than the recipe's `<study>--<arm>--seed<N>`.
 
     A name depends on no other seed, so that a seed that is added later trains nothing again.
@@ -50,7 +50,7 @@ def run_names(study: Study) -> dict[str, list[str]]:
         elif arm.imported:
             names[arm.name] = [arm.imported]
         else:
-            names[arm.name] = [run_name(study, arm, seed) for seed in arm.seeds]
+            names[arm.name] = [arm_run(study, arm, seed) for seed in arm.seeds]
     return names
 
 
@@ -75,7 +75,7 @@ def base_arm(study: Study) -> Arm | None:
 def train_words(study: Study, arm: Arm, seed: int) -> list[str]:
     """Return recipe and overrides that train one arm with one seed: what follows `recipes train` or `-m recipes_lib.train`."""
     assert arm.recipe is not None
-    return [shown_path(arm.recipe.path), *arm.overrides, f"run.name={run_name(study, arm, seed)}", f"train.seed={seed}"]
+    return [shown_path(arm.recipe.path), *arm.overrides, f"run.name={arm_run(study, arm, seed)}", f"train.seed={seed}"]
 
 
 def launch_words(arm: Arm) -> list[str]:

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from recipes_lib.suites.harness import Harness
     from recipes_lib.suites.judged_suite import JudgedSuite
 
-KINDS = ("check", "answers", "judgments", "comparison", "lm_eval")
+EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", "lm_eval")
 Report = Callable[[str], None]
 
 
 @dataclass
-class Failures:
+class FailedSteps:
     """Steps that failed in this attempt: name -> (error, exit code)."""
 
     found: dict[str, tuple[str, int]] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def record_base_run(study: Study) -> None:
         write_json(base_record(study), {"run": subject.name, "model": arm.recipe.model.name_or_path})
 
 
-def set_aside(study: Study, graph: Graph, step: Step, say: Report) -> None:
+def set_results_aside(study: Study, graph: Graph, step: Step, say: Report) -> None:
     """Move what older code answered or judged in this step into the study's folder, because what is stored is not asked again."""
     record = graph.record(step.name)
     if record is None or record["version"] == step.version or step.kind not in ("answers", "judgments", "comparison"):
@@ -120,18 +120,18 @@ class Evaluation:
         self, study: Study, graph: Graph, todo: Sequence[Step], say: Report, debug: bool = False, remote_code: bool = False
     ) -> None:
         self.study, self.graph, self.say, self.debug, self.remote_code = study, graph, say, debug, remote_code
-        self.failures = Failures()
+        self.failures = FailedSteps()
         self.todo = {step.name: step for step in todo}
         self.fresh = {name for name, state in graph.survey().items() if state.fresh}
         self.jobs: list[_Job] = []
 
-    def run(self) -> Failures:
+    def run(self) -> FailedSteps:
         """Do every step; return what failed."""
         from recipes_lib.training.session import quiet_libraries
 
         quiet_libraries()
         for step in self.todo.values():
-            set_aside(self.study, self.graph, step, self.say)
+            set_results_aside(self.study, self.graph, step, self.say)
         self._check_files()
         for recipe in self.study.evals:
             self._plan(recipe)

@@ -19,10 +19,10 @@ from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import RecipesError
 from recipes_lib.json_files import read_object
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 CONTENT = "content."  # inputs of this name are hashes; None means that the content cannot be known here, and is not compared
 FOLLOWS = ("is stale", "is not done")  # how a reason ends that is another step's
-State = Literal["fresh", "stale", "missing"]
+_State = Literal["fresh", "stale", "missing"]
 # Keys of a recipe that change how fast a step is, and no result.
 ONLY_SPEED = {"batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s", "max_retries", "max_consecutive_failures"}
 # What differs between two writings of one result.
@@ -57,7 +57,7 @@ class Step:
 class Freshness:
     """Whether a step is done, and if not why."""
 
-    state: State
+    state: _State
     reasons: tuple[str, ...] = ()
     failure: Mapping[str, Any] | None = None
 
@@ -94,7 +94,7 @@ class Graph:
     def record(self, name: str) -> dict[str, Any] | None:
         """Return done.json of a step, or None where it was never done by this version of the format."""
         found = _read(self.folder / name / "done.json")
-        return found if found and found.get("format_version") == FORMAT_VERSION else None
+        return found if found and found.get("format_version") == _FORMAT_VERSION else None
 
     def output(self, name: str) -> str | None:
         """Return the hash of a step's result, or None where it was never done."""
@@ -128,7 +128,7 @@ class Graph:
                 reasons.append(f"{name} {FOLLOWS[known[name].state == 'missing']}")
             elif record["upstream"].get(name) != self.output(name):
                 reasons.append(f"{name} gave another result")
-        reasons += changed_files(record["files"], self.folder.parent.parent)
+        reasons += changed_outputs(record["files"], self.folder.parent.parent)
         return Freshness("stale", tuple(reasons), failure) if reasons else Freshness("fresh")
 
     def finish(self, step: Step, output: str, files: Sequence[Path], **facts: Any) -> None:
@@ -141,7 +141,7 @@ class Graph:
         """
         root = self.folder.parent.parent
         record = {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "step": step.name,
             "version": step.version,
             "inputs": dict(step.inputs),
@@ -181,7 +181,7 @@ def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     return phrases
 
 
-def changed_files(records: Mapping[str, Mapping[str, Any]], root: Path) -> list[str]:
+def changed_outputs(records: Mapping[str, Mapping[str, Any]], root: Path) -> list[str]:
     """Return one phrase per recorded file that is gone or holds something else; a file that only grew by lines is the same."""
     phrases = []
     for name, record in records.items():

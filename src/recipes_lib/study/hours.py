@@ -40,7 +40,7 @@ class ArmPlan:
 
 
 @dataclass(frozen=True)
-class StudyPlan:
+class StudyHours:
     """All arms, the evaluations of base models, and arms that are not trained here.
 
     Args:
@@ -69,7 +69,7 @@ class StudyPlan:
         return sum(arm.seeds * (arm.plan.duration.total + arm.evaluation) for arm in self.arms) + sum(self.bases.values()) + self.comparing
 
 
-def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
+def study_hours(study: Study, gpu: str | None = None) -> StudyHours:
     """Return the plan of a study.
 
     Args:
@@ -98,10 +98,10 @@ def plan_study(study: Study, gpu: str | None = None) -> StudyPlan:
     comparisons = pairs * max((arm.seeds for arm in arms), default=0)
     places = [place for place, recipe in enumerate(study.evals) if recipe.suite.name == "alpaca_eval"]
     comparing = sum(arms[0].evals[place].judging for place in places) * comparisons if arms else 0.0
-    return StudyPlan(study.name, arms, bases, elsewhere, unplanned, comparisons * len(places), comparing)
+    return StudyHours(study.name, arms, bases, elsewhere, unplanned, comparisons * len(places), comparing)
 
 
-def study_json(plan: StudyPlan, price: float | None) -> dict[str, Any]:
+def study_json(plan: StudyHours, price: float | None) -> dict[str, Any]:
     """Return the plan as JSON: each arm as a recipe's plan, and the sums."""
     return {
         "arms": {arm.name: {"seeds": arm.seeds, **plan_json(arm.plan, arm.evals, [], advise(arm.plan), price)} for arm in plan.arms},
@@ -120,7 +120,7 @@ def study_json(plan: StudyPlan, price: float | None) -> dict[str, Any]:
     }
 
 
-def study_lines(plan: StudyPlan, price: float | None) -> Iterator[str]:
+def study_lines(plan: StudyHours, price: float | None) -> Iterator[str]:
     """Yield a table of the arms and the sums."""
     yield f"study {plan.name}"
     width = max([len(name) for name in (*(arm.name for arm in plan.arms), *plan.unplanned)] + [3])

@@ -16,7 +16,7 @@ from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.terminal import aligned
 
 
-def plan_object(study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]) -> dict[str, Any]:
+def study_plan_object(study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]) -> dict[str, Any]:
     """Return the plan for --json; `estimates` says per arm what one training takes."""
     rows = {row.name: row for row in step_rows(study, graph)}
     todo = [step for step in steps if rows[step.name].state != "fresh"]
@@ -33,7 +33,7 @@ def plan_object(study: Study, graph: Graph, steps: Sequence[Step], estimates: Ma
     }
 
 
-def plan_lines(study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]) -> Iterator[str]:
+def study_plan_lines(study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]) -> Iterator[str]:
     """Yield the plan as text: the arms, then every step that would be done with its reason and cost.
 
     Args:

@@ -242,11 +242,11 @@ def _train(
 
 def _evaluate(study: Study, only: Sequence[str], say: Say, debug: bool, remote_code: bool = False) -> dict[str, tuple[str, int]]:
     """Evaluate what is trained; return the failures."""
-    from recipes_lib.study.evaluation import KINDS, Evaluation, record_base_run
+    from recipes_lib.study.evaluation import EVALUATION_STEPS, Evaluation, record_base_run
 
     def todo(graph: Graph) -> list[Step]:
         state = graph.survey()
-        return [step for step in wanted_steps(graph, only) if step.kind in KINDS and not state[step.name].fresh]
+        return [step for step in wanted_steps(graph, only) if step.kind in EVALUATION_STEPS and not state[step.name].fresh]
 
     graph = build_graph(study)
     if not todo(graph):

@@ -26,7 +26,7 @@ from recipes_lib.judging.published_prompts import PACKAGE, REQUIREMENT
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.runs.resume_guard import flatten, guarded_values
-from recipes_lib.study.arms import base_arm, base_run, run_name, study_folder
+from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
 from recipes_lib.study.graph import CONTENT, ONLY_SPEED, Graph, Step, content_of, digest_of
 from recipes_lib.suites.recipe import EvalRecipe
 
@@ -78,7 +78,7 @@ class _Builder:
         assert arm.recipe is not None
         for seed in arm.seeds:
             word = arm.name if seed == arm.own_seed else f"{arm.name}.seed{seed}"
-            run = run_name(self.study, arm, seed)
+            run = arm_run(self.study, arm, seed)
             facts: dict[str, Any] = {"arm": arm.name, "seed": seed, "run": run}
             train = Step(
                 f"train.{word}", "train", training_inputs(arm, seed, self._contents(arm.recipe)), version=VERSIONS["train"], **facts

@@ -28,7 +28,7 @@ from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.study.arms import free_name, launch_words, study_folder, train_words
 from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
 
-POLL_S = 0.2
+_POLL_S = 0.2
 PREEMPTED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
 
 
@@ -78,7 +78,7 @@ class Trainings:
                         break
                     waiting.remove(step)
                     self._start(step, devices)
-                time.sleep(POLL_S)
+                time.sleep(_POLL_S)
                 while self.signals:
                     number = self.signals.pop(0)
                     for training in self.running:

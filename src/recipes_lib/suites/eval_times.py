@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from recipes_lib.generation.batch_memory import token_bytes, tokens_per_batch
 from recipes_lib.generation.transformers_engine import MAX_ROWS
 from recipes_lib.planning.cards import DEFAULT, Card, card_named
-from recipes_lib.planning.evaluations import ANSWER_SHARE, QUESTIONS, EvalTime, pace, writing_seconds
+from recipes_lib.planning.evaluations import ANSWER_SHARE, NUM_QUESTIONS, EvalTime, pace, writing_seconds
 from recipes_lib.planning.machine import GENERATED_TOKENS_PER_SECOND, JUDGED_TOKENS_PER_SECOND
 from recipes_lib.recipe.known_models import named_shape
 from recipes_lib.recipe.model_shapes import ModelShape
@@ -42,7 +42,7 @@ def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     if recipe.suite.name == "lm_eval":
         return _harness(recipe, shape, card)
     suite, limit = recipe.suite.name, recipe.data.max_questions
-    questions = min(QUESTIONS[suite] if _large(recipe) else _counted(recipe), limit or 10**9)
+    questions = min(NUM_QUESTIONS[suite] if _large(recipe) else _counted(recipe), limit or 10**9)
     turns = 2 if suite == "mt_bench" else 1
     answers = questions * turns
     written = recipe.generation.max_new_tokens * ANSWER_SHARE

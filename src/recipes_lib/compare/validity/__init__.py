@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recipes_lib.compare.findings import Finding, in_order
+from recipes_lib.compare.findings import Finding, errors_first
 from recipes_lib.compare.validity.artifacts import check_artifacts
 from recipes_lib.compare.validity.circumstances import check_circumstances
 from recipes_lib.compare.validity.confounds import check_confounds
@@ -45,4 +45,4 @@ def check_validity(study: Study | None, measurements: Measurements) -> list[Find
         study: the study; None for `recipes compare`, which declares no factor.
         measurements: what was measured; arms without a run are published numbers alone.
     """
-    return in_order(finding for check in CHECKS for finding in check(study, measurements))
+    return errors_first(finding for check in CHECKS for finding in check(study, measurements))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from recipes_lib.compare.eval_files import read_lines
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.validity.settings import pairs, place
+from recipes_lib.compare.validity.settings import pairs, run_place
 from recipes_lib.foreign.run import imported_files, same_rows
 from recipes_lib.generation.fingerprints import folder_fingerprint
 from recipes_lib.judging.store import text_hash
@@ -93,7 +93,7 @@ def _same_adapters(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Fin
         for twin in (folder for folder, other_size in theirs.items() if other_size == size):
             if folder_fingerprint(mine) == folder_fingerprint(twin):
                 title = f"{one.name} and {other.name} have the same {mine.name} under two names"
-                yield _found("identical-adapters", title, [place(mine), place(twin)], one.name, other.name)
+                yield _found("identical-adapters", title, [run_place(mine), run_place(twin)], one.name, other.name)
 
 
 def _same_seeds(arm: ArmMeasurements) -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def _same_seeds(arm: ArmMeasurements) -> Iterator[Finding]:
     for same in (same for same in prints.values() if len(same) > 1):
         title = f"{len(same)} trainings of {arm.name} ended with the same weights: one training is counted {len(same)} times"
         remedy = "did the seed reach the training? train the other seeds anew"
-        yield Finding("identical-seeds", "error", title, tuple(place(folder) for folder in same), remedy, (arm.name,))
+        yield Finding("identical-seeds", "error", title, tuple(run_place(folder) for folder in same), remedy, (arm.name,))
 
 
 def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
@@ -117,7 +117,7 @@ def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
         if twin is None or result.suite == "lm_eval" or not _alike(result, twin):
             continue
         metrics = tuple(dict.fromkeys(measure.name for measure in (*result.measures, *twin.measures)))
-        places = [place(result.file.parent), place(twin.file.parent)]
+        places = [run_place(result.file.parent), run_place(twin.file.parent)]
         mine = _texts(result, "answer")
         if mine is not None and mine == _texts(twin, "answer"):
             title = f"{one.name} and {other.name} gave the same answers in {result.eval}"
@@ -181,7 +181,7 @@ def _shared_adapter(one: ArmMeasurements, other: ArmMeasurements) -> bool:
 def _lent(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[tuple[str, str, list[str]]]:
     shared = sorted(_fingerprints(one) & _fingerprints(other))
     places = [
-        f"{place(result.file)}: weights {fingerprint[:12]}"
+        f"{run_place(result.file)}: weights {fingerprint[:12]}"
         for arm in (one, other)
         for run in arm.runs
         for result in run.evals
@@ -206,7 +206,7 @@ def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
         if own not in models and models & theirs:
             title = f"The answers of {arm.name} in {result.eval} were given by {other.name}'s weights"
             weights = min(models & theirs)[:12]
-            evidence = (f"{place(file)}: weights {weights}", f"{place(result.file)}: weights {own[:12]}")
+            evidence = (f"{run_place(file)}: weights {weights}", f"{run_place(result.file)}: weights {own[:12]}")
             remedy = "delete the file and evaluate the run again"
             yield Finding("answers-of-another-arm", "error", title, evidence, remedy, (arm.name,))
 
@@ -220,7 +220,7 @@ def _former_opponent(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[F
         now = {one.result["answers"]["fingerprint"] for one in own if (one.result.get("answers") or {}).get("fingerprint")}
         if told and now and told not in now:
             title = f"{arm.name} was judged in {result.eval} against answers that {other.name} does not give any more"
-            evidence = (f"{place(result.file)}: weights {str(told)[:12]}", f"{place(own[0].file)}: weights {min(now)[:12]}")
+            evidence = (f"{run_place(result.file)}: weights {str(told)[:12]}", f"{run_place(own[0].file)}: weights {min(now)[:12]}")
             remedy = f"judge it again: recipes eval EVAL {result.file.parents[2].name} --against {result.against}"
             metrics = tuple(measure.name for measure in result.measures if measure.opponent is not None)
             yield Finding("answers-of-another-arm", "error", title, evidence, remedy, (arm.name, other.name), metrics)

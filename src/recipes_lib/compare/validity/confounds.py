@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.validity.settings import Values, arm_values, beside, changes_result, declared_by, differing, pairs, shown
+from recipes_lib.compare.validity.settings import Values, arm_values, beside, changes_result, declared_by, differing, pairs, setting_text
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
@@ -33,7 +33,8 @@ def _finding(study: Study | None, first: str, second: str, keys: list[str], one:
     heavy = [key for key in keys if changes_result(key, one, other)]
     listed = [*heavy, *(key for key in keys if key not in heavy)]
     evidence = tuple(
-        f"{key}: {first} {shown(one.get(key))}, {second} {shown(other.get(key))}" + ("" if key in heavy else " (changes no result)")
+        f"{key}: {first} {setting_text(one.get(key))}, {second} {setting_text(other.get(key))}"
+        + ("" if key in heavy else " (changes no result)")
         for key in listed
     )
     if study is None:

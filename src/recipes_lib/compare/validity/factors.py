@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from recipes_lib.compare.design_check import missing_cells
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.validity.settings import arm_values, differing, shown
+from recipes_lib.compare.validity.settings import arm_values, differing, setting_text
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
@@ -45,7 +45,8 @@ def _aliased(study: Study, measurements: Measurements) -> Iterator[Finding]:
             keys = differing(values.get(first, {}), values.get(second, {}))
             evidence = [f"{factor}: {first} {cells[first][factor]}, {second} {cells[second][factor]}" for factor in (one, other)]
             evidence += [
-                f"{study.factor_of(key)}, {key}: {first} {shown(values[first].get(key))}, {second} {shown(values[second].get(key))}"
+                f"{study.factor_of(key)}, {key}: "
+                f"{first} {setting_text(values[first].get(key))}, {second} {setting_text(values[second].get(key))}"
                 for key in keys
                 if study.factor_of(key) in (one, other)
             ]

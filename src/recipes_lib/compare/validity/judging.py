@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import Finding, Severity
-from recipes_lib.compare.validity.settings import place
-from recipes_lib.compare.wording import listed
+from recipes_lib.compare.validity.settings import run_place
+from recipes_lib.compare.wording import sentence_list
 from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of
 from recipes_lib.json_files import read_object
 
@@ -149,12 +149,12 @@ def _not_audited(measurements: Measurements, results: Sequence[tuple[str, EvalLo
             states.pop(_OWN_WORDS, None)
         missing = [check for check, seen in states.items() if seen == {"not measured"}] if states else ["anything"]
         if missing:
-            evals = listed(list(dict.fromkeys(result.eval for _, result in found)))
-            title = f"The audit of the judge of {evals} did not measure {listed(missing)}"
+            evals = sentence_list(list(dict.fromkeys(result.eval for _, result in found)))
+            title = f"The audit of the judge of {evals} did not measure {sentence_list(missing)}"
             arms: dict[str, dict[str, None]] = defaultdict(dict)
             for name, result in found:
                 arms[result.eval][name] = None
-            evidence = tuple(f"{name}: {listed(list(mine))}" for name, mine in arms.items())
+            evidence = tuple(f"{name}: {sentence_list(list(mine))}" for name, mine in arms.items())
             remedy = "recipes judge audit --judge JUDGE.yaml --labels FILE... measures every check; then write the report again"
             yield Finding(NOT_AUDITED, "error", title, evidence, remedy, (), judged_metrics(found))
 
@@ -166,7 +166,7 @@ def _of_itself(measurements: Measurements, found: Sequence[tuple[str, EvalLog]])
     for name, result in found:
         whose = _kinship(result.result.get("judge") or {}, result, runs[result.file])
         if whose:
-            lines[name] = f"{name}: judged by {whose}, {result.result['judge']['model']} ({place(result.file)})"
+            lines[name] = f"{name}: judged by {whose}, {result.result['judge']['model']} ({run_place(result.file)})"
     title = f"The judge is a model that it judges, or its base, in {found[0][1].eval}"
     yield from _per_arm(found, "self-judged", "error", title, lines, "judge with a model of another family", judged_metrics(found))
 
@@ -212,7 +212,7 @@ def _degenerate(measurements: Measurements, found: Sequence[tuple[str, EvalLog]]
             counts = {"are one and the same": same.get("count"), "are empty": answers.get("empty"), "are cut": answers.get("cut")}
             for what, count in ((what, count or 0) for what, count in counts.items()):
                 if count > 2 and (facts or {}).get("name"):
-                    told[str(whose)].setdefault((str((facts or {})["name"]), what), (count / n, count, n, place(result.file)))
+                    told[str(whose)].setdefault((str((facts or {})["name"]), what), (count / n, count, n, run_place(result.file)))
     faults: tuple[tuple[Severity, str, float, float], ...] = (("error", "fifth", DEGENERATE, 1.0), ("warning", "tenth", 0.1, DEGENERATE))
     for severity, part, above, most in faults:
         by_arm: dict[str, str] = {}
@@ -235,7 +235,7 @@ def _fingerprint(result: EvalLog) -> str | None:
 def _line(card: dict[str, Any], check: dict[str, Any], whose: str, file: Path) -> str:
     """A failed check with its value."""
     value = "n/a" if check["value"] is None else f"{check['value']:.3f}"
-    return f"{whose}: {check['check']} {value}, needs {check['needs']}{_detail(card, check)} ({place(file)})"
+    return f"{whose}: {check['check']} {value}, needs {check['needs']}{_detail(card, check)} ({run_place(file)})"
 
 
 def _weak(results: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
@@ -285,7 +285,7 @@ def _one_order(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
         single = sum(len(item.verdicts) == 1 and not item.by_rule for item in measure.samples)
         if single:
             fixed = any("always first" in flag for flag in result.result.get("flags") or ())
-            lines[fixed][name] = f"{name}: {single} of {len(measure.samples)} comparisons have one verdict ({place(result.file)})"
+            lines[fixed][name] = f"{name}: {single} of {len(measure.samples)} comparisons have one verdict ({run_place(result.file)})"
     metrics = tuple(dict.fromkeys(one.name for _, result in found for one in result.measures if one.opponent is not None))
     for fixed, by_arm in lines.items():
         title = f"Answers were judged in one order only in {found[0][1].eval}" + (", the model's always first" if fixed else "")
@@ -327,7 +327,7 @@ def _missing_turns(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
             shown = ", ".join(f"question {question} turn {turn}" for question, turn in missing[:5])
             count = "1 turn" if len(missing) == 1 else f"{len(missing)} turns"
             title = f"{count} of {name} in {result.eval} {'has' if len(missing) == 1 else 'have'} no judgment: {shown}"
-            evidence = (f"{len(mine)} of {len(answered) * len(every)} turns are judged ({place(result.file)})",)
+            evidence = (f"{len(mine)} of {len(answered) * len(every)} turns are judged ({run_place(result.file)})",)
             remedy = "judge it: a turn that is left out leaves the mean too high or too low"
             yield Finding("missing-turn", "warning", title, evidence, remedy, (name,), (measure.name,))
 
@@ -338,7 +338,7 @@ def _replayed(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
     for name, result in found:
         for report in result.result.get("replays") or ():
             for finding in report.get("findings") or ():
-                lines[finding["name"]][name] = f"{name}: {finding['message']} ({place(result.file)})"
+                lines[finding["name"]][name] = f"{name}: {finding['message']} ({run_place(result.file)})"
     for code, by_arm in lines.items():
         if code in _REPLAYED:
             severity, title, remedy = _REPLAYED[code]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.validity.circumstances import CIRCUMSTANCES
-from recipes_lib.compare.validity.settings import Values, arm_values, effective, pairs, shown
+from recipes_lib.compare.validity.settings import Values, arm_values, effective, pairs, setting_text
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
@@ -74,7 +74,7 @@ def _differences(keys: tuple[str, ...], first: str, second: str, one: Values, ot
     if not one or not other:
         return []
     return [
-        f"{key}: {first} {shown(one.get(key))}, {second} {shown(other.get(key))}"
+        f"{key}: {first} {setting_text(one.get(key))}, {second} {setting_text(other.get(key))}"
         for key in keys
         if (effective(key, one) or None) != (effective(key, other) or None)
     ]
@@ -99,5 +99,5 @@ def _recorded(one: RunMeasurements, other: RunMeasurements) -> list[str]:
         mine: Any = circumstance.read(one)
         theirs: Any = circumstance.read(other)
         names = [name for name in mine if name in theirs and mine[name] != theirs[name] and name != "train"]
-        lines += [f"{name}: {shown(mine[name])} and {shown(theirs[name])}" for name in names]
+        lines += [f"{name}: {setting_text(mine[name])} and {setting_text(theirs[name])}" for name in names]
     return lines

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.validity.settings import differing, pairs, place, shown
+from recipes_lib.compare.validity.settings import differing, pairs, run_place, setting_text
 from recipes_lib.runs.resume_guard import flatten
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _asked(study: Study | None, first: str, second: str, one: EvalLog, other: Ev
     keys = [key for key in keys if not (factors and key.startswith("answers.prompt_format"))]
     if not keys:
         return None
-    evidence = tuple(f"{key}: {first} {shown(mine[key])}, {second} {shown(theirs[key])}" for key in keys)
+    evidence = tuple(f"{key}: {first} {setting_text(mine[key])}, {second} {setting_text(theirs[key])}" for key in keys)
     title = f"{first} and {second} were not asked in the same way: {', '.join(keys[:3])}"
     return Finding(
         "protocol-differs",
@@ -114,7 +114,7 @@ def _texts(study: Study | None, first: str, second: str, one: EvalLog, other: Ev
         return None
     title = f"{first} and {second} were asked other questions under the same ids, or judged against other answers"
     remedy = "evaluate both with one eval recipe (recipes eval), after the last change of its files"
-    evidence += (place(one.file), place(other.file))
+    evidence += (run_place(one.file), run_place(other.file))
     return Finding("protocol-differs", "error", title, evidence, remedy, (first, second), _metrics(one, other))
 
 
@@ -148,7 +148,7 @@ def _precision(study: Study | None, first: str, second: str, one: EvalLog, other
         return None
     sides = [result.result.get("answers") or {} for result in (one, other)]
     evidence = tuple(
-        f"{key}: {first} {shown(sides[0][key])}, {second} {shown(sides[1][key])}"
+        f"{key}: {first} {setting_text(sides[0][key])}, {second} {setting_text(sides[1][key])}"
         for key in ("dtype", "quantized")
         if all(side.get(key) is not None for side in sides) and sides[0][key] != sides[1][key]
     )
@@ -171,7 +171,7 @@ def _questions(first: str, second: str, one: EvalLog, other: EvalLog) -> Iterato
         alone = (len(mine - other_items), len(other_items - mine))
         if any(alone):
             title = f"{first} and {second} were asked different questions in {measure.name}: {shared} are the same"
-            evidence = (f"{alone[0]} only {first} ({place(measure.file)})", f"{alone[1]} only {second} ({place(twin.file)})")
+            evidence = (f"{alone[0]} only {first} ({run_place(measure.file)})", f"{alone[1]} only {second} ({run_place(twin.file)})")
             remedy = "only the shared ones are compared; evaluate both on one question set"
             yield Finding("questions-differ", "warning", title, evidence, remedy, (first, second), (measure.name,))
 
@@ -197,11 +197,11 @@ def _absent(measurements: Measurements) -> Iterator[Finding]:
         for run in arm.runs:
             if run.unfinished:
                 title = f"{name} has evaluations without a result: {', '.join(run.unfinished)}"
-                yield Finding("unfinished-evaluation", "warning", title, (place(run.folder),), "run the same command again", (name,))
+                yield Finding("unfinished-evaluation", "warning", title, (run_place(run.folder),), "run the same command again", (name,))
             missing = sorted(every - {result.eval for result in run.evals} - set(run.unfinished))
             if missing and run.evals:
                 title = f"{name} was not evaluated with {', '.join(missing)}"
-                yield Finding("missing-evaluation", "note", title, (place(run.folder),), "recipes eval EVAL RUN", (name,))
+                yield Finding("missing-evaluation", "note", title, (run_place(run.folder),), "recipes eval EVAL RUN", (name,))
 
 
 def _metrics(one: EvalLog, other: EvalLog) -> tuple[str, ...]:

@@ -140,14 +140,14 @@ def changes_result(key: str, first: Values, second: Values) -> bool:
     return key not in _CUT and not (section == "train" and FREE_KEYS.match(name))
 
 
-def place(path: Path) -> str:
+def run_place(path: Path) -> str:
     """Return a file of a run as `runs/<run>/...`, wherever the runs lie."""
     root = runs_root().resolve()
     whole = path.resolve()
     return f"runs/{whole.relative_to(root).as_posix()}" if whole.is_relative_to(root) else shown_path(path)
 
 
-def shown(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """Return a value as text of at most 60 characters."""
     text = "absent" if value is None else "true" if value is True else "false" if value is False else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
