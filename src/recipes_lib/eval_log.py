@@ -22,7 +22,7 @@ class Sample:
     Samples of one `id` (its turns) are not independent. `value` is 1, 0.5 or 0 for a pair, a grade, or a task's score; None where there
     is no verdict, and `outcome` is "unresolved" then. `verdicts` are what was said in order AB and BA (a grade alone in grading), or the
     status of the missing verdict; `raws` are the texts behind them. `lengths` are characters: the answer, then its opponent's. Texts are
-    None where the files do not hold them.
+    None where the files do not hold them; `shortened` says that they hold only the beginning of the answer.
     """
 
     id: str
@@ -37,6 +37,7 @@ class Sample:
     answer: str | None = field(default=None, repr=False)
     opponent: str | None = field(default=None, repr=False)
     raws: tuple[str | None, ...] = field(default=(), repr=False)
+    shortened: bool = False
 
     @property
     def key(self) -> tuple[str, int]:
@@ -52,6 +53,46 @@ class Sample:
     def flip(self) -> bool:
         """Whether the judge named the same place in both orders, so that its verdict turned with the order."""
         return not self.by_rule and self.verdicts in (("A", "A"), ("B", "B"))
+
+    def to_dict(self, metric: str) -> dict[str, Any]:
+        """Return the sample as a line of items.jsonl, the file of an imported evaluation; `from_dict` reads it."""
+        texts = {"instruction": self.input, "answer": self.answer, "opponent_answer": self.opponent}
+        return {
+            "metric": metric,
+            "value": self.value,
+            "outcome": self.outcome,
+            "question_id": self.id,
+            "turn": self.turn,
+            "category": self.category,
+            "verdicts": list(self.verdicts),
+            "raws": list(self.raws),
+            "lengths": list(self.lengths),
+            **{name: text for name, text in texts.items() if text is not None},
+            **({"shortened": True} if self.shortened else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Sample:
+        """Return a line of items.jsonl as a sample.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        return cls(
+            id=str(row["question_id"]),
+            turn=int(row.get("turn") or 1),
+            category=row.get("category") or "all",
+            value=None if row.get("value") is None else float(row["value"]),
+            outcome=row["outcome"],
+            verdicts=tuple(row.get("verdicts") or ()),
+            by_rule=bool(row.get("by_rule")),
+            lengths=tuple(row.get("lengths") or ()),
+            input=row.get("instruction"),
+            answer=row.get("answer"),
+            opponent=row.get("opponent_answer"),
+            raws=tuple(row.get("raws") or ()),
+            shortened=bool(row.get("shortened")),
+        )
 
 
 @dataclass(frozen=True)

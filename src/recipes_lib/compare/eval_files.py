@@ -235,16 +235,8 @@ def _imported(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Meas
     for told in result["measures"]:
         metric, task = told["metric"], told.get("task") or ""
         mine = (row for row in rows if row["metric"] == metric and (row.get("task") or "") == task)
-        items = tuple(map(_imported_sample, mine))
+        items = tuple(map(Sample.from_dict, mine))
         yield Measure(
             name, str(result["suite"]), metric, told["label"], items, file, told.get("opponent"), task,
             told.get("higher_is_better", True), told.get("unit", "share"), told.get("reported"), told.get("reported_n"),
         )  # fmt: skip
-
-
-def _imported_sample(row: Mapping[str, Any]) -> Sample:
-    value = None if row.get("value") is None else float(row["value"])
-    said, lengths, raws = (tuple(row.get(key) or ()) for key in ("verdicts", "lengths", "raws"))
-    place = (str(row["question_id"]), int(row.get("turn") or 1), row.get("category") or "all")
-    asked, answer, opponent = (row.get(key) for key in ("instruction", "answer", "opponent_answer"))
-    return Sample(*place, value, row["outcome"], said, bool(row.get("by_rule")), lengths, asked, answer, opponent, raws)

@@ -3,13 +3,9 @@
 Pure file reading: no model, no statistics, no sentence. `claims` compares what stands here, `validity` looks for reasons not to
 believe it, `report` shows it. The readers of the single file formats are in `eval_files`.
 
-An imported evaluation (`recipes import`) may hold, instead of our judgments, `items.jsonl` beside its result.json, one line per item:
-
-    {"metric": "win_rate", "question_id": "17", "turn": 1, "category": "writing", "value": 0.5, "outcome": "tie",
-     "verdicts": ["A", ""], "raws": ["...", ""], "lengths": [812, 401], "instruction": "...", "answer": "...", "opponent_answer": "..."}
-
-and in result.json `measures: [{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference", "unit": "share"}]`
-(`higher_is_better` is true and `task` empty unless given). `value` is null where there is no verdict, `outcome` then "unresolved".
+An imported evaluation (`recipes import`) holds, instead of our judgments, `items.jsonl` beside its result.json, one `Sample` per line with
+the name of its metric, and in result.json `measures: [{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference",
+"unit": "share"}]` (`higher_is_better` is true and `task` empty unless given).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from recipes_lib.atomic_files import write_json, write_text
 from recipes_lib.errors import DataError
+from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.foreign.parts import Part, Row
 from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.project import shown_path
@@ -28,24 +30,25 @@ def write_evaluation(folder: Path, name: str, target: str, parts: Sequence[Part]
     if name == "lm_eval":
         return _write_harness(folder, name, target, parts)
     answers = _answers(parts)
-    items = [_with_answer(item, answers) for part in parts for item in part.items]
+    measures = [measure for part in parts for measure in part.measures]
+    samples = [_with_answer(one, answers).to_dict(measure.metric) for measure in measures for one in measure.samples]
     judgments = [row for part in parts for row in part.judgments]
     if answers:
         write_text(folder / "generations.jsonl", _lines(answers.values()))
     if judgments:
         write_text(folder / "judgments.jsonl", _lines(judgments))
-    write_text(folder / "items.jsonl", _lines(items))
+    write_text(folder / "items.jsonl", _lines(samples))
     result = {
         **_head(name, target, parts),
         "against": next((part.opponent for part in parts if part.opponent), None),
-        "n": len({item["question_id"] for item in items}),
+        "n": len({one["question_id"] for one in samples}),
         "subset": next(filter(None, map(_subset, parts)), None),
         "answers": _answer_facts(target, parts, answers),
         "judge": _judge(parts),
         "audit": _audit(judgments),
         "replays": [part.facts["report"] for part in parts if "report" in part.facts],
         "missing": [turn for part in parts for turn in part.facts.get("missing", ())],
-        "measures": [measure for part in parts for measure in part.measures],
+        "measures": [_described(measure) for measure in measures],
     }
     result["banners"] = [*filter(None, [(result["audit"] or {}).get("banner"), result["subset"]])]
     write_json(folder / "result.json", result)
@@ -93,7 +96,7 @@ def _check_metrics(parts: Sequence[Part]) -> None:
     """
     seen: dict[str, Part] = {}
     for part in parts:
-        metrics = [measure["metric"] for measure in part.measures] or (["lm-eval results"] if "tasks" in part.facts else [])
+        metrics = [measure.metric for measure in part.measures] or (["lm-eval results"] if "tasks" in part.facts else [])
         for metric in metrics:
             if (first := seen.setdefault(metric, part)) is not part:
                 what = f"holds {metric} of {part.eval}, and so does {shown_path(first.file.path)}"
@@ -114,7 +117,7 @@ def _answers(parts: Sequence[Part]) -> dict[tuple[str, int], Row]:
             _compare(part, mine, source, known)
         known |= {key: row for key, row in mine.items() if key not in known}
         source = source or part
-    judged = {(item["question_id"], item["turn"]) for part in parts for item in part.items}
+    judged = {one.key for part in parts for one in part.samples}
     if known and judged and not judged & known.keys():
         assert source is not None
         raise source.file.error("not one of its answers is to a question that was judged", "are they of the same question set?")
@@ -138,22 +141,26 @@ def _compare(part: Part, mine: dict[tuple[str, int], Row], other: Part, known: d
         part.lacks = (*part.lacks, f"{len(extra)} questions are in only one of {part.file.path.name} and {other.file.path.name}")
 
 
-def _with_answer(item: Row, answers: dict[tuple[str, int], Row]) -> Row:
-    """The item with the whole answer where another file holds it."""
-    row = answers.get((item["question_id"], item["turn"]))
-    if row is None or item.get("answer") == row["answer"]:
-        return item
-    kept = {key: value for key, value in item.items() if key != "shortened"}
-    lengths = [len(row["answer"]), *item["lengths"][1:]]
-    return {**kept, "answer": row["answer"], "lengths": lengths}
+def _described(measure: Measure) -> Row:
+    """What result.json says about a metric whose samples stand in items.jsonl."""
+    against = {"opponent": measure.opponent} if measure.opponent is not None else {}
+    return {"metric": measure.metric, "label": measure.label, **against, "unit": measure.unit}
+
+
+def _with_answer(one: Sample, answers: dict[tuple[str, int], Row]) -> Sample:
+    """The sample with the whole answer where another file holds it."""
+    row = answers.get(one.key)
+    if row is None or one.answer == row["answer"]:
+        return one
+    return dataclasses.replace(one, answer=row["answer"], lengths=(len(row["answer"]), *one.lengths[1:]), shortened=False)
 
 
 def _answer_facts(target: str, parts: Sequence[Part], answers: dict[tuple[str, int], Row]) -> Row:
     """What result.json says about the answers; their fingerprint is one of their texts, because no weights are there."""
     texts = sorted([*key, row["answer"]] for key, row in answers.items())
     models = list(dict.fromkeys(model for part in parts for model in part.models))
-    whole = (item for part in parts for item in part.items if item.get("answer") is not None and not item.get("shortened"))
-    given = {(item["question_id"], item["turn"]): str(item["answer"]) for item in whole}
+    whole = (one for part in parts for one in part.samples if one.answer is not None and not one.shortened)
+    given = {one.key: str(one.answer) for one in whole}
     given |= {key: str(row["answer"]) for key, row in answers.items()}
     faults: Row | None = None
     if given:
@@ -192,8 +199,8 @@ def _audit(judgments: Sequence[Row]) -> dict[str, Any] | None:
 
 def _subset(part: Part) -> str | None:
     """The stamp of a known question set that is not whole."""
-    size, found = _SIZES.get(part.file.format), len({item["question_id"] for item in part.items})
-    own = part.file.format == "original-alpaca-eval-csv" or all(item["category"] != "all" for item in part.items)
+    size, found = _SIZES.get(part.file.format), len({one.id for one in part.samples})
+    own = part.file.format == "original-alpaca-eval-csv" or all(one.category != "all" for one in part.samples)
     return f"subset, n={found} of {size}" if size and own and found < size else None
 
 

@@ -1,4 +1,4 @@
-"""What one foreign file gives to an evaluation: measures with their items, judgments, answers, and what it could not give."""
+"""What one foreign file gives to an evaluation: measures with their samples, judgments, answers, and what it could not give."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipes_lib.errors import RecipeError
+from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.foreign.files import Foreign
 from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.suggestions import did_you_mean
@@ -20,15 +21,14 @@ _CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction
 class Part:
     """One file's share of one evaluation.
 
-    `measures` and `items` are as `compare.measurements` reads them, `judgments` and `answers` rows of our own stores. `lacks` says
+    `judgments` and `answers` are rows of our own stores. `lacks` says
     what could not be carried over, `facts` goes into result.json. `rows_of` is the model whose rows these are, where the
     file holds several.
     """
 
     eval: str
     file: Foreign
-    measures: list[Row] = field(default_factory=list)
-    items: list[Row] = field(default_factory=list)
+    measures: list[Measure] = field(default_factory=list)
     judgments: list[Row] = field(default_factory=list)
     answers: list[Row] = field(default_factory=list)
     models: tuple[str, ...] = ()
@@ -37,6 +37,11 @@ class Part:
     flags: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     facts: Row = field(default_factory=dict)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples of all measures."""
+        return [one for measure in self.measures for one in measure.samples]
 
 
 def mt_bench_category(question: str) -> str:

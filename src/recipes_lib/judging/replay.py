@@ -42,12 +42,16 @@ def replay_files(paths: Sequence[str | Path]) -> dict[str, Any]:
 def report_of(file: ForeignFile) -> dict[str, Any]:
     """The report of one file."""
     records = file.records
-    unparsed = sum(not record.parsed for record in records)
-    contradictions = find_contradictions(text for record in records for text in record.texts)
+    unparsed = sum(not record.resolved for record in records)
     pair = file.kind == "pair"
+    contradictions = find_contradictions(
+        (raw or "", said if pair else None if record.score is None else int(record.score))
+        for record in records
+        for raw, said in zip(record.raws, record.verdicts, strict=False)
+    )
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        groups[f"{record.model} against {record.opponent}" if record.opponent else record.model].append(record)
+        groups[f"{record.model} against {record.against}" if record.against else record.model].append(record)
     return {
         "file": str(file.path),
         "format": file.format,
@@ -108,7 +112,7 @@ def _question_mean(records: Sequence[Record]) -> tuple[float | None, float | Non
     by_question: dict[str, list[float]] = defaultdict(list)
     for record in records:
         if record.score is not None:
-            by_question[record.item].append(2 * record.score)
+            by_question[record.id].append(2 * record.score)
     means = np.array([sum(values) / len(values) for values in by_question.values()])
     if len(means) < 2:
         return (float(means[0]) if len(means) else None), None, None, len(means)
@@ -122,11 +126,11 @@ def _order(file: ForeignFile) -> dict[str, Any]:
         return {"judged": "single-answer", "flips": None, "flip_rate": None, "interval": None}
     if not file.both_orders:
         return {"judged": "one-order", "flips": None, "flip_rate": None, "interval": None}
-    known = [record.flipped for record in file.records if record.flipped is not None and record.parsed]
+    known = [record.flipped for record in file.records if record.flipped is not None and record.resolved]
     if file.format == "fastchat-pair" or known:
         flips = [bool(flipped) for flipped in known]
     else:
-        seen = {(record.item, record.answer, record.opponent_answer): record.recorded for record in file.records}
+        seen = {(record.id, record.answer, record.opponent): record.recorded for record in file.records}
         mirror = {"win": "loss", "loss": "win", "tie": "tie"}
         swaps = [(seen[key], seen.get((key[0], key[2], key[1]))) for key in seen if str(key[1]) < str(key[2])]
         flips = [mirror[first] != second for first, second in swaps if first is not None and second is not None]
@@ -136,8 +140,8 @@ def _order(file: ForeignFile) -> dict[str, Any]:
 
 def _pair_bounds(records: Sequence[Record]) -> dict[str, Any]:
     """The win percentage with every judgment without a verdict lost, and with every one won."""
-    wins = sum(record.recorded == "win" and record.parsed for record in records)
-    unparsed = sum(not record.parsed for record in records)
+    wins = sum(record.recorded == "win" and record.resolved for record in records)
+    unparsed = sum(not record.resolved for record in records)
     return {"of": "win percent", "all_lost": 100 * wins / len(records), "all_won": 100 * (wins + unparsed) / len(records)}
 
 
@@ -146,7 +150,7 @@ def _grade_bounds(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any
     turns = {record.turn for record in records}
     seen: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        seen[record.model, record.item].append(record)
+        seen[record.model, record.id].append(record)
     bounds = {}
     for name, grade in (("all_lost", 1), ("all_won", file.highest)):
         filled = [
@@ -162,7 +166,7 @@ def _grade_bounds(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any
 
 def _alpaca_eval(records: Sequence[Record]) -> dict[str, Any]:
     """The alpaca_eval library's win rate and standard error, in percent: a draw is half a win, no verdict is left out."""
-    values = np.array([record.preference - 1 for record in records if record.preference is not None])
+    values = np.array([record.value for record in records if record.value is not None])
     n = len(values)
     error = 100 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None
     return {"win_rate": 100 * float(values.mean()) if n else None, "standard_error": error, "n": n}

@@ -31,7 +31,7 @@ class Finding:
 
 def _named(name: str, message: str, records: Sequence[Record]) -> Finding:
     """A finding about records."""
-    places = [record.item[:80] + ("" if record.turn == 1 else f" turn {record.turn}") for record in records]
+    places = [record.id[:80] + ("" if record.turn == 1 else f" turn {record.turn}") for record in records]
     return Finding(name, message, len(records), places[:20])
 
 
@@ -71,7 +71,7 @@ def _contradictions(found: Contradictions) -> Finding | None:
 
 def _unparsed(file: ForeignFile) -> Finding | None:
     """Texts without a verdict that were counted as a tie, or left out."""
-    unparsed = [record for record in file.records if not record.parsed]
+    unparsed = [record for record in file.records if not record.resolved]
     if not unparsed:
         return None
     if any(record.recorded == "tie" for record in unparsed):
@@ -85,24 +85,19 @@ def _empty_wins(records: Sequence[Record]) -> Finding | None:
     wins = [
         record
         for record in records
-        if (record.recorded == "win" and record.answer is not None and not record.answer.strip() and (record.opponent_answer or "").strip())
-        or (
-            record.recorded == "loss"
-            and record.opponent_answer is not None
-            and not record.opponent_answer.strip()
-            and (record.answer or "").strip()
-        )
+        if (record.recorded == "win" and record.answer is not None and not record.answer.strip() and (record.opponent or "").strip())
+        or (record.recorded == "loss" and record.opponent is not None and not record.opponent.strip() and (record.answer or "").strip())
     ]
     return _named("empty-answer-wins", f"{len(wins)} empty answers were counted as wins", wins) if wins else None
 
 
 def _without_context(records: Sequence[Record]) -> Finding | None:
     """Later turns that were judged without the first turn in front of the judge."""
-    first = {(record.model, record.opponent, record.item): record.shown for record in records if record.turn == 1 and record.shown}
+    first = {(record.model, record.against, record.id): record.input for record in records if record.turn == 1 and record.input}
     alone = []
     for record in records:
-        start = first.get((record.model, record.opponent, record.item))
-        if record.turn > 1 and record.shown is not None and start and _question(start)[:60] not in record.shown:
+        start = first.get((record.model, record.against, record.id))
+        if record.turn > 1 and record.input is not None and start and _question(start)[:60] not in record.input:
             alone.append(record)
     if not alone:
         return None
@@ -119,7 +114,7 @@ def _missing_turns(records: Sequence[Record]) -> list[Finding]:
     """Turns that others have and this question lacks, so that its mean rests on fewer."""
     turns: dict[tuple[str, str, str], set[int]] = defaultdict(set)
     for record in records:
-        turns[record.model, record.opponent, record.item].add(record.turn)
+        turns[record.model, record.against, record.id].add(record.turn)
     expected = set().union(*turns.values())
     missing = [f"question {item[2]} turn {turn}" for item, seen in turns.items() for turn in sorted(expected - seen)]
     if not missing:
@@ -130,11 +125,9 @@ def _missing_turns(records: Sequence[Record]) -> list[Finding]:
 
 def _repeated(records: Sequence[Record]) -> Finding | None:
     """Questions judged more than once under the same names."""
-    counts = Counter((record.model, record.opponent, record.item, record.turn, record.answer, record.opponent_answer) for record in records)
+    counts = Counter((record.model, record.against, record.id, record.turn, record.answer, record.opponent) for record in records)
     repeated = [
-        record
-        for record in records
-        if counts[record.model, record.opponent, record.item, record.turn, record.answer, record.opponent_answer] > 1
+        record for record in records if counts[record.model, record.against, record.id, record.turn, record.answer, record.opponent] > 1
     ]
     return (
         _named("repeated-judgments", f"{len(repeated)} judgments are of a question that was judged twice", repeated) if repeated else None
@@ -154,7 +147,7 @@ def _constant(records: Sequence[Record]) -> Finding | None:
 
 def _not_the_format(records: Sequence[Record]) -> Finding | None:
     """Texts that hold a verdict by the study's rule and none in the judge model's own format."""
-    loose = [record for record in records if record.strict is False and record.parsed]
+    loose = [record for record in records if record.strict is False and record.resolved]
     if not loose:
         return None
     message = f"{len(loose)} verdicts were read from texts that do not end in the judge's verdict format"
@@ -180,5 +173,5 @@ def compare_files(files: Sequence[ForeignFile]) -> list[Finding]:
 
 def _answers(file: ForeignFile) -> str | None:
     """Hash of all answers of a file; None where it holds none."""
-    answers = sorted(f"{record.item}\0{record.turn}\0{record.answer}" for record in file.records if record.answer)
+    answers = sorted(f"{record.id}\0{record.turn}\0{record.answer}" for record in file.records if record.answer)
     return text_hash("\1".join(answers)) if answers else None

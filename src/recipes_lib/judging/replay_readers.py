@@ -1,4 +1,4 @@
-"""Reading foreign judgments: four file formats, one record per judgment.
+"""Reading foreign judgments: four file formats, one sample per judgment.
 
 Formats: the original study's AlpacaEval CSV and MT-Bench JSONL, the alpaca_eval library's annotations.json, and FastChat's
 gpt-4_single / gpt-4_pair JSONL. A record keeps what the study made of the judge's text beside what the text says.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
+from recipes_lib.eval_log import SCORE, Sample
 from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.verdicts import parse_absolute
 
@@ -25,28 +26,19 @@ _STANDALONE_DIGIT = re.compile(r"\b[1-5]\b")  # the original study's rule; its l
 _OUTCOMES = {"A": "win", "B": "loss", "Tie": "tie"}
 
 
-@dataclass(frozen=True)
-class Record:
-    """One judgment of a foreign file.
+@dataclass(frozen=True, kw_only=True)
+class Record(Sample):
+    """One judgment of a foreign file: a sample, unresolved where the judge's text holds no verdict by the study's own rule.
 
     `recorded` is the outcome the study counted (win, loss, tie; None in grading) and `score` the number it averaged (None if it
-    has none). `parsed` is False where the judge's text holds no verdict by the study's own rule. `texts` are the judge's words
-    with the verdict the study took from them. `strict` says whether our parser finds a verdict too (None: not our format).
+    has none). `strict` says whether our parser finds a verdict too (None: not our format). `input` is what the judge was shown.
     """
 
-    item: str
-    turn: int = 1
     model: str = ""
-    opponent: str = ""
+    against: str = ""
     recorded: str | None = None
     score: float | None = None
-    parsed: bool = True
-    texts: tuple[tuple[str, str | int | None], ...] = ()
-    answer: str | None = None
-    opponent_answer: str | None = None
-    shown: str | None = None
     flipped: bool | None = None
-    preference: float | None = None
     strict: bool | None = None
 
 
@@ -171,14 +163,19 @@ def _original_csv(text: str, path: Path) -> Iterator[Record]:
     for count, row in enumerate(_csv_rows(reader, path), 1):
         try:
             feedback, preference = row["feedback"] or "", row["preference"]
+            recorded, parsed = _OUTCOMES[preference], bool(_STANDALONE_DIGIT.search(feedback))
+            answer, opponent = row["your_answer (A)"] or "", row["baseline_answer (B)"] or ""
             yield Record(
-                item=row["instruction"],
-                recorded=_OUTCOMES[preference],
+                id=row["instruction"],
+                value=SCORE[recorded] if parsed else None,
+                outcome=recorded if parsed else "unresolved",
+                verdicts=(preference.replace("Tie", "tie") if parsed else "unparsed",),
+                lengths=(len(answer), len(opponent)),
+                answer=answer,
+                opponent=opponent,
+                raws=(feedback,),
+                recorded=recorded,
                 score=float(row["score (A vs B)"]),
-                parsed=bool(_STANDALONE_DIGIT.search(feedback)),
-                texts=((feedback, preference if preference in ("A", "B") else None),),
-                answer=row["your_answer (A)"] or "",
-                opponent_answer=row["baseline_answer (B)"] or "",
                 strict=parse_absolute(feedback).value is not None,
             )
         except (KeyError, TypeError, ValueError) as fault:
@@ -200,15 +197,23 @@ def _original_mt_bench(row: dict[str, Any]) -> Record:
     verdict = parse_absolute(row["raw"])
     score = verdict.value if isinstance(verdict.value, int) else None
     return Record(
-        item=str(row["question_id"]),
+        id=str(row["question_id"]),
         turn=int(row["turn"]),
-        score=score,
-        parsed=score is not None,
-        texts=((row["raw"] or "", score),),
+        **graded_fields(score),
+        input=row.get("question"),
         answer=row.get("answer"),
-        shown=row.get("question"),
+        raws=(row["raw"] or "",),
+        shortened=True,
         strict=score is not None,
     )
+
+
+def graded_fields(score: float | None) -> dict[str, Any]:
+    """Return the fields that a grade gives a record, or that its absence does."""
+    if score is None:
+        return {"value": None, "outcome": "unresolved", "verdicts": ("unparsed",), "score": None}
+    said = str(int(score)) if float(score).is_integer() else str(score)
+    return {"value": score, "outcome": "graded", "verdicts": (said,), "score": score}
 
 
 def _alpaca_eval(row: dict[str, Any]) -> Record:
@@ -220,14 +225,16 @@ def _alpaca_eval(row: dict[str, Any]) -> Record:
     outcome = None if value is None else "win" if value > 1.5 else "loss" if value < 1.5 else "tie"
     orders = [given for given in (row.get("preference_by_order") or {}).values() if given is not None]
     return Record(
-        item=row["instruction"],
-        model=str(row.get("generator_2", "")),
-        opponent=str(row.get("generator_1", "")),
-        recorded=outcome,
-        parsed=value is not None,
+        id=row["instruction"],
+        value=None if value is None else value - 1,
+        outcome=outcome or "unresolved",
+        verdicts=({"win": "A", "loss": "B", "tie": "tie", None: "unparsed"}[outcome],),
+        lengths=tuple(len(text) for text in (row["output_2"], row["output_1"]) if text is not None),
         answer=row["output_2"],
-        opponent_answer=row["output_1"],
-        preference=value,
+        opponent=row["output_1"],
+        model=str(row.get("generator_2", "")),
+        against=str(row.get("generator_1", "")),
+        recorded=outcome,
         flipped=orders[0] != orders[1] if len(orders) == 2 else None,
     )
 
@@ -236,13 +243,12 @@ def _fastchat_single(row: dict[str, Any]) -> Record:
     """FastChat's grading: score -1 is a judgment without a rating."""
     score = None if row["score"] == -1 else float(row["score"])
     return Record(
-        item=str(row["question_id"]),
+        id=str(row["question_id"]),
         turn=int(row["turn"]),
+        **graded_fields(score),
+        input=row.get("user_prompt"),
+        raws=(row["judgment"] or "",),
         model=str(row["model"]),
-        score=score,
-        parsed=score is not None,
-        texts=((row["judgment"] or "", None if score is None else int(score)),),
-        shown=row.get("user_prompt"),
     )
 
 
@@ -255,20 +261,22 @@ def _fastchat_pair(row: dict[str, Any]) -> Record:
     outcome = None if not parsed else "tie" if games[0] != games[1] else {"model_1": "win", "model_2": "loss"}.get(games[0], "tie")
     letters = ({"model_1": "A", "model_2": "B"}.get(games[0]), {"model_1": "B", "model_2": "A"}.get(games[1]))
     return Record(
-        item=str(row["question_id"]),
+        id=str(row["question_id"]),
         turn=int(row.get("turn", 1)),
+        value=SCORE.get(outcome or ""),
+        outcome=outcome or "unresolved",
+        verdicts=tuple(letter or ("tie" if parsed else "unparsed") for letter in letters),
+        input=row.get("g1_user_prompt"),
+        raws=(row.get("g1_judgment") or "", row.get("g2_judgment") or ""),
         model=str(row["model_1"]),
-        opponent=str(row["model_2"]),
+        against=str(row["model_2"]),
         recorded=outcome,
-        parsed=parsed,
-        texts=((row.get("g1_judgment") or "", letters[0]), (row.get("g2_judgment") or "", letters[1])),
-        shown=row.get("g1_user_prompt"),
         flipped=parsed and games[0] != games[1],
     )
 
 
 def _swapped_pairs(records: list[Record]) -> bool:
     """Whether every comparison occurs with its answers exchanged too."""
-    pairs = {(record.item, record.answer, record.opponent_answer) for record in records}
+    pairs = {(record.id, record.answer, record.opponent) for record in records}
     distinct = {pair for pair in pairs if pair[1] != pair[2]}
     return bool(distinct) and all((item, second, first) in distinct for item, first, second in distinct)
