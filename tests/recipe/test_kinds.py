@@ -4,6 +4,7 @@ import pytest
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.kinds import FOREIGN, KINDS, kind_of
+from recipes_lib.recipe.validation import KindRules
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def test_an_unknown_schema_is_an_error_even_when_the_keys_are_known():
         kind_of({"model": {}}, "# yaml-language-server: $schema=poem.schema.json\n", "r.yaml")
 
 
-def test_every_kind_has_a_check_and_says_what_it_is_for():
+def test_every_kind_has_rules_and_says_what_it_is_for():
     for kind in (*KINDS, *FOREIGN):
-        assert callable(kind.checker())
+        assert isinstance(kind.rules(), KindRules)
         assert kind.use

@@ -14,6 +14,7 @@ from recipes_lib.commands import migrate as command
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.migration_rules import LORA_DEFAULTS, MOVES, OTHER_LOSSES, OTHER_TRAINERS, mixture_sources
+from recipes_lib.recipe.validation import check
 from recipes_lib.recipe.vocabulary import subschema
 
 FLAT = Path(__file__).parent / "flat_configs"
@@ -48,7 +49,7 @@ def test_every_style_passes_the_check_without_warnings(style, migrated, tmp_path
     migrated(style)
     document = load_document(tmp_path / "out" / "recipe.yaml")
     assert document.kind.name == "recipe"
-    assert document.kind.checker()(document, False) == []
+    assert check(document, full=False) == []
     assert document.warnings == []
 
 

@@ -12,6 +12,7 @@ from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipeErrors, R
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import recipe_path, shown_path
 from recipes_lib.recipe.recipe import recipe_from
+from recipes_lib.recipe.validation import check
 from recipes_lib.recipe.yaml_source import no_such_file
 from recipes_lib.terminal import next_step, say
 
@@ -42,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
         found: list[RecipesError] = []
         try:
             document = load_document(file, keep_going=True)
-            found += document.problems
-            found += document.kind.checker()(document, args.full and not found)
+            found += check(document, args.full)
             if not found and document.kind.name == "recipe":
                 found += _data_errors(document, args.full)
             remarks += document.warnings

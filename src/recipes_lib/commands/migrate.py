@@ -11,6 +11,7 @@ from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.migrate import keys_behind, migrate
 from recipes_lib.recipe.project import project_root
+from recipes_lib.recipe.validation import check
 from recipes_lib.recipe.yaml_source import read_yaml
 from recipes_lib.terminal import next_step, say
 
@@ -62,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _errors(path: Path) -> list[RecipeError]:
     """Return what `recipes check` finds in a file."""
     try:
-        document = load_document(path)
-        return document.kind.checker()(document, False)
+        return check(load_document(path), full=False)
     except RecipeErrors as errors:
         return list(errors.errors)
     except RecipeError as error:

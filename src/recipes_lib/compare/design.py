@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.design_check import check_eval_names, check_levels, check_overrides, check_values, folder_of
+from recipes_lib.compare.design_check import between_keys, check_eval_names, check_levels, check_overrides, with_whole_arms
 from recipes_lib.compare.design_sections import BASE_ARM, ArmSection
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.batch import accumulation_steps
+from recipes_lib.recipe.check import check_upstream
 from recipes_lib.recipe.kinds import SECTIONS
 from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document
@@ -22,8 +23,12 @@ from recipes_lib.recipe.project import recipe_path, shown_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.recipe.validation import KindRules, describe, load, shown
 from recipes_lib.recipe.yaml_source import KeyPath
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 # Values that follow from the accelerate config: a factor that may change the one may change the others.
 _OF_ACCELERATE = ("launch.distributed_type", "launch.mixed_precision")
@@ -160,11 +165,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     file = study_path(path)
     if not file.exists() and file.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"there is no study '{path}'", f"studies: {', '.join(_shipped())}, or the path of a study file")
-    document = load_document(file, [word for word in overrides if word not in words])
-    if document.kind.name != "study":
-        raise RecipeError(f"is {document.kind.title}, not a study", document.kind.use, file=document.file)
-    study, errors = _read(document, words)
-    if errors or study is None:
+    study, errors = _read(load(file, "study", [word for word in overrides if word not in words]), words)
+    if errors:
         raise RecipeErrors(errors)
     return dataclasses.replace(study, words=tuple(overrides))
 
@@ -195,26 +197,49 @@ def _shipped() -> list[str]:
     return sorted(file.stem for file in (project_root() / "recipes" / "studies").glob("*.yaml"))
 
 
-def check_study(document: Document, full: bool = False) -> list[RecipeError]:
-    """The check of studies that `recipes check` runs; `full` adds stage 2 for every arm's recipe."""
-    study, errors = _read(document, [])
-    if errors or study is None or not full:
-        return errors
-    from recipes_lib.recipe.check import check_upstream
+class StudyRules(KindRules):
+    """Rules of studies, whose top-level keys are values and no sections."""
 
-    found = {str(error): error for arm in study.arms if arm.recipe for error in check_upstream(arm.recipe, notes=[])}
-    return list(found.values())
+    def whole(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values with every bare path of an arm written as `{recipe: path}`."""
+        return with_whole_arms(values)
+
+    def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
+        """Return the error for a key that does not exist here."""
+        if len(path) > 1:
+            return super().unknown(document, path, known)
+        near = did_you_mean(str(path[0]), known)
+        return document.error(path, f"unknown key '{path[0]}'", *near, f"keys of a study: {', '.join(known)}")
+
+    def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
+        """Return the error for a value that the schema refuses."""
+        if len(path) > 1:
+            return super().wrong(document, path, error)
+        if error.validator == "minProperties":
+            return document.error(path, f"{path[0]} is empty")
+        return document.error(path, f"{path[0]} must be {describe(error.schema)}, got {shown(error.instance)}")
+
+    def between_keys(self, document: Document) -> Iterator[RecipeError]:
+        """Yield what is wrong between the study's own values."""
+        return between_keys(document)
+
+    def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
+        """Return what is wrong with the recipes and evals it names; `full` adds stage 2 for every arm's recipe."""
+        if not sound:
+            return []
+        study, errors = _read(document, [])
+        if errors or not full:
+            return errors
+        found = {str(error): error for arm in study.arms if arm.recipe for error in check_upstream(arm.recipe, notes=[])}
+        return list(found.values())
 
 
 def _section_of(word: str) -> str:
     return word.removeprefix("--").partition("=")[0].partition(".")[0]
 
 
-def _read(document: Document, words: Sequence[str]) -> tuple[Study | None, list[RecipeError]]:
-    """Return the study of a document, or what is wrong with it."""
-    errors = check_values(document)
-    if errors:
-        return None, errors
+def _read(document: Document, words: Sequence[str]) -> tuple[Study, list[RecipeError]]:
+    """Return the study of a document whose own values are sound, and what is wrong with the files it names."""
     values = document.values
     reader = _Reader(document, words)
     arms = tuple(filter(None, (reader.arm(name, value) for name, value in values["arms"].items())))
@@ -230,7 +255,7 @@ def _read(document: Document, words: Sequence[str]) -> tuple[Study | None, list[
         seeds=tuple(dict.fromkeys(seed for arm in arms for seed in arm.seeds)),
         include_base=values.get("include_base", True) and not own_base and any(arm.trained for arm in arms),
         evals=evals,
-        published=folder_of(document, ("published",)) / values["published"] if values.get("published") else None,
+        published=document.folder(("published",)) / values["published"] if values.get("published") else None,
         origins=document.origins,
         warnings=tuple(document.warnings),
     )
@@ -321,7 +346,7 @@ class _Reader:
         if section.recipe is None:
             return None
         key = ("arms", name, "recipe")
-        path = folder_of(self.document, key) / section.recipe
+        path = self.document.folder(key) / section.recipe
         if not path.is_file():
             self.errors.append(self.document.error(key, f"arm '{name}': no such recipe: {shown_path(path)}", *_alike(path)))
             return None
@@ -352,7 +377,7 @@ class _Reader:
     def eval(self, position: int) -> EvalRecipe | None:
         """Return one of the study's eval recipes."""
         key = ("evals", position)
-        path = folder_of(self.document, key) / self.document.values["evals"][position]
+        path = self.document.folder(key) / self.document.values["evals"][position]
         if not path.is_file():
             self.errors.append(self.document.error(key, f"no such eval recipe: {shown_path(path)}", *_alike(path)))
             return None

@@ -5,27 +5,19 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.design_sections import BASE_ARM
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.credentials import find_credentials
 from recipes_lib.recipe.loader import COMMAND_LINE, Document
 from recipes_lib.recipe.project import check_run_name, shown_path
 from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import describe, shown, strict_validator
-from recipes_lib.recipe.vocabulary import dotted_names, load_schema, subschema
+from recipes_lib.recipe.vocabulary import dotted_names, subschema
 from recipes_lib.recipe.yaml_source import KeyPath
-from recipes_lib.suites.validation import folder_of, translate
 
 if TYPE_CHECKING:
-    from jsonschema import Draft202012Validator, ValidationError
-
     from recipes_lib.compare.design import Study
 
-__all__ = ["check_eval_names", "check_levels", "check_overrides", "check_values", "folder_of"]
 _MADE_BY_LAUNCH = ("launch.distributed_type", "launch.world_size", "launch.mixed_precision")
 # What a study gives to every training itself.
 _GIVEN = {
@@ -35,43 +27,12 @@ _GIVEN = {
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")
 
 
-def check_values(document: Document) -> list[RecipeError]:
-    """Return what is wrong with a study's own values, all at once."""
-    found: dict[KeyPath, RecipeError] = dict(find_credentials(document))
-    for error in _validator().iter_errors(_with_whole_arms(document.values)):
-        for path, translated in _top_level(document, error) or translate(document, error):
-            found.setdefault(path, translated)
-    return list(found.values()) or [*_names(document), *_arms(document), *_factors(document), *_files(document)]
+def between_keys(document: Document) -> Iterator[RecipeError]:
+    """Yield what is wrong between a study's own values."""
+    yield from (*_names(document), *_arms(document), *_factors(document), *_files(document))
 
 
-@lru_cache(maxsize=1)
-def _validator() -> Draft202012Validator:
-    """The validator of studies whose arms are all mappings."""
-    schema = deepcopy(load_schema("study"))
-    arms = schema["properties"]["arms"]
-    arms["additionalProperties"] = next(form for form in arms["additionalProperties"]["anyOf"] if form["type"] == "object")
-    return strict_validator(schema)
-
-
-def _top_level(document: Document, error: ValidationError) -> list[tuple[KeyPath, RecipeError]]:
-    """Errors of the study's own keys, which are values and no sections; nothing for errors further down."""
-    path: KeyPath = tuple(error.absolute_path)
-    if not path and error.validator == "additionalProperties":
-        known = list(error.schema["properties"])
-        unknown = [key for key in error.instance if key not in known]
-        return [
-            ((key,), document.error((key,), f"unknown key '{key}'", *did_you_mean(key, known), f"keys of a study: {', '.join(known)}"))
-            for key in unknown
-        ]
-    if len(path) != 1 or error.validator in ("additionalProperties", "required"):
-        return []
-    if error.validator == "minProperties":
-        return [(path, document.error(path, f"{path[0]} is empty"))]
-    what = f"{path[0]} must be {describe(error.schema)}, got {shown(error.instance)}"
-    return [(path, document.error(path, what))]
-
-
-def _with_whole_arms(values: dict[str, Any]) -> dict[str, Any]:
+def with_whole_arms(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values with every bare path written as `{recipe: path}`."""
     arms = values.get("arms")
     if not isinstance(arms, dict):
@@ -105,7 +66,7 @@ def _names(document: Document) -> Iterator[RecipeError]:
 
 def _arms(document: Document) -> Iterator[RecipeError]:
     """What stands for each arm: exactly one of a recipe to train, an imported run, published numbers."""
-    for name, arm in _with_whole_arms(document.values)["arms"].items():
+    for name, arm in with_whole_arms(document.values)["arms"].items():
         imported, published, path = arm.get("imported"), arm.get("published_only"), ("arms", name)
         if imported and published:
             yield document.error((*path, "published_only"), f"arm '{name}' is imported and published_only; one of them")
@@ -151,8 +112,8 @@ def _factors(document: Document) -> Iterator[RecipeError]:
 
 def _files(document: Document) -> Iterator[RecipeError]:
     name = document.values.get("published")
-    if name and not (folder_of(document, ("published",)) / name).is_file():
-        path = shown_path(folder_of(document, ("published",)) / name)
+    if name and not (document.folder(("published",)) / name).is_file():
+        path = shown_path(document.folder(("published",)) / name)
         yield document.error(("published",), f"published: no such file: {path}")
 
 

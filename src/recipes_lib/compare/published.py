@@ -9,21 +9,17 @@ import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipeError, RecipeErrors
-from recipes_lib.recipe.credentials import find_credentials
-from recipes_lib.recipe.loader import Document, load_document
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import strict_validator
-from recipes_lib.recipe.vocabulary import load_schema
+from recipes_lib.recipe.validation import KindRules, load
 from recipes_lib.recipe.yaml_source import KeyPath
-from recipes_lib.suites.validation import translate
 
 if TYPE_CHECKING:
-    from jsonschema import Draft202012Validator
+    from jsonschema import ValidationError
 
 _BESIDE = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9.,_-]+){1,2}\Z")
 
@@ -93,11 +89,7 @@ def load_published(path: str | Path) -> Published:
     Raises:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    document = load_document(path)
-    if document.kind.name != "published":
-        raise RecipeError(f"is {document.kind.title}, not published numbers", document.kind.use, file=document.file)
-    if errors := check_published(document):
-        raise RecipeErrors(errors)
+    document = load(path, "published")
     values = document.values
     return Published(
         path=document.path,
@@ -118,42 +110,29 @@ def _circumstances(tables: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]
     return found
 
 
-def check_published(document: Document, full: bool = False) -> list[RecipeError]:
-    """The check of published numbers that `recipes check` runs."""
-    del full
-    if document.values.get("tables") == {}:
-        return [document.error(("tables",), "tables is empty", "a table has a title, metrics and arms")]
-    found: dict[KeyPath, RecipeError] = dict(find_credentials(document))
-    for error in _validator().iter_errors(_with_whole_numbers(document.values)):
-        for path, translated in translate(document, error):
-            found.setdefault(path, translated)
-    return list(found.values()) or _combinations(document)
+class PublishedRules(KindRules):
+    """Rules of published numbers: metrics that exist, intervals around their value, one number beside one of ours."""
 
+    def whole(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values with every bare number written as `{value: number}`; what has another shape stays as it is."""
+        copy = deepcopy(values)
+        tables = copy.get("tables")
+        for table in tables.values() if isinstance(tables, dict) else ():
+            arms = table.get("arms") if isinstance(table, dict) else None
+            for row in arms.values() if isinstance(arms, dict) else ():
+                if isinstance(row, dict):
+                    row.update({name: {"value": value} for name, value in row.items() if not isinstance(value, dict)})
+        return copy
 
-@lru_cache(maxsize=1)
-def _validator() -> Draft202012Validator:
-    """The validator of files whose numbers are all mappings."""
-    schema = deepcopy(load_schema("published"))
-    row = schema["properties"]["tables"]["additionalProperties"]["properties"]["arms"]["additionalProperties"]
-    row["additionalProperties"] = next(form for form in row["additionalProperties"]["anyOf"] if form["type"] == "object")
-    return strict_validator(schema)
+    def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
+        """Return the error for a value that the schema refuses."""
+        if path == ("tables",) and error.validator == "minProperties":
+            return document.error(path, "tables is empty", "a table has a title, metrics and arms")
+        return super().wrong(document, path, error)
 
-
-def _with_whole_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with every bare number written as `{value: number}`; what has another shape stays as it is."""
-    copy = deepcopy(values)
-    tables = copy.get("tables")
-    for table in tables.values() if isinstance(tables, dict) else ():
-        arms = table.get("arms") if isinstance(table, dict) else None
-        for row in arms.values() if isinstance(arms, dict) else ():
-            if isinstance(row, dict):
-                row.update({name: {"value": value} for name, value in row.items() if not isinstance(value, dict)})
-    return copy
-
-
-def _combinations(document: Document) -> list[RecipeError]:
-    """What the schema cannot say: metrics that exist, intervals around their value, one number beside one of ours."""
-    return [*_metrics(document), *_rows(document)] or list(_twice(document))
+    def between_keys(self, document: Document) -> Iterator[RecipeError]:
+        """Yield what the schema cannot say."""
+        yield from [*_metrics(document), *_rows(document)] or _twice(document)
 
 
 def _metrics(document: Document) -> Iterator[RecipeError]:

@@ -5,22 +5,25 @@ Reads and checks the file; it starts no model. Paths in it are relative to the f
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.errors import RecipeError
 from recipes_lib.judging.prometheus import Rubric, Template, load_rubric, load_template
 from recipes_lib.judging.published_prompts import PACKAGE, published_template
 from recipes_lib.judging.store import text_hash
-from recipes_lib.recipe.credentials import find_credentials
+from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.yaml_source import YamlSource, read_yaml
+from recipes_lib.recipe.validation import Finding, KindRules, dotted, load
+from recipes_lib.recipe.yaml_source import KeyPath
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 
 def _key(default: Any, help: str) -> Any:
@@ -84,6 +87,9 @@ class JudgeSection:
         return self.engine == "openai" and urlsplit(self.base_url or "").hostname in ("127.0.0.1", "localhost", "::1")
 
 
+_SECTIONS = {"judge": JudgeSection, "thresholds": Thresholds}
+
+
 @dataclass(frozen=True)
 class JudgeFile:
     """A judge file as read."""
@@ -117,46 +123,64 @@ def load_judge_file(path: str | Path) -> JudgeFile:
     Raises:
         RecipeErrors: every unknown key, wrong type and missing key, with its line.
     """
-    path = Path(path)
-    source = read_yaml(path)
-    if not isinstance(source.values, dict):
-        raise RecipeError("a judge file has a section judge", file=path)
-    errors: list[RecipeError] = list(find_credentials(source).values())
-    errors += [
-        RecipeError(f"unknown section '{name}'", "sections: judge, thresholds", file=path, line=source.lines.get((name,)))
-        for name in source.values
-        if name not in ("judge", "thresholds")
-    ]
-    judge = _section(JudgeSection, "judge", source, path, errors)
-    thresholds = _section(Thresholds, "thresholds", source, path, errors)
-    if judge.get("engine") == "openai" and not judge.get("base_url"):
-        errors.append(RecipeError("judge.base_url is required by engine openai", file=path, line=source.lines.get(("judge", "engine"))))
-    if errors:
-        raise RecipeErrors(errors)
-    return JudgeFile(path, JudgeSection(**judge), Thresholds(**thresholds))
+    return judge_of(load(path, "judge"))
 
 
-def _section(section: type, name: str, source: YamlSource, path: Path, errors: list[RecipeError]) -> dict[str, Any]:
-    """The checked values of a section; errors are added to the list."""
-    values = source.values.get(name) or {}
-    if not isinstance(values, Mapping):
-        errors.append(RecipeError(f"{name} must be a section", file=path, line=source.lines.get((name,))))
-        return {}
-    kinds, fields = typing.get_type_hints(section), {known.name: known for known in dataclasses.fields(section)}
-    good = {}
-    for key, value in values.items():
-        line = source.lines.get((name, key))
-        if key not in fields:
-            hints = did_you_mean(str(key), list(fields), f"{name}.") or [f"keys: {', '.join(fields)}"]
-            errors.append(RecipeError(f"unknown key '{name}.{key}'", *hints, file=path, line=line))
-        elif problem := _problem(key, value, kinds[key]):
-            errors.append(RecipeError(f"{name}.{key}: {problem}, not {value!r}", file=path, line=line))
-        else:
-            good[key] = value
-    for key, known in fields.items():
-        if known.default is dataclasses.MISSING and key not in values:
-            errors.append(RecipeError(f"{name}.{key} is required", file=path, line=source.lines.get((name,))))
-    return good
+def judge_of(document: Document) -> JudgeFile:
+    """Return the judge of a document that passed its check."""
+    values = document.values
+    return JudgeFile(document.path, JudgeSection(**values["judge"]), Thresholds(**(values.get("thresholds") or {})))
+
+
+class JudgeRules(KindRules):
+    """Rules of judge files: words of their own, and the range of every number."""
+
+    def whole(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values with an empty section written out."""
+        return {name: {} if section is None and name in _SECTIONS else section for name, section in values.items()}
+
+    def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
+        """Return the error for a key that does not exist here."""
+        if len(path) == 1:
+            return document.error(path, f"unknown section '{path[0]}'", "sections: judge, thresholds")
+        hints = did_you_mean(str(path[-1]), known, f"{path[0]}.") or [f"keys: {', '.join(known)}"]
+        return document.error(path, f"unknown key '{dotted(path)}'", *hints)
+
+    def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
+        """Return the error for the one key that every judge needs."""
+        return document.error(path, "judge.model is required")
+
+    def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
+        """Return the error for a value of the wrong type; what it must be is said by `_problem`, which knows the range too."""
+        if len(path) == 1:
+            return document.error(path, f"{path[0]} must be a section")
+        return next(problem for where, problem in self.at_once(document) if where == path)
+
+    def at_once(self, document: Document) -> Iterator[Finding]:
+        """Yield values outside their range, and a server without an address."""
+        for name, section in _SECTIONS.items():
+            values, annotations = document.values.get(name), typing.get_type_hints(section)
+            for key, value in values.items() if isinstance(values, dict) else ():
+                if key in annotations and (problem := _problem(key, value, annotations[key])):
+                    yield (name, key), document.error((name, key), f"{name}.{key}: {problem}, not {value!r}")
+        judge = document.values.get("judge")
+        if isinstance(judge, dict) and judge.get("engine") == "openai" and not judge.get("base_url"):
+            yield ("judge", "base_url"), document.error(("judge", "engine"), "judge.base_url is required by engine openai")
+
+    def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
+        """Return what is wrong with the prompts and rubrics that the file names."""
+        if not sound or document.problems:
+            return []
+        judge = judge_of(document)
+        try:
+            for kind in ("relative", "absolute"):
+                if getattr(judge.judge, f"{kind}_prompt") != PACKAGE:  # a check fetches nothing
+                    judge.template(kind)
+            for reference in (False, True):
+                judge.rubric(reference)
+        except RecipeError as error:
+            return [error]
+        return []
 
 
 def is_address(url: str) -> bool:

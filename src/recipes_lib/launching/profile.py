@@ -7,23 +7,20 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.errors import RecipeError
 from recipes_lib.launching.sections import STAGES, DirectoriesSection, EnvironmentSection, Profile
 from recipes_lib.planning.cards import CARDS, card_named
-from recipes_lib.recipe.credentials import find_credentials
-from recipes_lib.recipe.loader import Document, load_document
+from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.project import project_root
 from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import describe, shown, strict_validator
-from recipes_lib.recipe.vocabulary import load_schema
+from recipes_lib.recipe.validation import KindRules, describe, dotted, load, shown
 from recipes_lib.recipe.yaml_source import KeyPath
 
 if TYPE_CHECKING:
-    from jsonschema import Draft202012Validator, ValidationError
+    from jsonschema import ValidationError
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+))?(?::(?P<seconds>\d+))?|(?P<plain>\d+(?::\d+){0,2}))\Z")
 _WORD = re.compile(r"[^\s-]\S*\Z")
@@ -108,29 +105,11 @@ def load_profile(name: str) -> SiteProfile:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
     path = profile_path(name)
-    document = load_document(path)
-    if document.kind.name != "profile":
-        raise RecipeError(f"is {document.kind.title}, not a site profile", document.kind.use, file=document.file)
-    errors = check_profile(document)
-    if errors:
-        raise RecipeErrors(errors)
+    document = load(path, "profile")
     values = dict(document.values)
     values["environment"] = EnvironmentSection(**values["environment"])
     values["directories"] = DirectoriesSection(**values.get("directories", {}))
     return SiteProfile(path.stem, Profile(**values), document)
-
-
-def check_profile(document: Document, full: bool = False) -> list[RecipeError]:
-    """Return everything wrong with a profile: the check that `recipes check` runs."""
-    del full  # what a site really has only its Slurm knows: recipes launch --test-only
-    found: dict[KeyPath, RecipeError] = dict(find_credentials(document))
-    for error in _validator().iter_errors(document.values):
-        for path, translated in _translate(document, error):
-            found.setdefault(path, translated)
-    if not found:
-        for path, translated in _combinations(document):
-            found.setdefault(path, translated)
-    return list(found.values())
 
 
 def seconds_of(time: str) -> int:
@@ -165,94 +144,80 @@ def time_of(seconds: int) -> str:
     return f"{f'{days}-' if days else ''}{hours:02d}:{minutes % 60:02d}:00"
 
 
-@lru_cache(maxsize=1)
-def _validator() -> Draft202012Validator:
-    return strict_validator(load_schema("profile"))
+class ProfileRules(KindRules):
+    """Rules of site profiles; what a site really has only its Slurm knows (recipes launch --test-only)."""
 
+    def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
+        """Return the error for a key that does not exist here."""
+        above = dotted(path[:-1])
+        near = did_you_mean(str(path[-1]), known, f"{above}." if above else "")
+        return document.error(path, f"unknown key '{dotted(path)}'", *near, f"keys of {above or 'a profile'}: {', '.join(known)}")
 
-def _translate(document: Document, error: ValidationError) -> Iterator[tuple[KeyPath, RecipeError]]:
-    """Turn one error of jsonschema into ours, each with its key path."""
-    path: KeyPath = tuple(error.absolute_path)
-    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-        known = list(error.schema.get("properties", {}))
-        prefix = f"{_dotted(path)}." if path else ""
-        for key in (key for key in error.instance if key not in known):
-            near = did_you_mean(str(key), known, prefix)
-            where = "a profile" if not path else _dotted(path)
-            yield (*path, key), document.error((*path, key), f"unknown key '{prefix}{key}'", *near, f"keys of {where}: {', '.join(known)}")
-    elif error.validator == "required":
-        for key in (key for key in error.validator_value if key not in error.instance):
-            help = error.schema["properties"][key]["description"]
-            yield (
-                (*path, key),
-                document.error((*path, key), f"{key} is missing: {help if help[1].isupper() else help[0].lower() + help[1:]}"),
-            )
-    elif error.validator == "anyOf" and isinstance(error.instance, dict):
-        for inner in (inner for inner in error.context or () if inner.schema_path[0] == 1):
-            yield from _translate(document, inner)
-    else:
+    def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
+        """Return the error for a key that nobody wrote, with what it is."""
+        help = schema["properties"][path[-1]]["description"]
+        return document.error(path, f"{path[-1]} is missing: {help if help[1].isupper() else help[0].lower() + help[1:]}")
+
+    def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
+        """Return the error for a value that the schema refuses."""
         hints = []
-        if path and path[0] == "time" and isinstance(error.instance, int | float):
+        if path[0] == "time" and isinstance(error.instance, int | float):
             hints.append('quote it: YAML reads a plain 24:00:00 as a number; write "24:00:00"')
-        elif path[:1] == ("variables",):
+        elif path[0] == "variables":
             hints.append(f'quote it: "{shown(error.instance)}"')
         elif path == ("environment",) and error.instance is None:
             hints.append("write environment: {} for the Python that submits")
-        yield (
-            path,
-            document.error(path, f"{_dotted(path) or 'a profile'} must be {describe(error.schema)}, got {shown(error.instance)}", *hints),
-        )
+        return document.error(path, f"{dotted(path)} must be {describe(error.schema)}, got {shown(error.instance)}", *hints)
 
-
-def _combinations(document: Document) -> Iterator[tuple[KeyPath, RecipeError]]:
-    """Yield what a schema cannot say."""
-    values = document.values
-    gres = values["gres"]
-    if gres is not None and "{gpus}" not in gres:
-        yield ("gres",), document.error(("gres",), f"gres must contain {{gpus}}, their number: got {gres}", "for example gpu:{gpus}")
-    for path, word in (
-        (("gres",), gres),
-        (("account",), values.get("account")),
-        (("qos",), values.get("qos")),
-        *_per_stage(values, "partition"),
-    ):
-        if word is not None and not _WORD.match(word):
-            yield path, document.error(path, f"{_dotted(path)} must be one word that is no flag, got {shown(word)}")
-    for key in ("partition", "time"):
-        for stage in STAGES if isinstance(values[key], dict) else ():
-            if stage not in values[key]:
-                yield (key, stage), document.error((key,), f"{key}.{stage} is missing", "write null for the site's default")
-    for path, time in _per_stage(values, "time"):
-        if time is None:
-            continue
+    def between_keys(self, document: Document) -> Iterator[RecipeError]:
+        """Yield what a schema cannot say."""
+        values = document.values
+        gres = values["gres"]
+        if gres is not None and "{gpus}" not in gres:
+            yield document.error(("gres",), f"gres must contain {{gpus}}, their number: got {gres}", "for example gpu:{gpus}")
+        for path, word in (
+            (("gres",), gres if gres and "{gpus}" in gres else None),
+            (("account",), values.get("account")),
+            (("qos",), values.get("qos")),
+            *_per_stage(values, "partition"),
+        ):
+            if word is not None and not _WORD.match(word):
+                yield document.error(path, f"{dotted(path)} must be one word that is no flag, got {shown(word)}")
+        for key in ("partition", "time"):
+            for stage in STAGES if isinstance(values[key], dict) else ():
+                if stage not in values[key]:
+                    yield document.error((key,), f"{key}.{stage} is missing", "write null for the site's default")
+        for path, time in _per_stage(values, "time"):
+            if time is None:
+                continue
+            try:
+                limit = seconds_of(time)
+            except ValueError:
+                yield document.error(path, f"{dotted(path)} is no time limit: {time}", 'for example "08:00:00" or "1-12:00:00"')
+                continue
+            lead = values.get("signal_lead_s", Profile.signal_lead_s)
+            if path[-1] in ("time", "train") and lead * 2 > limit:
+                what = f"{dotted(path)} is {limit} s and signal_lead_s {lead} s: a training would be asked to stop before it is halfway"
+                yield document.error(path, what, "lengthen the time or shorten signal_lead_s")
+        environment = values["environment"]
+        if environment.get("conda") and environment.get("venv"):
+            yield document.error(("environment", "venv"), "environment has both conda and venv; keep one")
         try:
-            limit = seconds_of(time)
-        except ValueError:
-            yield path, document.error(path, f"{_dotted(path)} is no time limit: {time}", 'for example "08:00:00" or "1-12:00:00"')
-            continue
-        lead = values.get("signal_lead_s", Profile.signal_lead_s)
-        if path[-1] in ("time", "train") and lead * 2 > limit:
-            what = f"{_dotted(path)} is {limit} s and signal_lead_s {lead} s: a training would be asked to stop before it is halfway"
-            yield path, document.error(path, what, "lengthen the time or shorten signal_lead_s")
-    environment = values["environment"]
-    if environment.get("conda") and environment.get("venv"):
-        yield ("environment", "venv"), document.error(("environment", "venv"), "environment has both conda and venv; keep one")
-    try:
-        card_named(values.get("gpu") or CARDS[0].name)
-    except RecipeError as error:
-        yield ("gpu",), document.error(("gpu",), error.what.removeprefix("--"), *error.hints)
-    for key, folder in values.get("directories", {}).items():
-        known = _PLACEHOLDERS.get(key, ("{user}",))
-        for word in set(re.findall(r"\{[^}]*\}", folder or "")) - set(known):
-            what = f"directories.{key}: {word} is not filled in"
-            yield ("directories", key), document.error(("directories", key), what, f"what is: {', '.join(known)}")
-    for name in values.get("variables", {}):
-        if not _VARIABLE.match(name):
-            yield ("variables", name), document.error(("variables", name), f"'{name}' is no name of an environment variable")
-    yield from _extra_flags(document, values.get("extra_sbatch", []))
+            card_named(values.get("gpu") or CARDS[0].name)
+        except RecipeError as error:
+            yield document.error(("gpu",), error.what.removeprefix("--"), *error.hints)
+        for key, folder in values.get("directories", {}).items():
+            known = _PLACEHOLDERS.get(key, ("{user}",))
+            for word in sorted(set(re.findall(r"\{[^}]*\}", folder or "")) - set(known))[:1]:
+                what = f"directories.{key}: {word} is not filled in"
+                yield document.error(("directories", key), what, f"what is: {', '.join(known)}")
+        for name in values.get("variables", {}):
+            if not _VARIABLE.match(name):
+                yield document.error(("variables", name), f"'{name}' is no name of an environment variable")
+        yield from _extra_flags(document, values.get("extra_sbatch", []))
 
 
-def _extra_flags(document: Document, flags: list[str]) -> Iterator[tuple[KeyPath, RecipeError]]:
+def _extra_flags(document: Document, flags: list[str]) -> Iterator[RecipeError]:
     """Yield flags of extra_sbatch that are no flags, or that something else sets."""
     for index, word in enumerate(flags):
         path: KeyPath = ("extra_sbatch", index)
@@ -260,11 +225,11 @@ def _extra_flags(document: Document, flags: list[str]) -> Iterator[tuple[KeyPath
         flag = _SHORT_FLAGS.get(flag[1:2], flag)
         if not word.startswith("-"):
             hint = "a flag with a value is one word: --constraint=h100"
-            yield path, document.error(path, f"extra_sbatch: '{word}' is no flag of sbatch", hint)
+            yield document.error(path, f"extra_sbatch: '{word}' is no flag of sbatch", hint)
         elif flag in _KEYS_FOR:
-            yield path, document.error(path, f"extra_sbatch: {flag} has a key of its own: {_KEYS_FOR[flag]}")
+            yield document.error(path, f"extra_sbatch: {flag} has a key of its own: {_KEYS_FOR[flag]}")
         elif flag in _OURS:
-            yield path, document.error(path, f"extra_sbatch: {flag} is set by recipes launch", "remove it")
+            yield document.error(path, f"extra_sbatch: {flag} is set by recipes launch", "remove it")
 
 
 def _per_stage(values: dict[str, Any], key: str) -> Iterator[tuple[KeyPath, str | None]]:
@@ -274,7 +239,3 @@ def _per_stage(values: dict[str, Any], key: str) -> Iterator[tuple[KeyPath, str 
         yield from (((key, stage), value[stage]) for stage in STAGES if stage in value)
     else:
         yield (key,), value
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(map(str, path))

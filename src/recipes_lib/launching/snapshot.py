@@ -19,7 +19,6 @@ from recipes_lib.recipe.loader import COMMAND_LINE
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.suites.recipe import EvalRecipe
-from recipes_lib.suites.validation import folder_of
 
 
 class Snapshot:
@@ -48,7 +47,7 @@ class Snapshot:
         data = recipe.data
         for key in ("questions", "references", "include_path", "folder"):
             if getattr(data, key):
-                self.links |= _beside(folder_of(recipe.document, ("data", key)), [getattr(data, key)])
+                self.links |= _beside(recipe.document.folder(("data", key)), [getattr(data, key)])
         if recipe.judge is not None:
             self.add_judge(recipe.judge)
 

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import RecipeError, RecipeErrors
-from recipes_lib.recipe.loader import Document, load_document
-from recipes_lib.recipe.project import project_root, shown_path
+from recipes_lib.errors import RecipeError
+from recipes_lib.recipe.loader import Document
+from recipes_lib.recipe.project import project_root
 from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.recipe.validation import KindRules, load
 from recipes_lib.recipe.yaml_source import no_such_file
 
 DISTRIBUTED_TYPES = ("NO", "MULTI_GPU", "FSDP")
@@ -86,13 +87,7 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
         RecipeError: no such file, not an accelerate config, or values accelerate cannot act on.
     """
     path = accelerate_config_path(name_or_path)
-    document = load_document(path)
-    if document.kind.name != "accelerate":
-        raise RecipeError(f"is {document.kind.title}, not an accelerate config", file=shown_path(path))
-    errors = check_accelerate_config(document)
-    if errors:
-        raise RecipeErrors(errors)
-    values = document.values
+    values = load(path, "accelerate").values
     return AccelerateConfig(
         path=path,
         distributed_type=values.get("distributed_type", "NO"),
@@ -135,9 +130,18 @@ def processes_per_machine(config: AccelerateConfig) -> int:
     return max(config.num_processes // config.num_machines, 1) if config.distributed_type != "NO" else 1
 
 
-def check_accelerate_config(document: Document, full: bool = False) -> list[RecipeError]:
+class AccelerateRules(KindRules):
+    """Rules of accelerate configs, which have no schema of ours; the model's layer names are checked with the recipe."""
+
+    has_schema = False
+
+    def between_keys(self, document: Document) -> Iterator[RecipeError]:
+        """Yield what is wrong with an accelerate config."""
+        yield from check_accelerate_config(document)
+
+
+def check_accelerate_config(document: Document) -> list[RecipeError]:
     """Return what is wrong with an accelerate config, all at once."""
-    del full  # nothing to add: the model's layer names are checked with the recipe
     values = document.values
     errors = [document.error((key,), f"{key} cannot be used here", why) for key, why in _REFUSED.items() if values.get(key)]
     unknown = [key for key in values if key not in _KEYS | _WITHOUT_EFFECT | _REFUSED.keys()]

@@ -6,37 +6,106 @@ import dataclasses
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
-from recipes_lib.recipe.combinations import check_here
+from recipes_lib.recipe.combinations import check_combinations, check_here
+from recipes_lib.recipe.constraints import NOT_IN_RECIPES
+from recipes_lib.recipe.kinds import SECTIONS
 from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.model_files import KEY, check_files, lacks_tokenizer, local_folder
 from recipes_lib.recipe.model_names import check_names
 from recipes_lib.recipe.recipe import Recipe, recipe_from
+from recipes_lib.recipe.renames import RENAMES
+from recipes_lib.recipe.suggestions import did_you_mean, near_names
 from recipes_lib.recipe.upstream import build_lora_config, build_quantization_config, build_sft_config, check_packages, has_accelerator
-from recipes_lib.recipe.validation import validate
+from recipes_lib.recipe.validation import Finding, KindRules, dotted, translate, validator_of, wrong_kind
+from recipes_lib.recipe.vocabulary import dotted_names, subschema
+from recipes_lib.recipe.yaml_source import KeyPath
 
 
-def check_recipe(document: Document, full: bool = False) -> list[RecipeError]:
-    """The check of recipes and bases that `recipes check` runs; `full` adds stage 2 for recipes."""
-    errors = validate(document)
-    errors += check_here(document)
-    if errors or document.kind.name != "recipe":
+class RecipeRules(KindRules):
+    """Rules of recipes and bases; what combinations of keys mean is in `combinations`."""
+
+    def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
+        """Return the error for a key that does not exist here: moved, renamed, misspelt, or in the wrong section."""
+        key, name = str(path[-1]), dotted(path)
+        plain = key.replace("-", "_")
+        section = str(path[0]) if len(path) > 1 else ""
+        reason = NOT_IN_RECIPES.get(section, {}).get(plain) if len(path) == 2 else None
+        if reason:
+            return document.error(path, f"'{name}' cannot be set in a recipe", reason)
+        if plain in RENAMES and len(path) <= 2:
+            rename = RENAMES[plain]
+            migrate = "a whole old file: recipes migrate OLD.yaml --output NEW.yaml"
+            return document.error(path, rename.message(name), *([rename.note] if rename.note else []), migrate)
+        if len(path) == 1:
+            return document.error(path, f"unknown section '{key}'", *_section_hint(plain))
+        everything = f"all keys: recipes explain {dotted(path[:-1])}"
+        if plain in known or near_names(plain, known):
+            return document.error(path, f"unknown key '{name}'", *did_you_mean(plain, known, f"{dotted(path[:-1])}."), everything)
+        elsewhere = dotted_names(plain)
+        if any(near.rpartition(".")[2] == plain for near in elsewhere):
+            return document.error(
+                path, f"unknown key '{name}'", f"{plain} belongs to {elsewhere[0].partition('.')[0]}: write {elsewhere[0]}"
+            )
+        return document.error(path, f"unknown key '{name}'", *(f"did you mean {near}?" for near in elsewhere[:1]), everything)
+
+    def inside_unknown(self, document: Document, path: KeyPath, value: Any) -> Iterator[Finding]:
+        """Yield what is wrong inside a mapping whose key was renamed, so that it need not be found in a second round."""
+        rename = RENAMES.get(str(path[-1]))
+        schema = subschema(*rename.new.split(".")) if rename and rename.new and isinstance(value, dict) else None
+        for problem in validator_of(schema).iter_errors(value) if schema else ():
+            yield from translate(self, document, problem, path)
+
+    def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
+        """Return the error for a required key that nobody wrote."""
+        needs = {"model": "model.name_or_path", "data": "data.source"}
+        what = f"section '{path[0]}' is missing; it needs {needs[str(path[0])]}" if len(path) == 1 else f"{dotted(path)} is missing"
+        return document.error(path, what, f"what it is: recipes explain {needs.get(str(path[-1]), dotted(path))}")
+
+    def at_once(self, document: Document) -> Iterator[Finding]:
+        """Yield what is wrong between keys."""
+        return check_combinations(document)
+
+    def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
+        """Return what this machine has against a recipe; `full` adds stage 2."""
+        errors = list(check_here(document))
+        if errors or not sound or document.problems or document.kind.name != "recipe":
+            return errors
+        recipe = recipe_from(document)
+        if not full:
+            folder = Path(recipe.model.name_or_path)
+            return list(check_files(recipe, folder)) if folder.is_dir() else []
+        errors = check_upstream(recipe, notes=document.warnings)
+        try:
+            check_packages(recipe)
+        except EnvironmentFault as fault:
+            errors.append(RecipeError(fault.what, *fault.hints, file=fault.file, line=fault.line))
         return errors
-    recipe = recipe_from(document)
-    if not full:
-        folder = Path(recipe.model.name_or_path)
-        return list(check_files(recipe, folder)) if folder.is_dir() else []
-    errors = check_upstream(recipe, notes=document.warnings)
-    try:
-        check_packages(recipe)
-    except EnvironmentFault as fault:
-        errors.append(RecipeError(fault.what, *fault.hints, file=fault.file, line=fault.line))
-    return errors
+
+
+class FlatRules(KindRules):
+    """A config of another program is legal YAML, but nothing here runs it."""
+
+    has_schema = False
+
+    def between_keys(self, document: Document) -> Iterator[RecipeError]:
+        """Yield what the file is."""
+        yield wrong_kind(document, "recipe")
+
+
+def _section_hint(key: str) -> list[str]:
+    """Return hints for an unknown top-level key."""
+    misspelt = did_you_mean(key, SECTIONS)
+    if misspelt:
+        return misspelt
+    homes = [name for name in dotted_names(key) if key in name]
+    return [f"it belongs to {homes[0].partition('.')[0]}: write {homes[0]}"] if homes else [f"sections: {', '.join(SECTIONS)}"]
 
 
 def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: list[RecipeError] | None = None) -> list[RecipeError]:

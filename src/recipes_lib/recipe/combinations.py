@@ -16,9 +16,8 @@ from recipes_lib.recipe.loader import Document, run_name
 from recipes_lib.recipe.model_files import no_model_at
 from recipes_lib.recipe.schedule import WITHOUT_WARMUP
 from recipes_lib.recipe.sections import LaunchSection
-from recipes_lib.recipe.yaml_source import KeyPath
+from recipes_lib.recipe.validation import Finding
 
-Finding = tuple[KeyPath, RecipeError]
 _ROWS_OF_ACCELERATE = {"split_batches": True, "dispatch_batches": True, "use_seedable_sampler": False}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\Z")
 

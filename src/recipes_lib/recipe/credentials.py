@@ -2,56 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.vocabulary import subschema
 from recipes_lib.redaction import holds_secret, is_secret_name, mask_secrets
 
 if TYPE_CHECKING:
+    from recipes_lib.recipe.loader import Document
     from recipes_lib.recipe.yaml_source import KeyPath
 
 _HINT = "log in with 'hf auth login' or export the variable in the shell; if this was committed, revoke the token"
 
 
-class Source(Protocol):
-    """A YAML file as read: a recipe with its overrides (`loader.Document`), or any other (`yaml_source.YamlSource`)."""
-
-    @property
-    def file(self) -> Any:
-        """The path as the user would type it."""
-
-    @property
-    def text(self) -> str:
-        """The file as it is."""
-
-    @property
-    def values(self) -> Any:
-        """What the file says."""
-
-
-def find_credentials(source: Source) -> dict[KeyPath, RecipeError]:
+def find_credentials(source: Document) -> dict[KeyPath, RecipeError]:
     """Return an error for every key or value that looks like a secret; the value is never repeated in the message."""
     errors: dict[KeyPath, RecipeError] = {}
-    error = _placed(source)
     for path, value in _walk(source.values, ()):
         key = str(path[-1]).replace("-", "_")
         named = is_secret_name(key) and value not in (None, "") and not isinstance(value, dict | list | bool) and not _is_known(path)
         if named or (isinstance(value, str) and holds_secret(value)):
-            errors[path] = error(path, f"'{mask_secrets('.'.join(map(str, path)))}' looks like a secret; a recipe must not hold one", _HINT)
+            errors[path] = source.error(
+                path, f"'{mask_secrets('.'.join(map(str, path)))}' looks like a secret; a recipe must not hold one", _HINT
+            )
     lines = {(found.file, found.line) for found in errors.values()}
     for number, line in enumerate(source.text.split("\n"), start=1):
         if holds_secret(line) and (source.file, number) not in lines:
             errors[("", number)] = RecipeError("this line holds what looks like a secret", _HINT, file=source.file, line=number)
     return errors
-
-
-def _placed(source: Any) -> Callable[..., RecipeError]:
-    """How an error about a key gets its place: a recipe knows which of its files wrote it, another file only its lines."""
-    if hasattr(source, "error"):
-        return source.error
-    return lambda path, what, *hints: RecipeError(what, *hints, file=source.file, line=source.lines.get(path))
 
 
 def _is_known(path: KeyPath) -> bool:

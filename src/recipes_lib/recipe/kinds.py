@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.errors import RecipeError
 
 if TYPE_CHECKING:
-    from recipes_lib.recipe.loader import Document
+    from recipes_lib.recipe.validation import KindRules
 
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
 _SCHEMA_LINE = re.compile(r"^#\s*yaml-language-server:\s*\$schema=(?:.*/)?([\w-]+)\.schema\.json\s*$", re.MULTILINE)
@@ -26,60 +25,58 @@ _SCHEMA_LINE = re.compile(r"^#\s*yaml-language-server:\s*\$schema=(?:.*/)?([\w-]
 class Kind:
     """One kind of YAML file.
 
-    `keys` are top-level keys that give it away, `use` says what a file of this kind is for, `check` is `module:function` of the check
-    `(document, full) -> list of errors` that `recipes check` runs.
+    `keys` are top-level keys that give it away, `use` says what a file of this kind is for, `rules_at` is `module:class` of what it adds
+    to the check of every file (`validation.KindRules`), which lies in the package that reads the kind.
     """
 
     name: str
     title: str
     keys: frozenset[str] = frozenset()
     use: str = ""
-    check: str = ""
+    rules_at: str = ""
 
-    def checker(self) -> Callable[[Document, bool], list[RecipeError]]:
-        """Return the check function, imported when it is needed."""
-        module, function = self.check.split(":")
-        return getattr(importlib.import_module(module), function)
-
-
-def _kind(name: str, title: str, keys: str = "", use: str = "", check: str = "") -> Kind:
-    return Kind(name, title, frozenset(keys.split()), use, check)
+    def rules(self) -> KindRules:
+        """Return the kind's rules, imported when they are needed."""
+        module, name = self.rules_at.split(":")
+        return getattr(importlib.import_module(f"recipes_lib.{module}"), name)()
 
 
-RECIPE = _kind("recipe", "a recipe", f"extends {' '.join(SECTIONS)}", "train it: recipes train", "recipes_lib.recipe.check:check_recipe")
-BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipes_lib.recipe.check:check_recipe")
+def _kind(name: str, title: str, keys: str = "", use: str = "", rules_at: str = "") -> Kind:
+    return Kind(name, title, frozenset(keys.split()), use, rules_at)
+
+
+RECIPE = _kind("recipe", "a recipe", f"extends {' '.join(SECTIONS)}", "train it: recipes train", "recipe.check:RecipeRules")
+BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipe.check:RecipeRules")
 KINDS = (
-    _kind(
-        "eval", "an eval recipe", "suite generation metrics", "run it: recipes eval EVAL RUN", "recipes_lib.suites.validation:check_eval"
-    ),
+    _kind("eval", "an eval recipe", "suite generation metrics", "run it: recipes eval EVAL RUN", "suites.recipe:EvalRules"),
     _kind(
         "study",
         "a study",
         "question factors arms seeds evals include_base published accelerate gpus nodes overrides",
         "run it: recipes study run",
-        "recipes_lib.compare.design:check_study",
+        "compare.design:StudyRules",
     ),
     _kind(
         "profile",
         "a site profile",
         "partition gres cpus_per_gpu memory_gib_per_gpu",
         "launch with it: recipes launch RECIPE --profile",
-        "recipes_lib.launching.profile:check_profile",
+        "launching.profile:ProfileRules",
     ),
     _kind(
         "published",
         "published numbers",
         "publication tables source",
         "name it in a study's published",
-        "recipes_lib.compare.published:check_published",
+        "compare.published:PublishedRules",
     ),
-    _kind("judge", "a judge", "judge thresholds", "name it in an eval recipe's judge.file", "recipes_lib.suites.validation:check_judge"),
+    _kind("judge", "a judge", "judge thresholds", "name it in an eval recipe's judge.file", "judging.judge_file:JudgeRules"),
     _kind(
         "lm_eval_task",
         "a task of lm-eval",
         "task dataset_path output_type doc_to_text doc_to_target",
         "name it in an eval recipe's suite.tasks",
-        "recipes_lib.suites.validation:check_task",
+        "suites.recipe:TaskRules",
     ),
     RECIPE,
     BASE,
@@ -88,7 +85,7 @@ KINDS = (
         "an accelerate config",
         "compute_environment distributed_type fsdp_config deepspeed_config num_machines num_processes machine_rank megatron_lm_config",
         "pass it to accelerate launch --config_file",
-        "recipes_lib.recipe.accelerate_config:check_accelerate_config",
+        "recipe.accelerate_config:AccelerateRules",
     ),
     _kind(
         "flat",
@@ -96,14 +93,14 @@ KINDS = (
         "model_name_or_path dataset_name dataset_mixer dataset_mixture output_dir learning_rate per_device_train_batch_size "
         "num_train_epochs use_peft lora_r load_in_4bit max_seq_length max_length torch_dtype do_train",
         "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml",
-        "recipes_lib.recipe.validation:check_flat",
+        "recipe.check:FlatRules",
     ),
 )
 
 
 def _foreign(name: str, title: str, keys: str, renamed: str) -> Kind:
     use = f"nothing here reads it; start a recipe (recipes new NAME --from quickstart/lora-r8 --data FILE) and write {renamed}"
-    return _kind(name, title, keys, use, "recipes_lib.recipe.validation:check_flat")
+    return _kind(name, title, keys, use, "recipe.check:FlatRules")
 
 
 # Files of other training programs; `keys` are top-level keys that no other kind has.

@@ -64,6 +64,18 @@ class Document:
         origin = self.origin(path)
         return RecipeError(what, *hints, file=origin.file, line=origin.line)
 
+    def folder(self, path: KeyPath) -> Path:
+        """Return the folder that a relative path at `path` is meant from."""
+        return folder_of(self.origins, self.path, path)
+
+
+def folder_of(origins: Mapping[KeyPath, Origin], path: Path, key: KeyPath) -> Path:
+    """Return the folder of the file that wrote `key`; the working directory for the command line, where nobody wrote it that of `path`."""
+    origin = origins.get(key)
+    if origin is None:
+        return path.parent
+    return Path.cwd() if origin.file == COMMAND_LINE else Path(origin.file).parent
+
 
 def nearest_origin(origins: Mapping[KeyPath, Origin], path: KeyPath, file: str) -> Origin:
     """Return the origin of the value at `path`, of the nearest key above it, or the file as a whole."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import EnvironmentFault, RecipeError, RecipeErrors
+from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.recipe.defaults import TRAIN_DEFAULTS
-from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document, nearest_origin, run_name
+from recipes_lib.recipe.loader import Document, Origin, folder_of, nearest_origin, run_name
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.sections import DataSection, FiltersSection, LaunchSection, ModelSection, RunSection, SplitSection
-from recipes_lib.recipe.validation import validate
+from recipes_lib.recipe.validation import load
 from recipes_lib.recipe.yaml_source import KeyPath
 
 PROJECT_DEFAULT = Origin("project default")
@@ -91,7 +91,7 @@ class Recipe:
 
     def folder_of(self, key: str) -> Path:
         """Return the folder that a relative path under `key` is meant from."""
-        return _folder(self.origins, self.path, tuple(key.split(".")))
+        return folder_of(self.origins, self.path, tuple(key.split(".")))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -103,11 +103,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    document = load_document(recipe_path(path), overrides, keep_going=True)
-    errors = validate(document, expected="recipe")
-    if errors:
-        raise RecipeErrors(errors)
-    return recipe_from(document)
+    return recipe_from(load(recipe_path(path), "recipe", overrides))
 
 
 def recipe_from(document: Document) -> Recipe:
@@ -129,17 +125,9 @@ def recipe_from(document: Document) -> Recipe:
         origins=document.origins,
         warnings=tuple(document.warnings),
         levels=document.levels,
-        base_dir=_folder(document.origins, document.path, ("data", "source")),
+        base_dir=document.folder(("data", "source")),
     )
 
 
 def _key_path(key: str) -> KeyPath:
     return tuple(int(part) if part.isdigit() else part for part in key.split("."))
-
-
-def _folder(origins: Mapping[KeyPath, Origin], path: Path, key: KeyPath) -> Path:
-    """Return the folder of the file that wrote `key`; the working directory for the command line."""
-    origin = origins.get(key)
-    if origin is None:
-        return path.parent
-    return Path.cwd() if origin.file == COMMAND_LINE else Path(origin.file).parent

@@ -1,29 +1,29 @@
-"""Stage 1 of checking a recipe: structure, types, choices and renames, without torch, everything at once.
+"""One loader and one check for every kind of YAML file: read, schema, and what the kind adds.
 
-The rules are the committed JSON Schema; this module turns its verdicts into lines a person can act on. What the schema cannot say
-about combinations of keys is in `combinations`.
+`load` is the way in for recipes, evals, judges, studies, profiles, published numbers and accelerate configs. The rules are the committed
+JSON Schemas; this module turns their verdicts into lines a person can act on. A kind adds words and rules (`KindRules`), and no parser.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.combinations import check_combinations
-from recipes_lib.recipe.constraints import NOT_IN_RECIPES
+from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.credentials import find_credentials
-from recipes_lib.recipe.kinds import SECTIONS, kind_named
-from recipes_lib.recipe.loader import Document
-from recipes_lib.recipe.renames import RENAMES
-from recipes_lib.recipe.suggestions import did_you_mean, near_names
-from recipes_lib.recipe.vocabulary import dotted_names, load_schema, subschema
+from recipes_lib.recipe.kinds import KINDS, kind_named
+from recipes_lib.recipe.loader import Document, load_document
+from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.recipe.vocabulary import load_schema
 from recipes_lib.recipe.yaml_source import KeyPath
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
 
+Finding = tuple[KeyPath, RecipeError]
 _TYPES = {
     "boolean": "true or false",
     "integer": "a whole number",
@@ -37,49 +37,107 @@ _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half"
 _MOST_CHOICES = 16
 
 
-def validate(document: Document, expected: str | None = None) -> list[RecipeError]:
-    """Return everything wrong with a recipe or base; warnings are added to the document.
+class KindRules:
+    """What a kind of file adds to the check that all kinds have in common: its own words, and rules that no schema can say."""
+
+    has_schema = True
+
+    def whole(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values with every short form written out, as the schema is asked about them."""
+        return values
+
+    def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
+        """Return the error for a key that does not exist here."""
+        prefix = f"{dotted(path[:-1])}." if len(path) > 1 else ""
+        what = f"unknown key '{dotted(path)}'" if len(path) > 1 else f"unknown section '{path[0]}'"
+        near = did_you_mean(str(path[-1]).replace("-", "_"), known, prefix)
+        return document.error(path, what, *near, f"keys here: {', '.join(known)}")
+
+    def inside_unknown(self, document: Document, path: KeyPath, value: Any) -> Iterator[Finding]:
+        """Yield what is wrong inside the value of an unknown key whose meaning can be guessed."""
+        yield from ()
+
+    def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
+        """Return the error for a required key that nobody wrote; `schema` is that of the mapping it should stand in."""
+        return document.error(path, f"{dotted(path)} is missing")
+
+    def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
+        """Return the error for a value of the wrong type or outside the choices."""
+        return wrong_value(document, path, error)
+
+    def between_keys(self, document: Document) -> Iterator[RecipeError]:
+        """Yield what is wrong between keys, once the schema accepts each of them."""
+        yield from ()
+
+    def at_once(self, document: Document) -> Iterator[Finding]:
+        """Yield what is wrong whatever the schema says, each with the key to blame; the schema's own verdict on that key wins."""
+        yield from ()
+
+    def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
+        """Return what only `recipes check` asks; `sound` says that the values can be used."""
+        return []
+
+
+def load(path: str | Path, kind: str, overrides: Sequence[str] = ()) -> Document:
+    """Load and check a file of one kind.
 
     Args:
-        expected: the kind that was asked for; another kind is the only error then.
+        kind: name of the kind that is asked for.
+        overrides: `section.key=value` words from the command line.
+
+    Raises:
+        RecipeError: no such file, no YAML, or a file of another kind.
+        RecipeErrors: everything that is wrong, each at its file and line.
     """
-    if expected and document.kind.name != expected:
-        return [_wrong_kind(document, expected)]
+    document = load_document(path, overrides, keep_going=True)
+    if document.kind.name != kind:
+        raise wrong_kind(document, kind)
+    if errors := validate(document):
+        raise RecipeErrors(errors)
+    return document
+
+
+def validate(document: Document) -> list[RecipeError]:
+    """Return everything wrong with a file by itself; warnings are added to the document."""
+    return _validate(document)[0]
+
+
+def _validate(document: Document) -> tuple[list[RecipeError], bool]:
+    """Return what is wrong with a file, and whether its values can be used all the same (a key that stands there twice)."""
+    rules = document.kind.rules()
     found: dict[KeyPath, RecipeError] = {}
-    found.update(find_credentials(document))
-    for error in _validator(document.kind.name).iter_errors(document.values):
-        for path, translated in _translate(document, error):
-            found.setdefault(path, translated)
-    for path, translated in check_combinations(document):
+    if rules.has_schema:
+        found.update(find_credentials(document))
+        for error in _validator(document.kind.name).iter_errors(rules.whole(document.values)):
+            for path, translated in translate(rules, document, error):
+                found.setdefault(path, translated)
+    for path, translated in rules.at_once(document):
         if not any(known[: len(path)] == path for known in found):
             found[path] = translated
     unread = [problem.what for problem in document.problems]  # a value that could not be read: its stand-in says nothing
-    errors = (error for path, error in found.items() if not any(what.startswith(f"{_dotted(path)}: ") for what in unread))
-    return [*document.problems, *errors]
+    errors = [error for path, error in found.items() if not any(what.startswith(f"{dotted(path)}: ") for what in unread)]
+    if not found:
+        errors += rules.between_keys(document)
+    return [*document.problems, *errors], not found and not errors
 
 
-def check_flat(document: Document, full: bool = False) -> list[RecipeError]:
-    """A flat TRL file is legal YAML, but nothing here runs it."""
-    del full
-    return [_wrong_kind(document, "recipe")]
+def check(document: Document, full: bool) -> list[RecipeError]:
+    """Return what `recipes check` finds in a file; `full` asks upstream's classes and the model's files too."""
+    errors, sound = _validate(document)
+    return errors + document.kind.rules().further(document, full and not errors, sound)
 
 
-def _wrong_kind(document: Document, expected: str) -> RecipeError:
+def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
-    wanted = kind_named(expected)
-    what = f"is {document.kind.title}" + ("" if document.kind.title.endswith("recipe") else f", not {wanted.title if wanted else expected}")
-    return RecipeError(what, document.kind.use, file=document.file)
+    title, wanted = document.kind.title, kind_named(expected)
+    plain = wanted is None or (expected == "recipe" and title.endswith("recipe"))  # the title says it
+    use = [document.kind.use] if expected != "accelerate" else []
+    return RecipeError(f"is {title}" if plain or wanted is None else f"is {title}, not {wanted.title}", *use, file=document.file)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=len(KINDS))
 def _validator(kind: str) -> Draft202012Validator:
-    """Return the validator of recipes or of bases."""
-    schema = load_schema()
-    return strict_validator(schema if kind == "recipe" else schema["$defs"]["document"])
-
-
-def strict_validator(schema: dict[str, Any]) -> Draft202012Validator:
-    """Return a validator of a schema for which a bool is no number, 4.0 is no integer, and numbers are finite."""
+    """Return a validator of a kind: a bool is no number, 4.0 is no integer, and numbers are finite."""
     from jsonschema import Draft202012Validator, validators
 
     def is_integer(_: Any, value: Any) -> bool:
@@ -88,11 +146,17 @@ def strict_validator(schema: dict[str, Any]) -> Draft202012Validator:
     def is_number(_: Any, value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
+    schema = load_schema()["$defs"]["document"] if kind == "base" else load_schema(kind)
     checker = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": is_integer, "number": is_number})
     return validators.extend(Draft202012Validator, type_checker=checker)(schema)
 
 
-def _translate(document: Document, error: ValidationError, above: KeyPath = ()) -> list[tuple[KeyPath, RecipeError]]:
+def validator_of(schema: dict[str, Any]) -> Draft202012Validator:
+    """Return the validator of a part of the recipe's schema."""
+    return _validator("base").evolve(schema=schema)
+
+
+def translate(rules: KindRules, document: Document, error: ValidationError, above: KeyPath = ()) -> Iterator[Finding]:
     """Turn one error of jsonschema into ours, each with its key path.
 
     Args:
@@ -100,64 +164,24 @@ def _translate(document: Document, error: ValidationError, above: KeyPath = ()) 
     """
     path: KeyPath = (*above, *error.absolute_path)
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-        known = error.schema.get("properties", {})
+        known = list(error.schema.get("properties", {}))
         unknown = [(*path, key) for key in error.instance if key not in known]
-        inside = [pair for key in unknown for pair in _inside_renamed(document, key, error.instance[key[-1]])]
-        return [(key, _unknown_key(document, key, list(known))) for key in unknown] + inside
-    if error.validator == "required":
-        missing = [key for key in error.validator_value if key not in error.instance]
-        return [((*path, key), _missing(document, (*path, key))) for key in missing]
-    inner = [context for context in error.context or () if len(context.absolute_path) > len(error.absolute_path)]
-    if inner:
-        return [pair for context in inner for pair in _translate(document, context, above)]
-    return [(path, wrong_value(document, path, error))]
+        yield from ((key, rules.unknown(document, key, known)) for key in unknown)
+        for key in unknown:
+            yield from rules.inside_unknown(document, key, error.instance[key[-1]])
+    elif error.validator == "required":
+        for key in (key for key in error.validator_value if key not in error.instance):
+            yield (*path, key), rules.missing(document, (*path, key), error.schema)
+    elif inner := [one for one in error.context or () if len(one.absolute_path) > len(error.absolute_path) or _is_mapping(error, one)]:
+        for one in inner:
+            yield from translate(rules, document, one, above)
+    else:
+        yield path, rules.wrong(document, path, error)
 
 
-def _inside_renamed(document: Document, path: KeyPath, value: Any) -> list[tuple[KeyPath, RecipeError]]:
-    """Return what is wrong inside a mapping whose key was renamed, so that it need not be found in a second round."""
-    rename = RENAMES.get(str(path[-1]))
-    schema = subschema(*rename.new.split(".")) if rename and rename.new and isinstance(value, dict) else None
-    found = _validator("base").evolve(schema=schema).iter_errors(value) if schema else ()
-    return [pair for problem in found for pair in _translate(document, problem, path)]
-
-
-def _missing(document: Document, path: KeyPath) -> RecipeError:
-    """Return the error for a required key that nobody wrote."""
-    needs = {"model": "model.name_or_path", "data": "data.source"}
-    what = f"section '{path[0]}' is missing; it needs {needs[str(path[0])]}" if len(path) == 1 else f"{_dotted(path)} is missing"
-    return document.error(path, what, f"what it is: recipes explain {needs.get(str(path[-1]), _dotted(path))}")
-
-
-def _unknown_key(document: Document, path: KeyPath, known: list[str]) -> RecipeError:
-    """Return the error for a key that does not exist here: moved, renamed, misspelt, or in the wrong section."""
-    key, dotted = str(path[-1]), _dotted(path)
-    plain = key.replace("-", "_")
-    section = str(path[0]) if len(path) > 1 else ""
-    reason = NOT_IN_RECIPES.get(section, {}).get(plain) if len(path) == 2 else None
-    if reason:
-        return document.error(path, f"'{dotted}' cannot be set in a recipe", reason)
-    if plain in RENAMES and len(path) <= 2:
-        rename = RENAMES[plain]
-        migrate = "a whole old file: recipes migrate OLD.yaml --output NEW.yaml"
-        return document.error(path, rename.message(dotted), *([rename.note] if rename.note else []), migrate)
-    if len(path) == 1:
-        return document.error(path, f"unknown section '{key}'", *_section_hint(plain))
-    everything = f"all keys: recipes explain {_dotted(path[:-1])}"
-    if plain in known or near_names(plain, known):
-        return document.error(path, f"unknown key '{dotted}'", *did_you_mean(plain, known, f"{_dotted(path[:-1])}."), everything)
-    elsewhere = dotted_names(plain)
-    if any(name.rpartition(".")[2] == plain for name in elsewhere):
-        return document.error(path, f"unknown key '{dotted}'", f"{plain} belongs to {elsewhere[0].partition('.')[0]}: write {elsewhere[0]}")
-    return document.error(path, f"unknown key '{dotted}'", *(f"did you mean {name}?" for name in elsewhere[:1]), everything)
-
-
-def _section_hint(key: str) -> list[str]:
-    """Return hints for an unknown top-level key."""
-    misspelt = did_you_mean(key, SECTIONS)
-    if misspelt:
-        return misspelt
-    homes = [name for name in dotted_names(key) if key in name]
-    return [f"it belongs to {homes[0].partition('.')[0]}: write {homes[0]}"] if homes else [f"sections: {', '.join(SECTIONS)}"]
+def _is_mapping(error: ValidationError, context: ValidationError) -> bool:
+    """Whether the value is a mapping, and `context` says what the alternative with named keys has against it."""
+    return isinstance(error.instance, dict) and "properties" in error.schema[error.validator][context.schema_path[0]]
 
 
 def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
@@ -179,11 +203,11 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
     spelling = {False: "no", True: "yes"}.get(value) if isinstance(value, bool) else None
     if spelling in choices:
         hints.append(
-            f'a plain {spelling} is read as {shown(value)}; quote it: "{spelling}" (on the command line: {_dotted(path)}=\'"{spelling}"\')'
+            f'a plain {spelling} is read as {shown(value)}; quote it: "{spelling}" (on the command line: {dotted(path)}=\'"{spelling}"\')'
         )
     if len(choices) > _MOST_CHOICES:
-        hints.append(f"all {len(choices)} choices: recipes explain {_dotted(path)}")
-    return document.error(path, f"{_dotted(path)} must be {describe(schema)}, got {shown(value)}", *hints)
+        hints.append(f"all {len(choices)} choices: recipes explain {dotted(path)}")
+    return document.error(path, f"{dotted(path)} must be {describe(schema)}, got {shown(value)}", *hints)
 
 
 def _is_quoted_number(text: str, schema: dict[str, Any]) -> bool:
@@ -246,5 +270,6 @@ def _choices(schema: dict[str, Any]) -> list[Any]:
     return [*schema.get("enum", []), *schema.get("items", {}).get("enum", []), *inner]
 
 
-def _dotted(path: KeyPath) -> str:
+def dotted(path: KeyPath) -> str:
+    """Return a key path as it is written on the command line."""
     return ".".join(map(str, path))

@@ -1,20 +1,89 @@
-"""An eval recipe that passed its check: sections as values. `load_eval` is the only way in."""
+"""An eval recipe: its rules, and its sections as values. `load_eval` is the only way in. Needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import RecipeError, RecipeErrors
-from recipes_lib.judging.judge_file import JudgeFile, JudgeSection, Thresholds, load_judge_file
-from recipes_lib.recipe.loader import Document, load_document
-from recipes_lib.recipe.project import project_root
+from recipes_lib.judging.judge_file import JudgeFile, JudgeSection, Thresholds, is_address, load_judge_file
+from recipes_lib.recipe.loader import Document
+from recipes_lib.recipe.project import project_root, shown_path
 from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.recipe.validation import KindRules, dotted, load
 from recipes_lib.suites.sections import EvalDataSection, GenerationSection, MetricsSection, SuiteSection
-from recipes_lib.suites.validation import check_eval, folder_of
+from recipes_lib.suites.task_code import code_in
+from recipes_lib.suites.task_names import unknown_tasks
+
+_ONLY_LM_EVAL = ("tasks", "num_fewshot", "limit", "apply_chat_template", "system_instruction", "gen_kwargs", "options")
+
+
+class EvalRules(KindRules):
+    """Rules of eval recipes."""
+
+    def between_keys(self, document: Document) -> Iterator[RecipeError]:
+        """Yield what is wrong between the keys, and with the judge file and the questions they name."""
+        values = document.values
+        suite, data, judge = values["suite"], values.get("data", {}), values.get("judge", {})
+        if suite["name"] == "lm_eval":
+            if not suite.get("tasks"):
+                yield document.error(("suite",), "suite.tasks is missing", "name the tasks, for example tasks: [arc_easy]")
+            folder = document.folder(("data", "include_path")) / data["include_path"] if data.get("include_path") else None
+            for task, hints in unknown_tasks(suite.get("tasks") or (), folder).items():
+                yield document.error(("suite", "tasks"), f"lm-eval has no task '{task}'", *hints)
+        else:
+            for key in _ONLY_LM_EVAL:
+                if suite.get(key):
+                    hint = "use data.max_questions" if key == "limit" else "remove it"
+                    yield document.error(("suite", key), f"suite.{key} is an option of lm_eval, not of {suite['name']}", hint)
+            if not data.get("questions"):
+                yield document.error(
+                    ("data",),
+                    f"data.questions is missing; {suite['name']} needs questions",
+                    "what it is: recipes explain eval.data.questions",
+                )
+            if not (judge.get("file") or judge.get("model")):
+                yield document.error(
+                    ("judge",), "judge.file is missing", "name a file in evals/judges, for example judges/prometheus-7b-v2.yaml"
+                )
+        for path in (("data", "questions"), ("data", "references"), ("data", "include_path"), ("judge", "file")):
+            name = values.get(path[0], {}).get(path[1])
+            looks_like_path = name and (
+                path[0] == "judge" or path[1] == "include_path" or (Path(name).suffix in (".json", ".jsonl", ".csv") and ":" not in name)
+            )
+            if looks_like_path and not (document.folder(path) / name).exists():
+                yield document.error(path, f"{dotted(path)}: no such file: {shown_path(document.folder(path) / name)}")
+        file = document.folder(("judge", "file")) / judge["file"] if judge.get("file") else None
+        if file and file.is_file():
+            try:
+                load_judge_file(file)
+            except RecipeError as error:
+                yield from error.errors if isinstance(error, RecipeErrors) else [error]
+        generation = values.get("generation", {})
+        for section in ("generation", "judge"):
+            if (url := values.get(section, {}).get("base_url")) and not is_address(url):
+                what = f"{section}.base_url: an address such as http://127.0.0.1:8000/v1, not {url!r}"
+                yield document.error((section, "base_url"), what)
+        if suite["name"] == "lm_eval" and not generation.get("trust_remote_code"):
+            name = data.get("include_path")
+            yield from code_in(document, document.folder(("data", "include_path")) / name if name else None)
+        if generation.get("engine") == "openai" and not generation.get("base_url"):
+            yield document.error(("generation", "engine"), "generation.engine openai needs base_url")
+
+
+class TaskRules(KindRules):
+    """Rules of lm-eval's task files: lm-eval reads them, we only see that the file names its task and its data."""
+
+    has_schema = False
+
+    def between_keys(self, document: Document) -> Iterator[RecipeError]:
+        """Yield which of the two is missing."""
+        for key in ("task", "dataset_path"):
+            if key not in document.values:
+                yield document.error((key,), f"{key} is missing", "a task of lm-eval needs it")
 
 
 @dataclass(frozen=True)
@@ -32,7 +101,7 @@ class EvalRecipe:
 
     def resolve(self, key: str, name: str) -> Path:
         """Return the path that a file name under a dotted key means."""
-        return folder_of(self.document, tuple(key.split("."))) / name
+        return self.document.folder(tuple(key.split("."))) / name
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` was written."""
@@ -76,12 +145,7 @@ def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
     Raises:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    document = load_document(path, overrides)
-    if document.kind.name != "eval":
-        raise RecipeError(f"is {document.kind.title}, not an eval recipe", document.kind.use, file=document.file)
-    errors = check_eval(document)
-    if errors:
-        raise RecipeErrors(errors)
+    document = load(path, "eval", overrides)
     values = document.values
     return EvalRecipe(
         path=document.path,
@@ -100,7 +164,7 @@ def _judge_of(document: Document, values: dict[str, Any]) -> JudgeFile:
     own = {key: value for key, value in values.items() if key != "file"}
     if "file" not in values:
         return JudgeFile(document.path.parent / "judges" / document.path.name, JudgeSection(**own), Thresholds())
-    file = load_judge_file(folder_of(document, ("judge", "file")) / values["file"])
+    file = load_judge_file(document.folder(("judge", "file")) / values["file"])
     return dataclasses.replace(file, judge=dataclasses.replace(file.judge, **own))
 
 
