@@ -74,7 +74,7 @@ def build_family(family: str, folder: Path, tokenizer_from: Path, seed: int = 0,
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, vocab_size=520, **{**DENSE, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, vocab_size=520, **{**DENSE, **FAMILIES.get(family, {}), **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)

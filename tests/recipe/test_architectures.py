@@ -111,6 +111,9 @@ def test_what_a_trainer_sets_for_itself_is_the_bases_again_while_it_saves_and_no
         ("nemotron_h", "lora.target_modules=.*proj", "'out_proj' of this model takes no adapter"),
         ("falcon_h1", "train.packing=true", "train.packing: FalconH1ForCausalLM has layers that carry a state from one example"),
         ("qwen3_next", "train.padding_free=true", "train.padding_free: Qwen3NextForCausalLM has layers that carry a state"),
+        ("bart", "train.padding_free=true", "train.padding_free: BartForCausalLM takes no positions"),
+        ("bloom", "train.packing=true", "train.packing: BloomForCausalLM takes no positions, and does not see where one example"),
+        ("doge", "lora.r=4", "DogeForCausalLM with experts routes each token by tokens that come after it"),
         ("qwen3_moe", "lora.target_modules=[gate_proj]", "gate_proj without also targeting up_proj because they are fused"),
         ("qwen3_moe", "lora.init_lora_weights=pissa", "lora.init_lora_weights: pissa starts from the weights of linear layers"),
         ("qwen3_moe", "lora.lora_dropout=0.05", "does not work with lora_dropout"),
@@ -128,7 +131,10 @@ def test_what_an_architecture_cannot_do_is_one_line_before_anything_is_loaded(
     from recipes_lib.recipe.recipe import load_recipe
 
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / family))
-    without_weights(family).config.save_pretrained(folder)
+    config = without_weights(family).config
+    if family == "doge":
+        config = type(config)(**config.to_dict() | {"is_moe": True, "num_experts": 16})
+    config.save_pretrained(folder)
     recipe = load_recipe(tiny_recipe, ["lora.target_modules=all-linear", override, f"model.name_or_path={folder}"])
     [error] = check_names(recipe, folder, AccelerateConfig(Path()))
     assert said in error.what and "\n" not in error.what

@@ -138,6 +138,25 @@ def assert_plain(given: Path, base: Path) -> None:
     assert {key for key in original if saved.get(key) != original[key]} <= {"dtype", "tie_word_embeddings", "pad_token_id"}
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        (
+            "bart",
+            {"decoder_layers": 2, "decoder_ffn_dim": 96, "decoder_attention_heads": 4, "is_decoder": True, "is_encoder_decoder": False},
+        ),
+        ("doge", {}),
+    ],
+)
+def test_a_decoder_with_positions_of_its_own_and_one_without_its_experts_are_trained(
+    family: str, sizes: dict[str, Any], write_recipe: Write, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Bart counts positions through a whole row, examples end to end would leave its table; Doge's config names experts it may not have."""
+    recipe = write_recipe(family, METHODS["lora"])
+    build_family(family, tmp_path / family, tiny_model_dir, **sizes)
+    assert main([str(recipe), "run.name=run"]) == 0
+
+
 @pytest.mark.slow
 def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(write_recipe: Write, tmp_path: Path) -> None:
     """In a file each expert has its matrices, in memory all share one: the Trainer finds none of them, and keeps those of the last step."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -94,6 +95,18 @@ def not_quantized(config: Any) -> list[str]:
     """
     needs = ARCHITECTURES.get(config.get_text_config().model_type, _NONE)
     return ["lm_head", *needs.left_out] if needs.because == _READS_WEIGHT else []
+
+
+def why_rows_apart(model: Any) -> str | None:
+    """Return why several examples must not share a row of this model, as the end of a sentence about it; None where they may.
+
+    Attention keeps them apart by their positions, which begin again with each of them.
+    """
+    if carries_state(model):
+        return "has layers that carry a state from one example of a row into the next"
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return "takes no positions, and does not see where one example of a row ends and the next begins"
+    return None
 
 
 def carries_state(model: Any) -> bool:
@@ -200,6 +213,8 @@ def prepare_for_training(model: Any) -> None:
 def lacks_experts(model: Any) -> bool:
     """Whether a model whose class may have experts was made without any: it has no routers whose loss could be added."""
     needs, config = needs_of(model), model.config.get_text_config()
+    if getattr(config, "is_moe", True) is False:  # Doge: a number of experts all the same
+        return True
     return needs.num_experts is not None and not getattr(config, needs.num_experts)
 
 

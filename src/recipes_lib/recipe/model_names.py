@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError, one_line
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
-from recipes_lib.recipe.architectures import carries_state, converted, needs_of, settle_targets
+from recipes_lib.recipe.architectures import converted, needs_of, settle_targets, why_rows_apart
 from recipes_lib.recipe.combinations import rank_too_large
 from recipes_lib.recipe.model_files import no_tokenizer
 from recipes_lib.recipe.recipe import Recipe
@@ -81,6 +81,9 @@ def _check_causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     if asks_for_it and not model.config.is_decoder:
         what = f"{type(model).__name__} is an encoder here (is_decoder: false): it sees the tokens that it should predict"
         yield recipe.error(key, what, "choose a causal language model")
+    if model.config.model_type == "doge" and model.config.is_moe:  # transformers 5.24 modeling_doge.py says so itself
+        what = f"{type(model).__name__} with experts routes each token by tokens that come after it"
+        yield recipe.error(key, what, "choose a causal language model, or one of Doge without experts")
     positions, longest = getattr(model.config, "max_position_embeddings", None), recipe.train.get("max_length", 1024)
     tables = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)]
     if tables and positions and (longest is None or longest > positions):
@@ -115,8 +118,8 @@ def _check_packing(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     """Yield an error where several examples would share a row of a model whose layers do not know where one ends."""
     train = recipe.train
     packs = "packing" if train.get("packing") and train.get("packing_strategy") != "wrapped" else "padding_free"
-    if train.get(packs) and carries_state(model):
-        what = f"train.{packs}: {type(model).__name__} has layers that carry a state from one example of a row into the next"
+    if train.get(packs) and (why := why_rows_apart(model)):
+        what = f"train.{packs}: {type(model).__name__} {why}"
         yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
 
 

@@ -115,10 +115,10 @@ def padding_costs_nothing_to_drop(recipe: Recipe, args: SFTConfig, model: PreTra
     That is flash attention on a GPU and `document_attention` on a CPU, in a model that has no other layers over tokens. A recipe that
     says `padding_free` itself, or packs, is left alone.
     """
-    from recipes_lib.recipe.architectures import carries_state
+    from recipes_lib.recipe.architectures import why_rows_apart
     from recipes_lib.training.document_attention import NAME
 
-    undecided = "padding_free" not in recipe.train and not args.packing and not carries_state(model)
+    undecided = "padding_free" not in recipe.train and not args.packing and not why_rows_apart(model)
     return undecided and ("flash" in attention or attention == NAME) and args.per_device_train_batch_size > 1
 
 
