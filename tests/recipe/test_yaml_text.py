@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from recipes_lib.recipe.yaml_source import parse_yaml
@@ -18,6 +18,7 @@ VALUES = SCALARS | st.lists(SCALARS, max_size=3)
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True).filter(lambda key: yaml.safe_load(key) == key), VALUES, max_size=4))
+@example({"a": "\u00a0"})
 def test_what_is_printed_is_read_back_as_the_same_values(values):
     text = join_lines(yaml_lines({"section": values}, lambda path: "from here"))
     assert yaml.safe_load(text) == {"section": values}

@@ -18,7 +18,7 @@ def value_text(value: Any) -> str:
         "{r: 8, names: [a, 'no']}"
     """
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True)
-    return text.strip().removesuffix("\n...").strip()
+    return text.strip("\n").removesuffix("\n...")  # not other white space: a value may begin or end with it
 
 
 def yaml_lines(values: dict[str, Any], comment: Callable[[KeyPath], str], path: KeyPath = ()) -> list[tuple[str, str]]:
