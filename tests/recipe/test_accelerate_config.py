@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.accelerate_config import check_accelerate_config, load_accelerate_config
+from recipes_lib.recipe.accelerate_config import load_accelerate_config
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.project import project_root
+from recipes_lib.recipe.validation import validate
 
 FSDP = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT}\n"
 
@@ -94,7 +95,7 @@ def test_every_key_of_accelerates_config_is_taken_or_refused_with_a_reason(write
 
     for key in ClusterConfig.__dataclass_fields__:
         text = f"distributed_type: 'NO'\n{key}: {{a: 1}}\n" if key != "distributed_type" else "distributed_type: 'NO'\n"
-        errors = check_accelerate_config(load_document(write(text, "acc.yaml")))
+        errors = validate(load_document(write(text, "acc.yaml")))
         assert not [error for error in errors if f"unknown key '{key}'" in error.what]
 
 

@@ -13,7 +13,7 @@ from recipes_lib.cli import main
 from recipes_lib.commands import migrate as command
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.migration_rules import LORA_DEFAULTS, MOVES, OTHER_LOSSES, OTHER_TRAINERS, mixture_sources
+from recipes_lib.recipe.migrate import LORA_DEFAULTS, MOVES, OTHER_LOSSES, OTHER_TRAINERS, mixture_sources
 from recipes_lib.recipe.validation import check
 from recipes_lib.recipe.vocabulary import subschema
 
@@ -174,8 +174,7 @@ def test_every_key_of_trls_model_and_data_arguments_has_a_rule():
 
     from trl import ModelConfig, ScriptArguments
 
-    from recipes_lib.recipe.migrate import _SPECIAL
-    from recipes_lib.recipe.migration_rules import NOT_CARRIED, WITHOUT_EFFECT
+    from recipes_lib.recipe.migrate import _SPECIAL, NOT_CARRIED, WITHOUT_EFFECT
 
     ruled = {*MOVES, *_SPECIAL, *NOT_CARRIED, *WITHOUT_EFFECT}
     fields = {field.name for cls in (ModelConfig, ScriptArguments) for field in dataclasses.fields(cls)}

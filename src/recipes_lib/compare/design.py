@@ -19,7 +19,7 @@ from recipes_lib.recipe.check import check_upstream
 from recipes_lib.recipe.kinds import SECTIONS
 from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document
-from recipes_lib.recipe.project import recipe_path, shown_path
+from recipes_lib.recipe.project import project_root, recipe_path, shown_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.suggestions import did_you_mean
@@ -161,10 +161,11 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    words = [word for word in overrides if _section_of(word) in SECTIONS]
+    words = [word for word in overrides if word.removeprefix("--").partition("=")[0].partition(".")[0] in SECTIONS]
     file = study_path(path)
     if not file.exists() and file.suffix not in (".yaml", ".yml"):
-        raise RecipeError(f"there is no study '{path}'", f"studies: {', '.join(_shipped())}, or the path of a study file")
+        shipped = sorted(file.stem for file in (project_root() / "recipes" / "studies").glob("*.yaml"))
+        raise RecipeError(f"there is no study '{path}'", f"studies: {', '.join(shipped)}, or the path of a study file")
     study, errors = _read(load(file, "study", [word for word in overrides if word not in words]), words)
     if errors:
         raise RecipeErrors(errors)
@@ -173,8 +174,6 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 def study_path(name: str | Path) -> Path:
     """Return the file that a path or a short name (`quickstart`, `lora-rank`) means."""
-    from recipes_lib.recipe.project import project_root
-
     path = Path(name)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
@@ -189,12 +188,6 @@ def study_file(word: str) -> Path | None:
         return None
     path = path if path.is_file() else study_path(word)
     return path if path.is_file() and load_document(path, keep_going=True).kind.name == "study" else None
-
-
-def _shipped() -> list[str]:
-    from recipes_lib.recipe.project import project_root
-
-    return sorted(file.stem for file in (project_root() / "recipes" / "studies").glob("*.yaml"))
 
 
 class StudyRules(KindRules):
@@ -232,10 +225,6 @@ class StudyRules(KindRules):
             return errors
         found = {str(error): error for arm in study.arms if arm.recipe for error in check_upstream(arm.recipe, notes=[])}
         return list(found.values())
-
-
-def _section_of(word: str) -> str:
-    return word.removeprefix("--").partition("=")[0].partition(".")[0]
 
 
 def _read(document: Document, words: Sequence[str]) -> tuple[Study, list[RecipeError]]:

@@ -137,59 +137,51 @@ class AccelerateRules(KindRules):
 
     def between_keys(self, document: Document) -> Iterator[RecipeError]:
         """Yield what is wrong with an accelerate config."""
-        yield from check_accelerate_config(document)
+        values, fsdp = document.values, document.values.get("fsdp_config") or {}
+        for key, why in _REFUSED.items():
+            if values.get(key):
+                yield document.error((key,), f"{key} cannot be used here", why)
+        for key in (key for key in values if key not in _KEYS | _WITHOUT_EFFECT | _REFUSED.keys()):
+            yield document.error((key,), f"unknown key '{key}' in an accelerate config", *did_you_mean(key, _KEYS))
+        if not isinstance(fsdp, dict):
+            yield document.error(("fsdp_config",), "fsdp_config must be a mapping")
+            return
+        for key in (key for key in fsdp if key not in _FSDP_KEYS):
+            yield document.error(("fsdp_config", key), f"unknown key 'fsdp_config.{key}'", *did_you_mean(key, _FSDP_KEYS))
+        yield from _wrong_values(document, values, fsdp)
 
 
-def check_accelerate_config(document: Document) -> list[RecipeError]:
-    """Return what is wrong with an accelerate config, all at once."""
-    values = document.values
-    errors = [document.error((key,), f"{key} cannot be used here", why) for key, why in _REFUSED.items() if values.get(key)]
-    unknown = [key for key in values if key not in _KEYS | _WITHOUT_EFFECT | _REFUSED.keys()]
-    errors += [document.error((key,), f"unknown key '{key}' in an accelerate config", *did_you_mean(key, _KEYS)) for key in unknown]
-    fsdp = values.get("fsdp_config") or {}
-    if not isinstance(fsdp, dict):
-        return [*errors, document.error(("fsdp_config",), "fsdp_config must be a mapping")]
-    errors += [
-        document.error(("fsdp_config", key), f"unknown key 'fsdp_config.{key}'", *did_you_mean(key, _FSDP_KEYS))
-        for key in fsdp
-        if key not in _FSDP_KEYS
-    ]
-    return errors + _check_values(document, values, fsdp)
-
-
-def _check_values(document: Document, values: dict[str, Any], fsdp: dict[str, Any]) -> list[RecipeError]:
-    """Return errors about values."""
-    errors = []
+def _wrong_values(document: Document, values: dict[str, Any], fsdp: dict[str, Any]) -> Iterator[RecipeError]:
+    """Yield errors about values."""
     kind = values.get("distributed_type", "NO")
     if kind is False:
-        errors.append(document.error(("distributed_type",), "distributed_type NO is read as false; quote it: 'NO'"))
+        yield document.error(("distributed_type",), "distributed_type NO is read as false; quote it: 'NO'")
     elif kind not in DISTRIBUTED_TYPES:
+        hint = did_you_mean(str(kind), DISTRIBUTED_TYPES)
+        if kind == "MULTI_CPU":
+            hint = ["MULTI_CPU starts one process; use MULTI_GPU with use_cpu: true"]
         what = f"distributed_type '{kind}' is not supported; one of {', '.join(DISTRIBUTED_TYPES)}"
-        hint = (
-            ["MULTI_CPU starts one process; use MULTI_GPU with use_cpu: true"]
-            if kind == "MULTI_CPU"
-            else did_you_mean(str(kind), DISTRIBUTED_TYPES)
-        )
-        errors.append(document.error(("distributed_type",), what, *hint))
+        yield document.error(("distributed_type",), what, *hint)
     precision = values.get("mixed_precision", "no")
     if precision is False:
-        errors.append(document.error(("mixed_precision",), "mixed_precision no is read as false; quote it: 'no'"))
+        yield document.error(("mixed_precision",), "mixed_precision no is read as false; quote it: 'no'")
     elif precision == "fp8":
         what = "mixed_precision fp8 is not supported: the training would compute in the recipe's precision"
-        errors.append(
-            document.error(("mixed_precision",), what, "write mixed_precision: 'no'; the recipe decides (train.bf16, train.fp16)")
-        )
+        hint = ["write mixed_precision: 'no'; the recipe decides (train.bf16, train.fp16)"]
+        yield document.error(("mixed_precision",), what, *hint)
     elif precision not in MIXED_PRECISIONS:
-        errors.append(document.error(("mixed_precision",), f"mixed_precision '{precision}' is none of {', '.join(MIXED_PRECISIONS)}"))
+        what = f"mixed_precision '{precision}' is none of {', '.join(MIXED_PRECISIONS)}"
+        yield document.error(("mixed_precision",), what)
     for key, least in (("num_processes", 1), ("num_machines", 1), ("main_process_port", 0)):
         number = values.get(key, least)
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            errors.append(document.error((key,), f"{key} must be a whole number >= {least}, got {number!r}"))
+            what = f"{key} must be a whole number >= {least}, got {number!r}"
+            yield document.error((key,), what)
     if not isinstance(values.get("use_cpu", False), bool):
-        errors.append(document.error(("use_cpu",), "use_cpu must be true or false"))
+        yield document.error(("use_cpu",), "use_cpu must be true or false")
     if kind == "FSDP" and fsdp.get("fsdp_version") != 2:
-        errors.append(document.error(("fsdp_config", "fsdp_version"), "fsdp_config.fsdp_version must be 2: FSDP1 is deprecated upstream"))
+        what = "fsdp_config.fsdp_version must be 2: FSDP1 is deprecated upstream"
+        yield document.error(("fsdp_config", "fsdp_version"), what)
     if kind == "FSDP" and fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT") != "FULL_STATE_DICT":
         what = "fsdp_config.fsdp_state_dict_type must be FULL_STATE_DICT: a sharded final save writes no adapter"
-        errors.append(document.error(("fsdp_config", "fsdp_state_dict_type"), what))
-    return errors
+        yield document.error(("fsdp_config", "fsdp_state_dict_type"), what)

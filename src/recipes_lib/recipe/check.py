@@ -44,7 +44,9 @@ class RecipeRules(KindRules):
             migrate = "a whole old file: recipes migrate OLD.yaml --output NEW.yaml"
             return document.error(path, rename.message(name), *([rename.note] if rename.note else []), migrate)
         if len(path) == 1:
-            return document.error(path, f"unknown section '{key}'", *_section_hint(plain))
+            homes = [near for near in dotted_names(plain) if plain in near]
+            belongs = [f"it belongs to {homes[0].partition('.')[0]}: write {homes[0]}"] if homes else [f"sections: {', '.join(SECTIONS)}"]
+            return document.error(path, f"unknown section '{key}'", *(did_you_mean(plain, SECTIONS) or belongs))
         everything = f"all keys: recipes explain {dotted(path[:-1])}"
         if plain in known or near_names(plain, known):
             return document.error(path, f"unknown key '{name}'", *did_you_mean(plain, known, f"{dotted(path[:-1])}."), everything)
@@ -97,15 +99,6 @@ class FlatRules(KindRules):
     def between_keys(self, document: Document) -> Iterator[RecipeError]:
         """Yield what the file is."""
         yield wrong_kind(document, "recipe")
-
-
-def _section_hint(key: str) -> list[str]:
-    """Return hints for an unknown top-level key."""
-    misspelt = did_you_mean(key, SECTIONS)
-    if misspelt:
-        return misspelt
-    homes = [name for name in dotted_names(key) if key in name]
-    return [f"it belongs to {homes[0].partition('.')[0]}: write {homes[0]}"] if homes else [f"sections: {', '.join(SECTIONS)}"]
 
 
 def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: list[RecipeError] | None = None) -> list[RecipeError]:

@@ -21,7 +21,8 @@ def find_credentials(source: Document) -> dict[KeyPath, RecipeError]:
     errors: dict[KeyPath, RecipeError] = {}
     for path, value in _walk(source.values, ()):
         key = str(path[-1]).replace("-", "_")
-        named = is_secret_name(key) and value not in (None, "") and not isinstance(value, dict | list | bool) and not _is_known(path)
+        holds = value not in (None, "") and not isinstance(value, dict | list | bool)
+        named = is_secret_name(key) and holds and subschema(*map(str, path)) is None  # the schema has train.eos_token
         if named or (isinstance(value, str) and holds_secret(value)):
             errors[path] = source.error(
                 path, f"'{mask_secrets('.'.join(map(str, path)))}' looks like a secret; a recipe must not hold one", _HINT
@@ -31,11 +32,6 @@ def find_credentials(source: Document) -> dict[KeyPath, RecipeError]:
         if holds_secret(line) and (source.file, number) not in lines:
             errors[("", number)] = RecipeError("this line holds what looks like a secret", _HINT, file=source.file, line=number)
     return errors
-
-
-def _is_known(path: KeyPath) -> bool:
-    """Whether the schema has this key: `train.eos_token` is not a secret."""
-    return subschema(*map(str, path)) is not None
 
 
 def _walk(values: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:

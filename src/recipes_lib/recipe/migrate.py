@@ -1,24 +1,124 @@
 """A flat TRL config (alignment handbook, open-r1, `trl sft --config`) -> a recipe, comments kept, every change listed.
 
-This module decides what becomes of each key; plain moves stand in `migration_rules`, the text is handled in `migration`. Nothing is
-loaded or downloaded.
+The flat files are TRL's ScriptArguments, ModelConfig and SFTConfig in one mapping, plus a few keys of each project. First the tables say
+what each key is called in a recipe; then `migrate` decides what becomes of each key; last comes the text: keys move as they were written,
+so comments, number formats and long templates stay, and only a value that must change is written anew. Nothing is loaded or downloaded.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe import migration_rules as rules
-from recipes_lib.recipe.kinds import foreign_kind
-from recipes_lib.recipe.migration import Entry, Migration, cut_into_entries
+from recipes_lib.recipe.constraints import NOT_IN_RECIPES
+from recipes_lib.recipe.kinds import SECTIONS, foreign_kind
 from recipes_lib.recipe.project import check_run_name
-from recipes_lib.recipe.vocabulary import section_keys
+from recipes_lib.recipe.renames import RENAMES
+from recipes_lib.recipe.vocabulary import FLAT_NAMES, section_keys
 from recipes_lib.recipe.yaml_source import read_yaml
 from recipes_lib.redaction import is_secret_name
+
+# A key that only moves, or moves under another name; what was renamed upstream stands in `renames`.
+MOVES: dict[str, str] = {
+    **FLAT_NAMES,
+    **{old: rename.new for old, rename in RENAMES.items() if rename.new},
+    "model_init_kwargs": "model.kwargs",
+    "attn_implementation": "model.attn_implementation",
+    "trust_remote_code": "model.trust_remote_code",
+    "dataset_config_name": "data.subset",
+    "chat_template": "data.chat_template",
+    "chat_template_path": "data.chat_template",
+    "system_prompt": "data.system_prompt",
+    "max_train_samples": "data.max_examples",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "lora_target_parameters": "lora.target_parameters",
+    "load_in_4bit": "quantization.load_in_4bit",
+    "load_in_8bit": "quantization.load_in_8bit",
+    "bnb_4bit_use_double_quant": "quantization.bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype": "quantization.bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage": "quantization.bnb_4bit_quant_storage",
+    "preprocessing_num_workers": "train.dataset_num_proc",
+    "use_liger": "train.use_liger_kernel",
+    "num_processes": "launch.gpus",
+    "num_machines": "launch.nodes",
+}
+
+# A key without effect here: left out, and said.
+WITHOUT_EFFECT: dict[str, str] = {
+    **{old: f"gone from {rename.since}; {rename.note}".rstrip("; ") for old, rename in RENAMES.items() if not rename.new},
+    "do_train": "training is what a recipe does",
+    "do_eval": "train.eval_strategy says it",
+    "do_predict": "recipes eval does it",
+    "use_peft": "the lora section says it",
+    "lora_task_type": "it is always CAUSAL_LM",
+    "remove_unused_columns": "columns are prepared before the trainer sees them",
+    "dataset_kwargs": "columns are prepared before the trainer sees them",
+    "ignore_bias_buffers": "the trainer decides it",
+    "config": "it named this file",
+}
+
+# A key with an effect that a recipe cannot express: kept as a comment, and named.
+NOT_CARRIED: dict[str, str] = {
+    **NOT_IN_RECIPES["train"],
+    "dataset_test_split": "validation rows are held out of the training rows (data.split), not read from another split",
+    "dataset_streaming": "the audit before step 1 reads every row, so rows are not streamed",
+    "dataset_splits": "one split is read (data.source_split); validation rows are held out of it (data.split)",
+    "dataset_configs": "each source of a mixture has its own subset",
+    "tokenizer_name_or_path": "the tokenizer is the model's",
+    "tokenizer": "the tokenizer is the model's",
+    "env": "set environment variables where you launch",
+}
+
+_OTHER_TRAINERS = """
+    beta disable_dropout discopop_tau f_alpha_divergence_coef f_divergence_type label_smoothing ld_alpha loss_weights rpo_alpha
+    precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps sync_ref_model use_weighting
+    reference_free desirable_weight undesirable_weight
+    center_rewards_coefficient simpo_gamma cpo_alpha max_prompt_length generate_during_eval
+    reward_funcs reward_weights reward_clip_range reward_model_path reward_model_name_or_path scale_rewards normalize_advantages
+    num_generations num_generations_eval num_iterations generation_batch_size steps_per_generation generation_kwargs max_completion_length
+    max_tool_calling_iterations mask_truncated_completions num_completions_to_print log_completions log_completions_hub_repo
+    log_unique_prompts log_multimodal repetition_penalty temperature top_k top_p min_p cache_implementation ds3_gather_for_generation
+    delta epsilon epsilon_high entropy_coef entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target use_adaptive_entropy
+    importance_sampling_level multi_objective_aggregation off_policy_mask_threshold top_entropy_quantile use_bias_correction_kl
+    sapo_temperature_neg sapo_temperature_pos vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos cast_lm_head_to_fp32
+    teacher_model_name_or_path teacher_model_init_kwargs teacher_model_revision use_vllm use_transformers_paged
+    use_transformers_continuous_batching transformers_continuous_batching_config
+    vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_group_port vllm_importance_sampling_cap vllm_importance_sampling_clip_max
+    vllm_importance_sampling_clip_min vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_max_model_length vllm_mode
+    vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_structured_outputs_regex
+    vllm_tensor_parallel_size
+"""
+OTHER_TRAINERS = frozenset(_OTHER_TRAINERS.split())
+"""Keys of TRL's other trainers (DPO, KTO, ORPO, reward models, GRPO, distillation) that SFT's has not: a recipe cannot describe them."""
+
+_OTHER_LOSSES = """
+    sigmoid sigmoid_norm hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_pair aot_unpaired discopop apo_zero apo_down
+    apo_zero_unpaired kto kto_pair simpo alphapo sft grpo bnpo dr_grpo dapo cispo luspo sapo vespo
+"""
+OTHER_LOSSES = frozenset(_OTHER_LOSSES.split())
+"""Values of `loss_type` of those trainers."""
+
+OTHER_TRAINING = re.compile(
+    r"(?<![a-z0-9])(dpo|ipo|kto|orpo|cpo|simpo|grpo|rloo|ppo|gkd|rm|reward(?:[-_]?model)?)(?![a-z0-9])", re.IGNORECASE
+)
+"""What the name of such a run says, where no key does: a reward model's config may have SFT's keys alone."""
+
+ACCELERATE_NAMES = {"single_gpu": "single_gpu", "multi_gpu": "ddp", "ddp": "ddp", "fsdp": "fsdp", "fsdp1": "fsdp", "fsdp2": "fsdp"}
+"""TRL's bundled accelerate configs -> ours."""
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+"""TRL's defaults where PEFT's are others. Source: trl.ModelConfig."""
+
+STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 
 
 def migrate(path: Path, schema: str, rejected: Mapping[str, str] | None = None) -> Migration:
@@ -69,15 +169,15 @@ def _refuse_other_kinds(values: dict[str, Any], lines: dict[Any, int], path: Pat
         raise RecipeError(f"is {foreign.title}, not a flat TRL config", foreign.use, file=path)
     if {"model", "data", "train", "extends"} & values.keys():
         raise RecipeError("is a recipe already", f"check it: recipes check {path}", file=path)
-    others = sorted(rules.OTHER_TRAINERS & values.keys(), key=lambda key: lines.get((key,), 0))
+    others = sorted(OTHER_TRAINERS & values.keys(), key=lambda key: lines.get((key,), 0))
     loss = values.get("loss_type")
-    if isinstance(loss, list) or (isinstance(loss, str) and loss in rules.OTHER_LOSSES):
+    if isinstance(loss, list) or (isinstance(loss, str) and loss in OTHER_LOSSES):
         others.append("loss_type")
     if others:
         what = f"'{others[0]}' belongs to preference tuning, reward models or reinforcement learning, which recipes do not describe"
         raise RecipeError(what, "use TRL's own trainer for it", file=path, line=lines.get((others[0],)))
     for key in ("output_dir", "run_name", "hub_model_id"):
-        if named := rules.OTHER_TRAINING.search(str(values.get(key, ""))):
+        if named := OTHER_TRAINING.search(str(values.get(key, ""))):
             what = f"'{key}' says {named[1]}, and a recipe describes supervised fine-tuning alone"
             hint = f"use TRL's own trainer for {named[1]}; if this is supervised fine-tuning, give it another {key} and run this again"
             raise RecipeError(what, hint, file=path, line=lines.get((key,)))
@@ -98,16 +198,16 @@ def _place(migration: Migration, entry: Entry, rejected: Mapping[str, str]) -> N
         migration.leave(entry, "a secret does not belong in a recipe; use hf auth login or the tool's own login")
     elif key in _SPECIAL:
         _SPECIAL[key](migration, entry)
-    elif key in rules.WITHOUT_EFFECT:
-        migration.drop(entry, rules.WITHOUT_EFFECT[key])
-    elif rules.MOVES.get(key) in ("data.chat_template", "data.system_prompt") and "dataset_text_field" in migration.entries:
+    elif key in WITHOUT_EFFECT:
+        migration.drop(entry, WITHOUT_EFFECT[key])
+    elif MOVES.get(key) in ("data.chat_template", "data.system_prompt") and "dataset_text_field" in migration.entries:
         migration.leave(entry, "it acts on conversations alone, and dataset_text_field says that each row is one text")
-    elif rules.MOVES.get(key, "").startswith("lora.") and not migration.value("use_peft"):
+    elif MOVES.get(key, "").startswith("lora.") and not migration.value("use_peft"):
         migration.leave(entry, "without use_peft: true TRL ignores it and trains all weights")
-    elif key in rules.MOVES:
-        _move(migration, entry, rules.MOVES[key])
-    elif key in rules.NOT_CARRIED:
-        migration.leave(entry, rules.NOT_CARRIED[key])
+    elif key in MOVES:
+        _move(migration, entry, MOVES[key])
+    elif key in NOT_CARRIED:
+        migration.leave(entry, NOT_CARRIED[key])
     elif key in section_keys("train"):
         _move(migration, entry, f"train.{key}")
     else:
@@ -121,12 +221,12 @@ def _move(migration: Migration, entry: Entry, dotted: str) -> None:
         migration.leave(entry, f"{dotted} is set already, by another key of this file")
     elif value is None and not dotted.startswith("train."):
         migration.drop(entry, "it says nothing")
-    elif key in rules.STRATEGIES and value is False:
+    elif key in STRATEGIES and value is False:
         migration.move(entry, dotted, "no", "an unquoted no is read as false")
-    elif "dtype" in key and rules.dtype_name(value) != value:
-        migration.move(entry, dotted, rules.dtype_name(value))
-    elif dotted == "lora.target_modules" and rules.target_modules(value) != value:
-        migration.move(entry, dotted, rules.target_modules(value))
+    elif "dtype" in key and dtype_name(value) != value:
+        migration.move(entry, dotted, dtype_name(value))
+    elif dotted == "lora.target_modules" and target_modules(value) != value:
+        migration.move(entry, dotted, target_modules(value))
     elif dotted.startswith("quantization.load_in") and not value:
         migration.drop(entry, "the quantization section is absent")
     elif dotted.startswith("quantization.bnb") and not migration.value("load_in_4bit"):
@@ -139,7 +239,7 @@ def _move(migration: Migration, entry: Entry, dotted: str) -> None:
 def _complete(migration: Migration) -> None:
     """Add what TRL fills in by itself where the class behind a section fills in something else."""
     if migration.value("use_peft"):
-        for key, value in rules.LORA_DEFAULTS.items():
+        for key, value in LORA_DEFAULTS.items():
             if f"lora.{key}" not in migration.values:
                 migration.add(f"lora.{key}", value, "TRL's default; PEFT's is another")
     if migration.values.get("quantization.load_in_4bit"):
@@ -174,7 +274,7 @@ def _complete_data(migration: Migration) -> None:
 
 def _mixture(migration: Migration, entry: Entry) -> None:
     """A mixture of data sets, in any of the three forms."""
-    sources, lost = rules.mixture_sources(entry.value)
+    sources, lost = mixture_sources(entry.value)
     if not sources:
         raise RecipeError(f"'{entry.key}' names no data set", file=migration.file, line=entry.line)
     splits = migration.value("dataset_splits")
@@ -205,13 +305,13 @@ def _mixture(migration: Migration, entry: Entry) -> None:
 def _model_kwargs(migration: Migration, entry: Entry) -> None:
     """What has a key of its own in the model section moves there, unless the file says it elsewhere too."""
     kwargs = entry.value if isinstance(entry.value, dict) else {}
-    moves = {**rules.MOVES, "revision": "model.revision"}
+    moves = {**MOVES, "revision": "model.revision"}
     own = {key: moves[key] for key in kwargs if moves.get(key, "").startswith("model.")}
-    said_elsewhere = {rules.MOVES.get(key) for key in migration.entries}
+    said_elsewhere = {MOVES.get(key) for key in migration.entries}
     for key, dotted in own.items():
         if dotted not in said_elsewhere:
             value = kwargs[key]
-            migration.add(dotted, rules.dtype_name(value) if dotted == "model.dtype" else value, f"from {entry.key}.{key}")
+            migration.add(dotted, dtype_name(value) if dotted == "model.dtype" else value, f"from {entry.key}.{key}")
     rest = {key: value for key, value in kwargs.items() if key not in own}
     if not own:
         migration.move(entry, "model.kwargs")
@@ -291,7 +391,7 @@ def _flash_attention(migration: Migration, entry: Entry) -> None:
 
 
 def _accelerate_config(migration: Migration, entry: Entry) -> None:
-    name = rules.ACCELERATE_NAMES.get(Path(str(entry.value)).stem)
+    name = ACCELERATE_NAMES.get(Path(str(entry.value)).stem)
     if name:
         migration.move(entry, "launch.accelerate", name)
     else:
@@ -302,7 +402,7 @@ def _tokenizer(migration: Migration, entry: Entry) -> None:
     if entry.value in (None, migration.value("model_name_or_path")):
         migration.drop(entry, "the tokenizer is the model's")
     else:
-        migration.leave(entry, rules.NOT_CARRIED["tokenizer_name_or_path"])
+        migration.leave(entry, NOT_CARRIED["tokenizer_name_or_path"])
 
 
 _SPECIAL: dict[str, Callable[[Migration, Entry], None]] = {
@@ -323,3 +423,196 @@ _SPECIAL: dict[str, Callable[[Migration, Entry], None]] = {
     "accelerate_config": _accelerate_config,
     "tokenizer_name_or_path": _tokenizer,
 }
+
+
+def dtype_name(value: Any) -> Any:
+    """Return the full name of a dtype: bf16 -> bfloat16, torch.float16 -> float16."""
+    return DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch.")) if isinstance(value, str) else value
+
+
+def target_modules(value: Any) -> Any:
+    """Return LoRA's target modules as PEFT takes them: a list of names, or the word all-linear.
+
+    Example:
+        >>> target_modules("q_proj, v_proj"), target_modules(["all-linear"])
+        (['q_proj', 'v_proj'], 'all-linear')
+    """
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    return "all-linear" if names == ["all-linear"] else names
+
+
+def mixture_sources(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Turn a mixture (`dataset_mixer`, `dataset_mixture` or TRL's `datasets`) into entries of `data.source`.
+
+    Returns:
+        The entries, and one line for each thing that an entry cannot say.
+    """
+    lost: list[str] = []
+    sources = []
+    for item in _mixture_items(value):
+        name = item.get("id") or item.get("path")
+        files = item.get("data_files")
+        if isinstance(files, str) and name in ("json", "csv", "parquet", "arrow", "text", None):
+            name, files = files, None
+        if not isinstance(name, str):
+            lost.append(f"a source without id or path: {item}")
+            continue
+        entry = {"source": name, "subset": item.get("config", item.get("name")), "source_split": item.get("split")}
+        sources.append({key: text for key, text in entry.items() if text is not None})
+        share = item.get("weight", item.get("fraction"))
+        if share is not None and share != 1:
+            part = f"{name} ({item['split']})" if item.get("split") else name  # the parts of one data set differ by their split
+            lost.append(f"{part}: {share} of its rows; give a number of rows instead (max_examples)")
+        lost.extend(f"{name}: {key} {item[key]!r}" for key in ("data_dir", "data_files") if item.get(key) is not None and files is not None)
+    return sources, lost
+
+
+def _mixture_items(value: Any) -> list[dict[str, Any]]:
+    """Return the sources of a mixture, whichever of the three forms it has."""
+    if isinstance(value, dict) and isinstance(value.get("datasets"), list):
+        value = value["datasets"]
+    elif isinstance(value, dict):
+        value = [{"id": name, "weight": share} for name, share in value.items()]
+    items = value if isinstance(value, list) else [value]
+    return [item if isinstance(item, dict) else {"id": item} for item in items]
+
+
+_AS_WRITTEN = object()
+
+
+@dataclass
+class Entry:
+    """One top-level key of the flat file: its value and the text it was written with."""
+
+    key: str
+    value: Any
+    line: int
+    text: list[str]
+    comments_above: list[str] = field(default_factory=list)
+    comment_beside: str = ""
+
+
+@dataclass
+class Migration:
+    """A migration in progress, then its result: `text()` of the recipe and the `changes` to list.
+
+    By dotted key, `values` holds what the recipe says and `origins` the flat key it came from; `left` are the lines of what stays behind.
+    """
+
+    file: str
+    entries: dict[str, Entry]
+    changes: list[str] = field(default_factory=list)
+    placed: dict[str, list[str]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    header: list[str] = field(default_factory=list)
+    waiting_comments: list[str] = field(default_factory=list)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return the flat file's value of `key`."""
+        return self.entries[key].value if key in self.entries else default
+
+    def move(self, entry: Entry, dotted: str, value: Any = _AS_WRITTEN, note: str = "") -> None:
+        """Place an entry under its new name; a `value` replaces the one that was written."""
+        key = dotted.split(".", 1)[1]
+        lines = [line for line in (*self.waiting_comments, *entry.comments_above) if line.strip()]
+        self.waiting_comments, entry.comments_above = [], []
+        if value is _AS_WRITTEN:
+            lines += [re.sub(r"^(['\"]?)" + re.escape(entry.key) + r"\1(?=\s*:)", key, entry.text[0]), *entry.text[1:]]
+        else:
+            lines += _dump(key, value, entry.comment_beside)
+        self._place(dotted, lines, entry.value if value is _AS_WRITTEN else value)
+        self.origins[dotted] = entry.key
+        renamed = "" if key == entry.key else " (renamed)"
+        changed = "" if value is _AS_WRITTEN else f": {_short(entry.value)} -> {_short(value)}"
+        self.changes.append(f"{self.file}:{entry.line}: {entry.key} -> {dotted}{renamed}{changed}{f'; {note}' if note else ''}")
+
+    def add(self, dotted: str, value: Any, why: str) -> None:
+        """Add a key that the flat file did not have."""
+        self._place(dotted, _dump(dotted.split(".", 1)[1], value, f"# {why}"), value)
+        self.changes.append(f"added {dotted}: {_short(value)}; {why}")
+
+    def drop(self, entry: Entry, why: str) -> None:
+        """Leave out an entry that has no effect here."""
+        self._keep_comments(entry)
+        self.changes.append(f"{self.file}:{entry.line}: {entry.key} left out; {why}")
+
+    def leave(self, entry: Entry, why: str, *details: str) -> None:
+        """Keep an entry as a comment at the end of the recipe."""
+        self._keep_comments(entry)
+        text = [f"{entry.key}: (not copied)"] if is_secret_name(entry.key) else entry.text
+        self.left += [f"# {entry.key}: {why}", *(f"#   {detail}" for detail in details), *(f"#     {line}".rstrip() for line in text)]
+        for what in details or ("",):
+            self.changes.append(f"{self.file}:{entry.line}: {entry.key} NOT CARRIED OVER{f' ({what})' if what else ''}; {why}")
+
+    def text(self) -> str:
+        """Return the recipe as YAML text."""
+        lines = [*self.header]
+        for section in SECTIONS:
+            if section in self.placed:
+                lines += ["", f"{section}:", *self.placed[section]]
+            elif section == "lora":
+                lines += ["", "lora: null"]
+        if self.left:
+            lines += ["", "# Not carried over by `recipes migrate`, with the lines as they were:", *self.left]
+        if any(self.waiting_comments):
+            lines += ["", *(line for line in self.waiting_comments if line.strip())]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def _place(self, dotted: str, lines: list[str], value: Any) -> None:
+        self.placed.setdefault(dotted.split(".", 1)[0], []).extend(f"  {line}" if line.strip() else "" for line in lines)
+        self.values[dotted] = value
+
+    def _keep_comments(self, entry: Entry) -> None:
+        """Hand the comments above an entry that goes to the next one that stays: they are headings more often than remarks."""
+        self.waiting_comments += entry.comments_above
+
+
+def cut_into_entries(text: str, values: dict[str, Any]) -> tuple[dict[str, Entry], list[str]]:
+    """Cut the file into its top-level keys, each with the comment lines above it.
+
+    Returns:
+        The entries, and the comment lines at the end of the file.
+    """
+    lines = text.split("\n")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode), "anything else was refused before"
+    pairs = root.value
+    aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
+    entries: dict[str, Entry] = {}
+    if root.flow_style or aliases:  # no line of its own, or text that would lose its anchor: write the values anew
+        for key_node, _ in pairs:
+            key = key_node.value
+            entries[key] = Entry(key, values[key], key_node.start_mark.line + 1, _dump(key, values[key]))
+        return entries, [line for line in lines if line.startswith("#")]
+    starts = [key_node.start_mark.line for key_node, _ in pairs] + [len(lines)]
+    above = [line for line in lines[: starts[0]] if not line.startswith(("---", "%"))]
+    for index, (key_node, value_node) in enumerate(pairs):
+        block = lines[starts[index] : starts[index + 1]]
+        size = len(block)
+        while size > 1 and (not block[size - 1].strip() or block[size - 1].startswith("#")):
+            size -= 1
+        beside = ""
+        if value_node.end_mark.line == key_node.start_mark.line:
+            rest = block[0][value_node.end_mark.column :].strip()
+            beside = rest if rest.startswith("#") else ""
+        entries[key_node.value] = Entry(key_node.value, values[key_node.value], starts[index] + 1, block[:size], above, beside)
+        above = block[size:]
+    return entries, above
+
+
+def _dump(key: str, value: Any, comment: str = "") -> list[str]:
+    """Return `key: value` as YAML lines; mappings of scalars in one line."""
+    flow = isinstance(value, dict) and all(not isinstance(item, (dict, list)) for item in value.values())
+    if flow:
+        lines = [f"{key}: {yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()}"]
+    else:
+        lines = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000).rstrip("\n").split("\n")
+    return [f"{lines[0]}  {comment}", *lines[1:]] if comment and len(lines) == 1 else lines
+
+
+def _short(value: Any) -> str:
+    """Return a value for a line of the list of changes."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).replace("\n...", "").strip()
+    return text if len(text) <= 60 else f"{text[:57]}..."
