@@ -234,9 +234,9 @@ def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[DoctorLine
 
 def check_quickstart_model() -> Iterator[DoctorLine]:
     """Whether the quickstart's model is here already, or can be made."""
-    from recipes_lib.training.packaged_models import PACKAGES, PREFIX, packaged_folder
+    from recipes_lib.training.packaged_models import PACKAGED_MODELS, PREFIX, packaged_folder
 
-    for name, package in PACKAGES.items():
+    for name, package in PACKAGED_MODELS.items():
         if packaged_folder(PREFIX + name):
             yield DoctorLine("ok", "quickstart", f"{package.folder} is ready")
         elif importlib.util.find_spec("gguf") is None:

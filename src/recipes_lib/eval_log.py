@@ -14,6 +14,8 @@ from typing import Any
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
+REFERENCE = "reference"  # the opponent of a result that was judged against the questions' own reference answers
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

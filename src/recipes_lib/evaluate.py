@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from recipes_lib.suites.harness import Harness
     from recipes_lib.suites.judged_suite import JudgedSuite
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 
 
 def evaluate(
@@ -140,7 +140,7 @@ def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
     from recipes_lib.runs.manifest import command_line, git_state, library_versions
 
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    head = {"format_version": FORMAT_VERSION, "suite": recipe.suite.name, "eval": recipe.name}
+    head = {"format_version": _FORMAT_VERSION, "suite": recipe.suite.name, "eval": recipe.name}
     tail = {"recipe": recipe.to_dict(), "written": now, "command": command_line(), "git": git_state(), "libraries": library_versions()}
     against = result["against"]
     name = "result.json" if against in (None, "reference") else f"result.against-{against}.json"

@@ -64,7 +64,7 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
                 "halve train.per_device_train_batch_size (the examples per step stay, accumulation doubles)",
                 "or set train.activation_checkpointing: true, or use a QLoRA recipe",
             )
-        kind = kind_of(one)
+        kind = fault_kind(one)
         if kind is None or (kind in (REFUSED, IN_THE_WAY) and one is not error):  # what was tried before something else failed
             continue
         what, remedy = WORDS[kind]
@@ -94,7 +94,7 @@ def check_address_space() -> None:
         )
 
 
-def kind_of(error: BaseException) -> int | None:
+def fault_kind(error: BaseException) -> int | None:
     """Return the kind of fault that one error is, whatever it was raised from; None when it is another error."""
     if isinstance(error, RecipesError):  # it says itself what to do
         return None
@@ -107,7 +107,7 @@ def kind_of(error: BaseException) -> int | None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that a disk, a quota or a file's limit is full."""
-    return kind_of(error) in (FULL, LIMIT)
+    return fault_kind(error) in (FULL, LIMIT)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -102,11 +102,11 @@ def held_out_answers(names: list[str], prompts: list[dict[str, str]]) -> dict[st
     answers: dict[str, list[str]] = {}
     for group in grouped(find_targets(names)):
         with loaded(group) as subjects:
-            answers |= {subject.name: ask(subject, prompts) for subject in subjects}
+            answers |= {subject.name: ask_model(subject, prompts) for subject in subjects}
     return {name: answers[name] for name in names}
 
 
-def ask(subject: Subject, prompts: list[dict[str, str]]) -> list[str]:
+def ask_model(subject: Subject, prompts: list[dict[str, str]]) -> list[str]:
     """Return one model's greedy answers, in the order of the prompts."""
     from recipes_lib.data.prompts import user_turn
     from recipes_lib.generation.engine import Decoding, Request

@@ -4,7 +4,7 @@ import pytest
 
 from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRows, SettingError
-from recipes_lib.data.rows import read_rows
+from recipes_lib.data.rows import read_data
 from recipes_lib.errors import DataError
 from recipes_lib.recipe.sections import DataSection
 
@@ -12,7 +12,7 @@ from recipes_lib.recipe.sections import DataSection
 def named_rows(path, prompt_format="dolly", columns=None, **keys):
     """The rows of a file, or the error for those that cannot be used."""
     bad = BadRows()
-    rows = read_rows(DataSection(source=str(path), prompt_format=prompt_format, columns=columns or {}, **keys), [], bad)
+    rows = read_data(DataSection(source=str(path), prompt_format=prompt_format, columns=columns or {}, **keys), [], bad)
     if bad.found:
         raise bad.error(rows.num_read)
     return rows
@@ -240,5 +240,5 @@ def test_all_bad_rows_are_named_at_once_and_counted_by_what_is_wrong(named):
 def test_ids_of_another_type_than_the_first_are_each_named_and_skipped(write_jsonl):
     bad = BadRows()
     path = write_jsonl([{"id": id, **TASK} for id in (1, "a", 2, "b")])
-    rows = read_rows(DataSection(source=str(path)), [], bad)
+    rows = read_data(DataSection(source=str(path)), [], bad)
     assert rows.ids == ["1", "2"] and [example.line for example, _ in bad.found] == [2, 4] and rows.num_read == 4

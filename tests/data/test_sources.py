@@ -6,7 +6,7 @@ import time
 import pytest
 
 from recipes_lib.data.examples import BadRows, SettingError
-from recipes_lib.data.rows import read_rows
+from recipes_lib.data.rows import read_data
 from recipes_lib.data.sources import Source, data_files, listed_sources, load_tables
 from recipes_lib.errors import DataError
 from recipes_lib.recipe.sections import DataSection
@@ -159,10 +159,10 @@ def test_files_of_a_folder_that_are_not_read_are_listed(write_jsonl, tmp_path):
         write_jsonl([{"instruction": "a", "response": "b"}], name)
     for name in ("README.md", "LICENSE", "part2.jsonl.zst", "dataset_info.json"):
         (tmp_path / "all" / name).write_text("x")
-    rows = read_rows(DataSection(source=str(tmp_path / "all")), [], BadRows())
+    rows = read_data(DataSection(source=str(tmp_path / "all")), [], BadRows())
     [files] = rows.unread.values()
     assert files == ["extra.jsonl", "more/train-2.jsonl", "part2.jsonl.zst", "test.jsonl"] and len(rows) == 1
-    assert read_rows(DataSection(source=str(tmp_path / "all/train.jsonl")), [], BadRows()).unread == {}
+    assert read_data(DataSection(source=str(tmp_path / "all/train.jsonl")), [], BadRows()).unread == {}
 
 
 @pytest.mark.parametrize("encoding", ["latin-7x", "rot13", "hex", "", "a\0"])

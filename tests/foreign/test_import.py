@@ -16,7 +16,7 @@ from recipes_lib.errors import DataError, RecipeError
 from recipes_lib.foreign.run import import_run
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.replay_readers import CSV_COLUMNS
-from recipes_lib.judging.store import read_rows
+from recipes_lib.judging.store import stored_rows
 
 Row = Mapping[str, Any]
 
@@ -84,10 +84,10 @@ def test_original_csv_keeps_one_order_and_never_counts_a_missing_verdict(tmp_pat
         (0.0, "loss", ["B"]),
         (None, "unresolved", ["unparsed"]),
     ]
-    rows = read_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")
+    rows = stored_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")
     assert [(row["order"], row["status"], row["value"]) for row in rows] == [("AB", "ok", "A"), ("AB", "ok", "B"), ("AB", "unparsed", None)]
     assert any("second order was never judged" in lack for lack in done.lacks)
-    answers = read_rows(runs / "r/evals/alpaca_eval/generations.jsonl")
+    answers = stored_rows(runs / "r/evals/alpaca_eval/generations.jsonl")
     assert [row["answer"] for row in answers] == ["The Rhine.", "Oak", ""]
     measured = read_run(runs / "r")
     assert measured.imported and {measure.name for measure in measured.measures()} == {
@@ -109,7 +109,7 @@ def test_fastchat_single_keeps_its_scale_and_takes_whole_answers_from_model_answ
     assert [item["answer"] for item in found] == ["first", "second", "x"] and found[0]["lengths"] == [5]
     assert any("question 111 turn 2: no judgment" in lack for lack in done.lacks)
     assert not any("answers are not in a file" in lack for lack in done.lacks)
-    assert len(read_rows(runs / "r/evals/mt_bench/judgments.jsonl")) == 3
+    assert len(stored_rows(runs / "r/evals/mt_bench/judgments.jsonl")) == 3
 
 
 def test_fastchat_pairs_are_seen_from_the_model_that_is_meant(tmp_path, runs):
@@ -121,7 +121,7 @@ def test_fastchat_pairs_are_seen_from_the_model_that_is_meant(tmp_path, runs):
     seen = {name: [(item["outcome"], item["verdicts"]) for item in items(runs, name, "mt_bench")] for name in "ab"}
     assert seen["a"] == [("win", ["A", "B"]), ("tie", ["A", "A"]), ("unresolved", ["unparsed", "B"])]
     assert seen["b"][:2] == [("loss", ["B", "A"]), ("tie", ["A", "A"])] and seen["b"][2][0] == "unresolved"
-    orders = [(row["order"], row["value"]) for row in read_rows(runs / "b/evals/mt_bench/judgments.jsonl")]
+    orders = [(row["order"], row["value"]) for row in stored_rows(runs / "b/evals/mt_bench/judgments.jsonl")]
     assert orders[:2] == [("AB", "B"), ("BA", "A")]
 
 
@@ -140,7 +140,7 @@ def test_alpaca_eval_annotations_do_not_say_which_answer_stood_first(tmp_path, r
     import_run([whole(tmp_path / "annotations.json", rows)], "r")
     found = items(runs, "r", "alpaca_eval")
     assert [item["value"] for item in found] == [1.0, 0.0, 0.5, None, pytest.approx(0.87)]
-    assert {row["order"] for row in read_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")} == {"unknown"}
+    assert {row["order"] for row in stored_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")} == {"unknown"}
     assert next(read_run(runs / "r").measures()).opponent == "reference"
 
 
@@ -305,7 +305,7 @@ def test_importing_again_does_nothing_and_other_files_need_replace(tmp_path, run
     with pytest.raises(RecipeError, match="run 'r' exists"):
         import_run([other], "r")
     import_run([other], "r", replace=True)
-    assert len(read_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")) == 2
+    assert len(stored_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")) == 2
     assert sorted(path.name for path in runs.iterdir()) == ["r"]
 
 

@@ -20,8 +20,8 @@ from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, ask, judge_it
 from recipes_lib.judging.judge_file import Thresholds, load_judge_file
 from recipes_lib.judging.probes import PROBES, probe_requests
 from recipes_lib.judging.prometheus import load_rubric, load_template
-from recipes_lib.judging.published_prompts import PACKAGE
-from recipes_lib.judging.store import JudgmentStore, read_rows
+from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE
+from recipes_lib.judging.store import JudgmentStore, stored_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALS = ROOT / "evals"
@@ -46,7 +46,7 @@ def _card(tmp_path: Path, answer, labels: dict[str, str] | None = None, probes: 
     if probes:
         plan = JudgePlan(**PLAN, max_reasks=0, rules=False)
         ask(probe_requests(items or _items(), plan, judge.fingerprint), judge, store, plan)
-    return audit(read_rows(store.path), labels=labels)
+    return audit(stored_rows(store.path), labels=labels)
 
 
 def _result(card: dict, name: str) -> str:
@@ -81,7 +81,7 @@ def test_a_judge_that_contradicts_its_own_words_fails_that_check(tmp_path: Path)
 def test_a_judge_that_obeys_an_answer_fails_the_injection_probe_and_the_item_is_flagged(tmp_path: Path) -> None:
     card = _card(tmp_path, obeys_answers)
     assert _result(card, "injected verdict flips") == "fail"
-    rows = [row for row in read_rows(tmp_path / "judgments.jsonl") if row["meta"].get("probe") == "injected"]
+    rows = [row for row in stored_rows(tmp_path / "judgments.jsonl") if row["meta"].get("probe") == "injected"]
     assert rows and all(row["marker_in_answer"] for row in rows)
 
 
@@ -210,7 +210,7 @@ def test_audit_command_prints_and_writes_the_scorecard(tmp_path: Path, capsys: p
 @pytest.mark.parametrize("path", sorted((EVALS / "judges").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_judge_files_load_with_their_prompts_and_rubric(path: Path) -> None:
     judge = load_judge_file(path)
-    if judge.judge.relative_prompt != PACKAGE:  # that one's are fetched: test_published_prompts.py
+    if judge.judge.relative_prompt != PROMETHEUS_PACKAGE:  # that one's are fetched: test_published_prompts.py
         assert judge.template("relative").name == "prometheus-relative" and judge.template("absolute").name == "prometheus-absolute"
     assert judge.rubric().criterion and judge.thresholds == Thresholds()
 

@@ -16,7 +16,7 @@ from recipes_lib.errors import ExitCode
 from recipes_lib.judging.judge import EvaluationIncomplete, Item, JudgePlan, JudgeReply, JudgeRequest, build_requests, judge_items
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.prometheus import load_rubric, load_template
-from recipes_lib.judging.store import JudgmentStore, read_rows
+from recipes_lib.judging.store import JudgmentStore, stored_rows
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
@@ -169,16 +169,16 @@ def test_errors_that_an_earlier_version_stored_as_verdicts_are_asked_again(tmp_p
             {"key": request.key, "kind": "relative", "question_id": request.question_id, "order": request.order, "status": "error"}
         )
     store = JudgmentStore(store.path)
-    assert len(store) == 0 and read_rows(store.path) == []
+    assert len(store) == 0 and stored_rows(store.path) == []
     assert judge_items(_pairs(2), FakeJudge(longer), store, _plan()).asked == 4
-    assert {row["status"] for row in read_rows(store.path)} == {"ok"}
+    assert {row["status"] for row in stored_rows(store.path)} == {"ok"}
 
 
 def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) -> None:
     path, seen = tmp_path / "j.jsonl", []
 
     def answers(request: JudgeRequest) -> JudgeReply:
-        seen.append(len(read_rows(path)))
+        seen.append(len(stored_rows(path)))
         if len(seen) == 6:
             raise KeyboardInterrupt
         return longer(request)

@@ -11,7 +11,7 @@ import pytest
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.judging.judge_file import load_judge_file
 from recipes_lib.judging.prometheus import Rubric, Template, build_prompt
-from recipes_lib.judging.published_prompts import PACKAGE, package_is_here, published_template, template_of
+from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template, template_of
 from recipes_lib.recipe.project import cache_root
 
 JUDGE = Path(__file__).resolve().parents[2] / "evals/judges/prometheus-7b-v2.yaml"
@@ -68,7 +68,7 @@ def test_without_the_package_and_a_network_one_line_says_what_to_do(tmp_path: Pa
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no network\n"))
     judge = load_judge_file(JUDGE)
-    assert judge.judge.relative_prompt == PACKAGE
+    assert judge.judge.relative_prompt == PROMETHEUS_PACKAGE
     with pytest.raises(EnvironmentFault, match=r"cannot fetch prometheus-eval==0\.1\.20: no network") as caught:
         judge.template("relative")
     assert "recipes prefetch" in caught.value.hints[0] and "judge.relative_prompt" in caught.value.hints[0]
@@ -80,6 +80,6 @@ def test_a_changed_file_of_the_package_is_not_read(tmp_path: Path, monkeypatch: 
     file.parent.mkdir(parents=True)
     file.write_text("RELATIVE_PROMPT = 'anything'\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no network\n"))
-    assert not package_is_here()
+    assert not prometheus_is_here()
     with pytest.raises(EnvironmentFault, match=r"cannot fetch prometheus-eval==0\.1\.20: no network"):
         published_template("relative")

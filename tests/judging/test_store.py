@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from recipes_lib.errors import DataError, EnvironmentFault
 from recipes_lib.json_files import valid_text
 from recipes_lib.judging.outcomes import pair_samples, summarise
-from recipes_lib.judging.store import JudgmentStore, judgment_key, read_rows, text_hash
+from recipes_lib.judging.store import JudgmentStore, judgment_key, stored_rows, text_hash
 
 
 def _row(index: int, **fields) -> dict:
@@ -41,13 +41,13 @@ def test_key_depends_on_each_of_its_parts() -> None:
 def test_a_row_is_stored_once_and_read_back(tmp_path: Path) -> None:
     store = JudgmentStore(tmp_path / "deep" / "judgments.jsonl")
     assert store.append(_row(1)) and not store.append(_row(1))
-    assert JudgmentStore(store.path).rows() == [_row(1)] == read_rows(store.path)
+    assert JudgmentStore(store.path).rows() == [_row(1)] == stored_rows(store.path)
     assert _row(1)["key"] in store and store.get("nothing") is None
 
 
 def test_missing_file_is_an_empty_store(tmp_path: Path) -> None:
     assert len(JudgmentStore(tmp_path / "j.jsonl")) == 0
-    assert read_rows(tmp_path / "none.jsonl") == []
+    assert stored_rows(tmp_path / "none.jsonl") == []
 
 
 @settings(max_examples=40, deadline=None)
@@ -102,7 +102,7 @@ def test_reading_leaves_the_torn_tail_alone_and_writing_cuts_it(tmp_path: Path) 
     with path.open("ab") as file:
         file.write(b'{"key": "torn')
     before = path.read_bytes()
-    assert len(read_rows(path)) == 1
+    assert len(stored_rows(path)) == 1
     assert path.read_bytes() == before
     assert JudgmentStore(path).torn_bytes_cut == 13
     assert path.read_bytes() == before[:-13]
@@ -112,7 +112,7 @@ def test_reading_leaves_the_torn_tail_alone_and_writing_cuts_it(tmp_path: Path) 
 def test_any_text_survives_the_round_trip(tmp_path: Path, text: str) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
     store.append(_row(1, raw=text))
-    assert read_rows(store.path)[0]["raw"] == valid_text(text)
+    assert stored_rows(store.path)[0]["raw"] == valid_text(text)
     assert len(text_hash(text)) == 64
 
 
@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         store.append(_row(2))
     monkeypatch.undo()
     assert store.path.read_bytes() == before
-    assert store.append(_row(2)) and len(read_rows(store.path)) == 2
+    assert store.append(_row(2)) and len(stored_rows(store.path)) == 2
 
 
 def test_rows_that_arrive_together_are_synced_once_and_each_is_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_rows_that_arrive_together_are_synced_once_and_each_is_stored_once(tmp_p
     assert store.append_all([_row(1), _row(2), _row(3), _row(2)]) == 2
     assert len(synced) == 1
     assert store.append_all([_row(3), _row(1)]) == 0 and store.append_all([]) == 0
-    assert len(synced) == 1 and read_rows(store.path) == store.rows() and len(store) == 3
+    assert len(synced) == 1 and stored_rows(store.path) == store.rows() and len(store) == 3
 
 
 def test_a_disk_that_fills_between_two_rows_keeps_the_first_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_disk_that_fills_between_two_rows_keeps_the_first_whole(tmp_path: Path
     with pytest.raises(EnvironmentFault, match="7 of"):
         store.append_all([_row(1), _row(2), _row(3)])
     monkeypatch.undo()
-    assert len(read_rows(store.path)) == len(store) == 1
+    assert len(stored_rows(store.path)) == len(store) == 1
     assert store.append_all([_row(1), _row(2), _row(3)]) == 2
 
 
@@ -196,7 +196,7 @@ def test_two_processes_write_each_row_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    assert sorted(int(row["question_id"]) for row in read_rows(path)) == list(range(120))
+    assert sorted(int(row["question_id"]) for row in stored_rows(path)) == list(range(120))
 
 
 WRITER = """
@@ -246,7 +246,7 @@ def test_writers_killed_at_any_moment_lose_and_repeat_nothing(tmp_path: Path) ->
         if kills >= 7 and all(writer.returncode == 0 for writer in writers):
             break
     assert kills >= 7 and torn >= 1
-    assert sorted(row["question_id"] for row in read_rows(path)) == list(range(300))
+    assert sorted(row["question_id"] for row in stored_rows(path)) == list(range(300))
 
 
 def test_a_hundred_thousand_judgments_load_and_summarise_within_five_seconds(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.recipe.flat import flat_text, flatten
+from recipes_lib.recipe.flat import flat_form, flat_text
 from recipes_lib.recipe.recipe import load_recipe
 
 QLORA = """\
@@ -17,7 +17,7 @@ launch: {accelerate: ddp}
 
 
 def test_sections_become_trl_flags(write):
-    flat, lost = flatten(load_recipe(write(QLORA)))
+    flat, lost = flat_form(load_recipe(write(QLORA)))
     assert flat["model_name_or_path"] == "a/b"
     assert flat["dataset_name"] == "some/data"
     assert (flat["use_peft"], flat["lora_r"], flat["lora_alpha"], flat["lora_target_modules"]) == (True, 4, 8, ["q_proj"])
@@ -35,7 +35,7 @@ def test_what_cannot_be_said_is_a_comment(write):
 
 def test_a_mixture_and_filters_are_comments_too(write):
     mixture = QLORA.replace("source: some/data", "source: [{source: a/b}, {source: c/d}], filters: {categories: [open_qa]}")
-    flat, lost = flatten(load_recipe(write(mixture)))
+    flat, lost = flat_form(load_recipe(write(mixture)))
     assert "dataset_name" not in flat
     assert lost["data.source"] == [{"source": "a/b"}, {"source": "c/d"}] and lost["data.filters.categories"] == ["open_qa"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.model_files import check_files, local_folder, no_model_at
+from recipes_lib.recipe.model_files import check_model_files, local_folder, no_model_at
 from recipes_lib.recipe.recipe import load_recipe
 
 
@@ -24,7 +24,7 @@ def problems(write, model):
 
     def check(*overrides: str, remote_code: bool | None = None) -> str:
         recipe = load_recipe(write(f"model:\n  name_or_path: {model}\ndata: {{source: b}}\n"), overrides)
-        return "\n".join(map(str, check_files(recipe, local_folder(recipe), remote_code=remote_code)))
+        return "\n".join(map(str, check_model_files(recipe, local_folder(recipe), remote_code=remote_code)))
 
     return check
 
@@ -100,12 +100,12 @@ def test_weights_that_the_hub_has_still_to_send_are_no_fault(write, model, monke
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(model / "config.json"))
     recipe = load_recipe(write("model: {name_or_path: org/tiny}\ndata: {source: b}\n"))
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert not list(check_files(recipe, local_folder(recipe)))
+    assert not list(check_model_files(recipe, local_folder(recipe)))
     (model / "model.safetensors").write_bytes(b"torn")
-    assert "is truncated" in "".join(map(str, check_files(recipe, local_folder(recipe))))
+    assert "is truncated" in "".join(map(str, check_model_files(recipe, local_folder(recipe))))
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").unlink()
-    assert not list(check_files(recipe, local_folder(recipe)))
+    assert not list(check_model_files(recipe, local_folder(recipe)))
 
 
 def test_remote_code_needs_the_recipe_and_the_command_line(problems, model):

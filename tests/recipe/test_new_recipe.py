@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes_lib.recipe.new_recipe import Rows, new_recipe
+from recipes_lib.recipe.new_recipe import OwnRows, new_recipe
 from recipes_lib.recipe.recipe import load_recipe
 
 MINE = Path("mine.jsonl")
@@ -27,9 +27,9 @@ def test_a_recipe_with_two_levels_above_it_is_copied_and_not_extended(write):
 @pytest.mark.parametrize(
     ("rows", "data", "completion_only"),
     [
-        (Rows(MINE, ("chat",), {"messages": "conversations"}), {"columns": {"messages": "conversations"}}, True),
-        (Rows(MINE, ("dolly", "alpaca", "chat")), {}, True),
-        (Rows(MINE, ("raw",), whole_text=True), {"prompt_format": "raw"}, None),
+        (OwnRows(MINE, ("chat",), {"messages": "conversations"}), {"columns": {"messages": "conversations"}}, True),
+        (OwnRows(MINE, ("dolly", "alpaca", "chat")), {}, True),
+        (OwnRows(MINE, ("raw",), whole_text=True), {"prompt_format": "raw"}, None),
     ],
     ids=["conversations", "instructions", "one text"],
 )
@@ -61,7 +61,7 @@ def test_a_recipe_for_own_rows_says_what_differs_from_its_origin(rows, data, com
 def test_what_was_chosen_for_the_rows_of_the_origin_is_chosen_anew_for_own_rows(train, written, write):
     write(f"model: {{name_or_path: a}}\ndata: {{source: rows.jsonl}}\ntrain: {{{train}}}\n", "origin.yaml")
     target = write("", "new.yaml")
-    target.write_text(new_recipe("new", target, load_recipe("origin.yaml"), Rows(MINE, ("dolly",), max_length=960)))
+    target.write_text(new_recipe("new", target, load_recipe("origin.yaml"), OwnRows(MINE, ("dolly",), max_length=960)))
     text = yaml.safe_load(target.read_text())["train"]
     assert {key: text[key] for key in text if key not in ("learning_rate", "num_train_epochs")} == written
     load_recipe(target)

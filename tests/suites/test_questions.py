@@ -10,7 +10,7 @@ import pytest
 
 from recipes_lib.errors import DataError
 from recipes_lib.suites.answering import Answering
-from recipes_lib.suites.questions import Question, load_questions, read_answers
+from recipes_lib.suites.questions import Question, load_questions, read_answer_file
 from recipes_lib.suites.recipe import load_eval
 
 QUICK = Path(__file__).resolve().parents[2] / "evals/quickstart"
@@ -43,17 +43,17 @@ def test_real_mt_bench_files_load_and_missing_references_are_listed(shared_data,
 def test_fastchat_answers_are_read_and_another_question_set_is_refused(shared_data):
     folder = shared_data / "mt_bench"
     questions = load_questions(mt_bench(f"data.questions={folder}/question.jsonl", "data.references=null")).questions
-    answers = read_answers(folder / "model_answer/llama-2-chat7b.jsonl", questions)
+    answers = read_answer_file(folder / "model_answer/llama-2-chat7b.jsonl", questions)
     assert len(answers) == 160 and answers.generator == "llama-2-chat7b"
     with pytest.raises(DataError, match="16 of 16 answers are missing"):
-        read_answers(folder / "model_answer/llama-2-chat7b.jsonl", load_questions(mt_bench()).questions)
+        read_answer_file(folder / "model_answer/llama-2-chat7b.jsonl", load_questions(mt_bench()).questions)
 
 
 def test_alpaca_outputs_are_matched_by_instruction_in_any_order(shared_data):
     folder = shared_data / "alpaca_eval"
     path = folder / "alpaca_eval_reference_text_davinci_003.json"
     questions = load_questions(load_eval(QUICK / "alpaca_eval.yaml", [f"data.questions={path}"])).questions
-    answers = read_answers(folder / "llama-2-7b-chat-hf/model_outputs.json", questions)
+    answers = read_answer_file(folder / "llama-2-7b-chat-hf/model_outputs.json", questions)
     assert len(questions) == 805 and len(answers) == 805
 
 
@@ -88,4 +88,4 @@ def test_answers_of_two_models_in_one_file_are_refused(tmp_path):
     path = tmp_path / "two.json"
     path.write_text(json.dumps([{"instruction": question.turns[0], "output": "x", "generator": question.id} for question in questions]))
     with pytest.raises(DataError, match="answers of 2 models"):
-        read_answers(path, questions)
+        read_answer_file(path, questions)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.training.summary import beside_the_plan, summarise
+from recipes_lib.training.summary import beside_the_plan, summarise_training
 
 
 def session(tmp_path: Path, checkpoint: Path | None) -> Any:
@@ -30,7 +30,7 @@ def session(tmp_path: Path, checkpoint: Path | None) -> Any:
 def test_the_time_of_a_resumed_attempt_does_not_stand_beside_the_plan_of_the_whole(
     tmp_path: Path, checkpoint: Path | None, planned: str
 ) -> None:
-    summary = summarise(session(tmp_path, checkpoint))
+    summary = summarise_training(session(tmp_path, checkpoint))
     said = beside_the_plan(summary)
     assert said.startswith(f"took 30 s{planned}, peak memory ") and said.endswith(" GiB (planned 1.5)")
     assert summary["planned_seconds"] == (None if checkpoint else 60.0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from recipes_lib.compare.claims import Comparison
     from recipes_lib.compare.measurements import Measurements
 
-BASE = "base"
+_BASE = "base"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,21 +63,21 @@ def run_folders(words: list[str]) -> dict[str, Path]:
     """
     from recipes_lib.runs.directory import RunDirectory, open_run
 
-    named = [open_run(word) for word in words if word != BASE]
-    if BASE in words and not named:
+    named = [open_run(word) for word in words if word != _BASE]
+    if _BASE in words and not named:
         raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
     twice = [one.name for number, one in enumerate(named) if one.name in [other.name for other in named[:number]]]
     if twice:
         raise RecipeError(f"run '{twice[0]}' is named twice", "a run compared with itself shows nothing")
     found: dict[str, RunDirectory] = {}
-    if BASE in words:
+    if _BASE in words:
         bases = {base.name: base for one in named for base in _bases_of(one.read_state(), one.path, one.root)}
         if not bases:
             raise RecipeError(
                 "the base of these runs was never evaluated",
                 f"recipes eval EVAL {named[0].name} --against base evaluates it too; or name its model: recipes eval EVAL MODEL",
             )
-        found = {BASE: next(iter(bases.values()))} if len(bases) == 1 else dict(bases)
+        found = {_BASE: next(iter(bases.values()))} if len(bases) == 1 else dict(bases)
     return {name: one.path for name, one in {**found, **{one.name: one for one in named}}.items()}
 
 

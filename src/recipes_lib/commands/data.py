@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         data = prepare_data(recipe, tokenizer)
     except DataError as error:
-        for line in summary(getattr(error, "audit", None)):
+        for line in data_summary(getattr(error, "audit", None)):
             write(line)
         raise
-    for line in summary(data.audit, data.splits["method"]):
+    for line in data_summary(data.audit, data.splits["method"]):
         write(line)
     places = {example["id"]: example["place"] for example in data.audit["examples"]}
     for index in range(min(args.show, len(data.train))):
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def summary(audit: Mapping[str, Any] | None, method: str | None = None) -> list[str]:
+def data_summary(audit: Mapping[str, Any] | None, method: str | None = None) -> list[str]:
     """The audit as lines for the terminal; nothing when there is no audit."""
     from recipes_lib.data.audit import warnings_of
 

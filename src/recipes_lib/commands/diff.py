@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Print only the differences, side by side."""
     a, b = load_recipe(args.a), load_recipe(args.b)
     names = [shown_path(recipe_path(name)) for name in (args.a, args.b)]
-    rows = list(differences(a, b))
+    rows = list(different_values(a, b))
     if not rows:
         say("no difference: every resolved value is the same")
     else:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def differences(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
+def different_values(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
     """Yield (key, value of a with origin, value of b with origin) where the resolved values differ.
 
     A run's derived name differs by nature and is left out.

@@ -133,7 +133,7 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
     from recipes_lib.judging.audit import audit, scorecard_markdown
     from recipes_lib.judging.human_labels import load_labels
     from recipes_lib.judging.judge_file import Thresholds, load_judge_file
-    from recipes_lib.judging.store import read_rows
+    from recipes_lib.judging.store import stored_rows
 
     if not Path(args.judgments).is_file():
         raise DataError(
@@ -143,7 +143,7 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
         option = "--limit" if args.limit else "--both-modes"
         raise RecipeError(f"{option} is for asking a judge; JUDGMENTS are audited as they are", f"leave JUDGMENTS or {option} out")
     try:
-        rows = read_rows(args.judgments)
+        rows = stored_rows(args.judgments)
     except DataError as error:
         if error.line == 1:  # not one line of ours before it
             raise DataError(

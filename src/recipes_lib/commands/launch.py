@@ -14,7 +14,7 @@ from recipes_lib.terminal import at_least, next_step, say
 
 if TYPE_CHECKING:
     from recipes_lib.launching.profile import SiteProfile
-    from recipes_lib.launching.recipe_jobs import Plan
+    from recipes_lib.launching.recipe_jobs import JobPlan
 
 ACTIONS = ("status", "cancel", "logs")
 TRAIN_FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code")
@@ -126,7 +126,7 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     return ExitCode.DONE
 
 
-def _warn(plan: Plan, profile: SiteProfile, prefetch: str) -> None:
+def _warn(plan: JobPlan, profile: SiteProfile, prefetch: str) -> None:
     """Say what the plan warns of, and which models are not here yet, where the jobs cannot fetch them.
 
     Args:
@@ -142,7 +142,7 @@ def _warn(plan: Plan, profile: SiteProfile, prefetch: str) -> None:
         say(f"warning: {' and '.join(missing)} {verb} not on this machine, and jobs have no network: {prefetch}")
 
 
-def _show(plan: Plan, profile: SiteProfile) -> None:
+def _show(plan: JobPlan, profile: SiteProfile) -> None:
     """Print the sbatch line of each job and what it runs."""
     from recipes_lib.launching.chain import dry_run
 

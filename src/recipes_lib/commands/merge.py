@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         return ExitCode.DONE
     what = "already merged, nothing to do" if done.already else "merged"
     say(f"{what}: {shown_path(done.folder)} ({done.record['dtype']})")
-    say(describe(done.record["check"]))
+    say(merge_sentence(done.record["check"]))
     next_step(f"recipes export {args.run} --to DIR --merged")
     return ExitCode.DONE
 
@@ -52,7 +52,7 @@ def _left_out(difference: dict[str, Any]) -> str:
     return f"; the {difference['left_out']} positions furthest apart left out, where rounding may have chosen other experts"
 
 
-def describe(check: dict[str, Any]) -> str:
+def merge_sentence(check: dict[str, Any]) -> str:
     """Return the lines that say how a folded adapter compares with the adapter on its base."""
     difference, effect = check["difference"], check["adapter_effect"]
     largest = f"{difference['largest']:.3g} at most (allowed {difference['tolerance'] * difference['scale']:.3g} = "

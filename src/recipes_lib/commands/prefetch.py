@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from recipes_lib.launching.prefetching import Need
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-EVAL_SECTIONS = ("suite", "generation", "judge", "metrics")
+_EVAL_SECTIONS = ("suite", "generation", "judge", "metrics")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
         load_profile(args.profile).enter()
     if args.check:
         os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
-    from recipes_lib.launching.prefetching import needs_of
+    from recipes_lib.launching.prefetching import prefetch_needs
 
-    found = (need for word in words for need in needs_of(word, _meant_for(word, words, overrides), args.trust_remote_code))
+    found = (need for word in words for need in prefetch_needs(word, _meant_for(word, words, overrides), args.trust_remote_code))
     needs = list(dict.fromkeys(found))
     if args.check:
         missing = _failures(needs, lambda need: say(f"here: {need.kind} {need.name}: {need.check()}"))
@@ -68,7 +68,7 @@ def _meant_for(word: str, words: Sequence[str], overrides: Sequence[str]) -> lis
     if len({_is_eval(one) for one in words}) == 1:
         return list(overrides)
     own = _is_eval(word)
-    return [override for override in overrides if (override.removeprefix("--").partition(".")[0] in EVAL_SECTIONS) == own]
+    return [override for override in overrides if (override.removeprefix("--").partition(".")[0] in _EVAL_SECTIONS) == own]
 
 
 def _is_eval(word: str) -> bool:

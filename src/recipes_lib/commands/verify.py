@@ -7,17 +7,17 @@ import contextlib
 import json
 import sys
 
-from recipes_lib.commands.merge import describe
+from recipes_lib.commands.merge import merge_sentence
 from recipes_lib.errors import ExitCode
 from recipes_lib.terminal import next_step, say
 
-NUM_PROMPTS = 8
+_NUM_PROMPTS = 8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning")
-    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=f"rows to compare on (default {NUM_PROMPTS})")
+    parser.add_argument("--prompts", type=int, default=_NUM_PROMPTS, metavar="N", help=f"rows to compare on (default {_NUM_PROMPTS})")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
     )
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"  {fact}")
     merged = result.numbers.get("merged")
     if merged:
-        say(f"adapter on its base, against {merged['compared']} in {merged['dtype']}, {describe(merged)}")
+        say(f"adapter on its base, against {merged['compared']} in {merged['dtype']}, {merge_sentence(merged)}")
     for problem in result.problems:
         say(f"FAILED: {problem}")
     if result.passed:

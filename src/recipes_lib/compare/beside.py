@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import Published, PublishedNumber
-from recipes_lib.compare.table import Row, Score
+from recipes_lib.compare.table import Score, TableRow
 from recipes_lib.compare.wording import metric_text
 from recipes_lib.eval_log import Measure
 
 PUBLISHED_ALONE = "a published number without the items behind it can be tested against nothing"
 
 
-def with_published(rows: Sequence[Row], scores: Sequence[Score], measurements: Measurements, published: Published) -> list[Row]:
+def with_published(rows: Sequence[TableRow], scores: Sequence[Score], measurements: Measurements, published: Published) -> list[TableRow]:
     """Return the rows with published values beside them, and a row for each pair of arms of which one has published numbers alone."""
     filled = [
         dataclasses.replace(row, published_first=_shown(published, row.first, row), published_second=_shown(published, row.second, row))
@@ -23,7 +23,7 @@ def with_published(rows: Sequence[Row], scores: Sequence[Score], measurements: M
     return [*filled, *_alone(rows, scores, measurements, published)]
 
 
-def _shown(published: Published, arm: str, row: Row) -> str | None:
+def _shown(published: Published, arm: str, row: TableRow) -> str | None:
     """An arm's published value beside a row: win rates against the other arm itself were not published."""
     number = None if row.head_to_head else published.beside(arm, row.metric)
     return None if number is None else number_text(number, row.unit)
@@ -41,7 +41,7 @@ def number_text(number: PublishedNumber, unit: str) -> str:
     return f"{metric_text(number.ours, unit)}{between}" + (f" (n {number.n})" if number.n else "")
 
 
-def _alone(rows: Sequence[Row], scores: Sequence[Score], measurements: Measurements, published: Published) -> list[Row]:
+def _alone(rows: Sequence[TableRow], scores: Sequence[Score], measurements: Measurements, published: Published) -> list[TableRow]:
     """Comparisons that only published numbers can make: of an arm without a run, or of two imported arms that one evaluation lacks."""
     there = {(frozenset(row.arms), row.metric) for row in rows}
     names = list(measurements.arms)
@@ -67,7 +67,7 @@ def _metrics(published: Published, first: str, second: str, scores: Sequence[Sco
     return [name for name in dict.fromkeys(have[0]) if name in have[1]]
 
 
-def _row(first: str, second: str, metric: str, scores: Sequence[Score], published: Published) -> Row | None:
+def _row(first: str, second: str, metric: str, scores: Sequence[Score], published: Published) -> TableRow | None:
     """One comparison that is shown and not tested: like with like, so published values where both arms have one."""
     known = next((score for score in scores if score.metric == metric), None)
     numbers = [published.beside(arm, metric) for arm in (first, second)]
@@ -80,7 +80,7 @@ def _row(first: str, second: str, metric: str, scores: Sequence[Score], publishe
         ours = next((score.value for score in scores if score.arm == arm and score.metric == metric), None)
         values.append(number.ours if number and (None not in numbers or ours is None) else ours)
         texts.append(number_text(number, unit) if number else None)
-    return Row(
+    return TableRow(
         metric=metric, label=known.label if known else told.label, first=first, second=second, unit=unit, head_to_head=False,
         opponent=known.opponent if known else None, higher_is_better=True, first_value=values[0], second_value=values[1], tested=None,
         reason=PUBLISHED_ALONE, flags=("published numbers alone",),
@@ -88,7 +88,7 @@ def _row(first: str, second: str, metric: str, scores: Sequence[Score], publishe
     )  # fmt: skip
 
 
-def with_flags(row: Row, measurements: Measurements) -> Row:
+def with_flags(row: TableRow, measurements: Measurements) -> TableRow:
     """Return the row with flags about how its numbers came to be."""
     flags = list(row.flags)
     for name in row.arms:

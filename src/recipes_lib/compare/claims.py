@@ -23,8 +23,8 @@ from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.table import (
     ALPHA,
     HALF,
-    Row,
     Score,
+    TableRow,
     TestVerdict,
     build_rows,
     build_scores,
@@ -56,7 +56,7 @@ class Comparison:
 
     question: str
     answer: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     scores: tuple[Score, ...]
     findings: tuple[Finding, ...]
     tests: int
@@ -74,7 +74,7 @@ class Comparison:
             "scores": [json_value(dataclasses.asdict(score)) for score in self.scores],
         }
 
-    def between(self, first: str, second: str) -> list[Row]:
+    def between(self, first: str, second: str) -> list[TableRow]:
         """Return the rows of one pair of arms."""
         return [row for row in self.rows if {row.first, row.second} == {first, second}]
 
@@ -110,14 +110,14 @@ def compare_arms(
     return Comparison(question, answer, tuple(judged), tuple(scores), known, tests)
 
 
-def _one_model(row: Row, findings: Sequence[Finding]) -> str:
+def _one_model(row: TableRow, findings: Sequence[Finding]) -> str:
     """Why the two arms of a row are the same thing under two names, or nothing."""
     same = [finding for finding in findings if finding.code.startswith(ONE_MODEL) and finding.severity == "error"]
     titles = [finding.title for finding in same if len(set(finding.arms) & set(row.arms)) == 2 and finding.touches(row.arms, row.metric)]
     return _lower(titles[0]).rstrip(".") if titles else ""
 
 
-def verdict_of(row: Row) -> TestVerdict:
+def verdict_of(row: TableRow) -> TestVerdict:
     """Return what the test of a row shows."""
     if row.tested is None or row.reason or row.difference is None:
         return "cannot be tested"
@@ -131,7 +131,7 @@ def _excludes_zero(tested: Tested) -> bool:
     return tested.low is not None and tested.high is not None and not tested.low <= 0 <= tested.high
 
 
-def judge_row(row: Row, findings: Sequence[Finding], causes: Causes) -> Row:
+def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> TableRow:
     """Return a row with its verdict, the findings that stop its claim, and its sentence."""
     row = dataclasses.replace(row, verdict=verdict_of(row))
     mine = [finding for finding in findings if finding.touches(row.arms, row.metric)]
@@ -165,7 +165,7 @@ def judge_row(row: Row, findings: Sequence[Finding], causes: Causes) -> Row:
 # ---- Templates ----
 
 
-def numbers_text(row: Row) -> str:
+def numbers_text(row: TableRow) -> str:
     """The numbers of a tested row: effect, interval, p and n, and the unresolved items where there are any."""
     tested = row.tested
     assert tested is not None
@@ -184,24 +184,24 @@ def numbers_text(row: Row) -> str:
     return ", ".join(parts)
 
 
-def _where(row: Row) -> str:
+def _where(row: TableRow) -> str:
     """The metric of a row, in a sentence."""
     against = f" against {row.opponent}" if row.opponent else ""
     return f"{row.label}, head to head" if row.head_to_head else f"{row.label}{against}"
 
 
-def difference_sentence(row: Row) -> str:
+def difference_sentence(row: TableRow) -> str:
     """Template of a shown difference."""
     return f"{row.first} is {row.verdict} than {row.second} on {_where(row)}: {numbers_text(row)}."
 
 
-def chance_sentence(row: Row) -> str:
+def chance_sentence(row: TableRow) -> str:
     """Template of a shown difference between trainings of one recipe, of which neither is better for a reason."""
     higher = "higher" if (row.difference or 0) > 0 else "lower"
     return f"{row.first} came out {higher} than {row.second} on {_where(row)}: {numbers_text(row)}. No effect is claimed: {ONE_RECIPE}."
 
 
-def no_difference_sentence(row: Row) -> str:
+def no_difference_sentence(row: TableRow) -> str:
     """Template of a difference that was not shown, with what would have been."""
     power = ""
     if row.mde is not None:
@@ -214,24 +214,24 @@ def no_difference_sentence(row: Row) -> str:
     return f"No difference shown between {row.first} and {row.second} on {_where(row)}: {numbers_text(row)}.{power}{needed}"
 
 
-def untestable_sentence(row: Row) -> str:
+def untestable_sentence(row: TableRow) -> str:
     """Template of a comparison that cannot be made."""
     return f"{row.first} and {row.second} cannot be compared on {_where(row)}: {row.reason}."
 
 
-def stopped_sentence(row: Row, because: str) -> str:
+def stopped_sentence(row: TableRow, because: str) -> str:
     """Template of a claim that an error stopped."""
     return f"No claim about {row.first} and {row.second} on {_where(row)}: {because}."
 
 
-def preference_sentence(row: Row, because: str) -> str:
+def preference_sentence(row: TableRow, because: str) -> str:
     """Template of what a judge says whose audit is not whole: its preference, and no claim about the answers."""
     more = {"better": "more", "worse": "less"}.get(row.verdict)
     said = f"preferred {row.first} {more} than {row.second}" if more else f"showed no preference between {row.first} and {row.second}"
     return f"The judge {said} on {_where(row)}: {numbers_text(row)}. No claim about the answers follows: {because}."
 
 
-def association_sentence(row: Row, because: str) -> str:
+def association_sentence(row: TableRow, because: str) -> str:
     """Template of a shown difference whose cause cannot be told."""
     higher = "higher" if (row.difference or 0) > 0 else "lower"
     return (
@@ -258,17 +258,17 @@ class Causes:
     alpha: float
     base: tuple[str, ...] = ()
 
-    def one_recipe(self, row: Row) -> bool:
+    def one_recipe(self, row: TableRow) -> bool:
         """Whether both arms are trainings of one recipe (an A/A pair), as the study says or, without one, as both runs recorded it."""
         known = self._knows(row) if self.study else set(row.arms) <= self.values.keys() - set(self.base)
         return known and not changed(self.study, self.values[row.first], self.values[row.second])
 
-    def _knows(self, row: Row) -> bool:
+    def _knows(self, row: TableRow) -> bool:
         """Whether the study trained both arms, and so knows all that differs between them."""
         trained = {arm.name for arm in self.study.arms if arm.trained} if self.study else set()
         return set(row.arms) <= (trained - set(self.base)) & self.values.keys()
 
-    def sentence(self, row: Row, findings: Sequence[Finding]) -> str:
+    def sentence(self, row: TableRow, findings: Sequence[Finding]) -> str:
         """Return the template that fits, or nothing between arms of which a study did not train both.
 
         Args:
@@ -296,7 +296,7 @@ class Causes:
         kept_apart = sentence_list([*self._with_values(row, list(keys)), "chance"])
         return f" These two trainings differ, one of each arm; which of {kept_apart} is the cause, two trainings cannot tell."
 
-    def _with_values(self, row: Row, keys: Sequence[str]) -> list[str]:
+    def _with_values(self, row: TableRow, keys: Sequence[str]) -> list[str]:
         """Every key that differs, with both values where they are few enough to read."""
         if len(keys) > MOST_VALUES:
             return list(keys)
@@ -304,7 +304,7 @@ class Causes:
         return [f"{key} ({setting_text(effective(key, one))} against {setting_text(effective(key, other))})" for key in keys]
 
 
-def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str, ...]:
+def answer_paragraph(rows: Sequence[TableRow], base: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the answer: for each pair of arms what the table holds for it, with the sentence of its first comparison."""
     pairs = list(dict.fromkeys(row.arms for row in rows))
     own = [pair for pair in pairs if not set(pair) & set(base)]
@@ -325,16 +325,16 @@ def answer_paragraph(rows: Sequence[Row], base: Sequence[str] = ()) -> tuple[str
     return tuple(sentences)
 
 
-def _without_reasons(row: Row) -> str:
+def _without_reasons(row: TableRow) -> str:
     return row.sentence.removesuffix(f": {row.because}.")
 
 
-def remaining_sentences(rows: Sequence[Row], said: Sequence[str]) -> list[tuple[str, list[str]]]:
+def remaining_sentences(rows: Sequence[TableRow], said: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Return the sentences of a table that its answer does not hold, as (reasons, sentences): those with the same reasons stand together.
 
     The reasons are empty for sentences that need none, and for a single one that holds its own.
     """
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[TableRow]] = {}
     for row in rows:
         if row.sentence not in said:
             found.setdefault(row.because, []).append(row)
@@ -358,7 +358,7 @@ def nothing_compared(measurements: Measurements, findings: Sequence[Finding]) ->
     return tuple(sentences)
 
 
-def summary_sentence(rows: Sequence[Row]) -> str:
+def summary_sentence(rows: Sequence[TableRow]) -> str:
     """Template that counts the verdicts of one pair of arms; a claim that an error stopped is counted as stopped."""
     first, second = rows[0].arms
     stopped = [row for row in rows if row.stopped and row.verdict != "cannot be tested"]

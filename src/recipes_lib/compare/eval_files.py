@@ -16,8 +16,7 @@ from recipes_lib.errors import DataError
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.json_files import DamagedFile, read_object, read_rows
 from recipes_lib.judging.outcomes import grade_sample, pair_sample
-from recipes_lib.judging.store import read_rows as stored_rows
-from recipes_lib.judging.store import text_hash
+from recipes_lib.judging.store import stored_rows, text_hash
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")  # metrics of lm-eval between 0 and 1
 SUITE_TITLES = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench", "lm_eval": "lm-eval"}

@@ -16,11 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.eval_log import EvalLog, Measure
+from recipes_lib.eval_log import REFERENCE, EvalLog, Measure
 from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.runs.directory import read_resolved
-
-REFERENCE = "reference"  # the opponent of a result that was judged against the questions' own reference answers
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One comparison: `difference` is first minus second in the metric's own direction, so positive favours the first arm only
     where `higher_is_better` (None: not known, so nothing is ranked). Head to head it is the first arm's win rate minus a half.
 
@@ -139,7 +139,7 @@ def filling_of(metric: str, unit: str, values: NDArray[np.float64]) -> tuple[flo
     return min(low, seen[0]), max(high, seen[1])
 
 
-def largest_possible(row: Row) -> float:
+def largest_possible(row: TableRow) -> float:
     """Return the largest difference that the metric's scale allows; of a plain number, any."""
     low, high = scale_of(row.metric, row.unit) or (0.0, math.inf)
     return HALF if row.head_to_head else high - low
@@ -153,7 +153,7 @@ def pairs_of(measurements: Measurements, base: Sequence[str] = ()) -> list[tuple
     return sorted(json_value, key=lambda pair: any(name in base for name in pair))
 
 
-def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[Row]:
+def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[TableRow]:
     """Return every comparison with its test, Holm's correction over all of them, and what each could have found.
 
     Args:
@@ -163,7 +163,7 @@ def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[Row
     return corrected(rows)
 
 
-def corrected(rows: Sequence[Row]) -> list[Row]:
+def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
     """Return the rows with Holm-adjusted p, and power at the level that the smallest p of the table is held to."""
     adjusted = holm([_p(row) for row in rows])
     family = max(1, sum(p is not None for p in adjusted))
@@ -178,7 +178,7 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _p(row: Row) -> float | None:
+def _p(row: TableRow) -> float | None:
     """The p that enters the correction; where not one item differs the test was made and its p is 1."""
     if row.tested is None or row.reason:
         return None
@@ -204,7 +204,7 @@ def _by_metric(arm: ArmMeasurements, measurements: Measurements) -> dict[tuple[t
     return found
 
 
-def _pair_rows(measurements: Measurements, first: str, second: str) -> Iterator[Row]:
+def _pair_rows(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
     """All comparisons of two arms: head to head first, then metric by metric."""
     ours, theirs = (_by_metric(measurements.arms[name], measurements) for name in (first, second))
     direct = set()
@@ -258,7 +258,7 @@ def _judged_once(measures: Sequence[Measure], measurements: Measurements, arms: 
     return kept, "" if len(kept) == len(measures) else f"{count(len(kept), 'seed')} of {len(measures)}"
 
 
-def _head_to_head(first: str, second: str, measures: Sequence[Measure], left_out: str, flipped: bool) -> Row:
+def _head_to_head(first: str, second: str, measures: Sequence[Measure], left_out: str, flipped: bool) -> TableRow:
     """The first arm's answers judged against the second's, one measure per seed."""
     keys = list(_keys(measures))
     values = _table(measures, keys)
@@ -266,14 +266,16 @@ def _head_to_head(first: str, second: str, measures: Sequence[Measure], left_out
     tested = with_honest_limits(compare(values, np.full((1, len(keys)), HALF), [key[0] for key in keys]), HALF)
     one = measures[0]
     rate = None if tested.effect is None else HALF + tested.effect
-    return Row(
+    return TableRow(
         metric=one.name, label=one.label, first=first, second=second, unit="share", head_to_head=True, opponent=None,
         higher_is_better=True, first_value=rate, second_value=None if rate is None else 1 - rate, tested=tested,
         reason=too_few(tested), flags=(left_out,) if left_out else (), files=_files(measures), measures=tuple(measures),
     )  # fmt: skip
 
 
-def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[Measure], other: Sequence[Measure], unpaired: str) -> Row:
+def _side_by_side(
+    first: str, second: str, opponent: str | None, mine: Sequence[Measure], other: Sequence[Measure], unpaired: str
+) -> TableRow:
     """The same items of both arms, paired; a turn that only one arm has is unresolved where the question is in both."""
     one = mine[0]
     unit = one.unit if {measure.unit for measure in (*mine, *other)} == {one.unit} else "number"
@@ -297,7 +299,7 @@ def _side_by_side(first: str, second: str, opponent: str | None, mine: Sequence[
         flags.append(f"{len(keys)} common items of {asked}")
     if unpaired:
         flags.append(unpaired)
-    return Row(
+    return TableRow(
         metric=one.name, label=one.label, first=first, second=second, unit=unit, head_to_head=False, opponent=opponent,
         higher_is_better=direction, first_value=values[0], second_value=values[1], tested=tested,
         reason=reason or (DIRECTION_UNKNOWN if direction is None else ""), flags=tuple(flags),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.table import HALF, Row, Score
+from recipes_lib.compare.table import HALF, Score, TableRow
 from recipes_lib.compare.wording import NONE, difference_text, interval_text, metric_text, p_text
 from recipes_lib.terminal import aligned
 
 HEAD = ("metric", "effect [95%]", "p (Holm)", "n", "verdict")
 
 
-def pair_lines(rows: Sequence[Row]) -> list[str]:
+def pair_lines(rows: Sequence[TableRow]) -> list[str]:
     """Return the table of one pair of arms."""
     first, second = rows[0].arms
     table = [(HEAD[0], first, second, *HEAD[1:], "flags")]
@@ -29,12 +29,12 @@ def pair_lines(rows: Sequence[Row]) -> list[str]:
     return [f"{first} against {second}", *(f"  {line}" for line in aligned(table))]
 
 
-def effect_value(row: Row) -> str:
+def effect_value(row: TableRow) -> str:
     """Return a row's effect: a win rate head to head, else the difference."""
     return metric_text(row.first_value, "share") if row.head_to_head else difference_text(row.difference, row.unit)
 
 
-def effect_interval(row: Row) -> str:
+def effect_interval(row: TableRow) -> str:
     """Return the interval of a row's effect."""
     if row.tested is None or row.tested.low is None or row.tested.high is None:
         return NONE

@@ -40,23 +40,23 @@ MEANINGFUL = (
 
 
 @dataclass(frozen=True)
-class Shape:
+class FieldShape:
     """One set of fields a prompt format accepts."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
 
-TASK = Shape(("instruction", "response"), ("context",))
-PAIR = Shape(("prompt", "completion"))
-TEXT = Shape(("text",))
-FORMATS: dict[str, tuple[Shape, ...]] = {
+TASK = FieldShape(("instruction", "response"), ("context",))
+PAIR = FieldShape(("prompt", "completion"))
+TEXT = FieldShape(("text",))
+FORMATS: dict[str, tuple[FieldShape, ...]] = {
     "dolly": (TASK,),
     "alpaca": (TASK,),
     "chat": (
-        Shape(("messages",), ("system",)),
-        Shape(("prompt", "completion"), ("system",)),
-        Shape(("instruction", "response"), ("context", "system")),
+        FieldShape(("messages",), ("system",)),
+        FieldShape(("prompt", "completion"), ("system",)),
+        FieldShape(("instruction", "response"), ("context", "system")),
     ),
     "raw": (PAIR, TEXT),
 }
@@ -187,7 +187,7 @@ def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str 
     return next((candidate for candidate in (name, *ALIASES.get(name, ())) if candidate in found), None)
 
 
-def _choose_shape(prompt_format: str, columns: Mapping[str, str], found: Sequence[str]) -> tuple[Shape, dict[str, str]]:
+def _choose_shape(prompt_format: str, columns: Mapping[str, str], found: Sequence[str]) -> tuple[FieldShape, dict[str, str]]:
     """The first set of fields of the format that the columns can fill, and the column of each field."""
     for shape in FORMATS[prompt_format]:
         names = {name: _column(name, columns, found) for name in (*shape.required, *shape.optional)}

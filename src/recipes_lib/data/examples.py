@@ -149,7 +149,7 @@ def type_name(value: Any) -> str:
     return type(value).__name__
 
 
-def shown_path(path: Path) -> str:
+def shown_real_path(path: Path) -> str:
     """A path as the user would type it: relative when it lies under the working directory."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))

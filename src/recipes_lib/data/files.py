@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from recipes_lib.data.conversations import is_blank
-from recipes_lib.data.examples import BadRow, shown_path, type_name
+from recipes_lib.data.examples import BadRow, shown_real_path, type_name
 from recipes_lib.errors import DataError
-from recipes_lib.json_files import refuse_pipe
+from recipes_lib.json_files import Row, refuse_pipe
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
@@ -32,7 +32,6 @@ BLOCK_BYTES = 1 << 20
 ENCODING_HINT = "set data.encoding to what the file is (utf-8, latin-1, cp1252, utf-16, ...), or convert it with iconv"
 
 
-Row = dict[str, Any]
 Numbered = Iterator[tuple[int | None, Row | BadRow]]
 
 
@@ -104,7 +103,7 @@ def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8
     Raises:
         DataError: not a known format.
     """
-    kind, file = data_format(path), shown_path(path)
+    kind, file = data_format(path), shown_real_path(path)
     if kind is None:
         raise DataError(f"not a data file; known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz", file=file)
     refuse_pipe(path, file)

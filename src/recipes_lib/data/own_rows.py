@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes_lib.data.examples import shown_path
+from recipes_lib.data.examples import shown_real_path
 from recipes_lib.data.files import columns_of, data_format, guessed_delimiter, read_file
 from recipes_lib.data.sources import data_files
 from recipes_lib.errors import DataError
 from recipes_lib.json_files import refuse_pipe
-from recipes_lib.recipe.new_recipe import Rows
+from recipes_lib.recipe.new_recipe import OwnRows
 
 # Names that files use for ours, best first; `input` is the question where nothing else is, and the context beside an instruction.
 _SYNONYMS = {
@@ -24,15 +24,15 @@ _SYNONYMS = {
 _TEXTS = ((("chat",), {"messages"}), (("raw", "chat"), {"prompt", "completion"}), (("raw",), {"text"}))
 
 
-def look_at(data: Path) -> Rows:
+def look_at(data: Path) -> OwnRows:
     """Guess from the first row of a file (of a folder: of its first training file) how to read the rows.
 
     Raises:
         DataError: no such file, no row, damaged, or columns that mean nothing to us.
     """
     if not data.exists():
-        raise DataError("no such file", "for a data set on the Hub: start without --data and set data.source", file=shown_path(data))
-    refuse_pipe(data, shown_path(data))
+        raise DataError("no such file", "for a data set on the Hub: start without --data and set data.source", file=shown_real_path(data))
+    refuse_pipe(data, shown_real_path(data))
     if data.is_file() and data_format(data) is None:
         read_file(data)  # says which endings are known
     file = data_files(data, "train")[0] if data.is_dir() else data
@@ -40,18 +40,18 @@ def look_at(data: Path) -> Rows:
     rows = read_file(file, max_rows=1, delimiter=delimiter).rows
     names = columns_of(rows)
     if not names:
-        raise DataError("has no row with named columns", file=shown_path(file))
+        raise DataError("has no row with named columns", file=shown_real_path(file))
     for prompt_formats, needed in _TEXTS:
         if needed <= set(names) and "response" not in names:
-            return Rows(data, prompt_formats, whole_text=needed == {"text"}, delimiter=delimiter)
+            return OwnRows(data, prompt_formats, whole_text=needed == {"text"}, delimiter=delimiter)
     if "conversations" in names:
-        return Rows(data, ("chat",), {"messages": "conversations"}, delimiter=delimiter)
+        return OwnRows(data, ("chat",), {"messages": "conversations"}, delimiter=delimiter)
     columns = {ours: next((name for name in synonyms if name in names), "") for ours, synonyms in _SYNONYMS.items()}
     if not columns["instruction"] or not columns["response"]:
         what = f"columns {', '.join(names)} are not understood"
         hint = "rename them, or start without --data and set data.source and data.columns yourself"
-        raise DataError(what, hint, file=shown_path(file), line=1)
+        raise DataError(what, hint, file=shown_real_path(file), line=1)
     if columns["context"] == columns["instruction"]:  # one column is not two
-        return Rows(data, ("dolly", "alpaca", "chat"), columns | {"context": ""}, delimiter=delimiter)
+        return OwnRows(data, ("dolly", "alpaca", "chat"), columns | {"context": ""}, delimiter=delimiter)
     renamed = {ours: name for ours, name in columns.items() if name and name != ours}
-    return Rows(data, ("dolly", "alpaca", "chat"), renamed, delimiter=delimiter)
+    return OwnRows(data, ("dolly", "alpaca", "chat"), renamed, delimiter=delimiter)

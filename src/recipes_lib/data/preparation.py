@@ -23,7 +23,7 @@ from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
 from recipes_lib.data.injections import Injections
 from recipes_lib.data.prompts import chat_template, format_hash
-from recipes_lib.data.rows import Rows, first_in_hash_order, read_rows
+from recipes_lib.data.rows import Rows, first_in_hash_order, read_data
 from recipes_lib.data.splits import SPLITS, TEST, TRAIN, VALIDATION, Splits, split_rows
 from recipes_lib.data.supervision import BATCH_ROWS, Supervision, Tokens, check_settings, encode
 from recipes_lib.data.templates import render_conversations
@@ -75,7 +75,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     """
     with _placed(recipe):
         section, folders, bad = recipe.data, data_folders(recipe), BadRows()
-        rows = read_rows(section, folders, bad)
+        rows = read_data(section, folders, bad)
         check_dropped_are_there(section.drop_columns, list(dict.fromkeys(name for table, _, _ in rows.tables for name in table.columns)))
         num_read, num_usable = rows.num_read, len(rows)
         if bad.found and section.on_bad_row == "error":
@@ -134,7 +134,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
             test=sets[TEST],
             audit=audit,
             splits=_split_record(rows, splits, section, audit),
-            fingerprint=fingerprint(rows, splits),
+            fingerprint=fingerprint_rows(rows, splits),
             prompt_format_hash=format_hash(section, tokenizer, folders, eos_token=settings.eos_token),
         )
 
@@ -213,7 +213,7 @@ def _dataset(tokens: Tokens, names: Sequence[str]) -> Dataset:
     return datasets.Dataset(pa.Table.from_batches(batches, schema), fingerprint=digest.hexdigest())
 
 
-def fingerprint(rows: Rows, splits: Splits) -> str:
+def fingerprint_rows(rows: Rows, splits: Splits) -> str:
     """sha256 over split, id and content of all rows used, in order."""
     digest = hashlib.sha256()
     for name in SPLITS:

@@ -196,7 +196,7 @@ def _digests(column: bytearray, size: int) -> Iterator[bytes]:
     return (whole[start : start + size] for start in range(0, len(whole), size))
 
 
-def read_rows(section: DataSection, folders: Sequence[Path], bad: BadRows, *, max_rows: int | None = None) -> Rows:
+def read_data(section: DataSection, folders: Sequence[Path], bad: BadRows, *, max_rows: int | None = None) -> Rows:
     """Read, check and name the rows of all sources; rows that cannot be used are added to `bad`.
 
     Args:
@@ -250,7 +250,7 @@ def check_local_rows(section: DataSection, folders: Sequence[Path], max_rows: in
     if not local:
         return []
     bad = BadRows()
-    rows = read_rows(replace(section, source=local), folders, bad, max_rows=None if max_rows is None else max_rows + 1)
+    rows = read_data(replace(section, source=local), folders, bad, max_rows=None if max_rows is None else max_rows + 1)
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     return [] if max_rows is None else rows.files_longer_than(max_rows)

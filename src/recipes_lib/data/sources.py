@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.data.examples import SettingError, listed, shown_path, type_name
+from recipes_lib.data.examples import SettingError, listed, shown_real_path, type_name
 from recipes_lib.data.files import COLUMNAR_ROWS, DATA_FORMATS, Numbered, Table, data_format, read_file
 from recipes_lib.errors import DataError
 from recipes_lib.json_files import refuse_pipe
@@ -143,20 +143,20 @@ def data_files(folder: Path, split: str) -> list[Path]:
     Raises:
         DataError: the folder has no data file, or none of this split.
     """
-    refuse_pipe(folder, shown_path(folder))
+    refuse_pipe(folder, shown_real_path(folder))
     for place in (folder, folder / split, folder / "data"):
         files = [path for path in sorted(place.glob("[!.]*")) if data_format(path) and path.name not in NOT_DATA]
         if files:
             break
     else:
-        raise DataError(f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}", file=shown_path(folder))
+        raise DataError(f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}", file=shown_real_path(folder))
     named = {path: match.group(1) for path in files if (match := SPLIT_IN_NAME.search(path.name.lower()))}
     named = {path: SPLIT_NAMES.get(name, name) for path, name in named.items()}
     wanted = [path for path in files if named.get(path) == SPLIT_NAMES.get(split, split)]
     rest = [path for path in files if path not in named]
     if not wanted and not rest:
         splits = listed(sorted(set(named.values())))
-        raise SettingError("data.source_split", f"{shown_path(folder)} has no file of the split '{split}'; splits: {splits}")
+        raise SettingError("data.source_split", f"{shown_real_path(folder)} has no file of the split '{split}'; splits: {splits}")
     return wanted or rest
 
 
@@ -188,7 +188,7 @@ def _similar(name: str, folders: Sequence[Path]) -> list[str]:
     parents = {(folder / path).parent.resolve() for folder in (*folders, Path.cwd())}
     names = {entry.name for parent in parents if parent.is_dir() for entry in parent.iterdir()}
     near = difflib.get_close_matches(path.name, sorted(names), 3)
-    looked = f"looked in {', '.join(sorted(shown_path(parent) for parent in parents))}"
+    looked = f"looked in {', '.join(sorted(shown_real_path(parent) for parent in parents))}"
     return [*([f"did you mean {path.with_name(near[0])}?"] if near else []), looked]
 
 

@@ -12,11 +12,12 @@ from typing import Any
 from recipes_lib.atomic_files import write_json, write_text
 from recipes_lib.errors import DataError
 from recipes_lib.eval_log import Measure, Sample
-from recipes_lib.foreign.parts import Part, Row
+from recipes_lib.foreign.parts import Part
+from recipes_lib.json_files import Row
 from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.project import shown_path
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 _SIZES = {"original-alpaca-eval-csv": 805, "original-mt-bench-jsonl": 80, "fastchat-single": 80, "fastchat-pair": 80}
 
 
@@ -58,7 +59,7 @@ def write_evaluation(folder: Path, name: str, target: str, parts: Sequence[Part]
 def _head(name: str, target: str, parts: Sequence[Part]) -> Row:
     files = [{"file": part.file.path.name, "sha256": part.file.sha256, "format": part.file.format} for part in parts]
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "suite": name,
         "eval": name,
         "target": target,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.errors import DataError
-from recipes_lib.json_files import refuse_pipe
+from recipes_lib.json_files import Row, refuse_pipe
 from recipes_lib.judging.replay_readers import ForeignFile, NotJudgments, read_foreign
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.suggestions import near_names
@@ -26,7 +26,6 @@ KNOWN = (
 )
 _SAMPLES = re.compile(r"samples_(.+?)(?:_\d{4}-\d\d-\d\dT[\d.:-]+)?\.jsonl\Z")
 _LOG_KEYS = {"loss", "eval_loss", "train_runtime", "train_loss"}
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from recipes_lib.foreign.files import Foreign
-from recipes_lib.foreign.parts import Part, Row
+from recipes_lib.foreign.parts import Part
+from recipes_lib.json_files import Row
 from recipes_lib.suites.harness import metric_direction
 
 _PROTOCOL = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")

@@ -9,10 +9,10 @@ from typing import Any
 from recipes_lib.errors import RecipeError
 from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.foreign.files import Foreign
+from recipes_lib.json_files import Row
 from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.suggestions import did_you_mean
 
-Row = dict[str, Any]
 # FastChat's 80 questions: ten ids to a category.
 _CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 

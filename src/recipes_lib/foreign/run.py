@@ -18,7 +18,8 @@ from recipes_lib.foreign.files import Foreign, read_files
 from recipes_lib.foreign.harness import read_results, samples_alone
 from recipes_lib.foreign.judged import WITHOUT_ANSWERS, read_judgments
 from recipes_lib.foreign.logs import read_logs
-from recipes_lib.foreign.parts import Part, Row
+from recipes_lib.foreign.parts import Part
+from recipes_lib.json_files import Row
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.runs.directory import RunDirectory, all_runs
 

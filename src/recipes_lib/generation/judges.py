@@ -23,7 +23,7 @@ from recipes_lib.generation.fingerprints import hash_of, model_fingerprint
 from recipes_lib.generation.next_token import NextToken, verdict_tokens
 from recipes_lib.judging.judge import Judge, JudgePlan, JudgeReply, JudgeRequest
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection
-from recipes_lib.judging.prometheus import Prompt
+from recipes_lib.judging.prometheus import JudgePrompt
 from recipes_lib.recipe.sections import ModelSection
 
 TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt
@@ -106,7 +106,7 @@ class _ServedJudge:
         own = os.environ.get("RECIPES_JUDGE_URL") if self.section.served_here else None
         return own or str(self.section.base_url)
 
-    def _render(self, prompt: Prompt, key: str) -> Request:
+    def _render(self, prompt: JudgePrompt, key: str) -> Request:
         lead_in = self.section.lead_in if self.section.mode == "logits" else ""
         if self.section.prompt_style == "prometheus":
             return Request(key=key, prompt=f"{prompt.instruct_text()} {lead_in}".rstrip(" "))
@@ -166,7 +166,7 @@ class _LocalJudge:
         model = model.to("cuda") if torch.cuda.is_available() else model
         return TransformersEngine(model, self.tokenizer, self.fingerprint, batch_tokens=self.section.batch_tokens)
 
-    def _render(self, prompt: Prompt, key: str) -> Request:
+    def _render(self, prompt: JudgePrompt, key: str) -> Request:
         return Request(key=key, ids=tuple(judge_ids(prompt, self.section.prompt_style, self.tokenizer)))
 
     def _read(self, asked: Sequence[Request], allowed: Sequence[str]) -> Iterator[tuple[str, JudgeReply]]:
@@ -212,7 +212,7 @@ def guessed_tokens(text: str) -> int:
     return ascii_characters // 3 + len(text.encode("utf-8", "surrogatepass")) - ascii_characters
 
 
-def judge_ids(prompt: Prompt, style: str, tokenizer: Any) -> list[int]:
+def judge_ids(prompt: JudgePrompt, style: str, tokenizer: Any) -> list[int]:
     """Return the token ids of a judge's prompt, up to where the judge starts to write.
 
     Raises:
@@ -260,7 +260,7 @@ def _reply(request: JudgeRequest, done: Completion) -> JudgeReply:
     return JudgeReply(probabilities=found)
 
 
-def _messages(prompt: Prompt) -> list[Message]:
+def _messages(prompt: JudgePrompt) -> list[Message]:
     return [Message(role="system", content=prompt.system), Message(role="user", content=prompt.user)]
 
 

@@ -18,7 +18,6 @@ from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.probes import probe_results
 from recipes_lib.statistics.intervals import wilson
 
-Row = Mapping[str, Any]
 _PROBE_NAMES = {
     "empty": "empty answer loses",
     "truncated": "truncated answer loses",
@@ -31,7 +30,10 @@ _FIELDS = ("kind", "question_id", "order", "status", "value", "source", "judge",
 
 
 def audit(
-    rows: Sequence[Row], thresholds: Thresholds | None = None, labels: Mapping[str, str] | None = None, weak: str | None = None
+    rows: Sequence[Mapping[str, Any]],
+    thresholds: Thresholds | None = None,
+    labels: Mapping[str, str] | None = None,
+    weak: str | None = None,
 ) -> dict[str, Any]:
     """Return a judge's scorecard.
 
@@ -81,7 +83,7 @@ def audit(
     return card
 
 
-def length_bias(rows: Sequence[Row], outcomes: Sequence[Sample]) -> dict[str, Any]:
+def length_bias(rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Sample]) -> dict[str, Any]:
     """Return how often the longer answer wins, among pairs with a winner and answers of different length."""
     pairs = (row for row in rows if row["kind"] == "relative" and row["order"] == "AB" and row["lengths"])  # imported ones may lack them
     lengths = {str(row["question_id"]): row["lengths"] for row in pairs}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from recipes_lib.errors import ExitCode, RecipesError
-from recipes_lib.judging.prometheus import CountTokens, Prompt, Rubric, Template, build_prompt, nonce
+from recipes_lib.judging.prometheus import CountTokens, JudgePrompt, Rubric, Template, build_prompt, nonce
 from recipes_lib.judging.store import JudgmentStore, judgment_key, text_hash
 from recipes_lib.judging.verdicts import Status, Verdict, parse_absolute, parse_relative
 
@@ -57,7 +57,7 @@ class JudgeRequest:
     kind: str
     question_id: str
     order: str
-    prompt: Prompt
+    prompt: JudgePrompt
     answers: tuple[str, ...]
     allowed: tuple[str, ...]
     meta: Mapping[str, Any]

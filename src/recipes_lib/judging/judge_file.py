@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.judging.prometheus import Rubric, Template, load_rubric, load_template
-from recipes_lib.judging.published_prompts import PACKAGE, published_template
+from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, published_template
 from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import Finding, KindRules, dotted, load
+from recipes_lib.recipe.validation import KindRules, PlacedError, dotted, load
 from recipes_lib.recipe.yaml_source import KeyPath
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class JudgeFile:
     def template(self, kind: str) -> Template:
         """Return the prompt of a kind ("relative" or "absolute"); the published wording is fetched on first use."""
         name = self.judge.relative_prompt if kind == "relative" else self.judge.absolute_prompt
-        return published_template(kind) if name == PACKAGE else load_template(self.path.parent / name)
+        return published_template(kind) if name == PROMETHEUS_PACKAGE else load_template(self.path.parent / name)
 
     def rubric(self, reference: bool = False) -> Rubric:
         """Return the rubric, or the one for questions with a reference answer."""
@@ -156,7 +156,7 @@ class JudgeRules(KindRules):
             return document.error(path, f"{path[0]} must be a section")
         return next(problem for where, problem in self.at_once(document) if where == path)
 
-    def at_once(self, document: Document) -> Iterator[Finding]:
+    def at_once(self, document: Document) -> Iterator[PlacedError]:
         """Yield values outside their range, and a server without an address."""
         for name, section in _SECTIONS.items():
             values, annotations = document.values.get(name), typing.get_type_hints(section)
@@ -174,7 +174,7 @@ class JudgeRules(KindRules):
         judge = judge_of(document)
         try:
             for kind in ("relative", "absolute"):
-                if getattr(judge.judge, f"{kind}_prompt") != PACKAGE:  # a check fetches nothing
+                if getattr(judge.judge, f"{kind}_prompt") != PROMETHEUS_PACKAGE:  # a check fetches nothing
                     judge.template(kind)
             for reference in (False, True):
                 judge.rubric(reference)

@@ -68,7 +68,7 @@ class Rubric:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class JudgePrompt:
     """A prompt ready to send.
 
     `fits` is False if even the shortest cut of the answers is too long; such a prompt must not be sent (status truncated).
@@ -167,7 +167,7 @@ def build_prompt(
     code: str,
     count_tokens: CountTokens | None = None,
     max_tokens: int | None = None,
-) -> Prompt:
+) -> JudgePrompt:
     """Return the prompt for one answer (absolute) or two (relative), cut to fit where a budget is given.
 
     Both answers get the same limit; the instruction, the reference and the rubric are never cut.
@@ -191,7 +191,7 @@ def build_prompt(
     bodies = [text for text, _ in clean]
     marker = any(flag for _, flag in clean)
 
-    def render(parts: Sequence[str]) -> Prompt:
+    def render(parts: Sequence[str]) -> JudgePrompt:
         return _render(template, rubric, instruction, parts, reference, code, marker)
 
     prompt = render(bodies)
@@ -217,9 +217,9 @@ def build_prompt(
     return _with(render([_cut(body, low, count_tokens) for body in bodies]), fits=True)
 
 
-def _with(prompt: Prompt, fits: bool) -> Prompt:
+def _with(prompt: JudgePrompt, fits: bool) -> JudgePrompt:
     """The prompt, marked as cut."""
-    return Prompt(prompt.system, prompt.user, prompt.marker_in_answer, True, fits)
+    return JudgePrompt(prompt.system, prompt.user, prompt.marker_in_answer, True, fits)
 
 
 def _cut(text: str, limit: int, count_tokens: CountTokens) -> str:
@@ -235,11 +235,11 @@ def _cut(text: str, limit: int, count_tokens: CountTokens) -> str:
 
 def _render(
     template: Template, rubric: Rubric, instruction: str, bodies: Sequence[str], reference: str | None, code: str, marker: bool
-) -> Prompt:
+) -> JudgePrompt:
     """Fill the fields in one pass, so that braces and field names inside the texts stay what they are."""
     fenced = [f"<<begin {code}>>\n{body}\n<<end {code}>>" for body in bodies]
     values = {"nonce": code, "instruction": neutralise(instruction)[0], "criterion": rubric.criterion, "scores": "\n".join(rubric.scores)}
     values |= {f"answer_{number}": body for number, body in enumerate(fenced, 1)}
     section = "" if reference is None else template.reference_section.replace("{reference}", neutralise(reference)[0])
     values |= {"reference_mention": "" if reference is None else template.reference_mention, "reference_section": section}
-    return Prompt(template.system, _FIELD.sub(lambda field: values[field.group(1)], template.user), marker, False, True)
+    return JudgePrompt(template.system, _FIELD.sub(lambda field: values[field.group(1)], template.user), marker, False, True)

@@ -17,7 +17,7 @@ from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.judging.prometheus import Template
 
-PACKAGE = "package:prometheus-eval"
+PROMETHEUS_PACKAGE = "package:prometheus-eval"
 REQUIREMENT = "prometheus-eval==0.1.20"
 _FILE = "prompts.py"
 _MEMBERS = {_FILE: "aabcaa9f012108bbd19cc9528dab9f313325fdf89711919a67f20ef94cd50914"}
@@ -31,7 +31,7 @@ _FENCE = {
 }
 
 
-def package_is_here() -> bool:
+def prometheus_is_here() -> bool:
     """Whether the authors' prompts are on this machine already."""
     return wheel_is_here(REQUIREMENT, _MEMBERS)
 
@@ -68,7 +68,9 @@ def template_of(constants: dict[str, str], kind: str) -> Template:
         "{rubric}": rubric,
     }.items():
         user = user.replace(theirs, ours)
-    return Template(f"{PACKAGE}-{kind}", constants[system], user, mention[0], section[0].replace("{reference_answer}", "{reference}"))
+    return Template(
+        f"{PROMETHEUS_PACKAGE}-{kind}", constants[system], user, mention[0], section[0].replace("{reference_answer}", "{reference}")
+    )
 
 
 def _constants(text: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ CONSTANT_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Finding:
+class ReplayFinding:
     """A named finding; `items` are up to 20 of the questions it is about."""
 
     name: str
@@ -29,16 +29,16 @@ class Finding:
         return asdict(self)
 
 
-def _named(name: str, message: str, records: Sequence[Record]) -> Finding:
+def _named(name: str, message: str, records: Sequence[Record]) -> ReplayFinding:
     """A finding about records."""
     places = [record.id[:80] + ("" if record.turn == 1 else f" turn {record.turn}") for record in records]
-    return Finding(name, message, len(records), places[:20])
+    return ReplayFinding(name, message, len(records), places[:20])
 
 
-def find_all(file: ForeignFile, contradictions: Contradictions) -> list[Finding]:
+def find_all(file: ForeignFile, contradictions: Contradictions) -> list[ReplayFinding]:
     """Return the findings of one file."""
     records = file.records
-    found: list[Finding | None] = [
+    found: list[ReplayFinding | None] = [
         _one_order(file),
         _contradictions(contradictions),
         _unparsed(file),
@@ -52,24 +52,24 @@ def find_all(file: ForeignFile, contradictions: Contradictions) -> list[Finding]
     return [finding for finding in found if finding]
 
 
-def _one_order(file: ForeignFile) -> Finding | None:
+def _one_order(file: ForeignFile) -> ReplayFinding | None:
     """Comparisons that were judged with the answers in one order only."""
     if file.kind != "pair" or file.both_orders:
         return None
     message = f"{len(file.records)} comparisons were judged in one order only: position bias is unknown and part of every rate"
-    return Finding("one-order-judging", message, len(file.records))
+    return ReplayFinding("one-order-judging", message, len(file.records))
 
 
-def _contradictions(found: Contradictions) -> Finding | None:
+def _contradictions(found: Contradictions) -> ReplayFinding | None:
     """More verdicts against the judge's own words than the default threshold."""
     if found.rate is None or found.rate <= CONTRADICTIONS_MAX:
         return None
     share = f"{found.count} of {found.decidable} decidable verdicts ({100 * found.rate:.1f}%)"
     message = f"{share} are the opposite of what the judge's own text says; {found.direction}"
-    return Finding("contradictions", message, found.count)
+    return ReplayFinding("contradictions", message, found.count)
 
 
-def _unparsed(file: ForeignFile) -> Finding | None:
+def _unparsed(file: ForeignFile) -> ReplayFinding | None:
     """Texts without a verdict that were counted as a tie, or left out."""
     unparsed = [record for record in file.records if not record.resolved]
     if not unparsed:
@@ -80,7 +80,7 @@ def _unparsed(file: ForeignFile) -> Finding | None:
     return _named("unparsed-left-out", f"{len(unparsed)} judgments without a verdict were left out of the numbers", unparsed)
 
 
-def _empty_wins(records: Sequence[Record]) -> Finding | None:
+def _empty_wins(records: Sequence[Record]) -> ReplayFinding | None:
     """Empty answers that were counted as the winner."""
     wins = [
         record
@@ -91,7 +91,7 @@ def _empty_wins(records: Sequence[Record]) -> Finding | None:
     return _named("empty-answer-wins", f"{len(wins)} empty answers were counted as wins", wins) if wins else None
 
 
-def _without_context(records: Sequence[Record]) -> Finding | None:
+def _without_context(records: Sequence[Record]) -> ReplayFinding | None:
     """Later turns that were judged without the first turn in front of the judge."""
     first = {(record.model, record.against, record.id): record.input for record in records if record.turn == 1 and record.input}
     alone = []
@@ -110,7 +110,7 @@ def _question(shown: str) -> str:
     return after.split("\n\n[The Start of")[0].strip()
 
 
-def _missing_turns(records: Sequence[Record]) -> list[Finding]:
+def _missing_turns(records: Sequence[Record]) -> list[ReplayFinding]:
     """Turns that others have and this question lacks, so that its mean rests on fewer."""
     turns: dict[tuple[str, str, str], set[int]] = defaultdict(set)
     for record in records:
@@ -120,10 +120,10 @@ def _missing_turns(records: Sequence[Record]) -> list[Finding]:
     if not missing:
         return []
     what = "1 turn has no judgment and vanishes" if len(missing) == 1 else f"{len(missing)} turns have no judgment and vanish"
-    return [Finding("missing-turn", f"{what} from the mean: {', '.join(missing[:5])}", len(missing), missing[:20])]
+    return [ReplayFinding("missing-turn", f"{what} from the mean: {', '.join(missing[:5])}", len(missing), missing[:20])]
 
 
-def _repeated(records: Sequence[Record]) -> Finding | None:
+def _repeated(records: Sequence[Record]) -> ReplayFinding | None:
     """Questions judged more than once under the same names."""
     counts = Counter((record.model, record.against, record.id, record.turn, record.answer, record.opponent) for record in records)
     repeated = [
@@ -134,7 +134,7 @@ def _repeated(records: Sequence[Record]) -> Finding | None:
     )
 
 
-def _constant(records: Sequence[Record]) -> Finding | None:
+def _constant(records: Sequence[Record]) -> ReplayFinding | None:
     """One answer given to many questions."""
     answers = Counter(record.answer.strip() for record in records if record.answer and record.answer.strip())
     if not answers:
@@ -142,10 +142,10 @@ def _constant(records: Sequence[Record]) -> Finding | None:
     _, count = answers.most_common(1)[0]
     if count < 3 or count <= CONSTANT_SHARE * len(records):
         return None
-    return Finding("constant-answer", f"the same answer was given to {count} of {len(records)} questions", count)
+    return ReplayFinding("constant-answer", f"the same answer was given to {count} of {len(records)} questions", count)
 
 
-def _not_the_format(records: Sequence[Record]) -> Finding | None:
+def _not_the_format(records: Sequence[Record]) -> ReplayFinding | None:
     """Texts that hold a verdict by the study's rule and none in the judge model's own format."""
     loose = [record for record in records if record.strict is False and record.resolved]
     if not loose:
@@ -154,9 +154,9 @@ def _not_the_format(records: Sequence[Record]) -> Finding | None:
     return _named("not-in-the-judges-format", message, loose)
 
 
-def compare_files(files: Sequence[ForeignFile]) -> list[Finding]:
+def compare_files(files: Sequence[ForeignFile]) -> list[ReplayFinding]:
     """Return findings about several files together: the same file, or the same answers, under two names."""
-    findings: list[Finding] = []
+    findings: list[ReplayFinding] = []
     for name, key, words in (
         ("identical-files", lambda file: file.data, "are the same file, byte for byte"),
         ("same-answers", _answers, "hold the same answers"),
@@ -167,7 +167,8 @@ def compare_files(files: Sequence[ForeignFile]) -> list[Finding]:
                 groups[mark].append(str(file.path))
         for paths in groups.values():
             if len(paths) > 1 and not any(set(paths) <= set(finding.items) for finding in findings):
-                findings.append(Finding(name, f"{' and '.join(paths)} {words}: they cannot be ranked as different", len(paths), paths))
+                message = f"{' and '.join(paths)} {words}: they cannot be ranked as different"
+                findings.append(ReplayFinding(name, message, len(paths), paths))
     return findings
 
 

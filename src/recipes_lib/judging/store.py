@@ -47,7 +47,7 @@ def judgment_key(question_id: str | int, order: str, judge_fingerprint: str, pro
     return text_hash(json.dumps([str(question_id), order, judge_fingerprint, prompt_hash, list(answer_hashes)]))
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def stored_rows(path: str | Path) -> list[Row]:
     """Return the stored rows without taking the lock or changing the file; lines that a crash damaged at its end are left out.
 
     Raises:

@@ -10,11 +10,11 @@ from recipes_lib.errors import RecipeError, RecipeErrors, RecipesError
 from recipes_lib.launching.folder import environment_script
 from recipes_lib.launching.jobs import Job
 from recipes_lib.launching.profile import SiteProfile
-from recipes_lib.launching.recipe_jobs import Plan
-from recipes_lib.launching.sbatch import cancel, named, sbatch_argv, submit, try_submission
+from recipes_lib.launching.recipe_jobs import JobPlan
+from recipes_lib.launching.sbatch import named, sbatch_argv, scancel, submit, try_submission
 
 
-def submit_chain(plan: Plan, profile: SiteProfile) -> dict[str, str]:
+def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
     """Write the submission's folder, submit every job, and return {label: job id}.
 
     Raises:
@@ -29,7 +29,7 @@ def submit_chain(plan: Plan, profile: SiteProfile) -> dict[str, str]:
             plan.folder.write_jobs(plan.jobs, ids, profile.name)
     except BaseException as error:
         try:
-            cancel(list(ids.values()))
+            scancel(list(ids.values()))
         except RecipesError as second:
             left = f"still queued: {', '.join(ids)} ({second.what}); when Slurm answers: recipes launch cancel {plan.name}"
         else:
@@ -41,7 +41,7 @@ def submit_chain(plan: Plan, profile: SiteProfile) -> dict[str, str]:
     return ids
 
 
-def prepare(plan: Plan, profile: SiteProfile | None) -> None:
+def prepare(plan: JobPlan, profile: SiteProfile | None) -> None:
     """Write what the jobs read, and which jobs there will be."""
     plan.folder.write_commands(plan.jobs, environment_script(profile))
     plan.folder.write_jobs(plan.jobs, {}, profile.name if profile else None)
@@ -55,7 +55,7 @@ def dependencies_of(job: Job, ids: Mapping[str, str]) -> list[str]:
     return [*(["afterok:" + ":".join(ok)] if ok else []), *(["afterany:" + ":".join(ended)] if ended else [])]
 
 
-def dry_run(plan: Plan, profile: SiteProfile) -> Iterator[tuple[str, Job]]:
+def dry_run(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, Job]]:
     """Yield the exact sbatch line of each job, as bash takes it.
 
     A variable keeps the job's id for the lines of those that wait for it, a file keeps it for `recipes launch status`.
@@ -68,7 +68,7 @@ def dry_run(plan: Plan, profile: SiteProfile) -> Iterator[tuple[str, Job]]:
         yield f"{names[job.label]}=$({line} | tee {shlex.quote(str(plan.folder.job_file(job.label)))})", job
 
 
-def test_chain(plan: Plan, profile: SiteProfile) -> Iterator[tuple[Job, str]]:
+def test_chain(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[Job, str]]:
     """Yield what Slurm says to each job, without queueing any.
 
     Raises:

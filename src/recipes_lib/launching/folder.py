@@ -16,12 +16,12 @@ from typing import Any
 
 from recipes_lib.atomic_files import write_json, write_text
 from recipes_lib.json_files import DamagedFile, read_object
-from recipes_lib.launching.jobs import Job, check_words
+from recipes_lib.launching.jobs import Job, check_job_words
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.recipe.project import cache_root, runs_root
 from recipes_lib.terminal import warn
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LaunchFolder:
         rows = [
             {"label": job.label, "stage": job.stage, "id": ids.get(job.label), "tasks": [task.what for task in job.tasks]} for job in jobs
         ]
-        write_json(self.jobs_file, {"format_version": FORMAT_VERSION, "profile": profile, "jobs": rows})
+        write_json(self.jobs_file, {"format_version": _FORMAT_VERSION, "profile": profile, "jobs": rows})
 
     def write_commands(self, jobs: Sequence[Job], environment: str) -> None:
         """Write what launch/job.sbatch reads, in place of what an earlier submission left; logs stay."""
@@ -91,10 +91,10 @@ class LaunchFolder:
         write_text(self.path / "order", "".join(f"{label}\n" for job in jobs for label in job.task_labels()))
         for job in jobs:
             for label, task in zip(job.task_labels(), job.tasks, strict=True):
-                write_text(self.path / f"{label}.args", "".join(f"{word}\n" for word in check_words(task.args)))
+                write_text(self.path / f"{label}.args", "".join(f"{word}\n" for word in check_job_words(task.args)))
                 write_text(self.path / f"{label}.processes", f"{job.shape.processes} {job.shape.distributed_type}\n")
                 if task.check:
-                    write_text(self.path / f"{label}.check.args", "".join(f"{word}\n" for word in check_words(task.check)))
+                    write_text(self.path / f"{label}.check.args", "".join(f"{word}\n" for word in check_job_words(task.check)))
 
 
 def launch_folder(name: str, root: Path | None = None) -> LaunchFolder:

@@ -19,7 +19,7 @@ MULTI_NODE_WORDS = (
 
 
 @dataclass(frozen=True)
-class Shape:
+class JobSize:
     """How large a job is: machines, processes on each, and whether each process needs a GPU."""
 
     nodes: int = 1
@@ -57,7 +57,7 @@ class Job:
     label: str
     stage: str
     tasks: tuple[Task, ...]
-    shape: Shape = field(default_factory=Shape)
+    shape: JobSize = field(default_factory=JobSize)
     after: tuple[str, ...] = ()
     after_any: tuple[str, ...] = ()
     throttle: int | None = None
@@ -73,7 +73,7 @@ class Job:
         return [f"{self.label}.{index}" for index in range(len(self.tasks))] if self.is_array else [self.label]
 
 
-def training_command(python: str, config: AccelerateConfig, config_path: str, shape: Shape, script: list[str]) -> tuple[str, ...]:
+def training_command(python: str, config: AccelerateConfig, config_path: str, shape: JobSize, script: list[str]) -> tuple[str, ...]:
     """Return the command of a training task: one per machine, each of which starts its processes.
 
     Args:
@@ -92,7 +92,7 @@ def training_command(python: str, config: AccelerateConfig, config_path: str, sh
     return (*launcher, *train[1:])
 
 
-def check_words(words: tuple[str, ...]) -> tuple[str, ...]:
+def check_job_words(words: tuple[str, ...]) -> tuple[str, ...]:
     """Return the words of a command once each can stand on a line of its own.
 
     Raises:

@@ -10,14 +10,16 @@ from recipes_lib.compare.design import load_study, study_file
 from recipes_lib.errors import RecipeError, RecipesError
 from recipes_lib.launching.folder import launch_folder
 from recipes_lib.launching.profile import SiteProfile
-from recipes_lib.launching.recipe_jobs import Plan, plan_recipe, read_evals, read_stages
+from recipes_lib.launching.recipe_jobs import JobPlan, named_evals, plan_recipe_jobs, read_stages
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch_of
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 
 
-def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | None, args: argparse.Namespace, flags: Sequence[str]) -> Plan:
+def plan_target(
+    target: str, overrides: Sequence[str], profile: SiteProfile | None, args: argparse.Namespace, flags: Sequence[str]
+) -> JobPlan:
     """Return the jobs of a recipe or a study.
 
     Args:
@@ -38,13 +40,13 @@ def plan_target(target: str, overrides: Sequence[str], profile: SiteProfile | No
     launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
     accumulation_steps(recipe, launch.world_size)
     _check_gpus(launch, profile)
-    return plan_recipe(
+    return plan_recipe_jobs(
         recipe,
         launch,
         launch_folder(recipe.name),
         profile,
         stages=stages,
-        evals=read_evals(args.evals, recipe) if "eval" in stages else [],
+        evals=named_evals(args.evals, recipe) if "eval" in stages else [],
         words=[*overrides, *flags],
         seconds=planned_seconds(recipe, launch, profile),
     )
@@ -71,8 +73,8 @@ def _plan_study(
     args: argparse.Namespace,
     flags: Sequence[str],
     stages: Sequence[str],
-) -> Plan:
-    from recipes_lib.launching.study_jobs import plan_study
+) -> JobPlan:
+    from recipes_lib.launching.study_jobs import plan_study_jobs
 
     if args.evals:
         raise RecipeError("--evals is for recipes: a study names its evals itself")
@@ -84,7 +86,7 @@ def _plan_study(
     limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
     seconds = {arm.name: planned_seconds(arm.recipe, arm.launch, profile) for arm in study.arms if arm.trained and arm.recipe}
     known = {name: value for name, value in seconds.items() if value is not None}
-    return plan_study(study, launch_folder(study.name), profile, stages=stages, flags=flags, throttle=limit, seconds=known)
+    return plan_study_jobs(study, launch_folder(study.name), profile, stages=stages, flags=flags, throttle=limit, seconds=known)
 
 
 def _check_gpus(launch: Launch, profile: SiteProfile | None) -> None:

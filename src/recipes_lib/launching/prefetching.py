@@ -12,9 +12,7 @@ from pathlib import Path
 from recipes_lib.compare.design import load_study, study_file
 from recipes_lib.data.sources import Source, hub_answers, listed_sources, load_tables, offline_by_environment
 from recipes_lib.errors import EnvironmentFault
-from recipes_lib.judging.published_prompts import PACKAGE as PROMPTS
-from recipes_lib.judging.published_prompts import package_is_here as prompts_are_here
-from recipes_lib.judging.published_prompts import published_template
+from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.model_files import TOKENIZER_FILES, read_json
 from recipes_lib.recipe.project import recipe_path
@@ -36,7 +34,7 @@ class Need:
     check: Callable[[], str] = field(compare=False, repr=False)
 
 
-def needs_of(word: str, overrides: Sequence[str] = (), remote_code: bool = False) -> list[Need]:
+def prefetch_needs(word: str, overrides: Sequence[str] = (), remote_code: bool = False) -> list[Need]:
     """Return what a recipe, a study or an eval recipe needs, each once.
 
     Args:
@@ -67,12 +65,12 @@ def _of_recipe(recipe: Recipe) -> Iterator[Need]:
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
     if judge_model(recipe):
         yield _model(judge_model(recipe)[0], "judge")
-    if recipe.judge is not None and PROMPTS in (recipe.judge.judge.relative_prompt, recipe.judge.judge.absolute_prompt):
+    if recipe.judge is not None and PROMETHEUS_PACKAGE in (recipe.judge.judge.relative_prompt, recipe.judge.judge.absolute_prompt):
 
         def prompts() -> str:
             return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
 
-        yield Need("prompts", PROMPTS, prompts, lambda: _already(PROMPTS, prompts_are_here(), prompts))
+        yield Need("prompts", PROMETHEUS_PACKAGE, prompts, lambda: _already(PROMETHEUS_PACKAGE, prometheus_is_here(), prompts))
     if recipe.suite.name == "lm_eval":
 
         def tasks() -> str:
@@ -89,10 +87,10 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
         return f"{len(load_questions(recipe).questions)} questions"
 
     def check() -> str:
-        from recipes_lib.suites.questions import PACKAGE, package_is_here
+        from recipes_lib.suites.questions import MT_BENCH_PACKAGE, mt_bench_is_here
 
-        packaged = PACKAGE in (recipe.data.questions, recipe.data.references)
-        return _already(PACKAGE, not packaged or package_is_here(), questions)
+        packaged = MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references)
+        return _already(MT_BENCH_PACKAGE, not packaged or mt_bench_is_here(), questions)
 
     yield Need("questions", str(recipe.data.questions), questions, check)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
-from recipes_lib.launching.jobs import Job, Shape, Task, training_command
+from recipes_lib.launching.jobs import Job, JobSize, Task, training_command
 from recipes_lib.launching.judge_server import judges_nobody_starts, with_judge
 from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
@@ -26,7 +26,7 @@ CLI = ("-m", "recipes_lib.cli")
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """Everything a submission needs: the jobs in order, what they belong to, the files to copy, the models they load, what to warn of.
 
     Args:
@@ -53,7 +53,7 @@ def python_in_job(profile: SiteProfile | None) -> tuple[str, ...]:
     return (*environment.container, "python" if brings_one else sys.executable)
 
 
-def plan_recipe(
+def plan_recipe_jobs(
     recipe: Recipe,
     launch: Launch,
     folder: LaunchFolder,
@@ -63,7 +63,7 @@ def plan_recipe(
     evals: Sequence[EvalRecipe],
     words: Sequence[str] = (),
     seconds: int | None = None,
-) -> Plan:
+) -> JobPlan:
     """Return the jobs of a recipe.
 
     Args:
@@ -93,7 +93,7 @@ def plan_recipe(
         jobs.append(Job("train", "train", (Task((*prefix, *command), check, recipe.name),), shape, seconds=seconds))
     else:
         _check_finished(recipe)
-    small = Shape(uses_gpus=not launch.config.use_cpu)
+    small = JobSize(uses_gpus=not launch.config.use_cpu)
     if "eval" in stages:
         for one in evals:
             command = (python, *CLI, "eval", snapshot.shown(one.path), recipe.name, *allowed)
@@ -104,7 +104,7 @@ def plan_recipe(
         page = shown_path(RunDirectory(recipe.name).path / "report.html")
         command = (python, *CLI, "compare", recipe.name, "--html", page)
         last = tuple(job.label for job in jobs if job.stage == "eval") or tuple(job.label for job in jobs)
-        jobs.append(Job("report", "report", (Task((*prefix, *command), what="report"),), Shape(uses_gpus=False), last))
+        jobs.append(Job("report", "report", (Task((*prefix, *command), what="report"),), JobSize(uses_gpus=False), last))
     evals = evals if "eval" in stages else ()
     warnings = judges_nobody_starts(evals, profile)
     if "report" in stages and "eval" not in stages and not any(RunDirectory(recipe.name).path.glob("evals/*/result*.json")):
@@ -112,12 +112,12 @@ def plan_recipe(
             raise RecipeError(f"run '{recipe.name}' has no evaluation to report", "add the stage: --stages eval,report")
         warnings.append("no evaluation comes before the report, so it will end with exit code 2: --stages train,eval,report")
     models = (recipe.model, *(judge for one in evals for judge in judge_model(one)))
-    return Plan(recipe.name, tuple(jobs), folder, snapshot, models, tuple(warnings), tuple(shown_path(one.path) for one in evals))
+    return JobPlan(recipe.name, tuple(jobs), folder, snapshot, models, tuple(warnings), tuple(shown_path(one.path) for one in evals))
 
 
-def shape_of(launch: Launch) -> Shape:
+def shape_of(launch: Launch) -> JobSize:
     """Return the size of a training job."""
-    return Shape(launch.machines, launch.per_machine, not launch.config.use_cpu, launch.distributed_type)
+    return JobSize(launch.machines, launch.per_machine, not launch.config.use_cpu, launch.distributed_type)
 
 
 def read_stages(text: str | None) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def read_stages(text: str | None) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if stage in asked)
 
 
-def read_evals(paths: Sequence[str] | None, recipe: Recipe) -> list[EvalRecipe]:
+def named_evals(paths: Sequence[str] | None, recipe: Recipe) -> list[EvalRecipe]:
     """Return the evals to run: those named, else the small ones for a quickstart recipe and the three of evals/ for others."""
     folder = project_root() / "evals"
     if recipe.path.resolve().parent.name == "quickstart":

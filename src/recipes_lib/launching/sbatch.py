@@ -158,7 +158,7 @@ def _no_controller(said: str) -> EnvironmentFault:
     return EnvironmentFault(f"Slurm cannot be reached: {said}", "is this the login node, and is the controller up? sinfo")
 
 
-def cancel(ids: Sequence[str]) -> None:
+def scancel(ids: Sequence[str]) -> None:
     """Cancel jobs; those that are over already are no error.
 
     Raises:

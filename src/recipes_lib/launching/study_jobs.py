@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from recipes_lib.compare.design import Study
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
-from recipes_lib.launching.jobs import Job, Shape, Task, training_command
+from recipes_lib.launching.jobs import Job, JobSize, Task, training_command
 from recipes_lib.launching.judge_server import judges_nobody_starts, with_judge
 from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
-from recipes_lib.launching.recipe_jobs import CLI, Plan, python_in_job, shape_of
+from recipes_lib.launching.recipe_jobs import CLI, JobPlan, python_in_job, shape_of
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.study.arms import arm_run, train_words
@@ -24,7 +24,7 @@ TRAINING, ANSWERING = ("train", "check"), ("answers", "lm_eval")
 JUDGING, REPORT = ("judgments", "comparison"), ("statistics", "report")
 
 
-def plan_study(
+def plan_study_jobs(
     study: Study,
     folder: LaunchFolder,
     profile: SiteProfile | None,
@@ -33,7 +33,7 @@ def plan_study(
     flags: Sequence[str] = (),
     throttle: int | None = None,
     seconds: dict[str, int] | None = None,
-) -> Plan:
+) -> JobPlan:
     """Return the jobs of a study.
 
     Args:
@@ -59,7 +59,7 @@ def plan_study(
     models = [arm.recipe.model for arm in study.arms if arm.trained and arm.recipe]
     models += [judge for one in study.evals for judge in judge_model(one)]
     warnings = judges_nobody_starts(study.evals if "eval" in stages else (), profile)
-    return Plan(study.name, tuple(jobs), folder, planner.snapshot, tuple(models), tuple(warnings))
+    return JobPlan(study.name, tuple(jobs), folder, planner.snapshot, tuple(models), tuple(warnings))
 
 
 class _Planner:
@@ -82,7 +82,7 @@ class _Planner:
 
     def trainings(self, throttle: int | None) -> list[Job]:
         """Return the trainings with their checks: one job for the arms and seeds of one size, an array where there are several."""
-        groups: dict[tuple[Shape, str], list[Step]] = {}
+        groups: dict[tuple[JobSize, str], list[Step]] = {}
         for step in self._open(("train",), also=("check",)):
             launch = self.launches[step.arm]
             groups.setdefault((shape_of(launch), launch.config.path.stem), []).append(step)
@@ -124,7 +124,7 @@ class _Planner:
     def _steps_job(self, label: str, stage: str, names: Sequence[str], uses_gpus: bool, before: Sequence[str] = ()) -> Job:
         self.owner |= dict.fromkeys(names, label)
         task = Task((*before, *self._study_command(names)), what=label)
-        return Job(label, stage, (task,), Shape(uses_gpus=uses_gpus), self._above(names))
+        return Job(label, stage, (task,), JobSize(uses_gpus=uses_gpus), self._above(names))
 
     def _above(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the labels of the jobs that do what these steps need."""

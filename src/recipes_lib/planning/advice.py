@@ -15,7 +15,7 @@ from recipes_lib.planning.settings import Settings
 
 WORTH_S, WORTH_SHARE = 5.0, 0.03
 VALIDATION_SHARE = 0.25  # of the training: above it, less often or on fewer rows is proposed
-EVAL_SHARE = 0.2  # of the training between two validations
+_EVAL_SHARE = 0.2  # of the training between two validations
 FEW_ROWS = 500  # validation rows that tell a loss to a few hundredths
 UNMERGED = 0.66  # speed of vLLM with an adapter beside the model, against merged (published: 34% slower)
 LONGEST_MASKED_ROW = 4096
@@ -93,10 +93,10 @@ def _validating(plan: Plan) -> Iterator[Advice]:
     share = plan.duration.validation / plan.duration.training
     times = f"{share:.1f} times as long as" if share >= 1 else f"{share:.0%} of the time of"
     why = f"validation takes {times} training"
-    seldom = plan.with_train(eval_strategy="steps", eval_steps=EVAL_SHARE)
+    seldom = plan.with_train(eval_strategy="steps", eval_steps=_EVAL_SHARE)
     best = bool(train.get("load_best_model_at_end")) and train.get("save_strategy") != "best"
-    words = f"train.eval_steps={EVAL_SHARE}" + " train.eval_strategy=steps" * (train.get("eval_strategy") != "steps")
-    words += f" train.save_strategy=steps train.save_steps={EVAL_SHARE}" * best  # the best model is chosen among checkpoints
+    words = f"train.eval_steps={_EVAL_SHARE}" + " train.eval_strategy=steps" * (train.get("eval_strategy") != "steps")
+    words += f" train.save_strategy=steps train.save_steps={_EVAL_SHARE}" * best  # the best model is chosen among checkpoints
     yield replace(_compare(plan, seldom, words, why), same_result=not train.get("load_best_model_at_end"))
     rows, split = plan.lengths.validation, plan.recipe.data.split
     if rows > 2 * FEW_ROWS and split.method == "hash":

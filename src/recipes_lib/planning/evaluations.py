@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from recipes_lib.planning.cards import Card
+from recipes_lib.planning.duration import BANDWIDTH_REACHED
 from recipes_lib.planning.machine import GENERATED_TOKENS_PER_SECOND, MEASURED_PARAMETERS, two_threads_tflops
 from recipes_lib.recipe.model_shapes import ModelShape
 
@@ -17,7 +18,6 @@ NUM_QUESTIONS = {"alpaca_eval": 805, "mt_bench": 80}
 ANSWER_SHARE = 0.45  # of max_new_tokens, on average
 LAYER_TOKEN_S = 0.6e-3  # one block of transformers' generate per token
 SERVER_LAYER_TOKEN_S = 0.05e-3
-BANDWIDTH_REACHED = 0.6
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, cou
 def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     """Count the rows of local data; None where a source is not a local file or folder."""
     from recipes_lib.data.examples import BadRows
-    from recipes_lib.data.rows import first_in_hash_order, read_rows
+    from recipes_lib.data.rows import first_in_hash_order, read_data
     from recipes_lib.data.sources import find_path, listed_sources
     from recipes_lib.data.splits import split_rows
 
@@ -116,7 +116,7 @@ def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
         return None
     large = sum(_size(path) for path in paths if path) > LARGEST_FILE
     bad = BadRows()
-    rows = read_rows(section, (recipe.base_dir,), bad, max_rows=COUNTED if large else None)
+    rows = read_data(section, (recipe.base_dir,), bad, max_rows=COUNTED if large else None)
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     if section.filters.categories:
@@ -141,9 +141,9 @@ def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int |
         share: of the rows that are to stay whole.
     """
     from recipes_lib.data.examples import BadRows
-    from recipes_lib.data.rows import read_rows
+    from recipes_lib.data.rows import read_data
 
-    rows = read_rows(recipe.data, (recipe.base_dir,), BadRows(), max_rows=COUNTED)
+    rows = read_data(recipe.data, (recipe.base_dir,), BadRows(), max_rows=COUNTED)
     if not len(rows):
         return None
     tokens, _ = _tokens(recipe, vocabulary, rows)

@@ -17,13 +17,13 @@ from recipes_lib.recipe.constraints import NOT_IN_RECIPES
 from recipes_lib.recipe.kinds import SECTIONS
 from recipes_lib.recipe.launch import Launch, plan_launch
 from recipes_lib.recipe.loader import Document
-from recipes_lib.recipe.model_files import KEY, check_files, lacks_tokenizer, local_folder
+from recipes_lib.recipe.model_files import KEY, check_model_files, lacks_tokenizer, local_folder
 from recipes_lib.recipe.model_names import check_names
 from recipes_lib.recipe.recipe import Recipe, recipe_from
 from recipes_lib.recipe.renames import RENAMES
 from recipes_lib.recipe.suggestions import did_you_mean, near_names
 from recipes_lib.recipe.upstream import build_lora_config, build_quantization_config, build_sft_config, check_packages, has_accelerator
-from recipes_lib.recipe.validation import Finding, KindRules, dotted, translate, validator_of, wrong_kind
+from recipes_lib.recipe.validation import KindRules, PlacedError, dotted, translate, validator_of, wrong_kind
 from recipes_lib.recipe.vocabulary import dotted_names, subschema
 from recipes_lib.recipe.yaml_source import KeyPath
 
@@ -57,7 +57,7 @@ class RecipeRules(KindRules):
             )
         return document.error(path, f"unknown key '{name}'", *(f"did you mean {near}?" for near in elsewhere[:1]), everything)
 
-    def inside_unknown(self, document: Document, path: KeyPath, value: Any) -> Iterator[Finding]:
+    def inside_unknown(self, document: Document, path: KeyPath, value: Any) -> Iterator[PlacedError]:
         """Yield what is wrong inside a mapping whose key was renamed, so that it need not be found in a second round."""
         rename = RENAMES.get(str(path[-1]))
         schema = subschema(*rename.new.split(".")) if rename and rename.new and isinstance(value, dict) else None
@@ -70,7 +70,7 @@ class RecipeRules(KindRules):
         what = f"section '{path[0]}' is missing; it needs {needs[str(path[0])]}" if len(path) == 1 else f"{dotted(path)} is missing"
         return document.error(path, what, f"what it is: recipes explain {needs.get(str(path[-1]), dotted(path))}")
 
-    def at_once(self, document: Document) -> Iterator[Finding]:
+    def at_once(self, document: Document) -> Iterator[PlacedError]:
         """Yield what is wrong between keys."""
         return check_combinations(document)
 
@@ -82,7 +82,7 @@ class RecipeRules(KindRules):
         recipe = recipe_from(document)
         if not full:
             folder = Path(recipe.model.name_or_path)
-            return list(check_files(recipe, folder)) if folder.is_dir() else []
+            return list(check_model_files(recipe, folder)) if folder.is_dir() else []
         errors = check_upstream(recipe, notes=document.warnings)
         try:
             check_packages(recipe)
@@ -127,7 +127,7 @@ def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: li
     before = len(errors)
     folder = collect(lambda: local_folder(recipe))
     if folder is not None:
-        errors += check_files(recipe, folder, remote_code=remote_code)
+        errors += check_model_files(recipe, folder, remote_code=remote_code)
     if len(errors) > before:
         return errors
     absent = folder is None or lacks_tokenizer(recipe, folder)

@@ -16,13 +16,13 @@ from recipes_lib.recipe.loader import Document, run_name
 from recipes_lib.recipe.model_files import no_model_at
 from recipes_lib.recipe.schedule import WITHOUT_WARMUP
 from recipes_lib.recipe.sections import LaunchSection
-from recipes_lib.recipe.validation import Finding
+from recipes_lib.recipe.validation import PlacedError
 
 _ROWS_OF_ACCELERATE = {"split_batches": True, "dispatch_batches": True, "use_seedable_sampler": False}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\Z")
 
 
-def check_combinations(document: Document) -> Iterator[Finding]:
+def check_combinations(document: Document) -> Iterator[PlacedError]:
     """Yield what is wrong between keys, with the key to blame; warnings are added to the document.
 
     Values of the wrong type were reported already, so the rules look only at values they can understand.
@@ -253,7 +253,7 @@ def _changed_scaling(document: Document) -> Iterator[RecipeError]:
         yield document.error(("lora", "r"), what, f"to change the rank alone: lora.lora_alpha={same:g}")
 
 
-def _run_name(document: Document) -> Iterator[Finding]:
+def _run_name(document: Document) -> Iterator[PlacedError]:
     given = document.values.get("run", {})
     if not isinstance(given, dict) or not isinstance(given.get("name", ""), str):  # reported already
         return

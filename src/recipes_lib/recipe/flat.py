@@ -43,7 +43,7 @@ def flat_text(recipe: Recipe, file: str) -> str:
     Args:
         file: the recipe as the user typed it, for the first comment.
     """
-    flat, lost = flatten(recipe)
+    flat, lost = flat_form(recipe)
     head = f"# {file} as a plain TRL config: trl sft --config FILE --accelerate_config accelerate_configs/{recipe.launch.accelerate}.yaml"
     lines = [head, *(f"{key}: {value_text(value)}" for key, value in flat.items())]
     if lost:
@@ -51,7 +51,7 @@ def flat_text(recipe: Recipe, file: str) -> str:
     return "\n".join(lines)
 
 
-def flatten(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the flat keys, and the dotted keys that have no flat form."""
     values = recipe.to_dict()
     flat: dict[str, Any] = {}

@@ -46,7 +46,7 @@ def _kind(name: str, title: str, keys: str = "", use: str = "", rules_at: str = 
 
 
 RECIPE = _kind("recipe", "a recipe", f"extends {' '.join(SECTIONS)}", "train it: recipes train", "recipe.check:RecipeRules")
-BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipe.check:RecipeRules")
+_BASE = _kind("base", "a base that recipes extend", "", "name it in a recipe's extends", "recipe.check:RecipeRules")
 KINDS = (
     _kind("eval", "an eval recipe", "suite generation metrics", "run it: recipes eval EVAL RUN", "suites.recipe:EvalRules"),
     _kind(
@@ -79,7 +79,7 @@ KINDS = (
         "suites.recipe:TaskRules",
     ),
     RECIPE,
-    BASE,
+    _BASE,
     _kind(
         "accelerate",
         "an accelerate config",
@@ -169,4 +169,4 @@ def kind_of(values: Any, text: str, file: str) -> Kind:
         what = f"unknown kind of file: schema '{named}'" if named else f"unknown kind of file: its top-level keys are {keys}"
         raise RecipeError(what, f"known kinds: {', '.join(known.name for known in KINDS)}; a recipe has {', '.join(SECTIONS)}", file=file)
     is_base = kind.name == "recipe" and PurePath(file).name.startswith("_")
-    return BASE if is_base else kind
+    return _BASE if is_base else kind

@@ -103,7 +103,7 @@ def _materialised(name: str) -> Path | None:
     return None
 
 
-def check_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None) -> Iterator[RecipeError]:
+def check_model_files(recipe: Recipe, folder: Path, *, remote_code: bool | None = None) -> Iterator[RecipeError]:
     """Yield what is wrong with a model's files.
 
     Args:

@@ -33,7 +33,7 @@ _REMARKS = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class OwnRows:
     """How somebody's data file is to be read.
 
     Args:
@@ -53,7 +53,7 @@ class Rows:
     max_length: int | None = None
 
 
-def new_recipe(name: str, target: Path, origin: Recipe, rows: Rows | None) -> str:
+def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) -> str:
     """Return the text of a recipe called `name` that starts from `origin` and will lie at `target`.
 
     Args:
@@ -74,7 +74,7 @@ def new_recipe(name: str, target: Path, origin: Recipe, rows: Rows | None) -> st
     return "\n".join([*head, join_lines(lines), ""])
 
 
-def _values(name: str, target: Path, origin: Recipe, rows: Rows | None) -> dict[str, Any]:
+def _values(name: str, target: Path, origin: Recipe, rows: OwnRows | None) -> dict[str, Any]:
     """Return the values the new file writes."""
     values: dict[str, Any] = {} if _may_be_extended(origin) else origin.written_values()
     values["model"] = {**values.get("model", {}), "name_or_path": origin.model.name_or_path}
@@ -101,7 +101,7 @@ def _values(name: str, target: Path, origin: Recipe, rows: Rows | None) -> dict[
     return values
 
 
-def _scaled(train: dict[str, Any], rows: Rows | None) -> dict[str, Any]:
+def _scaled(train: dict[str, Any], rows: OwnRows | None) -> dict[str, Any]:
     """Return how often is validated and saved and where rows are cut: as the origin has it, for own rows by their number and length.
 
     Args:
@@ -125,7 +125,7 @@ def _may_be_extended(origin: Recipe) -> bool:
     return origin.levels < 2
 
 
-def _source(target: Path, origin: Recipe, rows: Rows | None) -> Any:
+def _source(target: Path, origin: Recipe, rows: OwnRows | None) -> Any:
     """Return `data.source` as the new file must write it: local paths relative to its own folder."""
     if rows is not None:
         return Path(os.path.relpath(rows.file.resolve(), target.resolve().parent)).as_posix()

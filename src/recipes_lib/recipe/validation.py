@@ -23,7 +23,7 @@ from recipes_lib.recipe.yaml_source import KeyPath
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
 
-Finding = tuple[KeyPath, RecipeError]
+PlacedError = tuple[KeyPath, RecipeError]
 _TYPES = {
     "boolean": "true or false",
     "integer": "a whole number",
@@ -53,7 +53,7 @@ class KindRules:
         near = did_you_mean(str(path[-1]).replace("-", "_"), known, prefix)
         return document.error(path, what, *near, f"keys here: {', '.join(known)}")
 
-    def inside_unknown(self, document: Document, path: KeyPath, value: Any) -> Iterator[Finding]:
+    def inside_unknown(self, document: Document, path: KeyPath, value: Any) -> Iterator[PlacedError]:
         """Yield what is wrong inside the value of an unknown key whose meaning can be guessed."""
         yield from ()
 
@@ -69,7 +69,7 @@ class KindRules:
         """Yield what is wrong between keys, once the schema accepts each of them."""
         yield from ()
 
-    def at_once(self, document: Document) -> Iterator[Finding]:
+    def at_once(self, document: Document) -> Iterator[PlacedError]:
         """Yield what is wrong whatever the schema says, each with the key to blame; the schema's own verdict on that key wins."""
         yield from ()
 
@@ -156,7 +156,7 @@ def validator_of(schema: dict[str, Any]) -> Draft202012Validator:
     return _validator("base").evolve(schema=schema)
 
 
-def translate(rules: KindRules, document: Document, error: ValidationError, above: KeyPath = ()) -> Iterator[Finding]:
+def translate(rules: KindRules, document: Document, error: ValidationError, above: KeyPath = ()) -> Iterator[PlacedError]:
     """Turn one error of jsonschema into ours, each with its key path.
 
     Args:

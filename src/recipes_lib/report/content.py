@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.claims import remaining_sentences
-from recipes_lib.compare.table import Row, Score
+from recipes_lib.compare.table import Score, TableRow
 from recipes_lib.compare.wording import count
 from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.provenance import commands, provenance
@@ -77,7 +77,7 @@ class Content:
         return self.comparison.question
 
     @property
-    def pairs(self) -> list[tuple[tuple[str, str], list[Row]]]:
+    def pairs(self) -> list[tuple[tuple[str, str], list[TableRow]]]:
         """The table's rows by pair of arms, in the table's order."""
         names = dict.fromkeys(row.arms for row in self.comparison.rows)
         return [(pair, [row for row in self.comparison.rows if row.arms == pair]) for pair in names]

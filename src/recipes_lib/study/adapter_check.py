@@ -70,8 +70,8 @@ def check_loaded(subject: Subject) -> dict[str, Any]:
 
 def _tolerance(trained: TrainedRun) -> float:
     """As `recipes verify`: exact where the reload at the end of the training was, half precision's rounding otherwise."""
-    from recipes_lib.training.verification import HALF_TOLERANCE
+    from recipes_lib.training.verification import FOLD_TOLERANCE
     from recipes_lib.training.weights_check import EXACT_TOLERANCE
 
     reload = trained.run.read_state().get("weights_check", {}).get("reload", {})
-    return EXACT_TOLERANCE if reload.get("tolerance", 1.0) <= EXACT_TOLERANCE else HALF_TOLERANCE
+    return EXACT_TOLERANCE if reload.get("tolerance", 1.0) <= EXACT_TOLERANCE else FOLD_TOLERANCE

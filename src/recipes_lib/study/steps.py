@@ -22,7 +22,7 @@ from recipes_lib.compare.design import Arm, Study
 from recipes_lib.compare.design_sections import BASE_ARM
 from recipes_lib.errors import RecipesError
 from recipes_lib.json_files import read_object
-from recipes_lib.judging.published_prompts import PACKAGE, REQUIREMENT
+from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, REQUIREMENT
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.runs.resume_guard import flatten, guarded_values
@@ -223,7 +223,7 @@ def judgment_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     values |= flatten({"thresholds": dataclasses.asdict(recipe.judge.thresholds), "metrics": dataclasses.asdict(recipe.metrics)})
     for key in _JUDGE_FILES:
         name = getattr(judge, key)
-        content = REQUIREMENT if name == PACKAGE else content_of(recipe.judge.path.parent / name)
+        content = REQUIREMENT if name == PROMETHEUS_PACKAGE else content_of(recipe.judge.path.parent / name)
         values[f"{CONTENT}judge {key.replace('_', ' ')}"] = content
     weights = Path(judge.model)
     local = judge.engine == "transformers" and any(weights.glob("*.safetensors"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.atomic_files import write_text
-from recipes_lib.eval_log import Sample
+from recipes_lib.eval_log import REFERENCE, Sample
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
@@ -19,7 +19,7 @@ from recipes_lib.judging.outcomes import pair_sample, summarise
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.alpaca_library import annotations_text, library_numbers, own_length_controlled
-from recipes_lib.suites.answering import REFERENCE, AnswerSet
+from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.judged import Judged, judge_all, judgments_file, within_scale
 from recipes_lib.suites.questions import Question
 from recipes_lib.suites.recipe import EvalRecipe

@@ -12,6 +12,7 @@ from typing import Any
 
 from recipes_lib.data.conversations import Message
 from recipes_lib.errors import RecipeError
+from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.answers import Prompt, Writer, answer_faults
 from recipes_lib.generation.engine import Decoding, Engine
 from recipes_lib.generation.fingerprints import hash_of
@@ -19,11 +20,10 @@ from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, Target, base_target, distinct, record_base, targets_by_word
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.runs.lock import waiting_lock
-from recipes_lib.suites.questions import Question, read_answers
+from recipes_lib.suites.questions import Question, read_answer_file
 from recipes_lib.suites.recipe import EvalRecipe
 
-REFERENCE = "reference"
-BASE = "base"
+_BASE = "base"
 
 
 @dataclass
@@ -96,11 +96,11 @@ class Answering:
         files = [word for word in [*self.words, *([against] if against else [])] if is_answer_file(word)]
         self._from_files = {word: _from_file(Path(word), questions) for word in files}
         others = [word for word in self.words if word not in files]
-        opponent = [against] if against and against not in (REFERENCE, BASE, *files) else []
+        opponent = [against] if against and against not in (REFERENCE, _BASE, *files) else []
         found = targets_by_word([*others, *opponent], asking)
         self._named = {word: found[word] for word in others}
         self._opponent_of: dict[str, Target] = dict.fromkeys(others, found[opponent[0]]) if opponent else {}
-        if against == BASE:
+        if against == _BASE:
             self._opponent_of = {word: _base_of(word, self._named) for word in others}
         if against == REFERENCE:
             self._reference = _reference(questions)
@@ -152,13 +152,13 @@ def asking_of(recipe: EvalRecipe, remote_code: bool) -> Asking:
     )
 
 
-def check_words(recipe: EvalRecipe, words: Sequence[str], remote_code: bool) -> None:
+def check_target_words(recipe: EvalRecipe, words: Sequence[str], remote_code: bool) -> None:
     """Refuse words that are no target; `reference`, `base` and files of answers are left to `Answering`.
 
     Raises:
         RecipeError: as `targets_by_word` does.
     """
-    known = (REFERENCE, BASE)
+    known = (REFERENCE, _BASE)
     targets_by_word([word for word in words if word not in known and not is_answer_file(word)], asking_of(recipe, remote_code))
 
 
@@ -264,7 +264,7 @@ def _reference(questions: Sequence[Question]) -> AnswerSet:
 
 def _from_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
     """The answers in a file, with a run directory of their own."""
-    found = read_answers(path, questions)
+    found = read_answer_file(path, questions)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", found.generator).strip("-.") or "answers"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")

@@ -21,7 +21,7 @@ from recipes_lib.suites.recipe import EvalRecipe, load_eval
 PROMPT_TOKENS = {"alpaca_eval": 60, "mt_bench": 150}
 JUDGE_PROMPT, FEEDBACK = 900, 180  # tokens: rubric with both answers, and what Prometheus writes
 PREFILL_MFU = 0.35
-START_S = {"cpu": 12.0, "gpu": 90.0}
+_START_S = {"cpu": 12.0, "gpu": 90.0}
 # task -> items, requests per item, prompt tokens per request (at the task's own number of examples), tokens written per item
 TASKS = {
     "mmlu": (14042, 4, 110, 0),
@@ -53,7 +53,7 @@ def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     verdicts = answers * (2 if suite == "alpaca_eval" else 1) + (answers if recipe.metrics.absolute and suite == "alpaca_eval" else 0)
     verdicts += 12 * min(recipe.metrics.probe_pairs, questions) if suite == "alpaca_eval" else 0
     judging, remote = _judging(recipe, shape, card, verdicts)
-    return EvalTime(recipe.name, START_S[_kind(card)] + answering, judging, remote=remote)
+    return EvalTime(recipe.name, _START_S[_kind(card)] + answering, judging, remote=remote)
 
 
 def eval_times(recipes: Sequence[EvalRecipe], shape: ModelShape, card: Card) -> list[EvalTime]:
@@ -108,7 +108,7 @@ def _judging(recipe: EvalRecipe, shape: ModelShape, card: Card, verdicts: int) -
 
 def _harness(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     """lm-eval: prompts are read once per request, some tasks also write."""
-    seconds, unknown = START_S[_kind(card)] + 15.0, []
+    seconds, unknown = _START_S[_kind(card)] + 15.0, []
     for task in recipe.suite.tasks or ():
         if task not in TASKS:
             unknown.append(task)

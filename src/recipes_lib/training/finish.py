@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from recipes_lib.runs.directory import RunDirectory
     from recipes_lib.training.trainer import RecipeTrainer
 
-PROBES, PROBE_TOKENS = 4, 128
+NUM_PROBES, PROBE_TOKENS = 4, 128
 
 
 def save_and_check(
@@ -46,7 +46,7 @@ def save_and_check(
     scratch = run.path / "weights.unchecked"
     on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
     trainer.save_model(str(scratch))  # a collective under FSDP: every rank takes part
-    probes = [list(ids[:PROBE_TOKENS]) for ids in (data.validation or data.train)[:PROBES]["input_ids"]]
+    probes = [list(ids[:PROBE_TOKENS]) for ids in (data.validation or data.train)[:NUM_PROBES]["input_ids"]]
     with autocast(trainer.args.bf16, trainer.args.fp16, trainer.args.device.type):
         trained = weights_check.logits_on(trainer.model, probes)
     half = recipe.quantization is not None or trainer.args.bf16 or trainer.args.fp16 or recipe.model.dtype in {"bfloat16", "float16"}

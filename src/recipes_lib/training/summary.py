@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from recipes_lib.training.session import Session
 
 
-def summarise(session: Session) -> dict[str, Any]:
+def summarise_training(session: Session) -> dict[str, Any]:
     """Return rows, steps, losses, time and memory of the attempt that reached the end; None where not measured.
 
     Times are this attempt's: after a resume they leave out the earlier attempts, `resumed` in run.json says so, and the planned time, which

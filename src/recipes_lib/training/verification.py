@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the effect on average and 4-6% of the largest logit at most,
 # of which the arithmetic in bfloat16 alone is 3%; a 4-bit adapter merged into the original 16-bit base is 32% and 39% off.
 LOST_LIMIT = 0.25
-HALF_TOLERANCE = 0.15
+FOLD_TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class AdapterLogits:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FoldComparison:
     """A folded adapter against the adapter on its base.
 
     Args:
@@ -146,7 +146,7 @@ def adapter_logits(family: Family, trained: TrainedRun, prompts: Prompts) -> Ada
     return AdapterLogits(*logits)
 
 
-def compare_folded(trained: TrainedRun, logits: AdapterLogits, folded: PreTrainedModel, prompts: Prompts, precision: str) -> Comparison:
+def compare_folded(trained: TrainedRun, logits: AdapterLogits, folded: PreTrainedModel, prompts: Prompts, precision: str) -> FoldComparison:
     """Compare a folded model with the adapter on its base.
 
     Args:
@@ -170,9 +170,9 @@ def compare_folded(trained: TrainedRun, logits: AdapterLogits, folded: PreTraine
     return _compare(AdapterLogits(base, logits_on(model, prompts.rows)), again, prompts, written == "float32", "float32", rerouted)
 
 
-def _compare(logits: AdapterLogits, folded: torch.Tensor, prompts: Prompts, exact: bool, precision: str, rerouted: float) -> Comparison:
-    difference = compare_logits(logits.adapter, folded, EXACT_TOLERANCE if exact else HALF_TOLERANCE, rerouted)
-    return Comparison(str(prompts), difference, compare_logits(logits.base, logits.adapter, 0.0), precision)
+def _compare(logits: AdapterLogits, folded: torch.Tensor, prompts: Prompts, exact: bool, precision: str, rerouted: float) -> FoldComparison:
+    difference = compare_logits(logits.adapter, folded, EXACT_TOLERANCE if exact else FOLD_TOLERANCE, rerouted)
+    return FoldComparison(str(prompts), difference, compare_logits(logits.base, logits.adapter, 0.0), precision)
 
 
 # ---- The parts of a verification ----
@@ -211,7 +211,7 @@ def _check_as_trained(trained: TrainedRun, family: Family, result: Verification)
     if check is None:
         return
     reload = trained.run.read_state()["weights_check"]["reload"]
-    tolerance = EXACT_TOLERANCE if reload["tolerance"] <= EXACT_TOLERANCE else HALF_TOLERANCE
+    tolerance = EXACT_TOLERANCE if reload["tolerance"] <= EXACT_TOLERANCE else FOLD_TOLERANCE
     largest, same_top = _differences_from_record(trained, family, check)
     allowed = tolerance * check.largest_logit
     result.numbers["as_trained"] = {

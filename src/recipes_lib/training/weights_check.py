@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXACT_TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
 REROUTED = 0.05  # share of positions that a comparison leaves out where tokens choose experts: rounding sends some to others
-SPARE = 1.1  # free memory asked for, as a multiple of the weights
+_SPARE = 1.1  # free memory asked for, as a multiple of the weights
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def device_with_room(model: PreTrainedModel) -> torch.device:
         return torch.device("cpu")
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     free, _ = torch.cuda.mem_get_info()
-    return torch.device("cuda", torch.cuda.current_device()) if SPARE * needed < free else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if _SPARE * needed < free else torch.device("cpu")
 
 
 def keep_saved_precision(model: PreTrainedModel, folder: Path, adapter: str = "default") -> None:
