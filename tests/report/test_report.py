@@ -327,3 +327,11 @@ def test_what_a_resumed_run_cost_is_not_told_as_the_whole(make_content, tmp_path
     assert told["r8", "training, its last attempt alone"].tokens is None and ("r8", "training") not in told
     assert ("r8", "answers, alpaca_eval, the last 90 of 2,000 tokens") in told
     assert told["r32", "training"].tokens == 400_000 and ("r32", "answers, alpaca_eval") in told
+
+
+def test_a_long_text_that_stands_in_many_samples_is_one_cut_text() -> None:
+    """The same question is asked of every arm."""
+    found = SampleSet()
+    places = [found.text(text) for text in ("a" * (MAX_CHARACTERS + 1), "short", "a" * (MAX_CHARACTERS + 1), "b" * (MAX_CHARACTERS + 1))]
+    assert (places, found.cut_texts) == ([0, 1, 0, 2], 2)
+    assert found.texts[0].endswith("[cut here: 8,001 characters in all]")

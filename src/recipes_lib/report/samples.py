@@ -49,12 +49,10 @@ class SampleSet:
 
     def text(self, value: str) -> int:
         """Return the place of a text in the table, adding it; a long one is cut and says so."""
-        if len(value) > MAX_CHARACTERS:
-            self.cut_texts += value not in self._places
-            kept = f"{value[:MAX_CHARACTERS]}\n[cut here: {len(value):,} characters in all]"
-        else:
-            kept = value
+        cut = len(value) > MAX_CHARACTERS
+        kept = f"{value[:MAX_CHARACTERS]}\n[cut here: {len(value):,} characters in all]" if cut else value
         if kept not in self._places:
+            self.cut_texts += cut
             self._places[kept] = len(self.texts)
             self.texts.append(kept)
             self._characters += len(kept)
