@@ -94,31 +94,29 @@ def _validating(plan: Plan) -> Iterator[Advice]:
     times = f"{share:.1f} times as long as" if share >= 1 else f"{share:.0%} of the time of"
     why = f"validation takes {times} training"
     seldom = plan.with_train(eval_strategy="steps", eval_steps=_EVAL_SHARE)
-    best = bool(train.get("load_best_model_at_end")) and train.get("save_strategy") != "best"
-    words = f"train.eval_steps={_EVAL_SHARE}" + " train.eval_strategy=steps" * (train.get("eval_strategy") != "steps")
-    words += f" train.save_strategy=steps train.save_steps={_EVAL_SHARE}" * best  # the best model is chosen among checkpoints
-    yield replace(_compare(plan, seldom, words, why), same_result=not train.get("load_best_model_at_end"))
+    chooses = bool(train.get("load_best_model_at_end"))
+    words = [f"train.eval_steps={_EVAL_SHARE}"]
+    if train.get("eval_strategy") != "steps":
+        words.append("train.eval_strategy=steps")
+    if chooses and train.get("save_strategy") != "best":  # the best model is chosen among checkpoints
+        words.append(f"train.save_strategy=steps train.save_steps={_EVAL_SHARE}")
+    yield replace(_compare(plan, seldom, " ".join(words), why), same_result=not chooses)
     rows, split = plan.lengths.validation, plan.recipe.data.split
     if rows > 2 * FEW_ROWS and split.method == "hash":
         fewer = float(f"{split.validation * FEW_ROWS / rows:.2g}")
         kept = round(rows * fewer / split.validation)
-        words = f"data.split.validation={fewer:g}"
-        yield replace(_compare(plan, plan.with_rows(kept), words, f"{kept:,} validation rows, not {rows:,}"), same_result=False)
+        less = _compare(plan, plan.with_rows(kept), f"data.split.validation={fewer:g}", f"{kept:,} validation rows, not {rows:,}")
+        yield replace(less, same_result=False)
 
 
 def _to_be_faster(plan: Plan) -> Iterator[Advice]:
     yield from _validating(plan)
-    settings, base = plan.settings, plan
-    free = _padding_free(plan)
-    words = ""
-    if free is not None:
-        changed, words = free
-        base = plan.with_settings(changed, plan.batches.accumulation)
-        if base.fits:
-            why = f"padding is {1 - 1 / plan.batches.padding:.0%} of the computed tokens"
-            yield _compare(plan, base, words, why)
-        else:
-            base, words = plan, ""
+    settings, base, words = plan.settings, plan, ""
+    if (free := _padding_free(plan)) is not None:
+        unpadded = plan.with_settings(free[0], plan.batches.accumulation)
+        if unpadded.fits:
+            base, words = unpadded, free[1]
+            yield _compare(plan, base, words, f"padding is {1 - 1 / plan.batches.padding:.0%} of the computed tokens")
     if settings.checkpointing:
         off, capped = _without_checkpointing(plan)
         if off.fits:
@@ -212,8 +210,10 @@ def _sharded(plan: Plan, proposal: Callable[..., Advice]) -> Iterator[Advice]:
         why = f"weights, gradients and optimizer shared out over {count} GPUs"
         for checkpointing in {settings.checkpointing, True}:
             words = f"launch.accelerate={config} launch.gpus={count}"
-            words += " train.activation_checkpointing=true" * (checkpointing and not settings.checkpointing)
-            words += f" train.per_device_train_batch_size={sizes[0]}" * (sizes[0] != settings.per_device)
+            if checkpointing and not settings.checkpointing:
+                words += " train.activation_checkpointing=true"
+            if sizes[0] != settings.per_device:
+                words += f" train.per_device_train_batch_size={sizes[0]}"
             changes = {"world_size": count, "per_machine": count, "sharded": True, "per_device": sizes[0], "checkpointing": checkpointing}
             changes["reshard"] = config == "fsdp"  # fsdp_qlora.yaml keeps what it gathered
             yield proposal(words, why, accumulation=sizes[1], **changes)
@@ -229,7 +229,7 @@ def _other_experiments(plan: Plan, proposal: Callable[..., Advice]) -> Iterator[
         words = "quantization.load_in_4bit=true quantization.bnb_4bit_quant_type=nf4 quantization.bnb_4bit_use_double_quant=true"
         words += " quantization.bnb_4bit_compute_dtype=bfloat16 quantization.bnb_4bit_quant_storage=bfloat16"
         for checkpointing in sorted({settings.checkpointing, True}):
-            more = " train.activation_checkpointing=true" * (checkpointing and not settings.checkpointing)
+            more = " train.activation_checkpointing=true" if checkpointing and not settings.checkpointing else ""
             changes = {"bits": 4, "double_quantized": True, "checkpointing": checkpointing}
             yield proposal(words + more, "the base in 4 bits", same=False, **changes)
     if settings.max_length is None or settings.max_length > 512:
