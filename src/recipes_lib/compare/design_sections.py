@@ -6,7 +6,9 @@ As in `recipe.sections`, each field is a key and each `help` its documentation; 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from recipes_lib.recipe.schema import fields_of, file_schema
 from recipes_lib.recipe.sections import key
 
 BASE_ARM = "base"
@@ -51,3 +53,19 @@ class StudySection(LaunchKeys):
     include_base: bool = key("Evaluate the arms' base model too, as the arm `base`; once, however many arms there are.", True)
     evals: list[str] = key("Eval recipes, relative to the study file.", factory=list)
     published: str | None = key("Numbers published elsewhere, shown beside ours with their protocol.")
+
+
+def study_schema() -> dict[str, Any]:
+    """Return the schema of a study file; an arm is a path or a mapping."""
+    keys = fields_of(StudySection)
+    arm = {"type": "object", "additionalProperties": False, "properties": fields_of(ArmSection)}
+    arms = {
+        "type": "object",
+        "description": "Name -> arm. A bare path is short for {recipe: path}.",
+        "minProperties": 1,
+        "additionalProperties": {"anyOf": [{"type": "string"}, arm]},
+    }
+    order = ["question", "factors", "arms", "accelerate", "gpus", "nodes", "seeds", "overrides", "include_base", "evals", "published"]
+    properties = {**keys, "arms": arms}
+    required, ordered = ["question", "arms"], {key: properties[key] for key in order}
+    return file_schema("study", "A study", required=required, properties=ordered)

@@ -8,32 +8,11 @@ from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import plan_launch
 from recipes_lib.recipe.model_files import local_folder
 from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.recipe.vocabulary import FLAT_NAMES
 from recipes_lib.recipe.yaml_text import value_text
 
-# Dotted key of a recipe -> flag of TRL's ModelConfig or ScriptArguments.
-_FLAGS = {
-    "model.name_or_path": "model_name_or_path",
-    "model.revision": "model_revision",
-    "model.dtype": "dtype",
-    "model.attn_implementation": "attn_implementation",
-    "model.trust_remote_code": "trust_remote_code",
-    "data.subset": "dataset_config",
-    "data.source_split": "dataset_train_split",
-    "lora.r": "lora_r",
-    "lora.lora_alpha": "lora_alpha",
-    "lora.lora_dropout": "lora_dropout",
-    "lora.target_modules": "lora_target_modules",
-    "lora.target_parameters": "lora_target_parameters",
-    "lora.modules_to_save": "lora_modules_to_save",
-    "lora.use_rslora": "use_rslora",
-    "lora.use_dora": "use_dora",
-    "lora.task_type": "lora_task_type",
-    "quantization.load_in_4bit": "load_in_4bit",
-    "quantization.load_in_8bit": "load_in_8bit",
-    "quantization.bnb_4bit_quant_type": "bnb_4bit_quant_type",
-    "quantization.bnb_4bit_use_double_quant": "use_bnb_nested_quant",
-    "quantization.bnb_4bit_quant_storage": "bnb_4bit_quant_storage",
-}
+# Dotted key of a recipe -> flag of TRL's ModelConfig or ScriptArguments; a mixture as data.source has none.
+_FLAGS = {key: flag for flag, key in FLAT_NAMES.items() if key not in ("data.source", "run.name")}
 _IMPLIED = {"lora.bias": "none", "data.special_tokens": "text", "data.max_unsupervised_fraction": 0.05, "data.chat_loss": "all"}
 
 

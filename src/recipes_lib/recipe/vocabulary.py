@@ -65,21 +65,30 @@ def dotted_names(word: str) -> list[str]:
     return [f"{everywhere[near]}.{near}" for near in near_names(plain, everywhere)]
 
 
-# Flags of `trl sft` whose name differs from the key in our section.
+# Flags of `trl sft` outside SFTConfig -> the key in our section.
 FLAT_NAMES = {
     "model_name_or_path": "model.name_or_path",
     "model_revision": "model.revision",
     "dtype": "model.dtype",
+    "attn_implementation": "model.attn_implementation",
+    "trust_remote_code": "model.trust_remote_code",
     "dataset_name": "data.source",
     "dataset_path": "data.source",
     "dataset_config": "data.subset",
     "dataset_train_split": "data.source_split",
     "lora_r": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
     "lora_target_modules": "lora.target_modules",
+    "lora_target_parameters": "lora.target_parameters",
     "lora_modules_to_save": "lora.modules_to_save",
+    "lora_task_type": "lora.task_type",
     "use_rslora": "lora.use_rslora",
     "use_dora": "lora.use_dora",
+    "load_in_4bit": "quantization.load_in_4bit",
+    "load_in_8bit": "quantization.load_in_8bit",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "bnb_4bit_quant_type": "quantization.bnb_4bit_quant_type",
+    "bnb_4bit_quant_storage": "quantization.bnb_4bit_quant_storage",
     "run_name": "run.name",
 }

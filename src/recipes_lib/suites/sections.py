@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from recipes_lib.judging.judge_file import JudgeSection, Thresholds
+from recipes_lib.recipe.schema import file_schema, sections_schema
 from recipes_lib.recipe.sections import key
 
 SUITES = ("alpaca_eval", "mt_bench", "lm_eval")
@@ -117,3 +119,26 @@ class MetricsSection:
         minimum=0,
     )
     max_identical_fraction: float = key("Flag a model that gives the same answer to more than this share of the questions.", 0.1, minimum=0)
+
+
+def eval_schema() -> dict[str, Any]:
+    """Return the schema of an eval recipe; its section judge has the keys of a judge file, and `file`."""
+    classes = {
+        "suite": SuiteSection,
+        "data": EvalDataSection,
+        "generation": GenerationSection,
+        "judge": JudgeSection,
+        "metrics": MetricsSection,
+    }
+    properties = sections_schema(classes)
+    properties["suite"]["required"] = ["name"]
+    judge = properties["judge"]
+    judge["properties"] = {"file": {"type": "string", "description": JUDGE_FILE_HELP}, **judge["properties"]}
+    return file_schema("eval", "An eval recipe", properties=properties, required=["suite"])
+
+
+def judge_schema() -> dict[str, Any]:
+    """Return the schema of a judge file."""
+    properties = sections_schema({"judge": JudgeSection, "thresholds": Thresholds})
+    properties["judge"]["required"] = ["model"]
+    return file_schema("judge", "A judge", properties=properties, required=["judge"])
