@@ -1,6 +1,4 @@
-"""Which settings to change, ranked by what they gain. Each proposal is planned like the recipe itself; nothing is a rule of thumb but the
-one line about serving, which is a published figure.
-"""
+"""Which settings to change, ranked by what they gain. Each proposal is planned like the recipe itself, none is a rule of thumb."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from recipes_lib.planning.batches import validations
-from recipes_lib.planning.evaluations import served_seconds
 from recipes_lib.planning.methods import divided
 from recipes_lib.planning.plan import Plan
 from recipes_lib.planning.settings import Settings
@@ -17,7 +14,6 @@ WORTH_S, WORTH_SHARE = 5.0, 0.03
 VALIDATION_SHARE = 0.25  # of the training: above it, less often or on fewer rows is proposed
 _EVAL_SHARE = 0.2  # of the training between two validations
 FEW_ROWS = 500  # validation rows that tell a loss to a few hundredths
-UNMERGED = 0.66  # speed of vLLM with an adapter beside the model, against merged (published: 34% slower)
 LONGEST_MASKED_ROW = 4096
 
 
@@ -28,7 +24,7 @@ class Advice:
     Args:
         setting: what to type.
         why: in words.
-        saves_s: seconds of the training (or of serving); negative where it costs time.
+        saves_s: seconds of the training; negative where it costs time.
         memory_gib: change of the peak.
         same_result: whether the same thing is learnt.
         makes_it_fit: whether it turns a plan that does not fit into one that does.
@@ -52,7 +48,6 @@ def advise(plan: Plan) -> list[Advice]:
     found = [advice for advice in _to_be_faster(plan) if advice.saves_s > max(WORTH_S, WORTH_SHARE * plan.duration.training)]
     if plan.uncounted:
         found = [advice for advice in found if advice.memory_gib <= 0]
-    found += _serving(plan)
     return sorted(found, key=lambda advice: -advice.saves_s)
 
 
@@ -235,15 +230,6 @@ def _other_experiments(plan: Plan, proposal: Callable[..., Advice]) -> Iterator[
     if settings.max_length is None or settings.max_length > 512:
         words = "train.max_length=512"
         yield proposal(words, "longer examples lose their tail", same=False, max_length=512)
-
-
-def _serving(plan: Plan) -> list[Advice]:
-    """Merging before a server answers the evaluations' questions; a published figure."""
-    if plan.settings.device == "cpu" or plan.settings.adapter is None:
-        return []
-    merged = served_seconds(plan.settings.shape, plan.card)
-    why = "a server is 34% slower with the adapter beside the model (published for vLLM); for AlpacaEval's 805 answers"
-    return [Advice(f"recipes merge {plan.recipe.name}", why, merged / UNMERGED - merged, 0.0)]
 
 
 def _compare(before: Plan, after: Plan, words: str, why: str) -> Advice:

@@ -56,8 +56,3 @@ def writing_seconds(shape: ModelShape, card: Card, answers: int, mean: float, mo
 def pace(shape: ModelShape, card: Card) -> float:
     """How much faster than in the measurement this processor reads and writes: against its two threads, and its model's size."""
     return MEASURED_PARAMETERS / shape.parameters * card.tflops / two_threads_tflops()
-
-
-def served_seconds(shape: ModelShape, card: Card) -> float:
-    """Return seconds in which a server writes AlpacaEval's 805 answers with a model."""
-    return writing_seconds(shape, card, NUM_QUESTIONS["alpaca_eval"], 1024 * ANSWER_SHARE, 1024, 16, server=True)
