@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from recipes_lib import __version__
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.faults import explain_fault
+from recipes_lib.recipe.suggestions import did_you_mean, near_names
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,6 @@ def _dispatch(words: list[str], debug: bool) -> int:
         print(overview())
         return int(ExitCode.DONE)
     if words[0] == "--version":
-        from recipes_lib import __version__
-
         print(__version__)
         return int(ExitCode.DONE)
     verb = _find_verb(words[0])
@@ -138,8 +138,6 @@ def _dispatch(words: list[str], debug: bool) -> int:
 
 def _find_verb(word: str) -> Verb:
     """Return the verb of that name."""
-    from recipes_lib.recipe.suggestions import did_you_mean
-
     verb = next((verb for verb in VERBS if verb.name == word), None)
     if verb is None:
         raise RecipeError(
@@ -156,8 +154,6 @@ def _exists(verb: Verb) -> bool:
 
 def _overrides(verb: Verb, parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
     """Return the words that override recipe values; any other word left over is an error."""
-    from recipes_lib.recipe.suggestions import near_names
-
     for word in rest:
         name = word.partition("=")[0]
         near = near_names(name, _options(parser)) if name.startswith("-") and "." not in name else []

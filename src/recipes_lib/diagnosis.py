@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes_lib.training.packaged_models import PACKAGED_MODELS, PREFIX, packaged_folder
+
 _GIB = 1024**3
 REINSTALL = "make setup, or pip install -c constraints.txt -e '.[quickstart,dev]'"
 KERNELS = "pip install -c constraints.txt -e '.[kernels]'"
@@ -234,8 +236,6 @@ def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[DoctorLine
 
 def check_quickstart_model() -> Iterator[DoctorLine]:
     """Whether the quickstart's model is here already, or can be made."""
-    from recipes_lib.training.packaged_models import PACKAGED_MODELS, PREFIX, packaged_folder
-
     for name, package in PACKAGED_MODELS.items():
         if packaged_folder(PREFIX + name):
             yield DoctorLine("ok", "quickstart", f"{package.folder} is ready")

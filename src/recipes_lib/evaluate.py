@@ -13,19 +13,25 @@ import datetime
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes_lib.atomic_files import write_json
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.faults import explain_fault
+from recipes_lib.generation.judges import opened
+from recipes_lib.generation.subjects import grouped, loaded
+from recipes_lib.generation.targets import distinct
 from recipes_lib.recipe.loader import load_document
+from recipes_lib.recipe.project import runs_root, shown_path
+from recipes_lib.redaction import masked
+from recipes_lib.runs.manifest import command_line, git_state, library_versions
+from recipes_lib.suites.harness import Harness
+from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
+from recipes_lib.suites.tables import say_results
 from recipes_lib.training.ranks import end_process, leave_together
-
-if TYPE_CHECKING:
-    from recipes_lib.suites.harness import Harness
-    from recipes_lib.suites.judged_suite import JudgedSuite
+from recipes_lib.training.session import quiet_libraries
 
 _FORMAT_VERSION = 1
 
@@ -70,8 +76,6 @@ def evaluate_all(
         RecipeError: a word is no target, or formats differ.
         EvaluationIncomplete, GenerationIncomplete: something is missing (exit 6); the same command continues.
     """
-    from recipes_lib.training.session import quiet_libraries
-
     quiet_libraries()
     if against and all(recipe.suite.name == "lm_eval" for recipe in recipes):
         raise RecipeError(
@@ -88,23 +92,17 @@ def _suite(
 ) -> Harness | JudgedSuite:
     """Return one suite with its targets and questions found."""
     if recipe.suite.name == "lm_eval":
-        from recipes_lib.suites.harness import Harness
-
         return Harness(recipe, words, remote_code)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
             f"{recipe.suite.name} runs in one process", "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai"
         )
-    from recipes_lib.suites.judged_suite import JudgedSuite
 
     return JudgedSuite(recipe, words, against, allow_format_differences, remote_code)
 
 
 def _visit_models(suites: Sequence[Harness | JudgedSuite]) -> None:
     """Load base after base, and let every suite ask its targets on it; served models need no weights here."""
-    from recipes_lib.generation.subjects import grouped, loaded
-    from recipes_lib.generation.targets import distinct
-
     for served in (True, False):
         mine = [suite for suite in suites if suite.served == served]
         for group in grouped(distinct(target for suite in mine for target in suite.targets)):
@@ -118,9 +116,6 @@ def _visit_models(suites: Sequence[Harness | JudgedSuite]) -> None:
 
 def _ask_judges(suites: Sequence[Harness | JudgedSuite]) -> None:
     """Load judge after judge, and let it judge every suite that names it."""
-    from recipes_lib.generation.judges import opened
-    from recipes_lib.suites.judged_suite import JudgedSuite
-
     waiting = [suite for suite in suites if isinstance(suite, JudgedSuite)]
     while waiting:
         file = waiting[0].judge_file
@@ -135,10 +130,6 @@ def _ask_judges(suites: Sequence[Harness | JudgedSuite]) -> None:
 
 def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
     """Complete a result and write it into its run."""
-    from recipes_lib.recipe.project import runs_root, shown_path
-    from recipes_lib.redaction import masked
-    from recipes_lib.runs.manifest import command_line, git_state, library_versions
-
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     head = {"format_version": _FORMAT_VERSION, "suite": recipe.suite.name, "eval": recipe.name}
     tail = {"recipe": recipe.to_dict(), "written": now, "command": command_line(), "git": git_state(), "libraries": library_versions()}
@@ -152,8 +143,6 @@ def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate as `recipes eval` does, for `accelerate launch`; the first rank prints the tables. Returns the exit code."""
-    from recipes_lib.suites.tables import say_results
-
     parser = argparse.ArgumentParser(prog="recipes_lib.evaluate", description="Evaluate runs and models.", allow_abbrev=False)
     parser.add_argument("words", nargs="+", metavar="EVAL... TARGET...", help="eval recipes, runs or models, section.key=value overrides")
     parser.add_argument("--against")

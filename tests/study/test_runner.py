@@ -292,7 +292,7 @@ def test_a_run_that_a_cluster_job_finished_is_taken_over_without_training(study:
         for name in ("done.json", "started.json"):
             (build_graph(study).folder / f"train.{arm}" / name).unlink()
     monkeypatch.setattr(trainings, "train_command", lambda words: pytest.fail("it was trained already"))
-    monkeypatch.setattr("recipes_lib.runs.resume_guard.recipe_differences", lambda recipe, guard: {})
+    monkeypatch.setattr("recipes_lib.study.trainings.recipe_differences", lambda recipe, guard: {})
     run_study(study, lambda line: None, only=["train"])
     assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
 
@@ -413,7 +413,7 @@ def test_the_plan_reads_questions_and_data_as_often_for_many_arms_as_for_two(
     arms: int, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from recipes_lib.planning import plan as planning
-    from recipes_lib.suites import questions
+    from recipes_lib.study import plan as shown
 
     text = study.path.read_text(encoding="utf-8").replace("  r4: r4.yaml\n  r8: r8.yaml\n", "".join(
         f"  a{number}: {{recipe: r4.yaml, overrides: [lora.r={number + 1}]}}\n" for number in range(arms)
@@ -425,7 +425,7 @@ def test_the_plan_reads_questions_and_data_as_often_for_many_arms_as_for_two(
     model.mkdir()
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     read: list[str] = []
-    for owner, name in ((questions, "load_questions"), (planning, "lengths_of"), (steps, "data_contents")):
+    for owner, name in ((shown, "load_questions"), (planning, "lengths_of"), (steps, "data_contents")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, name=name, real=real: read.append(name) or real(*args))
     assert main(["study", "plan", str(study.path)]) == ExitCode.DONE

@@ -8,13 +8,14 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
+from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.runs.directory import open_run
 from recipes_lib.terminal import next_step, printable, say, use_color
-
-if TYPE_CHECKING:
-    from recipes_lib.training.trained import Family
+from recipes_lib.training.card import quantized_bits
+from recipes_lib.training.session import quiet_libraries
+from recipes_lib.training.trained import BASE, Family, families, finished_run
 
 NARROWEST = 36  # columns of text; below that answers stand one under the other
 GAP = "  |  "
@@ -37,9 +38,6 @@ def run(args: argparse.Namespace) -> int:
     """Load every run once and answer until the input ends."""
     if args.max_new_tokens < 1 or not 0 <= args.temperature < float("inf"):
         raise RecipeError("recipes chat: --max-new-tokens must be 1 or more, --temperature 0 or more")
-    from recipes_lib.runs.directory import open_run
-    from recipes_lib.training.session import quiet_libraries
-    from recipes_lib.training.trained import BASE, Family, families, finished_run
 
     trained = {one.run.path: one for one in (finished_run(open_run(name), args.trust_remote_code) for name in args.runs)}
     quiet_libraries()
@@ -61,7 +59,6 @@ def answer(family: Family, name: str, instruction: str, context: str, max_new_to
     """Return one answer, asked in the prompt format the run was trained with (the base: as the first run)."""
     import torch
 
-    from recipes_lib.data.prompts import generation_prompt
     from recipes_lib.data.supervision import prompt_ids
 
     section, tokenizer = family.prompting(name)
@@ -97,7 +94,6 @@ def _title(family: Family, name: str, alone: bool) -> str:
     """Return what stands over an answer; a base is described where there are several."""
     if alone or name in {one.run.name for one in family.runs}:
         return name
-    from recipes_lib.training.card import quantized_bits
 
     bits = quantized_bits(family.recipe)
     return f"{name} {family.recipe.model.name_or_path}" + (f" in {bits} bit" if bits else "")

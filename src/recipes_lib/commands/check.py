@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from recipes_lib.data.examples import place
+from recipes_lib.data.rows import NUM_CHECKED, check_local_rows
 from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipeErrors, RecipesError, in_order, print_error
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import recipe_path, shown_path
@@ -66,9 +68,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _data_errors(document: Document, full: bool) -> list[RecipesError]:
     """Return what is wrong with the recipe's local data: a missing or damaged file, columns, rows that cannot be used."""
-    from recipes_lib.data.examples import place
-    from recipes_lib.data.rows import NUM_CHECKED, check_local_rows
-
     recipe = recipe_from(document)
     try:
         for file in check_local_rows(recipe.data, [recipe.base_dir], None if full else NUM_CHECKED):

@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import ExitCode, RecipeError
-from recipes_lib.json_files import DamagedFile
+from recipes_lib.atomic_files import write_text
+from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.json_files import DamagedFile, read_object
+from recipes_lib.recipe.project import shown_path
+from recipes_lib.runs.directory import RunDirectory, open_run, read_resolved
 from recipes_lib.terminal import next_step, say, warn
 
 if TYPE_CHECKING:
@@ -61,8 +64,6 @@ def run_folders(words: list[str]) -> dict[str, Path]:
     Raises:
         RecipeError: a word is no run, a run is named twice, or `base` is asked for and none of the runs' bases was evaluated.
     """
-    from recipes_lib.runs.directory import RunDirectory, open_run
-
     named = [open_run(word) for word in words if word != _BASE]
     if _BASE in words and not named:
         raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
@@ -83,9 +84,6 @@ def run_folders(words: list[str]) -> dict[str, Path]:
 
 def _bases_of(state: dict[str, Any], folder: Path, root: Path) -> list[Any]:
     """The run directories of a run's base, asked in the same prompt format; the same weights in another format are another subject."""
-    from recipes_lib.json_files import read_object
-    from recipes_lib.runs.directory import RunDirectory, read_resolved
-
     resolved = read_resolved(folder)
     wanted = state.get("guard", {}).get("prompt_format_hash")
     found = []
@@ -101,9 +99,6 @@ def _bases_of(state: dict[str, Any], folder: Path, root: Path) -> list[Any]:
 
 def _write_html(path: Path, comparison: Comparison, measurements: Measurements, quiet: bool) -> None:
     """Write the report as one file."""
-    from recipes_lib.atomic_files import write_text
-    from recipes_lib.errors import EnvironmentFault
-    from recipes_lib.recipe.project import shown_path
     from recipes_lib.report.content import gather
     from recipes_lib.report.figures import draw_comparison
     from recipes_lib.report.html import report_html

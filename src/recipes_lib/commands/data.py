@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from recipes_lib.errors import DataError
+from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.terminal import next_step, printable, use_color
+from recipes_lib.training.model import load_tokenizer
 
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
 TOKEN_ROWS = (
@@ -36,8 +38,6 @@ def run(args: argparse.Namespace) -> int:
         DataError: the data cannot be used; when it was read, its numbers are printed before.
     """
     from recipes_lib.data.preparation import prepare_data
-    from recipes_lib.recipe.recipe import load_recipe
-    from recipes_lib.training.model import load_tokenizer
 
     recipe = load_recipe(args.recipe, args.overrides)
     tokenizer = load_tokenizer(recipe)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.runs.directory import open_run
 from recipes_lib.terminal import next_step, say
+from recipes_lib.training import hub
+from recipes_lib.training.export import check_target, export
+from recipes_lib.training.probes import NUM_PROMPTS
+from recipes_lib.training.session import quiet_libraries
+from recipes_lib.training.trained import finished_run
+from recipes_lib.training.verification import verify
 
 if TYPE_CHECKING:
     from recipes_lib.training.trained import TrainedRun
@@ -27,12 +34,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and push if asked."""
-    from recipes_lib.runs.directory import open_run
-    from recipes_lib.training import hub
-    from recipes_lib.training.export import check_target, export
-    from recipes_lib.training.session import quiet_libraries
-    from recipes_lib.training.trained import finished_run
-
     if args.push_to_hub:
         hub.check_repo(args.push_to_hub)
     loads_nothing = not args.push_to_hub
@@ -54,9 +55,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _verify(trained: TrainedRun) -> None:
     """Push nothing that does not pass `recipes verify`."""
-    from recipes_lib.training.probes import NUM_PROMPTS
-    from recipes_lib.training.verification import verify
-
     say("verifying the run before it is pushed ...")
     result = verify(trained, NUM_PROMPTS)
     if not result.passed:

@@ -11,8 +11,12 @@ import shlex
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
+from recipes_lib import atomic_files
 from recipes_lib.errors import DataError, ExitCode, RecipeError
+from recipes_lib.judging.judge_file import Thresholds, load_judge_file
+from recipes_lib.judging.store import stored_rows
 from recipes_lib.terminal import next_step, say
+from recipes_lib.training.session import quiet_libraries
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -129,11 +133,8 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
     """The scorecard of stored judgments."""
     from pathlib import Path
 
-    from recipes_lib import atomic_files
     from recipes_lib.judging.audit import audit, scorecard_markdown
     from recipes_lib.judging.human_labels import load_labels
-    from recipes_lib.judging.judge_file import Thresholds, load_judge_file
-    from recipes_lib.judging.store import stored_rows
 
     if not Path(args.judgments).is_file():
         raise DataError(
@@ -163,9 +164,7 @@ def _asked_card(args: argparse.Namespace) -> dict[str, Any]:
     """The scorecard of a judge on labelled pairs."""
     from pathlib import Path
 
-    from recipes_lib.judging.judge_file import load_judge_file
     from recipes_lib.suites.judge_audit import audit_on_labels
-    from recipes_lib.training.session import quiet_libraries
 
     if not (args.judge and args.labels):
         raise RecipeError(

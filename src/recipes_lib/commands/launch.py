@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.launching import watching
+from recipes_lib.launching.profile import load_profile, profile_names
 from recipes_lib.terminal import at_least, next_step, say
 
 if TYPE_CHECKING:
@@ -55,8 +57,6 @@ def run(args: argparse.Namespace) -> int:
     """Submit, print or look."""
     first, *rest = args.words
     if first in ACTIONS and not Path(first).exists():
-        from recipes_lib.launching import watching
-
         if args.overrides:
             raise RecipeError(f"recipes launch {first}: unknown argument '{args.overrides[0]}'")
         if first == "status":
@@ -75,8 +75,6 @@ def run(args: argparse.Namespace) -> int:
     if strangers:
         raise RecipeError(f"recipes launch: '{strangers[0]}' is neither an option nor section.key=value", "one recipe or study at a time")
     if not args.profile and not args.prepare:
-        from recipes_lib.launching.profile import profile_names
-
         raise RecipeError(
             "recipes launch: --profile is missing",
             f"there are {', '.join(profile_names())}; a new site: copy launch/profiles/example.yaml and fill in six values",
@@ -88,7 +86,6 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     """Plan the jobs, then do what was asked with them."""
     from recipes_lib.launching import chain, watching
     from recipes_lib.launching.planning import plan_target
-    from recipes_lib.launching.profile import load_profile
 
     profile = load_profile(args.profile) if args.profile else None
     if profile is not None:

@@ -7,7 +7,12 @@ import json
 from typing import Any
 
 from recipes_lib.errors import ExitCode
+from recipes_lib.recipe.project import shown_path
+from recipes_lib.runs.directory import open_run
 from recipes_lib.terminal import next_step, say
+from recipes_lib.training.merging import merge
+from recipes_lib.training.session import quiet_libraries
+from recipes_lib.training.trained import finished_run
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +30,6 @@ def run(args: argparse.Namespace) -> int:
     """Merge, or say that it was done."""
     import contextlib
     import sys
-
-    from recipes_lib.recipe.project import shown_path
-    from recipes_lib.runs.directory import open_run
-    from recipes_lib.training.merging import merge
-    from recipes_lib.training.session import quiet_libraries
-    from recipes_lib.training.trained import finished_run
 
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         trained = finished_run(open_run(args.run), args.trust_remote_code)

@@ -10,10 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.compare.design import load_study, study_file
 from recipes_lib.errors import ExitCode, RecipeError, print_error
+from recipes_lib.planning.advice import advise
+from recipes_lib.planning.as_json import plan_json
+from recipes_lib.planning.methods import method_rows
+from recipes_lib.planning.plan import plan_recipe
+from recipes_lib.planning.text import plan_lines
 from recipes_lib.recipe.launch import DEFAULT_PORT, plan_launch
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.study.hours import study_hours, study_json, study_lines
+from recipes_lib.suites.eval_times import eval_times, usual_evals
+from recipes_lib.suites.recipe import load_eval
 from recipes_lib.terminal import at_least, next_step, say
 
 if TYPE_CHECKING:
@@ -35,17 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print."""
-    from recipes_lib.compare.design import study_file
-
     study = study_file(args.recipe)
     if study is not None:
         return _study(args, study)
-    from recipes_lib.planning.advice import advise
-    from recipes_lib.planning.as_json import plan_json
-    from recipes_lib.planning.methods import method_rows
-    from recipes_lib.planning.plan import plan_recipe
-    from recipes_lib.planning.text import plan_lines
-    from recipes_lib.suites.eval_times import eval_times, usual_evals
 
     recipe = load_recipe(args.recipe, args.overrides)
     for warning in recipe.warnings:
@@ -89,9 +90,6 @@ def _closing(plan: Plan, advice: list[Advice], file: str, args: argparse.Namespa
 
 
 def _study(args: argparse.Namespace, path: Path) -> int:
-    from recipes_lib.compare.design import load_study
-    from recipes_lib.study.hours import study_hours, study_json, study_lines
-
     for flag in ("gpus", "nodes", "accelerate", "evals"):
         if getattr(args, flag) is not None:
             raise RecipeError(
@@ -108,8 +106,6 @@ def _study(args: argparse.Namespace, path: Path) -> int:
 
 
 def _evals(words: list[str]) -> list[Any]:
-    from recipes_lib.suites.recipe import load_eval
-
     return [load_eval(word) for word in words]
 
 

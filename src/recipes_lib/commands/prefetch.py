@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.launching.profile import load_profile
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.terminal import next_step, say
 
@@ -36,8 +37,6 @@ def run(args: argparse.Namespace) -> int:
     if not words:
         raise RecipeError("recipes prefetch: nothing is named", "recipes prefetch RECIPE evals/alpaca_eval.yaml --profile P")
     if args.profile:
-        from recipes_lib.launching.profile import load_profile
-
         load_profile(args.profile).enter()
     if args.check:
         os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once

@@ -11,6 +11,7 @@ from recipes_lib.errors import ExitCode, RecipesError
 from recipes_lib.json_files import rows_from_the_end
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.runs.directory import RunDirectory, all_runs, open_run
+from recipes_lib.runs.lock import describe_holder, is_held
 from recipes_lib.terminal import next_step, say
 
 NEWEST = 10_000  # lines of metrics.jsonl to look for the newest value of each metric in
@@ -48,7 +49,6 @@ def true_state(one: RunDirectory, state: dict[str, Any]) -> str:
     """Return the state, or `died` for a run that says `running` while no process holds its lock."""
     if state["state"] != "running":
         return state["state"]
-    from recipes_lib.runs.lock import is_held
 
     return "running" if is_held(one.path) else "died"
 
@@ -83,8 +83,6 @@ def _rounded(value: float | None, digits: int = 4) -> str:
 
 
 def _show_one(one: RunDirectory, as_json: bool) -> int:
-    from recipes_lib.runs.lock import describe_holder
-
     state = {**one.read_state(), "last": _last_values(one)}
     now = true_state(one, state)
     if as_json:

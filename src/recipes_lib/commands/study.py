@@ -14,7 +14,12 @@ from recipes_lib.compare.design import Study, load_study
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import shown_path
-from recipes_lib.terminal import next_step, say
+from recipes_lib.study.arms import study_folder
+from recipes_lib.study.plan import study_plan_lines, study_plan_object
+from recipes_lib.study.runner import check_imported, run_study, study_lock, wanted_steps
+from recipes_lib.study.status import diff_rows, status_lines, step_rows, summary_line
+from recipes_lib.study.steps import build_graph
+from recipes_lib.terminal import aligned, next_step, say
 
 _ACTIONS = {
     "plan": "what would be done, why, and what it costs; nothing is touched",
@@ -64,10 +69,6 @@ def typed(study: Study) -> str:
 
 
 def _plan(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.study.plan import study_plan_lines, study_plan_object
-    from recipes_lib.study.runner import check_imported, wanted_steps
-    from recipes_lib.study.steps import build_graph
-
     check_imported(study)
     graph = build_graph(study)
     steps = wanted_steps(graph, args.only)
@@ -96,9 +97,6 @@ def _estimates(study: Study) -> dict[str, str]:
 
 
 def _run(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.study.arms import study_folder
-    from recipes_lib.study.runner import run_study
-
     if args.jobs < 1:
         raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
     started = time.monotonic()
@@ -120,16 +118,11 @@ def _run(study: Study, args: argparse.Namespace) -> int:
 
 def _answer(study: Study) -> list[str]:
     """The report's answer, as it was written."""
-    from recipes_lib.study.arms import study_folder
-
     file = study_folder(study) / "steps" / "statistics" / "comparison.json"
     return list(read_object(file).get("answer", []))
 
 
 def _status(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.study.status import status_lines, step_rows, summary_line
-    from recipes_lib.study.steps import build_graph
-
     shown = ""
     while True:
         rows = step_rows(study, build_graph(study))
@@ -155,8 +148,6 @@ def _status(study: Study, args: argparse.Namespace) -> int:
 
 def _report(study: Study, args: argparse.Namespace) -> int:
     from recipes_lib.study.conclusion import conclude
-    from recipes_lib.study.runner import check_imported, study_lock
-    from recipes_lib.study.steps import build_graph
 
     with study_lock(study):
         check_imported(study)
@@ -171,9 +162,6 @@ def _report(study: Study, args: argparse.Namespace) -> int:
 
 
 def _diff(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.study.status import diff_rows
-    from recipes_lib.terminal import aligned
-
     arms = [arm.name for arm in study.arms if arm.recipe is not None]
     rows = list(diff_rows(study))
     without = [arm.name for arm in study.arms if arm.recipe is None]

@@ -21,6 +21,7 @@ from types import FrameType
 from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import ExitCode, print_error
 from recipes_lib.planning.cards import cards_here
+from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
 from recipes_lib.recipe.launch import Launch, place_machine, plan_launch_of
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory, State
@@ -96,8 +97,6 @@ def _check_plan(recipe: Recipe, launch: Launch) -> None:
     Raises:
         EnvironmentFault: with the arithmetic.
     """
-    from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
-
     run = RunDirectory(recipe.name)
     if run.exists() and run.read_state()["state"] in ("finished", "imported"):
         return

@@ -8,8 +8,12 @@ import json
 import sys
 
 from recipes_lib.commands.merge import merge_sentence
-from recipes_lib.errors import ExitCode
+from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.runs.directory import open_run
 from recipes_lib.terminal import next_step, say
+from recipes_lib.training.session import quiet_libraries
+from recipes_lib.training.trained import finished_run
+from recipes_lib.training.verification import verify
 
 _NUM_PROMPTS = 8
 
@@ -26,12 +30,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found; exit 1 when it fails."""
-    from recipes_lib.errors import RecipeError
-    from recipes_lib.runs.directory import open_run
-    from recipes_lib.training.session import quiet_libraries
-    from recipes_lib.training.trained import finished_run
-    from recipes_lib.training.verification import verify
-
     if args.prompts < 1:
         raise RecipeError(f"--prompts must be 1 or more, not {args.prompts}")
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():

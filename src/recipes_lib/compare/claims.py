@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.compare.beside import with_flags, with_published
 from recipes_lib.compare.findings import Finding, errors_first
 from recipes_lib.compare.measurements import Measurements
+from recipes_lib.compare.published import load_published
 from recipes_lib.compare.table import (
     ALPHA,
     HALF,
@@ -90,8 +91,6 @@ def compare_arms(
         published: numbers to show beside ours; None for those that the study names.
     """
     if published is None and study is not None and study.published:
-        from recipes_lib.compare.published import load_published
-
         published = load_published(study.published)
     known = tuple(errors_first(findings))
     base = [name for name, arm in measurements.arms.items() if arm.is_base or name == "base"]

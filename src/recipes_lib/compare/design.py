@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.design_check import between_keys, check_eval_names, check_levels, check_overrides, with_whole_arms
 from recipes_lib.compare.design_sections import BASE_ARM, ArmSection
+from recipes_lib.compare.published import load_published
 from recipes_lib.errors import RecipeError, RecipeErrors
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.check import check_upstream
@@ -25,6 +26,7 @@ from recipes_lib.recipe.sections import LaunchSection
 from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.recipe.validation import KindRules, describe, load, shown
 from recipes_lib.recipe.yaml_source import KeyPath
+from recipes_lib.runs.resume_guard import flatten
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 
 if TYPE_CHECKING:
@@ -86,8 +88,6 @@ class Arm:
 
         The run's name and notes are left out; `train.seed` is a list where the arm has several. Empty without a recipe.
         """
-        from recipes_lib.runs.resume_guard import flatten
-
         if self.recipe is None:
             return {}
         values = flatten(self.recipe.to_dict())
@@ -386,8 +386,6 @@ class _Reader:
 
     def published(self, path: Path | None) -> None:
         """Read the file of published numbers, for what is wrong in it."""
-        from recipes_lib.compare.published import load_published
-
         try:
             if path is not None:
                 load_published(path)

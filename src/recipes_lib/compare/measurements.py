@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.compare.eval_files import read_evals, read_lines
 from recipes_lib.eval_log import REFERENCE, EvalLog, Measure
 from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.runs.directory import read_resolved
@@ -115,8 +116,6 @@ def read_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) 
     Raises:
         DataError: a file is damaged.
     """
-    from recipes_lib.compare.eval_files import read_evals, read_lines
-
     state = read_object(folder / "run.json")
     resolved = read_resolved(folder)
     evals, unfinished = read_evals(folder, report)

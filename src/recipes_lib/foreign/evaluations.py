@@ -14,6 +14,7 @@ from recipes_lib.errors import DataError
 from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.foreign.parts import Part
 from recipes_lib.json_files import Row
+from recipes_lib.judging.audit import audit
 from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.project import shown_path
 
@@ -193,8 +194,6 @@ def _judge(parts: Sequence[Part]) -> Row | None:
 
 def _audit(judgments: Sequence[Row]) -> dict[str, Any] | None:
     """The scorecard of the foreign judge; None where several files' judgments stand in one evaluation or there are none."""
-    from recipes_lib.judging.audit import audit
-
     return audit(judgments) if len({row["judge"] for row in judgments}) == 1 else None
 
 

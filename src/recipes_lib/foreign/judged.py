@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from recipes_lib.eval_log import REFERENCE, Measure, Sample
+from recipes_lib.foreign.answers import answer_row
 from recipes_lib.foreign.files import Foreign
 from recipes_lib.foreign.parts import Part, check_unique, mt_bench_category, one_model, question_id
 from recipes_lib.json_files import Row
+from recipes_lib.judging.replay import report_of
 from recipes_lib.judging.replay_readers import ForeignFile, Record, graded_fields
 from recipes_lib.judging.store import judgment_key, text_hash
 
@@ -72,8 +74,6 @@ def read_judgments(file: Foreign, model: str | None, against: str | None) -> Par
     part.judgments = [row for record in records for row in _rows(record, source, judge)]
     part.measures = _measures(part, source, records)
     if file.format == "original-alpaca-eval-csv":
-        from recipes_lib.foreign.answers import answer_row
-
         part.answers = [answer_row(_id(record), 1, record.answer or "", name, instruction=record.id) for record in records]
     return part
 
@@ -215,6 +215,4 @@ def _missing(records: Sequence[Record]) -> list[Row]:
 
 def _report(source: ForeignFile, records: Sequence[Record]) -> Row:
     """What `recipes judge replay` says about these rows: the published numbers, bounds, and findings by name."""
-    from recipes_lib.judging.replay import report_of
-
     return {**report_of(dataclasses.replace(source, records=list(records))), "file": source.path.name}

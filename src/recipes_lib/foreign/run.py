@@ -20,8 +20,10 @@ from recipes_lib.foreign.judged import WITHOUT_ANSWERS, read_judgments
 from recipes_lib.foreign.logs import read_logs
 from recipes_lib.foreign.parts import Part
 from recipes_lib.json_files import Row
-from recipes_lib.recipe.project import runs_root, shown_path
-from recipes_lib.runs.directory import RunDirectory, all_runs
+from recipes_lib.recipe.project import recipe_path, runs_root, shown_path
+from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.runs.directory import RunDirectory, all_runs, read_resolved
+from recipes_lib.runs.manifest import command_line
 
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
@@ -184,8 +186,6 @@ def _recipe(name: str | None, content: _Content) -> Recipe | None:
     """
     if name is None:
         return None
-    from recipes_lib.recipe.project import recipe_path
-    from recipes_lib.recipe.recipe import load_recipe
 
     recipe = load_recipe(recipe_path(name))
     adapter, lora = content.adapter, recipe.lora or {}
@@ -241,9 +241,6 @@ def _same_import(target: RunDirectory, files: list[Foreign], asked: dict[str, st
         return False
     if asked["recipe"] is None:
         return True
-    from recipes_lib.recipe.project import recipe_path
-    from recipes_lib.recipe.recipe import load_recipe
-    from recipes_lib.runs.directory import read_resolved
 
     return read_resolved(target.path) == load_recipe(recipe_path(asked["recipe"])).to_dict()
 
@@ -278,7 +275,6 @@ def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, asked
 
             write_text(run.path / "recipe.yaml", recipe.path.read_text(encoding="utf-8-sig"))
             write_text(run.path / "resolved.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
-        from recipes_lib.runs.manifest import command_line
 
         write_text(run.path / "command.txt", command_line() + "\n")
         facts = {"sources": done.files, "lacks": done.lacks, **asked, "summary": content.summary or None}

@@ -21,10 +21,15 @@ from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.engine import Completion, Decoding, Engine, Request
 from recipes_lib.generation.fingerprints import hash_of, model_fingerprint
 from recipes_lib.generation.next_token import NextToken, verdict_tokens
+from recipes_lib.generation.openai_engine import OpenAIEngine, Server
+from recipes_lib.generation.targets import stand_in_recipe
+from recipes_lib.generation.transformers_engine import TransformersEngine, batches
 from recipes_lib.judging.judge import Judge, JudgePlan, JudgeReply, JudgeRequest
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection
 from recipes_lib.judging.prometheus import JudgePrompt
+from recipes_lib.recipe.architectures import ready_to_answer
 from recipes_lib.recipe.sections import ModelSection
+from recipes_lib.training.model import explain_load_failure, load_model, model_path
 
 TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt
 
@@ -85,8 +90,6 @@ class _ServedJudge:
 
     def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
         """Ask the server."""
-        from recipes_lib.generation.openai_engine import OpenAIEngine, Server
-
         section = self.section
         if self._engine is None:
             server = Server(
@@ -128,8 +131,6 @@ class _LocalJudge:
     def __init__(self, file: JudgeFile) -> None:
         from transformers import AutoTokenizer
 
-        from recipes_lib.training.model import explain_load_failure, model_path
-
         section = self.section = file.judge
         self.model_section = ModelSection(name_or_path=section.model, revision=section.revision, dtype=section.dtype)
         self.path = model_path(self.model_section)
@@ -156,11 +157,6 @@ class _LocalJudge:
     def _load(self) -> Any:
         import torch
 
-        from recipes_lib.generation.targets import stand_in_recipe
-        from recipes_lib.generation.transformers_engine import TransformersEngine
-        from recipes_lib.recipe.architectures import ready_to_answer
-        from recipes_lib.training.model import load_model
-
         recipe = dataclasses.replace(stand_in_recipe(self.section.model), model=self.model_section)
         model = ready_to_answer(load_model(recipe, self.tokenizer))
         model = model.to("cuda") if torch.cuda.is_available() else model
@@ -172,8 +168,6 @@ class _LocalJudge:
     def _read(self, asked: Sequence[Request], allowed: Sequence[str]) -> Iterator[tuple[str, JudgeReply]]:
         """Read the verdicts of requests with the same allowed tokens from next-token probabilities."""
         import torch
-
-        from recipes_lib.generation.transformers_engine import batches
 
         lead_ids, token_ids = verdict_tokens(self.tokenizer, self.section.lead_in, allowed)
         requests = [Request(key=request.key, ids=(*request.ids, *lead_ids)) for request in asked]

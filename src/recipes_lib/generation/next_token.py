@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import EnvironmentFault
+from recipes_lib.generation.transformers_engine import left_padded
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,6 @@ class NextToken:
         The head is applied in float32: in half precision the logits of two verdicts are often exactly equal.
         """
         import torch
-
-        from recipes_lib.generation.transformers_engine import left_padded
 
         known = len(self._shared)
         ids, mask = left_padded([row[known:] for row in rows], self.pad)

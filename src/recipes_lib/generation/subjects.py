@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recipes_lib.data.conversations import Message
+from recipes_lib.data.prompts import format_hash, generation_prompt
+from recipes_lib.data.supervision import prompt_ids
 from recipes_lib.errors import RecipeError
 from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of, model_fingerprint
 from recipes_lib.generation.targets import Target
+from recipes_lib.recipe.architectures import ready_to_answer
 from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.sections import DataSection
+from recipes_lib.recipe.upstream import build_quantization_config
 from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.training.trained import BASE, Family, TrainedRun, families
+from recipes_lib.training.model import load_model, load_tokenizer, model_path
+from recipes_lib.training.trained import BASE, Family, TrainedRun, check_weights, families
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,17 +59,12 @@ class PromptFormat:
     """Conversations rendered as the model was trained to read them; `hash` identifies the format."""
 
     def __init__(self, section: DataSection, tokenizer: Any, folder: Path) -> None:
-        from recipes_lib.data.prompts import format_hash
-
         self.section, self.tokenizer, self.folders = section, tokenizer, [folder]
         self.name = section.prompt_format
         self.hash = format_hash(section, tokenizer, self.folders)
 
     def render(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
         """Return the prompt's text and token ids."""
-        from recipes_lib.data.prompts import generation_prompt
-        from recipes_lib.data.supervision import prompt_ids
-
         text = generation_prompt(self.section, self.tokenizer, messages=list(messages), folders=self.folders)
         return text, tuple(prompt_ids(self.section, self.tokenizer, text))
 
@@ -130,9 +130,6 @@ def _serves(first: Target, target: Target) -> bool:
 
 
 def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
-    from recipes_lib.training.model import load_tokenizer, model_path
-    from recipes_lib.training.trained import check_weights
-
     trained = [target.trained for target in targets if target.trained]
     if trained and weights:
         family = Family(trained)
@@ -190,18 +187,12 @@ def _user_of(family: Family, target: Target) -> Any:
 def _load_bare(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
     import torch
 
-    from recipes_lib.recipe.architectures import ready_to_answer
-    from recipes_lib.recipe.upstream import build_quantization_config
-    from recipes_lib.training.model import load_model
-
     model = ready_to_answer(load_model(recipe, tokenizer, build_quantization_config(recipe)))
     return model.to("cuda") if torch.cuda.is_available() and recipe.quantization is None else model
 
 
 def _subject(target: Target, tokenizer: Any, model: Any, using: Any) -> Subject:
     """Return a subject with its fingerprint, prompt format and run directory."""
-    from recipes_lib.training.model import model_path
-
     recipe = target.recipe
     section = recipe.data
     if recipe.name == "auto" and not getattr(tokenizer, "chat_template", None):

@@ -11,6 +11,9 @@ from recipes_lib.errors import RecipeError, RecipesError
 from recipes_lib.launching.folder import launch_folder
 from recipes_lib.launching.profile import SiteProfile
 from recipes_lib.launching.recipe_jobs import JobPlan, named_evals, plan_recipe_jobs, read_stages
+from recipes_lib.launching.study_jobs import plan_study_jobs
+from recipes_lib.planning.cards import card_named
+from recipes_lib.planning.plan import plan_launched
 from recipes_lib.recipe.batch import accumulation_steps
 from recipes_lib.recipe.launch import Launch, plan_launch_of
 from recipes_lib.recipe.project import recipe_path
@@ -57,8 +60,6 @@ def planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None)
     card = profile.values.gpu if profile else None
     if card is None or launch.config.use_cpu:
         return None
-    from recipes_lib.planning.cards import card_named
-    from recipes_lib.planning.plan import plan_launched
 
     try:
         return plan_launched(recipe, launch, card_named(card)).walltime
@@ -74,8 +75,6 @@ def _plan_study(
     flags: Sequence[str],
     stages: Sequence[str],
 ) -> JobPlan:
-    from recipes_lib.launching.study_jobs import plan_study_jobs
-
     if args.evals:
         raise RecipeError("--evals is for recipes: a study names its evals itself")
     own = {key: getattr(args, key) for key in ("accelerate", "gpus", "nodes")}

@@ -18,8 +18,13 @@ from recipes_lib.recipe.model_files import TOKENIZER_FILES, read_json
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import ModelSection
+from recipes_lib.suites.harness import load_tasks
+from recipes_lib.suites.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 from recipes_lib.terminal import say
+from recipes_lib.training.base_identity import check_whole
+from recipes_lib.training.model import explain_load_failure
+from recipes_lib.training.packaged_models import is_packaged, materialise, packaged_folder
 
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
@@ -74,21 +79,15 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
     if recipe.suite.name == "lm_eval":
 
         def tasks() -> str:
-            from recipes_lib.suites.harness import load_tasks
-
             return f"{load_tasks(recipe, remote_code):,} items"
 
         yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
         return
 
     def questions() -> str:
-        from recipes_lib.suites.questions import load_questions
-
         return f"{len(load_questions(recipe).questions)} questions"
 
     def check() -> str:
-        from recipes_lib.suites.questions import MT_BENCH_PACKAGE, mt_bench_is_here
-
         packaged = MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references)
         return _already(MT_BENCH_PACKAGE, not packaged or mt_bench_is_here(), questions)
 
@@ -129,9 +128,6 @@ def fetch_model(section: ModelSection) -> None:
     Raises:
         EnvironmentFault: gated, no such revision, no such folder, or no network.
     """
-    from recipes_lib.training.model import explain_load_failure
-    from recipes_lib.training.packaged_models import is_packaged, materialise
-
     name = section.name_or_path
     if is_packaged(name):
         materialise(name)
@@ -157,9 +153,6 @@ def check_model(section: ModelSection) -> str:
     Raises:
         EnvironmentFault: files are missing or cut.
     """
-    from recipes_lib.training.base_identity import check_whole
-    from recipes_lib.training.packaged_models import is_packaged, packaged_folder
-
     name = section.name_or_path
     if is_packaged(name):
         folder = packaged_folder(name)

@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recipes_lib.data.conversations import conversation_of
+from recipes_lib.data.examples import BadRows, place
+from recipes_lib.data.files import count_rows
+from recipes_lib.data.prompts import prompt_and_completion
+from recipes_lib.data.rows import first_in_hash_order, read_data
+from recipes_lib.data.sources import find_path, is_on_hub, listed_sources, source_files
+from recipes_lib.data.splits import split_rows
 from recipes_lib.errors import DataError
 from recipes_lib.planning.dolly_lengths import characters_per_token, dolly_lengths
+from recipes_lib.recipe.model_files import local_folder
 from recipes_lib.recipe.project import runs_root
 from recipes_lib.recipe.recipe import Recipe
 
@@ -58,8 +66,6 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
         RecipeError: a file or folder of the data is not here.
         DataError: the data are here and cannot be used, for example an empty folder.
     """
-    from recipes_lib.data.examples import place
-
     try:
         _check_files(recipe)
         local = _counted(recipe, vocabulary)
@@ -78,8 +84,6 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
 
 
 def _check_files(recipe: Recipe) -> None:
-    from recipes_lib.data.sources import find_path, is_on_hub, listed_sources
-
     for source in listed_sources(recipe.data):
         if not is_on_hub(source, (recipe.base_dir,)) and find_path(source.source, (recipe.base_dir,)) is None:
             hint = f"a relative path is meant from {recipe.base_dir}"
@@ -105,11 +109,6 @@ def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, cou
 
 def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     """Count the rows of local data; None where a source is not a local file or folder."""
-    from recipes_lib.data.examples import BadRows
-    from recipes_lib.data.rows import first_in_hash_order, read_data
-    from recipes_lib.data.sources import find_path, listed_sources
-    from recipes_lib.data.splits import split_rows
-
     section = recipe.data
     paths = [find_path(source.source, (recipe.base_dir,)) for source in listed_sources(section)]
     if None in paths:
@@ -140,9 +139,6 @@ def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int |
     Args:
         share: of the rows that are to stay whole.
     """
-    from recipes_lib.data.examples import BadRows
-    from recipes_lib.data.rows import read_data
-
     rows = read_data(recipe.data, (recipe.base_dir,), BadRows(), max_rows=COUNTED)
     if not len(rows):
         return None
@@ -160,9 +156,6 @@ def _tokens(recipe: Recipe, vocabulary: int, rows: Rows) -> tuple[list[int], str
 
 def _rows_in_files(recipe: Recipe) -> int:
     """The rows of all local sources, counted as lines where a format has one row per line."""
-    from recipes_lib.data.files import count_rows
-    from recipes_lib.data.sources import listed_sources, source_files
-
     total = 0
     for source in listed_sources(recipe.data):
         rows = sum(map(count_rows, source_files(source, (recipe.base_dir,))))
@@ -175,9 +168,6 @@ def _size(path: Path) -> int:
 
 
 def _text(example: Example, prompt_format: str) -> str:
-    from recipes_lib.data.conversations import conversation_of
-    from recipes_lib.data.prompts import prompt_and_completion
-
     if prompt_format == "chat":
         return "\n".join(str(message["content"]) for message in conversation_of(example, None))
     prompt, completion = prompt_and_completion(example, prompt_format)
@@ -186,8 +176,6 @@ def _text(example: Example, prompt_format: str) -> str:
 
 def _counter(recipe: Recipe, vocabulary: int) -> tuple[Callable[[list[str]], list[int]], str]:
     """Return how texts are counted: by the model's tokenizer.json where it is here, else by their characters."""
-    from recipes_lib.recipe.model_files import local_folder
-
     folder = local_folder(recipe)
     if folder is not None and (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer

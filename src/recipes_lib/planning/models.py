@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.recipe.known_models import known_shapes
 from recipes_lib.recipe.model_files import local_folder, read_json
@@ -59,8 +60,6 @@ def _local_config(recipe: Recipe) -> dict[str, Any] | None:
 
 def _hub_config(recipe: Recipe) -> dict[str, Any] | None:
     """Return the config.json from the Hub, or None when it does not answer."""
-    from recipes_lib.data.sources import hub_answers, offline_by_environment
-
     name = recipe.model.name_or_path
     if name.startswith("package:") or offline_by_environment() or not hub_answers():
         return None

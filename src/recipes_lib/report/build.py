@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.atomic_files import write_bytes, write_text
+from recipes_lib.report.figures import draw_comparison
+from recipes_lib.report.html import report_html
+from recipes_lib.report.latex import compile_pdf, report_latex
+from recipes_lib.report.markdown import report_markdown
+from recipes_lib.report.numbers import numbers_csv, numbers_json
 
 if TYPE_CHECKING:
     from recipes_lib.report.content import Content
@@ -19,12 +24,6 @@ def write_report(folder: Path, content: Content) -> list[Path]:
     Returns:
         The files written.
     """
-    from recipes_lib.report.figures import draw_comparison
-    from recipes_lib.report.html import report_html
-    from recipes_lib.report.latex import compile_pdf, report_latex
-    from recipes_lib.report.markdown import report_markdown
-    from recipes_lib.report.numbers import numbers_csv, numbers_json
-
     figures = draw_comparison(content)
     drawn = {f"figures/{figure.name}.{kind}": data for figure in figures for kind, data in figure.files.items()}
     for path in (folder / "figures").glob("*.*") if (folder / "figures").is_dir() else ():

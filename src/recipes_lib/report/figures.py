@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.report.content import CURVES
+
 if TYPE_CHECKING:
     from recipes_lib.report.breakdowns import Breakdown
     from recipes_lib.report.content import Content, NoiseFloor
@@ -46,8 +48,6 @@ def draw_comparison(content: Content, formats: Sequence[str] = _FORMATS) -> list
 
 
 def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
-    from recipes_lib.report.content import CURVES
-
     places = _places(content)
     for key, series in content.curves.items():
         name, unit = CURVES[key]

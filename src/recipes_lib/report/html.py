@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.compare import wording
 from recipes_lib.compare.table_lines import effect_interval, effect_value
 from recipes_lib.report.content import size_text
+from recipes_lib.terminal import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -55,8 +56,6 @@ def interval_of(one: Any, unit: str | None = None) -> str:
 
 def visible(text: object) -> str:
     """Return text whose control characters (ANSI escapes, direction overrides) are shown instead of obeyed."""
-    from recipes_lib.terminal import printable
-
     return printable(str(text))
 
 

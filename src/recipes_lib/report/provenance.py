@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
+from recipes_lib.recipe.project import project_root, runs_root
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
@@ -45,8 +46,6 @@ def commands(name: str, measurements: Measurements, study: Study | None) -> list
 
 
 def _study_file(study: Study) -> str:
-    from recipes_lib.recipe.project import project_root
-
     path = study.path.resolve()
     return shlex.quote(str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else path.name)
 
@@ -64,8 +63,6 @@ def portable_command(command: str) -> str:
         >>> portable("/opt/venv/bin/python -m recipes_lib.cli eval /somewhere/else/my.yaml r8")
         'recipes eval .../my.yaml r8'
     """
-    from recipes_lib.recipe.project import project_root, runs_root
-
     text = _PYTHON.sub(lambda found: "recipes" if found[1].endswith("cli") else f"python -m {found[1]}", command)
     for folder, name in ((runs_root(), "runs/"), (project_root(), "")):
         text = re.sub(rf"(?<![\w./~-]){re.escape(str(folder.resolve()))}/", name, text)

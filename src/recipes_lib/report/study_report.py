@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipes_lib.compare.published import load_published
 from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
 
@@ -21,8 +22,6 @@ def write_study_report(folder: Path, comparison: Comparison, measurements: Measu
     Args:
         banners: lines for the top of the report, such as which steps are not up to date.
     """
-    from recipes_lib.compare.published import load_published
-
     published = load_published(study.published) if study.published else None
     write_report(folder, gather(study.name, measurements, comparison, study, published, banners))
     return folder / "report.html"

@@ -9,6 +9,12 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipesError
+from recipes_lib.training.base_identity import adapter_config, check_whole, weight_hashes
+from recipes_lib.training.finish import autocast
+from recipes_lib.training.probes import read_check
+from recipes_lib.training.trained import check_base_of, check_weights
+from recipes_lib.training.verification import FOLD_TOLERANCE
+from recipes_lib.training.weights_check import EXACT_TOLERANCE, check_files, largest_difference, logits_on, rerouted_share
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject
@@ -21,10 +27,6 @@ def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
     Raises:
         RecipesError: a file is missing, truncated or changed since the training; a tensor is not finite; an adapter that changes nothing.
     """
-    from recipes_lib.training.base_identity import adapter_config, check_whole, weight_hashes
-    from recipes_lib.training.trained import check_base_of, check_weights
-    from recipes_lib.training.weights_check import check_files
-
     folder, base = trained.weights, ""
     if trained.full:
         check_whole(folder)
@@ -43,10 +45,6 @@ def check_loaded(subject: Subject) -> dict[str, Any]:
         RecipesError: it does not answer as it did when it was trained.
     """
     import torch
-
-    from recipes_lib.training.finish import autocast
-    from recipes_lib.training.probes import read_check
-    from recipes_lib.training.weights_check import largest_difference, logits_on, rerouted_share
 
     trained = subject.target.trained
     check = read_check(trained.weights) if trained else None
@@ -70,8 +68,5 @@ def check_loaded(subject: Subject) -> dict[str, Any]:
 
 def _tolerance(trained: TrainedRun) -> float:
     """As `recipes verify`: exact where the reload at the end of the training was, half precision's rounding otherwise."""
-    from recipes_lib.training.verification import FOLD_TOLERANCE
-    from recipes_lib.training.weights_check import EXACT_TOLERANCE
-
     reload = trained.run.read_state().get("weights_check", {}).get("reload", {})
     return EXACT_TOLERANCE if reload.get("tolerance", 1.0) <= EXACT_TOLERANCE else FOLD_TOLERANCE

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.atomic_files import publish, write_json
+from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Study
 from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.compare.measurements import read_measurements
+from recipes_lib.compare.validity import check_validity
 from recipes_lib.recipe.project import runs_root
+from recipes_lib.report.study_report import write_study_report
 from recipes_lib.study.arms import base_run, run_names, study_folder
 from recipes_lib.study.graph import Freshness, Graph, digest_of
 
@@ -72,11 +76,6 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     Raises:
         RecipesError: an evaluation's files are damaged.
     """
-    from recipes_lib.compare.claims import compare_arms
-    from recipes_lib.compare.measurements import read_measurements
-    from recipes_lib.compare.validity import check_validity
-    from recipes_lib.report.study_report import write_study_report
-
     started = time.monotonic()
     known = graph.survey()
     statistics, report = graph.steps["statistics"], graph.steps["report"]

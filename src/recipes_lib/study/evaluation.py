@@ -18,16 +18,24 @@ from recipes_lib.atomic_files import write_json
 from recipes_lib.compare.design import Study
 from recipes_lib.compare.design_sections import BASE_ARM
 from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.evaluate import write_result
+from recipes_lib.generation.judges import opened
+from recipes_lib.generation.subjects import grouped, loaded
+from recipes_lib.generation.targets import Asking, base_target, distinct, find_targets, record_base
 from recipes_lib.json_files import read_object
 from recipes_lib.recipe.project import runs_root, shown_path
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.study.adapter_check import check_loaded, check_weight_files
 from recipes_lib.study.arms import base_arm, base_record, base_run, free_name, study_folder
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
+from recipes_lib.suites.harness import Harness
+from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.training.session import quiet_libraries
+from recipes_lib.training.trained import finished_run
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject
-    from recipes_lib.suites.harness import Harness
-    from recipes_lib.suites.judged_suite import JudgedSuite
 
 EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", "lm_eval")
 Report = Callable[[str], None]
@@ -61,9 +69,6 @@ class FailedSteps:
 
 def record_base_run(study: Study) -> None:
     """Find out under which name the base's evaluations are kept, and note it; weights are not loaded."""
-    from recipes_lib.generation.subjects import loaded
-    from recipes_lib.generation.targets import base_target, record_base
-
     arm = base_arm(study) if study.include_base else None
     if arm is None or arm.recipe is None:
         return
@@ -127,8 +132,6 @@ class Evaluation:
 
     def run(self) -> FailedSteps:
         """Do every step; return what failed."""
-        from recipes_lib.training.session import quiet_libraries
-
         quiet_libraries()
         for step in self.todo.values():
             set_results_aside(self.study, self.graph, step, self.say)
@@ -157,10 +160,6 @@ class Evaluation:
     # ---- Adapters ----
 
     def _check_files(self) -> None:
-        from recipes_lib.runs.directory import RunDirectory
-        from recipes_lib.study.adapter_check import check_weight_files
-        from recipes_lib.training.trained import finished_run
-
         self.facts: dict[str, dict[str, Any]] = {}
         for step in self._mine("check"):
             with self.failures.noted(self.graph, [step], self.debug):
@@ -172,8 +171,6 @@ class Evaluation:
         Raises:
             RecipesError: the model is not the one that was trained.
         """
-        from recipes_lib.study.adapter_check import check_loaded
-
         for step in self._mine("check"):
             if step.run == subject.name:
                 facts = {**self.facts[step.run], "as_trained": check_loaded(subject)}
@@ -184,9 +181,6 @@ class Evaluation:
 
     def _plan(self, recipe: EvalRecipe) -> None:
         """Open the suites of one eval: everyone's own results, and the comparisons."""
-        from recipes_lib.suites.harness import Harness
-        from recipes_lib.suites.judged_suite import JudgedSuite
-
         if recipe.suite.name == "lm_eval":
             steps = self._mine("lm_eval", recipe)
             with self.failures.noted(self.graph, steps, self.debug):
@@ -223,9 +217,6 @@ class Evaluation:
 
     def _visit(self) -> None:
         """Load base after base and let every suite ask its targets."""
-        from recipes_lib.generation.subjects import grouped, loaded
-        from recipes_lib.generation.targets import Asking, distinct, find_targets
-
         unchecked = [step.run for step in self._mine("check")]
         for served in (False, True):
             jobs = [job for job in self.jobs if job.suite.served == served]
@@ -259,8 +250,6 @@ class Evaluation:
 
     def _finish_visit(self, job: _Job, subject: Subject, seconds: float) -> None:
         """Record the answers of a judged suite, or the whole result of lm-eval."""
-        from recipes_lib.suites.harness import Harness
-
         folder = runs_root() / subject.name / "evals" / job.recipe.name
         if isinstance(job.suite, Harness):
             step = job.results.get(subject.name)
@@ -273,8 +262,6 @@ class Evaluation:
 
     def _drop(self, subject: Subject, jobs: Sequence[_Job]) -> None:
         """Leave a subject that failed out of its suites, so that the others go on."""
-        from recipes_lib.suites.judged_suite import JudgedSuite
-
         for job in jobs:
             step = job.results.pop(subject.name, None)
             if isinstance(job.suite, JudgedSuite):
@@ -286,9 +273,6 @@ class Evaluation:
 
     def _judge(self) -> None:
         """Load judge after judge and let it judge every suite that names it."""
-        from recipes_lib.generation.judges import opened
-        from recipes_lib.suites.judged_suite import JudgedSuite
-
         waiting = [job for job in self.jobs if isinstance(job.suite, JudgedSuite) and job.results and job.suite.answering.words]
         waiting = [job for job in waiting if not all(self._blocked(step) for step in job.results.values())]
         while waiting:
@@ -329,8 +313,6 @@ class Evaluation:
 
     def _finish_result(self, job: _Job, step: Step, result: dict[str, Any], seconds: float) -> None:
         """Write a result into its run, and record its step."""
-        from recipes_lib.evaluate import write_result
-
         whole = write_result(job.recipe, result)
         file = runs_root() / step.run / "evals" / job.recipe.name / Path(whole["file"]).name
         self.graph.finish(step, result_digest(whole), [file], seconds=round(seconds, 2))

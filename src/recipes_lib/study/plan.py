@@ -12,6 +12,7 @@ from recipes_lib.errors import RecipesError
 from recipes_lib.study.arms import launch_words, train_words
 from recipes_lib.study.graph import Graph, Step
 from recipes_lib.study.status import StepRow, seconds_text, step_rows
+from recipes_lib.suites.questions import load_questions
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.terminal import aligned
 
@@ -105,8 +106,6 @@ def _turns(study: Study) -> dict[str, int | None]:
 
 def count_turns(recipe: EvalRecipe) -> int | None:
     """Return how many answers an eval asks for, or None where its questions are not on this machine."""
-    from recipes_lib.suites.questions import load_questions
-
     named = {"data.questions": recipe.data.questions, "data.references": recipe.data.references}
     if all(recipe.resolve(key, name).is_file() for key, name in named.items() if name):
         with suppress(RecipesError):

@@ -17,9 +17,13 @@ from recipes_lib.compare.design import Study
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.faults import is_disk_full
 from recipes_lib.recipe.project import runs_root, shown_path
+from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.runs.lock import LockHeld, describe_holder, run_lock
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.graph import FOLLOWS, Freshness, Graph, Step
 from recipes_lib.study.steps import build_graph
+from recipes_lib.study.trainings import Trainings
 
 Say = Callable[[str], None]
 
@@ -104,8 +108,6 @@ def _terminated() -> Iterator[None]:
 @contextmanager
 def _locks(study: Study, only: Sequence[str]) -> Iterator[None]:
     """Hold the study and its steps; with `only` those steps alone, so that jobs of a cluster can do different ones at the same time."""
-    from recipes_lib.runs.lock import run_lock
-
     with ExitStack() as stack:
         if not only:
             stack.enter_context(study_lock(study))
@@ -131,8 +133,6 @@ def study_lock(study: Study) -> Iterator[None]:
     Raises:
         EnvironmentFault: another process runs it; host, process and time are named.
     """
-    from recipes_lib.runs.lock import LockHeld, describe_holder, run_lock
-
     folder = study_folder(study)
     lock = run_lock(folder)
     try:
@@ -152,8 +152,6 @@ def check_imported(study: Study) -> None:
     Raises:
         RecipeErrors: one for each, placed where the run is named.
     """
-    from recipes_lib.runs.directory import RunDirectory
-
     errors = []
     for arm in study.arms:
         if arm.imported and not RunDirectory(arm.imported).exists():
@@ -217,8 +215,6 @@ def wanted_steps(graph: Graph, only: Sequence[str]) -> list[Step]:
     """
     for word in only:
         if not any(_fits(step, [word]) for step in graph):
-            from recipes_lib.recipe.suggestions import did_you_mean
-
             raise RecipeError(f"--only {word}: no such step", *did_you_mean(word, list(graph.steps)), "all steps: recipes study plan")
     return [step for step in graph if _fits(step, only)]
 
@@ -231,8 +227,6 @@ def _train(
     study: Study, graph: Graph, wanted: Sequence[Step], jobs: int, flags: Sequence[str], say: Say
 ) -> tuple[dict[str, tuple[str, int]], int | None]:
     """Train what is not trained; return the failures, and an exit code where somebody asked to stop."""
-    from recipes_lib.study.trainings import Trainings
-
     state = graph.survey()
     todo = [step for step in wanted if step.kind == "train" and not state[step.name].fresh]
     trainings = Trainings(study, graph, jobs, say, flags)

@@ -20,6 +20,7 @@ from typing import Any
 
 from recipes_lib.compare.design import Arm, Study
 from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.data.sources import data_files, find_path, listed_sources
 from recipes_lib.errors import RecipesError
 from recipes_lib.json_files import read_object
 from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, REQUIREMENT
@@ -29,6 +30,7 @@ from recipes_lib.runs.resume_guard import flatten, guarded_values
 from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
 from recipes_lib.study.graph import CONTENT, ONLY_SPEED, Graph, Step, content_of, digest_of
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.training.base_identity import base_fingerprint, fingerprint
 
 # Raised by whoever changes what the code of a step computes. Statistics and report take seconds: their source itself is the version.
 VERSIONS = {"train": 1, "check": 1, "answers": 1, "judgments": 1, "comparison": 1, "lm_eval": 1}
@@ -168,8 +170,6 @@ _LAUNCH = ("launch.distributed_type", "launch.world_size", "launch.mixed_precisi
 
 def data_contents(recipe: Recipe) -> dict[str, str | None]:
     """Return the hashes of a recipe's local data files and chat template; a Hub data set is known by name and revision alone."""
-    from recipes_lib.data.sources import data_files, find_path, listed_sources
-
     contents: dict[str, str | None] = {}
     with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
         for source in listed_sources(recipe.data):
@@ -188,8 +188,6 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _base_content(recipe: Recipe) -> dict[str, str | None]:
-    from recipes_lib.training.base_identity import base_fingerprint
-
     fingerprint = None
     with suppress(RecipesError):  # a model that is not there is the training's error, of this arm alone
         fingerprint = base_fingerprint(recipe)
@@ -197,8 +195,6 @@ def _base_content(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _weights_content(folder: Path) -> str:
-    from recipes_lib.training.base_identity import fingerprint
-
     return fingerprint(folder)
 
 

@@ -24,9 +24,14 @@ from recipes_lib.compare.design import Study
 from recipes_lib.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.planning.cards import devices_here
 from recipes_lib.recipe.project import shown_path
+from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.runs.lock import describe_holder, is_held
+from recipes_lib.runs.resume_guard import recipe_differences
 from recipes_lib.study.arms import free_name, launch_words, study_folder, train_words
 from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
+from recipes_lib.training.base_identity import weight_hashes
+from recipes_lib.training.probes import read_check
 
 _POLL_S = 0.2
 PREEMPTED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
@@ -92,8 +97,6 @@ class Trainings:
 
     def _next(self, waiting: Sequence[Step]) -> Step | None:
         """The first run that nobody else is training."""
-        from recipes_lib.runs.lock import describe_holder, is_held
-
         for step in waiting:
             folder = RunDirectory(step.run).path
             if not is_held(folder):
@@ -155,8 +158,6 @@ class Trainings:
         Raises:
             RecipeError: the run was imported.
         """
-        from recipes_lib.runs.resume_guard import recipe_differences
-
         note = self.graph.folder / step.name / "started.json"
         if run.exists():
             begun = self.graph.read(step.name, "started.json")
@@ -182,8 +183,6 @@ class Trainings:
         write_json(note, {"inputs": dict(step.inputs), "version": step.version})
 
     def _recipe(self, step: Step) -> Any:
-        from recipes_lib.recipe.recipe import load_recipe
-
         assert step.seed is not None
         path, *words = train_words(self.study, self.study.arm(step.arm), step.seed)
         return load_recipe(path, words)
@@ -246,9 +245,6 @@ def train_command(words: Sequence[str]) -> list[str]:
 
 def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:
     """Return a hash of a finished run's weights and prompt format."""
-    from recipes_lib.training.base_identity import weight_hashes
-    from recipes_lib.training.probes import read_check
-
     folder = _weights(run)
     assert folder is not None
     check = read_check(folder)

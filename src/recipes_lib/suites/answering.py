@@ -16,8 +16,10 @@ from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.answers import Prompt, Writer, answer_faults
 from recipes_lib.generation.engine import Decoding, Engine
 from recipes_lib.generation.fingerprints import hash_of
+from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, Target, base_target, distinct, record_base, targets_by_word
+from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.suites.questions import Question, read_answer_file
@@ -215,8 +217,6 @@ def _answer(recipe: EvalRecipe, subject: Subject, questions: Sequence[Question])
 def _engine(recipe: EvalRecipe, subject: Subject) -> Engine:
     section = recipe.generation
     if section.engine == "openai":
-        from recipes_lib.generation.openai_engine import OpenAIEngine, Server
-
         name = section.served_name or (subject.target.word if subject.target.is_base else subject.name)
         server = Server(
             base_url=str(section.base_url),
@@ -228,7 +228,6 @@ def _engine(recipe: EvalRecipe, subject: Subject) -> Engine:
         )
         known = None if isinstance(subject.prompts, ServerFormat) else subject.fingerprint
         return OpenAIEngine(server, known)
-    from recipes_lib.generation.transformers_engine import TransformersEngine
 
     assert subject.model is not None
     tokenizer = subject.prompts.tokenizer

@@ -23,11 +23,13 @@ from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
 from recipes_lib.recipe.project import shown_path
+from recipes_lib.recipe.suggestions import did_you_mean
 from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.task_code import ALLOW, code_in, unknown_metrics
+from recipes_lib.training.model import model_path
 
 _PASSED = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
 _CLI_OPTIONS = ("max_batch_size", "device", "check_integrity", "write_out", "predict_only", "confirm_run_unsafe_code")
@@ -150,8 +152,6 @@ def _option_words(options: Mapping[str, Any]) -> list[str]:
 
 def _named_arguments(target: Target) -> dict[str, Any]:
     """lm-eval's model_args for a target."""
-    from recipes_lib.training.model import model_path
-
     section = target.recipe.model
     arguments: dict[str, Any] = {"pretrained": model_path(section), "dtype": section.dtype}
     if section.revision:
@@ -332,8 +332,6 @@ def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
     manager = TaskManager(include_path=str(own) if own else None, include_defaults=not set(wanted) <= names)
     unknown = [name for name in wanted if not manager.match_tasks([name])]
     if unknown:
-        from recipes_lib.recipe.suggestions import did_you_mean
-
         raise recipe.error(
             "suite.tasks",
             f"lm-eval has no task '{unknown[0]}'",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import Finding, Severity
+from recipes_lib.compare.published import load_published
 from recipes_lib.compare.validity.settings import pairs
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.json_files import DamagedFile, read_object
@@ -149,8 +150,6 @@ def check_circumstances(study: Study | None, measurements: Measurements) -> Iter
 
 def _published(study: Study, file: Path) -> Iterator[Finding]:
     """What was published of two arms that were made elsewhere, where no recipe can say it."""
-    from recipes_lib.compare.published import load_published
-
     published = load_published(file)
     told = {arm.name: published.circumstances[arm.name] for arm in study.arms if not arm.trained and arm.name in published.circumstances}
     for first, second in pairs(told):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.findings import Finding
+from recipes_lib.compare.published import load_published
 from recipes_lib.foreign.run import imported_files
 from recipes_lib.recipe.project import shown_path
 
@@ -45,7 +46,6 @@ def _published(study: Study | None, arm: str) -> tuple[str, ...]:
     """The numbers that a publication has of an arm, each with the notes that make it hard to compare."""
     if study is None or study.published is None:
         return ()
-    from recipes_lib.compare.published import load_published
 
     published = load_published(study.published)
     lines = []
