@@ -26,6 +26,8 @@ from recipes_lib.training.base_notice import write_notice
 from recipes_lib.training.card import is_hub_id, write_card
 from recipes_lib.training.checkpoints import folder_size
 from recipes_lib.training.packaged_models import is_packaged
+from recipes_lib.training.trained import check_base_of, check_weights
+from recipes_lib.training.weights_check import check_files
 
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
@@ -169,9 +171,6 @@ def _source(trained: TrainedRun, merged: bool) -> Path:
 
 def _check_tensors(trained: TrainedRun, source: Path) -> None:
     """The weights are whole and finite, and an adapter's base is the one it was trained on."""
-    from recipes_lib.training.trained import check_base_of, check_weights
-    from recipes_lib.training.weights_check import check_files
-
     if not trained.full:
         check_base_of(trained)
     check_weights(trained)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.atomic_files import write_text
+from recipes_lib.data.prompts import generation_prompt
+from recipes_lib.errors import RecipesError
 from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.training.base_identity import base_fingerprint, weight_hashes
 
@@ -106,8 +108,6 @@ def real_prompts(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, count:
         tokenizer: the run's.
         count: number of rows.
     """
-    from recipes_lib.errors import RecipesError
-
     limit = min(MAX_TOKENS, max(MIN_TOKENS, MAX_LOGITS // (max(count, 1) * len(tokenizer))))
     try:
         return _validation_rows(trained, tokenizer, count, limit)
@@ -128,7 +128,6 @@ def _validation_rows(trained: TrainedRun, tokenizer: Any, count: int, limit: int
 
 
 def _questions(trained: TrainedRun, tokenizer: Any, limit: int) -> Prompts:
-    from recipes_lib.data.prompts import generation_prompt
     from recipes_lib.data.supervision import prompt_ids
 
     section = trained.prompt_section
