@@ -71,6 +71,15 @@ def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]
 
 
+def test_rotation_without_a_best_one_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-8").touch()  # a file of that name is none
+    checkpoints.rotate(tmp_path, keep=2, best=None)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+
+
 def test_rotation_with_no_limit_keeps_everything(tmp_path: Path) -> None:
     for step in (2, 4):
         make_checkpoint(tmp_path, step)

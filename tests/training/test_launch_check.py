@@ -68,6 +68,10 @@ def test_ddp_where_fsdp_was_asked_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         check_launch(Asked(2, "FSDP", "accelerate launch"), Active(2, "DDP", "cpu"))
 
 
+def test_fsdp_of_one_process_is_one_process() -> None:
+    assert "one process" in check_launch(Asked(1, "FSDP", "accelerate launch"), Active(1, "one process", "cpu"))
+
+
 def test_a_launch_for_the_cpu_sees_no_gpu() -> None:
     for environment in ({"ACCELERATE_USE_CPU": "true"}, {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "0,1"}):
         leave_gpus_out(environment)

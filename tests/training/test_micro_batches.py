@@ -50,3 +50,10 @@ def test_a_filler_has_the_keys_of_a_batch_and_no_loss(padding_free: bool) -> Non
     piece = filler(batch)
     assert piece.keys() == {*batch.keys(), ROW}
     assert int((piece["labels"] != -100).sum()) == 0 and not piece[ROW].numel()
+    assert {tuple(piece[key].shape) for key in ("input_ids", "labels")} == {(1, 2)}
+
+
+def test_flattened_pieces_are_as_full_as_the_cap_allows() -> None:
+    """A long example beside short ones costs its own length there, and not the longest of all as in a padded batch."""
+    pieces = split_batch(collate([30, 2, 2, 2, 4], padding_free=True), 40)
+    assert [piece["input_ids"].shape[1] for piece in pieces] == [40]

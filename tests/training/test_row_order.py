@@ -64,6 +64,10 @@ def test_the_steps_of_an_epoch_have_the_same_rows_on_any_number_of_processes(dro
     assert [len(step) for step in epochs[0]] == ([12, 12] if drop_last else [12, 12, 2])
 
 
+def test_an_epoch_says_its_length_filled_or_cut() -> None:
+    assert [len(EpochRows(SequentialSampler(range(26)), length, filler=26)) for length in (24, 30)] == [24, 30]
+
+
 def test_length_groups_depend_on_the_seed_and_the_epoch_and_not_on_the_random_state() -> None:
     one, other = LengthGroups(4, LENGTHS, seed=7), LengthGroups(4, LENGTHS, seed=7)
     first = list(one)

@@ -132,6 +132,9 @@ def test_a_head_that_caps_or_scales_its_logits_is_left_to_trl() -> None:
     sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes))
     assert can_score_itself(model)
+    model.config.router_aux_loss_coef = 0.01  # the loss of the routers would be left out
+    assert not can_score_itself(model)
+    del model.config.router_aux_loss_coef
     model.config.final_logit_softcapping = 30.0
     assert not can_score_itself(model)
 
