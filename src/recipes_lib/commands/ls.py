@@ -9,7 +9,7 @@ from typing import Any
 
 from recipes_lib.errors import ExitCode, RecipesError
 from recipes_lib.planning.cards import DEFAULT, card_named
-from recipes_lib.planning.remembered import glances
+from recipes_lib.planning.plan_cache import quick_plans
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import project_root, shown_path
 from recipes_lib.terminal import next_step, say
@@ -60,7 +60,7 @@ def _rows(files: list[Path]) -> list[tuple[str, ...]]:
             continue
         if document.kind.name == "recipe":
             documents[file] = document
-    for (file, document), needs in zip(documents.items(), glances(list(documents.values())), strict=True):
+    for (file, document), needs in zip(documents.items(), quick_plans(list(documents.values())), strict=True):
         rows[file] = _row(_name(file), document, needs)
     return [rows[file] for file in files if file in rows]
 

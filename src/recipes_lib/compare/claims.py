@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.beside import with_flags, with_published
 from recipes_lib.compare.findings import Finding, errors_first
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import load_published
+from recipes_lib.compare.published_rows import with_published
 from recipes_lib.compare.table import (
     ALPHA,
     HALF,
@@ -33,10 +33,11 @@ from recipes_lib.compare.table import (
     json_value,
     largest_possible,
     pairs_of,
+    with_flags,
 )
 from recipes_lib.compare.validity.judging import NOT_AUDITED
 from recipes_lib.compare.validity.noise import INSIDE_NOISE, noise_floors
-from recipes_lib.compare.validity.settings import arm_values, beside, changed, effective, setting_text
+from recipes_lib.compare.validity.settings import arm_values, changed, effective, setting_text, with_derived_values
 from recipes_lib.compare.wording import count, difference_text, interval_text, metric_text, p_text, question_text, sentence_list
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ class Causes:
         """Every key that differs, with both values where they are few enough to read."""
         if len(keys) > MOST_VALUES:
             return list(keys)
-        one, other = beside(self.values[row.first], self.values[row.second])
+        one, other = with_derived_values(self.values[row.first], self.values[row.second])
         return [f"{key} ({setting_text(effective(key, one))} against {setting_text(effective(key, other))})" for key in keys]
 
 

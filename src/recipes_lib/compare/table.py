@@ -391,3 +391,38 @@ def _score_interval(table: NDArray[np.float64], questions: Sequence[str]) -> Int
     if len(values) and np.isin(values, (0.0, 1.0)).all() and len(set(questions)) == len(values):
         return wilson(int(values.sum()), len(values))
     return mean_interval(values, np.asarray(questions) if len(values) else None)
+
+
+def with_flags(row: TableRow, measurements: Measurements) -> TableRow:
+    """Return the row with flags about how its numbers came to be."""
+    flags = list(row.flags)
+    for name in row.arms:
+        arm = measurements.arms.get(name)
+        if arm is not None and arm.imported:
+            flags.append(f"{name} imported")
+    for measure in row.measures:
+        flags += _of_measure(measure, measurements)
+    return dataclasses.replace(row, flags=tuple(dict.fromkeys(flags)))
+
+
+def _of_measure(measure: Measure, measurements: Measurements) -> list[str]:
+    """Flags of one measure: subset, judge, orders, few-shot."""
+    run = next((run for arm in measurements.arms.values() for run in arm.runs if run.folder == measure.file.parents[2]), None)
+    found = next((result for result in run.evals if result.file == measure.file), None) if run else None
+    if found is None:
+        return []
+    result, flags = found.result, []
+    if result.get("subset"):
+        flags.append(f"n = {measure.reported_n}, a subset" if measure.reported_n else "a subset")
+    judge = result.get("judge") or {}
+    if judge.get("weak"):
+        flags.append("weak judge")
+    flags += [str(flag) for flag in result.get("flags") or ()]
+    for row in result.get("tasks") or ():
+        if row["task"] == measure.task and row.get("num_fewshot") is not None and measure.label.endswith(_shown_metric(row)):
+            flags.append(f"{row['num_fewshot']}-shot")
+    return list(dict.fromkeys(flags))
+
+
+def _shown_metric(row: dict[str, str]) -> str:
+    return row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.validity.settings import Values, arm_values, beside, changes_result, declared_by, differing, pairs, setting_text
+from recipes_lib.compare.validity.settings import (
+    Values,
+    arm_values,
+    changes_result,
+    declared_by,
+    differing,
+    pairs,
+    setting_text,
+    with_derived_values,
+)
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
@@ -23,7 +32,7 @@ def check_confounds(study: Study | None, measurements: Measurements) -> Iterator
     """
     values = arm_values(study, measurements)
     for first, second in pairs(values):
-        one, other = beside(values[first], values[second])
+        one, other = with_derived_values(values[first], values[second])
         keys = [key for key in differing(one, other) if declared_by(study, key, one, other) is None]
         if keys:
             yield _finding(study, first, second, keys, one, other)

@@ -65,7 +65,7 @@ def pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from itertools.combinations(values, 2)
 
 
-def beside(first: Values, second: Values) -> tuple[Values, Values]:
+def with_derived_values(first: Values, second: Values) -> tuple[Values, Values]:
     """Return the values of two arms with those that follow from several keys: examples per optimizer step, precision of trained weights."""
     pair = [dict(first), dict(second)]
     batches = [_examples_per_step(values) for values in pair]
@@ -98,7 +98,7 @@ def changed(study: Study | None, first: Values, second: Values) -> dict[str, str
     It is computed from values alone. The seed is left out, because it is chance and no cause. Empty means that both arms are trainings
     of one recipe; a key without a factor is a confound.
     """
-    one, other = beside(first, second)
+    one, other = with_derived_values(first, second)
     keys = [key for key in differing(one, other) if key != _SEED and changes_result(key, one, other)]
     return {key: declared_by(study, key, one, other) for key in keys}
 

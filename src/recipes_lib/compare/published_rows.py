@@ -1,4 +1,4 @@
-"""What stands beside a comparison: the published values of both arms, and short flags about how the numbers came to be."""
+"""Published values as a comparison shows them: beside our rows, and in rows of their own where only they can compare two arms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import Published, PublishedNumber
 from recipes_lib.compare.table import Score, TableRow
 from recipes_lib.compare.wording import metric_text
-from recipes_lib.eval_log import Measure
 
 PUBLISHED_ALONE = "a published number without the items behind it can be tested against nothing"
 
@@ -86,38 +85,3 @@ def _row(first: str, second: str, metric: str, scores: Sequence[Score], publishe
         reason=PUBLISHED_ALONE, flags=("published numbers alone",),
         published_first=texts[0], published_second=texts[1], files=(published.path.name,),
     )  # fmt: skip
-
-
-def with_flags(row: TableRow, measurements: Measurements) -> TableRow:
-    """Return the row with flags about how its numbers came to be."""
-    flags = list(row.flags)
-    for name in row.arms:
-        arm = measurements.arms.get(name)
-        if arm is not None and arm.imported:
-            flags.append(f"{name} imported")
-    for measure in row.measures:
-        flags += _of_measure(measure, measurements)
-    return dataclasses.replace(row, flags=tuple(dict.fromkeys(flags)))
-
-
-def _of_measure(measure: Measure, measurements: Measurements) -> list[str]:
-    """Flags of one measure: subset, judge, orders, few-shot."""
-    run = next((run for arm in measurements.arms.values() for run in arm.runs if run.folder == measure.file.parents[2]), None)
-    found = next((result for result in run.evals if result.file == measure.file), None) if run else None
-    if found is None:
-        return []
-    result, flags = found.result, []
-    if result.get("subset"):
-        flags.append(f"n = {measure.reported_n}, a subset" if measure.reported_n else "a subset")
-    judge = result.get("judge") or {}
-    if judge.get("weak"):
-        flags.append("weak judge")
-    flags += [str(flag) for flag in result.get("flags") or ()]
-    for row in result.get("tasks") or ():
-        if row["task"] == measure.task and row.get("num_fewshot") is not None and measure.label.endswith(_shown_metric(row)):
-            flags.append(f"{row['num_fewshot']}-shot")
-    return list(dict.fromkeys(flags))
-
-
-def _shown_metric(row: dict[str, str]) -> str:
-    return row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"

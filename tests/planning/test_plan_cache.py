@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.planning import glance as planner
-from recipes_lib.planning.remembered import UNKNOWN, glances
+from recipes_lib.planning import quick_plan as planner
+from recipes_lib.planning.plan_cache import UNKNOWN, quick_plans
 from recipes_lib.recipe.loader import load_document
 
 
@@ -14,11 +14,11 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """The recipes that were really planned; a plan is 2 GiB and 90 s, or not known for a recipe called odd."""
     done: list[Path] = []
 
-    def glance(document):
+    def quick_plan(document):
         done.append(document.path)
         return None if document.path.stem == "odd" else (2.0, 90.0)
 
-    monkeypatch.setattr(planner, "glance", glance)
+    monkeypatch.setattr(planner, "quick_plan", quick_plan)
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     return done
@@ -31,7 +31,7 @@ def test_a_recipe_is_planned_once_and_again_when_it_or_its_rows_change(planned, 
         file.write_text("model: {name_or_path: a/b}\ndata: {source: rows.jsonl}\n")
 
     def look() -> list[tuple[str, str]]:
-        return glances([load_document(recipe), load_document(odd)])
+        return quick_plans([load_document(recipe), load_document(odd)])
 
     assert look() == look() == [("2.0 GiB", "90 s"), UNKNOWN]
     assert planned == [recipe, odd]
@@ -51,8 +51,8 @@ def test_a_recipe_is_planned_once_and_again_when_it_or_its_rows_change(planned, 
 def test_an_earlier_run_of_the_recipe_makes_its_plan_anew(planned, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: {name_or_path: a/b}\ndata: {source: c/d}\nrun: {name: mine}\n")
-    glances([load_document(recipe)])
+    quick_plans([load_document(recipe)])
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "supervision.json").write_text("{}")
-    glances([load_document(recipe)])
+    quick_plans([load_document(recipe)])
     assert len(planned) == 2

@@ -16,7 +16,7 @@ LARGEST_DATA = 300_000  # bytes; reading more would keep the list waiting
 _CARD = card_named(DEFAULT)
 
 
-def glance(document: Document) -> tuple[float, float] | None:
+def quick_plan(document: Document) -> tuple[float, float] | None:
     """Return GiB per process and seconds of a recipe's default launch; None where only `recipes plan` can say.
 
     The document was not checked, which would take most of the time of the list: what cannot be planned has no numbers.

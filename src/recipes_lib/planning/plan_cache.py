@@ -22,7 +22,7 @@ from recipes_lib.recipe.project import cache_root, runs_root
 UNKNOWN = ("-", "-")
 
 
-def glances(documents: list[Document]) -> list[tuple[str, str]]:
+def quick_plans(documents: list[Document]) -> list[tuple[str, str]]:
     """Return memory per process and time of each recipe, `UNKNOWN` where only `recipes plan` can say; what is new is written down once."""
     file = cache_root() / "glances.json"
     before: dict[str, Any] = {}
@@ -41,10 +41,10 @@ def glances(documents: list[Document]) -> list[tuple[str, str]]:
 
 
 def _planned(document: Document) -> tuple[str, str]:
-    from recipes_lib.planning.glance import glance
+    from recipes_lib.planning.quick_plan import quick_plan
     from recipes_lib.planning.text import clock
 
-    seen = glance(document)
+    seen = quick_plan(document)
     return UNKNOWN if seen is None else (f"{seen[0]:.1f} GiB", clock(seen[1]))
 
 
