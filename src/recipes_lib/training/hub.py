@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.training.export import export
+from recipes_lib.training.trained import finished_run
 
 if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
@@ -72,9 +74,6 @@ def push_target(recipe: Recipe) -> str | None:
 
 def push_finished_run(run: RunDirectory, repo: str) -> str:
     """Export a finished run, whose weights have been checked, and upload the export; private. Return its address."""
-    from recipes_lib.training.export import export
-    from recipes_lib.training.trained import finished_run
-
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "export"
         export(finished_run(run), target, merged=False)

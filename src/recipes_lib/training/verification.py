@@ -16,7 +16,7 @@ from recipes_lib.errors import RecipesError
 from recipes_lib.training.adapters import fold, free_memory, load_merged, merge_record, unfolded_float32, why_stale
 from recipes_lib.training.base_identity import adapter_config, check_whole
 from recipes_lib.training.probes import Prompts, RecordedCheck, read_check, real_prompts
-from recipes_lib.training.trained import BASE, Family, TrainedRun
+from recipes_lib.training.trained import BASE, Family, TrainedRun, check_base_of, weights_damage
 from recipes_lib.training.weights_check import (
     EXACT_TOLERANCE,
     LogitsComparison,
@@ -180,8 +180,6 @@ def _compare(logits: AdapterLogits, folded: torch.Tensor, prompts: Prompts, exac
 
 def _check_weights(trained: TrainedRun, result: Verification) -> None:
     """The files: whole, finite, as many tensors as were recorded, and byte for byte those of the end of the training."""
-    from recipes_lib.training.trained import check_base_of, weights_damage
-
     folder = trained.weights
     if trained.full:
         check_whole(folder)

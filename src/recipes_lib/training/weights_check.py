@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipesError
+from recipes_lib.recipe.upstream import build_quantization_config
 from recipes_lib.training.base_identity import adapter_config
+from recipes_lib.training.model import load_model
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +138,6 @@ def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any
 def reload(folder: Path, recipe: Recipe, full_finetuning: bool, tokenizer: Any) -> PreTrainedModel:
     """Load what was saved, from its files, in the precision it was trained in."""
     import dataclasses
-
-    from recipes_lib.recipe.upstream import build_quantization_config
-    from recipes_lib.training.model import load_model
 
     if full_finetuning:
         saved = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name_or_path=str(folder), revision=None))
