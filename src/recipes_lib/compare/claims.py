@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
     from recipes_lib.compare.published import Published
     from recipes_lib.compare.validity.noise import Floor
-    from recipes_lib.statistics.unresolved import Tested
 
 CONFOUNDED = "confound"  # findings whose code starts so leave no cause, errors among them an association
 ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
@@ -121,14 +120,11 @@ def verdict_of(row: TableRow) -> TestVerdict:
     """Return what the test of a row shows."""
     if row.tested is None or row.reason or row.difference is None:
         return "cannot be tested"
-    if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0 or not _excludes_zero(row.tested):
+    low, high = row.tested.low, row.tested.high
+    with_zero = low is None or high is None or low <= 0 <= high  # bootstrap and permutation test may disagree at the edge: both must agree
+    if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0 or with_zero:
         return "no difference shown"
     return "better" if (row.difference > 0) == row.higher_is_better else "worse"
-
-
-def _excludes_zero(tested: Tested) -> bool:
-    """Whether there is an interval, and zero outside it: a bootstrap and a permutation test may disagree at the edge; both must agree."""
-    return tested.low is not None and tested.high is not None and not tested.low <= 0 <= tested.high
 
 
 def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> TableRow:

@@ -43,26 +43,18 @@ def usable_cores() -> int:
 
 def available_gib() -> float:
     """Return the memory that can be had now: what is free or can be freed, and no more than the control group allows."""
-    gib = _available_gib()
+    gib = _meminfo("MemAvailable")
+    cached = _meminfo("Cached")  # file cache, which a control group counts as used and gives back
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
             most = int((Path("/sys/fs/cgroup") / limit).read_text())
-            gib = min(gib, (most - int((Path("/sys/fs/cgroup") / used).read_text())) / 2**30 + _cached_gib())
+            gib = min(gib, (most - int((Path("/sys/fs/cgroup") / used).read_text())) / 2**30 + cached)
         except (OSError, ValueError):
             continue
     return max(gib, 0.1)
-
-
-def _available_gib() -> float:
-    return _meminfo("MemAvailable")
-
-
-def _cached_gib() -> float:
-    """File cache, which a control group counts as used and gives back."""
-    return _meminfo("Cached")
 
 
 def _meminfo(key: str) -> float:

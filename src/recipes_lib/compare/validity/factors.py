@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.design_check import missing_cells
@@ -27,7 +27,7 @@ def _missing(study: Study) -> Iterator[Finding]:
     """One finding for all cells of the factorial that have no arm."""
     cells = missing_cells(study)
     if cells:
-        evidence = tuple(f"no arm has {_cell(cell)}" for cell in cells)
+        evidence = tuple("no arm has " + ", ".join(f"{factor}: {level}" for factor, level in cell.items()) for cell in cells)
         what = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
         title = f"{what} of the factorial {'has' if len(cells) == 1 else 'have'} no arm"
         yield Finding("missing-cell", "warning", title, evidence, "add an arm for each: an effect there cannot be told from the others")
@@ -36,7 +36,10 @@ def _missing(study: Study) -> Iterator[Finding]:
 def _aliased(study: Study, measurements: Measurements) -> Iterator[Finding]:
     """Per two arms: factors that change together in every two arms of the study, so that no effect is one's own."""
     cells = {arm.name: arm.cell for arm in study.arms if set(study.factors) <= set(arm.cell)}
-    changed = {pair: _changed(study, cells[pair[0]], cells[pair[1]]) for pair in itertools.combinations(cells, 2)}
+    changed = {
+        (first, second): {factor for factor in study.factors if cells[first][factor] != cells[second][factor]}
+        for first, second in itertools.combinations(cells, 2)
+    }
     values = arm_values(study, measurements)
     for one, other in itertools.combinations(study.factors, 2):
         together = [pair for pair, factors in changed.items() if {one, other} <= factors]
@@ -53,11 +56,3 @@ def _aliased(study: Study, measurements: Measurements) -> Iterator[Finding]:
             title = f"{one} is confounded with {other}: they change together in every arm"
             remedy = f"add arms that change {one} alone and {other} alone"
             yield Finding("confound-factors", "error", title, tuple(evidence), remedy, (first, second))
-
-
-def _changed(study: Study, first: Mapping[str, str], second: Mapping[str, str]) -> set[str]:
-    return {factor for factor in study.factors if first[factor] != second[factor]}
-
-
-def _cell(cell: Mapping[str, str]) -> str:
-    return ", ".join(f"{factor}: {level}" for factor, level in cell.items())

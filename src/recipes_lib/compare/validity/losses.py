@@ -46,7 +46,8 @@ _RECORDED = ("confound-data", "confound-split", "confound-prompt-format")
 def check_losses(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
     """Yield, per two arms that both have a validation loss, why the two are not the same measure."""
     values = arm_values(study, measurements)
-    measured = {name: arm.runs[0] for name, arm in measurements.arms.items() if arm.runs and _has_loss(arm.runs[0])}
+    first_runs = {name: arm.runs[0] for name, arm in measurements.arms.items() if arm.runs}
+    measured = {name: run for name, run in first_runs.items() if any(line.get("eval_loss") is not None for line in run.curves)}
     for first, second in pairs(measured):
         one, other = values.get(first, {}), values.get(second, {})
         tokens = [*_differences(_TOKENS, first, second, one, other), *_recorded(measured[first], measured[second])]
@@ -64,10 +65,6 @@ def check_losses(study: Study | None, measurements: Measurements) -> Iterator[Fi
             if evidence:
                 title = f"The validation losses of {first} and {second} are {what}"
                 yield Finding(code, "error", title, tuple(evidence), remedy, (first, second), (METRIC,))
-
-
-def _has_loss(run: RunMeasurements) -> bool:
-    return any(line.get("eval_loss") is not None for line in run.curves)
 
 
 def _differences(keys: tuple[str, ...], first: str, second: str, one: Values, other: Values) -> list[str]:
