@@ -70,7 +70,7 @@ class Sample:
             "raws": list(self.raws),
             "lengths": list(self.lengths),
             **{name: text for name, text in texts.items() if text is not None},
-            **({"shortened": True} if self.shortened else {}),
+            **{name: True for name in ("by_rule", "shortened") if getattr(self, name)},
         }
 
     @classmethod

@@ -29,7 +29,7 @@ from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
-from recipes_lib.suites.tables import say_results
+from recipes_lib.suites.registry import SUITES, say_results
 from recipes_lib.training.ranks import end_process, leave_together
 from recipes_lib.training.session import quiet_libraries
 
@@ -81,24 +81,11 @@ def evaluate_all(
         raise RecipeError(
             "--against has no meaning for lm_eval: it scores answers, it does not compare them", "recipes compare compares runs"
         )
-    suites = [_suite(recipe, words, against, allow_format_differences, remote_code) for recipe in recipes]
+    options = {"allow_format_differences": allow_format_differences, "remote_code": remote_code}
+    suites = [SUITES[recipe.suite.name](recipe, words, against, **options) for recipe in recipes]
     _visit_models(suites)
     _ask_judges(suites)
     return [write_result(suite.recipe, result) for suite in suites for result in suite.results]
-
-
-def _suite(
-    recipe: EvalRecipe, words: Sequence[str], against: str | None, allow_format_differences: bool, remote_code: bool
-) -> Harness | JudgedSuite:
-    """Return one suite with its targets and questions found."""
-    if recipe.suite.name == "lm_eval":
-        return Harness(recipe, words, remote_code)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            f"{recipe.suite.name} runs in one process", "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai"
-        )
-
-    return JudgedSuite(recipe, words, against, allow_format_differences, remote_code)
 
 
 def _visit_models(suites: Sequence[Harness | JudgedSuite]) -> None:

@@ -30,7 +30,7 @@ from recipes_lib.recipe.project import project_root, runs_root, shown_path
 from recipes_lib.study.arms import run_names, study_folder
 from recipes_lib.study.graph import content_of, digest_of
 from recipes_lib.study.steps import build_graph
-from recipes_lib.suites.tables import tables
+from recipes_lib.suites.registry import tables
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.packaged_models import materialise, packaged_folder
 from recipes_lib.training.session import quiet_libraries

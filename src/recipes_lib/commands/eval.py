@@ -11,7 +11,6 @@ from typing import Any
 
 from recipes_lib.errors import ExitCode
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
-from recipes_lib.suites.tables import say_results
 from recipes_lib.terminal import next_step
 
 
@@ -39,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
-    from recipes_lib.evaluate import evaluate_all, split_words
+    from recipes_lib.evaluate import evaluate_all, say_results, split_words
 
     recipes, targets = split_words([args.eval, *args.targets], args.overrides, overrides_of(args))
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):

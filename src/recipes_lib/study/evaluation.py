@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
 from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.registry import SUITES
 from recipes_lib.training.session import quiet_libraries
 from recipes_lib.training.trained import finished_run
 
@@ -181,29 +183,26 @@ class Evaluation:
 
     def _plan(self, recipe: EvalRecipe) -> None:
         """Open the suites of one eval: everyone's own results, and the comparisons."""
+        suite_of = partial(SUITES[recipe.suite.name], remote_code=self.remote_code)
         if recipe.suite.name == "lm_eval":
             steps = self._mine("lm_eval", recipe)
             with self.failures.noted(self.graph, steps, self.debug):
                 if steps:
-                    self.jobs.append(
-                        _Job(recipe, Harness(recipe, self._words(steps), self.remote_code), {}, {step.run: step for step in steps})
-                    )
+                    self.jobs.append(_Job(recipe, suite_of(recipe, self._words(steps), None), {}, {step.run: step for step in steps}))
             return
         answers, judgments = self._mine("answers", recipe), self._mine("judgments", recipe)
         with self.failures.noted(self.graph, [*answers, *judgments], self.debug):
             if answers or judgments:
                 # Everyone takes part, also whose results are fresh: the judge's probes and its audit are then what they would have been
                 # in one go, wherever an earlier attempt ended. What is stored is not asked again.
-                suite = JudgedSuite(recipe, self._words(self._available(recipe)), None, remote_code=self.remote_code)
+                suite = suite_of(recipe, self._words(self._available(recipe)), None)
                 self.jobs.append(_Job(recipe, suite, {step.run: step for step in answers}, {step.run: step for step in judgments}))
         # The judge's probes belong to its audit above; asking them again for every pair would tell nothing new.
         plain = dataclasses.replace(recipe, metrics=dataclasses.replace(recipe.metrics, probe_pairs=0))
         for step in self._mine("comparison", recipe):
             with self.failures.noted(self.graph, [step], self.debug):
                 against = base_run(self.study) if step.against == BASE_ARM else step.against
-                self.jobs.append(
-                    _Job(plain, JudgedSuite(plain, [step.run], against, remote_code=self.remote_code), {}, {step.run: step}, own=False)
-                )
+                self.jobs.append(_Job(plain, suite_of(plain, [step.run], against), {}, {step.run: step}, own=False))
 
     def _available(self, recipe: EvalRecipe) -> list[Step]:
         """The answers of an eval that are there or can be made."""

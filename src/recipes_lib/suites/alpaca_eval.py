@@ -6,8 +6,7 @@ The library's own numbers stand beside ours (`alpaca_library`). The mean score c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipes_lib.atomic_files import write_text
@@ -18,19 +17,114 @@ from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_sample, summarise
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
-from recipes_lib.suites.alpaca_library import annotations_text, library_numbers, own_length_controlled
+from recipes_lib.suites.alpaca_library import annotations_text, is_alpaca_eval, library_numbers, own_length_controlled
 from recipes_lib.suites.answering import AnswerSet
-from recipes_lib.suites.judged import Judged, judge_all, judgments_file, within_scale
-from recipes_lib.suites.questions import Question
+from recipes_lib.suites.judged import Judged, judge_all, judgments_file, sample_file, within_scale, write_lines
+from recipes_lib.suites.judged_suite import JudgedSuite
+from recipes_lib.suites.questions import Question, QuestionSet
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.replay_numbers import replay_numbers
+from recipes_lib.suites.tables import footer, grid, interval, percent, percent_interval
 
 
-def pair_items(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
-    """Return what is to be compared."""
-    return [
-        Item(question.id, question.turns[0], answers.text(question.id), opponent.text(question.id), meta={"category": question.category})
-        for question in questions
-    ]
+class AlpacaEval(JudgedSuite):
+    """AlpacaEval for the targets of one eval recipe."""
+
+    def opponent(self, against: str | None) -> str | None:
+        """Return who is compared with: without a word the recipe's, which is the reference unless it says otherwise."""
+        return against or self.recipe.metrics.against
+
+    def questions(self) -> QuestionSet:
+        """Return the questions of the recipe.
+
+        Raises:
+            RecipeError: the library's length-controlled rate is asked for, where a place in the list is a question, and these questions
+                are others than AlpacaEval's, fewer, or in another order.
+        """
+        chosen = super().questions()
+        instructions = [question.turns[0] for question in chosen.questions]
+        if self.recipe.metrics.length_controlled == "library" and not is_alpaca_eval(instructions):
+            known = f"for AlpacaEval's 805 instructions in their order, and these {len(instructions)} are not"
+            what = f"metrics.length_controlled: library is {known}"
+            raise self.recipe.error("metrics.length_controlled", what, "own (length term only) is for any questions")
+        return chosen
+
+    def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
+        """Return what is to be compared."""
+        return [
+            Item(one.id, one.turns[0], answers.text(one.id), opponent.text(one.id), meta={"category": one.category})
+            for one in self.chosen.questions
+        ]
+
+    def judge_answers(self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge) -> Judged:
+        """Ask for all verdicts about one target."""
+        assert opponent is not None
+        store = JudgmentStore(judgments_file(answers.folder(self.recipe.name), opponent.name))
+        judged = judge_all(self.pair_items(answers, opponent), judge, judge.plan("relative"), store, answers.name)
+        if self.recipe.metrics.absolute:
+            judged.add(judge_all(single_items(self.chosen.questions, answers), judge, judge.plan("absolute"), store, f"{answers.name} 1-5"))
+        return judged
+
+    def numbers(
+        self, result: Mapping[str, Any], answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge, rows: Sequence[Row]
+    ) -> dict[str, Any]:
+        """Return win rate, bounds and grades; samples, model_outputs.json and annotations.json are written."""
+        assert opponent is not None
+        questions, metrics = self.chosen.questions, self.recipe.metrics
+        lines = samples(questions, answers, opponent, rows)
+        write_lines(sample_file(answers.folder(self.recipe.name), "samples.jsonl", opponent), lines)
+        compared = _compared(questions, answers, opponent, rows)
+        library = _library(self.recipe, compared, answers, opponent, judge)
+        scores = [row["value"] for row in rows if row["kind"] == "absolute" and row["status"] == "ok"]
+        whole = {
+            **result,
+            "pairs": summarise(compared).to_dict(),
+            "alpaca_eval": library | {"n": library["n_total"]},
+            "length_controlled": own_length_controlled(compared) if metrics.length_controlled != "none" else None,
+            "mean_score": {**within_scale(mean_interval(scores)), "questions": len(questions)} if metrics.absolute else None,
+            "mean_length": {
+                "answers": _mean([one.lengths[0] for one in compared]),
+                "opponent": _mean([one.lengths[1] for one in compared]),
+            },
+            "by_category": _by_category(compared),
+        }
+        return whole | replay_numbers(whole, "alpaca_eval")
+
+    @staticmethod
+    def table(results: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the lines of a table of results."""
+        head = [
+            "model",
+            "against",
+            "n",
+            "win",
+            "loss",
+            "tie",
+            "unresolved",
+            "win rate, tie = half [95%]",
+            "all lost .. won",
+            "at equal length",
+            "mean 1-5",
+        ]
+        rows = []
+        for result in results:
+            pairs = result["pairs"]
+            bounds = pairs["score_bounds"]
+            equal = result["length_controlled"]
+            counts = [str(pairs[name]) for name in ("win", "loss", "tie", "unresolved")]
+            rows.append(
+                [
+                    *(result["target"], result["against"], str(pairs["n"]), *counts, percent_interval(pairs["score"])),
+                    f"{percent(bounds['all_lost']['estimate'])} .. {percent(bounds['all_won']['estimate'])}",
+                    "n/a"
+                    if not equal or equal["estimate"] is None
+                    else f"{equal['estimate']:.1f}% [{equal['low']:.1f}, {equal['high']:.1f}]",
+                    "-" if not result["mean_score"] else interval(result["mean_score"]),
+                ]
+            )
+        lines = grid(head, rows)
+        lines += ["", "judged in both orders; a pair whose orders disagree is a tie"]
+        return [*lines, *footer(results)]
 
 
 def single_items(questions: Sequence[Question], answers: AnswerSet) -> list[Item]:
@@ -39,35 +133,6 @@ def single_items(questions: Sequence[Question], answers: AnswerSet) -> list[Item
         Item(question.id, question.turns[0], answers.text(question.id), None, question.reference[0] if question.reference else None)
         for question in questions
     ]
-
-
-def judge_answers(recipe: EvalRecipe, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, judge: OpenJudge) -> Judged:
-    """Ask for all verdicts about one target."""
-    store = JudgmentStore(judgments_file(answers.folder(recipe.name), opponent.name))
-    judged = judge_all(pair_items(questions, answers, opponent), judge, judge.plan("relative"), store, answers.name)
-    if recipe.metrics.absolute:
-        judged.add(judge_all(single_items(questions, answers), judge, judge.plan("absolute"), store, f"{answers.name} 1-5"))
-    return judged
-
-
-def summary(
-    recipe: EvalRecipe, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, judge: OpenJudge, rows: Sequence[Row]
-) -> dict[str, Any]:
-    """Return the suite's numbers for one target, and write model_outputs.json and annotations.json beside its samples."""
-    compared = _compared(questions, answers, opponent, rows)
-    library = _library(recipe, compared, answers, opponent, judge)
-    scores = [row["value"] for row in rows if row["kind"] == "absolute" and row["status"] == "ok"]
-    return {
-        "pairs": summarise(compared).to_dict(),
-        "alpaca_eval": library | {"n": library["n_total"]},
-        "length_controlled": own_length_controlled(compared) if recipe.metrics.length_controlled != "none" else None,
-        "mean_score": {**within_scale(mean_interval(scores)), "questions": len(questions)} if recipe.metrics.absolute else None,
-        "mean_length": {
-            "answers": _mean([one.lengths[0] for one in compared]),
-            "opponent": _mean([one.lengths[1] for one in compared]),
-        },
-        "by_category": _by_category(compared),
-    }
 
 
 def _compared(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]) -> list[Sample]:
@@ -117,14 +182,6 @@ def _library(recipe: EvalRecipe, compared: Sequence[Sample], answers: AnswerSet,
     for name, text in names.items():
         write_text(sample_file(folder, name, opponent), text)
     return numbers
-
-
-def sample_file(folder: Path, name: str, opponent: AnswerSet | None) -> Path:
-    """Return samples/<name>, with the opponent in the name unless it is the reference."""
-    path = folder / "samples" / name
-    if opponent is None or opponent.name == REFERENCE or name == "model_outputs.json":
-        return path
-    return path.with_name(f"{path.stem}.against-{opponent.name}{path.suffix}")
 
 
 def _outputs(compared: Sequence[Sample], generator: str) -> str:

@@ -28,6 +28,7 @@ from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.tables import grid
 from recipes_lib.suites.task_code import ALLOW, code_in, unknown_metrics
 from recipes_lib.training.model import model_path
 
@@ -50,7 +51,15 @@ class Harness:
 
     served = False
 
-    def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: EvalRecipe,
+        words: Sequence[str],
+        against: str | None = None,
+        allow_format_differences: bool = False,
+        remote_code: bool = False,
+    ) -> None:
+        del against, allow_format_differences  # answers are scored, not compared
         self.recipe = recipe
         self.targets = find_targets(words, asking_of(recipe, remote_code))
         self._done: dict[str, dict[str, Any]] = {}
@@ -76,6 +85,26 @@ class Harness:
     def results(self) -> list[dict[str, Any]]:
         """One result per target that was visited; none on other ranks than the first."""
         return [self._done[name] for target in self.targets if (name := str(target.identity)) in self._done]
+
+    @staticmethod
+    def table(results: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the lines of a table of results."""
+        head = ["task", "metric", "few-shot", "n", *(result["target"] for result in results)]
+        keys = list(dict.fromkeys((row["task"], row["metric"], row["filter"]) for result in results for row in result["tasks"]))
+        found = [{(row["task"], row["metric"], row["filter"]): row for row in result["tasks"]} for result in results]
+        rows = []
+        for key in keys:
+            cells = [table.get(key) for table in found]
+            first = next(cell for cell in cells if cell)
+            name = key[1] if key[2] == "none" else f"{key[1]} ({key[2]})"
+            shots = "-" if first["num_fewshot"] is None else str(first["num_fewshot"])
+            rows.append([key[0], name, shots, str(first["n"]), *("-" if cell is None else _score(cell) for cell in cells)])
+        return grid(head, rows)
+
+
+def _score(row: dict[str, Any]) -> str:
+    limits = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+    return f"{row['value']:.4f}{limits}"
 
 
 def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:

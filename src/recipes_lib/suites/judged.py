@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.atomic_files import write_text
+from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.progress import Progress
 from recipes_lib.json_files import DamagedFile, read_object
@@ -75,6 +78,19 @@ def ask_probes(items: Sequence[Item], judge: OpenJudge, store: JudgmentStore, nu
 def judgments_file(folder: Path, against: str) -> Path:
     """Return the file of judgments against one opponent: each has its own, because they judge the same answers."""
     return folder / ("judgments.jsonl" if against == "reference" else f"judgments.against-{against}.jsonl")
+
+
+def sample_file(folder: Path, name: str, opponent: AnswerSet | None) -> Path:
+    """Return samples/<name>, with the opponent in the name unless it is the reference."""
+    path = folder / "samples" / name
+    if opponent is None or opponent.name == REFERENCE or name == "model_outputs.json":
+        return path
+    return path.with_name(f"{path.stem}.against-{opponent.name}{path.suffix}")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def judge_facts(judge: OpenJudge) -> dict[str, Any]:

@@ -1,37 +1,31 @@
-"""One judged eval recipe (AlpacaEval, MT-Bench) from its words to its results: answers first, then one judge for all of them."""
+"""What suites that a judge decides share, from the words to the results: answers first, then one judge for all of them."""
 
 from __future__ import annotations
 
-import json
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from recipes_lib.atomic_files import write_text
 from recipes_lib.errors import RecipeError
-from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.subjects import Subject
-from recipes_lib.judging.store import JudgmentStore
+from recipes_lib.judging.judge import Item
+from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.runs.lock import waiting_lock
-from recipes_lib.suites import alpaca_eval, mt_bench
-from recipes_lib.suites.alpaca_library import is_alpaca_eval
 from recipes_lib.suites.answering import Answering, AnswerSet, Pairing, check_target_words
 from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewhere, judge_facts, judgments_file, scorecard
-from recipes_lib.suites.mt_bench_figure import draw_grades
-from recipes_lib.suites.questions import load_questions, no_reference
+from recipes_lib.suites.questions import QuestionSet, load_questions, no_reference
 from recipes_lib.suites.recipe import EvalRecipe
-from recipes_lib.suites.replay_numbers import replay_numbers
 
 
-class JudgedSuite:
+class JudgedSuite(ABC):
     """The targets of one eval recipe: `visit` lets each answer, `judge` has them judged, `conclude` turns the verdicts into `results`.
 
     `cards` are the judge's scorecards by target.
 
     Raises:
-        RecipeError: a word is no target, mt_bench is asked for an opponent that it has not, or the library's length control is asked
-            for other questions than its own.
+        RecipeError: a word is no target, the suite has no such opponent, or several processes were launched.
         DataError: questions or answers in a file cannot be used.
     """
 
@@ -45,18 +39,48 @@ class JudgedSuite:
     ) -> None:
         assert recipe.judge is not None
         self.recipe, self.judge_file = recipe, recipe.judge
-        self.alpaca = recipe.suite.name == "alpaca_eval"
-        against = against or (recipe.metrics.against if self.alpaca else None)
-        if against == REFERENCE and not self.alpaca:
-            raise RecipeError("mt_bench has no reference opponent", "compare with a model: --against base, or --against RUN")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RecipeError(
+                f"{recipe.suite.name} runs in one process", "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai"
+            )
+        against = self.opponent(against)
         check_target_words(recipe, [*words, *([against] if against else [])], remote_code)  # before questions are fetched
-        self.chosen = load_questions(recipe)
-        if self.alpaca and recipe.metrics.length_controlled == "library":
-            check_library_questions(recipe, [question.turns[0] for question in self.chosen.questions])
+        self.chosen = self.questions()
         self.answering = Answering(recipe, words, against, self.chosen.questions, remote_code)
         self.allow_format_differences = allow_format_differences
         self.cards: dict[str, dict[str, Any]] = {}
         self.results: list[dict[str, Any]] = []
+
+    @abstractmethod
+    def opponent(self, against: str | None) -> str | None:
+        """Return who is compared with, given what the command line names.
+
+        Raises:
+            RecipeError: the suite has no such opponent.
+        """
+
+    def questions(self) -> QuestionSet:
+        """Return the questions of the recipe."""
+        return load_questions(self.recipe)
+
+    @abstractmethod
+    def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
+        """Return what is to be compared."""
+
+    @abstractmethod
+    def judge_answers(self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge) -> Judged:
+        """Ask for all verdicts about one target."""
+
+    @abstractmethod
+    def numbers(
+        self, result: Mapping[str, Any], answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge, rows: Sequence[Row]
+    ) -> dict[str, Any]:
+        """Return the suite's numbers for one target, and write its files for reading; `result` is what every judged result holds."""
+
+    @staticmethod
+    @abstractmethod
+    def table(results: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the lines of a table of results."""
 
     @property
     def targets(self) -> Any:
@@ -102,14 +126,13 @@ class JudgedSuite:
         """All verdicts, and the probes of the first pair of models with each of them."""
         judged: dict[str, Judged] = {}
         probes: list[Any] = []
-        suite: Any = alpaca_eval if self.alpaca else mt_bench
         for answers in pairing.targets:
             opponent = pairing.opponents.get(answers.name)
             folder = answers.folder(self.recipe.name)
             with waiting_lock(folder):
-                judged[answers.name] = suite.judge_answers(self.recipe, self.chosen.questions, answers, opponent, judge)
+                judged[answers.name] = self.judge_answers(answers, opponent, judge)
                 if opponent is not None and not probes:
-                    pairs = suite.pair_items(self.chosen.questions, answers, opponent)
+                    pairs = self.pair_items(answers, opponent)
                     store = JudgmentStore(judgments_file(folder, opponent.name))
                     probes = ask_probes(pairs, judge, store, self.recipe.metrics.probe_pairs)
         for mine in judged.values():
@@ -139,32 +162,7 @@ class JudgedSuite:
             "audit": card,
             "missing_references": list(self.chosen.missing_references),
         }
-        if self.alpaca:
-            assert opponent is not None
-            lines = alpaca_eval.samples(questions, answers, opponent, mine.rows)
-            _write_samples(alpaca_eval.sample_file(answers.folder(recipe.name), "samples.jsonl", opponent), lines)
-            whole = result | alpaca_eval.summary(recipe, questions, answers, opponent, judge, mine.rows)
-            return whole | replay_numbers(whole, "alpaca_eval")
-        mt_bench.write_fastchat(recipe, questions, answers, opponent, mine.rows, self.judge_file.path.stem)
-        numbers = mt_bench.summary(questions, mine.rows)
-        title = f"{answers.name}: {recipe.name}, judge {self.judge_file.path.stem}"
-        draw_grades(numbers, answers.folder(recipe.name) / "figures" / "grades", title)
-        # The store keeps every judgment there ever was; these are the ones behind the numbers.
-        result |= {"judgment_keys": [row["key"] for row in mine.rows]}
-        return result | numbers | replay_numbers(result | numbers, "mt_bench")
-
-
-def check_library_questions(recipe: EvalRecipe, instructions: Sequence[str]) -> None:
-    """Refuse the library's length-controlled rate for other questions than AlpacaEval's: a place in the list stands for a question there.
-
-    Raises:
-        RecipeError: they are others, fewer, or in another order.
-    """
-    if not is_alpaca_eval(instructions):
-        what = (
-            f"metrics.length_controlled: library is for AlpacaEval's 805 instructions in their order, and these {len(instructions)} are not"
-        )
-        raise recipe.error("metrics.length_controlled", what, "own (length term only) is for any questions")
+        return result | self.numbers(result, answers, opponent, judge, mine.rows)
 
 
 def check_formats(pairing: Pairing) -> None:
@@ -187,7 +185,3 @@ def twins(answers: AnswerSet, targets: Sequence[AnswerSet]) -> list[str]:
     """Return the line about another target with the same answers."""
     same = [other.name for other in targets if other.name != answers.name and other.digest == answers.digest]
     return [f"{answers.name} and {same[0]} gave the same answers: they are one model here and cannot be ranked"] if same else []
-
-
-def _write_samples(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -7,23 +7,103 @@ is counted and enters the bounds, once as 1 and once as 5. Files go out in FastC
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipes_lib.atomic_files import write_text
+from recipes_lib.errors import RecipeError
+from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.replay_readers import OUR_GRADING
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
-from recipes_lib.suites.alpaca_eval import sample_file
 from recipes_lib.suites.answering import AnswerSet
-from recipes_lib.suites.judged import Judged, judge_all, judgments_file, statuses, within_scale
+from recipes_lib.suites.judged import Judged, judge_all, judgments_file, sample_file, statuses, within_scale, write_lines
+from recipes_lib.suites.judged_suite import JudgedSuite
+from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import NEEDS_REFERENCE, Question
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.replay_numbers import replay_numbers
+from recipes_lib.suites.tables import footer, grid, interval, number, percent_interval
+
+
+class MTBench(JudgedSuite):
+    """MT-Bench for the targets of one eval recipe."""
+
+    def opponent(self, against: str | None) -> str | None:
+        """Return who is compared with.
+
+        Raises:
+            RecipeError: the reference is asked for.
+        """
+        if against == REFERENCE:
+            raise RecipeError("mt_bench has no reference opponent", "compare with a model: --against base, or --against RUN")
+        return against
+
+    def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
+        """Return the turns to compare."""
+        return pair_items(self.chosen.questions, answers, opponent)
+
+    def judge_answers(self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge) -> Judged:
+        """Ask for all verdicts about one target."""
+        folder = answers.folder(self.recipe.name)
+        grades = JudgmentStore(judgments_file(folder, "reference"))
+        judged = Judged()
+        for reference in (False, True):
+            items = grading_items(self.chosen.questions, answers, reference)
+            judged.add(judge_all(items, judge, judge.plan("absolute", reference), grades, answers.name))
+        if opponent is not None and self.recipe.metrics.pairwise:
+            pairs = JudgmentStore(judgments_file(folder, opponent.name))
+            judged.add(judge_all(self.pair_items(answers, opponent), judge, judge.plan("relative"), pairs, f"{answers.name} pairs"))
+        return judged
+
+    def numbers(
+        self, result: Mapping[str, Any], answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge, rows: Sequence[Row]
+    ) -> dict[str, Any]:
+        """Return mean grades and win rate; FastChat's files and a figure are written."""
+        questions, name = self.chosen.questions, self.judge_file.path.stem
+        write_fastchat(self.recipe, questions, answers, opponent, rows, name)
+        found = summary(questions, rows)
+        folder = answers.folder(self.recipe.name)
+        draw_grades(found, folder / "figures" / "grades", f"{answers.name}: {self.recipe.name}, judge {name}")
+        # The store keeps every judgment there ever was; these are the ones behind the numbers.
+        whole = {**result, "judgment_keys": [row["key"] for row in rows], **found}
+        return whole | replay_numbers(whole, "mt_bench")
+
+    @staticmethod
+    def table(results: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the lines of a table of results."""
+        turns = list(results[0]["by_turn"])
+        head = ["model", "n", "turns", "no grade", "mean 1-5 [95%]", "all 1 .. 5", *(f"turn {turn}" for turn in turns), "win rate"]
+        rows = []
+        for result in results:
+            score = result["score"]
+            pairs = result["pairs"]
+            rows.append(
+                [
+                    *(result["target"], str(result["n"]), str(score["turns"]), str(score["without_grade"]), interval(score)),
+                    f"{number(score['bounds']['all_1'])} .. {number(score['bounds']['all_5'])}",
+                    *(number(result["by_turn"][turn]["estimate"]) for turn in turns),
+                    "-" if not pairs else f"{percent_interval(pairs['score'])} against {result['against']}",
+                ]
+            )
+        lines = grid(head, rows)
+        lines += [
+            "",
+            *grid(
+                ["category", *(result["target"] for result in results)],
+                [[name, *(_cell(result, name) for result in results)] for name in results[0]["by_category"]],
+            ),
+        ]
+        lines += ["", "grades are 1-5, as the judge gives them"]
+        return [*lines, *footer(results)]
+
+
+def _cell(result: dict[str, Any], category: str) -> str:
+    turns = result["by_category"][category]
+    return " / ".join(number(turns[turn]["estimate"]) for turn in turns if turn != "all") + f"  (n {turns['all']['turns']})"
 
 
 def grading_items(questions: Sequence[Question], answers: AnswerSet, reference: bool) -> list[Item]:
@@ -67,22 +147,6 @@ def conversation(question: Question, answers: AnswerSet, turn: int) -> str:
     parts = [f"User: {question.turns[n - 1]}\n\nAssistant: {answers.text(question.id, n)}" for n in range(1, turn)]
     last = question.turns[turn - 1]
     return "\n\n".join([*parts, f"User: {last}"]) + "\n\n(The response to evaluate answers the last message of this conversation.)"
-
-
-def judge_answers(
-    recipe: EvalRecipe, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
-) -> Judged:
-    """Ask for all verdicts about one target."""
-    folder = answers.folder(recipe.name)
-    grades = JudgmentStore(judgments_file(folder, "reference"))
-    judged = Judged()
-    for reference in (False, True):
-        items = grading_items(questions, answers, reference)
-        judged.add(judge_all(items, judge, judge.plan("absolute", reference), grades, answers.name))
-    if opponent is not None and recipe.metrics.pairwise:
-        pairs = JudgmentStore(judgments_file(folder, opponent.name))
-        judged.add(judge_all(pair_items(questions, answers, opponent), judge, judge.plan("relative"), pairs, f"{answers.name} pairs"))
-    return judged
 
 
 def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any]:
@@ -145,11 +209,11 @@ def write_fastchat(
     ]
     asked = [{"question_id": _number(one.id), "category": one.category, "turns": list(one.turns)} for one in questions]
     single = [_single(row, answers.name, judge, now) for row in rows if row["kind"] == "absolute"]
-    _write_lines(sample_file(folder, "question.jsonl", None), asked)
-    _write_lines(sample_file(folder, "model_answer.jsonl", None), lines)
-    _write_lines(sample_file(folder, "single.jsonl", None), single)
+    write_lines(sample_file(folder, "question.jsonl", None), asked)
+    write_lines(sample_file(folder, "model_answer.jsonl", None), lines)
+    write_lines(sample_file(folder, "single.jsonl", None), single)
     if opponent is not None and any(row["kind"] == "relative" for row in rows):
-        _write_lines(sample_file(folder, "pair.jsonl", opponent), _pairs(rows, answers.name, opponent.name, judge, now))
+        write_lines(sample_file(folder, "pair.jsonl", opponent), _pairs(rows, answers.name, opponent.name, judge, now))
 
 
 def _single(row: Row, model: str, judge: str, now: float) -> dict[str, Any]:
@@ -202,7 +266,3 @@ def _meta(question: Question, turn: int) -> dict[str, Any]:
 
 def _number(name: str) -> int | str:
     return int(name) if name.isdigit() else name
-
-
-def _write_lines(path: Any, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
