@@ -751,3 +751,8 @@ def test_published_numbers_alone_cannot_be_tested():
 def test_an_arm_whose_files_were_not_imported_says_so():
     finding = next(one for one in check_validity(load_study("published-lora-rank"), arms()) if one.code == "not-imported")
     assert finding.remedy == "recipes import FILE... --as original-base"
+
+
+def test_findings_that_sort_alike_keep_the_order_in_which_they_were_found() -> None:
+    found = [Finding("subset", "warning", "a subset", (f"run {n}",), "evaluate all") for n in range(12)]
+    assert errors_first([*found, *found]) == found

@@ -43,4 +43,6 @@ class Finding:
 
 def errors_first(findings: Iterable[Finding]) -> list[Finding]:
     """Return findings without repetition, errors first, in a stable order."""
-    return sorted(set(findings), key=lambda finding: (SEVERITIES.index(finding.severity), finding.code, finding.arms, finding.title))
+    return sorted(
+        dict.fromkeys(findings), key=lambda finding: (SEVERITIES.index(finding.severity), finding.code, finding.arms, finding.title)
+    )
