@@ -11,7 +11,7 @@ import recipes_lib
 
 ROOT = Path(recipes_lib.__file__).parent
 ORDER = (
-    ("redaction", "errors", "terminal", "atomic_files", "json_files", "faults", "statistics"),
+    ("redaction", "errors", "terminal", "atomic_files", "json_files", "faults", "libraries", "statistics"),
     ("recipe",),
     ("runs",),
     ("data",),

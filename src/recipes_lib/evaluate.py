@@ -21,6 +21,7 @@ from recipes_lib.faults import explain_fault
 from recipes_lib.generation.judges import opened
 from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import distinct
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.redaction import masked
@@ -30,8 +31,8 @@ from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.suites.registry import SUITES, say_results
-from recipes_lib.training.ranks import end_process, leave_together
-from recipes_lib.training.session import quiet_libraries
+from recipes_lib.training.process import end_process
+from recipes_lib.training.ranks import leave_together
 
 _FORMAT_VERSION = 1
 
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         if results:
             say_results(results)
-        leave_together(None)
+        leave_together()
     except Exception as error:
         told = error if isinstance(error, RecipesError) else explain_fault(error)
         if told is None:

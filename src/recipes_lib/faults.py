@@ -17,7 +17,6 @@ from recipes_lib.errors import EnvironmentFault, RecipesError
 
 RESUME = "run the same command again: a training resumes from its newest complete checkpoint, and nothing that was complete is lost"
 FULL, LIMIT, READ_ONLY, REFUSED, BROKEN, MEMORY, LOOP, IN_THE_WAY = range(8)
-LIBRARIES_GIB = 2.5  # what a training of a model of 1 MB maps on two cores
 NUMBERS = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
@@ -74,24 +73,6 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
         reason = getattr(one, "strerror", None) or (str(one).strip().splitlines() or [type(one).__name__])[0]
         return EnvironmentFault(f"{what}: {reason}{f' ({place})' if place else ''}", f"{remedy}, then {RESUME}")
     return None
-
-
-def check_address_space() -> None:
-    """Refuse a limit on memory (`ulimit -v`) that the libraries alone go over: OpenBLAS waits for ever for memory it does not get.
-
-    Call it before torch is imported.
-
-    Raises:
-        EnvironmentFault: the limit, and how to raise it.
-    """
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY and limit < LIBRARIES_GIB * 2**30:
-        raise EnvironmentFault(
-            f"out of memory: the limit on address space is {limit / 2**30:.1f} GiB, and the libraries alone take {LIBRARIES_GIB} GiB",
-            "raise it: ulimit -v unlimited",
-        )
 
 
 def fault_kind(error: BaseException) -> int | None:

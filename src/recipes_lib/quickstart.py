@@ -26,6 +26,7 @@ from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import find_targets
 from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.json_files import read_object
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.recipe.project import project_root, runs_root, shown_path
 from recipes_lib.study.arms import run_names, study_folder
 from recipes_lib.study.graph import content_of, digest_of
@@ -33,7 +34,6 @@ from recipes_lib.study.steps import build_graph
 from recipes_lib.suites.registry import tables
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.packaged_models import materialise, packaged_folder
-from recipes_lib.training.session import quiet_libraries
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject

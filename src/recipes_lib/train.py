@@ -10,18 +10,128 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
+from collections.abc import Sequence
 
-from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.faults import explain_fault
+from recipes_lib.errors import ExitCode
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
-from recipes_lib.training.ranks import EXIT_CODE_FILE, end_process, note_error, rank
+from recipes_lib.training.process import end_process, ending_at_once, exit_status, report
+
+
+def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int:
+    """The straight line from recipe to weights; return the exit code.
+
+    Every rank walks it. What only one may do (folders, files, messages) rank 0 does inside `on_main_rank`, which hands its result, or its
+    error, to all: all go on or all stop.
+    """
+    quiet_libraries()
+    # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them, and `--help` needs none of this.
+    import torch
+
+    from recipes_lib.data.audit import warnings_of
+    from recipes_lib.data.preparation import data_folders, prepare_data
+    from recipes_lib.data.prompts import chat_template
+    from recipes_lib.planning.gate import plan_of_active
+    from recipes_lib.recipe.upstream import build_quantization_config, build_sft_config, check_packages
+    from recipes_lib.runs.manifest import library_versions
+    from recipes_lib.runs.resume_guard import guarded_values
+    from recipes_lib.training import fsdp_on_cpu, launch_check
+    from recipes_lib.training.attempt import Insistence, attempt
+    from recipes_lib.training.build import build_trainer, check_attention
+    from recipes_lib.training.finish import record_finish, record_stop, save_and_check
+    from recipes_lib.training.hub import push_target
+    from recipes_lib.training.model import load_checked_tokenizer, load_model
+    from recipes_lib.training.ranks import keep_alive, meet, on_main_rank, say_once
+    from recipes_lib.training.start_up import start_up_lines
+    from recipes_lib.training.stopping import EXIT_CODES
+    from recipes_lib.training.summary import summarise_training
+    from recipes_lib.training.trackers import check_trackers
+    from recipes_lib.training.trained import check_base_run
+
+    # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now leaves no run behind.
+    launch_check.check_gpus(torch.cuda.device_count())
+    launch_check.check_precision(recipe)
+    if fsdp_on_cpu.is_wanted():
+        fsdp_on_cpu.install()
+    args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    push_to = push_target(recipe)
+    active, asked = launch_check.what_will_run(), launch_check.what_was_asked()
+    launch_line = launch_check.check_launch(asked, active)
+    weights = run.weights(recipe.lora is None)
+
+    with attempt(run, recipe) as this:  # lock, signals, and the record of how it ended
+        if this.finished:
+            say_once(f"run '{run.name}' is already finished, nothing to do: {weights}")
+            say_once("to train it again, choose another run.name")
+            return ExitCode.DONE
+
+        # arguments -> tokenizer -> rows. The audit is a gate: rows without anything to learn from stop the run in `prepare_data`.
+        check_trackers(recipe, args)
+        check_packages(recipe)
+        tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
+        data = prepare_data(recipe, tokenizer)
+        if recipe.data.prompt_format == "chat":  # so that the tokenizer beside the weights carries the template they were trained with
+            tokenizer.chat_template = chat_template(recipe.data, tokenizer, data_folders(recipe))
+        for line in (*map(str, recipe.warnings), *(f"warning: {warning}" for warning in warnings_of(data.audit))):
+            say_once(line)
+
+        # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a refusal leaves its records alone.
+        guard = guarded_values(recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions())
+        guard["prompt_format_hash"] = data.prompt_format_hash
+        planned = on_main_rank(lambda: plan_of_active(recipe, active, data))  # to stand in run.json beside what is measured
+        insist = Insistence(anyway=options.resume_anyway, partially=options.allow_partial_resume)
+        recorded = {"launch": launch_line, "planned": planned}
+        resumption = on_main_rank(lambda: this.continue_or_start(data, guard, active.world_size, insist, recorded))
+
+        # checkpoint -> model -> trainer
+        on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
+        check_attention(recipe, active)
+        model = load_model(recipe, tokenizer, build_quantization_config(recipe))
+        meet()  # each rank reads the weights itself, and a slow share serves one after the other
+        facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}  # what every checkpoint's marker records
+        trainer = build_trainer(recipe, args, model, tokenizer, data, run, this.stop, facts)
+        del model  # the trainer lets go of it before the saved weights are reloaded, and they need its memory
+        keep_alive(trainer)
+        accelerator = trainer.accelerator  # the distribution that was promised before the model was loaded is the one that there is
+        promised = launch_check.active_launch(accelerator.distributed_type, accelerator.num_processes, accelerator.device)
+        launch_check.check_launch(asked, promised)
+        if resumption is not None:
+            trainer.resume_facts(resumption.marker, exactly=not (resumption.changes or insist.partially))
+        say_once(f"run {run.path}")
+        for line in start_up_lines(trainer, launch_line):
+            say_once(line)
+
+        # trainer -> weights. Until here a signal ends the process; from here on it asks for a checkpoint after the step.
+        this.stop.wait_for_step()
+        seconds = trainer.train_until_stop(resumption.checkpoint if resumption else None)
+        if this.stop.agreed:
+            code = EXIT_CODES[this.stop.agreed]
+            on_main_rank(lambda: record_stop(run, trainer.state, code))
+            return code
+        this.stop.close()
+        summary = on_main_rank(lambda: summarise_training(trainer, data, run.metrics, active, resumption, planned, seconds))
+        say_once("saving the weights, and reloading them to check that they are what was trained ...")
+        check = save_and_check(trainer, recipe, data, run, summary)
+        on_main_rank(lambda: record_finish(run, weights, summary, check, push_to))
+        return ExitCode.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train one recipe to its planned end, or to a checkpoint it can continue from; return the exit code (`errors.ExitCode`)."""
+    options, overrides = parse_arguments(argv)
+    leave_gpus_out()
+    recipe = None
+    try:
+        with ending_at_once():
+            recipe = load_recipe(options.recipe, overrides)
+            code = train(recipe, RunDirectory(recipe.name), options)
+    except Exception as error:
+        if options.debug:
+            raise
+        return report(error, RunDirectory(recipe.name).path if recipe else None)
+    return exit_status(code, on_every_rank=True)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -37,92 +147,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_known_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train one recipe to its planned end, or to a checkpoint it can continue from; return the exit code (`errors.ExitCode`)."""
-    options, overrides = parse_arguments(argv)
-    leave_gpus_out()
-    recipe = None
-    try:
-        with ending_at_once():
-            recipe = load_recipe(options.recipe, overrides)
-            code = train(recipe, RunDirectory(recipe.name), options)
-    except RecipesError as error:
-        if options.debug:
-            raise
-        note_error(error)
-        if rank() == 0:
-            print_error(error)
-        same_everywhere = isinstance(error, RecipeError | DataError) or getattr(error, "on_every_rank", "WORLD_SIZE" not in os.environ)
-        return exit_status(int(error.exit_code), on_every_rank=same_everywhere)
-    except Exception as error:
-        if options.debug:
-            raise
-        from recipes_lib.training.defects import as_message
-
-        note_error(error)
-        same_everywhere = getattr(error, "on_every_rank", False)
-        message = explain_fault(error) or as_message(error, RunDirectory(recipe.name).path if recipe else None)
-        if rank() == 0 or not same_everywhere:
-            print_error(message)
-        return exit_status(int(message.exit_code), on_every_rank=same_everywhere)
-    return exit_status(code, on_every_rank=True)
-
-
-@contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Let a signal end this process with one line, until the session listens: an exception could be lost or disguised inside an import."""
-    process = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
-        if os.getpid() != process:  # a worker that was forked from it
-            os._exit(code)
-        if rank() == 0:
-            what = "interrupted" if number == signal.SIGINT else "stopped"
-            line = f"{what} before the first step: nothing is lost, the same command starts it again\n"
-            os.write(2, line.encode())
-        os._exit(exit_status(int(code), on_every_rank=True))
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int:
-    """The straight line from recipe to weights; every rank walks it."""
-    from recipes_lib.training.session import open_session
-
-    with open_session(recipe, run, options) as session:
-        if session.already_finished:
-            return session.report_finished()
-        session.prepare_data()
-        session.check_resume()
-        session.load_model()
-        session.build_trainer()
-        session.announce()
-        session.run_trainer()
-        return session.close_as_stopped() if session.stopped else session.close_as_finished()
-
-
-def exit_status(code: int, on_every_rank: bool) -> int:
-    """Hand the exit code to `recipes train`, which the launcher cannot do: it turns every code into 1 and adds a traceback.
-
-    Where every rank ends for the same reason the launcher is told 0, so that it stays silent; `recipes train` returns `code`.
-    """
-    file = os.environ.get(EXIT_CODE_FILE)
-    if file is None:
-        return code
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several machines each has a `recipes train` of its own
-        try:
-            Path(file).write_text(str(code), encoding="utf-8")
-        except OSError:  # a full disk: the launcher's 1 is better than the 0 of a rank that was told to be silent
-            return code
-    return 0 if on_every_rank else code
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 from recipes_lib.commands.train import _ask_to_stop, _reported
 from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.training.ranks import EXIT_CODE_FILE
+from recipes_lib.training.process import EXIT_CODE_FILE
 
 WAITS = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(7)); print('ready', flush=True); time.sleep(60)"
 

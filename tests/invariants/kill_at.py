@@ -38,7 +38,7 @@ def main() -> int:
 
     from recipes_lib.train import main as train
     from recipes_lib.training import checkpoints, finish
-    from recipes_lib.training.session import Session
+    from recipes_lib.training.attempt import Attempt
     from recipes_lib.training.trainer import RecipeTrainer
 
     def at_step(trainer: Any, *rest: Any) -> bool:
@@ -58,7 +58,7 @@ def main() -> int:
         "before the marker": (RecipeTrainer, "_seal", "before", at_step),
         "before the rotation": (checkpoints, "rotate", "before", lambda folder, *rest: (folder / f"checkpoint-{step}").is_dir()),
         "in the rotation": (checkpoints.shutil, "rmtree", "before", lambda path, *rest: "checkpoint-" in str(path)),
-        "in the preparation of the data": (Session, "check_resume", "before", always),
+        "in the preparation of the data": (Attempt, "continue_or_start", "before", always),
         "before the final save": (finish, "save_and_check", "before", always),
         "before the check of the weights": (finish.weights_check, "check_files", "before", always),
         "before the final rename": (finish, "publish", "before", always),

@@ -36,6 +36,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from recipes_lib.training.ranks import end_process
+    from recipes_lib.training.process import end_process
 
     end_process(main())

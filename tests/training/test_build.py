@@ -14,8 +14,8 @@ from trl import SFTConfig
 import recipes_lib
 from recipes_lib.errors import RecipesError
 from recipes_lib.train import main
-from recipes_lib.training.build import describe_trainable
-from recipes_lib.training.session import Session
+from recipes_lib.training.start_up import describe_trainable
+from recipes_lib.training.trainer import RecipeTrainer
 
 NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
 
@@ -34,12 +34,12 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
         config.fp16 = fp16  # a recipe with fp16 is refused without a GPU
         return config
 
-    def look(session: Session) -> None:
-        found.extend(parameter.dtype for parameter in session.trainer.model.parameters() if parameter.requires_grad)
+    def look(trainer: RecipeTrainer, checkpoint: Path | None) -> None:
+        found.extend(parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad)
         raise RecipesError("seen")
 
     monkeypatch.setattr(upstream, "build_sft_config", build_config)
-    monkeypatch.setattr(Session, "run_trainer", look)
+    monkeypatch.setattr(RecipeTrainer, "train_until_stop", look)
     dtype = "float16" if fp16 else "bfloat16"
     assert main([str(tiny_recipe), NF4, f"model.dtype={dtype}", "train.bf16=false"]) == 1
     assert found and set(found) == {expected}

@@ -72,7 +72,8 @@ def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(tmp_path: Path)
         textwrap.dedent("""
             import datetime, time
             import torch.distributed as dist
-            from recipes_lib.training.ranks import end_process, meet, on_main_rank
+            from recipes_lib.training.process import end_process
+            from recipes_lib.training.ranks import meet, on_main_rank
 
             dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
 

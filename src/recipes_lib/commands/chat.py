@@ -11,10 +11,10 @@ from itertools import zip_longest
 
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.runs.directory import open_run
 from recipes_lib.terminal import next_step, printable, say, use_color
 from recipes_lib.training.card import quantized_bits
-from recipes_lib.training.session import quiet_libraries
 from recipes_lib.training.trained import BASE, Family, families, finished_run
 
 NARROWEST = 36  # columns of text; below that answers stand one under the other

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.runs.directory import open_run
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training import hub
 from recipes_lib.training.export import check_target, export
 from recipes_lib.training.probes import NUM_PROMPTS
-from recipes_lib.training.session import quiet_libraries
 from recipes_lib.training.trained import finished_run
 from recipes_lib.training.verification import verify
 

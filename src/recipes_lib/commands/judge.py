@@ -15,8 +15,8 @@ from recipes_lib import atomic_files
 from recipes_lib.errors import DataError, ExitCode, RecipeError
 from recipes_lib.judging.judge_file import Thresholds, load_judge_file
 from recipes_lib.judging.store import stored_rows
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.terminal import next_step, say
-from recipes_lib.training.session import quiet_libraries
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 from recipes_lib.errors import ExitCode
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.runs.directory import open_run
 from recipes_lib.terminal import next_step, say
 from recipes_lib.training.merging import merge
-from recipes_lib.training.session import quiet_libraries
 from recipes_lib.training.trained import finished_run
 
 

@@ -28,7 +28,8 @@ from recipes_lib.runs.directory import RunDirectory, State
 from recipes_lib.runs.lock import is_held
 from recipes_lib.terminal import at_least, next_step, say, show_command
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
-from recipes_lib.training.ranks import EXIT_CODE_FILE, SEEN, STAGE_FILE
+from recipes_lib.training.process import EXIT_CODE_FILE
+from recipes_lib.training.ranks import SEEN, STAGE_FILE
 
 LETTING_GO_S = 5.0
 OPTIONS = ("accelerate", "gpus", "nodes")

@@ -9,9 +9,9 @@ import sys
 
 from recipes_lib.commands.merge import merge_sentence
 from recipes_lib.errors import ExitCode, RecipeError
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.runs.directory import open_run
 from recipes_lib.terminal import next_step, say
-from recipes_lib.training.session import quiet_libraries
 from recipes_lib.training.trained import finished_run
 from recipes_lib.training.verification import verify
 

@@ -6,10 +6,10 @@ A plan that cannot be made (a model nobody knows here, an odd architecture) stop
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.data.preparation import PreparedData
 from recipes_lib.errors import EnvironmentFault, RecipesError
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import fits_json
@@ -32,14 +32,12 @@ def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
         return None
 
 
-def plan_of_active(recipe: Recipe, active: Active, tokens: Sequence[int], rows: int, validation: int) -> dict[str, Any]:
+def plan_of_active(recipe: Recipe, active: Active, data: PreparedData) -> dict[str, Any]:
     """Return what run.json keeps of the plan of a training that is about to start, made from its real rows; why, where none can be made.
 
     Args:
         active: the launch as it really is.
-        tokens: lengths of training rows, all or a share of them.
-        rows: number of training rows.
-        validation: number of validation rows.
+        data: the rows; the lengths of the first 20,000 speak for all.
     """
     on_cpu = active.device.startswith("cpu")
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", active.world_size))
@@ -53,7 +51,9 @@ def plan_of_active(recipe: Recipe, active: Active, tokens: Sequence[int], rows: 
     )
     launch = Launch(config, per_machine=machine, machines=max(1, active.world_size // machine))
     cards = () if on_cpu else cards_here()
-    lengths = Lengths(tuple(tokens), rows, validation, "the rows themselves", counted=True)
+    tokens = tuple(len(ids) for ids in data.train[:20_000]["input_ids"])
+    validation = len(data.validation) if data.validation is not None else 0
+    lengths = Lengths(tokens, len(data.train), validation, "the rows themselves", counted=True)
     try:
         return planned_facts(plan_launched(recipe, launch, cards[0] if cards else cpu_card(), lengths))
     except Exception as error:  # a plan is a note beside the run; whatever it trips over, the training goes on

@@ -24,6 +24,7 @@ from recipes_lib.generation.judges import opened
 from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import Asking, base_target, distinct, find_targets, record_base
 from recipes_lib.json_files import read_object
+from recipes_lib.libraries import quiet_libraries
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.study.adapter_check import check_loaded, check_weight_files
@@ -33,7 +34,6 @@ from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.registry import SUITES
-from recipes_lib.training.session import quiet_libraries
 from recipes_lib.training.trained import finished_run
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from recipes_lib.data.preparation import PreparedData
+    from recipes_lib.recipe.launch import Active
     from recipes_lib.recipe.recipe import Recipe
     from recipes_lib.runs.directory import RunDirectory
     from recipes_lib.training.stopping import StopRequest
@@ -99,6 +100,13 @@ def raise_trained_weights(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
+def check_attention(recipe: Recipe, active: Active) -> None:
+    """Refuse the attention that no training on this device can use, before the model is loaded."""
+    key = "model.attn_implementation"
+    if recipe.model.attn_implementation == "flex_attention" and active.device.startswith("cpu"):
+        raise recipe.error(key, f"{key}: flex_attention has no backward pass on a CPU", "use sdpa, or leave the key out")
+
+
 def attention_of(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> str:
     """Return the name of the model's attention, after switching it to document attention where that is the fastest (a CPU)."""
     from recipes_lib.training.document_attention import use_document_attention
@@ -149,37 +157,3 @@ def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | N
     rows = validation.select_columns(["input_ids", "labels"])
     missing = -len(rows) % (args.per_device_eval_batch_size * args.world_size)
     return with_fillers(rows, missing) if missing else rows
-
-
-def count_quantized(model: Any) -> int:
-    """Return the number of 4-bit weight matrices; under FSDP they are shards of another type, known by their layer."""
-    import bitsandbytes
-
-    return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
-
-
-def describe_trainable(model: Any, *, raised: bool = False) -> str:
-    """Return how many parameters are trained, and where they sit.
-
-    Args:
-        raised: whether FSDP2 will keep those of half precision in float32, as it does under mixed precision.
-    """
-    import torch
-
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    count, total = sum(parameter.numel() for _, parameter in trainable), sum(parameter.numel() for parameter in model.parameters())
-    precision = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for _, parameter in trainable}))
-    quantized = count_quantized(model)
-    if raised and not quantized and precision != "float32":
-        precision = f"float32 (FSDP2 keeps the {precision} weights so)"
-    frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad and p.dtype != torch.uint8}
-    base = f"; base {'NF4 in ' + str(quantized) + ' layers' if quantized else ', '.join(sorted(frozen))}" if frozen or quantized else ""
-    return f"{count:,} of {total:,} parameters in {precision}{base}"
-
-
-def describe_exchange(model: Any, each_batch: bool) -> str:
-    """Return when FSDP2 shares the gradients out, and what each process keeps until then."""
-    if each_batch:
-        return "shared out after every backward pass (sync_each_batch), each rank keeps its share"
-    whole = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * 4 / 2**20
-    return f"shared out once per step, each rank keeps all of them until then: {whole:,.1f} MiB"

@@ -1,4 +1,4 @@
-"""The end of a training: weights saved, checked against the trained model, and only then given their final name."""
+"""The end of a training: weights saved, checked against the trained model, and only then given their final name; run.json says how."""
 
 from __future__ import annotations
 
@@ -9,22 +9,54 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import publish
-from recipes_lib.errors import RecipesError
+from recipes_lib.atomic_files import publish, sync, sync_tree
+from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.terminal import next_step, say
 from recipes_lib.training import weights_check
 from recipes_lib.training.base_identity import recorded_hashes
 from recipes_lib.training.card import write_card
+from recipes_lib.training.figures import draw_figures
+from recipes_lib.training.hub import push_finished_run
 from recipes_lib.training.model import model_path
 from recipes_lib.training.probes import record_check
 from recipes_lib.training.ranks import on_main_rank
+from recipes_lib.training.summary import beside_the_plan
 
 if TYPE_CHECKING:
+    from transformers import TrainerState
+
     from recipes_lib.data.preparation import PreparedData
     from recipes_lib.recipe.recipe import Recipe
     from recipes_lib.runs.directory import RunDirectory
     from recipes_lib.training.trainer import RecipeTrainer
 
 NUM_PROBES, PROBE_TOKENS = 4, 128
+
+
+def record_stop(run: RunDirectory, state: TrainerState, code: ExitCode) -> None:
+    """Rank 0: the checkpoint of a stopped training is written; record it, and say how to go on."""
+    run.stop_file.unlink(missing_ok=True)
+    step, last = state.global_step, state.max_steps
+    run.write_state("preempted", exit_code=int(code), step=step, error=None)
+    where = "in the validation after the last step," if step >= last else "at"
+    say(f"stopped {where} step {step}/{last}: checkpoint-{step} is complete (exit code {int(code)})")
+    next_step("run the same command again to resume")
+
+
+def record_finish(run: RunDirectory, weights: Path, summary: dict[str, Any], check: dict[str, Any], push_to: str | None) -> None:
+    """Rank 0: the weights have their name; draw the curves, put all on the disk, and only then call the run finished."""
+    draw_figures(run.metrics, run.figures, run.name)
+    sync_tree(run.figures)
+    if run.metrics.is_file():
+        sync(run.metrics)
+    run.stop_file.unlink(missing_ok=True)
+    run.write_state("finished", exit_code=0, error=None, summary=summary, weights_check=check)
+    reload = check["reload"]
+    say(f"finished: {weights} (reloaded: logits differ by at most {reload['largest']:.2g} of {reload['scale']:.2g})")
+    say(beside_the_plan(summary))
+    if push_to:
+        say(f"pushed: {push_finished_run(run, push_to)}")
+    next_step(f"recipes chat {run.name}")
 
 
 def save_and_check(

@@ -71,6 +71,15 @@ def _asked_of_accelerate(argv: Sequence[str]) -> Asked:
     return Asked(world_size, kind, f"accelerate launch{' ' + path if path else ''}")
 
 
+def what_will_run() -> Active:
+    """Return what the processes that have met will do, by the launcher's word on FSDP: accelerate's state has it only with the trainer."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    fsdp = state.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return active_launch("FSDP" if fsdp else state.distributed_type, state.num_processes, state.device)
+
+
 def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> None:
     """Check that every process of this machine has a GPU of its own, where there are GPUs and the launcher means them.
 

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.errors import EnvironmentFault, RecipeError, RecipeErrors
 from recipes_lib.recipe.architectures import not_quantized
+from recipes_lib.recipe.check import check_upstream
 from recipes_lib.recipe.model_names import attention_refused
 from recipes_lib.recipe.sections import ModelSection
 from recipes_lib.terminal import say
@@ -54,6 +55,24 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise no_tokenizer(recipe, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer after upstream's check of the recipe (stage 2), and check again where only now the model's files are here.
+
+    Args:
+        remote_code: whether the command line allowed the model's own code.
+
+    Raises:
+        RecipeErrors: everything that upstream and the model's files have against the recipe.
+    """
+    unchecked: list[RecipeError] = []
+    if errors := check_upstream(recipe, remote_code=remote_code, notes=unchecked):
+        raise RecipeErrors(errors)
+    tokenizer = load_tokenizer(recipe)
+    if unchecked and (errors := check_upstream(recipe, remote_code=remote_code)):
+        raise RecipeErrors(errors)
     return tokenizer
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import os
 import pickle
-import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from recipes_lib.atomic_files import write_text
+from recipes_lib.terminal import say
 
 T = TypeVar("T")
-EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"  # where `recipes train` and a cluster job read the exit code, which launchers lose
 STAGE_FILE = "RECIPES_STAGE_FILE"  # where `recipes train` reads how far the training is
 STEPS, CLOSING = "steps", "closing"
 SEEN = {  # what a first Ctrl-C is answered, by stage
@@ -42,18 +39,6 @@ def tell_stage(stage: str) -> None:
     if file and os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):
             write_text(Path(file), stage)  # whole whenever it is read: an empty one would say that nothing can be saved
-
-
-def note_error(error: BaseException) -> None:
-    """Leave what stopped this rank, named by its time, in the folder RECIPES_RANK_ERRORS where a cluster job asks for it.
-
-    The launcher ends the other ranks, and what they say then hides the cause: the job shows the earliest note first.
-    """
-    folder = os.environ.get("RECIPES_RANK_ERRORS")
-    if folder and getattr(error, "exit_code", 1) not in (75, 130):
-        text = f"rank {rank()} on {socket.gethostname()}: {error if str(error) else type(error).__name__}\n"
-        with suppress(OSError):
-            Path(folder, f"{time.time_ns()}-rank{rank()}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def on_main_rank(work: Callable[[], T]) -> T:
@@ -146,24 +131,27 @@ def agree_on_largest(value: int) -> int:
     return int(largest.item())
 
 
-def leave_together(keep: object) -> None:
-    """Wait until every rank is done, and keep `keep` (what holds the model) from being freed.
+def keep_alive(trainer: object) -> None:
+    """Keep what holds the model from ever being freed, where there are several ranks.
 
     Freeing a DDP model takes its gloo process group apart, which waits for ever when the other rank was faster (seen in one of three
-    stops on two ranks). By now everything is on the disk, so `end_process` ends the process without it.
+    stops on two ranks). `process.end_process` ends the process without it.
     """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        _kept.append(keep)
+        _kept.append(trainer)
+
+
+def leave_together() -> None:
+    """Wait until every rank is done; by now everything is on the disk."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
         dist.barrier()
 
 
-def end_process(code: int) -> NoReturn:
-    """End this process: as usual alone; as one of several ranks without taking the process group apart."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        atexit._run_exitfuncs()  # trackers send their last lines there
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+def say_once(text: str) -> None:
+    """Print from rank 0."""
+    if rank() == 0:
+        say(text)

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.training.metrics import first_and_last, peak_memory_gib
+from recipes_lib.training.start_up import count_quantized
 
 if TYPE_CHECKING:
-    from recipes_lib.training.session import Session
+    from recipes_lib.data.preparation import PreparedData
+    from recipes_lib.recipe.launch import Active
+    from recipes_lib.training.attempt import Resumption
+    from recipes_lib.training.trainer import RecipeTrainer
 
 
-def summarise_training(session: Session) -> dict[str, Any]:
+def summarise_training(
+    trainer: RecipeTrainer,
+    data: PreparedData,
+    metrics: Path,
+    active: Active,
+    resumption: Resumption | None,
+    planned: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
     """Return rows, steps, losses, time and memory of the attempt that reached the end; None where not measured.
 
     Times are this attempt's: after a resume they leave out the earlier attempts, `resumed` in run.json says so, and the planned time, which
     is that of the whole training, is not put beside them.
     """
-    training, validation = first_and_last(session.run.metrics, "loss"), first_and_last(session.run.metrics, "eval_loss")
-    state, data = session.trainer.state, session.data
-    tokens = int(session.trainer._total_train_tokens)
-    begun, planned = session.marker.get("tokens", 0), session.planned or {}
+    training, validation = first_and_last(metrics, "loss"), first_and_last(metrics, "eval_loss")
+    state, tokens = trainer.state, int(trainer._total_train_tokens)
+    begun = resumption.marker.get("tokens", 0) if resumption else 0
     return {
         "steps": state.global_step,
-        **({"best_step": state.best_global_step} if session.args.load_best_model_at_end else {}),
+        **({"best_step": state.best_global_step} if trainer.args.load_best_model_at_end else {}),
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
         "first_training_loss": training[0],
@@ -30,15 +42,15 @@ def summarise_training(session: Session) -> dict[str, Any]:
         "first_validation_loss": validation[0],
         "last_validation_loss": validation[1],
         "tokens": tokens,
-        "seconds": round(session.seconds, 1),
-        "tokens_per_second": round((tokens - begun) / session.seconds, 1) if session.seconds else None,
-        "quantized_layers": session.quantized_layers,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round((tokens - begun) / seconds, 1) if seconds else None,
+        "quantized_layers": count_quantized(trainer.model),
         "peak_memory_gib": round(peak_memory_gib(), 2),
-        "planned_seconds": planned.get("seconds") if session.checkpoint is None else None,
+        "planned_seconds": planned.get("seconds") if resumption is None else None,
         "planned_peak_memory_gib": planned.get("peak_memory_gib"),
-        "world_size": session.active.world_size,
-        "distribution": session.active.distributed_type,
-        "reproducible": "exact on the same versions" if session.active.device.startswith("cpu") else "same hardware, within rounding",
+        "world_size": active.world_size,
+        "distribution": active.distributed_type,
+        "reproducible": "exact on the same versions" if active.device.startswith("cpu") else "same hardware, within rounding",
     }
 
 

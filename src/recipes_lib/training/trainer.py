@@ -24,6 +24,7 @@ import functools
 import math
 import random
 import signal
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +283,13 @@ class RecipeTrainer(SFTTrainer):
         return output
 
     # ---- Stopping and resuming ----
+
+    def train_until_stop(self, checkpoint: Path | None) -> float:
+        """Train, from the beginning or from a checkpoint, until the planned end or an agreed stop; return the seconds it took."""
+        started = time.monotonic()
+        with contextlib.suppress(EvaluationStopped):  # in an evaluation that an earlier stop had put off: the old checkpoint still says so
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return time.monotonic() - started
 
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, model: torch.nn.Module, trial: Any, *args: Any, **kwargs: Any

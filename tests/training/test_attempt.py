@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from recipes_lib.errors import Preempted
-from recipes_lib.training.session import stop_behind
+from recipes_lib.training.attempt import stop_behind
 
 
 def test_a_stop_request_that_a_library_turned_into_its_own_error_is_found() -> None:

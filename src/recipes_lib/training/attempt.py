@@ -1,0 +1,218 @@
+"""One attempt at one run, from its lock to its recorded outcome: what stands around the straight line of `train.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes_lib.atomic_files import write_json, write_text
+from recipes_lib.data.preparation import PreparedData, data_folders
+from recipes_lib.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipesError
+from recipes_lib.faults import explain_fault
+from recipes_lib.recipe.recipe import Recipe, load_recipe
+from recipes_lib.runs.directory import RunDirectory, State
+from recipes_lib.runs.lock import run_lock
+from recipes_lib.runs.manifest import command_line, environment
+from recipes_lib.runs.resume_guard import check_resume, recipe_differences
+from recipes_lib.terminal import say
+from recipes_lib.training import checkpoints, metrics
+from recipes_lib.training.ranks import leave_together, on_main_rank, rank
+from recipes_lib.training.stopping import StopRequest
+from recipes_lib.training.trained import weights_damage
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint that an attempt goes on from.
+
+    Args:
+        checkpoint: its folder.
+        marker: the content of its marker, read at once: the rotation may delete the checkpoint later.
+        changes: {key: [before, now]} of the guarded values that differ and that the user insisted on.
+    """
+
+    checkpoint: Path
+    marker: dict[str, Any]
+    changes: dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Insistence:
+    """What the user accepts of a resumption.
+
+    Args:
+        anyway: guarded values that differ (--resume-anyway).
+        partially: a checkpoint that lacks files of the training state (--allow-partial-resume).
+    """
+
+    anyway: bool
+    partially: bool
+
+
+@dataclass
+class Attempt:
+    """This process's part of one attempt.
+
+    Args:
+        earlier: run.json as an earlier attempt left it; empty where there was none, and on other ranks than 0.
+        finished: whether the run is finished and its weights are whole.
+        is_ours: rank 0: whether run.json is this attempt's to write. It is once a new run was begun or an earlier one taken over; an
+            attempt that was refused before leaves every record as it was.
+    """
+
+    run: RunDirectory
+    recipe: Recipe
+    stop: StopRequest
+    earlier: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    is_ours: bool = False
+
+    def begin(self) -> bool:
+        """Rank 0, under the lock: look at what an earlier attempt recorded, begin the record of a new run; return `finished`."""
+        self.run.check_inside()
+        self.earlier = self.run.read_state() if self.run.exists() else {}
+        if self.earlier.get("state") == "finished":
+            changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
+            if changed:
+                what = f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}"
+                raise RecipeError(what, "start a new run with run.name=OTHER")
+            damage = weights_damage(self.run, self.recipe.lora is None)
+            if damage is None:
+                restore_settings(self.run, self.recipe)
+                return True
+            what = "going on from its newest whole checkpoint, or from the beginning where there is none"
+            say(f"run '{self.run.name}' is finished, but {damage}; {what}")
+        if self.earlier.get("state") == "imported":
+            raise RecipeError(f"run '{self.run.name}' was imported and cannot be trained", "start a new run with run.name=OTHER")
+        self.run.stop_file.unlink(missing_ok=True)  # one that nobody took away asked an attempt that is over
+        if not self.earlier:
+            self.run.write_state("running", attempts=1, exit_code=None, error=None)
+            write_provenance(self.run, self.recipe)
+            self.is_ours = True
+        return False
+
+    def continue_or_start(
+        self, data: PreparedData, guard: dict[str, Any], world_size: int, insist: Insistence, recorded: dict[str, Any]
+    ) -> Resumption | None:
+        """Rank 0: choose the newest complete checkpoint, refuse to continue it with other settings, and make run.json this attempt's.
+
+        Args:
+            data: the rows, for what run.json and the files beside it say of them.
+            guard: every value that a resumed run must share with its beginning.
+            world_size: number of processes.
+            recorded: further fields of run.json.
+
+        Returns:
+            None where training starts from the beginning.
+
+        Raises:
+            RecipeError: guarded values differ.
+            EnvironmentFault: the checkpoint lacks optimizer, scheduler or random state.
+        """
+        run, resumption, step = self.run, None, -1
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        resumed = self.earlier.get("resumed", [])
+        if (found := checkpoints.newest_complete(run.checkpoints, report=say)) is not None:
+            marker = checkpoints.read_marker(found)
+            changes = check_resume(run.name, self.earlier.get("guard") or marker.get("guard", guard), guard, insist.anyway)
+            checkpoints.check_resumable(found, world_size, insist.partially)
+            resumption, step = Resumption(found, marker, changes), int(found.name.split("-")[1])
+            resumed = [*resumed, {"from": found.name, "changed": changes, "partial": insist.partially}]
+        pending = resumption is not None and resumption.marker.get("evaluation_pending", False)
+        metrics.forget_after(run.metrics, step, evaluated=not pending)
+        self._take_over(data, guard=guard, resumed=resumed, **recorded)
+        if resumption is not None:
+            changed = len(resumption.changes)
+            how = "recipe, data, versions unchanged" if not changed else f"--resume-anyway over {changed} changes"
+            say(f"resuming {resumption.checkpoint.name} ({how})")
+        return resumption
+
+    def _take_over(self, data: PreparedData, **fields: Any) -> None:
+        """Rank 0: nothing was refused, so from here on the run's records are this attempt's."""
+        if self.earlier:
+            fields["attempts"] = self.earlier.get("attempts", 0) + 1
+            write_provenance(self.run, self.recipe)
+        if self.earlier.get("state") == "finished" and (weights := self.run.weights(self.recipe.lora is None)).is_dir():
+            checkpoints.set_aside(weights, ".damaged")
+        write_json(self.run.path / "supervision.json", data.audit)
+        write_json(self.run.path / "splits.json", data.splits)
+        folders = [str(folder.resolve()) for folder in data_folders(self.recipe)]
+        self.run.write_state("running", exit_code=None, error=None, data_folders=folders, **fields)
+        self.is_ours = True
+
+    def record_failure(self, code: int, error: str) -> None:
+        """Note in run.json how this attempt ended, where run.json is its to write.
+
+        On a full disk the note may be lost; the error itself must not be, so it is not replaced by one about the note.
+        """
+        if rank() != 0 or not self.is_ours:
+            return
+        with suppress(OSError, RecipesError):
+            if self.run.exists() and self.run.read_state()["state"] == "running":
+                state: State = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
+                self.run.write_state(state, exit_code=code, error=error)
+
+
+@contextmanager
+def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
+    """Hold a run for one attempt: signals are listened to, rank 0 has the lock, an error is recorded, and all ranks leave together.
+
+    The lock is released last: a failure is noted while the run is still ours.
+
+    Raises:
+        RecipeError: the run is finished with other settings, or was imported.
+        EnvironmentFault: another process holds the run.
+    """
+    this = Attempt(run, recipe, StopRequest(run.stop_file))
+    with ExitStack() as stack:
+        stack.enter_context(this.stop.listening())
+
+        def begin() -> bool:
+            stack.enter_context(run_lock(run.path))
+            return this.begin()
+
+        try:
+            this.finished = on_main_rank(begin)
+            yield this
+            leave_together()
+        except RecipesError as error:
+            this.record_failure(int(error.exit_code), str(error))
+            raise
+        except BaseException as error:
+            fault = stop_behind(error) or explain_fault(error)
+            code = int(fault.exit_code if fault else ExitCode.FAILED)
+            this.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))
+            if fault:
+                raise fault from error
+            raise
+
+
+def stop_behind(error: BaseException | None) -> RecipesError | None:
+    """Return the stop request that an error hides: transformers turns one that arrives during its lazy imports into a RuntimeError."""
+    while error is not None:
+        if isinstance(error, Preempted | Interrupted):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
+    """Write the settings of a finished run again where a disk damaged them; they were compared with the recipe's."""
+    try:
+        load_recipe(run.path / "resolved.yaml")
+    except RecipeError as error:
+        say(f"{error}; written again")
+        write_provenance(run, recipe)
+
+
+def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
+    """Write recipe.yaml (as it was), resolved.yaml, command.txt and environment.json."""
+    write_text(run.path / "recipe.yaml", recipe.path.read_text(encoding="utf-8-sig"))
+    write_text(run.path / "resolved.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    write_text(run.path / "command.txt", command_line() + "\n")
+    write_json(run.path / "environment.json", environment())
