@@ -17,8 +17,8 @@ from recipes_lib.planning.dolly_lengths import dolly_lengths
 from recipes_lib.planning.memory import memory_of
 from recipes_lib.planning.settings import Adapter, Settings
 from recipes_lib.recipe.model_shapes import ModelShape, shape_of_config
-from recipes_lib.training import token_loss
-from recipes_lib.training.token_loss import add_token_loss
+from recipes_lib.training.cpu import loss
+from recipes_lib.training.cpu.loss import add_token_loss
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA_2_7B = {
@@ -77,7 +77,7 @@ def build_model(config: dict[str, Any], device: str, rank: int = 32, dropout: fl
         torch.set_default_dtype(default)
     add_token_loss(model)
     if device != "cpu":
-        token_loss.TOKENS_PER_TILE = 2048  # a GPU wants larger products than a cache does
+        loss.TOKENS_PER_TILE = 2048  # a GPU wants larger products than a cache does
     if dropout is None:
         return model.train()
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(TARGETS), task_type="CAUSAL_LM")
@@ -118,7 +118,7 @@ def set_up(model: Any, case: Case) -> None:
     if case.attention == VARLEN:
         register_varlen()
     elif case.attention == "sdpa_by_document":
-        from recipes_lib.training.document_attention import use_document_attention
+        from recipes_lib.training.cpu.attention import use_document_attention
 
         base.set_attn_implementation("sdpa")
         use_document_attention(base)

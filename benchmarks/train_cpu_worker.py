@@ -107,9 +107,9 @@ def apply_patch(name: str | None) -> None:
 
         RecipeTrainer._set_up_loss = set_up_loss  # type: ignore[method-assign]
     elif name == "masked-attention":
-        from recipes_lib.training import document_attention
+        from recipes_lib.training.cpu import attention
 
-        document_attention.use_document_attention = lambda model: False
+        attention.use_document_attention = lambda model: False
     elif name == "bf16-adapters":
         import torch
         import trl.trainer.sft_trainer as owner
@@ -185,8 +185,8 @@ def bare_loop(job: dict[str, Any], turns: Turns, our_loss: bool) -> None:
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0, padding_free=True)
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16, attn_implementation="sdpa")
     if our_loss:
-        from recipes_lib.training.document_attention import use_document_attention
-        from recipes_lib.training.token_loss import add_token_loss
+        from recipes_lib.training.cpu.attention import use_document_attention
+        from recipes_lib.training.cpu.loss import add_token_loss
 
         use_document_attention(model)
         add_token_loss(model)

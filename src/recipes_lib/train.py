@@ -27,7 +27,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     error, to all: all go on or all stop.
     """
     quiet_libraries()
-    # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them, and `--help` needs none of this.
+    # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them, `--help` needs none of this, and a signal
+    # that arrives during these imports ends the process at once (`ending_at_once`).
     import torch
 
     from recipes_lib.data.audit import warnings_of
@@ -37,15 +38,16 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     from recipes_lib.recipe.upstream import build_quantization_config, build_sft_config, check_packages
     from recipes_lib.runs.manifest import library_versions
     from recipes_lib.runs.resume_guard import guarded_values
-    from recipes_lib.training import fsdp_on_cpu, launch_check
+    from recipes_lib.training import launch_check
     from recipes_lib.training.attempt import Insistence, attempt
-    from recipes_lib.training.build import build_trainer, check_attention
+    from recipes_lib.training.build import build_trainer
+    from recipes_lib.training.cpu import fsdp
+    from recipes_lib.training.cpu.attention import refuse_flex_attention
     from recipes_lib.training.finish import record_finish, record_stop, save_and_check
     from recipes_lib.training.hub import push_target
     from recipes_lib.training.model import load_checked_tokenizer, load_model
     from recipes_lib.training.ranks import keep_alive, meet, on_main_rank, say_once
     from recipes_lib.training.start_up import start_up_lines
-    from recipes_lib.training.stopping import EXIT_CODES
     from recipes_lib.training.summary import summarise_training
     from recipes_lib.training.trackers import check_trackers
     from recipes_lib.training.trained import check_base_run
@@ -53,8 +55,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now leaves no run behind.
     launch_check.check_gpus(torch.cuda.device_count())
     launch_check.check_precision(recipe)
-    if fsdp_on_cpu.is_wanted():
-        fsdp_on_cpu.install()
+    if fsdp.is_wanted():
+        fsdp.install()
     args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     push_to = push_target(recipe)
     active, asked = launch_check.what_will_run(), launch_check.what_was_asked()
@@ -80,23 +82,20 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a refusal leaves its records alone.
         guard = guarded_values(recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions())
         guard["prompt_format_hash"] = data.prompt_format_hash
-        planned = on_main_rank(lambda: plan_of_active(recipe, active, data))  # to stand in run.json beside what is measured
+        planned = on_main_rank(lambda: plan_of_active(recipe, active, data))  # to stand beside what is measured
         insist = Insistence(anyway=options.resume_anyway, partially=options.allow_partial_resume)
-        recorded = {"launch": launch_line, "planned": planned}
-        resumption = on_main_rank(lambda: this.continue_or_start(data, guard, active.world_size, insist, recorded))
+        resumption = on_main_rank(lambda: this.continue_or_start(data, guard, active, insist, launch=launch_line, planned=planned))
 
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
-        check_attention(recipe, active)
+        refuse_flex_attention(recipe, active)
         model = load_model(recipe, tokenizer, build_quantization_config(recipe))
         meet()  # each rank reads the weights itself, and a slow share serves one after the other
         facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}  # what every checkpoint's marker records
         trainer = build_trainer(recipe, args, model, tokenizer, data, run, this.stop, facts)
         del model  # the trainer lets go of it before the saved weights are reloaded, and they need its memory
         keep_alive(trainer)
-        accelerator = trainer.accelerator  # the distribution that was promised before the model was loaded is the one that there is
-        promised = launch_check.active_launch(accelerator.distributed_type, accelerator.num_processes, accelerator.device)
-        launch_check.check_launch(asked, promised)
+        launch_check.check_launch(asked, launch_check.what_runs(trainer.accelerator))  # what was promised before the model was loaded
         if resumption is not None:
             trainer.resume_facts(resumption.marker, exactly=not (resumption.changes or insist.partially))
         say_once(f"run {run.path}")
@@ -107,9 +106,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         this.stop.wait_for_step()
         seconds = trainer.train_until_stop(resumption.checkpoint if resumption else None)
         if this.stop.agreed:
-            code = EXIT_CODES[this.stop.agreed]
-            on_main_rank(lambda: record_stop(run, trainer.state, code))
-            return code
+            return on_main_rank(lambda: record_stop(run, trainer.state, this.stop.agreed))
         this.stop.close()
         summary = on_main_rank(lambda: summarise_training(trainer, data, run.metrics, active, resumption, planned, seconds))
         say_once("saving the weights, and reloading them to check that they are what was trained ...")

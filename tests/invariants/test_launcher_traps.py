@@ -45,7 +45,7 @@ def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> Non
     """The same launch without the patch: what accelerate does by itself."""
     script = tmp_path / "unpatched.py"
     script.write_text(
-        "import sys\nfrom recipes_lib.training import fsdp_on_cpu\nfsdp_on_cpu.install = lambda: None\n"
+        "import sys\nfrom recipes_lib.training.cpu import fsdp\nfsdp.install = lambda: None\n"
         "from recipes_lib.train import main\nsys.exit(main(sys.argv[1:]))\n"
     )
     accelerate = str(Path(sys.executable).with_name("accelerate"))
@@ -75,18 +75,18 @@ def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_s
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
 def test_the_patch_does_nothing_without_an_fsdp_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes_lib.training import fsdp_on_cpu
+    from recipes_lib.training.cpu import fsdp
 
     monkeypatch.setenv(name, "0")
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    assert not fsdp_on_cpu.is_wanted()
+    assert not fsdp.is_wanted()
 
 
 def test_the_patch_refuses_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from recipes_lib.training import fsdp_on_cpu
+    from recipes_lib.training.cpu import fsdp
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="accelerator"):
-        fsdp_on_cpu.install()
+        fsdp.install()

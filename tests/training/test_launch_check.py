@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,11 +14,11 @@ from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.training.launch_check import (
     Active,
     Asked,
-    active_launch,
     check_gpus,
     check_launch,
     check_precision,
     leave_gpus_out,
+    what_runs,
     what_was_asked,
 )
 
@@ -123,8 +124,8 @@ def test_what_cannot_be_known_is_said() -> None:
 
 
 def test_accelerates_names_become_ours() -> None:
-    assert active_launch("MULTI_CPU", 2, "cpu").distributed_type == "DDP"
-    assert active_launch("FSDP", 2, "cuda:0").distributed_type == "FSDP"
+    assert what_runs(SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2, device="cpu")).distributed_type == "DDP"
+    assert what_runs(SimpleNamespace(distributed_type="FSDP", num_processes=2, device="cuda:0")).distributed_type == "FSDP"
 
 
 def test_more_processes_than_gpus_are_refused_with_the_numbers() -> None:

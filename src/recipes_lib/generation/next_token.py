@@ -29,7 +29,7 @@ class NextToken:
     """
 
     def __init__(self, model: Any, pad: int) -> None:
-        from recipes_lib.training.token_loss import has_plain_head
+        from recipes_lib.recipe.architectures import has_plain_head
 
         self.model, self.pad = model, pad
         self._plain_head = has_plain_head(model)

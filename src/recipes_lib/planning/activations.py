@@ -15,7 +15,7 @@ from recipes_lib.planning.settings import Settings
 
 _INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "qkv_proj": "attention", "o_proj": "output"}
 _INPUTS |= {"gate_proj": "mlp", "up_proj": "mlp", "gate_up_proj": "mlp", "down_proj": "inner"}
-CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128  # tiles of TRL's fused LM head, and of `training.token_loss`
+CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128  # tiles of TRL's fused LM head, and of `training.cpu.loss`
 
 
 @dataclass(frozen=True)

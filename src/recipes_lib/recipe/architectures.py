@@ -109,6 +109,15 @@ def why_rows_apart(model: Any) -> str | None:
     return None
 
 
+def has_plain_head(model: Any) -> bool:
+    """Return whether the head is a plain linear layer whose products are the logits (Gemma caps them, Granite scales them)."""
+    import torch
+
+    config = model.config.get_text_config()
+    changed = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    return type(model.get_output_embeddings()) is torch.nn.Linear and all(getattr(config, name, None) is None for name in changed)
+
+
 def carries_state(model: Any) -> bool:
     """Return whether layers other than attention pass something from token to token: convolution, state space, linear attention.
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipesError
 from recipes_lib.training.base_identity import adapter_config, check_whole, weight_hashes
-from recipes_lib.training.finish import autocast
 from recipes_lib.training.probes import read_check
 from recipes_lib.training.trained import check_base_of, check_weights
 from recipes_lib.training.verification import FOLD_TOLERANCE
-from recipes_lib.training.weights_check import EXACT_TOLERANCE, check_files, largest_difference, logits_on, rerouted_share
+from recipes_lib.training.weights_check import EXACT_TOLERANCE, autocast, check_files, largest_difference, logits_on, rerouted_share
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject

@@ -14,6 +14,7 @@ from recipes_lib.atomic_files import write_json, write_text
 from recipes_lib.data.preparation import PreparedData, data_folders
 from recipes_lib.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipesError
 from recipes_lib.faults import explain_fault
+from recipes_lib.recipe.launch import Active
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.runs.directory import RunDirectory, State
 from recipes_lib.runs.lock import run_lock
@@ -97,15 +98,15 @@ class Attempt:
         return False
 
     def continue_or_start(
-        self, data: PreparedData, guard: dict[str, Any], world_size: int, insist: Insistence, recorded: dict[str, Any]
+        self, data: PreparedData, guard: dict[str, Any], active: Active, insist: Insistence, **recorded: Any
     ) -> Resumption | None:
         """Rank 0: choose the newest complete checkpoint, refuse to continue it with other settings, and make run.json this attempt's.
 
         Args:
             data: the rows, for what run.json and the files beside it say of them.
             guard: every value that a resumed run must share with its beginning.
-            world_size: number of processes.
-            recorded: further fields of run.json.
+            active: the launch as it is.
+            **recorded: further fields of run.json.
 
         Returns:
             None where training starts from the beginning.
@@ -120,7 +121,7 @@ class Attempt:
         if (found := checkpoints.newest_complete(run.checkpoints, report=say)) is not None:
             marker = checkpoints.read_marker(found)
             changes = check_resume(run.name, self.earlier.get("guard") or marker.get("guard", guard), guard, insist.anyway)
-            checkpoints.check_resumable(found, world_size, insist.partially)
+            checkpoints.check_resumable(found, active.world_size, insist.partially)
             resumption, step = Resumption(found, marker, changes), int(found.name.split("-")[1])
             resumed = [*resumed, {"from": found.name, "changed": changes, "partial": insist.partially}]
         pending = resumption is not None and resumption.marker.get("evaluation_pending", False)

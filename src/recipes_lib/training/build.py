@@ -6,22 +6,26 @@ nothing is dropped without being named. Packing is still TRL's `pack_dataset`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, pack_dataset
+
+from recipes_lib.data.preparation import PreparedData
+from recipes_lib.recipe.architectures import prepare_for_training, settle_targets, why_rows_apart
 from recipes_lib.recipe.batch import sync_each_batch
+from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.recipe.upstream import build_lora_config
+from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.training.cpu import attention as cpu_attention
+from recipes_lib.training.metrics import MetricsCallback
+from recipes_lib.training.row_order import with_fillers
 from recipes_lib.training.row_tracking import ROW
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTConfig
-
-    from recipes_lib.data.preparation import PreparedData
-    from recipes_lib.recipe.launch import Active
-    from recipes_lib.recipe.recipe import Recipe
-    from recipes_lib.runs.directory import RunDirectory
-    from recipes_lib.training.stopping import StopRequest
-    from recipes_lib.training.trainer import RecipeTrainer
+from recipes_lib.training.stopping import StopRequest
+from recipes_lib.training.trainer import RecipeTrainer
 
 
 def build_trainer(
@@ -43,13 +47,6 @@ def build_trainer(
     Raises:
         RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than autocast's.
     """
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from recipes_lib.recipe.architectures import prepare_for_training, settle_targets
-    from recipes_lib.recipe.upstream import build_lora_config
-    from recipes_lib.training.metrics import MetricsCallback
-    from recipes_lib.training.trainer import RecipeTrainer
-
     check_half_precision(recipe, args, model)
     attention = attention_of(recipe, args, model)
     prepare_for_training(model)
@@ -80,8 +77,6 @@ def build_trainer(
 
 def check_half_precision(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> None:
     """Refuse what `recipe.combinations` cannot see: the precision that `model.dtype: auto` found in the checkpoint."""
-    import torch
-
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
         found, wanted = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, half))
@@ -100,34 +95,22 @@ def raise_trained_weights(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def check_attention(recipe: Recipe, active: Active) -> None:
-    """Refuse the attention that no training on this device can use, before the model is loaded."""
-    key = "model.attn_implementation"
-    if recipe.model.attn_implementation == "flex_attention" and active.device.startswith("cpu"):
-        raise recipe.error(key, f"{key}: flex_attention has no backward pass on a CPU", "use sdpa, or leave the key out")
-
-
 def attention_of(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> str:
     """Return the name of the model's attention, after switching it to document attention where that is the fastest (a CPU)."""
-    from recipes_lib.training.document_attention import use_document_attention
-
     whole_text_rows = args.packing and args.packing_strategy == "wrapped"
     if args.device.type == "cpu" and recipe.train.get("padding_free") is not False and not whole_text_rows:
-        use_document_attention(model)
+        cpu_attention.use_document_attention(model)
     return str(getattr(model.config, "_attn_implementation", ""))
 
 
 def padding_costs_nothing_to_drop(recipe: Recipe, args: SFTConfig, model: PreTrainedModel, attention: str) -> bool:
     """Whether to flatten each micro-batch into one row, because the attention keeps its examples apart at no cost; the loss stays the same.
 
-    That is flash attention on a GPU and `document_attention` on a CPU, in a model that has no other layers over tokens. A recipe that
+    That is flash attention on a GPU and `cpu.attention` on a CPU, in a model that has no other layers over tokens. A recipe that
     says `padding_free` itself, or packs, is left alone.
     """
-    from recipes_lib.recipe.architectures import why_rows_apart
-    from recipes_lib.training.document_attention import NAME
-
     undecided = "padding_free" not in recipe.train and not args.packing and not why_rows_apart(model)
-    return undecided and ("flash" in attention or attention == NAME) and args.per_device_train_batch_size > 1
+    return undecided and ("flash" in attention or attention == cpu_attention.NAME) and args.per_device_train_batch_size > 1
 
 
 def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
@@ -135,8 +118,6 @@ def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     if args.shuffle_dataset:
         rows = rows.shuffle(seed=args.seed)
     if args.packing:
-        from trl import pack_dataset
-
         rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe.train["max_length"], args.packing_strategy)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.dataloader_drop_last and len(rows) < step:
@@ -150,8 +131,6 @@ def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | N
 
     Otherwise accelerate repeats the first rows in the last batch, and the validation loss depends on the number of ranks.
     """
-    from recipes_lib.training.row_order import with_fillers
-
     if validation is None or not len(validation) or args.eval_strategy == "no":
         return None
     rows = validation.select_columns(["input_ids", "labels"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import shutil
@@ -20,6 +19,7 @@ from recipes_lib.training.hub import push_finished_run
 from recipes_lib.training.model import model_path
 from recipes_lib.training.probes import record_check
 from recipes_lib.training.ranks import on_main_rank
+from recipes_lib.training.stopping import EXIT_CODES
 from recipes_lib.training.summary import beside_the_plan
 
 if TYPE_CHECKING:
@@ -33,14 +33,20 @@ if TYPE_CHECKING:
 NUM_PROBES, PROBE_TOKENS = 4, 128
 
 
-def record_stop(run: RunDirectory, state: TrainerState, code: ExitCode) -> None:
-    """Rank 0: the checkpoint of a stopped training is written; record it, and say how to go on."""
+def record_stop(run: RunDirectory, state: TrainerState, agreed: int) -> ExitCode:
+    """Rank 0: the checkpoint of a stopped training is written; record it, say how to go on, and return the exit code.
+
+    Args:
+        agreed: the request that all ranks agreed on (`stopping`).
+    """
+    code = EXIT_CODES[agreed]
     run.stop_file.unlink(missing_ok=True)
     step, last = state.global_step, state.max_steps
     run.write_state("preempted", exit_code=int(code), step=step, error=None)
     where = "in the validation after the last step," if step >= last else "at"
     say(f"stopped {where} step {step}/{last}: checkpoint-{step} is complete (exit code {int(code)})")
     next_step("run the same command again to resume")
+    return code
 
 
 def record_finish(run: RunDirectory, weights: Path, summary: dict[str, Any], check: dict[str, Any], push_to: str | None) -> None:
@@ -79,7 +85,7 @@ def save_and_check(
     on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
     trainer.save_model(str(scratch))  # a collective under FSDP: every rank takes part
     probes = [list(ids[:PROBE_TOKENS]) for ids in (data.validation or data.train)[:NUM_PROBES]["input_ids"]]
-    with autocast(trainer.args.bf16, trainer.args.fp16, trainer.args.device.type):
+    with weights_check.autocast(trainer.args.bf16, trainer.args.fp16, trainer.args.device.type):
         trained = weights_check.logits_on(trainer.model, probes)
     half = recipe.quantization is not None or trainer.args.bf16 or trainer.args.fp16 or recipe.model.dtype in {"bfloat16", "float16"}
     tokenizer, bf16, fp16 = trainer.processing_class, trainer.args.bf16, trainer.args.fp16
@@ -88,7 +94,7 @@ def save_and_check(
     def check() -> dict[str, Any]:
         files = weights_check.check_files(scratch, full, model_path(recipe.model))
         reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
-        with autocast(bf16, fp16, reloaded.device.type):
+        with weights_check.autocast(bf16, fp16, reloaded.device.type):
             again = weights_check.logits_on(reloaded, probes)
         tolerance = weights_check.HALF_TOLERANCE if half else weights_check.EXACT_TOLERANCE
         comparison = weights_check.compare_logits(trained, again, tolerance, weights_check.rerouted_share(reloaded))
@@ -113,13 +119,6 @@ def _reject(scratch: Path, run: RunDirectory, comparison: weights_check.LogitsCo
     if comparison.scale == 0:
         what = "the trained model answers nothing: all logits are zero; the learning rate was probably far too high"
     return RecipesError(what, f"the weights are kept in {rejected}, the checkpoints as they are")
-
-
-def autocast(bf16: bool, fp16: bool, device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the mixed precision that a training ran in, or nothing."""
-    import torch
-
-    return torch.autocast(device_type, dtype=torch.bfloat16 if bf16 else torch.float16) if bf16 or fp16 else contextlib.nullcontext()
 
 
 def _release(trainer: RecipeTrainer) -> None:

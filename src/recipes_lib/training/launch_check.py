@@ -6,12 +6,13 @@ What was asked is known from RECIPES_EXPECT (set by `recipes train`), else read 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.accelerate_config import load_accelerate_config, precision_conflict
@@ -75,9 +76,9 @@ def what_will_run() -> Active:
     """Return what the processes that have met will do, by the launcher's word on FSDP: accelerate's state has it only with the trainer."""
     from accelerate import PartialState
 
-    state = PartialState()
-    fsdp = state.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return active_launch("FSDP" if fsdp else state.distributed_type, state.num_processes, state.device)
+    active = what_runs(PartialState())
+    fsdp = active.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return dataclasses.replace(active, distributed_type="FSDP") if fsdp else active
 
 
 def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> None:
@@ -147,10 +148,11 @@ def leave_gpus_out(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def active_launch(distributed_type: object, world_size: int, device: object) -> Active:
-    """Name what accelerate's state reports in the words of our documents: NO, DDP, FSDP."""
-    kind = str(getattr(distributed_type, "value", distributed_type))
-    return Active(world_size, {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}.get(kind, kind), str(device))
+def what_runs(state: Any) -> Active:
+    """Name what an Accelerator, or accelerate's PartialState, reports in the words of our documents: one process, DDP, FSDP."""
+    kind = str(getattr(state.distributed_type, "value", state.distributed_type))
+    words = {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}
+    return Active(state.num_processes, words.get(kind, kind), str(state.device))
 
 
 def _flag(argv: Sequence[str], *names: str) -> str | None:

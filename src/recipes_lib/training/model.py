@@ -12,6 +12,7 @@ from recipes_lib.recipe.check import check_upstream
 from recipes_lib.recipe.model_names import attention_refused
 from recipes_lib.recipe.sections import ModelSection
 from recipes_lib.terminal import say
+from recipes_lib.training.cpu.quantization import keep_plain_4bit_layout
 from recipes_lib.training.packaged_models import is_packaged, materialise
 from recipes_lib.training.ranks import on_main_rank
 
@@ -172,20 +173,6 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_
             )
         model.resize_token_embeddings(entries)
     return model
-
-
-def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for AVX512-BF16 processors at the first evaluation.
-
-    Measured with bitsandbytes 0.50.2: after the repacking a layer's output differs from before (2% of the largest logit of a
-    135M model), so what is trained after the first evaluation is not what was trained before it; and for a layer with 128 inputs
-    two loads of the same weights gave different outputs.
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def default_attention(dtype: str) -> str | None:

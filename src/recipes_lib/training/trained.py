@@ -16,6 +16,7 @@ from recipes_lib.recipe.architectures import ready_to_answer
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training import base_identity
 from recipes_lib.training.base_identity import check_base
+from recipes_lib.training.weights_check import autocast, keep_saved_precision, reload
 
 __all__ = ["BASE", "Family", "TrainedRun", "check_base", "families", "finished_run"]
 
@@ -210,7 +211,6 @@ class Family:
         """As `using`, in the precision that the run was trained in: mixed-precision training computes in half precision beside float32
         weights, and without it the float32 adapters of a bf16 base would compute in float32. The base answers as it is loaded.
         """
-        from recipes_lib.training.finish import autocast
         from recipes_lib.training.probes import read_check
 
         weights = next((one.weights for one in self.runs if one.run.name == name), None)
@@ -246,15 +246,11 @@ def _tokenizer_of(one: TrainedRun) -> PreTrainedTokenizerBase:
 
 
 def _load_full(one: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    from recipes_lib.training.weights_check import reload
-
     return ready_to_answer(reload(one.weights, one.recipe, full_finetuning=True, tokenizer=tokenizer))
 
 
 def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBase) -> Any:
     from peft import PeftModel
-
-    from recipes_lib.training.weights_check import keep_saved_precision
 
     base = load_base(runs[0].recipe, tokenizer)
     for one in runs:

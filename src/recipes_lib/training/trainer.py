@@ -10,9 +10,9 @@ What is added, and why:
 - the validation loss is the sum of token losses over the number of tokens, so that it does not depend on batch size or ranks;
 - token statistics are added up where they are and read once per log: TRL gathers and reads four of them in every micro-batch; the
   entropy that nobody asked for is not computed;
-- without Triton (a CPU) only supervised positions are scored, in one pass (`token_loss`);
+- without Triton (a CPU) only supervised positions are scored, in one pass (`cpu.loss`);
 - FSDP2 leaves outputs in the precision they were computed in and adds up gradients in float32, so that it logs DDP's losses;
-- FSDP2 averages the gradient of a head that `lora.modules_to_save` trains (`token_loss.gather_trained_head`);
+- FSDP2 averages the gradient of a head that `lora.modules_to_save` trains (`gather_trained_head`);
 - no training_args.bin: nobody should unpickle one.
 """
 
@@ -49,13 +49,14 @@ from recipes_lib.recipe.batch import rows_per_epoch
 from recipes_lib.runs.lock import end_if_taken_over
 from recipes_lib.runs.resume_guard import differences
 from recipes_lib.training import checkpoints
+from recipes_lib.training.cpu.loss import add_token_loss, can_score_itself
 from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.micro_batches import filler, split_batch
 from recipes_lib.training.ranks import agree_on_largest, meet, on_main_rank
 from recipes_lib.training.row_order import EpochRows, LengthGroups, RebalancedRows, with_training_filler
 from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
 from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
-from recipes_lib.training.token_loss import TokenCounts, add_token_loss, can_score_itself, gather_trained_head
+from recipes_lib.training.token_counts import TokenCounts
 
 
 class RecipeTrainer(SFTTrainer):
@@ -531,6 +532,22 @@ class RecipeTrainer(SFTTrainer):
         if earlier:
             return checkpoints.folder_size(earlier[-1])
         return 3 * 4 * sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def gather_trained_head(model: Any) -> None:
+    """Let FSDP2 gather a trained head before the loss reads its weight, so that its gradient is averaged over the ranks.
+
+    The losses here and in TRL use the weight and never call the head. Where accelerate makes the head a shard group of its own
+    (`lora.modules_to_save`), nothing would gather it, and the gradient of `full_tensor()` is each rank's own. To be called on the causal
+    language model, before or after it is wrapped.
+    """
+
+    def gather(*_: Any) -> None:
+        head = model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and any(parameter.requires_grad for parameter in head.parameters()):
+            head.unshard()
+
+    model.base_model.register_forward_hook(gather)
 
 
 def load_whole(model: Any, folder: Path) -> None:

@@ -20,6 +20,7 @@ from recipes_lib.training.trained import BASE, Family, TrainedRun, check_base_of
 from recipes_lib.training.weights_check import (
     EXACT_TOLERANCE,
     LogitsComparison,
+    autocast,
     check_files,
     compare_logits,
     largest_difference,
@@ -232,8 +233,6 @@ def _check_as_trained(trained: TrainedRun, family: Family, result: Verification)
 def _differences_from_record(trained: TrainedRun, family: Family, check: RecordedCheck) -> tuple[float, float]:
     """Return the largest difference from the recorded top logits, and the share of positions with the same top token."""
     import torch
-
-    from recipes_lib.training.finish import autocast
 
     half = check.autocast == "bfloat16", check.autocast == "float16"
     with family.using(trained.run.name) as model, autocast(*half, model.device.type):

@@ -5,6 +5,7 @@ The check reloads what was saved into a fresh model, from the files alone, and c
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,13 @@ def logits_on(model: PreTrainedModel, probes: list[list[int]]) -> torch.Tensor:
         ]
     model.train(was_training)
     return torch.cat(rows)
+
+
+def autocast(bf16: bool, fp16: bool, device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the mixed precision that a training ran in, or nothing."""
+    import torch
+
+    return torch.autocast(device_type, dtype=torch.bfloat16 if bf16 else torch.float16) if bf16 or fp16 else contextlib.nullcontext()
 
 
 def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any]:

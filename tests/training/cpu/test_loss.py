@@ -13,14 +13,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes_lib.training.token_loss import (
+from recipes_lib.training.cpu.loss import (
     TOKENS_PER_TILE,
     ScaledTokenLoss,
-    TokenCounts,
     add_token_loss,
     can_score_itself,
-    gather_trained_head,
 )
+from recipes_lib.training.trainer import gather_trained_head
 
 
 def random_batch(rows: int = 3, tokens: int = 90, vocabulary: int = 512) -> dict[str, torch.Tensor]:
@@ -162,12 +161,3 @@ def test_a_trained_head_with_a_shard_group_of_its_own_is_gathered_before_the_los
         assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     finally:
         dist.destroy_process_group()
-
-
-def test_counts_start_again_after_they_were_taken() -> None:
-    counts = TokenCounts(torch.device("cpu"))
-    assert counts.take_accuracy() is None
-    counts.add(10, torch.tensor(4), torch.tensor(1))
-    counts.add(torch.tensor(6), torch.tensor(4), torch.tensor(3))
-    assert (counts.take_tokens(), counts.take_tokens()) == (16, 0)
-    assert (counts.take_accuracy(), counts.take_accuracy()) == (0.5, None)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from recipes_lib.training import document_attention
-from recipes_lib.training.document_attention import NAME, use_document_attention
+from recipes_lib.training.cpu import attention
+from recipes_lib.training.cpu.attention import NAME, use_document_attention
 
 ROWS = [[5, 9, 11, 7, 300], [8], [20, 21, 22, 23, 24, 25, 26]]
 
@@ -39,8 +39,8 @@ def test_it_computes_by_document_only_where_the_bounds_are_known(tiny_model_dir:
     model, plain = load(tiny_model_dir), load(tiny_model_dir)
     use_document_attention(model)
     calls = []
-    original = document_attention.sdpa_attention_forward
-    monkeypatch.setattr(document_attention, "sdpa_attention_forward", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    original = attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
     batch = flattened()
     model(**batch, use_cache=False)
     assert len(calls) == 2 * len(ROWS)  # two layers

@@ -14,8 +14,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from recipes_lib.recipe.launch import Active
+from recipes_lib.recipe.recipe import Recipe
+
 NAME = "sdpa_by_document"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}  # others (state space, convolution) would mix the examples of a row
+
+
+def refuse_flex_attention(recipe: Recipe, active: Active) -> None:
+    """Refuse the attention that no training on a CPU can use, before the model is loaded."""
+    key = "model.attn_implementation"
+    if recipe.model.attn_implementation == "flex_attention" and active.device.startswith("cpu"):
+        raise recipe.error(key, f"{key}: flex_attention has no backward pass on a CPU", "use sdpa, or leave the key out")
 
 
 def sdpa_by_document(

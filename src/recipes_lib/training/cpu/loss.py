@@ -14,54 +14,11 @@ import types
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from recipes_lib.recipe.architectures import has_plain_head
+
 TOKENS_PER_TILE = 128  # measured: 32, 64, 256 and 1,000 are slower; a tile of logits should stay in the cache
-
-
-class TokenCounts:
-    """Counts kept on the device until somebody asks: reading one makes the processor wait for the GPU, and summing one for all ranks.
-
-    Args:
-        device: where the micro-batches are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._tokens = torch.zeros(1, dtype=torch.long, device=device)
-        self._scored = torch.zeros(2, dtype=torch.long, device=device)
-
-    def add(self, tokens: torch.Tensor | int, supervised: torch.Tensor | int, correct: torch.Tensor | int) -> None:
-        """Count one micro-batch of this rank."""
-        self._tokens += tokens
-        self._scored[0] += supervised
-        self._scored[1] += correct
-
-    def take_tokens(self) -> int:
-        """Return the tokens of all ranks since the last call; every rank has to call."""
-        tokens = _sum(self._tokens)[0]
-        self._tokens.zero_()
-        return tokens
-
-    def scored(self) -> list[int]:
-        """Return the supervised tokens of all ranks, and how many of them were ranked first, since `take_accuracy`; every rank has to
-        call.
-        """
-        return _sum(self._scored)
-
-    def take_accuracy(self) -> float | None:
-        """Return the share of supervised tokens of all ranks that were ranked first since the last call; every rank has to call."""
-        supervised, correct = self.scored()
-        self._scored.zero_()
-        return correct / supervised if supervised else None
-
-
-def _sum(counts: torch.Tensor) -> list[int]:
-    total = counts.clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return [int(value) for value in total.tolist()]
 
 
 class TokenLoss(NamedTuple):
@@ -142,13 +99,6 @@ class ScaledTokenLoss(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def has_plain_head(model: Any) -> bool:
-    """Return whether the head is a plain linear layer whose products are the logits (Gemma caps them, Granite scales them)."""
-    config = model.config.get_text_config()
-    changed = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    return type(model.get_output_embeddings()) is torch.nn.Linear and all(getattr(config, name, None) is None for name in changed)
-
-
 def can_score_itself(model: Any) -> bool:
     """Return whether the loss here is the model's own: a plain head, and no router whose loss would be added."""
     return has_plain_head(model) and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is None
@@ -178,22 +128,6 @@ def add_token_loss(model: Any) -> None:
         return TokenLoss(loss, torch.tensor(len(where), device=hidden.device), correct)
 
     model.forward = types.MethodType(forward, model)
-
-
-def gather_trained_head(model: Any) -> None:
-    """Let FSDP2 gather a trained head before the loss reads its weight, so that its gradient is averaged over the ranks.
-
-    The losses here and in TRL use the weight and never call the head. Where accelerate makes the head a shard group of its own
-    (`lora.modules_to_save`), nothing would gather it, and the gradient of `full_tensor()` is each rank's own. To be called on the causal
-    language model, before or after it is wrapped.
-    """
-
-    def gather(*_: Any) -> None:
-        head = model.get_output_embeddings()
-        if isinstance(head, FSDPModule) and any(parameter.requires_grad for parameter in head.parameters()):
-            head.unshard()
-
-    model.base_model.register_forward_hook(gather)
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

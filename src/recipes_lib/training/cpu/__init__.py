@@ -1,0 +1,1 @@
+"""What exists only for machines without a GPU: nothing here runs where there is one."""
