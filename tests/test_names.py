@@ -14,9 +14,6 @@ SHARED = {
     "run": "commands/",
     "configure": "commands/",
     "main": "",
-    "judge_answers": "suites/",
-    "pair_items": "suites/",
-    "summary": "suites/",
 }
 
 

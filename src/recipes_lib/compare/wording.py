@@ -24,11 +24,11 @@ def question_text(question: str) -> str:
     return text if asks else f"Question, in the words of the study and not tested: {text}"
 
 
-def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+def plain_number(value: float | None, digits: int = 3, signed: bool = False) -> str:
     """Return a plain number.
 
     Example:
-        >>> number(-0.25, 2), number(0.25, 2, signed=True), number(None)
+        >>> plain_number(-0.25, 2), plain_number(0.25, 2, signed=True), plain_number(None)
         ('−0.25', '+0.25', 'n/a')
     """
     if value is None or not math.isfinite(value):
@@ -49,8 +49,8 @@ def metric_text(value: float | None, unit: str) -> str:
     if value is None or not math.isfinite(value):
         return NONE
     if unit == "points":
-        return f"{number(100 * value, 1)} points"
-    return f"{number(100 * value, 1)}%" if unit == "share" else number(value, _digits(value, unit))
+        return f"{plain_number(100 * value, 1)} points"
+    return f"{plain_number(100 * value, 1)}%" if unit == "share" else plain_number(value, _digits(value, unit))
 
 
 def difference_text(value: float | None, unit: str) -> str:
@@ -62,7 +62,9 @@ def difference_text(value: float | None, unit: str) -> str:
     """
     if value is None or not math.isfinite(value):
         return NONE
-    return f"{number(100 * value, 1, signed=True)} points" if unit == "share" else number(value, _digits(value, unit), signed=True)
+    return (
+        f"{plain_number(100 * value, 1, signed=True)} points" if unit == "share" else plain_number(value, _digits(value, unit), signed=True)
+    )
 
 
 def interval_text(low: float | None, high: float | None, unit: str, signed: bool = True) -> str:
@@ -77,7 +79,7 @@ def interval_text(low: float | None, high: float | None, unit: str, signed: bool
     if unit == "share":
         low, high = 100 * low, 100 * high
     digits = 1 if unit == "share" else _digits(max(abs(low), abs(high)), unit)
-    return f"[{number(low, digits, signed)}, {number(high, digits, signed)}]"
+    return f"[{plain_number(low, digits, signed)}, {plain_number(high, digits, signed)}]"
 
 
 def p_text(p: float | None) -> str:

@@ -40,7 +40,7 @@ def filters() -> dict[str, Any]:
         "value": wording.metric_text,
         "difference": wording.difference_text,
         "p": wording.p_text,
-        "number": wording.number,
+        "number": wording.plain_number,
         "interval": interval_of,
         "shown": visible,
         "effect": effect_value,

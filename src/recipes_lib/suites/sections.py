@@ -13,7 +13,7 @@ from recipes_lib.judging.judge_file import JudgeSection, Thresholds
 from recipes_lib.recipe.schema import file_schema, sections_schema
 from recipes_lib.recipe.sections import key
 
-SUITES = ("alpaca_eval", "mt_bench", "lm_eval")
+SUITE_NAMES = ("alpaca_eval", "mt_bench", "lm_eval")
 JUDGE_FILE_HELP = "A judge file, relative to the eval recipe (judges/prometheus-7b-v2.yaml). Keys beside it replace the file's."
 
 
