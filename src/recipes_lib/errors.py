@@ -63,6 +63,11 @@ class RecipeError(RecipesError):
 
     exit_code = ExitCode.USAGE
 
+    @property
+    def errors(self) -> list[RecipeError]:
+        """The errors that it stands for: itself, or several."""
+        return [self]
+
 
 def in_order(errors: Iterable[AnyError]) -> list[AnyError]:
     """Return errors in the order of file and line."""
@@ -73,8 +78,13 @@ class RecipeErrors(RecipeError):
     """Several recipe errors reported together, in the order of file and line."""
 
     def __init__(self, errors: Iterable[RecipeError]) -> None:
-        self.errors = in_order(errors)
-        super().__init__(f"{len(self.errors)} errors")
+        self._errors = in_order(errors)
+        super().__init__(f"{len(self._errors)} errors")
+
+    @property
+    def errors(self) -> list[RecipeError]:
+        """The errors, in the order of file and line."""
+        return self._errors
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.errors))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipes_lib.data.examples import place
 from recipes_lib.data.rows import NUM_CHECKED, check_local_rows
-from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipeErrors, RecipesError, in_order, print_error
+from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, in_order, print_error
 from recipes_lib.recipe.loader import Document, load_document
 from recipes_lib.recipe.project import recipe_path, shown_path
 from recipes_lib.recipe.recipe import recipe_from
@@ -49,10 +49,8 @@ def run(args: argparse.Namespace) -> int:
             if not found and document.kind.name == "recipe":
                 found += _data_errors(document, args.full)
             remarks += document.warnings
-        except RecipeErrors as several:
-            found += several.errors
         except RecipeError as error:
-            found.append(error)
+            found += error.errors
         broken += bool(found)
         errors |= {str(error): error for error in found}
     _print_remarks(remarks)

@@ -64,7 +64,5 @@ def _errors(path: Path) -> list[RecipeError]:
     """Return what `recipes check` finds in a file."""
     try:
         return check(load_document(path), full=False)
-    except RecipeErrors as errors:
-        return list(errors.errors)
     except RecipeError as error:
-        return [error]
+        return error.errors

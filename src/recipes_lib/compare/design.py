@@ -343,10 +343,8 @@ class _Reader:
         try:
             plain = load_recipe(path)
             return load_recipe(path, words)
-        except RecipeErrors as several:
-            self.errors += several.errors if plain is None else [self._at_override(name, error) for error in several.errors]
         except RecipeError as error:
-            self.errors.append(error if plain is None else self._at_override(name, error))
+            self.errors += error.errors if plain is None else [self._at_override(name, one) for one in error.errors]
         return None
 
     def _at_override(self, name: str, error: RecipeError) -> RecipeError:
@@ -372,10 +370,8 @@ class _Reader:
             return None
         try:
             return load_eval(path)
-        except RecipeErrors as several:
-            self.errors += several.errors
         except RecipeError as error:
-            self.errors.append(error)
+            self.errors += error.errors
         return None
 
     def check_words(self, arms: Sequence[Arm]) -> None:
@@ -389,10 +385,8 @@ class _Reader:
         try:
             if path is not None:
                 load_published(path)
-        except RecipeErrors as several:
-            self.errors += several.errors
         except RecipeError as error:
-            self.errors.append(error)
+            self.errors += error.errors
 
     def one_base(self, study: Study) -> list[RecipeError]:
         """Return an error where `include_base` does not mean one model."""

@@ -115,7 +115,7 @@ def check_upstream(recipe: Recipe, *, remote_code: bool | None = None, notes: li
         try:
             return build()
         except RecipeError as error:
-            errors.extend(getattr(error, "errors", [error]))
+            errors.extend(error.errors)
             return None
 
     launch = collect(lambda: plan_launch(recipe.launch)) or Launch(AccelerateConfig(Path()), per_machine=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.errors import RecipeError
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection, Thresholds, is_address, load_judge_file
 from recipes_lib.recipe.loader import Document
 from recipes_lib.recipe.project import project_root, shown_path
@@ -61,7 +61,7 @@ class EvalRules(KindRules):
             try:
                 load_judge_file(file)
             except RecipeError as error:
-                yield from error.errors if isinstance(error, RecipeErrors) else [error]
+                yield from error.errors
         generation = values.get("generation", {})
         for section in ("generation", "judge"):
             if (url := values.get(section, {}).get("base_url")) and not is_address(url):
