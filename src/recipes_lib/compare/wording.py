@@ -43,7 +43,7 @@ def metric_text(value: float | None, unit: str) -> str:
     """Return a metric's value: a share in percent, a grade with two digits, a spread of shares in percentage points.
 
     Example:
-        >>> value_text(0.625, "share"), value_text(4.0, "grade"), value_text(0.021, "points")
+        >>> metric_text(0.625, "share"), metric_text(4.0, "grade"), metric_text(0.021, "points")
         ('62.5%', '4.00', '2.1 points')
     """
     if value is None or not math.isfinite(value):
@@ -110,7 +110,7 @@ def sentence_list(names: list[str] | tuple[str, ...]) -> str:
     """Return names as a list in a sentence.
 
     Example:
-        >>> listed(["a"]), listed(["a", "b", "c"])
+        >>> sentence_list(["a"]), sentence_list(["a", "b", "c"])
         ('a', 'a, b and c')
     """
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
