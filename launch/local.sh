@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The stages of `recipes launch` without Slurm: one after another on this machine, with the same files, commands and logs.
+# The stages of `recipes launch` without Slurm: one after another on this machine, with the same scripts and logs.
 #   launch/local.sh RECIPE|STUDY [--stages train,eval,report] [--accelerate A] [section.key=value ...]
 # Stops at the first stage that fails, with its exit code; run it again to continue.
 set -euo pipefail
@@ -9,7 +9,8 @@ RECIPES=$(command -v recipes || echo "$HERE/../.venv/bin/recipes")
 case " $* " in *" --stages"[\ =]*) ;; *) set -- "$@" --stages train,eval,report ;; esac
 FOLDER=$("$RECIPES" launch "$@" --prepare)
 PATH=$(dirname "$RECIPES"):$PATH
-while read -r stage; do
-  echo "==> $stage   (log: $FOLDER/$stage.log)"
-  bash "$HERE/job.sbatch" "$FOLDER" "$stage" < /dev/null > >(tee -a "$FOLDER/$stage.log") 2>&1 || exit
+while read -r job task; do
+  log=$FOLDER/$job${task:+.$task}.log
+  echo "==> $job${task:+ $task}   (log: $log)"
+  SLURM_ARRAY_TASK_ID=$task bash "$FOLDER/$job.sbatch" < /dev/null > >(tee -a "$log") 2>&1 || exit
 done < "$FOLDER/order"

@@ -1,4 +1,4 @@
-"""Every shipped recipe and study with every profile: the exact sbatch lines, without Slurm.
+"""Every shipped recipe and study with every profile: the sbatch lines, and what the scripts ask Slurm for and run, without Slurm.
 
 After a wanted change: UPDATE_GOLDEN=1 pytest tests/launching/test_golden_argv.py, and read the diff.
 """
@@ -23,7 +23,7 @@ STUDIES = sorted(path for path in (PROJECT / "recipes" / "studies").glob("*.yaml
 
 
 @pytest.mark.parametrize("profile", profile_names())
-def test_the_sbatch_lines_of_every_recipe_and_study_are_the_recorded_ones(
+def test_the_jobs_of_every_recipe_and_study_are_the_recorded_ones(
     profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
@@ -46,8 +46,9 @@ def test_the_sbatch_lines_of_every_recipe_and_study_are_the_recorded_ones(
 
 
 def plain(said: str, tmp_path: Path) -> list[str]:
-    """Return the sbatch lines and the commands of the jobs, without this machine's folders and interpreter; a study's steps are its own."""
-    text = said.replace(sys.executable, "PYTHON").replace(str(tmp_path / "runs"), "RUNS").replace(str(PROJECT), "PROJECT")
+    """Return the jobs' lines without this machine's folders and interpreter, each command on one line; a study's steps are its own."""
+    text = re.sub(r" \\\n\s*", " ", said)
+    text = text.replace(sys.executable, "PYTHON").replace(str(tmp_path / "runs"), "RUNS").replace(str(PROJECT), "PROJECT")
     text = text.replace(f"snapshot/{PROJECT.name}/", "snapshot/CHECKOUT/")
     return [
         line
@@ -57,22 +58,23 @@ def plain(said: str, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("profile", profile_names())
-def test_a_recorded_line_asks_for_what_the_profile_says(profile: str) -> None:
-    for line in (GOLDEN / f"{profile}.txt").read_text(encoding="utf-8").splitlines():
-        command = re.fullmatch(r"\$ (\w+)=\$\((sbatch .*) \| tee (.*)\)", line)
-        if command is None:
-            assert not line.startswith("$"), line
-            continue
-        words = shlex.split(command[2])
-        flags = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--")}
-        assert len(flags) == len([word for word in words if word.startswith("--")])  # none twice
-        assert words[-3].endswith("launch/job.sbatch") and "--requeue" in flags
-        assert flags["--signal"].startswith("B:USR2@")
+def test_a_recorded_job_asks_for_what_the_profile_says(profile: str) -> None:
+    jobs = re.findall(
+        r"^\$ \w+=\$\(sbatch (.*) \| tee .*\)\n((?:    .*\n)*)", (GOLDEN / f"{profile}.txt").read_text(encoding="utf-8"), re.M
+    )
+    assert len(jobs) > 50 or profile == "local-sandbox"
+    for line, script in jobs:
+        *waits, file = shlex.split(line.removeprefix("--parsable "))
+        assert not waits or (
+            waits[0].startswith(("--dependency=afterok:", "--dependency=afterany:")) and waits[1] == "--kill-on-invalid-dep=yes"
+        )
+        stage = Path(file).stem.partition("-")[0]
+        asked = [word for asks in re.findall(r"^    #SBATCH (.*)", script, re.M) for word in shlex.split(asks)]
+        flags = {word.partition("=")[0]: word.partition("=")[2] for word in asked}
+        assert len(flags) == len(asked) and "--requeue" in flags  # none twice
+        assert flags["--signal"].startswith("B:USR2@") and flags["--job-name"].endswith(f".{Path(file).stem}")
         if profile == "nus-soc":
-            stage = words[-1].partition("-")[0]
             assert flags["--partition"] == ("gpu-long" if stage == "eval" else "gpu")
             gres, _, gpus = flags.get("--gres", "gpu:h100-47:1").rpartition(":")
             assert (gres, flags["--cpus-per-task"], flags["--mem"]) == ("gpu:h100-47", str(8 * int(gpus)), f"{32 * int(gpus)}G")
             assert stage != "report" or "--gres" not in flags
-        if "--dependency" in flags:
-            assert flags["--dependency"].startswith(("afterok:", "afterany:")) and flags["--kill-on-invalid-dep"] == "yes"

@@ -15,8 +15,10 @@ from tests.study.study_files import write_tiny_study
 
 from recipes_lib import cli
 from recipes_lib.compare.design import load_study
-from recipes_lib.launching.folder import all_launches, environment_script
+from recipes_lib.launching.folder import all_launches
+from recipes_lib.launching.jobs import Job, Task
 from recipes_lib.launching.profile import load_profile
+from recipes_lib.launching.script import script_of
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.suites.harness import load_tasks
@@ -103,18 +105,18 @@ def test_the_environment_is_quoted_and_in_order(profile_file, monkeypatch: pytes
             )
         )
     )
-    script = environment_script(profile)
+    script = script_of(Job("report", "report", (Task(("true",), ()),)), tmp_path, profile).text()
     lines = script.splitlines()
-    assert lines[1:5] == [
-        "MAX_REQUEUES=3 || return 5",
-        "module load cuda/12.4 || return 5",
-        "module load 'a b' || return 5",
-        "source '/opt/my venv/bin/activate' || return 5",
+    first = lines.index("module load cuda/12.4 || environment_failed")
+    assert "MAX_REQUEUES=3" in script.partition("source ")[0]
+    assert lines[first + 1 : first + 3] == [
+        "module load 'a b' || environment_failed",
+        "source '/opt/my venv/bin/activate' || environment_failed",
     ]
-    assert lines[-1] == "ulimit -n 4096 || return 5" and "export HF_HUB_OFFLINE=1 || return 5" in lines
+    assert "ulimit -n 4096 || environment_failed" in lines and "export HF_HUB_OFFLINE=1" in lines
     plain = "\n".join(line for line in lines if line.startswith(("export", "mkdir")))
     shown = subprocess.run(
-        ["bash", "-c", f'f() {{\n{plain}\n}}; f; printf "%s|%s" "$TRICKY" "$TMPDIR"'],
+        ["bash", "-c", f'{plain}\nprintf "%s|%s" "$TRICKY" "$TMPDIR"'],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "77"},
     ).stdout  # fmt: skip
     assert shown.startswith("$(touch oops) 'x'|/tmp/") and shown.endswith("/77")
@@ -126,9 +128,9 @@ def test_prepare_writes_the_folder_of_plain_sbatch_and_local_runs(tiny_recipe: P
     folder = Path(capsys.readouterr().out.strip())
     assert folder == tmp_path / "runs" / "tiny" / "slurm"
     assert (folder / "order").read_text() == "train\n"
-    assert (folder / "train.processes").read_text() == "2 MULTI_GPU\n"
-    words = (folder / "train.args").read_text().splitlines()
-    assert words[1:3] == ["-m", "accelerate.commands.launch"] and words[words.index("--num_processes") + 1] == "@WORLD@"
+    text = (folder / "train.sbatch").read_text()
+    assert """RECIPES_EXPECT='{"world_size": 2, "distributed_type": "MULTI_GPU"}'""" in text
+    assert " -m accelerate.commands.launch" in text and "--num_processes 2" in text and "--partition" not in text
     assert all_launches() == []  # nothing is submitted yet
 
 
@@ -137,9 +139,9 @@ def test_code_that_the_launch_allowed_is_allowed_to_every_stage_that_loads_the_m
     monkeypatch.chdir(PROJECT)
     assert cli.main(["launch", what, "--prepare", "--accelerate", "cpu", "--stages", "train,eval", "--trust-remote-code"]) == 0
     folder = Path(capsys.readouterr().out.strip())
-    commands = {file.name: file.read_text().splitlines() for file in folder.glob("*.args")}
-    assert any(name.startswith("eval") for name in commands)
-    assert [name for name, words in commands.items() if "--trust-remote-code" not in words] == []
+    scripts = {file.name: file.read_text() for file in folder.glob("*.sbatch")}
+    assert any(name.startswith("eval") for name in scripts)
+    assert [name for name, text in scripts.items() if " --trust-remote-code" not in text] == []
 
 
 def test_prefetch_checks_without_a_network_and_names_what_is_missing(tiny_recipe: Path, tmp_path: Path, capsys) -> None:

@@ -1,77 +1,125 @@
-"""launch/job.sbatch and its kin without Slurm: clean shell, true exit codes, nothing that is said comes from a value."""
+"""The script of a job, run without Slurm: clean shell, true exit codes, and no value is ever read as shell."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.study.study_files import write_tiny_study
 
 from recipes_lib import cli
+from recipes_lib.launching.jobs import Job, JobSize, Task
+from recipes_lib.launching.profile import load_profile
+from recipes_lib.launching.script import Script, script_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-SCRIPTS = [LAUNCH / "job.sbatch", *sorted(LAUNCH.glob("*.sh"))]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(script: Path) -> None:
+def shellcheck(*words: str | Path) -> None:
     if shutil.which("shellcheck") is None:
         assert not os.environ.get("CI"), "shellcheck is missing: apt-get install shellcheck"
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    done = subprocess.run(["shellcheck", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_the_job_script_is_commented_and_knows_no_site() -> None:
-    text = (LAUNCH / "job.sbatch").read_text()
-    lines = text.splitlines()
-    assert sum("#" in line for line in lines) >= 15
-    sbatch = [line for line in lines if line.startswith("#SBATCH")]
-    assert not any(word in line for line in sbatch for word in ("partition", "gres", "account", "time="))
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    shellcheck(script)
+
+
+def test_shellcheck_finds_nothing_in_the_scripts_of_jobs(profile_file, tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    """A training on several nodes, evaluations with a judge, an array of arms; SC2016: what stands in single quotes, a node expands."""
+    odd = tmp_path / "it's $HOME"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(odd / "runs"))
+    profile = profile_file(
+        "environment: {modules: [cuda, 'a b'], conda: ml, srun: ['--container-image=x y']}", "vllm: /opt/my vllm", "gres: null"
+    )
+    several = ["--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "2", "--evals", str(LAUNCH.parent / "evals" / "mt_bench.yaml")]
+    study = write_tiny_study(tmp_path / "study", tiny_model_dir)
+    for words in (
+        ["quickstart/lora-r8", *several, "run.notes=it's $HOME `x`", "run.tags=[--wrap=x]", "train.per_device_train_batch_size=2"],
+        [str(study)],
+    ):
+        assert cli.main(["launch", *words, "--profile", str(profile), "--prepare", "--stages", "train,eval,report"]) == 0
+    scripts = sorted((odd / "runs").glob("*/slurm/*.sbatch"))
+    assert [script.stem for script in scripts if script.stem.startswith("train")] == ["train", "train"] and len(scripts) == 9
+    shellcheck("-x", "--exclude=SC2016", *scripts)
 
 
 @pytest.fixture
-def job(tmp_path: Path):
-    """Runs the script on a stage of a folder."""
-    (tmp_path / "env.sh").write_text("export FROM_SITE=yes\n")
-    (tmp_path / "log").touch()
+def job(tmp_path: Path, profile_file):
+    """Runs the script of a stage of one command."""
 
-    def run(stage: str, *words: str, check: tuple[str, ...] = (), processes: str = "1 NO", **environment: str) -> tuple[int, str]:
-        (tmp_path / f"{stage}.args").write_text("".join(f"{word}\n" for word in words))
-        (tmp_path / f"{stage}.processes").write_text(f"{processes}\n")
-        if check:
-            (tmp_path / f"{stage}.check.args").write_text("".join(f"{word}\n" for word in check))
+    def run(
+        stage: str, *words: str, check: tuple[str, ...] = (), processes: int = 1, setup: str = "true", **environment: str
+    ) -> tuple[int, str]:
+        profile = load_profile(str(profile_file(f"environment: {{setup: [{setup!r}]}}")))
+        shape = JobSize(processes=processes, uses_gpus=False, distributed_type="MULTI_GPU" if processes > 1 else "NO")
+        script = script_of(Job(stage, stage, (Task((), words, check),), shape), tmp_path, profile)
+        (tmp_path / f"{stage}.sbatch").write_text(script.text())
         plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        argv = ["bash", str(LAUNCH / "job.sbatch"), str(tmp_path), stage]
+        argv = ["bash", str(tmp_path / f"{stage}.sbatch")]
         done = subprocess.run(argv, env={**plain, **environment}, capture_output=True, text=True, timeout=60, cwd=tmp_path)
         return done.returncode, done.stdout + done.stderr
 
-    return run
+    monkeypatched = pytest.MonkeyPatch()
+    monkeypatched.chdir(tmp_path)
+    yield run
+    monkeypatched.undo()
 
 
-def test_a_node_that_does_not_see_the_folder_of_the_runs_is_exit_5(tmp_path: Path) -> None:
-    argv = ["bash", str(LAUNCH / "job.sbatch"), str(tmp_path / "elsewhere" / "mine" / "slurm"), "train"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 5 and "this node does not see" in done.stderr
+def test_the_script_of_a_training_is_what_one_would_write(tmp_path: Path, profile_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", "/scratch/runs")
+    monkeypatch.setenv("RECIPES_CACHE", "/scratch/cache")
+    monkeypatch.chdir("/")
+    launcher = ("python", "-m", "accelerate.commands.launch", "--config_file", "fsdp.yaml", "--num_processes", "16", "--num_machines", "2")
+    task = Task(launcher, ("-m", "recipes_lib.train", "mine.yaml", "run.notes=it's"), ("python", "-m", "recipes_lib.cli", "verify", "mine"))
+    job = Job("train", "train", (task,), JobSize(2, 8, True, "FSDP"))
+    profile = load_profile(str(profile_file("extra_sbatch: ['--constraint=a&b']")))
+    text = script_of(job, Path("/scratch/runs/mine/slurm"), profile).text().replace(str(LAUNCH), "LAUNCH")
+    golden = Path(__file__).parent / "golden" / "train.sbatch"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_slurm_reads_a_directive_as_it_was_meant() -> None:
+    """Quotes as in bash, but a backslash takes the next character as it is, within quotes too."""
+    words = ("--output=/a b/it's #1.log", r"--comment=back\slash")
+    (line,) = Script("", (words,), (), ()).directives
+    assert line.startswith("#SBATCH ") and shlex.split(line.removeprefix("#SBATCH ").replace("\\\\", "\\")) == list(words)
+
+
+def test_a_node_that_does_not_see_the_folder_of_the_runs_is_exit_5(job, tmp_path: Path) -> None:
+    assert job("eval", "true")[0] == 0
+    text = (tmp_path / "eval.sbatch").read_text().replace(f"FOLDER={tmp_path}", f"FOLDER={tmp_path}/elsewhere/slurm")
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5 and f"this node does not see {tmp_path}/elsewhere/slurm" in done.stderr
 
 
 def test_a_command_is_an_argument_list_not_a_line_of_shell(job, tmp_path: Path) -> None:
-    code, said = job("eval", "printf", "%s|", "$(touch oops)", "a  b", "'; touch oops", "--foo", "*", "@HEAD@:@NODES@:@NODE_RANK@")
-    assert code == 0 and "$(touch oops)|a  b|'; touch oops|--foo|*|127.0.0.1:1:0|" in said
+    code, said = job("eval", "printf", "%s|", "$(touch oops)", "a  b", "'; touch oops", "--foo", "*", "a\nb\\n", "$HEAD")
+    assert code == 0 and "$(touch oops)|a  b|'; touch oops|--foo|*|a\nb\\n|$HEAD|" in said
     assert not (tmp_path / "oops").exists()
     assert (tmp_path / "eval.exit_code").read_text() == "0\n"
 
 
 def test_the_sites_environment_reaches_the_command_and_a_failing_one_is_exit_5(job, tmp_path: Path) -> None:
-    assert "yes" in job("eval", "printenv", "FROM_SITE")[1]
-    (tmp_path / "env.sh").write_text("module load nothing || return 5\n")
-    code, said = job("eval", "true")
-    assert code == 5 and "the site's environment failed" in said
+    assert "yes" in job("eval", "printenv", "FROM_SITE", setup="export FROM_SITE=yes")[1]
+    code, said = job("eval", "touch", "ran", setup="module load nothing")
+    number = (tmp_path / "eval.sbatch").read_text().splitlines().index("module load nothing || environment_failed") + 1
+    assert code == 5 and f"the site's environment failed: line {number} of {tmp_path}/eval.sbatch" in said
+    assert not (tmp_path / "ran").exists()
     assert (tmp_path / "eval.exit_code").read_text() == "5\n"
 
 
@@ -139,14 +187,14 @@ def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(j
 @pytest.mark.parametrize(
     ("processes", "given", "threads"),
     [
-        ("1 NO", {"SLURM_CPUS_PER_TASK": "8"}, "8"),
-        ("8 MULTI_GPU", {"SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "8"}, "8"),
-        ("2 MULTI_GPU", {"SLURM_CPUS_PER_TASK": "1"}, "1"),
-        ("2 MULTI_GPU", {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "3"}, "3"),
-        ("1 NO", {}, "1"),
+        (1, {"SLURM_CPUS_PER_TASK": "8"}, "8"),
+        (8, {"SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "8"}, "8"),
+        (2, {"SLURM_CPUS_PER_TASK": "1"}, "1"),
+        (2, {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "3"}, "3"),
+        (1, {}, "1"),
     ],
 )
-def test_each_process_takes_its_share_of_the_tasks_cores(job, stand_in, monkeypatch, processes: str, given, threads: str) -> None:
+def test_each_process_takes_its_share_of_the_tasks_cores(job, stand_in, monkeypatch, processes: int, given, threads: str) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     stand_in("scontrol", "echo localhost")
     stand_in("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
@@ -165,26 +213,27 @@ def test_a_script_says_how_it_is_used(script: str) -> None:
     assert done.returncode == 0 and f"launch/{script}" in done.stdout and not done.stderr
 
 
-def test_a_job_out_of_an_old_submission_says_what_is_missing(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", LAUNCH / "job.sbatch", tmp_path, "train"], capture_output=True, text=True)
-    assert done.returncode == 2 and "train.args" in done.stderr
+def test_a_script_refuses_another_number_of_nodes_than_it_is_written_for(job, stand_in, tmp_path: Path) -> None:
+    stand_in("scontrol", "echo localhost")
+    code, said = job("train", "touch", "ran", SLURM_JOB_ID="5", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="2")
+    assert code == 2 and "written for 1 node(s) and Slurm gave 2" in said and not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("second", "code", "ran"), [("exit 0", 0, ["first", "second", "third"]), ("exit 6", 6, ["first", "second"])])
-def test_local_runs_the_stages_in_order_and_stops_at_the_first_that_fails(stand_in, tmp_path: Path, second: str, code: int, ran) -> None:
+@pytest.mark.parametrize(("second", "code", "ran"), [("exit 0", 0, ["0", "1", "2"]), ("exit 6", 6, ["0", "1"])])
+def test_local_runs_the_tasks_in_order_and_stops_at_the_first_that_fails(stand_in, tmp_path: Path, second: str, code: int, ran) -> None:
     folder = tmp_path / "slurm"
     folder.mkdir()
-    (folder / "env.sh").write_text("")
-    (folder / "order").write_text("eval-a\neval-b\nreport\n")
-    for label, name, ends in (("eval-a", "first", "exit 0"), ("eval-b", "second", second), ("report", "third", "exit 0")):
-        (folder / f"{label}.processes").write_text("1 NO\n")
-        (folder / f"{label}.args").write_text(f"bash\n-c\necho {name} >> {folder}/ran; {ends}\n")
+    (folder / "order").write_text("arms 0\narms 1\nreport\n")
+    (folder / "arms.sbatch").write_text(
+        f"echo $SLURM_ARRAY_TASK_ID >> {folder}/ran\n[ $SLURM_ARRAY_TASK_ID = 0 ] && echo was first && exit 0\n{second}\n"
+    )
+    (folder / "report.sbatch").write_text(f"echo 2 >> {folder}/ran; echo task:$SLURM_ARRAY_TASK_ID")
     calls = stand_in("recipes", f"echo {folder}")
     done = subprocess.run(["bash", LAUNCH / "local.sh", "r.yaml", "run.notes=$(x)"], capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stdout + done.stderr
     assert (folder / "ran").read_text().split() == ran
     assert calls.read_text().splitlines() == ["launch", "r.yaml", "run.notes=$(x)", "--stages", "train,eval,report", "--prepare", "---"]
-    assert "exit code 0" in (folder / "eval-a.log").read_text()
+    assert "was first" in (folder / "arms.0.log").read_text()
 
 
 @pytest.mark.parametrize("words", [["--stages", "train"], ["--stages=train"]], ids=" ".join)
@@ -201,7 +250,7 @@ def test_the_report_of_one_run_is_written(tiny_recipe: Path, tmp_path: Path, cap
     run = synthetic_runs.write_run(tmp_path / "runs", "tiny")
     synthetic_runs.write_lm_eval(run, skill=0.3)
     assert cli.main(["launch", str(tiny_recipe), "--stages", "report", "--prepare"]) == 0
-    words = ["bash", str(LAUNCH / "job.sbatch"), capsys.readouterr().out.strip(), "report"]
+    words = ["bash", f"{capsys.readouterr().out.strip()}/report.sbatch"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "report: " in done.stdout, done.stdout + done.stderr
     assert (run / "report.html").read_text().startswith("<!doctype html>")

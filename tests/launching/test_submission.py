@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from recipes_lib.launching.folder import all_launches
 
 PROJECT = Path(__file__).resolve().parents[2]
 REFUSE_SECOND = """
-if [[ "$*" == *.report* ]]; then
+if [[ "$*" == */report.sbatch ]]; then
   echo "sbatch: error: invalid partition specified: cpu" >&2
   echo "sbatch: error: Batch job submission failed: Invalid partition name specified" >&2
   exit 1
@@ -43,6 +45,7 @@ def test_a_chain_waits_stage_by_stage_and_the_ids_are_noted(launched, stand_in, 
     assert "train: job 101" in said and "report: job 102, after train" in said
     words = calls.read_text().splitlines()
     assert "--dependency=afterok:101" in words and "--kill-on-invalid-dep=yes" in words
+    assert words[1] == str(tmp_path / "runs" / "tiny" / "slurm" / "train.sbatch")
     noted = json.loads((tmp_path / "runs" / "tiny" / "slurm" / "jobs.json").read_text())
     assert [(job["label"], job["id"]) for job in noted["jobs"]] == [("train", "101"), ("report", "102")]
 
@@ -141,15 +144,27 @@ def test_values_that_look_like_flags_or_commands_stay_one_word_each(launched, st
     calls = stand_in("sbatch", "echo 5")
     assert launched("--stages", "train", "run.notes=$(touch oops); `touch oops`", "run.tags=[--wrap=x, '; rm -rf y']") == 0
     folder = tmp_path / "runs" / "tiny" / "slurm"
-    words = (folder / "train.args").read_text().splitlines()
-    assert words[-2:] == ["run.notes=$(touch oops); `touch oops`", "run.tags=[--wrap=x, '; rm -rf y']"]
+    words = shlex.split((folder / "train.sbatch").read_text(), comments=True)
+    assert words[words.index("check") - 2 :][:2] == ["run.notes=$(touch oops); `touch oops`", "run.tags=[--wrap=x, '; rm -rf y']"]
     assert not any("oops" in word or "wrap" in word for word in calls.read_text().splitlines())
     assert not (tmp_path / "oops").exists()
 
 
-def test_a_value_with_a_line_break_is_refused_before_anything_is_queued(launched, stand_in, capsys) -> None:
+def test_what_a_script_asks_for_is_not_overruled_by_the_shell_that_submits(launched, stand_in, monkeypatch, tmp_path: Path) -> None:
+    for name in ("PARTITION", "TIMELIMIT", "MEM_PER_NODE", "ACCOUNT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "shell")
+    stand_in("sbatch", f"env >> {tmp_path}/seen; echo 5")
+    for words in ([], ["--test-only"]):
+        (tmp_path / "seen").unlink(missing_ok=True)
+        assert launched("--stages", "train", *words) == 0
+        seen = [line for line in (tmp_path / "seen").read_text().splitlines() if line.startswith("SBATCH_")]
+        assert seen == ["SBATCH_ACCOUNT=shell"]  # the profile names none
+
+
+def test_a_folder_with_a_line_break_in_its_name_is_refused(launched, stand_in, monkeypatch, capsys, tmp_path: Path) -> None:
     calls = stand_in("sbatch", "echo 5")
-    assert launched("--stages", "train", 'run.notes="a\nb"') == 2
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", f"{tmp_path}/a\ntouch oops")
+    assert launched("--stages", "train") == 2
     assert "line break" in capsys.readouterr().err and not calls.exists()
 
 
@@ -239,9 +254,9 @@ def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(launched, stand_in, monk
 def test_prepare_with_a_profile_writes_every_stage_that_was_asked_for(launched, tmp_path: Path, capsys) -> None:
     assert launched("--prepare", "--evals", str(PROJECT / "evals/quickstart/lm_eval.yaml"), "run.notes=mine") == 0
     folder = Path(capsys.readouterr().out.strip())
-    assert "run.notes=mine" in (folder / "train.args").read_text()  # an override behind --evals is none of the evals
+    assert "run.notes=mine" in (folder / "train.sbatch").read_text()  # an override behind --evals is none of the evals
     assert (folder / "order").read_text().split() == ["train", "eval-quickstart--lm_eval", "report"]
-    assert "conda activate ml" in (folder / "env.sh").read_text()
+    assert all("conda activate ml ||" in script.read_text() for script in folder.glob("*.sbatch"))
 
 
 def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(profile_file, stand_in, capsys, monkeypatch, tmp_path: Path) -> None:
@@ -255,13 +270,13 @@ def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(profile_f
     assert "there is no ~/vllm/bin/vllm here" in capsys.readouterr().out
     vllm = profile_file(f"vllm: {stand_in('vllm', '').with_suffix('')}")
     assert cli.main([*words, str(vllm)]) == 0
-    said = capsys.readouterr().out
+    said = re.sub(r" \\\n\s*", " ", capsys.readouterr().out)
     served = [line for line in said.splitlines() if "with_judge.sh prometheus-eval/prometheus-7b-v2.0" in line]
     assert len(served) == 2 and "no job starts" not in said
     assert all("--max-model-len 4096 --gpu-memory-utilization 0.45 -- python -m recipes_lib.cli eval" in line for line in served)
     study = ["launch", "recipes/studies/lora-rank.yaml", "--dry-run", "--profile", str(vllm)]
     assert cli.main(study) == 0
-    served = [line for line in capsys.readouterr().out.splitlines() if "with_judge.sh" in line]
+    served = [line for line in re.sub(r" \\\n\s*", " ", capsys.readouterr().out).splitlines() if "with_judge.sh" in line]
     assert len(served) == 1 and "--gpu-memory-utilization" not in served[0] and "judgments.alpaca_eval" in served[0]
 
 

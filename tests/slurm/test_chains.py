@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from tests.study.study_files import PROJECT, write_tiny_study
+
+from recipes_lib.launching.jobs import Job, Task
+from recipes_lib.launching.script import script_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -83,15 +87,13 @@ def test_an_arm_that_fails_stops_its_evaluation_and_the_report_and_no_other_arm(
 
 @pytest.fixture
 def stage(cluster, request):
-    """Writes a stage eval, whose command runs until its second try, and the words that submit it."""
+    """Writes the script of a stage eval, whose command runs until its second try, and the words that submit it."""
     folder = cluster.work / request.node.name[:40]
     folder.mkdir()
-    (folder / "env.sh").write_text("MAX_REQUEUES=3\n")
-    (folder / "eval.processes").write_text("1 NO\n")
-    (folder / "eval.args").write_text(f"bash\n-c\necho began >> {folder}/began; [ $(wc -l < {folder}/began) -gt 1 ] || sleep 100\n")
-    script = str(PROJECT / "launch" / "job.sbatch")
-    words = ("--parsable", "-t", "5", "--signal=B:USR2@60", "-o", f"{folder}/eval.log", script, str(folder), "eval")
-    return folder, words
+    command = f"echo began >> {folder}/began; [ $(wc -l < {folder}/began) -gt 1 ] || sleep 100"
+    script = script_of(Job("eval", "eval", (Task((), ("bash", "-c", command)),)), folder, None)
+    (folder / "eval.sbatch").write_text(script.text())
+    return folder, ("--parsable", "-t", "5", "--signal=B:USR2@60", str(folder / "eval.sbatch"))
 
 
 def test_an_evaluation_that_is_asked_to_stop_is_ended_queued_again_and_continues(cluster, stage) -> None:
@@ -181,9 +183,17 @@ def test_what_the_shell_that_submits_holds_does_not_change_the_job(cluster, tiny
     assert "DDP, world size 2" in cluster.log(name) and "try=0" in cluster.log(name)
 
 
-def test_plain_sbatch_trains_a_recipe(cluster, tiny) -> None:
-    script = str(PROJECT / "launch" / "job.sbatch")
-    words = ["--parsable", "-t", "15", "-o", str(cluster.work / "plain.log"), script, "tiny.yaml", "run.name=plain", "train.max_steps=2"]
-    job = cluster.call("sbatch", *words, "--accelerate", "cpu").stdout.strip()
-    cluster.over([job], (cluster.work / "plain.log").read_text)
-    assert cluster.run_state("plain")["state"] == "finished", (cluster.work / "plain.log").read_text()
+def test_a_script_that_is_edited_and_submitted_by_hand_trains_and_is_known_to_status(cluster, tiny) -> None:
+    """Written without a profile: what the site wants is typed. The folder's name holds what a shell, a directive and Slurm read as more."""
+    cluster.environment["RECIPES_RUNS_ROOT"] = str(cluster.work / "it's 100% #1")
+    try:
+        folder = Path(cluster.launch("tiny.yaml", "--prepare", "--accelerate", "cpu", "run.name=plain", "train.max_steps=2").strip())
+        script = folder / "train.sbatch"
+        script.write_text(script.read_text().replace("train.max_steps=2", "train.max_steps=3"))
+        job = cluster.call("sbatch", "--parsable", "-t", "15", "-c", "1", str(script)).stdout.strip()
+        log = folder / "train.log"
+        cluster.over([job], lambda: log.read_text() if log.is_file() else f"no log among {[file.name for file in folder.iterdir()]}")
+        assert "step 3/3" in log.read_text() and "exit code 0" in log.read_text(), log.read_text()
+        assert json.loads(cluster.recipes("launch", "status", "plain", "--json").stdout)["plain"][0]["state"] == "COMPLETED"
+    finally:
+        cluster.environment["RECIPES_RUNS_ROOT"] = str(cluster.runs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -38,9 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--throttle", type=at_least(1), metavar="N", help="arms of a study that train at the same time; default: the profile's"
     )
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="print the sbatch lines and the jobs' commands, and do nothing")
+    how.add_argument("--dry-run", action="store_true", help="print the sbatch lines and what the scripts ask and run, and do nothing")
     how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the jobs; nothing is queued")
-    how.add_argument("--prepare", action="store_true", help="only write the files that launch/job.sbatch reads, and print their folder")
+    how.add_argument("--prepare", action="store_true", help="only write the scripts of the jobs, and print their folder")
     how.add_argument("--wait", action="store_true", help="wait until the whole chain is over; its exit code")
     for flag, help in (
         ("--resume-anyway", "continue a run although settings that change its result differ"),
@@ -83,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
-    """Plan the jobs, then do what was asked with them."""
-    from recipes_lib.launching import chain, watching
+    """JobPlan the jobs, then do what was asked with them."""
+    from recipes_lib.launching import submission, watching
     from recipes_lib.launching.planning import plan_target
 
     profile = load_profile(args.profile) if args.profile else None
@@ -94,26 +93,24 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     plan = plan_target(target, overrides, profile, args, flags)
     typed = shlex.join(["recipes", "launch", *sys.argv[2:]]) if sys.argv[1:2] == ["launch"] else f"recipes launch {target}"
     if args.prepare:
-        again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and (plan.folder.path / "order").is_file()
-        if not again:  # a job that was queued again goes on with what it began with
-            chain.prepare(plan, profile)
+        submission.prepare(plan, profile)
         print(plan.folder.path)
         return ExitCode.DONE
     assert profile is not None
     _warn(plan, profile, f"recipes prefetch {shlex.join([target, *plan.evals, *overrides])} --profile {args.profile}")
     if args.dry_run:
-        say("# the lines below can be pasted into bash, after this one, which writes what the jobs read:")
+        say("# the lines below can be pasted into bash, after this one, which writes the scripts:")
         say(f"$ {typed.replace(' --dry-run', ' --prepare')}")
         _show(plan, profile)
         next_step(f"{typed.replace(' --dry-run', '')}   (submits; --test-only asks Slurm first)")
         return ExitCode.DONE
     if args.test_only:
-        for job, answer in chain.test_chain(plan, profile):
+        for job, answer in submission.test_chain(plan, profile):
             say(f"{job.label}: {answer}")
         next_step(typed.replace(" --test-only", ""))
         return ExitCode.DONE
     watching.refuse_if_active(plan.folder)
-    ids = chain.submit_chain(plan, profile)
+    ids = submission.submit_chain(plan, profile)
     for job in plan.jobs:
         waits = f", after {', '.join([*job.after, *job.after_any])}" if job.after or job.after_any else ""
         say(f"{job.label}: job {ids[job.label]}{f' ({len(job.tasks)} arms)' if job.is_array else ''}{waits}")
@@ -140,16 +137,14 @@ def _warn(plan: JobPlan, profile: SiteProfile, prefetch: str) -> None:
 
 
 def _show(plan: JobPlan, profile: SiteProfile) -> None:
-    """Print the sbatch line of each job and what it runs."""
-    from recipes_lib.launching.chain import dry_run
+    """Print the sbatch line of each job, and what its script asks for and runs."""
+    from recipes_lib.launching.submission import dry_run
 
-    for line, job in dry_run(plan, profile):
+    for line, job, script in dry_run(plan, profile):
         shape = job.shape
         unit = "GPU" if shape.gpus and profile.values.gres else "process"
         arms = f"{len(job.tasks)} arms, each " if job.is_array else ""
         say(f"# {job.label}: {arms}{shape.nodes} node x {shape.processes} {unit}")
         say(f"$ {line}")
-        for task in job.tasks:
-            say(f"    {shlex.join(task.args)}")
-            if task.check:
-                say(f"    then {shlex.join(task.check)}")
+        for text in (*script.directives, *(text for text in script.commands if not text.startswith("#"))):
+            say("    " + text.replace("\n", "\n    "))

@@ -1,12 +1,7 @@
-"""The folder of a submission, runs/<name>/slurm/: the commands of the jobs, the site's environment, the snapshot, the job ids, the logs.
-
-launch/job.sbatch reads it on the compute node; `recipes launch status`, `cancel` and `logs` read it on the login node.
-"""
+"""The folder of a submission, runs/<name>/slurm/: a script for each job, the snapshot, the job ids, the logs and exit codes."""
 
 from __future__ import annotations
 
-import re
-import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,9 +11,8 @@ from typing import Any
 
 from recipes_lib.atomic_files import write_json, write_text
 from recipes_lib.json_files import DamagedFile, read_object
-from recipes_lib.launching.jobs import Job, check_job_words
-from recipes_lib.launching.profile import SiteProfile
-from recipes_lib.recipe.project import cache_root, runs_root
+from recipes_lib.launching.jobs import Job
+from recipes_lib.recipe.project import runs_root
 from recipes_lib.terminal import warn
 
 _FORMAT_VERSION = 1
@@ -39,6 +33,10 @@ class LaunchFolder:
     def jobs_file(self) -> Path:
         """The jobs that were submitted, with their ids."""
         return self.path / "jobs.json"
+
+    def script(self, label: str) -> Path:
+        """The script of a job."""
+        return self.path / f"{label}.sbatch"
 
     def log(self, task_label: str) -> Path:
         """The log of a task; requeues append to it."""
@@ -80,21 +78,20 @@ class LaunchFolder:
         ]
         write_json(self.jobs_file, {"format_version": _FORMAT_VERSION, "profile": profile, "jobs": rows})
 
-    def write_commands(self, jobs: Sequence[Job], environment: str) -> None:
-        """Write what launch/job.sbatch reads, in place of what an earlier submission left; logs stay."""
+    def write_scripts(self, jobs: Sequence[Job], texts: Mapping[str, str]) -> None:
+        """Write {label: script} of the jobs, in place of what an earlier submission left; logs stay.
+
+        `order` names them for launch/local.sh: a job a line, or a task of an array.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        for stale in (path for path in self.path.iterdir() if path.suffix in (".args", ".processes", ".exit_code", ".job")):
+        for stale in (path for path in self.path.iterdir() if path.suffix in (".sbatch", ".exit_code", ".job")):
             stale.unlink()
         for errors in self.path.glob("*.errors"):
             shutil.rmtree(errors)
-        write_text(self.path / "env.sh", environment)
-        write_text(self.path / "order", "".join(f"{label}\n" for job in jobs for label in job.task_labels()))
-        for job in jobs:
-            for label, task in zip(job.task_labels(), job.tasks, strict=True):
-                write_text(self.path / f"{label}.args", "".join(f"{word}\n" for word in check_job_words(task.args)))
-                write_text(self.path / f"{label}.processes", f"{job.shape.processes} {job.shape.distributed_type}\n")
-                if task.check:
-                    write_text(self.path / f"{label}.check.args", "".join(f"{word}\n" for word in check_job_words(task.check)))
+        for label, text in texts.items():
+            write_text(self.script(label), text)
+        tasks = [f"{job.label} {index}" if job.is_array else job.label for job in jobs for index in range(len(job.tasks))]
+        write_text(self.path / "order", "".join(f"{task}\n" for task in tasks))
 
 
 def launch_folder(name: str, root: Path | None = None) -> LaunchFolder:
@@ -114,40 +111,3 @@ def _was_launched(folder: LaunchFolder) -> bool:
     except DamagedFile as error:  # it costs only its own line
         warn(f"{str(error).splitlines()[0]}; left out")
         return False
-
-
-def environment_script(profile: SiteProfile | None) -> str:
-    """Return env.sh: what a job sources before its command. Every line that fails ends the job; values are quoted.
-
-    Without a profile (plain `sbatch launch/job.sbatch`) it only says where the runs are.
-    """
-    lines = ["# What the profile says about the site; sourced by launch/job.sbatch."]
-    variables = {"RECIPES_RUNS_ROOT": str(runs_root().resolve()), "RECIPES_CACHE": str(cache_root().resolve())}
-    if profile is not None:
-        values, environment = profile.values, profile.values.environment
-        lines += [f"MAX_REQUEUES={values.max_requeues}"]
-        lines += [f"SRUN_WORDS=({shlex.join(environment.srun)})"] if environment.srun else []
-        lines += [f"module load {shlex.quote(name)}" for name in environment.modules]
-        if environment.conda:
-            lines += ['eval "$("${CONDA_EXE:-conda}" shell.bash hook)"', f"conda activate {shlex.quote(environment.conda)}"]
-        if environment.venv:
-            lines += [f"source {shlex.quote(str(Path(environment.venv).expanduser() / 'bin' / 'activate'))}"]
-        for key, variable in (("hub", "HF_HOME"), ("temporary", "TMPDIR")):
-            folder = profile.directory(key)
-            variables |= {variable: folder} if folder else {}
-        variables |= {"HF_HUB_OFFLINE": "1"} if values.offline else {}
-        variables |= {"VLLM": str(Path(values.vllm).expanduser())} if values.vllm else {}
-        variables |= values.variables
-        lines += [f"export {name}={_quoted(value)}" for name, value in variables.items()]
-        lines += ['mkdir -p "$TMPDIR"'] if values.directories.temporary else []
-        lines += environment.setup
-    else:
-        lines += [f"export {name}={_quoted(value)}" for name, value in variables.items()]
-    first, *rest = lines
-    return "\n".join([first, *(f"{line} || return 5" for line in rest), ""])
-
-
-def _quoted(value: str) -> str:
-    """Quote for bash; `{job}` becomes the job's id."""
-    parts = [shlex.quote(part) for part in re.split(r"\{job\}", value)]
-    return '"${SLURM_JOB_ID:-$$}"'.join("" if part == "''" and len(parts) > 1 else part for part in parts)

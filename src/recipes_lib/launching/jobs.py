@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
-
-# Placeholders that launch/job.sbatch fills in where the task runs.
-MULTI_NODE_WORDS = (
-    *("--num_machines", "@NODES@", "--machine_rank", "@NODE_RANK@", "--main_process_ip", "@HEAD@", "--main_process_port", "@PORT@"),
-    *("--rdzv_backend", "static", "--same_network"),
-)
 
 
 @dataclass(frozen=True)
@@ -35,11 +28,15 @@ class JobSize:
 
 @dataclass(frozen=True)
 class Task:
-    """One command line, and one that must succeed after it.
+    """One command, and one that must succeed after it.
 
-    `what` names it for people: an arm, an eval.
+    Args:
+        launcher: what starts it: Python, a container, accelerate.
+        args: what is started.
+        what: its name for people: an arm, an eval.
     """
 
+    launcher: tuple[str, ...]
     args: tuple[str, ...]
     check: tuple[str, ...] = ()
     what: str = ""
@@ -73,34 +70,16 @@ class Job:
         return [f"{self.label}.{index}" for index in range(len(self.tasks))] if self.is_array else [self.label]
 
 
-def training_command(python: str, config: AccelerateConfig, config_path: str, shape: JobSize, script: list[str]) -> tuple[str, ...]:
-    """Return the command of a training task: one per machine, each of which starts its processes.
+def launcher_of(python: tuple[str, ...], config: AccelerateConfig, config_path: str, shape: JobSize) -> tuple[str, ...]:
+    """Return what starts a training on each machine: Python, or accelerate where there are several processes.
 
     Args:
-        python: the interpreter's name inside the job.
+        python: the words that start Python inside the job.
         config_path: where the job finds the accelerate config.
-        script: recipe, overrides and options of the training script.
     """
-    train = [python, "-m", "recipes_lib.train", *script]
-    if shape.nodes * shape.processes == 1:
-        return tuple(train)
-    launcher = [python, "-m", "accelerate.commands.launch", "--config_file", config_path, "--num_processes", "@WORLD@"]
-    if shape.nodes > 1:
-        launcher += MULTI_NODE_WORDS
-    elif config.num_machines > 1:
-        launcher += ["--num_machines", "1"]
-    return (*launcher, *train[1:])
-
-
-def check_job_words(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the words of a command once each can stand on a line of its own.
-
-    Raises:
-        RecipeError: one holds a line break.
-    """
-    for word in words:
-        if "\n" in word or "\0" in word:
-            raise RecipeError(
-                f"a value with a line break cannot be launched from the command line: {word[:60]!r}", "write it into the recipe"
-            )
-    return words
+    world = shape.nodes * shape.processes
+    if world == 1:
+        return python
+    machines = ("--num_machines", str(shape.nodes)) if shape.nodes > 1 or config.num_machines > 1 else ()
+    accelerate = ("-m", "accelerate.commands.launch", "--config_file", config_path, "--num_processes", str(world))
+    return (*python, *accelerate, *machines)

@@ -38,7 +38,7 @@ def plan_target(
     if study is not None:
         return _plan_study(study, overrides, profile, args, flags, stages)
     if args.prepare and args.stages is None and profile is None:
-        stages = ("train",)  # what plain `sbatch launch/job.sbatch RECIPE` does
+        stages = ("train",)  # what somebody submits by hand comes first
     recipe = load_recipe(target, overrides)
     launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
     accumulation_steps(recipe, launch.world_size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
-from recipes_lib.launching.jobs import Job, JobSize, Task, training_command
+from recipes_lib.launching.jobs import Job, JobSize, Task, launcher_of
 from recipes_lib.launching.judge_server import judges_nobody_starts, with_judge
 from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
@@ -22,7 +22,7 @@ from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 
 DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
-CLI = ("-m", "recipes_lib.cli")
+TRAIN, CLI = ("-m", "recipes_lib.train"), ("-m", "recipes_lib.cli")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan_recipe_jobs(
     Raises:
         RecipeError: stages without training, of a run that is not finished, or a report of one that was not evaluated.
     """
-    *prefix, python = python_in_job(profile)
+    python = python_in_job(profile)
     snapshot = Snapshot(folder.path / "snapshot")
     snapshot.add_recipe(recipe)
     jobs: list[Job] = []
@@ -87,24 +87,24 @@ def plan_recipe_jobs(
             snapshot.add_eval(one)
     if "train" in stages:
         shape = shape_of(launch)
-        script = [snapshot.shown(recipe.path), *words]
-        command = training_command(python, launch.config, snapshot.shown(launch.config.path), shape, script)
-        check = (*prefix, python, *CLI, "verify", recipe.name, *allowed)
-        jobs.append(Job("train", "train", (Task((*prefix, *command), check, recipe.name),), shape, seconds=seconds))
+        launcher = launcher_of(python, launch.config, snapshot.shown(launch.config.path), shape)
+        script = (*TRAIN, snapshot.shown(recipe.path), *words)
+        check = (*python, *CLI, "verify", recipe.name, *allowed)
+        jobs.append(Job("train", "train", (Task(launcher, script, check, recipe.name),), shape, seconds=seconds))
     else:
         _check_finished(recipe)
     small = JobSize(uses_gpus=not launch.config.use_cpu)
     if "eval" in stages:
         for one in evals:
-            command = (python, *CLI, "eval", snapshot.shown(one.path), recipe.name, *allowed)
+            command = (*CLI, "eval", snapshot.shown(one.path), recipe.name, *allowed)
             after = ("train",) if "train" in stages else ()
             served = with_judge([one], profile, alone=False)
-            jobs.append(Job(f"eval-{one.name}", "eval", (Task((*served, *prefix, *command), what=one.name),), small, after))
+            jobs.append(Job(f"eval-{one.name}", "eval", (Task((*served, *python), command, what=one.name),), small, after))
     if "report" in stages:
         page = shown_path(RunDirectory(recipe.name).path / "report.html")
-        command = (python, *CLI, "compare", recipe.name, "--html", page)
+        command = (*CLI, "compare", recipe.name, "--html", page)
         last = tuple(job.label for job in jobs if job.stage == "eval") or tuple(job.label for job in jobs)
-        jobs.append(Job("report", "report", (Task((*prefix, *command), what="report"),), JobSize(uses_gpus=False), last))
+        jobs.append(Job("report", "report", (Task(python, command, what="report"),), JobSize(uses_gpus=False), last))
     evals = evals if "eval" in stages else ()
     warnings = judges_nobody_starts(evals, profile)
     if "report" in stages and "eval" not in stages and not any(RunDirectory(recipe.name).path.glob("evals/*/result*.json")):

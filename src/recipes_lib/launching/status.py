@@ -10,7 +10,7 @@ from typing import Any
 
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.launching.folder import LaunchFolder
-from recipes_lib.launching.sbatch import is_unreachable, run_slurm
+from recipes_lib.launching.submission import is_unreachable, run_slurm
 
 PENDING, RUNNING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD"}), frozenset({"RUNNING"})
 ENDING = frozenset({"COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"})

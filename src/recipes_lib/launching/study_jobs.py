@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from recipes_lib.compare.design import Study
 from recipes_lib.errors import RecipeError
 from recipes_lib.launching.folder import LaunchFolder
-from recipes_lib.launching.jobs import Job, JobSize, Task, training_command
+from recipes_lib.launching.jobs import Job, JobSize, Task, launcher_of
 from recipes_lib.launching.judge_server import judges_nobody_starts, with_judge
 from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
-from recipes_lib.launching.recipe_jobs import CLI, JobPlan, python_in_job, shape_of
+from recipes_lib.launching.recipe_jobs import CLI, TRAIN, JobPlan, python_in_job, shape_of
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.study.arms import arm_run, train_words
@@ -69,7 +69,7 @@ class _Planner:
         self, study: Study, folder: LaunchFolder, profile: SiteProfile | None, flags: Sequence[str], seconds: dict[str, int]
     ) -> None:
         self.study, self.profile, self.flags, self.seconds = study, profile, flags, seconds
-        *self.prefix, self.python = python_in_job(profile)
+        self.python = python_in_job(profile)
         self.snapshot = Snapshot(folder.path / "snapshot")
         self.snapshot.add_study(study)
         self.launches = {arm.name: arm.launch for arm in study.arms if arm.trained}
@@ -102,10 +102,10 @@ class _Planner:
         """Return the training of one arm and seed; it succeeded when its adapter check passed."""
         arm, launch = self.study.arm(step.arm), self.launches[step.arm]
         assert arm.recipe is not None and step.seed is not None
-        script = [self.snapshot.shown(arm.recipe.path), *train_words(self.study, arm, step.seed)[1:], *self.flags]
-        command = training_command(self.python, launch.config, self.snapshot.shown(launch.config.path), shape_of(launch), script)
-        check = self._study_command(self._names(step, TRAINING))
-        return Task((*self.prefix, *command), check, arm_run(self.study, arm, step.seed))
+        launcher = launcher_of(self.python, launch.config, self.snapshot.shown(launch.config.path), shape_of(launch))
+        script = (*TRAIN, self.snapshot.shown(arm.recipe.path), *train_words(self.study, arm, step.seed)[1:], *self.flags)
+        check = (*self.python, *self._study_command(self._names(step, TRAINING)))
+        return Task(launcher, script, check, arm_run(self.study, arm, step.seed))
 
     def evaluations(self) -> list[Job]:
         """Return a job for what one arm and seed, or the base, is asked, and one for all judgments."""
@@ -123,7 +123,7 @@ class _Planner:
 
     def _steps_job(self, label: str, stage: str, names: Sequence[str], uses_gpus: bool, before: Sequence[str] = ()) -> Job:
         self.owner |= dict.fromkeys(names, label)
-        task = Task((*before, *self._study_command(names)), what=label)
+        task = Task((*before, *self.python), self._study_command(names), what=label)
         return Job(label, stage, (task,), JobSize(uses_gpus=uses_gpus), self._above(names))
 
     def _above(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ class _Planner:
     def _study_command(self, steps: Sequence[str]) -> tuple[str, ...]:
         allowed = [flag for flag in self.flags if flag == "--trust-remote-code"]  # later steps load the models too
         words = ("study", "run", self.snapshot.shown(self.study.path), *self.study.words, *allowed, "--only", *steps)
-        return (*self.prefix, self.python, *CLI, *words)
+        return (*CLI, *words)
 
     def _open(self, kinds: Iterable[str], also: Iterable[str] = ()) -> list[Step]:
         """Return the steps of some kinds that are to be done, or whose fellow steps (a training's check) are."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.launching.folder import LaunchFolder, all_launches, launch_folder
-from recipes_lib.launching.sbatch import scancel
 from recipes_lib.launching.status import TaskState, active_ids, states_of
+from recipes_lib.launching.submission import scancel
 from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.terminal import next_step, say
