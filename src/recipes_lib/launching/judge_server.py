@@ -53,6 +53,6 @@ def judges_nobody_starts(evals: Sequence[EvalRecipe], profile: SiteProfile | Non
     if vllm:
         remedy = f"there is no {vllm} here (python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm)"
     return [
-        f"no job starts the judge that {' and '.join(found)} expect{'s' * (len(found) == 1)} at {url}: {remedy}"
+        f"no job starts the judge that {' and '.join(found)} {'expects' if len(found) == 1 else 'expect'} at {url}: {remedy}"
         for url, found in names.items()
     ]

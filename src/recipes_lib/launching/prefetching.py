@@ -178,7 +178,7 @@ def check_model(section: ModelSection) -> str:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise EnvironmentFault(f"'{name}' has no tokenizer files in {folder}", "fetch it again: recipes prefetch")
     size = sum(shard.stat().st_size for shard in shards)
-    return f"{len(shards)} weight file{'s' * (len(shards) != 1)}, {size / 2**30:.2f} GiB, whole"
+    return f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size / 2**30:.2f} GiB, whole"
 
 
 def _is_folder(name: str) -> bool:

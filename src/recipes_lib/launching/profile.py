@@ -27,19 +27,22 @@ _WORD = re.compile(r"[^\s-]\S*\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # Flags of sbatch that the project sets itself; a second one would win or contradict.
 _OURS = {
-    *("--parsable", "--test-only", "--wrap", "--array", "--dependency", "--kill-on-invalid-dep", "--output", "--error", "--open-mode"),
-    *("--job-name", "--nodes", "--ntasks", "--ntasks-per-node", "--signal", "--requeue", "--no-requeue", "--chdir", "--hold"),
-    *("--gpus-per-task", "--ntasks-per-gpu", "--ntasks-per-core", "--ntasks-per-socket"),
-}
-_KEYS_FOR = {"--partition": "partition", "--time": "time", "--gres": "gres", "--account": "account", "--qos": "qos"}
-_KEYS_FOR |= {"--cpus-per-task": "cpus_per_gpu", "--cpus-per-gpu": "cpus_per_gpu", "--gpus-per-node": "gres", "--gpus": "gres"}
-_KEYS_FOR |= dict.fromkeys(("--mem", "--mem-per-cpu", "--mem-per-gpu"), "memory_gib_per_gpu")
-_SHORT_FLAGS = dict(
-    zip("ptAqcGNnoeaJdDH", (
-        *("--partition", "--time", "--account", "--qos", "--cpus-per-task", "--gpus", "--nodes", "--ntasks", "--output", "--error"),
-        *("--array", "--job-name", "--dependency", "--chdir", "--hold"),
-    ), strict=True)
-)  # fmt: skip
+    "--parsable", "--test-only", "--wrap", "--array", "--dependency", "--kill-on-invalid-dep", "--output", "--error", "--open-mode",
+    "--job-name", "--nodes", "--ntasks", "--ntasks-per-node", "--signal", "--requeue", "--no-requeue", "--chdir", "--hold",
+    "--gpus-per-task", "--ntasks-per-gpu", "--ntasks-per-core", "--ntasks-per-socket",
+}  # fmt: skip
+_KEYS_FOR = {
+    "--partition": "partition", "--time": "time", "--account": "account", "--qos": "qos",
+    "--gres": "gres", "--gpus": "gres", "--gpus-per-node": "gres",
+    "--cpus-per-task": "cpus_per_gpu", "--cpus-per-gpu": "cpus_per_gpu",
+    "--mem": "memory_gib_per_gpu", "--mem-per-cpu": "memory_gib_per_gpu", "--mem-per-gpu": "memory_gib_per_gpu",
+}  # fmt: skip
+_SHORT_FLAGS = {
+    "p": "--partition", "t": "--time", "A": "--account", "q": "--qos",
+    "c": "--cpus-per-task", "G": "--gpus", "N": "--nodes", "n": "--ntasks",
+    "o": "--output", "e": "--error", "a": "--array", "J": "--job-name",
+    "d": "--dependency", "D": "--chdir", "H": "--hold",
+}  # fmt: skip
 # The placeholders a folder may hold: one that stayed as it is would become a folder of that name.
 _PLACEHOLDERS = {"temporary": ("{user}", "{job}")}
 
