@@ -12,7 +12,7 @@ from recipes_lib import cli
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.launching import watching
 from recipes_lib.launching.folder import LaunchFolder, all_launches
-from recipes_lib.launching.status import states_of
+from recipes_lib.launching.watching import states_of
 
 NUMBER = {"set": True, "infinite": False}
 
