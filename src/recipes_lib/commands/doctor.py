@@ -51,7 +51,7 @@ def line(finding: DoctorLine) -> str:
     """Return a finding as one line.
 
     Example:
-        >>> line(Finding("note", "hub", "no token", "hf auth login"))
+        >>> line(DoctorLine("note", "hub", "no token", "hf auth login"))
         'note  hub           no token -> hf auth login'
     """
     return f"{finding.level:<5} {finding.topic:<13} {finding.text}{f' -> {finding.remedy}' if finding.remedy else ''}"

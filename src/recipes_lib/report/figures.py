@@ -166,7 +166,7 @@ def short_label(text: str, width: int = 40) -> str:
     """Return a label: one line, control characters and characters outside the font's alphabets shown as `?`, cut to a width.
 
     Example:
-        >>> plain("a\\nb $x$ \\U0001f600")
+        >>> short_label("a\\nb $x$ \\U0001f600")
         'a b $x$ ?'
     """
     one = " ".join(text.split())

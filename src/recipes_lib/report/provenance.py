@@ -60,7 +60,7 @@ def portable_command(command: str) -> str:
     """Return a command without the paths of the machine it ran on: relative to the project or as `runs/...`, else the last name alone.
 
     Example:
-        >>> portable("/opt/venv/bin/python -m recipes_lib.cli eval /somewhere/else/my.yaml r8")
+        >>> portable_command("/opt/venv/bin/python -m recipes_lib.cli eval /somewhere/else/my.yaml r8")
         'recipes eval .../my.yaml r8'
     """
     text = _PYTHON.sub(lambda found: "recipes" if found[1].endswith("cli") else f"python -m {found[1]}", command)
