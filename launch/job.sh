@@ -73,12 +73,19 @@ finish() {
   if [ -n "$SLURM_JOB_ID" ] && later_try; then say "a later try of this job has taken over"; exit "$CODE"; fi
   if [ "$SIGNAL" != TERM ] && { [ "$CODE" = 75 ] || { [ "$SIGNAL" = USR2 ] && [ "$CODE" -gt 75 ]; }; }; then   # stopped, not failed
     if [ -n "$SLURM_JOB_ID" ] && [ "$TRY" -lt "$MAX_REQUEUES" ]; then
-      say "saved; back into the queue"; scontrol requeue "$SLURM_JOB_ID" && { sleep 120 & wait $!; exit 75; }   # Slurm ends this shell here
+      say "saved; back into the queue"; scontrol requeue "$(own_id)" && { sleep 120 & wait $!; exit 75; }   # Slurm ends this shell here
     fi
     say "saved, and not queued again: launch it again to continue"; CODE=75
   fi
   echo "$CODE" > "$FOLDER/$TASK.exit_code"; say "exit code $CODE${SIGNAL:+ after $SIGNAL}"
   exit "$CODE"
 }
-# Whether Slurm gave this node up and queued the job again while this shell lives: what follows is the later try's to say.
-later_try() { [ "$(scontrol show job "$SLURM_JOB_ID" -o 2> /dev/null | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p')" != "$TRY" ]; }
+# Whether Slurm gave this node up and queued the job again while this shell lives: what follows is the later try's to say. A controller
+# that does not answer says nothing of a later try.
+later_try() {
+  local restarts
+  restarts=$(scontrol show job "$(own_id)" -o 2> /dev/null | sed -n 's/.* Restarts=\([0-9]*\).*/\1/p')
+  [ "${restarts:-0}" -gt "$TRY" ]
+}
+# One task of an array bears the number of the whole array: by that number Slurm would show, and queue again, every task.
+own_id() { echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }

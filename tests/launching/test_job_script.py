@@ -184,6 +184,26 @@ def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(j
     assert ("requeue" in calls.read_text().splitlines()) is queued_again
 
 
+def test_a_task_of_an_array_asks_slurm_about_itself_alone(job, stand_in, tmp_path: Path) -> None:
+    """The last task bears the number of the array, by which Slurm shows every task: its exit code was lost, and a requeue took all."""
+    stand_in("srun", 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"')
+    one, both = "echo 'JobId=7 Restarts=0 B=1'", "printf 'JobId=%s Restarts=0 B=1\\n' 8 7"
+    stand_in(
+        "scontrol", f'case "$*" in "show host"*) echo localhost ;; "show job 7_1 "*) {one} ;; "show job"*) {both} ;; *) exit 1 ;; esac'
+    )
+    array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    code, said = job("eval", "true", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1", **array)
+    assert code == 0 and "taken over" not in said, said
+    assert (tmp_path / "eval.1.exit_code").read_text() == "0\n"
+
+
+def test_a_controller_that_does_not_answer_says_nothing_of_a_later_try(job, stand_in, tmp_path: Path) -> None:
+    stand_in("srun", 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"')
+    stand_in("scontrol", 'case "$*" in "show host"*) echo localhost ;; *) exit 1 ;; esac')
+    assert job("eval", "true", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1")[0] == 0
+    assert (tmp_path / "eval.exit_code").read_text() == "0\n"
+
+
 @pytest.mark.parametrize(
     ("processes", "given", "threads"),
     [

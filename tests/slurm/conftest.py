@@ -77,8 +77,9 @@ class Cluster:
         assert started.returncode == 0, started.stdout + started.stderr
 
         def is_back() -> bool:
-            # Of the nodes that answer (-r) any state but these will do: one that still ends the lost job takes other jobs too.
-            states = self.call("sinfo", "-h", "-r", "-N", "-n", node, "-o", "%T").stdout.split()
+            # Any state of a node that answers but these will do: one that still ends the lost job takes other jobs too.
+            lines = [line.split() for line in self.call("sinfo", "-h", "-r", "-N", "-o", "%N %T").stdout.splitlines()]
+            states = [state for name, state in lines if name == node]
             if states and not any(state.startswith(("down", "drain", "unknown")) for state in states):
                 return True
             # Asked again each time: a word that came before the daemon had registered, or while the lost job ended, has no effect.
