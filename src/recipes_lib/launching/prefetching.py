@@ -18,7 +18,6 @@ from recipes_lib.recipe.model_files import TOKENIZER_FILES, read_json
 from recipes_lib.recipe.project import recipe_path
 from recipes_lib.recipe.recipe import Recipe, load_recipe
 from recipes_lib.recipe.sections import ModelSection
-from recipes_lib.suites.harness import load_tasks
 from recipes_lib.suites.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 from recipes_lib.terminal import say
@@ -79,6 +78,8 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
     if recipe.suite.name == "lm_eval":
 
         def tasks() -> str:
+            from recipes_lib.suites.harness import load_tasks  # numpy and scipy, which `recipes launch --help` does without
+
             return f"{load_tasks(recipe, remote_code):,} items"
 
         yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipes_lib.data.preparation import PreparedData
 from recipes_lib.errors import EnvironmentFault, RecipesError
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import fits_json
@@ -21,6 +20,9 @@ from recipes_lib.planning.text import clock, refusal_lines
 from recipes_lib.recipe.accelerate_config import AccelerateConfig
 from recipes_lib.recipe.launch import Active, Launch
 from recipes_lib.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from recipes_lib.data.preparation import PreparedData
 
 
 def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
