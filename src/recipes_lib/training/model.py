@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipeErrors
 from recipes_lib.recipe.architectures import not_quantized
 from recipes_lib.recipe.check import check_upstream
+from recipes_lib.recipe.model_files import local_folder, no_tokenizer
 from recipes_lib.recipe.model_names import attention_refused
 from recipes_lib.recipe.sections import ModelSection
 from recipes_lib.terminal import say
@@ -37,8 +39,6 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         RecipeError: the model's files hold no tokenizer that can be read.
     """
     from transformers import AutoTokenizer
-
-    from recipes_lib.recipe.model_files import local_folder, no_tokenizer
 
     def look() -> None:
         if local_folder(recipe) is None:
@@ -83,8 +83,6 @@ def _reach_hub(recipe: Recipe) -> None:
     Raises:
         EnvironmentFault: the Hub does not answer, or must not be asked.
     """
-    from recipes_lib.data.sources import hub_answers, offline_by_environment
-
     if offline_by_environment() or not hub_answers():
         raise explain_load_failure(recipe.model, OSError("offline"))
 
@@ -95,8 +93,6 @@ def announce_weights(recipe: Recipe) -> None:
     Raises:
         EnvironmentFault: the Hub does not answer, refuses, or has no safetensors of this model.
     """
-    from recipes_lib.recipe.model_files import local_folder
-
     name, folder = recipe.model.name_or_path, local_folder(recipe)
     if is_packaged(name) or Path(name).is_dir() or (folder is not None and any(folder.glob("*.safetensors"))):
         return

@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.recipe.architectures import ready_to_answer
+from recipes_lib.recipe.loader import Origin
+from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.recipe.upstream import build_quantization_config
+from recipes_lib.recipe.yaml_source import KeyPath
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training import base_identity
 from recipes_lib.training.base_identity import check_base
+from recipes_lib.training.model import load_model, model_path
+from recipes_lib.training.probes import read_check
 from recipes_lib.training.weights_check import autocast, keep_saved_precision, reload
 
 __all__ = ["BASE", "Family", "TrainedRun", "check_base", "families", "finished_run"]
@@ -68,10 +74,6 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         RecipeError: the run has not reached its end, or its model needs code that was not allowed.
         EnvironmentFault: its weights are gone.
     """
-    from recipes_lib.recipe.loader import Origin
-    from recipes_lib.recipe.recipe import load_recipe
-    from recipes_lib.recipe.yaml_source import KeyPath
-
     recorded = run.read_state()
     if recorded["state"] != "finished":
         if recorded["state"] == "imported":
@@ -101,8 +103,6 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
 
     A run of a version that recorded no hashes is looked at for missing and truncated files.
     """
-    from recipes_lib.training.probes import read_check
-
     folder = run.weights(full)
     if not folder.is_dir():
         return f"{folder.name}/ is gone"
@@ -211,8 +211,6 @@ class Family:
         """As `using`, in the precision that the run was trained in: mixed-precision training computes in half precision beside float32
         weights, and without it the float32 adapters of a bf16 base would compute in float32. The base answers as it is loaded.
         """
-        from recipes_lib.training.probes import read_check
-
         weights = next((one.weights for one in self.runs if one.run.name == name), None)
         check = read_check(weights) if weights else None
         half = check.autocast if check else None
@@ -272,9 +270,6 @@ def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
     """Load the base as the run was trained on it: quantized where its recipe says so, on the GPU where there is one."""
     import torch
 
-    from recipes_lib.recipe.upstream import build_quantization_config
-    from recipes_lib.training.model import load_model
-
     base = load_model(recipe, tokenizer, build_quantization_config(recipe))
     return base.to("cuda") if torch.cuda.is_available() and recipe.quantization is None else base
 
@@ -286,9 +281,6 @@ def check_base_of(one: TrainedRun) -> None:
         RecipeError: another base, by name or by the content of its files; or pickled weights.
         EnvironmentFault: a file of the adapter is missing or truncated.
     """
-    from recipes_lib.training.model import model_path
-    from recipes_lib.training.probes import read_check
-
     try:
         base_identity.check_adapter_files(one.weights)
         check_base(one.weights, one.recipe.model.name_or_path, model_path(one.recipe.model))
