@@ -22,7 +22,7 @@ from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 
 DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
-TRAIN, CLI = ("-m", "recipes_lib.train"), ("-m", "recipes_lib.cli")
+TRAIN_MODULE, CLI_MODULE = ("-m", "recipes_lib.train"), ("-m", "recipes_lib.cli")
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,21 @@ def plan_recipe_jobs(
     if "train" in stages:
         shape = shape_of(launch)
         launcher = launcher_of(python, launch.config, snapshot.shown(launch.config.path), shape)
-        script = (*TRAIN, snapshot.shown(recipe.path), *words)
-        check = (*python, *CLI, "verify", recipe.name, *allowed)
+        script = (*TRAIN_MODULE, snapshot.shown(recipe.path), *words)
+        check = (*python, *CLI_MODULE, "verify", recipe.name, *allowed)
         jobs.append(Job("train", "train", (Task(launcher, script, check, recipe.name),), shape, seconds=seconds))
     else:
         _check_finished(recipe)
     small = JobSize(uses_gpus=not launch.config.use_cpu)
     if "eval" in stages:
         for one in evals:
-            command = (*CLI, "eval", snapshot.shown(one.path), recipe.name, *allowed)
+            command = (*CLI_MODULE, "eval", snapshot.shown(one.path), recipe.name, *allowed)
             after = ("train",) if "train" in stages else ()
             served = with_judge([one], profile, alone=False)
             jobs.append(Job(f"eval-{one.name}", "eval", (Task((*served, *python), command, what=one.name),), small, after))
     if "report" in stages:
         page = shown_path(RunDirectory(recipe.name).path / "report.html")
-        command = (*CLI, "compare", recipe.name, "--html", page)
+        command = (*CLI_MODULE, "compare", recipe.name, "--html", page)
         last = tuple(job.label for job in jobs if job.stage == "eval") or tuple(job.label for job in jobs)
         jobs.append(Job("report", "report", (Task(python, command, what="report"),), JobSize(uses_gpus=False), last))
     evals = evals if "eval" in stages else ()

@@ -21,7 +21,7 @@ from recipes_lib.recipe.project import cache_root, project_root, runs_root
 
 WIDTH = 110
 # What only a node of several knows; bash puts it in there.
-PLACE = (
+MEETING_FLAGS = (
     *("--machine_rank", '"$SLURM_NODEID"', "--main_process_ip", '"$HEAD"', "--main_process_port", '"$PORT"'),
     *("--rdzv_backend", "static", "--same_network"),
 )
@@ -92,7 +92,7 @@ def script_of(job: Job, folder: Path, profile: SiteProfile | None) -> Script:
 
 def _commands(job: Job, task: Task, srun: tuple[str, ...]) -> list[str]:
     """Return the lines of one task: its command, and what must succeed after it."""
-    launcher = [*map(shlex.quote, task.launcher), *(PLACE if job.shape.nodes > 1 else ())]
+    launcher = [*map(shlex.quote, task.launcher), *(MEETING_FLAGS if job.shape.nodes > 1 else ())]
     start, args = f"run {shlex.join(srun)}", list(map(shlex.quote, task.args))
     if job.stage == "train":
         leave = 'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"'

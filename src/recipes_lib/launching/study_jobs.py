@@ -13,7 +13,7 @@ from recipes_lib.launching.jobs import Job, JobSize, Task, launcher_of
 from recipes_lib.launching.judge_server import judges_nobody_starts, with_judge
 from recipes_lib.launching.prefetching import judge_model
 from recipes_lib.launching.profile import SiteProfile
-from recipes_lib.launching.recipe_jobs import CLI, TRAIN, JobPlan, python_in_job, shape_of
+from recipes_lib.launching.recipe_jobs import CLI_MODULE, TRAIN_MODULE, JobPlan, python_in_job, shape_of
 from recipes_lib.launching.snapshot import Snapshot
 from recipes_lib.recipe.project import shown_path
 from recipes_lib.study.arms import arm_run, train_words
@@ -103,7 +103,7 @@ class _Planner:
         arm, launch = self.study.arm(step.arm), self.launches[step.arm]
         assert arm.recipe is not None and step.seed is not None
         launcher = launcher_of(self.python, launch.config, self.snapshot.shown(launch.config.path), shape_of(launch))
-        script = (*TRAIN, self.snapshot.shown(arm.recipe.path), *train_words(self.study, arm, step.seed)[1:], *self.flags)
+        script = (*TRAIN_MODULE, self.snapshot.shown(arm.recipe.path), *train_words(self.study, arm, step.seed)[1:], *self.flags)
         check = (*self.python, *self._study_command(self._names(step, TRAINING)))
         return Task(launcher, script, check, arm_run(self.study, arm, step.seed))
 
@@ -148,7 +148,7 @@ class _Planner:
     def _study_command(self, steps: Sequence[str]) -> tuple[str, ...]:
         allowed = [flag for flag in self.flags if flag == "--trust-remote-code"]  # later steps load the models too
         words = ("study", "run", self.snapshot.shown(self.study.path), *self.study.words, *allowed, "--only", *steps)
-        return (*CLI, *words)
+        return (*CLI_MODULE, *words)
 
     def _open(self, kinds: Iterable[str], also: Iterable[str] = ()) -> list[Step]:
         """Return the steps of some kinds that are to be done, or whose fellow steps (a training's check) are."""
