@@ -70,7 +70,8 @@ def timeless(measurements: Measurements) -> Measurements:
             answers = {**(result.result.get("answers") or {}), "generated_now": None}
             evals.append(dataclasses.replace(result, result={**result.result, "answers": answers}))
         curves = tuple(without_times(line) for line in one.curves)
-        return dataclasses.replace(one, state=without_times(one.state), curves=curves, evals=tuple(evals))
+        state = {**without_times(one.state), "resumed": []}  # a report says whose seconds those of a resumed training are
+        return dataclasses.replace(one, state=state, curves=curves, evals=tuple(evals))
 
     arms = {name: dataclasses.replace(arm, runs=tuple(map(run, arm.runs))) for name, arm in measurements.arms.items()}
     return dataclasses.replace(measurements, arms=arms)
