@@ -15,7 +15,7 @@ from recipes_lib.statistics.agreement import accuracy, cohens_kappa
 from recipes_lib.statistics.corrections import holm
 from recipes_lib.statistics.intervals import bca, mean_interval, rate_bounds, standard_error, studentised, wilson
 from recipes_lib.statistics.paired import mcnemar_p, paired_binary_interval, paired_test, sign_flip_p
-from recipes_lib.statistics.power import discordant_standard_deviation, items_needed, minimum_detectable_effect
+from recipes_lib.statistics.power import Spread, items_needed
 
 
 @settings(max_examples=40, deadline=None)
@@ -168,8 +168,7 @@ def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
     found = 0
     for i in range(200):
         differences = rng.normal(size=100)
-        effect = minimum_detectable_effect(differences)
+        effect = Spread(differences.var(ddof=1) / 100).mde()
         found += (sign_flip_p(differences + effect, resamples=300, seed=i) or 1) <= 0.05
     assert 0.7 <= found / 200 <= 0.9
     assert items_needed(0.28, 1.0) in (100, 101)
-    assert discordant_standard_deviation(0.25, 0.0) == 0.5

@@ -157,13 +157,6 @@ def paired_binary_interval(only_first: int, only_second: int, n: int, level: flo
     return Interval((only_first - only_second) / n, max(-1.0, center - half), min(1.0, center + half), n, "adjusted wald", level)
 
 
-def paired_interval(
-    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Return the mean difference with its bootstrap interval over clusters (questions)."""
-    return mean_interval(paired_differences(first, second), clusters, resamples=resamples, seed=seed, level=level)
-
-
 def paired_test(
     first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, *, seed: int = 0, level: float = 0.95
 ) -> PairedResult:

@@ -9,23 +9,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import special
-
-from recipes_lib.statistics.intervals import standard_error
 
 
 def _multiplier(alpha: float, power: float) -> float:
     """Standard errors between no effect and an effect found with probability `power`."""
     return float(special.ndtri(1 - alpha / 2) + special.ndtri(power))
-
-
-def minimum_detectable_effect(
-    differences: ArrayLike, clusters: ArrayLike | None = None, *, alpha: float = 0.05, power: float = 0.8
-) -> float | None:
-    """Return the smallest mean difference found with probability `power`; None without a spread to base it on."""
-    error = standard_error(differences, clusters)
-    return None if not error else _multiplier(alpha, power) * error
 
 
 @dataclass(frozen=True)
@@ -124,8 +113,3 @@ def items_needed(effect: float | None, standard_deviation: float | None, *, alph
     if not effect or standard_deviation is None:
         return None
     return max(2, math.ceil((_multiplier(alpha, power) * standard_deviation / effect) ** 2))
-
-
-def discordant_standard_deviation(discordant_share: float, effect: float) -> float:
-    """Return the standard deviation of a difference of two 0/1 outcomes from the share of items where they differ."""
-    return math.sqrt(max(0.0, discordant_share - effect**2))

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.errors import EnvironmentFault
 from recipes_lib.json_files import read_object
+from recipes_lib.terminal import shown_size
 from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, changed_files, explain_peft_failure, weight_hashes
 from recipes_lib.training.trained import Family, TrainedRun, load_base
 from recipes_lib.training.weights_check import reload
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "merge.json"
-SPARE = 1.2  # free space asked for, as a multiple of what is written
+_SPARE = 1.2  # free space asked for, as a multiple of what is written
 
 
 def merge_record(trained: TrainedRun) -> dict[str, Any] | None:
@@ -134,3 +137,22 @@ def _on_plain_base(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtyp
 def file_sizes(folder: Path) -> dict[str, int]:
     """Return the sizes of a folder's weight files."""
     return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+
+
+def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Refuse to write what will not fit.
+
+    Args:
+        needed: bytes.
+        what: what is written, as the message names it.
+        remedy: what else helps than to free some space.
+
+    Raises:
+        EnvironmentFault: too little is free for it and a fifth more.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < _SPARE * needed:
+        raise EnvironmentFault(
+            f"disk full: {what} needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are free in {folder}",
+            f"free some space{remedy}; nothing was written",
+        )

@@ -19,9 +19,8 @@ from recipes_lib.atomic_files import publish
 from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.json_files import read_object
 from recipes_lib.redaction import holds_secret
-from recipes_lib.terminal import shown_size
 from recipes_lib.training import base_identity
-from recipes_lib.training.adapters import SPARE, merge_record, why_stale
+from recipes_lib.training.adapters import check_space, merge_record, why_stale
 from recipes_lib.training.base_notice import write_notice
 from recipes_lib.training.card import is_hub_id, write_card
 from recipes_lib.training.checkpoints import folder_size
@@ -75,7 +74,7 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     check_target(to, trained)
     _check_tensors(trained, source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(target.parent, folder_size(source))
+    check_space(target.parent, folder_size(source), "the export", ", or export to another disk")
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir()
@@ -210,12 +209,3 @@ def _recipe_text(recipe: Recipe, state: dict[str, Any]) -> str:
     head = "# The recipe this was trained with, every value resolved. Paths are cut to their last part.\n"
     head += f"# Versions: {with_versions}\n" if with_versions else ""
     return head + yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < SPARE * needed:
-        raise EnvironmentFault(
-            f"disk full: the export needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are free in {folder}",
-            "free some space, or export to another disk; nothing was written",
-        )

@@ -17,7 +17,7 @@ from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.faults import explain_fault
 from recipes_lib.runs.lock import run_lock
 from recipes_lib.terminal import shown_size
-from recipes_lib.training.adapters import RECORD, SPARE, file_sizes, fold, free_memory, load_merged, merge_record, why_stale
+from recipes_lib.training.adapters import RECORD, check_space, file_sizes, fold, free_memory, load_merged, merge_record, why_stale
 from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, recorded_hashes, weight_hashes
 from recipes_lib.training.card import quantized_bits, write_card
 from recipes_lib.training.probes import real_prompts
@@ -84,7 +84,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     written = str(model.dtype).removeprefix("torch.")
     if trained.recipe.quantization is not None:
         report(_dequantisation_note(trained, before, _size(model), written))
-    _check_space(trained.run.path, _size(model))
+    check_space(trained.run.path, _size(model), "the merged model", " and run the same command again")
     report(f"writing {shown_size(_size(model))} in {written} ...")
     _save(model, tokenizer, scratch)
     del model
@@ -112,15 +112,6 @@ def _dequantisation_note(trained: TrainedRun, before: int, after: int, dtype: st
         f"{shown_size(before)} became {shown_size(after)} in {dtype}\n"
         "what quantization took from the original weights stays lost: the adapter was trained on what was left"
     )
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < SPARE * needed:
-        raise EnvironmentFault(
-            f"disk full: the merged model needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are free in {folder}",
-            "free some space and run the same command again; nothing was written",
-        )
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
