@@ -73,8 +73,8 @@ def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
             code = entry(list(argv))
         except SystemExit as stop:
             code = stop.code
-        said = capfd.readouterr().err.replace(str(tmp_path), "TMP").replace(str(PROJECT), "PROJECT")
-        return f"## {case}\nexit {int(code or 0)}\n{said}".replace(str(tmp_path), "TMP").rstrip() + "\n"
+        said = f"## {case}\nexit {int(code or 0)}\n{capfd.readouterr().err.replace(str(PROJECT), 'PROJECT')}".rstrip() + "\n"
+        return said.replace(str(tmp_path), "TMP").replace(tmp_path.name, "TMP-NAME")  # pytest numbers the folder of a test
 
     return run
 
