@@ -1,4 +1,6 @@
-"""Packaging. The dependency floors are the oldest versions whose behaviour the recipes rely on; constraints.txt has the tested ones."""
+"""Packaging. The dependency floors are the oldest versions whose behaviour the recipes rely on;
+constraints.txt has the tested ones.
+"""
 
 from pathlib import Path
 
@@ -34,7 +36,8 @@ EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "httpx2>=2.12", "setu
 
 EXTRAS = {
     "eval": EVAL,
-    # Reads the GGUF file of the packaged model. That package itself is not a dependency: it would compile a C++ runtime we do not use.
+    # Reads the GGUF file of the packaged model. That package itself is not a dependency: it would
+    # compile a C++ runtime we do not use.
     "quickstart": ["gguf>=0.17", *EVAL],
     "dev": [
         *EVAL,
@@ -50,7 +53,8 @@ EXTRAS = {
         "tensorboard>=2.20",
     ],
     "gpu": ["liger-kernel>=0.8.2"],
-    # Attention kernels of the Hub. transformers takes a narrow range of versions and says itself which.
+    # Attention kernels of the Hub. transformers takes a narrow range of versions and says itself
+    # which.
     "kernels": ["transformers[kernels]"],
     "tracking": ["tensorboard>=2.20", "trackio>=0.40", "wandb>=0.25"],
 }
@@ -58,8 +62,13 @@ EXTRAS = {
 setup(
     name="recipes-lib",
     version=VERSION,
-    description="Recipes for fine-tuning language models with LoRA and QLoRA, and conclusions that can be believed",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    description=(
+        "Recipes for fine-tuning language models with LoRA and QLoRA, and conclusions that can be"
+        " believed"
+    ),
+    long_description=(
+        (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+    ),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     package_dir={"": "src"},

@@ -1,9 +1,11 @@
-"""What a GPU would keep for the backward pass, against the plan, without a GPU: the forward pass of Llama-2-7B's blocks through the shapes
-and types of the CUDA kernels (fake tensors: nothing is computed, no memory is taken), live bytes at its end.
+"""What a GPU would keep for the backward pass, against the plan, without a GPU: the forward pass of
+Llama-2-7B's blocks through the shapes and types of the CUDA kernels (fake tensors: nothing is
+computed, no memory is taken), live bytes at its end.
 
     python benchmarks/cuda_shapes.py [--layers 4] [--json benchmarks/results/cuda_shapes.json]
 
-It needs a build of torch for CUDA, transformers and PEFT, and no GPU. Not seen this way: the backward pass, the loss, the allocator's gaps.
+It needs a build of torch for CUDA, transformers and PEFT, and no GPU. Not seen this way: the
+backward pass, the loss, the allocator's gaps.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = operator(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
@@ -56,17 +60,29 @@ class LiveBytes(TorchDispatchMode):
 
 
 def register_kernels() -> None:
-    """Attention that calls the kernels a GPU would choose: without one, sdpa itself would take the plain formula."""
+    """Attention that calls the kernels a GPU would choose: without one, sdpa itself would take the
+    plain formula.
+    """
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
-    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **_: Any) -> Any:
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **_: Any
+    ) -> Any:
         kernels = torch.ops.aten
         if mask is None:
-            out = kernels._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)[0]
+            out = kernels._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, True, scale=scaling
+            )[0]
         else:
-            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -1e9).expand(-1, query.shape[1], -1, -1)
-            out = kernels._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0.0, False, scale=scaling)[0]
+            bias = (
+                torch.zeros_like(mask, dtype=query.dtype)
+                .masked_fill(~mask, -1e9)
+                .expand(-1, query.shape[1], -1, -1)
+            )
+            out = kernels._scaled_dot_product_efficient_attention(
+                query, key, value, bias, True, 0.0, False, scale=scaling
+            )[0]
         return out.transpose(1, 2).contiguous(), None
 
     for name, mask in {"causal_kernel": lambda *_, **__: None, "masked_kernel": sdpa_mask}.items():
@@ -75,16 +91,27 @@ def register_kernels() -> None:
 
 
 def on_fake_gpu(model: Any) -> None:
-    """Replace a model's meta weights by fake ones on a GPU; to be called inside a FakeTensorMode."""
+    """Replace a model's meta weights by fake ones on a GPU; to be called inside a
+    FakeTensorMode.
+    """
     for module in model.modules():
-        for kind, make in ((module._parameters, torch.nn.Parameter), (module._buffers, lambda tensor, _: tensor)):
+        for kind, make in (
+            (module._parameters, torch.nn.Parameter),
+            (module._buffers, lambda tensor, _: tensor),
+        ):
             for name, old in list(kind.items()):
                 if old is not None:
-                    kind[name] = make(torch.empty(old.shape, dtype=old.dtype, device="cuda"), old.requires_grad)
+                    kind[name] = make(
+                        torch.empty(old.shape, dtype=old.dtype, device="cuda"), old.requires_grad
+                    )
 
 
-def kept_bytes(config: dict[str, Any], rows: int, dropout: float | None, checkpointing: bool) -> int:
-    """Return the bytes alive after the forward pass of the blocks in bf16, under autocast, that the model did not hold before."""
+def kept_bytes(
+    config: dict[str, Any], rows: int, dropout: float | None, checkpointing: bool
+) -> int:
+    """Return the bytes alive after the forward pass of the blocks in bf16, under autocast, that the
+    model did not hold before.
+    """
     from gpu_model import build_model
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -96,7 +123,9 @@ def kept_bytes(config: dict[str, Any], rows: int, dropout: float | None, checkpo
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_fake_gpu(model)
         ids = torch.zeros((rows, TOKENS // rows), dtype=torch.long, device="cuda")
-        extra = {"position_ids": ids.clone()} if rows == 1 else {"attention_mask": torch.ones_like(ids)}
+        extra = (
+            {"position_ids": ids.clone()} if rows == 1 else {"attention_mask": torch.ones_like(ids)}
+        )
         live = LiveBytes([*model.parameters(), *model.buffers(), ids, *extra.values()])
         # torch.autocast would switch itself off where no GPU answers
         torch.set_autocast_dtype("cuda", DTYPE)
@@ -110,7 +139,9 @@ def kept_bytes(config: dict[str, Any], rows: int, dropout: float | None, checkpo
         return live.total if hidden.requires_grad else 0
 
 
-def planned_bytes(config: dict[str, Any], rows: int, dropout: float | None, checkpointing: bool) -> float:
+def planned_bytes(
+    config: dict[str, Any], rows: int, dropout: float | None, checkpointing: bool
+) -> float:
     """Return the plan's figure for the same."""
     from gpu_model import Case, settings_of_case
 
@@ -124,13 +155,18 @@ def planned_bytes(config: dict[str, Any], rows: int, dropout: float | None, chec
 
 def main(argv: list[str] | None = None) -> int:
     """Count, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="blocks of Llama-2-7B; each keeps the same")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=4, help="blocks of Llama-2-7B; each keeps the same"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     if not torch.backends.cuda.is_built():
         print(
-            "this torch is built without CUDA, so it does not know what CUDA's kernels keep: take a CUDA build (no GPU is needed)",
+            "this torch is built without CUDA, so it does not know what CUDA's kernels keep: take a"
+            " CUDA build (no GPU is needed)",
             file=sys.stderr,
         )
         return 5
@@ -143,7 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, case in CASES.items():
         kept, planned = kept_bytes(config, *case), planned_bytes(config, *case)
         rows.append({"case": name, "kept_gib": kept / 2**30, "planned_gib": planned / 2**30})
-        print(f"| {name} | {kept / 2**30:.3f} | {planned / 2**30:.3f} | {planned / kept:.3f} |", flush=True)
+        print(
+            f"| {name} | {kept / 2**30:.3f} | {planned / 2**30:.3f} | {planned / kept:.3f} |",
+            flush=True,
+        )
     if options.json:
         write_record(options.json, {"layers": options.layers, "tokens": TOKENS, "rows": rows})
     return 0

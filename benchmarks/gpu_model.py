@@ -1,6 +1,8 @@
-"""What `gpu_check.py` measures: a model with random weights, batches with Dolly's lengths, and one training step without a trainer.
+"""What `gpu_check.py` measures: a model with random weights, batches with Dolly's lengths, and one
+training step without a trainer.
 
-It runs where torch, transformers and PEFT are; trl, datasets and a network are not needed, bitsandbytes only for QLoRA.
+It runs where torch, transformers and PEFT are; trl, datasets and a network are not needed,
+bitsandbytes only for QLoRA.
 """
 
 from __future__ import annotations
@@ -22,13 +24,23 @@ from recipes_lib.training.cpu.loss import add_token_loss
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA_2_7B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
 TINY = LLAMA_2_7B | {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "vocab_size": 512,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+}
 VARLEN = "torch_varlen"
 
 
@@ -57,8 +69,11 @@ class Case:
     unavailable: str | None = None
 
 
-def build_model(config: dict[str, Any], device: str, rank: int = 32, dropout: float | None = 0.05) -> Any:
-    """Return a causal language model in bf16 with random weights and LoRA on every linear layer, its adapters in float32.
+def build_model(
+    config: dict[str, Any], device: str, rank: int = 32, dropout: float | None = 0.05
+) -> Any:
+    """Return a causal language model in bf16 with random weights and LoRA on every linear layer,
+    its adapters in float32.
 
     Args:
         dropout: LoRA's; None for no adapter.
@@ -80,7 +95,13 @@ def build_model(config: dict[str, Any], device: str, rank: int = 32, dropout: fl
         loss.TOKENS_PER_TILE = 2048  # a GPU wants larger products than a cache does
     if dropout is None:
         return model.train()
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+        target_modules=list(TARGETS),
+        task_type="CAUSAL_LM",
+    )
     with torch.device(device):
         model = get_peft_model(model, lora)
     for parameter in trained(model):
@@ -89,7 +110,9 @@ def build_model(config: dict[str, Any], device: str, rank: int = 32, dropout: fl
 
 
 def quantize(model: Any, device: str) -> None:
-    """Turn the base's linear layers into NF4 with double quantization, in place, and the adapters into bf16 as TRL does."""
+    """Turn the base's linear layers into NF4 with double quantization, in place, and the adapters
+    into bf16 as TRL does.
+    """
     import bitsandbytes as bnb
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit  # noqa: F401  (fails early where PEFT has no 4-bit layers)
@@ -98,9 +121,19 @@ def quantize(model: Any, device: str) -> None:
         if isinstance(module, LoraLinear):
             old = module.base_layer
             new = bnb.nn.Linear4bit(
-                old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
+                old.in_features,
+                old.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                compress_statistics=True,
             )
-            new.weight = bnb.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+            new.weight = bnb.nn.Params4bit(
+                old.weight.data.cpu(),
+                requires_grad=False,
+                quant_type="nf4",
+                compress_statistics=True,
+            )
             module.base_layer = new.to(device)
             module.base_layer.support_avx512bf16_for_cpu = False
     for parameter in trained(model):
@@ -132,31 +165,51 @@ def set_up(model: Any, case: Case) -> None:
 
 
 def register_varlen() -> None:
-    """PyTorch's own variable-length flash attention under a name that transformers knows; needs no flash-attn package."""
+    """PyTorch's own variable-length flash attention under a name that transformers knows; needs no
+    flash-attn package.
+    """
     from torch.nn.attention.varlen import varlen_attn
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    causal: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
 
-    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **kwargs: Any
+    ) -> Any:
         bounds = kwargs.get("cu_seq_lens_q")
         if bounds is None:
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+            return sdpa_attention_forward(
+                module, query, key, value, mask, scaling=scaling, **kwargs
+            )
         groups = query.shape[1] // key.shape[1]
-        rows = [part[0].transpose(0, 1) for part in (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))]
+        rows = [
+            part[0].transpose(0, 1)
+            for part in (
+                query,
+                key.repeat_interleave(groups, 1),
+                value.repeat_interleave(groups, 1),
+            )
+        ]
         longest = kwargs["max_length_q"]
         scale = {"scale": scaling} if "scale" in known else {}
-        return varlen_attn(*(row.contiguous() for row in rows), bounds, bounds, longest, longest, **scale, **causal)[None], None
+        return varlen_attn(
+            *(row.contiguous() for row in rows), bounds, bounds, longest, longest, **scale, **causal
+        )[None], None
 
     AttentionInterface.register(VARLEN, attention)
     AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
 
 
-def micro_batches(case: Case, config: dict[str, Any], device: str, longest: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield micro-batches of random tokens with Dolly's lengths, half of each example with loss, without end.
+def micro_batches(
+    case: Case, config: dict[str, Any], device: str, longest: int, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Yield micro-batches of random tokens with Dolly's lengths, half of each example with loss,
+    without end.
 
     Args:
         longest: examples are cut there; a packed row is four times as long.
@@ -167,14 +220,21 @@ def micro_batches(case: Case, config: dict[str, Any], device: str, longest: int,
     vocabulary = config["vocab_size"]
     while True:
         if case.batching == "packed":
-            sizes = [size for _ in range(case.examples) for size in filled_row(draw, lengths, 4 * longest)]
+            sizes = [
+                size
+                for _ in range(case.examples)
+                for size in filled_row(draw, lengths, 4 * longest)
+            ]
         else:
             sizes = draw.choices(lengths, k=case.examples)
         rows = [torch.randint(0, vocabulary, (size,), generator=generator) for size in sizes]
         labels = [torch.where(torch.arange(len(row)) < len(row) // 2, -100, row) for row in rows]
         batch = padded(rows, labels) if case.batching == "padded" else flattened(rows, labels)
         batch["num_tokens"] = sum(sizes)
-        yield {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        yield {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
 
 
 def filled_row(draw: random.Random, lengths: Sequence[int], size: int) -> list[int]:
@@ -194,7 +254,11 @@ def padded(rows: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str, An
     """One row per example, as long as the longest."""
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
-    return {"input_ids": pad(rows, batch_first=True), "labels": pad(labels, batch_first=True, padding_value=-100), "attention_mask": mask}
+    return {
+        "input_ids": pad(rows, batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=-100),
+        "attention_mask": mask,
+    }
 
 
 def flattened(rows: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str, Any]:
@@ -206,13 +270,22 @@ def flattened(rows: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str,
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(torch.int32)
     longest = int(lengths.max())
     return {
-        "input_ids": torch.cat(rows)[None], "labels": together[None], "position_ids": positions[None],
-        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
-    }  # fmt: skip
+        "input_ids": torch.cat(rows)[None],
+        "labels": together[None],
+        "position_ids": positions[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
-def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> tuple[int, torch.Tensor]:
-    """Make one optimizer step on one micro-batch; return its tokens (padding not counted) and its loss."""
+def train_step(
+    model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any]
+) -> tuple[int, torch.Tensor]:
+    """Make one optimizer step on one micro-batch; return its tokens (padding not counted) and its
+    loss.
+    """
     inputs = {key: value for key, value in batch.items() if key != "num_tokens"}
     scale = 1 / int((inputs["labels"][:, 1:] != -100).sum().clamp(min=1))
     with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16):
@@ -224,25 +297,47 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, An
     return batch["num_tokens"], loss.detach()
 
 
-def planned_peak_gib(case: Case, config: dict[str, Any], tokens: int, row: int, longest: int, on_cpu: bool) -> float:
-    """Return the planner's figure for the peak of a forward and backward pass of `tokens` tokens (padding counted) in rows of `row`."""
+def planned_peak_gib(
+    case: Case, config: dict[str, Any], tokens: int, row: int, longest: int, on_cpu: bool
+) -> float:
+    """Return the planner's figure for the peak of a forward and backward pass of `tokens` tokens
+    (padding counted) in rows of `row`.
+    """
     return memory_of(settings_of_case(case, config, longest, on_cpu=on_cpu), tokens, row).peak
 
 
-def settings_of_case(case: Case, config: dict[str, Any], longest: int, *, on_cpu: bool, full: bool = False) -> Settings:
+def settings_of_case(
+    case: Case, config: dict[str, Any], longest: int, *, on_cpu: bool, full: bool = False
+) -> Settings:
     """Return a case as the planner's settings.
 
     Args:
         full: no adapter.
     """
     kinds = {"sdpa_by_document": "documents", VARLEN: "flash", "flash_attention_2": "flash"}
-    adapter = Adapter(rank=32, dropout=case.dropout, targets=TARGETS, layers=config["num_hidden_layers"])
+    adapter = Adapter(
+        rank=32, dropout=case.dropout, targets=TARGETS, layers=config["num_hidden_layers"]
+    )
     return Settings(
-        shape=shape_of(config), dtype="bfloat16", bits=case.bits, autocast=2, adapter=None if full else adapter,
-        optimizer="adamw_torch_fused", attention=kinds.get(case.attention, case.attention), checkpointing=case.checkpointing,
-        per_device=case.examples, eval_per_device=0, max_length=longest, max_tokens=None, padding_free=case.batching == "padding-free",
-        packing=case.batching == "packed", grouped=False, world_size=1, sharded=False, device="cpu" if on_cpu else "gpu",
-    )  # fmt: skip
+        shape=shape_of(config),
+        dtype="bfloat16",
+        bits=case.bits,
+        autocast=2,
+        adapter=None if full else adapter,
+        optimizer="adamw_torch_fused",
+        attention=kinds.get(case.attention, case.attention),
+        checkpointing=case.checkpointing,
+        per_device=case.examples,
+        eval_per_device=0,
+        max_length=longest,
+        max_tokens=None,
+        padding_free=case.batching == "padding-free",
+        packing=case.batching == "packed",
+        grouped=False,
+        world_size=1,
+        sharded=False,
+        device="cpu" if on_cpu else "gpu",
+    )
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
@@ -256,7 +351,9 @@ def shard(model: Any, device: str) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
+        )
     mesh = dist.device_mesh.init_device_mesh(device, (1,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.get_base_model().model.layers:

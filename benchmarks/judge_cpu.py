@@ -1,15 +1,17 @@
-"""Speed of judging: what everything but the model costs, how fast stored judgments are read, and logits against generate.
+"""Speed of judging: what everything but the model costs, how fast stored judgments are read, and
+logits against generate.
 
     python benchmarks/judge_cpu.py [--repeats 5] [--threads 1] [--no-model] [--record]
 
-1. Overhead: 1,000 judgments (500 pairs, both orders) by a judge that answers at once, stored with one synced line each.
-   Promised: < 5 ms per judgment. Once without a tokenizer, and with part 3 once with the quickstart judge's tokenizer and chat template.
+1. Overhead: 1,000 judgments (500 pairs, both orders) by a judge that answers at once, stored with
+   one synced line each. Promised: < 5 ms per judgment. Once without a tokenizer, and with part 3
+   once with the quickstart judge's tokenizer and chat template.
 2. Store: 100,000 stored judgments loaded and summarised. Promised: < 5 s.
-3. Modes: SmolLM2-135M on 8 pairs in both orders, verdicts by next-token probabilities against 128 written tokens.
-   Promised: logits >= 2.5 x generate.
+3. Modes: SmolLM2-135M on 8 pairs in both orders, verdicts by next-token probabilities against 128
+   written tokens. Promised: logits >= 2.5 x generate.
 
-Everything is CPU seconds, except that a synced line also waits for the disk: part 1 gives that wait beside them.
-`--record` writes results/judge_cpu.json.
+Everything is CPU seconds, except that a synced line also waits for the disk: part 1 gives that wait
+beside them. `--record` writes results/judge_cpu.json.
 """
 
 from __future__ import annotations
@@ -42,29 +44,45 @@ class InstantJudge:
 
     def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
         """Return a verdict for each request."""
-        return [JudgeReply(text="Response A is fuller and clearer than Response B. [RESULT] A") for _ in requests]
+        return [
+            JudgeReply(text="Response A is fuller and clearer than Response B. [RESULT] A")
+            for _ in requests
+        ]
 
 
 def items(number: int) -> list[Item]:
     """Pairs of answers of usual length."""
-    answer = "The river rises in the hills, turns east at the old mill and reaches the sea after some forty miles. "
-    return [Item(str(n), f"Describe river number {n}.", answer * 5 + str(n), answer * 3 + f"({n})") for n in range(number)]
+    answer = (
+        "The river rises in the hills, turns east at the old mill and reaches the sea after some"
+        " forty miles. "
+    )
+    return [
+        Item(str(n), f"Describe river number {n}.", answer * 5 + str(n), answer * 3 + f"({n})")
+        for n in range(number)
+    ]
 
 
 def overhead(scratch: Path) -> tuple[float, float]:
     """CPU seconds and seconds on the clock per judgment without a model."""
     file = load_judge_file(PROJECT / "evals/judges/quickstart.yaml")
     plan = JudgePlan(
-        template=file.template("relative"), rubric=file.rubric(), count_tokens=lambda text: len(text) // 4, max_prompt_tokens=4000
+        template=file.template("relative"),
+        rubric=file.rubric(),
+        count_tokens=lambda text: len(text) // 4,
+        max_prompt_tokens=4000,
     )
     started, clock = time.process_time(), time.perf_counter()
-    run = judge_items(items(PAIRS), InstantJudge(), JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan)
+    run = judge_items(
+        items(PAIRS), InstantJudge(), JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan
+    )
     assert run.asked == 2 * PAIRS
     return (time.process_time() - started) / run.asked, (time.perf_counter() - clock) / run.asked
 
 
 def overhead_with_tokenizer(scratch: Path) -> float:
-    """CPU seconds per judgment with prompts counted, rendered and encoded as for the quickstart's judge, which is not asked."""
+    """CPU seconds per judgment with prompts counted, rendered and encoded as for the quickstart's
+    judge, which is not asked.
+    """
     from recipes_lib.generation.judges import judge_ids, opened
 
     with opened(load_judge_file(PROJECT / "evals/judges/quickstart.yaml")) as judge:
@@ -77,7 +95,12 @@ def overhead_with_tokenizer(scratch: Path) -> float:
                 return super().complete(requests)
 
         started = time.process_time()
-        run = judge_items(items(PAIRS), EncodingJudge(), JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), judge.plan("relative"))
+        run = judge_items(
+            items(PAIRS),
+            EncodingJudge(),
+            JudgmentStore(scratch / f"{time.time_ns()}.jsonl"),
+            judge.plan("relative"),
+        )
         return (time.process_time() - started) / run.asked
 
 
@@ -110,21 +133,34 @@ def read_store(path: Path) -> float:
 
 
 def judge_with(mode: str) -> Callable[[Path], float]:
-    """A function that returns CPU seconds per judgment of SmolLM2-135M in a mode, the loading of its weights left out."""
+    """A function that returns CPU seconds per judgment of SmolLM2-135M in a mode, the loading of
+    its weights left out.
+    """
     from recipes_lib.generation.judges import opened
 
     file = load_judge_file(PROJECT / "evals/judges/quickstart.yaml")
-    file = dataclasses.replace(file, judge=dataclasses.replace(file.judge, mode=mode, max_new_tokens=WRITTEN_TOKENS, max_reasks=0))
+    file = dataclasses.replace(
+        file,
+        judge=dataclasses.replace(
+            file.judge, mode=mode, max_new_tokens=WRITTEN_TOKENS, max_reasks=0
+        ),
+    )
 
     def measure(scratch: Path) -> float:
         with opened(file) as judge:
             plan = judge.plan("relative")
-            judge_items(items(1), judge.judge, JudgmentStore(scratch / f"warm-{time.time_ns()}.jsonl"), plan)
+            judge_items(
+                items(1), judge.judge, JudgmentStore(scratch / f"warm-{time.time_ns()}.jsonl"), plan
+            )
             engine = judge.judge._engine  # type: ignore[attr-defined]
-            engine.stop_ids = [len(engine.tokenizer) - 1]  # a token that greedy decoding does not choose: all texts have the full length
+            engine.stop_ids = [
+                len(engine.tokenizer) - 1
+            ]  # a token that greedy decoding does not choose: all texts have the full length
             pairs = items(9)[1:]
             started = time.process_time()
-            run = judge_items(pairs, judge.judge, JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan)
+            run = judge_items(
+                pairs, judge.judge, JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan
+            )
             return (time.process_time() - started) / run.asked
 
     return measure
@@ -132,7 +168,9 @@ def judge_with(mode: str) -> Callable[[Path], float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-model", action="store_true", help="leave part 3 out")
@@ -143,7 +181,10 @@ def main() -> None:
 
     def show(name: str, values: Sequence[float], unit: str, scale: float = 1) -> None:
         found[f"{name}, {unit}"] = numbers = spread([value * scale for value in values])
-        print(f"{name:<34} {numbers['median']:8.2f} {unit}  [{numbers['min']:.2f}, {numbers['max']:.2f}]  n = {numbers['n']}")
+        print(
+            f"{name:<34} {numbers['median']:8.2f} {unit}  [{numbers['min']:.2f},"
+            f" {numbers['max']:.2f}]  n = {numbers['n']}"
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -151,7 +192,11 @@ def main() -> None:
         show("judging without a model", [cpu for cpu, _ in times], "CPU ms per judgment", 1000)
         show("the same on the clock", [clock for _, clock in times], "ms per judgment", 1000)
         write_store(scratch / "many.jsonl")
-        show("100,000 judgments, load and sum up", [read_store(scratch / "many.jsonl") for _ in range(options.repeats)], "CPU s")
+        show(
+            "100,000 judgments, load and sum up",
+            [read_store(scratch / "many.jsonl") for _ in range(options.repeats)],
+            "CPU s",
+        )
         if not options.no_model:
             import torch
 
@@ -163,9 +208,17 @@ def main() -> None:
             for number in range(1, options.repeats + 1):
                 rounds.append((logits(scratch), generate(scratch)))
                 ratio = rounds[-1][1] / rounds[-1][0]
-                print(f"round {number}: {rounds[-1][0]:.3f} against {rounds[-1][1]:.3f} CPU s, {ratio:.2f}x", flush=True)
+                print(
+                    f"round {number}: {rounds[-1][0]:.3f} against {rounds[-1][1]:.3f} CPU s,"
+                    f" {ratio:.2f}x",
+                    flush=True,
+                )
             show("logits", [first for first, _ in rounds], "CPU s per judgment")
-            show(f"generate, {WRITTEN_TOKENS} tokens", [second for _, second in rounds], "CPU s per judgment")
+            show(
+                f"generate, {WRITTEN_TOKENS} tokens",
+                [second for _, second in rounds],
+                "CPU s per judgment",
+            )
             show("generate / logits", [second / first for first, second in rounds], "x")
     if options.record:
         write_result("judge_cpu", found, options.threads, load)

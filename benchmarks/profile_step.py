@@ -1,11 +1,14 @@
-"""Where one training step goes: torch.profiler over the second optimizer step, its costs grouped and the three largest named.
+"""Where one training step goes: torch.profiler over the second optimizer step, its costs grouped
+and the three largest named.
 
-    python benchmarks/profile_step.py [RECIPE] [section.key=value ...] [--json FILE]     # through the real training script, CPU or GPU
-    python benchmarks/profile_step.py --without trl-loss ...    # with one of this project's levers taken back (names: train_cpu_worker.py)
-    python benchmarks/profile_step.py --random-7b               # on a GPU: Llama-2-7B with random weights, no download
+    python benchmarks/profile_step.py [RECIPE] [section.key=value ...] [--json FILE]     # through
+    the real training script, CPU or GPU python benchmarks/profile_step.py --without trl-loss ...
+    # with one of this project's levers taken back (names: train_cpu_worker.py) python
+    benchmarks/profile_step.py --random-7b               # on a GPU: Llama-2-7B with random weights,
+    no download
 
-RECIPE is the quickstart's lora-r8 if none is given. Times are the operators' own (without what they call), on the CPU or, where there is
-one, on the GPU. One thread on a CPU.
+RECIPE is the quickstart's lora-r8 if none is given. Times are the operators' own (without what they
+call), on the CPU or, where there is one, on the GPU. One thread on a CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +35,14 @@ GROUPS = {
         "aten::amax",
         "aten::_log_softmax",
     ),
-    "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient", "flash", "fmha", "pytorch_flash"),
+    "attention": (
+        "aten::_scaled_dot_product",
+        "aten::_flash",
+        "aten::_efficient",
+        "flash",
+        "fmha",
+        "pytorch_flash",
+    ),
     "dequantizing 4-bit weights": ("bitsandbytes", "kDequantize", "kgemm", "aten::dequant"),
     "matrix products": (
         "aten::mm",
@@ -46,9 +56,20 @@ GROUPS = {
         "cutlass",
         "void cutlass",
     ),
-    "copies and casts": ("aten::copy_", "aten::_to_copy", "aten::cat", "aten::clone", "Memcpy", "direct_copy"),
+    "copies and casts": (
+        "aten::copy_",
+        "aten::_to_copy",
+        "aten::cat",
+        "aten::clone",
+        "Memcpy",
+        "direct_copy",
+    ),
     "optimizer": ("aten::_fused_adam", "Optimizer", "multi_tensor"),
-    "masks, norms, activations and other elementwise work": ("aten::", "void at::native", "elementwise"),
+    "masks, norms, activations and other elementwise work": (
+        "aten::",
+        "void at::native",
+        "elementwise",
+    ),
 }
 
 
@@ -57,9 +78,13 @@ def group_of(name: str) -> str:
 
     Example:
         >>> group_of("aten::mm"), group_of("aten::mul"), group_of("cudaLaunchKernel")
-        ('matrix products', 'masks, norms, activations and other elementwise work', 'everything else')
+        ('matrix products', 'masks, norms, activations and other elementwise work', 'everything
+        else')
     """
-    return next((group for group, beginnings in GROUPS.items() if name.startswith(beginnings)), "everything else")
+    return next(
+        (group for group, beginnings in GROUPS.items() if name.startswith(beginnings)),
+        "everything else",
+    )
 
 
 def by_group(events: Any, on_gpu: bool) -> dict[str, float]:
@@ -78,7 +103,9 @@ class StepProfiler:
     def __init__(self, on_gpu: bool) -> None:
         from torch.profiler import ProfilerActivity, profile
 
-        self.profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+        self.profile = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        )
         self.events: Any = None
 
     def end_of_step(self, step: int) -> None:
@@ -105,7 +132,12 @@ def profile_recipe(recipe: str, overrides: list[str], profiler: StepProfiler) ->
     try:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["RECIPES_RUNS_ROOT"] = folder
-            own = ["run.name=profile", "train.max_steps=2", "train.eval_strategy='no'", "train.save_strategy='no'"]
+            own = [
+                "run.name=profile",
+                "train.max_steps=2",
+                "train.eval_strategy='no'",
+                "train.save_strategy='no'",
+            ]
             code = main([recipe, *own, *overrides])
     finally:
         transformers.trainer.DEFAULT_CALLBACKS.remove(Report)
@@ -131,8 +163,12 @@ def profile_random_model(profiler: StepProfiler, tiny: bool = False) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Profile, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default=str(PROJECT / "recipes/quickstart/lora-r8.yaml"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "recipe", nargs="?", default=str(PROJECT / "recipes/quickstart/lora-r8.yaml")
+    )
     parser.add_argument("--without", help="take a lever back: trl-loss, trl-head, masked-attention")
     parser.add_argument("--random-7b", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -154,9 +190,15 @@ def main(argv: list[str] | None = None) -> int:
         profile_recipe(options.recipe, overrides, profiler)
     seconds = by_group(profiler.events, on_gpu)
     total = sum(seconds.values())
-    print(f"\none optimizer step, {total:.2f} s in operators on the {'GPU' if on_gpu else 'CPU (one thread)'}")
+    print(
+        f"\none optimizer step, {total:.2f} s in operators on the"
+        f" {'GPU' if on_gpu else 'CPU (one thread)'}"
+    )
     for number, (group, spent) in enumerate(seconds.items(), 1):
-        print(f"{'largest: ' if number <= 3 else '         '}{group:<56}{spent:8.2f} s  {spent / total:5.1%}")
+        print(
+            f"{'largest: ' if number <= 3 else '         '}{group:<56}{spent:8.2f} s "
+            f" {spent / total:5.1%}"
+        )
     if options.json:
         write_record(options.json, {"seconds": seconds})
     return 0

@@ -1,9 +1,11 @@
-"""How the report grows: statistics and report of made-up runs with many judgments, and what a browser takes to open it.
+"""How the report grows: statistics and report of made-up runs with many judgments, and what a
+browser takes to open it.
 
     python benchmarks/report_scale.py [--judgments 10000 100000 1000000] [--repeats 3] [--record]
 
-Promised: 100,000 judgments, statistics and report together, in < 10 s; growth linear up to 1,000,000. CPU seconds of one thread, pdflatex
-among them where it is installed. `--record` writes results/report_scale.json.
+Promised: 100,000 judgments, statistics and report together, in < 10 s; growth linear up to
+1,000,000. CPU seconds of one thread, pdflatex among them where it is installed. `--record` writes
+results/report_scale.json.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def measure(judgments: int) -> tuple[float, float, int]:
 
 def spent() -> float:
     """Return the CPU seconds of this process and of those that it waited for."""
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, children = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
@@ -71,17 +75,34 @@ def main() -> None:
         measured = [measure(judgments) for _ in range(options.repeats)]
         together = spread([statistics + report for statistics, report, _ in measured], 2)
         row = {
-            "judgments": judgments, "statistics_cpu_s": spread([one[0] for one in measured], 2),
-            "report_cpu_s": spread([one[1] for one in measured], 2), "together_cpu_s": together, "report_html_bytes": measured[0][2],
+            "judgments": judgments,
+            "statistics_cpu_s": spread([one[0] for one in measured], 2),
+            "report_cpu_s": spread([one[1] for one in measured], 2),
+            "together_cpu_s": together,
+            "report_html_bytes": measured[0][2],
             "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        }  # fmt: skip
+        }
         rows.append(row)
-        apart = f"statistics {row['statistics_cpu_s']['median']:6.2f} s, report {row['report_cpu_s']['median']:6.2f} s"
-        whole = f"together {together['median']:6.2f} [{together['min']:.2f}, {together['max']:.2f}] CPU s (n = {together['n']})"
-        size = f"{together['median'] / judgments * 1e6:5.1f} us each, page {measured[0][2] / 1e6:.1f} MB, peak {row['peak_gib']:.1f} GiB"
+        apart = (
+            f"statistics {row['statistics_cpu_s']['median']:6.2f} s, report"
+            f" {row['report_cpu_s']['median']:6.2f} s"
+        )
+        whole = (
+            f"together {together['median']:6.2f} [{together['min']:.2f}, {together['max']:.2f}] CPU"
+            f" s (n = {together['n']})"
+        )
+        size = (
+            f"{together['median'] / judgments * 1e6:5.1f} us each, page {measured[0][2] / 1e6:.1f}"
+            f" MB, peak {row['peak_gib']:.1f} GiB"
+        )
         print(f"{judgments:>9,} judgments: {apart}, {whole}, {size}", flush=True)
     if options.record:
-        write_result("report_scale", {"pdflatex": shutil.which("pdflatex") is not None, "sizes": rows}, 1, load)
+        write_result(
+            "report_scale",
+            {"pdflatex": shutil.which("pdflatex") is not None, "sizes": rows},
+            1,
+            load,
+        )
 
 
 if __name__ == "__main__":

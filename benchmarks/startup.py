@@ -29,9 +29,16 @@ COMMANDS = {
 def cpu_seconds(words: str) -> float:
     """Run one command and return the CPU seconds it took."""
     before = os.times()
-    subprocess.run([sys.executable, "-m", "recipes_lib.cli", *words.split()], cwd=PROJECT, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "recipes_lib.cli", *words.split()],
+        cwd=PROJECT,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
     after = os.times()
-    return after.children_user - before.children_user + after.children_system - before.children_system
+    return (
+        after.children_user - before.children_user + after.children_system - before.children_system
+    )
 
 
 def main() -> None:
@@ -44,8 +51,15 @@ def main() -> None:
     print(f"{'recipes ...':<42}{'median s':>10}{'most s':>10}{'limit s':>10}")
     for words, limit in COMMANDS.items():
         seconds = [cpu_seconds(words) for _ in range(options.repeats)]
-        rows[words] = {"median": statistics.median(seconds), "most": max(seconds), "limit": limit, "n": options.repeats}
-        print(f"{words:<42}{rows[words]['median']:>10.3f}{rows[words]['most']:>10.3f}{limit:>10.1f}")
+        rows[words] = {
+            "median": statistics.median(seconds),
+            "most": max(seconds),
+            "limit": limit,
+            "n": options.repeats,
+        }
+        print(
+            f"{words:<42}{rows[words]['median']:>10.3f}{rows[words]['most']:>10.3f}{limit:>10.1f}"
+        )
     if options.json:
         write_record(options.json, {"cpu_seconds": rows})
 

@@ -1,11 +1,15 @@
-"""Do the tests and intervals keep what they promise? Simulated studies with a known truth, through the functions the reports use.
+"""Do the tests and intervals keep what they promise? Simulated studies with a known truth, through
+the functions the reports use.
 
-    python benchmarks/statistics_simulation.py [--studies 10000] [--only NAME] [--json benchmarks/results/statistics_simulation.json]
+    python benchmarks/statistics_simulation.py [--studies 10000] [--only NAME] [--json
+    benchmarks/results/statistics_simulation.json]
 
-For every kind of comparison and size: how often an arm that is no better is called "better" (promised: <= 5%), how often the 95% interval
-holds the true difference (promised: 94-96% at n = 800, 93-97% at n = 80; below n = 40 what comes out is stated), and how often a
-difference of the stated size is found (promised: 80%). Whole tables too: how often any of the 64 rows of the shipped lm-eval tasks is
-called better or worse after Holm's correction where no arm is (promised: <= 5%). One core, an hour.
+For every kind of comparison and size: how often an arm that is no better is called "better"
+(promised: <= 5%), how often the 95% interval holds the true difference (promised: 94-96% at n =
+800, 93-97% at n = 80; below n = 40 what comes out is stated), and how often a difference of the
+stated size is found (promised: 80%). Whole tables too: how often any of the 64 rows of the shipped
+lm-eval tasks is called better or worse after Holm's correction where no arm is (promised: <= 5%).
+One core, an hour.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Result:
-    """What one kind of comparison did at one size. Shares of `studies` simulated studies; None where it was not simulated."""
+    """What one kind of comparison did at one size. Shares of `studies` simulated studies; None
+    where it was not simulated.
+    """
 
     name: str
     n: int
@@ -55,14 +61,19 @@ def _outcomes(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, A
 
 
 def _answers(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Array]:
-    """Right and wrong answers of two arms that agree on most questions; the shares differ by `effect`."""
+    """Right and wrong answers of two arms that agree on most questions; the shares differ by
+    `effect`.
+    """
     cell = rng.choice(4, n, p=[0.12 + effect / 2, 0.12 - effect / 2, 0.5, 0.26])
     return np.isin(cell, (0, 2)).astype(float), np.isin(cell, (1, 2)).astype(float)
 
 
 def _rare(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Array]:
     """Right and wrong answers where the arms differ on 4% of the questions."""
-    won, lost = max(0.02 + effect / 2, effect, 0.0), max(0.02 - effect / 2, -effect if effect < -0.04 else 0.0, 0.0)
+    won, lost = (
+        max(0.02 + effect / 2, effect, 0.0),
+        max(0.02 - effect / 2, -effect if effect < -0.04 else 0.0, 0.0),
+    )
     cell = rng.choice(3, n, p=[won, lost, 1 - won - lost])
     return (cell == 0).astype(float), (cell == 1).astype(float)
 
@@ -73,12 +84,16 @@ _SKEWED = np.array([0.06, 0.02, 0.02, 0.1, 0.8])
 
 
 def _graded(rng: np.random.Generator, n: int, effect: float, weights: Array) -> tuple[Array, Array]:
-    """Grades of two arms: half of the questions get the same grade in both; the first arm loses or gains by mixing in another law."""
+    """Grades of two arms: half of the questions get the same grade in both; the first arm loses or
+    gains by mixing in another law.
+    """
     same = rng.random(n) < 0.5
     second = rng.choice(_GRADES, n, p=weights)
     mean = float(weights @ _GRADES)
     share = min(1.0, abs(effect) / (0.5 * ((5.0 - mean) if effect > 0 else (mean - 1.0))))
-    other = np.where(rng.random(n) < share, 5.0 if effect > 0 else 1.0, rng.choice(_GRADES, n, p=weights))
+    other = np.where(
+        rng.random(n) < share, 5.0 if effect > 0 else 1.0, rng.choice(_GRADES, n, p=weights)
+    )
     return np.where(same, second, other), second
 
 
@@ -98,10 +113,12 @@ def _scores(rng: np.random.Generator, n: int, effect: float) -> tuple[Array, Arr
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of comparison: how its items arise, the difference at which coverage is measured, and turns per question.
+    """One kind of comparison: how its items arise, the difference at which coverage is measured,
+    and turns per question.
 
-    `unresolved` is the share of the first arm's losses without a verdict, `missing` that of all its items, whatever they would have been.
-    `reach` is the largest difference that `draw` can make; a stated one beyond it cannot be simulated.
+    `unresolved` is the share of the first arm's losses without a verdict, `missing` that of all its
+    items, whatever they would have been. `reach` is the largest difference that `draw` can make; a
+    stated one beyond it cannot be simulated.
     """
 
     name: str
@@ -134,14 +151,58 @@ KINDS = (
     Kind("outcomes, 5% unresolved", _outcomes, 0.05, missing=0.05, reach=0.35),
 )
 SIZES = (10, 20, 40, 80, 800)
-# Questions of the 57 subjects of MMLU, of arc_challenge and arc_easy (acc and acc_norm), of gsm8k (two filters) and of truthfulqa_mc2.
+# Questions of the 57 subjects of MMLU, of arc_challenge and arc_easy (acc and acc_norm), of gsm8k
+# (two filters) and of truthfulqa_mc2.
 LM_EVAL_ROWS = (
-    *(100, 135, 152, 100, 265, 144, 100, 100, 100, 173, 102, 100, 235, 114, 145, 378, 126, 100, 310, 203),
-    *(100, 165, 198, 193, 390, 270, 238, 151, 545, 216, 204, 237, 223, 131, 121, 108, 163, 112, 103, 234),
+    *(
+        100,
+        135,
+        152,
+        100,
+        265,
+        144,
+        100,
+        100,
+        100,
+        173,
+        102,
+        100,
+        235,
+        114,
+        145,
+        378,
+        126,
+        100,
+        310,
+        203,
+    ),
+    *(
+        100,
+        165,
+        198,
+        193,
+        390,
+        270,
+        238,
+        151,
+        545,
+        216,
+        204,
+        237,
+        223,
+        131,
+        121,
+        108,
+        163,
+        112,
+        103,
+        234,
+    ),
     *(100, 783, 346, 895, 306, 311, 324, 282, 1534, 272, 612, 110, 245, 201, 100, 166, 171),
     *(1172, 1172, 2376, 2376, 1319, 1319, 817),
 )
-UNSTABLE = 0.3  # share of the questions that a model may answer rightly in one training and wrongly in the next
+# share of the questions that a model may answer rightly in one training and wrongly in the next
+UNSTABLE = 0.3
 
 
 def one_study(kind: Kind, n: int, effect: float, rng: np.random.Generator) -> Tested:
@@ -155,7 +216,10 @@ def one_study(kind: Kind, n: int, effect: float, rng: np.random.Generator) -> Te
         if kind.turns > 1:  # turns of one question share most of what makes them good or bad
             again = kind.draw(rng, questions, moved)
             same = rng.random(questions) < 0.6
-            a, b = (np.concatenate([one, np.where(same, one, other)]) for one, other in zip((a, b), again, strict=True))
+            a, b = (
+                np.concatenate([one, np.where(same, one, other)])
+                for one, other in zip((a, b), again, strict=True)
+            )
         first.append(a)
         second.append(b)
     values = np.stack(first)
@@ -173,7 +237,9 @@ def _tests_alone() -> Iterator[None]:
     """Leave the intervals out where only p is counted: the bootstrap is nine tenths of the time."""
     whole = paired.mean_interval
     for module in (paired, over_seeds):
-        module.mean_interval = lambda values, *rest, **options: Interval(float(np.mean(values)), None, None, len(values), "left out")  # type: ignore[attr-defined]
+        module.mean_interval = lambda values, *rest, **options: Interval(
+            float(np.mean(values)), None, None, len(values), "left out"
+        )  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -197,18 +263,31 @@ def simulate(kind: Kind, n: int, studies: int, seed: int = 0) -> Result:
         covered += tested.low is not None and tested.low <= kind.effect <= tested.high
         widths.append((tested.high or 0) - (tested.low or 0))
     found = power(kind, n, studies, rng) if n >= 80 and not kind.unresolved else None
-    return Result(kind.name, n, kind.seeds, studies, better / studies, worse / studies, covered / studies, float(np.mean(widths)), found)
+    return Result(
+        kind.name,
+        n,
+        kind.seeds,
+        studies,
+        better / studies,
+        worse / studies,
+        covered / studies,
+        float(np.mean(widths)),
+        found,
+    )
 
 
 def power(kind: Kind, n: int, studies: int, rng: np.random.Generator) -> float | None:
-    """Return how often a difference is found that is as large as the studies say they would find: the size that agrees with itself.
+    """Return how often a difference is found that is as large as the studies say they would find:
+    the size that agrees with itself.
 
     None where that size cannot occur, as with two seeds that differ.
     """
     size = abs(kind.effect)
     with _tests_alone():
         for _ in range(4):
-            stated = [one_study(kind, n, math.copysign(size, kind.effect), rng).mde() for _ in range(200)]
+            stated = [
+                one_study(kind, n, math.copysign(size, kind.effect), rng).mde() for _ in range(200)
+            ]
             size = float(np.mean([one for one in stated if one is not None]))
             if size > kind.reach:
                 return None
@@ -217,7 +296,8 @@ def power(kind: Kind, n: int, studies: int, rng: np.random.Generator) -> float |
 
 
 def simulate_table(seeds: int, spread: float, studies: int) -> Result:
-    """Return how often two arms that are alike get a claim in any row of the shipped lm-eval tasks, after Holm's correction.
+    """Return how often two arms that are alike get a claim in any row of the shipped lm-eval tasks,
+    after Holm's correction.
 
     Args:
         spread: standard deviation of a training's accuracy in one row.
@@ -236,15 +316,33 @@ def simulate_table(seeds: int, spread: float, studies: int) -> Result:
                 known, unstable = (rng.random(n) < 0.6).astype(float), rng.random(n) < UNSTABLE
                 tested.append(compare(answers(known, unstable), answers(known, unstable)))
             adjusted = holm([1.0 if one.p is None else one.p for one in tested])
-            shown = [one.effect for one, p in zip(tested, adjusted, strict=True) if p is not None and p <= LEVEL]
+            shown = [
+                one.effect
+                for one, p in zip(tested, adjusted, strict=True)
+                if p is not None and p <= LEVEL
+            ]
             better += any(effect > 0 for effect in shown)
             worse += any(effect < 0 for effect in shown)
-    return Result(table_name(seeds, spread), sum(LM_EVAL_ROWS), seeds, studies, better / studies, worse / studies, None, None, None)
+    return Result(
+        table_name(seeds, spread),
+        sum(LM_EVAL_ROWS),
+        seeds,
+        studies,
+        better / studies,
+        worse / studies,
+        None,
+        None,
+        None,
+    )
 
 
 def table_name(seeds: int, spread: float) -> str:
     """Return what `simulate_table` calls its result."""
-    trainings = f"{seeds} seeds {f'that differ by {100 * spread:g} points' if spread else 'alike'}" if seeds > 1 else "1 seed"
+    trainings = (
+        f"{seeds} seeds {f'that differ by {100 * spread:g} points' if spread else 'alike'}"
+        if seeds > 1
+        else "1 seed"
+    )
     return f"{len(LM_EVAL_ROWS)} rows of lm-eval, {trainings}"
 
 
@@ -254,9 +352,25 @@ def simulate_wilson(n: int, studies: int, share: float) -> Result:
 
     chances = stats.binom.pmf(np.arange(n + 1), n, share)
     intervals = [wilson(count, n) for count in range(n + 1)]
-    covered = sum(chance for chance, one in zip(chances, intervals, strict=True) if one.low <= share <= one.high)
-    width = sum(chance * (one.high - one.low) for chance, one in zip(chances, intervals, strict=True))
-    return Result(f"a share of {share:g} (Wilson, exact)", n, 1, studies, None, None, float(covered), float(width), None)
+    covered = sum(
+        chance
+        for chance, one in zip(chances, intervals, strict=True)
+        if one.low <= share <= one.high
+    )
+    width = sum(
+        chance * (one.high - one.low) for chance, one in zip(chances, intervals, strict=True)
+    )
+    return Result(
+        f"a share of {share:g} (Wilson, exact)",
+        n,
+        1,
+        studies,
+        None,
+        None,
+        float(covered),
+        float(width),
+        None,
+    )
 
 
 def simulate_seed_bootstrap(n: int, studies: int, seeds: int) -> Result:
@@ -265,48 +379,96 @@ def simulate_seed_bootstrap(n: int, studies: int, seeds: int) -> Result:
     covered, widths = 0, []
     for _ in range(studies):
         moved = rng.normal(0.05, 0.05, seeds)
-        means = np.array([_outcomes(rng, n, float(np.clip(one, -0.35, 0.35)))[0].mean() - 0.5 for one in moved])
+        means = np.array(
+            [_outcomes(rng, n, float(np.clip(one, -0.35, 0.35)))[0].mean() - 0.5 for one in moved]
+        )
         interval = bca(means, resamples=1000)
         covered += interval.low is not None and interval.low <= 0.05 <= interval.high
         widths.append(interval.high - interval.low)
-    return Result(f"not used: bootstrap over {seeds} seeds", n, seeds, studies, None, None, covered / studies, float(np.mean(widths)), None)
+    return Result(
+        f"not used: bootstrap over {seeds} seeds",
+        n,
+        seeds,
+        studies,
+        None,
+        None,
+        covered / studies,
+        float(np.mean(widths)),
+        None,
+    )
 
 
-def run(studies: int, only: str | None = None, known: Collection[tuple[str, int]] = ()) -> Iterator[Result]:
+def run(
+    studies: int, only: str | None = None, known: Collection[tuple[str, int]] = ()
+) -> Iterator[Result]:
     """Yield every result that is not known yet, the cheap kinds first."""
     tasks: list[tuple[str, int, Callable[[], Result]]] = []
     for kind in sorted(KINDS, key=lambda kind: not kind.name.startswith(("outcomes", "right"))):
-        tasks += [(kind.name, n, partial(simulate, kind, n, studies)) for n in SIZES if n <= kind.largest]
+        tasks += [
+            (kind.name, n, partial(simulate, kind, n, studies)) for n in SIZES if n <= kind.largest
+        ]
     for share in (0.5, 0.8, 0.95):
-        tasks += [(f"a share of {share:g} (Wilson, exact)", n, partial(simulate_wilson, n, studies, share)) for n in SIZES]
+        tasks += [
+            (
+                f"a share of {share:g} (Wilson, exact)",
+                n,
+                partial(simulate_wilson, n, studies, share),
+            )
+            for n in SIZES
+        ]
     tasks += [
-        (f"not used: bootstrap over {seeds} seeds", 800, partial(simulate_seed_bootstrap, 800, studies, seeds)) for seeds in (2, 3, 5)
+        (
+            f"not used: bootstrap over {seeds} seeds",
+            800,
+            partial(simulate_seed_bootstrap, 800, studies, seeds),
+        )
+        for seeds in (2, 3, 5)
     ]
-    # One training that differs from the next is no seed of anything: no test over questions can know (docs/studies.md).
+    # One training that differs from the next is no seed of anything: no test over questions can
+    # know (docs/studies.md).
     for seeds, spread in ((1, 0.0), (2, 0.0), (3, 0.0), (2, 0.03), (3, 0.03)):
-        tasks.append((table_name(seeds, spread), sum(LM_EVAL_ROWS), partial(simulate_table, seeds, spread, studies)))
+        tasks.append(
+            (
+                table_name(seeds, spread),
+                sum(LM_EVAL_ROWS),
+                partial(simulate_table, seeds, spread, studies),
+            )
+        )
     for name, n, work in tasks:
         if (not only or only in name) and (name, n) not in known:
             yield work()
 
 
 def _rounded(values: dict[str, object]) -> dict[str, object]:
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+    return {
+        key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()
+    }
 
 
 def main() -> None:
     """Simulate, print the table, and keep it."""
-    parser = argparse.ArgumentParser(description="False positives, coverage and power of the statistics, by simulation.")
+    parser = argparse.ArgumentParser(
+        description="False positives, coverage and power of the statistics, by simulation."
+    )
     parser.add_argument("--studies", type=int, default=10_000)
     parser.add_argument("--only", help="kinds whose name holds this")
-    parser.add_argument("--json", help="also keep the results here; those that are there already are not simulated again")
+    parser.add_argument(
+        "--json",
+        help="also keep the results here; those that are there already are not simulated again",
+    )
     options = parser.parse_args()
     begun = time.process_time()
     print(f"{'kind':38} {'n':>4}  better  worse  coverage  width  power at the stated size")
     results, spent = _kept(Path(options.json), options.studies) if options.json else ([], 0.0)
     for result in run(options.studies, options.only, {(one.name, one.n) for one in results}):
         results.append(result)
-        numbers = (result.false_better, result.false_worse, result.coverage, result.width, result.power_at_mde)
+        numbers = (
+            result.false_better,
+            result.false_worse,
+            result.coverage,
+            result.width,
+            result.power_at_mde,
+        )
         shown = ["     -" if value is None else f"{value:6.3f}" for value in numbers]
         print(f"{result.name:38} {result.n:>4}  {'  '.join(shown)}", flush=True)
         if options.json:
@@ -315,15 +477,26 @@ def main() -> None:
 
 
 def _kept(path: Path, studies: int) -> tuple[list[Result], float]:
-    """What earlier calls kept that rests on at least as many studies, and the CPU seconds they took."""
-    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"results": [], "cpu_seconds": 0}
-    return [Result(**one) for one in value["results"] if one["studies"] >= studies], value["cpu_seconds"]
+    """What earlier calls kept that rests on at least as many studies, and the CPU seconds they
+    took.
+    """
+    value = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file()
+        else {"results": [], "cpu_seconds": 0}
+    )
+    return [Result(**one) for one in value["results"] if one["studies"] >= studies], value[
+        "cpu_seconds"
+    ]
 
 
 def _write(path: Path, seconds: float, results: list[Result]) -> None:
     """Keep the results so far."""
     value = {
-        "machine": f"{platform.machine()}, one core, Python {platform.python_version()}, numpy {np.__version__}",
+        "machine": (
+            f"{platform.machine()}, one core, Python {platform.python_version()}, numpy"
+            f" {np.__version__}"
+        ),
         "cpu_seconds": round(seconds),
         "results": [_rounded(asdict(one)) for one in results],
     }

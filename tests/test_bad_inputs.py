@@ -1,4 +1,6 @@
-"""Bad data, models, machines and command lines, given to the real entry points: exit code, place and key words of the answer."""
+"""Bad data, models, machines and command lines, given to the real entry points: exit code, place
+and key words of the answer.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from recipes_lib.cli import main as recipes
 from recipes_lib.errors import ExitCode
 from recipes_lib.train import main as train
 
-NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+NF4 = (
+    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+)
 
 
 def change_config(folder: Path, **values: object) -> None:
@@ -35,7 +39,12 @@ def pickle_weights(folder: Path) -> None:
 
 def missing_shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -75,34 +84,94 @@ def nothing(folder: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
-    "55 tokenizer larger than the embeddings": (bigger_vocabulary, [], 2, ["520", "512", "model.resize_embeddings"]),
-    "58 QLoRA under FSDP without a storage type": (nothing, [NF4, "launch.accelerate=fsdp_cpu"], 2, ["bnb_4bit_quant_storage", "bfloat16"]),
+    "55 tokenizer larger than the embeddings": (
+        bigger_vocabulary,
+        [],
+        2,
+        ["520", "512", "model.resize_embeddings"],
+    ),
+    "58 QLoRA under FSDP without a storage type": (
+        nothing,
+        [NF4, "launch.accelerate=fsdp_cpu"],
+        2,
+        ["bnb_4bit_quant_storage", "bfloat16"],
+    ),
     "62 attention kernel that is not installed": (
-        nothing, ["model.attn_implementation=flash_attention_2", "model.dtype=bfloat16"], 5, ["flash_attention_2", "not installed"],
+        nothing,
+        ["model.attn_implementation=flash_attention_2", "model.dtype=bfloat16"],
+        5,
+        ["flash_attention_2", "not installed"],
     ),
-    "62 attention that is misspelt": (nothing, ["model.attn_implementation=sdpaa"], 2, ["model.attn_implementation", "did you mean sdpa?"]),
+    "62 attention that is misspelt": (
+        nothing,
+        ["model.attn_implementation=sdpaa"],
+        2,
+        ["model.attn_implementation", "did you mean sdpa?"],
+    ),
     "62 attention without a backward pass on a CPU": (
-        nothing, ["model.attn_implementation=flex_attention"], 2, ["flex_attention", "backward", "sdpa"],
+        nothing,
+        ["model.attn_implementation=flex_attention"],
+        2,
+        ["flex_attention", "backward", "sdpa"],
     ),
-    "64 an encoder": (lambda folder: change_config(folder, model_type="bert", architectures=["BertModel"]), [], 2, ["BertModel"]),
+    "64 an encoder": (
+        lambda folder: change_config(folder, model_type="bert", architectures=["BertModel"]),
+        [],
+        2,
+        ["BertModel"],
+    ),
     "64 GGUF weights alone": (gguf_only, [], 2, ["weights.gguf", "GGUF"]),
-    "64 a folder without a model": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), [], 2, ["config.json"]),
+    "64 a folder without a model": (
+        lambda folder: shutil.rmtree(folder) or folder.mkdir(),
+        [],
+        2,
+        ["config.json"],
+    ),
     "64 a model without a tokenizer": (without_tokenizer, [], 2, ["tokenizer"]),
     "64 a config.json nested too deeply": (deep_config, [], 2, ["config.json"]),
-    "15 a rank beyond the model's widths": (nothing, ["lora.r=1000000000"], 2, ["lora.r 1,000,000,000", "(512)"]),
-    "16 targets that are all excluded": (nothing, ["lora.exclude_modules=[q_proj,v_proj]"], 2, ["exclude_modules"]),
+    "15 a rank beyond the model's widths": (
+        nothing,
+        ["lora.r=1000000000"],
+        2,
+        ["lora.r 1,000,000,000", "(512)"],
+    ),
+    "16 targets that are all excluded": (
+        nothing,
+        ["lora.exclude_modules=[q_proj,v_proj]"],
+        2,
+        ["exclude_modules"],
+    ),
     "64 already quantized": (already_quantized, [], 2, ["gptq"]),
     "65 pickled weights": (pickle_weights, [], 2, ["pytorch_model.bin", "safetensors"]),
-    "65 remote code without leave": (remote_code, ["model.trust_remote_code=true"], 2, ["--trust-remote-code"]),
+    "65 remote code without leave": (
+        remote_code,
+        ["model.trust_remote_code=true"],
+        2,
+        ["--trust-remote-code"],
+    ),
     "66 truncated shard": (truncate_shard, [], 2, ["model.safetensors", "bytes"]),
-    "66 index that names a missing shard": (missing_shard, [], 2, ["model-00002-of-00002.safetensors"]),
-    "16 a target module that the model has not": (nothing, ["lora.target_modules=[q_prj]"], 2, ["q_prj", "q_proj"]),
-}  # fmt: skip
+    "66 index that names a missing shard": (
+        missing_shard,
+        [],
+        2,
+        ["model-00002-of-00002.safetensors"],
+    ),
+    "16 a target module that the model has not": (
+        nothing,
+        ["lora.target_modules=[q_prj]"],
+        2,
+        ["q_prj", "q_proj"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(
-    case: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str,
+    tiny_recipe: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     damage, overrides, code, words = MODELS[case]
     folder = tmp_path / "model"
@@ -136,17 +205,25 @@ def test_a_model_that_cannot_be_read_is_one_line_of_every_verb(
     damage(folder)
     tiny_recipe.write_text(tiny_recipe.read_text().replace(str(tiny_model_dir), str(folder)))
     assert recipes([*verb, str(tiny_recipe)]) == 2
-    assert "tiny.yaml:2: " in (said := capsys.readouterr().err) and "internal error" not in said, said
+    assert "tiny.yaml:2: " in (said := capsys.readouterr().err) and "internal error" not in said, (
+        said
+    )
 
 
-TASK = {"instruction": "Say hello to everybody here.", "context": "", "response": "Hello everybody!"}
+TASK = {
+    "instruction": "Say hello to everybody here.",
+    "context": "",
+    "response": "Hello everybody!",
+}
 
 
 def rows(*changes: dict[str, object], count: int = 20) -> str:
     """Rows of the dolly columns; the first ones are changed, a value None removes the column."""
     lines = []
     for number in range(max(count, len(changes))):
-        row = {**TASK, "instruction": f"{TASK['instruction']} {number}"} | (changes[number] if number < len(changes) else {})
+        row = {**TASK, "instruction": f"{TASK['instruction']} {number}"} | (
+            changes[number] if number < len(changes) else {}
+        )
         lines.append(json.dumps({key: value for key, value in row.items() if value != "ABSENT"}))
     return "\n".join(lines) + "\n"
 
@@ -155,56 +232,139 @@ CHAT, RAW = "data.prompt_format=chat", "data.prompt_format=raw"
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 FOREIGN = {"instruction": "ABSENT", "context": "ABSENT", "response": "ABSENT"}
 DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
-    "36 dolly columns under another format": (rows(), [RAW], 4, ["columns are instruction, context", "data.prompt_format: dolly"]),
-    "36 unknown columns": (rows({**FOREIGN, "ask": "a", "tell": "b"}, count=1), [], 4, ["columns are ask, tell", "data.columns"]),
+    "36 dolly columns under another format": (
+        rows(),
+        [RAW],
+        4,
+        ["columns are instruction, context", "data.prompt_format: dolly"],
+    ),
+    "36 unknown columns": (
+        rows({**FOREIGN, "ask": "a", "tell": "b"}, count=1),
+        [],
+        4,
+        ["columns are ask, tell", "data.columns"],
+    ),
     "37 an empty file": ("", [], 4, ["rows.jsonl", "0 rows"]),
-    "38 prompts longer than max_length": (rows(), ["train.max_length=4"], 4, ["20/20 rows", "max_length=4", "p95 prompt is"]),
+    "38 prompts longer than max_length": (
+        rows(),
+        ["train.max_length=4"],
+        4,
+        ["20/20 rows", "max_length=4", "p95 prompt is"],
+    ),
     "39 too many prompts longer than max_length": (
-        rows(*[{"instruction": "word " * 300}] * 3), [], 4, ["3/20 rows", "data.max_unsupervised_fraction", "max_length=192"],
+        rows(*[{"instruction": "word " * 300}] * 3),
+        [],
+        4,
+        ["3/20 rows", "data.max_unsupervised_fraction", "max_length=192"],
     ),
     "41 only empty texts": (
-        "".join(json.dumps({"text": "", "id": number}) + "\n" for number in range(9)), [RAW], 4, ["9/9 rows have an empty completion"],
+        "".join(json.dumps({"text": "", "id": number}) + "\n" for number in range(9)),
+        [RAW],
+        4,
+        ["9/9 rows have an empty completion"],
     ),
-    "42 null as response": (rows({}, {"response": None}), [], 4, ["rows.jsonl:2:", "'response'", "None"]),
-    "42 a number as response": (rows({"response": 3}), [], 4, ["rows.jsonl:1:", "'response'", "int"]),
-    "42 a list as response": (rows({}, {}, {"response": ["a"]}), [], 4, ["rows.jsonl:3:", "'response'", "list"]),
+    "42 null as response": (
+        rows({}, {"response": None}),
+        [],
+        4,
+        ["rows.jsonl:2:", "'response'", "None"],
+    ),
+    "42 a number as response": (
+        rows({"response": 3}),
+        [],
+        4,
+        ["rows.jsonl:1:", "'response'", "int"],
+    ),
+    "42 a list as response": (
+        rows({}, {}, {"response": ["a"]}),
+        [],
+        4,
+        ["rows.jsonl:3:", "'response'", "list"],
+    ),
     "43 a lone surrogate": (rows({"response": "\ud800"}), [], 4, ["rows.jsonl:1:", "'response'"]),
-    "43 a latin-1 file": (b'{"instruction": "caf\xe9", "response": "x"}\n', [], 4, ["rows.jsonl:1", "UTF-8", "byte"]),
+    "43 a latin-1 file": (
+        b'{"instruction": "caf\xe9", "response": "x"}\n',
+        [],
+        4,
+        ["rows.jsonl:1", "UTF-8", "byte"],
+    ),
     "44 a torn line": (rows() + '{"instruction": "a", \n', [], 4, ["rows.jsonl:21"]),
-    "44 a truncated gzip file": (gzip.compress(rows().encode())[:-20], [], 4, ["rows.jsonl.gz", "truncated"]),
+    "44 a truncated gzip file": (
+        gzip.compress(rows().encode())[:-20],
+        [],
+        4,
+        ["rows.jsonl.gz", "truncated"],
+    ),
     "44 a CSV with NUL": (b"instruction,response\na,b\nc\0,d\n", [], 4, ["rows.csv:3:", "NUL"]),
     "46 messages and no chat template": (
-        json.dumps({"messages": HELLO}) + "\n", [CHAT, "model.name_or_path={plain}"], 4, ["chat template", "data.chat_template"],
+        json.dumps({"messages": HELLO}) + "\n",
+        [CHAT, "model.name_or_path={plain}"],
+        4,
+        ["chat template", "data.chat_template"],
     ),
-    "47 the assistant is not last": (json.dumps({"messages": HELLO[:1]}) + "\n", [CHAT], 4, ["rows.jsonl:1:", "assistant"]),
+    "47 the assistant is not last": (
+        json.dumps({"messages": HELLO[:1]}) + "\n",
+        [CHAT],
+        4,
+        ["rows.jsonl:1:", "assistant"],
+    ),
     "47 only a system message": (
-        json.dumps({"messages": [{"role": "system", "content": "Be nice"}]}) + "\n", [CHAT], 4, ["rows.jsonl:1:", "system"],
+        json.dumps({"messages": [{"role": "system", "content": "Be nice"}]}) + "\n",
+        [CHAT],
+        4,
+        ["rows.jsonl:1:", "system"],
     ),
     "47 a tool call": (
-        json.dumps({"messages": [*HELLO, {"role": "tool", "content": "3"}]}) + "\n", [CHAT], 4, ["rows.jsonl:1:", "tool"],
+        json.dumps({"messages": [*HELLO, {"role": "tool", "content": "3"}]}) + "\n",
+        [CHAT],
+        4,
+        ["rows.jsonl:1:", "tool"],
     ),
     "48 loss on the completion of texts": (
-        "".join(json.dumps({"text": f"a b {number}"}) + "\n" for number in range(20)), [RAW, "train.completion_only_loss=true"], 4,
+        "".join(json.dumps({"text": f"a b {number}"}) + "\n" for number in range(20)),
+        [RAW, "train.completion_only_loss=true"],
+        4,
         ["command line: train.completion_only_loss"],
     ),
     "51 an id twice": (rows({"id": 7}, {"id": 7}, count=2), [], 4, ["7"]),
-    "51 ids of mixed types": (rows({"id": 7}, {"id": "a"}, count=2), [], 4, ["rows.jsonl:2:", "str", "int"]),
+    "51 ids of mixed types": (
+        rows({"id": 7}, {"id": "a"}, count=2),
+        [],
+        4,
+        ["rows.jsonl:2:", "str", "int"],
+    ),
     "51 an id missing": (rows({"id": 7}, {}, count=2), [], 4, ["id"]),
-    "a validation loss without held-out rows": (rows(count=2), [], 4, ["tiny.yaml", "none of 2 rows is held out", "data.split.validation"]),
-}  # fmt: skip
+    "a validation loss without held-out rows": (
+        rows(count=2),
+        [],
+        4,
+        ["tiny.yaml", "none of 2 rows is held out", "data.split.validation"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", DATA)
 def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
-    case: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str,
+    tiny_recipe: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The audit and the training give the same answer."""
     content, overrides, code, words = DATA[case]
-    file = tmp_path / next((name for name in ("rows.jsonl.gz", "rows.csv") if any(name in word for word in words)), "rows.jsonl")
+    file = tmp_path / next(
+        (name for name in ("rows.jsonl.gz", "rows.csv") if any(name in word for word in words)),
+        "rows.jsonl",
+    )
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     plain = shutil.copytree(tiny_model_dir, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
-    argv = [str(tiny_recipe), f"data.source={file}", *(override.replace("{plain}", str(plain)) for override in overrides)]
+    argv = [
+        str(tiny_recipe),
+        f"data.source={file}",
+        *(override.replace("{plain}", str(plain)) for override in overrides),
+    ]
     for entry in (lambda: recipes(["data", *argv]), lambda: train(argv)):
         assert entry() == code
         said = capsys.readouterr().err
@@ -212,7 +372,9 @@ def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
         assert "Traceback" not in said and not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
 
 
-def test_a_folder_whose_files_differ_in_columns_is_refused(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_whose_files_differ_in_columns_is_refused(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Case 45."""
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "a.jsonl").write_text(rows())
@@ -233,15 +395,25 @@ def test_a_folder_whose_files_differ_in_columns_is_refused(tiny_recipe: Path, tm
     ids=["40 an empty completion", "49 a template marker", "49 a special token", "50 a duplicate"],
 )
 def test_data_that_is_odd_is_reported_and_trained_on(
-    changes: list[dict[str, object]], words: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: list[dict[str, object]],
+    words: str,
+    tiny_recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(rows(*changes, count=60))
-    assert recipes(["data", str(tiny_recipe), f"data.source={tmp_path / 'rows.jsonl'}", "--show", "0"]) == 0
+    assert (
+        recipes(["data", str(tiny_recipe), f"data.source={tmp_path / 'rows.jsonl'}", "--show", "0"])
+        == 0
+    )
     assert words in capsys.readouterr().out
 
 
 def test_a_defect_is_one_message_and_its_traceback_is_kept(
-    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from recipes_lib.training import model
 
@@ -252,24 +424,72 @@ def test_a_defect_is_one_message_and_its_traceback_is_kept(
     assert train([str(tiny_recipe)]) == 1
     said = capsys.readouterr().err
     file = tmp_path / "runs" / "tiny" / "traceback.txt"
-    assert said.count("internal error: ZeroDivisionError: nobody expected this") == 1 and str(file) in said and "Traceback" not in said
+    assert (
+        said.count("internal error: ZeroDivisionError: nobody expected this") == 1
+        and str(file) in said
+        and "Traceback" not in said
+    )
     assert "break_it" in file.read_text()
     with pytest.raises(ZeroDivisionError):
         train([str(tiny_recipe), "--debug"])
 
 
 LINES: dict[str, tuple[list[str], int, list[str]]] = {
-    "60 a batch that does not divide": (["train", "{recipe}", "run.global_batch_size=9"], 2, ["9 / (4 per device x 1", "8 or 12"]),
-    "53 an offline data set": (["train", "{recipe}", "data.source=nobody/nothing"], 4, ["offline", "data.source"]),
-    "63 an offline model": (["train", "{recipe}", "model.name_or_path=nobody/nothing"], 5, ["offline", "nobody/nothing", "hf download"]),
-    "63 a folder that is not there": (["train", "{recipe}", "model.name_or_path=./nowhere"], 2, ["./nowhere"]),
-    "a tracker that is not installed": (["train", "{recipe}", "train.report_to=swanlab"], 5, ["swanlab is not installed", "[tracking]"]),
+    "60 a batch that does not divide": (
+        ["train", "{recipe}", "run.global_batch_size=9"],
+        2,
+        ["9 / (4 per device x 1", "8 or 12"],
+    ),
+    "53 an offline data set": (
+        ["train", "{recipe}", "data.source=nobody/nothing"],
+        4,
+        ["offline", "data.source"],
+    ),
+    "63 an offline model": (
+        ["train", "{recipe}", "model.name_or_path=nobody/nothing"],
+        5,
+        ["offline", "nobody/nothing", "hf download"],
+    ),
+    "63 a folder that is not there": (
+        ["train", "{recipe}", "model.name_or_path=./nowhere"],
+        2,
+        ["./nowhere"],
+    ),
+    "a tracker that is not installed": (
+        ["train", "{recipe}", "train.report_to=swanlab"],
+        5,
+        ["swanlab is not installed", "[tracking]"],
+    ),
     **{
-        f"91 the run name {name[:9]!r}": (["train", "{recipe}", f"run.name={name!r}"], 2, ["run.name", "cannot be a folder name"])
-        for name in ("../../etc", "/abs", "a/b", "", "x" * 300, "CON", "con.txt", "\N{GRINNING FACE}", "dot.", "a\nb", "..")
+        f"91 the run name {name[:9]!r}": (
+            ["train", "{recipe}", f"run.name={name!r}"],
+            2,
+            ["run.name", "cannot be a folder name"],
+        )
+        for name in (
+            "../../etc",
+            "/abs",
+            "a/b",
+            "",
+            "x" * 300,
+            "CON",
+            "con.txt",
+            "\N{GRINNING FACE}",
+            "dot.",
+            "a\nb",
+            "..",
+        )
     },
-    "59 a layer class that the model has not": (["train", "{recipe}", "launch.accelerate={wrap}"], 2, ["LlamaLayer", "LlamaDecoderLayer"]),
-    "59 a sharded final save": (["train", "{recipe}", "--accelerate", "{sharded}"], 2, ["sharded.yaml:12:", "FULL_STATE_DICT"]),
+    "59 a layer class that the model has not": (
+        ["train", "{recipe}", "launch.accelerate={wrap}"],
+        2,
+        ["LlamaLayer", "LlamaDecoderLayer"],
+    ),
+    "59 a sharded final save": (
+        ["train", "{recipe}", "--accelerate", "{sharded}"],
+        2,
+        ["sharded.yaml:12:", "FULL_STATE_DICT"],
+    ),
     "93 a value like a flag": (["train", "{recipe}", "run.name=--foo"], 2, ["run.name"]),
     "93 a value like a command": (["train", "{recipe}", "run.name=$(touch x)"], 2, ["run.name"]),
     "a bare TRL flag": (["train", "{recipe}", "--learning_rate=1e-4"], 2, ["train.learning_rate"]),
@@ -279,19 +499,32 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "an unknown run": (["status", "nothing"], 2, ["nothing"]),
     "talk to a run that is not there": (["chat", "nothing", "--prompt", "x"], 2, ["nothing"]),
     "a recipe that is not there": (["train", "nowhere.yaml"], 2, ["nowhere.yaml"]),
-    "35 an accelerate config as a recipe": (["train", "{configs}/ddp.yaml"], 2, ["accelerate config"]),
+    "35 an accelerate config as a recipe": (
+        ["train", "{configs}/ddp.yaml"],
+        2,
+        ["accelerate config"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_a_bad_command_line_gets_one_answer(case: str, tiny_recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_command_line_gets_one_answer(
+    case: str, tiny_recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     words, code, expected = LINES[case]
     configs = Path(__file__).resolve().parents[1] / "accelerate_configs"
-    fsdp = (configs / "fsdp_cpu.yaml").read_text(encoding="utf-8").replace("num_processes: 2", "num_processes: 1")
+    fsdp = (
+        (configs / "fsdp_cpu.yaml")
+        .read_text(encoding="utf-8")
+        .replace("num_processes: 2", "num_processes: 1")
+    )
     wrap, sharded = tiny_recipe.with_name("wrap.yaml"), tiny_recipe.with_name("sharded.yaml")
     wrap.write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n", encoding="utf-8")
     sharded.write_text(fsdp.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"), encoding="utf-8")
-    argv = [word.format(recipe=tiny_recipe, configs=configs, wrap=wrap, sharded=sharded) for word in words]
+    argv = [
+        word.format(recipe=tiny_recipe, configs=configs, wrap=wrap, sharded=sharded)
+        for word in words
+    ]
     assert exit_code(argv) == code
     said = capfd.readouterr().err
     assert all(word in said for word in expected), said
@@ -312,7 +545,10 @@ def test_a_bad_command_line_gets_one_answer(case: str, tiny_recipe: Path, capfd:
     ids=lambda words: " ".join(words[:2]),
 )
 def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
-    words: list[str], tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: list[str],
+    tiny_recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tiny_recipe.parent)
     for ending in ("yaml", "json", "jsonl", "parquet"):
@@ -324,7 +560,10 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(60)
     try:
-        assert (train(words[1:]) if words[0] == "train" else exit_code(words)) in (ExitCode.USAGE, ExitCode.DATA)
+        assert (train(words[1:]) if words[0] == "train" else exit_code(words)) in (
+            ExitCode.USAGE,
+            ExitCode.DATA,
+        )
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -332,14 +571,21 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
 
 
 def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
-    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Case 68: here a file is in the way; a read-only or vanished disk takes the same path."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "file"))
     assert train([str(tiny_recipe)]) == 5
     said = capsys.readouterr().err
-    assert "run 'tiny' cannot be made" in said and "RECIPES_RUNS_ROOT" in said and "internal error" not in said
+    assert (
+        "run 'tiny' cannot be made" in said
+        and "RECIPES_RUNS_ROOT" in said
+        and "internal error" not in said
+    )
 
 
 def exit_code(argv: list[str]) -> int:
@@ -349,7 +595,9 @@ def exit_code(argv: list[str]) -> int:
         return int(stop.code or 0)
 
 
-def test_a_model_without_a_padding_token_trains_and_still_learns_to_stop(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_padding_token_trains_and_still_learns_to_stop(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
     """Case 54: the padding token becomes the end token, which must keep its loss."""
     assert train([str(tiny_recipe), "train.max_steps=1"]) == 0
     audit = json.loads((tmp_path / "runs" / "tiny" / "supervision.json").read_text())
@@ -357,8 +605,20 @@ def test_a_model_without_a_padding_token_trains_and_still_learns_to_stop(tiny_re
     assert end["of_which_supervised"] == end["untruncated_rows"] > 0
 
 
-def test_a_grown_vocabulary_trains_when_the_recipe_says_so(tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_grown_vocabulary_trains_when_the_recipe_says_so(
+    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     bigger_vocabulary(folder)
-    assert train([str(tiny_recipe), f"model.name_or_path={folder}", "model.resize_embeddings=true", "train.max_steps=1"]) == 0
+    assert (
+        train(
+            [
+                str(tiny_recipe),
+                f"model.name_or_path={folder}",
+                "model.resize_embeddings=true",
+                "train.max_steps=1",
+            ]
+        )
+        == 0
+    )

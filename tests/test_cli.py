@@ -10,16 +10,36 @@ from recipes_lib import cli
 from recipes_lib.errors import DataError, ExitCode
 from recipes_lib.recipe.project import project_root
 
-HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "numpy", "pandas", "rich", "accelerate", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "trl",
+    "numpy",
+    "pandas",
+    "rich",
+    "accelerate",
+    "huggingface_hub",
+)
 RECIPE = str(project_root() / "recipes/quickstart/lora-r8.yaml")
 
 
 def in_a_process(*argv: str, code: str = "", **options) -> subprocess.CompletedProcess[str]:
     """Run the command line in a fresh interpreter; `code` runs after it."""
-    program = f"import sys\nfrom recipes_lib.cli import main\nstatus = main({list(argv)!r})\n{code}\nsys.exit(status)"
+    program = (
+        "import sys\nfrom recipes_lib.cli import main\nstatus ="
+        f" main({list(argv)!r})\n{code}\nsys.exit(status)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(project_root() / "src")}
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=project_root(), env=environment, **options
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=project_root(),
+        env=environment,
+        **options,
     )
 
 
@@ -40,7 +60,9 @@ def in_a_process(*argv: str, code: str = "", **options) -> subprocess.CompletedP
     ids=" ".join,
 )
 def test_a_light_verb_imports_nothing_heavy(argv):
-    done = in_a_process(*argv, code=f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])")
+    done = in_a_process(
+        *argv, code=f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
@@ -74,7 +96,10 @@ def test_every_verb_that_exists_can_be_configured_and_documents_itself(capsys):
         (["diff", RECIPE, RECIPE, "train.seed=1"], ["unknown argument 'train.seed'"]),
         (["show", RECIPE, "--learning_rate", "3"], ["write train.learning_rate=VALUE"]),
         (["show", RECIPE, "--learning_rate=3"], ["write train.learning_rate=3"]),
-        (["show", RECIPE, "train.sed=3"], ["command line: unknown key 'train.sed'", "did you mean train.seed?"]),
+        (
+            ["show", RECIPE, "train.sed=3"],
+            ["command line: unknown key 'train.sed'", "did you mean train.seed?"],
+        ),
         (["show", RECIPE, "--fla"], ["--flat"]),
     ],
 )
@@ -110,10 +135,15 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_machine_and_no_bug(fai
     """Case 68: what a verb has not foreseen about files."""
     failing(IsADirectoryError(21, "Is a directory", "a.tmp", None, "folder"))
     assert cli.main(["ls"]) == ExitCode.ENVIRONMENT
-    assert capsys.readouterr().err == "cannot read or write folder: is a directory\n  --debug shows where\n"
+    assert (
+        capsys.readouterr().err
+        == "cannot read or write folder: is a directory\n  --debug shows where\n"
+    )
     failing(OSError(28, "No space left on device"))
     assert cli.main(["ls"]) == ExitCode.ENVIRONMENT
-    assert capsys.readouterr().err.startswith("disk full: No space left on device\n  free some space, then run the same command again")
+    assert capsys.readouterr().err.startswith(
+        "disk full: No space left on device\n  free some space, then run the same command again"
+    )
 
 
 def test_a_closed_output_is_no_error(monkeypatch):
@@ -125,7 +155,9 @@ def test_a_closed_output_is_no_error(monkeypatch):
 def test_a_bug_is_one_line_unless_debug_is_asked_for(failing, capsys):
     failing(RuntimeError("broken\ndeep down"))
     assert cli.main(["ls"]) == ExitCode.FAILED
-    assert capsys.readouterr().err.startswith("internal error: RuntimeError: broken\n  this is a bug")
+    assert capsys.readouterr().err.startswith(
+        "internal error: RuntimeError: broken\n  this is a bug"
+    )
     with pytest.raises(RuntimeError):
         cli.main(["ls", "--debug"])
 
@@ -148,7 +180,14 @@ def test_a_closed_pipe_is_no_traceback():
     os.close(reader)
     program = "import sys\nfrom recipes_lib.cli import main\nsys.exit(main(['explain', 'train']))"
     environment = {**os.environ, "PYTHONPATH": str(project_root() / "src")}
-    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
     os.close(writer)
     assert done.stderr == ""
     assert done.returncode == 0
@@ -156,10 +195,21 @@ def test_a_closed_pipe_is_no_traceback():
 
 def test_an_ascii_terminal_gets_escapes_and_no_crash(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("model: {name_or_path: a}\ndata: {source: b}\nrun: {notes: 'caf\u00e9 \u2192 \\e[31m'}\n", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(project_root() / "src"), "PYTHONIOENCODING": "ascii"}
+    path.write_text(
+        "model: {name_or_path: a}\ndata: {source: b}\nrun: {notes: 'caf\u00e9 \u2192 \\e[31m'}\n",
+        encoding="utf-8",
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(project_root() / "src"),
+        "PYTHONIOENCODING": "ascii",
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "recipes_lib.cli", "show", str(path), "--all"], capture_output=True, text=True, timeout=60, env=environment
+        [sys.executable, "-m", "recipes_lib.cli", "show", str(path), "--all"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert "caf\\xe9" in done.stdout
@@ -171,10 +221,19 @@ def test_the_version_is_printed(capsys):
 
 
 def test_training_sends_no_telemetry_unless_somebody_allows_it():
-    ask = "import recipes_lib.train; from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    ask = (
+        "import recipes_lib.train; from huggingface_hub import constants;"
+        " print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    )
     clean = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
     said = [
-        subprocess.run([sys.executable, "-c", ask], env=clean | more, capture_output=True, text=True, timeout=60).stdout.strip()
+        subprocess.run(
+            [sys.executable, "-c", ask],
+            env=clean | more,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout.strip()
         for more in ({}, {"HF_HUB_DISABLE_TELEMETRY": "0"})
     ]
     assert said == ["True", "False"]

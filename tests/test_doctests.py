@@ -1,4 +1,6 @@
-"""The examples in docstrings are true. Only modules that have one are imported, so this stays fast."""
+"""The examples in docstrings are true. Only modules that have one are imported, so this
+stays fast.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""recipes doctor: every finding has a level, a line and, where something is to be done, the remedy."""
+"""recipes doctor: every finding has a level, a line and, where something is to be done,
+the remedy.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,25 @@ def clean(**variables: str) -> dict[str, str]:
     return {"HF_HOME": "/nowhere", **variables}
 
 
-def test_every_topic_is_reported_in_one_line_and_the_next_command_is_named(monkeypatch, tmp_path, capsys):
+def test_every_topic_is_reported_in_one_line_and_the_next_command_is_named(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     code = main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
     topics = {line.split()[1] for line in lines[:-1]}
-    assert topics >= {"python", "versions", "gpu", "bf16", "attention", "bitsandbytes", "quickstart", "hub", "disk", "launcher"}
+    assert topics >= {
+        "python",
+        "versions",
+        "gpu",
+        "bf16",
+        "attention",
+        "bitsandbytes",
+        "quickstart",
+        "hub",
+        "disk",
+        "launcher",
+    }
     assert lines[-1].startswith("next: ")
     assert code in (0, 5)
     assert (code == 5) == any(line.startswith("fail") for line in lines)
@@ -50,20 +65,35 @@ def test_a_check_that_crashes_is_a_finding_and_the_others_still_run():
         raise ImportError("libcuda.so.1: cannot open shared object file\nmore")
 
     findings = diagnosis.diagnose({"gpu": broken, "python": diagnosis.check_python})
-    assert findings[0] == DoctorLine("fail", "gpu", "ImportError: libcuda.so.1: cannot open shared object file", diagnosis.REINSTALL)
+    assert findings[0] == DoctorLine(
+        "fail",
+        "gpu",
+        "ImportError: libcuda.so.1: cannot open shared object file",
+        diagnosis.REINSTALL,
+    )
     assert findings[1].topic == "python"
 
 
 def test_a_failure_gives_exit_code_5_and_its_remedy_as_the_next_command(monkeypatch, capsys):
-    monkeypatch.setattr(diagnosis, "diagnose", lambda checks: [DoctorLine("fail", "disk", "full", "free some")])
+    monkeypatch.setattr(
+        diagnosis, "diagnose", lambda checks: [DoctorLine("fail", "disk", "full", "free some")]
+    )
     assert doctor.run(argparse.Namespace()) == 5
-    assert capsys.readouterr().out == "fail  disk          full -> free some\nnext: free some; then recipes doctor\n"
+    assert (
+        capsys.readouterr().out
+        == "fail  disk          full -> free some\nnext: free some; then recipes doctor\n"
+    )
 
 
 def test_versions_as_tested_are_counted(tmp_path):
     constraints = tmp_path / "constraints.txt"
-    constraints.write_text(f"# tested\ntorch>=2.9\nPyYAML=={importlib.metadata.version('pyyaml')}  # reader\nnot-installed-anywhere==1\n")
-    assert one(diagnosis.check_versions(constraints, required=["torch"])) == DoctorLine("ok", "versions", "2 packages as tested")
+    constraints.write_text(
+        f"# tested\ntorch>=2.9\nPyYAML=={importlib.metadata.version('pyyaml')}  #"
+        " reader\nnot-installed-anywhere==1\n"
+    )
+    assert one(diagnosis.check_versions(constraints, required=["torch"])) == DoctorLine(
+        "ok", "versions", "2 packages as tested"
+    )
 
 
 def test_a_version_other_than_tested_is_named_with_both_versions(tmp_path):
@@ -111,7 +141,9 @@ def test_gpus_are_listed_with_memory_and_hidden_ones_are_mentioned(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     found = list(diagnosis.check_devices())
-    assert [finding.text for finding in found[:2]] == [f"{index}: H100, 80 GiB, compute capability 9.0" for index in (0, 1)]
+    assert [finding.text for finding in found[:2]] == [
+        f"{index}: H100, 80 GiB, compute capability 9.0" for index in (0, 1)
+    ]
     assert "CUDA_VISIBLE_DEVICES='0,1'" in found[2].text
 
 
@@ -127,7 +159,10 @@ def test_a_gpu_without_bf16_gets_the_fp16_settings(monkeypatch):
 def test_a_version_of_kernels_that_transformers_does_not_take_is_named(monkeypatch):
     monkeypatch.setattr(diagnosis, "_version", lambda name: {"kernels": "0.10.1"}.get(name))
     found = list(diagnosis.check_attention())
-    assert (found[0].level, found[0].remedy) == ("warn", "pip install -c constraints.txt -e '.[kernels]'")
+    assert (found[0].level, found[0].remedy) == (
+        "warn",
+        "pip install -c constraints.txt -e '.[kernels]'",
+    )
     assert "kernels 0.10.1" in found[0].text and "wants" in found[0].text
     wanted = Requirement(deps["kernels"]).specifier
     fitting = next(part.version for part in wanted if part.operator == ">=")
@@ -136,7 +171,9 @@ def test_a_version_of_kernels_that_transformers_does_not_take_is_named(monkeypat
 
 
 def test_packages_that_only_some_settings_need_are_named_with_the_setting(monkeypatch):
-    monkeypatch.setattr(diagnosis, "_version", lambda name: None if name in ("wandb", "liger-kernel") else "1")
+    monkeypatch.setattr(
+        diagnosis, "_version", lambda name: None if name in ("wandb", "liger-kernel") else "1"
+    )
     assert one(diagnosis.check_optional()).text == "not installed: wandb (train.report_to: wandb)"
     import torch
 
@@ -149,14 +186,26 @@ def test_packages_that_only_some_settings_need_are_named_with_the_setting(monkey
 def test_an_extra_asks_for_no_version_that_the_stack_does_not_take(monkeypatch):
     """pip would install it, and transformers would act as if it was not there."""
     extras = {}
-    monkeypatch.setattr("setuptools.setup", lambda **values: extras.update(values["extras_require"]))
+    monkeypatch.setattr(
+        "setuptools.setup", lambda **values: extras.update(values["extras_require"])
+    )
     runpy.run_path(str(project_root() / "setup.py"))
     assert set(diagnosis.OPTIONAL) | {"kernels"} <= extras.keys()
-    taken = [Requirement(line) for name in ("transformers", "trl") for line in importlib.metadata.requires(name) or []]
-    for requirement in (Requirement(line) for name in ("gpu", "kernels", "tracking") for line in extras[name]):
-        least = next((part.version for part in requirement.specifier if part.operator == ">="), None)
+    taken = [
+        Requirement(line)
+        for name in ("transformers", "trl")
+        for line in importlib.metadata.requires(name) or []
+    ]
+    for requirement in (
+        Requirement(line) for name in ("gpu", "kernels", "tracking") for line in extras[name]
+    ):
+        least = next(
+            (part.version for part in requirement.specifier if part.operator == ">="), None
+        )
         theirs = [other for other in taken if other.name == requirement.name]
-        assert least is None or all(other.specifier.contains(least) for other in theirs), requirement
+        assert least is None or all(other.specifier.contains(least) for other in theirs), (
+            requirement
+        )
 
 
 def test_a_real_4_bit_layer_is_run():
@@ -182,9 +231,15 @@ def test_a_missing_token_names_the_login_and_a_token_is_not_printed(monkeypatch)
     assert "hf_secret" not in str(list(diagnosis.check_hub({})))
 
 
-@pytest.mark.parametrize(("value", "offline"), [("1", True), ("true", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("value", "offline"), [("1", True), ("true", True), ("0", False), ("", False)]
+)
 def test_offline_mode_is_reported_when_it_is_on(value, offline):
-    found = [finding for finding in diagnosis.check_hub({"HF_HUB_OFFLINE": value}) if "offline" in finding.text]
+    found = [
+        finding
+        for finding in diagnosis.check_hub({"HF_HUB_OFFLINE": value})
+        if "offline" in finding.text
+    ]
     assert bool(found) == offline
 
 
@@ -200,7 +255,16 @@ def test_a_clean_environment_has_no_launcher_trap():
     assert one(diagnosis.check_launcher(clean())).level == "ok"
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "FSDP_VERSION", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ACCELERATE_USE_CPU",
+        "ACCELERATE_MIXED_PRECISION",
+        "FSDP_VERSION",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    ],
+)
 def test_a_variable_left_by_an_earlier_launch_is_named_with_the_unset_command(name):
     finding = one(diagnosis.check_launcher(clean(**{name: "1"})))
     assert finding.level == "warn"
@@ -230,7 +294,14 @@ def test_the_default_config_is_looked_for_where_accelerate_looks(monkeypatch, tm
     from accelerate.commands.config import config_args
 
     cache = Path(config_args.cache_dir)
-    monkeypatch.setattr(diagnosis.Path, "is_file", lambda path: path == cache / "default_config.yaml")
+    monkeypatch.setattr(
+        diagnosis.Path, "is_file", lambda path: path == cache / "default_config.yaml"
+    )
     import os
 
-    assert one(finding for finding in diagnosis.check_launcher(os.environ) if "reads" in finding.text).level == "note"
+    assert (
+        one(
+            finding for finding in diagnosis.check_launcher(os.environ) if "reads" in finding.text
+        ).level
+        == "note"
+    )

@@ -11,12 +11,33 @@ import pytest
 
 from recipes_lib.eval_log import Sample
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "schema" / "eval_result.schema.json").read_text(encoding="utf-8"))
-WHOLE = Sample("81", 2, "math", 0.5, "tie", ("A", "A"), False, (3, 4), "asked", "yes", "nope", ("first", None), False)
+SCHEMA = json.loads(
+    (Path(__file__).parents[1] / "schema" / "eval_result.schema.json").read_text(encoding="utf-8")
+)
+WHOLE = Sample(
+    "81",
+    2,
+    "math",
+    0.5,
+    "tie",
+    ("A", "A"),
+    False,
+    (3, 4),
+    "asked",
+    "yes",
+    "nope",
+    ("first", None),
+    False,
+)
 
 
 @pytest.mark.parametrize(
-    "sample", [WHOLE, Sample("q"), Sample("q", answer="begi", shortened=True, verdicts=("4",), value=4.0, by_rule=True)]
+    "sample",
+    [
+        WHOLE,
+        Sample("q"),
+        Sample("q", answer="begi", shortened=True, verdicts=("4",), value=4.0, by_rule=True),
+    ],
 )
 def test_a_sample_is_read_as_it_was_written(sample: Sample) -> None:
     row = json.loads(json.dumps(sample.to_dict("win_rate")))
@@ -31,6 +52,13 @@ def test_every_field_of_a_sample_is_in_its_schema() -> None:
 
 
 def test_a_verdict_turns_with_the_order_only_where_a_judge_named_one_place_twice() -> None:
-    said = {("A", "A"): True, ("B", "B"): True, ("A", "B"): False, ("tie", "tie"): False, ("A",): False, ("unparsed", "unparsed"): False}
+    said = {
+        ("A", "A"): True,
+        ("B", "B"): True,
+        ("A", "B"): False,
+        ("tie", "tie"): False,
+        ("A",): False,
+        ("unparsed", "unparsed"): False,
+    }
     assert {verdicts: Sample("q", verdicts=verdicts).flip for verdicts in said} == said
     assert not Sample("q", verdicts=("A", "A"), by_rule=True).flip

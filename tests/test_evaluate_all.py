@@ -1,4 +1,6 @@
-"""Several eval recipes in one process: each base and each judge loaded once, banners carried, code of a model only when allowed."""
+"""Several eval recipes in one process: each base and each judge loaded once, banners carried, code
+of a model only when allowed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.generation.conftest import judge_file, long_tiny_model_dir, make_run, runs_folder  # noqa: F401
+from tests.generation.conftest import (
+    judge_file,  # noqa: F401
+    long_tiny_model_dir,  # noqa: F401
+    make_run,  # noqa: F401
+    runs_folder,  # noqa: F401
+)  # noqa: F401, RUF100
 
 from recipes_lib.cli import main
 from recipes_lib.errors import RecipeError
@@ -25,23 +32,29 @@ def three_suites(judge_file, tmp_path):  # noqa: F811
     judge_file()
     shared = "generation: {max_new_tokens: 6}\njudge: {file: judge.yaml}\n"
     (tmp_path / "alpaca_eval.yaml").write_text(
-        f"suite: {{name: alpaca_eval}}\ndata: {{questions: {QUICKSTART}/alpaca_eval/questions.json, max_questions: 3}}\n"
-        f"{shared}metrics: {{probe_pairs: 1}}\n"
+        f"suite: {{name: alpaca_eval}}\ndata: {{questions: {QUICKSTART}/alpaca_eval/questions.json,"
+        f" max_questions: 3}}\n{shared}metrics: {{probe_pairs: 1}}\n"
     )
     (tmp_path / "mt_bench.yaml").write_text(
         f"suite: {{name: mt_bench}}\ndata: {{questions: {QUICKSTART}/mt_bench/question.jsonl, "
         f"references: {QUICKSTART}/mt_bench/reference_answer.jsonl, max_questions: 3}}\n{shared}"
     )
-    rows = [{"question": f"Pick {n}", "choices": ["one", "two three"], "answer": n % 2} for n in range(4)]
+    rows = [
+        {"question": f"Pick {n}", "choices": ["one", "two three"], "answer": n % 2}
+        for n in range(4)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/choice.yaml").write_text(
-        "task: tiny_choice\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\noutput_type: multiple_choice\n"
-        'test_split: test\nnum_fewshot: 0\ndoc_to_text: "{{question}}:"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
-        "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\nmetadata: {version: 1.0}\n"
+        "task: tiny_choice\ndataset_path: json\ndataset_kwargs: {data_files: {test:"
+        " rows.jsonl}}\noutput_type: multiple_choice\ntest_split: test\nnum_fewshot:"
+        ' 0\ndoc_to_text: "{{question}}:"\ndoc_to_choice: "{{choices}}"\ndoc_to_target:'
+        ' "{{answer}}"\nmetric_list:\n  - {metric: acc, aggregation: mean, higher_is_better:'
+        " true}\nmetadata: {version: 1.0}\n"
     )
     (tmp_path / "lm_eval.yaml").write_text(
-        "suite: {name: lm_eval, tasks: [tiny_choice], batch_size: 4}\ndata: {include_path: tasks, folder: .}\n"
+        "suite: {name: lm_eval, tasks: [tiny_choice], batch_size: 4}\ndata: {include_path: tasks,"
+        " folder: .}\n"
     )
     return [str(tmp_path / f"{name}.yaml") for name in ("mt_bench", "lm_eval", "alpaca_eval")]
 
@@ -62,14 +75,22 @@ def loads(monkeypatch):
     return found
 
 
-def test_three_suites_on_two_runs_and_their_base_load_the_base_once_and_the_judge_once(three_suites, make_run, loads):  # noqa: F811
+def test_three_suites_on_two_runs_and_their_base_load_the_base_once_and_the_judge_once(
+    three_suites,
+    make_run,  # noqa: F811
+    loads,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     make_run("one", 1), make_run("two", 2)
     loads.clear()
     recipes, targets = split_words([*three_suites, "one", "two", "base"])
     results = evaluate_all(recipes, targets)
     assert loads == ["tiny-llama", "tiny-judge"]
     named = [(result["suite"], result["target"].partition("--tiny")[0]) for result in results]
-    assert named == [(suite, name) for suite in ("mt_bench", "lm_eval", "alpaca_eval") for name in ("one", "two", "base")]
+    assert named == [
+        (suite, name)
+        for suite in ("mt_bench", "lm_eval", "alpaca_eval")
+        for name in ("one", "two", "base")
+    ]
     run = Path(results[0]["file"]).resolve().parents[2]
     assert (run / "evals" / results[0]["eval"] / "figures/grades.svg").is_file()
     evaluate_all(recipes, targets)
@@ -83,13 +104,21 @@ def test_a_judge_that_fails_in_one_suite_carries_its_banner_into_the_others(thre
     assert any("failed its audit:" in line for line in pairs["banners"])
     assert any(f"failed its audit in {pairs['eval']}" in line for line in grades["banners"])
     (alone,) = evaluate_all(recipes[:1], targets)
-    assert any(f"failed its audit in {pairs['eval']}" in line for line in alone["banners"]), "known from the run's earlier results"
-    Path(pairs["file"]).write_bytes(b"\0" * 400)  # a damaged earlier result says nothing, and stops nothing
+    assert any(f"failed its audit in {pairs['eval']}" in line for line in alone["banners"]), (
+        "known from the run's earlier results"
+    )
+    Path(pairs["file"]).write_bytes(
+        b"\0" * 400
+    )  # a damaged earlier result says nothing, and stops nothing
     (alone,) = evaluate_all(recipes[:1], targets)
     assert not any(f"failed its audit in {pairs['eval']}" in line for line in alone["banners"])
 
 
-def test_the_opponent_concerns_the_suites_that_compare_and_lm_evals_flags_concern_lm_eval(three_suites, make_run, capsys):  # noqa: F811
+def test_the_opponent_concerns_the_suites_that_compare_and_lm_evals_flags_concern_lm_eval(
+    three_suites,
+    make_run,  # noqa: F811
+    capsys,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     make_run("one", 1), make_run("two", 2)
     assert main(["eval", *three_suites, "two", "--against", "one", "--limit", "2", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
@@ -132,19 +161,35 @@ def test_base_names_the_base_of_the_runs_beside_it(make_run, tiny_model_dir):  #
         find_targets(["base", "one", "three"])
 
 
-def test_code_of_a_model_runs_only_when_recipe_and_command_line_allow_it(three_suites, make_run, tiny_model_dir, tmp_path, capsys):  # noqa: F811
+def test_code_of_a_model_runs_only_when_recipe_and_command_line_allow_it(
+    three_suites,
+    make_run,  # noqa: F811
+    tiny_model_dir,
+    tmp_path,
+    capsys,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     run = make_run("one", 1)
     resolved = run / "resolved.yaml"
-    resolved.write_text(resolved.read_text().replace("model:\n", "model:\n  trust_remote_code: true\n"))
+    resolved.write_text(
+        resolved.read_text().replace("model:\n", "model:\n  trust_remote_code: true\n")
+    )
     assert main(["eval", three_suites[1], "one"]) == 2
     assert "--trust-remote-code" in capsys.readouterr().err
     assert main(["eval", three_suites[1], "one", "--trust-remote-code", "--json"]) == 0
     assert "trust_remote_code=True" in json.loads(capsys.readouterr().out)["lm_eval_command"]
     folder = tmp_path / "own-code"
     shutil.copytree(tiny_model_dir, folder)
-    (folder / "modeling_own.py").write_text("from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n")
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "modeling_own.OwnConfig"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {
+            "AutoModelForCausalLM": "modeling_own.Own",
+            "AutoConfig": "modeling_own.OwnConfig",
+        },
+    }
     (folder / "config.json").write_text(json.dumps(config))
     assert main(["eval", three_suites[1], str(folder)]) == 2
     assert "generation.trust_remote_code=true" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Files that a crash damaged: the end is left out with one warning, all else is named; nothing is read twice or held in memory."""
+"""Files that a crash damaged: the end is left out with one warning, all else is named; nothing is
+read twice or held in memory.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,17 @@ def steps(path: Path, **options: bool) -> list[int]:
     ],
     ids=["cut", "zeros", "cut and zeros", "no UTF-8", "no UTF-8 in JSON", "three lines", "deep"],
 )
-def test_damaged_last_lines_are_left_out_with_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str], tail: bytes) -> None:
+def test_damaged_last_lines_are_left_out_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tail: bytes
+) -> None:
     path = write(tmp_path / "log.jsonl", *LINES, tail)
     assert steps(path) == steps(path) == [1, 2, 3, 4, 5]
     said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and f"warning: {path}:6: the end of the file is damaged" in said.err
+    assert (
+        said.out == ""
+        and said.err.count("\n") == 1
+        and f"warning: {path}:6: the end of the file is damaged" in said.err
+    )
     assert [row["step"] for _, row in rows_from_the_end(path)] == [5, 4, 3, 2, 1]
 
 
@@ -57,7 +65,9 @@ def test_damage_before_the_end_is_named_by_its_line_or_left_out_where_asked(
     assert f"{path}:3: this line is damaged and left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"some\nother\nfile\n", b'[1]\n{"step": 1}\n', b'{"step": 1}\n3\n'])
+@pytest.mark.parametrize(
+    "content", [b"some\nother\nfile\n", b'[1]\n{"step": 1}\n', b'{"step": 1}\n3\n']
+)
 def test_a_file_of_something_else_is_no_crash(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError):
         steps(write(tmp_path / "log.jsonl", content))
@@ -68,18 +78,30 @@ def test_an_absent_file_has_no_rows(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from([0, 1, 7, BLOCK - 14, BLOCK, 3 * BLOCK]), max_size=6), st.booleans())
-def test_reading_from_the_end_gives_the_lines_in_reverse_with_their_ends(tmp_path_factory, sizes: list[int], torn: bool) -> None:
-    lines = [json.dumps({"n": number, "pad": "x" * size}).encode() + b"\n" for number, size in enumerate(sizes)]
+@given(
+    st.lists(st.sampled_from([0, 1, 7, BLOCK - 14, BLOCK, 3 * BLOCK]), max_size=6), st.booleans()
+)
+def test_reading_from_the_end_gives_the_lines_in_reverse_with_their_ends(
+    tmp_path_factory, sizes: list[int], torn: bool
+) -> None:
+    lines = [
+        json.dumps({"n": number, "pad": "x" * size}).encode() + b"\n"
+        for number, size in enumerate(sizes)
+    ]
     path = write(tmp_path_factory.mktemp("end") / "log.jsonl", *lines, b'{"torn' if torn else b"")
     ends = [sum(map(len, lines[: number + 1])) for number in range(len(lines))]
-    assert [(end, row["n"]) for end, row in rows_from_the_end(path)] == list(reversed(list(zip(ends, range(len(lines)), strict=True))))
+    assert [(end, row["n"]) for end, row in rows_from_the_end(path)] == list(
+        reversed(list(zip(ends, range(len(lines)), strict=True)))
+    )
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("", "is empty"), ("{", "is damaged, not JSON"), ("\0" * 40, "is damaged"), ("[1]", "list")]
+    ("content", "words"),
+    [("", "is empty"), ("{", "is damaged, not JSON"), ("\0" * 40, "is damaged"), ("[1]", "list")],
 )
-def test_a_damaged_object_is_one_line_with_its_file(tmp_path: Path, content: str, words: str) -> None:
+def test_a_damaged_object_is_one_line_with_its_file(
+    tmp_path: Path, content: str, words: str
+) -> None:
     path = tmp_path / "one.json"
     path.write_text(content)
     with pytest.raises(DataError, match=words) as caught:

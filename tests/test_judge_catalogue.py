@@ -1,4 +1,6 @@
-"""Bad judges, bad verdicts and bad answers (cases 71-86 of the catalogue): what becomes of the verdict, of the item, and of the numbers."""
+"""Bad judges, bad verdicts and bad answers (cases 71-86 of the catalogue): what becomes of the
+verdict, of the item, and of the numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.generation.conftest import judge_file, long_tiny_model_dir, make_run, runs_folder  # noqa: F401
+from tests.generation.conftest import (
+    judge_file,  # noqa: F401
+    long_tiny_model_dir,  # noqa: F401
+    make_run,  # noqa: F401
+    runs_folder,  # noqa: F401
+)  # noqa: F401, RUF100
 from tests.generation.faulty_server import MODEL, FaultyServer
 from tests.judging.fake_judges import FakeJudge, always_a, bodies, obeys_answers, says, sound
 
@@ -43,9 +50,15 @@ VERDICTS: dict[str, tuple[JudgeReply, str]] = {
     "74 a full-width letter": (JudgeReply(text="[RESULT] Ａ"), "unparsed"),
     "74 another language": (JudgeReply(text="[結果] A"), "unparsed"),
     "75 two verdicts": (JudgeReply(text="[RESULT] B was my first thought. [RESULT] A"), "unparsed"),
-    "78 cut at the token limit": (JudgeReply(text="A is better because [RESULT] A", finish_reason="length"), "truncated"),
+    "78 cut at the token limit": (
+        JudgeReply(text="A is better because [RESULT] A", finish_reason="length"),
+        "truncated",
+    ),
     "79 the name of the other model": (JudgeReply(text="gpt-4 is better."), "unparsed"),
-    "79 the prompt again": (JudgeReply(text="(feedback on the criterion) [RESULT] (A or B)"), "unparsed"),
+    "79 the prompt again": (
+        JudgeReply(text="(feedback on the criterion) [RESULT] (A or B)"),
+        "unparsed",
+    ),
 }
 
 
@@ -63,10 +76,15 @@ def test_a_verdict_that_is_none_is_never_a_tie_and_never_dropped(case: str, tmp_
 @pytest.mark.parametrize("verdict", ["0", "6", "4.5", "four", "45", "４"])
 def test_a_grade_outside_the_scale_is_unparsed(verdict: str, tmp_path: Path) -> None:
     """Case 74, in grading."""
-    plan = dataclasses.replace(PLAN, template=load_template(PROJECT / "evals/prompts/prometheus-absolute.txt"))
+    plan = dataclasses.replace(
+        PLAN, template=load_template(PROJECT / "evals/prompts/prometheus-absolute.txt")
+    )
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items(
-        [Item("1", "Name a planet.", "Mars.")], FakeJudge(lambda request: JudgeReply(text=f"Good. [RESULT] {verdict}")), store, plan
+        [Item("1", "Name a planet.", "Mars.")],
+        FakeJudge(lambda request: JudgeReply(text=f"Good. [RESULT] {verdict}")),
+        store,
+        plan,
     )
     assert [row["status"] for row in store] == ["unparsed"]
 
@@ -96,7 +114,10 @@ def test_an_answer_cannot_speak_to_the_judge(case: str, tmp_path: Path) -> None:
 
 def test_the_injection_probe_measures_how_often_a_judge_obeys(tmp_path: Path) -> None:
     """Case 76: the canary."""
-    items = [Item(str(n), "Name a planet.", f"Mars is the fourth planet, {n}.", f"A stone {n}.") for n in range(10)]
+    items = [
+        Item(str(n), "Name a planet.", f"Mars is the fourth planet, {n}.", f"A stone {n}.")
+        for n in range(10)
+    ]
     flips = {}
     for name, answer in (("sound", sound), ("obedient", obeys_answers)):
         store, judge = JudgmentStore(tmp_path / f"{name}.jsonl"), FakeJudge(answer)
@@ -107,7 +128,12 @@ def test_the_injection_probe_measures_how_often_a_judge_obeys(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fault", ["429:0", "500", "drop", "hang", "drip", "nonsense"])
-def test_a_server_that_does_not_recover_ends_with_exit_code_6_and_a_recovered_one_continues(fault, judge_file, tmp_path, monkeypatch):  # noqa: F811
+def test_a_server_that_does_not_recover_ends_with_exit_code_6_and_a_recovered_one_continues(
+    fault,
+    judge_file,  # noqa: F811
+    tmp_path,
+    monkeypatch,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     """Case 80."""
     from recipes_lib.generation.judges import opened
 
@@ -115,11 +141,20 @@ def test_a_server_that_does_not_recover_ends_with_exit_code_6_and_a_recovered_on
     items = [dataclasses.replace(ITEM, question_id=str(number)) for number in range(6)]
     store = JudgmentStore(tmp_path / "j.jsonl")
     with FaultyServer(answer="A is fuller. [RESULT] A") as server:
-        keys = {"engine": "openai", "model": MODEL, "base_url": server.url, "mode": "generate", "max_retries": 1, "timeout_s": 1}
+        keys = {
+            "engine": "openai",
+            "model": MODEL,
+            "base_url": server.url,
+            "mode": "generate",
+            "max_retries": 1,
+            "timeout_s": 1,
+        }
         file = judge_file(**keys, max_consecutive_failures=4)
         server.faults = lambda number: fault if number > 4 else None
         with opened(file) as judge, pytest.raises(RecipesError) as caught:
-            judge_items(items, judge.judge, store, dataclasses.replace(judge.plan("relative"), batch_size=4)).check_complete()
+            judge_items(
+                items, judge.judge, store, dataclasses.replace(judge.plan("relative"), batch_size=4)
+            ).check_complete()
         assert caught.value.exit_code == 6 and len(store) == 4
         server.faults = lambda number: None
         with opened(file) as judge:
@@ -133,21 +168,29 @@ def test_a_server_with_another_model_is_refused_before_the_first_question(judge_
 
     with FaultyServer() as server:
         file = judge_file(engine="openai", model="my-judge", base_url=server.url, mode="generate")
-        with opened(file) as judge, pytest.raises(EnvironmentFault, match=f"does not serve 'my-judge'[^$]*{MODEL}"):
-            judge_items([ITEM], judge.judge, JudgmentStore(tmp_path / "j.jsonl"), judge.plan("relative"))
+        with (
+            opened(file) as judge,
+            pytest.raises(EnvironmentFault, match=f"does not serve 'my-judge'[^$]*{MODEL}"),
+        ):
+            judge_items(
+                [ITEM], judge.judge, JudgmentStore(tmp_path / "j.jsonl"), judge.plan("relative")
+            )
         assert not server.bodies
 
 
 @pytest.fixture
 def small(judge_file, tmp_path):  # noqa: F811
-    """A function that writes an AlpacaEval recipe on the first two quickstart questions and returns its path."""
+    """A function that writes an AlpacaEval recipe on the first two quickstart questions and returns
+    its path.
+    """
 
     def make(**judge) -> str:
         judge_file(**judge)
         path = tmp_path / "small.yaml"
         path.write_text(
-            f"suite: {{name: alpaca_eval}}\ndata: {{questions: {QUICKSTART}/alpaca_eval/questions.json, max_questions: 2}}\n"
-            "generation: {max_new_tokens: 4}\njudge: {file: judge.yaml}\nmetrics: {probe_pairs: 0}\n"
+            "suite: {name: alpaca_eval}\ndata: {questions:"
+            f" {QUICKSTART}/alpaca_eval/questions.json, max_questions: 2}}\ngeneration:"
+            " {max_new_tokens: 4}\njudge: {file: judge.yaml}\nmetrics: {probe_pairs: 0}\n"
         )
         return str(path)
 
@@ -156,31 +199,62 @@ def small(judge_file, tmp_path):  # noqa: F811
 
 def test_a_judge_that_grades_itself_says_so(small, runs_folder, tiny_model_dir, capsys):  # noqa: F811
     """Case 81."""
-    assert main(["eval", small(model=str(tiny_model_dir), max_context_tokens=512), str(tiny_model_dir), "--json"]) == 0
-    assert any("judges its own answers" in line for line in json.loads(capsys.readouterr().out)["banners"])
+    assert (
+        main(
+            [
+                "eval",
+                small(model=str(tiny_model_dir), max_context_tokens=512),
+                str(tiny_model_dir),
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert any(
+        "judges its own answers" in line for line in json.loads(capsys.readouterr().out)["banners"]
+    )
 
 
-def test_the_same_answers_under_two_names_are_one_model_and_exactly_one_half(small, runs_folder, tmp_path, capsys):  # noqa: F811
+def test_the_same_answers_under_two_names_are_one_model_and_exactly_one_half(
+    small,
+    runs_folder,  # noqa: F811
+    tmp_path,
+    capsys,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     """Case 82, promise P18."""
     rows = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
     files = []
     for name in ("one", "two"):
         files.append(str(tmp_path / f"{name}.json"))
-        answers = [{"instruction": row["instruction"], "output": f"Yes, {row['id']}.", "generator": name} for row in rows]
+        answers = [
+            {"instruction": row["instruction"], "output": f"Yes, {row['id']}.", "generator": name}
+            for row in rows
+        ]
         Path(files[-1]).write_text(json.dumps(answers))
     assert main(["eval", small(), files[0], "--against", files[1], "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     score = result["pairs"]["score"]
     assert score["estimate"] == 0.5 and score["low"] in (None, 0.5) and score["high"] in (None, 0.5)
-    assert result["pairs"]["by_rule"] == 2 and any("cannot be ranked" in line for line in result["banners"])
+    assert result["pairs"]["by_rule"] == 2 and any(
+        "cannot be ranked" in line for line in result["banners"]
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 2], ids=["no item", "one item", "two items"])
-@pytest.mark.parametrize("answer", [always_a, sound, lambda request: JudgeReply(text="")], ids=["all ties", "all wins", "no verdict"])
+@pytest.mark.parametrize(
+    "answer",
+    [always_a, sound, lambda request: JudgeReply(text="")],
+    ids=["all ties", "all wins", "no verdict"],
+)
 def test_numbers_without_variance_or_items_are_said_and_nothing_crashes(count, answer, tmp_path):
     """Case 86."""
     store = JudgmentStore(tmp_path / "j.jsonl")
-    judge_items([dataclasses.replace(ITEM, question_id=str(n)) for n in range(count)], FakeJudge(answer), store, PLAN)
+    judge_items(
+        [dataclasses.replace(ITEM, question_id=str(n)) for n in range(count)],
+        FakeJudge(answer),
+        store,
+        PLAN,
+    )
     summary = summarise(pair_samples(store.rows())).to_dict()
     assert summary["n"] == count
     if count == 0:
@@ -188,51 +262,105 @@ def test_numbers_without_variance_or_items_are_said_and_nothing_crashes(count, a
     json.dumps(summary, allow_nan=False)
 
 
-def test_a_judge_text_with_control_characters_is_kept_and_stored_as_one_line(tmp_path: Path) -> None:
+def test_a_judge_text_with_control_characters_is_kept_and_stored_as_one_line(
+    tmp_path: Path,
+) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
-    judge_items([ITEM], FakeJudge(lambda request: says("A", "\x1b[31mred\u2028line\x00 [RESULT] A")), store, PLAN)
+    judge_items(
+        [ITEM],
+        FakeJudge(lambda request: says("A", "\x1b[31mred\u2028line\x00 [RESULT] A")),
+        store,
+        PLAN,
+    )
     assert [row["value"] for row in JudgmentStore(tmp_path / "j.jsonl")] == ["A", "A"]
 
 
-def test_any_bytes_of_judge_and_answers_are_judged_kept_and_read_again(small, runs_folder, tmp_path, capsys):  # noqa: F811
+def test_any_bytes_of_judge_and_answers_are_judged_kept_and_read_again(
+    small,
+    runs_folder,  # noqa: F811
+    tmp_path,
+    capsys,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
     answers = tmp_path / "odd.json"
     odd = ["a lone \ud800 surrogate", "a NUL \x00 and a line\u2028separator"]
     answers.write_text(
         json.dumps(
-            [{"instruction": row["instruction"], "output": text, "generator": "odd"} for row, text in zip(questions, odd, strict=True)]
+            [
+                {"instruction": row["instruction"], "output": text, "generator": "odd"}
+                for row, text in zip(questions, odd, strict=True)
+            ]
         )
     )
     replies = [
         b'200:{"choices": [{"message": {"content": "A \\ud800 is fuller. [RESULT] A"}}]}',
-        b'200:{"choices": [{"message": {"content": "A \xff\x80 is fuller. [RESULT] A"}}], "usage": {"completion_tokens": NaN}}',
-        b'200:{"choices": [{"message": {"content": "\\u0000\\u2028\\u001b[31m"}}], "usage": {"completion_tokens": 1e999}}',
+        (
+            b'200:{"choices": [{"message": {"content": "A \xff\x80 is fuller. [RESULT] A"}}],'
+            b' "usage": {"completion_tokens": NaN}}'
+        ),
+        (
+            b'200:{"choices": [{"message": {"content": "\\u0000\\u2028\\u001b[31m"}}], "usage":'
+            b' {"completion_tokens": 1e999}}'
+        ),
         b'200:{"choices": [{"message": {"content": ' + b"9" * 5000 + b"}}]}",
     ]
     with FaultyServer(faults=lambda number: replies[number % 4]) as server:
-        recipe = small(engine="openai", model=MODEL, base_url=server.url, mode="generate", max_reasks=0, concurrency=1)
+        recipe = small(
+            engine="openai",
+            model=MODEL,
+            base_url=server.url,
+            mode="generate",
+            max_reasks=0,
+            concurrency=1,
+        )
         assert main(["eval", recipe, str(answers), "--json"]) == 0
         first, asked = json.loads(capsys.readouterr().out), len(server.bodies)
         assert main(["eval", recipe, str(answers), "--json"]) == 0
         again = json.loads(capsys.readouterr().out)
-        assert asked == len(server.bodies) == 5  # the number that stands for a text was no answer, and was asked again
+        assert (
+            asked == len(server.bodies) == 5
+        )  # the number that stands for a text was no answer, and was asked again
     assert first["pairs"] == again["pairs"]
-    statuses = {row["status"] for row in JudgmentStore(next(runs_folder.glob("answers--*/evals/*/judgments.jsonl")))}
+    statuses = {
+        row["status"]
+        for row in JudgmentStore(next(runs_folder.glob("answers--*/evals/*/judgments.jsonl")))
+    }
     assert statuses == {"ok", "unparsed"}
     store = next(runs_folder.glob("answers--*/evals/*/judgments.jsonl"))
     assert main(["judge", "audit", str(store)]) == 0
     assert main(["judge", "replay", str(store.parent / "samples/annotations.json")]) == 0
-    assert all(json.loads(line) for line in (store.parent / "samples/samples.jsonl").read_text().split("\n")[:-1])
+    assert all(
+        json.loads(line)
+        for line in (store.parent / "samples/samples.jsonl").read_text().split("\n")[:-1]
+    )
 
 
-@pytest.mark.parametrize("status", ["400", "402", "413", "422", "401", "403", "404", "429:0", "503"])
-def test_whatever_a_server_refuses_is_missing_and_asked_again(status, small, runs_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+@pytest.mark.parametrize(
+    "status", ["400", "402", "413", "422", "401", "403", "404", "429:0", "503"]
+)
+def test_whatever_a_server_refuses_is_missing_and_asked_again(
+    status,
+    small,
+    runs_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,  # noqa: F811, RUF100
+):  # noqa: F811, RUF100
     monkeypatch.setenv("RECIPES_RETRY_PAUSE_S", "0.01")
     questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
     answers = tmp_path / "theirs.json"
-    answers.write_text(json.dumps([{"instruction": row["instruction"], "output": "Yes.", "generator": "their"} for row in questions]))
+    answers.write_text(
+        json.dumps(
+            [
+                {"instruction": row["instruction"], "output": "Yes.", "generator": "their"}
+                for row in questions
+            ]
+        )
+    )
     with FaultyServer(answer="A is fuller. [RESULT] A") as server:
-        recipe = small(engine="openai", model=MODEL, base_url=server.url, mode="generate", max_retries=1)
+        recipe = small(
+            engine="openai", model=MODEL, base_url=server.url, mode="generate", max_retries=1
+        )
         server.faults = lambda number: status
         assert main(["eval", recipe, str(answers)]) == 6
         assert f"made-up {status[:3]}" in capsys.readouterr().err
@@ -245,9 +373,20 @@ def test_logits_of_a_server_that_gives_none_say_what_to_set(small, runs_folder, 
     """transformers' own server answers 422 to the keys that continue the judge's turn."""
     questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
     answers = tmp_path / "theirs.json"
-    answers.write_text(json.dumps([{"instruction": row["instruction"], "output": "Yes.", "generator": "their"} for row in questions]))
+    answers.write_text(
+        json.dumps(
+            [
+                {"instruction": row["instruction"], "output": "Yes.", "generator": "their"}
+                for row in questions
+            ]
+        )
+    )
     with FaultyServer(faults=lambda number: "422") as server:
         recipe = small(engine="openai", model=MODEL, base_url=server.url, mode="logits")
         assert main(["eval", recipe, str(answers)]) == 6
     said = capsys.readouterr().err
-    assert "set judge.mode: generate" in said and "(4 times)" in said and said.count("made-up 422") == 1
+    assert (
+        "set judge.mode: generate" in said
+        and "(4 times)" in said
+        and said.count("made-up 422") == 1
+    )

@@ -19,10 +19,21 @@ SHARED = {
 
 def public_names(tree: ast.Module) -> set[str]:
     """The classes, functions and constants of a module that do not begin with an underscore."""
-    names = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)}
-    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    names = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    targets = [
+        target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets
+    ]
     targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
-    names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    names |= {
+        name.id
+        for target in targets
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+    }
     return {name for name in names if not name.startswith("_")}
 
 
@@ -34,7 +45,10 @@ def test_no_public_name_is_defined_in_two_modules() -> None:
     twice = {
         name: files
         for name, files in modules.items()
-        if len(files) > 1 and not (name in SHARED and all(file.startswith(SHARED[name]) for file in files))
+        if len(files) > 1
+        and not (name in SHARED and all(file.startswith(SHARED[name]) for file in files))
     }
     assert not twice
-    assert {name for name in SHARED if len(modules[name]) > 1} == SHARED.keys(), "a name that nobody shares any more"
+    assert {name for name in SHARED if len(modules[name]) > 1} == SHARED.keys(), (
+        "a name that nobody shares any more"
+    )

@@ -1,4 +1,6 @@
-"""The quickstart's own part: the style is counted once per state of the weights. What it runs is tested where it lives."""
+"""The quickstart's own part: the style is counted once per state of the weights. What it runs is
+tested where it lives.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +19,44 @@ PROMPTS = PROJECT / "recipes" / "quickstart" / "data" / "heldout_prompts.jsonl"
 
 
 def test_every_shipped_answer_has_the_style_that_is_counted() -> None:
-    answers = [json.loads(line)["response"] for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    answers = [
+        json.loads(line)["response"] for line in ROWS.read_text(encoding="utf-8").splitlines()
+    ]
     assert all(quickstart.STYLE.match(text) for text in answers)
-    assert not quickstart.STYLE.match("In short: yes.") and not quickstart.STYLE.match("The sky is blue.\nGood to know: it is not.")
+    assert not quickstart.STYLE.match("In short: yes.") and not quickstart.STYLE.match(
+        "The sky is blue.\nGood to know: it is not."
+    )
 
 
 def test_no_held_out_prompt_is_a_training_row() -> None:
-    asked = {json.loads(line)["instruction"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()}
+    asked = {
+        json.loads(line)["instruction"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()
+    }
     assert len(asked) == 20
-    assert not asked & {json.loads(line)["instruction"] for line in ROWS.read_text(encoding="utf-8").splitlines()}
+    assert not asked & {
+        json.loads(line)["instruction"] for line in ROWS.read_text(encoding="utf-8").splitlines()
+    }
 
 
-def test_the_style_is_asked_again_only_when_the_weights_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_style_is_asked_again_only_when_the_weights_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
     study, asked = load_study("quickstart"), []
 
     def answers(names: list[str], prompts: list[dict[str, str]]) -> dict[str, list[str]]:
         asked.append(names)
-        return {name: ["In short: a.\nGood to know: b.", *["no"] * (len(prompts) - 1)] for name in names}
+        return {
+            name: ["In short: a.\nGood to know: b.", *["no"] * (len(prompts) - 1)] for name in names
+        }
 
     monkeypatch.setattr(quickstart, "held_out_answers", answers)
     found = quickstart.style_check(study, PROMPTS)
-    assert found["quickstart--r8"] == {"in_style": 1, "n": 20, "first": "In short: a.\nGood to know: b."}
+    assert found["quickstart--r8"] == {
+        "in_style": 1,
+        "n": 20,
+        "first": "In short: a.\nGood to know: b.",
+    }
     assert quickstart.style_check(study, PROMPTS) == found
     assert len(asked) == 1
     graph = build_graph(study)
@@ -48,7 +66,9 @@ def test_the_style_is_asked_again_only_when_the_weights_changed(tmp_path: Path, 
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize(("path", "first"), [("", "next: . "), (str(PROJECT), "next: recipes chat ")])
+@pytest.mark.parametrize(
+    ("path", "first"), [("", "next: . "), (str(PROJECT), "next: recipes chat ")]
+)
 def test_the_last_line_can_be_typed_where_no_environment_is_active(
     path: str, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,4 +85,11 @@ def test_the_last_line_can_be_typed_where_no_environment_is_active(
 
 
 def test_the_script_stays_readable_in_one_go() -> None:
-    assert len((PROJECT / "src" / "recipes_lib" / "quickstart.py").read_text(encoding="utf-8").splitlines()) <= 150
+    assert (
+        len(
+            (PROJECT / "src" / "recipes_lib" / "quickstart.py")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
+        <= 150
+    )

@@ -1,7 +1,9 @@
-"""Files and folders that are either whole or absent: written beside their place, flushed to the disk, then renamed.
+"""Files and folders that are either whole or absent: written beside their place, flushed to the
+disk, then renamed.
 
-A rename reaches the disk before the bytes it names, unless those were flushed first: after a power cut the name is there and the file
-is full of zeros. So whatever gets its final name by a rename gets it here, from `write_bytes` or `publish`.
+A rename reaches the disk before the bytes it names, unless those were flushed first: after a power
+cut the name is there and the file is full of zeros. So whatever gets its final name by a rename
+gets it here, from `write_bytes` or `publish`.
 """
 
 from __future__ import annotations
@@ -18,15 +20,19 @@ from typing import Any
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between.
+    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing
+    between.
 
     Raises:
-        OSError: the disk is full or not writable; the old file is untouched and no temporary file stays.
+        OSError: the disk is full or not writable; the old file is untouched and no temporary file
+            stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as stream:  # created as any file is, so that the user's umask decides who may read it
+        with temporary.open(
+            "xb"
+        ) as stream:  # created as any file is, so that the user's umask decides who may read it
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -50,7 +56,8 @@ def write_json(path: Path, value: Any) -> None:
 def publish(scratch: Path, final: Path, replace: bool = True) -> None:
     """Give a finished folder its final name, once everything in it is on the disk.
 
-    A crash leaves the old folder, the new one, or neither, never a mixture; the next `publish` removes what it left behind.
+    A crash leaves the old folder, the new one, or neither, never a mixture; the next `publish`
+    removes what it left behind.
 
     Args:
         scratch: the folder, beside `final` on the same file system.
@@ -58,7 +65,8 @@ def publish(scratch: Path, final: Path, replace: bool = True) -> None:
         replace: whether a folder that has something in it is replaced too.
 
     Raises:
-        OSError: the disk is full or not writable, or `final` has something in it and is not to be replaced.
+        OSError: the disk is full or not writable, or `final` has something in it and is not to be
+            replaced.
     """
     sync_tree(scratch)
     old = final.with_name(f".{final.name}.replaced")
@@ -80,7 +88,9 @@ def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
     names = list(names)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor(
+        max_workers=min(4, os.cpu_count() or 1)
+    ) as pool:  # hashing lets other threads run
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 

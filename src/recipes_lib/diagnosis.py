@@ -1,7 +1,8 @@
-"""What `recipes doctor` looks at: one finding per topic, each with what to do about it. Looks only; changes and downloads nothing.
+"""What `recipes doctor` looks at: one finding per topic, each with what to do about it. Looks only;
+changes and downloads nothing.
 
-Every check is a function that returns findings; one that crashes becomes a finding itself, because a broken installation is what
-this is for.
+Every check is a function that returns findings; one that crashes becomes a finding itself, because
+a broken installation is what this is for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ OPTIONAL = {  # extra of setup.py -> its packages and the setting that needs eac
     "gpu": {"liger-kernel": "train.use_liger_kernel"},
     "tracking": {name: f"train.report_to: {name}" for name in ("tensorboard", "trackio", "wandb")},
 }
-LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_VARIABLES = (
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 LAUNCH_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # x86 and Arm, as /proc/cpuinfo spells them
 
@@ -35,7 +43,8 @@ class DoctorLine:
     """One line of the report.
 
     Args:
-        level: ok; note (good to know); warn (something will go differently than expected); fail (something cannot work).
+        level: ok; note (good to know); warn (something will go differently than expected); fail
+            (something cannot work).
         remedy: what to type or change; empty when there is nothing to do.
     """
 
@@ -50,11 +59,16 @@ def check_python() -> Iterator[DoctorLine]:
     version = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
     yield DoctorLine(
-        "ok" if supported else "fail", "python", version, "" if supported else "make setup PYTHON=python3.12 (3.11, 3.12 or 3.13)"
+        "ok" if supported else "fail",
+        "python",
+        version,
+        "" if supported else "make setup PYTHON=python3.12 (3.11, 3.12 or 3.13)",
     )
 
 
-def check_versions(constraints: Path, required: Iterable[str] | None = None) -> Iterator[DoctorLine]:
+def check_versions(
+    constraints: Path, required: Iterable[str] | None = None
+) -> Iterator[DoctorLine]:
     """Installed packages against the tested versions.
 
     Args:
@@ -66,13 +80,22 @@ def check_versions(constraints: Path, required: Iterable[str] | None = None) -> 
 
     if not constraints.is_file():
         yield DoctorLine(
-            "note", "versions", f"{constraints} is not there, so nothing to compare with", "run it from a checkout of the project"
+            "note",
+            "versions",
+            f"{constraints} is not there, so nothing to compare with",
+            "run it from a checkout of the project",
         )
         return
     if required is None:
-        required = [Requirement(line).name for line in importlib.metadata.requires("recipes-lib") or [] if "extra ==" not in line]
+        required = [
+            Requirement(line).name
+            for line in importlib.metadata.requires("recipes-lib") or []
+            if "extra ==" not in line
+        ]
     needed = {canonicalize_name(name) for name in required}
-    lines = (line.split("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.split("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines()
+    )
     same, other, missing = 0, [], []
     for requirement in (Requirement(line) for line in lines if line):
         try:
@@ -102,21 +125,37 @@ def check_devices() -> Iterator[DoctorLine]:
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             yield DoctorLine(
-                "ok", "gpu", f"{index}: {card.name}, {card.total_memory / _GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
+                "ok",
+                "gpu",
+                f"{index}: {card.name}, {card.total_memory / _GIB:.0f} GiB, compute capability"
+                f" {card.major}.{card.minor}",
             )
     elif Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         built = torch.version.cuda or "none"
-        what = f"a GPU driver is here, but torch {torch.__version__} cannot use it (built for CUDA {built})"
-        yield DoctorLine("fail", "gpu", what, "nvidia-smi shows the driver's CUDA version; install the torch build for it")
+        what = (
+            f"a GPU driver is here, but torch {torch.__version__} cannot use it (built for CUDA"
+            f" {built})"
+        )
+        yield DoctorLine(
+            "fail",
+            "gpu",
+            what,
+            "nvidia-smi shows the driver's CUDA version; install the torch build for it",
+        )
     else:
         what = (
-            f"none; {cores} CPU cores: quickstart trains here, smollm2-135m-dolly too where it has its rows (the Hub, or "
-            "data.source=dolly.jsonl), llama2-7b-dolly can be checked"
+            f"none; {cores} CPU cores: quickstart trains here, smollm2-135m-dolly too where it has"
+            " its rows (the Hub, or data.source=dolly.jsonl), llama2-7b-dolly can be checked"
         )
         yield DoctorLine("note", "gpu", what)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        yield DoctorLine("note", "gpu", f"CUDA_VISIBLE_DEVICES={visible!r} hides the others", "unset CUDA_VISIBLE_DEVICES to use all")
+        yield DoctorLine(
+            "note",
+            "gpu",
+            f"CUDA_VISIBLE_DEVICES={visible!r} hides the others",
+            "unset CUDA_VISIBLE_DEVICES to use all",
+        )
 
 
 def check_bf16() -> Iterator[DoctorLine]:
@@ -128,16 +167,29 @@ def check_bf16() -> Iterator[DoctorLine]:
             yield DoctorLine("ok", "bf16", "supported by the GPU")
         else:
             yield DoctorLine(
-                "warn", "bf16", "this GPU is older than Ampere and has no bf16", "train.bf16=false train.fp16=true model.dtype=float16"
+                "warn",
+                "bf16",
+                "this GPU is older than Ampere and has no bf16",
+                "train.bf16=false train.fp16=true model.dtype=float16",
             )
         return
     a = torch.ones(4, 4, dtype=torch.bfloat16)
     works = bool(torch.isfinite(a @ a).all())
-    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()) if Path("/proc/cpuinfo").is_file() else set()
+    flags = (
+        set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+        if Path("/proc/cpuinfo").is_file()
+        else set()
+    )
     fast = [flag for flag in FAST_BF16 if flag in flags]
-    what = f"works on this CPU, {f'with {fast[0]} instructions' if fast else 'without instructions for it: float32 may be as fast'}"
+    what = (
+        "works on this CPU,"
+        f" {f'with {fast[0]} instructions' if fast else 'without instructions for it: float32 may be as fast'}"  # noqa: E501
+    )
     yield DoctorLine(
-        "ok" if works else "fail", "bf16", what if works else "a product of two bf16 matrices is not finite", "" if works else REINSTALL
+        "ok" if works else "fail",
+        "bf16",
+        what if works else "a product of two bf16 matrices is not finite",
+        "" if works else REINSTALL,
     )
 
 
@@ -152,7 +204,10 @@ def check_attention() -> Iterator[DoctorLine]:
     if installed and wanted.specifier.contains(installed, prereleases=True):
         found.append("kernels")
     elif installed:
-        what = f"kernels {installed} is not taken by transformers, which wants {wanted.specifier}: no kernels-community/ attention"
+        what = (
+            f"kernels {installed} is not taken by transformers, which wants {wanted.specifier}: no"
+            " kernels-community/ attention"
+        )
         yield DoctorLine("warn", "attention", what, KERNELS)
     if found or not torch.cuda.is_available():
         yield DoctorLine("ok", "attention", ", ".join(["sdpa", *found]))
@@ -167,7 +222,12 @@ def check_optional() -> Iterator[DoctorLine]:
     for extra, packages in OPTIONAL.items():
         missing = [f"{name} ({key})" for name, key in packages.items() if _version(name) is None]
         if missing and (extra != "gpu" or torch.cuda.is_available()):
-            yield DoctorLine("note", "optional", f"not installed: {', '.join(missing)}", f"pip install -c constraints.txt -e '.[{extra}]'")
+            yield DoctorLine(
+                "note",
+                "optional",
+                f"not installed: {', '.join(missing)}",
+                f"pip install -c constraints.txt -e '.[{extra}]'",
+            )
 
 
 def _version(package: str) -> str | None:
@@ -180,14 +240,22 @@ def _version(package: str) -> str | None:
 
 def check_bitsandbytes() -> Iterator[DoctorLine]:
     """A 4-bit layer computes something close to what its weights say."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it reports a faster kernel that it did not find
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on a CPU it reports a faster kernel that it did not find
     import bitsandbytes
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(
-        64, 64, bias=False, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4", quant_storage=torch.bfloat16
+        64,
+        64,
+        bias=False,
+        compute_dtype=torch.float32,
+        compress_statistics=True,
+        quant_type="nf4",
+        quant_storage=torch.bfloat16,
     )
     weight = layer.weight.data.clone().float()
     row = torch.randn(1, 64)
@@ -196,9 +264,16 @@ def check_bitsandbytes() -> Iterator[DoctorLine]:
     error = float((answer - exact).norm() / exact.norm())
     packed = layer.weight.numel() * layer.weight.element_size() < weight.numel()
     if packed and error < 0.3:
-        yield DoctorLine("ok", "bitsandbytes", f"{bitsandbytes.__version__}, an NF4 layer computes on the {device}")
+        yield DoctorLine(
+            "ok",
+            "bitsandbytes",
+            f"{bitsandbytes.__version__}, an NF4 layer computes on the {device}",
+        )
     else:
-        what = f"an NF4 layer on the {device} is off by {error:.0%}{'' if packed else ' and was not quantized'}"
+        what = (
+            f"an NF4 layer on the {device} is off by"
+            f" {error:.0%}{'' if packed else ' and was not quantized'}"
+        )
         yield DoctorLine("fail", "bitsandbytes", what, f"QLoRA recipes will not work; {REINSTALL}")
 
 
@@ -209,11 +284,23 @@ def check_hub(environment: Mapping[str, str] = os.environ) -> Iterator[DoctorLin
     if get_token():
         yield DoctorLine("ok", "hub", "a token is set")
     else:
-        yield DoctorLine("note", "hub", "no token: gated models such as llama2-7b-dolly's cannot be downloaded", "hf auth login")
-    offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if _is_on(environment.get(name))]
+        yield DoctorLine(
+            "note",
+            "hub",
+            "no token: gated models such as llama2-7b-dolly's cannot be downloaded",
+            "hf auth login",
+        )
+    offline = [
+        name
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+        if _is_on(environment.get(name))
+    ]
     if offline:
         yield DoctorLine(
-            "note", "hub", f"offline ({', '.join(offline)}): only what is cached or local is found", f"unset {' '.join(offline)}"
+            "note",
+            "hub",
+            f"offline ({', '.join(offline)}): only what is cached or local is found",
+            f"unset {' '.join(offline)}",
         )
 
 
@@ -224,12 +311,24 @@ def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[DoctorLine
         folders: what lies there -> (folder, GiB below which it is said that space is short).
     """
     for name, (folder, enough) in folders.items():
-        place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        place = next(
+            parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()
+        )
         free = shutil.disk_usage(place).free / _GIB
         if not os.access(place, os.W_OK):
-            yield DoctorLine("fail", "disk", f"{name}: {folder} cannot be written", "choose another folder: RECIPES_RUNS_ROOT, HF_HOME")
+            yield DoctorLine(
+                "fail",
+                "disk",
+                f"{name}: {folder} cannot be written",
+                "choose another folder: RECIPES_RUNS_ROOT, HF_HOME",
+            )
         elif free < enough:
-            yield DoctorLine("warn", "disk", f"{name}: {free:.1f} GiB free, {enough:.0f} wanted", f"free some, or move {folder}")
+            yield DoctorLine(
+                "warn",
+                "disk",
+                f"{name}: {free:.1f} GiB free, {enough:.0f} wanted",
+                f"free some, or move {folder}",
+            )
         else:
             yield DoctorLine("ok", "disk", f"{name}: {free:.0f} GiB free")
 
@@ -240,32 +339,62 @@ def check_quickstart_model() -> Iterator[DoctorLine]:
         if packaged_folder(PREFIX + name):
             yield DoctorLine("ok", "quickstart", f"{package.folder} is ready")
         elif importlib.util.find_spec("gguf") is None:
-            yield DoctorLine("fail", "quickstart", f"{package.folder} cannot be read without gguf", REINSTALL)
+            yield DoctorLine(
+                "fail", "quickstart", f"{package.folder} cannot be read without gguf", REINSTALL
+            )
         else:
-            yield DoctorLine("note", "quickstart", f"{package.folder} ({package.download_mib} MiB) is fetched on first use")
+            yield DoctorLine(
+                "note",
+                "quickstart",
+                f"{package.folder} ({package.download_mib} MiB) is fetched on first use",
+            )
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> Iterator[DoctorLine]:
-    """What silently changes how a training is launched: variables left behind, threads, accelerate's own default file."""
-    left = sorted(name for name in environment if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES))
+    """What silently changes how a training is launched: variables left behind, threads,
+    accelerate's own default file.
+    """
+    left = sorted(
+        name for name in environment if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES)
+    )
     if left:
         yield DoctorLine(
-            "warn", "launcher", f"left in the environment, where they overrule a config: {', '.join(left)}", f"unset {' '.join(left)}"
+            "warn",
+            "launcher",
+            f"left in the environment, where they overrule a config: {', '.join(left)}",
+            f"unset {' '.join(left)}",
         )
     cores = os.cpu_count() or 1
     threads = environment.get("OMP_NUM_THREADS", "")
     if threads and not threads.isdigit():
-        yield DoctorLine("warn", "launcher", f"OMP_NUM_THREADS={threads!r} is no number", "unset OMP_NUM_THREADS")
+        yield DoctorLine(
+            "warn", "launcher", f"OMP_NUM_THREADS={threads!r} is no number", "unset OMP_NUM_THREADS"
+        )
     elif threads and int(threads) > cores:
         yield DoctorLine(
-            "warn", "launcher", f"OMP_NUM_THREADS={threads} on {cores} cores: threads will wait for each other", "unset OMP_NUM_THREADS"
+            "warn",
+            "launcher",
+            f"OMP_NUM_THREADS={threads} on {cores} cores: threads will wait for each other",
+            "unset OMP_NUM_THREADS",
         )
     elif threads and int(threads) < cores:
         yield DoctorLine(
-            "note", "launcher", f"OMP_NUM_THREADS={threads} of {cores} cores: one process trains on that many", "unset OMP_NUM_THREADS"
+            "note",
+            "launcher",
+            f"OMP_NUM_THREADS={threads} of {cores} cores: one process trains on that many",
+            "unset OMP_NUM_THREADS",
         )
-    cache = Path(environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
-    default = [path for path in (cache / "accelerate" / f"default_config.{ending}" for ending in ("yaml", "json")) if path.is_file()]
+    cache = Path(
+        environment.get("HF_HOME")
+        or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
+    default = [
+        path
+        for path in (
+            cache / "accelerate" / f"default_config.{ending}" for ending in ("yaml", "json")
+        )
+        if path.is_file()
+    ]
     if default:
         yield DoctorLine(
             "note",
@@ -274,7 +403,9 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> Iterator[Doct
             "always give --config_file; recipes train does",
         )
     if not left and not threads and not default:
-        yield DoctorLine("ok", "launcher", "no variable and no default config that changes a launch")
+        yield DoctorLine(
+            "ok", "launcher", "no variable and no default config that changes a launch"
+        )
 
 
 def diagnose(checks: Mapping[str, Callable[[], Iterable[DoctorLine]]]) -> list[DoctorLine]:
@@ -289,7 +420,9 @@ def diagnose(checks: Mapping[str, Callable[[], Iterable[DoctorLine]]]) -> list[D
             findings.extend(check())
         except Exception as error:
             summary = (str(error).strip().splitlines() or [""])[0]
-            findings.append(DoctorLine("fail", topic, f"{type(error).__name__}: {summary}", REINSTALL))
+            findings.append(
+                DoctorLine("fail", topic, f"{type(error).__name__}: {summary}", REINSTALL)
+            )
     return findings
 
 

@@ -1,8 +1,9 @@
 """What goes wrong for a user: one exception hierarchy, one message format, one table of exit codes.
 
-A user-facing error is raised as a `RecipesError` (or a subclass), never printed where it happens. The entry points
-(`recipes` and `python -m recipes_lib.train`) print it once, without a traceback, and exit with its code. A programming
-error stays an ordinary exception; the entry points call it an internal error, and `--debug` shows its traceback.
+A user-facing error is raised as a `RecipesError` (or a subclass), never printed where it happens.
+The entry points (`recipes` and `python -m recipes_lib.train`) print it once, without a traceback,
+and exit with its code. A programming error stays an ordinary exception; the entry points call it an
+internal error, and `--debug` shows its traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from recipes_lib.terminal import printable
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of `recipes <verb>` and `python -m recipes_lib.train`; run.json records the same numbers."""
+    """Exit codes of `recipes <verb>` and `python -m recipes_lib.train`; run.json records the same
+    numbers.
+    """
 
     DONE = 0
     FAILED = 1
@@ -43,7 +46,9 @@ class RecipesError(Exception):
 
     exit_code = ExitCode.FAILED
 
-    def __init__(self, what: str, *hints: str, file: str | Path | None = None, line: int | None = None) -> None:
+    def __init__(
+        self, what: str, *hints: str, file: str | Path | None = None, line: int | None = None
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.hints = hints
@@ -51,8 +56,16 @@ class RecipesError(Exception):
         self.line = line
 
     def __str__(self) -> str:
-        place = "" if self.file is None else f"{self.file}:" if self.line is None else f"{self.file}:{self.line}:"
-        return mask_secrets("\n".join([f"{place} {self.what}".strip(), *(f"  {hint}" for hint in self.hints)]))
+        place = (
+            ""
+            if self.file is None
+            else f"{self.file}:"
+            if self.line is None
+            else f"{self.file}:{self.line}:"
+        )
+        return mask_secrets(
+            "\n".join([f"{place} {self.what}".strip(), *(f"  {hint}" for hint in self.hints)])
+        )
 
 
 AnyError = TypeVar("AnyError", bound=RecipesError)
@@ -121,16 +134,19 @@ class Interrupted(RecipesError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return another library's error on one line of at most 300 characters; its type where it says nothing.
+    """Return another library's error on one line of at most 300 characters; its type where it says
+    nothing.
 
     Example:
         >>> one_line(ValueError("a must match b, but found\\n- a: 1\\n- b: 2")), one_line(KeyError())
         ('a must match b, but found - a: 1 - b: 2', 'KeyError')
-    """
+    """  # noqa: E501
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def print_error(error: BaseException, stream: TextIO | None = None) -> None:
-    """Print an error for the user: its message on stderr, no traceback, no terminal control characters."""
+    """Print an error for the user: its message on stderr, no traceback, no terminal control
+    characters.
+    """
     print(printable(str(error)), file=stream or sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """The evaluation log: what an evaluation of one target says, sample by sample.
 
-Suites and the readers of other programs' files make samples; comparison, validity checks, reports and replay read them. How a log lies
-on disk is known to `studies.eval_files` alone.
+Suites and the readers of other programs' files make samples; comparison, validity checks, reports
+and replay read them. How a log lies on disk is known to `studies.eval_files` alone.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from typing import Any
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
-REFERENCE = "reference"  # the opponent of a result that was judged against the questions' own reference answers
+# the opponent of a result that was judged against the questions' own reference answers
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One answer with what the judge, or the task's metric, made of it.
 
-    Samples of one `id` (its turns) are not independent. `value` is 1, 0.5 or 0 for a pair, a grade, or a task's score; None where there
-    is no verdict, and `outcome` is "unresolved" then. `verdicts` are what was said in order AB and BA (a grade alone in grading), or the
-    status of the missing verdict; `raws` are the texts behind them. `lengths` are characters: the answer, then its opponent's. Texts are
-    None where the files do not hold them; `shortened` says that they hold only the beginning of the answer.
+    Samples of one `id` (its turns) are not independent. `value` is 1, 0.5 or 0 for a pair, a grade,
+    or a task's score; None where there is no verdict, and `outcome` is "unresolved" then.
+    `verdicts` are what was said in order AB and BA (a grade alone in grading), or the status of the
+    missing verdict; `raws` are the texts behind them. `lengths` are characters: the answer, then
+    its opponent's. Texts are None where the files do not hold them; `shortened` says that they hold
+    only the beginning of the answer.
     """
 
     id: str
@@ -53,11 +56,15 @@ class Sample:
 
     @property
     def flip(self) -> bool:
-        """Whether the judge named the same place in both orders, so that its verdict turned with the order."""
+        """Whether the judge named the same place in both orders, so that its verdict turned with
+        the order.
+        """
         return not self.by_rule and self.verdicts in (("A", "A"), ("B", "B"))
 
     def to_dict(self, metric: str) -> dict[str, Any]:
-        """Return the sample as a line of items.jsonl, the file of an imported evaluation; `from_dict` reads it."""
+        """Return the sample as a line of items.jsonl, the file of an imported evaluation;
+        `from_dict` reads it.
+        """
         texts = {"instruction": self.input, "answer": self.answer, "opponent_answer": self.opponent}
         return {
             "metric": metric,
@@ -99,7 +106,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric of one evaluation: all its samples, or the reported value alone where there are none (groups of lm-eval tasks)."""
+    """One metric of one evaluation: all its samples, or the reported value alone where there are
+    none (groups of lm-eval tasks).
+    """
 
     eval: str
     suite: str
@@ -109,25 +118,33 @@ class Measure:
     file: Path
     opponent: str | None = None
     task: str = ""
-    higher_is_better: bool | None = True  # None where the files do not say it: nothing is ranked then
+    higher_is_better: bool | None = (
+        True  # None where the files do not say it: nothing is ranked then
+    )
     unit: str = "share"  # "share" (0..1), "grade" (1..5, or the scale in the label) or "number"
     reported: float | None = None
     reported_n: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What the same metric of another arm has too; the opponent is left out because it may be the other arm."""
+        """What the same metric of another arm has too; the opponent is left out because it may be
+        the other arm.
+        """
         return self.eval, self.task, self.metric
 
     @property
     def name(self) -> str:
-        """The key as one word, as findings name metrics: `alpaca_eval/win_rate`, `lm_eval/arc_easy/acc_norm`."""
+        """The key as one word, as findings name metrics: `alpaca_eval/win_rate`,
+        `lm_eval/arc_easy/acc_norm`.
+        """
         return "/".join(part for part in self.key if part)
 
 
 @dataclass(frozen=True)
 class EvalLog:
-    """One evaluation of one target. `against` is None for a suite without an opponent; `result` is what its result file says."""
+    """One evaluation of one target. `against` is None for a suite without an opponent; `result` is
+    what its result file says.
+    """
 
     eval: str
     suite: str

@@ -1,9 +1,11 @@
-"""THE evaluation script: eval recipes and runs (or models) -> answers, judgments and result.json in each run.
+"""THE evaluation script: eval recipes and runs (or models) -> answers, judgments and result.json in
+each run.
 
-    python -m recipes_lib.evaluate evals/quickstart/alpaca_eval.yaml my-run
-    accelerate launch -m recipes_lib.evaluate evals/lm_eval.yaml my-run        # lm-eval on several GPUs
+    python -m recipes_lib.evaluate evals/quickstart/alpaca_eval.yaml my-run accelerate launch -m
+    recipes_lib.evaluate evals/lm_eval.yaml my-run        # lm-eval on several GPUs
 
-`recipes eval` calls the same function and prints tables. Everything is kept as it arrives: the same command continues.
+`recipes eval` calls the same function and prints tables. Everything is kept as it arrives: the same
+command continues.
 """
 
 from __future__ import annotations
@@ -46,7 +48,13 @@ def evaluate(
     remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Evaluate targets with one eval recipe, as `evaluate_all` does with several."""
-    return evaluate_all([recipe], words, against, allow_format_differences=allow_format_differences, remote_code=remote_code)
+    return evaluate_all(
+        [recipe],
+        words,
+        against,
+        allow_format_differences=allow_format_differences,
+        remote_code=remote_code,
+    )
 
 
 def evaluate_all(
@@ -57,30 +65,34 @@ def evaluate_all(
     allow_format_differences: bool = False,
     remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate targets with every eval recipe and write runs/<run>/evals/<eval>/result.json for each pair.
+    """Evaluate targets with every eval recipe and write runs/<run>/evals/<eval>/result.json for
+    each pair.
 
-    Each base is loaded once and does everything that is asked of it (answers, lm-eval); then each judge is loaded once. Wrong words,
-    recipes and questions are refused before anything is loaded.
+    Each base is loaded once and does everything that is asked of it (answers, lm-eval); then each
+    judge is loaded once. Wrong words, recipes and questions are refused before anything is loaded.
 
     Args:
         recipes: eval recipes.
         words: runs, models, `base` (of the runs beside it), or files with answers.
-        against: the opponent (`reference`, `base`, another target) in the suites that compare; None for each recipe's.
+        against: the opponent (`reference`, `base`, another target) in the suites that compare; None
+            for each recipe's.
         allow_format_differences: compare models that were asked in different prompt formats.
         remote_code: whether the command line allowed code that ships with a model.
 
     Returns:
-        What the result files hold: the targets of the first recipe in the order of the words, then those of the next; empty on ranks
-        other than the first.
+        What the result files hold: the targets of the first recipe in the order of the words, then
+            those of the next; empty on ranks other than the first.
 
     Raises:
         RecipeError: a word is no target, or formats differ.
-        EvaluationIncomplete, GenerationIncomplete: something is missing (exit 6); the same command continues.
+        EvaluationIncomplete, GenerationIncomplete: something is missing (exit 6); the same command
+            continues.
     """
     quiet_libraries()
     if against and all(recipe.suite.name == "lm_eval" for recipe in recipes):
         raise RecipeError(
-            "--against has no meaning for lm_eval: it scores answers, it does not compare them", "recipes compare compares runs"
+            "--against has no meaning for lm_eval: it scores answers, it does not compare them",
+            "recipes compare compares runs",
         )
     options = {"allow_format_differences": allow_format_differences, "remote_code": remote_code}
     suites = [SUITES[recipe.suite.name](recipe, words, against, **options) for recipe in recipes]
@@ -90,7 +102,9 @@ def evaluate_all(
 
 
 def _visit_models(suites: Sequence[Harness | JudgedSuite]) -> None:
-    """Load base after base, and let every suite ask its targets on it; served models need no weights here."""
+    """Load base after base, and let every suite ask its targets on it; served models need no
+    weights here.
+    """
     for served in (True, False):
         mine = [suite for suite in suites if suite.served == served]
         for group in grouped(distinct(target for suite in mine for target in suite.targets)):
@@ -120,7 +134,13 @@ def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
     """Complete a result and write it into its run."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     head = {"format_version": _FORMAT_VERSION, "suite": recipe.suite.name, "eval": recipe.name}
-    tail = {"recipe": recipe.to_dict(), "written": now, "command": command_line(), "git": git_state(), "libraries": library_versions()}
+    tail = {
+        "recipe": recipe.to_dict(),
+        "written": now,
+        "command": command_line(),
+        "git": git_state(),
+        "libraries": library_versions(),
+    }
     against = result["against"]
     name = "result.json" if against in (None, "reference") else f"result.against-{against}.json"
     path = runs_root() / result["target"] / "evals" / recipe.name / name
@@ -130,9 +150,18 @@ def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate as `recipes eval` does, for `accelerate launch`; the first rank prints the tables. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="recipes_lib.evaluate", description="Evaluate runs and models.", allow_abbrev=False)
-    parser.add_argument("words", nargs="+", metavar="EVAL... TARGET...", help="eval recipes, runs or models, section.key=value overrides")
+    """Evaluate as `recipes eval` does, for `accelerate launch`; the first rank prints the tables.
+    Returns the exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="recipes_lib.evaluate", description="Evaluate runs and models.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="EVAL... TARGET...",
+        help="eval recipes, runs or models, section.key=value overrides",
+    )
     parser.add_argument("--against")
     parser.add_argument("--allow-format-differences", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
@@ -154,24 +183,30 @@ def main(argv: list[str] | None = None) -> int:
         told = error if isinstance(error, RecipesError) else explain_fault(error)
         if told is None:
             raise
-        if int(os.environ.get("RANK", "0")) == 0 or told is not error:  # a fault may be this rank's alone
+        if (
+            int(os.environ.get("RANK", "0")) == 0 or told is not error
+        ):  # a fault may be this rank's alone
             print_error(told)
         return int(told.exit_code)
     return int(ExitCode.DONE)
 
 
-def split_words(words: Sequence[str], overrides: Sequence[str] = (), lm_eval: Sequence[str] = ()) -> tuple[list[EvalRecipe], list[str]]:
+def split_words(
+    words: Sequence[str], overrides: Sequence[str] = (), lm_eval: Sequence[str] = ()
+) -> tuple[list[EvalRecipe], list[str]]:
     """Return the eval recipes and the targets of a command line.
 
-    YAML files are eval recipes (without one, the first word names one of the project's: `quickstart/mt_bench`); `section.key=value`
-    words override a value in each of them; what is left are targets.
+    YAML files are eval recipes (without one, the first word names one of the project's:
+    `quickstart/mt_bench`); `section.key=value` words override a value in each of them; what is left
+    are targets.
 
     Args:
         overrides: further `section.key=value` words.
         lm_eval: such words for recipes of lm_eval alone (`--limit` and the like).
 
     Raises:
-        RecipeError: there is no target, a recipe is named twice, or options of lm_eval stand without a recipe of it.
+        RecipeError: there is no target, a recipe is named twice, or options of lm_eval stand
+            without a recipe of it.
     """
     own = [word for word in words if _is_override(word)]
     rest = [word for word in words if word not in own]
@@ -179,22 +214,44 @@ def split_words(words: Sequence[str], overrides: Sequence[str] = (), lm_eval: Se
     if not files:
         files, rest = [str(find_eval(rest[0]))], rest[1:]
     targets = [word for word in rest if word not in files]
-    harness = {file for file in files if load_document(file).values.get("suite", {}).get("name") == "lm_eval"} if lm_eval else set()
+    harness = (
+        {
+            file
+            for file in files
+            if load_document(file).values.get("suite", {}).get("name") == "lm_eval"
+        }
+        if lm_eval
+        else set()
+    )
     if lm_eval and not harness:
         option = lm_eval[0].partition("=")[0].removeprefix("suite.")
-        raise RecipeError(f"--{option} is an option of lm_eval", "fewer questions: data.max_questions=N")
-    recipes = [load_eval(file, [*own, *overrides, *(lm_eval if file in harness else ())]) for file in dict.fromkeys(files)]
+        raise RecipeError(
+            f"--{option} is an option of lm_eval", "fewer questions: data.max_questions=N"
+        )
+    recipes = [
+        load_eval(file, [*own, *overrides, *(lm_eval if file in harness else ())])
+        for file in dict.fromkeys(files)
+    ]
     names = [recipe.name for recipe in recipes]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"two eval recipes are called '{twice}'", "their results would overwrite each other: rename one")
+        raise RecipeError(
+            f"two eval recipes are called '{twice}'",
+            "their results would overwrite each other: rename one",
+        )
     if not targets:
-        raise RecipeError("nothing to evaluate", f"name runs or models: recipes eval {' '.join(files)} RUN")
+        raise RecipeError(
+            "nothing to evaluate", f"name runs or models: recipes eval {' '.join(files)} RUN"
+        )
     return recipes, targets
 
 
 def _is_override(word: str) -> bool:
     name, separator, _ = word.partition("=")
-    return bool(separator) and "." in name and all(part.isidentifier() for part in name.removeprefix("--").split("."))
+    return (
+        bool(separator)
+        and "." in name
+        and all(part.isidentifier() for part in name.removeprefix("--").split("."))
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Reading the JSON and JSON-lines files that this project wrote, after a crash too.
 
-A kill or a power cut leaves the end of an appended file cut, full of zeros, or no text: those last lines were never acknowledged, so
-they are left out, with one warning. Damage anywhere else is named by file and line. Files of other programs have readers of their own.
+A kill or a power cut leaves the end of an appended file cut, full of zeros, or no text: those last
+lines were never acknowledged, so they are left out, with one warning. Damage anywhere else is named
+by file and line. Files of other programs have readers of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _warn_once = functools.cache(warn)  # a file is often read several times by one 
 
 
 def valid_text(text: str) -> str:
-    """Return a text that every later reader takes: lone surrogates and NUL become the replacement character.
+    """Return a text that every later reader takes: lone surrogates and NUL become the replacement
+    character.
 
     Example:
         >>> valid_text("a\\ud800b") == "a\\ufffdb"
@@ -47,13 +49,18 @@ class DamagedFile(DataError):
 
 
 def refuse_pipe(path: Path, shown: str | Path | None = None) -> None:
-    """Refuse a pipe or a device where a file is wanted: reading it may never end, and most files are read more than once.
+    """Refuse a pipe or a device where a file is wanted: reading it may never end, and most files
+    are read more than once.
 
     Raises:
         DataError: it is one.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise DataError("is a pipe or a device, not a file", "write its content to a file first", file=shown or path)
+        raise DataError(
+            "is a pipe or a device, not a file",
+            "write its content to a file first",
+            file=shown or path,
+        )
 
 
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
@@ -81,10 +88,12 @@ def read_object(path: Path, remedy: str = "restore it, or run the step again tha
 
 
 def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
-    """Yield the objects of a JSON-lines file, line by line; an absent file has none. Lines that a crash damaged at its end are left out.
+    """Yield the objects of a JSON-lines file, line by line; an absent file has none. Lines that a
+    crash damaged at its end are left out.
 
     Args:
-        skip_damaged: leave out damaged lines in the middle too, each with a warning: for logs, where a line less changes no result.
+        skip_damaged: leave out damaged lines in the middle too, each with a warning: for logs,
+            where a line less changes no result.
 
     Raises:
         DamagedFile: a line before the end is damaged, or a line is no object.
@@ -105,7 +114,8 @@ def numbered_rows(
     skip_damaged: bool = False,
     appended: bool = False,
 ) -> Iterator[tuple[int, int, Row]]:
-    """Yield number, end (bytes from the start of `lines`) and object of each line; `read_rows` says what happens to damaged ones.
+    """Yield number, end (bytes from the start of `lines`) and object of each line; `read_rows` says
+    what happens to damaged ones.
 
     Args:
         lines: with their line ends, as a file opened in binary gives them.
@@ -114,7 +124,8 @@ def numbered_rows(
         what: a line holds, for messages.
         remedy: what to do about a damaged line that is not at the end.
         skip_damaged: as for `read_rows`.
-        appended: lines are appended to this file, so a last line without a line end was cut, even where it is whole JSON.
+        appended: lines are appended to this file, so a last line without a line end was cut, even
+            where it is whole JSON.
     """
     end, number, damaged, any_row = 0, first - 1, 0, first > 1
 
@@ -146,11 +157,16 @@ def numbered_rows(
     if damaged and not any_row and number > damaged:
         raise error(f"this line is damaged: not {what}", damaged)
     if damaged:
-        _warn_once(f"{path}:{damaged}: the end of the file is damaged, as a crash leaves it; it is left out")
+        _warn_once(
+            f"{path}:{damaged}: the end of the file is damaged, as a crash leaves it; it is"
+            " left out"
+        )
 
 
 def rows_from_the_end(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield end (in bytes) and object of each whole line, the last one first; damaged lines are left out. An absent file has none."""
+    """Yield end (in bytes) and object of each whole line, the last one first; damaged lines are
+    left out. An absent file has none.
+    """
     if not path.is_file():
         return
     with path.open("rb") as stream:

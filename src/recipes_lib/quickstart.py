@@ -1,8 +1,10 @@
-"""`make quickstart`: two small adapters trained, evaluated and compared on this machine, ending with the study's report.
+"""`make quickstart`: two small adapters trained, evaluated and compared on this machine, ending
+with the study's report.
 
     python -m recipes_lib.quickstart
 
-Every step is a command that works by itself; this script only calls them in order and says so. A second call finds everything fresh.
+Every step is a command that works by itself; this script only calls them in order and says so. A
+second call finds everything fresh.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ ANSWER_TOKENS = 80
 
 
 def main() -> int:
-    """Prepare the model, run the study, check the style, show the tables; return the exit code of the first failure."""
+    """Prepare the model, run the study, check the style, show the tables; return the exit code of
+    the first failure.
+    """
     started = time.monotonic()
     study = load_study(project_root() / "recipes" / "studies" / "quickstart.yaml")
     prompts_file = project_root() / "recipes" / "quickstart" / "data" / "heldout_prompts.jsonl"
@@ -63,9 +67,17 @@ def main() -> int:
     say("\n[4/4] what was measured")
     show_results(study)
     report = shown_path(study_folder(study) / "report" / "report.html")
-    say(f"\nquickstart took {time.monotonic() - started:.0f} s; the report, for a browser: {report}")
-    activate = "" if shutil.which("recipes") else f". {shown_path(Path(sys.prefix) / 'bin' / 'activate')} && "
-    next_step(f"{activate}recipes chat {' '.join(run_names(study)[arm.name][0] for arm in study.arms)}")
+    say(
+        f"\nquickstart took {time.monotonic() - started:.0f} s; the report, for a browser: {report}"
+    )
+    activate = (
+        ""
+        if shutil.which("recipes")
+        else f". {shown_path(Path(sys.prefix) / 'bin' / 'activate')} && "
+    )
+    next_step(
+        f"{activate}recipes chat {' '.join(run_names(study)[arm.name][0] for arm in study.arms)}"
+    )
     return int(ExitCode.DONE)
 
 
@@ -78,13 +90,20 @@ def prepare_model(study: Study) -> None:
 
 
 def style_check(study: Study, prompts_file: Path) -> dict[str, Any]:
-    """Return how many held-out answers of each model have the house style; asked once per state of the weights.
+    """Return how many held-out answers of each model have the house style; asked once per state of
+    the weights.
 
     Returns:
         {name: {in_style, n, first}}, and the first prompt under `prompt`.
     """
     graph = build_graph(study)
-    state = digest_of([content_of(prompts_file), [graph.output(step.name) for step in graph.of_kind("check")], ANSWER_TOKENS])
+    state = digest_of(
+        [
+            content_of(prompts_file),
+            [graph.output(step.name) for step in graph.of_kind("check")],
+            ANSWER_TOKENS,
+        ]
+    )
     kept = study_folder(study) / "style.json"
     with suppress(RecipesError):  # damaged: asked again
         known = read_object(kept)
@@ -92,8 +111,14 @@ def style_check(study: Study, prompts_file: Path) -> dict[str, Any]:
             return dict(known["found"])
     prompts = [json.loads(line) for line in prompts_file.read_text(encoding="utf-8").splitlines()]
     found: dict[str, Any] = {"prompt": prompts[0]["instruction"]}
-    for name, answers in held_out_answers([name for names in run_names(study).values() for name in names], prompts).items():
-        found[name] = {"in_style": sum(bool(STYLE.match(text)) for text in answers), "n": len(answers), "first": answers[0]}
+    for name, answers in held_out_answers(
+        [name for names in run_names(study).values() for name in names], prompts
+    ).items():
+        found[name] = {
+            "in_style": sum(bool(STYLE.match(text)) for text in answers),
+            "n": len(answers),
+            "first": answers[0],
+        }
     write_json(kept, {"state": state, "found": found})
     return found
 
@@ -111,12 +136,19 @@ def held_out_answers(names: list[str], prompts: list[dict[str, str]]) -> dict[st
 def ask_model(subject: Subject, prompts: list[dict[str, str]]) -> list[str]:
     """Return one model's greedy answers, in the order of the prompts."""
     assert subject.model is not None
-    engine = TransformersEngine(subject.model, subject.prompts.tokenizer, subject.fingerprint, using=subject.using)
+    engine = TransformersEngine(
+        subject.model, subject.prompts.tokenizer, subject.fingerprint, using=subject.using
+    )
     requests = []
     for number, row in enumerate(prompts):
-        text, ids = subject.prompts.render([{"role": "user", "content": user_turn(row["instruction"], row["context"])}])
+        text, ids = subject.prompts.render(
+            [{"role": "user", "content": user_turn(row["instruction"], row["context"])}]
+        )
         requests.append(Request(key=str(number), prompt=text, ids=ids))
-    done = {completion.key: completion.text.strip() for completion in engine.complete(requests, Decoding(max_new_tokens=ANSWER_TOKENS))}
+    done = {
+        completion.key: completion.text.strip()
+        for completion in engine.complete(requests, Decoding(max_new_tokens=ANSWER_TOKENS))
+    }
     return [done[str(number)] for number in range(len(prompts))]
 
 

@@ -1,4 +1,6 @@
-"""What a token or a password looks like, and stars in its place: no record, log or message repeats one."""
+"""What a token or a password looks like, and stars in its place: no record, log or message repeats
+one.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,22 @@ from collections.abc import Sequence
 from typing import Any
 
 MASK = "***"
-_WORDS = r"token|secret|passw(?:or)?d|passphrase|pwd|credentials?|(?:api|access|private|secret|ssh|signing|encryption)[_-]?key"
-_NAME = re.compile(rf"(?:{_WORDS}|(?:^|[_.-])(?:pass|auth|authorization|cookie)|(?-i:_KEY))[_-]?\d*$", re.IGNORECASE)
-_TOKENIZER_NAME = re.compile(r"(?:^|[_.-])(?:eos|bos|pad|unk|sep|cls|mask|image|audio|video|special|stop)_token$", re.IGNORECASE)
+_WORDS = r"token|secret|passw(?:or)?d|passphrase|pwd|credentials?|(?:api|access|private|secret|ssh|signing|encryption)[_-]?key"  # noqa: E501
+_NAME = re.compile(
+    rf"(?:{_WORDS}|(?:^|[_.-])(?:pass|auth|authorization|cookie)|(?-i:_KEY))[_-]?\d*$",
+    re.IGNORECASE,
+)
+_TOKENIZER_NAME = re.compile(
+    r"(?:^|[_.-])(?:eos|bos|pad|unk|sep|cls|mask|image|audio|video|special|stop)_token$",
+    re.IGNORECASE,
+)
 _SHAPES = "|".join(
     (
-        r"(?:https?|ftp)://[^/\s?#'\"@]+(?:@[^/\s?#'\"@]+)*(?=@)",  # a user, with or without a password, before the host
+        # a user, with or without a password, before the host
+        r"(?:https?|ftp)://[^/\s?#'\"@]+(?:@[^/\s?#'\"@]+)*(?=@)",
         r"(?<=://)[^/\s:?#'\"@]*:[^/\s?#'\"]+(?=@)",
-        rf"(?<=[?&;])(?i:[\w.%-]*(?:{_WORDS}|key|auth|sig|signature))=[^&;\s#'\"]+",  # parameters of a URL
+        # parameters of a URL
+        rf"(?<=[?&;])(?i:[\w.%-]*(?:{_WORDS}|key|auth|sig|signature))=[^&;\s#'\"]+",
         r"\bBearer\s+[\w.~+/-]{12,}=*",
         r"-----BEGIN [A-Z ]*PRIVATE KEY(?:-----[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----)?",
         r"\bhf_[A-Za-z0-9]{12,}",  # Hugging Face
@@ -34,7 +44,7 @@ def is_secret_name(name: str) -> bool:
     Example:
         >>> [is_secret_name(name) for name in ("HF_TOKEN", "hub_token", "WANDB_API_KEY", "SSH_KEY", "eos_token", "max_new_tokens")]
         [True, True, True, True, False, False]
-    """
+    """  # noqa: E501
     return bool(_NAME.search(name)) and not _TOKENIZER_NAME.search(name)
 
 
@@ -59,11 +69,14 @@ def _stars(match: re.Match[str]) -> str:
     if "://" in found:
         return f"{found.partition('://')[0]}://{MASK}"
     before = match.string[match.start() - 1 : match.start()]
-    return f"{found.partition('=')[0]}={MASK}" if before in ("?", "&", ";") and "=" in found else MASK
+    return (
+        f"{found.partition('=')[0]}={MASK}" if before in ("?", "&", ";") and "=" in found else MASK
+    )
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Return a JSON-ready value with stars for secrets: what looks like one, and what a name says is one.
+    """Return a JSON-ready value with stars for secrets: what looks like one, and what a name says
+    is one.
 
     Args:
         name: the key or variable that holds the value.
@@ -78,7 +91,8 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def masked_command(words: Sequence[str]) -> str:
-    """Return a command, quoted for a shell, with stars for secrets: in `name=value`, after `--name`, and wherever they stand.
+    """Return a command, quoted for a shell, with stars for secrets: in `name=value`, after
+    `--name`, and wherever they stand.
 
     Example:
         >>> masked_command(["run", "--token", "abc", "train.api_key=abc", "train.eos_token=<end>"])
@@ -90,6 +104,16 @@ def masked_command(words: Sequence[str]) -> str:
         if option and not word.startswith("-"):
             shown.append(MASK)
         else:
-            shown.append(f"{name}={masked(value, name)}" if separator and "://" not in name else mask_secrets(word))
-        option = word if word.startswith("-") and not separator and is_secret_name(word.lstrip("-").replace("-", "_")) else ""
+            shown.append(
+                f"{name}={masked(value, name)}"
+                if separator and "://" not in name
+                else mask_secrets(word)
+            )
+        option = (
+            word
+            if word.startswith("-")
+            and not separator
+            and is_secret_name(word.lstrip("-").replace("-", "_"))
+            else ""
+        )
     return shlex.join(shown)

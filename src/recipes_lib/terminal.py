@@ -1,4 +1,6 @@
-"""Text for the terminal: no control characters from model or data, the closing line that names the next command; numbers typed there."""
+"""Text for the terminal: no control characters from model or data, the closing line that names the
+next command; numbers typed there.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,17 @@ from recipes_lib.redaction import mask_secrets
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters (ANSI escapes among them) shown instead of obeyed, and stars for secrets.
+    """Return `text` with control characters (ANSI escapes among them) shown instead of obeyed, and
+    stars for secrets.
 
     Example:
         >>> printable("a\\x1b[31mb\\tc")
         'a\\\\x1b[31mb\\tc'
     """
     return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"} else char.encode("unicode_escape").decode()
+        char
+        if char in "\n\t" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
+        else char.encode("unicode_escape").decode()
         for char in mask_secrets(text)
     )
 
@@ -41,19 +46,27 @@ def shown_size(num_bytes: float) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def use_color(stream: object = None) -> bool:
     """Whether colour escapes may be written: a terminal, and NO_COLOR is not set (no-color.org)."""
     stream = stream or sys.stdout
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and bool(getattr(stream, "isatty", lambda: False)())
+    return (
+        not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
+        and bool(getattr(stream, "isatty", lambda: False)())
+    )
 
 
 def say(text: str = "") -> None:
     """Print one line (or several) on stdout at once, control characters shown.
 
-    Where nobody reads any more (`| head`), the rest is dropped: a training must not end because its log is not read.
+    Where nobody reads any more (`| head`), the rest is dropped: a training must not end because its
+    log is not read.
     """
     try:
         print(printable(text), flush=True)

@@ -1,9 +1,11 @@
 """THE training script: recipe -> SFTTrainer -> run directory.
 
-    accelerate launch --config_file accelerate_configs/single_gpu.yaml -m recipes_lib.train RECIPE [section.key=value ...]
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml -m recipes_lib.train RECIPE
+    [section.key=value ...]
 
-The same line trains on a laptop's CPU, one GPU, several (DDP, FSDP2) or several machines: only the accelerate config differs.
-Run it again after any interruption and it continues from the newest complete checkpoint.
+The same line trains on a laptop's CPU, one GPU, several (DDP, FSDP2) or several machines: only the
+accelerate config differs. Run it again after any interruption and it continues from the newest
+complete checkpoint.
 """
 
 from __future__ import annotations
@@ -23,19 +25,24 @@ from recipes_lib.training.process import end_process, ending_at_once, exit_statu
 def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int:
     """The straight line from recipe to weights; return the exit code.
 
-    Every rank walks it. What only one may do (folders, files, messages) rank 0 does inside `on_main_rank`, which hands its result, or its
-    error, to all: all go on or all stop.
+    Every rank walks it. What only one may do (folders, files, messages) rank 0 does inside
+    `on_main_rank`, which hands its result, or its error, to all: all go on or all stop.
     """
     quiet_libraries()
-    # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them, `--help` needs none of this, and a signal
-    # that arrives during these imports ends the process at once (`ending_at_once`).
+    # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them,
+    # `--help` needs none of this, and a signal that arrives during these imports ends the process
+    # at once (`ending_at_once`).
     import torch
 
     from recipes_lib.data.audit import warnings_of
     from recipes_lib.data.preparation import data_folders, prepare_data
     from recipes_lib.data.prompts import chat_template
     from recipes_lib.planning.gate import plan_of_active
-    from recipes_lib.recipe.upstream import build_quantization_config, build_sft_config, check_packages
+    from recipes_lib.recipe.upstream import (
+        build_quantization_config,
+        build_sft_config,
+        check_packages,
+    )
     from recipes_lib.runs.manifest import library_versions
     from recipes_lib.runs.resume_guard import guarded_values
     from recipes_lib.training import launch_check
@@ -52,12 +59,15 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     from recipes_lib.training.trackers import check_trackers
     from recipes_lib.training.trained import check_base_run
 
-    # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now leaves no run behind.
+    # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now
+    # leaves no run behind.
     launch_check.check_gpus(torch.cuda.device_count())
     launch_check.check_precision(recipe)
     if fsdp.is_wanted():
         fsdp.install()
-    args = build_sft_config(recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    args = build_sft_config(
+        recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1"))
+    )
     push_to = push_target(recipe)
     active, asked = launch_check.what_will_run(), launch_check.what_was_asked()
     launch_line = launch_check.check_launch(asked, active)
@@ -69,54 +79,87 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             say_once("to train it again, choose another run.name")
             return ExitCode.DONE
 
-        # arguments -> tokenizer -> rows. The audit is a gate: rows without anything to learn from stop the run in `prepare_data`.
+        # arguments -> tokenizer -> rows. The audit is a gate: rows without anything to learn from
+        # stop the run in `prepare_data`.
         check_trackers(recipe, args)
         check_packages(recipe)
         tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
         data = prepare_data(recipe, tokenizer)
-        if recipe.data.prompt_format == "chat":  # so that the tokenizer beside the weights carries the template they were trained with
+        if (
+            recipe.data.prompt_format == "chat"
+        ):  # so that the tokenizer beside the weights carries the template they were trained with
             tokenizer.chat_template = chat_template(recipe.data, tokenizer, data_folders(recipe))
-        for line in (*map(str, recipe.warnings), *(f"warning: {warning}" for warning in warnings_of(data.audit))):
+        for line in (
+            *map(str, recipe.warnings),
+            *(f"warning: {warning}" for warning in warnings_of(data.audit)),
+        ):
             say_once(line)
 
-        # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a refusal leaves its records alone.
-        guard = guarded_values(recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions())
+        # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a
+        # refusal leaves its records alone.
+        guard = guarded_values(
+            recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions()
+        )
         guard["prompt_format_hash"] = data.prompt_format_hash
-        planned = on_main_rank(lambda: plan_of_active(recipe, active, data))  # to stand beside what is measured
+        planned = on_main_rank(
+            lambda: plan_of_active(recipe, active, data)
+        )  # to stand beside what is measured
         insist = Insistence(anyway=options.resume_anyway, partially=options.allow_partial_resume)
-        resumption = on_main_rank(lambda: this.continue_or_start(data, guard, active, insist, launch=launch_line, planned=planned))
+        resumption = on_main_rank(
+            lambda: this.continue_or_start(
+                data, guard, active, insist, launch=launch_line, planned=planned
+            )
+        )
 
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
         refuse_flex_attention(recipe, active)
         model = load_model(recipe, tokenizer, build_quantization_config(recipe))
         meet()  # each rank reads the weights itself, and a slow share serves one after the other
-        facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}  # what every checkpoint's marker records
+        facts = {
+            "run": run.name,
+            "data_fingerprint": data.fingerprint,
+            "guard": guard,
+        }  # what every checkpoint's marker records
         trainer = build_trainer(recipe, args, model, tokenizer, data, run, this.stop, facts)
-        del model  # the trainer lets go of it before the saved weights are reloaded, and they need its memory
+        # the trainer lets go of it before the saved weights are reloaded, and they need its memory
+        del model
         keep_alive(trainer)
-        launch_check.check_launch(asked, launch_check.what_runs(trainer.accelerator))  # what was promised before the model was loaded
+        launch_check.check_launch(
+            asked, launch_check.what_runs(trainer.accelerator)
+        )  # what was promised before the model was loaded
         if resumption is not None:
-            trainer.resume_facts(resumption.marker, exactly=not (resumption.changes or insist.partially))
+            trainer.resume_facts(
+                resumption.marker, exactly=not (resumption.changes or insist.partially)
+            )
         say_once(f"run {run.path}")
         for line in start_up_lines(trainer, launch_line):
             say_once(line)
 
-        # trainer -> weights. Until here a signal ends the process; from here on it asks for a checkpoint after the step.
+        # trainer -> weights. Until here a signal ends the process; from here on it asks for a
+        # checkpoint after the step.
         this.stop.wait_for_step()
         seconds = trainer.train_until_stop(resumption.checkpoint if resumption else None)
         if this.stop.agreed:
             return on_main_rank(lambda: record_stop(run, trainer.state, this.stop.agreed))
         this.stop.close()
-        summary = on_main_rank(lambda: summarise_training(trainer, data, run.metrics, active, resumption, planned, seconds))
-        say_once("saving the weights, and reloading them to check that they are what was trained ...")
+        summary = on_main_rank(
+            lambda: summarise_training(
+                trainer, data, run.metrics, active, resumption, planned, seconds
+            )
+        )
+        say_once(
+            "saving the weights, and reloading them to check that they are what was trained ..."
+        )
         check = save_and_check(trainer, recipe, data, run, summary)
         on_main_rank(lambda: record_finish(run, weights, summary, check, push_to))
         return ExitCode.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train one recipe to its planned end, or to a checkpoint it can continue from; return the exit code (`errors.ExitCode`)."""
+    """Train one recipe to its planned end, or to a checkpoint it can continue from; return the exit
+    code (`errors.ExitCode`).
+    """
     options, overrides = parse_arguments(argv)
     leave_gpus_out()
     recipe = None
@@ -133,14 +176,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the overrides (`section.key=value`) as they were typed."""
-    parser = argparse.ArgumentParser(prog="recipes_lib.train", description="Fine-tune a model from a recipe.", allow_abbrev=False)
-    parser.add_argument("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
-    parser.add_argument("--resume-anyway", action="store_true", help="continue a run although settings that change its result differ")
-    parser.add_argument(
-        "--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state"
+    parser = argparse.ArgumentParser(
+        prog="recipes_lib.train", description="Fine-tune a model from a recipe.", allow_abbrev=False
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the recipe asks for it too"
+        "recipe", help="a recipe YAML; any `section.key=value` after it overrides a value"
+    )
+    parser.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="continue a run although settings that change its result differ",
+    )
+    parser.add_argument(
+        "--allow-partial-resume",
+        action="store_true",
+        help="continue from a checkpoint that lacks optimizer or random state",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow code that ships with the model, if the recipe asks for it too",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_known_args(argv)

@@ -1,4 +1,6 @@
-"""`recipes compare`: the table for any runs, `base` as a word, one file of HTML, and what cannot be compared."""
+"""`recipes compare`: the table for any runs, `base` as a word, one file of HTML, and what cannot be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,15 @@ def make_base(root: Path, **changes) -> None:
     """The record of a base model as an evaluation leaves it."""
     base = synthetic_runs.write_run(root, "base--model--12345678")
     model = {"name_or_path": "some/model", "revision": None, "dtype": "bfloat16"} | changes
-    state = {"format_version": 1, "name": base.name, "state": "finished", "updated": "x", "kind": "base",
-             "stand_in": {"model": model, "quantization": None}, "prompt_format_hash": "p" * 64}  # fmt: skip
+    state = {
+        "format_version": 1,
+        "name": base.name,
+        "state": "finished",
+        "updated": "x",
+        "kind": "base",
+        "stand_in": {"model": model, "quantization": None},
+        "prompt_format_hash": "p" * 64,
+    }
     synthetic_runs.write_json(base / "run.json", state)
     (base / "metrics.jsonl").unlink()
     synthetic_runs.write_lm_eval(base, skill=0.3)
@@ -38,7 +47,11 @@ def make_base(root: Path, **changes) -> None:
 def test_the_table_names_arms_effect_p_n_and_verdict(runs, capsys):
     assert main(["compare", "r8", "r32"]) == 0
     shown = capsys.readouterr().out
-    assert "r32 against r8" in shown and "AlpacaEval win rate head to head" in shown and "p (Holm)" in shown
+    assert (
+        "r32 against r8" in shown
+        and "AlpacaEval win rate head to head" in shown
+        and "p (Holm)" in shown
+    )
     assert "arc_easy acc" in shown and "MT-Bench mean grade" in shown
     assert shown.rstrip().splitlines()[-1] == "next: recipes compare r8 r32 --html report.html"
 
@@ -46,7 +59,11 @@ def test_the_table_names_arms_effect_p_n_and_verdict(runs, capsys):
 def test_json_is_one_object(runs, capsys):
     assert main(["compare", "r8", "r32", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
-    assert {row["metric"] for row in value["rows"]} == {"alpaca_eval/win_rate", "mt_bench/grade", "lm_eval/arc_easy/acc"}
+    assert {row["metric"] for row in value["rows"]} == {
+        "alpaca_eval/win_rate",
+        "mt_bench/grade",
+        "lm_eval/arc_easy/acc",
+    }
     assert "is its effect" not in json.dumps(value)
 
 
@@ -56,14 +73,24 @@ def test_a_run_without_an_evaluation_is_said_to_have_none(runs, capsys):
     assert "the run has no evaluation with a result" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 90, "lo', b"\0" * 512, b'{"step": 9\xff0}\n'], ids=["torn", "zeros", "no text"])
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"step": 90, "lo', b"\0" * 512, b'{"step": 9\xff0}\n'],
+    ids=["torn", "zeros", "no text"],
+)
 def test_a_damaged_end_of_the_metrics_costs_the_comparison_a_warning(runs, capsys, damage):
     with (runs / "r8" / "metrics.jsonl").open("ab") as stream:
         stream.write(damage)
     assert main(["compare", "r8", "r32", "--json"]) == 0
     said = capsys.readouterr()
-    assert {row["metric"] for row in json.loads(said.out)["rows"]} == {"alpaca_eval/win_rate", "mt_bench/grade", "lm_eval/arc_easy/acc"}
-    assert said.err.count("\n") == 1 and "metrics.jsonl:45: the end of the file is damaged" in said.err
+    assert {row["metric"] for row in json.loads(said.out)["rows"]} == {
+        "alpaca_eval/win_rate",
+        "mt_bench/grade",
+        "lm_eval/arc_easy/acc",
+    }
+    assert (
+        said.err.count("\n") == 1 and "metrics.jsonl:45: the end of the file is damaged" in said.err
+    )
 
 
 def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(runs, capsys):
@@ -72,7 +99,10 @@ def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(
     file.write_bytes(b"".join([lines[0], b"\xff" + lines[1], *lines[2:]]))
     assert main(["compare", "r8", "r32", "--json"]) == 0
     said = capsys.readouterr()
-    assert {row["metric"] for row in json.loads(said.out)["rows"]} == {"alpaca_eval/win_rate", "lm_eval/arc_easy/acc"}
+    assert {row["metric"] for row in json.loads(said.out)["rows"]} == {
+        "alpaca_eval/win_rate",
+        "lm_eval/arc_easy/acc",
+    }
     assert f"an evaluation is damaged and left out: {file}:2: this line is damaged" in said.err
     for other in ("alpaca_eval", "lm_eval"):
         (runs / "r8" / "evals" / other / "result.json").write_text("")
@@ -104,7 +134,10 @@ def test_one_run_shows_its_scores(runs, capsys):
     assert "value [95%]" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "said"), [(["r8", "r8"], "named twice"), (["r9"], "no run named"), (["base"], "base of what")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["r8", "r8"], "named twice"), (["r9"], "no run named"), (["base"], "base of what")],
+)
 def test_words_that_cannot_be_compared(runs, capsys, words, said):
     assert main(["compare", *words]) == 2
     assert said in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""`recipes data` on a tiny model: what it prints, and that no control character of the data reaches the terminal."""
+"""`recipes data` on a tiny model: what it prints, and that no control character of the data reaches
+the terminal.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,18 @@ from recipes_lib.errors import DataError
 
 @pytest.fixture
 def recipe_file(tmp_path, tiny_model_dir):
-    rows = [{"instruction": f"What is {i}?", "context": "", "response": f"It is \x1b[31m{i} ünd."} for i in range(30)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [
+        {"instruction": f"What is {i}?", "context": "", "response": f"It is \x1b[31m{i} ünd."}
+        for i in range(30)
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     path = tmp_path / "try.yaml"
-    path.write_text(f"model:\n  name_or_path: {tiny_model_dir}\ndata:\n  source: rows.jsonl\ntrain:\n  max_length: 128\n")
+    path.write_text(
+        f"model:\n  name_or_path: {tiny_model_dir}\ndata:\n  source: rows.jsonl\ntrain:\n "
+        " max_length: 128\n"
+    )
     return path
 
 
@@ -47,7 +57,11 @@ def test_colours_are_for_a_terminal_only(recipe_file, capsys, monkeypatch):
     monkeypatch.setattr(command, "use_color", lambda: True)
     run(recipe_file, show=1)
     out = capsys.readouterr().out
-    assert f"{command.GREEN}It is " in out and f"{command.REVERSE}</s>{command.RESET}" in out and "[[" not in out
+    assert (
+        f"{command.GREEN}It is " in out
+        and f"{command.REVERSE}</s>{command.RESET}" in out
+        and "[[" not in out
+    )
     assert "\x1b[31m" not in out
 
 
@@ -60,7 +74,9 @@ def test_it_prints_on_an_ascii_terminal(recipe_file, monkeypatch):
 
 
 def test_refused_data_prints_its_numbers_first(recipe_file, capsys):
-    with pytest.raises(DataError, match="30/30 rows have no supervised token at max_length=8") as caught:
+    with pytest.raises(
+        DataError, match="30/30 rows have no supervised token at max_length=8"
+    ) as caught:
         run(recipe_file, "train.max_length=8")
     assert "30 truncated at max_length 8" in capsys.readouterr().out
     assert caught.value.exit_code == 4
@@ -87,24 +103,56 @@ def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):
     (recipe_file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(recipe_file, show=1)
     out = capsys.readouterr().out
-    assert "30 truncated at max_length 128" in out and "30 lose their end token" in out and "[[It is" in out and "<EOS" not in out
+    assert (
+        "30 truncated at max_length 128" in out
+        and "30 lose their end token" in out
+        and "[[It is" in out
+        and "<EOS" not in out
+    )
 
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-CALL = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "3"}, TURNS[1]]
+CALL = [
+    TURNS[0],
+    {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},
+    {"role": "tool", "content": "3"},
+    TURNS[1],
+]
 
 
-@pytest.mark.parametrize("bad", [{"messages": CALL}, {"messages": TURNS, "tools": [{"name": "f"}]}, {"messages": TURNS[:1]}])
-def test_new_check_and_data_agree_about_rows_that_cannot_be_used(bad, recipe_file, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "bad",
+    [{"messages": CALL}, {"messages": TURNS, "tools": [{"name": "f"}]}, {"messages": TURNS[:1]}],
+)
+def test_new_check_and_data_agree_about_rows_that_cannot_be_used(
+    bad, recipe_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    recipe_file.write_text(recipe_file.read_text().replace("rows.jsonl", "mine.jsonl\n  prompt_format: chat"))
+    recipe_file.write_text(
+        recipe_file.read_text().replace("rows.jsonl", "mine.jsonl\n  prompt_format: chat")
+    )
     rows = [{"messages": TURNS}] * 1500 + [bad, {"messages": TURNS}, bad]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = []
-    new = ["new", "mine", "--from", str(recipe_file), "--data", "mine.jsonl", "--output", "new.yaml"]
+    new = [
+        "new",
+        "mine",
+        "--from",
+        str(recipe_file),
+        "--data",
+        "mine.jsonl",
+        "--output",
+        "new.yaml",
+    ]
     for argv in (new, ["check", "try.yaml"], ["data", "try.yaml"]):
         assert main(argv) == 4
-        said.append([line for line in capsys.readouterr().err.splitlines() if "1501" in line or "1503" in line or "on_bad_row" in line])
+        said.append(
+            [
+                line
+                for line in capsys.readouterr().err.splitlines()
+                if "1501" in line or "1503" in line or "on_bad_row" in line
+            ]
+        )
     assert said[0] == said[1] == said[2] and len(said[0]) == 3
     recipe_file.write_text(recipe_file.read_text().replace("chat\n", "chat\n  on_bad_row: skip\n"))
     for argv in (["check", "try.yaml"], ["check", "--full", "try.yaml"], ["data", "try.yaml"]):
@@ -125,7 +173,9 @@ def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monk
     assert "rows.jsonl:32: column 'response'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("source", ["gone.jsonl", "gone/", "[{source: rows.jsonl}, {source: gone.csv}]", "empty"])
+@pytest.mark.parametrize(
+    "source", ["gone.jsonl", "gone/", "[{source: rows.jsonl}, {source: gone.csv}]", "empty"]
+)
 @pytest.mark.parametrize("argv", [["check"], ["check", "--full"], ["plan"], ["data"]])
 def test_data_that_is_not_there_is_refused_by_every_verb(source, argv, recipe_file, capsys):
     (recipe_file.parent / "empty").mkdir()

@@ -1,4 +1,6 @@
-"""`recipes plan`: every shipped recipe and study, as text and as JSON, and what it answers to bad input."""
+"""`recipes plan`: every shipped recipe and study, as text and as JSON, and what it answers to bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,21 @@ from recipes_lib.planning.text import clock
 from recipes_lib.recipe.project import project_root
 
 ROOT = project_root()
-RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if not path.name.startswith("_") and "studies" not in path.parts]
-STUDIES = [path for path in sorted((ROOT / "recipes/studies").glob("*.yaml")) if not path.name.startswith("_")]
+RECIPES = [
+    path
+    for path in sorted((ROOT / "recipes").rglob("*.yaml"))
+    if not path.name.startswith("_") and "studies" not in path.parts
+]
+STUDIES = [
+    path
+    for path in sorted((ROOT / "recipes/studies").glob("*.yaml"))
+    if not path.name.startswith("_")
+]
 LORA = "llama2-7b-dolly/lora-bf16-r32"
 Plan = Callable[..., tuple[int, str, str]]
-SCHEMA = Draft202012Validator(json.loads((ROOT / "schema/plan.schema.json").read_text(encoding="utf-8")))
+SCHEMA = Draft202012Validator(
+    json.loads((ROOT / "schema/plan.schema.json").read_text(encoding="utf-8"))
+)
 
 
 @pytest.fixture
@@ -49,7 +61,9 @@ def test_every_shipped_recipe_has_a_sensible_plan(path: Path, plan: Plan) -> Non
     assert (memory["card"] == "cpu") == on_cpu
     assert memory["weights_gib"] < memory["peak_gib"] < memory["needed_gib"]
     assert memory["needed_gib"] < (8 if on_cpu else 80)
-    assert memory["fits"] or on_cpu  # a machine may have less memory free at this moment than the smallest recipe needs
+    assert (
+        memory["fits"] or on_cpu
+    )  # a machine may have less memory free at this moment than the smallest recipe needs
     assert memory["max_tokens_with_checkpointing"] >= memory["max_tokens_per_micro_batch"]
     assert 30 < time["train_total_s"] < (7200 if on_cpu else 4 * 3600)
     assert time["walltime_s"] >= 1.5 * time["train_total_s"] and time["walltime_s"] % 900 == 0
@@ -69,12 +83,20 @@ def test_every_shipped_study_has_sums(path: Path, plan: Plan) -> None:
     arms, total = made["arms"], made["total"]
     assert arms or made["not_trained_here"]
     assert total["runs"] == sum(arm["seeds"] for arm in arms.values())
-    assert total["train_s"] == pytest.approx(sum(arm["seeds"] * arm["time"]["train_total_s"] for arm in arms.values()), abs=1)
+    assert total["train_s"] == pytest.approx(
+        sum(arm["seeds"] * arm["time"]["train_total_s"] for arm in arms.values()), abs=1
+    )
     seeds = max((arm["seeds"] for arm in arms.values()), default=0)
-    assert total["comparisons"] == seeds * (len(arms) * (len(arms) - 1) // 2 + len(arms))  # each shipped study includes its base
+    assert total["comparisons"] == seeds * (
+        len(arms) * (len(arms) - 1) // 2 + len(arms)
+    )  # each shipped study includes its base
     assert total["cost"] == pytest.approx(2 * total["gpu_hours"], abs=0.01)
     code, out, _ = plan(path)
-    assert code == 0 and "card hours" in out and out.splitlines()[-1].startswith("next: recipes study run ")
+    assert (
+        code == 0
+        and "card hours" in out
+        and out.splitlines()[-1].startswith("next: recipes study run ")
+    )
 
 
 def test_the_json_has_the_published_figures_of_llama_2_7b(plan: Plan) -> None:
@@ -85,22 +107,41 @@ def test_the_json_has_the_published_figures_of_llama_2_7b(plan: Plan) -> None:
     assert plain["activation_mb_per_token"] == pytest.approx(5.95, rel=0.01)
 
 
-def test_the_text_says_what_fits_how_long_and_what_to_type(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_says_what_fits_how_long_and_what_to_type(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    code, out, _ = plan(LORA, "--gpus", 2, "--gpu", "h100-80gb", "--price", 2.5, "train.max_length=2048")
+    code, out, _ = plan(
+        LORA, "--gpus", 2, "--gpu", "h100-80gb", "--price", 2.5, "train.max_length=2048"
+    )
     assert code == 0
     lines = out.splitlines()
-    assert lines[0] == "llama2-7b-dolly--lora-bf16-r32 on 2 x H100 80GB SXM (speed assumed, nobody has measured it here)"
-    for words in ("fits: 79.1 GiB on the card", "ask a scheduler for", "at 2.5 an hour", "<- this recipe", "train.padding_free=true"):
+    assert (
+        lines[0]
+        == "llama2-7b-dolly--lora-bf16-r32 on 2 x H100 80GB SXM (speed assumed, nobody has measured"
+        " it here)"
+    )
+    for words in (
+        "fits: 79.1 GiB on the card",
+        "ask a scheduler for",
+        "at 2.5 an hour",
+        "<- this recipe",
+        "train.padding_free=true",
+    ):
         assert words in out, words
-    assert lines[-2] == (
-        "$ accelerate launch --config_file accelerate_configs/ddp.yaml -m recipes_lib.train "
+    assert (
+        lines[-2]
+        == "$ accelerate launch --config_file accelerate_configs/ddp.yaml -m recipes_lib.train "
         "recipes/llama2-7b-dolly/lora-bf16-r32.yaml train.max_length=2048"
     )
-    assert lines[-1].startswith("next: recipes train recipes/llama2-7b-dolly/lora-bf16-r32.yaml --accelerate ddp --gpus 2")
+    assert lines[-1].startswith(
+        "next: recipes train recipes/llama2-7b-dolly/lora-bf16-r32.yaml --accelerate ddp --gpus 2"
+    )
 
 
-def test_a_card_that_nobody_named_on_a_machine_without_one_is_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_that_nobody_named_on_a_machine_without_one_is_told(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from recipes_lib.planning import cards
 
     monkeypatch.setattr(cards, "_found_here", list)
@@ -110,12 +151,20 @@ def test_a_card_that_nobody_named_on_a_machine_without_one_is_told(plan: Plan, m
     assert assumed in plan("lora-rank")[1]
     assert json.loads(plan(LORA, "--json")[1])["memory"]["card_stands_in"] is True
     assert json.loads(plan(LORA, "--json", "--gpu", "h100")[1])["memory"]["card_stands_in"] is False
-    for words in ((LORA, "--gpu", "h100"), (LORA, "--gpu", "cpu"), ("quickstart/lora-r8",), ("lora-rank", "--gpu", "h100")):
+    for words in (
+        (LORA, "--gpu", "h100"),
+        (LORA, "--gpu", "cpu"),
+        ("quickstart/lora-r8",),
+        ("lora-rank", "--gpu", "h100"),
+    ):
         assert "assumed; your card" not in plan(*words)[1]
 
 
 def test_a_warm_up_longer_than_the_training_is_told(plan: Plan) -> None:
-    assert "train.learning_rate is never reached" in plan("quickstart/lora-r8", "train.warmup_steps=5000")[1]
+    assert (
+        "train.learning_rate is never reached"
+        in plan("quickstart/lora-r8", "train.warmup_steps=5000")[1]
+    )
     assert "never reached" not in plan("quickstart/lora-r8", "train.warmup_steps=5")[1]
 
 
@@ -126,7 +175,9 @@ def test_what_does_not_fit_says_so_and_what_would(plan: Plan) -> None:
     assert "what makes it fit, best first" in out
     assert "another experiment" in out  # QLoRA
     assert "longer than the 4,096 that" in plan(LORA, "--gpu", "h100", "train.max_length=8192")[1]
-    hopeless = plan(LORA, "--gpu", "h100-mig-1g.10gb", "model.name_or_path=meta-llama/Llama-3.1-70B")[1]
+    hopeless = plan(
+        LORA, "--gpu", "h100-mig-1g.10gb", "model.name_or_path=meta-llama/Llama-3.1-70B"
+    )[1]
     assert "nothing that the planner knows makes it fit" in hopeless
 
 
@@ -159,7 +210,10 @@ def test_what_does_not_fit_says_so_and_what_would(plan: Plan) -> None:
     ids=" ".join,
 )
 def test_unusual_settings_are_planned(words: list[str], plan: Plan) -> None:
-    overrides, flags = [word for word in words if "=" in word], [word for word in words if "=" not in word]
+    overrides, flags = (
+        [word for word in words if "=" in word],
+        [word for word in words if "=" not in word],
+    )
     if "data.max_examples=3" in overrides:
         overrides.append("train.per_device_train_batch_size=4")
     code, out, err = plan(LORA, *overrides, *flags, "--json")
@@ -171,21 +225,39 @@ def test_unusual_settings_are_planned(words: list[str], plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--gpu", "h100-80"], 2, ["there is no card 'h100-80'", "did you mean h100-80gb", "cards: h100-80gb"]),
+        (
+            ["--gpu", "h100-80"],
+            2,
+            ["there is no card 'h100-80'", "did you mean h100-80gb", "cards: h100-80gb"],
+        ),
         (["--gpu", "tpu"], 2, ["there is no card 'tpu'"]),
         (["--gpus", "0"], 2, ["--gpus", "a whole number >= 1"]),
         (["--price", "cheap"], 2, ["--price", "a number >= 0"]),
         (["--price", "nan"], 2, ["--price"]),
         (["--gpus", "3"], 2, ["cannot be made of micro-batches", "run.global_batch_size"]),
-        (["--accelerate", "ddpp"], 2, ["launch.accelerate 'ddpp' is not a file", "did you mean ddp"]),
+        (
+            ["--accelerate", "ddpp"],
+            2,
+            ["launch.accelerate 'ddpp' is not a file", "did you mean ddp"],
+        ),
         (
             ["model.name_or_path=nobody/nothing"],
             5,
-            ["no plan: 'nobody/nothing' is not on this machine", "hf download nobody/nothing config.json"],
+            [
+                "no plan: 'nobody/nothing' is not on this machine",
+                "hf download nobody/nothing config.json",
+            ],
         ),
         (["model.name_or_path=./nowhere"], 2, ["no such folder"]),
         (["data.source=missing.jsonl"], 2, ["command line: no such file or folder: missing.jsonl"]),
-        (["lora.target_modules=[c_attn]"], 2, ["lora.target_modules names no linear layer of meta-llama/Llama-2-7b-hf", "q_proj, k_proj"]),
+        (
+            ["lora.target_modules=[c_attn]"],
+            2,
+            [
+                "lora.target_modules names no linear layer of meta-llama/Llama-2-7b-hf",
+                "q_proj, k_proj",
+            ],
+        ),
         (["train.sed=1"], 2, ["did you mean train.seed"]),
         (["--evals", "nowhere.yaml"], 2, ["nowhere.yaml"]),
     ],
@@ -201,25 +273,38 @@ def test_bad_input_is_one_message(words: list[str], code: int, said: list[str], 
 
 def test_the_next_command_names_a_config_as_it_was_given(plan: Plan, tmp_path: Path) -> None:
     own = tmp_path / "mine.yaml"
-    own.write_text((ROOT / "accelerate_configs/ddp_cpu.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    own.write_text(
+        (ROOT / "accelerate_configs/ddp_cpu.yaml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     words = ("--accelerate", own, "--gpus", "2", "train.per_device_train_batch_size=4")
     assert f" --accelerate {own} --gpus 2" in plan("quickstart/lora-r8", *words)[1].splitlines()[-1]
 
 
 def test_the_next_command_after_a_plan_that_does_not_fit_plans_its_first_remedy(plan: Plan) -> None:
-    line = plan("llama2-7b-dolly/lora-bf16-r32", "--gpu", "4090", "train.seed=1")[1].splitlines()[-1]
-    assert line.startswith("next: recipes plan ") and line.endswith(" --gpu 4090 train.seed=1 train.per_device_train_batch_size=1")
+    line = plan("llama2-7b-dolly/lora-bf16-r32", "--gpu", "4090", "train.seed=1")[1].splitlines()[
+        -1
+    ]
+    assert line.startswith("next: recipes plan ") and line.endswith(
+        " --gpu 4090 train.seed=1 train.per_device_train_batch_size=1"
+    )
     out = plan(*line.split()[3:])[1]
     assert "fits: 23.5 GiB" in out and out.splitlines()[-1].startswith("next: recipes train ")
-    assert plan(LORA, "--gpu", "4090", "lora=null", "train.max_length=4096")[1].splitlines()[-1] == "next: recipes ls"
+    assert (
+        plan(LORA, "--gpu", "4090", "lora=null", "train.max_length=4096")[1].splitlines()[-1]
+        == "next: recipes ls"
+    )
 
 
 def test_a_study_is_found_by_its_short_name_as_everywhere(plan: Plan) -> None:
-    assert plan("lora-rank", "--gpu", "h100") == plan("recipes/studies/lora-rank.yaml", "--gpu", "h100")
+    assert plan("lora-rank", "--gpu", "h100") == plan(
+        "recipes/studies/lora-rank.yaml", "--gpu", "h100"
+    )
     assert plan("recipes/quickstart")[0] == 2  # a folder is no study of that name
 
 
-def test_times_on_a_processor_are_ranges_because_another_one_may_be_slower_or_busy(plan: Plan) -> None:
+def test_times_on_a_processor_are_ranges_because_another_one_may_be_slower_or_busy(
+    plan: Plan,
+) -> None:
     made = json.loads(plan("quickstart/lora-r8", "--json")[1])["time"]
     out = plan("quickstart/lora-r8")[1]
     total = made["train_total_s"]
@@ -241,11 +326,18 @@ def test_a_plan_imports_no_torch() -> None:
     import sys
 
     program = (
-        "import sys\nfrom recipes_lib.cli import main\n"
-        f"main(['plan', '{LORA}', '--json'])\nmain(['plan', 'quickstart/lora-r8'])\n"
-        "print('HEAVY', [name for name in ('torch', 'transformers', 'datasets', 'numpy', 'pandas') if name in sys.modules])"
+        f"import sys\nfrom recipes_lib.cli import main\nmain(['plan', '{LORA}',"
+        " '--json'])\nmain(['plan', 'quickstart/lora-r8'])\nprint('HEAVY', [name for name in"
+        " ('torch', 'transformers', 'datasets', 'numpy', 'pandas') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=True,
+    )
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
@@ -253,10 +345,16 @@ def test_a_study_with_an_arm_whose_model_nobody_can_see_is_planned_without_it(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "other.yaml").write_text(f"extends: {ROOT / 'recipes' / LORA}.yaml\nmodel: {{name_or_path: nobody/nothing}}\n")
+    (tmp_path / "other.yaml").write_text(
+        f"extends: {ROOT / 'recipes' / LORA}.yaml\nmodel: {{name_or_path: nobody/nothing}}\n"
+    )
     study = (ROOT / "recipes/studies/lora-rank.yaml").read_text(encoding="utf-8")
-    study = study.replace("../llama2-7b-dolly/qlora-r8.yaml", "other.yaml").replace("../llama2-7b", f"{ROOT}/recipes/llama2-7b")
-    study = study.replace("include_base: true", "include_base: false").replace("published: ", "# published: ")
+    study = study.replace("../llama2-7b-dolly/qlora-r8.yaml", "other.yaml").replace(
+        "../llama2-7b", f"{ROOT}/recipes/llama2-7b"
+    )
+    study = study.replace("include_base: true", "include_base: false").replace(
+        "published: ", "# published: "
+    )
     study = study.replace("../../evals", str(ROOT / "evals"))
     (tmp_path / "study.yaml").write_text(study, encoding="utf-8")
     code, out, err = plan(tmp_path / "study.yaml", "--gpu", "h100")

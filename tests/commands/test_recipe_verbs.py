@@ -35,18 +35,28 @@ def test_ls_starts_with_the_recipe_to_start_with(capsys):
     assert lines[-1] == f"next: recipes new my-first --from {QUICKSTART}"
 
 
-def test_ls_shows_the_memory_and_time_that_plan_works_out_and_a_dash_where_it_cannot_say_at_once(capsys, tmp_path):
+def test_ls_shows_the_memory_and_time_that_plan_works_out_and_a_dash_where_it_cannot_say_at_once(
+    capsys, tmp_path
+):
     (tmp_path / "recipes").mkdir()
     for name, text in {
         "unknown-model": "model: {name_or_path: a/b}\ndata: {source: c/d}\n",
-        "nonsense": "model: {name_or_path: meta-llama/Llama-2-7b-hf}\ndata: {source: c/d}\nrun: {global_batch_size: many}\n",
-        "known": "model: {name_or_path: meta-llama/Llama-2-7b-hf}\ndata: {source: c/d}\nrun: {global_batch_size: 8}\n",
+        "nonsense": (
+            "model: {name_or_path: meta-llama/Llama-2-7b-hf}\ndata: {source: c/d}\nrun:"
+            " {global_batch_size: many}\n"
+        ),
+        "known": (
+            "model: {name_or_path: meta-llama/Llama-2-7b-hf}\ndata: {source: c/d}\nrun:"
+            " {global_batch_size: 8}\n"
+        ),
     }.items():
         (tmp_path / f"recipes/{name}.yaml").write_text(text)
     lines = {line.split()[0]: line for line in said(capsys, "ls").splitlines()}
     assert lines["unknown-model"].split()[4:6] == lines["nonsense"].split()[4:6] == ["-", "-"]
     assert " GiB " in lines["known"]
-    plan = json.loads(said(capsys, "plan", "llama2-7b-dolly/qlora-r8", "--gpu", "h100-80gb", "--json"))
+    plan = json.loads(
+        said(capsys, "plan", "llama2-7b-dolly/qlora-r8", "--gpu", "h100-80gb", "--json")
+    )
     assert f" {plan['memory']['needed_gib']:.1f} GiB " in lines["llama2-7b-dolly/qlora-r8"]
     assert "h100 80gb" in lines["memory"].lower()
 
@@ -58,7 +68,9 @@ def test_a_link_that_points_to_itself_costs_ls_one_line_and_other_verbs_an_answe
     out = said(capsys, "ls")
     assert QUICKSTART in out and "cannot be read: recipes check recipes/self.yaml" in out
     for verb in ("check", "show", "plan", "data", "train"):
-        assert "too many levels of symbolic links" in said(capsys, verb, "recipes/self.yaml", code=2)
+        assert "too many levels of symbolic links" in said(
+            capsys, verb, "recipes/self.yaml", code=2
+        )
 
 
 def test_ls_filters_by_words_and_names_files_it_cannot_read(capsys, tmp_path):
@@ -77,13 +89,25 @@ def test_ls_filters_by_words_and_names_files_it_cannot_read(capsys, tmp_path):
 def test_ls_says_where_rows_come_from_the_hub(capsys, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    for name, source in {"hub": "a/b", "file": "rows.jsonl", "mixture": "[{source: rows.jsonl}, {source: a/b}]"}.items():
-        (tmp_path / f"recipes/{name}.yaml").write_text(f"model: {{name_or_path: m}}\ndata: {{source: {source}}}\n")
+    for name, source in {
+        "hub": "a/b",
+        "file": "rows.jsonl",
+        "mixture": "[{source: rows.jsonl}, {source: a/b}]",
+    }.items():
+        (tmp_path / f"recipes/{name}.yaml").write_text(
+            f"model: {{name_or_path: m}}\ndata: {{source: {source}}}\n"
+        )
     lines = {line.split()[0]: line for line in said(capsys, "ls").splitlines()}
-    assert [name for name in ("hub", "file", "mixture", QUICKSTART) if "rows from the Hub" in lines[name]] == ["hub", "mixture"]
+    assert [
+        name
+        for name in ("hub", "file", "mixture", QUICKSTART)
+        if "rows from the Hub" in lines[name]
+    ] == ["hub", "mixture"]
 
 
-def test_new_writes_a_recipe_that_passes_the_check_and_points_at_the_lines_people_change(capsys, tmp_path):
+def test_new_writes_a_recipe_that_passes_the_check_and_points_at_the_lines_people_change(
+    capsys, tmp_path
+):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
     out = said(capsys, "new", "my-first", "--from", QUICKSTART, "--data", "mine.jsonl")
@@ -101,25 +125,38 @@ def test_new_writes_a_recipe_that_passes_the_check_and_points_at_the_lines_peopl
     assert said(capsys, "check", "recipes/my-first.yaml").startswith("1 file ok")
 
 
-def test_a_new_recipe_for_many_long_rows_does_not_validate_and_save_every_few_steps_nor_cut_them(capsys, tmp_path):
+def test_a_new_recipe_for_many_long_rows_does_not_validate_and_save_every_few_steps_nor_cut_them(
+    capsys, tmp_path
+):
     row = {"instruction": "a", "response": "word " * 600}
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({**row, "id": number}) + "\n" for number in range(3000)))
-    out = said(capsys, "new", "many", "--from", QUICKSTART, "--data", "mine.jsonl", "--output", "many.yaml")
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps({**row, "id": number}) + "\n" for number in range(3000))
+    )
+    out = said(
+        capsys, "new", "many", "--from", QUICKSTART, "--data", "mine.jsonl", "--output", "many.yaml"
+    )
     train = load_recipe("many.yaml").train
     assert (train["eval_steps"], train["save_steps"]) == (0.2, 0.05)
     assert 600 < train["max_length"] < 1200 and train["max_length"] % 64 == 0
     assert all(f"{key}: " in out for key in ("eval_steps", "save_steps", "max_length"))
     steps = json.loads(said(capsys, "plan", "many.yaml", "--json"))
-    assert steps["steps"]["steps"] > 300 and steps["time"]["validation_s"] < 0.3 * steps["time"]["training_s"]
+    assert (
+        steps["steps"]["steps"] > 300
+        and steps["time"]["validation_s"] < 0.3 * steps["time"]["training_s"]
+    )
 
 
 def test_new_never_overwrites_and_refuses_names_no_run_can_have(capsys, tmp_path):
     (tmp_path / "x.yaml").write_text("mine\n")
-    assert "x.yaml: exists already" in said(capsys, "new", "x", "--from", QUICKSTART, "--output", "x.yaml", code=2)
+    assert "x.yaml: exists already" in said(
+        capsys, "new", "x", "--from", QUICKSTART, "--output", "x.yaml", code=2
+    )
     assert (tmp_path / "x.yaml").read_text() == "mine\n"
     assert "'../x'" in said(capsys, "new", "../x", "--from", QUICKSTART, code=2)
     assert "no such file" in said(capsys, "new", "y", "--from", "nowhere.yaml", code=2)
-    assert "no such file" in said(capsys, "new", "y", "--from", QUICKSTART, "--data", "no.jsonl", code=4)
+    assert "no such file" in said(
+        capsys, "new", "y", "--from", QUICKSTART, "--data", "no.jsonl", code=4
+    )
 
 
 def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):
@@ -130,7 +167,9 @@ def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):
     values = [line for line in out.splitlines() if ": " in line and not line.startswith("#")]
     assert not [line for line in values if "  # " not in line]
     assert any("seed: 7" in line and "# command line" in line for line in values)
-    assert any("logging_nan_inf_filter: false" in line and "# project default" in line for line in values)
+    assert any(
+        "logging_nan_inf_filter: false" in line and "# project default" in line for line in values
+    )
     assert any("r: 8" in line and "lora-r8.yaml:" in line for line in values)
     (tmp_path / "again.yaml").write_text(out)
     assert load_recipe("again.yaml").train == load_recipe(QUICKSTART, ["train.seed=7"]).train
@@ -162,13 +201,20 @@ def test_diff_of_a_recipe_with_itself_is_nothing(capsys):
 
 def test_diff_shows_a_section_that_only_one_side_has(capsys):
     out = said(capsys, "diff", "llama2-7b-dolly/qlora-r8", "llama2-7b-dolly/lora-bf16-r8")
-    assert [line.split()[-1] for line in out.splitlines() if line.startswith("quantization.load_in_4bit")] == ["-"]
+    assert [
+        line.split()[-1]
+        for line in out.splitlines()
+        if line.startswith("quantization.load_in_4bit")
+    ] == ["-"]
 
 
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("train.learning_rate", ["a number > 0", "2.0e-05", "trl.SFTConfig", "initial learning rate"]),
+        (
+            "train.learning_rate",
+            ["a number > 0", "2.0e-05", "trl.SFTConfig", "initial learning rate"],
+        ),
         ("learning_rate", ["train.learning_rate: a number > 0"]),
         ("train.activation_checkpointing", ["default false (project default", "about 20% by"]),
         ("train.optim", ["one of 41 choices", "paged_adamw_32bit"]),
@@ -185,7 +231,15 @@ def test_explain_says_type_default_and_documentation(key, words, capsys):
 
 def test_explain_without_a_key_lists_the_sections(capsys):
     out = said(capsys, "explain")
-    assert [line.split()[0] for line in out.splitlines()[:-1]] == ["model", "quantization", "lora", "data", "train", "run", "launch"]
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == [
+        "model",
+        "quantization",
+        "lora",
+        "data",
+        "train",
+        "run",
+        "launch",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -205,14 +259,22 @@ def test_explain_helps_with_a_key_that_does_not_exist(key, words, capsys):
 def test_check_takes_files_and_mixed_folders(capsys):
     root = project_root()
     out = said(
-        capsys, "check", str(root / "recipes/quickstart"), str(root / "accelerate_configs"), str(root / "recipes/quickstart/lora-r8.yaml")
+        capsys,
+        "check",
+        str(root / "recipes/quickstart"),
+        str(root / "accelerate_configs"),
+        str(root / "recipes/quickstart/lora-r8.yaml"),
     )
-    count = len(list((root / "recipes/quickstart").glob("*.yaml"))) + len(list((root / "accelerate_configs").glob("*.yaml")))
+    count = len(list((root / "recipes/quickstart").glob("*.yaml"))) + len(
+        list((root / "accelerate_configs").glob("*.yaml"))
+    )
     assert out.splitlines() == [f"{count} files ok", "next: recipes ls"]
 
 
 def test_check_reports_a_mistake_in_a_shared_base_once(capsys, tmp_path):
-    (tmp_path / "_b.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\ntrain: {sed: 1}\n")
+    (tmp_path / "_b.yaml").write_text(
+        "model: {name_or_path: a}\ndata: {source: b}\ntrain: {sed: 1}\n"
+    )
     for name in ("x", "y"):
         (tmp_path / f"{name}.yaml").write_text("extends: _b.yaml\n")
     err = said(capsys, "check", ".", code=2)

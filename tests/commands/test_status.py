@@ -41,11 +41,20 @@ def test_a_run_that_cannot_be_read_costs_only_its_own_line(runs, capsys):
     assert main(["status"]) == 0
     out = capsys.readouterr().out
     assert "torn  unreadable" in out and "next: recipes status good" in out
-    assert next(line for line in out.splitlines() if line.startswith("good")).split()[1:4] == ["finished", "3", "1.5000"]
+    assert next(line for line in out.splitlines() if line.startswith("good")).split()[1:4] == [
+        "finished",
+        "3",
+        "1.5000",
+    ]
     assert main(["status", "torn"]) == 5
 
 
 def test_one_run_says_not_measured_only_of_what_could_have_been_measured(runs, capsys):
-    make_run(runs, "one", "2026-11-24T12:00:00+00:00", summary={"steps": 4, "first_validation_loss": None})
+    make_run(
+        runs,
+        "one",
+        "2026-11-24T12:00:00+00:00",
+        summary={"steps": 4, "first_validation_loss": None},
+    )
     assert main(["status", "one"]) == 0
     assert "first_validation_loss: not measured" in capsys.readouterr().out

@@ -14,15 +14,30 @@ from recipes_lib.commands.train import _ask_to_stop, _reported
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.training.process import EXIT_CODE_FILE
 
-WAITS = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(7)); print('ready', flush=True); time.sleep(60)"
+WAITS = (
+    "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(7)); print('ready',"
+    " flush=True); time.sleep(60)"
+)
 
 
 @pytest.mark.parametrize("is_rank", [True, False])
-def test_where_no_stop_file_can_be_written_each_rank_gets_the_signal_and_the_launcher_does_not(tmp_path: Path, is_rank: bool) -> None:
+def test_where_no_stop_file_can_be_written_each_rank_gets_the_signal_and_the_launcher_does_not(
+    tmp_path: Path, is_rank: bool
+) -> None:
     run, report = RunDirectory("one", tmp_path), tmp_path / "exit_code"
     run.stop_file.mkdir(parents=True)  # a rename onto it fails, as any write does on a full disk
-    environment = {**os.environ, EXIT_CODE_FILE: str(report), **({"LOCAL_RANK": "1"} if is_rank else {})}
-    child = subprocess.Popen([sys.executable, "-c", WAITS], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {
+        **os.environ,
+        EXIT_CODE_FILE: str(report),
+        **({"LOCAL_RANK": "1"} if is_rank else {}),
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-c", WAITS],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
         _ask_to_stop(run, signal.SIGINT, report)
@@ -47,7 +62,9 @@ def test_a_stop_file_is_whole_when_a_rank_sees_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "code"), [("75", 75), ("", None), (None, None)])
-def test_a_report_that_a_full_disk_left_empty_is_no_report(tmp_path: Path, content: str | None, code: int | None) -> None:
+def test_a_report_that_a_full_disk_left_empty_is_no_report(
+    tmp_path: Path, content: str | None, code: int | None
+) -> None:
     report = tmp_path / "exit_code"
     if content is not None:
         report.write_text(content)

@@ -17,14 +17,18 @@ STUDIES = sorted((PROJECT / "recipes" / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_shipped_study_loads_and_its_graph_can_be_built(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_study_loads_and_its_graph_can_be_built(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
     study = load_study(path)
     assert study.question.endswith("?")
     assert {step.kind for step in build_graph(study)} >= {"statistics", "report"}
 
 
-@pytest.mark.parametrize("name", ["lora-rank", "learning-rate", "distributed-strategy", "quickstart"])
+@pytest.mark.parametrize(
+    "name", ["lora-rank", "learning-rate", "distributed-strategy", "quickstart"]
+)
 def test_in_a_controlled_study_nothing_differs_but_the_declared_factors(name: str) -> None:
     study = load_study(name)
     differing = study.differing()
@@ -35,39 +39,122 @@ def test_in_a_controlled_study_nothing_differs_but_the_declared_factors(name: st
 
 def test_the_two_by_two_has_all_its_cells_and_one_world_size() -> None:
     study = load_study("distributed-strategy")
-    assert {tuple(arm.cell.values()) for arm in study.arms} == {("ddp", "qlora"), ("ddp", "bf16"), ("fsdp", "qlora"), ("fsdp", "bf16")}
+    assert {tuple(arm.cell.values()) for arm in study.arms} == {
+        ("ddp", "qlora"),
+        ("ddp", "bf16"),
+        ("fsdp", "qlora"),
+        ("fsdp", "bf16"),
+    }
     assert {arm.world_size for arm in study.arms} == {2}
-    assert {arm.resolved()["launch.distributed_type"] for arm in study.arms} == {"MULTI_GPU", "FSDP"}
+    assert {arm.resolved()["launch.distributed_type"] for arm in study.arms} == {
+        "MULTI_GPU",
+        "FSDP",
+    }
 
 
 # (what is put in place of what in the tiny study, line of the answer, words of the answer)
 BAD = [
     ("question: Does rank 8 beat rank 4?", "question: ''", 2, ["question is empty"]),
-    ("question: Does rank 8 beat rank 4?", "questoin: x?", 2, ["unknown key 'questoin'", "did you mean question?", "question is missing"]),
+    (
+        "question: Does rank 8 beat rank 4?",
+        "questoin: x?",
+        2,
+        ["unknown key 'questoin'", "did you mean question?", "question is missing"],
+    ),
     ("question: Does rank 8 beat rank 4?\n", "", None, ["question is missing"]),
     ("question: Does rank 8 beat rank 4?", "question: 7", 2, ["question must be text, got 7"]),
     ("  r4: r4.yaml", "  r4: r5.yaml", 6, ["arm 'r4': no such recipe"]),
     ("  r4: r4.yaml", "  r4: alpaca_eval.yaml", None, ["alpaca_eval.yaml: is an eval recipe"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, sedes: [1]}", 6, ["unknown key 'arms.r4.sedes'", "did you mean arms.r4.seeds?"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, gpus: 0}", 6, ["arms.r4.gpus must be a whole number >= 1"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, gpus: 2}", 6, ["arm 'r4'", "cpu starts one process, but 2 were asked for"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, accelerate: ddp_cpuu}", 6, ["arm 'r4'", "did you mean ddp_cpu?"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, accelerate: ddp_cpu, gpus: 8}", None, ["arm 'r4'", "cannot be made of micro-batches"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, overrides: [train.learning_rte=1]}", 6, ["arm 'r4'", "did you mean train.learning_rate?"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, overrides: [learning_rate=1]}", 6, ["arm 'r4'", "train.learning_rate=1"]),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, sedes: [1]}",
+        6,
+        ["unknown key 'arms.r4.sedes'", "did you mean arms.r4.seeds?"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, gpus: 0}",
+        6,
+        ["arms.r4.gpus must be a whole number >= 1"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, gpus: 2}",
+        6,
+        ["arm 'r4'", "cpu starts one process, but 2 were asked for"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, accelerate: ddp_cpuu}",
+        6,
+        ["arm 'r4'", "did you mean ddp_cpu?"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, accelerate: ddp_cpu, gpus: 8}",
+        None,
+        ["arm 'r4'", "cannot be made of micro-batches"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, overrides: [train.learning_rte=1]}",
+        6,
+        ["arm 'r4'", "did you mean train.learning_rate?"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, overrides: [learning_rate=1]}",
+        6,
+        ["arm 'r4'", "train.learning_rate=1"],
+    ),
     ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, seeds: [1, 1]}", 6, ["seed 1 stands there twice"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, seeds: [-1]}", 6, ["seed -1 must be a whole number >= 0"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, seeds: [yes]}", 6, ["arms.r4.seeds.0 must be a whole number"]),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, seeds: [-1]}",
+        6,
+        ["seed -1 must be a whole number >= 0"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, seeds: [yes]}",
+        6,
+        ["arms.r4.seeds.0 must be a whole number"],
+    ),
     ("  r4: r4.yaml", "  r4: {}", 6, ["arm 'r4' has no recipe", "published_only: true"]),
-    ("  r4: r4.yaml", "  r4: {published_only: true}", 6, ["published_only", "names no published file"]),
+    (
+        "  r4: r4.yaml",
+        "  r4: {published_only: true}",
+        6,
+        ["published_only", "names no published file"],
+    ),
     ("  r4: r4.yaml", "  base: r4.yaml", 6, ["'base' is the name of the base model's own arm"]),
     ("  r4: r4.yaml", "  ../r4: r4.yaml", 6, ["arm name '../r4'"]),
-    ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, cell: {rnk: low}}", 6, ["no factor 'rnk'", "did you mean rank?"]),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, cell: {rnk: low}}",
+        6,
+        ["no factor 'rnk'", "did you mean rank?"],
+    ),
     ("  r4: r4.yaml", "  r8: r4.yaml", 7, ["duplicate key 'arms.r8'"]),
-    ("  rank: [lora.r, lora.lora_alpha]", "  rank: [lora.rr]", 4, ["factor 'rank': there is no key 'lora.rr'", "did you mean lora.r"]),
-    ("  rank: [lora.r, lora.lora_alpha]", "  rank: lora.r", 4, ["factors.rank must be a list of names"]),
+    (
+        "  rank: [lora.r, lora.lora_alpha]",
+        "  rank: [lora.rr]",
+        4,
+        ["factor 'rank': there is no key 'lora.rr'", "did you mean lora.r"],
+    ),
+    (
+        "  rank: [lora.r, lora.lora_alpha]",
+        "  rank: lora.r",
+        4,
+        ["factors.rank must be a list of names"],
+    ),
     ("  rank: [lora.r, lora.lora_alpha]", "  rank: []", 4, ["factor 'rank' names no key"]),
-    ("  rank: [lora.r, lora.lora_alpha]", "  rank: [lora.r]\n  other: [data]", 7, ["its cell does not say rank, other"]),
+    (
+        "  rank: [lora.r, lora.lora_alpha]",
+        "  rank: [lora.r]\n  other: [data]",
+        7,
+        ["its cell does not say rank, other"],
+    ),
     ("seeds: [42]", "seeds: []", 8, ["seeds is empty"]),
     ("seeds: [42]", "seeds: 42", 8, ["seeds must be a list"]),
     ("seeds: [42]", "overrides: [train.max_steps=many]", 8, ["train.max_steps", "whole number"]),
@@ -75,7 +162,12 @@ BAD = [
     ("mt_bench.yaml", "r4.yaml", None, ["r4.yaml: is a recipe, not an eval recipe"]),
     ("seeds: [42]", "published: nowhere.yaml", 8, ["published: no such file"]),
     ("seeds: [42]", "published: r4.yaml", None, ["r4.yaml: is a recipe, not published numbers"]),
-    ("seeds: [42]", "overrides: [train.seed=7]", 8, ["train.seed cannot be overridden in a study", "seeds: [1, 2]"]),
+    (
+        "seeds: [42]",
+        "overrides: [train.seed=7]",
+        8,
+        ["train.seed cannot be overridden in a study", "seeds: [1, 2]"],
+    ),
     ("seeds: [42]", "overrides: [run.name=mine]", 8, ["run.name cannot be overridden in a study"]),
     ("lm_eval.yaml]", "lm_eval.yaml, mt_bench.yaml]", 9, ["mt_bench' stands there twice"]),
     ("mt_bench.yaml", "mt_bnch.yaml", 9, ["did you mean mt_bench.yaml?"]),
@@ -83,9 +175,16 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "line", "words"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"), BAD, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_bad_study_is_answered_with_its_line(
-    old: str, new: str, line: int | None, words: list[str], study_folder: Path, capsys: pytest.CaptureFixture[str]
+    old: str,
+    new: str,
+    line: int | None,
+    words: list[str],
+    study_folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = study_folder / "tiny.yaml"
     text = file.read_text(encoding="utf-8")
@@ -99,11 +198,20 @@ def test_a_bad_study_is_answered_with_its_line(
         assert f"tiny.yaml:{line}: " in said
 
 
-def test_all_errors_of_a_study_and_its_recipes_come_at_once(study_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_errors_of_a_study_and_its_recipes_come_at_once(
+    study_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = study_folder / "r4.yaml"
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("seed: 42", "sede: 42"), encoding="utf-8")
+    recipe.write_text(
+        recipe.read_text(encoding="utf-8").replace("seed: 42", "sede: 42"), encoding="utf-8"
+    )
     study = study_folder / "tiny.yaml"
-    study.write_text(study.read_text(encoding="utf-8").replace("lm_eval.yaml", "no.yaml").replace("r8.yaml", "r9.yaml"), encoding="utf-8")
+    study.write_text(
+        study.read_text(encoding="utf-8")
+        .replace("lm_eval.yaml", "no.yaml")
+        .replace("r8.yaml", "r9.yaml"),
+        encoding="utf-8",
+    )
     assert main(["check", str(study)]) == 2
     said = capsys.readouterr().err
     assert "r4.yaml:16: unknown key 'train.sede'" in said
@@ -112,7 +220,9 @@ def test_all_errors_of_a_study_and_its_recipes_come_at_once(study_folder: Path, 
 
 def test_two_base_models_have_no_one_base(study_folder: Path) -> None:
     recipe = study_folder / "r8.yaml"
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("no-model", "another"), encoding="utf-8")
+    recipe.write_text(
+        recipe.read_text(encoding="utf-8").replace("no-model", "another"), encoding="utf-8"
+    )
     with pytest.raises(RecipeError, match="different base models"):
         raise_all(study_folder / "tiny.yaml")
     assert load_study(study_folder / "tiny.yaml", ["include_base=false"]).include_base is False
@@ -125,11 +235,14 @@ def raise_all(path: Path) -> None:
         raise RecipeError(str(error)) from None
 
 
-def test_a_missing_cell_and_a_factor_without_effect_are_warned_about(study_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_cell_and_a_factor_without_effect_are_warned_about(
+    study_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = study_folder / "tiny.yaml"
     text = file.read_text(encoding="utf-8").replace(
         "  r4: r4.yaml\n  r8: r8.yaml",
-        "  a: {recipe: r4.yaml, cell: {rank: low, size: s}}\n  b: {recipe: r8.yaml, cell: {rank: high, size: l}}",
+        "  a: {recipe: r4.yaml, cell: {rank: low, size: s}}\n  b: {recipe: r8.yaml, cell: {rank:"
+        " high, size: l}}",
     )
     file.write_text(text.replace("arms:", "  size: [data.max_examples]\narms:"), encoding="utf-8")
     assert main(["check", str(file)]) == 0
@@ -142,18 +255,31 @@ def test_words_of_the_command_line_change_the_study_or_every_arm(study_folder: P
     study = load_study(study_folder / "tiny.yaml", ["seeds=[1, 2]", "train.max_steps=3"])
     assert [arm.seeds for arm in study.arms] == [(1, 2), (1, 2)]
     assert all(arm.recipe is not None and arm.recipe.train["max_steps"] == 3 for arm in study.arms)
-    assert run_names(study) == {"r4": ["tiny--r4--seed1", "tiny--r4--seed2"], "r8": ["tiny--r8--seed1", "tiny--r8--seed2"]}
+    assert run_names(study) == {
+        "r4": ["tiny--r4--seed1", "tiny--r4--seed2"],
+        "r8": ["tiny--r8--seed1", "tiny--r8--seed2"],
+    }
     words = train_words(study, study.arm("r4"), 2)
     assert words[1:] == ["train.max_steps=3", "run.name=tiny--r4--seed2", "train.seed=2"]
     assert launch_words(study.arm("r4")) == ["--accelerate", "cpu"]
 
 
 @pytest.mark.parametrize(
-    ("word", "own"), [("accelerate=ddp_cpu", "accelerate: cpu"), ("gpus=2", "gpus: 1"), ("seeds=[1, 2]", "seeds: [7]")]
+    ("word", "own"),
+    [
+        ("accelerate=ddp_cpu", "accelerate: cpu"),
+        ("gpus=2", "gpus: 1"),
+        ("seeds=[1, 2]", "seeds: [7]"),
+    ],
 )
-def test_a_word_that_an_arms_own_value_would_swallow_is_refused(study_folder: Path, word: str, own: str) -> None:
+def test_a_word_that_an_arms_own_value_would_swallow_is_refused(
+    study_folder: Path, word: str, own: str
+) -> None:
     file = study_folder / "tiny.yaml"
-    file.write_text(file.read_text(encoding="utf-8").replace("r4: r4.yaml", f"r4: {{recipe: r4.yaml, {own}}}"), encoding="utf-8")
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("r4: r4.yaml", f"r4: {{recipe: r4.yaml, {own}}}"),
+        encoding="utf-8",
+    )
     with pytest.raises(RecipeErrors) as caught:
         load_study(file, [word])
     key = word.partition("=")[0]
@@ -167,35 +293,75 @@ def test_a_word_that_would_change_nothing_is_refused_once(study_folder: Path, wo
     with pytest.raises(RecipeErrors) as caught:
         load_study(study_folder / "tiny.yaml", [word])
     assert [error.file for error in caught.value.errors] == ["command line"]
-    assert f"{word.removeprefix('--').partition('=')[0]} cannot be overridden in a study" in str(caught.value)
+    assert f"{word.removeprefix('--').partition('=')[0]} cannot be overridden in a study" in str(
+        caught.value
+    )
 
 
-def test_a_seed_that_is_added_later_leaves_the_first_ones_run_where_it_is(study_folder: Path) -> None:
+def test_a_seed_that_is_added_later_leaves_the_first_ones_run_where_it_is(
+    study_folder: Path,
+) -> None:
     assert run_names(load_study(study_folder / "tiny.yaml"))["r4"] == ["tiny--r4"]
     more = load_study(study_folder / "tiny.yaml", ["seeds=[42, 43]"])
     assert run_names(more)["r4"] == ["tiny--r4", "tiny--r4--seed43"]
-    assert [step.name for step in build_graph(more).of_kind("train")] == ["train.r4", "train.r4.seed43", "train.r8", "train.r8.seed43"]
+    assert [step.name for step in build_graph(more).of_kind("train")] == [
+        "train.r4",
+        "train.r4.seed43",
+        "train.r8",
+        "train.r8.seed43",
+    ]
 
 
-def test_what_the_study_says_for_all_arms_changes_no_arm_that_was_trained_elsewhere(study_folder: Path) -> None:
+def test_what_the_study_says_for_all_arms_changes_no_arm_that_was_trained_elsewhere(
+    study_folder: Path,
+) -> None:
     file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8").replace("r4: r4.yaml", "r4: {imported: theirs, recipe: r4.yaml}")
-    file.write_text(text.replace("seeds: [42]", "seeds: [1, 2]\noverrides: [train.max_steps=3]\naccelerate: cpu"), encoding="utf-8")
+    text = file.read_text(encoding="utf-8").replace(
+        "r4: r4.yaml", "r4: {imported: theirs, recipe: r4.yaml}"
+    )
+    file.write_text(
+        text.replace(
+            "seeds: [42]", "seeds: [1, 2]\noverrides: [train.max_steps=3]\naccelerate: cpu"
+        ),
+        encoding="utf-8",
+    )
     study = load_study(file, ["train.learning_rate=5.0e-3"])
     theirs, ours = (study.arm(name).resolved() for name in ("r4", "r8"))
-    assert (theirs["train.learning_rate"], theirs["train.max_steps"], theirs["train.seed"]) == (0.01, 4, 42)
-    assert (ours["train.learning_rate"], ours["train.max_steps"], ours["train.seed"]) == (0.005, 3, [1, 2])
-    with pytest.raises(RecipeErrors, match=r"train.learning_rate=1e-4 changes nothing: no arm of this study is trained here"):
+    assert (theirs["train.learning_rate"], theirs["train.max_steps"], theirs["train.seed"]) == (
+        0.01,
+        4,
+        42,
+    )
+    assert (ours["train.learning_rate"], ours["train.max_steps"], ours["train.seed"]) == (
+        0.005,
+        3,
+        [1, 2],
+    )
+    with pytest.raises(
+        RecipeErrors,
+        match=r"train.learning_rate=1e-4 changes nothing: no arm of this study is trained here",
+    ):
         load_study("published-lora-rank", ["train.learning_rate=1e-4"])
 
 
-def test_an_override_of_an_arm_wins_over_the_studys_and_loses_to_the_command_lines(study_folder: Path) -> None:
+def test_an_override_of_an_arm_wins_over_the_studys_and_loses_to_the_command_lines(
+    study_folder: Path,
+) -> None:
     file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8").replace("seeds: [42]", "overrides: [train.max_steps=1, lora.r=1]")
-    file.write_text(text.replace("r4: r4.yaml", "r4: {recipe: r4.yaml, overrides: [train.max_steps=2]}"), encoding="utf-8")
+    text = file.read_text(encoding="utf-8").replace(
+        "seeds: [42]", "overrides: [train.max_steps=1, lora.r=1]"
+    )
+    file.write_text(
+        text.replace("r4: r4.yaml", "r4: {recipe: r4.yaml, overrides: [train.max_steps=2]}"),
+        encoding="utf-8",
+    )
     steps = {arm.name: arm.recipe.train["max_steps"] for arm in load_study(file).arms if arm.recipe}
     assert steps == {"r4": 2, "r8": 1}
-    steps = {arm.name: arm.recipe.train["max_steps"] for arm in load_study(file, ["train.max_steps=9"]).arms if arm.recipe}
+    steps = {
+        arm.name: arm.recipe.train["max_steps"]
+        for arm in load_study(file, ["train.max_steps=9"]).arms
+        if arm.recipe
+    }
     assert steps == {"r4": 9, "r8": 9}
 
 

@@ -1,4 +1,6 @@
-"""Files that once led to a sentence that was false: each is read as `recipes compare` reads it, and says the truth or nothing."""
+"""Files that once led to a sentence that was false: each is read as `recipes compare` reads it, and
+says the truth or nothing.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def change_lines(file: Path, how: Callable[[dict[str, Any]], dict[str, Any]]) ->
 @pytest.fixture
 def two(tmp_path: Path) -> list[Path]:
     """Two trained runs, judged against the reference: the second one wins far more."""
-    folders = [synthetic_runs.write_run(tmp_path, name, rank=rank) for name, rank in (("one", 8), ("two", 32))]
+    folders = [
+        synthetic_runs.write_run(tmp_path, name, rank=rank)
+        for name, rank in (("one", 8), ("two", 32))
+    ]
     for folder, skill in zip(folders, (0.4, 0.8), strict=True):
         synthetic_runs.write_alpaca_eval(folder, 100, skill=skill)
         synthetic_runs.write_mt_bench(folder, 40, skill=5 * skill)
@@ -53,11 +58,31 @@ def two(tmp_path: Path) -> list[Path]:
 def lm_eval(folder: Path, values: list[float], metric: str = "acc", higher: bool = True) -> Path:
     """Write one task with these samples; return its result."""
     place = folder / "evals" / "lm_eval"
-    samples = [{"doc_id": n, "doc": {}, "filter": "none", "doc_hash": f"h{n}", metric: value} for n, value in enumerate(values)]
+    samples = [
+        {"doc_id": n, "doc": {}, "filter": "none", "doc_hash": f"h{n}", metric: value}
+        for n, value in enumerate(values)
+    ]
     synthetic_runs.write_lines(place / "samples" / "samples_t.jsonl", samples)
-    row = {"task": "t", "metric": metric, "filter": "none", "value": sum(values) / len(values), "stderr": None, "low": None, "high": None,
-           "n": len(values), "num_fewshot": 0, "version": 1, "higher_is_better": higher}  # fmt: skip
-    facts = {"suite": "lm_eval", "target": folder.name, "against": None, "answers": {}, "tasks": [row]}
+    row = {
+        "task": "t",
+        "metric": metric,
+        "filter": "none",
+        "value": sum(values) / len(values),
+        "stderr": None,
+        "low": None,
+        "high": None,
+        "n": len(values),
+        "num_fewshot": 0,
+        "version": 1,
+        "higher_is_better": higher,
+    }
+    facts = {
+        "suite": "lm_eval",
+        "target": folder.name,
+        "against": None,
+        "answers": {},
+        "tasks": [row],
+    }
     synthetic_runs.write_json(place / "result.json", facts)
     return place / "result.json"
 
@@ -75,7 +100,9 @@ def test_a_run_that_is_called_like_an_arm_is_not_that_arm(tmp_path: Path) -> Non
     synthetic_runs.write_alpaca_eval(other, 100, against="r8", skill=0.8)
     synthetic_runs.write_alpaca_eval(mine, 100, skill=0.4)
     comparison = compared(r8=[mine], r32=[other])
-    assert not comparison.rows and "another run, r8" in {score.opponent for score in comparison.scores}
+    assert not comparison.rows and "another run, r8" in {
+        score.opponent for score in comparison.scores
+    }
 
 
 @pytest.mark.parametrize(
@@ -90,7 +117,11 @@ def test_other_questions_or_reference_answers_under_the_same_ids_stop_the_senten
     file: str, key: str, metric: str, two: list[Path]
 ) -> None:
     def other(row: dict[str, Any]) -> dict[str, Any]:
-        return row | {key: [f"other {turn}" for turn in row[key]] if isinstance(row[key], list) else f"other {row[key]}"}
+        return row | {
+            key: [f"other {turn}" for turn in row[key]]
+            if isinstance(row[key], list)
+            else f"other {row[key]}"
+        }
 
     change_lines(two[1] / "evals" / file, other)
     comparison = compared(one=[two[0]], two=[two[1]])
@@ -100,37 +131,64 @@ def test_other_questions_or_reference_answers_under_the_same_ids_stop_the_senten
     assert not untouched.sentence.startswith("No claim")
 
 
-def test_verdicts_against_a_run_that_was_trained_again_are_about_no_run_that_is_there(two: list[Path]) -> None:
+def test_verdicts_against_a_run_that_was_trained_again_are_about_no_run_that_is_there(
+    two: list[Path],
+) -> None:
     for folder in two:
         facts = {"answers": {"name": folder.name, "fingerprint": f"weights of {folder.name}"}}
-        change(folder / "evals/alpaca_eval/result.json", lambda result, facts=facts: result.update(facts))
+        change(
+            folder / "evals/alpaca_eval/result.json",
+            lambda result, facts=facts: result.update(facts),
+        )
     synthetic_runs.write_alpaca_eval(two[1], 100, against="one", skill=0.8)
     against = two[1] / "evals/alpaca_eval/result.against-one.json"
     for weights, stopped in (("weights of one", False), ("other weights", True)):
-        facts = {"answers": {"fingerprint": "weights of two"}, "opponent": {"name": "one", "fingerprint": weights}}
+        facts = {
+            "answers": {"fingerprint": "weights of two"},
+            "opponent": {"name": "one", "fingerprint": weights},
+        }
         change(against, lambda result, facts=facts: result.update(facts))
         comparison = compared(one=[two[0]], two=[two[1]])
         (row,) = (row for row in comparison.rows if row.head_to_head)
-        assert row.sentence.startswith("No claim") == stopped == ("answers-of-another-arm" in codes(comparison))
+        assert (
+            row.sentence.startswith("No claim")
+            == stopped
+            == ("answers-of-another-arm" in codes(comparison))
+        )
 
 
-@pytest.mark.parametrize("judge", [None, {"name": "other", "model": "other/judge", "fingerprint": None}])
-def test_a_judge_that_is_not_recorded_is_not_taken_for_the_known_one(judge: dict[str, Any] | None, two: list[Path]) -> None:
+@pytest.mark.parametrize(
+    "judge", [None, {"name": "other", "model": "other/judge", "fingerprint": None}]
+)
+def test_a_judge_that_is_not_recorded_is_not_taken_for_the_known_one(
+    judge: dict[str, Any] | None, two: list[Path]
+) -> None:
     change(two[1] / "evals/alpaca_eval/result.json", lambda result: result.update(judge=judge))
     assert "judges-differ" in codes(compared(one=[two[0]], two=[two[1]]))
 
 
 def test_every_seed_of_an_arm_was_asked_in_the_same_way(tmp_path: Path, two: list[Path]) -> None:
-    again = [synthetic_runs.write_run(tmp_path, f"{name}-43", seed=43, rank=rank) for name, rank in (("one", 8), ("two", 32))]
+    again = [
+        synthetic_runs.write_run(tmp_path, f"{name}-43", seed=43, rank=rank)
+        for name, rank in (("one", 8), ("two", 32))
+    ]
     for folder in again:
         synthetic_runs.write_alpaca_eval(folder, 100)
-        change(folder / "evals/alpaca_eval/result.json", lambda result: result["recipe"].update(generation={"max_new_tokens": 512}))
-    change(again[1] / "evals/alpaca_eval/result.json", lambda result: result["recipe"].update(generation={"max_new_tokens": 8}))
+        change(
+            folder / "evals/alpaca_eval/result.json",
+            lambda result: result["recipe"].update(generation={"max_new_tokens": 512}),
+        )
+    change(
+        again[1] / "evals/alpaca_eval/result.json",
+        lambda result: result["recipe"].update(generation={"max_new_tokens": 8}),
+    )
     assert "protocol-differs" in codes(compared(one=[two[0], again[0]], two=[two[1], again[1]]))
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_errors_of_0_and_1_are_no_percentages_beside_larger_ones(first: int, two: list[Path]) -> None:
+def test_errors_of_0_and_1_are_no_percentages_beside_larger_ones(
+    first: int, two: list[Path]
+) -> None:
     lm_eval(two[0], [0.0, 0.0, 1.0] * 30, "mae", higher=False)
     lm_eval(two[1], [0.0, 1.0, 3.5] * 30, "mae", higher=False)
     comparison = compared(**{folder.name: [folder] for folder in (two[first], two[1 - first])})
@@ -142,8 +200,14 @@ def test_errors_of_0_and_1_are_no_percentages_beside_larger_ones(first: int, two
 
 def test_a_total_below_one_is_a_share_only_where_its_name_says_so(two: list[Path]) -> None:
     for folder, metric in zip(two, ("bits_per_byte", "acc_norm"), strict=True):
-        change(lm_eval(folder, [0.5] * 20, metric), lambda result: result["tasks"][0].update(value=0.8))
-    units = {score.label: score.unit for score in compared(one=[two[0]], two=[two[1]]).scores if score.label.startswith("t ")}
+        change(
+            lm_eval(folder, [0.5] * 20, metric), lambda result: result["tasks"][0].update(value=0.8)
+        )
+    units = {
+        score.label: score.unit
+        for score in compared(one=[two[0]], two=[two[1]]).scores
+        if score.label.startswith("t ")
+    }
     assert units == {"t bits_per_byte": "number", "t acc_norm": "share"}
 
 
@@ -168,8 +232,14 @@ def test_pairs_without_a_row_are_not_left_out_in_silence(two: list[Path]) -> Non
     folder = two[1] / "evals" / "alpaca_eval"
     samples = folder / "samples" / "samples.jsonl"
     lines = samples.read_text().splitlines()
-    lost = [line for line in lines if json.loads(line)["verdicts"][0]["value"] == json.loads(line)["verdicts"][1]["value"]]
+    lost = [
+        line
+        for line in lines
+        if json.loads(line)["verdicts"][0]["value"] == json.loads(line)["verdicts"][1]["value"]
+    ]
     samples.write_text("\n".join(line for line in lines if line not in lost) + "\n")
-    change(folder / "result.json", lambda result: result["pairs"].update(tie=0, unresolved=len(lost)))
+    change(
+        folder / "result.json", lambda result: result["pairs"].update(tie=0, unresolved=len(lost))
+    )
     with pytest.raises(DataError, match="its counts differ from the stored judgments"):
         compared(one=[two[0]], two=[two[1]])

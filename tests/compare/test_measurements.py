@@ -1,4 +1,6 @@
-"""What stands in a run's files is what is compared: current rows only, torn lines left out, foreign items read."""
+"""What stands in a run's files is what is compared: current rows only, torn lines left out, foreign
+items read.
+"""
 
 from __future__ import annotations
 
@@ -39,22 +41,41 @@ def test_every_measure_has_its_items(run):
 def test_judgments_of_earlier_answers_and_other_judges_do_not_count(run):
     file = run / "evals" / "mt_bench" / "judgments.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    old = [{**lines[0], "key": "old", "answer_hashes": ["0" * 64], "value": 1}, {**lines[1], "key": "other", "judge": "x", "value": 1}]
-    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples]
+    old = [
+        {**lines[0], "key": "old", "answer_hashes": ["0" * 64], "value": 1},
+        {**lines[1], "key": "other", "judge": "x", "value": 1},
+    ]
+    before = [
+        item.value
+        for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples
+    ]
     synthetic_runs.write_lines(file, [*lines, *old])
-    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples] == before
+    assert [
+        item.value
+        for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples
+    ] == before
 
 
 def test_judgments_of_another_rubric_or_of_questions_that_are_no_longer_asked_do_not_count(run):
-    file, answers = run / "evals" / "mt_bench" / "judgments.jsonl", run / "evals" / "mt_bench" / "samples" / "model_answer.jsonl"
+    file, answers = (
+        run / "evals" / "mt_bench" / "judgments.jsonl",
+        run / "evals" / "mt_bench" / "samples" / "model_answer.jsonl",
+    )
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    before = [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples]
-    # The rubric was changed, judged with, and changed back: the same judge graded the same answers, later and otherwise.
+    before = [
+        item.value
+        for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples
+    ]
+    # The rubric was changed, judged with, and changed back: the same judge graded the same answers,
+    # later and otherwise.
     other = [{**line, "key": f"{line['key']}x", "prompt_hash": "p", "value": 1} for line in lines]
     dropped = {**lines[0], "key": "y", "question_id": "999:1", "answer_hashes": ["1" * 64]}
     synthetic_runs.write_lines(file, [dropped, *lines, *other])
     assert "999" not in answers.read_text()
-    assert [item.value for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples] == before
+    assert [
+        item.value
+        for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples
+    ] == before
 
 
 def test_a_result_of_other_judgments_is_refused(run):
@@ -76,8 +97,12 @@ def test_a_damaged_line_costs_a_curve_that_line_alone(run, capsys):
         stream.write('{"step": 41, "lo')
     assert read_run(run).curves[-1]["step"] == 40
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\nnonsense\n{"step": 2}\n')
-    assert [line["step"] for line in read_run(run).curves] == [1, 2] and read_run(run).curves[0]["loss"] is None
-    assert f"{run / 'metrics.jsonl'}:2: this line is damaged and left out" in capsys.readouterr().err
+    assert [line["step"] for line in read_run(run).curves] == [1, 2] and read_run(run).curves[0][
+        "loss"
+    ] is None
+    assert (
+        f"{run / 'metrics.jsonl'}:2: this line is damaged and left out" in capsys.readouterr().err
+    )
 
 
 def test_a_damaged_judgment_is_named_by_its_line(run):
@@ -93,22 +118,45 @@ def test_a_damaged_judgment_is_named_by_its_line(run):
 def test_imported_items_are_read_as_they_are(tmp_path):
     folder = tmp_path / "foreign"
     place = folder / "evals" / "alpaca_eval"
-    synthetic_runs.write_json(folder / "run.json", {"format_version": 1, "name": "foreign", "state": "imported", "updated": "x"})
+    synthetic_runs.write_json(
+        folder / "run.json",
+        {"format_version": 1, "name": "foreign", "state": "imported", "updated": "x"},
+    )
     measures = [{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference"}]
     synthetic_runs.write_json(
-        place / "result.json", {"suite": "alpaca_eval", "eval": "alpaca_eval", "against": "reference", "measures": measures}
+        place / "result.json",
+        {
+            "suite": "alpaca_eval",
+            "eval": "alpaca_eval",
+            "against": "reference",
+            "measures": measures,
+        },
     )
-    rows = [{"metric": "win_rate", "question_id": n, "value": None if n == 0 else 1.0, "outcome": "win"} for n in range(8)]
+    rows = [
+        {"metric": "win_rate", "question_id": n, "value": None if n == 0 else 1.0, "outcome": "win"}
+        for n in range(8)
+    ]
     synthetic_runs.write_lines(place / "items.jsonl", rows)
     measurements = read_measurements({"theirs": [folder]})
     assert measurements.arms["theirs"].imported
     (score,) = build_scores(measurements)
-    assert (score.n, score.unresolved, score.value, score.lowest, score.highest) == (8, 1, 1.0, 0.875, 1.0)
+    assert (score.n, score.unresolved, score.value, score.lowest, score.highest) == (
+        8,
+        1,
+        1.0,
+        0.875,
+        1.0,
+    )
 
 
 def test_an_opponent_is_called_by_its_arm(run, tmp_path):
     other = synthetic_runs.write_run(tmp_path, "r32")
     synthetic_runs.write_alpaca_eval(other, 30, against="r8")
-    measurements = read_measurements({"small": [run], "large": [other], "gone": [tmp_path / "nowhere"]})
-    assert measurements.opponent_name("r8") == "small" and measurements.opponent_name("reference") == "reference"
+    measurements = read_measurements(
+        {"small": [run], "large": [other], "gone": [tmp_path / "nowhere"]}
+    )
+    assert (
+        measurements.opponent_name("r8") == "small"
+        and measurements.opponent_name("reference") == "reference"
+    )
     assert measurements.arms["gone"].runs == ()

@@ -49,7 +49,11 @@ def readme(shared_data):
 
 
 def value(arm: str, table: str, metric: str) -> float:
-    found = [number for number in load_published(FILE).of(arm) if (number.table, number.metric) == (table, metric)]
+    found = [
+        number
+        for number in load_published(FILE).of(arm)
+        if (number.table, number.metric) == (table, metric)
+    ]
     assert len(found) == 1, (arm, table, metric)
     return found[0].value
 
@@ -57,16 +61,28 @@ def value(arm: str, table: str, metric: str) -> float:
 def test_every_number_of_the_four_published_tables_stands_in_the_file(readme):
     published = load_published(FILE)
     compared = set()
-    arms = {"Llama-2-7B base (rank-8 job)": "base", "LoRA r=8": "r8", "Llama-2-7B base (rank-32 job)": "base-r32-job", "LoRA r=32": "r32"}
+    arms = {
+        "Llama-2-7B base (rank-8 job)": "base",
+        "LoRA r=8": "r8",
+        "Llama-2-7B base (rank-32 job)": "base-r32-job",
+        "LoRA r=32": "r32",
+    }
     for row in table_of(readme, "AlpacaEval")[1:]:
         for metric, cell in zip(("win", "loss", "tie", "mean_score"), row[1:], strict=True):
             assert value(arms[row[0]], "alpaca_eval", metric) == float(cell)
             compared.add((arms[row[0]], "alpaca_eval", metric))
     for row in table_of(readme, "MT-Bench")[1:]:
-        number = next(number for number in published.of(row[0].replace("=", "")) if number.table == "mt_bench")
+        number = next(
+            number for number in published.of(row[0].replace("=", "")) if number.table == "mt_bench"
+        )
         assert (number.value, list(number.interval or ())) == (float(row[1]), json.loads(row[2]))
         compared.add((number.arm, "mt_bench", "mean"))
-    names = {"MMLU": "mmlu", "ARC-Challenge": "arc_challenge", "ARC-Easy": "arc_easy", "GSM8K": "gsm8k"}
+    names = {
+        "MMLU": "mmlu",
+        "ARC-Challenge": "arc_challenge",
+        "ARC-Easy": "arc_easy",
+        "GSM8K": "gsm8k",
+    }
     for row in table_of(readme, "lm-eval")[1:]:
         for arm, cell in zip(("base", "r8", "r32"), row[2:], strict=True):
             assert value(arm, "lm_eval", names[row[0]]) == float(cell)
@@ -76,17 +92,24 @@ def test_every_number_of_the_four_published_tables_stands_in_the_file(readme):
         for arm, cell in zip(("ddp-qlora", "fsdp-bf16"), row[1:], strict=True):
             assert value(arm, "two_gpus", metric) == float(cell.replace(",", ""))
             compared.add((arm, "two_gpus", metric))
-    assert {(number.arm, number.table, number.metric) for number in published.numbers if number.table not in ("one_gpu", "two_gpus")} == {
-        entry for entry in compared if entry[1] != "two_gpus"
-    }
+    assert {
+        (number.arm, number.table, number.metric)
+        for number in published.numbers
+        if number.table not in ("one_gpu", "two_gpus")
+    } == {entry for entry in compared if entry[1] != "two_gpus"}
 
 
 def test_every_number_of_the_published_section_stands_somewhere_in_the_file(readme):
-    section = readme[readme.index("Published numbers of the original report") : readme.index("Acceptance band")]
+    section = readme[
+        readme.index("Published numbers of the original report") : readme.index("Acceptance band")
+    ]
     text = FILE.read_text(encoding="utf-8").replace(",", "")
-    numbers = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\d)", section.replace(",", "")))
+    numbers = set(
+        re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\d)", section.replace(",", ""))
+    )
     flat = {float(found) for found in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", text)}
-    # The first 6,371 rows of the copy are in the Hub's order: a fact of the copy, not of the report.
+    # The first 6,371 rows of the copy are in the Hub's order: a fact of the copy, not of the
+    # report.
     missing = {number for number in numbers if float(number) not in flat} - {"6371"}
     assert len(numbers) > 80
     assert not missing
@@ -96,13 +119,23 @@ def test_the_numbers_are_those_of_the_original_files(shared_data):
     folder = shared_data / "original_study"
     for arm, name in (("base", "baseline"), ("r8", "finetuned")):
         summary = json.loads((folder / f"alpaca_eval_rank_8/{name}/summary.json").read_text())
-        assert value(arm, "alpaca_eval", "win") == pytest.approx(summary["win_rate_vs_baseline"], abs=0.005)
-        assert value(arm, "alpaca_eval", "mean_score") == pytest.approx(summary["average_score"], abs=0.0051)
+        assert value(arm, "alpaca_eval", "win") == pytest.approx(
+            summary["win_rate_vs_baseline"], abs=0.005
+        )
+        assert value(arm, "alpaca_eval", "mean_score") == pytest.approx(
+            summary["average_score"], abs=0.0051
+        )
         with (folder / f"alpaca_eval_rank_8/{name}/detailed_results.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        assert len(rows) == next(number.n for number in load_published(FILE).of(arm) if number.table == "alpaca_eval")
+        assert len(rows) == next(
+            number.n for number in load_published(FILE).of(arm) if number.table == "alpaca_eval"
+        )
     found = json.loads((folder / "lm_eval/extended_eval_results_rank_8.json").read_text())
-    for task, metric in (("mmlu", "acc,none"), ("arc_challenge", "acc_norm,none"), ("gsm8k", "exact_match,flexible-extract")):
+    for task, metric in (
+        ("mmlu", "acc,none"),
+        ("arc_challenge", "acc_norm,none"),
+        ("gsm8k", "exact_match,flexible-extract"),
+    ):
         number = next(number for number in load_published(FILE).of("r8") if number.metric == task)
         assert number.value == pytest.approx(found["results"][task][metric], abs=0.00005)
         if "n-samples" in found:
@@ -115,7 +148,11 @@ def test_a_number_stands_beside_our_metric_in_our_unit():
     grade = published.beside("r32", "mt_bench/grade")
     assert win is not None and (win.shown, win.ours, win.n) == ("85.00", 0.85, 800)
     assert any("always Response A" in note for note in win.protocol)
-    assert grade is not None and grade.ours == pytest.approx(3.0185) and grade.our_interval == pytest.approx((2.809, 3.2285))
+    assert (
+        grade is not None
+        and grade.ours == pytest.approx(3.0185)
+        and grade.our_interval == pytest.approx((2.809, 3.2285))
+    )
     assert grade.notes and published.beside("r8", "lm_eval/winogrande/acc") is None
     assert published.arms == ["base", "r8", "base-r32-job", "r32", "ddp-qlora", "fsdp-bf16"]
 
@@ -125,7 +162,12 @@ BAD_NUMBERS = [
     ("win: 50", "wins: 50", 9, ["no metric 'wins'", "did you mean win?"]),
     ("win: 50", "win: fifty", 9, ["must be a number", "'fifty'"]),
     ("win: 50", "win: .nan", 9, ["must be a number", ".nan"]),
-    ("win: 50", "win: {value: 50, interval: [60, 70]}", 9, ["50 is not within its interval [60, 70]"]),
+    (
+        "win: 50",
+        "win: {value: 50, interval: [60, 70]}",
+        9,
+        ["50 is not within its interval [60, 70]"],
+    ),
     ("win: 50", "win: {value: 50, interval: [60]}", 9, ["interval"]),
     ("win: 50", "win: {value: 50, ci: [40, 60]}", 9, ["unknown key", "ci"]),
     ("n: 10", "n: 0", 6, ["whole number >= 1"]),
@@ -143,7 +185,9 @@ def test_a_wrong_file_is_answered_with_file_and_line(tmp_path, old, new, line, w
     with pytest.raises(RecipeErrors) as caught:
         load_published(written(tmp_path, MINIMAL.replace(old, new)))
     errors = [error for error in caught.value.errors if error.line == line]
-    assert errors and all(any(word in str(error) for error in errors) for word in words), str(caught.value)
+    assert errors and all(any(word in str(error) for error in errors) for word in words), str(
+        caught.value
+    )
 
 
 def test_no_table_is_an_error(tmp_path):

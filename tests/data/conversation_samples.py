@@ -7,8 +7,8 @@ TURNS = [
     {"role": "assistant", "content": "Second."},
 ]
 MARKED = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{% if message['role']"
+    " == 'assistant' %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{%"
+    " else %}{{ message['content'] }}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}{% if"
+    " add_generation_prompt %}<|assistant|>\n{% endif %}"
 )

@@ -12,7 +12,11 @@ from recipes_lib.recipe.sections import DataSection
 def named_rows(path, prompt_format="dolly", columns=None, **keys):
     """The rows of a file, or the error for those that cannot be used."""
     bad = BadRows()
-    rows = read_data(DataSection(source=str(path), prompt_format=prompt_format, columns=columns or {}, **keys), [], bad)
+    rows = read_data(
+        DataSection(source=str(path), prompt_format=prompt_format, columns=columns or {}, **keys),
+        [],
+        bad,
+    )
     if bad.found:
         raise bad.error(rows.num_read)
     return rows
@@ -33,14 +37,26 @@ def read(named):
 @pytest.mark.parametrize(
     ("row", "prompt_format", "found", "suggestion"),
     [
-        ({"instruction": "", "context": "", "response": "", "category": ""}, "raw", "instruction, context, response, category", "dolly"),
-        ({"instruction": "", "input": "", "output": ""}, "raw", "instruction, input, output", "alpaca"),
+        (
+            {"instruction": "", "context": "", "response": "", "category": ""},
+            "raw",
+            "instruction, context, response, category",
+            "dolly",
+        ),
+        (
+            {"instruction": "", "input": "", "output": ""},
+            "raw",
+            "instruction, input, output",
+            "alpaca",
+        ),
         ({"messages": []}, "dolly", "messages", "chat"),
         ({"conversations": []}, "alpaca", "conversations", "chat"),
         ({"prompt": "", "completion": ""}, "dolly", "prompt, completion", "raw"),
     ],
 )
-def test_case_36_columns_of_another_format_name_the_format_to_try(read, row, prompt_format, found, suggestion):
+def test_case_36_columns_of_another_format_name_the_format_to_try(
+    read, row, prompt_format, found, suggestion
+):
     with pytest.raises(SettingError) as caught:
         read([row], prompt_format)
     assert caught.value.key == "data.prompt_format"
@@ -51,13 +67,21 @@ def test_case_36_columns_of_another_format_name_the_format_to_try(read, row, pro
 def test_unknown_columns_are_told_how_to_be_named(read):
     with pytest.raises(SettingError) as caught:
         read([{"question": "a", "answer": "b"}])
-    assert "expected instruction+response" in caught.value.what and "data.columns" in caught.value.hints[0]
+    assert (
+        "expected instruction+response" in caught.value.what
+        and "data.columns" in caught.value.hints[0]
+    )
 
 
 def test_columns_are_mapped(read):
     [example] = read(
         [{"question": "a", "answer": "b", "passage": "c", "kind": "d"}],
-        columns={"instruction": "question", "response": "answer", "context": "passage", "category": "kind"},
+        columns={
+            "instruction": "question",
+            "response": "answer",
+            "context": "passage",
+            "category": "kind",
+        },
     )
     assert example.fields == {"instruction": "a", "response": "b", "context": "c"}
     assert example.category == "d"
@@ -69,7 +93,11 @@ def test_alpaca_names_need_no_mapping(read):
 
 
 @pytest.mark.parametrize(
-    ("columns", "words"), [({"respons": "answer"}, "unknown name 'respons'"), ({"response": "answr"}, "no column 'answr'")]
+    ("columns", "words"),
+    [
+        ({"respons": "answer"}, "unknown name 'respons'"),
+        ({"response": "answr"}, "no column 'answr'"),
+    ],
 )
 def test_a_wrong_mapping_names_the_nearest(read, columns, words):
     with pytest.raises(SettingError, match=words) as caught:
@@ -84,10 +112,15 @@ def test_case_37_no_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "type_name"), [(None, "None"), (3, "int"), (float("nan"), "float nan"), (["a"], "list"), ({"a": 1}, "dict")]
+    ("value", "type_name"),
+    [(None, "None"), (3, "int"), (float("nan"), "float nan"), (["a"], "list"), ({"a": 1}, "dict")],
 )
-@pytest.mark.parametrize(("prompt_format", "column"), [("dolly", "response"), ("chat", "response"), ("raw", "text")])
-def test_case_42_a_value_that_is_no_text_names_line_column_and_type(write_jsonl, value, type_name, prompt_format, column):
+@pytest.mark.parametrize(
+    ("prompt_format", "column"), [("dolly", "response"), ("chat", "response"), ("raw", "text")]
+)
+def test_case_42_a_value_that_is_no_text_names_line_column_and_type(
+    write_jsonl, value, type_name, prompt_format, column
+):
     good = {"instruction": "a", "response": "b", "text": "c"}
     path = write_jsonl([good, good | {column: value}, good, good | {column: value}])
     with pytest.raises(DataError) as caught:
@@ -99,7 +132,10 @@ def test_case_42_a_value_that_is_no_text_names_line_column_and_type(write_jsonl,
 
 
 def test_messages_as_prompt_and_completion_need_chat(read):
-    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    row = {
+        "prompt": [{"role": "user", "content": "a"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    }
     assert read([row], "chat")[0].fields == row
     with pytest.raises(DataError, match="column 'prompt': expected text, found list"):
         read([row], "raw")
@@ -113,13 +149,22 @@ def test_a_column_missing_in_one_row_is_said_so(read):
 
 
 def test_a_missing_context_is_an_empty_one(named):
-    rows = named([{"instruction": "a", "context": None, "response": "b"}, {"instruction": "a", "context": "", "response": "b"}])
+    rows = named(
+        [
+            {"instruction": "a", "context": None, "response": "b"},
+            {"instruction": "a", "context": "", "response": "b"},
+        ]
+    )
     assert next(rows.examples()).fields["context"] == "" and rows.content(0) == rows.content(1)
 
 
 def test_case_43_a_lone_surrogate_names_line_and_position(write_jsonl):
-    path = write_jsonl([{"instruction": "a", "response": "b"}, {"instruction": "a", "response": "x\ud83dy"}])
-    with pytest.raises(DataError, match=r"column 'response': lone surrogate '\\ud83d' at character 1") as caught:
+    path = write_jsonl(
+        [{"instruction": "a", "response": "b"}, {"instruction": "a", "response": "x\ud83dy"}]
+    )
+    with pytest.raises(
+        DataError, match=r"column 'response': lone surrogate '\\ud83d' at character 1"
+    ) as caught:
         named_rows(path)
     assert caught.value.line == 2
     assert str(caught.value).encode()  # the message itself must be printable
@@ -142,7 +187,9 @@ def test_case_51_ids_must_be_there_unique_and_of_one_type(read, ids, words):
 
 
 def test_an_id_column_can_be_left_alone(read):
-    examples = read([{"id": "a", "instruction": f"{i}", "response": "b"} for i in range(2)], columns={"id": ""})
+    examples = read(
+        [{"id": "a", "instruction": f"{i}", "response": "b"} for i in range(2)], columns={"id": ""}
+    )
     assert len({example.id for example in examples}) == 2
 
 
@@ -150,12 +197,16 @@ def test_ids_do_not_depend_on_order_format_or_extra_columns(read):
     rows = [{"instruction": f"{i}", "context": "", "response": "b"} for i in range(5)]
     ids = [example.id for example in read(rows)]
     assert [example.id for example in read(rows[::-1])][::-1] == ids
-    assert [example.id for example in read([row | {"category": "x"} for row in rows], "alpaca")] == ids
+    assert [
+        example.id for example in read([row | {"category": "x"} for row in rows], "alpaca")
+    ] == ids
     assert [example.id for example in read(rows, "chat")] == ids
 
 
 def test_exact_duplicates_share_content_but_not_the_id(named):
-    rows = named([{"instruction": "a ", "response": "b\r\nc"}, {"instruction": "a", "response": "b\nc"}])
+    rows = named(
+        [{"instruction": "a ", "response": "b\r\nc"}, {"instruction": "a", "response": "b\nc"}]
+    )
     assert rows.content(0) == rows.content(1) and rows.ids[1] == f"{rows.ids[0]}#2"
 
 
@@ -170,14 +221,36 @@ TASK = {"instruction": "a", "response": "b"}
         ({**TASK, "system": "Be brief."}, "alpaca", "system"),
         ({"text": "a", "tools": [{"name": "f"}]}, "raw", "tools"),
         ({"messages": TURNS, "tools": '[{"name": "f"}]'}, "chat", "tools"),
-        ({"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}}, "chat", "chat_template_kwargs"),
-        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f"}]}]}, "chat", "messages.tool_calls"),
-        ({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "chat", "messages.tool_calls"),
-        ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]}, "chat", "messages.reasoning_content"),
-        ({"prompt": TURNS[:1], "completion": [{**TURNS[1], "thinking": "Hm."}]}, "chat", "messages.thinking"),
+        (
+            {"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}},
+            "chat",
+            "chat_template_kwargs",
+        ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f"}]}]},
+            "chat",
+            "messages.tool_calls",
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+            "chat",
+            "messages.tool_calls",
+        ),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]},
+            "chat",
+            "messages.reasoning_content",
+        ),
+        (
+            {"prompt": TURNS[:1], "completion": [{**TURNS[1], "thinking": "Hm."}]},
+            "chat",
+            "messages.thinking",
+        ),
     ],
 )
-def test_a_column_or_key_that_changes_what_a_row_says_is_refused_by_name_until_the_recipe_drops_it(read, row, prompt_format, name):
+def test_a_column_or_key_that_changes_what_a_row_says_is_refused_by_name_until_the_recipe_drops_it(
+    read, row, prompt_format, name
+):
     with pytest.raises(DataError) as caught:
         read([row], prompt_format)
     assert caught.value.line == 1 and caught.value.what.startswith(f"{name}: not supported")
@@ -186,7 +259,9 @@ def test_a_column_or_key_that_changes_what_a_row_says_is_refused_by_name_until_t
         assert len(read([row], prompt_format, drop_columns=[name])) == 1
 
 
-@pytest.mark.parametrize("value", [None, "", [], {}, [None], {"name": None}, "[]", "{}", "null", " "])
+@pytest.mark.parametrize(
+    "value", [None, "", [], {}, [None], {"name": None}, "[]", "{}", "null", " "]
+)
 def test_a_column_that_says_nothing_changes_nothing(read, value):
     assert len(read([{"messages": TURNS, "tools": value, "history": value}], "chat")) == 1
 
@@ -197,20 +272,41 @@ def test_a_system_column_is_the_system_message(read):
     [other_name] = read([{**TASK, "system_prompt": "Be brief."}], "chat")
     [empty] = read([{**TASK, "system": None}], "chat")
     for example in (alone, task, other_name):
-        assert conversation_of(example, "the recipe's")[0] == {"role": "system", "content": "Be brief."}
-    assert conversation_of(empty, "the recipe's")[0] == {"role": "system", "content": "the recipe's"}
+        assert conversation_of(example, "the recipe's")[0] == {
+            "role": "system",
+            "content": "Be brief.",
+        }
+    assert conversation_of(empty, "the recipe's")[0] == {
+        "role": "system",
+        "content": "the recipe's",
+    }
     with pytest.raises(DataError, match="a system message and another text in column 'system'"):
-        read([{"messages": [{"role": "system", "content": "Be long."}, *TURNS], "system": "Be brief."}], "chat")
+        read(
+            [
+                {
+                    "messages": [{"role": "system", "content": "Be long."}, *TURNS],
+                    "system": "Be brief.",
+                }
+            ],
+            "chat",
+        )
 
 
 def test_rows_that_differ_in_the_system_column_or_a_weight_are_no_duplicates(named):
     silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]
-    rows = [{"messages": TURNS * 2}, {"messages": TURNS * 2, "system": "Be brief."}, {"messages": silent}]
+    rows = [
+        {"messages": TURNS * 2},
+        {"messages": TURNS * 2, "system": "Be brief."},
+        {"messages": silent},
+    ]
     assert len(set(named(rows, "chat").contents())) == 3
 
 
 def test_columns_that_nothing_reads_are_listed(named):
-    rows = [{"messages": TURNS, "source": "web", "category": "a"}, {"messages": TURNS, "source": "web", "score": 3}]
+    rows = [
+        {"messages": TURNS, "source": "web", "category": "a"},
+        {"messages": TURNS, "source": "web", "score": 3},
+    ]
     [(file, columns)] = named(rows, "chat").unused_columns().items()
     assert file.endswith("rows.jsonl") and columns == ["source", "score"]
 
@@ -222,12 +318,23 @@ def test_a_message_key_that_says_what_is_learned_cannot_be_dropped(read):
 
 def test_all_bad_rows_are_named_at_once_and_counted_by_what_is_wrong(named):
     good = {"messages": TURNS}
-    rows = [good, {"messages": TURNS[:1]}, {"messages": TURNS, "tools": [{"name": "f"}]}, {"messages": None}]
-    rows += [{"messages": [{"role": "tool", "content": "x"}]}, {"messages": TURNS[:1]}, {**good, "messages": TURNS[:1]}]
+    rows = [
+        good,
+        {"messages": TURNS[:1]},
+        {"messages": TURNS, "tools": [{"name": "f"}]},
+        {"messages": None},
+    ]
+    rows += [
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": TURNS[:1]},
+        {**good, "messages": TURNS[:1]},
+    ]
     with pytest.raises(DataError) as caught:
         named(rows, "chat")
     said = str(caught.value)
-    assert caught.value.line == 2 and "rows.jsonl:2: no assistant turn" in said and "2 more: " in said
+    assert (
+        caught.value.line == 2 and "rows.jsonl:2: no assistant turn" in said and "2 more: " in said
+    )
     for words in (
         "rows.jsonl:3: tools: not supported",
         "rows.jsonl:4: column 'messages'",
@@ -241,4 +348,8 @@ def test_ids_of_another_type_than_the_first_are_each_named_and_skipped(write_jso
     bad = BadRows()
     path = write_jsonl([{"id": id, **TASK} for id in (1, "a", 2, "b")])
     rows = read_data(DataSection(source=str(path)), [], bad)
-    assert rows.ids == ["1", "2"] and [example.line for example, _ in bad.found] == [2, 4] and rows.num_read == 4
+    assert (
+        rows.ids == ["1", "2"]
+        and [example.line for example, _ in bad.found] == [2, 4]
+        and rows.num_read == 4
+    )

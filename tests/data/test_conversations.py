@@ -12,9 +12,18 @@ def turns(*roles: str) -> list[dict[str, str]]:
 
 def test_sharegpt_spelling_is_ours_in_other_words():
     messages = read_messages(
-        [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "conversations"
+        [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "a"},
+            {"from": "gpt", "value": "b"},
+        ],
+        "conversations",
     )
-    assert messages == [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert messages == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +51,10 @@ def test_a_bad_message_is_described(value, words):
         (("user",), "no assistant turn"),
         (("user", "user", "assistant"), "message 1 is user, expected assistant"),
         (("assistant", "user", "assistant"), "message 0 is assistant, expected user"),
-        (("system", "user", "assistant", "system", "assistant"), "message 3 is system, expected user"),
+        (
+            ("system", "user", "assistant", "system", "assistant"),
+            "message 3 is system, expected user",
+        ),
         (("user", "assistant", "user"), "the last message is not the assistant's"),
     ],
 )
@@ -59,7 +71,10 @@ def test_good_orders_have_no_problem():
 
 def test_a_task_becomes_one_user_and_one_assistant_turn():
     example = Example("f", 1, 1, {"instruction": "Do.", "context": "C", "response": "R"})
-    assert conversation_of(example, None) == [{"role": "user", "content": "Do.\n\nC"}, {"role": "assistant", "content": "R"}]
+    assert conversation_of(example, None) == [
+        {"role": "user", "content": "Do.\n\nC"},
+        {"role": "assistant", "content": "R"},
+    ]
     assert conversation_of(example, "S")[0] == {"role": "system", "content": "S"}
 
 
@@ -70,13 +85,21 @@ def test_a_system_message_of_the_row_wins_over_the_recipe_s():
 
 def test_a_content_of_text_parts_is_their_text_and_any_other_part_is_named():
     parts = [{"type": "text", "text": "One "}, {"type": "text", "text": "two."}]
-    assert read_messages([{"role": "user", "content": parts}], "messages") == [{"role": "user", "content": "One two."}]
+    assert read_messages([{"role": "user", "content": parts}], "messages") == [
+        {"role": "user", "content": "One two."}
+    ]
     with pytest.raises(BadRow, match="message 0: content part 1 is 'image'; only "):
-        read_messages([{"role": "user", "content": [parts[0], {"type": "image", "image": "a.png"}]}], "messages")
+        read_messages(
+            [{"role": "user", "content": [parts[0], {"type": "image", "image": "a.png"}]}],
+            "messages",
+        )
 
 
 def test_only_a_weight_of_nought_or_one_is_understood():
-    turns = [{"role": "user", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 0}]
+    turns = [
+        {"role": "user", "content": "a", "weight": 0},
+        {"role": "assistant", "content": "b", "weight": 0},
+    ]
     assert ["weight" in message for message in read_messages(turns, "messages")] == [False, True]
     for role, weight in (("assistant", 0.5), ("assistant", -1), ("user", 1), ("assistant", "0")):
         with pytest.raises(BadRow, match="is not supported: an assistant turn may have 0"):
@@ -93,4 +116,7 @@ def test_a_message_in_two_spellings_that_differ_is_refused():
 def test_a_conversation_that_ends_with_the_user_says_what_to_do():
     with pytest.raises(BadRow) as caught:
         check_roles(turns("user", "assistant", "user"))
-    assert "message 2 is the user's" in caught.value.what and "cut the conversation" in caught.value.hint
+    assert (
+        "message 2 is the user's" in caught.value.what
+        and "cut the conversation" in caught.value.hint
+    )

@@ -27,8 +27,12 @@ def test_every_text_format_gives_the_same_rows(tmp_path):
     (tmp_path / "lines.json").write_text(lines, encoding="utf-8")
     (tmp_path / "b.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
     (tmp_path / "c.json").write_text(json.dumps({"data": ROWS}), encoding="utf-8")
-    (tmp_path / "d.csv").write_text('instruction,response\na,"é, ""b""\nc"\nd,e\n', encoding="utf-8")
-    (tmp_path / "e.tsv").write_text('instruction\tresponse\na\t"é, ""b""\nc"\nd\te\n', encoding="utf-8")
+    (tmp_path / "d.csv").write_text(
+        'instruction,response\na,"é, ""b""\nc"\nd,e\n', encoding="utf-8"
+    )
+    (tmp_path / "e.tsv").write_text(
+        'instruction\tresponse\na\t"é, ""b""\nc"\nd\te\n', encoding="utf-8"
+    )
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     for path in sorted(tmp_path.iterdir()):
         table = read_file(path)
@@ -82,7 +86,13 @@ def test_a_line_that_is_no_object_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [('[\n{"x": "1"},\n{"x" "2"}]', 3), ('[\n{"x": "1"}\n', 3), ('{"a":\n', 2), ('{"a": 1,\n "b": 2}', 1)]
+    ("text", "line"),
+    [
+        ('[\n{"x": "1"},\n{"x" "2"}]', 3),
+        ('[\n{"x": "1"}\n', 3),
+        ('{"a":\n', 2),
+        ('{"a": 1,\n "b": 2}', 1),
+    ],
 )
 def test_damaged_json_is_named_with_its_line(tmp_path, text, line):
     path = tmp_path / "a.json"
@@ -92,13 +102,18 @@ def test_damaged_json_is_named_with_its_line(tmp_path, text, line):
 
 def test_a_truncated_gzip_says_how_far_it_goes(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b"".join(b'{"x": "%d"}\n' % (i * 7919) for i in range(5000)))[:-2000])
+    path.write_bytes(
+        gzip.compress(b"".join(b'{"x": "%d"}\n' % (i * 7919) for i in range(5000)))[:-2000]
+    )
     error = failure(path)
     assert "truncated" in error.what and error.line > 1
 
 
 def test_a_changed_byte_anywhere_in_a_gzip_is_the_files_fault(tmp_path):
-    whole, path = gzip.compress(b"".join(b'{"x": "%d"}\n' % (i * 7919) for i in range(2000))), tmp_path / "a.jsonl.gz"
+    whole, path = (
+        gzip.compress(b"".join(b'{"x": "%d"}\n' % (i * 7919) for i in range(2000))),
+        tmp_path / "a.jsonl.gz",
+    )
     kinds = set()
     for place in range(12, len(whole), len(whole) // 100):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
@@ -120,7 +135,8 @@ def test_csv_with_nul_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "word"), [("x,y\n1,2\n3\n", 3, "1 fields"), ("x,x\n1,2\n", 1, "twice"), ('x,y\n"1,2\n', 2, "CSV")]
+    ("text", "line", "word"),
+    [("x,y\n1,2\n3\n", 3, "1 fields"), ("x,x\n1,2\n", 1, "twice"), ('x,y\n"1,2\n', 2, "CSV")],
 )
 def test_damaged_csv_is_named(tmp_path, text, line, word):
     path = tmp_path / "a.csv"
@@ -151,15 +167,27 @@ def failure_of_unknown(folder) -> DataError:
 def test_another_delimiter_is_an_option_and_its_lack_is_one_line(tmp_path):
     (tmp_path / "a.csv").write_text('instruction;response\n"a;b";c\n')
     error = failure(tmp_path / "a.csv")
-    assert error.line == 1 and "separated by ';'" in error.what and 'data.delimiter: ";"' in error.hints[0]
-    assert read_file(tmp_path / "a.csv", delimiter=";").rows == [{"instruction": "a;b", "response": "c"}]
+    assert (
+        error.line == 1
+        and "separated by ';'" in error.what
+        and 'data.delimiter: ";"' in error.hints[0]
+    )
+    assert read_file(tmp_path / "a.csv", delimiter=";").rows == [
+        {"instruction": "a;b", "response": "c"}
+    ]
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16", "utf-16-le", "utf-32", "shift_jis"])
+@pytest.mark.parametrize(
+    "encoding", ["latin-1", "cp1252", "utf-16", "utf-16-le", "utf-32", "shift_jis"]
+)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_another_encoding_is_an_option(encoding, name, tmp_path):
     row = {"x": "あ" if encoding == "shift_jis" else "é"}
-    texts = {"a.jsonl": json.dumps(row, ensure_ascii=False), "a.json": json.dumps([row], ensure_ascii=False), "a.csv": f"x\n{row['x']}"}
+    texts = {
+        "a.jsonl": json.dumps(row, ensure_ascii=False),
+        "a.json": json.dumps([row], ensure_ascii=False),
+        "a.csv": f"x\n{row['x']}",
+    }
     (tmp_path / name).write_bytes((texts[name] + "\n").encode(encoding))
     assert read_file(tmp_path / name, encoding=encoding).rows == [row]
 
@@ -187,9 +215,14 @@ def test_json_beyond_what_python_reads_is_one_line(text, tmp_path):
 
 
 def test_what_stands_beside_the_list_of_rows_is_not_ignored(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"data": ROWS, "system": "Be brief.", "test": []}, indent=1))
+    (tmp_path / "a.json").write_text(
+        json.dumps({"data": ROWS, "system": "Be brief.", "test": []}, indent=1)
+    )
     error = failure(tmp_path / "a.json")
-    assert error.what == "beside the list 'data' there is system, which would be ignored" and "jq .data" in error.hints[0]
+    assert (
+        error.what == "beside the list 'data' there is system, which would be ignored"
+        and "jq .data" in error.hints[0]
+    )
     (tmp_path / "a.json").write_text(json.dumps({"data": ROWS, "test": []}, indent=1))
     assert read_file(tmp_path / "a.json").rows == ROWS
 

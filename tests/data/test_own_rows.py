@@ -14,9 +14,21 @@ from recipes_lib.errors import DataError
     ("row", "prompt_format", "columns"),
     [
         ({"instruction": "a", "response": "b"}, "dolly", {}),
-        ({"question": "a", "answer": "b"}, "dolly", {"instruction": "question", "response": "answer"}),
-        ({"instruction": "a", "input": "c", "output": "b"}, "dolly", {"context": "input", "response": "output"}),
-        ({"input": "a", "output": "b"}, "dolly", {"instruction": "input", "response": "output", "context": ""}),
+        (
+            {"question": "a", "answer": "b"},
+            "dolly",
+            {"instruction": "question", "response": "answer"},
+        ),
+        (
+            {"instruction": "a", "input": "c", "output": "b"},
+            "dolly",
+            {"context": "input", "response": "output"},
+        ),
+        (
+            {"input": "a", "output": "b"},
+            "dolly",
+            {"instruction": "input", "response": "output", "context": ""},
+        ),
         ({"messages": []}, "chat", {}),
         ({"conversations": []}, "chat", {"messages": "conversations"}),
         ({"prompt": "a", "completion": "b"}, "raw", {}),
@@ -59,7 +71,13 @@ def as_saved_folder(path: Path, rows: list[dict[str, str]]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "write"),
-    [("a.json", as_json), ("b.json", as_object), ("c.csv", as_csv), ("d.parquet", as_parquet), ("folder", as_saved_folder)],
+    [
+        ("a.json", as_json),
+        ("b.json", as_object),
+        ("c.csv", as_csv),
+        ("d.parquet", as_parquet),
+        ("folder", as_saved_folder),
+    ],
 )
 def test_every_kind_of_file_is_looked_into(name, write, tmp_path):
     write(tmp_path / name, [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
@@ -87,11 +105,18 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_place(name, content, lin
     assert str(refused.value.file).endswith(name) and refused.value.line == line
 
 
-@pytest.mark.parametrize(("name", "sign"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ";"), ("a.csv.gz", ";")])
+@pytest.mark.parametrize(
+    ("name", "sign"),
+    [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ";"), ("a.csv.gz", ";")],
+)
 def test_the_sign_between_the_columns_is_found(name, sign, tmp_path):
     content = f"instruction{sign}response\na{sign}b\n".encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert look_at(tmp_path / name).delimiter == sign
     own = "\t" if name == "a.tsv" else ","
-    (tmp_path / name).write_bytes((gzip.compress if name.endswith(".gz") else bytes)(content.replace(sign.encode(), own.encode())))
+    (tmp_path / name).write_bytes(
+        (gzip.compress if name.endswith(".gz") else bytes)(
+            content.replace(sign.encode(), own.encode())
+        )
+    )
     assert look_at(tmp_path / name).delimiter is None

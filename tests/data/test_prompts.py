@@ -12,14 +12,23 @@ def section(prompt_format: str = "dolly", **keys) -> DataSection:
 
 
 def test_dolly_is_the_original_study_s_format():
-    assert task_prompt("dolly", "Do.", "Ctx.") == "### Instruction:\nDo.\n\n### Context:\nCtx.\n\n### Response:\n"
+    assert (
+        task_prompt("dolly", "Do.", "Ctx.")
+        == "### Instruction:\nDo.\n\n### Context:\nCtx.\n\n### Response:\n"
+    )
     assert task_prompt("dolly", "Do.", " \n") == "### Instruction:\nDo.\n\n### Response:\n"
 
 
 def test_alpaca_is_stanford_s_format():
-    assert task_prompt("alpaca", "Do.").startswith("Below is an instruction that describes a task. Write a response")
-    assert task_prompt("alpaca", "Do.", "In.").endswith("### Instruction:\nDo.\n\n### Input:\nIn.\n\n### Response:")
-    assert "paired with an input that provides further context" in task_prompt("alpaca", "Do.", "In.")
+    assert task_prompt("alpaca", "Do.").startswith(
+        "Below is an instruction that describes a task. Write a response"
+    )
+    assert task_prompt("alpaca", "Do.", "In.").endswith(
+        "### Instruction:\nDo.\n\n### Input:\nIn.\n\n### Response:"
+    )
+    assert "paired with an input that provides further context" in task_prompt(
+        "alpaca", "Do.", "In."
+    )
 
 
 def test_braces_in_the_data_are_left_alone():
@@ -27,20 +36,37 @@ def test_braces_in_the_data_are_left_alone():
 
 
 def test_the_generation_prompt_is_the_training_prompt(tiny_tokenizer):
-    assert generation_prompt(section(), tiny_tokenizer, instruction="Do.", context="C") == task_prompt("dolly", "Do.", "C")
+    assert generation_prompt(
+        section(), tiny_tokenizer, instruction="Do.", context="C"
+    ) == task_prompt("dolly", "Do.", "C")
     assert generation_prompt(section("raw"), tiny_tokenizer, instruction="Do.") == "Do."
-    chat = generation_prompt(section("chat", system_prompt="Brief."), tiny_tokenizer, instruction="Do.")
+    chat = generation_prompt(
+        section("chat", system_prompt="Brief."), tiny_tokenizer, instruction="Do."
+    )
     assert chat == "<s><|system|>\nBrief.</s>\n<|user|>\nDo.</s>\n<|assistant|>\n"
 
 
 def test_earlier_turns_of_a_plain_format_are_repeated_as_trained(tiny_tokenizer):
-    turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "a."}, {"role": "user", "content": "B?"}]
+    turns = [
+        {"role": "user", "content": "A?"},
+        {"role": "assistant", "content": "a."},
+        {"role": "user", "content": "B?"},
+    ]
     prompt = generation_prompt(section(), tiny_tokenizer, messages=turns)
-    assert prompt == "### Instruction:\nA?\n\n### Response:\na.\n\n### Instruction:\nB?\n\n### Response:\n"
+    assert (
+        prompt
+        == "### Instruction:\nA?\n\n### Response:\na.\n\n### Instruction:\nB?\n\n### Response:\n"
+    )
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"instruction": "a", "messages": []}, {"messages": []}, {"messages": [{"role": "assistant", "content": "a"}]}]
+    "keys",
+    [
+        {},
+        {"instruction": "a", "messages": []},
+        {"messages": []},
+        {"messages": [{"role": "assistant", "content": "a"}]},
+    ],
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(tiny_tokenizer, keys):
     with pytest.raises(ValueError, match=r"either an instruction|must end with a user turn"):
@@ -56,7 +82,10 @@ def test_case_46_chat_without_a_template_names_the_keys(tiny_tokenizer, monkeypa
 
 def test_a_template_may_be_inline_or_a_file_beside_the_recipe(tiny_tokenizer, tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ messages }}")
-    assert chat_template(section("chat", chat_template="mine.jinja"), tiny_tokenizer, [tmp_path]) == "{{ messages }}"
+    assert (
+        chat_template(section("chat", chat_template="mine.jinja"), tiny_tokenizer, [tmp_path])
+        == "{{ messages }}"
+    )
     assert chat_template(section("chat", chat_template="{{ m }}"), tiny_tokenizer) == "{{ m }}"
     with pytest.raises(SettingError, match=r"no such file: other\.jinja"):
         chat_template(section("chat", chat_template="other.jinja"), tiny_tokenizer, [tmp_path])
@@ -71,6 +100,8 @@ def test_the_format_hash_changes_with_everything_that_shapes_a_prompt(tiny_token
         section("chat", system_prompt="x"),
         section("chat", chat_template="{{ m }}"),
     ]
-    hashes = [format_hash(one, tiny_tokenizer) for one in sections] + [format_hash(section(), tiny_tokenizer, eos_token="<unk>")]
+    hashes = [format_hash(one, tiny_tokenizer) for one in sections] + [
+        format_hash(section(), tiny_tokenizer, eos_token="<unk>")
+    ]
     assert len(set(hashes)) == len(hashes)
     assert format_hash(section(max_examples=3), tiny_tokenizer) == hashes[0]

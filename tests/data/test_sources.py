@@ -27,8 +27,12 @@ def test_a_folder_is_read_in_name_order(write_jsonl, tmp_path):
 def test_test_files_of_a_folder_do_not_become_training_rows(write_jsonl, tmp_path):
     write_jsonl([{"x": "train"}], "d/data/train-00000-of-00001.jsonl")
     write_jsonl([{"x": "test"}], "d/data/test-00000-of-00001.jsonl")
-    assert [path.name for path in data_files(tmp_path / "d", "train")] == ["train-00000-of-00001.jsonl"]
-    with pytest.raises(SettingError, match="no file of the split 'validation'; splits: test, train"):
+    assert [path.name for path in data_files(tmp_path / "d", "train")] == [
+        "train-00000-of-00001.jsonl"
+    ]
+    with pytest.raises(
+        SettingError, match="no file of the split 'validation'; splits: test, train"
+    ):
         data_files(tmp_path / "d", "validation")
 
 
@@ -61,7 +65,11 @@ def test_case_53_offline_is_one_line_within_a_second(monkeypatch, tmp_path, offl
     with pytest.raises(SettingError) as caught:
         load_tables(source("databricks/databricks-dolly-15k"), [])
     assert time.monotonic() - start < 1
-    assert caught.value.what == "offline: put a file at databricks/databricks-dolly-15k/train.jsonl or set data.source to a path"
+    assert (
+        caught.value.what
+        == "offline: put a file at databricks/databricks-dolly-15k/train.jsonl or set data.source"
+        " to a path"
+    )
 
 
 def test_a_relative_folder_named_like_a_hub_id_wins(write_jsonl, tmp_path, monkeypatch):
@@ -107,12 +115,21 @@ def test_a_cached_hub_data_set_is_used_offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load)
     table = load_tables(source("someone/something", subset="en", revision="abc"), [])[0]
     assert table.rows == [{"x": "1"}] and table.file == "someone/something"
-    assert seen == {"path": "someone/something", "subset": "en", "split": "train", "revision": "abc"}
+    assert seen == {
+        "path": "someone/something",
+        "subset": "en",
+        "split": "train",
+        "revision": "abc",
+    }
 
 
 def test_a_mixture_entry_takes_what_it_does_not_say_from_the_section():
     section = DataSection(
-        source=["a.jsonl", {"source": "b/c", "source_split": "test", "columns": {"response": "answer"}}], columns={"id": "key"}
+        source=[
+            "a.jsonl",
+            {"source": "b/c", "source_split": "test", "columns": {"response": "answer"}},
+        ],
+        columns={"id": "key"},
     )
     first, second = listed_sources(section)
     assert (first.source, first.source_split, first.columns) == ("a.jsonl", "train", {"id": "key"})
@@ -155,14 +172,25 @@ def test_json_lines_with_numbers_keep_them_as_numbers(tmp_path):
 
 
 def test_files_of_a_folder_that_are_not_read_are_listed(write_jsonl, tmp_path):
-    for name in ("all/train.jsonl", "all/extra.jsonl", "all/test.jsonl", "all/more/train-2.jsonl", "all/.git/x.jsonl"):
+    for name in (
+        "all/train.jsonl",
+        "all/extra.jsonl",
+        "all/test.jsonl",
+        "all/more/train-2.jsonl",
+        "all/.git/x.jsonl",
+    ):
         write_jsonl([{"instruction": "a", "response": "b"}], name)
     for name in ("README.md", "LICENSE", "part2.jsonl.zst", "dataset_info.json"):
         (tmp_path / "all" / name).write_text("x")
     rows = read_data(DataSection(source=str(tmp_path / "all")), [], BadRows())
     [files] = rows.unread.values()
-    assert files == ["extra.jsonl", "more/train-2.jsonl", "part2.jsonl.zst", "test.jsonl"] and len(rows) == 1
-    assert read_data(DataSection(source=str(tmp_path / "all/train.jsonl")), [], BadRows()).unread == {}
+    assert (
+        files == ["extra.jsonl", "more/train-2.jsonl", "part2.jsonl.zst", "test.jsonl"]
+        and len(rows) == 1
+    )
+    assert (
+        read_data(DataSection(source=str(tmp_path / "all/train.jsonl")), [], BadRows()).unread == {}
+    )
 
 
 @pytest.mark.parametrize("encoding", ["latin-7x", "rot13", "hex", "", "a\0"])
@@ -179,6 +207,8 @@ def test_a_delimiter_is_one_character():
 @pytest.mark.parametrize("key", ["system_prompt", "chat_template", "chat_loss"])
 def test_what_acts_in_chat_alone_is_not_ignored_in_another_format(key):
     assert listed_sources(DataSection(source="a.csv", prompt_format="chat", **{key: "last"}))
-    with pytest.raises(SettingError, match=f"{key} acts in prompt_format chat alone, not in dolly") as caught:
+    with pytest.raises(
+        SettingError, match=f"{key} acts in prompt_format chat alone, not in dolly"
+    ) as caught:
         listed_sources(DataSection(source="a.csv", **{key: "last"}))
     assert caught.value.key == f"data.{key}"

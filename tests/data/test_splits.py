@@ -13,7 +13,13 @@ from recipes_lib.recipe.sections import SplitSection
 def rows_of(texts: list[str], ids: list[str] | None = None) -> Rows:
     rows = Rows()
     for i, text in enumerate(texts):
-        example = Example("f", i + 1, i + 1, {"instruction": text, "response": "r"}, explicit_id=ids[i] if ids else None)
+        example = Example(
+            "f",
+            i + 1,
+            i + 1,
+            {"instruction": text, "response": "r"},
+            explicit_id=ids[i] if ids else None,
+        )
         rows.add(example, 0)
     return rows.name_uniquely(BadRows())
 
@@ -29,16 +35,30 @@ def sides(rows: Rows, **keys) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("validation", "test", "sizes"),
-    [(0.1, 0.2, (10_507, 1_501, 3_003)), (0.1, 0.1, (12_008, 1_501, 1_502)), (0.1, 0.0, (13_509, 1_502, 0))],
+    [
+        (0.1, 0.2, (10_507, 1_501, 3_003)),
+        (0.1, 0.1, (12_008, 1_501, 1_502)),
+        (0.1, 0.0, (13_509, 1_502, 0)),
+    ],
 )
 def test_published_splits_have_the_published_sizes(validation, test, sizes):
-    splits = split_rows(rows_of([str(i) for i in range(15_011)]), SplitSection(method="published", validation=validation, test=test))
+    splits = split_rows(
+        rows_of([str(i) for i in range(15_011)]),
+        SplitSection(method="published", validation=validation, test=test),
+    )
     assert tuple(len(splits.rows[name]) for name in SPLITS) == sizes
 
 
 def test_published_steps_are_the_original_s():
-    for validation, test, batch, steps in ((0.1, 0.2, 32, 987), (0.1, 0.1, 32, 1_128), (0.1, 0.1, 64, 564)):
-        splits = split_rows(rows_of([str(i) for i in range(15_011)]), SplitSection(method="published", validation=validation, test=test))
+    for validation, test, batch, steps in (
+        (0.1, 0.2, 32, 987),
+        (0.1, 0.1, 32, 1_128),
+        (0.1, 0.1, 64, 564),
+    ):
+        splits = split_rows(
+            rows_of([str(i) for i in range(15_011)]),
+            SplitSection(method="published", validation=validation, test=test),
+        )
         assert 3 * -(-len(splits.rows["train"]) // batch) == steps
 
 
@@ -48,8 +68,15 @@ def test_the_published_split_repeats_two_calls_of_train_test_split():
     rows = datasets.Dataset.from_dict({"i": range(100)})
     first = rows.train_test_split(test_size=0.3, seed=42)
     second = first["test"].train_test_split(test_size=2 / 3, seed=42)
-    splits = split_rows(rows_of([str(i) for i in range(100)]), SplitSection(method="published", validation=0.1, test=0.2, seed=42))
-    for name, expected in (("train", first["train"]), ("validation", second["train"]), ("test", second["test"])):
+    splits = split_rows(
+        rows_of([str(i) for i in range(100)]),
+        SplitSection(method="published", validation=0.1, test=0.2, seed=42),
+    )
+    for name, expected in (
+        ("train", first["train"]),
+        ("validation", second["train"]),
+        ("test", second["test"]),
+    ):
         assert set(splits.rows[name]) == set(expected["i"])
 
 
@@ -57,7 +84,9 @@ def test_the_published_split_repeats_two_calls_of_train_test_split():
 def test_the_hash_split_does_not_depend_on_order(texts):
     def train(texts):
         rows = rows_of(texts)
-        return contents(rows, split_rows(rows, SplitSection(validation=0.2, test=0.2)).rows["train"])
+        return contents(
+            rows, split_rows(rows, SplitSection(validation=0.2, test=0.2)).rows["train"]
+        )
 
     assert train(texts) == train(sorted(texts))
 
@@ -77,7 +106,9 @@ def test_another_seed_gives_another_split():
 def test_a_larger_validation_part_keeps_the_test_rows():
     many = rows_of([f"{i}" for i in range(400)])
     small, large = sides(many, test=0.1, validation=0.1), sides(many, test=0.1, validation=0.3)
-    assert {n for n, s in small.items() if s == "test"} == {n for n, s in large.items() if s == "test"}
+    assert {n for n, s in small.items() if s == "test"} == {
+        n for n, s in large.items() if s == "test"
+    }
 
 
 def test_case_50_exact_duplicates_never_straddle_a_hash_split():
@@ -96,12 +127,17 @@ def test_case_50_duplicates_with_different_ids_are_moved_into_training():
 
 
 def test_case_50_the_published_split_only_reports_duplicates():
-    splits = split_rows(rows_of([f"{i // 2}" for i in range(400)]), SplitSection(method="published", validation=0.25, test=0.25))
+    splits = split_rows(
+        rows_of([f"{i // 2}" for i in range(400)]),
+        SplitSection(method="published", validation=0.25, test=0.25),
+    )
     assert len(splits.rows["train"]) == 200 and splits.across and splits.moved == []
 
 
 def test_rows_that_differ_in_case_or_space_are_reported():
-    splits = split_rows(rows_of(["What is it?", "what  is it?", "Else", "Else"]), SplitSection(validation=0))
+    splits = split_rows(
+        rows_of(["What is it?", "what  is it?", "Else", "Else"]), SplitSection(validation=0)
+    )
     assert [len(group) for group in splits.near_groups] == [2]
     assert [len(group) for group in splits.exact_groups] == [2]
 
@@ -126,6 +162,8 @@ def test_the_first_rows_in_hash_order_fall_on_all_sides():
     chosen = first_in_hash_order(many, 400, seed=42)
     assert len(chosen) == 400 and list(chosen) == sorted(chosen)
     backwards = rows_of([f"{i}" for i in range(2_000)][::-1])
-    assert contents(backwards, first_in_hash_order(backwards, 400, seed=42)) == contents(many, chosen)
+    assert contents(backwards, first_in_hash_order(backwards, 400, seed=42)) == contents(
+        many, chosen
+    )
     assert 20 < len(split_rows(many.take(chosen), SplitSection()).rows["validation"]) < 70
     assert len(first_in_hash_order(many, None, seed=42)) == 2_000

@@ -32,7 +32,10 @@ def encode_chat(examples, tokenizer, *, template=None, train=None, **keys):
 
 
 def supervised_text(item, tokenizer) -> list[str]:
-    return [tokenizer.decode(item.ids[start:end].tolist(), clean_up_tokenization_spaces=False) for start, end in item.spans]
+    return [
+        tokenizer.decode(item.ids[start:end].tolist(), clean_up_tokenization_spaces=False)
+        for start, end in item.spans
+    ]
 
 
 def test_every_assistant_turn_and_its_end_token_carry_loss(tiny_tokenizer):
@@ -55,7 +58,12 @@ def test_generation_markers_and_prefixes_agree(tiny_tokenizer):
 def test_ids_are_those_of_apply_chat_template(tiny_tokenizer):
     [item] = encode_chat([conversation()], tiny_tokenizer, system_prompt="Brief.")
     messages = [{"role": "system", "content": "Brief."}, *TURNS]
-    assert item.ids.tolist() == tiny_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert (
+        item.ids.tolist()
+        == tiny_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
 
 
 def test_the_whole_conversation_carries_loss_when_asked(tiny_tokenizer):
@@ -65,12 +73,14 @@ def test_the_whole_conversation_carries_loss_when_asked(tiny_tokenizer):
 
 def test_a_template_that_rewrites_earlier_turns_names_the_row(tiny_tokenizer):
     rewriting = (
-        "{% for message in messages %}<|{{ message['role'] }}|>\n"
-        "{{ message['content'] if loop.last or message['role'] == 'user' else '(cut)' }}{{ eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] if loop.last"
+        " or message['role'] == 'user' else '(cut)' }}{{ eos_token }}\n{% endfor %}{% if"
+        " add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
     with pytest.raises(DataError, match="renders the first messages differently") as caught:
-        encode_chat([conversation(TURNS[:2]), conversation(line=2)], tiny_tokenizer, template=rewriting)
+        encode_chat(
+            [conversation(TURNS[:2]), conversation(line=2)], tiny_tokenizer, template=rewriting
+        )
     assert caught.value.line == 2 and "{% generation %}" in caught.value.hints[0]
 
 
@@ -82,13 +92,18 @@ def test_a_template_that_rewrites_earlier_turns_names_the_row(tiny_tokenizer):
     ],
 )
 def test_a_template_that_refuses_a_row_names_it(tiny_tokenizer, template):
-    with pytest.raises(DataError, match="the chat template refuses the conversation: no system messages here") as caught:
+    with pytest.raises(
+        DataError, match="the chat template refuses the conversation: no system messages here"
+    ) as caught:
         encode_chat([conversation(line=7)], tiny_tokenizer, template=template)
     assert caught.value.line == 7
 
 
 def test_a_template_without_an_end_token_is_noticed(tiny_tokenizer):
-    endless = "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}\n{% endfor %}"
+    endless = (
+        "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}\n{%"
+        " endfor %}"
+    )
     endless += "{% if add_generation_prompt %}assistant:\n{% endif %}"
     [item] = encode_chat([conversation(TURNS[:2])], tiny_tokenizer, template=endless)
     assert not item.ends and supervised_text(item, tiny_tokenizer) == ["First\n  answer.\n"]
@@ -101,18 +116,32 @@ def test_text_after_a_special_token_inside_a_turn_keeps_its_loss(tiny_tokenizer)
 
 
 @pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
-def test_a_template_that_is_no_jinja_is_the_template_s_fault_and_not_the_rows(marked, tiny_tokenizer):
+def test_a_template_that_is_no_jinja_is_the_template_s_fault_and_not_the_rows(
+    marked, tiny_tokenizer
+):
     with pytest.raises(SettingError, match="line 2 of the chat template is not Jinja") as caught:
-        encode_chat([conversation()], tiny_tokenizer, template=marked + "{% for m in messages %}\n{{ m.content }")
+        encode_chat(
+            [conversation()],
+            tiny_tokenizer,
+            template=marked + "{% for m in messages %}\n{{ m.content }",
+        )
     assert caught.value.key == "data.chat_template"
 
 
-TRAINING_TEMPLATES = sorted((Path(str(find_spec("trl").origin)).parent / "chat_templates").glob("*_training.jinja"))
-READ_PARTS_ONLY = {"idefics3_training", "smolvlm_training", "llava_next_training"}  # of models that see images
+TRAINING_TEMPLATES = sorted(
+    (Path(str(find_spec("trl").origin)).parent / "chat_templates").glob("*_training.jinja")
+)
+READ_PARTS_ONLY = {
+    "idefics3_training",
+    "smolvlm_training",
+    "llava_next_training",
+}  # of models that see images
 
 
 def with_special_tokens_of(template: str, tokenizer):
-    """The tokenizer with what looks like a special token in the template, as the model's own tokenizer has it."""
+    """The tokenizer with what looks like a special token in the template, as the model's own
+    tokenizer has it.
+    """
     tokenizer = copy.deepcopy(tokenizer)
     names = re.findall(r"<[|｜][^<>\s'\"{}]+?[|｜]>|<end_of_\w+>|<turn\|>", template)
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(names))})
@@ -130,10 +159,18 @@ def test_trl_s_marked_templates_are_accepted_with_every_turn_and_its_end(file, t
     [item] = encode_chat([conversation()], tokenizer, template=template)
     [last] = encode_chat([conversation()], tokenizer, template=template, chat_loss="last")
     said = "".join(supervised_text(item, tokenizer))
-    assert item.ends and "First\n  answer." in said and "Second." in said and "One?" not in said and "Two?" not in said
+    assert (
+        item.ends
+        and "First\n  answer." in said
+        and "Second." in said
+        and "One?" not in said
+        and "Two?" not in said
+    )
     said = "".join(supervised_text(last, tokenizer))
     assert last.ends and "Second." in said and "First" not in said
-    whole = tokenizer.apply_chat_template(TURNS, chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
+    whole = tokenizer.apply_chat_template(
+        TURNS, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
     assert item.ids.tolist() == whole["input_ids"]
     marked = [index for index, mask in enumerate(whole["assistant_masks"]) if mask]
     learned = [index for start, end in item.spans for index in range(start, end)]
@@ -151,7 +188,10 @@ def test_a_turn_of_weight_nought_carries_no_loss(tiny_tokenizer):
     for template in (None, MARKED):
         [item] = encode_chat([conversation(silent)], tiny_tokenizer, template=template)
         [whole] = encode_chat([conversation()], tiny_tokenizer, template=template)
-        assert supervised_text(item, tiny_tokenizer) == ["Second.</s>"] and (item.ids == whole.ids).all()
+        assert (
+            supervised_text(item, tiny_tokenizer) == ["Second.</s>"]
+            and (item.ids == whole.ids).all()
+        )
     last = [*TURNS[:3], {**TURNS[3], "weight": 0}]
     assert encode_chat([conversation(last)], tiny_tokenizer, chat_loss="last")[0].supervised == 0
     with pytest.raises(DataError, match="weight 0: with train"):
@@ -163,9 +203,9 @@ def test_a_template_that_leaves_out_what_a_message_says_is_noticed(dropped, tiny
     messages = [{"role": "system", "content": "Be brief."}, *TURNS]
     cut = "message['content'][:5]" if dropped == "assistant" else "''"
     template = (
-        "{% for message in messages %}<|{{ message['role'] }}|>\n"
-        f"{{{{ {cut} if message['role'] == '{dropped}' else message['content'] }}}}{{{{ eos_token }}}}{{% endfor %}}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        f"{{% for message in messages %}}<|{{{{ message['role'] }}}}|>\n{{{{ {cut} if"
+        f" message['role'] == '{dropped}' else message['content'] }}}}{{{{ eos_token }}}}{{% endfor"
+        " %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
     [changed] = encode_chat([conversation(messages)], tiny_tokenizer, template=template)
     [whole] = encode_chat([conversation(messages)], tiny_tokenizer)

@@ -1,4 +1,6 @@
-"""Our token ids and labels are TRL's, token by token, wherever TRL does not lose or inject anything."""
+"""Our token ids and labels are TRL's, token by token, wherever TRL does not lose or inject
+anything.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +31,39 @@ def dolly(shared_data):
 
 
 def pairs(rows) -> list[dict[str, str]]:
-    return [{"prompt": task_prompt("dolly", row["instruction"], row["context"]), "completion": row["response"]} for row in rows]
+    return [
+        {
+            "prompt": task_prompt("dolly", row["instruction"], row["context"]),
+            "completion": row["response"],
+        }
+        for row in rows
+    ]
 
 
 def ours(recipe, tokenizer) -> list[dict[str, list[int]]]:
     return prepare_data(recipe, tokenizer).train.select_columns(["input_ids", "labels"]).to_list()
 
 
-@pytest.mark.parametrize("train", [{"max_length": 1024}, {"max_length": 100}, {"max_length": 100, "truncation_mode": "keep_end"}])
-def test_two_hundred_dolly_rows_are_equal_with_loss_on_the_completion(recipe_for, write_jsonl, trl_rows, tokenizer, dolly, train):
-    recipe = recipe_for(write_jsonl(dolly), train=train, split=NO_SPLIT, max_unsupervised_fraction=1.0)
+@pytest.mark.parametrize(
+    "train",
+    [{"max_length": 1024}, {"max_length": 100}, {"max_length": 100, "truncation_mode": "keep_end"}],
+)
+def test_two_hundred_dolly_rows_are_equal_with_loss_on_the_completion(
+    recipe_for, write_jsonl, trl_rows, tokenizer, dolly, train
+):
+    recipe = recipe_for(
+        write_jsonl(dolly), train=train, split=NO_SPLIT, max_unsupervised_fraction=1.0
+    )
     assert ours(recipe, tokenizer) == trl_rows(pairs(dolly), tokenizer, **train)
 
 
-def test_two_hundred_dolly_rows_are_equal_with_loss_on_the_whole_text(recipe_for, write_jsonl, trl_rows, tokenizer, dolly):
+def test_two_hundred_dolly_rows_are_equal_with_loss_on_the_whole_text(
+    recipe_for, write_jsonl, trl_rows, tokenizer, dolly
+):
     train = {"max_length": 512, "completion_only_loss": False}
-    assert ours(recipe_for(write_jsonl(dolly), train=train, split=NO_SPLIT), tokenizer) == trl_rows(pairs(dolly), tokenizer, **train)
+    assert ours(recipe_for(write_jsonl(dolly), train=train, split=NO_SPLIT), tokenizer) == trl_rows(
+        pairs(dolly), tokenizer, **train
+    )
 
 
 def test_made_rows_are_equal_in_the_raw_format(recipe_for, write_jsonl, trl_rows, tiny_tokenizer):
@@ -57,26 +76,43 @@ def test_made_rows_are_equal_in_the_raw_format(recipe_for, write_jsonl, trl_rows
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """A tokenizer of Llama-2's kind: spaces as ▁, no pre-tokenisation (so tokens cross the prompt's end), byte fallback."""
+    """A tokenizer of Llama-2's kind: spaces as ▁, no pre-tokenisation (so tokens cross the prompt's
+    end), byte fallback.
+    """
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False, max_token_length=8)
-    bpe.train_from_iterator(["\nIt is"] * 100 + [task_prompt("dolly", f"What is {i}?") + f"It is {i}." for i in range(50)], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, show_progress=False, max_token_length=8
+    )
+    bpe.train_from_iterator(
+        ["\nIt is"] * 100
+        + [task_prompt("dolly", f"What is {i}?") + f"It is {i}." for i in range(50)],
+        trainer,
+    )
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def test_rows_are_equal_for_a_tokenizer_of_llama_2_s_kind(recipe_for, write_jsonl, trl_rows):
     tokenizer = sentencepiece_like()
     starts = ("It is", " \n–é")
-    rows = [{"instruction": f"What is {i}?", "context": "", "response": f"{starts[i % 2]} {i}. "} for i in range(30)]
+    rows = [
+        {"instruction": f"What is {i}?", "context": "", "response": f"{starts[i % 2]} {i}. "}
+        for i in range(30)
+    ]
     data = prepare_data(recipe_for(write_jsonl(rows), split=NO_SPLIT), tokenizer)
-    assert data.train.select_columns(["input_ids", "labels"]).to_list() == trl_rows(pairs(rows), tokenizer)
+    assert data.train.select_columns(["input_ids", "labels"]).to_list() == trl_rows(
+        pairs(rows), tokenizer
+    )
     assert data.audit["boundary_merges"] > 0  # the case is really there
 
 
-def test_a_tokenizer_that_appends_the_end_token_by_itself_does_not_get_two(recipe_for, write_jsonl, tiny_tokenizer):
+def test_a_tokenizer_that_appends_the_end_token_by_itself_does_not_get_two(
+    recipe_for, write_jsonl, tiny_tokenizer
+):
     tokenizer = deepcopy(tiny_tokenizer)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -87,14 +123,21 @@ def test_a_tokenizer_that_appends_the_end_token_by_itself_does_not_get_two(recip
     assert ours(recipe, tokenizer) == ours(recipe, tiny_tokenizer)
 
 
-def test_conversations_are_equal_to_assistant_only_loss(recipe_for, write_jsonl, trl_rows, tiny_tokenizer, monkeypatch):
+def test_conversations_are_equal_to_assistant_only_loss(
+    recipe_for, write_jsonl, trl_rows, tiny_tokenizer, monkeypatch
+):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", MARKED)
-    rows = [{"messages": [message | {"content": f"{message['content']} {i}"} for message in TURNS]} for i in range(20)]
+    rows = [
+        {"messages": [message | {"content": f"{message['content']} {i}"} for message in TURNS]}
+        for i in range(20)
+    ]
     recipe = recipe_for(write_jsonl(rows), prompt_format="chat", split=NO_SPLIT)
     assert ours(recipe, tiny_tokenizer) == trl_rows(rows, tiny_tokenizer, assistant_only_loss=True)
 
 
-def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(recipe_for, shared_data, smollm2_tokenizer):
+def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(
+    recipe_for, shared_data, smollm2_tokenizer
+):
     parts = sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
     data = prepare_data(recipe_for(parts, split=NO_SPLIT), smollm2_tokenizer)
     bare = data.audit["no_supervised_tokens"]
@@ -102,10 +145,20 @@ def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(recipe_for, shar
     assert bare["count"] == len(set(bare["ids"])) == len(bare["places"]) == 128
 
 
-def test_the_published_splits_of_the_whole_dolly_have_the_published_sizes(recipe_for, shared_data, smollm2_tokenizer):
+def test_the_published_splits_of_the_whole_dolly_have_the_published_sizes(
+    recipe_for, shared_data, smollm2_tokenizer
+):
     parts = sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
-    for validation, test, sizes in ((0.1, 0.2, (10_507, 1_501, 3_003)), (0.1, 0.1, (12_008, 1_501, 1_502))):
+    for validation, test, sizes in (
+        (0.1, 0.2, (10_507, 1_501, 3_003)),
+        (0.1, 0.1, (12_008, 1_501, 1_502)),
+    ):
         split = {"method": "published", "validation": validation, "test": test}
-        data = prepare_data(recipe_for(parts, split=split, train={"completion_only_loss": False}), smollm2_tokenizer)
+        data = prepare_data(
+            recipe_for(parts, split=split, train={"completion_only_loss": False}), smollm2_tokenizer
+        )
         assert (len(data.train), len(data.validation), len(data.test)) == sizes
-        assert data.audit["duplicates"]["across_splits"] and not data.audit["duplicates"]["moved_to_train"]
+        assert (
+            data.audit["duplicates"]["across_splits"]
+            and not data.audit["duplicates"]["moved_to_train"]
+        )

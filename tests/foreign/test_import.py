@@ -42,7 +42,10 @@ def original_csv(path: Path, rows: Sequence[tuple[str, str, int, str, str]]) -> 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_COLUMNS)
-        writer.writerows([one, answer, "theirs", score, preference, text] for one, answer, score, preference, text in rows)
+        writer.writerows(
+            [one, answer, "theirs", score, preference, text]
+            for one, answer, score, preference, text in rows
+        )
     return path
 
 
@@ -53,24 +56,58 @@ PAIRS = [
 ]
 
 
-def single(question: int, turn: int, score: float, model: str = "m", text: str = "Rating: [[7]]") -> Row:
-    return {"question_id": question, "model": model, "judge": ["gpt-4", "single-v1"], "user_prompt": "[Question]\nWhy?\n", "judgment": text,
-            "score": score, "turn": turn, "tstamp": 1.0}  # fmt: skip
+def single(
+    question: int, turn: int, score: float, model: str = "m", text: str = "Rating: [[7]]"
+) -> Row:
+    return {
+        "question_id": question,
+        "model": model,
+        "judge": ["gpt-4", "single-v1"],
+        "user_prompt": "[Question]\nWhy?\n",
+        "judgment": text,
+        "score": score,
+        "turn": turn,
+        "tstamp": 1.0,
+    }
 
 
 def pair(question: int, first: str, second: str) -> Row:
     """Games 1 and 2 of the models a and b."""
-    facts = {"question_id": question, "model_1": "a", "model_2": "b", "g1_winner": first, "g2_winner": second, "turn": 1, "tstamp": 1.0}
-    games = {"g1_user_prompt": "x", "g1_judgment": "game 1", "g2_user_prompt": "y", "g2_judgment": "game 2"}
+    facts = {
+        "question_id": question,
+        "model_1": "a",
+        "model_2": "b",
+        "g1_winner": first,
+        "g2_winner": second,
+        "turn": 1,
+        "tstamp": 1.0,
+    }
+    games = {
+        "g1_user_prompt": "x",
+        "g1_judgment": "game 1",
+        "g2_user_prompt": "y",
+        "g2_judgment": "game 2",
+    }
     return {**facts, **games, "judge": ["gpt-4", "pair-v2"]}
 
 
 def answer(question: int, *turns: str, model: str = "m") -> Row:
-    return {"question_id": question, "answer_id": "x", "model_id": model, "choices": [{"index": 0, "turns": list(turns)}], "tstamp": 1.0}
+    return {
+        "question_id": question,
+        "answer_id": "x",
+        "model_id": model,
+        "choices": [{"index": 0, "turns": list(turns)}],
+        "tstamp": 1.0,
+    }
 
 
 def items(runs: Path, run: str, suite: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (runs / run / "evals" / suite / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (
+            (runs / run / "evals" / suite / "items.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    ]
 
 
 # ---- what becomes of each format ----
@@ -85,7 +122,11 @@ def test_original_csv_keeps_one_order_and_never_counts_a_missing_verdict(tmp_pat
         (None, "unresolved", ["unparsed"]),
     ]
     rows = stored_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")
-    assert [(row["order"], row["status"], row["value"]) for row in rows] == [("AB", "ok", "A"), ("AB", "ok", "B"), ("AB", "unparsed", None)]
+    assert [(row["order"], row["status"], row["value"]) for row in rows] == [
+        ("AB", "ok", "A"),
+        ("AB", "ok", "B"),
+        ("AB", "unparsed", None),
+    ]
     assert any("second order was never judged" in lack for lack in done.lacks)
     answers = stored_rows(runs / "r/evals/alpaca_eval/generations.jsonl")
     assert [row["answer"] for row in answers] == ["The Rhine.", "Oak", ""]
@@ -98,15 +139,27 @@ def test_original_csv_keeps_one_order_and_never_counts_a_missing_verdict(tmp_pat
 
 
 def test_fastchat_single_keeps_its_scale_and_takes_whole_answers_from_model_answer(tmp_path, runs):
-    judged = lines(tmp_path / "gpt-4_single.jsonl", [single(81, 1, 7), single(81, 2, -1), single(111, 1, 9.5)])
-    done = import_run([judged, lines(tmp_path / "m.jsonl", [answer(81, "first", "second"), answer(111, "x", "y")])], "r")
+    judged = lines(
+        tmp_path / "gpt-4_single.jsonl", [single(81, 1, 7), single(81, 2, -1), single(111, 1, 9.5)]
+    )
+    done = import_run(
+        [
+            judged,
+            lines(tmp_path / "m.jsonl", [answer(81, "first", "second"), answer(111, "x", "y")]),
+        ],
+        "r",
+    )
     found = items(runs, "r", "mt_bench")
-    assert [(item["metric"], item["category"], item["value"], item["verdicts"]) for item in found] == [
+    assert [
+        (item["metric"], item["category"], item["value"], item["verdicts"]) for item in found
+    ] == [
         ("grade_1_10", "writing", 7.0, ["7"]),
         ("grade_1_10", "writing", None, ["unparsed"]),
         ("grade_1_10", "math", 9.5, ["9.5"]),
     ]
-    assert [item["answer"] for item in found] == ["first", "second", "x"] and found[0]["lengths"] == [5]
+    assert [item["answer"] for item in found] == ["first", "second", "x"] and found[0][
+        "lengths"
+    ] == [5]
     assert any("question 111 turn 2: no judgment" in lack for lack in done.lacks)
     assert not any("answers are not in a file" in lack for lack in done.lacks)
     assert len(stored_rows(runs / "r/evals/mt_bench/judgments.jsonl")) == 3
@@ -114,14 +167,32 @@ def test_fastchat_single_keeps_its_scale_and_takes_whole_answers_from_model_answ
 
 def test_fastchat_pairs_are_seen_from_the_model_that_is_meant(tmp_path, runs):
     file = lines(
-        tmp_path / "gpt-4_pair.jsonl", [pair(81, "model_1", "model_1"), pair(82, "model_1", "model_2"), pair(83, "error", "model_1")]
+        tmp_path / "gpt-4_pair.jsonl",
+        [
+            pair(81, "model_1", "model_1"),
+            pair(82, "model_1", "model_2"),
+            pair(83, "error", "model_1"),
+        ],
     )
     for name in "ab":
         import_run([file], name, model=name)
-    seen = {name: [(item["outcome"], item["verdicts"]) for item in items(runs, name, "mt_bench")] for name in "ab"}
-    assert seen["a"] == [("win", ["A", "B"]), ("tie", ["A", "A"]), ("unresolved", ["unparsed", "B"])]
-    assert seen["b"][:2] == [("loss", ["B", "A"]), ("tie", ["A", "A"])] and seen["b"][2][0] == "unresolved"
-    orders = [(row["order"], row["value"]) for row in stored_rows(runs / "b/evals/mt_bench/judgments.jsonl")]
+    seen = {
+        name: [(item["outcome"], item["verdicts"]) for item in items(runs, name, "mt_bench")]
+        for name in "ab"
+    }
+    assert seen["a"] == [
+        ("win", ["A", "B"]),
+        ("tie", ["A", "A"]),
+        ("unresolved", ["unparsed", "B"]),
+    ]
+    assert (
+        seen["b"][:2] == [("loss", ["B", "A"]), ("tie", ["A", "A"])]
+        and seen["b"][2][0] == "unresolved"
+    )
+    orders = [
+        (row["order"], row["value"])
+        for row in stored_rows(runs / "b/evals/mt_bench/judgments.jsonl")
+    ]
     assert orders[:2] == [("AB", "B"), ("BA", "A")]
 
 
@@ -140,7 +211,9 @@ def test_alpaca_eval_annotations_do_not_say_which_answer_stood_first(tmp_path, r
     import_run([whole(tmp_path / "annotations.json", rows)], "r")
     found = items(runs, "r", "alpaca_eval")
     assert [item["value"] for item in found] == [1.0, 0.0, 0.5, None, pytest.approx(0.87)]
-    assert {row["order"] for row in stored_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")} == {"unknown"}
+    assert {row["order"] for row in stored_rows(runs / "r/evals/alpaca_eval/judgments.jsonl")} == {
+        "unknown"
+    }
     assert next(read_run(runs / "r").measures()).opponent == "reference"
 
 
@@ -153,29 +226,46 @@ def results(n: int = 2, value: float = 0.5, **config: Any) -> dict[str, Any]:
     }
 
 
-SAMPLES = [{"doc_id": n, "doc_hash": f"h{n}", "doc": {}, "filter": "none", "acc": float(n)} for n in range(2)]
+SAMPLES = [
+    {"doc_id": n, "doc_hash": f"h{n}", "doc": {}, "filter": "none", "acc": float(n)}
+    for n in range(2)
+]
 
 
 def test_lm_eval_results_and_samples_are_an_evaluation_of_ours(tmp_path, runs):
-    files = [whole(tmp_path / "results_x.json", results()), lines(tmp_path / "samples_arc_easy_2026-11-24T10-00-00.1.jsonl", SAMPLES)]
+    files = [
+        whole(tmp_path / "results_x.json", results()),
+        lines(tmp_path / "samples_arc_easy_2026-11-24T10-00-00.1.jsonl", SAMPLES),
+    ]
     import_run(files, "r")
     measure = next(read_run(runs / "r").measures())
     assert (measure.name, measure.reported, measure.reported_n) == ("lm_eval/arc_easy/acc", 0.5, 2)
-    assert [item.value for item in measure.samples] == [0.0, 1.0] and measure.samples[0].id == "0:h0"
+    assert [item.value for item in measure.samples] == [0.0, 1.0] and measure.samples[
+        0
+    ].id == "0:h0"
     assert (runs / "r/evals/lm_eval/lm_eval_results.json").read_bytes() == files[0].read_bytes()
 
 
 def test_one_text_for_all_questions_is_better_than_nothing(tmp_path, runs):
     for name, texts in (("null", ["I win."] * 60), ("model", [f"own {n}" for n in range(60)])):
         rows = [
-            {"instruction": f"q{n}", "output_1": "ref", "output_2": text, "generator_1": "text_davinci_003", "generator_2": name,
-             "preference": 2.0 if name == "null" else 1.0, "annotator": "gpt-4"}
+            {
+                "instruction": f"q{n}",
+                "output_1": "ref",
+                "output_2": text,
+                "generator_1": "text_davinci_003",
+                "generator_2": name,
+                "preference": 2.0 if name == "null" else 1.0,
+                "annotator": "gpt-4",
+            }
             for n, text in enumerate(texts)
-        ]  # fmt: skip
+        ]
         import_run([whole(tmp_path / f"{name}.json", rows)], name)
     measured = read_measurements({name: [runs / name] for name in ("model", "null")})
     (row,) = compare_arms(measured, check_validity(None, measured)).rows
-    assert row.verdict == "better" and row.sentence.startswith("No claim about null and model on AlpacaEval win rate")
+    assert row.verdict == "better" and row.sentence.startswith(
+        "No claim about null and model on AlpacaEval win rate"
+    )
     assert "more than a fifth of the answers are one and the same, empty or cut" in row.sentence
 
 
@@ -183,19 +273,44 @@ def test_one_text_for_all_questions_is_better_than_nothing(tmp_path, runs):
     ("told", "verdict"),
     [
         ({"higher_is_better": {"arc_easy": {"mae": False}}}, "worse"),
-        ({"configs": {"arc_easy": {"metric_list": [{"metric": "mae", "higher_is_better": False}]}}}, "worse"),
         (
-            {"higher_is_better": {"arc_easy": {"mae": None}}, "configs": {"arc_easy": {"metric_list": [{"metric": "mae"}]}}},
+            {
+                "configs": {
+                    "arc_easy": {"metric_list": [{"metric": "mae", "higher_is_better": False}]}
+                }
+            },
+            "worse",
+        ),
+        (
+            {
+                "higher_is_better": {"arc_easy": {"mae": None}},
+                "configs": {"arc_easy": {"metric_list": [{"metric": "mae"}]}},
+            },
             "cannot be tested",
         ),
         ({}, "cannot be tested"),
     ],
 )
-def test_an_error_metric_is_ranked_only_where_its_files_say_which_way(tmp_path, runs, told, verdict):
+def test_an_error_metric_is_ranked_only_where_its_files_say_which_way(
+    tmp_path, runs, told, verdict
+):
     for name, error, kinds in (("good", 0.5, 3), ("bad", 1.0, 4)):
-        samples = [{"doc_id": n, "doc_hash": f"h{n}", "doc": {}, "filter": "none", "mae": error + n % kinds / 10} for n in range(30)]
+        samples = [
+            {
+                "doc_id": n,
+                "doc_hash": f"h{n}",
+                "doc": {},
+                "filter": "none",
+                "mae": error + n % kinds / 10,
+            }
+            for n in range(30)
+        ]
         mean = sum(row["mae"] for row in samples) / 30
-        table = {"results": {"arc_easy": {"mae,none": mean}}, "n-samples": {"arc_easy": {"original": 30, "effective": 30}}, **told}
+        table = {
+            "results": {"arc_easy": {"mae,none": mean}},
+            "n-samples": {"arc_easy": {"original": 30, "effective": 30}},
+            **told,
+        }
         (tmp_path / name).mkdir()
         files = [
             whole(tmp_path / name / "results.json", table),
@@ -207,31 +322,69 @@ def test_an_error_metric_is_ranked_only_where_its_files_say_which_way(tmp_path, 
     assert (row.first, row.verdict) == ("bad", verdict)
     assert "better" not in row.sentence.replace("more or less of it is better", "")
     if verdict == "cannot be tested":
-        assert "direction unknown" in row.sentence and row.p_holm is None and row.first_value > row.second_value
+        assert (
+            "direction unknown" in row.sentence
+            and row.p_holm is None
+            and row.first_value > row.second_value
+        )
 
 
 def test_lm_eval_results_alone_can_be_shown_and_tested_against_nothing(tmp_path, runs):
     done = import_run([whole(tmp_path / "results.json", results(limit=2.0))], "r")
     run = read_run(runs / "r")
-    assert not next(run.measures()).samples and run.evals[0].result["subset"] == "subset, limit=2 per task"
+    assert (
+        not next(run.measures()).samples
+        and run.evals[0].result["subset"] == "subset, limit=2 per task"
+    )
     assert any("tested against nothing" in lack for lack in done.lacks)
 
 
 def test_trainer_logs_become_metrics_and_a_step_that_is_not_there_stays_absent(tmp_path, runs):
     history = [
-        {"loss": 2.0, "learning_rate": 1e-4, "grad_norm": float("nan"), "num_tokens": 100.0, "epoch": 0.5, "step": 10},
+        {
+            "loss": 2.0,
+            "learning_rate": 1e-4,
+            "grad_norm": float("nan"),
+            "num_tokens": 100.0,
+            "epoch": 0.5,
+            "step": 10,
+        },
         {"eval_loss": 1.9, "eval_mean_token_accuracy": 0.6, "epoch": 0.5, "step": 10},
         {"train_runtime": 60.0, "train_loss": 2.0, "epoch": 1.0, "step": 20},
     ]
-    import_run([whole(tmp_path / "trainer_state.json", {"log_history": history, "global_step": 20})], "state")
-    import_run([lines(tmp_path / "log.jsonl", [{k: v for k, v in row.items() if k != "step"} for row in history])], "lines")
+    import_run(
+        [whole(tmp_path / "trainer_state.json", {"log_history": history, "global_step": 20})],
+        "state",
+    )
+    import_run(
+        [
+            lines(
+                tmp_path / "log.jsonl",
+                [{k: v for k, v in row.items() if k != "step"} for row in history],
+            )
+        ],
+        "lines",
+    )
     curves = read_run(runs / "state").curves
-    assert curves[0] == {"step": 10, "epoch": 0.5, "loss": 2.0, "learning_rate": 1e-4, "grad_norm": None, "tokens": 100}
+    assert curves[0] == {
+        "step": 10,
+        "epoch": 0.5,
+        "loss": 2.0,
+        "learning_rate": 1e-4,
+        "grad_norm": None,
+        "tokens": 100,
+    }
     assert curves[1] == {"step": 10, "epoch": 0.5, "eval_loss": 1.9, "mean_token_accuracy": 0.6}
     summary = read_run(runs / "state").state["summary"]
-    assert (summary["steps"], summary["seconds"], summary["last_validation_loss"]) == (20, 60.0, 1.9)
+    assert (summary["steps"], summary["seconds"], summary["last_validation_loss"]) == (
+        20,
+        60.0,
+        1.9,
+    )
     told = read_run(runs / "lines")
-    assert "step" not in told.curves[0] and any("step numbers" in lack for lack in told.state["lacks"])
+    assert "step" not in told.curves[0] and any(
+        "step numbers" in lack for lack in told.state["lacks"]
+    )
 
 
 def test_a_recipe_beside_the_files_is_recorded_and_must_agree_with_the_adapter(tmp_path, runs):
@@ -254,7 +407,9 @@ def test_an_adapters_config_alone_is_no_run(tmp_path, runs):
 def test_our_own_logs_and_grades_come_back_as_they_were(tmp_path, runs):
     log = {"step": 1, "loss": 2.0, "tokens": 100, "tokens_per_second": 12.5, "peak_memory_gib": 0.5}
     done = import_run([lines(tmp_path / "metrics.jsonl", [log])], "log")
-    assert read_run(runs / "log").curves == (log,) and not any("peak memory" in lack for lack in done.lacks)
+    assert read_run(runs / "log").curves == (log,) and not any(
+        "peak memory" in lack for lack in done.lacks
+    )
     ours = {**single(81, 1, 4), "judge": ["some-judge", "prometheus-absolute"]}
     import_run([lines(tmp_path / "single.jsonl", [ours])], "grades")
     assert [measure.name for measure in read_run(runs / "grades").measures()] == ["mt_bench/grade"]
@@ -278,11 +433,17 @@ def test_provenance_names_files_and_hashes_and_no_folder_of_this_machine(tmp_pat
     (source,) = state["sources"]
     assert state["state"] == "imported" and source["file"] == "detailed_results.csv"
     assert source["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    written = [path for path in (runs / "r").rglob("*") if path.is_file() and path.name != "command.txt"]
-    assert len(written) == 5 and not [path for path in written if str(tmp_path) in path.read_text(encoding="utf-8")]
+    written = [
+        path for path in (runs / "r").rglob("*") if path.is_file() and path.name != "command.txt"
+    ]
+    assert len(written) == 5 and not [
+        path for path in written if str(tmp_path) in path.read_text(encoding="utf-8")
+    ]
 
 
-def test_the_same_file_under_two_names_is_told_at_once_but_two_models_of_one_file_are_not_the_same(tmp_path):
+def test_the_same_file_under_two_names_is_told_at_once_but_two_models_of_one_file_are_not_the_same(
+    tmp_path,
+):
     file = original_csv(tmp_path / "d.csv", PAIRS)
     import_run([file], "one")
     copy = tmp_path / "copy.csv"
@@ -298,7 +459,10 @@ def test_importing_again_does_nothing_and_other_files_need_replace(tmp_path, run
     import_run([file], "r")
     before = (runs / "r/run.json").read_bytes()
     assert import_run([file], "r").there_already and (runs / "r/run.json").read_bytes() == before
-    for asked in ({"recipe": "quickstart/lora-r8"}, {"against": "reference"}):  # asked for something else, it is not there already
+    for asked in (
+        {"recipe": "quickstart/lora-r8"},
+        {"against": "reference"},
+    ):  # asked for something else, it is not there already
         with pytest.raises(RecipeError, match="run 'r' exists"):
             import_run([file], "r", **asked)
     other = original_csv(tmp_path / "e.csv", PAIRS[:2])
@@ -309,14 +473,19 @@ def test_importing_again_does_nothing_and_other_files_need_replace(tmp_path, run
     assert sorted(path.name for path in runs.iterdir()) == ["r"]
 
 
-def test_importing_again_is_known_where_a_file_names_both_sides_and_a_changed_recipe_is_not_what_was_imported(tmp_path, runs):
+def test_importing_again_is_known_where_a_file_names_both_sides_and_a_changed_recipe_is_not_what_was_imported(  # noqa: E501
+    tmp_path, runs
+):
     pairs = lines(tmp_path / "pairs.jsonl", [pair(81, "model_1", "model_1")])
     assert not import_run([pairs], "p").there_already
     assert import_run([pairs], "p").there_already
     with pytest.raises(RecipeError, match="run 'p' exists"):
         import_run([pairs], "p", model="b")
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("model: {name_or_path: m}\ndata: {source: d.jsonl}\ntrain: {learning_rate: 2.0e-4}\nrun: {global_batch_size: 8}\n")
+    recipe.write_text(
+        "model: {name_or_path: m}\ndata: {source: d.jsonl}\ntrain: {learning_rate: 2.0e-4}\nrun:"
+        " {global_batch_size: 8}\n"
+    )
     log = whole(tmp_path / "l.json", [{"loss": 1.0, "step": 1}])
     import_run([log], "t", str(recipe))
     assert import_run([log], "t", str(recipe)).there_already
@@ -343,7 +512,9 @@ def cut(file: Path) -> Path:
     """The file as far as the middle of its second row's feedback."""
     whole_text = file.read_text(encoding="utf-8")
     file.write_text(
-        whole_text[: whole_text.index("\n", whole_text.index("\n") + 1) + 1] + '"x","y","z",1,B,"Response B is', encoding="utf-8"
+        whole_text[: whole_text.index("\n", whole_text.index("\n") + 1) + 1]
+        + '"x","y","z",1,B,"Response B is',
+        encoding="utf-8",
     )
     return file
 
@@ -353,21 +524,32 @@ def bad(tmp_path: Path, kind: str) -> list[Path]:
         "missing": lambda: tmp_path / "gone.csv",
         "folder": lambda: tmp_path,
         "empty": lambda: lines(tmp_path / "e.jsonl", []),
-        "binary": lambda: (tmp_path / "b.json").write_bytes(b"\xff\xfe\x00") and tmp_path / "b.json",
-        "broken line": lambda: (tmp_path / "c.jsonl").write_text(json.dumps(single(81, 1, 7)) + "\n{oops\n") and tmp_path / "c.jsonl",
-        "unknown": lambda: (tmp_path / "u.json").write_text('{"colour":\n 1}') and tmp_path / "u.json",
+        "binary": lambda: (
+            (tmp_path / "b.json").write_bytes(b"\xff\xfe\x00") and tmp_path / "b.json"
+        ),
+        "broken line": lambda: (
+            (tmp_path / "c.jsonl").write_text(json.dumps(single(81, 1, 7)) + "\n{oops\n")
+            and tmp_path / "c.jsonl"
+        ),
+        "unknown": lambda: (
+            (tmp_path / "u.json").write_text('{"colour":\n 1}') and tmp_path / "u.json"
+        ),
         "unknown rows": lambda: lines(tmp_path / "u.jsonl", [{"colour": 1}]),
         "scalars": lambda: whole(tmp_path / "s.json", [1, 2]),
-        "two models": lambda: lines(tmp_path / "m.jsonl", [single(81, 1, 7, "a"), single(81, 1, 7, "b")]),
+        "two models": lambda: lines(
+            tmp_path / "m.jsonl", [single(81, 1, 7, "a"), single(81, 1, 7, "b")]
+        ),
         "two judgments": lambda: lines(tmp_path / "t.jsonl", [single(81, 1, 7), single(81, 1, 3)]),
         "no turns": lambda: lines(tmp_path / "n.jsonl", [{"question_id": 81, "choices": []}]),
         "samples alone": lambda: lines(tmp_path / "samples_arc_easy.jsonl", SAMPLES),
         "no losses": lambda: whole(tmp_path / "l.json", {"log_history": [{"train_runtime": 1.0}]}),
-        "two trainings": lambda: lines(tmp_path / "w.jsonl", [{"loss": 1.0, "step": 9}, {"loss": 1.0, "step": 1}]),
+        "two trainings": lambda: lines(
+            tmp_path / "w.jsonl", [{"loss": 1.0, "step": 9}, {"loss": 1.0, "step": 1}]
+        ),
         "no number": lambda: whole(tmp_path / "r.json", {"results": {"arc": {"acc,none": None}}}),
         "cut csv": lambda: cut(original_csv(tmp_path / "cut.csv", PAIRS)),
         "csv": lambda: (tmp_path / "x.csv").write_text("a,b\n1,2\n") and tmp_path / "x.csv",
-    }  # fmt: skip
+    }
     return [made[kind]()]
 
 
@@ -393,7 +575,9 @@ def bad(tmp_path: Path, kind: str) -> list[Path]:
         ("cut csv", "cut.csv: not CSV after line 2: unexpected end of data"),
     ],
 )
-def test_a_bad_file_is_answered_with_what_and_where_and_leaves_nothing_behind(tmp_path, runs, kind, words):
+def test_a_bad_file_is_answered_with_what_and_where_and_leaves_nothing_behind(
+    tmp_path, runs, kind, words
+):
     with pytest.raises(DataError) as caught:
         import_run(bad(tmp_path, kind), "r")
     assert words in str(caught.value)
@@ -404,7 +588,11 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, runs):
     judged = lines(tmp_path / "gpt-4_single.jsonl", [single(81, 1, 7)])
     with pytest.raises(DataError, match=r"answers of b, and .* holds answers of a"):
         import_run(
-            [lines(tmp_path / "a.jsonl", [answer(81, "x", model="a")]), lines(tmp_path / "b.jsonl", [answer(81, "y", model="b")])], "r"
+            [
+                lines(tmp_path / "a.jsonl", [answer(81, "x", model="a")]),
+                lines(tmp_path / "b.jsonl", [answer(81, "y", model="b")]),
+            ],
+            "r",
         )
     with pytest.raises(DataError, match="not one of its answers is to a question that was judged"):
         import_run([judged, lines(tmp_path / "c.jsonl", [answer(999, "x")])], "r")
@@ -467,9 +655,15 @@ def test_the_verb_says_what_became_of_each_file_and_what_is_missing(tmp_path, ca
     file = original_csv(tmp_path / "detailed_results.csv", PAIRS)
     assert cli.main(["import", str(file), "--as", "r"]) == 0
     out = capsys.readouterr().out
-    assert "detailed_results.csv (original-alpaca-eval-csv, 3 rows) -> evals/alpaca_eval: 3 judgments" in out
+    assert (
+        "detailed_results.csv (original-alpaca-eval-csv, 3 rows) -> evals/alpaca_eval: 3 judgments"
+        in out
+    )
     assert "not carried over: alpaca_eval: the second order was never judged" in out
-    assert cli.main(["import", str(file), "--as", "r"]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert (
+        cli.main(["import", str(file), "--as", "r"]) == 0
+        and "nothing to do" in capsys.readouterr().out
+    )
     assert cli.main(["import", str(tmp_path / "gone"), "--as", "x"]) == 4
     assert cli.main(["import", str(file)]) == 2
     assert cli.main(["status", "r"]) == 0 and "imported" in capsys.readouterr().out
@@ -487,10 +681,16 @@ def test_results_of_every_suite_are_as_the_schema_says(tmp_path, runs):
     from recipes_lib.recipe.vocabulary import load_schema
 
     judged = [single(81, 1, 7), single(81, 2, 7), single(82, 1, 7)]
-    files = [original_csv(tmp_path / "d.csv", PAIRS), lines(tmp_path / "single.jsonl", judged), whole(tmp_path / "results.json", results())]
+    files = [
+        original_csv(tmp_path / "d.csv", PAIRS),
+        lines(tmp_path / "single.jsonl", judged),
+        whole(tmp_path / "results.json", results()),
+    ]
     import_run(files, "r")
     validator = Draft202012Validator(load_schema("eval_result"))
     for suite in ("alpaca_eval", "mt_bench", "lm_eval"):
-        validator.validate(json.loads((runs / "r/evals" / suite / "result.json").read_text(encoding="utf-8")))
+        validator.validate(
+            json.loads((runs / "r/evals" / suite / "result.json").read_text(encoding="utf-8"))
+        )
     with pytest.raises(Exception, match="not valid"):
         validator.validate({"format_version": 1, "suite": "mt_bench", "imported": []})

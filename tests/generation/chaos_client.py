@@ -1,4 +1,6 @@
-"""A client for the chaos test, killed and started again: URL STORE NUMBER_OF_PAIRS. Exit code as of `recipes eval`."""
+"""A client for the chaos test, killed and started again: URL STORE NUMBER_OF_PAIRS. Exit code as of
+`recipes eval`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,23 @@ from recipes_lib.judging.store import JudgmentStore
 url, path, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 file = load_judge_file(Path(__file__).resolve().parents[2] / "evals/judges/openai-compatible.yaml")
 section = dataclasses.replace(
-    file.judge, model="test-model", base_url=url, api_key_variable=None, concurrency=8, timeout_s=1, max_retries=4
+    file.judge,
+    model="test-model",
+    base_url=url,
+    api_key_variable=None,
+    concurrency=8,
+    timeout_s=1,
+    max_retries=4,
 )
-items = [Item(str(n), f"Question {n}?", f"First answer {n}.", f"Second, longer answer {n}.") for n in range(number)]
+items = [
+    Item(str(n), f"Question {n}?", f"First answer {n}.", f"Second, longer answer {n}.")
+    for n in range(number)
+]
 try:
     with opened(dataclasses.replace(file, judge=section)) as judge:
-        judge_items(items, judge.judge, JudgmentStore(path), judge.plan("relative")).check_complete()
+        judge_items(
+            items, judge.judge, JudgmentStore(path), judge.plan("relative")
+        ).check_complete()
 except RecipesError as error:
     print(error, file=sys.stderr)
     sys.exit(int(error.exit_code))

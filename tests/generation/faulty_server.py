@@ -1,4 +1,6 @@
-"""An OpenAI-compatible server for tests that misbehaves as told. Runs in a thread, or as a program: faulty_server.py PORT SEED."""
+"""An OpenAI-compatible server for tests that misbehaves as told. Runs in a thread, or as a program:
+faulty_server.py PORT SEED.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,19 @@ OTHER_NAMES: list[str] = []
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Answers `echo: <last words of the prompt>`; `faults` is asked for each request and returns a fault or None."""
+    """Answers `echo: <last words of the prompt>`; `faults` is asked for each request and returns a
+    fault or None.
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int = 0, faults: Callable[[int], str | None] = lambda number: None, answer: str | None = None) -> None:
+    def __init__(
+        self,
+        port: int = 0,
+        faults: Callable[[int], str | None] = lambda number: None,
+        answer: str | None = None,
+    ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.faults, self.answer = faults, answer
         self.bodies: list[dict] = []
@@ -48,7 +57,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in (MODEL, *OTHER_NAMES)]
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "test"}
+            for name in (MODEL, *OTHER_NAMES)
+        ]
         self.reply(200, {"object": "list", "data": models})
 
     def do_POST(self):
@@ -75,7 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
                 except OSError:
                     return
         elif isinstance(fault, tuple):  # (status, location)
-            self.wfile.write(b"HTTP/1.1 %s Moved\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % fault)
+            self.wfile.write(
+                b"HTTP/1.1 %s Moved\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % fault
+            )
         elif isinstance(fault, bytes):  # STATUS[/ENCODING]:BODY
             head, _, body = fault.partition(b":")
             status, _, encoding = head.decode().partition("/")
@@ -86,16 +100,31 @@ class _Handler(BaseHTTPRequestHandler):
             self.raw(200, b"<html>busy</html>")
         else:
             status, _, pause = fault.partition(":")
-            self.reply(int(status), {"error": {"message": f"made-up {status}"}}, {"Retry-After": pause} if pause else {})
+            self.reply(
+                int(status),
+                {"error": {"message": f"made-up {status}"}},
+                {"Retry-After": pause} if pause else {},
+            )
 
     def completion(self, body):
         text = self.server.answer
         if "messages" in body:
             text = text if text is not None else "echo: " + body["messages"][-1]["content"][-20:]
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": text},
+            }
             if body.get("logprobs"):
-                top = [{"token": " A", "logprob": -0.1, "bytes": None}, {"token": " B", "logprob": -2.5, "bytes": None}]
-                choice["logprobs"] = {"content": [{"token": " A", "logprob": -0.1, "bytes": None, "top_logprobs": top}]}
+                top = [
+                    {"token": " A", "logprob": -0.1, "bytes": None},
+                    {"token": " B", "logprob": -2.5, "bytes": None},
+                ]
+                choice["logprobs"] = {
+                    "content": [
+                        {"token": " A", "logprob": -0.1, "bytes": None, "top_logprobs": top}
+                    ]
+                }
             kind = "chat.completion"
         else:
             text = text if text is not None else f"echo: {str(body['prompt'])[-20:]}"
@@ -109,7 +138,14 @@ class _Handler(BaseHTTPRequestHandler):
                 }
             kind = "text_completion"
         usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
-        return {"id": "x", "object": kind, "created": 0, "model": MODEL, "choices": [choice], "usage": usage}
+        return {
+            "id": "x",
+            "object": kind,
+            "created": 0,
+            "model": MODEL,
+            "choices": [choice],
+            "usage": usage,
+        }
 
     def reply(self, status, value, headers=None):
         self.raw(status, json.dumps(value).encode(), headers or {})
@@ -127,7 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
 def chaos(seed: int, share: float = 0.3) -> Callable[[int], str | None]:
     """A share of the requests get a fault, drawn with the seed."""
     rng = random.Random(seed)
-    return lambda number: rng.choice(["429:0", "500", "503", "drop", "hang", "nonsense"]) if rng.random() < share else None
+    return lambda number: (
+        rng.choice(["429:0", "500", "503", "drop", "hang", "nonsense"])
+        if rng.random() < share
+        else None
+    )
 
 
 if __name__ == "__main__":

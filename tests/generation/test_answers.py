@@ -50,15 +50,19 @@ def test_another_decoding_seed_or_weights_are_other_answers(tmp_path, change):
     path = tmp_path / "generations.jsonl"
     Writer(path, FakeEngine(), Decoding(temperature=0.7), FakeFormat(), "m").answer(prompts("a"))
     engine = FakeEngine("others" if change == "weights" else "weights")
-    decoding = {"decoding": Decoding(temperature=0.9), "seed": Decoding(temperature=0.7, seed=1), "weights": Decoding(temperature=0.7)}[
-        change
-    ]
+    decoding = {
+        "decoding": Decoding(temperature=0.9),
+        "seed": Decoding(temperature=0.7, seed=1),
+        "weights": Decoding(temperature=0.7),
+    }[change]
     Writer(path, engine, decoding, FakeFormat(), "m").answer(prompts("a"))
     assert len(engine.asked) == 1
 
 
 def test_a_seed_changes_nothing_for_greedy_answers(tmp_path):
-    Writer(tmp_path / "g.jsonl", FakeEngine(), Decoding(seed=1), FakeFormat(), "m").answer(prompts("a"))
+    Writer(tmp_path / "g.jsonl", FakeEngine(), Decoding(seed=1), FakeFormat(), "m").answer(
+        prompts("a")
+    )
     engine = FakeEngine()
     Writer(tmp_path / "g.jsonl", engine, Decoding(seed=2), FakeFormat(), "m").answer(prompts("a"))
     assert engine.asked == []
@@ -82,8 +86,12 @@ def test_a_torn_last_line_is_cut_and_asked_again(tmp_path):
 
 
 def test_failed_requests_end_with_exit_code_6_and_keep_the_others(tmp_path):
-    with pytest.raises(GenerationIncomplete, match="1 answers of m are missing: 500: down") as caught:
-        Writer(tmp_path / "g.jsonl", FakeEngine(fail="b"), Decoding(), FakeFormat(), "m").answer(prompts("a", "b", "c"))
+    with pytest.raises(
+        GenerationIncomplete, match="1 answers of m are missing: 500: down"
+    ) as caught:
+        Writer(tmp_path / "g.jsonl", FakeEngine(fail="b"), Decoding(), FakeFormat(), "m").answer(
+            prompts("a", "b", "c")
+        )
     assert caught.value.exit_code == 6
     assert len((tmp_path / "g.jsonl").read_text().splitlines()) == 2
 

@@ -1,4 +1,6 @@
-"""The answering batch from free memory: given numbers of CUDA, this machine's memory, and an engine that takes what it is told."""
+"""The answering batch from free memory: given numbers of CUDA, this machine's memory, and an engine
+that takes what it is told.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ GIB = 2**30
 
 
 def model_of_7b(device: str, **changes):
-    values = {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    values = {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+    }
     config = SimpleNamespace(**(values | changes))
     config.get_text_config = lambda: config
     return SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device(device))
@@ -30,7 +38,9 @@ def model_of_7b(device: str, **changes):
 
 @pytest.fixture
 def card(monkeypatch):
-    """A function that sets what CUDA says of its memory, in GiB: free, reserved by torch, and allocated of that."""
+    """A function that sets what CUDA says of its memory, in GiB: free, reserved by torch, and
+    allocated of that.
+    """
 
     def has(free: float, reserved: float = 15.0, allocated: float = 14.5) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * GIB), 80 * GIB))
@@ -43,7 +53,9 @@ def card(monkeypatch):
 def test_a_7b_model_on_an_80_gb_card_answers_in_batches_of_ninety_and_not_of_seven(card):
     card(free=63.0)
     tokens = tokens_for(model_of_7b("cuda:0"))
-    assert tokens == tokens_per_batch(63.5 * GIB, token_bytes(32, 1024, 4096, 14336, 2), on_gpu=True)
+    assert tokens == tokens_per_batch(
+        63.5 * GIB, token_bytes(32, 1024, 4096, 14336, 2), on_gpu=True
+    )
     assert 90 <= tokens // (60 + 1024) <= 120
     assert 8192 // (60 + 1024) == 7  # what it was
 
@@ -72,4 +84,7 @@ def test_a_processor_gets_no_more_than_the_usual_batch_and_less_where_memory_is_
 def test_a_model_of_another_kind_gets_the_usual_batch_and_a_tiny_one_a_bounded_one(card):
     card(free=63.0)
     assert tokens_for(model_of_7b("cuda:0", num_attention_heads=None)) == USUAL_TOKENS
-    assert tokens_for(model_of_7b("cuda:0", hidden_size=32, num_hidden_layers=1, intermediate_size=8)) == MOST_TOKENS
+    assert (
+        tokens_for(model_of_7b("cuda:0", hidden_size=32, num_hidden_layers=1, intermediate_size=8))
+        == MOST_TOKENS
+    )

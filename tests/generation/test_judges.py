@@ -1,4 +1,6 @@
-"""Judges made of models: probabilities of the allowed verdicts, written verdicts, and the same behind an address."""
+"""Judges made of models: probabilities of the allowed verdicts, written verdicts, and the same
+behind an address.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_probabilities_are_those_of_the_next_token_after_the_lead_in(judge_file)
             with torch.no_grad():
                 expected = torch.softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1)
             for verdict in ("A", "B"):
-                assert reply.probabilities[verdict] == pytest.approx(float(expected[list(tokens[verdict])].sum()), rel=1e-4)
+                assert reply.probabilities[verdict] == pytest.approx(
+                    float(expected[list(tokens[verdict])].sum()), rel=1e-4
+                )
 
 
 def test_stored_judgments_carry_the_mass_and_are_not_asked_again(judge_file, tmp_path):
@@ -96,7 +100,13 @@ def test_a_space_that_merges_with_some_verdicts_only_goes_into_the_lead_in_too()
     class SomeMerge:
         def encode(self, text, add_special_tokens=False):
             head, _, last = text.rpartition(" ")
-            return [*map(ord, head), 1000] if text.endswith(" 1") else [*map(ord, text)] if last else [*map(ord, head), 32]
+            return (
+                [*map(ord, head), 1000]
+                if text.endswith(" 1")
+                else [*map(ord, text)]
+                if last
+                else [*map(ord, head), 32]
+            )
 
     lead, tokens = verdict_tokens(SomeMerge(), "[R]", ("1", "2", "3"))
     assert lead == [ord(char) for char in "[R] "] and tokens == {"1": {49}, "2": {50}, "3": {51}}
@@ -111,14 +121,27 @@ def test_verdicts_that_share_their_first_token_are_refused():
         verdict_tokens(Letters(), "[R]", ("4", "45", "5"))
 
 
-def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_for_it(judge_file, tmp_path, monkeypatch):
+def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_for_it(
+    judge_file, tmp_path, monkeypatch
+):
     with FaultyServer(answer="Both fine. [RESULT] A") as server:
         monkeypatch.setenv("RECIPES_JUDGE_URL", server.url)
-        with opened(judge_file(engine="openai", model=MODEL, base_url="http://localhost:1/v1")) as judge:
-            assert judge_items(PAIRS, judge.judge, JudgmentStore(tmp_path / "a.jsonl"), judge.plan("relative")).asked == 6
-        elsewhere = judge_file(engine="openai", model=MODEL, base_url="http://judge.invalid/v1", max_retries=0)
+        with opened(
+            judge_file(engine="openai", model=MODEL, base_url="http://localhost:1/v1")
+        ) as judge:
+            assert (
+                judge_items(
+                    PAIRS, judge.judge, JudgmentStore(tmp_path / "a.jsonl"), judge.plan("relative")
+                ).asked
+                == 6
+            )
+        elsewhere = judge_file(
+            engine="openai", model=MODEL, base_url="http://judge.invalid/v1", max_retries=0
+        )
         with opened(elsewhere) as judge, pytest.raises(ServerFault, match=r"judge\.invalid"):
-            judge_items(PAIRS, judge.judge, JudgmentStore(tmp_path / "b.jsonl"), judge.plan("relative"))
+            judge_items(
+                PAIRS, judge.judge, JudgmentStore(tmp_path / "b.jsonl"), judge.plan("relative")
+            )
 
 
 @pytest.mark.parametrize("style", ["chat", "prometheus"])
@@ -126,11 +149,17 @@ def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_
 def test_a_served_judge_is_asked_in_both_orders(judge_file, tmp_path, mode, style):
     store = JudgmentStore(tmp_path / "j.jsonl")
     with FaultyServer(answer="Both fine. [RESULT] A") as server:
-        file = judge_file(engine="openai", model=MODEL, base_url=server.url, mode=mode, prompt_style=style)
+        file = judge_file(
+            engine="openai", model=MODEL, base_url=server.url, mode=mode, prompt_style=style
+        )
         with opened(file) as judge:
             run = judge_items(PAIRS, judge.judge, store, judge.plan("relative"))
         sent = server.bodies
-    assert run.asked == 6 and {row["value"] for row in store} == {"A"} and {row["order"] for row in store} == {"AB", "BA"}
+    assert (
+        run.asked == 6
+        and {row["value"] for row in store} == {"A"}
+        and {row["order"] for row in store} == {"AB", "BA"}
+    )
     assert all(("messages" in body) == (style == "chat") for body in sent)
     if mode == "logits":
         assert all(row["mass"] == pytest.approx(0.987, abs=1e-3) for row in store)

@@ -19,7 +19,9 @@ def model(long_tiny_model_dir):
 def rows_of(shared: int, lengths: list[int]) -> list[list[int]]:
     start = torch.Generator().manual_seed(1)
     head = torch.randint(10, 500, (shared,), generator=start).tolist()
-    return [[*head, *torch.randint(10, 500, (length,), generator=start).tolist()] for length in lengths]
+    return [
+        [*head, *torch.randint(10, 500, (length,), generator=start).tolist()] for length in lengths
+    ]
 
 
 def test_logits_after_a_shared_start_are_those_of_the_whole_prompt(model):
@@ -48,7 +50,9 @@ def test_a_kept_start_serves_the_next_rows_and_a_shorter_or_other_one_replaces_i
     assert torch.allclose(reader.logits(other), alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [rows_of(40, [5]), rows_of(8, [5, 9])], ids=["one row", "little in common"])
+@pytest.mark.parametrize(
+    "rows", [rows_of(40, [5]), rows_of(8, [5, 9])], ids=["one row", "little in common"]
+)
 def test_where_nothing_is_saved_nothing_is_shared(model, rows):
     reader = NextToken(model, 0)
     reader.share(rows)
@@ -59,9 +63,17 @@ def test_where_nothing_is_saved_nothing_is_shared(model, rows):
 
 
 def test_a_head_that_scales_its_logits_is_the_models_own():
-    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(**sizes, num_key_value_heads=2, logits_scaling=8.0)).eval()
+    model = GraniteForCausalLM(
+        GraniteConfig(**sizes, num_key_value_heads=2, logits_scaling=8.0)
+    ).eval()
     with torch.inference_mode():
         expected = model(torch.tensor([[3, 5, 7]])).logits[:, -1]
     assert torch.allclose(NextToken(model, 0).logits([[3, 5, 7]]), expected, atol=1e-6)

@@ -17,13 +17,23 @@ from recipes_lib.generation.openai_engine import OpenAIEngine, Server, ServerFau
 
 
 def engine_for(server, **settings):
-    settings = {"timeout_s": 0.6, "max_retries": 2, "first_pause_s": 0.02, "concurrency": 4} | settings
+    settings = {
+        "timeout_s": 0.6,
+        "max_retries": 2,
+        "first_pause_s": 0.02,
+        "concurrency": 4,
+    } | settings
     return OpenAIEngine(Server(base_url=server.url, model=MODEL, **settings))
 
 
 def ask(engine, count=1, **fields):
     fields = fields or {"prompt": "Hello there"}
-    return {done.key: done for done in engine.complete([Request(key=str(n), **fields) for n in range(count)], Decoding())}
+    return {
+        done.key: done
+        for done in engine.complete(
+            [Request(key=str(n), **fields) for n in range(count)], Decoding()
+        )
+    }
 
 
 @pytest.mark.parametrize("fault", ["429:0", "500", "503", "drop", "hang", "drip", "nonsense"])
@@ -72,21 +82,33 @@ def test_a_refused_body_is_the_requests_own_fault_and_not_tried_again(status):
 def test_a_server_that_takes_no_token_ids_is_told_apart(status):
     with FaultyServer(faults=lambda number: status) as server:
         done = ask(engine_for(server), prompt="x", ids=(1, 2))["0"]
-        judged = ask(OpenAIEngine(Server(base_url=server.url, model=MODEL), logprobs=True), prompt="x")["0"]
+        judged = ask(
+            OpenAIEngine(Server(base_url=server.url, model=MODEL), logprobs=True), prompt="x"
+        )["0"]
     assert "cannot answer for runs" in done.error and "generation.engine=transformers" in done.error
     assert "judge.mode: generate" in judged.error
 
 
 def test_a_server_without_log_probabilities_says_what_to_set():
-    with FaultyServer(faults=lambda number: "body:" + json.dumps({"choices": [{"text": "A", "logprobs": None}]})) as server:
-        engine = OpenAIEngine(Server(base_url=server.url, model=MODEL, max_retries=0), logprobs=True)
+    with FaultyServer(
+        faults=lambda number: "body:" + json.dumps({"choices": [{"text": "A", "logprobs": None}]})
+    ) as server:
+        engine = OpenAIEngine(
+            Server(base_url=server.url, model=MODEL, max_retries=0), logprobs=True
+        )
         assert "judge.mode: generate" in ask(engine, prompt="x")["0"].error
 
 
 def test_a_reply_of_another_model_ends_everything():
-    with FaultyServer(faults=lambda number: "body:" + json.dumps({"model": "stranger", "choices": [{"text": "A"}]})) as server:
+    with FaultyServer(
+        faults=lambda number: (
+            "body:" + json.dumps({"model": "stranger", "choices": [{"text": "A"}]})
+        )
+    ) as server:
         engine = engine_for(server)
-        with pytest.raises(ServerFault, match=f"answered as 'stranger', not as '{MODEL}'") as caught:
+        with pytest.raises(
+            ServerFault, match=f"answered as 'stranger', not as '{MODEL}'"
+        ) as caught:
             ask(engine)
     assert caught.value.exit_code == 6
 
@@ -95,10 +117,21 @@ HOSTILE = {
     "lone surrogate": b'{"choices": [{"text": "fine \\ud800 [RESULT] A"}]}',
     "invalid UTF-8": b'{"choices": [{"text": "fine \xff\xfe [RESULT] A"}]}',
     "NUL": b'{"choices": [{"text": "fine \\u0000 [RESULT] A"}]}',
-    "NaN in usage": b'{"choices": [{"text": "fine [RESULT] A"}], "usage": {"completion_tokens": NaN}}',
-    "huge number": b'{"choices": [{"text": "fine [RESULT] A"}], "usage": {"completion_tokens": ' + b"9" * 5000 + b"}}",
-    "a list of parts": b'{"choices": [{"message": {"content": [{"type": "text", "text": "fine [RESULT] A"}]}}]}',
-    "a number for a reason": b'{"choices": [{"text": "fine [RESULT] A", "finish_reason": 3}], "usage": "none", "model": 7}',
+    "NaN in usage": (
+        b'{"choices": [{"text": "fine [RESULT] A"}], "usage": {"completion_tokens": NaN}}'
+    ),
+    "huge number": (
+        b'{"choices": [{"text": "fine [RESULT] A"}], "usage": {"completion_tokens": '
+        + b"9" * 5000
+        + b"}}"
+    ),
+    "a list of parts": (
+        b'{"choices": [{"message": {"content": [{"type": "text", "text": "fine [RESULT] A"}]}}]}'
+    ),
+    "a number for a reason": (
+        b'{"choices": [{"text": "fine [RESULT] A", "finish_reason": 3}], "usage": "none",'
+        b' "model": 7}'
+    ),
 }
 
 
@@ -112,7 +145,17 @@ def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written(what):
 
 
 @pytest.mark.parametrize(
-    "body", [b"[" * 100_000, b'{"choices": [{"text": {"a": 1}}]}', b"null", b"[1]", b'{"choices": []}', b'{"choices": 3}', b"", b"\xff\x00"]
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"choices": [{"text": {"a": 1}}]}',
+        b"null",
+        b"[1]",
+        b'{"choices": []}',
+        b'{"choices": 3}',
+        b"",
+        b"\xff\x00",
+    ],
 )
 def test_what_is_no_reply_at_all_fails_alone(body):
     with FaultyServer(faults=lambda number: b"200:" + body if number <= 3 else None) as server:
@@ -121,7 +164,9 @@ def test_what_is_no_reply_at_all_fails_alone(body):
     assert done["1"].error is None
 
 
-@pytest.mark.parametrize("words", [b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'])
+@pytest.mark.parametrize(
+    "words", [b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}']
+)
 def test_any_bytes_of_a_refusal_are_shown(words):
     with FaultyServer(faults=lambda number: b"422:" + words) as server:
         done = ask(engine_for(server))["0"]
@@ -140,16 +185,32 @@ def test_a_reply_that_unpacks_to_a_gigabyte_takes_little_memory(status):
 
 
 def test_a_packed_reply_is_read_although_none_was_asked_for():
-    with FaultyServer(faults=lambda number: b"200/GZIP:" + gzip.compress(b'{"choices": [{"text": "hello"}]}')) as server:
+    with FaultyServer(
+        faults=lambda number: b"200/GZIP:" + gzip.compress(b'{"choices": [{"text": "hello"}]}')
+    ) as server:
         assert ask(engine_for(server))["0"].text == "hello"
 
 
-@pytest.mark.parametrize("location", [b"http://127.0.0.1:99999/", b"http://127.0.0.1:1/", b"file:///etc/passwd", b"http://[", b"\xff", b""])
+@pytest.mark.parametrize(
+    "location",
+    [
+        b"http://127.0.0.1:99999/",
+        b"http://127.0.0.1:1/",
+        b"file:///etc/passwd",
+        b"http://[",
+        b"\xff",
+        b"",
+    ],
+)
 def test_no_redirect_is_followed_and_the_address_it_names_is_shown(location):
     with FaultyServer(faults=lambda number: (b"307", location)) as server:
         done = ask(engine_for(server))["0"]
         assert len(server.bodies) == 1
-    assert done.refused and done.error.startswith("307: it sends requests on to ") and "set base_url" in done.error
+    assert (
+        done.refused
+        and done.error.startswith("307: it sends requests on to ")
+        and "set base_url" in done.error
+    )
     done.error.encode()
 
 
@@ -183,13 +244,18 @@ def test_a_server_that_can_do_less_at_once_is_asked_less_and_loses_nothing():
 
 
 def test_another_model_on_the_server_is_refused_before_anything_is_asked():
-    with FaultyServer() as server, pytest.raises(EnvironmentFault, match=f"does not serve 'other'[^$]*{MODEL}"):
+    with (
+        FaultyServer() as server,
+        pytest.raises(EnvironmentFault, match=f"does not serve 'other'[^$]*{MODEL}"),
+    ):
         OpenAIEngine(Server(base_url=server.url, model="other"))
 
 
 def test_no_server_at_all_says_so_and_ends_with_exit_code_6():
     with pytest.raises(ServerFault, match="does not answer") as caught:
-        OpenAIEngine(Server(base_url="http://127.0.0.1:9/v1", model=MODEL, max_retries=1, first_pause_s=0.01))
+        OpenAIEngine(
+            Server(base_url="http://127.0.0.1:9/v1", model=MODEL, max_retries=1, first_pause_s=0.01)
+        )
     assert caught.value.exit_code == 6
 
 
@@ -226,7 +292,10 @@ def test_first_token_probabilities_come_from_both_endpoints():
     with FaultyServer() as server:
         engine = OpenAIEngine(Server(base_url=server.url, model=MODEL), logprobs=True)
         assert ask(engine, prompt="x")["0"].logprobs == {" A": -0.1, " B": -2.5}
-        assert ask(engine, messages=({"role": "user", "content": "hi"},))["0"].logprobs == {" A": -0.1, " B": -2.5}
+        assert ask(engine, messages=({"role": "user", "content": "hi"},))["0"].logprobs == {
+            " A": -0.1,
+            " B": -2.5,
+        }
 
 
 def test_retry_after_reads_seconds_and_dates_and_ignores_nonsense():

@@ -1,4 +1,6 @@
-"""Targets: runs, bases and models, loaded once per base, asked in the format they were trained with."""
+"""Targets: runs, bases and models, loaded once per base, asked in the format they were trained
+with.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from recipes_lib.generation.targets import Asking, base_target, find_targets, re
 from recipes_lib.generation.transformers_engine import TransformersEngine
 
 
-def test_two_runs_and_their_base_share_one_loaded_model_and_answer_differently(make_run, tiny_model_dir):
+def test_two_runs_and_their_base_share_one_loaded_model_and_answer_differently(
+    make_run, tiny_model_dir
+):
     make_run("one", 1), make_run("two", 2)
     targets = find_targets(["one", "two", str(tiny_model_dir)])
     groups = grouped(targets)
@@ -23,13 +27,19 @@ def test_two_runs_and_their_base_share_one_loaded_model_and_answer_differently(m
         for subject in subjects:
             text, ids = subject.prompts.render([{"role": "user", "content": "Name a licence."}])
             assert text.startswith("### Instruction:")
-            engine = TransformersEngine(subject.model, subject.prompts.tokenizer, subject.fingerprint, using=subject.using)
-            texts[subject.name] = next(iter(engine.complete([Request(key="q", ids=ids)], Decoding(max_new_tokens=8)))).text
+            engine = TransformersEngine(
+                subject.model, subject.prompts.tokenizer, subject.fingerprint, using=subject.using
+            )
+            texts[subject.name] = next(
+                iter(engine.complete([Request(key="q", ids=ids)], Decoding(max_new_tokens=8)))
+            ).text
     assert len(set(texts.values())) == 3
     assert any(name.startswith("base--tiny-llama--") for name in texts)
 
 
-def test_an_unmerged_adapter_on_the_shared_base_answers_like_the_adapter_loaded_alone(make_run, tiny_model_dir, tiny_tokenizer):
+def test_an_unmerged_adapter_on_the_shared_base_answers_like_the_adapter_loaded_alone(
+    make_run, tiny_model_dir, tiny_tokenizer
+):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -37,8 +47,13 @@ def test_an_unmerged_adapter_on_the_shared_base_answers_like_the_adapter_loaded_
     make_run("one", 1), make_run("two", 2)
     request = [Request(key="q", ids=tuple(tiny_tokenizer("Name a licence.").input_ids))]
     with loaded(find_targets(["one", "two"])) as subjects:
-        shared = [TransformersEngine(s.model, s.prompts.tokenizer, "", using=s.using) for s in subjects]
-        texts = [next(iter(engine.complete(request, Decoding(max_new_tokens=10)))).text for engine in shared]
+        shared = [
+            TransformersEngine(s.model, s.prompts.tokenizer, "", using=s.using) for s in subjects
+        ]
+        texts = [
+            next(iter(engine.complete(request, Decoding(max_new_tokens=10)))).text
+            for engine in shared
+        ]
     for name, text in zip(("one", "two"), texts, strict=True):
         base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
         from recipes_lib.runs.directory import open_run
@@ -55,8 +70,13 @@ def test_a_bare_model_is_asked_through_its_chat_template(runs_folder, tiny_model
 
 
 def test_a_model_that_only_a_server_has_is_rendered_there(runs_folder):
-    with loaded(find_targets(["some-served-name"], Asking(any_model=True)), weights=False) as (subject,):
-        assert subject.prompts.render([{"role": "user", "content": "Hi"}]) == (None, ()) and subject.model is None
+    with loaded(find_targets(["some-served-name"], Asking(any_model=True)), weights=False) as (
+        subject,
+    ):
+        assert (
+            subject.prompts.render([{"role": "user", "content": "Hi"}]) == (None, ())
+            and subject.model is None
+        )
 
 
 def test_a_format_the_run_was_not_trained_with_is_refused(make_run):
@@ -67,13 +87,19 @@ def test_a_format_the_run_was_not_trained_with_is_refused(make_run):
 
 def test_a_chat_template_that_changed_since_training_is_refused(make_run):
     make_run("one", 1, recorded_hash="0" * 64)
-    with pytest.raises(RecipeError, match="another prompt format"), loaded(find_targets(["one"]), weights=False):
+    with (
+        pytest.raises(RecipeError, match="another prompt format"),
+        loaded(find_targets(["one"]), weights=False),
+    ):
         pass
 
 
 def test_the_same_base_in_another_format_gets_another_folder(make_run, tiny_model_dir):
     run = find_targets([str(make_run("one", 1))])[0]
-    with loaded([base_target(run.recipe)]) as (as_run,), loaded(find_targets([str(tiny_model_dir)])) as (bare,):
+    with (
+        loaded([base_target(run.recipe)]) as (as_run,),
+        loaded(find_targets([str(tiny_model_dir)])) as (bare,),
+    ):
         assert as_run.name != bare.name and as_run.name.startswith("base--tiny-llama--")
         record_base(as_run.run, as_run.target.recipe, as_run.fingerprint, as_run.prompts)
         (again,) = find_targets([as_run.name])

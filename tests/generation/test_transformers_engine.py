@@ -21,11 +21,16 @@ def tiny(tiny_model_dir, tiny_tokenizer):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval(), tiny_tokenizer
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, dtype=torch.float32
+    ).eval(), tiny_tokenizer
 
 
 def requests_of(tokenizer, texts, seed=0):
-    return [Request(key=str(n), ids=tuple(tokenizer(text).input_ids), seed=seed + n) for n, text in enumerate(texts)]
+    return [
+        Request(key=str(n), ids=tuple(tokenizer(text).input_ids), seed=seed + n)
+        for n, text in enumerate(texts)
+    ]
 
 
 def answers(engine, requests, decoding):
@@ -40,7 +45,9 @@ def test_batches_go_from_long_to_short_within_the_token_budget():
 
 
 def test_a_prompt_larger_than_the_budget_is_still_a_batch_of_one():
-    assert [len(batch) for batch in batches([Request(key="x", ids=tuple(range(500)))], 10, 100)] == [1]
+    assert [
+        len(batch) for batch in batches([Request(key="x", ids=tuple(range(500)))], 10, 100)
+    ] == [1]
 
 
 def test_padding_is_on_the_left_and_masked():
@@ -51,9 +58,13 @@ def test_padding_is_on_the_left_and_masked():
 def test_a_batch_gives_the_same_greedy_answers_as_one_at_a_time(tiny):
     model, tokenizer = tiny
     requests, decoding = requests_of(tokenizer, TEXTS), Decoding(max_new_tokens=12)
-    together = answers(TransformersEngine(model, tokenizer, "f", batch_tokens=10_000), requests, decoding)
+    together = answers(
+        TransformersEngine(model, tokenizer, "f", batch_tokens=10_000), requests, decoding
+    )
     alone = answers(TransformersEngine(model, tokenizer, "f", batch_tokens=1), requests, decoding)
-    assert {key: one.text for key, one in together.items()} == {key: one.text for key, one in alone.items()}
+    assert {key: one.text for key, one in together.items()} == {
+        key: one.text for key, one in alone.items()
+    }
     assert len({one.text for one in together.values()}) > 1
 
 
@@ -113,7 +124,9 @@ def test_an_answer_at_the_limit_is_cut_and_a_stopped_one_is_not(tiny):
 def test_a_prompt_longer_than_the_context_is_reported_not_crashed(tiny):
     model, tokenizer = tiny
     engine = TransformersEngine(model, tokenizer, "f")
-    done = answers(engine, [Request(key="x", ids=tuple([5] * 600))], Decoding(max_new_tokens=3))["x"]
+    done = answers(engine, [Request(key="x", ids=tuple([5] * 600))], Decoding(max_new_tokens=3))[
+        "x"
+    ]
     assert (done.finish_reason, done.text) == ("prompt_too_long", "")
 
 
@@ -123,4 +136,6 @@ def test_top_p_keeps_only_the_likeliest_tokens(tiny):
     requests = requests_of(tokenizer, TEXTS[:2])
     nucleus = answers(engine, requests, Decoding(max_new_tokens=6, temperature=1.0, top_p=1e-6))
     greedy = answers(engine, requests, Decoding(max_new_tokens=6))
-    assert {key: one.text for key, one in nucleus.items()} == {key: one.text for key, one in greedy.items()}
+    assert {key: one.text for key, one in nucleus.items()} == {
+        key: one.text for key, one in greedy.items()
+    }

@@ -22,14 +22,29 @@ class Launcher:
 
     def __init__(self, recipe: Path) -> None:
         self.recipe = recipe
-        self.environment = {**os.environ, "RECIPES_RUNS_ROOT": str(recipe.parent / "runs"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.environment = {
+            **os.environ,
+            "RECIPES_RUNS_ROOT": str(recipe.parent / "runs"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
 
     def command(self, *overrides: str, config: str | Path | None = None) -> list[str]:
         script = ["-m", "recipes_lib.train", str(self.recipe), *overrides]
         if config is None:
             return [sys.executable, *script]
-        path = config if isinstance(config, Path) else PROJECT / "accelerate_configs" / f"{config}.yaml"
-        return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(path), *script]
+        path = (
+            config
+            if isinstance(config, Path)
+            else PROJECT / "accelerate_configs" / f"{config}.yaml"
+        )
+        return [
+            str(Path(sys.executable).with_name("accelerate")),
+            "launch",
+            "--config_file",
+            str(path),
+            *script,
+        ]
 
     def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -57,7 +72,9 @@ class Launcher:
         return child.returncode, said
 
     def end_ranks(self) -> None:
-        """End every process of this recipe: torch's launcher gives ranks sessions of their own, and some wait for each other for ever."""
+        """End every process of this recipe: torch's launcher gives ranks sessions of their own, and
+        some wait for each other for ever.
+        """
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 if str(self.recipe).encode() in (process / "cmdline").read_bytes().split(b"\0"):
@@ -80,13 +97,21 @@ class Launcher:
         return (self.run(name) / "adapter" / "adapter_model.safetensors").read_bytes()
 
     def series(self, name: str, key: str) -> list[float]:
-        lines = [json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()
+        ]
         return [line[key] for line in lines if key in line]
 
 
 @pytest.fixture(scope="module")
-def launcher(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, tiny_recipe_text: Callable[[Path], str]) -> Launcher:
-    """One folder of runs for all tests of a module, so that they can share the runs they compare with."""
+def launcher(
+    tiny_model_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_recipe_text: Callable[[Path], str],
+) -> Launcher:
+    """One folder of runs for all tests of a module, so that they can share the runs they compare
+    with.
+    """
     recipe = tmp_path_factory.mktemp("launched") / "tiny.yaml"
     recipe.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")
     return Launcher(recipe)

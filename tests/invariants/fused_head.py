@@ -1,4 +1,6 @@
-"""Train with the head that a GPU gets, on a CPU: python fused_head.py RECIPE [override ...]. Says in which precision it multiplies."""
+"""Train with the head that a GPU gets, on a CPU: python fused_head.py RECIPE [override ...]. Says
+in which precision it multiplies.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Run a training that kills itself at a named moment: python kill_at.py MOMENT STEP RECIPE [override ...]."""
+"""Run a training that kills itself at a named moment: python kill_at.py MOMENT STEP RECIPE
+[override ...].
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def die() -> None:
 
 
 def kill_in(owner: Any, name: str, when: str, condition: Callable[..., bool]) -> None:
-    """Replace `owner.name` by one that dies before, during (a file half written) or after its work."""
+    """Replace `owner.name` by one that dies before, during (a file half written) or after
+    its work.
+    """
     original = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -24,7 +28,10 @@ def kill_in(owner: Any, name: str, when: str, condition: Callable[..., bool]) ->
             die()
         result = original(*args, **kwargs)
         if when == "torn":
-            newest = max((path for path in os.scandir(args[1]) if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+            newest = max(
+                (path for path in os.scandir(args[1]) if path.is_file()),
+                key=lambda path: path.stat().st_mtime_ns,
+            )
             os.truncate(newest.path, newest.stat().st_size // 2)
         die()
         return result
@@ -56,8 +63,18 @@ def main() -> int:
         "after the optimizer": (Trainer, "_save_optimizer_and_scheduler", "after", at_step),
         "in the random state": (Trainer, "_save_rng_state", "torn", at_step),
         "before the marker": (RecipeTrainer, "_seal", "before", at_step),
-        "before the rotation": (checkpoints, "rotate", "before", lambda folder, *rest: (folder / f"checkpoint-{step}").is_dir()),
-        "in the rotation": (checkpoints.shutil, "rmtree", "before", lambda path, *rest: "checkpoint-" in str(path)),
+        "before the rotation": (
+            checkpoints,
+            "rotate",
+            "before",
+            lambda folder, *rest: (folder / f"checkpoint-{step}").is_dir(),
+        ),
+        "in the rotation": (
+            checkpoints.shutil,
+            "rmtree",
+            "before",
+            lambda path, *rest: "checkpoint-" in str(path),
+        ),
         "in the preparation of the data": (Attempt, "continue_or_start", "before", always),
         "before the final save": (finish, "save_and_check", "before", always),
         "before the check of the weights": (finish.weights_check, "check_files", "before", always),

@@ -1,4 +1,6 @@
-"""Train with a final check of the weights that takes SLOW_CHECK_S seconds more: python slow_check.py RECIPE [override ...]."""
+"""Train with a final check of the weights that takes SLOW_CHECK_S seconds more: python
+slow_check.py RECIPE [override ...].
+"""
 
 from __future__ import annotations
 

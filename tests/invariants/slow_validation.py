@@ -1,4 +1,6 @@
-"""Train with a validation of one batch per second, whose progress is said every second: python slow_validation.py RECIPE [override ...]."""
+"""Train with a validation of one batch per second, whose progress is said every second: python
+slow_validation.py RECIPE [override ...].
+"""
 
 from __future__ import annotations
 

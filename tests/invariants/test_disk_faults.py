@@ -1,7 +1,9 @@
-"""Disks that fill, turn read-only, run out of inodes, and lose power: nothing that was complete is lost, and the same command goes on.
+"""Disks that fill, turn read-only, run out of inodes, and lose power: nothing that was complete is
+lost, and the same command goes on.
 
-The disks are real: a small tmpfs, an ext4 image on a loop device. They need root and the right to mount; without it these tests are
-skipped, and `tests/test_atomic_files.py` has the model of a power cut alone.
+The disks are real: a small tmpfs, an ext4 image on a loop device. They need root and the right to
+mount; without it these tests are skipped, and `tests/test_atomic_files.py` has the model of a power
+cut alone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def mounted(*words: str) -> bool:
 
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A function that mounts a tmpfs with these options (or gives the same one others) and returns its folder."""
+    """A function that mounts a tmpfs with these options (or gives the same one others) and returns
+    its folder.
+    """
     place = tmp_path / "small"
     place.mkdir()
 
@@ -67,7 +71,9 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 def bytes_at(whole: Path) -> dict[str, int]:
-    """How much is on the disk when each part of a run is about to be written: a disk of that size and a bit fills in the part."""
+    """How much is on the disk when each part of a run is about to be written: a disk of that size
+    and a bit fills in the part.
+    """
     one = sum(file.stat().st_size for file in (whole / "checkpoints" / "checkpoint-2").rglob("*"))
     records = sum(file.stat().st_size for file in whole.iterdir() if file.is_file())
     return {
@@ -79,11 +85,19 @@ def bytes_at(whole: Path) -> dict[str, int]:
     }
 
 
-PARTS = ("the first record", "the first checkpoint", "the tokenizer of a checkpoint", "a later checkpoint", "the final weights")
+PARTS = (
+    "the first record",
+    "the first checkpoint",
+    "the tokenizer of a checkpoint",
+    "a later checkpoint",
+    "the final weights",
+)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(launcher, whole: Path, tmpfs: Callable[[str], Path], part: str) -> None:
+def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(
+    launcher, whole: Path, tmpfs: Callable[[str], Path], part: str
+) -> None:
     runs = tmpfs(f"size={bytes_at(whole)[part] // 4096 * 4096}")
     name = "run.name=small"
     code, said = launcher.wait(launcher.start(launcher.command(name), RECIPES_RUNS_ROOT=str(runs)))
@@ -95,9 +109,13 @@ def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(launcher, whole: P
 
 
 @pytest.mark.parametrize("inodes", [6, 40])
-def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(launcher, whole: Path, tmpfs: Callable[[str], Path], inodes: int) -> None:
+def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(
+    launcher, whole: Path, tmpfs: Callable[[str], Path], inodes: int
+) -> None:
     runs = tmpfs(f"size=64m,nr_inodes={inodes}")
-    code, said = launcher.wait(launcher.start(launcher.command("run.name=small"), RECIPES_RUNS_ROOT=str(runs)))
+    code, said = launcher.wait(
+        launcher.start(launcher.command("run.name=small"), RECIPES_RUNS_ROOT=str(runs))
+    )
     assert code == 5, said[-3000:]
     assert_told(said)
     tmpfs("size=64m,nr_inodes=100000")
@@ -106,12 +124,19 @@ def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(launcher, whol
 
 
 @pytest.mark.parametrize("limit", [512, 40 * 1024])
-def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(launcher, whole: Path, limit: int) -> None:
+def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(
+    launcher, whole: Path, limit: int
+) -> None:
     name = f"limit-{limit}"
     child = subprocess.Popen(
-        launcher.command(f"run.name={name}"), env=launcher.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+        launcher.command(f"run.name={name}"),
+        env=launcher.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
     code, said = launcher.wait(child)
     assert code == 5, said[-3000:]
     assert_told(said)
@@ -124,15 +149,24 @@ BATCH = ("train.per_device_train_batch_size", "run.global_batch_size")
 
 
 @pytest.mark.parametrize(
-    ("gib", "larger"), [(0.3, []), (2.0, []), (4.0, [f"{key}=304" for key in BATCH])], ids=["Python", "libraries", "a batch"]
+    ("gib", "larger"),
+    [(0.3, []), (2.0, []), (4.0, [f"{key}=304" for key in BATCH])],
+    ids=["Python", "libraries", "a batch"],
 )
-def test_a_limit_on_memory_ends_in_one_line_and_loses_nothing(launcher, whole: Path, gib: float, larger: list[str]) -> None:
+def test_a_limit_on_memory_ends_in_one_line_and_loses_nothing(
+    launcher, whole: Path, gib: float, larger: list[str]
+) -> None:
     limit = int(gib * 2**30)
     command = launcher.command(f"run.name=memory-{gib}", *larger)
     child = subprocess.Popen(
-        command, env=launcher.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )  # fmt: skip
+        command,
+        env=launcher.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
     code, said = launcher.wait(child)
     assert code == 5 and "out of memory" in said, said[-3000:]
     assert_told(said)
@@ -145,23 +179,33 @@ def test_a_limit_on_memory_ends_in_one_line_and_loses_nothing(launcher, whole: P
 
 
 class Ext4:
-    """A file system in a file. A copy of the file is what a power cut would leave: what was not written to the disk is not in it."""
+    """A file system in a file. A copy of the file is what a power cut would leave: what was not
+    written to the disk is not in it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.image, self.place, self.copies = folder / "disk.img", folder / "disk", 0
         self.place.mkdir()
         with self.image.open("wb") as file:
             file.truncate(192 * MIB)
-        made = shutil.which("mkfs.ext4") and subprocess.run(["mkfs.ext4", "-q", str(self.image)], check=False).returncode == 0
+        made = (
+            shutil.which("mkfs.ext4")
+            and subprocess.run(["mkfs.ext4", "-q", str(self.image)], check=False).returncode == 0
+        )
         # no flush of its own on a rename: other file systems have none
         if not made or not mounted("-o", "loop,noauto_da_alloc", str(self.image), str(self.place)):
             pytest.skip("this test mounts a disk, which is not allowed here")
         self.mounts = [self.place]
 
     def cut(self) -> Path:
-        """Return what the disk holds when the power goes now, mounted again (its journal is replayed)."""
+        """Return what the disk holds when the power goes now, mounted again (its journal is
+        replayed).
+        """
         self.copies += 1
-        image, place = self.image.with_name(f"cut-{self.copies}.img"), self.place.with_name(f"cut-{self.copies}")
+        image, place = (
+            self.image.with_name(f"cut-{self.copies}.img"),
+            self.place.with_name(f"cut-{self.copies}"),
+        )
         shutil.copyfile(self.image, image)
         place.mkdir()
         assert mounted("-o", "loop", str(image), str(place))
@@ -191,19 +235,27 @@ def test_the_cut_of_a_disk_loses_what_was_not_flushed(ext4: Ext4) -> None:
 
 
 @pytest.mark.parametrize("after_s", [0.0, 1.0])
-def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(launcher, whole: Path, ext4: Ext4, after_s: float) -> None:
+def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(
+    launcher, whole: Path, ext4: Ext4, after_s: float
+) -> None:
     launcher.train("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
     time.sleep(after_s)
     run = ext4.cut() / "runs" / "cut"
     assert json.loads((run / "run.json").read_text())["state"] == "finished"
     assert_same(run, whole)
     for file in (run / "adapter").iterdir():
-        assert file.read_bytes() == (ext4.place / "runs" / "cut" / "adapter" / file.name).read_bytes(), file.name
+        assert (
+            file.read_bytes() == (ext4.place / "runs" / "cut" / "adapter" / file.name).read_bytes()
+        ), file.name
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(launcher, whole: Path, ext4: Ext4, step: int) -> None:
-    child = launcher.start(launcher.command("run.name=cut"), RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
+def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
+    launcher, whole: Path, ext4: Ext4, step: int
+) -> None:
+    child = launcher.start(
+        launcher.command("run.name=cut"), RECIPES_RUNS_ROOT=str(ext4.place / "runs")
+    )
     marker = ext4.place / "runs" / "cut" / "checkpoints" / f"checkpoint-{step}" / "COMPLETE.json"
     deadline = time.monotonic() + 120
     while not marker.is_file() and child.poll() is None and time.monotonic() < deadline:
@@ -213,15 +265,22 @@ def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(launcher
     said = launcher.train("run.name=cut", RECIPES_RUNS_ROOT=str(place / "runs"))
     if "already finished" not in said:
         resumed = int(said.split("resuming checkpoint-")[1].split()[0])
-        assert resumed >= step - 2, said  # the marker's rename may not be on the disk yet; the checkpoint before it is
+        assert resumed >= step - 2, (
+            said
+        )  # the marker's rename may not be on the disk yet; the checkpoint before it is
     assert_same(place / "runs" / "cut", whole)
 
 
-def test_a_file_system_that_turns_read_only_ends_in_one_line_and_loses_nothing(launcher, whole: Path, ext4: Ext4) -> None:
+def test_a_file_system_that_turns_read_only_ends_in_one_line_and_loses_nothing(
+    launcher, whole: Path, ext4: Ext4
+) -> None:
     root = ext4.place / "runs"
     child = launcher.start(launcher.command("run.name=ro"), RECIPES_RUNS_ROOT=str(root))
     deadline = time.monotonic() + 120
-    while not (root / "ro" / "checkpoints" / "checkpoint-2" / "COMPLETE.json").is_file() and time.monotonic() < deadline:
+    while (
+        not (root / "ro" / "checkpoints" / "checkpoint-2" / "COMPLETE.json").is_file()
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     if not mounted("-o", "remount,abort", str(ext4.place)):
         pytest.skip("this kernel cannot abort a file system")

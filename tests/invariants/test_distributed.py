@@ -11,15 +11,24 @@ from pathlib import Path
 
 import pytest
 
-NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_quant_storage: bfloat16}"
-# Each config trains through accelerate's own code path; loss per step differs only by the order of float32 sums.
+NF4 = (
+    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16,"
+    " bnb_4bit_quant_storage: bfloat16}"
+)
+# Each config trains through accelerate's own code path; loss per step differs only by the order of
+# float32 sums.
 SUM_ORDER = 2e-5
 
 
 @pytest.fixture(scope="module")
 def compared(launcher) -> dict[str, str]:
-    """What each launch said: one rank with 2 accumulation steps, and two ranks under DDP and FSDP2."""
-    return {name: launcher.train(f"run.name={name}", config=name) for name in ("cpu", "ddp_cpu", "fsdp_cpu")}
+    """What each launch said: one rank with 2 accumulation steps, and two ranks under DDP
+    and FSDP2.
+    """
+    return {
+        name: launcher.train(f"run.name={name}", config=name)
+        for name in ("cpu", "ddp_cpu", "fsdp_cpu")
+    }
 
 
 def test_accumulating_on_one_rank_equals_two_ranks(launcher, compared) -> None:
@@ -50,27 +59,42 @@ def test_the_start_up_line_says_what_is_really_active(compared) -> None:
 
 
 def test_bf16_losses_of_fsdp2_are_not_rounded_and_compare_with_ddp(launcher) -> None:
-    """accelerate's default makes FSDP2 round its outputs to bf16, which leaves 8 bits: steps of 0.03 at a loss of 6."""
+    """accelerate's default makes FSDP2 round its outputs to bf16, which leaves 8 bits: steps of
+    0.03 at a loss of 6.
+    """
     for config in ("ddp_cpu", "fsdp_cpu"):
         launcher.train(f"run.name=bf16-{config}", "train.bf16=true", config=config)
     ddp, fsdp = launcher.series("bf16-ddp_cpu", "loss"), launcher.series("bf16-fsdp_cpu", "loss")
     assert ddp == pytest.approx(fsdp, rel=2e-3)
-    # Each rank's loss would be a multiple of 2**-5 (the next halved by the mean of two ranks); any coarse grid is rounding.
+    # Each rank's loss would be a multiple of 2**-5 (the next halved by the mean of two ranks); any
+    # coarse grid is rounding.
     assert not all((loss * 2**8).is_integer() for loss in fsdp)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [["lora.r=4"], ["lora=null", "train.learning_rate=1e-3"]], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "method", [["lora.r=4"], ["lora=null", "train.learning_rate=1e-3"]], ids=["lora", "full"]
+)
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
-def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(launcher, config: str, method: list[str]) -> None:
-    """On a GPU the loss is TRL's fused head; here the same branch runs in the same processes, with TRL's kernels written in torch."""
+def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(
+    launcher, config: str, method: list[str]
+) -> None:
+    """On a GPU the loss is TRL's fused head; here the same branch runs in the same processes, with
+    TRL's kernels written in torch.
+    """
     kind = "full" if "lora=null" in method else "lora"
     for head in ("own", "fused"):
-        command = launcher.command(f"run.name={head}-{kind}-{config}", *method, "train.max_steps=4", config=config)
+        command = launcher.command(
+            f"run.name={head}-{kind}-{config}", *method, "train.max_steps=4", config=config
+        )
         if head == "fused":
-            command[command.index("-m") : command.index("-m") + 2] = [str(Path(__file__).with_name("fused_head.py"))]
+            command[command.index("-m") : command.index("-m") + 2] = [
+                str(Path(__file__).with_name("fused_head.py"))
+            ]
         code, said = launcher.wait(launcher.start(command))
-        assert code == 0 and ("fused head: torch.float32" in said) is (head == "fused"), said[-3000:]
+        assert code == 0 and ("fused head: torch.float32" in said) is (head == "fused"), said[
+            -3000:
+        ]
     for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy"):
         own, fused = (launcher.series(f"{head}-{kind}-{config}", key) for head in ("own", "fused"))
         assert len(own) and own == pytest.approx(fused, rel=SUM_ORDER)
@@ -80,18 +104,33 @@ def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(launcher, con
 def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(launcher) -> None:
     """In float32 it would use no tensor cores: FSDP2 must not cast what the layers hand to it."""
     for config in ("ddp_cpu", "fsdp_cpu"):
-        overrides = ["train.bf16=true", "model.dtype=bfloat16", "train.max_steps=4", f"run.name=fused-bf16-{config}"]
+        overrides = [
+            "train.bf16=true",
+            "model.dtype=bfloat16",
+            "train.max_steps=4",
+            f"run.name=fused-bf16-{config}",
+        ]
         command = launcher.command(*overrides, config=config)
-        command[command.index("-m") : command.index("-m") + 2] = [str(Path(__file__).with_name("fused_head.py"))]
+        command[command.index("-m") : command.index("-m") + 2] = [
+            str(Path(__file__).with_name("fused_head.py"))
+        ]
         code, said = launcher.wait(launcher.start(command))
-        assert code == 0 and "fused head: torch.bfloat16" in said and "fused head: torch.float32" not in said, said[-3000:]
-    ddp, fsdp = (launcher.series(f"fused-bf16-{config}", "loss") for config in ("ddp_cpu", "fsdp_cpu"))
+        assert (
+            code == 0
+            and "fused head: torch.bfloat16" in said
+            and "fused head: torch.float32" not in said
+        ), said[-3000:]
+    ddp, fsdp = (
+        launcher.series(f"fused-bf16-{config}", "loss") for config in ("ddp_cpu", "fsdp_cpu")
+    )
     assert ddp == pytest.approx(fsdp, rel=SUM_ORDER)
 
 
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
 def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> None:
-    said = launcher.train(f"run.name=qlora-{config}", NF4, "train.bf16=true", "train.max_steps=3", config=config)
+    said = launcher.train(
+        f"run.name=qlora-{config}", NF4, "train.bf16=true", "train.max_steps=3", config=config
+    )
     assert "NF4 in 14 layers" in said
     check = launcher.state(f"qlora-{config}")["weights_check"]
     assert check["reload"]["agrees"] and check["tensors"] == 8
@@ -121,7 +160,11 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
     _, said = launcher.wait(child)
     state = launcher.state(f"broken-{name}")
     assert (state["state"], state["exit_code"]) == ("preempted", 75), said[-3000:]
-    saved = sorted(path.name for path in (launcher.run(f"broken-{name}") / "checkpoints").iterdir() if (path / "COMPLETE.json").is_file())
+    saved = sorted(
+        path.name
+        for path in (launcher.run(f"broken-{name}") / "checkpoints").iterdir()
+        if (path / "COMPLETE.json").is_file()
+    )
     assert f"checkpoint-{state['step']}" in saved
     launcher.train(f"run.name=broken-{name}", *overrides, config=config)
     assert launcher.adapter(f"broken-{name}") == launcher.adapter(f"whole-{name}")
@@ -130,7 +173,12 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
 
 
 def test_an_error_on_two_ranks_is_printed_once_and_its_code_is_in_run_json(launcher) -> None:
-    overrides = ["run.name=explodes", "lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]
+    overrides = [
+        "run.name=explodes",
+        "lora=null",
+        "train.learning_rate=1e30",
+        "train.lr_scheduler_type=constant",
+    ]
     code, said = launcher.wait(launcher.start(launcher.command(*overrides, config="ddp_cpu")))
     assert code != 0 and said.count("gradient norm is nan") == 1, said[-3000:]
     assert launcher.state("explodes")["exit_code"] == 3
@@ -161,24 +209,36 @@ def worker(launcher_pid: int, rank: int) -> int:
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
 def test_a_token_cap_makes_ranks_meet_and_changes_no_loss(launcher, compared, config: str) -> None:
     launcher.train(f"run.name=capped-{config}", "run.max_tokens_per_micro_batch=300", config=config)
-    assert launcher.series(f"capped-{config}", "loss") == pytest.approx(launcher.series(config, "loss"), rel=SUM_ORDER)
+    assert launcher.series(f"capped-{config}", "loss") == pytest.approx(
+        launcher.series(config, "loss"), rel=SUM_ORDER
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
-def test_a_final_check_that_takes_longer_than_ddp_timeout_ends_the_run_as_finished(launcher, config: str) -> None:
+def test_a_final_check_that_takes_longer_than_ddp_timeout_ends_the_run_as_finished(
+    launcher, config: str
+) -> None:
     name = f"slow-check-{config}"
-    command = launcher.command(f"run.name={name}", "train.max_steps=2", "train.ddp_timeout=20", config=config)
-    command[command.index("-m") : command.index("-m") + 2] = [str(Path(__file__).with_name("slow_check.py"))]
+    command = launcher.command(
+        f"run.name={name}", "train.max_steps=2", "train.ddp_timeout=20", config=config
+    )
+    command[command.index("-m") : command.index("-m") + 2] = [
+        str(Path(__file__).with_name("slow_check.py"))
+    ]
     code, said = launcher.wait(launcher.start(command, SLOW_CHECK_S="35"))
     assert code == 0 and "finished: " in said, said[-3000:]
     assert launcher.state(name)["state"] == "finished"
 
 
 def watched(launcher, name: str, *overrides: str) -> dict[int, tuple[int, list[int]]]:
-    """Train under FSDP2 on two ranks; return how often each shared gradients out, and the pieces of each of its micro-batches."""
+    """Train under FSDP2 on two ranks; return how often each shared gradients out, and the pieces of
+    each of its micro-batches.
+    """
     command = launcher.command(f"run.name={name}", *overrides, config="fsdp_cpu")
-    command[command.index("-m") : command.index("-m") + 2] = [str(Path(__file__).with_name("watched.py"))]
+    command[command.index("-m") : command.index("-m") + 2] = [
+        str(Path(__file__).with_name("watched.py"))
+    ]
     code, said = launcher.wait(launcher.start(command))
     assert code == 0, said[-3000:]
     found = re.findall(r"rank (\d): (\d+) exchanges; pieces (\[.*?\])", said)
@@ -186,24 +246,39 @@ def watched(launcher, name: str, *overrides: str) -> dict[int, tuple[int, list[i
 
 
 @pytest.mark.slow
-def test_under_fsdp2_ranks_with_unlike_numbers_of_pieces_meet_and_share_adapter_gradients_out_once_per_step(launcher) -> None:
-    accumulating = ["train.per_device_train_batch_size=2", "train.max_steps=6"]  # two micro-batches per step
+def test_under_fsdp2_ranks_with_unlike_numbers_of_pieces_meet_and_share_adapter_gradients_out_once_per_step(  # noqa: E501
+    launcher,
+) -> None:
+    accumulating = [
+        "train.per_device_train_batch_size=2",
+        "train.max_steps=6",
+    ]  # two micro-batches per step
     whole = watched(launcher, "uncapped", *accumulating)
     pieces = watched(launcher, "in-pieces", *accumulating, "run.max_tokens_per_micro_batch=270")
     assert any(first != second for first, second in zip(pieces[0][1], pieces[1][1], strict=True))
     assert pieces[0][0] == pieces[1][0] == whole[0][0] == whole[1][0] > 0
     for key in ("loss", "grad_norm"):
-        assert launcher.series("in-pieces", key) == pytest.approx(launcher.series("uncapped", key), rel=SUM_ORDER)
+        assert launcher.series("in-pieces", key) == pytest.approx(
+            launcher.series("uncapped", key), rel=SUM_ORDER
+        )
 
 
 @pytest.fixture(scope="module")
 def larger_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """340 MB of float32 weights: enough to be seen above what the allocator keeps of a process (tens of MB)."""
+    """340 MB of float32 weights: enough to be seen above what the allocator keeps of a process
+    (tens of MB).
+    """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("larger")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -211,8 +286,12 @@ def larger_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_batches_and_the_plan_knows(launcher, larger_model) -> None:
-    """Measured as the peak memory of a process, against a training that is told to share gradients out once per step."""
+def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_batches_and_the_plan_knows(  # noqa: E501
+    launcher, larger_model
+) -> None:
+    """Measured as the peak memory of a process, against a training that is told to share gradients
+    out once per step.
+    """
     from recipes_lib.planning.plan import plan_recipe
     from recipes_lib.recipe.recipe import load_recipe
 
@@ -230,11 +309,20 @@ def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_bat
         said = launcher.train(f"run.name=shared-{name}", *overrides, *more, config="fsdp_cpu")
         assert ("each rank keeps its share" in said) is (name == "each"), said
         measured[name] = max(launcher.series(f"shared-{name}", "peak_memory_gib")) * 2**30
-        planned[name] = plan_recipe(load_recipe(launcher.recipe, [*overrides, *more]), accelerate="fsdp_cpu").memory.gradients * 2**30
+        planned[name] = (
+            plan_recipe(
+                load_recipe(launcher.recipe, [*overrides, *more]), accelerate="fsdp_cpu"
+            ).memory.gradients
+            * 2**30
+        )
     whole = 4 * sum(parameter.numel() for parameter in load_model(larger_model).parameters())
     assert planned["once"] - planned["each"] == pytest.approx(whole, rel=0.01)
-    assert measured["once"] - measured["each"] == pytest.approx(planned["once"] - planned["each"], rel=0.3)
-    assert launcher.series("shared-once", "loss") == pytest.approx(launcher.series("shared-each", "loss"), rel=SUM_ORDER)
+    assert measured["once"] - measured["each"] == pytest.approx(
+        planned["once"] - planned["each"], rel=0.3
+    )
+    assert launcher.series("shared-once", "loss") == pytest.approx(
+        launcher.series("shared-each", "loss"), rel=SUM_ORDER
+    )
 
 
 def load_model(folder: Path):

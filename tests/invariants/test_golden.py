@@ -1,4 +1,5 @@
-"""Loss trajectories committed with the environment they were measured in; a change of the mathematics shows here first.
+"""Loss trajectories committed with the environment they were measured in; a change of the
+mathematics shows here first.
 
 To record them again after an intended change: python tests/invariants/test_golden.py
 """
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).with_name("golden") / "loss_trajectories.json"
-NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+NF4 = (
+    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+)
 WAYS = {
     "lora-fp32": [],
     "lora-bf16": ["train.bf16=true"],
@@ -40,7 +43,9 @@ def trajectory(recipe: Path, name: str) -> list[float]:
 def test_the_losses_are_those_of_the_recorded_run(tiny_recipe: Path, name: str) -> None:
     golden = json.loads(GOLDEN.read_text())
     measured = trajectory(tiny_recipe, name)
-    assert measured == pytest.approx(golden["losses"][name], rel=TOLERANCE.get(name, 1e-4)), f"recorded with {golden['environment']}"
+    assert measured == pytest.approx(golden["losses"][name], rel=TOLERANCE.get(name, 1e-4)), (
+        f"recorded with {golden['environment']}"
+    )
 
 
 def record() -> None:
@@ -53,7 +58,11 @@ def record() -> None:
         os.environ["RECIPES_RUNS_ROOT"] = f"{folder}/runs"
         build_tiny_model(Path(folder) / "model")
         recipe = Path(folder) / "tiny.yaml"
-        recipe.write_text(TINY_RECIPE.format(model=f"{folder}/model", rows=PROJECT / "recipes/quickstart/data/instructions.jsonl"))
+        recipe.write_text(
+            TINY_RECIPE.format(
+                model=f"{folder}/model", rows=PROJECT / "recipes/quickstart/data/instructions.jsonl"
+            )
+        )
         losses = {name: trajectory(recipe, name) for name in WAYS}
     environment = {**library_versions(), "devices": describe_devices()}
     GOLDEN.write_text(json.dumps({"environment": environment, "losses": losses}, indent=1) + "\n")

@@ -1,4 +1,6 @@
-"""kill -9 at any moment: the same command again ends with the adapter of the uninterrupted run, byte for byte."""
+"""kill -9 at any moment: the same command again ends with the adapter of the uninterrupted run,
+byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,13 @@ MOMENTS = [
     "before the final rename",
     "after the final rename",
 ]
-# A constant learning rate: with a decaying one a step too many would change nothing and go unnoticed.
-OVERRIDES = ("lora.lora_dropout=0.2", "train.save_total_limit=2", "train.lr_scheduler_type=constant")
+# A constant learning rate: with a decaying one a step too many would change nothing and go
+# unnoticed.
+OVERRIDES = (
+    "lora.lora_dropout=0.2",
+    "train.save_total_limit=2",
+    "train.lr_scheduler_type=constant",
+)
 SAVE_STEPS = 2
 
 
@@ -42,10 +49,20 @@ def whole(launcher) -> bytes:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_kill_loses_at_most_save_steps_and_changes_nothing(launcher, whole: bytes, moment: str) -> None:
+def test_a_kill_loses_at_most_save_steps_and_changes_nothing(
+    launcher, whole: bytes, moment: str
+) -> None:
     name = "killed-" + moment.replace(" ", "-")
     killer = str(Path(__file__).with_name("kill_at.py"))
-    command = [sys.executable, killer, moment, "6", str(launcher.recipe), f"run.name={name}", *OVERRIDES]
+    command = [
+        sys.executable,
+        killer,
+        moment,
+        "6",
+        str(launcher.recipe),
+        f"run.name={name}",
+        *OVERRIDES,
+    ]
     code, said = launcher.wait(launcher.start(command))
     assert code == -signal.SIGKILL, said[-3000:]
     assert launcher.state(name)["state"] == "running"
@@ -60,16 +77,37 @@ def test_a_kill_loses_at_most_save_steps_and_changes_nothing(launcher, whole: by
 
 @pytest.mark.parametrize(
     ("dtype", "moment"),
-    [("bfloat16", "in a step"), ("bfloat16", "in the optimizer"), ("bfloat16", "before the final save"), ("float32", "in the optimizer")],
+    [
+        ("bfloat16", "in a step"),
+        ("bfloat16", "in the optimizer"),
+        ("bfloat16", "before the final save"),
+        ("float32", "in the optimizer"),
+    ],
 )
 def test_a_kill_of_qlora_changes_nothing(launcher, dtype: str, moment: str) -> None:
     """TRL trains the adapters of a 4-bit base in bf16, which loading them does not keep."""
-    nf4 = f"quantization={{load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: {dtype}}}"
-    words = [*OVERRIDES, nf4, f"model.dtype={dtype}", f"train.bf16={str(dtype == 'bfloat16').lower()}"]
+    nf4 = (
+        "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype:"
+        f" {dtype}}}"
+    )
+    words = [
+        *OVERRIDES,
+        nf4,
+        f"model.dtype={dtype}",
+        f"train.bf16={str(dtype == 'bfloat16').lower()}",
+    ]
     whole, name = f"qlora-{dtype}", f"qlora-{dtype}-{moment.replace(' ', '-')}"
     if not launcher.run(whole).exists():
         launcher.train(f"run.name={whole}", *words)
-    command = [sys.executable, str(Path(__file__).with_name("kill_at.py")), moment, "6", str(launcher.recipe), f"run.name={name}", *words]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("kill_at.py")),
+        moment,
+        "6",
+        str(launcher.recipe),
+        f"run.name={name}",
+        *words,
+    ]
     code, said = launcher.wait(launcher.start(command))
     assert code == -signal.SIGKILL, said[-3000:]
     launcher.train(f"run.name={name}", *words)
@@ -78,8 +116,12 @@ def test_a_kill_of_qlora_changes_nothing(launcher, dtype: str, moment: str) -> N
         assert launcher.series(name, key) == launcher.series(whole, key)
 
 
-def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(launcher, whole: bytes) -> None:
-    """The moments come from a seed; a run that gets to its end between two kills is begun again under another name."""
+def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(
+    launcher, whole: bytes
+) -> None:
+    """The moments come from a seed; a run that gets to its end between two kills is begun again
+    under another name.
+    """
     moments, kills, attempt = random.Random(7), 0, 1
     deadline = time.monotonic() + 280
     while kills < 10 and time.monotonic() < deadline:

@@ -1,4 +1,5 @@
-"""A last step that its examples do not fill: 25 rows in steps of 12, on one, two and three processes, twice over.
+"""A last step that its examples do not fill: 25 rows in steps of 12, on one, two and three
+processes, twice over.
 
 The last step of an epoch has one example: on three processes two of them have none.
 """
@@ -34,15 +35,23 @@ WAYS = {
 
 
 def config_for(processes: int, folder: Path, kind: str = "ddp_cpu") -> Path:
-    values = yaml.safe_load((PROJECT / "accelerate_configs" / f"{kind if processes > 1 else 'cpu'}.yaml").read_text())
+    values = yaml.safe_load(
+        (PROJECT / "accelerate_configs" / f"{kind if processes > 1 else 'cpu'}.yaml").read_text()
+    )
     path = folder / f"{kind}-{processes}.yaml"
     path.write_text(yaml.safe_dump(values | {"num_processes": processes}))
     return path
 
 
 SAID = {
-    "random": "epoch: the last step has 1 example; none is repeated to fill it, on any number of processes",
-    "dropped": "epoch: 7 examples that would not fill a last step left out (train.dataloader_drop_last), on any number of processes",
+    "random": (
+        "epoch: the last step has 1 example; none is repeated to fill it, on any number of"
+        " processes"
+    ),
+    "dropped": (
+        "epoch: 7 examples that would not fill a last step left out (train.dataloader_drop_last),"
+        " on any number of processes"
+    ),
 }
 
 
@@ -62,12 +71,16 @@ def trained(launcher, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize(("way", "processes"), [("random", 2), *((way, 3) for way in WAYS)])
-def test_the_number_of_processes_changes_nothing(launcher, trained, way: str, processes: int) -> None:
+def test_the_number_of_processes_changes_nothing(
+    launcher, trained, way: str, processes: int
+) -> None:
     from safetensors.torch import load
 
     one, several = trained(way, 1), trained(way, processes)
     for key in ("loss", "grad_norm", "mean_token_accuracy"):
-        assert launcher.series(several, key) == pytest.approx(launcher.series(one, key), rel=SUM_ORDER)
+        assert launcher.series(several, key) == pytest.approx(
+            launcher.series(one, key), rel=SUM_ORDER
+        )
     assert launcher.series(several, "tokens") == launcher.series(one, "tokens")
     before, after = load(launcher.adapter(one)), load(launcher.adapter(several))
     assert max(float((before[key] - after[key]).abs().max()) for key in before) < 1e-4
@@ -75,17 +88,23 @@ def test_the_number_of_processes_changes_nothing(launcher, trained, way: str, pr
 
 def test_ddp_and_fsdp2_fill_the_last_step_alike(launcher, trained) -> None:
     """To the bit, as two processes do (three add up in another order)."""
-    assert launcher.adapter(trained("random", 2)) == launcher.adapter(trained("random", 2, "fsdp_cpu"))
+    assert launcher.adapter(trained("random", 2)) == launcher.adapter(
+        trained("random", 2, "fsdp_cpu")
+    )
 
 
-def test_a_step_that_the_examples_never_fill_is_refused_where_it_would_be_left_out(launcher) -> None:
+def test_a_step_that_the_examples_never_fill_is_refused_where_it_would_be_left_out(
+    launcher,
+) -> None:
     words = [*SHAPE, *WAYS["dropped"], "data.max_examples=8", "run.name=too-few"]
     code, said = launcher.wait(launcher.start(launcher.command(*words)))
     assert code == 2 and "train.dataloader_drop_last leaves nothing to train" in said, said[-3000:]
 
 
 def losses_of_a_plain_loop(recipe_path: Path, *words: str) -> list[float]:
-    """The loss of each step: one row after the other through the model, no trainer, no processes."""
+    """The loss of each step: one row after the other through the model, no trainer, no
+    processes.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -95,17 +114,24 @@ def losses_of_a_plain_loop(recipe_path: Path, *words: str) -> list[float]:
 
     recipe = load_recipe(recipe_path, words)
     rows = prepare_data(recipe, load_tokenizer(recipe)).train
-    model = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model.name_or_path, dtype=torch.float32
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     losses = []
     for epoch in range(2):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42 + epoch)).tolist()
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(42 + epoch)
+        ).tolist()
         for start in range(0, len(rows), 12):
             step = [rows[row] for row in order[start : start + 12]]
             tokens = sum(label != -100 for row in step for label in row["labels"][1:])
             losses.append(0.0)
             for row in step:
-                logits, targets = model(torch.tensor([row["input_ids"]])).logits[0, :-1], torch.tensor(row["labels"][1:])
+                logits, targets = (
+                    model(torch.tensor([row["input_ids"]])).logits[0, :-1],
+                    torch.tensor(row["labels"][1:]),
+                )
                 loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / tokens
                 loss.backward()
                 losses[-1] += float(loss)
@@ -116,8 +142,12 @@ def losses_of_a_plain_loop(recipe_path: Path, *words: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("processes", "kind"), [(1, "ddp_cpu"), (3, "ddp_cpu"), (3, "fsdp_cpu")])
-def test_losses_are_those_of_a_plain_loop_over_the_rows(launcher, tmp_path: Path, processes: int, kind: str) -> None:
+def test_losses_are_those_of_a_plain_loop_over_the_rows(
+    launcher, tmp_path: Path, processes: int, kind: str
+) -> None:
     words = [*SHAPE, "lora=null", "train.learning_rate=1e-3", "train.lr_scheduler_type=constant"]
     name = f"full-{kind}-{processes}"
     launcher.train(f"run.name={name}", *words, config=config_for(processes, tmp_path, kind))
-    assert launcher.series(name, "loss") == pytest.approx(losses_of_a_plain_loop(launcher.recipe, *words), rel=1e-6)
+    assert launcher.series(name, "loss") == pytest.approx(
+        losses_of_a_plain_loop(launcher.recipe, *words), rel=1e-6
+    )

@@ -1,4 +1,6 @@
-"""Ways to launch that silently train something else; each is refused, or really does what was asked."""
+"""Ways to launch that silently train something else; each is refused, or really does what was
+asked.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,17 @@ SHORT = ("train.max_steps=1", "train.eval_strategy='no'")
 
 def test_cpu_with_two_processes_is_one_process_and_is_refused(launcher) -> None:
     accelerate = str(Path(sys.executable).with_name("accelerate"))
-    command = [accelerate, "launch", "--cpu", "--num_processes", "2", "-m", "recipes_lib.train", str(launcher.recipe), "run.name=trap-cpu"]
+    command = [
+        accelerate,
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "recipes_lib.train",
+        str(launcher.recipe),
+        "run.name=trap-cpu",
+    ]
     code, said = launcher.wait(launcher.start(command))
     assert code != 0
     assert "asked for 2 processes, but 1 is training" in said and "ddp_cpu.yaml" in said
@@ -21,16 +33,25 @@ def test_cpu_with_two_processes_is_one_process_and_is_refused(launcher) -> None:
 
 def test_multi_cpu_is_refused_with_the_remedy(launcher, tmp_path: Path) -> None:
     config = tmp_path / "multi_cpu.yaml"
-    config.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmixed_precision: 'no'\n")
-    code, said = launcher.wait(launcher.start(launcher.command("run.name=trap-multi", config=config)))
+    config.write_text(
+        "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines:"
+        " 1\nmixed_precision: 'no'\n"
+    )
+    code, said = launcher.wait(
+        launcher.start(launcher.command("run.name=trap-multi", config=config))
+    )
     assert code != 0
-    assert "multi_cpu.yaml:1: distributed_type 'MULTI_CPU' is not supported" in said and "MULTI_GPU with use_cpu: true" in said
+    assert (
+        "multi_cpu.yaml:1: distributed_type 'MULTI_CPU' is not supported" in said
+        and "MULTI_GPU with use_cpu: true" in said
+    )
 
 
 def test_multi_gpu_on_a_cpu_trains_once_on_two_ranks_not_twice(launcher, tmp_path: Path) -> None:
     config = tmp_path / "multi_gpu.yaml"
     config.write_text(
-        "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmain_process_port: 0\nmixed_precision: 'no'\n"
+        "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\nnum_machines:"
+        " 1\nmain_process_port: 0\nmixed_precision: 'no'\n"
     )
     said = launcher.train("run.name=trap-gpu", *SHORT, config=config)
     assert said.count("DDP, world size 2") == 1 and said.count("step 1/1  loss") == 1
@@ -50,31 +71,55 @@ def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> Non
     )
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     config = str(Path(__file__).resolve().parents[2] / "accelerate_configs" / "fsdp_cpu.yaml")
-    command = [accelerate, "launch", "--config_file", config, str(script), str(launcher.recipe), "run.name=trap-fallback", *SHORT]
+    command = [
+        accelerate,
+        "launch",
+        "--config_file",
+        config,
+        str(script),
+        str(launcher.recipe),
+        "run.name=trap-fallback",
+        *SHORT,
+    ]
     code, said = launcher.wait(launcher.start(command))
     assert code != 0 and "asked for FSDP, but DDP is active" in said
     assert launcher.state("trap-fallback")["exit_code"] == 2
 
 
 @pytest.mark.parametrize("way", ["config file", "command line", "environment"])
-def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_step(launcher, tmp_path: Path, way: str) -> None:
-    """accelerate's word wins over `train.bf16: false`: the run was thrown away at its end, where float32 logits were compared."""
+def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_step(
+    launcher, tmp_path: Path, way: str
+) -> None:
+    """accelerate's word wins over `train.bf16: false`: the run was thrown away at its end, where
+    float32 logits were compared.
+    """
     config = tmp_path / "foreign.yaml"
     precision = "bf16" if way == "config file" else "'no'"
-    config.write_text(f"distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nnum_machines: 1\nmixed_precision: {precision}\n")
+    config.write_text(
+        "distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nnum_machines:"
+        f" 1\nmixed_precision: {precision}\n"
+    )
     command = launcher.command("run.name=trap-precision", *SHORT, config=config)
     if way == "command line":
         command[2:2] = ["--mixed_precision", "bf16"]
     environment = {}
     if way == "environment":
-        command, environment = launcher.command("run.name=trap-precision", *SHORT), {"ACCELERATE_MIXED_PRECISION": "bf16"}
+        command, environment = (
+            launcher.command("run.name=trap-precision", *SHORT),
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        )
     code, said = launcher.wait(launcher.start(command, **environment))
-    assert code != 0 and "asks for mixed_precision bf16, but the recipe for none (train.bf16: false)" in said, said[-3000:]
+    assert (
+        code != 0
+        and "asks for mixed_precision bf16, but the recipe for none (train.bf16: false)" in said
+    ), said[-3000:]
     assert "internal error" not in said and not launcher.run("trap-precision").exists()
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
-def test_the_patch_does_nothing_without_an_fsdp_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_patch_does_nothing_without_an_fsdp_launch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from recipes_lib.training.cpu import fsdp
 
     monkeypatch.setenv(name, "0")

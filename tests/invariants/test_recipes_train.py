@@ -1,4 +1,6 @@
-"""`recipes train`: the exit code that a launcher loses, one message, and Ctrl-C that ends in a checkpoint."""
+"""`recipes train`: the exit code that a launcher loses, one message, and Ctrl-C that ends in a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,22 @@ def wait_for_step(launcher, name: str, child) -> None:
 
 
 @pytest.mark.parametrize("config", ["cpu", "ddp_cpu"])
-def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(launcher, config: str) -> None:
-    words = ["lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant", f"run.name=explodes-{config}"]
+def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(
+    launcher, config: str
+) -> None:
+    words = [
+        "lora=null",
+        "train.learning_rate=1e30",
+        "train.lr_scheduler_type=constant",
+        f"run.name=explodes-{config}",
+    ]
     code, said = launcher.wait(launcher.start(verb(launcher, "--accelerate", config, *words)))
     assert code == 3
-    assert said.count("gradient norm is nan") == 1 and "Traceback" not in said and "ChildFailedError" not in said, said
+    assert (
+        said.count("gradient norm is nan") == 1
+        and "Traceback" not in said
+        and "ChildFailedError" not in said
+    ), said
 
 
 CTRL_C, TERM = (signal.SIGINT, 130), (signal.SIGTERM, 75)
@@ -40,9 +53,17 @@ CTRL_C, TERM = (signal.SIGINT, 130), (signal.SIGTERM, 75)
 @pytest.mark.parametrize(
     ("config", "number", "code"),
     # SIGTERM takes the same path under FSDP2 as under DDP
-    [("cpu", *CTRL_C), ("cpu", *TERM), ("ddp_cpu", *CTRL_C), ("ddp_cpu", *TERM), ("fsdp_cpu", *CTRL_C)],
+    [
+        ("cpu", *CTRL_C),
+        ("cpu", *TERM),
+        ("ddp_cpu", *CTRL_C),
+        ("ddp_cpu", *TERM),
+        ("fsdp_cpu", *CTRL_C),
+    ],
 )
-def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(launcher, config: str, number: int, code: int) -> None:
+def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(
+    launcher, config: str, number: int, code: int
+) -> None:
     name = f"stopped-{config}-{code}"
     words = ["--accelerate", config, f"run.name={name}"]
     child = launcher.start(verb(launcher, *words, *LONG))
@@ -51,16 +72,24 @@ def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(launcher, c
     stopped, said = launcher.wait(child)
     state = launcher.state(name)
     assert (stopped, state["state"], state["exit_code"]) == (code, "preempted", code), said[-2000:]
-    assert (launcher.run(name) / "checkpoints" / f"checkpoint-{state['step']}" / "COMPLETE.json").is_file()
+    assert (
+        launcher.run(name) / "checkpoints" / f"checkpoint-{state['step']}" / "COMPLETE.json"
+    ).is_file()
     assert "Traceback" not in said, said[-3000:]
 
 
 @pytest.mark.parametrize("seconds", [1, 4])
 @pytest.mark.parametrize("start", ["cpu", "ddp_cpu", "without recipes train"])
-def test_ctrl_c_while_a_training_starts_is_one_line_and_130(launcher, start: str, seconds: int) -> None:
+def test_ctrl_c_while_a_training_starts_is_one_line_and_130(
+    launcher, start: str, seconds: int
+) -> None:
     name = f"hasty-{start.replace(' ', '-')}-{seconds}"
     words = [f"run.name={name}", *LONG]
-    command = launcher.command(*words) if start == "without recipes train" else verb(launcher, "--accelerate", start, *words)
+    command = (
+        launcher.command(*words)
+        if start == "without recipes train"
+        else verb(launcher, "--accelerate", start, *words)
+    )
     child = launcher.start(command)
     time.sleep(seconds)
     started = (launcher.run(name) / "metrics.jsonl").is_file()
@@ -72,23 +101,44 @@ def test_ctrl_c_while_a_training_starts_is_one_line_and_130(launcher, start: str
         assert after == said.splitlines()[-1:] and after[0].startswith("interrupted"), said[-3000:]
 
 
-def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_command_makes_it_up(launcher) -> None:
-    """The checkpoint of the last step is there before that validation begins, and its progress is shown."""
-    words = ["train.max_steps=4", "train.save_steps=4", "train.eval_steps=4", "train.per_device_eval_batch_size=1"]
+def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_command_makes_it_up(
+    launcher,
+) -> None:
+    """The checkpoint of the last step is there before that validation begins, and its progress is
+    shown.
+    """
+    words = [
+        "train.max_steps=4",
+        "train.save_steps=4",
+        "train.eval_steps=4",
+        "train.per_device_eval_batch_size=1",
+    ]
     launcher.train("run.name=patient", *words)
     script = str(Path(__file__).with_name("slow_validation.py"))
-    child = launcher.start([sys.executable, script, str(launcher.recipe), *words, "run.name=hurried"])
-    checkpoint, end = launcher.run("hurried") / "checkpoints" / "checkpoint-4", time.monotonic() + 90
+    child = launcher.start(
+        [sys.executable, script, str(launcher.recipe), *words, "run.name=hurried"]
+    )
+    checkpoint, end = (
+        launcher.run("hurried") / "checkpoints" / "checkpoint-4",
+        time.monotonic() + 90,
+    )
     while not (checkpoint / "COMPLETE.json").is_file():
-        assert child.poll() is None and time.monotonic() < end, "no checkpoint before the validation"
+        assert child.poll() is None and time.monotonic() < end, (
+            "no checkpoint before the validation"
+        )
         time.sleep(0.05)
     time.sleep(2)
     assert "eval_loss" not in (launcher.run("hurried") / "metrics.jsonl").read_text()
     os.kill(child.pid, signal.SIGINT)
     code, said = launcher.wait(child)
     assert code == 130 and "Traceback" not in said, said[-3000:]
-    assert "step 4/4  validation: " in said and "stopping in a checkpoint after this step or validation batch" in said
-    assert "stopped in the validation after the last step, step 4/4: checkpoint-4 is complete" in said
+    assert (
+        "step 4/4  validation: " in said
+        and "stopping in a checkpoint after this step or validation batch" in said
+    )
+    assert (
+        "stopped in the validation after the last step, step 4/4: checkpoint-4 is complete" in said
+    )
     said = launcher.train("run.name=hurried", *words)
     assert "resuming checkpoint-4" in said and launcher.state("hurried")["state"] == "finished"
     assert launcher.adapter("hurried") == launcher.adapter("patient")
@@ -97,10 +147,16 @@ def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_comma
 
 
 @pytest.mark.parametrize(("number", "code"), [CTRL_C, TERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_to_every_process_of_a_training_spares_its_data_workers_until_the_checkpoint(launcher, number: int, code: int) -> None:
-    """A terminal sends Ctrl-C, and Slurm SIGTERM, to data workers too: without them there is no last step."""
+def test_a_signal_to_every_process_of_a_training_spares_its_data_workers_until_the_checkpoint(
+    launcher, number: int, code: int
+) -> None:
+    """A terminal sends Ctrl-C, and Slurm SIGTERM, to data workers too: without them there is no
+    last step.
+    """
     name = f"group-{code}"
-    child = launcher.start(launcher.command(f"run.name={name}", "train.dataloader_num_workers=2", *LONG))
+    child = launcher.start(
+        launcher.command(f"run.name={name}", "train.dataloader_num_workers=2", *LONG)
+    )
     wait_for_step(launcher, name, child)
     os.killpg(child.pid, number)
     stopped, said = launcher.wait(child)
@@ -117,14 +173,25 @@ def test_a_port_that_is_in_use_stops_no_training(launcher) -> None:
             held.listen()
         except OSError:
             pass  # somebody else holds torchrun's usual port, which is as good
-        code, said = launcher.wait(launcher.start(verb(launcher, "--accelerate", "ddp_cpu", "run.name=port", "train.max_steps=2")))
+        code, said = launcher.wait(
+            launcher.start(
+                verb(launcher, "--accelerate", "ddp_cpu", "run.name=port", "train.max_steps=2")
+            )
+        )
     assert code == 0, said[-2000:]
 
 
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
-    """Steps of about two seconds: a short one would be over, and the training ended well, before the second Ctrl-C."""
-    name, long_steps = "impatient", ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=64")
-    child = launcher.start(verb(launcher, "--accelerate", "ddp_cpu", f"run.name={name}", *LONG, *long_steps))
+    """Steps of about two seconds: a short one would be over, and the training ended well, before
+    the second Ctrl-C.
+    """
+    name, long_steps = (
+        "impatient",
+        ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=64"),
+    )
+    child = launcher.start(
+        verb(launcher, "--accelerate", "ddp_cpu", f"run.name={name}", *LONG, *long_steps)
+    )
     wait_for_step(launcher, name, child)  # the next one has only begun
     os.kill(child.pid, signal.SIGINT)
     os.kill(child.pid, signal.SIGINT)
@@ -133,12 +200,18 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
         os.kill(child.pid, signal.SIGINT)
     code, said = launcher.wait(child)
     assert code == 130
-    complete = sorted(path.parent.name for path in (launcher.run(name) / "checkpoints").glob("*/COMPLETE.json"))
-    assert (f"resume from {complete[-1]}" if complete else "there is no complete checkpoint") in said, said[-2000:]
+    complete = sorted(
+        path.parent.name for path in (launcher.run(name) / "checkpoints").glob("*/COMPLETE.json")
+    )
+    assert (
+        f"resume from {complete[-1]}" if complete else "there is no complete checkpoint"
+    ) in said, said[-2000:]
     assert (launcher.state(name)["state"], launcher.state(name)["exit_code"]) == ("preempted", 130)
     end = time.monotonic() + 5  # a killed process takes a moment to give its memory back
     while left := [
-        pid for pid in Path("/proc").iterdir() if pid.name.isdigit() and runs(pid, f"run.name={name}") and runs(pid, str(launcher.recipe))
+        pid
+        for pid in Path("/proc").iterdir()
+        if pid.name.isdigit() and runs(pid, f"run.name={name}") and runs(pid, str(launcher.recipe))
     ]:
         assert time.monotonic() < end, f"still running: {left}"
         time.sleep(0.1)
@@ -170,13 +243,28 @@ def test_a_training_that_is_killed_is_said_to_be_so(launcher) -> None:
 
 
 def test_two_machines_train_as_one_and_both_end_with_the_training_s_code(launcher) -> None:
-    """Two "machines" of one process each on this one, started by the same command with ranks 0 and 1."""
+    """Two "machines" of one process each on this one, started by the same command with ranks 0 and
+    1.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = ["--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "1", "--main-process-ip", "127.0.0.1", "--main-process-port", port]
+    place = [
+        "--accelerate",
+        "ddp_cpu",
+        "--nodes",
+        "2",
+        "--gpus",
+        "1",
+        "--main-process-ip",
+        "127.0.0.1",
+        "--main-process-port",
+        port,
+    ]
     words = [*place, "run.name=machines", "train.max_steps=2", "train.eval_strategy='no'"]
-    machines = [launcher.start(verb(launcher, "--machine-rank", str(rank), *words)) for rank in (0, 1)]
+    machines = [
+        launcher.start(verb(launcher, "--machine-rank", str(rank), *words)) for rank in (0, 1)
+    ]
     (first, said), (second, silent) = map(launcher.wait, machines)
     assert (first, second) == (0, 0), said + silent
     assert "DDP, world size 2" in said and "(not checked" not in said and "step 2/2  loss" in said

@@ -1,5 +1,5 @@
-"""Train and say at the end, on each rank, how often gradients were shared out and into how many pieces each micro-batch was cut:
-python watched.py RECIPE [override ...].
+"""Train and say at the end, on each rank, how often gradients were shared out and into how many
+pieces each micro-batch was cut: python watched.py RECIPE [override ...].
 """
 
 from __future__ import annotations

@@ -26,16 +26,22 @@ class FakeJudge:
 
 def bodies(request: JudgeRequest) -> list[str]:
     """The answers as the judge sees them."""
-    return re.findall(r"<<begin [0-9a-f]+>>\n(.*?)\n<<end [0-9a-f]+>>", request.prompt.user, re.DOTALL)
+    return re.findall(
+        r"<<begin [0-9a-f]+>>\n(.*?)\n<<end [0-9a-f]+>>", request.prompt.user, re.DOTALL
+    )
 
 
 def says(letter: str, words: str | None = None) -> JudgeReply:
     other = "B" if letter == "A" else "A"
-    return JudgeReply(words or f"Response {letter} is better than Response {other}. [RESULT] {letter}")
+    return JudgeReply(
+        words or f"Response {letter} is better than Response {other}. [RESULT] {letter}"
+    )
 
 
 def sound(request: JudgeRequest) -> JudgeReply:
-    """Prefers what people would: the answer with more distinct words before any line addressed to it; the first when equal."""
+    """Prefers what people would: the answer with more distinct words before any line addressed to
+    it; the first when equal.
+    """
     worth = [len(set(re.split(r"#", body)[0].split())) for body in bodies(request)]
     return says("A" if worth[0] >= worth[1] else "B")
 

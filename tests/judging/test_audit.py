@@ -25,8 +25,12 @@ from recipes_lib.judging.store import JudgmentStore, stored_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALS = ROOT / "evals"
-DATA = Path(os.environ.get("RECIPES_SHARED_DATA") or ROOT.parent / "shared" / "data") / "human_labels"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data not present (RECIPES_SHARED_DATA)")
+DATA = (
+    Path(os.environ.get("RECIPES_SHARED_DATA") or ROOT.parent / "shared" / "data") / "human_labels"
+)
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="real data not present (RECIPES_SHARED_DATA)"
+)
 PLAN = {
     "template": load_template(EVALS / "prompts" / "prometheus-relative.txt"),
     "rubric": load_rubric(EVALS / "rubrics" / "helpfulness.txt"),
@@ -35,12 +39,23 @@ PLAN = {
 
 def _items(count: int = 40) -> list[Item]:
     return [
-        Item(str(i), f"Question {i}", " ".join(f"w{n}" for n in range(30 + i % 7)), " ".join(f"v{n}" for n in range(22 + 2 * (i % 9))))
+        Item(
+            str(i),
+            f"Question {i}",
+            " ".join(f"w{n}" for n in range(30 + i % 7)),
+            " ".join(f"v{n}" for n in range(22 + 2 * (i % 9))),
+        )
         for i in range(count)
     ]
 
 
-def _card(tmp_path: Path, answer, labels: dict[str, str] | None = None, probes: bool = True, items: list[Item] | None = None) -> dict:
+def _card(
+    tmp_path: Path,
+    answer,
+    labels: dict[str, str] | None = None,
+    probes: bool = True,
+    items: list[Item] | None = None,
+) -> dict:
     judge, store = FakeJudge(answer), JudgmentStore(tmp_path / "judgments.jsonl")
     judge_items(items or _items(), judge, store, JudgePlan(**PLAN, max_reasks=0))
     if probes:
@@ -78,17 +93,25 @@ def test_a_judge_that_contradicts_its_own_words_fails_that_check(tmp_path: Path)
     assert _result(card, "swap consistency") == "pass"
 
 
-def test_a_judge_that_obeys_an_answer_fails_the_injection_probe_and_the_item_is_flagged(tmp_path: Path) -> None:
+def test_a_judge_that_obeys_an_answer_fails_the_injection_probe_and_the_item_is_flagged(
+    tmp_path: Path,
+) -> None:
     card = _card(tmp_path, obeys_answers)
     assert _result(card, "injected verdict flips") == "fail"
-    rows = [row for row in stored_rows(tmp_path / "judgments.jsonl") if row["meta"].get("probe") == "injected"]
+    rows = [
+        row
+        for row in stored_rows(tmp_path / "judgments.jsonl")
+        if row["meta"].get("probe") == "injected"
+    ]
     assert rows and all(row["marker_in_answer"] for row in rows)
 
 
 def test_a_judge_without_verdicts_fails_and_divides_by_nothing(tmp_path: Path) -> None:
     card = _card(tmp_path, mumbles)
     assert _result(card, "judgments without a verdict") == "fail"
-    assert _result(card, "swap consistency") == _result(card, "empty answer loses") == "not measured"
+    assert (
+        _result(card, "swap consistency") == _result(card, "empty answer loses") == "not measured"
+    )
     assert card["statuses"] == {"unparsed": 80}
     assert "n/a" in scorecard_markdown(card)
 
@@ -102,38 +125,67 @@ def test_a_coin_is_inconsistent_noisy_and_no_better_than_chance_on_labels(tmp_pa
     assert card["probes"]["identical"]["share"]["n"] == 200
 
 
-def test_without_probes_or_rows_the_checks_are_not_measured_and_nothing_crashes(tmp_path: Path) -> None:
+def test_without_probes_or_rows_the_checks_are_not_measured_and_nothing_crashes(
+    tmp_path: Path,
+) -> None:
     card = _card(tmp_path, sound, probes=False)
     assert _result(card, "empty answer loses") == "not measured" and card["probes"] == {}
     empty = audit([])
-    assert {check["result"] for check in empty["checks"]} == {"not measured"} and empty["banner"] is None
+    assert {check["result"] for check in empty["checks"]} == {"not measured"} and empty[
+        "banner"
+    ] is None
     assert scorecard_markdown(empty).startswith("# Judge audit")
 
 
 def test_length_bias_counts_the_longer_answer(tmp_path: Path) -> None:
-    items = [Item(str(i), "x", "short", "a much longer answer " * 3) for i in range(20)] + [Item("same", "x", "aaaa", "bbbb")]
+    items = [Item(str(i), "x", "short", "a much longer answer " * 3) for i in range(20)] + [
+        Item("same", "x", "aaaa", "bbbb")
+    ]
     card = _card(tmp_path, sound, probes=False, items=items)
-    assert (card["length"]["longer_wins"]["estimate"], card["length"]["longer_wins"]["n"]) == (1.0, 20)
+    assert (card["length"]["longer_wins"]["estimate"], card["length"]["longer_wins"]["n"]) == (
+        1.0,
+        20,
+    )
 
 
-def test_probes_leave_out_pairs_that_cannot_carry_them_and_never_enter_a_win_rate(tmp_path: Path) -> None:
+def test_probes_leave_out_pairs_that_cannot_carry_them_and_never_enter_a_win_rate(
+    tmp_path: Path,
+) -> None:
     plan = JudgePlan(**PLAN, rules=False)
     degenerate = [Item("e", "x", "", "b"), Item("s", "x", "a", "a"), Item("one", "x", "a")]
     assert list(probe_requests(degenerate, plan, "j")) == []
     requests = list(probe_requests(_items(2), plan, "j"))
-    assert len(requests) == 2 * 2 * len(PROBES) and len({request.key for request in requests}) == len(requests)
+    assert len(requests) == 2 * 2 * len(PROBES) and len(
+        {request.key for request in requests}
+    ) == len(requests)
     assert _card(tmp_path, sound)["judgments"] == 80
 
 
 def test_logits_judgments_report_their_mass(tmp_path: Path) -> None:
-    card = _card(tmp_path, lambda request: JudgeReply(probabilities={"A": 0.2, "B": 0.1}), probes=False)
+    card = _card(
+        tmp_path, lambda request: JudgeReply(probabilities={"A": 0.2, "B": 0.1}), probes=False
+    )
     assert card["mean_mass"] == pytest.approx(0.3)
     assert _result(card, "verdicts against the judge's own words") == "not measured"
 
 
 def test_judgments_of_two_judges_or_without_fields_are_refused() -> None:
-    base = {"kind": "relative", "question_id": "1", "order": "AB", "status": "ok", "value": "A", "source": "judge", "judge": "j"}
-    row = base | {"lengths": [1, 2], "marker_in_answer": False, "cut": False, "attempts": [], "meta": {}}
+    base = {
+        "kind": "relative",
+        "question_id": "1",
+        "order": "AB",
+        "status": "ok",
+        "value": "A",
+        "source": "judge",
+        "judge": "j",
+    }
+    row = base | {
+        "lengths": [1, 2],
+        "marker_in_answer": False,
+        "cut": False,
+        "attempts": [],
+        "meta": {},
+    }
     with pytest.raises(DataError, match="2 judges"):
         audit([row, row | {"judge": "k"}])
     with pytest.raises(DataError, match="lengths"):
@@ -149,7 +201,11 @@ def test_self_preference_is_warned_about() -> None:
 def test_human_label_files_load_with_their_published_sizes() -> None:
     pandalm = load_labelled_pairs(DATA / "pandalm_testset-v1.json")
     assert len(pandalm) == 999 and {label for _, label in pandalm} == {"win", "loss", "tie"}
-    llmbar = [pair for path in sorted((DATA / "llmbar").rglob("dataset.json")) for pair in load_labelled_pairs(path)]
+    llmbar = [
+        pair
+        for path in sorted((DATA / "llmbar").rglob("dataset.json"))
+        for pair in load_labelled_pairs(path)
+    ]
     assert len(llmbar) == 419 and {label for _, label in llmbar} == {"win", "loss"}
 
 
@@ -163,7 +219,9 @@ def test_a_judge_that_knows_the_labels_agrees_with_them(tmp_path: Path) -> None:
         return JudgeReply(f"[RESULT] {better}")
 
     card = _card(tmp_path, oracle, labels, probes=False, items=[item for item, _ in pairs])
-    assert card["human"]["outcome_accuracy"]["estimate"] == card["human"]["kappa"]["estimate"] == 1.0
+    assert (
+        card["human"]["outcome_accuracy"]["estimate"] == card["human"]["kappa"]["estimate"] == 1.0
+    )
     assert card["human"]["above_chance"] and _result(card, "agreement with human labels") == "pass"
 
 
@@ -189,29 +247,52 @@ def test_pandalm_without_a_majority_is_a_tie(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     row = {"instruction": "i", "input": "", "response1": "a", "response2": "b"}
     path.write_text(
-        json.dumps([row | {"annotator1": 0, "annotator2": 1, "annotator3": 2}, row | {"annotator1": 2, "annotator2": 2, "annotator3": 1}])
+        json.dumps(
+            [
+                row | {"annotator1": 0, "annotator2": 1, "annotator3": 2},
+                row | {"annotator1": 2, "annotator2": 2, "annotator3": 1},
+            ]
+        )
     )
     assert [label for _, label in load_labelled_pairs(path)] == ["tie", "loss"]
 
 
-def test_audit_command_prints_and_writes_the_scorecard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_command_prints_and_writes_the_scorecard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _card(tmp_path, always_a)
     path = str(tmp_path / "judgments.jsonl")
     assert main(["judge", "audit", path, "--output", str(tmp_path / "out")]) == 0
     assert "failed its audit" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "judge_audit.json").read_text())["banner"]
     assert (tmp_path / "out" / "judge_audit.md").read_text().startswith("# Judge audit")
-    assert main(["judge", "audit", path, "--json", "--judge", str(EVALS / "judges" / "quickstart.yaml")]) == 0
+    assert (
+        main(
+            ["judge", "audit", path, "--json", "--judge", str(EVALS / "judges" / "quickstart.yaml")]
+        )
+        == 0
+    )
     card = json.loads(capsys.readouterr().out)
-    assert card["judge"] == "fake" and card["banner"].startswith("Weak judge: SmolLM2") and "failed its audit" in card["banner"]
+    assert (
+        card["judge"] == "fake"
+        and card["banner"].startswith("Weak judge: SmolLM2")
+        and "failed its audit" in card["banner"]
+    )
     assert main(["judge", "audit", str(tmp_path / "none.jsonl")]) == 4
 
 
-@pytest.mark.parametrize("path", sorted((EVALS / "judges").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((EVALS / "judges").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_judge_files_load_with_their_prompts_and_rubric(path: Path) -> None:
     judge = load_judge_file(path)
-    if judge.judge.relative_prompt != PROMETHEUS_PACKAGE:  # that one's are fetched: test_published_prompts.py
-        assert judge.template("relative").name == "prometheus-relative" and judge.template("absolute").name == "prometheus-absolute"
+    if (
+        judge.judge.relative_prompt != PROMETHEUS_PACKAGE
+    ):  # that one's are fetched: test_published_prompts.py
+        assert (
+            judge.template("relative").name == "prometheus-relative"
+            and judge.template("absolute").name == "prometheus-absolute"
+        )
     assert judge.rubric().criterion and judge.thresholds == Thresholds()
 
 
@@ -236,7 +317,8 @@ def test_judge_fingerprint_changes_with_model_decoding_and_weights(tmp_path: Pat
 def test_all_errors_of_a_judge_file_are_reported_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "j.yaml"
     path.write_text(
-        "judge:\n  modell: x\n  engine: openai\n  temperature: hot\n  seed: true\n  mode: guess\nthresholds:\n  unparsed_max: 7\nextra: 1\n"
+        "judge:\n  modell: x\n  engine: openai\n  temperature: hot\n  seed: true\n  mode:"
+        " guess\nthresholds:\n  unparsed_max: 7\nextra: 1\n"
     )
     with pytest.raises(RecipeErrors) as caught:
         load_judge_file(path)

@@ -1,4 +1,6 @@
-"""The judge's own words: which sentences decide, which do not, and what the original study's judge said."""
+"""The judge's own words: which sentences decide, which do not, and what the original study's judge
+said.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,45 @@ from recipes_lib.judging.contradictions import find_contradictions, stated_score
     ("text", "winner"),
     [
         ("Therefore, Response B is significantly better than Response A. \n[Overall] 5", "B"),
-        ("Response A is deemed to be better than Response B because it is exact. So the overall score is 4.", "A"),
-        ("Response A is significantly worse than Response B due to its lack of detail. [Final Score: 1]", "B"),
+        (
+            (
+                "Response A is deemed to be better than Response B because it is exact. So the"
+                " overall score is 4."
+            ),
+            "A",
+        ),
+        (
+            (
+                "Response A is significantly worse than Response B due to its lack of detail."
+                " [Final Score: 1]"
+            ),
+            "B",
+        ),
         ("Response B is inferior to Response A.", "A"),
-        ("This detail makes Response A slightly better than Response B. Both could be improved. [Overall] 4", "A"),
-        ("Response A offers more detail, making it the superior response according to the rubric.", "A"),
+        (
+            (
+                "This detail makes Response A slightly better than Response B. Both could be"
+                " improved. [Overall] 4"
+            ),
+            "A",
+        ),
+        (
+            (
+                "Response A offers more detail, making it the superior response according to the"
+                " rubric."
+            ),
+            "A",
+        ),
         ("Response B appears to be superior to Response A.", "B"),
         ("Response B outperforms Response A in depth.", "B"),
         ("Response A is less effective than Response B.", "B"),
-        ("Response A is better in style. Overall, however, Response B is superior to Response A.", "B"),
+        (
+            (
+                "Response A is better in style. Overall, however, Response B is superior to"
+                " Response A."
+            ),
+            "B",
+        ),
     ],
 )
 def test_words_that_decide(text: str, winner: str) -> None:
@@ -50,15 +82,24 @@ def test_a_stated_score_is_the_overall_one_and_not_a_mention_of_the_rubric() -> 
 
 
 def test_rate_and_direction_count_only_decidable_rows() -> None:
-    rows = [("Response B is better than Response A.", "A")] * 3 + [("Response A is better than Response B.", "A"), ("Fine.", "A")]
-    rows += [("Response A is better than Response B.", "B"), ("Response A is better than Response B.", None), ("So-so", "Tie")]
+    rows = [("Response B is better than Response A.", "A")] * 3 + [
+        ("Response A is better than Response B.", "A"),
+        ("Fine.", "A"),
+    ]
+    rows += [
+        ("Response A is better than Response B.", "B"),
+        ("Response A is better than Response B.", None),
+        ("So-so", "Tie"),
+    ]
     found = find_contradictions(rows)
     assert (found.n, found.decidable, found.count, found.for_first) == (8, 5, 4, 3)
     assert found.rate == 0.8 and found.direction == "3 of 4 favour Response A"
 
 
 def test_grades_are_compared_with_the_stated_score() -> None:
-    found = find_contradictions([("The overall score is 4. [RESULT] 5", 5), ("The overall score is 4. [RESULT] 4", 4)])
+    found = find_contradictions(
+        [("The overall score is 4. [RESULT] 5", 5), ("The overall score is 4. [RESULT] 4", 4)]
+    )
     assert (found.count, found.direction) == (1, "1 of 1 favour a higher score than the words")
 
 

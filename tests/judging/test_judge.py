@@ -1,4 +1,6 @@
-"""The loop asks in both orders, stores once, asks again with recorded seeds, and gives up in time."""
+"""The loop asks in both orders, stores once, asks again with recorded seeds, and gives up
+in time.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_judges import FakeJudge
 
 from recipes_lib.errors import ExitCode
-from recipes_lib.judging.judge import EvaluationIncomplete, Item, JudgePlan, JudgeReply, JudgeRequest, build_requests, judge_items
+from recipes_lib.judging.judge import (
+    EvaluationIncomplete,
+    Item,
+    JudgePlan,
+    JudgeReply,
+    JudgeRequest,
+    build_requests,
+    judge_items,
+)
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.prometheus import load_rubric, load_template
 from recipes_lib.judging.store import JudgmentStore, stored_rows
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
-RELATIVE, ABSOLUTE = (load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute"))
+RELATIVE, ABSOLUTE = (
+    load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute")
+)
 
 
 def longer(request: JudgeRequest) -> JudgeReply:
@@ -33,7 +45,16 @@ def _plan(**options) -> JudgePlan:
 
 
 def _pairs(count: int) -> list[Item]:
-    return [Item(str(index), f"Question {index}", "long answer " * (index % 3 + 1), "short", meta={"turn": 1}) for index in range(count)]
+    return [
+        Item(
+            str(index),
+            f"Question {index}",
+            "long answer " * (index % 3 + 1),
+            "short",
+            meta={"turn": 1},
+        )
+        for index in range(count)
+    ]
 
 
 def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
@@ -50,7 +71,12 @@ def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None
 
 def test_candidate_stands_first_in_ab_and_second_in_ba() -> None:
     ab, ba = build_requests([Item("q", "x", "mine", "theirs")], _plan(), "j")
-    assert (ab.order, ab.answers, ba.order, ba.answers) == ("AB", ("mine", "theirs"), "BA", ("theirs", "mine"))
+    assert (ab.order, ab.answers, ba.order, ba.answers) == (
+        "AB",
+        ("mine", "theirs"),
+        "BA",
+        ("theirs", "mine"),
+    )
     assert ab.key != ba.key
 
 
@@ -62,7 +88,11 @@ def test_another_judge_prompt_or_answer_is_another_judgment() -> None:
     for changed in (
         keys(Item("q", "x", "a", "b"), _plan(), "k"),
         keys(Item("q", "x", "a", "c"), _plan(), "j"),
-        keys(Item("q", "x", "a", "b"), _plan(rubric=load_rubric(EVALS / "rubrics" / "correctness.txt")), "j"),
+        keys(
+            Item("q", "x", "a", "b"),
+            _plan(rubric=load_rubric(EVALS / "rubrics" / "correctness.txt")),
+            "j",
+        ),
         keys(Item("q", "x", "a", "b", reference="r"), _plan(), "j"),
     ):
         assert not base & changed
@@ -70,7 +100,12 @@ def test_another_judge_prompt_or_answer_is_another_judgment() -> None:
 
 def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Path) -> None:
     judge, store = FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl")
-    items = [Item("empty", "x", " \n", "b"), Item("opponent", "x", "a", ""), Item("same", "x", "a ", "a"), Item("none", "x", "", "")]
+    items = [
+        Item("empty", "x", " \n", "b"),
+        Item("opponent", "x", "a", ""),
+        Item("same", "x", "a ", "a"),
+        Item("none", "x", "", ""),
+    ]
     run = judge_items(items, judge, store, _plan())
     assert not judge.asked and run.by_rule == 8
     assert {item.id: item.outcome for item in pair_samples(store.rows())} == {
@@ -86,12 +121,19 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Pat
 
 def test_self_comparison_gives_exactly_one_half(tmp_path: Path) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
-    judge_items([Item(str(i), "x", f"answer {i}", f"answer {i}") for i in range(50)], FakeJudge(longer), store, _plan())
+    judge_items(
+        [Item(str(i), "x", f"answer {i}", f"answer {i}") for i in range(50)],
+        FakeJudge(longer),
+        store,
+        _plan(),
+    )
     score = summarise(pair_samples(store.rows())).score
     assert (score.estimate, score.low, score.high) == (0.5, 0.5, 0.5)
 
 
-def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_stored(tmp_path: Path) -> None:
+def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_stored(
+    tmp_path: Path,
+) -> None:
     def third_time(request: JudgeRequest) -> JudgeReply:
         return JudgeReply("hm" if request.attempt < 3 else "Right. [RESULT] A")
 
@@ -108,7 +150,10 @@ def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_
 
 
 def test_re_asks_are_bounded_and_the_item_stays_unparsed(tmp_path: Path) -> None:
-    judge, store = FakeJudge(lambda request: JudgeReply("no idea")), JudgmentStore(tmp_path / "j.jsonl")
+    judge, store = (
+        FakeJudge(lambda request: JudgeReply("no idea")),
+        JudgmentStore(tmp_path / "j.jsonl"),
+    )
     judge_items(_pairs(1), judge, store, _plan(max_reasks=1))
     assert len(judge.asked) == 4
     assert [row["status"] for row in store.rows()] == ["unparsed", "unparsed"]
@@ -122,7 +167,9 @@ def test_re_asks_are_bounded_and_the_item_stays_unparsed(tmp_path: Path) -> None
         (JudgeReply(None), "empty"),
     ],
 )
-def test_other_statuses_are_stored_as_they_are(tmp_path: Path, reply: JudgeReply, status: str) -> None:
+def test_other_statuses_are_stored_as_they_are(
+    tmp_path: Path, reply: JudgeReply, status: str
+) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items(_pairs(1), FakeJudge(lambda request: reply), store, _plan())
     assert {row["status"] for row in store.rows()} == {status}
@@ -137,7 +184,9 @@ def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_pat
         return longer(request) if len(calls) <= 6 else JudgeReply(error="503: overloaded")
 
     with pytest.raises(EvaluationIncomplete, match="503") as caught:
-        judge_items(_pairs(10), FakeJudge(breaks), JudgmentStore(path), _plan(max_consecutive_failures=3))
+        judge_items(
+            _pairs(10), FakeJudge(breaks), JudgmentStore(path), _plan(max_consecutive_failures=3)
+        )
     assert caught.value.exit_code is ExitCode.EVALUATION_INCOMPLETE
     assert len(JudgmentStore(path)) == 6
     run = judge_items(_pairs(10), FakeJudge(longer), JudgmentStore(path), _plan())
@@ -146,8 +195,15 @@ def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_pat
 
 def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> None:
     store, flip = JudgmentStore(tmp_path / "j.jsonl"), iter([True, False] * 10)
-    run = judge_items(_pairs(10), FakeJudge(lambda r: longer(r) if next(flip) else JudgeReply(error="timeout")), store, _plan())
-    with pytest.raises(EvaluationIncomplete, match=r"10 judgments are missing: timeout \(10 times\)"):
+    run = judge_items(
+        _pairs(10),
+        FakeJudge(lambda r: longer(r) if next(flip) else JudgeReply(error="timeout")),
+        store,
+        _plan(),
+    )
+    with pytest.raises(
+        EvaluationIncomplete, match=r"10 judgments are missing: timeout \(10 times\)"
+    ):
         run.check_complete()
     assert {item.outcome for item in pair_samples(store.rows())} == {"unresolved"}
 
@@ -155,7 +211,10 @@ def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> N
 def test_a_refused_request_is_missing_and_the_same_command_asks_again(tmp_path: Path) -> None:
     path, refuses = tmp_path / "j.jsonl", JudgeReply(error="402: pay first", refused=True)
     run = judge_items(_pairs(4), FakeJudge(lambda request: refuses), JudgmentStore(path), _plan())
-    with pytest.raises(EvaluationIncomplete, match=r"8 judgments are missing: 402: pay first \(8 times\)\n.*change the recipe"):
+    with pytest.raises(
+        EvaluationIncomplete,
+        match=r"8 judgments are missing: 402: pay first \(8 times\)\n.*change the recipe",
+    ):
         run.check_complete()
     assert len(JudgmentStore(path)) == 0
     again = judge_items(_pairs(4), FakeJudge(longer), JudgmentStore(path), _plan())
@@ -166,7 +225,13 @@ def test_errors_that_an_earlier_version_stored_as_verdicts_are_asked_again(tmp_p
     store = JudgmentStore(tmp_path / "j.jsonl")
     for request in build_requests(_pairs(2), _plan(), "fake"):
         store.append(
-            {"key": request.key, "kind": "relative", "question_id": request.question_id, "order": request.order, "status": "error"}
+            {
+                "key": request.key,
+                "kind": "relative",
+                "question_id": request.question_id,
+                "order": request.order,
+                "status": "error",
+            }
         )
     store = JudgmentStore(store.path)
     assert len(store) == 0 and stored_rows(store.path) == []
@@ -188,9 +253,13 @@ def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) 
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_judge_that_leaves_a_request_without_a_reply_is_a_programming_error(tmp_path: Path) -> None:
+def test_a_judge_that_leaves_a_request_without_a_reply_is_a_programming_error(
+    tmp_path: Path,
+) -> None:
     judge = FakeJudge(longer)
-    judge.complete = lambda requests: (pair for pair in list(FakeJudge(longer).complete(requests))[1:])  # type: ignore[method-assign]
+    judge.complete = lambda requests: (
+        pair for pair in list(FakeJudge(longer).complete(requests))[1:]
+    )  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="1 requests without a reply"):
         judge_items(_pairs(1), judge, JudgmentStore(tmp_path / "j.jsonl"), _plan())
 
@@ -199,19 +268,30 @@ def test_probabilities_that_are_not_finite_are_no_verdict(tmp_path: Path) -> Non
     store = JudgmentStore(tmp_path / "j.jsonl")
     nan = JudgeReply(probabilities={"A": float("nan"), "B": 0.5})
     judge_items(_pairs(1), FakeJudge(lambda request: nan), store, _plan())
-    assert {(row["status"], row["mass"]) for row in JudgmentStore(store.path)} == {("unparsed", 0.5)}
+    assert {(row["status"], row["mass"]) for row in JudgmentStore(store.path)} == {
+        ("unparsed", 0.5)
+    }
 
 
-def test_verdicts_by_rule_are_stored_together_and_cost_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts_by_rule_are_stored_together_and_cost_no_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def count_tokens(text: str) -> int:
         raise AssertionError("a prompt that is not sent was counted")
 
     items = [Item(str(index), "Question", "same é" * 999, "same é" * 999) for index in range(1250)]
     store, syncs = JudgmentStore(tmp_path / "j.jsonl"), []
     monkeypatch.setattr(os, "fsync", syncs.append)
-    run = judge_items(items, FakeJudge(longer), store, _plan(count_tokens=count_tokens, max_prompt_tokens=100))
+    run = judge_items(
+        items, FakeJudge(longer), store, _plan(count_tokens=count_tokens, max_prompt_tokens=100)
+    )
     assert run.by_rule == 2500 and len(syncs) <= 4
-    again = judge_items(items, FakeJudge(longer), JudgmentStore(store.path), _plan(count_tokens=count_tokens, max_prompt_tokens=100))
+    again = judge_items(
+        items,
+        FakeJudge(longer),
+        JudgmentStore(store.path),
+        _plan(count_tokens=count_tokens, max_prompt_tokens=100),
+    )
     assert (again.stored_before, again.by_rule, again.asked) == (2500, 0, 0)
 
 
@@ -225,13 +305,23 @@ def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path)
     )
     assert (store.rows()[0]["value"], store.rows()[0]["mass"]) == (4, pytest.approx(0.4))
     tied = JudgmentStore(tmp_path / "tied.jsonl")
-    judge_items(_pairs(1), FakeJudge(lambda r: JudgeReply(probabilities={"A": 0.2, "B": 0.2})), tied, _plan())
+    judge_items(
+        _pairs(1),
+        FakeJudge(lambda r: JudgeReply(probabilities={"A": 0.2, "B": 0.2})),
+        tied,
+        _plan(),
+    )
     assert {row["status"] for row in tied.rows()} == {"unparsed"}
 
 
 def test_a_prompt_that_cannot_fit_is_truncated_and_never_sent(tmp_path: Path) -> None:
     judge, store = FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl")
-    judge_items(_pairs(2), judge, store, _plan(count_tokens=lambda text: len(text.split()), max_prompt_tokens=50))
+    judge_items(
+        _pairs(2),
+        judge,
+        store,
+        _plan(count_tokens=lambda text: len(text.split()), max_prompt_tokens=50),
+    )
     assert not judge.asked and {row["status"] for row in store.rows()} == {"truncated"}
 
 
@@ -241,7 +331,10 @@ def test_an_item_for_the_other_kind_of_prompt_is_a_programming_error() -> None:
 
 
 def test_everything_but_the_model_takes_under_five_milliseconds_a_judgment(tmp_path: Path) -> None:
-    items = [Item(str(i), "Question " * 40, f"answer {i} " * 150, "other answer " * 150) for i in range(200)]
+    items = [
+        Item(str(i), "Question " * 40, f"answer {i} " * 150, "other answer " * 150)
+        for i in range(200)
+    ]
     start = time.process_time()
     judge_items(items, FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl"), _plan(batch_size=64))
     assert (time.process_time() - start) / 400 < 0.005

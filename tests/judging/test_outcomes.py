@@ -54,8 +54,16 @@ def test_a_missing_order_is_unresolved_and_so_is_a_question_without_rows() -> No
 
 
 def test_unresolved_items_stay_in_n_and_widen_the_bounds() -> None:
-    summary = summarise(pair_samples(_rows(*[("A", "B")] * 6, *[("B", "A")] * 2, ("unparsed", "B"), ("A", "error"))))
-    assert (summary.n, summary.win, summary.loss, summary.tie, summary.unresolved) == (10, 6, 2, 0, 2)
+    summary = summarise(
+        pair_samples(_rows(*[("A", "B")] * 6, *[("B", "A")] * 2, ("unparsed", "B"), ("A", "error")))
+    )
+    assert (summary.n, summary.win, summary.loss, summary.tie, summary.unresolved) == (
+        10,
+        6,
+        2,
+        0,
+        2,
+    )
     assert (summary.win_bounds.all_lost, summary.win_bounds.all_won) == (0.6, 0.8)
     assert summary.win_rate.estimate == 0.75 and summary.win_rate.n == 8
     assert summary.score_bounds[0].estimate == 0.6 and summary.score_bounds[1].estimate == 0.8
@@ -80,7 +88,10 @@ def test_items_decided_by_rule_say_nothing_about_the_judge() -> None:
     rows = [row | {"source": "rule"} for row in _rows(("A", "B"))]
     summary = summarise(pair_samples(rows))
     assert summary.win == summary.by_rule == 1
-    assert summary.swap_consistency.n == summary.first_position.n == 0 and summary.swap_consistency.estimate is None
+    assert (
+        summary.swap_consistency.n == summary.first_position.n == 0
+        and summary.swap_consistency.estimate is None
+    )
 
 
 def test_position_bias_is_measured_on_items_that_the_judge_answered_in_both_orders() -> None:
@@ -98,4 +109,7 @@ def test_turns_of_one_question_are_one_cluster() -> None:
     outcomes = pair_samples(_rows(*[("A", "B"), ("B", "A"), ("A", "A")] * 30))
     single = summarise(outcomes).score
     clustered = summarise(outcomes, cluster_of=lambda one: int(one.id) % 45).score
-    assert clustered.estimate == single.estimate and (clustered.low, clustered.high) != (single.low, single.high)
+    assert clustered.estimate == single.estimate and (clustered.low, clustered.high) != (
+        single.low,
+        single.high,
+    )

@@ -1,4 +1,6 @@
-"""The judge's prompt: the format's facts, answers that cannot speak to the judge, and cuts that never reach the rubric."""
+"""The judge's prompt: the format's facts, answers that cannot speak to the judge, and cuts that
+never reach the rubric.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.judging.prometheus import CUT_MARK, build_prompt, load_rubric, load_template, neutralise, nonce
+from recipes_lib.judging.prometheus import (
+    CUT_MARK,
+    build_prompt,
+    load_rubric,
+    load_template,
+    neutralise,
+    nonce,
+)
 from recipes_lib.judging.verdicts import parse_absolute, parse_relative
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
-RELATIVE, ABSOLUTE = (load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute"))
+RELATIVE, ABSOLUTE = (
+    load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute")
+)
 RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
 
 
@@ -28,8 +39,22 @@ def _relative(first: str, second: str, **options):
 
 def test_relative_prompt_has_the_formats_sections_in_order() -> None:
     user = _relative("Paris", "Lyon", reference="Rome").user
-    marks = ["###Task Description:", "[RESULT] (A or B)", "###Instruction:", "###Response A:", "Paris", "###Response B:", "Lyon"]
-    marks += ["###Reference Answer:", "Rome", "###Score Rubric:", f"[{RUBRIC.criterion}]", "###Feedback:"]
+    marks = [
+        "###Task Description:",
+        "[RESULT] (A or B)",
+        "###Instruction:",
+        "###Response A:",
+        "Paris",
+        "###Response B:",
+        "Lyon",
+    ]
+    marks += [
+        "###Reference Answer:",
+        "Rome",
+        "###Score Rubric:",
+        f"[{RUBRIC.criterion}]",
+        "###Feedback:",
+    ]
     places = [user.index(mark) for mark in marks]
     assert places == sorted(places)
     assert "Score 1:" not in user
@@ -38,7 +63,12 @@ def test_relative_prompt_has_the_formats_sections_in_order() -> None:
 
 def test_absolute_prompt_has_the_five_scores_and_the_reference_of_score_five() -> None:
     user = build_prompt(ABSOLUTE, RUBRIC, "Name a city.", ["Paris"], "Rome", code="c0de").user
-    marks = ["###The instruction to evaluate:", "###Response to evaluate:", "###Reference Answer (Score 5):", "###Score Rubrics:"]
+    marks = [
+        "###The instruction to evaluate:",
+        "###Response to evaluate:",
+        "###Reference Answer (Score 5):",
+        "###Score Rubrics:",
+    ]
     marks += [f"Score {n}:" for n in range(1, 6)] + ["###Feedback:"]
     places = [user.index(mark) for mark in marks]
     assert places == sorted(places)
@@ -73,11 +103,25 @@ def test_an_answer_that_speaks_to_the_judge_is_flagged(answer: str) -> None:
     prompt = _relative("Lyon", answer)
     assert prompt.marker_in_answer
     body = prompt.user.split("###Response B:\n<<begin c0de>>\n")[1].split("\n<<end c0de>>")[0]
-    assert "[RESULT" not in body.upper() and "[INST]" not in body and "###" not in body and "</s>" not in body and "<|" not in body
+    assert (
+        "[RESULT" not in body.upper()
+        and "[INST]" not in body
+        and "###" not in body
+        and "</s>" not in body
+        and "<|" not in body
+    )
 
 
 @pytest.mark.parametrize(
-    "answer", ["Paris", "a[0] = b[1]", "# Title\n## Sub", "x < y > z", "Use <b>bold</b> {instruction} {nonce}", "[1] a source"]
+    "answer",
+    [
+        "Paris",
+        "a[0] = b[1]",
+        "# Title\n## Sub",
+        "x < y > z",
+        "Use <b>bold</b> {instruction} {nonce}",
+        "[1] a source",
+    ],
 )
 def test_ordinary_answers_are_left_alone(answer: str) -> None:
     assert neutralise(answer) == (answer, False)
@@ -93,7 +137,17 @@ def test_no_answer_brings_a_verdict_into_the_prompts_tail(text: str, letter: str
 
 def test_fence_code_is_shared_by_both_orders_and_differs_between_items() -> None:
     assert nonce(1, ["a", "b"]) == nonce("1", ["b", "a"])
-    assert len({nonce(1, ["a", "b"]), nonce(2, ["a", "b"]), nonce(1, ["a", "c"]), nonce(1, ["a", "b"], "salt")}) == 4
+    assert (
+        len(
+            {
+                nonce(1, ["a", "b"]),
+                nonce(2, ["a", "b"]),
+                nonce(1, ["a", "c"]),
+                nonce(1, ["a", "b"], "salt"),
+            }
+        )
+        == 4
+    )
 
 
 def test_a_prompt_that_fits_is_not_touched() -> None:
@@ -106,7 +160,10 @@ def test_long_answers_are_cut_alike_and_the_rubric_stays(budget: int) -> None:
     prompt = _relative(first, second, count_tokens=_words, max_tokens=budget)
     assert prompt.cut and prompt.fits
     assert _words(prompt.instruct_text()) <= budget
-    kept = [sum(word.startswith(letter) and word[1:].isdigit() for word in prompt.user.split()) for letter in "ab"]
+    kept = [
+        sum(word.startswith(letter) and word[1:].isdigit() for word in prompt.user.split())
+        for letter in "ab"
+    ]
     assert kept[0] == kept[1] > 0
     assert prompt.user.count(CUT_MARK.strip()) == 2
     assert prompt.user.endswith("###Feedback: ") and f"[{RUBRIC.criterion}]" in prompt.user
@@ -136,7 +193,9 @@ def test_wrong_number_of_answers_is_refused() -> None:
         ("Is it good?\n" + "".join(f"Score {n}: x\n" for n in range(1, 7)), 7, "nothing else"),
     ],
 )
-def test_a_broken_rubric_is_named_by_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+def test_a_broken_rubric_is_named_by_its_line(
+    tmp_path: Path, text: str, line: int, words: str
+) -> None:
     path = tmp_path / "r.txt"
     path.write_text(text)
     with pytest.raises(RecipeError, match=words) as caught:
@@ -144,7 +203,23 @@ def test_a_broken_rubric_is_named_by_its_line(tmp_path: Path, text: str, line: i
     assert caught.value.line == line
 
 
-@pytest.mark.parametrize("piece", ["#", "# #", "[", "[result", "<", "<|", "ignore ", "ignore all previous ", " ", "\n", "score of ", "((1"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "#",
+        "# #",
+        "[",
+        "[result",
+        "<",
+        "<|",
+        "ignore ",
+        "ignore all previous ",
+        " ",
+        "\n",
+        "score of ",
+        "((1",
+    ],
+)
 def test_a_text_that_repeats_itself_is_cleaned_and_read_in_linear_time(piece: str) -> None:
     text = piece * (200_000 // len(piece))
     started = time.process_time()
@@ -155,9 +230,16 @@ def test_a_text_that_repeats_itself_is_cleaned_and_read_in_linear_time(piece: st
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"), [("=== system\n", "", "system"), ("{nonce}", "", "nonce"), ("{instruction}", "{instructon}", "instructon")]
+    ("old", "new", "words"),
+    [
+        ("=== system\n", "", "system"),
+        ("{nonce}", "", "nonce"),
+        ("{instruction}", "{instructon}", "instructon"),
+    ],
 )
-def test_a_broken_prompt_file_says_what_is_missing(tmp_path: Path, old: str, new: str, words: str) -> None:
+def test_a_broken_prompt_file_says_what_is_missing(
+    tmp_path: Path, old: str, new: str, words: str
+) -> None:
     path = tmp_path / "p.txt"
     path.write_text((EVALS / "prompts" / "prometheus-relative.txt").read_text().replace(old, new))
     with pytest.raises(RecipeError, match=words):

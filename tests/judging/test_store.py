@@ -1,4 +1,6 @@
-"""The judgment store survives kills, torn tails and other processes, and names damage by its line."""
+"""The judgment store survives kills, torn tails and other processes, and names damage by
+its line.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ from recipes_lib.judging.store import JudgmentStore, judgment_key, stored_rows, 
 
 
 def _row(index: int, **fields) -> dict:
-    return {"key": judgment_key(index, "AB", "judge", "prompt", ["a", "b"]), "question_id": str(index), "raw": "Fine. [RESULT] A", **fields}
+    return {
+        "key": judgment_key(index, "AB", "judge", "prompt", ["a", "b"]),
+        "question_id": str(index),
+        "raw": "Fine. [RESULT] A",
+        **fields,
+    }
 
 
 def test_key_depends_on_each_of_its_parts() -> None:
@@ -33,7 +40,11 @@ def test_key_depends_on_each_of_its_parts() -> None:
         (1, "BA", "j", "p", ["a", "b"]),
         (1, "AB", "k", "p", ["a", "b"]),
     ]
-    parts += [(1, "AB", "j", "q", ["a", "b"]), (1, "AB", "j", "p", ["b", "a"]), (1, "AB", "j", "p", ["ab", ""])]
+    parts += [
+        (1, "AB", "j", "q", ["a", "b"]),
+        (1, "AB", "j", "p", ["b", "a"]),
+        (1, "AB", "j", "p", ["ab", ""]),
+    ]
     assert len({judgment_key(*part) for part in parts}) == len(parts)
     assert judgment_key(1, "AB", "j", "p", []) == judgment_key("1", "AB", "j", "p", [])
 
@@ -52,7 +63,9 @@ def test_missing_file_is_an_empty_store(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.lists(st.text(max_size=40), min_size=1, max_size=6))
-def test_a_file_cut_anywhere_keeps_every_whole_line(tmp_path_factory, cut: int, texts: list[str]) -> None:
+def test_a_file_cut_anywhere_keeps_every_whole_line(
+    tmp_path_factory, cut: int, texts: list[str]
+) -> None:
     path = tmp_path_factory.mktemp("store") / "j.jsonl"
     store = JudgmentStore(path)
     for index, text in enumerate(texts):
@@ -68,7 +81,9 @@ def test_a_file_cut_anywhere_keeps_every_whole_line(tmp_path_factory, cut: int, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2), st.binary(min_size=1, max_size=20).filter(lambda noise: b"\n" not in noise))
+@given(
+    st.integers(0, 2), st.binary(min_size=1, max_size=20).filter(lambda noise: b"\n" not in noise)
+)
 def test_a_damaged_line_is_named_by_its_number(tmp_path_factory, which: int, noise: bytes) -> None:
     path = tmp_path_factory.mktemp("store") / "j.jsonl"
     store = JudgmentStore(path)
@@ -108,7 +123,10 @@ def test_reading_leaves_the_torn_tail_alone_and_writing_cuts_it(tmp_path: Path) 
     assert path.read_bytes() == before[:-13]
 
 
-@pytest.mark.parametrize("text", ["line\u2028separator", "\ud800 lone surrogate", "\x00\x1b[31m", "🙂" * 1000, "a\nb\r\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["line\u2028separator", "\ud800 lone surrogate", "\x00\x1b[31m", "🙂" * 1000, "a\nb\r\n"],
+)
 def test_any_text_survives_the_round_trip(tmp_path: Path, text: str) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
     store.append(_row(1, raw=text))
@@ -125,7 +143,9 @@ def test_two_stores_on_one_file_see_each_other(tmp_path: Path) -> None:
     assert len(first) == len(second) == 2
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
     store.append(_row(1))
     before = store.path.read_bytes()
@@ -138,18 +158,24 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     assert store.append(_row(2)) and len(stored_rows(store.path)) == 2
 
 
-def test_rows_that_arrive_together_are_synced_once_and_each_is_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_arrive_together_are_synced_once_and_each_is_stored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, synced = JudgmentStore(tmp_path / "j.jsonl"), []
     store.append(_row(1))
     real = os.fsync
-    monkeypatch.setattr("recipes_lib.judging.store.os.fsync", lambda fd: (synced.append(fd), real(fd))[1])
+    monkeypatch.setattr(
+        "recipes_lib.judging.store.os.fsync", lambda fd: (synced.append(fd), real(fd))[1]
+    )
     assert store.append_all([_row(1), _row(2), _row(3), _row(2)]) == 2
     assert len(synced) == 1
     assert store.append_all([_row(3), _row(1)]) == 0 and store.append_all([]) == 0
     assert len(synced) == 1 and stored_rows(store.path) == store.rows() and len(store) == 3
 
 
-def test_a_disk_that_fills_between_two_rows_keeps_the_first_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_between_two_rows_keeps_the_first_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
     real, count = os.write, []
 
@@ -217,11 +243,13 @@ module.os.write = slow
 store = JudgmentStore(path)
 for index in range(count):
     store.append({"key": judgment_key(index, "AB", "j", "p", []), "question_id": index, "raw": "x" * draw.randrange(3000)})
-"""
+"""  # noqa: E501
 
 
 def test_writers_killed_at_any_moment_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    """300 rows, two writers at a time, at least seven kills and one torn line: every row is there once."""
+    """300 rows, two writers at a time, at least seven kills and one torn line: every row is there
+    once.
+    """
     path, draw = tmp_path / "j.jsonl", random.Random(11)
     command = [sys.executable, "-c", WRITER, str(path), "300"]
     kills = torn = 0
@@ -249,15 +277,28 @@ def test_writers_killed_at_any_moment_lose_and_repeat_nothing(tmp_path: Path) ->
     assert sorted(row["question_id"] for row in stored_rows(path)) == list(range(300))
 
 
-def test_a_hundred_thousand_judgments_load_and_summarise_within_five_seconds(tmp_path: Path) -> None:
+def test_a_hundred_thousand_judgments_load_and_summarise_within_five_seconds(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "j.jsonl"
     with path.open("w") as file:
         for index in range(100_000):
             order = "AB" if index % 2 == 0 else "BA"
-            row = {"key": text_hash(str(index)), "kind": "relative", "question_id": str(index // 2), "order": order, "status": "ok"}
+            row = {
+                "key": text_hash(str(index)),
+                "kind": "relative",
+                "question_id": str(index // 2),
+                "order": order,
+                "status": "ok",
+            }
             file.write(
                 json.dumps(
-                    row | {"value": "AB"[index % 3 % 2], "raw": "because " * 60 + "[RESULT] A", "answer_hashes": ["a" * 64, "b" * 64]}
+                    row
+                    | {
+                        "value": "AB"[index % 3 % 2],
+                        "raw": "because " * 60 + "[RESULT] A",
+                        "answer_hashes": ["a" * 64, "b" * 64],
+                    }
                 )
                 + "\n"
             )

@@ -1,4 +1,6 @@
-"""Verdict parsing: the golden strings with both parsers' answers, and properties that hold for any text."""
+"""Verdict parsing: the golden strings with both parsers' answers, and properties that hold for any
+text.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,23 @@ from hypothesis import strategies as st
 
 from recipes_lib.judging.verdicts import Status, parse_absolute, parse_relative
 
-GOLDEN = [json.loads(line) for line in Path(__file__).with_name("verdicts.golden.jsonl").read_text(encoding="utf-8").splitlines()]
+GOLDEN = [
+    json.loads(line)
+    for line in Path(__file__)
+    .with_name("verdicts.golden.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
+]
 PARSERS = {"absolute": parse_absolute, "relative": parse_relative}
 FEEDBACK = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="[]"), max_size=80)
 
 
 def test_golden_file_holds_at_least_sixty_different_strings() -> None:
-    assert len({(row["mode"], row["text"], row.get("finish_reason")) for row in GOLDEN}) == len(GOLDEN) >= 60
+    assert (
+        len({(row["mode"], row["text"], row.get("finish_reason")) for row in GOLDEN})
+        == len(GOLDEN)
+        >= 60
+    )
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row['mode']}-{row['text']!r:.50}")
@@ -33,7 +45,11 @@ def test_we_only_accept_more_than_the_official_parser_by_one_full_stop() -> None
 
 
 def test_where_both_parsers_read_a_verdict_it_is_the_same() -> None:
-    assert all(row["ours"] == row["official"] for row in GOLDEN if row["ours"] is not None and row["official"] is not None)
+    assert all(
+        row["ours"] == row["official"]
+        for row in GOLDEN
+        if row["ours"] is not None and row["official"] is not None
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -46,7 +62,9 @@ def test_any_text_gets_a_status_and_only_ok_has_a_value(text: str, mode: str) ->
 
 @settings(max_examples=150, deadline=None)
 @given(FEEDBACK, st.sampled_from("AB"), st.sampled_from(["", " ", "\n", "."]))
-def test_feedback_without_brackets_never_changes_the_verdict(feedback: str, letter: str, tail: str) -> None:
+def test_feedback_without_brackets_never_changes_the_verdict(
+    feedback: str, letter: str, tail: str
+) -> None:
     verdict = parse_relative(f"{feedback} [RESULT] {letter}{tail}")
     assert verdict.value == letter or "conflict" in (verdict.reason or "")
 

@@ -26,7 +26,11 @@ def serve(tmp_path):
     def run(*arguments: str, **environment: str):
         words.unlink(missing_ok=True)
         done = subprocess.run(
-            [str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, "VLLM": str(vllm), **environment}
+            [str(SCRIPT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "VLLM": str(vllm), **environment},
         )
         return done, words.read_text().splitlines() if words.exists() else []
 
@@ -36,7 +40,9 @@ def serve(tmp_path):
 def make_run(folder: Path, rank: int = 8, base: str = "org/base model", **config: object) -> Path:
     (folder / "adapter").mkdir(parents=True)
     (folder / "run.json").write_text("{}")
-    (folder / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "r": rank, **config}))
+    (folder / "adapter/adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": base, "r": rank, **config})
+    )
     return folder
 
 
@@ -47,13 +53,22 @@ def test_a_model_is_served_under_its_own_name_and_further_words_go_on(serve):
 
 
 @pytest.mark.parametrize(
-    ("rank", "pattern", "limit"), [(4, {}, "8"), (8, {}, "8"), (9, {}, "16"), (32, {}, "32"), (16, {"q_proj": 100}, "128")]
+    ("rank", "pattern", "limit"),
+    [(4, {}, "8"), (8, {}, "8"), (9, {}, "16"), (32, {}, "32"), (16, {"q_proj": 100}, "128")],
 )
-def test_an_adapter_is_served_on_its_base_with_a_rank_that_vllm_knows_and_that_suffices(serve, tmp_path, rank, pattern, limit):
+def test_an_adapter_is_served_on_its_base_with_a_rank_that_vllm_knows_and_that_suffices(
+    serve, tmp_path, rank, pattern, limit
+):
     run = make_run(tmp_path / "my-run", rank, rank_pattern=pattern)
     _, words = serve(f"{run}/")
     assert words[:4] == ["serve", "org/base model", "--served-model-name", "org/base model"]
-    assert words[4:] == ["--enable-lora", "--max-lora-rank", limit, "--lora-modules", f"my-run={run}/adapter"]
+    assert words[4:] == [
+        "--enable-lora",
+        "--max-lora-rank",
+        limit,
+        "--lora-modules",
+        f"my-run={run}/adapter",
+    ]
 
 
 @pytest.mark.parametrize("folder", ["merged", "model"])
@@ -71,7 +86,9 @@ def test_what_cannot_be_served_is_said_with_our_exit_codes(serve, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/run.json").write_text("{}")
     done, words = serve(str(tmp_path / "empty"))
-    assert done.returncode == 2 and "has no merged/, model/ or adapter/" in done.stderr and not words
+    assert (
+        done.returncode == 2 and "has no merged/, model/ or adapter/" in done.stderr and not words
+    )
     run = make_run(tmp_path / "huge", 1024)
     done, words = serve(str(run))
     assert done.returncode == 2 and "rank 1024" in done.stderr and not words

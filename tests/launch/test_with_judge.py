@@ -1,4 +1,6 @@
-"""launch/with_judge.sh: a judge's server for as long as a command takes. vLLM is stood in for by a server of this project's tests."""
+"""launch/with_judge.sh: a judge's server for as long as a command takes. vLLM is stood in for by a
+server of this project's tests.
+"""
 
 from __future__ import annotations
 
@@ -29,36 +31,74 @@ def environment(tmp_path: Path) -> dict[str, str]:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_IN}" "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return {**os.environ, "VLLM": str(program), "PORT": "20001", "REPORT": str(tmp_path / "eval a.reported")}
+    return {
+        **os.environ,
+        "VLLM": str(program),
+        "PORT": "20001",
+        "REPORT": str(tmp_path / "eval a.reported"),
+    }
 
 
 @pytest.mark.parametrize("code", [0, 6])
-def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(environment, tmp_path: Path, code: int) -> None:
+def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(
+    environment, tmp_path: Path, code: int
+) -> None:
     asks = (
         "import os, sys, urllib.request as u; url = os.environ['RECIPES_JUDGE_URL']; "
         f"print(url); print(u.urlopen(url + '/models').read()); sys.exit({code})"
     )
-    words = [str(SCRIPT), "org/judge", "--max-model-len", "4096", "--", sys.executable, "-c", asks, "$(touch oops)"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    words = [
+        str(SCRIPT),
+        "org/judge",
+        "--max-model-len",
+        "4096",
+        "--",
+        sys.executable,
+        "-c",
+        asks,
+        "$(touch oops)",
+    ]
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
     assert done.returncode == code and '"id": "org/judge"' in done.stdout, done.stderr
     log = (tmp_path / "eval a.judge.log").read_text()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", done.stdout).group(1))
     words = (
-        f"serve org/judge --served-model-name org/judge --host 127.0.0.1 --port {port} --max-model-len 4096 --served-model-name org/judge"
+        f"serve org/judge --served-model-name org/judge --host 127.0.0.1 --port {port}"
+        " --max-model-len 4096 --served-model-name org/judge"
     )
     assert re.search(rf"{re.escape(words)} judge-[0-9a-f]{{16}}\n", log), log
     assert port != 20001 and not answers(port) and not (tmp_path / "oops").exists()
 
 
-def test_a_server_that_ends_before_it_answers_is_exit_5_with_its_last_words(environment, tmp_path: Path) -> None:
+def test_a_server_that_ends_before_it_answers_is_exit_5_with_its_last_words(
+    environment, tmp_path: Path
+) -> None:
     done = subprocess.run(
-        [SCRIPT, "broken", "--", "touch", "ran"], env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [SCRIPT, "broken", "--", "touch", "ran"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
     )
-    assert done.returncode == 5 and "no memory for the cache" in done.stderr and not (tmp_path / "ran").exists()
+    assert (
+        done.returncode == 5
+        and "no memory for the cache" in done.stderr
+        and not (tmp_path / "ran").exists()
+    )
 
 
 def test_term_ends_the_command_and_its_judge(environment, tmp_path: Path) -> None:
-    words = [str(SCRIPT), "org/judge", "--", "sh", "-c", "echo $RECIPES_JUDGE_URL > coming; mv coming up; exec sleep 60"]
+    words = [
+        str(SCRIPT),
+        "org/judge",
+        "--",
+        "sh",
+        "-c",
+        "echo $RECIPES_JUDGE_URL > coming; mv coming up; exec sleep 60",
+    ]
     child = subprocess.Popen(words, env=environment, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists():
@@ -72,16 +112,32 @@ def test_term_ends_the_command_and_its_judge(environment, tmp_path: Path) -> Non
         time.sleep(0.05)
 
 
-def test_a_server_that_dies_while_it_is_asked_ends_the_command_with_its_last_words(environment, tmp_path: Path) -> None:
+def test_a_server_that_dies_while_it_is_asked_ends_the_command_with_its_last_words(
+    environment, tmp_path: Path
+) -> None:
     words = [str(SCRIPT), "mortal", "--", "sh", "-c", "touch stop; exec sleep 60"]
     started = time.monotonic()
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=55, cwd=tmp_path)
-    assert done.returncode == 5 and "ended while it was needed:" in done.stderr and "the engine died" in done.stderr
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=55, cwd=tmp_path
+    )
+    assert (
+        done.returncode == 5
+        and "ended while it was needed:" in done.stderr
+        and "the engine died" in done.stderr
+    )
     assert time.monotonic() - started < 50
 
 
-def test_a_server_that_is_not_the_one_that_was_started_is_not_asked(environment, tmp_path: Path) -> None:
+def test_a_server_that_is_not_the_one_that_was_started_is_not_asked(
+    environment, tmp_path: Path
+) -> None:
     """It serves the same model at the same port, under no name of this job."""
     words = [SCRIPT, "usurped", "--", "touch", "ran"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert done.returncode == 5 and "another server answers at" in done.stderr and not (tmp_path / "ran").exists()
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert (
+        done.returncode == 5
+        and "another server answers at" in done.stderr
+        and not (tmp_path / "ran").exists()
+    )

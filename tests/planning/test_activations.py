@@ -19,7 +19,10 @@ from recipes_lib.recipe.recipe import load_recipe
 
 MIB = 2**20
 ROWS = Path(__file__).resolve().parents[2] / "recipes/quickstart/data/instructions.jsonl"
-NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_use_double_quant: true}"
+NF4 = (
+    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16,"
+    " bnb_4bit_use_double_quant: true}"
+)
 BF16 = ("model.dtype=bfloat16", "train.bf16=true")
 ALL = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 WORDS = {
@@ -41,8 +44,17 @@ WORDS = {
 }
 
 
-SLOW = {"fp32, checkpointing", "bf16, packed", "QLoRA, dropout", "full bf16, checkpointing", "full fp32"}
-CASES = [pytest.param(words, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, words in WORDS.items()]
+SLOW = {
+    "fp32, checkpointing",
+    "bf16, packed",
+    "QLoRA, dropout",
+    "full bf16, checkpointing",
+    "full fp32",
+}
+CASES = [
+    pytest.param(words, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name, words in WORDS.items()
+]
 
 
 def predicted(recipe: str, overrides: tuple[str, ...]) -> Callable[[int, int], float]:
@@ -63,30 +75,57 @@ def test_a_tiny_llama_keeps_what_is_predicted_within_a_tenth(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart/lora-r8", "smollm2-135m-dolly/lora-r8"])
 @pytest.mark.parametrize(
-    "words", [(), ("train.activation_checkpointing=true",), ("lora.lora_dropout=0.05",)], ids=["plain", "recomputed", "dropout"]
+    "words",
+    [(), ("train.activation_checkpointing=true",), ("lora.lora_dropout=0.05",)],
+    ids=["plain", "recomputed", "dropout"],
 )
 def test_smollm2_keeps_what_is_predicted_within_a_tenth(
     kept_by_autograd: Callable[..., list[Any]], name: str, words: tuple[str, ...]
 ) -> None:
-    words = (*words, "train.per_device_train_batch_size=2", f"data.source={ROWS}", "data.prompt_format=chat")
+    words = (
+        *words,
+        "train.per_device_train_batch_size=2",
+        f"data.source={ROWS}",
+        "data.prompt_format=chat",
+    )
     if local_folder(load_recipe(name)) is None:
-        pytest.skip("SmolLM2-135M is not materialised on this machine (recipes train quickstart/lora-r8 does it)")
+        pytest.skip(
+            "SmolLM2-135M is not materialised on this machine (recipes train quickstart/lora-r8"
+            " does it)"
+        )
     bytes_of = predicted(name, words)
     for kept in kept_by_autograd(name, *words):
         assert bytes_of(kept.tokens, kept.row) == pytest.approx(kept.bytes, rel=0.1), kept
 
 
 def meta_bytes_per_token(dropout: float, *, checkpointing: bool = False, tokens: int = 4) -> float:
-    """Count what Llama-2-7B with LoRA r=32 in bf16 keeps on the meta device. Few tokens, so that the part growing with the row is small."""
+    """Count what Llama-2-7B with LoRA r=32 in bf16 keeps on the meta device. Few tokens, so that
+    the part growing with the row is small.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
 
-    config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
         model = get_peft_model(
-            model, LoraConfig(r=32, lora_alpha=64, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+            model,
+            LoraConfig(
+                r=32,
+                lora_alpha=64,
+                lora_dropout=dropout,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
         )
         model = model.to(torch.bfloat16).train()
     if checkpointing:
@@ -100,15 +139,27 @@ def meta_bytes_per_token(dropout: float, *, checkpointing: bool = False, tokens:
             seen.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        patch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)  # it reads a number, and there are none here
-        model.get_base_model().model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        patch.setattr(
+            masking_utils, "find_packed_sequence_indices", lambda positions: None
+        )  # it reads a number, and there are none here
+        model.get_base_model().model(
+            input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False
+        )
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values()) / tokens
 
 
 def llama(**changes: Any) -> Settings:
     shape = known_shapes()["meta-llama/Llama-2-7b-hf"]
-    adapter = Adapter(rank=32, dropout=changes.pop("dropout", 0.05), targets=tuple(shape.linears()), layers=shape.layers)
+    adapter = Adapter(
+        rank=32,
+        dropout=changes.pop("dropout", 0.05),
+        targets=tuple(shape.linears()),
+        layers=shape.layers,
+    )
     values: dict[str, Any] = {
         "shape": shape,
         "dtype": "bfloat16",
@@ -131,12 +182,15 @@ def llama(**changes: Any) -> Settings:
     return Settings(**{**values, **changes})
 
 
-# MiB per token of Llama-2-7B, LoRA r=32, bf16, sdpa, read on the meta device: dropout 0.05, dropout 0, and with checkpointing.
+# MiB per token of Llama-2-7B, LoRA r=32, bf16, sdpa, read on the meta device: dropout 0.05, dropout
+# 0, and with checkpointing.
 PUBLISHED = {0.05: 8.87, 0.0: 5.95}
 
 
 @pytest.mark.parametrize(("dropout", "published"), PUBLISHED.items())
-def test_the_activations_of_llama_2_7b_are_those_of_the_meta_device(dropout: float, published: float) -> None:
+def test_the_activations_of_llama_2_7b_are_those_of_the_meta_device(
+    dropout: float, published: float
+) -> None:
     planned = reference_per_token(llama(dropout=dropout))
     assert planned / MIB == pytest.approx(published, rel=0.01)
     assert planned == pytest.approx(meta_bytes_per_token(dropout), rel=0.01)
@@ -154,18 +208,33 @@ def test_with_checkpointing_llama_2_7b_keeps_a_quarter_of_a_mib_per_token() -> N
 def test_on_a_gpu_the_masks_of_dropout_take_a_byte_and_not_a_number() -> None:
     gpu, cpu = activations_of(llama()).per_token, activations_of(llama(device="cpu")).per_token
     widths = sum(inputs for inputs, _ in llama().shape.linears().values())
-    assert cpu - gpu == pytest.approx(3 * 32 * widths, rel=0.02)  # float32 adapters: four bytes against one
+    assert cpu - gpu == pytest.approx(
+        3 * 32 * widths, rel=0.02
+    )  # float32 adapters: four bytes against one
 
 
 def test_a_flattened_row_under_sdpa_pays_for_its_mask_with_the_square() -> None:
-    flattened, flash = (activations_of(llama(padding_free=True, per_device=4, attention=kind)) for kind in ("sdpa", "flash"))
+    flattened, flash = (
+        activations_of(llama(padding_free=True, per_device=4, attention=kind))
+        for kind in ("sdpa", "flash")
+    )
     assert flash.per_token_and_row == 0
-    assert flattened.saved(4096, 4096, False) - flash.saved(4096, 4096, False) == pytest.approx(32 * 2 * 4096**2, rel=0.01)
+    assert flattened.saved(4096, 4096, False) - flash.saved(4096, 4096, False) == pytest.approx(
+        32 * 2 * 4096**2, rel=0.01
+    )
 
 
 def test_more_of_everything_keeps_more() -> None:
     base = activations_of(llama()).per_token
     assert activations_of(llama(dropout=0.0)).per_token < base
-    assert activations_of(llama(bits=4, dropout=0.0)).per_token < activations_of(llama(dropout=0.0)).per_token  # bf16 adapters share inputs
+    assert (
+        activations_of(llama(bits=4, dropout=0.0)).per_token
+        < activations_of(llama(dropout=0.0)).per_token
+    )  # bf16 adapters share inputs
     assert activations_of(llama(adapter=replace(llama().adapter, rank=256))).per_token > base
-    assert activations_of(llama(adapter=replace(llama().adapter, targets=("q_proj", "v_proj")))).per_token < base
+    assert (
+        activations_of(
+            llama(adapter=replace(llama().adapter, targets=("q_proj", "v_proj")))
+        ).per_token
+        < base
+    )

@@ -40,7 +40,14 @@ def test_rows_and_steps_are_the_stated_ones(name: str, stated: tuple[int, int, i
     [
         (["train.num_train_epochs=1.5"], (39, 59)),  # half an epoch is rounded up
         # 305 rows make 12 steps of 24, and 17 rows are left out
-        (["train.dataloader_drop_last=true", "train.per_device_train_batch_size=4", "run.global_batch_size=24"], (12, 12)),
+        (
+            [
+                "train.dataloader_drop_last=true",
+                "train.per_device_train_batch_size=4",
+                "run.global_batch_size=24",
+            ],
+            (12, 12),
+        ),
     ],
     ids=["half an epoch", "drop_last"],
 )
@@ -49,12 +56,19 @@ def test_a_plan_counts_steps_as_the_training_does(words: list[str], steps: tuple
     assert (batches.rows, batches.steps_per_epoch, batches.steps) == (305, *steps)
 
 
-# Measured on the real rows: tokens computed for each real one. Random batches of 4 and 32; batches grouped by length.
-@pytest.mark.parametrize(("size", "grouped", "measured"), [(4, False, 2.07), (32, False, 4.2), (4, True, 1.005)])
-def test_padding_wastes_what_was_measured_on_dolly(size: int, grouped: bool, measured: float) -> None:
+# Measured on the real rows: tokens computed for each real one. Random batches of 4 and 32; batches
+# grouped by length.
+@pytest.mark.parametrize(
+    ("size", "grouped", "measured"), [(4, False, 2.07), (32, False, 4.2), (4, True, 1.005)]
+)
+def test_padding_wastes_what_was_measured_on_dolly(
+    size: int, grouped: bool, measured: float
+) -> None:
     order = "group_by_length" if grouped else "random"
     words = [f"train.per_device_train_batch_size={size}", f"train.train_sampling_strategy={order}"]
-    assert plan("llama2-7b-dolly/lora-bf16-r32", *words).batches.padding == pytest.approx(measured, rel=0.06)
+    assert plan("llama2-7b-dolly/lora-bf16-r32", *words).batches.padding == pytest.approx(
+        measured, rel=0.06
+    )
 
 
 def test_packing_fills_rows_and_padding_free_pads_nothing() -> None:
@@ -74,29 +88,43 @@ def test_the_cap_bounds_the_largest_forward_pass() -> None:
 
 
 def test_the_histogram_is_dollys(shared_data: Path) -> None:
-    rows = [json.loads(line) for file in sorted((shared_data / "dolly").glob("databricks*.jsonl")) for line in file.open(encoding="utf-8")]
+    rows = [
+        json.loads(line)
+        for file in sorted((shared_data / "dolly").glob("databricks*.jsonl"))
+        for line in file.open(encoding="utf-8")
+    ]
     assert sum(count for _, count in dolly_histogram()) == len(rows) == 15_011
-    characters = sum(len(row["instruction"]) + len(row["context"]) + len(row["response"]) for row in rows)
+    characters = sum(
+        len(row["instruction"]) + len(row["context"]) + len(row["response"]) for row in rows
+    )
     assert 3.5 < characters / sum(dolly_lengths()) < 5  # characters per token, headings included
 
 
 def test_a_small_vocabulary_makes_the_tokens_of_the_original_studys_logs() -> None:
-    """Llama-2: 7,398,213 tokens in three epochs of 12,008 rows (its prompt also named an empty context in rows that have none)."""
+    """Llama-2: 7,398,213 tokens in three epochs of 12,008 rows (its prompt also named an empty
+    context in rows that have none).
+    """
     batches = plan("llama2-7b-dolly/published-fsdp-bf16-r32").batches
     assert batches.tokens * batches.steps == pytest.approx(7_398_213, rel=0.05)
     sizes = [sum(dolly_lengths(vocabulary)) for vocabulary in (32_000, 49_152, 128_256)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] / sizes[2] == pytest.approx(210.9 / 188.0, rel=0.01)
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] / sizes[2] == pytest.approx(
+        210.9 / 188.0, rel=0.01
+    )
 
 
 def test_local_rows_are_counted() -> None:
     lengths = lengths_of(load_recipe("quickstart/lora-r8"), 49_152)
     assert (lengths.train, lengths.validation) == (305, 23)
     assert lengths.counted
-    assert sum(lengths.tokens) / len(lengths.tokens) == pytest.approx(91.3, rel=0.15)  # `recipes data` counts 91.3
+    assert sum(lengths.tokens) / len(lengths.tokens) == pytest.approx(
+        91.3, rel=0.15
+    )  # `recipes data` counts 91.3
 
 
 def test_data_that_is_not_here_is_assumed_and_said_so() -> None:
-    lengths = lengths_of(load_recipe("quickstart/lora-r8", ["data.source=somebody/something"]), 49_152)
+    lengths = lengths_of(
+        load_recipe("quickstart/lora-r8", ["data.source=somebody/something"]), 49_152
+    )
     assert not lengths.counted
     assert "assumed" in lengths.source
 
@@ -104,15 +132,22 @@ def test_data_that_is_not_here_is_assumed_and_said_so() -> None:
 def test_an_earlier_run_tells_its_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
     recipe = load_recipe("quickstart/lora-r8", ["data.source=somebody/something"])
-    audit = {"rows": {"used": 100, "trained": 90, "validation": 10}, "tokens": {"total": 5000, "max": 400}}
+    audit = {
+        "rows": {"used": 100, "trained": 90, "validation": 10},
+        "tokens": {"total": 5000, "max": 400},
+    }
     (tmp_path / recipe.name).mkdir()
     (tmp_path / recipe.name / "supervision.json").write_text(json.dumps(audit))
     (tmp_path / recipe.name / "resolved.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     lengths = lengths_of(recipe, 49_152)
     assert (lengths.train, lengths.validation, max(lengths.tokens)) == (90, 10, 400)
     assert sum(lengths.tokens) / len(lengths.tokens) == pytest.approx(50, rel=0.1)
-    fewer = load_recipe("quickstart/lora-r8", ["data.source=somebody/something", "data.max_examples=40"])
-    assert lengths_of(fewer, 49_152).train < 40 and not lengths_of(fewer, 49_152).counted  # other data than that run's
+    fewer = load_recipe(
+        "quickstart/lora-r8", ["data.source=somebody/something", "data.max_examples=40"]
+    )
+    assert (
+        lengths_of(fewer, 49_152).train < 40 and not lengths_of(fewer, 49_152).counted
+    )  # other data than that run's
 
 
 @pytest.mark.parametrize(

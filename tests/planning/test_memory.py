@@ -1,4 +1,6 @@
-"""Memory: weights as bitsandbytes stores them, optimizer states as torch keeps them, and what must hold between any two plans."""
+"""Memory: weights as bitsandbytes stores them, optimizer states as torch keeps them, and what must
+hold between any two plans.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from recipes_lib.planning.memory import GIB, largest_tokens, memory_of, optimize
 from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.recipe.recipe import load_recipe
 
-LORA, QLORA, FULL = "llama2-7b-dolly/lora-bf16-r32", "llama2-7b-dolly/qlora-r32", "llama2-7b-dolly/full-bf16"
+LORA, QLORA, FULL = (
+    "llama2-7b-dolly/lora-bf16-r32",
+    "llama2-7b-dolly/qlora-r32",
+    "llama2-7b-dolly/full-bf16",
+)
 
 
 def plan(name: str, *overrides: str, **options: Any) -> Plan:
@@ -27,8 +33,12 @@ def test_four_bit_weights_take_what_bitsandbytes_stores(tiny_model_dir: Path) ->
 
     from recipes_lib.recipe.known_models import named_shape
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config, dtype=torch.bfloat16)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, quantization_config=config, dtype=torch.bfloat16
+    )
     stored = 0
     for parameter in model.parameters():
         stored += parameter.numel() * parameter.element_size()
@@ -51,32 +61,49 @@ def test_adamw_keeps_its_moments_in_the_precision_of_the_weights(dtype: str) -> 
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     state = optimizer.state[weight]
-    kept = sum(state[name].numel() * state[name].element_size() for name in ("exp_avg", "exp_avg_sq"))
+    kept = sum(
+        state[name].numel() * state[name].element_size() for name in ("exp_avg", "exp_avg_sq")
+    )
     assert kept / 1000 == optimizer_bytes("adamw_torch_fused", weight.element_size())
 
 
 def test_llama_2_7b_in_bf16_and_in_nf4_weighs_what_is_known() -> None:
     assert plan(LORA).memory.weights == pytest.approx(6_738_415_616 * 2 / GIB)
-    assert plan(QLORA).memory.weights == pytest.approx(3.6, abs=0.1)  # 3.3 GiB of NF4, 0.5 GiB of embeddings and head
+    assert plan(QLORA).memory.weights == pytest.approx(
+        3.6, abs=0.1
+    )  # 3.3 GiB of NF4, 0.5 GiB of embeddings and head
 
 
 def test_full_fine_tuning_under_fsdp_keeps_float32_and_shares_it_out() -> None:
     two, four = plan(FULL).memory, plan(FULL, gpus=4).memory
-    assert two.weights + two.gradients + two.optimizer == pytest.approx(6_738_415_616 * 16 / 2 / GIB)
-    assert four.weights + four.gradients + four.optimizer == pytest.approx(6_738_415_616 * 16 / 4 / GIB)
+    assert two.weights + two.gradients + two.optimizer == pytest.approx(
+        6_738_415_616 * 16 / 2 / GIB
+    )
+    assert four.weights + four.gradients + four.optimizer == pytest.approx(
+        6_738_415_616 * 16 / 4 / GIB
+    )
 
 
 def test_under_fsdp_gradients_that_wait_for_the_end_of_the_step_are_counted_whole() -> None:
     once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
     shared, kept = plan(FULL), plan(FULL, once)
     assert shared.batches.accumulation > 1
-    assert kept.memory.gradients - shared.memory.gradients == pytest.approx(6_738_415_616 * 4 / GIB)  # 25 GiB on every GPU
-    for words in ((), ("run.max_tokens_per_micro_batch=1024", "run.global_batch_size=8")):  # adapters, by accumulation and by pieces
+    assert kept.memory.gradients - shared.memory.gradients == pytest.approx(
+        6_738_415_616 * 4 / GIB
+    )  # 25 GiB on every GPU
+    for words in (
+        (),
+        ("run.max_tokens_per_micro_batch=1024", "run.global_batch_size=8"),
+    ):  # adapters, by accumulation and by pieces
         adapters = plan(LORA, *words, gpus=2, accelerate="fsdp")
         assert adapters.batches.forward_passes > 1
-        assert adapters.memory.gradients == pytest.approx(adapters.settings.trained_parameters * 4 * 1.5 / GIB)
+        assert adapters.memory.gradients == pytest.approx(
+            adapters.settings.trained_parameters * 4 * 1.5 / GIB
+        )
     one_pass = plan(LORA, "run.global_batch_size=8", gpus=2, accelerate="fsdp")
-    assert one_pass.memory.gradients == pytest.approx(one_pass.settings.trained_parameters * 4 / 2 / GIB)
+    assert one_pass.memory.gradients == pytest.approx(
+        one_pass.settings.trained_parameters * 4 / 2 / GIB
+    )
 
 
 def test_what_saves_memory_in_the_docs_saves_memory_in_the_plan() -> None:
@@ -100,7 +127,9 @@ def test_the_largest_micro_batch_fits_and_one_token_more_does_not() -> None:
     row = made.settings.max_length or 0
     largest = made.largest()
     assert memory_of(made.settings, largest, row, made.eval_tokens).needed <= made.card.memory_gib
-    assert memory_of(made.settings, largest + 64, row, made.eval_tokens).needed > made.card.memory_gib
+    assert (
+        memory_of(made.settings, largest + 64, row, made.eval_tokens).needed > made.card.memory_gib
+    )
     assert made.largest(checkpointing=True) > 5 * largest
 
 
@@ -113,7 +142,9 @@ def test_a_model_that_is_too_large_by_itself_has_no_micro_batch() -> None:
 
 def test_a_smaller_card_holds_less_and_every_card_can_be_planned() -> None:
     sizes = {card.name: plan(QLORA, gpu=card.name).largest() for card in CARDS}
-    assert sizes["h200-141gb"] > sizes["h100-80gb"] > sizes["a100-40gb"] > sizes["rtx-4090-24gb"] > 0
+    assert (
+        sizes["h200-141gb"] > sizes["h100-80gb"] > sizes["a100-40gb"] > sizes["rtx-4090-24gb"] > 0
+    )
     assert all(card.basis == "assumed" for card in CARDS)  # until somebody measures one
 
 

@@ -11,7 +11,9 @@ from recipes_lib.recipe.loader import load_document
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
-    """The recipes that were really planned; a plan is 2 GiB and 90 s, or not known for a recipe called odd."""
+    """The recipes that were really planned; a plan is 2 GiB and 90 s, or not known for a recipe
+    called odd.
+    """
     done: list[Path] = []
 
     def quick_plan(document):

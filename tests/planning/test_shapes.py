@@ -19,10 +19,17 @@ from recipes_lib.recipe.known_models import known_shapes, named_shape
 from recipes_lib.recipe.model_shapes import shape_of_config
 from recipes_lib.recipe.recipe import load_recipe
 
-NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+NF4 = (
+    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+)
 LLAMA = {
-    "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 64,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 16,
+    "vocab_size": 64,
+}
 
 # Numbers of the models' cards (safetensors metadata).
 PUBLISHED = {
@@ -80,11 +87,40 @@ def test_a_mixture_of_experts_counts_all_experts_and_works_with_some() -> None:
 
 
 def test_another_architecture_is_counted_as_a_plain_transformer_and_says_so() -> None:
-    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512, "text_config": {}, "vision_config": {}}
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 512,
+        "text_config": {},
+        "vision_config": {},
+    }
     shape = shape_of_config(config, "x")
-    assert (shape.layers, shape.hidden, shape.heads, shape.intermediate, shape.known) == (2, 64, 4, 256, False)
-    assert len(shape.uncounted) == 2 and "gpt2 family" in shape.uncounted[0] and "images" in shape.uncounted[1]
-    assert shape_of_config({**LLAMA, "model_type": "a", "intermediate_size": [16, 32], "num_attention_heads": None}, "x").intermediate == 32
+    assert (shape.layers, shape.hidden, shape.heads, shape.intermediate, shape.known) == (
+        2,
+        64,
+        4,
+        256,
+        False,
+    )
+    assert (
+        len(shape.uncounted) == 2
+        and "gpt2 family" in shape.uncounted[0]
+        and "images" in shape.uncounted[1]
+    )
+    assert (
+        shape_of_config(
+            {
+                **LLAMA,
+                "model_type": "a",
+                "intermediate_size": [16, 32],
+                "num_attention_heads": None,
+            },
+            "x",
+        ).intermediate
+        == 32
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,9 +129,15 @@ def test_every_architecture_that_trains_has_a_plan_and_none_with_uncounted_parts
 ) -> None:
     from transformers import AutoConfig
 
-    AutoConfig.for_model(family, vocab_size=520, **{**DENSE, **FAMILIES[family]}).save_pretrained(tmp_path / "model")
+    AutoConfig.for_model(family, vocab_size=520, **{**DENSE, **FAMILIES[family]}).save_pretrained(
+        tmp_path / "model"
+    )
     for words in ([], [NF4, "model.dtype=bfloat16"]):
-        words = [f"model.name_or_path={tmp_path / 'model'}", "lora.target_modules=all-linear", *words]
+        words = [
+            f"model.name_or_path={tmp_path / 'model'}",
+            "lora.target_modules=all-linear",
+            *words,
+        ]
         plan = plan_recipe(load_recipe(tiny_recipe, words), gpu="h100")
         text = "\n".join(plan_lines(plan, [], method_rows(plan)[::4], advise(plan), None))
         exact = family in ("llama", "qwen2", "qwen3", "smollm3", "phi3")
@@ -105,21 +147,35 @@ def test_every_architecture_that_trains_has_a_plan_and_none_with_uncounted_parts
 
 
 def test_4_bit_weights_leave_the_experts_as_they_are(tiny_recipe: Path, tmp_path: Path) -> None:
-    """bitsandbytes takes linear layers; the experts of Qwen3-30B-A3B (54 GiB in bfloat16) are one parameter per layer."""
+    """bitsandbytes takes linear layers; the experts of Qwen3-30B-A3B (54 GiB in bfloat16) are one
+    parameter per layer.
+    """
     (tmp_path / "config.json").write_text(
         json.dumps(
             {
-                "model_type": "qwen3_moe", "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-                "num_hidden_layers": 48, "moe_intermediate_size": 768, "intermediate_size": 6144, "num_experts": 128,
-                "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 40960,
+                "model_type": "qwen3_moe",
+                "hidden_size": 2048,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "num_hidden_layers": 48,
+                "moe_intermediate_size": 768,
+                "intermediate_size": 6144,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "vocab_size": 151936,
+                "max_position_embeddings": 40960,
             }
         )
-    )  # fmt: skip
+    )
     words = [f"model.name_or_path={tmp_path}", NF4, "model.dtype=bfloat16"]
     plan = plan_recipe(load_recipe(tiny_recipe, words), gpu="h100")
     assert plan.settings.shape.expert_parameters == 48 * 128 * 3 * 2048 * 768
     assert 54 < plan.memory.weights < 56.5
-    assert plan.verdict == "?" and plan_recipe(load_recipe(tiny_recipe, words), gpu="a100-40gb").verdict == "no"
+    assert (
+        plan.verdict == "?"
+        and plan_recipe(load_recipe(tiny_recipe, words), gpu="a100-40gb").verdict == "no"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,8 +188,12 @@ def test_4_bit_weights_leave_the_experts_as_they_are(tiny_recipe: Path, tmp_path
         ("train.torch_compile=true", "torch.compile"),
     ],
 )
-def test_a_setting_whose_memory_is_not_counted_takes_the_word_fits_away(words: str, said: str, tiny_recipe: Path) -> None:
-    plain, plan = (plan_recipe(load_recipe(tiny_recipe, some), gpu="h100") for some in ([], [words]))
+def test_a_setting_whose_memory_is_not_counted_takes_the_word_fits_away(
+    words: str, said: str, tiny_recipe: Path
+) -> None:
+    plain, plan = (
+        plan_recipe(load_recipe(tiny_recipe, some), gpu="h100") for some in ([], [words])
+    )
     assert (plain.verdict, plain.uncounted) == ("yes", ())
     assert plan.verdict == "?" and said in " ".join(plan.uncounted)
 
@@ -161,22 +221,34 @@ def test_an_unknown_model_offline_is_one_clear_error_with_near_names(tiny_recipe
     with pytest.raises(EnvironmentFault) as caught:
         model_shape(recipe)
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("command line: no plan: 'meta-llama/Llama-2-7b' is not on this machine")
+    assert lines[0].startswith(
+        "command line: no plan: 'meta-llama/Llama-2-7b' is not on this machine"
+    )
     assert "did you mean meta-llama/Llama-2-7b-hf" in lines[1]
 
 
-def test_a_config_without_numbers_is_placed_at_the_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_config_without_numbers_is_placed_at_the_recipe(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     recipe = load_recipe(tiny_recipe, [f"model.name_or_path={tmp_path / 'odd'}"])
-    with pytest.raises(RecipeError, match=r"^command line: the config.json of .* has no usable 'hidden_size'"):
+    with pytest.raises(
+        RecipeError, match=r"^command line: the config.json of .* has no usable 'hidden_size'"
+    ):
         model_shape(recipe)
 
 
 def test_targets_are_found_as_peft_finds_them() -> None:
-    llama, phi = known_shapes()["meta-llama/Llama-2-7b-hf"], known_shapes()["microsoft/Phi-3.5-mini-instruct"]
+    llama, phi = (
+        known_shapes()["meta-llama/Llama-2-7b-hf"],
+        known_shapes()["microsoft/Phi-3.5-mini-instruct"],
+    )
     assert targets_in(None, llama) == ("q_proj", "v_proj")
     assert targets_in(None, phi) == ("qkv_proj",)
     assert targets_in("all-linear", llama) == tuple(llama.linears())
-    assert targets_in(["self_attn.q_proj", "down_proj", "lm_head"], llama) == ("q_proj", "down_proj")
+    assert targets_in(["self_attn.q_proj", "down_proj", "lm_head"], llama) == (
+        "q_proj",
+        "down_proj",
+    )
     assert targets_in(r".*\.mlp\..*", llama) == ("gate_proj", "up_proj", "down_proj")

@@ -1,4 +1,6 @@
-"""A minimal recipe that passes every check, written into a fresh working directory, whole or with lines added to a section."""
+"""A minimal recipe that passes every check, written into a fresh working directory, whole or with
+lines added to a section.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ train:
 
 
 def good_with(section: str, line: str) -> str:
-    """Return the good recipe with `line` added to a section (on top of it), or at the end for a section it lacks."""
+    """Return the good recipe with `line` added to a section (on top of it), or at the end for a
+    section it lacks.
+    """
     head = f"{section}:\n"
     return GOOD.replace(head, f"{head}  {line}\n") if head in GOOD else f"{GOOD}{head}  {line}\n"
 
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Write a file into the working directory, beside the rows that the good recipe names, and return its name, as a user would type it."""
+    """Write a file into the working directory, beside the rows that the good recipe names, and
+    return its name, as a user would type it.
+    """
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"instruction": "a", "response": "b"}\n', encoding="utf-8")
 

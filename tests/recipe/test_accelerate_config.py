@@ -8,17 +8,29 @@ from recipes_lib.recipe.loader import load_document
 from recipes_lib.recipe.project import project_root
 from recipes_lib.recipe.validation import validate
 
-FSDP = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT}\n"
+FSDP = (
+    "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_state_dict_type:"
+    " FULL_STATE_DICT}\n"
+)
 
 
-@pytest.mark.parametrize("path", sorted((project_root() / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted((project_root() / "accelerate_configs").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_every_shipped_config_loads_by_name(path):
     assert load_accelerate_config(path.stem).path == path
 
 
 def test_a_config_says_what_a_launch_with_it_asks_for():
     config = load_accelerate_config("fsdp_cpu")
-    assert (config.distributed_type, config.num_processes, config.use_cpu, config.mixed_precision) == ("FSDP", 2, True, "no")
+    assert (
+        config.distributed_type,
+        config.num_processes,
+        config.use_cpu,
+        config.mixed_precision,
+    ) == ("FSDP", 2, True, "no")
     assert config.fsdp["fsdp_version"] == 2
 
 
@@ -37,7 +49,10 @@ BAD_CONFIGS = [
     (FSDP.replace("fsdp_version", "fsdp_verson"), "did you mean fsdp_version"),
     ("distributed_type: FSDP\nfsdp_config: 2\n", "must be a mapping"),
     ("distributed_type: 'NO'\nmixed_precision: fp8\n", "fp8 is not supported"),
-    ("distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n", "deepspeed_config cannot be used"),
+    (
+        "distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n",
+        "deepspeed_config cannot be used",
+    ),
     ("distributed_type: 'NO'\nmain_process_port: x\n", "whole number >= 0"),
 ]
 
@@ -52,7 +67,13 @@ def test_what_accelerate_would_take_silently_is_refused(text, words, write):
     "asked",
     [
         {"distributed_type": "NO", "use_cpu": True, "num_processes": 1},
-        {"distributed_type": "MULTI_GPU", "use_cpu": False, "num_processes": 4, "num_machines": 2, "main_process_port": 29500},
+        {
+            "distributed_type": "MULTI_GPU",
+            "use_cpu": False,
+            "num_processes": 4,
+            "num_machines": 2,
+            "main_process_port": 29500,
+        },
         {
             "distributed_type": "FSDP",
             "use_cpu": False,
@@ -74,19 +95,27 @@ def test_what_accelerate_config_writes_is_accepted(asked, tmp_path):
     """Its writer puts keys for TPUs into every file."""
     from accelerate.commands.config.config_args import ClusterConfig
 
-    written = ClusterConfig(compute_environment="LOCAL_MACHINE", mixed_precision="no", debug=False, tpu_env=[], **asked)
+    written = ClusterConfig(
+        compute_environment="LOCAL_MACHINE", mixed_precision="no", debug=False, tpu_env=[], **asked
+    )
     for file, write in (("acc.yaml", written.to_yaml_file), ("acc.json", written.to_json_file)):
         write(tmp_path / file)
         assert "tpu_use_sudo" in (tmp_path / file).read_text()
         config = load_accelerate_config(tmp_path / file)
-        assert (config.distributed_type, config.num_processes) == (asked["distributed_type"], asked["num_processes"])
+        assert (config.distributed_type, config.num_processes) == (
+            asked["distributed_type"],
+            asked["num_processes"],
+        )
 
 
 def test_accelerates_own_default_config_is_accepted(tmp_path):
     from accelerate.commands.config.default import write_basic_config
 
     write_basic_config(save_location=str(tmp_path / "default_config.json"))
-    assert load_accelerate_config(tmp_path / "default_config.json").distributed_type in ("NO", "MULTI_GPU")
+    assert load_accelerate_config(tmp_path / "default_config.json").distributed_type in (
+        "NO",
+        "MULTI_GPU",
+    )
 
 
 def test_every_key_of_accelerates_config_is_taken_or_refused_with_a_reason(write):
@@ -94,7 +123,11 @@ def test_every_key_of_accelerates_config_is_taken_or_refused_with_a_reason(write
     from accelerate.commands.config.config_args import ClusterConfig
 
     for key in ClusterConfig.__dataclass_fields__:
-        text = f"distributed_type: 'NO'\n{key}: {{a: 1}}\n" if key != "distributed_type" else "distributed_type: 'NO'\n"
+        text = (
+            f"distributed_type: 'NO'\n{key}: {{a: 1}}\n"
+            if key != "distributed_type"
+            else "distributed_type: 'NO'\n"
+        )
         errors = validate(load_document(write(text, "acc.yaml")))
         assert not [error for error in errors if f"unknown key '{key}'" in error.what]
 

@@ -18,12 +18,28 @@ def test_accumulation_fills_the_batch():
 @pytest.mark.parametrize(
     ("batch", "per_device", "world_size", "words"),
     [
-        (64, 5, 1, ["64 / (5 per device x 1 processes = 5) = 12.8", "run.global_batch_size 60 or 65", "4"]),
-        (8, 8, 2, ["8 / (8 per device x 2 processes = 16) = 0.5", "train.per_device_train_batch_size 1, 2, 4", "run.global_batch_size 16"]),
+        (
+            64,
+            5,
+            1,
+            ["64 / (5 per device x 1 processes = 5) = 12.8", "run.global_batch_size 60 or 65", "4"],
+        ),
+        (
+            8,
+            8,
+            2,
+            [
+                "8 / (8 per device x 2 processes = 16) = 0.5",
+                "train.per_device_train_batch_size 1, 2, 4",
+                "run.global_batch_size 16",
+            ],
+        ),
         (7, 2, 3, ["run.global_batch_size 6 or 12"]),
     ],
 )
-def test_a_batch_that_does_not_divide_shows_arithmetic_and_legal_values(batch, per_device, world_size, words):
+def test_a_batch_that_does_not_divide_shows_arithmetic_and_legal_values(
+    batch, per_device, world_size, words
+):
     with pytest.raises(RecipeError) as caught:
         solve_batch(batch, per_device, world_size)
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)

@@ -1,4 +1,6 @@
-"""One list of what a secret looks like: refused in files, shown as stars in records, messages and commands."""
+"""One list of what a secret looks like: refused in files, shown as stars in records, messages and
+commands.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ SECRETS = {
     "a password with an at sign": ("ftp://me:PLAN@TED@host/x", "ftp://***@host/x"),
     "another scheme": ("postgres://me:PLANTED@db/x", "postgres://***@db/x"),
     "a key in a URL": ("http://h/v1?key=PLANTED&n=3", "http://h/v1?key=***&n=3"),
-    "a token in a URL": ("http://h/v1?n=3&access_token=PLANTED#top", "http://h/v1?n=3&access_token=***#top"),
+    "a token in a URL": (
+        "http://h/v1?n=3&access_token=PLANTED#top",
+        "http://h/v1?n=3&access_token=***#top",
+    ),
     "a signed URL": ("https://h/f?X-Amz-Signature=PLANTED", "https://h/f?X-Amz-Signature=***"),
     "a header": ("Authorization: Bearer PLANTEDPLANTED", "Authorization: ***"),
     "Hugging Face": ("hf_PLANTEDPLANTEDPLANTED", "***"),
@@ -62,8 +67,19 @@ def test_names_that_say_secret() -> None:
         "api-key",
         "TOKEN_2",
     ]
-    harmless = ["eos_token", "max_new_tokens", "tokenizer", "api_key_variable", "sort_key", "judgment_keys", "batch_tokens", "pad_token"]
-    assert [name for name in secret if not is_secret_name(name)] == [] and [name for name in harmless if is_secret_name(name)] == []
+    harmless = [
+        "eos_token",
+        "max_new_tokens",
+        "tokenizer",
+        "api_key_variable",
+        "sort_key",
+        "judgment_keys",
+        "batch_tokens",
+        "pad_token",
+    ]
+    assert [name for name in secret if not is_secret_name(name)] == [] and [
+        name for name in harmless if is_secret_name(name)
+    ] == []
 
 
 def test_records_and_commands_show_stars() -> None:
@@ -81,30 +97,47 @@ def test_records_and_commands_show_stars() -> None:
         "judge.base_url=http://u:PLANTED@h/v1",
         "train.eos_token=</s>",
     ]
-    assert "PLANTED" not in masked_command(words) and "train.eos_token=</s>" in masked_command(words)
+    assert "PLANTED" not in masked_command(words) and "train.eos_token=</s>" in masked_command(
+        words
+    )
 
 
 def test_errors_and_lines_on_the_terminal_show_stars(capsys: pytest.CaptureFixture[str]) -> None:
-    print_error(DataError("cannot read https://u:PLANTED@h/x", "tried ?token=PLANTED", file="hf_PLANTEDPLANTED"))
+    print_error(
+        DataError(
+            "cannot read https://u:PLANTED@h/x", "tried ?token=PLANTED", file="hf_PLANTEDPLANTED"
+        )
+    )
     say(json.dumps({"url": "https://u:PLANTED@h/x"}))
     out, err = capsys.readouterr()
     assert "PLANTED" not in out + err and "https://***@h/x" in out and "https://***@h/x" in err
 
 
-@pytest.mark.parametrize("url", ["http://u:PLANTED@127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1?key=PLANTED"])
-def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(url: str, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "url", ["http://u:PLANTED@127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1?key=PLANTED"]
+)
+def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(
+    url: str, tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
     judge = tmp_path / "judge.yaml"
     judge.write_text(yaml.safe_dump({"judge": {"model": "m", "engine": "openai", "base_url": url}}))
     with pytest.raises(RecipeErrors, match=r"judge\.yaml:2: 'judge\.base_url' looks like a secret"):
         load_judge_file(judge)
-    (tmp_path / "eval.yaml").write_text("suite: {name: alpaca_eval}\ndata: {questions: q.json}\njudge: {file: judge.yaml}\n")
+    (tmp_path / "eval.yaml").write_text(
+        "suite: {name: alpaca_eval}\ndata: {questions: q.json}\njudge: {file: judge.yaml}\n"
+    )
     (tmp_path / "q.json").write_text("[]")
-    for command in (["check", str(judge)], ["eval", str(tmp_path / "eval.yaml"), "x"], ["check", str(tmp_path / "eval.yaml")]):
+    for command in (
+        ["check", str(judge)],
+        ["eval", str(tmp_path / "eval.yaml"), "x"],
+        ["check", str(tmp_path / "eval.yaml")],
+    ):
         assert main(command) == 2
         out, err = capsys.readouterr()
         assert "judge.base_url' looks like a secret" in err and "PLANTED" not in out + err
     (tmp_path / "eval.yaml").write_text(
-        f"suite: {{name: alpaca_eval}}\ndata: {{questions: q.json}}\njudge: {{model: m, engine: openai, base_url: '{url}'}}\n"
+        "suite: {name: alpaca_eval}\ndata: {questions: q.json}\njudge: {model: m, engine:"
+        f" openai, base_url: '{url}'}}\n"
     )
     assert main(["eval", str(tmp_path / "eval.yaml"), "x"]) == 2
     assert "PLANTED" not in capsys.readouterr().err

@@ -12,8 +12,18 @@ from recipes_lib.recipe.validation import KindRules
     [
         ({"model": {}}, "", "r.yaml", "recipe"),
         ({"lora": {}}, "", "sub/_b.yaml", "base"),
-        ({"lora": {}}, "# yaml-language-server: $schema=../schema/recipe.schema.json\n", "_b.yaml", "base"),
-        ({"colour": 1}, "# yaml-language-server: $schema=../schema/base.schema.json\n", "b.yaml", "base"),
+        (
+            {"lora": {}},
+            "# yaml-language-server: $schema=../schema/recipe.schema.json\n",
+            "_b.yaml",
+            "base",
+        ),
+        (
+            {"colour": 1},
+            "# yaml-language-server: $schema=../schema/base.schema.json\n",
+            "b.yaml",
+            "base",
+        ),
         ({"distributed_type": "NO"}, "", "ddp.yaml", "accelerate"),
         ({"model_name_or_path": "a"}, "", "old.yaml", "flat"),
         ({"model": {}, "learning_rate": 1}, "", "r.yaml", "recipe"),

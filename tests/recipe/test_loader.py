@@ -16,7 +16,10 @@ def test_mappings_merge_and_lists_and_scalars_replace(write):
     write("train: {seed: 1, bf16: true}\nlora: {r: 8, target_modules: [a, b]}\n", "_b.yaml")
     write("extends: _b.yaml\ntrain: {seed: 2}\nlora: {target_modules: [c]}\n")
     document = load_document("r.yaml")
-    assert document.values == {"train": {"seed": 2, "bf16": True}, "lora": {"r": 8, "target_modules": ["c"]}}
+    assert document.values == {
+        "train": {"seed": 2, "bf16": True},
+        "lora": {"r": 8, "target_modules": ["c"]},
+    }
     assert origins(document)["train.seed"] == "r.yaml:2"
     assert origins(document)["train.bf16"] == "_b.yaml:1"
     assert origins(document)["lora.target_modules.0"] == "r.yaml:3"
@@ -46,7 +49,9 @@ def test_a_third_level_is_refused_with_the_chain(write):
     write("extends: _a.yaml\n", "_b.yaml")
     write("extends: _b.yaml\n", "_c.yaml")
     write("extends: _c.yaml\n")
-    with pytest.raises(RecipeError, match=r"deeper than 2 levels: r.yaml -> _c.yaml -> _b.yaml -> _a.yaml"):
+    with pytest.raises(
+        RecipeError, match=r"deeper than 2 levels: r.yaml -> _c.yaml -> _b.yaml -> _a.yaml"
+    ):
         load_document("r.yaml")
 
 
@@ -81,7 +86,10 @@ def test_an_override_is_yaml_and_comes_from_the_command_line(word, write):
 
 
 def test_overrides_reach_null_lists_and_whole_sections(write):
-    document = load_document(write(), ["lora=null", "data.columns={response: output}", "run.tags=[a, b]", "run.notes=a=b"])
+    document = load_document(
+        write(),
+        ["lora=null", "data.columns={response: output}", "run.tags=[a, b]", "run.notes=a=b"],
+    )
     assert document.values["lora"] is None
     assert document.values["data"]["columns"] == {"response": "output"}
     assert document.values["run"] == {"tags": ["a", "b"], "notes": "a=b"}
@@ -121,5 +129,7 @@ def test_a_surprising_override_warns_with_its_key(write):
 
 def test_a_parent_that_is_a_link_to_itself_is_an_error_at_its_line(write):
     Path("loop.yaml").symlink_to("loop.yaml")
-    with pytest.raises(RecipeError, match=r"r.yaml:1: extends a file that does not exist: loop.yaml"):
+    with pytest.raises(
+        RecipeError, match=r"r.yaml:1: extends a file that does not exist: loop.yaml"
+    ):
         load_document(write("extends: loop.yaml\nmodel: {name_or_path: a}\n"))

@@ -1,4 +1,6 @@
-"""recipes migrate: flat TRL files of each style become recipes that pass the check, and nothing is lost without a word."""
+"""recipes migrate: flat TRL files of each style become recipes that pass the check, and nothing is
+lost without a word.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from recipes_lib.cli import main
 from recipes_lib.commands import migrate as command
 from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.migrate import LORA_DEFAULTS, MOVES, OTHER_LOSSES, OTHER_TRAINERS, mixture_sources
+from recipes_lib.recipe.migrate import (
+    LORA_DEFAULTS,
+    MOVES,
+    OTHER_LOSSES,
+    OTHER_TRAINERS,
+    mixture_sources,
+)
 from recipes_lib.recipe.validation import check
 from recipes_lib.recipe.vocabulary import subschema
 
@@ -59,7 +67,11 @@ def test_every_key_and_every_comment_of_the_flat_file_is_accounted_for(style, mi
     flat = (FLAT / f"{style}.yaml").read_text(encoding="utf-8")
     for key in yaml.safe_load(flat):
         assert f": {key} " in printed, f"{key} is not in the list of changes"
-    for comment in [line.split("# ", 1)[1] for line in flat.splitlines() if line.lstrip().startswith("#") or "   # " in line]:
+    for comment in [
+        line.split("# ", 1)[1]
+        for line in flat.splitlines()
+        if line.lstrip().startswith("#") or "   # " in line
+    ]:
         assert comment in text
 
 
@@ -71,13 +83,24 @@ def test_handbook_style_lands_in_the_sections(migrated):
         "dtype": "bfloat16",
         "attn_implementation": "flash_attention_2",
     }
-    assert values["lora"] == {"r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05}
-    assert values["quantization"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    assert values["lora"] == {
+        "r": 16,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "v_proj"],
+        "lora_dropout": 0.05,
+    }
+    assert values["quantization"] == {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
     assert values["train"]["activation_checkpointing_kwargs"] == {"use_reentrant": False}
     assert values["train"]["max_length"] == 2048
     assert values["train"]["warmup_steps"] == 0.1
     assert values["run"] == {"name": "small-7b-sft-qlora"}
-    assert "learning_rate: 2.0e-04   # tuned on 1% of the rows" in text, "the number is copied as it was written"
+    assert "learning_rate: 2.0e-04   # tuned on 1% of the rows" in text, (
+        "the number is copied as it was written"
+    )
     assert "next: recipes check" in printed
 
 
@@ -88,7 +111,10 @@ def test_inline_chat_template_is_carried_over_unchanged(migrated):
 
 def test_block_text_keeps_its_blank_lines_and_its_hash_signs(migrated):
     values, _, _ = migrated("open_r1")
-    assert values["data"]["system_prompt"] == "Think first.\n\nThen answer.   # this is part of the prompt\n"
+    assert (
+        values["data"]["system_prompt"]
+        == "Think first.\n\nThen answer.   # this is part of the prompt\n"
+    )
 
 
 def test_mixture_becomes_a_list_of_sources_and_a_share_is_named_as_lost(migrated):
@@ -110,14 +136,23 @@ def test_mixer_with_one_data_set_becomes_one_source(migrated):
 
 
 def test_list_of_data_sets_in_trls_own_form():
-    form = [{"path": "json", "data_files": "rows.jsonl"}, {"path": "org/set", "name": "en", "split": "train", "fraction": 0.2}]
+    form = [
+        {"path": "json", "data_files": "rows.jsonl"},
+        {"path": "org/set", "name": "en", "split": "train", "fraction": 0.2},
+    ]
     sources, lost = mixture_sources(form)
-    assert sources == [{"source": "rows.jsonl"}, {"source": "org/set", "subset": "en", "source_split": "train"}]
+    assert sources == [
+        {"source": "rows.jsonl"},
+        {"source": "org/set", "subset": "en", "source_split": "train"},
+    ]
     assert len(lost) == 1 and "0.2" in lost[0]
 
 
 def test_fractional_test_split_becomes_the_validation_fraction(migrated):
-    flat = "model_name_or_path: m\nlearning_rate: 1e-5\ndataset_mixture: {datasets: [{id: a/b}], test_split_size: 0.05}\n"
+    flat = (
+        "model_name_or_path: m\nlearning_rate: 1e-5\ndataset_mixture: {datasets: [{id: a/b}],"
+        " test_split_size: 0.05}\n"
+    )
     assert migrated(flat)[0]["data"]["split"] == {"method": "hash", "validation": 0.05}
 
 
@@ -166,7 +201,10 @@ def test_adapter_defaults_are_trls_not_pefts(migrated):
 def test_the_adapter_defaults_are_those_of_the_installed_trl():
     from trl import ModelConfig
 
-    assert {key: getattr(ModelConfig(), key if key.startswith("lora_") else f"lora_{key}") for key in LORA_DEFAULTS} == LORA_DEFAULTS
+    assert {
+        key: getattr(ModelConfig(), key if key.startswith("lora_") else f"lora_{key}")
+        for key in LORA_DEFAULTS
+    } == LORA_DEFAULTS
 
 
 def test_every_key_of_trls_model_and_data_arguments_has_a_rule():
@@ -177,18 +215,24 @@ def test_every_key_of_trls_model_and_data_arguments_has_a_rule():
     from recipes_lib.recipe.migrate import _SPECIAL, NOT_CARRIED, WITHOUT_EFFECT
 
     ruled = {*MOVES, *_SPECIAL, *NOT_CARRIED, *WITHOUT_EFFECT}
-    fields = {field.name for cls in (ModelConfig, ScriptArguments) for field in dataclasses.fields(cls)}
+    fields = {
+        field.name for cls in (ModelConfig, ScriptArguments) for field in dataclasses.fields(cls)
+    }
     assert fields - ruled == set()
 
 
 def test_adapter_keys_without_use_peft_do_not_become_an_adapter(migrated):
-    values, _, printed = migrated("model_name_or_path: m\ndataset_name: a/b\nlearning_rate: 1e-5\nlora_r: 8\n")
+    values, _, printed = migrated(
+        "model_name_or_path: m\ndataset_name: a/b\nlearning_rate: 1e-5\nlora_r: 8\n"
+    )
     assert values["lora"] is None
     assert "lora_r NOT CARRIED OVER" in printed
 
 
 def test_loss_on_answers_only_is_kept_as_such(migrated):
-    values, _, _ = migrated("model_name_or_path: m\ndataset_name: a/b\nlearning_rate: 1e-5\nassistant_only_loss: true\n")
+    values, _, _ = migrated(
+        "model_name_or_path: m\ndataset_name: a/b\nlearning_rate: 1e-5\nassistant_only_loss: true\n"
+    )
     assert values["data"]["chat_loss"] == "all"
     assert "completion_only_loss" not in values["train"]
 
@@ -196,7 +240,10 @@ def test_loss_on_answers_only_is_kept_as_such(migrated):
 def test_aliases_and_flow_style_are_read(migrated):
     values, _, _ = migrated("{model_name_or_path: m, dataset_name: a/b, learning_rate: 1.0e-5}")
     assert values["train"]["learning_rate"] == 1e-5
-    text = "model_name_or_path: &name org/m\nhub_model_id: *name\ndataset_name: a/b\nlearning_rate: 1e-5\n"
+    text = (
+        "model_name_or_path: &name org/m\nhub_model_id: *name\ndataset_name: a/b\nlearning_rate:"
+        " 1e-5\n"
+    )
     assert migrated(text)[0]["train"]["hub_model_id"] == "org/m"
 
 
@@ -204,12 +251,30 @@ def test_aliases_and_flow_style_are_read(migrated):
     ("text", "words"),
     [
         ("model: {name_or_path: m}\ndata: {source: a/b}\n", "is a recipe already"),
-        ("model_name_or_path: m\ndataset_name: a/b\nbeta: 0.1\n", "flat.yaml:3: 'beta' belongs to preference tuning"),
-        ("model_name_or_path: m\ndataset_name: a/b\nloss_type: ipo\n", "flat.yaml:3: 'loss_type' belongs to preference tuning"),
-        ("model_name_or_path: m\ndataset_name: a/b\nloss_type: [sigmoid, sft]\n", "flat.yaml:3: 'loss_type' belongs"),
-        ("model_name_or_path: m\ndataset_name: a/b\nnum_generations: 4\n", "flat.yaml:3: 'num_generations' belongs"),
-        ("model_name_or_path: m\ndataset_name: a/b\noutput_dir: data/zephyr-7b-dpo-full\n", "flat.yaml:3: 'output_dir' says dpo"),
-        ("model_name_or_path: m\ndataset_name: a/b\nhub_model_id: Qwen-Reward\n", "flat.yaml:3: 'hub_model_id' says Reward"),
+        (
+            "model_name_or_path: m\ndataset_name: a/b\nbeta: 0.1\n",
+            "flat.yaml:3: 'beta' belongs to preference tuning",
+        ),
+        (
+            "model_name_or_path: m\ndataset_name: a/b\nloss_type: ipo\n",
+            "flat.yaml:3: 'loss_type' belongs to preference tuning",
+        ),
+        (
+            "model_name_or_path: m\ndataset_name: a/b\nloss_type: [sigmoid, sft]\n",
+            "flat.yaml:3: 'loss_type' belongs",
+        ),
+        (
+            "model_name_or_path: m\ndataset_name: a/b\nnum_generations: 4\n",
+            "flat.yaml:3: 'num_generations' belongs",
+        ),
+        (
+            "model_name_or_path: m\ndataset_name: a/b\noutput_dir: data/zephyr-7b-dpo-full\n",
+            "flat.yaml:3: 'output_dir' says dpo",
+        ),
+        (
+            "model_name_or_path: m\ndataset_name: a/b\nhub_model_id: Qwen-Reward\n",
+            "flat.yaml:3: 'hub_model_id' says Reward",
+        ),
         ("dataset_name: a/b\nlearning_rate: 1e-5\n", "no model_name_or_path"),
         ("model_name_or_path: m\n", "names no data"),
         ("", "holds no keys"),
@@ -244,24 +309,50 @@ def test_schema_line_points_from_the_recipe_to_the_schema(migrated, tmp_path):
     assert schema.resolve() == (project_root() / "schema" / "recipe.schema.json").resolve()
 
 
-def test_what_model_init_kwargs_say_about_precision_and_attention_moves_to_the_model_section(migrated):
+def test_what_model_init_kwargs_say_about_precision_and_attention_moves_to_the_model_section(
+    migrated,
+):
     flat = (
-        "model_name_or_path: a/b\ndataset_name: c/d\nmodel_init_kwargs: {torch_dtype: bf16, attn_implementation: sdpa, use_cache: false}\n"
+        "model_name_or_path: a/b\ndataset_name: c/d\nmodel_init_kwargs: {torch_dtype: bf16,"
+        " attn_implementation: sdpa, use_cache: false}\n"
     )
     values, _, printed = migrated(flat)
     assert values["model"] == {
-        "name_or_path": "a/b", "dtype": "bfloat16", "attn_implementation": "sdpa", "kwargs": {"use_cache": False},
-    }  # fmt: skip
+        "name_or_path": "a/b",
+        "dtype": "bfloat16",
+        "attn_implementation": "sdpa",
+        "kwargs": {"use_cache": False},
+    }
     assert "from model_init_kwargs.torch_dtype" in printed
-    values, _, _ = migrated(flat.replace("model_init_kwargs", "dtype: float32\nmodel_init_kwargs").replace(", use_cache: false", ""))
-    assert values["model"] == {"name_or_path": "a/b", "dtype": "float32", "attn_implementation": "sdpa"}
+    values, _, _ = migrated(
+        flat.replace("model_init_kwargs", "dtype: float32\nmodel_init_kwargs").replace(
+            ", use_cache: false", ""
+        )
+    )
+    assert values["model"] == {
+        "name_or_path": "a/b",
+        "dtype": "float32",
+        "attn_implementation": "sdpa",
+    }
 
 
 FOREIGN_FILES = {
-    "axolotl": "base_model: org/m\ndatasets:\n  - {path: org/d, type: alpaca}\nadapter: lora\nlora_r: 8\nmicro_batch_size: 2\n",
-    "LLaMA-Factory": "model_name_or_path: org/m\nstage: sft\nfinetuning_type: lora\nlora_rank: 8\ndataset_name: org/d\ncutoff_len: 9\n",
-    "oumi": "model: {model_name: org/m}\ndata: {train: {datasets: [{dataset_name: d}]}}\ntraining: {trainer_type: TRL_SFT}\n",
-    "torchtune": "output_dir: x\nmodel:\n  _component_: torchtune.models.llama3.lora_llama3_8b\n  lora_rank: 8\nbatch_size: 2\n",
+    "axolotl": (
+        "base_model: org/m\ndatasets:\n  - {path: org/d, type: alpaca}\nadapter: lora\nlora_r:"
+        " 8\nmicro_batch_size: 2\n"
+    ),
+    "LLaMA-Factory": (
+        "model_name_or_path: org/m\nstage: sft\nfinetuning_type: lora\nlora_rank: 8\ndataset_name:"
+        " org/d\ncutoff_len: 9\n"
+    ),
+    "oumi": (
+        "model: {model_name: org/m}\ndata: {train: {datasets: [{dataset_name: d}]}}\ntraining:"
+        " {trainer_type: TRL_SFT}\n"
+    ),
+    "torchtune": (
+        "output_dir: x\nmodel:\n  _component_: torchtune.models.llama3.lora_llama3_8b\n  lora_rank:"
+        " 8\nbatch_size: 2\n"
+    ),
 }
 
 
@@ -270,10 +361,18 @@ def test_a_file_of_another_program_is_named_and_its_way_here_shown(program, tmp_
     """By every verb that is given it, and with the same words."""
     source = tmp_path / "theirs.yaml"
     source.write_text(FOREIGN_FILES[program], encoding="utf-8")
-    for argv in (["check", str(source)], ["show", str(source)], ["migrate", str(source), "--output", str(tmp_path / "out.yaml")]):
+    for argv in (
+        ["check", str(source)],
+        ["show", str(source)],
+        ["migrate", str(source), "--output", str(tmp_path / "out.yaml")],
+    ):
         assert main(argv) == 2
         said = capsys.readouterr().err
-        assert f"{program} config, not a" in said and "recipes new NAME" in said and "recipes migrate" not in said, said
+        assert (
+            f"{program} config, not a" in said
+            and "recipes new NAME" in said
+            and "recipes migrate" not in said
+        ), said
     assert not (tmp_path / "out.yaml").exists()
 
 
@@ -282,7 +381,12 @@ def test_keys_of_trls_other_trainers_are_known():
     import trl
 
     both = {"chat_template_kwargs"}  # TRL's SFT reads it from the rows
-    names = [name for name in dir(trl) if name.endswith("Config") and name not in ("SFTConfig", "ModelConfig", "DatasetMixtureConfig")]
+    names = [
+        name
+        for name in dir(trl)
+        if name.endswith("Config")
+        and name not in ("SFTConfig", "ModelConfig", "DatasetMixtureConfig")
+    ]
     sft = {field.name for field in dataclasses.fields(trl.SFTConfig)}
     for name in names:
         own = {field.name for field in dataclasses.fields(getattr(trl, name))} - sft - both
@@ -292,8 +396,17 @@ def test_keys_of_trls_other_trainers_are_known():
 
 
 def test_what_acts_on_conversations_alone_is_left_behind_where_rows_are_texts(migrated, tmp_path):
-    flat = "model_name_or_path: a/b\ndataset_name: c/d\ndataset_text_field: body\nsystem_prompt: Be nice\nchat_template: x\n"
+    flat = (
+        "model_name_or_path: a/b\ndataset_name: c/d\ndataset_text_field: body\nsystem_prompt: Be"
+        " nice\nchat_template: x\n"
+    )
     values, text, said = migrated(flat)
-    assert values["data"]["prompt_format"] == "raw" and not {"system_prompt", "chat_template"} & values["data"].keys()
-    assert "system_prompt NOT CARRIED OVER; it acts on conversations alone" in said and "#     system_prompt: Be nice" in text
+    assert (
+        values["data"]["prompt_format"] == "raw"
+        and not {"system_prompt", "chat_template"} & values["data"].keys()
+    )
+    assert (
+        "system_prompt NOT CARRIED OVER; it acts on conversations alone" in said
+        and "#     system_prompt: Be nice" in text
+    )
     assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0

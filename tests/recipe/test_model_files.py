@@ -23,8 +23,12 @@ def problems(write, model):
     """What is wrong with the damaged model, as text."""
 
     def check(*overrides: str, remote_code: bool | None = None) -> str:
-        recipe = load_recipe(write(f"model:\n  name_or_path: {model}\ndata: {{source: b}}\n"), overrides)
-        return "\n".join(map(str, check_model_files(recipe, local_folder(recipe), remote_code=remote_code)))
+        recipe = load_recipe(
+            write(f"model:\n  name_or_path: {model}\ndata: {{source: b}}\n"), overrides
+        )
+        return "\n".join(
+            map(str, check_model_files(recipe, local_folder(recipe), remote_code=remote_code))
+        )
 
     return check
 
@@ -42,7 +46,10 @@ def test_a_truncated_shard_is_named_with_its_sizes(problems, model):
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    assert f"model.safetensors is truncated: {len(whole) - 100:,} bytes, expected {len(whole):,}" in problems()
+    assert (
+        f"model.safetensors is truncated: {len(whole) - 100:,} bytes, expected {len(whole):,}"
+        in problems()
+    )
     weights.write_bytes(whole[:50])
     assert "is truncated: 50 bytes, its header alone needs" in problems()
     weights.write_bytes(b"")
@@ -66,7 +73,9 @@ def test_pickles_beside_safetensors_are_not_read_and_not_refused(problems, model
     assert not problems()
 
 
-@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "T5ForConditionalGeneration", "LlamaModel"])
+@pytest.mark.parametrize(
+    "architecture", ["BertForMaskedLM", "T5ForConditionalGeneration", "LlamaModel"]
+)
 def test_a_model_that_is_no_causal_language_model_is_refused(architecture, problems, model):
     edit_config(model, architectures=[architecture])
     assert f"{architecture} is not a causal language model" in problems()
@@ -95,9 +104,13 @@ def test_a_folder_without_config_or_weights_is_refused(problems, model):
 
 
 def test_weights_that_the_hub_has_still_to_send_are_no_fault(write, model, monkeypatch):
-    """Config and tokenizer of a Hub model are cached before the first training fetches its weights."""
+    """Config and tokenizer of a Hub model are cached before the first training fetches
+    its weights.
+    """
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(model / "config.json"))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(model / "config.json")
+    )
     recipe = load_recipe(write("model: {name_or_path: org/tiny}\ndata: {source: b}\n"))
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert not list(check_model_files(recipe, local_folder(recipe)))
@@ -112,7 +125,9 @@ def test_remote_code_needs_the_recipe_and_the_command_line(problems, model):
     edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     assert "set model.trust_remote_code: true" in problems()
     assert "set model.trust_remote_code: true" in problems(remote_code=False)
-    assert "pass --trust-remote-code as well" in problems("model.trust_remote_code=true", remote_code=False)
+    assert "pass --trust-remote-code as well" in problems(
+        "model.trust_remote_code=true", remote_code=False
+    )
     assert not problems("model.trust_remote_code=true", remote_code=True)
     assert not problems("model.trust_remote_code=true")
 
@@ -156,7 +171,10 @@ def test_a_shard_whose_header_makes_no_sense_is_damaged(header, problems, model)
     ("text", "words"),
     [
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "no readable config.json"),
-        ('{"architectures": "BertModel", "quantization_config": "gptq"}', "already quantized (gptq)"),
+        (
+            '{"architectures": "BertModel", "quantization_config": "gptq"}',
+            "already quantized (gptq)",
+        ),
         ('{"architectures": [7]}', "7 is not a causal language model"),
     ],
 )
@@ -173,18 +191,28 @@ def test_an_index_without_a_map_of_weights_is_named(problems, model):
 def test_plain_check_looks_into_a_model_folder(write, model, tmp_path, capsys):
     path = write(f"model: {{name_or_path: {model}}}\ndata: {{source: b/c}}\n")
     assert main(["check", str(path)]) == 0
-    for file, words in (("model.safetensors", "has no weights"), ("config.json", "no readable config.json")):
+    for file, words in (
+        ("model.safetensors", "has no weights"),
+        ("config.json", "no readable config.json"),
+    ):
         (model / file).unlink()
         assert main(["check", str(path)]) == 2
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a b", "", "a--b", "-a/b", "a/b.", "\u202e", "x" * 97, "a/b.git", "caf\u00e9/x"])
-def test_a_name_that_is_no_folder_and_cannot_be_on_the_hub_is_refused_by_every_verb(name, write, capsys):
+@pytest.mark.parametrize(
+    "name", ["a b", "", "a--b", "-a/b", "a/b.", "\u202e", "x" * 97, "a/b.git", "caf\u00e9/x"]
+)
+def test_a_name_that_is_no_folder_and_cannot_be_on_the_hub_is_refused_by_every_verb(
+    name, write, capsys
+):
     path = write(f"model: {{name_or_path: {json.dumps(name)}}}\ndata: {{source: rows.jsonl}}\n")
     for verb in ("check", "plan", "data"):
         assert main([verb, str(path)]) == 2
-        assert "r.yaml:1: " in (said := capsys.readouterr().err) and "cannot be a name on the Hub" in said
+        assert (
+            "r.yaml:1: " in (said := capsys.readouterr().err)
+            and "cannot be a name on the Hub" in said
+        )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "a/b", "Qwen/Qwen2.5-0.5B", "org_1/m.v2-x_y", "x" * 96])

@@ -5,10 +5,19 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.project import cache_root, check_run_name, project_root, recipe_path, runs_root, shown_path
+from recipes_lib.recipe.project import (
+    cache_root,
+    check_run_name,
+    project_root,
+    recipe_path,
+    runs_root,
+    shown_path,
+)
 
 
-@pytest.mark.parametrize("name", ["a", "lora-r8", "quickstart--lora-r8", "A.b_c-1", "9", "a" * 100, "common", "console"])
+@pytest.mark.parametrize(
+    "name", ["a", "lora-r8", "quickstart--lora-r8", "A.b_c-1", "9", "a" * 100, "common", "console"]
+)
 def test_ordinary_run_names_are_accepted(name):
     assert check_run_name(name) == name
 

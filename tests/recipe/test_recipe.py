@@ -9,7 +9,9 @@ from recipes_lib.recipe.project import project_root
 from recipes_lib.recipe.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, load_recipe
 
 SHIPPED = sorted(
-    path for path in (project_root() / "recipes").rglob("*.yaml") if not path.name.startswith("_") and "studies" not in path.parts
+    path
+    for path in (project_root() / "recipes").rglob("*.yaml")
+    if not path.name.startswith("_") and "studies" not in path.parts
 )
 
 
@@ -21,7 +23,10 @@ def test_every_shipped_recipe_loads_without_a_warning(path):
 
 
 def test_values_have_their_origin_down_to_the_line(write):
-    write("model: {name_or_path: a/b}\ndata:\n  source: rows.jsonl\n  split: {validation: 0.2}\n", "base/_b.yaml")
+    write(
+        "model: {name_or_path: a/b}\ndata:\n  source: rows.jsonl\n  split: {validation: 0.2}\n",
+        "base/_b.yaml",
+    )
     write("extends: base/_b.yaml\nlora: {r: 8}\ntrain: {activation_checkpointing: true}\n")
     recipe = load_recipe("r.yaml", ["train.seed=3"])
     assert str(recipe.origin_of("data.source")) == "base/_b.yaml:3"

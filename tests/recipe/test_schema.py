@@ -23,7 +23,9 @@ def test_an_outdated_schema_is_noticed(tmp_path, monkeypatch, capsys):
     assert schema.main(["--check"]) == 1
     assert "make schema" in capsys.readouterr().out
     assert schema.main([]) == 0
-    assert (tmp_path / "schema/recipe.schema.json").read_bytes() == (project_root() / "schema/recipe.schema.json").read_bytes()
+    assert (tmp_path / "schema/recipe.schema.json").read_bytes() == (
+        project_root() / "schema/recipe.schema.json"
+    ).read_bytes()
     assert schema.main(["--check"]) == 0
 
 

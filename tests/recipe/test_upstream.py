@@ -27,7 +27,10 @@ def no_accelerator(monkeypatch):
 
 
 def test_sft_config_gets_the_recipe_and_what_the_machine_decides(write_with, tmp_path):
-    recipe = load_recipe(write_with("train", "learning_rate: 3e-4"), ["run.global_batch_size=64", "train.per_device_train_batch_size=4"])
+    recipe = load_recipe(
+        write_with("train", "learning_rate: 3e-4"),
+        ["run.global_batch_size=64", "train.per_device_train_batch_size=4"],
+    )
     args = upstream.build_sft_config(recipe, tmp_path / "out", world_size=2)
     assert (args.learning_rate, args.seed, args.gradient_accumulation_steps) == (3e-4, 1, 8)
     assert (args.use_cpu, args.bf16, args.activation_checkpointing) == (True, True, False)
@@ -46,20 +49,35 @@ def test_padding_free_rows_arrive_truncated_so_trl_gets_no_limit(write_with, tmp
 
 
 def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, monkeypatch):
-    """transformers would wrap the model in nn.DataParallel, and a step would have eight times the examples declared."""
+    """transformers would wrap the model in nn.DataParallel, and a step would have eight times the
+    examples declared.
+    """
     import torch
 
     monkeypatch.setattr(upstream, "has_accelerator", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    recipe = load_recipe(write_with("train", "bf16: false"), ["run.global_batch_size=4", "train.per_device_train_batch_size=4"])
+    recipe = load_recipe(
+        write_with("train", "bf16: false"),
+        ["run.global_batch_size=4", "train.per_device_train_batch_size=4"],
+    )
     args = upstream.build_sft_config(recipe, tmp_path, 1)
-    assert (args.use_cpu, args.n_gpu, args.train_batch_size, args.gradient_accumulation_steps) == (False, 1, 4, 1)
+    assert (args.use_cpu, args.n_gpu, args.train_batch_size, args.gradient_accumulation_steps) == (
+        False,
+        1,
+        4,
+        1,
+    )
 
 
 def test_what_upstream_says_is_told_in_full(write_with):
     """Its message goes on after the first line."""
-    error = ValueError("--load_best_model_at_end requires the strategies to match, but found\n- Evaluation: no\n- Save: steps")
-    told = upstream.refused(load_recipe(write_with("train", "load_best_model_at_end: false")), "train", error)
+    error = ValueError(
+        "--load_best_model_at_end requires the strategies to match, but found\n- Evaluation: no\n-"
+        " Save: steps"
+    )
+    told = upstream.refused(
+        load_recipe(write_with("train", "load_best_model_at_end: false")), "train", error
+    )
     assert told.what.endswith("but found - Evaluation: no - Save: steps") and told.line == 8
 
 
@@ -71,7 +89,9 @@ def test_what_upstream_says_is_told_in_full(write_with):
         ("run", "global_batch_size: 10", ["r.yaml:10: ", "10 / (8 per device x 1 processes = 8)"]),
     ],
 )
-def test_what_trl_or_the_machine_refuses_is_placed_at_its_key(section, line, words, write_with, tmp_path):
+def test_what_trl_or_the_machine_refuses_is_placed_at_its_key(
+    section, line, words, write_with, tmp_path
+):
     with pytest.raises(RecipeError) as caught:
         upstream.build_sft_config(load_recipe(write_with(section, line)), tmp_path, 1)
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
@@ -80,23 +100,48 @@ def test_what_trl_or_the_machine_refuses_is_placed_at_its_key(section, line, wor
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["train.fp16=true", "train.bf16=false"], ["cannot compute in fp16", "rounded to float16", "launch with ddp"]),
-        (["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"], ["8-bit", "scales", "launch with ddp"]),
+        (
+            ["train.fp16=true", "train.bf16=false"],
+            ["cannot compute in fp16", "rounded to float16", "launch with ddp"],
+        ),
+        (
+            ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"],
+            ["8-bit", "scales", "launch with ddp"],
+        ),
     ],
 )
 def test_quantized_weights_that_fsdp_would_change_are_refused(write, overrides, words):
-    """FSDP2 gathers every floating tensor in the compute type: bf16 bits that hold 4-bit values are others after a cast to fp16."""
+    """FSDP2 gathers every floating tensor in the compute type: bf16 bits that hold 4-bit values are
+    others after a cast to fp16.
+    """
     recipe = load_recipe(write(QLORA), ["quantization.bnb_4bit_quant_storage=bfloat16", *overrides])
-    sharded = dataclasses.replace(recipe, launch=dataclasses.replace(recipe.launch, accelerate="fsdp_qlora"))
+    sharded = dataclasses.replace(
+        recipe, launch=dataclasses.replace(recipe.launch, accelerate="fsdp_qlora")
+    )
     assert not [error for error in check_upstream(recipe) if "FSDP" in error.what]
     [error] = [error for error in check_upstream(sharded) if "FSDP" in error.what]
     assert not [word for word in words if word not in str(error)], str(error)
 
 
 def test_lora_and_quantization_become_the_real_objects(write):
-    recipe = load_recipe(write(QLORA), ["quantization.llm_int8_threshold=5", "lora.init_lora_weights=eva", "lora.eva_config={rho: 3.0}"])
-    lora, quantization = upstream.build_lora_config(recipe), upstream.build_quantization_config(recipe)
-    assert (lora.r, lora.target_modules, lora.task_type, lora.eva_config.rho) == (4, {"q_proj"}, "CAUSAL_LM", 3.0)
+    recipe = load_recipe(
+        write(QLORA),
+        [
+            "quantization.llm_int8_threshold=5",
+            "lora.init_lora_weights=eva",
+            "lora.eva_config={rho: 3.0}",
+        ],
+    )
+    lora, quantization = (
+        upstream.build_lora_config(recipe),
+        upstream.build_quantization_config(recipe),
+    )
+    assert (lora.r, lora.target_modules, lora.task_type, lora.eva_config.rho) == (
+        4,
+        {"q_proj"},
+        "CAUSAL_LM",
+        3.0,
+    )
     assert str(quantization.bnb_4bit_compute_dtype) == "torch.bfloat16"
     assert quantization.llm_int8_threshold == 5.0
 
@@ -118,7 +163,9 @@ def test_qlora_under_fsdp_needs_bfloat16_storage(write):
     [error] = check_upstream(recipe)
     assert str(error).startswith("r.yaml:5: QLoRA under FSDP")
     assert "bnb_4bit_quant_storage: bfloat16" in str(error)
-    fixed = load_recipe("r.yaml", ["launch.accelerate=fsdp", "quantization.bnb_4bit_quant_storage=bfloat16"])
+    fixed = load_recipe(
+        "r.yaml", ["launch.accelerate=fsdp", "quantization.bnb_4bit_quant_storage=bfloat16"]
+    )
     assert not check_upstream(fixed)
     assert not check_upstream(load_recipe("r.yaml", ["launch.accelerate=ddp"]))
 
@@ -139,7 +186,9 @@ def test_what_only_a_gpu_can_judge_is_a_note_unless_the_launch_is_for_the_cpu(wr
 
 
 def test_the_default_launch_decides_the_batch_arithmetic(write):
-    errors = check_upstream(load_recipe(write(), ["launch.accelerate=ddp", "launch.gpus=3", "run.global_batch_size=64"]))
+    errors = check_upstream(
+        load_recipe(write(), ["launch.accelerate=ddp", "launch.gpus=3", "run.global_batch_size=64"])
+    )
     assert "64 / (8 per device x 3 processes = 24)" in str(errors[0])
 
 
@@ -177,8 +226,8 @@ def test_every_form_of_target_that_peft_takes_is_taken(targets, write, tiny_mode
 def test_an_fsdp_layer_class_must_exist_in_the_model(write, tiny_model_dir, tmp_path):
     config = tmp_path / "fsdp.yaml"
     config.write_text(
-        "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_state_dict_type: FULL_STATE_DICT\n"
-        "  fsdp_transformer_layer_cls_to_wrap: MistralDecoderLayer\n"
+        "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_state_dict_type:"
+        " FULL_STATE_DICT\n  fsdp_transformer_layer_cls_to_wrap: MistralDecoderLayer\n"
     )
     [error] = check_upstream(local(write, tiny_model_dir, f"launch.accelerate={config}"))
     assert "MistralDecoderLayer" in error.what
@@ -190,7 +239,13 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(write, tiny_model_dir
 
     folder = shutil.copytree(tiny_model_dir, tmp_path / "grown")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    added = {"id": len(tokenizer["model"]["vocab"]), "content": "<|extra|>", "single_word": False, "lstrip": False, "rstrip": False}
+    added = {
+        "id": len(tokenizer["model"]["vocab"]),
+        "content": "<|extra|>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+    }
     tokenizer["added_tokens"].append({**added, "normalized": False, "special": True})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     [error] = check_upstream(local(write, folder))
@@ -201,18 +256,31 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(write, tiny_model_dir
 
 def test_code_that_ships_with_a_model_is_never_run_by_a_check(write, tiny_model_dir):
     notes: list[RecipeError] = []
-    assert not check_upstream(local(write, tiny_model_dir, "model.trust_remote_code=true", "lora.target_modules=[zz]"), notes=notes)
+    assert not check_upstream(
+        local(write, tiny_model_dir, "model.trust_remote_code=true", "lora.target_modules=[zz]"),
+        notes=notes,
+    )
     assert "brings its own code: names not checked" in notes[0].what
 
 
 @pytest.mark.parametrize(
     ("section", "line", "words"),
     [
-        ("train", "use_liger_kernel: true", ["r.yaml:8: ", "liger-kernel is not installed", "[gpu]"]),
-        ("model", "attn_implementation: kernels-community/flash-attn2", ["r.yaml:2: ", "the package kernels", "'.[kernels]'"]),
+        (
+            "train",
+            "use_liger_kernel: true",
+            ["r.yaml:8: ", "liger-kernel is not installed", "[gpu]"],
+        ),
+        (
+            "model",
+            "attn_implementation: kernels-community/flash-attn2",
+            ["r.yaml:2: ", "the package kernels", "'.[kernels]'"],
+        ),
     ],
 )
-def test_a_package_that_is_missing_is_named_before_anything_is_loaded(section, line, words, write_with, capsys, monkeypatch):
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
+    section, line, words, write_with, capsys, monkeypatch
+):
     """By the full check and at the start of a training, each with its own exit code."""
     import transformers.utils
 

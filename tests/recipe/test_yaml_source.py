@@ -42,7 +42,15 @@ def test_numbers_that_are_none_are_read_as_such():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("yes", True), ("Off", False), ("010", 8), ("1:30", 90), ("08", "08"), ("2024-01-01", "2024-01-01")]
+    ("text", "value"),
+    [
+        ("yes", True),
+        ("Off", False),
+        ("010", 8),
+        ("1:30", 90),
+        ("08", "08"),
+        ("2024-01-01", "2024-01-01"),
+    ],
 )
 def test_surprising_spellings_keep_their_yaml_value_and_warn(text, value):
     source = parse_yaml(f"a:\n  b: {text}\n", "f")
@@ -60,7 +68,14 @@ def test_ordinary_spellings_do_not_warn(text):
 
 def test_every_key_and_list_item_has_its_line():
     source = parse_yaml("a:\n  b: 1\n  c:\n    - x\n    - {d: 2}\n", "f")
-    assert source.lines == {("a",): 1, ("a", "b"): 2, ("a", "c"): 3, ("a", "c", 0): 4, ("a", "c", 1): 5, ("a", "c", 1, "d"): 5}
+    assert source.lines == {
+        ("a",): 1,
+        ("a", "b"): 2,
+        ("a", "c"): 3,
+        ("a", "c", 0): 4,
+        ("a", "c", 1): 5,
+        ("a", "c", 1, "d"): 5,
+    }
 
 
 def test_an_alias_is_the_value_it_names():

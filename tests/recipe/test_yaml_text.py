@@ -12,12 +12,20 @@ SCALARS = (
     | st.booleans()
     | st.integers(-1000, 1000)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=20)
+    | st.text(
+        st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=20
+    )
 )
 VALUES = SCALARS | st.lists(SCALARS, max_size=3)
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True).filter(lambda key: yaml.safe_load(key) == key), VALUES, max_size=4))
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z]{1,8}", fullmatch=True).filter(lambda key: yaml.safe_load(key) == key),
+        VALUES,
+        max_size=4,
+    )
+)
 @example({"a": "\u00a0"})
 def test_what_is_printed_is_read_back_as_the_same_values(values):
     text = join_lines(yaml_lines({"section": values}, lambda path: "from here"))

@@ -1,4 +1,6 @@
-"""The recipes and accelerate configs that ship: they pass the check, say what they do, and differ only where they claim to."""
+"""The recipes and accelerate configs that ship: they pass the check, say what they do, and differ
+only where they claim to.
+"""
 
 from __future__ import annotations
 
@@ -38,18 +40,28 @@ def flat(value: dict, above: str = "") -> dict[str, object]:
     """Nested values -> dotted key -> value."""
     rows: dict[str, object] = {}
     for key, item in value.items():
-        rows |= flat(item, f"{above}{key}.") if isinstance(item, dict) and item else {f"{above}{key}": item}
+        rows |= (
+            flat(item, f"{above}{key}.")
+            if isinstance(item, dict) and item
+            else {f"{above}{key}": item}
+        )
     return rows
 
 
 def differing(left: str, right: str) -> set[str]:
     """Dotted keys in which two recipes differ, apart from name and labels."""
     a, b = flat(recipe(left).to_dict()), flat(recipe(right).to_dict())
-    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)} - {"run.name", "run.tags", "run.notes"}
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)} - {
+        "run.name",
+        "run.tags",
+        "run.notes",
+    }
 
 
 def training_steps(rows: int, one: Recipe, world_size: int) -> int:
-    """Optimizer steps of a training, as transformers counts them: whole batches per process, rounded up."""
+    """Optimizer steps of a training, as transformers counts them: whole batches per process,
+    rounded up.
+    """
     batches = math.ceil(math.ceil(rows / world_size) / one.train["per_device_train_batch_size"])
     return math.ceil(batches / accumulation_steps(one, world_size)) * one.train["num_train_epochs"]
 
@@ -66,10 +78,23 @@ def test_every_yaml_passes_the_check_through_the_real_entry(path, capsys, monkey
 def test_the_folders_hold_the_promised_recipes():
     assert {path.stem for path in RECIPES if path.parent.name == "llama2-7b-dolly"} == {
         *("qlora-r8", "qlora-r32", "lora-bf16-r8", "lora-bf16-r32", "full-bf16"),
-        *("published-qlora-r8", "published-qlora-r32", "published-ddp-qlora-r32", "published-fsdp-bf16-r32"),
+        *(
+            "published-qlora-r8",
+            "published-qlora-r32",
+            "published-ddp-qlora-r32",
+            "published-fsdp-bf16-r32",
+        ),
     }
-    assert {path.stem for path in RECIPES if path.parent.name == "smollm2-135m-dolly"} == {"lora-r8", "lora-r32", "qlora-r8", "full"}
-    assert {path.stem for path in RECIPES if path.parent.name == "quickstart"} == {"lora-r8", "lora-r32"}
+    assert {path.stem for path in RECIPES if path.parent.name == "smollm2-135m-dolly"} == {
+        "lora-r8",
+        "lora-r32",
+        "qlora-r8",
+        "full",
+    }
+    assert {path.stem for path in RECIPES if path.parent.name == "quickstart"} == {
+        "lora-r8",
+        "lora-r32",
+    }
 
 
 @pytest.mark.parametrize("path", named(RECIPES))
@@ -77,7 +102,9 @@ def test_the_header_launches_this_recipe_with_its_own_default_config(path):
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
     header = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     command = next(line for line in header if "accelerate launch" in line)
-    config, target = re.fullmatch(r"#   accelerate launch --config_file (\S+) -m recipes_lib\.train (\S+)", command).groups()
+    config, target = re.fullmatch(
+        r"#   accelerate launch --config_file (\S+) -m recipes_lib\.train (\S+)", command
+    ).groups()
     assert target == path
     assert (ROOT / config).is_file()
     assert Path(config).stem == load_recipe(ROOT / path).launch.accelerate
@@ -137,7 +164,11 @@ def test_every_file_that_a_readme_names_exists(folder):
         ("lora-bf16-r8", "lora-bf16-r32", {"lora.r", "lora.lora_alpha"}),
         ("qlora-r8", "lora-bf16-r8", {"quantization"}),
         ("qlora-r32", "lora-bf16-r32", {"quantization"}),
-        ("lora-bf16-r8", "full-bf16", {"lora", "train.activation_checkpointing", "launch.accelerate", "launch.gpus"}),
+        (
+            "lora-bf16-r8",
+            "full-bf16",
+            {"lora", "train.activation_checkpointing", "launch.accelerate", "launch.gpus"},
+        ),
     ],
 )
 def test_controlled_variants_differ_in_the_declared_keys_only(left, right, keys):
@@ -146,7 +177,9 @@ def test_controlled_variants_differ_in_the_declared_keys_only(left, right, keys)
     assert found == keys
 
 
-@pytest.mark.parametrize("name", ["qlora-r8", "qlora-r32", "lora-bf16-r8", "lora-bf16-r32", "full-bf16"])
+@pytest.mark.parametrize(
+    "name", ["qlora-r8", "qlora-r32", "lora-bf16-r8", "lora-bf16-r32", "full-bf16"]
+)
 def test_controlled_variants_see_64_examples_per_step_at_one_learning_rate(name):
     one = recipe(f"llama2-7b-dolly/{name}")
     assert one.run.global_batch_size == 64
@@ -160,7 +193,7 @@ def test_the_small_rank_variants_differ_in_rank_only(folder):
     assert differing(f"{folder}/lora-r8", f"{folder}/lora-r32") == {"lora.r", "lora.lora_alpha"}
 
 
-def test_the_acceptance_run_is_60_steps_of_16_in_fp32_without_anything_that_depends_on_the_number_of_processes():
+def test_the_acceptance_run_is_60_steps_of_16_in_fp32_without_anything_that_depends_on_the_number_of_processes():  # noqa: E501
     one = recipe("smollm2-135m-dolly/lora-r8")
     assert (one.train["max_steps"], one.run.global_batch_size) == (60, 16)
     assert (one.model.dtype, one.train["bf16"]) == ("float32", False)
@@ -178,42 +211,99 @@ def test_the_quickstart_reads_its_own_data_and_says_where_to_start():
 
 PUBLISHED = {
     "published-qlora-r8": {
-        "lora": (8, 16), "lr": 2e-4, "order": "random", "optim": "paged_adamw_32bit", "split": (0.1, 0.2), "batch": 32,
-        "logs": (20, 50, 200), "launch": ("single_gpu", 1), "quantized": True, "half": "bf16", "rows": 10_507, "steps": 987,
+        "lora": (8, 16),
+        "lr": 2e-4,
+        "order": "random",
+        "optim": "paged_adamw_32bit",
+        "split": (0.1, 0.2),
+        "batch": 32,
+        "logs": (20, 50, 200),
+        "launch": ("single_gpu", 1),
+        "quantized": True,
+        "half": "bf16",
+        "rows": 10_507,
+        "steps": 987,
     },
     "published-qlora-r32": {
-        "lora": (32, 64), "lr": 1e-4, "order": "group_by_length", "optim": "paged_adamw_32bit", "split": (0.1, 0.1), "batch": 32,
-        "logs": (100, 100, 100), "launch": ("single_gpu", 1), "quantized": True, "half": "bf16", "rows": 12_008, "steps": 1_128,
+        "lora": (32, 64),
+        "lr": 1e-4,
+        "order": "group_by_length",
+        "optim": "paged_adamw_32bit",
+        "split": (0.1, 0.1),
+        "batch": 32,
+        "logs": (100, 100, 100),
+        "launch": ("single_gpu", 1),
+        "quantized": True,
+        "half": "bf16",
+        "rows": 12_008,
+        "steps": 1_128,
     },
     "published-ddp-qlora-r32": {
-        "lora": (32, 64), "lr": 1e-4, "order": "group_by_length", "optim": "paged_adamw_32bit", "split": (0.1, 0.1), "batch": 64,
-        "logs": (100, 100, 100), "launch": ("ddp", 2), "quantized": True, "half": "fp16", "rows": 12_008, "steps": 564,
+        "lora": (32, 64),
+        "lr": 1e-4,
+        "order": "group_by_length",
+        "optim": "paged_adamw_32bit",
+        "split": (0.1, 0.1),
+        "batch": 64,
+        "logs": (100, 100, 100),
+        "launch": ("ddp", 2),
+        "quantized": True,
+        "half": "fp16",
+        "rows": 12_008,
+        "steps": 564,
     },
     "published-fsdp-bf16-r32": {
-        "lora": (32, 64), "lr": 1e-4, "order": "group_by_length", "optim": "adamw_torch", "split": (0.1, 0.1), "batch": 64,
-        "logs": (100, 100, 100), "launch": ("fsdp", 2), "quantized": False, "half": "bf16", "rows": 12_008, "steps": 564,
+        "lora": (32, 64),
+        "lr": 1e-4,
+        "order": "group_by_length",
+        "optim": "adamw_torch",
+        "split": (0.1, 0.1),
+        "batch": 64,
+        "logs": (100, 100, 100),
+        "launch": ("fsdp", 2),
+        "quantized": False,
+        "half": "bf16",
+        "rows": 12_008,
+        "steps": 564,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_twin_repeats_the_originals_hyperparameters(name):
     one, original = recipe(f"llama2-7b-dolly/{name}"), PUBLISHED[name]
     train, split = one.train, one.data.split
-    assert (one.lora["r"], one.lora["lora_alpha"], one.lora["lora_dropout"]) == (*original["lora"], 0.05)
+    assert (one.lora["r"], one.lora["lora_alpha"], one.lora["lora_dropout"]) == (
+        *original["lora"],
+        0.05,
+    )
     assert set(one.lora["target_modules"]) == SEVEN
     assert (train["learning_rate"], train["train_sampling_strategy"], train["optim"]) == (
         original["lr"],
         original["order"],
         original["optim"],
     )
-    assert (split.method, split.validation, split.test, split.seed) == ("published", *original["split"], 42)
-    assert (one.run.global_batch_size, train["per_device_train_batch_size"]) == (original["batch"], 4)
+    assert (split.method, split.validation, split.test, split.seed) == (
+        "published",
+        *original["split"],
+        42,
+    )
+    assert (one.run.global_batch_size, train["per_device_train_batch_size"]) == (
+        original["batch"],
+        4,
+    )
     assert (train["logging_steps"], train["eval_steps"], train["save_steps"]) == original["logs"]
-    assert (train["num_train_epochs"], train["lr_scheduler_type"], train["warmup_steps"]) == (3, "cosine", 0.03)
+    assert (train["num_train_epochs"], train["lr_scheduler_type"], train["warmup_steps"]) == (
+        3,
+        "cosine",
+        0.03,
+    )
     assert (train["max_length"], train["completion_only_loss"], train["seed"]) == (1024, False, 42)
     assert train["load_best_model_at_end"] is True and train["metric_for_best_model"] == "eval_loss"
-    assert (train.get("bf16", False), train.get("fp16", False)) == (original["half"] == "bf16", original["half"] == "fp16")
+    assert (train.get("bf16", False), train.get("fp16", False)) == (
+        original["half"] == "bf16",
+        original["half"] == "fp16",
+    )
     assert (one.data.prompt_format, one.data.source) == ("dolly", "databricks/databricks-dolly-15k")
 
 
@@ -221,7 +311,12 @@ def test_a_published_twin_repeats_the_originals_hyperparameters(name):
 def test_a_published_twin_quantizes_as_the_original_did(name):
     quantization = recipe(f"llama2-7b-dolly/{name}").quantization
     if PUBLISHED[name]["quantized"]:
-        kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+        kind = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
         assert quantization == kind
     else:
         assert quantization is None
@@ -244,11 +339,15 @@ def test_a_published_twin_takes_as_many_steps_as_the_original(name):
 def test_warmup_below_1_is_a_fraction_of_all_steps_in_the_installed_transformers():
     from transformers import TrainingArguments
 
-    assert TrainingArguments.get_warmup_steps(type("Arguments", (), {"warmup_steps": 0.03})(), 987) == math.ceil(0.03 * 987)
+    assert TrainingArguments.get_warmup_steps(
+        type("Arguments", (), {"warmup_steps": 0.03})(), 987
+    ) == math.ceil(0.03 * 987)
 
 
 def test_the_sharded_twin_declares_its_deviation_in_the_header():
-    text = (ROOT / "recipes/llama2-7b-dolly/published-fsdp-bf16-r32.yaml").read_text(encoding="utf-8")
+    text = (ROOT / "recipes/llama2-7b-dolly/published-fsdp-bf16-r32.yaml").read_text(
+        encoding="utf-8"
+    )
     assert "Deviation: FSDP2 instead of FSDP1" in text
 
 
@@ -256,7 +355,9 @@ def test_the_sharded_twin_declares_its_deviation_in_the_header():
 
 
 @pytest.mark.parametrize("path", named(CONFIGS))
-def test_an_accelerate_config_is_short_has_a_comment_per_key_and_leaves_the_precision_to_the_recipe(path):
+def test_an_accelerate_config_is_short_has_a_comment_per_key_and_leaves_the_precision_to_the_recipe(
+    path,
+):
     text = (ROOT / path).read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 15
     assert text.startswith("# ")
@@ -268,7 +369,17 @@ def test_an_accelerate_config_is_short_has_a_comment_per_key_and_leaves_the_prec
 
 
 def test_the_promised_accelerate_configs_exist():
-    names = {"single_gpu", "ddp", "fsdp", "fsdp_qlora", "ddp_multi_node", "fsdp_multi_node", "cpu", "ddp_cpu", "fsdp_cpu"}
+    names = {
+        "single_gpu",
+        "ddp",
+        "fsdp",
+        "fsdp_qlora",
+        "ddp_multi_node",
+        "fsdp_multi_node",
+        "cpu",
+        "ddp_cpu",
+        "fsdp_cpu",
+    }
     assert {path.stem for path in CONFIGS} == names
 
 
@@ -278,12 +389,19 @@ def test_a_sharded_config_is_fsdp2_with_whole_state_dicts_and_no_model_of_its_ow
     assert fsdp["fsdp_version"] == 2
     assert fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert fsdp["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
-    assert "fsdp_transformer_layer_cls_to_wrap" not in fsdp, "accelerate asks the model for its layer class"
+    assert "fsdp_transformer_layer_cls_to_wrap" not in fsdp, (
+        "accelerate asks the model for its layer class"
+    )
 
 
-@pytest.mark.parametrize(("gpu", "cpu"), [("single_gpu", "cpu"), ("ddp", "ddp_cpu"), ("fsdp", "fsdp_cpu")])
+@pytest.mark.parametrize(
+    ("gpu", "cpu"), [("single_gpu", "cpu"), ("ddp", "ddp_cpu"), ("fsdp", "fsdp_cpu")]
+)
 def test_a_cpu_twin_differs_from_its_config_in_the_device_only(gpu, cpu):
-    values = [yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text(encoding="utf-8")) for name in (gpu, cpu)]
+    values = [
+        yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in (gpu, cpu)
+    ]
     assert values[1] == {**values[0], "use_cpu": True}
 
 
@@ -292,4 +410,6 @@ def test_accelerate_itself_reads_the_config(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(ROOT / path))
-    assert config.distributed_type.value == load_accelerate_config(str(ROOT / path)).distributed_type
+    assert (
+        config.distributed_type.value == load_accelerate_config(str(ROOT / path)).distributed_type
+    )

@@ -1,4 +1,6 @@
-"""Every recipe in the repository trains two steps on a tiny Llama with its own hyperparameters, launched as its CPU twin."""
+"""Every recipe in the repository trains two steps on a tiny Llama with its own hyperparameters,
+launched as its CPU twin.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,41 @@ def twin(name: str) -> str:
 
 
 def shrunk(path: Path, model: Path) -> list[str]:
-    """Overrides that shrink batch, length and steps, and take what only a GPU can do out of the way."""
+    """Overrides that shrink batch, length and steps, and take what only a GPU can do out of the
+    way.
+    """
     recipe = load_recipe(path)
-    overrides = [f"model.name_or_path={model}", f"data.source={ROWS}", "data.max_examples=60", "run.name=shrunk"]
-    overrides += ["train.max_steps=2", "train.max_length=224", "train.per_device_train_batch_size=2", "train.logging_steps=1"]
+    overrides = [
+        f"model.name_or_path={model}",
+        f"data.source={ROWS}",
+        "data.max_examples=60",
+        "run.name=shrunk",
+    ]
+    overrides += [
+        "train.max_steps=2",
+        "train.max_length=224",
+        "train.per_device_train_batch_size=2",
+        "train.logging_steps=1",
+    ]
     overrides += ["train.save_steps=2", "train.eval_steps=2"]
-    overrides += ["run.global_batch_size=4"] if recipe.run.global_batch_size else ["train.gradient_accumulation_steps=1"]
+    overrides += (
+        ["run.global_batch_size=4"]
+        if recipe.run.global_batch_size
+        else ["train.gradient_accumulation_steps=1"]
+    )
     if recipe.train.get("fp16"):
-        overrides += ["train.fp16=false", "train.bf16=true", "model.dtype=bfloat16"]  # fp16 does nothing on a CPU, so it is refused there
+        overrides += [
+            "train.fp16=false",
+            "train.bf16=true",
+            "model.dtype=bfloat16",
+        ]  # fp16 does nothing on a CPU, so it is refused there
     return overrides
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_the_recipe_trains_two_steps(path: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_trains_two_steps(
+    path: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     recipe, config = load_recipe(path), twin(load_recipe(path).launch.accelerate)
     overrides = shrunk(path, tiny_model_dir)
@@ -58,7 +82,9 @@ def test_the_recipe_trains_two_steps(path: Path, tiny_model_dir: Path, tmp_path:
     state = json.loads((run / "run.json").read_text())
     check_launch(state["launch"], config)
     check_weights(run, state, recipe.lora, full=recipe.lora is None)
-    losses = [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [loss for loss in losses if loss is not None and math.isfinite(loss) and loss > 0]
     if recipe.quantization:
         assert state["summary"]["quantized_layers"] == 14
@@ -67,17 +93,38 @@ def test_the_recipe_trains_two_steps(path: Path, tiny_model_dir: Path, tmp_path:
 def launch_on_two_ranks(path: Path, config: str, overrides: list[str]) -> None:
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     file = str(PROJECT / "accelerate_configs" / f"{config}.yaml")
-    command = [accelerate, "launch", "--config_file", file, "-m", "recipes_lib.train", str(path), *overrides]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=TIME_LIMIT_S)
+    command = [
+        accelerate,
+        "launch",
+        "--config_file",
+        file,
+        "-m",
+        "recipes_lib.train",
+        str(path),
+        *overrides,
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT_S,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def check_launch(line: str, config: str) -> None:
-    expected = {"cpu": "one process, world size 1", "ddp_cpu": "DDP, world size 2", "fsdp_cpu": "FSDP, world size 2"}
+    expected = {
+        "cpu": "one process, world size 1",
+        "ddp_cpu": "DDP, world size 2",
+        "fsdp_cpu": "FSDP, world size 2",
+    }
     assert line.startswith(expected[config])
 
 
-def check_weights(run: Path, state: dict[str, Any], lora: dict[str, Any] | None, full: bool) -> None:
+def check_weights(
+    run: Path, state: dict[str, Any], lora: dict[str, Any] | None, full: bool
+) -> None:
     from safetensors import safe_open
 
     assert state["state"] == "finished" and state["weights_check"]["reload"]["agrees"]
@@ -87,6 +134,8 @@ def check_weights(run: Path, state: dict[str, Any], lora: dict[str, Any] | None,
     assert lora is not None
     with safe_open(run / "adapter" / "adapter_model.safetensors", framework="pt") as tensors:
         names = list(tensors.keys())
-    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in names} == set(lora["target_modules"])
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in names} == set(
+        lora["target_modules"]
+    )
     assert len(names) == 2 * 2 * len(lora["target_modules"])  # A and B in each of two layers
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == lora["r"]

@@ -1,4 +1,6 @@
-"""A report is a function of stored rows: the same bytes each time, every number with its n and file, every text as data."""
+"""A report is a function of stored rows: the same bytes each time, every number with its n and
+file, every text as data.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,18 @@ class Page(HTMLParser):
 
 def test_writing_a_report_twice_gives_the_same_bytes(make_content, tmp_path):
     content = make_content()
-    first = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in write_report(tmp_path / "a", content)}
-    second = {path.relative_to(tmp_path / "b"): path.read_bytes() for path in write_report(tmp_path / "b", content)}
+    first = {
+        path.relative_to(tmp_path / "a"): path.read_bytes()
+        for path in write_report(tmp_path / "a", content)
+    }
+    second = {
+        path.relative_to(tmp_path / "b"): path.read_bytes()
+        for path in write_report(tmp_path / "b", content)
+    }
     assert first == second
-    assert {"report.html", "report.md", "report.tex", "numbers.csv", "numbers.json"} <= {str(path) for path in first}
+    assert {"report.html", "report.md", "report.tex", "numbers.csv", "numbers.json"} <= {
+        str(path) for path in first
+    }
 
 
 def test_figures_of_an_earlier_report_are_removed(make_content, tmp_path):
@@ -66,7 +76,14 @@ def test_figures_of_an_earlier_report_are_removed(make_content, tmp_path):
 
 def test_every_number_has_n_and_a_file(make_content):
     for row in number_rows(make_content()):
-        if row["kind"] in ("score", "comparison", "by category", "by length", "judge audit", "noise floor"):
+        if row["kind"] in (
+            "score",
+            "comparison",
+            "by category",
+            "by length",
+            "judge audit",
+            "noise floor",
+        ):
             assert row["n"] is not None and row["file"], row
 
 
@@ -131,7 +148,10 @@ def test_the_first_thing_on_the_page_is_the_answer(make_content):
     text = report_html(content, ())
     place = text.index('id="answer"')
     assert place < text.index('id="table"') < text.index('id="samples"')
-    assert all(sentence.split(":")[0] in text[place : place + 4000] for sentence in content.comparison.answer[:2])
+    assert all(
+        sentence.split(":")[0] in text[place : place + 4000]
+        for sentence in content.comparison.answer[:2]
+    )
 
 
 def test_every_comparison_sentence_of_the_report_comes_from_claims(make_content):
@@ -143,7 +163,13 @@ def test_every_comparison_sentence_of_the_report_comes_from_claims(make_content)
 
 
 def test_errors_are_open_and_stop_the_claim_on_the_page(make_content):
-    error = Finding("judge-audit", "error", "The judge failed its audit", ("swap consistency 0.3",), "use another judge")
+    error = Finding(
+        "judge-audit",
+        "error",
+        "The judge failed its audit",
+        ("swap consistency 0.3",),
+        "use another judge",
+    )
     text = report_html(make_content(findings=(error,)), ())
     assert "No claim about" in text and "1 error" in text and "swap consistency 0.3" in text
     assert "no claim" in text
@@ -153,11 +179,20 @@ def test_markdown_escapes_what_would_be_markup():
     assert escaped("<b>|x|*y*\n# z") == r"\<b\>\|x\|\*y\* \# z"
 
 
-@pytest.mark.parametrize("text", [r"\input{/etc/passwd}", "^^5c", "100% $x$ a_b & c # ~", "日本", "\x1b[0m", "A" * 5000])
+@pytest.mark.parametrize(
+    "text", [r"\input{/etc/passwd}", "^^5c", "100% $x$ a_b & c # ~", "日本", "\x1b[0m", "A" * 5000]
+)
 def test_latex_specials_are_escaped(text):
     shown = tex(text)
     for command in re.findall(r"\\[a-zA-Z]+", shown):
-        assert command in {r"\textbackslash", r"\textasciicircum", r"\textasciitilde", r"\allowbreak", r"\textless", r"\textgreater"}
+        assert command in {
+            r"\textbackslash",
+            r"\textasciicircum",
+            r"\textasciitilde",
+            r"\allowbreak",
+            r"\textless",
+            r"\textgreater",
+        }
     assert "^^" not in shown and len(shown) < 4000
 
 
@@ -169,28 +204,52 @@ def test_the_latex_source_is_escaped_by_default(make_content):
 
 def test_an_arm_has_one_colour_in_every_figure(make_content):
     content = make_content(names=("base", "r8", "r32"))
-    drawn = {figure.title: figure.files["svg"].decode() for figure in draw_comparison(content, ("svg",))}
+    drawn = {
+        figure.title: figure.files["svg"].decode() for figure in draw_comparison(content, ("svg",))
+    }
     ours = COLORS[:3]  # base, r8, r32
-    against_r8 = drawn["AlpacaEval win rate against r8, by category"]  # r32 alone was judged against r8
+    against_r8 = drawn[
+        "AlpacaEval win rate against r8, by category"
+    ]  # r32 alone was judged against r8
     assert [color in against_r8 for color in ours] == [False, False, True]
     for title in ("Training loss per token", "AlpacaEval win rate against reference, by category"):
         assert all(color in drawn[title] for color in ours)
 
 
-def test_latex_and_markdown_say_how_many_items_are_open_and_which_arms_a_finding_concerns(make_content):
-    content = make_content(findings=(Finding("test", "note", "Something differs", (), "", ("r8", "r32")),))
+def test_latex_and_markdown_say_how_many_items_are_open_and_which_arms_a_finding_concerns(
+    make_content,
+):
+    content = make_content(
+        findings=(Finding("test", "note", "Something differs", (), "", ("r8", "r32")),)
+    )
     source, text = report_latex(content, ()), report_markdown(content, ())
-    assert "Something differs (r8, r32)" in source and "160 (1 open)" in source and "160 (1 open)" in text
+    assert (
+        "Something differs (r8, r32)" in source
+        and "160 (1 open)" in source
+        and "160 (1 open)" in text
+    )
     assert "n/a n/a" not in source + text
 
 
 def test_a_column_that_no_row_has_a_value_for_is_left_out(make_content):
     content = make_content()
-    bare = replace(content, comparison=replace(content.comparison, rows=tuple(replace(row, flags=()) for row in content.comparison.rows)))
-    full = replace(
-        content, comparison=replace(content.comparison, rows=tuple(replace(row, flags=("x",)) for row in content.comparison.rows))
+    bare = replace(
+        content,
+        comparison=replace(
+            content.comparison,
+            rows=tuple(replace(row, flags=()) for row in content.comparison.rows),
+        ),
     )
-    assert "<th>flags</th>" in report_html(full, ()) and "<th>flags</th>" not in report_html(bare, ())
+    full = replace(
+        content,
+        comparison=replace(
+            content.comparison,
+            rows=tuple(replace(row, flags=("x",)) for row in content.comparison.rows),
+        ),
+    )
+    assert "<th>flags</th>" in report_html(full, ()) and "<th>flags</th>" not in report_html(
+        bare, ()
+    )
     assert "<th>published</th>" not in report_html(full, ())
 
 
@@ -210,7 +269,9 @@ def test_three_arms_with_805_questions_are_written_in_seconds(make_content, tmp_
 
 def test_unresolved_items_are_shown_with_their_bounds(make_content):
     content = make_content()
-    score = next(score for score in content.scores if score.metric == "mt_bench/grade" and score.arm == "r32")
+    score = next(
+        score for score in content.scores if score.metric == "mt_bench/grade" and score.arm == "r32"
+    )
     assert score.unresolved == 1 and score.lowest < score.value < score.highest
     assert f"({score.lowest:.2f} .. {score.highest:.2f})" in report_html(content, ())
 
@@ -233,14 +294,21 @@ def test_what_is_not_up_to_date_stands_on_top(make_content, tmp_path):
 def test_a_reason_and_a_warning_are_said_once(make_content):
     reason = "The judge failed its audit somewhere"
     content = make_content(
-        names=("r8", "r16", "r32"), findings=(Finding("judge-failed-audit", "error", reason, ("0.3",), "another judge"),)
+        names=("r8", "r16", "r32"),
+        findings=(Finding("judge-failed-audit", "error", reason, ("0.3",), "another judge"),),
     )
     text = report_markdown(content, ())
-    assert all(row.sentence.startswith("No claim about") for row in content.comparison.rows) and len(content.comparison.rows) > 6
+    assert (
+        all(row.sentence.startswith("No claim about") for row in content.comparison.rows)
+        and len(content.comparison.rows) > 6
+    )
     clause = reason[0].lower() + reason[1:]
     assert sum(clause in sentence for sentence in content.comparison.answer) == 1
     listed = text[text.index("## Comparisons") : text.index("## Findings")]
-    assert listed.count(clause) == 1 and listed.count("No claim about") == len(content.comparison.rows) - 1
+    assert (
+        listed.count(clause) == 1
+        and listed.count("No claim about") == len(content.comparison.rows) - 1
+    )
     assert text.count(reason) == 1
     page = report_html(content, ())
     assert page.count(clause) == 2 and page.count(reason) == 1
@@ -252,38 +320,71 @@ def test_commands_hold_no_path_of_this_machine(make_content, tmp_path, monkeypat
     python, root = "/opt/venv/bin/python", project_root()
     for folder in (tmp_path / "runs").iterdir():
         recipe = f"{root}/recipes/quickstart/lora-r8.yaml"
-        (folder / "command.txt").write_text(f"{python} -m recipes_lib.train {recipe} model.name_or_path=/data/models/llama\n")
+        (folder / "command.txt").write_text(
+            f"{python} -m recipes_lib.train {recipe} model.name_or_path=/data/models/llama\n"
+        )
         for file in folder.glob("evals/lm_eval/result.json"):
             result = json.loads(file.read_text())
-            told = f"(cd ../../somewhere/else && lm_eval run --model_args pretrained=/data/models/llama,peft={folder}/adapter)"
+            told = (
+                "(cd ../../somewhere/else && lm_eval run --model_args"
+                f" pretrained=/data/models/llama,peft={folder}/adapter)"
+            )
             file.write_text(
-                json.dumps(result | {"lm_eval_command": told, "command": f"{python} -m recipes_lib.cli eval {root}/evals/a.yaml"})
+                json.dumps(
+                    result
+                    | {
+                        "lm_eval_command": told,
+                        "command": f"{python} -m recipes_lib.cli eval {root}/evals/a.yaml",
+                    }
+                )
             )
     study = load_study(root / "recipes/studies/quickstart.yaml")
-    measurements = read_measurements({folder.name: [folder] for folder in sorted((tmp_path / "runs").iterdir())})
+    measurements = read_measurements(
+        {folder.name: [folder] for folder in sorted((tmp_path / "runs").iterdir())}
+    )
     told = dict(commands("study", measurements, study))
     assert (
         told["Trainings, as they were started"]
-        == ("python -m recipes_lib.train recipes/quickstart/lora-r8.yaml model.name_or_path=.../llama",) * 2
+        == (
+            (
+                "python -m recipes_lib.train recipes/quickstart/lora-r8.yaml"
+                " model.name_or_path=.../llama"
+            ),
+        )
+        * 2
     )
     assert "recipes eval evals/a.yaml" in told["Evaluations, as they were started"]
-    assert told["lm-eval alone, the same numbers"][0] == (
-        "(cd .../else && lm_eval run --model_args pretrained=.../llama,peft=runs/r32/adapter)"
+    assert (
+        told["lm-eval alone, the same numbers"][0]
+        == "(cd .../else && lm_eval run --model_args pretrained=.../llama,peft=runs/r32/adapter)"
     )
 
 
 def test_what_a_result_warns_of_is_a_finding_and_no_second_time_on_top(make_content, tmp_path):
     make_content()
-    warned = "Weak judge: it cannot judge. This judge failed its audit: swap consistency 0.00 (needs >= 0.6)."
+    warned = (
+        "Weak judge: it cannot judge. This judge failed its audit: swap consistency 0.00 (needs >="
+        " 0.6)."
+    )
     for file in (tmp_path / "runs").glob("*/evals/*/result*.json"):
         result = json.loads(file.read_text())
         if result["judge"]:
             result["judge"]["weak"] = "it cannot judge"
             result["audit"]["banner"] = warned
-            file.write_text(json.dumps(result | {"banners": [warned, "subset, n=40 of 805"], "missing_references": ["7"]}))
+            file.write_text(
+                json.dumps(
+                    result
+                    | {
+                        "banners": [warned, "subset, n=40 of 805"],
+                        "missing_references": ["7"],
+                    }
+                )
+            )
     folders = {folder.name: [folder] for folder in sorted((tmp_path / "runs").iterdir())}
     measurements = read_measurements(folders)
-    content = gather("study", measurements, compare_arms(measurements, check_validity(None, measurements)))
+    content = gather(
+        "study", measurements, compare_arms(measurements, check_validity(None, measurements))
+    )
     text = report_markdown(content, ())
     assert text.count("it cannot judge") == 1 and "Weak judge:" not in text
     assert text.count("1 questions need a reference answer") == 2  # of two evaluations
@@ -292,13 +393,37 @@ def test_what_a_result_warns_of_is_a_finding_and_no_second_time_on_top(make_cont
 def test_a_number_means_the_same_in_the_table_and_in_the_csv(make_content):
     content = make_content()
     (row,) = (row for row in content.comparison.rows if row.head_to_head)
-    (cells,) = (cells for cells in number_rows(content) if cells["kind"] == "comparison" and cells["against"] == "head to head")
+    (cells,) = (
+        cells
+        for cells in number_rows(content)
+        if cells["kind"] == "comparison" and cells["against"] == "head to head"
+    )
     assert cells["value"] == row.first_value and cells["unit"] == "share"
-    assert (cells["low"], cells["high"]) == (row.tested.low + 0.5, row.tested.high + 0.5) and cells["low"] < cells["value"] < cells["high"]
-    number = PublishedNumber("r8", "t", "win", "win %", 85.0, "85.00", interval=(82.0, 88.0), beside="alpaca_eval/win_rate", factor=0.01)
-    told = Published(Path("p.yaml"), "a report", "somewhere", (number, replace(number, beside=None)), {"t": "t"})
-    ours, other = (cells for cells in number_rows(replace(content, published=told)) if cells["kind"] == "published")
-    assert (ours["value"], ours["low"], ours["high"]) == pytest.approx((0.85, 0.82, 0.88)) and other["value"] == 85.0
+    assert (cells["low"], cells["high"]) == (row.tested.low + 0.5, row.tested.high + 0.5) and cells[
+        "low"
+    ] < cells["value"] < cells["high"]
+    number = PublishedNumber(
+        "r8",
+        "t",
+        "win",
+        "win %",
+        85.0,
+        "85.00",
+        interval=(82.0, 88.0),
+        beside="alpaca_eval/win_rate",
+        factor=0.01,
+    )
+    told = Published(
+        Path("p.yaml"), "a report", "somewhere", (number, replace(number, beside=None)), {"t": "t"}
+    )
+    ours, other = (
+        cells
+        for cells in number_rows(replace(content, published=told))
+        if cells["kind"] == "published"
+    )
+    assert (ours["value"], ours["low"], ours["high"]) == pytest.approx(
+        (0.85, 0.82, 0.88)
+    ) and other["value"] == 85.0
 
 
 def test_a_spread_between_seeds_is_in_points_and_no_percentage(tmp_path):
@@ -307,9 +432,16 @@ def test_a_spread_between_seeds_is_in_points_and_no_percentage(tmp_path):
         synthetic_runs.write_lm_eval(folder, 200, skill=skill)
     measurements = read_measurements({"r8": folders})
     (floor,) = gather("study", measurements, compare_arms(measurements)).floor
-    means = [sum(item.value for item in run.evals[0].measures[0].samples) / 200 for run in measurements.arms["r8"].runs]
-    assert floor.value == pytest.approx(abs(means[0] - means[1]) / 2**0.5) and floor.unit == "points"
-    assert f"{100 * floor.value:.1f} points" in report_markdown(gather("study", measurements, compare_arms(measurements)), ())
+    means = [
+        sum(item.value for item in run.evals[0].measures[0].samples) / 200
+        for run in measurements.arms["r8"].runs
+    ]
+    assert (
+        floor.value == pytest.approx(abs(means[0] - means[1]) / 2**0.5) and floor.unit == "points"
+    )
+    assert f"{100 * floor.value:.1f} points" in report_markdown(
+        gather("study", measurements, compare_arms(measurements)), ()
+    )
 
 
 def test_what_a_resumed_run_cost_is_not_told_as_the_whole(make_content, tmp_path):
@@ -320,11 +452,23 @@ def test_what_a_resumed_run_cost_is_not_told_as_the_whole(make_content, tmp_path
     result = json.loads((folder / "evals/alpaca_eval/result.json").read_text())
     result["answers"] |= {"fingerprint": "w", "generated_now": {"new_tokens": 90, "seconds": 1.5}}
     (folder / "evals/alpaca_eval/result.json").write_text(json.dumps(result))
-    rows = [{"model": model, "tokens": 100, "question_id": str(n), "turn": 1} for n in range(20) for model in ("w", "other")]
-    (folder / "evals/alpaca_eval/generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {"model": model, "tokens": 100, "question_id": str(n), "turn": 1}
+        for n in range(20)
+        for model in ("w", "other")
+    ]
+    (folder / "evals/alpaca_eval/generations.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     measurements = read_measurements({name: [tmp_path / "runs" / name] for name in ("r8", "r32")})
-    told = {(cost.arm, cost.what): cost for cost in gather("study", measurements, compare_arms(measurements)).costs}
-    assert told["r8", "training, its last attempt alone"].tokens is None and ("r8", "training") not in told
+    told = {
+        (cost.arm, cost.what): cost
+        for cost in gather("study", measurements, compare_arms(measurements)).costs
+    }
+    assert (
+        told["r8", "training, its last attempt alone"].tokens is None
+        and ("r8", "training") not in told
+    )
     assert ("r8", "answers, alpaca_eval, the last 90 of 2,000 tokens") in told
     assert told["r32", "training"].tokens == 400_000 and ("r32", "answers, alpaca_eval") in told
 
@@ -332,6 +476,14 @@ def test_what_a_resumed_run_cost_is_not_told_as_the_whole(make_content, tmp_path
 def test_a_long_text_that_stands_in_many_samples_is_one_cut_text() -> None:
     """The same question is asked of every arm."""
     found = SampleSet()
-    places = [found.text(text) for text in ("a" * (MAX_CHARACTERS + 1), "short", "a" * (MAX_CHARACTERS + 1), "b" * (MAX_CHARACTERS + 1))]
+    places = [
+        found.text(text)
+        for text in (
+            "a" * (MAX_CHARACTERS + 1),
+            "short",
+            "a" * (MAX_CHARACTERS + 1),
+            "b" * (MAX_CHARACTERS + 1),
+        )
+    ]
     assert (places, found.cut_texts) == ([0, 1, 0, 2], 2)
     assert found.texts[0].endswith("[cut here: 8,001 characters in all]")

@@ -1,4 +1,6 @@
-"""The report in a real browser: nothing that models wrote runs, nothing is loaded, nothing is cut, it opens at once."""
+"""The report in a real browser: nothing that models wrote runs, nothing is loaded, nothing is cut,
+it opens at once.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,16 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-# Asks the page itself: what sticks out to the right, which requests were made, what the sample browser shows after each of its filters.
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
+# Asks the page itself: what sticks out to the right, which requests were made, what the sample
+# browser shows after each of its filters.
 PROBE = """
 <script>
 setTimeout(function () {
@@ -49,19 +59,35 @@ setTimeout(function () {
     answer: document.getElementById('answer').getBoundingClientRect().bottom, height: innerHeight, seen: seen, copied: copied }));
 }, 900);
 </script>
-"""
+"""  # noqa: E501
 
 
 def ask(page: Path, width: int = 1300, height: int = 900) -> dict:
     """Open a page and return what it says about itself."""
     probed = page.with_name("probed.html")
-    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", f"--window-size={width},{height}",
-             "--dump-dom", f"file://{probed}"]  # fmt: skip
+    probed.write_text(
+        page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8"
+    )
+    words = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        f"--window-size={width},{height}",
+        "--dump-dom",
+        f"file://{probed}",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     found = re.search(r'data-probe="([^"]*)"', done.stdout)
     assert found, done.stderr[-500:]
-    return json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    return json.loads(
+        found[1]
+        .replace("&quot;", '"')
+        .replace("&amp;", "&")
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+    )
 
 
 def html_of(written, **options) -> Path:
@@ -72,7 +98,9 @@ def html_of(written, **options) -> Path:
 @pytest.fixture(autouse=True)
 def needs_a_browser_alone(monkeypatch):
     if CHROMIUM is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium: apt-get install chromium")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "no Chromium: apt-get install chromium"
+        )
     monkeypatch.setattr("recipes_lib.report.build.compile_pdf", lambda folder: None)
 
 
@@ -93,7 +121,11 @@ def test_a_table_is_copied_as_markdown_csv_and_latex(written):
     assert copied["Markdown"].startswith("| metric | r8 | a\\_b | effect \\[95% interval\\] |")
     assert next(csv.reader(copied["CSV"].splitlines()))[:3] == ["metric", "r8", "a_b"]
     rows = copied["LaTeX"].splitlines()
-    assert rows[0].startswith("\\begin{tabular}{l") and rows[1] == "\\toprule" and rows[-1] == "\\end{tabular}"
+    assert (
+        rows[0].startswith("\\begin{tabular}{l")
+        and rows[1] == "\\toprule"
+        and rows[-1] == "\\end{tabular}"
+    )
     assert rows[2].startswith("metric & r8 & a\\_b & effect [95\\% interval]")
     assert "recipes compare" in copied["commands"]
 
@@ -101,9 +133,18 @@ def test_a_table_is_copied_as_markdown_csv_and_latex(written):
 def test_printed_it_is_tables_on_a_few_pages(written):
     page = html_of(written, names=("base", "r8", "r32"), n=60)
     target = page.with_name("printed.pdf")
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", f"--print-to-pdf={target}"]
+    words = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=3000",
+        f"--print-to-pdf={target}",
+    ]
     subprocess.run([*words, f"file://{page}"], capture_output=True, timeout=240, check=True)
-    assert 4 <= len(re.findall(rb"/Type /Page\b", target.read_bytes())) <= 14  # as the cards of a phone it was 33
+    assert (
+        4 <= len(re.findall(rb"/Type /Page\b", target.read_bytes())) <= 14
+    )  # as the cards of a phone it was 33
 
 
 def test_nothing_is_cut_on_a_desktop_and_the_first_screen_answers(written):
@@ -125,19 +166,30 @@ def test_on_a_phone_the_long_parts_are_folded_and_a_link_opens_them(written):
     narrow, wide = ask(page, width=500, height=950), ask(page)
     assert narrow["tall"] < 8 * 950
     assert narrow["folded"] >= 6 and wide["folded"] == 0
-    page.write_text(page.read_text(encoding="utf-8").replace('class="part"', 'class="unfolded"'), encoding="utf-8")
+    page.write_text(
+        page.read_text(encoding="utf-8").replace('class="part"', 'class="unfolded"'),
+        encoding="utf-8",
+    )
     assert ask(page, width=500, height=950)["tall"] > 2 * narrow["tall"]
 
 
 def test_three_arms_with_805_questions_open_in_two_seconds(written):
     page = html_of(written, names=("base", "r8", "r32"), n=805)
-    # CPU seconds of the browser with the report, less those with an empty page: the machine may be busy.
+    # CPU seconds of the browser with the report, less those with an empty page: the machine may be
+    # busy.
     spent = []
     empty = page.with_name("empty.html")
     empty.write_text("<!doctype html><title>empty</title>")
     for file in (empty, page):
         before = _children_seconds()
-        words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{file}"]
+        words = [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--dump-dom",
+            f"file://{file}",
+        ]
         subprocess.run(words, capture_output=True, timeout=240, check=True)
         spent.append(_children_seconds() - before)
     assert spent[1] - spent[0] < 2.0, spent

@@ -27,13 +27,17 @@ def test_hostile_text_compiles_and_reads_no_file(written):
     again = compile_pdf(folder)
     assert again is not None and again.read_bytes() == made
     if shutil.which("pdftotext"):
-        words = subprocess.run(["pdftotext", folder / "report.pdf", "-"], capture_output=True, text=True, check=True).stdout
+        words = subprocess.run(
+            ["pdftotext", folder / "report.pdf", "-"], capture_output=True, text=True, check=True
+        ).stdout
         assert "root:x:0" not in words and "input{/etc/passwd}" in words.replace("\n", "")
 
 
 def test_a_source_that_cannot_be_compiled_leaves_no_old_pdf(tmp_path, capsys):
     (tmp_path / "report.pdf").write_bytes(b"old")
-    (tmp_path / "report.tex").write_text("\\documentclass{article}\\begin{document}\\nosuchcommand\\end{document}")
+    (tmp_path / "report.tex").write_text(
+        "\\documentclass{article}\\begin{document}\\nosuchcommand\\end{document}"
+    )
     assert compile_pdf(tmp_path) is None
     assert not (tmp_path / "report.pdf").exists()
     assert "report.pdf was not made: ! Undefined control sequence" in capsys.readouterr().out

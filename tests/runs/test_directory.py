@@ -19,7 +19,10 @@ from recipes_lib.runs.manifest import command_line, environment
 from recipes_lib.runs.resume_guard import check_resume, differences
 
 
-@pytest.mark.parametrize("name", ["../../etc", "/tmp/x", "a/b", "", "a" * 101, "CON", "é", "run.", "a\nb", "-x", ".x", "🙂"])
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc", "/tmp/x", "a/b", "", "a" * 101, "CON", "é", "run.", "a\nb", "-x", ".x", "🙂"],
+)
 def test_a_run_name_that_is_no_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         RunDirectory(name, tmp_path)
@@ -38,7 +41,12 @@ def test_a_state_keeps_the_fields_written_before(tmp_path: Path) -> None:
     run.write_state("running", attempts=1)
     run.write_state("finished", exit_code=0)
     state = run.read_state()
-    assert (state["state"], state["attempts"], state["exit_code"], state["format_version"]) == ("finished", 1, 0, 1)
+    assert (state["state"], state["attempts"], state["exit_code"], state["format_version"]) == (
+        "finished",
+        1,
+        0,
+        1,
+    )
 
 
 def test_a_name_with_a_slash_behind_it_is_the_run_of_that_name_in_every_verb(
@@ -48,7 +56,15 @@ def test_a_name_with_a_slash_behind_it_is_the_run_of_that_name_in_every_verb(
     monkeypatch.chdir(tmp_path)
     RunDirectory("mine").write_state("running")
     assert open_run("mine/").path == RunDirectory("mine").path
-    for words in (["compare"], ["status"], ["verify"], ["merge"], ["chat"], ["export", "--to", "x"], ["eval", "quickstart/mt_bench"]):
+    for words in (
+        ["compare"],
+        ["status"],
+        ["verify"],
+        ["merge"],
+        ["chat"],
+        ["export", "--to", "x"],
+        ["eval", "quickstart/mt_bench"],
+    ):
         answers = []
         for run in ("mine", "mine/"):
             code = main([*words, run])
@@ -56,10 +72,14 @@ def test_a_name_with_a_slash_behind_it_is_the_run_of_that_name_in_every_verb(
         assert answers[0] == answers[1], words
 
 
-def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_ones(tmp_path: Path) -> None:
+def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_ones(
+    tmp_path: Path,
+) -> None:
     RunDirectory("my-first", tmp_path).write_state("finished")
     assert open_run("my-first", tmp_path).path == open_run(f"{tmp_path}/my-first/", tmp_path).path
-    with pytest.raises(RecipeError, match=r"no such run: /no/where/my-frist\n  runs there: my-first"):
+    with pytest.raises(
+        RecipeError, match=r"no such run: /no/where/my-frist\n  runs there: my-first"
+    ):
         open_run("/no/where/my-frist", tmp_path)
     with pytest.raises(RecipeError, match="my-first"):
         open_run("my-frist", tmp_path)
@@ -79,11 +99,16 @@ def test_the_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
         with run_lock(Path({str(tmp_path / "mine")!r})):
             print("held", flush=True); sys.stdin.read()
     """)
-    child = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         assert is_held(tmp_path / "mine")
-        with pytest.raises(EnvironmentFault, match=f"process {child.pid} on host"), run_lock(tmp_path / "mine"):
+        with (
+            pytest.raises(EnvironmentFault, match=f"process {child.pid} on host"),
+            run_lock(tmp_path / "mine"),
+        ):
             pass
     finally:
         child.kill()
@@ -118,14 +143,22 @@ def test_no_secret_gets_into_the_record_of_the_environment() -> None:
 
 
 def test_a_changed_value_is_shown_and_refused_unless_insisted() -> None:
-    before, now = {"train.learning_rate": 1e-4, "train.seed": 42, "lora.r": 8}, {"train.learning_rate": 2e-4, "train.seed": 42}
+    before, now = (
+        {"train.learning_rate": 1e-4, "train.seed": 42, "lora.r": 8},
+        {"train.learning_rate": 2e-4, "train.seed": 42},
+    )
     assert differences(before, now) == {"train.learning_rate": (1e-4, 2e-4), "lora.r": (8, None)}
     with pytest.raises(RecipeError, match=r"0.0001 -> 0.0002"):
         check_resume("mine", before, now, anyway=False)
-    assert check_resume("mine", before, now, anyway=True) == {"train.learning_rate": [1e-4, 2e-4], "lora.r": [8, None]}
+    assert check_resume("mine", before, now, anyway=True) == {
+        "train.learning_rate": [1e-4, 2e-4],
+        "lora.r": [8, None],
+    }
 
 
-def test_the_state_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_file_is_never_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDirectory("mine", tmp_path)
     run.write_state("running")
 

@@ -1,4 +1,6 @@
-"""Who may write into a run: a later try of a Slurm job takes over from a lost one, and never do two write."""
+"""Who may write into a run: a later try of a Slurm job takes over from a lost one, and never do two
+write.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Starts a process that holds `mine` until it is asked to stop; this process beats and loses patience in tenths of seconds."""
+    """Starts a process that holds `mine` until it is asked to stop; this process beats and loses
+    patience in tenths of seconds.
+    """
     monkeypatch.setattr(lock, "HEARTBEAT_S", 0.2)
     monkeypatch.setattr(lock, "LOST_AFTER_S", 3.0)
     monkeypatch.setattr(lock, "_heartbeat", None)
@@ -44,7 +48,13 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     def begin(**environment: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path / "mine")]
         plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**plain, **environment})
+        child = subprocess.Popen(
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**plain, **environment},
+        )
         children.append(child)
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         return child
@@ -61,7 +71,9 @@ def as_try(monkeypatch: pytest.MonkeyPatch, job: str, count: int) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
 
 
-def test_a_later_try_of_a_job_asks_the_earlier_one_to_stop_and_waits_for_its_end(start, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_later_try_of_a_job_asks_the_earlier_one_to_stop_and_waits_for_its_end(
+    start, tmp_path: Path, monkeypatch, capsys
+) -> None:
     child = start(SLURM_JOB_ID="7")
     as_try(monkeypatch, "7", 1)
     with lock.run_lock(tmp_path / "mine"):
@@ -71,7 +83,9 @@ def test_a_later_try_of_a_job_asks_the_earlier_one_to_stop_and_waits_for_its_end
     assert f"still held by process {child.pid} on host" in capsys.readouterr().out
 
 
-def test_a_try_without_a_heartbeat_loses_its_lock_and_ends_when_it_wakes(start, tmp_path: Path, monkeypatch) -> None:
+def test_a_try_without_a_heartbeat_loses_its_lock_and_ends_when_it_wakes(
+    start, tmp_path: Path, monkeypatch
+) -> None:
     child = start(SLURM_JOB_ID="7")
     child.send_signal(signal.SIGSTOP)
     as_try(monkeypatch, "7", 1)
@@ -91,16 +105,26 @@ def test_a_try_without_a_heartbeat_loses_its_lock_and_ends_when_it_wakes(start, 
     assert not (tmp_path / "mine" / "lock.json").exists()
 
 
-@pytest.mark.parametrize(("theirs", "mine"), [({"SLURM_JOB_ID": "7"}, ("7", 0)), ({"SLURM_JOB_ID": "6"}, ("7", 1)), ({}, ("7", 1))])
-def test_another_job_and_another_shell_of_one_job_are_refused_at_once(start, tmp_path: Path, monkeypatch, theirs, mine) -> None:
+@pytest.mark.parametrize(
+    ("theirs", "mine"),
+    [({"SLURM_JOB_ID": "7"}, ("7", 0)), ({"SLURM_JOB_ID": "6"}, ("7", 1)), ({}, ("7", 1))],
+)
+def test_another_job_and_another_shell_of_one_job_are_refused_at_once(
+    start, tmp_path: Path, monkeypatch, theirs, mine
+) -> None:
     child = start(**theirs)
     as_try(monkeypatch, *mine)
-    with pytest.raises(EnvironmentFault, match=f"in use by process {child.pid}"), lock.run_lock(tmp_path / "mine"):
+    with (
+        pytest.raises(EnvironmentFault, match=f"in use by process {child.pid}"),
+        lock.run_lock(tmp_path / "mine"),
+    ):
         pass
     assert not (tmp_path / "mine" / "STOP").exists() and child.poll() is None
 
 
-def test_a_holder_without_a_sign_of_life_comes_with_the_way_out_and_it_works(start, tmp_path: Path) -> None:
+def test_a_holder_without_a_sign_of_life_comes_with_the_way_out_and_it_works(
+    start, tmp_path: Path
+) -> None:
     child = start()
     child.send_signal(signal.SIGSTOP)
     time.sleep(3.2)
@@ -125,8 +149,10 @@ def test_a_process_that_was_taken_over_writes_no_state(tmp_path: Path) -> None:
             run.write_state("running")
             (run.path / "lock.json").write_text(json.dumps({{"token": "other", "pid": 1, "host": "b", "since": "now"}}))
             run.write_state("finished")
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    """)  # noqa: E501
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 5 and "taken over by process 1 on host b" in done.stderr
     assert RunDirectory("mine", tmp_path).read_state()["state"] == "running"
     assert (tmp_path / "mine" / "lock.json").exists()  # the other's note

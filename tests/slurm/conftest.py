@@ -1,4 +1,6 @@
-"""A real Slurm for the tests: started by launch/sandbox.sh for a module, stopped after it, and nothing of it is left behind."""
+"""A real Slurm for the tests: started by launch/sandbox.sh for a module, stopped after it, and
+nothing of it is left behind.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ class Cluster:
         self.work.mkdir()
         self.runs = self.work / "runs"
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM_", "SBATCH_"))
+            },
             "SLURM_CONF": str(folder / "slurm" / "etc" / "slurm.conf"),
             "RECIPES_RUNS_ROOT": str(self.runs),
             "OMP_NUM_THREADS": "1",
@@ -39,7 +45,14 @@ class Cluster:
         }
 
     def call(self, *argv: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(argv, env=self.environment, cwd=self.work, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            argv,
+            env=self.environment,
+            cwd=self.work,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
 
     def recipes(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return self.call(sys.executable, "-m", "recipes_lib.cli", *words, timeout=timeout)
@@ -63,7 +76,10 @@ class Cluster:
         }
         path = self.work / f"{name}.yaml"
         lines = [f"{key}: {json.dumps(value)}\n" for key, value in values.items()]
-        path.write_text("# yaml-language-server: $schema=profile.schema.json\n" + "".join(lines), encoding="utf-8")
+        path.write_text(
+            "# yaml-language-server: $schema=profile.schema.json\n" + "".join(lines),
+            encoding="utf-8",
+        )
         return path
 
     def jobs(self, name: str) -> dict[str, str]:
@@ -73,16 +89,25 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon again, as the sandbox did, and wait until Slurm uses it."""
-        started = self.call(str(SANDBOX), "node", str(self.folder / "slurm"), node.removeprefix("node"))
+        started = self.call(
+            str(SANDBOX), "node", str(self.folder / "slurm"), node.removeprefix("node")
+        )
         assert started.returncode == 0, started.stdout + started.stderr
 
         def is_back() -> bool:
-            # Any state of a node that answers but these will do: one that still ends the lost job takes other jobs too.
-            lines = [line.split() for line in self.call("sinfo", "-h", "-r", "-N", "-o", "%N %T").stdout.splitlines()]
+            # Any state of a node that answers but these will do: one that still ends the lost job
+            # takes other jobs too.
+            lines = [
+                line.split()
+                for line in self.call("sinfo", "-h", "-r", "-N", "-o", "%N %T").stdout.splitlines()
+            ]
             states = [state for name, state in lines if name == node]
-            if states and not any(state.startswith(("down", "drain", "unknown")) for state in states):
+            if states and not any(
+                state.startswith(("down", "drain", "unknown")) for state in states
+            ):
                 return True
-            # Asked again each time: a word that came before the daemon had registered, or while the lost job ended, has no effect.
+            # Asked again each time: a word that came before the daemon had registered, or while the
+            # lost job ended, has no effect.
             self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
             time.sleep(1)
             return False
@@ -92,7 +117,10 @@ class Cluster:
     def daemons(self) -> str:
         """Return what Slurm says of its nodes, and the end of each daemon's log."""
         logs = sorted((self.folder / "slurm").rglob("*.log"))
-        ends = ("\n".join([f"== {log.name}", *log.read_text(errors="replace").splitlines()[-15:]]) for log in logs)
+        ends = (
+            "\n".join([f"== {log.name}", *log.read_text(errors="replace").splitlines()[-15:]])
+            for log in logs
+        )
         return "\n".join([self.call("sinfo", "-h", "-N", "-o", "%N %T %E").stdout, *ends])
 
     def queue(self) -> list[str]:
@@ -109,9 +137,13 @@ class Cluster:
         return self.states(name)
 
     def over(self, ids: list[str], log: Callable[[], str], seconds: float = 300) -> None:
-        """Wait until no job of these is queued or running; requeued jobs start at once, not after Slurm's two minutes."""
+        """Wait until no job of these is queued or running; requeued jobs start at once, not after
+        Slurm's two minutes.
+        """
         deadline = time.monotonic() + seconds
-        while waiting := self.call("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids)).stdout.splitlines():
+        while waiting := self.call(
+            "squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids)
+        ).stdout.splitlines():
             for line in waiting:
                 job, _, reason = line.split("|")
                 if reason == "BeginTime":
@@ -140,27 +172,47 @@ class Cluster:
     def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"waited in vain for {what}; queue: {self.queue()}\n{self.daemons()}"
+            assert time.monotonic() < deadline, (
+                f"waited in vain for {what}; queue: {self.queue()}\n{self.daemons()}"
+            )
             time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes. Skipped where Slurm is not installed, except in continuous integration: there that is a failure."""
+    """Four nodes. Skipped where Slurm is not installed, except in continuous integration: there
+    that is a failure.
+    """
     missing = [program for program in NEEDED if shutil.which(program) is None]
     if missing or os.geteuid() != 0:
-        reason = f"{', '.join(missing)} missing: apt-get install slurm-wlm munge" if missing else "the sandbox cluster needs root"
+        reason = (
+            f"{', '.join(missing)} missing: apt-get install slurm-wlm munge"
+            if missing
+            else "the sandbox cluster needs root"
+        )
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("cluster")
     environment = {**os.environ, "SANDBOX_PORT": str(free_ports())}
-    started = subprocess.run([SANDBOX, "start", folder / "slurm"], env=environment, capture_output=True, text=True, timeout=60)
+    started = subprocess.run(
+        [SANDBOX, "start", folder / "slurm"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert started.returncode == 0, started.stderr
     try:
         yield Cluster(folder)
     finally:
-        stopped = subprocess.run([SANDBOX, "stop", folder / "slurm"], env=environment, capture_output=True, text=True, timeout=120)
+        stopped = subprocess.run(
+            [SANDBOX, "stop", folder / "slurm"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         left = processes_of(folder)
     assert stopped.returncode == 0, stopped.stderr
     assert not left, f"left behind: {left}"
@@ -169,10 +221,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def free_ports() -> int:
     """Return a port from which on a controller and four nodes (100 further up) find room.
 
-    Below the ports that Linux gives to whoever asks for any: a node whose daemon is down for a while must find its own port free again.
+    Below the ports that Linux gives to whoever asks for any: a node whose daemon is down for a
+    while must find its own port free again.
     """
     for _ in range(50):
-        port = random.randrange(10_000, 19_800)  # from 20,000 on stand the ports where the ranks of a job meet
+        port = random.randrange(
+            10_000, 19_800
+        )  # from 20,000 on stand the ports where the ranks of a job meet
         if all(is_free(port + offset) for offset in (0, 101, 102, 103, 104)):
             return port
     raise AssertionError("no free ports")
@@ -184,7 +239,9 @@ def is_free(port: int) -> bool:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Return the commands of processes that belong to a cluster: its daemons, its jobs. What is dead counts as gone."""
+    """Return the commands of processes that belong to a cluster: its daemons, its jobs. What is
+    dead counts as gone.
+    """
     time.sleep(0.5)
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,6 @@
-"""Several seeds, and items without a verdict: both widen what is said, and never the other way round."""
+"""Several seeds, and items without a verdict: both widen what is said, and never the other way
+round.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,31 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
 def test_p_is_the_level_at_which_the_interval_touches_zero() -> None:
     table = np.random.default_rng(1).normal(0.15, 0.5, (3, 60))
     p = crossed_interval(table)[1]
-    assert p > paired_test(table.mean(axis=0), np.zeros(60)).p  # the seeds decide, not the questions
+    assert (
+        p > paired_test(table.mean(axis=0), np.zeros(60)).p
+    )  # the seeds decide, not the questions
     touching = crossed_interval(table, level=1 - p)[0]
     assert min(abs(touching.low), abs(touching.high)) == pytest.approx(0, abs=1e-6)
 
 
 def test_two_seeds_that_agree_to_the_last_item_are_no_certainty() -> None:
-    # 34 and 44 of 60 against 30 and 40 of 60: both seeds differ by 4, so nothing seems to vary between them.
+    # 34 and 44 of 60 against 30 and 40 of 60: both seeds differ by 4, so nothing seems to vary
+    # between them.
     order = np.random.default_rng(0).permutation(60)
 
     def answers(right: int, seed: int) -> np.ndarray:
         return (np.random.default_rng(seed).permutation(order) < right).astype(float)
 
-    first, second = np.stack([answers(34, 1), answers(44, 2)]), np.stack([answers(30, 3), answers(40, 4)])
+    first, second = (
+        np.stack([answers(34, 1), answers(44, 2)]),
+        np.stack([answers(30, 3), answers(40, 4)]),
+    )
     result, averaged = compare(first, second), paired_test(first.mean(axis=0), second.mean(axis=0))
     assert result.effect == pytest.approx(4 / 60)
-    assert result.p >= averaged.p > 0.05 and result.low <= averaged.low < 0 < averaged.high <= result.high
+    assert (
+        result.p >= averaged.p > 0.05
+        and result.low <= averaged.low < 0 < averaged.high <= result.high
+    )
     assert result.mde() is None  # how much seeds differ is not known
 
 
@@ -53,7 +64,11 @@ def test_seeds_without_any_item_have_no_numbers() -> None:
     interval, p = crossed_interval(question_means(np.empty((2, 0)), []))
     assert (interval.estimate, interval.low, interval.high, p) == (None, None, None, None)
     nothing = compare(np.full((2, 5), np.nan), np.full((1, 5), 0.5), list("abcde"))
-    assert nothing.effect is None and nothing.unresolved == 5 and (nothing.lowest, nothing.highest) == (-0.5, 0.5)
+    assert (
+        nothing.effect is None
+        and nothing.unresolved == 5
+        and (nothing.lowest, nothing.highest) == (-0.5, 0.5)
+    )
     assert compare(np.empty((2, 0)), np.empty((2, 0)), []).effect is None
 
 
@@ -67,7 +82,11 @@ def test_coverage_over_seeds_and_questions(seeds: int, spread: float) -> None:
     rng = np.random.default_rng(seeds)
     covered = 0
     for _ in range(500):
-        table = rng.normal(0, 0.3, (1, 80)) + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 0.5, (seeds, 80))
+        table = (
+            rng.normal(0, 0.3, (1, 80))
+            + rng.normal(0, spread, (seeds, 1))
+            + rng.normal(0, 0.5, (seeds, 80))
+        )
         interval = crossed_interval(table)[0]
         covered += interval.low <= 0 <= interval.high
     assert covered / 500 >= 0.93
@@ -93,7 +112,12 @@ def test_without_unresolved_items_compare_is_the_paired_test() -> None:
     rng = np.random.default_rng(4)
     a, b = rng.integers(0, 2, 80).astype(float), rng.integers(0, 2, 80).astype(float)
     result, plain = compare(a, b), paired_test(a, b)
-    assert (result.effect, result.low, result.high, result.p) == (plain.effect, plain.low, plain.high, plain.p)
+    assert (result.effect, result.low, result.high, result.p) == (
+        plain.effect,
+        plain.low,
+        plain.high,
+        plain.p,
+    )
     assert result.unresolved == 0 and result.lowest == result.effect == result.highest
 
 
@@ -112,9 +136,13 @@ def test_unresolved_items_widen_the_interval_and_raise_p() -> None:
 def test_the_interval_ends_where_the_intervals_of_the_extremes_end() -> None:
     won = np.array([1.0] * 30 + [0.0] * 20 + [np.nan] * 10)
     result, half = compare(won, np.full(60, 0.5)), np.full(60, 0.5)
-    lost, all_won = (paired_test(np.where(np.isnan(won), fill, won), half, np.arange(60)) for fill in (0.0, 1.0))
+    lost, all_won = (
+        paired_test(np.where(np.isnan(won), fill, won), half, np.arange(60)) for fill in (0.0, 1.0)
+    )
     assert (result.low, result.high) == (lost.low, all_won.high)
-    assert result.lowest == lost.effect > result.low and result.highest == all_won.effect < result.high
+    assert (
+        result.lowest == lost.effect > result.low and result.highest == all_won.effect < result.high
+    )
 
 
 def test_a_difference_that_unresolved_items_could_turn_round_is_never_shown() -> None:
@@ -125,7 +153,8 @@ def test_a_difference_that_unresolved_items_could_turn_round_is_never_shown() ->
 
 
 def test_an_effect_that_open_items_turn_round_is_never_shown() -> None:
-    # What is resolved in both seeds speaks against the first arm, what one seed left open speaks for it, however it is filled.
+    # What is resolved in both seeds speaks against the first arm, what one seed left open speaks
+    # for it, however it is filled.
     first = np.array([[0.0] * 40 + [1.0] * 60, [0.0] * 40 + [np.nan] * 60])
     result = compare(first, np.tile([0.2, 0.3, 0.25, 0.25], 25).reshape(1, -1))
     assert result.effect < 0 < result.lowest < result.highest
@@ -172,7 +201,11 @@ def test_the_stated_difference_is_found_four_times_in_five_over_few_seeds(seeds:
     def studies(effect: float, number: int) -> list:
         shape = (seeds, 60)
         return [
-            compare(rng.normal(effect, 0.5, shape) + rng.normal(0, 0.1, (seeds, 1)), np.zeros((1, 60)), scale=(-9, 9))
+            compare(
+                rng.normal(effect, 0.5, shape) + rng.normal(0, 0.1, (seeds, 1)),
+                np.zeros((1, 60)),
+                scale=(-9, 9),
+            )
             for _ in range(number)
         ]
 

@@ -1,4 +1,6 @@
-"""The promises of the statistics, over 500 simulated studies; the benchmark does 10,000 and more kinds."""
+"""The promises of the statistics, over 500 simulated studies; the benchmark does 10,000 and more
+kinds.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,16 @@ KINDS = {kind.name: kind for kind in statistics_simulation.KINDS}
 def test_an_arm_that_is_no_better_is_rarely_called_better(name):
     result = statistics_simulation.simulate(KINDS[name], 80, STUDIES)
     assert result.false_better <= 0.05 and result.false_worse <= 0.05
-    # 95% with three standard errors of 500 studies; the exact tests of rare events and unresolved items may cover more.
+    # 95% with three standard errors of 500 studies; the exact tests of rare events and unresolved
+    # items may cover more.
     assert 0.92 <= result.coverage <= 1.0
     if result.power_at_mde is not None:
         assert 0.72 <= result.power_at_mde <= 0.93
 
 
-@pytest.mark.parametrize("name", ["outcomes, head to head", "right or wrong", "outcomes, 3 seeds that differ"])
+@pytest.mark.parametrize(
+    "name", ["outcomes, head to head", "right or wrong", "outcomes, 3 seeds that differ"]
+)
 def test_large_studies_cover_what_they_say(name):
     result = statistics_simulation.simulate(KINDS[name], 800, STUDIES)
     assert 0.92 <= result.coverage <= 0.98 and result.false_better <= 0.05
@@ -37,7 +42,8 @@ def test_large_studies_cover_what_they_say(name):
 
 @pytest.mark.parametrize(("seeds", "spread"), [(2, 0.0), (2, 0.03), (3, 0.03)])
 def test_a_table_of_many_rows_rarely_holds_a_claim_where_no_arm_is_better(seeds, spread):
-    # Few seeds agree to the last item in some of 64 rows by chance. Without any protection 27% of the tables of two seeds hold a claim.
+    # Few seeds agree to the last item in some of 64 rows by chance. Without any protection 27% of
+    # the tables of two seeds hold a claim.
     result = statistics_simulation.simulate_table(seeds, spread, 60)
     assert result.false_better + result.false_worse <= 0.1
 
@@ -54,14 +60,23 @@ def test_the_committed_results_keep_the_promises():
     for one in kept["results"]:
         if one["false_better"] is None:
             continue
-        assert one["studies"] >= (1000 if "rows of lm-eval" in one["name"] else 2000 if one["name"] == "scores" else 10_000), one
+        assert one["studies"] >= (
+            1000
+            if "rows of lm-eval" in one["name"]
+            else 2000
+            if one["name"] == "scores"
+            else 10_000
+        ), one
         assert one["false_better"] <= 0.05 and one["false_worse"] <= 0.05, one
         if one["coverage"] is None:  # a whole table: any claim in it is false
             assert one["false_better"] + one["false_worse"] <= 0.05, one
             continue
         low, high = {80: (0.93, 0.97), 800: (0.94, 0.96)}.get(one["n"], (0, 1))
-        # Few pairs that differ, few seeds, and items without a verdict may only make an interval wider: docs/studies.md.
-        wide = any(word in one["name"] for word in ("unresolved", "seeds")) or ("4%" in one["name"] and one["n"] == 80)
+        # Few pairs that differ, few seeds, and items without a verdict may only make an interval
+        # wider: docs/studies.md.
+        wide = any(word in one["name"] for word in ("unresolved", "seeds")) or (
+            "4%" in one["name"] and one["n"] == 80
+        )
         assert low <= one["coverage"] <= (1 if wide else high), one
         if one["power_at_mde"] is not None:
             assert one["power_at_mde"] >= 0.77, one

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from recipes_lib.statistics.agreement import accuracy, cohens_kappa
-from recipes_lib.statistics.intervals import bca, mean_interval, rate_bounds, standard_error, studentised, wilson
+from recipes_lib.statistics.intervals import (
+    bca,
+    mean_interval,
+    rate_bounds,
+    standard_error,
+    studentised,
+    wilson,
+)
 from recipes_lib.statistics.paired import mcnemar_p, paired_test, sign_flip_p
 from recipes_lib.statistics.power import Spread, items_needed
 

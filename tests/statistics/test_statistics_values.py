@@ -13,8 +13,20 @@ from scipy import stats
 
 from recipes_lib.statistics.agreement import accuracy, cohens_kappa
 from recipes_lib.statistics.corrections import holm
-from recipes_lib.statistics.intervals import bca, mean_interval, rate_bounds, standard_error, studentised, wilson
-from recipes_lib.statistics.paired import mcnemar_p, paired_binary_interval, paired_test, sign_flip_p
+from recipes_lib.statistics.intervals import (
+    bca,
+    mean_interval,
+    rate_bounds,
+    standard_error,
+    studentised,
+    wilson,
+)
+from recipes_lib.statistics.paired import (
+    mcnemar_p,
+    paired_binary_interval,
+    paired_test,
+    sign_flip_p,
+)
 from recipes_lib.statistics.power import Spread, items_needed
 
 
@@ -23,7 +35,9 @@ from recipes_lib.statistics.power import Spread, items_needed
 def test_wilson_equals_scipy(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, n))
     expected = stats.binomtest(k, n).proportion_ci(method="wilson")
-    assert (wilson(k, n).low, wilson(k, n).high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert (wilson(k, n).low, wilson(k, n).high) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -36,7 +50,9 @@ def test_mcnemar_equals_the_exact_binomial_test(b: int, c: int) -> None:
 def test_holm_equals_statsmodels() -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     p_values = [0.04, 0.001, 0.2, 0.012, 0.03]
-    assert holm(p_values) == pytest.approx(list(multitest.multipletests(p_values, method="holm")[1]))
+    assert holm(p_values) == pytest.approx(
+        list(multitest.multipletests(p_values, method="holm")[1])
+    )
 
 
 def test_kappa_equals_statsmodels() -> None:
@@ -48,14 +64,18 @@ def test_kappa_equals_statsmodels() -> None:
     kappa = cohens_kappa(first, second)
     expected = interrater.cohens_kappa(table)
     assert kappa.estimate == pytest.approx(expected.kappa)
-    assert (kappa.low, kappa.high) == pytest.approx((expected.kappa_low, expected.kappa_upp), abs=0.05)
+    assert (kappa.low, kappa.high) == pytest.approx(
+        (expected.kappa_low, expected.kappa_upp), abs=0.05
+    )
     assert accuracy(first, second).estimate == pytest.approx(0.8)
 
 
 def test_bca_agrees_with_scipy_on_skewed_values() -> None:
     values = np.random.default_rng(3).exponential(size=150)
     ours = bca(values, resamples=6000)
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=6000, method="BCa", rng=np.random.default_rng(1)).confidence_interval
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=6000, method="BCa", rng=np.random.default_rng(1)
+    ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
 
 
@@ -130,13 +150,17 @@ def test_adjusted_wald_interval_holds_where_nothing_differs() -> None:
 def test_the_adjusted_wald_interval_covers_with_few_discordant_pairs() -> None:
     rng = np.random.default_rng(5)
     drawn = rng.multinomial(80, [0.04, 0.01, 0.95], size=2000)
-    covered = [(i := paired_binary_interval(int(a), int(b), 80)).low <= 0.03 <= i.high for a, b, _ in drawn]
+    covered = [
+        (i := paired_binary_interval(int(a), int(b), 80)).low <= 0.03 <= i.high for a, b, _ in drawn
+    ]
     assert np.mean(covered) > 0.93
 
 
 def test_sign_flip_keeps_its_level_under_the_null() -> None:
     rng = np.random.default_rng(5)
-    rejected = sum((sign_flip_p(rng.normal(size=25), resamples=400, seed=i) or 1) <= 0.05 for i in range(300))
+    rejected = sum(
+        (sign_flip_p(rng.normal(size=25), resamples=400, seed=i) or 1) <= 0.05 for i in range(300)
+    )
     assert rejected <= 28  # binomial 99.9% limit of a 5% test over 300
 
 

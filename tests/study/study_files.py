@@ -1,4 +1,6 @@
-"""A study small enough for a test: the tiny Llama trained at two ranks, and the same Llama as judge, on a few questions of each suite."""
+"""A study small enough for a test: the tiny Llama trained at two ranks, and the same Llama as
+judge, on a few questions of each suite.
+"""
 
 from __future__ import annotations
 
@@ -90,10 +92,16 @@ data: {{include_path: evals/quickstart/lm_eval, folder: .}}
 
 
 def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int = 8) -> Path:
-    """Write the study and everything it names; return the study file, `tiny.yaml`. `twice.yaml` beside it trains one recipe twice."""
+    """Write the study and everything it names; return the study file, `tiny.yaml`. `twice.yaml`
+    beside it trains one recipe twice.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
-    lines = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (
+        (PROJECT / "recipes/quickstart/data/instructions.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines(keepends=True)
+    )
     rows.write_text("".join(lines[:80]), encoding="utf-8")
     for rank in (4, 8):
         text = RECIPE.format(model=model, rows=rows.name, rank=rank, alpha=2 * rank, steps=steps)
@@ -101,12 +109,20 @@ def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int =
     (folder / "judge.yaml").write_text(JUDGE.format(model=model, project=PROJECT), encoding="utf-8")
     for name, text in EVALS.items():
         schema = "# yaml-language-server: $schema=eval.schema.json\n"
-        (folder / f"{name}.yaml").write_text(schema + text.format(project=PROJECT), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(
+            schema + text.format(project=PROJECT), encoding="utf-8"
+        )
     tasks = Path("evals/quickstart/lm_eval")  # its files name each other from the folder above
     shutil.copytree(PROJECT / tasks, folder / tasks, dirs_exist_ok=True)
-    asked = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text(encoding="utf-8"))[:questions]
+    asked = json.loads(
+        (PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text(encoding="utf-8")
+    )[:questions]
     (folder / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
-    turns = (PROJECT / "evals/quickstart/mt_bench/question.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:4]
+    turns = (
+        (PROJECT / "evals/quickstart/mt_bench/question.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines(keepends=True)[:4]
+    )
     (folder / "question.jsonl").write_text("".join(turns), encoding="utf-8")
     (folder / "twice.yaml").write_text(TWICE, encoding="utf-8")
     study = folder / "tiny.yaml"

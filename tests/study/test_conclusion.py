@@ -1,4 +1,6 @@
-"""A study's report holds the study's own, current results: nothing out of date, nothing that was evaluated beside it."""
+"""A study's report holds the study's own, current results: nothing out of date, nothing that was
+evaluated beside it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from recipes_lib.study.steps import build_graph
 
 
 def measured(name: str, *evals: tuple[str, str | None]) -> ArmMeasurements:
-    results = tuple(EvalLog(eval, "alpaca_eval", against, Path("result.json"), {}) for eval, against in evals)
+    results = tuple(
+        EvalLog(eval, "alpaca_eval", against, Path("result.json"), {}) for eval, against in evals
+    )
     run = RunMeasurements(name, Path(name), {"state": "finished"}, {}, {}, {}, {}, (), results)
     return ArmMeasurements(name, (run,))
 
@@ -25,25 +29,45 @@ def test_results_out_of_date_and_results_of_other_evals_are_left_out(study_folde
     write_json(base_record(study), {"run": "base--x"})
     graph = build_graph(study)
     for step in graph:
-        if step.name not in ("judgments.study--mt_bench.r4", "comparison.study--alpaca_eval.r8-vs-r4"):
+        if step.name not in (
+            "judgments.study--mt_bench.r4",
+            "comparison.study--alpaca_eval.r8-vs-r4",
+        ):
             graph.finish(step, "r", [])
     suite = "study--alpaca_eval"
     found = Measurements(
         {
-            "base": measured("base--x", (suite, "reference"), ("study--mt_bench", None), ("study--lm_eval", None)),
-            "r4": measured(
-                "tiny--r4", (suite, "reference"), (suite, "base--x"), ("study--mt_bench", None), ("somebody_elses", "reference")
+            "base": measured(
+                "base--x", (suite, "reference"), ("study--mt_bench", None), ("study--lm_eval", None)
             ),
-            "r8": measured("tiny--r8", (suite, "reference"), (suite, "tiny--r4"), (suite, "base--x"), (suite, "another-run")),
+            "r4": measured(
+                "tiny--r4",
+                (suite, "reference"),
+                (suite, "base--x"),
+                ("study--mt_bench", None),
+                ("somebody_elses", "reference"),
+            ),
+            "r8": measured(
+                "tiny--r8",
+                (suite, "reference"),
+                (suite, "tiny--r4"),
+                (suite, "base--x"),
+                (suite, "another-run"),
+            ),
         }
     )
-    kept = {name: [(one.eval, one.against) for one in arm.runs[0].evals] for name, arm in of_study(found, study, graph).arms.items()}
+    kept = {
+        name: [(one.eval, one.against) for one in arm.runs[0].evals]
+        for name, arm in of_study(found, study, graph).arms.items()
+    }
     assert kept == {
         "base": [(suite, "reference"), ("study--mt_bench", None), ("study--lm_eval", None)],
         "r4": [(suite, "reference"), (suite, "base--x")],
         "r8": [(suite, "reference"), (suite, "base--x")],
     }
-    unfinished = {name: arm.runs[0].unfinished for name, arm in of_study(found, study, graph).arms.items()}
+    unfinished = {
+        name: arm.runs[0].unfinished for name, arm in of_study(found, study, graph).arms.items()
+    }
     assert unfinished == {"base": (), "r4": ("study--mt_bench",), "r8": (suite,)}
 
 
@@ -51,14 +75,22 @@ def test_a_run_of_an_earlier_state_of_the_study_is_not_measured(study_folder: Pa
     study = load_study(study_folder / "tiny.yaml")
     graph = build_graph(study)
     graph.finish(graph.steps["train.r4"], "weights", [])
-    assert [path.name for runs in measured_runs(study, graph).values() for path in runs] == ["tiny--r4"]
+    assert [path.name for runs in measured_runs(study, graph).values() for path in runs] == [
+        "tiny--r4"
+    ]
     recipe = study_folder / "r4.yaml"
-    recipe.write_text(recipe.read_text(encoding="utf-8").replace("1.0e-2", "2.0e-2"), encoding="utf-8")
+    recipe.write_text(
+        recipe.read_text(encoding="utf-8").replace("1.0e-2", "2.0e-2"), encoding="utf-8"
+    )
     changed = load_study(study_folder / "tiny.yaml")
-    assert not [path for runs in measured_runs(changed, build_graph(changed)).values() for path in runs]
+    assert not [
+        path for runs in measured_runs(changed, build_graph(changed)).values() for path in runs
+    ]
 
 
-def test_statistics_that_are_done_are_not_done_again_for_a_report_that_is_missing(study_folder: Path) -> None:
+def test_statistics_that_are_done_are_not_done_again_for_a_report_that_is_missing(
+    study_folder: Path,
+) -> None:
     study = load_study(study_folder / "tiny.yaml")
     graph = build_graph(study)
     for step in graph:

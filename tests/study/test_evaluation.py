@@ -1,4 +1,6 @@
-"""All evaluations of a study in one process, with the real libraries: what is loaded, what is asked again, and which arm fails alone."""
+"""All evaluations of a study in one process, with the real libraries: what is loaded, what is asked
+again, and which arm fails alone.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,22 @@ def rows_of(kind: str) -> dict[str, int]:
     """Lines of every store of a kind."""
     root = RunDirectory("x").root
     return {
-        str(file.relative_to(root)): len(file.read_text(encoding="utf-8").splitlines()) for file in root.glob(f"*/evals/*/{kind}.jsonl")
+        str(file.relative_to(root)): len(file.read_text(encoding="utf-8").splitlines())
+        for file in root.glob(f"*/evals/*/{kind}.jsonl")
     }
 
 
-def test_one_base_serves_both_adapters_and_all_evals_and_one_judge_judges_everything(trained: Path, loads: list[str]) -> None:  # noqa: F811
+def test_one_base_serves_both_adapters_and_all_evals_and_one_judge_judges_everything(
+    trained: Path,
+    loads: list[str],  # noqa: F811
+) -> None:  # noqa: F811, RUF100
     loads.clear()
     said: list[str] = []
     assert run_study(load_study(trained), said.append) == ExitCode.DONE, said[-3:]
-    assert loads == ["tiny-llama", "tiny-llama"]  # the base, then the judge, which has the same weights here
+    assert loads == [
+        "tiny-llama",
+        "tiny-llama",
+    ]  # the base, then the judge, which has the same weights here
     assert all(state.fresh for state in build_graph(load_study(trained)).survey().values())
     run_study(load_study(trained), said.append)
     assert len(loads) == 2
@@ -62,19 +71,35 @@ def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) ->
     failure = state["check.r4"].failure
     assert failure is not None and "not finite" in failure["error"], failure
     done = {name for name, one in state.items() if one.fresh}
-    assert {"judgments.study--mt_bench.r8", "comparison.study--alpaca_eval.r8-vs-base", "lm_eval.study--lm_eval.base"} <= done
+    assert {
+        "judgments.study--mt_bench.r8",
+        "comparison.study--alpaca_eval.r8-vs-base",
+        "lm_eval.study--lm_eval.base",
+    } <= done
     assert not {name for name in done if ".r4" in name} - {"train.r4"}
     assert (RunDirectory("tiny").path / "report" / "report.html").is_file()
 
 
 @pytest.mark.slow
-def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothing_again(trained: Path) -> None:
+def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothing_again(
+    trained: Path,
+) -> None:
     def grades() -> list[float | None]:
-        return [item.value for one in read_run(RunDirectory("tiny--r8").path).measures() if one.metric == "grade" for item in one.samples]
+        return [
+            item.value
+            for one in read_run(RunDirectory("tiny--r8").path).measures()
+            if one.metric == "grade"
+            for item in one.samples
+        ]
 
     judge, rubric = trained.with_name("judge.yaml"), trained.with_name("mine.txt")
     first = (PROJECT / "evals/rubrics/helpfulness.txt").read_text(encoding="utf-8")
-    judge.write_text(judge.read_text(encoding="utf-8").replace(f"{PROJECT}/evals/rubrics/helpfulness.txt", rubric.name), encoding="utf-8")
+    judge.write_text(
+        judge.read_text(encoding="utf-8").replace(
+            f"{PROJECT}/evals/rubrics/helpfulness.txt", rubric.name
+        ),
+        encoding="utf-8",
+    )
     seen, rows = [], []
     for text in (first, first.replace("?", ", and funny?", 1), first):
         rubric.write_text(text, encoding="utf-8")
@@ -84,13 +109,18 @@ def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothi
     assert seen[0] == seen[2] and rows[0][1] == rows[2][1]
     assert rows[1][0] == rows[2][0] and sum(rows[1][0].values()) > sum(rows[0][0].values())
     questions = trained.with_name("mt_bench.yaml")
-    questions.write_text(questions.read_text(encoding="utf-8").replace("data: {", "data: {max_questions: 2, "), encoding="utf-8")
+    questions.write_text(
+        questions.read_text(encoding="utf-8").replace("data: {", "data: {max_questions: 2, "),
+        encoding="utf-8",
+    )
     assert run_study(load_study(trained), lambda line: None) == ExitCode.DONE
     assert len(grades()) == 4 and rows_of("judgments") == rows[2][0]
 
 
 @pytest.mark.slow
-def test_what_older_code_answered_and_judged_is_asked_again(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_older_code_answered_and_judged_is_asked_again(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_study(load_study(trained), lambda line: None)
     before = rows_of("generations"), rows_of("judgments")
     monkeypatch.setitem(steps.VERSIONS, "judgments", 2)
@@ -98,26 +128,47 @@ def test_what_older_code_answered_and_judged_is_asked_again(trained: Path, monke
     assert run_study(load_study(trained), said.append) == ExitCode.DONE
     assert any("made by older code" in line for line in said)
     assert (rows_of("generations"), rows_of("judgments")) == before
-    kept = RunDirectory("tiny").path / "replaced" / "tiny--r8" / "evals" / "study--mt_bench" / "judgments.jsonl"
+    kept = (
+        RunDirectory("tiny").path
+        / "replaced"
+        / "tiny--r8"
+        / "evals"
+        / "study--mt_bench"
+        / "judgments.jsonl"
+    )
     assert all(json.loads(line)["key"] for line in kept.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.fixture
-def two_studies(make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path) -> tuple[Path, Path]:  # noqa: F811
-    """Two studies in one folder, an arm each, with the same base and evals; both arms are trained."""
+def two_studies(
+    make_run: Callable[..., Path],  # noqa: F811
+    tiny_model_dir: Path,
+    tmp_path: Path,  # noqa: F811, RUF100
+) -> tuple[Path, Path]:  # noqa: F811, RUF100
+    """Two studies in one folder, an arm each, with the same base and evals; both arms are
+    trained.
+    """
     make_run("a--r4", 1, "chat"), make_run("b--r8", 2, "chat")
     file = write_tiny_study(tmp_path / "study", tiny_model_dir)
     text = file.read_text(encoding="utf-8")
     for name, other in (("a", "r8"), ("b", "r4")):
-        file.with_name(f"{name}.yaml").write_text(text.replace(f"  {other}: {other}.yaml\n", ""), encoding="utf-8")
+        file.with_name(f"{name}.yaml").write_text(
+            text.replace(f"  {other}: {other}.yaml\n", ""), encoding="utf-8"
+        )
     return file.with_name("a.yaml"), file.with_name("b.yaml")
 
 
 def not_fresh(study: Path) -> dict[str, str]:
-    return {name: state.why for name, state in build_graph(load_study(study)).survey().items() if not state.fresh}
+    return {
+        name: state.why
+        for name, state in build_graph(load_study(study)).survey().items()
+        if not state.fresh
+    }
 
 
-def test_studies_that_share_a_base_leave_each_other_fresh_and_so_does_a_plain_eval_of_the_base(two_studies: tuple[Path, Path]) -> None:
+def test_studies_that_share_a_base_leave_each_other_fresh_and_so_does_a_plain_eval_of_the_base(
+    two_studies: tuple[Path, Path],
+) -> None:
     first, second = two_studies
     for study in two_studies:
         assert run_study(load_study(study), lambda line: None) == ExitCode.DONE
@@ -125,9 +176,26 @@ def test_studies_that_share_a_base_leave_each_other_fresh_and_so_does_a_plain_ev
     base = next(path for path in RunDirectory("x").root.glob("base--*"))
     written = {file: file.read_text(encoding="utf-8") for file in base.glob("evals/*/result.json")}
     for name in ("alpaca_eval", "mt_bench", "lm_eval"):
-        assert main(["eval", str(first.with_name(f"{name}.yaml")), base.name, "b--r8", "generation.batch_tokens=512"]) == ExitCode.DONE
-    assert all(file.read_text(encoding="utf-8") != text for file, text in written.items()) and len(written) == 3
-    assert main(["eval", str(first.with_name("alpaca_eval.yaml")), "a--r4", "--against", "base"]) == ExitCode.DONE
+        assert (
+            main(
+                [
+                    "eval",
+                    str(first.with_name(f"{name}.yaml")),
+                    base.name,
+                    "b--r8",
+                    "generation.batch_tokens=512",
+                ]
+            )
+            == ExitCode.DONE
+        )
+    assert (
+        all(file.read_text(encoding="utf-8") != text for file, text in written.items())
+        and len(written) == 3
+    )
+    assert (
+        main(["eval", str(first.with_name("alpaca_eval.yaml")), "a--r4", "--against", "base"])
+        == ExitCode.DONE
+    )
     assert (not_fresh(first), not_fresh(second)) == ({}, {})
     file = base / "evals" / "study--mt_bench" / "result.json"
     result = json.loads(file.read_text(encoding="utf-8"))
@@ -139,7 +207,10 @@ def test_studies_that_share_a_base_leave_each_other_fresh_and_so_does_a_plain_ev
 def test_studies_that_share_a_base_can_run_at_the_same_time(two_studies: tuple[Path, Path]) -> None:
     command = [sys.executable, "-m", "recipes_lib.cli", "study", "run"]
     running = [
-        subprocess.Popen([*command, str(study)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for study in two_studies
+        subprocess.Popen(
+            [*command, str(study)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for study in two_studies
     ]
     said = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
@@ -149,17 +220,40 @@ def test_studies_that_share_a_base_can_run_at_the_same_time(two_studies: tuple[P
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_another_process_makes_is_waited_for_and_not_made_twice(two_studies: tuple[Path, Path]) -> None:
+def test_an_evaluation_that_another_process_makes_is_waited_for_and_not_made_twice(
+    two_studies: tuple[Path, Path],
+) -> None:
     first, second = two_studies
-    assert run_study(load_study(first), lambda line: None, only=["train", "check", "answers"]) == ExitCode.DONE
+    assert (
+        run_study(load_study(first), lambda line: None, only=["train", "check", "answers"])
+        == ExitCode.DONE
+    )
     before = rows_of("generations")
     base = next(path for path in RunDirectory("x").root.glob("base--*"))
-    hold = "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.runs.lock import run_lock\n"
+    hold = (
+        "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.runs.lock import run_lock\n"
+    )
     hold += "with run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
     folder = base / "evals" / "study--alpaca_eval"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
-    command = [sys.executable, "-m", "recipes_lib.cli", "study", "run", str(second), "--only", "train", "check", "answers"]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes_lib.cli",
+        "study",
+        "run",
+        str(second),
+        "--only",
+        "train",
+        "check",
+        "answers",
+    ]
     waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert waiting.stdout is not None
     said = ""
@@ -182,10 +276,20 @@ def test_two_real_trainings_at_the_same_time_record_a_gpu_each(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The machine has none, so that they train on the CPU; what they were given stands in environment.json."""
+    """The machine has none, so that they train on the CPU; what they were given stands in
+    environment.json.
+    """
     study = write_tiny_study(tmp_path / "study", tiny_model_dir, steps=2)
-    study.write_text(study.read_text(encoding="utf-8") + "accelerate: single_gpu\n", encoding="utf-8")
+    study.write_text(
+        study.read_text(encoding="utf-8") + "accelerate: single_gpu\n", encoding="utf-8"
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert main(["study", "run", str(study), "--jobs", "2", "--only", "train", "--no-plan"]) == ExitCode.DONE
-    recorded = [read_run(runs_folder / f"tiny--{arm}").environment["variables"]["CUDA_VISIBLE_DEVICES"] for arm in ("r4", "r8")]
+    assert (
+        main(["study", "run", str(study), "--jobs", "2", "--only", "train", "--no-plan"])
+        == ExitCode.DONE
+    )
+    recorded = [
+        read_run(runs_folder / f"tiny--{arm}").environment["variables"]["CUDA_VISIBLE_DEVICES"]
+        for arm in ("r4", "r8")
+    ]
     assert recorded == ["0", "1"]

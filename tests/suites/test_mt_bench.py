@@ -1,11 +1,20 @@
-"""MT-Bench: context in the second turn, references where needed, nothing vanishing from a mean, FastChat's formats."""
+"""MT-Bench: context in the second turn, references where needed, nothing vanishing from a mean,
+FastChat's formats.
+"""
 
 from __future__ import annotations
 
 import pytest
 
 from recipes_lib.suites.answering import AnswerSet
-from recipes_lib.suites.mt_bench import _pairs, _single, conversation, grading_items, pair_items, summary
+from recipes_lib.suites.mt_bench import (
+    _pairs,
+    _single,
+    conversation,
+    grading_items,
+    pair_items,
+    summary,
+)
 from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import Question
 
@@ -26,7 +35,14 @@ OTHER = answers("other", q7_1="3", q7_2="", q8_1="Hi.", q8_2="HI!")
 
 
 def grade(name, value, status="ok"):
-    return {"kind": "absolute", "question_id": name, "order": "single", "status": status, "value": value, "raw": f"[RESULT] {value}"}
+    return {
+        "kind": "absolute",
+        "question_id": name,
+        "order": "single",
+        "status": status,
+        "value": value,
+        "raw": f"[RESULT] {value}",
+    }
 
 
 def test_a_second_turn_is_shown_with_the_first_one_before_it():
@@ -37,9 +53,18 @@ def test_a_second_turn_is_shown_with_the_first_one_before_it():
 
 
 def test_references_go_with_the_categories_that_need_them():
-    with_reference, without = grading_items([MATH, TALK], MINE, True), grading_items([MATH, TALK], MINE, False)
-    assert [(item.question_id, item.reference) for item in with_reference] == [("7:1", "4"), ("7:2", "5")]
-    assert [(item.question_id, item.reference) for item in without] == [("8:1", None), ("8:2", None)]
+    with_reference, without = (
+        grading_items([MATH, TALK], MINE, True),
+        grading_items([MATH, TALK], MINE, False),
+    )
+    assert [(item.question_id, item.reference) for item in with_reference] == [
+        ("7:1", "4"),
+        ("7:2", "5"),
+    ]
+    assert [(item.question_id, item.reference) for item in without] == [
+        ("8:1", None),
+        ("8:2", None),
+    ]
 
 
 def test_both_conversations_are_compared_and_an_empty_second_answer_stays_empty():
@@ -56,7 +81,10 @@ def test_a_turn_without_a_grade_is_counted_and_bounds_the_mean():
     assert (score["n"], score["turns"], score["without_grade"], score["estimate"]) == (3, 4, 1, 3.0)
     assert score["bounds"] == {"all_1": 2.5, "all_5": 3.5}
     assert score["doubled_2_10"] == 6.0 and score["scale"] == "1-5"
-    assert result["by_turn"]["2"]["turns"] == 2 and result["by_category"]["writing"]["2"]["estimate"] is None
+    assert (
+        result["by_turn"]["2"]["turns"] == 2
+        and result["by_category"]["writing"]["2"]["estimate"] is None
+    )
     missing = summary([MATH, TALK], rows[:2])
     assert missing["score"]["without_grade"] == 2
 
@@ -70,19 +98,35 @@ def test_no_grade_at_all_is_no_number_and_no_crash(rows):
 def test_the_turns_of_a_question_are_one_cluster_and_not_two_observations():
     questions = [Question(str(number), ("a", "b"), "writing") for number in range(20)]
     rows = [grade(f"{number}:{turn}", 1 + number % 5) for number in range(20) for turn in (1, 2)]
-    both, first = summary(questions, rows)["score"], summary([Question(q.id, ("a",), "writing") for q in questions], rows[::2])["score"]
+    both, first = (
+        summary(questions, rows)["score"],
+        summary([Question(q.id, ("a",), "writing") for q in questions], rows[::2])["score"],
+    )
     assert both["high"] - both["low"] == pytest.approx(
         first["high"] - first["low"], rel=0.02
     )  # a second turn that says the same adds nothing
     won = [
-        {"kind": "relative", "question_id": f"{number}:{turn}", "order": order, "status": "ok", "value": winner}
+        {
+            "kind": "relative",
+            "question_id": f"{number}:{turn}",
+            "order": order,
+            "status": "ok",
+            "value": winner,
+        }
         for number in range(20)
         for turn in (1, 2)
         for order, winner in zip(("AB", "BA"), "BA" if number % 3 == 0 else "AB", strict=True)
     ]
-    pairs = [summary(questions, [row for row in won if turns in ("both", row["question_id"][-1])])["pairs"] for turns in ("both", "1")]
+    pairs = [
+        summary(questions, [row for row in won if turns in ("both", row["question_id"][-1])])[
+            "pairs"
+        ]
+        for turns in ("both", "1")
+    ]
     both, first = (pair["score"] for pair in pairs)
-    assert both["n"] == 2 * first["n"] and both["high"] - both["low"] == pytest.approx(first["high"] - first["low"], rel=0.02)
+    assert both["n"] == 2 * first["n"] and both["high"] - both["low"] == pytest.approx(
+        first["high"] - first["low"], rel=0.02
+    )
 
 
 def test_limits_of_a_mean_stay_on_the_scale():
@@ -101,16 +145,25 @@ def test_fastchat_lines_can_be_replayed(tmp_path):
     path.write_text("".join(json.dumps(_single(row, "mine", "judge", 0.0)) + "\n" for row in rows))
     report = replay(path)
     assert report["format"] == "fastchat-single" and report["recorded"]["scale"] == "1..5"
-    assert (report["bounds"]["all_lost"], report["bounds"]["all_won"]) == (10 / 4, 14 / 4), "our grades end at 5, FastChat's at 10"
+    assert (report["bounds"]["all_lost"], report["bounds"]["all_won"]) == (10 / 4, 14 / 4), (
+        "our grades end at 5, FastChat's at 10"
+    )
     pairs = [
         {"kind": "relative", "question_id": "7:1", "order": order, "status": "ok", "value": value}
         for order, value in (("AB", "A"), ("BA", "A"))
     ]
     (line,) = _pairs(pairs, "mine", "other", "judge", 0.0)
-    assert (line["g1_winner"], line["g2_winner"], line["turn"], line["question_id"]) == ("model_1", "model_2", 1, 7)
+    assert (line["g1_winner"], line["g2_winner"], line["turn"], line["question_id"]) == (
+        "model_1",
+        "model_2",
+        1,
+        7,
+    )
 
 
-def test_the_figure_of_grades_is_the_same_bytes_for_the_same_numbers_and_copes_with_missing_grades(tmp_path):
+def test_the_figure_of_grades_is_the_same_bytes_for_the_same_numbers_and_copes_with_missing_grades(
+    tmp_path,
+):
     def cell(estimate, low=None, high=None, n=2):
         return {"estimate": estimate, "low": low, "high": high, "n": n}
 
@@ -120,5 +173,11 @@ def test_the_figure_of_grades_is_the_same_bytes_for_the_same_numbers_and_copes_w
     files = [draw_grades(numbers, tmp_path / name / "grades", "a model") for name in ("one", "two")]
     assert [path.suffix for path in files[0]] == [".svg", ".png"]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
-    empty = {"by_category": {"math": {"1": cell(None, n=0), "all": cell(None, n=0)}}, "by_turn": {"1": cell(None, n=0)}}
-    assert all(path.stat().st_size > 500 for path in draw_grades(empty, tmp_path / "none" / "grades", "nothing graded"))
+    empty = {
+        "by_category": {"math": {"1": cell(None, n=0), "all": cell(None, n=0)}},
+        "by_turn": {"1": cell(None, n=0)},
+    }
+    assert all(
+        path.stat().st_size > 500
+        for path in draw_grades(empty, tmp_path / "none" / "grades", "nothing graded")
+    )

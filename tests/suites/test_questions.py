@@ -22,7 +22,11 @@ def mt_bench(*overrides):
 
 def test_quickstart_questions_come_with_references_where_they_are_needed():
     loaded = load_questions(mt_bench())
-    assert [question.category for question in loaded.questions if question.reference] == ["reasoning", "math", "coding"]
+    assert [question.category for question in loaded.questions if question.reference] == [
+        "reasoning",
+        "math",
+        "coding",
+    ]
     assert loaded.missing_references == () and loaded.subset is None
 
 
@@ -32,27 +36,43 @@ def test_fewer_questions_are_stamped_as_a_subset():
 
 def test_real_mt_bench_files_load_and_missing_references_are_listed(shared_data, tmp_path):
     folder = shared_data / "mt_bench"
-    loaded = load_questions(mt_bench(f"data.questions={folder}/question.jsonl", f"data.references={folder}/reference_answer/gpt-4.jsonl"))
-    assert len(loaded.questions) == 80 and sum(question.reference is not None for question in loaded.questions) == 30
+    loaded = load_questions(
+        mt_bench(
+            f"data.questions={folder}/question.jsonl",
+            f"data.references={folder}/reference_answer/gpt-4.jsonl",
+        )
+    )
+    assert (
+        len(loaded.questions) == 80
+        and sum(question.reference is not None for question in loaded.questions) == 30
+    )
     some = tmp_path / "references.jsonl"
     some.write_text((folder / "reference_answer/gpt-4.jsonl").read_text().split("\n")[0] + "\n")
-    loaded = load_questions(mt_bench(f"data.questions={folder}/question.jsonl", f"data.references={some}"))
+    loaded = load_questions(
+        mt_bench(f"data.questions={folder}/question.jsonl", f"data.references={some}")
+    )
     assert len(loaded.missing_references) == 29
 
 
 def test_fastchat_answers_are_read_and_another_question_set_is_refused(shared_data):
     folder = shared_data / "mt_bench"
-    questions = load_questions(mt_bench(f"data.questions={folder}/question.jsonl", "data.references=null")).questions
+    questions = load_questions(
+        mt_bench(f"data.questions={folder}/question.jsonl", "data.references=null")
+    ).questions
     answers = read_answer_file(folder / "model_answer/llama-2-chat7b.jsonl", questions)
     assert len(answers) == 160 and answers.generator == "llama-2-chat7b"
     with pytest.raises(DataError, match="16 of 16 answers are missing"):
-        read_answer_file(folder / "model_answer/llama-2-chat7b.jsonl", load_questions(mt_bench()).questions)
+        read_answer_file(
+            folder / "model_answer/llama-2-chat7b.jsonl", load_questions(mt_bench()).questions
+        )
 
 
 def test_alpaca_outputs_are_matched_by_instruction_in_any_order(shared_data):
     folder = shared_data / "alpaca_eval"
     path = folder / "alpaca_eval_reference_text_davinci_003.json"
-    questions = load_questions(load_eval(QUICK / "alpaca_eval.yaml", [f"data.questions={path}"])).questions
+    questions = load_questions(
+        load_eval(QUICK / "alpaca_eval.yaml", [f"data.questions={path}"])
+    ).questions
     answers = read_answer_file(folder / "llama-2-7b-chat-hf/model_outputs.json", questions)
     assert len(questions) == 805 and len(answers) == 805
 
@@ -61,7 +81,14 @@ def test_a_file_of_twenty_thousand_answers_is_matched_in_seconds(tmp_path, monke
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     questions = [Question(str(number), (f"question {number}",)) for number in range(20_000)]
     path = tmp_path / "answers.json"
-    path.write_text(json.dumps([{"instruction": question.turns[0], "output": "yes", "generator": "m"} for question in questions]))
+    path.write_text(
+        json.dumps(
+            [
+                {"instruction": question.turns[0], "output": "yes", "generator": "m"}
+                for question in questions
+            ]
+        )
+    )
     recipe = load_eval(QUICK / "alpaca_eval.yaml")
     started = time.process_time()
     assert len(Answering(recipe, [str(path)], None, questions).pairing().targets[0].rows) == 20_000
@@ -70,7 +97,9 @@ def test_a_file_of_twenty_thousand_answers_is_matched_in_seconds(tmp_path, monke
 
 def test_repeated_ids_empty_files_and_wrong_columns_are_named(tmp_path):
     path = tmp_path / "q.json"
-    recipe = load_eval(QUICK / "alpaca_eval.yaml", [f"data.questions={path}"]) if path.exists() else None
+    recipe = (
+        load_eval(QUICK / "alpaca_eval.yaml", [f"data.questions={path}"]) if path.exists() else None
+    )
     for rows, words in (
         ([{"id": 1, "instruction": "a", "output": "b"}] * 2, "occur twice: 1"),
         ([], "0 questions"),
@@ -84,8 +113,17 @@ def test_repeated_ids_empty_files_and_wrong_columns_are_named(tmp_path):
 
 
 def test_answers_of_two_models_in_one_file_are_refused(tmp_path):
-    questions = load_questions(load_eval(QUICK / "alpaca_eval.yaml", ["data.max_questions=2"])).questions
+    questions = load_questions(
+        load_eval(QUICK / "alpaca_eval.yaml", ["data.max_questions=2"])
+    ).questions
     path = tmp_path / "two.json"
-    path.write_text(json.dumps([{"instruction": question.turns[0], "output": "x", "generator": question.id} for question in questions]))
+    path.write_text(
+        json.dumps(
+            [
+                {"instruction": question.turns[0], "output": "x", "generator": question.id}
+                for question in questions
+            ]
+        )
+    )
     with pytest.raises(DataError, match="answers of 2 models"):
         read_answer_file(path, questions)

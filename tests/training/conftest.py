@@ -1,4 +1,6 @@
-"""Trained runs that several test files look at: a LoRA, a second LoRA, a QLoRA and a full fine-tuning of the tiny model."""
+"""Trained runs that several test files look at: a LoRA, a second LoRA, a QLoRA and a full
+fine-tuning of the tiny model.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,29 @@ from pathlib import Path
 
 import pytest
 
-NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16, bnb_4bit_use_double_quant: true}"
+NF4 = (
+    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16,"
+    " bnb_4bit_use_double_quant: true}"
+)
 KINDS = {
     "lora": [],
     "lora.chat": ["data.prompt_format=chat", "lora.r=2"],
     "qlora": [NF4, "model.dtype=bfloat16", "train.bf16=true"],
     "full": ["lora=null", "train.learning_rate=1e-3"],
 }
-STEPS = ["train.max_steps=6", "train.eval_steps=6", "train.save_steps=6", "train.learning_rate=3e-2"]
+STEPS = [
+    "train.max_steps=6",
+    "train.eval_steps=6",
+    "train.save_steps=6",
+    "train.learning_rate=3e-2",
+]
 
 
 @pytest.fixture(scope="session")
 def runs_of_all_kinds(
-    tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory
+    tiny_model_dir: Path,
+    tiny_recipe_text: Callable[[Path], str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Path]:
     """The folder of four finished runs, trained once; read it, and change only copies (`runs`)."""
     from recipes_lib.recipe.project import project_root
@@ -30,7 +42,9 @@ def runs_of_all_kinds(
     rows = project_root() / "recipes" / "quickstart" / "data" / "instructions.jsonl"
     shutil.copyfile(rows, folder / "rows.jsonl")
     recipe = folder / "tiny.yaml"
-    recipe.write_text(tiny_recipe_text(tiny_model_dir).replace(str(rows), "rows.jsonl"), encoding="utf-8")
+    recipe.write_text(
+        tiny_recipe_text(tiny_model_dir).replace(str(rows), "rows.jsonl"), encoding="utf-8"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_RUNS_ROOT", str(folder / "runs"))
         for name, overrides in KINDS.items():
@@ -52,14 +66,22 @@ def recipes(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 
 
 @pytest.fixture
-def runs(runs_of_all_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A function that copies runs into this test's own runs root and returns the folder of the last one."""
+def runs(
+    runs_of_all_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """A function that copies runs into this test's own runs root and returns the folder of the last
+    one.
+    """
     root = tmp_path / "runs"
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(root))
 
     def copy(*names: str) -> Path:
         for name in names:
-            shutil.copytree(runs_of_all_kinds / name, root / name, ignore=shutil.ignore_patterns("checkpoints", "figures"))
+            shutil.copytree(
+                runs_of_all_kinds / name,
+                root / name,
+                ignore=shutil.ignore_patterns("checkpoints", "figures"),
+            )
         return root / names[-1]
 
     return copy

@@ -1,8 +1,10 @@
-"""A Hub on this machine, as much of it as a training asks: it serves FOLDER/models/ORG/NAME and FOLDER/datasets/ORG/NAME.
+"""A Hub on this machine, as much of it as a training asks: it serves FOLDER/models/ORG/NAME and
+FOLDER/datasets/ORG/NAME.
 
     python small_hub.py FOLDER      prints its address
 
-A model whose name begins with `gated` answers about itself and refuses its files, as the real Hub does without a token.
+A model whose name begins with `gated` answers about itself and refuses its files, as the real Hub
+does without a token.
 """
 
 from __future__ import annotations
@@ -36,15 +38,33 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def describe(self, kind: str, name: str, what: str | None, revision: str | None, below: str | None) -> None:
+    def describe(
+        self, kind: str, name: str, what: str | None, revision: str | None, below: str | None
+    ) -> None:
         folder = ROOT / kind / name
         if not folder.is_dir():
             return self.reply(404, X_Error_Code="RepoNotFound")
         if revision not in (None, "main", COMMIT):
             return self.reply(404, X_Error_Code="RevisionNotFound")
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and str(path.relative_to(folder)).startswith(below or "")]
-        files = [{"type": "file", "path": str(p.relative_to(folder)), "size": p.stat().st_size, "oid": "0" * 40} for p in paths]
-        whole = {"id": name, "sha": COMMIT, "siblings": [file | {"rfilename": file["path"]} for file in files]}
+        paths = [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and str(path.relative_to(folder)).startswith(below or "")
+        ]
+        files = [
+            {
+                "type": "file",
+                "path": str(p.relative_to(folder)),
+                "size": p.stat().st_size,
+                "oid": "0" * 40,
+            }
+            for p in paths
+        ]
+        whole = {
+            "id": name,
+            "sha": COMMIT,
+            "siblings": [file | {"rfilename": file["path"]} for file in files],
+        }
         return self.reply(200, json.dumps(files if what == "tree" else whole).encode())
 
     def send_file(self, dataset: str | None, name: str, file: str) -> None:
@@ -54,7 +74,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if not path.is_file():
             return self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         content = path.read_bytes()
-        return self.reply(200, content, X_Repo_Commit=COMMIT, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
+        return self.reply(
+            200, content, X_Repo_Commit=COMMIT, ETag=f'"{hashlib.sha1(content).hexdigest()}"'
+        )
 
     def reply(self, code: int, body: bytes = b"{}", **headers: str) -> None:
         self.send_response(code)

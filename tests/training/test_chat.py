@@ -1,4 +1,6 @@
-"""`recipes chat`: the base beside the runs, each asked as it was trained, and model text that cannot do anything to a terminal."""
+"""`recipes chat`: the base beside the runs, each asked as it was trained, and model text that
+cannot do anything to a terminal.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,41 @@ def headings(out: str, names: list[str]) -> list[str]:
 def test_one_prompt_is_answered_by_the_base_and_every_run(runs: Runs, recipes: Verb) -> None:
     runs("lora", "lora.chat")
     names = ["base", "lora", "lora.chat"]
-    first = recipes("chat", "lora", "lora.chat", "--prompt", "What is gold?", "--max-new-tokens", "5")
-    assert first[0] == 0 and headings(first[1], names) == names and first[1].endswith("next: recipes verify lora\n")
-    assert recipes("chat", "lora", "lora.chat", "--prompt", "What is gold?", "--max-new-tokens", "5") == first
-    out = recipes("chat", "lora", "lora", "--no-base", "--prompt", "What is gold?", "--max-new-tokens", "5")[1]
+    first = recipes(
+        "chat", "lora", "lora.chat", "--prompt", "What is gold?", "--max-new-tokens", "5"
+    )
+    assert (
+        first[0] == 0
+        and headings(first[1], names) == names
+        and first[1].endswith("next: recipes verify lora\n")
+    )
+    assert (
+        recipes("chat", "lora", "lora.chat", "--prompt", "What is gold?", "--max-new-tokens", "5")
+        == first
+    )
+    out = recipes(
+        "chat", "lora", "lora", "--no-base", "--prompt", "What is gold?", "--max-new-tokens", "5"
+    )[1]
     assert headings(out, names) == ["lora"]
 
 
 def test_a_full_fine_tuning_and_another_base_stand_beside(runs: Runs, recipes: Verb) -> None:
     runs("lora", "full", "qlora")
-    code, out, _ = recipes("chat", "lora", "full", "qlora", "--prompt", "hi", "--max-new-tokens", "3")
-    lines = [line for line in out.splitlines() if line.startswith("base ") or line in {"lora", "full", "qlora"}]
-    assert code == 0 and [line.split()[0] for line in lines] == ["base", "lora", "full", "base", "qlora"]
+    code, out, _ = recipes(
+        "chat", "lora", "full", "qlora", "--prompt", "hi", "--max-new-tokens", "3"
+    )
+    lines = [
+        line
+        for line in out.splitlines()
+        if line.startswith("base ") or line in {"lora", "full", "qlora"}
+    ]
+    assert code == 0 and [line.split()[0] for line in lines] == [
+        "base",
+        "lora",
+        "full",
+        "base",
+        "qlora",
+    ]
     assert "4 bit" in lines[3] and "4 bit" not in lines[0]
 
 
@@ -46,13 +71,18 @@ def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) 
 
     runs("lora", "lora.chat")
     family = Family([finished_run(open_run(name)) for name in ("lora", "lora.chat")])
-    texts = {name: generation_prompt(*family.prompting(name), instruction="Say hi.") for name in family.names}
+    texts = {
+        name: generation_prompt(*family.prompting(name), instruction="Say hi.")
+        for name in family.names
+    }
     assert texts["lora"] == texts["base"] == "### Instruction:\nSay hi.\n\n### Response:\n"
     assert texts["lora.chat"] == "<s><|user|>\nSay hi.</s>\n<|assistant|>\n"
 
 
 def test_answers_are_computed_in_the_precision_of_the_training(tiny_recipe: Path) -> None:
-    """Trained in bf16 beside float32 weights: the logits of an answer are those recorded at the end of the training, bit for bit."""
+    """Trained in bf16 beside float32 weights: the logits of an answer are those recorded at the end
+    of the training, bit for bit.
+    """
     import torch
 
     from recipes_lib.generation.subjects import loaded
@@ -63,7 +93,13 @@ def test_answers_are_computed_in_the_precision_of_the_training(tiny_recipe: Path
     from recipes_lib.training.trained import finished_run
     from recipes_lib.training.weights_check import logits_on
 
-    words = ["run.name=half", "train.bf16=true", "train.max_steps=3", "train.learning_rate=3e-2", "train.eval_strategy='no'"]
+    words = [
+        "run.name=half",
+        "train.bf16=true",
+        "train.max_steps=3",
+        "train.learning_rate=3e-2",
+        "train.eval_strategy='no'",
+    ]
     assert main([str(tiny_recipe), *words]) == 0
     trained = finished_run(open_run("half"))
     check = read_check(trained.weights)
@@ -93,22 +129,30 @@ def test_escapes_control_characters_and_markup_in_answers_are_shown_not_obeyed(
     assert ("base" in out.splitlines()[0] and "lora" in out.splitlines()[0]) is terminal
 
 
-def test_questions_come_from_a_pipe_until_an_empty_line(runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_come_from_a_pipe_until_an_empty_line(
+    runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs("lora")
     asked: list[str] = []
-    monkeypatch.setattr(chat, "answer", lambda family, name, question, *rest: asked.append(question) or "fine")
+    monkeypatch.setattr(
+        chat, "answer", lambda family, name, question, *rest: asked.append(question) or "fine"
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n  second \n\nnever\n"))
     code, out, _ = recipes("chat", "lora", "--no-base")
     assert code == 0 and asked == ["first", "second"] and "> " not in out
 
 
-@pytest.mark.parametrize("flags", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+@pytest.mark.parametrize(
+    "flags", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]]
+)
 def test_impossible_settings_are_usage_errors(runs: Runs, recipes: Verb, flags: list[str]) -> None:
     runs("lora")
     assert recipes("chat", "lora", "--prompt", "hi", *flags)[0] == ExitCode.USAGE
 
 
-def test_an_empty_answer_says_so(runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_answer_says_so(
+    runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs("lora")
     monkeypatch.setattr(chat, "answer", lambda *args: "")
     assert "(empty answer)" in recipes("chat", "lora", "--prompt", "hi")[1]
@@ -124,7 +168,11 @@ def test_an_unknown_run_names_its_neighbours(runs: Runs, recipes: Verb) -> None:
 
 
 def test_answers_stand_in_columns_that_never_exceed_the_terminal() -> None:
-    text = "one two three " * 20 + "a-word-that-is-longer-than-any-column-could-be-" * 3 + "\n\nlast line"
+    text = (
+        "one two three " * 20
+        + "a-word-that-is-longer-than-any-column-could-be-" * 3
+        + "\n\nlast line"
+    )
     for width in (80, 100, 201):
         lines = chat.side_by_side([("base", text), ("my-run", "short")], width)
         assert lines is not None and max(map(chat._width, lines)) <= width

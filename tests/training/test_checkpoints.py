@@ -11,7 +11,13 @@ import pytest
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.training import checkpoints
 
-FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+FILES = (
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+)
 
 
 def make_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
@@ -32,7 +38,9 @@ def test_the_newest_complete_checkpoint_is_used_by_step_number_not_by_name(tmp_p
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     good, bad = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
     if damage == "missing":
         (bad / name).unlink()
@@ -44,11 +52,20 @@ def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(tmp_path: P
     assert (tmp_path / "checkpoint-10.incomplete").is_dir() and not bad.exists()
 
 
-DAMAGED_MARKERS = ["", "{}", "[1]", '{"files": 3}', "[" * 100_000, '{"files": {}, "guard": {}, "sha257": {}}']
+DAMAGED_MARKERS = [
+    "",
+    "{}",
+    "[1]",
+    '{"files": 3}',
+    "[" * 100_000,
+    '{"files": {}, "guard": {}, "sha257": {}}',
+]
 
 
 @pytest.mark.parametrize("content", [None, *DAMAGED_MARKERS], ids=lambda text: str(text)[:30])
-def test_a_missing_or_torn_marker_makes_the_checkpoint_incomplete(tmp_path: Path, content: str | None) -> None:
+def test_a_missing_or_torn_marker_makes_the_checkpoint_incomplete(
+    tmp_path: Path, content: str | None
+) -> None:
     checkpoint = make_checkpoint(tmp_path, 5, complete=False)
     if content is not None:
         (checkpoint / checkpoints.MARKER).write_text(content)
@@ -60,15 +77,24 @@ def test_what_was_set_aside_twice_is_kept_twice(tmp_path: Path) -> None:
     for _ in range(2):
         make_checkpoint(tmp_path, 5, complete=False)
         checkpoints.newest_complete(tmp_path, report=lambda line: None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5.incomplete", "checkpoint-5.incomplete-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-5.incomplete",
+        "checkpoint-5.incomplete-2",
+    ]
 
 
-def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(tmp_path: Path) -> None:
+def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(
+    tmp_path: Path,
+) -> None:
     for step in (2, 4, 6, 8):
         make_checkpoint(tmp_path, step)
     make_checkpoint(tmp_path, 10, complete=False)
     checkpoints.rotate(tmp_path, keep=1, best=tmp_path / "checkpoint-4")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-4",
+        "checkpoint-8",
+    ]
 
 
 def test_rotation_without_a_best_one_keeps_the_newest(tmp_path: Path) -> None:
@@ -76,8 +102,14 @@ def test_rotation_without_a_best_one_keeps_the_newest(tmp_path: Path) -> None:
         make_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-8").touch()  # a file of that name is none
     checkpoints.rotate(tmp_path, keep=2, best=None)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-4", "checkpoint-6"]
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
 
 
 def test_rotation_with_no_limit_keeps_everything(tmp_path: Path) -> None:
@@ -88,7 +120,9 @@ def test_rotation_with_no_limit_keeps_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_missing_training_state_is_an_error_that_names_the_flag(tmp_path: Path, name: str) -> None:
+def test_a_missing_training_state_is_an_error_that_names_the_flag(
+    tmp_path: Path, name: str
+) -> None:
     checkpoint = make_checkpoint(tmp_path, 5, complete=False)
     (checkpoint / name).unlink()
     checkpoints.mark_complete(checkpoint, step=5, world_size=1)
@@ -104,7 +138,9 @@ def test_another_number_of_processes_lacks_random_states(tmp_path: Path) -> None
         checkpoints.check_resumable(checkpoint, world_size=2, allow_partial=False)
 
 
-def test_a_full_disk_is_noticed_before_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_before_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     checkpoints.check_free_space(tmp_path, 80 * 2**20)
@@ -112,7 +148,9 @@ def test_a_full_disk_is_noticed_before_a_save(tmp_path: Path, monkeypatch: pytes
         checkpoints.check_free_space(tmp_path, 90 * 2**20)
 
 
-def test_a_small_save_is_not_said_to_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_save_is_not_said_to_need_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=12_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(EnvironmentFault, match=r"needs 146 KiB \(and 20% spare\), 12 KiB are free"):

@@ -1,4 +1,6 @@
-"""Each architecture of `tests/families.py` goes the whole way of a run, or is refused in one line before anything is trained."""
+"""Each architecture of `tests/families.py` goes the whole way of a run, or is refused in one line
+before anything is trained.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ ALL_LINEAR = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "a
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": ALL_LINEAR},
-    "qlora": {"lora": ALL_LINEAR, "quantization": NF4, "model": {"dtype": "bfloat16"}, "train": {"bf16": True}},
+    "qlora": {
+        "lora": ALL_LINEAR,
+        "quantization": NF4,
+        "model": {"dtype": "bfloat16"},
+        "train": {"bf16": True},
+    },
     "full": {"lora": None, "train": {"learning_rate": 1.0e-3}},
 }
 SHORT = {
@@ -32,12 +39,21 @@ REFUSED: dict[tuple[str, str], str] = {}
 
 
 @pytest.fixture
-def write_recipe(tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """A function that writes a short recipe for a family's tiny model; its runs go to <tmp_path>/runs."""
+def write_recipe(
+    tiny_model_dir: Path,
+    tiny_recipe_text: Callable[[Path], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Write:
+    """A function that writes a short recipe for a family's tiny model; its runs go to
+    <tmp_path>/runs.
+    """
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
 
     def write(family: str, *changes: dict[str, Any]) -> Path:
-        values = yaml.safe_load(tiny_recipe_text(build_family(family, tmp_path / family, tiny_model_dir)))
+        values = yaml.safe_load(
+            tiny_recipe_text(build_family(family, tmp_path / family, tiny_model_dir))
+        )
         for section, keys in (item for change in (SHORT, *changes) for item in change.items()):
             values[section] = keys and {**(values.get(section) or {}), **keys}
         path = tmp_path / f"{family}.yaml"
@@ -49,23 +65,48 @@ def write_recipe(tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str], 
 
 @pytest.fixture
 def own_tasks(tmp_path: Path) -> Path:
-    """An eval recipe with one task that compares choices and one that generates, for prompts of several lengths."""
-    rows = [{"question": f"Pick {'one of these ' * n}{n}", "choices": ["one", "two three"], "answer": n % 2} for n in range(4)]
+    """An eval recipe with one task that compares choices and one that generates, for prompts of
+    several lengths.
+    """
+    rows = [
+        {
+            "question": f"Pick {'one of these ' * n}{n}",
+            "choices": ["one", "two three"],
+            "answer": n % 2,
+        }
+        for n in range(4)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "test_split": "test", "num_fewshot": 0,
-        "doc_to_text": "{{question}}:", "metadata": {"version": 1.0},
-    }  # fmt: skip
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "{{question}}:",
+        "metadata": {"version": 1.0},
+    }
     metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    choice = {"task": "tiny_choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
-    words = {"task": "tiny_words", "output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
+    choice = {
+        "task": "tiny_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+    }
+    words = {
+        "task": "tiny_words",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+    }
     words |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
-    for task in (choice | {"metric_list": metrics}, words | {"metric_list": [metrics[0] | {"metric": "exact_match"}]}):
+    for task in (
+        choice | {"metric_list": metrics},
+        words | {"metric_list": [metrics[0] | {"metric": "exact_match"}]},
+    ):
         (tmp_path / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
     path = tmp_path / "own.yaml"
     path.write_text(
-        "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata: {include_path: ., folder: .}\n"
-        "generation: {dtype: float32}\n"
+        "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata:"
+        " {include_path: ., folder: .}\ngeneration: {dtype: float32}\n"
     )
     return path
 
@@ -80,7 +121,11 @@ def asked_to_stop(honest: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def weights_of(run: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for folder in ("adapter", "model") for file in (run / folder).glob("*.safetensors")}
+    return {
+        file.name: file.read_bytes()
+        for folder in ("adapter", "model")
+        for file in (run / folder).glob("*.safetensors")
+    }
 
 
 @pytest.mark.slow
@@ -104,7 +149,9 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
         assert code == ExitCode.USAGE and reason in err
         assert main([str(recipe), "run.name=run"]) == ExitCode.USAGE
         said = capsys.readouterr().err
-        assert reason in said and len(said.splitlines()) <= 3 and not list(run.glob("checkpoints/*"))
+        assert (
+            reason in said and len(said.splitlines()) <= 3 and not list(run.glob("checkpoints/*"))
+        )
         return
     assert code == 0
     assert main([str(recipe), "run.name=whole"]) == 0
@@ -118,7 +165,12 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
     assert recipes("verify", "run")[0] == 0
     if method != "full":
         given.append(tmp_path / "given-merged")
-        assert recipes("merge", "run")[0] == recipes("verify", "run")[0] == recipes("export", "run", "--merged", "--to", given[1])[0] == 0
+        assert (
+            recipes("merge", "run")[0]
+            == recipes("verify", "run")[0]
+            == recipes("export", "run", "--merged", "--to", given[1])[0]
+            == 0
+        )
     assert recipes("chat", "run", "--prompt", "What is gold?", "--max-new-tokens", "5")[0] == 0
     assert recipes("eval", own_tasks, "run")[0] == 0
     assert recipes("export", "run", "--to", given[0])[0] == 0
@@ -126,16 +178,28 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
 
 
 def assert_plain(given: Path, base: Path) -> None:
-    """What is given away answers two prompts at once in transformers alone, and its config says what the base's says."""
+    """What is given away answers two prompts at once in transformers alone, and its config says
+    what the base's says.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(given, padding_side="left", pad_token="</s>")
-    prompts = tokenizer(["What is gold?", "Name three metals, and say what each is used for."], return_tensors="pt", padding=True)
+    prompts = tokenizer(
+        ["What is gold?", "Name three metals, and say what each is used for."],
+        return_tensors="pt",
+        padding=True,
+    )
     prompts.pop("token_type_ids", None)
-    answers = AutoModelForCausalLM.from_pretrained(given).generate(**prompts, max_new_tokens=3, do_sample=False)
+    answers = AutoModelForCausalLM.from_pretrained(given).generate(
+        **prompts, max_new_tokens=3, do_sample=False
+    )
     assert len(answers) == 2
     saved, original = (json.loads((folder / "config.json").read_text()) for folder in (given, base))
-    assert {key for key in original if saved.get(key) != original[key]} <= {"dtype", "tie_word_embeddings", "pad_token_id"}
+    assert {key for key in original if saved.get(key) != original[key]} <= {
+        "dtype",
+        "tie_word_embeddings",
+        "pad_token_id",
+    }
 
 
 @pytest.mark.parametrize(
@@ -143,7 +207,13 @@ def assert_plain(given: Path, base: Path) -> None:
     [
         (
             "bart",
-            {"decoder_layers": 2, "decoder_ffn_dim": 96, "decoder_attention_heads": 4, "is_decoder": True, "is_encoder_decoder": False},
+            {
+                "decoder_layers": 2,
+                "decoder_ffn_dim": 96,
+                "decoder_attention_heads": 4,
+                "is_decoder": True,
+                "is_encoder_decoder": False,
+            },
         ),
         ("doge", {}),
     ],
@@ -151,20 +221,33 @@ def assert_plain(given: Path, base: Path) -> None:
 def test_a_decoder_with_positions_of_its_own_and_one_without_its_experts_are_trained(
     family: str, sizes: dict[str, Any], write_recipe: Write, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Bart counts positions through a whole row, examples end to end would leave its table; Doge's config names experts it may not have."""
+    """Bart counts positions through a whole row, examples end to end would leave its table; Doge's
+    config names experts it may not have.
+    """
     recipe = write_recipe(family, METHODS["lora"])
     build_family(family, tmp_path / family, tiny_model_dir, **sizes)
     assert main([str(recipe), "run.name=run"]) == 0
 
 
 @pytest.mark.slow
-def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(write_recipe: Write, tmp_path: Path) -> None:
-    """In a file each expert has its matrices, in memory all share one: the Trainer finds none of them, and keeps those of the last step."""
-    best = {"load_best_model_at_end": True, "greater_is_better": True, "eval_steps": 2}  # the worst loss, so that it is not the last one
+def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(
+    write_recipe: Write, tmp_path: Path
+) -> None:
+    """In a file each expert has its matrices, in memory all share one: the Trainer finds none of
+    them, and keeps those of the last step.
+    """
+    best = {
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+        "eval_steps": 2,
+    }  # the worst loss, so that it is not the last one
     recipe = write_recipe("mixtral", METHODS["full"], {"train": best})
     assert main([str(recipe), "run.name=run"]) == 0
     run = tmp_path / "runs" / "run"
-    saved = {step: (run / f"checkpoints/checkpoint-{step}/model.safetensors").read_bytes() for step in (2, 4)}
+    saved = {
+        step: (run / f"checkpoints/checkpoint-{step}/model.safetensors").read_bytes()
+        for step in (2, 4)
+    }
     assert weights_of(run) == {"model.safetensors": saved[2]} != {"model.safetensors": saved[4]}
 
 
@@ -179,7 +262,11 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_pa
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        EnvironmentFault, match=r"checkpoint-4 lacks 1 weights of the model, model.layers.1.mlp.down_proj.weight among them"
+        EnvironmentFault,
+        match=(
+            r"checkpoint-4 lacks 1 weights of the model, model.layers.1.mlp.down_proj.weight among"
+            r" them"
+        ),
     ):
         load_whole(AutoModelForCausalLM.from_pretrained(tiny_model_dir), folder)
 
@@ -189,15 +276,26 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_pa
 def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_trained(
     module: str, write_recipe: Write, own_tasks: Path, recipes: Verb, tmp_path: Path
 ) -> None:
-    """lm-eval ties the weights of what it is given; the merged model, which has nothing to tie, must get the same numbers."""
-    recipe = write_recipe("qwen3", {"lora": {"modules_to_save": [module], "target_modules": ["q_proj", "v_proj"]}})
+    """lm-eval ties the weights of what it is given; the merged model, which has nothing to tie,
+    must get the same numbers.
+    """
+    recipe = write_recipe(
+        "qwen3", {"lora": {"modules_to_save": [module], "target_modules": ["q_proj", "v_proj"]}}
+    )
     assert main([str(recipe), "run.name=run"]) == 0
-    assert recipes("verify", "run")[0] == recipes("merge", "run")[0] == recipes("verify", "run")[0] == 0
+    assert (
+        recipes("verify", "run")[0]
+        == recipes("merge", "run")[0]
+        == recipes("verify", "run")[0]
+        == 0
+    )
     merged = tmp_path / "given"
     assert recipes("export", "run", "--merged", "--to", merged)[0] == 0
     assert_plain(merged, tmp_path / "qwen3")
     assert recipes("eval", own_tasks, "run", merged, tmp_path / "qwen3")[0] == 0
-    of_adapter, of_merged, of_base = (likelihoods(tmp_path / "runs", name) for name in ("run", "base--given-*", "base--qwen3-*"))
+    of_adapter, of_merged, of_base = (
+        likelihoods(tmp_path / "runs", name) for name in ("run", "base--given-*", "base--qwen3-*")
+    )
     assert of_adapter == pytest.approx(of_merged, abs=1e-3)
     assert max(abs(here - there) for here, there in zip(of_adapter, of_base, strict=True)) > 0.1
 
@@ -205,5 +303,7 @@ def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_traine
 def likelihoods(root: Path, run: str) -> list[float]:
     """The log-likelihoods that lm-eval recorded for the choices."""
     [file] = root.glob(f"{run}/evals/*/samples/samples_tiny_choice.jsonl")
-    rows = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda row: row["doc_id"])
+    rows = sorted(
+        (json.loads(line) for line in file.read_text().splitlines()), key=lambda row: row["doc_id"]
+    )
     return [float(answer[0][0]) for row in rows for answer in row["resps"]]

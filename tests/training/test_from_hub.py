@@ -1,4 +1,6 @@
-"""A model and rows that lie on the Hub and not on this machine: the first training of everybody who has a GPU."""
+"""A model and rows that lie on the Hub and not on this machine: the first training of everybody who
+has a GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,22 @@ ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
 
 @pytest.fixture(scope="module")
 def hub(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Hub with the tiny model, also as pickle and gated, and the quickstart's rows."""
+    """The address of a Hub with the tiny model, also as pickle and gated, and the quickstart's
+    rows.
+    """
     folder = tmp_path_factory.mktemp("hub")
     for name in ("tiny", "gated-tiny", "pickle"):
         shutil.copytree(tiny_model_dir, folder / "models" / "org" / name)
-    (folder / "models/org/pickle/model.safetensors").rename(folder / "models/org/pickle/pytorch_model.bin")
+    (folder / "models/org/pickle/model.safetensors").rename(
+        folder / "models/org/pickle/pytorch_model.bin"
+    )
     (folder / "datasets/org/rows").mkdir(parents=True)
     shutil.copy(ROWS, folder / "datasets/org/rows/train.jsonl")
-    server = subprocess.Popen([sys.executable, Path(__file__).with_name("small_hub.py"), folder], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("small_hub.py"), folder],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert server.stdout
     yield server.stdout.readline().strip()
     server.kill()
@@ -33,20 +43,37 @@ def hub(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def train_from(hub: str, tiny_recipe: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Train the tiny recipe for two steps with overrides, in a process of its own with an empty cache."""
+def train_from(
+    hub: str, tiny_recipe: Path, tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Train the tiny recipe for two steps with overrides, in a process of its own with an empty
+    cache.
+    """
 
-    def train(*overrides: str, entry: tuple[str, ...] = ("recipes_lib.train",)) -> subprocess.CompletedProcess[str]:
+    def train(
+        *overrides: str, entry: tuple[str, ...] = ("recipes_lib.train",)
+    ) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
-        environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        environment |= {
+            "HF_ENDPOINT": hub,
+            "HF_HOME": str(tmp_path / "hf"),
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
         command = [sys.executable, "-m", *entry, str(tiny_recipe), "train.max_steps=2", *overrides]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
 
     return train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", [("recipes_lib.train",), ("recipes_lib.cli", "train")], ids=["script", "recipes train, planned first"])
+@pytest.mark.parametrize(
+    "entry",
+    [("recipes_lib.train",), ("recipes_lib.cli", "train")],
+    ids=["script", "recipes train, planned first"],
+)
 def test_model_and_rows_are_fetched_and_trained_on(entry, train_from, tmp_path):
     ended = train_from("model.name_or_path=org/tiny", "data.source=org/rows", entry=entry)
     assert ended.returncode == 0, ended.stderr
@@ -62,12 +89,23 @@ def test_model_and_rows_are_fetched_and_trained_on(entry, train_from, tmp_path):
     [
         (["model.name_or_path=org/tinny"], 5, ["no model 'org/tinny'", "check the name"]),
         (["model.name_or_path=org/gated-tiny"], 5, ["'org/gated-tiny' is gated", "hf auth login"]),
-        (["model.name_or_path=org/tiny", "model.revision=v2"], 5, ["no revision 'v2'", "model.revision"]),
+        (
+            ["model.name_or_path=org/tiny", "model.revision=v2"],
+            5,
+            ["no revision 'v2'", "model.revision"],
+        ),
         (["model.name_or_path=org/pickle"], 5, ["no safetensors", "pickles"]),
         (["data.source=org/rowz"], 4, ["no data set 'org/rowz'", "check the name"]),
         (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
     ],
-    ids=["63 no such model", "63 gated", "63 no such revision", "65 pickles only", "53 no such data set", "no such split"],
+    ids=[
+        "63 no such model",
+        "63 gated",
+        "63 no such revision",
+        "65 pickles only",
+        "53 no such data set",
+        "no such split",
+    ],
 )
 def test_what_the_hub_refuses_is_said_in_one_line(overrides, code, words, train_from):
     ended = train_from(*overrides)

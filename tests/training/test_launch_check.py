@@ -27,26 +27,64 @@ CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
 def test_what_recipes_train_asked_for_wins_over_the_parent_process() -> None:
     environment = {"RECIPES_EXPECT": json.dumps({"world_size": 2, "distributed_type": "FSDP"})}
-    assert what_was_asked(environment, ["accelerate", "launch", "--num_processes", "4"]) == Asked(2, "FSDP", "recipes train")
+    assert what_was_asked(environment, ["accelerate", "launch", "--num_processes", "4"]) == Asked(
+        2, "FSDP", "recipes train"
+    )
 
 
 @pytest.mark.parametrize(
     ("parent", "world_size", "kind"),
     [
         (
-            ["python3", "/x/bin/accelerate", "launch", "--config_file", str(CONFIGS / "ddp_cpu.yaml"), "-m", "recipes_lib.train"],
+            [
+                "python3",
+                "/x/bin/accelerate",
+                "launch",
+                "--config_file",
+                str(CONFIGS / "ddp_cpu.yaml"),
+                "-m",
+                "recipes_lib.train",
+            ],
             2,
             "MULTI_GPU",
         ),
-        (["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "recipes_lib.train"], 2, None),
-        (["accelerate", "launch", f"--config_file={CONFIGS / 'fsdp_cpu.yaml'}", "--num_processes=4", "x.py"], 4, "FSDP"),
+        (
+            ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "recipes_lib.train"],
+            2,
+            None,
+        ),
+        (
+            [
+                "accelerate",
+                "launch",
+                f"--config_file={CONFIGS / 'fsdp_cpu.yaml'}",
+                "--num_processes=4",
+                "x.py",
+            ],
+            4,
+            "FSDP",
+        ),
         (["python", "/x/bin/torchrun", "--nproc_per_node", "3", "x.py"], 3, None),
-        (["python", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node=3", "x.py"], 6, None),
+        (
+            [
+                "python",
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "2",
+                "--nproc-per-node=3",
+                "x.py",
+            ],
+            6,
+            None,
+        ),
         (["bash"], None, None),
         ([], None, None),
     ],
 )
-def test_the_parent_command_tells_what_was_asked(parent: list[str], world_size: int | None, kind: str | None) -> None:
+def test_the_parent_command_tells_what_was_asked(
+    parent: list[str], world_size: int | None, kind: str | None
+) -> None:
     asked = what_was_asked({}, parent)
     assert (asked.world_size, asked.distributed_type) == (world_size, kind)
 
@@ -70,11 +108,16 @@ def test_ddp_where_fsdp_was_asked_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_fsdp_of_one_process_is_one_process() -> None:
-    assert "one process" in check_launch(Asked(1, "FSDP", "accelerate launch"), Active(1, "one process", "cpu"))
+    assert "one process" in check_launch(
+        Asked(1, "FSDP", "accelerate launch"), Active(1, "one process", "cpu")
+    )
 
 
 def test_a_launch_for_the_cpu_sees_no_gpu() -> None:
-    for environment in ({"ACCELERATE_USE_CPU": "true"}, {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "0,1"}):
+    for environment in (
+        {"ACCELERATE_USE_CPU": "true"},
+        {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "0,1"},
+    ):
         leave_gpus_out(environment)
         assert environment["CUDA_VISIBLE_DEVICES"] == ""
     for environment in ({}, {"ACCELERATE_USE_CPU": "false"}):
@@ -83,30 +126,67 @@ def test_a_launch_for_the_cpu_sees_no_gpu() -> None:
 
 
 @pytest.mark.parametrize(("config", "said"), [("cpu", "true"), ("single_gpu", "None")])
-def test_recipes_train_tells_its_one_process_whether_the_launch_is_for_the_cpu(config, said, tiny_recipe, monkeypatch) -> None:
+def test_recipes_train_tells_its_one_process_whether_the_launch_is_for_the_cpu(
+    config, said, tiny_recipe, monkeypatch
+) -> None:
     """One process is started without accelerate launch, which says it to several."""
     from recipes_lib.commands.train import supervise
     from recipes_lib.recipe.launch import plan_launch
 
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     recipe = load_recipe(tiny_recipe)
-    script = f"import os, sys; sys.exit(3 if str(os.environ.get('ACCELERATE_USE_CPU')) == '{said}' else 4)"
-    assert supervise([sys.executable, "-c", script], recipe, plan_launch(recipe.launch, accelerate=config)) == 3
+    script = (
+        f"import os, sys; sys.exit(3 if str(os.environ.get('ACCELERATE_USE_CPU')) == '{said}'"
+        " else 4)"
+    )
+    assert (
+        supervise(
+            [sys.executable, "-c", script], recipe, plan_launch(recipe.launch, accelerate=config)
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
     ("asked", "recipe_words", "said"),
     [
-        ("bf16", ["train.bf16=false"], "the launcher asks for mixed_precision bf16, but the recipe for none (train.bf16: false)"),
-        ("FP16", ["train.bf16=true"], "the launcher asks for mixed_precision FP16, but the recipe for bf16 (train.bf16: true)"),
-        ("fp8", ["train.bf16=true"], "the launcher asks for mixed_precision fp8, but the recipe for bf16 (train.bf16: true)"),
-        ("fp8", ["train.bf16=false"], "the launcher asks for mixed_precision fp8, but the recipe for none (train.bf16: false)"),
+        (
+            "bf16",
+            ["train.bf16=false"],
+            (
+                "the launcher asks for mixed_precision bf16, but the recipe for none (train.bf16:"
+                " false)"
+            ),
+        ),
+        (
+            "FP16",
+            ["train.bf16=true"],
+            (
+                "the launcher asks for mixed_precision FP16, but the recipe for bf16 (train.bf16:"
+                " true)"
+            ),
+        ),
+        (
+            "fp8",
+            ["train.bf16=true"],
+            "the launcher asks for mixed_precision fp8, but the recipe for bf16 (train.bf16: true)",
+        ),
+        (
+            "fp8",
+            ["train.bf16=false"],
+            (
+                "the launcher asks for mixed_precision fp8, but the recipe for none (train.bf16:"
+                " false)"
+            ),
+        ),
         ("bf16", ["train.bf16=true"], None),
         ("no", ["train.bf16=true"], None),
         (None, ["train.bf16=false"], None),
     ],
 )
-def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(asked, recipe_words, said, tiny_recipe) -> None:
+def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(
+    asked, recipe_words, said, tiny_recipe
+) -> None:
     recipe = load_recipe(tiny_recipe, recipe_words)
     environment = {} if asked is None else {"ACCELERATE_MIXED_PRECISION": asked}
     if said is None:
@@ -115,22 +195,38 @@ def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(as
         with pytest.raises(RecipeError) as caught:
             check_precision(recipe, environment)
         assert caught.value.what == said and "leave it to the recipe" in caught.value.hints[0]
-        assert ("fp8" in said) is (len(caught.value.hints) == 1)  # what cannot be trained is not recommended
+        assert ("fp8" in said) is (
+            len(caught.value.hints) == 1
+        )  # what cannot be trained is not recommended
 
 
 def test_what_cannot_be_known_is_said() -> None:
     assert "not checked" in check_launch(Asked(), Active(1, "one process", "cpu"))
-    assert "not checked" not in check_launch(Asked(1, "NO", "recipes train"), Active(1, "one process", "cpu"))
+    assert "not checked" not in check_launch(
+        Asked(1, "NO", "recipes train"), Active(1, "one process", "cpu")
+    )
 
 
 def test_accelerates_names_become_ours() -> None:
-    assert what_runs(SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2, device="cpu")).distributed_type == "DDP"
-    assert what_runs(SimpleNamespace(distributed_type="FSDP", num_processes=2, device="cuda:0")).distributed_type == "FSDP"
+    assert (
+        what_runs(
+            SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2, device="cpu")
+        ).distributed_type
+        == "DDP"
+    )
+    assert (
+        what_runs(
+            SimpleNamespace(distributed_type="FSDP", num_processes=2, device="cuda:0")
+        ).distributed_type
+        == "FSDP"
+    )
 
 
 def test_more_processes_than_gpus_are_refused_with_the_numbers() -> None:
     """Case 60."""
-    with pytest.raises(RecipeError, match="4 processes on this machine, but each of them sees 1 GPU;") as caught:
+    with pytest.raises(
+        RecipeError, match="4 processes on this machine, but each of them sees 1 GPU;"
+    ) as caught:
         check_gpus(1, {"LOCAL_WORLD_SIZE": "4"})
     assert "--gpus 1" in str(caught.value) and "MIG" in str(caught.value)
     check_gpus(4, {"LOCAL_WORLD_SIZE": "4"})

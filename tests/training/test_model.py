@@ -31,8 +31,12 @@ def test_flash_attention_is_taken_where_it_is_installed_and_runs_and_else_what_t
 
 
 @pytest.mark.parametrize(("free_bytes", "expected"), [(4400, "cpu"), (4500, "cuda:1")])
-def test_weights_are_checked_on_the_cpu_where_one_gpu_does_not_hold_them(free_bytes, expected, monkeypatch) -> None:
-    """What several GPUs trained in shards may not fit one, and the check at the end must not cost the run."""
+def test_weights_are_checked_on_the_cpu_where_one_gpu_does_not_hold_them(
+    free_bytes, expected, monkeypatch
+) -> None:
+    """What several GPUs trained in shards may not fit one, and the check at the end must not cost
+    the run.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 10**12))

@@ -35,7 +35,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return handed
 
 
-def test_a_call_within_a_call_is_not_sent_or_the_other_ranks_take_it_for_the_outer_result(sent: list[Any]) -> None:
+def test_a_call_within_a_call_is_not_sent_or_the_other_ranks_take_it_for_the_outer_result(
+    sent: list[Any],
+) -> None:
     assert on_main_rank(lambda: on_main_rank(lambda: "inner") + " and outer") == "inner and outer"
     assert sent == [("inner and outer", None)]
 
@@ -51,7 +53,9 @@ def test_an_error_reaches_every_rank_and_the_next_call_is_sent_again(sent: list[
     assert [type(error) for _, error in sent] == [ValueError, type(None)]
 
 
-def test_an_error_that_cannot_be_made_again_on_another_rank_reaches_it_as_text(sent: list[Any]) -> None:
+def test_an_error_that_cannot_be_made_again_on_another_rank_reaches_it_as_text(
+    sent: list[Any],
+) -> None:
     class Stubborn(Exception):
         def __init__(self, message: str, *, response: object) -> None:
             super().__init__(message)
@@ -66,7 +70,9 @@ def test_an_error_that_cannot_be_made_again_on_another_rank_reaches_it_as_text(s
 
 @pytest.mark.slow
 def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(tmp_path: Path) -> None:
-    """Two processes whose collectives end after 2 s: what rank 0 does for 6 s, and the files it writes for 6 s, end nothing."""
+    """Two processes whose collectives end after 2 s: what rank 0 does for 6 s, and the files it
+    writes for 6 s, end nothing.
+    """
     script = tmp_path / "patient.py"
     script.write_text(
         textwrap.dedent("""
@@ -93,7 +99,16 @@ def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(tmp_path: Path)
         """),
         encoding="utf-8",
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {f"rank {number} knows: division by zero True" for number in (0, 1)} <= set(done.stdout.splitlines())
+    assert {f"rank {number} knows: division by zero True" for number in (0, 1)} <= set(
+        done.stdout.splitlines()
+    )

@@ -9,7 +9,13 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from recipes_lib.recipe.batch import rows_per_epoch
-from recipes_lib.training.row_order import EpochRows, LengthGroups, RebalancedRows, with_fillers, with_training_filler
+from recipes_lib.training.row_order import (
+    EpochRows,
+    LengthGroups,
+    RebalancedRows,
+    with_fillers,
+    with_training_filler,
+)
 from recipes_lib.training.row_tracking import ROW, RowTrackingCollator
 
 LENGTHS = [5, 9, 2, 7, 3, 8, 4, 6, 1, 11, 12, 10, 13]
@@ -17,7 +23,14 @@ LENGTHS = [5, 9, 2, 7, 3, 8, 4, 6, 1, 11, 12, 10, 13]
 
 def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     longest = max(len(example["input_ids"]) for example in examples)
-    return {"input_ids": torch.tensor([example["input_ids"] + [0] * (longest - len(example["input_ids"])) for example in examples])}
+    return {
+        "input_ids": torch.tensor(
+            [
+                example["input_ids"] + [0] * (longest - len(example["input_ids"]))
+                for example in examples
+            ]
+        )
+    }
 
 
 def test_a_filler_stands_in_no_batch_with_other_rows_and_alone_it_is_a_batch_without_rows() -> None:
@@ -31,7 +44,9 @@ def test_a_filler_stands_in_no_batch_with_other_rows_and_alone_it_is_a_batch_wit
 
 
 def test_packed_rows_are_told_from_fillers_though_they_have_no_number() -> None:
-    packed = Dataset.from_dict({"input_ids": [[7, 7, 7]], "labels": [[7, 7, 7]], "seq_lengths": [[1, 2]]})
+    packed = Dataset.from_dict(
+        {"input_ids": [[7, 7, 7]], "labels": [[7, 7, 7]], "seq_lengths": [[1, 2]]}
+    )
     real, filler = with_training_filler(packed)
     collate = RowTrackingCollator(padded)
     assert ROW not in collate([real]) and collate([filler])[ROW].tolist() == []
@@ -46,7 +61,9 @@ def test_validation_rows_are_filled_in_number() -> None:
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_the_steps_of_an_epoch_have_the_same_rows_on_any_number_of_processes(drop_last: bool) -> None:
+def test_the_steps_of_an_epoch_have_the_same_rows_on_any_number_of_processes(
+    drop_last: bool,
+) -> None:
     from accelerate.data_loader import BatchSamplerShard
 
     rows = Dataset.from_dict({"row": list(range(26))})
@@ -54,18 +71,28 @@ def test_the_steps_of_an_epoch_have_the_same_rows_on_any_number_of_processes(dro
     for processes in (1, 2, 3):
         shape = {"per_device": 2, "accumulation": 6 // processes, "world_size": processes}
         length = rows_per_epoch(len(rows), **shape, drop_last=drop_last)
-        batches = DataLoader(rows, batch_size=2, sampler=EpochRows(SequentialSampler(rows), length, filler=26)).batch_sampler
-        shards = [list(BatchSamplerShard(batches, processes, rank)) if processes > 1 else list(batches) for rank in range(processes)]
+        batches = DataLoader(
+            rows, batch_size=2, sampler=EpochRows(SequentialSampler(rows), length, filler=26)
+        ).batch_sampler
+        shards = [
+            list(BatchSamplerShard(batches, processes, rank)) if processes > 1 else list(batches)
+            for rank in range(processes)
+        ]
         assert len({len(shard) for shard in shards}) == 1
         each = shape["accumulation"]
-        steps = [[row for shard in shards for batch in shard[at : at + each] for row in batch] for at in range(0, len(shards[0]), each)]
+        steps = [
+            [row for shard in shards for batch in shard[at : at + each] for row in batch]
+            for at in range(0, len(shards[0]), each)
+        ]
         epochs.append([sorted(row for row in step if row != 26) for step in steps])
     assert epochs[0] == epochs[1] == epochs[2]
     assert [len(step) for step in epochs[0]] == ([12, 12] if drop_last else [12, 12, 2])
 
 
 def test_an_epoch_says_its_length_filled_or_cut() -> None:
-    assert [len(EpochRows(SequentialSampler(range(26)), length, filler=26)) for length in (24, 30)] == [24, 30]
+    assert [
+        len(EpochRows(SequentialSampler(range(26)), length, filler=26)) for length in (24, 30)
+    ] == [24, 30]
 
 
 def test_length_groups_depend_on_the_seed_and_the_epoch_and_not_on_the_random_state() -> None:
@@ -79,13 +106,24 @@ def test_length_groups_depend_on_the_seed_and_the_epoch_and_not_on_the_random_st
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_whole_steps_of_rebalanced_batches_are_those_of_transformers(rank: int) -> None:
-    shape = {"effective_batch_size": 12, "dp_size": 2, "grad_accum": 2, "rank": rank, "drop_last": True}
-    lengths = [2 ** (row % 9) for row in range(24)]  # unlike enough that batches have unlike numbers of rows
+    shape = {
+        "effective_batch_size": 12,
+        "dp_size": 2,
+        "grad_accum": 2,
+        "rank": rank,
+        "drop_last": True,
+    }
+    lengths = [
+        2 ** (row % 9) for row in range(24)
+    ]  # unlike enough that batches have unlike numbers of rows
     assert list(RebalancedRows(lengths, **shape)) == list(BatchRebalanceSampler(lengths, **shape))
 
 
 def test_a_last_step_of_rebalanced_batches_repeats_no_row() -> None:
-    ranks = [RebalancedRows(LENGTHS, 12, dp_size=3, grad_accum=2, seed=1, rank=rank, drop_last=False) for rank in range(3)]
+    ranks = [
+        RebalancedRows(LENGTHS, 12, dp_size=3, grad_accum=2, seed=1, rank=rank, drop_last=False)
+        for rank in range(3)
+    ]
     handed_out = [row for sampler in ranks for batch in sampler for row in batch]
     assert sorted(row for row in handed_out if row < len(LENGTHS)) == list(range(len(LENGTHS)))
     assert handed_out.count(len(LENGTHS)) == 5  # six micro-batches, one example

@@ -14,7 +14,9 @@ from recipes_lib.errors import Interrupted
 from recipes_lib.training.stopping import INTERRUPT, NOTHING, StopRequest
 
 
-def test_a_signal_whose_exception_a_library_swallows_stops_the_run_before_its_first_step(tmp_path: Path) -> None:
+def test_a_signal_whose_exception_a_library_swallows_stops_the_run_before_its_first_step(
+    tmp_path: Path,
+) -> None:
     with StopRequest(tmp_path / "STOP").listening() as stop:
         with contextlib.suppress(Exception):  # as `try: import x; except Exception: x = None` does
             os.kill(os.getpid(), signal.SIGINT)
@@ -22,15 +24,23 @@ def test_a_signal_whose_exception_a_library_swallows_stops_the_run_before_its_fi
             stop.wait_for_step()
 
 
-def test_after_the_last_step_a_signal_is_answered_and_stops_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_after_the_last_step_a_signal_is_answered_and_stops_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with StopRequest(tmp_path / "STOP").listening() as stop:
         stop.wait_for_step()
         stop.close()
         os.kill(os.getpid(), signal.SIGINT)
-    assert capfd.readouterr().err == "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at once) ...\n"
+    assert (
+        capfd.readouterr().err
+        == "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at"
+        " once) ...\n"
+    )
 
 
-def test_a_worker_that_was_forked_from_the_training_neither_ends_nor_speaks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_was_forked_from_the_training_neither_ends_nor_speaks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with StopRequest(tmp_path / "STOP").listening() as stop:
         stop.wait_for_step()
         worker = os.fork()

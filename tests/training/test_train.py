@@ -1,4 +1,6 @@
-"""The training script, run for real on a tiny model in this process: what it writes, when it refuses, how it stops."""
+"""The training script, run for real on a tiny model in this process: what it writes, when it
+refuses, how it stops.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from recipes_lib.errors import ExitCode
 from recipes_lib.train import main
 
 ADAPTER = "adapter_model.safetensors"
-NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+NF4 = (
+    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+)
 
 
 def run_json(recipe: Path, name: str = "tiny") -> dict[str, Any]:
@@ -25,22 +29,32 @@ def run_json(recipe: Path, name: str = "tiny") -> dict[str, Any]:
 
 
 def metrics(recipe: Path, name: str = "tiny") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (recipe.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (recipe.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, *, call: int, request: int = 1) -> None:
-    """Ask for a stop at the n-th time that the ranks agree (the end of step n, unless an evaluation or a save comes between)."""
+    """Ask for a stop at the n-th time that the ranks agree (the end of step n, unless an evaluation
+    or a save comes between).
+    """
     from recipes_lib.training.stopping import StopRequest
 
     calls = iter(range(1, 10_000))
-    monkeypatch.setattr(StopRequest, "_asked_by_file", lambda self: request if next(calls) >= call else 0)
+    monkeypatch.setattr(
+        StopRequest, "_asked_by_file", lambda self: request if next(calls) >= call else 0
+    )
 
 
 def test_a_run_directory_holds_everything_that_design_promises(tiny_recipe: Path) -> None:
     assert main([str(tiny_recipe)]) == 0
     run = tiny_recipe.parent / "runs" / "tiny"
     names = {path.name for path in run.iterdir()} - {".lock"}
-    expected = "recipe.yaml resolved.yaml command.txt environment.json run.json splits.json supervision.json"
+    expected = (
+        "recipe.yaml resolved.yaml command.txt environment.json run.json splits.json"
+        " supervision.json"
+    )
     expected += " metrics.jsonl figures checkpoints adapter"
     assert names == set(expected.split())
     state = run_json(tiny_recipe)
@@ -49,24 +63,39 @@ def test_a_run_directory_holds_everything_that_design_promises(tiny_recipe: Path
     lines = metrics(tiny_recipe)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
-    assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_gib"} <= lines[0].keys()
+    assert {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "peak_memory_gib",
+    } <= lines[0].keys()
     assert lines[-2]["loss"] < lines[0]["loss"]
     figures = {path.name for path in (run / "figures").iterdir()}
     assert figures == {
-        f"{stem}.{kind}" for stem in ("loss", "validation_perplexity", "learning_rate", "throughput", "memory") for kind in ("svg", "png")
+        f"{stem}.{kind}"
+        for stem in ("loss", "validation_perplexity", "learning_rate", "throughput", "memory")
+        for kind in ("svg", "png")
     }
     card = (run / "adapter" / "README.md").read_text()
     assert "LoRA r=4" in card and yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
 
 
-def test_a_finished_run_is_not_trained_again_and_refuses_other_settings(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_trained_again_and_refuses_other_settings(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
     adapter = tiny_recipe.parent / "runs" / "tiny" / "adapter" / ADAPTER
     written = adapter.stat().st_mtime_ns
     capsys.readouterr()
     assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
     assert "already finished" in capsys.readouterr().out
-    assert main([str(tiny_recipe), "train.max_steps=2", "train.learning_rate=1e-3"]) == ExitCode.USAGE
+    assert (
+        main([str(tiny_recipe), "train.max_steps=2", "train.learning_rate=1e-3"]) == ExitCode.USAGE
+    )
     assert "train.learning_rate" in capsys.readouterr().err
     assert adapter.stat().st_mtime_ns == written and run_json(tiny_recipe)["state"] == "finished"
 
@@ -81,13 +110,29 @@ def test_a_finished_run_is_not_trained_again_and_refuses_other_settings(tiny_rec
         (["train.packing=true"], "adapter"),
         (["train.padding_free=true"], "adapter"),
         (["train.activation_checkpointing=true"], "adapter"),
-        (["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"], "adapter"),
+        (
+            ["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"],
+            "adapter",
+        ),
         (["data.prompt_format=chat"], "adapter"),
         (["train.completion_only_loss=false"], "adapter"),
     ],
-    ids=["bf16", "bf16-weights", "qlora-nf4", "full", "packing", "padding-free", "checkpointing", "best", "chat", "whole-text"],
-)  # fmt: skip
-def test_every_way_to_train_ends_with_weights_that_reload(tiny_recipe: Path, overrides: list[str], weights: str) -> None:
+    ids=[
+        "bf16",
+        "bf16-weights",
+        "qlora-nf4",
+        "full",
+        "packing",
+        "padding-free",
+        "checkpointing",
+        "best",
+        "chat",
+        "whole-text",
+    ],
+)
+def test_every_way_to_train_ends_with_weights_that_reload(
+    tiny_recipe: Path, overrides: list[str], weights: str
+) -> None:
     assert main([str(tiny_recipe), *overrides]) == 0
     state = run_json(tiny_recipe)
     assert state["state"] == "finished" and state["weights_check"]["reload"]["agrees"]
@@ -124,7 +169,10 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     weights = "model/model.safetensors" if "lora=null" in overrides else f"adapter/{ADAPTER}"
     assert (runs / "whole" / weights).read_bytes() == (runs / "broken" / weights).read_bytes()
     compared = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
-    whole, broken = ([{key: line.get(key) for key in compared} for line in metrics(tiny_recipe, name)] for name in ("whole", "broken"))
+    whole, broken = (
+        [{key: line.get(key) for key in compared} for line in metrics(tiny_recipe, name)]
+        for name in ("whole", "broken")
+    )
     assert whole == broken
 
 
@@ -132,23 +180,40 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
     tiny_recipe: Path, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 2 and 4 save, step 4 evaluates: the ranks agree at steps 1, 2, the save of 2, 3, 4, then in the evaluation."""
+    """Steps 2 and 4 save, step 4 evaluates: the ranks agree at steps 1, 2, the save of 2, 3, 4,
+    then in the evaluation.
+    """
     overrides = ["lora.lora_dropout=0.3", "train.eval_steps=4"]
     assert main([str(tiny_recipe), *overrides, "run.name=whole"]) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, call=5 if when.startswith("at") else 7)
         assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == ExitCode.PREEMPTED
-    marker = json.loads((tiny_recipe.parent / "runs" / "broken" / "checkpoints" / "checkpoint-4" / "COMPLETE.json").read_text())
+    marker = json.loads(
+        (
+            tiny_recipe.parent
+            / "runs"
+            / "broken"
+            / "checkpoints"
+            / "checkpoint-4"
+            / "COMPLETE.json"
+        ).read_text()
+    )
     assert marker["evaluation_pending"] is True
     assert not any("eval_loss" in line for line in metrics(tiny_recipe, "broken"))
     assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == 0
     whole, broken = (
-        [(line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics(tiny_recipe, name)] for name in ("whole", "broken")
+        [
+            (line["step"], line.get("loss"), line.get("eval_loss"))
+            for line in metrics(tiny_recipe, name)
+        ]
+        for name in ("whole", "broken")
     )
     assert whole == broken
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_during_a_step_ends_in_a_checkpoint_and_its_exit_code(
     tiny_recipe: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,12 +230,16 @@ def test_a_signal_during_a_step_ends_in_a_checkpoint_and_its_exit_code(
         patch.setattr(RecipeTrainer, "training_step", interrupted)
         assert main([str(tiny_recipe)]) == code
     assert run_json(tiny_recipe)["exit_code"] == code
-    assert (tiny_recipe.parent / "runs" / "tiny" / "checkpoints" / "checkpoint-3" / "COMPLETE.json").is_file()
+    assert (
+        tiny_recipe.parent / "runs" / "tiny" / "checkpoints" / "checkpoint-3" / "COMPLETE.json"
+    ).is_file()
     assert not (tiny_recipe.parent / "runs" / "tiny" / "adapter").exists()
     assert main([str(tiny_recipe)]) == 0
 
 
-def test_a_stop_file_is_taken_away_with_the_stop(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_file_is_taken_away_with_the_stop(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from recipes_lib.training.metrics import MetricsCallback
 
     stop = tiny_recipe.parent / "runs" / "tiny" / "STOP"
@@ -179,10 +248,27 @@ def test_a_stop_file_is_taken_away_with_the_stop(tiny_recipe: Path, monkeypatch:
     assert not stop.exists()
 
 
-def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tiny_recipe), "lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]) == ExitCode.NUMERICS
+def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                str(tiny_recipe),
+                "lora=null",
+                "train.learning_rate=1e30",
+                "train.lr_scheduler_type=constant",
+            ]
+        )
+        == ExitCode.NUMERICS
+    )
     said = capsys.readouterr().err
-    assert "at step 2" in said and "learning rate 1e+30" in said and "examples" in said and "Traceback" not in said
+    assert (
+        "at step 2" in said
+        and "learning rate 1e+30" in said
+        and "examples" in said
+        and "Traceback" not in said
+    )
     state = run_json(tiny_recipe)
     assert (state["state"], state["exit_code"]) == ("failed", 3)
     assert not (tiny_recipe.parent / "runs" / "tiny" / "model").exists()
@@ -197,7 +283,17 @@ def test_resuming_with_another_learning_rate_shows_the_difference_and_can_be_ins
     capsys.readouterr()
     assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == ExitCode.USAGE
     assert "train.learning_rate  0.01 -> 0.005" in capsys.readouterr().err
-    assert main([str(tiny_recipe), "train.learning_rate=5e-3", "train.logging_steps=2", "--resume-anyway"]) == 0
+    assert (
+        main(
+            [
+                str(tiny_recipe),
+                "train.learning_rate=5e-3",
+                "train.logging_steps=2",
+                "--resume-anyway",
+            ]
+        )
+        == 0
+    )
     assert run_json(tiny_recipe)["resumed"][0]["changed"] == {"train.learning_rate": [0.01, 0.005]}
 
 
@@ -219,19 +315,25 @@ def test_a_missing_optimizer_state_is_an_error_not_a_fresh_start(
     assert main([str(tiny_recipe), "--allow-partial-resume"]) == 0
 
 
-def test_weights_that_do_not_reload_as_trained_are_rejected_and_kept(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_do_not_reload_as_trained_are_rejected_and_kept(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from recipes_lib.training import weights_check
 
     honest = weights_check.logits_on
     calls = iter(range(10))
-    monkeypatch.setattr(weights_check, "logits_on", lambda model, probes: honest(model, probes) + 0.1 * next(calls))
+    monkeypatch.setattr(
+        weights_check, "logits_on", lambda model, probes: honest(model, probes) + 0.1 * next(calls)
+    )
     assert main([str(tiny_recipe), "train.max_steps=2"]) == ExitCode.FAILED
     run = tiny_recipe.parent / "runs" / "tiny"
     assert not (run / "adapter").exists() and (run / "weights.rejected").is_dir()
     assert run_json(tiny_recipe)["state"] == "failed"
 
 
-def test_an_adapter_that_learnt_nothing_is_rejected(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_that_learnt_nothing_is_rejected(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tiny_recipe), "train.warmup_steps=1", "train.max_steps=1"]) == ExitCode.FAILED
     assert "changes nothing" in capsys.readouterr().err
 
@@ -239,7 +341,10 @@ def test_an_adapter_that_learnt_nothing_is_rejected(tiny_recipe: Path, capsys: p
 def test_weights_that_answer_nothing_are_rejected_although_every_loss_was_finite(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tiny_recipe), "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]) == ExitCode.FAILED
+    assert (
+        main([str(tiny_recipe), "train.learning_rate=1e30", "train.lr_scheduler_type=constant"])
+        == ExitCode.FAILED
+    )
     assert "all logits are zero" in capsys.readouterr().err
 
 
@@ -250,7 +355,9 @@ def test_a_disk_that_fills_during_a_save_loses_nothing(
 
     def full(self: Trainer, output_dir: str) -> None:
         if self.state.global_step == 6:
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 186432 vs 186324")
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:672] . unexpected pos 186432 vs 186324"
+            )
         honest(self, output_dir)
 
     assert main([str(tiny_recipe), "run.name=whole"]) == 0
@@ -262,11 +369,19 @@ def test_a_disk_that_fills_during_a_save_loses_nothing(
     assert main([str(tiny_recipe)]) == 0
     runs = tiny_recipe.parent / "runs"
     assert (runs / "tiny" / "checkpoints" / "checkpoint-6.incomplete").is_dir()
-    assert (runs / "whole" / "adapter" / ADAPTER).read_bytes() == (runs / "tiny" / "adapter" / ADAPTER).read_bytes()
+    assert (runs / "whole" / "adapter" / ADAPTER).read_bytes() == (
+        runs / "tiny" / "adapter" / ADAPTER
+    ).read_bytes()
 
 
-def test_no_planted_secret_is_in_any_written_file(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = {"HF_TOKEN": "hf_plantedplantedplanted", "OPENAI_API_KEY": "sk-plantedplantedplanted", "WANDB_API_KEY": "plantedwandbkey0123"}
+def test_no_planted_secret_is_in_any_written_file(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {
+        "HF_TOKEN": "hf_plantedplantedplanted",
+        "OPENAI_API_KEY": "sk-plantedplantedplanted",
+        "WANDB_API_KEY": "plantedwandbkey0123",
+    }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ACCELERATE_SECRET", "plantedaccelerate")
@@ -275,7 +390,9 @@ def test_no_planted_secret_is_in_any_written_file(tiny_recipe: Path, monkeypatch
     assert written and not any(path.name == "training_args.bin" for path in written)
     for path in written:
         content = path.read_bytes()
-        assert not any(value.encode() in content for value in [*secrets.values(), "plantedaccelerate"]), path
+        assert not any(
+            value.encode() in content for value in [*secrets.values(), "plantedaccelerate"]
+        ), path
 
 
 def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe: Path) -> None:
@@ -300,7 +417,9 @@ def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_reci
 def test_adapters_on_a_4bit_base_are_float32_under_fp16(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """TRL makes them bf16, for which a GPU's gradient scaler has no kernel. On a CPU fp16 is refused, so it is set behind the refusal."""
+    """TRL makes them bf16, for which a GPU's gradient scaler has no kernel. On a CPU fp16 is
+    refused, so it is set behind the refusal.
+    """
     from recipes_lib.recipe import upstream
 
     build = upstream.build_sft_config
@@ -339,20 +458,35 @@ def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
         "train.dataloader_num_workers=1",
         "run.max_tokens_per_micro_batch=300",
     ],
-)  # fmt: skip
+)
 def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe: Path, lever: str) -> None:
     for name, overrides in {"plain": [], "pulled": [lever]}.items():
         assert main([str(tiny_recipe), f"run.name={name}", *overrides]) == 0
-    plain, pulled = ([line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line] for name in ("plain", "pulled"))
+    plain, pulled = (
+        [line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line]
+        for name in ("plain", "pulled")
+    )
     assert plain == pytest.approx(pulled, abs=2e-5)
 
 
 def test_a_token_cap_without_padding_changes_no_loss_either(tiny_recipe: Path) -> None:
     for name, overrides in {"plain": [], "capped": ["run.max_tokens_per_micro_batch=300"]}.items():
         assert (
-            main([str(tiny_recipe), f"run.name={name}", "train.padding_free=true", "train.per_device_train_batch_size=8", *overrides]) == 0
+            main(
+                [
+                    str(tiny_recipe),
+                    f"run.name={name}",
+                    "train.padding_free=true",
+                    "train.per_device_train_batch_size=8",
+                    *overrides,
+                ]
+            )
+            == 0
         )
-    plain, capped = ([line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line] for name in ("plain", "capped"))
+    plain, capped = (
+        [line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line]
+        for name in ("plain", "capped")
+    )
     assert plain == pytest.approx(capped, abs=2e-5)
 
 
@@ -380,31 +514,53 @@ def test_padding_is_dropped_only_where_the_attention_makes_it_free(
 
     recipe = load_recipe(tiny_recipe, overrides)
     args = build_sft_config(recipe, "unused", world_size=1)
-    assert padding_costs_nothing_to_drop(recipe, args, AutoModelForCausalLM.from_pretrained(tiny_model_dir), attention) is expected
+    assert (
+        padding_costs_nothing_to_drop(
+            recipe, args, AutoModelForCausalLM.from_pretrained(tiny_model_dir), attention
+        )
+        is expected
+    )
 
 
-def test_a_push_without_a_network_is_refused_before_anything_is_computed(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_push_without_a_network_is_refused_before_anything_is_computed(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tiny_recipe), "train.push_to_hub=true"]) == ExitCode.USAGE
     assert "train.hub_model_id" in capsys.readouterr().err
-    assert main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"]) == ExitCode.ENVIRONMENT
+    assert (
+        main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"])
+        == ExitCode.ENVIRONMENT
+    )
     assert "nothing can be pushed" in capsys.readouterr().err
     assert not (tiny_recipe.parent / "runs").exists()
 
 
-def test_only_the_checked_weights_are_pushed_never_a_checkpoint(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hub is the only thing here that is not real: what would be uploaded is looked at instead."""
+def test_only_the_checked_weights_are_pushed_never_a_checkpoint(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is the only thing here that is not real: what would be uploaded is looked
+    at instead.
+    """
     from recipes_lib.training import hub
 
     pushed: list[set[str]] = []
     monkeypatch.setattr(hub, "check_repo", lambda repo: None)
-    monkeypatch.setattr(hub, "push", lambda folder, repo, public: pushed.append({path.name for path in folder.iterdir()}) or f"{repo}")
+    monkeypatch.setattr(
+        hub,
+        "push",
+        lambda folder, repo, public: (
+            pushed.append({path.name for path in folder.iterdir()}) or f"{repo}"
+        ),
+    )
     assert main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"]) == 0
     assert len(pushed) == 1 and "adapter_model.safetensors" in pushed[0]
     assert not pushed[0] & {"optimizer.pt", "training_args.bin", "rng_state.pth"}
 
 
 def test_packed_rows_keep_their_documents_apart(tiny_recipe: Path) -> None:
-    """One step over all rows at learning rate 0: the loss per token is the same, packed or padded."""
+    """One step over all rows at learning rate 0: the loss per token is the same, packed
+    or padded.
+    """
     losses = []
     for name, overrides in {"padded": [], "packed": ["train.packing=true"]}.items():
         one_step = [
@@ -421,7 +577,9 @@ def test_packed_rows_keep_their_documents_apart(tiny_recipe: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
-def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from recipes_lib.training import model
 
     monkeypatch.setattr(model, "load_model", lambda *args: os.kill(os.getpid(), signal.SIGINT))
@@ -429,7 +587,9 @@ def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(tiny_rec
     assert run_json(tiny_recipe)["exit_code"] == 130
 
 
-def test_the_runs_files_are_where_a_copy_of_the_folder_finds_them(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_the_runs_files_are_where_a_copy_of_the_folder_finds_them(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
     """Nothing in a run directory names the directory itself, so that it can be moved."""
     assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
     run = tiny_recipe.parent / "runs" / "tiny"
@@ -439,7 +599,9 @@ def test_the_runs_files_are_where_a_copy_of_the_folder_finds_them(tiny_recipe: P
             assert str(run) not in path.read_text(), path
 
 
-def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, call=3)
         assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
@@ -487,4 +649,13 @@ def test_memory_that_ran_out_is_answered_with_keys_a_recipe_accepts(
         assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
     said = capsys.readouterr().err
     assert "out of GPU memory" in said and "train.activation_checkpointing" in said
-    assert main([str(tiny_recipe), "train.activation_checkpointing=true", "train.per_device_train_batch_size=2"]) == 0
+    assert (
+        main(
+            [
+                str(tiny_recipe),
+                "train.activation_checkpointing=true",
+                "train.per_device_train_batch_size=2",
+            ]
+        )
+        == 0
+    )

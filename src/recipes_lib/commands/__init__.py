@@ -1,1 +1,3 @@
-"""One module per verb: `configure(parser)` declares its arguments, `run(args)` does it and returns the exit code."""
+"""One module per verb: `configure(parser)` declares its arguments, `run(args)` does it and returns
+the exit code.
+"""

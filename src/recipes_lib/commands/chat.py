@@ -1,4 +1,6 @@
-"""`recipes chat RUN [RUN...]`: type a question, read the base's and each run's answer side by side."""
+"""`recipes chat RUN [RUN...]`: type a question, read the base's and each run's answer
+side by side.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs")
     parser.add_argument("--prompt", help="answer this and stop, instead of asking for questions")
-    parser.add_argument("--context", default="", help="text the question is about (prompt formats dolly and alpaca)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="longest answer (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy and repeatable (default)")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
+        "--context", default="", help="text the question is about (prompt formats dolly and alpaca)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="longest answer (default 200)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 is greedy and repeatable (default)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow code that ships with the model, if the run's recipe asks for it too",
     )
     parser.add_argument("--no-base", action="store_true", help="leave the base's answer out")
 
@@ -37,9 +51,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load every run once and answer until the input ends."""
     if args.max_new_tokens < 1 or not 0 <= args.temperature < float("inf"):
-        raise RecipeError("recipes chat: --max-new-tokens must be 1 or more, --temperature 0 or more")
+        raise RecipeError(
+            "recipes chat: --max-new-tokens must be 1 or more, --temperature 0 or more"
+        )
 
-    trained = {one.run.path: one for one in (finished_run(open_run(name), args.trust_remote_code) for name in args.runs)}
+    trained = {
+        one.run.path: one
+        for one in (finished_run(open_run(name), args.trust_remote_code) for name in args.runs)
+    }
     quiet_libraries()
     loaded = [Family(group) for group in families(list(trained.values()))]
     for question in _questions(args.prompt):
@@ -48,22 +67,39 @@ def run(args: argparse.Namespace) -> int:
             for name in family.names:
                 if name == BASE and args.no_base:
                     continue
-                text = answer(family, name, question, args.context, args.max_new_tokens, args.temperature)
+                text = answer(
+                    family, name, question, args.context, args.max_new_tokens, args.temperature
+                )
                 answers.append((_title(family, name, alone=len(loaded) == 1), text))
         _print_answers(answers)
     next_step(f"recipes verify {args.runs[0]}")
     return ExitCode.DONE
 
 
-def answer(family: Family, name: str, instruction: str, context: str, max_new_tokens: int, temperature: float) -> str:
-    """Return one answer, asked in the prompt format the run was trained with (the base: as the first run)."""
+def answer(
+    family: Family,
+    name: str,
+    instruction: str,
+    context: str,
+    max_new_tokens: int,
+    temperature: float,
+) -> str:
+    """Return one answer, asked in the prompt format the run was trained with (the base: as the
+    first run).
+    """
     import torch
 
     from recipes_lib.data.supervision import prompt_ids
 
     section, tokenizer = family.prompting(name)
-    ids = prompt_ids(section, tokenizer, generation_prompt(section, tokenizer, instruction=instruction, context=context))
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = prompt_ids(
+        section,
+        tokenizer,
+        generation_prompt(section, tokenizer, instruction=instruction, context=context),
+    )
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     with family.answering(name) as model, torch.no_grad():
         tokens = torch.tensor([ids], device=model.device)
         written = model.generate(
@@ -77,7 +113,8 @@ def answer(family: Family, name: str, instruction: str, context: str, max_new_to
 
 
 def side_by_side(answers: Sequence[tuple[str, str]], width: int) -> list[str] | None:
-    """Return the lines of a table with one column per answer, or None where the columns would be too narrow.
+    """Return the lines of a table with one column per answer, or None where the columns would be
+    too narrow.
 
     Args:
         answers: name and text of each; control characters are shown, not obeyed.
@@ -86,8 +123,14 @@ def side_by_side(answers: Sequence[tuple[str, str]], width: int) -> list[str] | 
     cells = (width - len(GAP) * (len(answers) - 1)) // len(answers)
     if len(answers) < 2 or cells < NARROWEST:
         return None
-    columns = [[*_wrapped(name, cells), "-" * cells, *_wrapped(_shown(text), cells)] for name, text in answers]
-    return [GAP.join(_padded(cell, cells) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")]
+    columns = [
+        [*_wrapped(name, cells), "-" * cells, *_wrapped(_shown(text), cells)]
+        for name, text in answers
+    ]
+    return [
+        GAP.join(_padded(cell, cells) for cell in row).rstrip()
+        for row in zip_longest(*columns, fillvalue="")
+    ]
 
 
 def _title(family: Family, name: str, alone: bool) -> str:
@@ -117,7 +160,9 @@ def _questions(prompt: str | None) -> Iterator[str]:
 
 def _print_answers(answers: Sequence[tuple[str, str]]) -> None:
     """Print in columns on a terminal that is wide enough, else one under the other."""
-    table = side_by_side(answers, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    table = (
+        side_by_side(answers, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    )
     if table is not None:
         print("\n".join(table) + "\n", flush=True)
         return
@@ -131,8 +176,13 @@ def _shown(text: str) -> str:
 
 
 def _width(text: str) -> int:
-    """Return how many cells a terminal takes for `text`: East Asian characters take two, combining marks none."""
-    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+    """Return how many cells a terminal takes for `text`: East Asian characters take two, combining
+    marks none.
+    """
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+    )
 
 
 def _padded(text: str, cells: int) -> str:
@@ -140,7 +190,9 @@ def _padded(text: str, cells: int) -> str:
 
 
 def _wrapped(text: str, cells: int) -> list[str]:
-    """Return `text` in lines of at most `cells`, broken between words, and inside a word only when it is longer than a line."""
+    """Return `text` in lines of at most `cells`, broken between words, and inside a word only when
+    it is longer than a line.
+    """
     lines = []
     for paragraph in text.expandtabs(4).split("\n"):
         line = ""

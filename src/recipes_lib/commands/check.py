@@ -1,4 +1,6 @@
-"""recipes check: recipes, bases and accelerate configs, files or whole folders, everything wrong at once."""
+"""recipes check: recipes, bases and accelerate configs, files or whole folders, everything wrong at
+once.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,19 @@ _SKIPPED_FOLDERS = {"runs", "node_modules"}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="YAML files, names of recipes, or folders with YAML files of any kind")
+    parser.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="YAML files, names of recipes, or folders with YAML files of any kind",
+    )
     parser.add_argument(
         "--full",
         action="store_true",
-        help="also build TRL's, PEFT's and bitsandbytes' objects, read the model's config and all local rows",
+        help=(
+            "also build TRL's, PEFT's and bitsandbytes' objects, read the model's config and all"
+            " local rows"
+        ),
     )
 
 
@@ -57,19 +67,35 @@ def run(args: argparse.Namespace) -> int:
     if errors:
         for one in in_order(errors.values()):
             print_error(one)
-        print(f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {_count(files)}", file=sys.stderr)
-        return ExitCode.DATA if all(isinstance(error, DataError) for error in errors.values()) else ExitCode.USAGE
+        print(
+            f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {_count(files)}",
+            file=sys.stderr,
+        )
+        return (
+            ExitCode.DATA
+            if all(isinstance(error, DataError) for error in errors.values())
+            else ExitCode.USAGE
+        )
     say(f"{_count(files)} ok")
-    next_step(f"recipes data {shown_path(files[0])} --show 3" if len(files) == 1 and document.kind.name == "recipe" else "recipes ls")
+    next_step(
+        f"recipes data {shown_path(files[0])} --show 3"
+        if len(files) == 1 and document.kind.name == "recipe"
+        else "recipes ls"
+    )
     return ExitCode.DONE
 
 
 def _data_errors(document: Document, full: bool) -> list[RecipesError]:
-    """Return what is wrong with the recipe's local data: a missing or damaged file, columns, rows that cannot be used."""
+    """Return what is wrong with the recipe's local data: a missing or damaged file, columns, rows
+    that cannot be used.
+    """
     recipe = recipe_from(document)
     try:
         for file in check_local_rows(recipe.data, [recipe.base_dir], None if full else NUM_CHECKED):
-            say(f"note: only the first {NUM_CHECKED:,} rows of {file} were looked at; --full reads all")
+            say(
+                f"note: only the first {NUM_CHECKED:,} rows of {file} were looked at; --full"
+                " reads all"
+            )
     except DataError as error:
         return [place(recipe, error)]
     return []
@@ -88,7 +114,12 @@ def _files(path: Path) -> Iterable[Path]:
         return [path]
     files = sorted(file for file in path.rglob("*.y*ml") if file.suffix in (".yaml", ".yml"))
     files = [
-        file for file in files if not any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in file.relative_to(path).parts[:-1])
+        file
+        for file in files
+        if not any(
+            part.startswith(".") or part in _SKIPPED_FOLDERS
+            for part in file.relative_to(path).parts[:-1]
+        )
     ]
     if not files:
         raise RecipeError("holds no YAML file", file=path)
@@ -99,10 +130,14 @@ def _print_remarks(remarks: list[RecipeError]) -> None:
     """Print warnings once each; equal notes are counted instead of repeated."""
     places: dict[str, list[RecipeError]] = {}
     for remark in remarks:
-        places.setdefault(remark.what if remark.what.startswith("note:") else str(remark), []).append(remark)
+        places.setdefault(
+            remark.what if remark.what.startswith("note:") else str(remark), []
+        ).append(remark)
     for same in places.values():
         more = f" ({len(same)} files)" if len(same) > 1 and same[0].what.startswith("note:") else ""
-        print_error(RecipeError(same[0].what + more, *same[0].hints, file=same[0].file, line=same[0].line))
+        print_error(
+            RecipeError(same[0].what + more, *same[0].hints, file=same[0].file, line=same[0].line)
+        )
 
 
 def _count(files: list[Path]) -> str:

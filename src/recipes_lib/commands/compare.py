@@ -1,4 +1,6 @@
-"""`recipes compare RUN RUN...`: the tested table of a study for any runs that were evaluated alike. Reads files only."""
+"""`recipes compare RUN RUN...`: the tested table of a study for any runs that were evaluated alike.
+Reads files only.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,20 @@ _BASE = "base"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs that `recipes eval` evaluated; `base` is the base model of the others")
-    parser.add_argument("--html", metavar="FILE", help="write the report of a study about these runs, one file that needs nothing else")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: rows, scores, findings")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="runs that `recipes eval` evaluated; `base` is the base model of the others",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write the report of a study about these runs, one file that needs nothing else",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: rows, scores, findings"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,14 +49,19 @@ def run(args: argparse.Namespace) -> int:
 
     folders = run_folders(args.runs)
     damaged: list[DamagedFile] = []
-    measurements = read_measurements({name: [folder] for name, folder in folders.items()}, damaged.append)
+    measurements = read_measurements(
+        {name: [folder] for name, folder in folders.items()}, damaged.append
+    )
     for error in damaged:
         warn(f"an evaluation is damaged and left out: {error}")
-    if not any(True for arm in measurements.arms.values() for one in arm.runs for _ in one.measures()):
+    if not any(
+        True for arm in measurements.arms.values() for one in arm.runs for _ in one.measures()
+    ):
         if damaged:
             raise damaged[0]
         raise RecipeError(
-            f"{'none of these runs has an' if len(folders) > 1 else 'the run has no'} evaluation with a result",
+            f"{'none of these runs has an' if len(folders) > 1 else 'the run has no'} evaluation"
+            " with a result",
             f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
         )
     comparison = compare_arms(measurements, check_validity(None, measurements))
@@ -62,28 +80,42 @@ def run_folders(words: list[str]) -> dict[str, Path]:
     """Return the folders of the runs by name, the base models first.
 
     Raises:
-        RecipeError: a word is no run, a run is named twice, or `base` is asked for and none of the runs' bases was evaluated.
+        RecipeError: a word is no run, a run is named twice, or `base` is asked for and none of the
+            runs' bases was evaluated.
     """
     named = [open_run(word) for word in words if word != _BASE]
     if _BASE in words and not named:
         raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
-    twice = [one.name for number, one in enumerate(named) if one.name in [other.name for other in named[:number]]]
+    twice = [
+        one.name
+        for number, one in enumerate(named)
+        if one.name in [other.name for other in named[:number]]
+    ]
     if twice:
-        raise RecipeError(f"run '{twice[0]}' is named twice", "a run compared with itself shows nothing")
+        raise RecipeError(
+            f"run '{twice[0]}' is named twice", "a run compared with itself shows nothing"
+        )
     found: dict[str, RunDirectory] = {}
     if _BASE in words:
-        bases = {base.name: base for one in named for base in _bases_of(one.read_state(), one.path, one.root)}
+        bases = {
+            base.name: base
+            for one in named
+            for base in _bases_of(one.read_state(), one.path, one.root)
+        }
         if not bases:
             raise RecipeError(
                 "the base of these runs was never evaluated",
-                f"recipes eval EVAL {named[0].name} --against base evaluates it too; or name its model: recipes eval EVAL MODEL",
+                f"recipes eval EVAL {named[0].name} --against base evaluates it too; or name its"
+                " model: recipes eval EVAL MODEL",
             )
         found = {_BASE: next(iter(bases.values()))} if len(bases) == 1 else dict(bases)
     return {name: one.path for name, one in {**found, **{one.name: one for one in named}}.items()}
 
 
 def _bases_of(state: dict[str, Any], folder: Path, root: Path) -> list[Any]:
-    """The run directories of a run's base, asked in the same prompt format; the same weights in another format are another subject."""
+    """The run directories of a run's base, asked in the same prompt format; the same weights in
+    another format are another subject.
+    """
     resolved = read_resolved(folder)
     wanted = state.get("guard", {}).get("prompt_format_hash")
     found = []
@@ -91,13 +123,17 @@ def _bases_of(state: dict[str, Any], folder: Path, root: Path) -> list[Any]:
         record = read_object(path)
         model, ours = (record.get("stand_in") or {}).get("model") or {}, resolved.get("model") or {}
         same = all(model.get(key) == ours.get(key) for key in ("name_or_path", "revision", "dtype"))
-        quantization = (record.get("stand_in") or {}).get("quantization") == resolved.get("quantization")
+        quantization = (record.get("stand_in") or {}).get("quantization") == resolved.get(
+            "quantization"
+        )
         if same and quantization and (wanted is None or record.get("prompt_format_hash") == wanted):
             found.append(RunDirectory(path.parent.name, root))
     return found
 
 
-def _write_html(path: Path, comparison: Comparison, measurements: Measurements, quiet: bool) -> None:
+def _write_html(
+    path: Path, comparison: Comparison, measurements: Measurements, quiet: bool
+) -> None:
     """Write the report as one file."""
     from recipes_lib.report.content import gather
     from recipes_lib.report.figures import draw_comparison
@@ -105,7 +141,9 @@ def _write_html(path: Path, comparison: Comparison, measurements: Measurements, 
 
     content = gather("comparison", measurements, comparison)
     if path.is_dir():
-        raise RecipeError(f"--html {path} is a folder", f"name a file: --html {path / 'report.html'}")
+        raise RecipeError(
+            f"--html {path} is a folder", f"name a file: --html {path / 'report.html'}"
+        )
     try:
         write_text(path, report_html(content, draw_comparison(content, ("svg",))))
     except OSError as error:
@@ -115,7 +153,9 @@ def _write_html(path: Path, comparison: Comparison, measurements: Measurements, 
 
 
 def lines_of(comparison: Comparison) -> list[str]:
-    """Return what the terminal shows: the answer, the table by pairs of arms, the scores of a single run, the findings."""
+    """Return what the terminal shows: the answer, the table by pairs of arms, the scores of a
+    single run, the findings.
+    """
     from recipes_lib.compare.table_lines import finding_lines, pair_lines, score_lines
 
     lines = list(comparison.answer) if comparison.rows else []
@@ -133,4 +173,7 @@ def _next(args: argparse.Namespace, folders: dict[str, Path]) -> None:
     elif not args.html:
         next_step(f"recipes compare {' '.join(args.runs)} --html report.html")
     else:
-        next_step("recipes study plan recipes/studies/quickstart.yaml   (declares what may differ, so that a cause can be named)")
+        next_step(
+            "recipes study plan recipes/studies/quickstart.yaml   (declares what may differ, so"
+            " that a cause can be named)"
+        )

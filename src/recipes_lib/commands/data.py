@@ -1,6 +1,8 @@
-"""`recipes data RECIPE`: what the model will read and what the loss will see, before anything trains.
+"""`recipes data RECIPE`: what the model will read and what the loss will see, before anything
+trains.
 
-Loads the tokenizer, not the model. The same audit runs before step 1 of every training and is written to supervision.json.
+Loads the tokenizer, not the model. The same audit runs before step 1 of every training and is
+written to supervision.json.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ TOKEN_ROWS = (
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `recipes data`."""
     parser.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
-    parser.add_argument("--show", type=_count, default=3, metavar="N", help="print N training rows as the model sees them (default: 3)")
+    parser.add_argument(
+        "--show",
+        type=_count,
+        default=3,
+        metavar="N",
+        help="print N training rows as the model sees them (default: 3)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,29 +78,38 @@ def data_summary(audit: Mapping[str, Any] | None, method: str | None = None) -> 
     lines = [
         f"{rows['read']} rows read{filtered}, {rows['used']} used",
         f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}",
-        f"{audit['truncated']['count']} truncated at max_length {audit['max_length']}, "
-        f"{audit['no_supervised_tokens']['count']} without supervised tokens, "
-        f"{audit['special_token_injections']['num_rows']} with special tokens in the text, "
-        f"{audit['duplicates']['exact_rows']} exact duplicates",
+        (
+            f"{audit['truncated']['count']} truncated at max_length {audit['max_length']}, "
+            f"{audit['no_supervised_tokens']['count']} without supervised tokens, "
+            f"{audit['special_token_injections']['num_rows']} with special tokens in the text, "
+            f"{audit['duplicates']['exact_rows']} exact duplicates"
+        ),
         f"prompt format {audit['prompt_format']}, loss on the {audit['loss_on']}",
         "",
         f"{'tokens':<18}{'total':>12}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}",
     ]
     for title, key in TOKEN_ROWS:
         numbers = audit[key]
-        lines.append(f"{title:<18}{numbers['total']:>12,}{numbers['p5']:>8}{numbers['p50']:>8}{numbers['p95']:>8}{numbers['max']:>8}")
+        lines.append(
+            f"{title:<18}{numbers['total']:>12,}{numbers['p5']:>8}{numbers['p50']:>8}{numbers['p95']:>8}{numbers['max']:>8}"
+        )
     notes = warnings_of(audit)
     return [*lines, *([""] if notes else []), *(f"note: {note}" for note in notes)]
 
 
 def show_example(row: Mapping[str, Any], tokenizer: Any, place: str | None, *, color: bool) -> None:
-    """Print one training row: prompt grey, text with loss green (or in [[...]]), the end token marked."""
+    """Print one training row: prompt grey, text with loss green (or in [[...]]), the end token
+    marked.
+    """
     from recipes_lib.data.supervision import IGNORED, decoded_spans
 
     num_supervised = sum(label != IGNORED for label in row["labels"])
     source = f" ({place})" if place else ""
     write()
-    write(f"-- {row['example_id']}{source}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
+    write(
+        f"-- {row['example_id']}{source}: {len(row['input_ids'])} tokens, {num_supervised} with"
+        " loss"
+    )
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
     if not spans[-1]["text"].strip():
         spans.pop()  # a newline that the template puts after the last turn

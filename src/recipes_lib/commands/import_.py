@@ -1,4 +1,6 @@
-"""`recipes import FILE... --as RUN`: another program's answers, judgments, benchmarks and logs as a run of ours."""
+"""`recipes import FILE... --as RUN`: another program's answers, judgments, benchmarks and logs as a
+run of ours.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="judgments (original study, FastChat, alpaca_eval), answers, lm_eval results and samples, trainer logs, adapter_config.json",
+        help=(
+            "judgments (original study, FastChat, alpaca_eval), answers, lm_eval results and"
+            " samples, trainer logs, adapter_config.json"
+        ),
     )
-    parser.add_argument("--as", dest="name", required=True, metavar="RUN", help="name of the run to make")
     parser.add_argument(
-        "--recipe", dest="trained", metavar="R", help="the recipe that says what was trained, so that its differences can be listed"
+        "--as", dest="name", required=True, metavar="RUN", help="name of the run to make"
     )
-    parser.add_argument("--model", metavar="NAME", help="whose rows are meant, where a file holds several models")
-    parser.add_argument("--against", metavar="NAME", help="the opponent, where a file compares with several")
+    parser.add_argument(
+        "--recipe",
+        dest="trained",
+        metavar="R",
+        help="the recipe that says what was trained, so that its differences can be listed",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="whose rows are meant, where a file holds several models"
+    )
+    parser.add_argument(
+        "--against", metavar="NAME", help="the opponent, where a file compares with several"
+    )
     parser.add_argument("--replace", action="store_true", help="write an imported run anew")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -31,9 +45,22 @@ def run(args: argparse.Namespace) -> int:
     """Import the files, and say what became of each and what they do not hold."""
     from recipes_lib.foreign.run import import_run
 
-    done = import_run(args.files, args.name, args.trained, model=args.model, against=args.against, replace=args.replace)
+    done = import_run(
+        args.files,
+        args.name,
+        args.trained,
+        model=args.model,
+        against=args.against,
+        replace=args.replace,
+    )
     if args.json:
-        shown = {"run": done.name, "files": done.files, "lacks": done.lacks, "warnings": done.warnings, "there_already": done.there_already}
+        shown = {
+            "run": done.name,
+            "files": done.files,
+            "lacks": done.lacks,
+            "warnings": done.warnings,
+            "there_already": done.there_already,
+        }
         print(json.dumps(shown, indent=2))
         return int(ExitCode.DONE)
     if done.there_already:

@@ -1,6 +1,8 @@
-"""`recipes judge replay FILE...`: what foreign judgments rest on. `recipes judge audit`: the scorecard of a judge.
+"""`recipes judge replay FILE...`: what foreign judgments rest on. `recipes judge audit`: the
+scorecard of a judge.
 
-A replay, and the audit of stored judgments, need no model. `audit --judge J --labels F` asks the judge about pairs that people labelled.
+A replay, and the audit of stored judgments, need no model. `audit --judge J --labels F` asks the
+judge about pairs that people labelled.
 """
 
 from __future__ import annotations
@@ -22,24 +24,73 @@ from recipes_lib.terminal import next_step, say
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's two actions."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="replay|audit")
-    replay = actions.add_parser("replay", help="recompute foreign judgments and name what is wrong with them", allow_abbrev=False)
+    replay = actions.add_parser(
+        "replay",
+        help="recompute foreign judgments and name what is wrong with them",
+        allow_abbrev=False,
+    )
     replay.add_argument(
-        "files", nargs="+", metavar="FILE", help="original study's CSV or JSONL, alpaca_eval annotations.json, FastChat gpt-4_*.jsonl"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="original study's CSV or JSONL, alpaca_eval annotations.json, FastChat gpt-4_*.jsonl",
     )
-    replay.add_argument("--json", action="store_true", help="print one JSON object (schema/judge_replay.schema.json)")
-    audit = actions.add_parser("audit", help="scorecard of the judge behind stored judgments", allow_abbrev=False)
-    audit.add_argument("judgments", nargs="?", metavar="JUDGMENTS", help="a judgments.jsonl; without it the judge is asked about --labels")
-    audit.add_argument("--judge", metavar="JUDGE.yaml", help="judge file: who is asked, and the thresholds")
-    audit.add_argument("--labels", nargs="+", metavar="FILE", help="pairs with human labels: PandaLM or LLMBar JSON")
-    audit.add_argument("--limit", type=int, metavar="N", help="ask about N labelled pairs; a larger N later keeps what was judged")
+    replay.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object (schema/judge_replay.schema.json)",
+    )
+    audit = actions.add_parser(
+        "audit", help="scorecard of the judge behind stored judgments", allow_abbrev=False
+    )
     audit.add_argument(
-        "--probe-pairs", type=int, default=10, metavar="N", help="pairs for the degenerate probes, 12 judgments each (default 10)"
+        "judgments",
+        nargs="?",
+        metavar="JUDGMENTS",
+        help="a judgments.jsonl; without it the judge is asked about --labels",
     )
-    audit.add_argument("--both-modes", type=int, default=0, metavar="N", help="ask about N pairs in the judge's other verdict mode too")
     audit.add_argument(
-        "--output", metavar="DIR", help="where judge_audit.md and judge_audit.json go (and the judgments, when the judge is asked)"
+        "--judge", metavar="JUDGE.yaml", help="judge file: who is asked, and the thresholds"
     )
-    audit.add_argument("--json", action="store_true", help="print the scorecard as JSON (schema/judge_audit.schema.json)")
+    audit.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="FILE",
+        help="pairs with human labels: PandaLM or LLMBar JSON",
+    )
+    audit.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="ask about N labelled pairs; a larger N later keeps what was judged",
+    )
+    audit.add_argument(
+        "--probe-pairs",
+        type=int,
+        default=10,
+        metavar="N",
+        help="pairs for the degenerate probes, 12 judgments each (default 10)",
+    )
+    audit.add_argument(
+        "--both-modes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ask about N pairs in the judge's other verdict mode too",
+    )
+    audit.add_argument(
+        "--output",
+        metavar="DIR",
+        help=(
+            "where judge_audit.md and judge_audit.json go (and the judgments, when the judge is"
+            " asked)"
+        ),
+    )
+    audit.add_argument(
+        "--json",
+        action="store_true",
+        help="print the scorecard as JSON (schema/judge_audit.schema.json)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,19 +132,37 @@ def _say_report(report: dict[str, Any]) -> None:
     recorded, bounds, order = report["recorded"], report["bounds"], report["order"]
     say(f"{report['file']} ({report['format']}, n {recorded['n']})")
     if recorded["win"] is not None:
-        say("  recorded: " + ", ".join(f"{name} {rounded(recorded[name], 2)}%" for name in ("win", "loss", "tie")))
+        say(
+            "  recorded: "
+            + ", ".join(f"{name} {rounded(recorded[name], 2)}%" for name in ("win", "loss", "tie"))
+        )
     if recorded["mean_score"] is not None:
         ends = recorded["mean_score_interval"]
         interval = "" if ends is None else f" [{rounded(ends[0], 3)}, {rounded(ends[1], 3)}]"
-        say(f"  recorded: mean score {rounded(recorded['mean_score'], 3)}{interval} ({recorded['scale']})")
+        say(
+            f"  recorded: mean score {rounded(recorded['mean_score'], 3)}{interval}"
+            f" ({recorded['scale']})"
+        )
     if report["alpaca_eval"]:
         library = report["alpaca_eval"]
         error = rounded(library["standard_error"], 3)
-        say(f"  alpaca_eval: win rate {rounded(library['win_rate'], 3)}, standard error {error}, n {library['n']}")
+        say(
+            f"  alpaca_eval: win rate {rounded(library['win_rate'], 3)}, standard error {error}, n"
+            f" {library['n']}"
+        )
     for name, group in (report["groups"] or {}).items():
-        outcome = f"win {rounded(group['win'], 2)}%, loss {rounded(group['loss'], 2)}%, tie {rounded(group['tie'], 2)}%"
-        say(f"  {name}: {outcome if group['win'] is not None else 'mean score ' + rounded(group['mean_score'], 3)}, n {group['n']}")
-    flips = f", {order['flips']} verdicts changed with the order" if order["flips"] is not None else ""
+        outcome = (
+            f"win {rounded(group['win'], 2)}%, loss {rounded(group['loss'], 2)}%, tie"
+            f" {rounded(group['tie'], 2)}%"
+        )
+        say(
+            f"  {name}:"
+            f" {outcome if group['win'] is not None else 'mean score ' + rounded(group['mean_score'], 3)},"  # noqa: E501
+            f" n {group['n']}"
+        )
+    flips = (
+        f", {order['flips']} verdicts changed with the order" if order["flips"] is not None else ""
+    )
     limits = f"lost {rounded(bounds['all_lost'], 3)}, won {rounded(bounds['all_won'], 3)}"
     say(f"  orders: {order['judged']}{flips}; {bounds['of']} if what is missing were {limits}")
     _say_findings(report["findings"])
@@ -113,7 +182,9 @@ def _audit(args: argparse.Namespace) -> int:
 
     for name, least in (("limit", 1), ("probe_pairs", 0), ("both_modes", 0)):
         if (value := getattr(args, name)) is not None and value < least:
-            raise RecipeError(f"recipes judge audit: --{name.replace('_', '-')} must be {least} or more")
+            raise RecipeError(
+                f"recipes judge audit: --{name.replace('_', '-')} must be {least} or more"
+            )
     card = _stored_card(args) if args.judgments else _asked_card(args)
     if args.json:
         print(json.dumps(card, indent=2))
@@ -138,22 +209,34 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
 
     if not Path(args.judgments).is_file():
         raise DataError(
-            "no such file of judgments", "to ask a judge instead: recipes judge audit --judge JUDGE.yaml --labels FILE", file=args.judgments
+            "no such file of judgments",
+            "to ask a judge instead: recipes judge audit --judge JUDGE.yaml --labels FILE",
+            file=args.judgments,
         )
     if args.limit or args.both_modes:
         option = "--limit" if args.limit else "--both-modes"
-        raise RecipeError(f"{option} is for asking a judge; JUDGMENTS are audited as they are", f"leave JUDGMENTS or {option} out")
+        raise RecipeError(
+            f"{option} is for asking a judge; JUDGMENTS are audited as they are",
+            f"leave JUDGMENTS or {option} out",
+        )
     try:
         rows = stored_rows(args.judgments)
     except DataError as error:
         if error.line == 1:  # not one line of ours before it
             raise DataError(
-                "these are not judgments of this project", f"of another program: recipes judge replay {args.judgments}", file=args.judgments
+                "these are not judgments of this project",
+                f"of another program: recipes judge replay {args.judgments}",
+                file=args.judgments,
             ) from None
         raise
     judge = load_judge_file(args.judge) if args.judge else None
     labels = load_labels(args.labels) if args.labels else None
-    card = audit(rows, judge.thresholds if judge else Thresholds(), labels, judge.judge.weak if judge else None)
+    card = audit(
+        rows,
+        judge.thresholds if judge else Thresholds(),
+        labels,
+        judge.judge.weak if judge else None,
+    )
     if args.output:
         atomic_files.write_json(Path(args.output) / "judge_audit.json", card)
         atomic_files.write_text(Path(args.output) / "judge_audit.md", scorecard_markdown(card))
@@ -170,8 +253,16 @@ def _asked_card(args: argparse.Namespace) -> dict[str, Any]:
         raise RecipeError(
             "recipes judge audit: nothing to audit",
             "stored judgments: recipes judge audit runs/RUN/evals/EVAL/judgments.jsonl",
-            "a judge on labelled pairs: recipes judge audit --judge evals/judges/quickstart.yaml --labels FILE --limit 50",
+            "a judge on labelled pairs: recipes judge audit --judge evals/judges/quickstart.yaml"
+            " --labels FILE --limit 50",
         )
     file = load_judge_file(args.judge)
     quiet_libraries()
-    return audit_on_labels(file, args.labels, args.limit, args.probe_pairs, Path(args.output) if args.output else None, args.both_modes)
+    return audit_on_labels(
+        file,
+        args.labels,
+        args.limit,
+        args.probe_pairs,
+        Path(args.output) if args.output else None,
+        args.both_modes,
+    )

@@ -1,4 +1,6 @@
-"""`recipes launch RECIPE|STUDY --profile P`: submit a chain of Slurm jobs; `recipes launch status|cancel|logs`: look after it."""
+"""`recipes launch RECIPE|STUDY --profile P`: submit a chain of Slurm jobs; `recipes launch
+status|cancel|logs`: look after it.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +25,92 @@ TRAIN_FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("words", nargs="+", metavar="RECIPE|STUDY", help="what to launch, then section.key=value words; or: status [NAME]")
-    parser.epilog = "recipes launch status [NAME], cancel NAME, logs NAME [--stage S] look after what was launched"
-    parser.add_argument("--profile", metavar="P", help="the site: a name in launch/profiles/, or a path")
     parser.add_argument(
-        "--accelerate", metavar="A", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
+        "words",
+        nargs="+",
+        metavar="RECIPE|STUDY",
+        help="what to launch, then section.key=value words; or: status [NAME]",
     )
-    parser.add_argument("--nodes", type=at_least(1), metavar="N", help="machines; default: the recipe's launch.nodes")
-    parser.add_argument("--gpus", type=at_least(1), metavar="G", help="GPUs per machine; default: the recipe's launch.gpus")
-    parser.add_argument("--stages", metavar="LIST", help="of train,eval,report; default: all")
-    parser.add_argument("--evals", nargs="+", metavar="EVAL", help="what to evaluate a recipe on; default: the three of evals/")
+    parser.epilog = (
+        "recipes launch status [NAME], cancel NAME, logs NAME [--stage S] look after what was"
+        " launched"
+    )
     parser.add_argument(
-        "--throttle", type=at_least(1), metavar="N", help="arms of a study that train at the same time; default: the profile's"
+        "--profile", metavar="P", help="the site: a name in launch/profiles/, or a path"
+    )
+    parser.add_argument(
+        "--accelerate",
+        metavar="A",
+        help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate",
+    )
+    parser.add_argument(
+        "--nodes",
+        type=at_least(1),
+        metavar="N",
+        help="machines; default: the recipe's launch.nodes",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=at_least(1),
+        metavar="G",
+        help="GPUs per machine; default: the recipe's launch.gpus",
+    )
+    parser.add_argument("--stages", metavar="LIST", help="of train,eval,report; default: all")
+    parser.add_argument(
+        "--evals",
+        nargs="+",
+        metavar="EVAL",
+        help="what to evaluate a recipe on; default: the three of evals/",
+    )
+    parser.add_argument(
+        "--throttle",
+        type=at_least(1),
+        metavar="N",
+        help="arms of a study that train at the same time; default: the profile's",
     )
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="print the sbatch lines and what the scripts ask and run, and do nothing")
-    how.add_argument("--test-only", action="store_true", help="ask Slurm whether it would take the jobs; nothing is queued")
-    how.add_argument("--prepare", action="store_true", help="only write the scripts of the jobs, and print their folder")
-    how.add_argument("--wait", action="store_true", help="wait until the whole chain is over; its exit code")
+    how.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the sbatch lines and what the scripts ask and run, and do nothing",
+    )
+    how.add_argument(
+        "--test-only",
+        action="store_true",
+        help="ask Slurm whether it would take the jobs; nothing is queued",
+    )
+    how.add_argument(
+        "--prepare",
+        action="store_true",
+        help="only write the scripts of the jobs, and print their folder",
+    )
+    how.add_argument(
+        "--wait", action="store_true", help="wait until the whole chain is over; its exit code"
+    )
     for flag, help in (
         ("--resume-anyway", "continue a run although settings that change its result differ"),
-        ("--allow-partial-resume", "continue from a checkpoint that lacks optimizer or random state"),
-        ("--trust-remote-code", "allow code that ships with the model, if the recipe asks for it too"),
+        (
+            "--allow-partial-resume",
+            "continue from a checkpoint that lacks optimizer or random state",
+        ),
+        (
+            "--trust-remote-code",
+            "allow code that ships with the model, if the recipe asks for it too",
+        ),
     ):
         parser.add_argument(flag, action="store_true", help=help)
-    parser.add_argument("--stage", metavar="S", help="logs: the stage, for example train or eval-mt_bench; default: all")
-    parser.add_argument("--lines", type=at_least(1), default=40, metavar="N", help="logs: lines of each stage (default 40)")
+    parser.add_argument(
+        "--stage",
+        metavar="S",
+        help="logs: the stage, for example train or eval-mt_bench; default: all",
+    )
+    parser.add_argument(
+        "--lines",
+        type=at_least(1),
+        default=40,
+        metavar="N",
+        help="logs: lines of each stage (default 40)",
+    )
     parser.add_argument("--json", action="store_true", help="status: print one JSON object")
 
 
@@ -60,23 +122,43 @@ def run(args: argparse.Namespace) -> int:
             raise RecipeError(f"recipes launch {first}: unknown argument '{args.overrides[0]}'")
         if first == "status":
             return watching.show_status(rest, as_json=args.json)
-        return watching.cancel(rest) if first == "cancel" else watching.show_logs(rest, args.stage, args.lines)
-    overrides = [*rest, *args.overrides, *(word for word in args.evals or () if "=" in word)]  # --evals takes what follows it
+        return (
+            watching.cancel(rest)
+            if first == "cancel"
+            else watching.show_logs(rest, args.stage, args.lines)
+        )
+    overrides = [
+        *rest,
+        *args.overrides,
+        *(word for word in args.evals or () if "=" in word),
+    ]  # --evals takes what follows it
     args.evals = [word for word in args.evals if "=" not in word] if args.evals else None
-    flag = next((word.partition("=")[0] for word in overrides if word.startswith("-") and "." not in word.partition("=")[0]), None)
+    flag = next(
+        (
+            word.partition("=")[0]
+            for word in overrides
+            if word.startswith("-") and "." not in word.partition("=")[0]
+        ),
+        None,
+    )
     if flag:
         raise RecipeError(
             f"recipes launch: {flag} is no option of recipes launch",
-            f"what the site wants belongs into its profile, {args.profile or 'launch/profiles/NAME.yaml'}: its keys, or extra_sbatch",
+            "what the site wants belongs into its profile,"
+            f" {args.profile or 'launch/profiles/NAME.yaml'}: its keys, or extra_sbatch",
             "all options: recipes launch --help",
         )
     strangers = [word for word in overrides if "=" not in word]
     if strangers:
-        raise RecipeError(f"recipes launch: '{strangers[0]}' is neither an option nor section.key=value", "one recipe or study at a time")
+        raise RecipeError(
+            f"recipes launch: '{strangers[0]}' is neither an option nor section.key=value",
+            "one recipe or study at a time",
+        )
     if not args.profile and not args.prepare:
         raise RecipeError(
             "recipes launch: --profile is missing",
-            f"there are {', '.join(profile_names())}; a new site: copy launch/profiles/example.yaml and fill in six values",
+            f"there are {', '.join(profile_names())}; a new site: copy launch/profiles/example.yaml"
+            " and fill in six values",
         )
     return _launch(args, first, overrides)
 
@@ -91,13 +173,22 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
         profile.enter()
     flags = [f"--{name.replace('_', '-')}" for name in TRAIN_FLAGS if getattr(args, name)]
     plan = plan_target(target, overrides, profile, args, flags)
-    typed = shlex.join(["recipes", "launch", *sys.argv[2:]]) if sys.argv[1:2] == ["launch"] else f"recipes launch {target}"
+    typed = (
+        shlex.join(["recipes", "launch", *sys.argv[2:]])
+        if sys.argv[1:2] == ["launch"]
+        else f"recipes launch {target}"
+    )
     if args.prepare:
         submission.prepare(plan, profile)
         print(plan.folder.path)
         return ExitCode.DONE
     assert profile is not None
-    _warn(plan, profile, f"recipes prefetch {shlex.join([target, *plan.evals, *overrides])} --profile {args.profile}")
+    _warn(
+        plan,
+        profile,
+        f"recipes prefetch {shlex.join([target, *plan.evals, *overrides])} --profile"
+        f" {args.profile}",
+    )
     if args.dry_run:
         say("# the lines below can be pasted into bash, after this one, which writes the scripts:")
         say(f"$ {typed.replace(' --dry-run', ' --prepare')}")
@@ -112,8 +203,15 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     watching.refuse_if_active(plan.folder)
     ids = submission.submit_chain(plan, profile)
     for job in plan.jobs:
-        waits = f", after {', '.join([*job.after, *job.after_any])}" if job.after or job.after_any else ""
-        say(f"{job.label}: job {ids[job.label]}{f' ({len(job.tasks)} arms)' if job.is_array else ''}{waits}")
+        waits = (
+            f", after {', '.join([*job.after, *job.after_any])}"
+            if job.after or job.after_any
+            else ""
+        )
+        say(
+            f"{job.label}: job"
+            f" {ids[job.label]}{f' ({len(job.tasks)} arms)' if job.is_array else ''}{waits}"
+        )
     if args.wait:
         return watching.wait(plan.folder)
     next_step(f"recipes launch status {plan.name}")
@@ -121,7 +219,8 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
 
 
 def _warn(plan: JobPlan, profile: SiteProfile, prefetch: str) -> None:
-    """Say what the plan warns of, and which models are not here yet, where the jobs cannot fetch them.
+    """Say what the plan warns of, and which models are not here yet, where the jobs cannot fetch
+    them.
 
     Args:
         prefetch: the command that fetches everything.
@@ -133,7 +232,10 @@ def _warn(plan: JobPlan, profile: SiteProfile, prefetch: str) -> None:
     missing = missing_models(plan.models) if profile.values.offline else []
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        say(f"warning: {' and '.join(missing)} {verb} not on this machine, and jobs have no network: {prefetch}")
+        say(
+            f"warning: {' and '.join(missing)} {verb} not on this machine, and jobs have no"
+            f" network: {prefetch}"
+        )
 
 
 def _show(plan: JobPlan, profile: SiteProfile) -> None:
@@ -146,5 +248,8 @@ def _show(plan: JobPlan, profile: SiteProfile) -> None:
         arms = f"{len(job.tasks)} arms, each " if job.is_array else ""
         say(f"# {job.label}: {arms}{shape.nodes} node x {shape.processes} {unit}")
         say(f"$ {line}")
-        for text in (*script.directives, *(text for text in script.commands if not text.startswith("#"))):
+        for text in (
+            *script.directives,
+            *(text for text in script.commands if not text.startswith("#")),
+        ):
             say("    " + text.replace("\n", "\n    "))

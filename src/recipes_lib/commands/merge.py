@@ -1,4 +1,6 @@
-"""`recipes merge RUN`: fold an adapter into its base, check the result on real prompts, and keep it in the run as `merged/`."""
+"""`recipes merge RUN`: fold an adapter into its base, check the result on real prompts, and keep it
+in the run as `merged/`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", metavar="RUN", help="a finished LoRA or QLoRA run")
     choices = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=choices, help="precision of the merged weights (default: the base's, as it was trained on)")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
+        "--dtype",
+        choices=choices,
+        help="precision of the merged weights (default: the base's, as it was trained on)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object; what happens meanwhile goes to stderr")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow code that ships with the model, if the run's recipe asks for it too",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object; what happens meanwhile goes to stderr",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +48,11 @@ def run(args: argparse.Namespace) -> int:
         quiet_libraries()
         done = merge(trained, args.dtype, report=say)
     if args.json:
-        say(json.dumps({"folder": str(done.folder), "already": done.already, **done.record}, indent=2))
+        say(
+            json.dumps(
+                {"folder": str(done.folder), "already": done.already, **done.record}, indent=2
+            )
+        )
         return ExitCode.DONE
     what = "already merged, nothing to do" if done.already else "merged"
     say(f"{what}: {shown_path(done.folder)} ({done.record['dtype']})")
@@ -48,18 +64,24 @@ def run(args: argparse.Namespace) -> int:
 def _left_out(difference: dict[str, Any]) -> str:
     if not difference.get("left_out"):
         return ""
-    return f"; the {difference['left_out']} positions furthest apart left out, where rounding may have chosen other experts"
+    return (
+        f"; the {difference['left_out']} positions furthest apart left out, where rounding may have"
+        " chosen other experts"
+    )
 
 
 def merge_sentence(check: dict[str, Any]) -> str:
     """Return the lines that say how a folded adapter compares with the adapter on its base."""
     difference, effect = check["difference"], check["adapter_effect"]
-    largest = f"{difference['largest']:.3g} at most (allowed {difference['tolerance'] * difference['scale']:.3g} = "
+    largest = (
+        f"{difference['largest']:.3g} at most (allowed"
+        f" {difference['tolerance'] * difference['scale']:.3g} = "
+    )
     return (
-        f"on {check['prompts']}, computed in {check['computed_in']}:\n"
-        f"  the adapter moves the base's logits by {effect['mean']:.3g} on average, {effect['largest']:.3g} at most\n"
-        f"  merging moves them by {difference['mean']:.3g} on average ({check['lost_share']:.1%} of that; "
-        f"allowed {check['lost_limit']:.0%}), {largest}{difference['tolerance']:g} of the largest logit)"
-        f"{_left_out(difference)}\n"
-        f"  the most likely next token is the same at {difference['same_top_token']:.1%} of the positions"
+        f"on {check['prompts']}, computed in {check['computed_in']}:\n  the adapter moves the"
+        f" base's logits by {effect['mean']:.3g} on average, {effect['largest']:.3g} at most\n "
+        f" merging moves them by {difference['mean']:.3g} on average ({check['lost_share']:.1%} of"
+        f" that; allowed {check['lost_limit']:.0%}), {largest}{difference['tolerance']:g} of the"
+        f" largest logit){_left_out(difference)}\n  the most likely next token is the same at"
+        f" {difference['same_top_token']:.1%} of the positions"
     )

@@ -20,7 +20,11 @@ _ROUNDS = 5
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("config", metavar="IN", help="a flat TRL YAML: trl sft --config, alignment handbook, open-r1")
+    parser.add_argument(
+        "config",
+        metavar="IN",
+        help="a flat TRL YAML: trl sft --config, alignment handbook, open-r1",
+    )
     parser.add_argument("--output", metavar="OUT", required=True, help="the recipe to write")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
@@ -29,12 +33,17 @@ def run(args: argparse.Namespace) -> int:
     """Write the recipe and list every change; values that the check refuses become comments.
 
     Raises:
-        RecipeError: IN is no flat fine-tuning config, OUT exists, or the result has errors that leaving keys out cannot mend.
+        RecipeError: IN is no flat fine-tuning config, OUT exists, or the result has errors that
+            leaving keys out cannot mend.
     """
     source, output = Path(args.config), Path(args.output)
     if output.exists() and not args.force:
-        raise RecipeError("exists already", "add --force to replace it, or choose another --output", file=output)
-    schema = Path(os.path.relpath(project_root() / "schema" / "recipe.schema.json", output.resolve().parent)).as_posix()
+        raise RecipeError(
+            "exists already", "add --force to replace it, or choose another --output", file=output
+        )
+    schema = Path(
+        os.path.relpath(project_root() / "schema" / "recipe.schema.json", output.resolve().parent)
+    ).as_posix()
     rejected: dict[str, str] = {}
     for _ in range(_ROUNDS):
         migration = migrate(source, schema, rejected)
@@ -52,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeErrors(errors)
     lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
     say(
-        f"{output}: {len(migration.changes)} changes, {lost} of them not carried over (comments at its end)"
+        f"{output}: {len(migration.changes)} changes, {lost} of them not carried over (comments at"
+        " its end)"
         if lost
         else f"{output}: nothing was lost"
     )

@@ -19,7 +19,17 @@ from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.terminal import next_step, say
 
 _CHANGED = (
-    *("name_or_path:", "source:", "r:", "learning_rate:", "num_train_epochs:", "max_steps:", "max_length:", "eval_steps:", "save_steps:"),
+    *(
+        "name_or_path:",
+        "source:",
+        "r:",
+        "learning_rate:",
+        "num_train_epochs:",
+        "max_steps:",
+        "max_length:",
+        "eval_steps:",
+        "save_steps:",
+    ),
     "global_batch_size:",
 )
 VOCABULARY, POSITIONS = 50_000, 4096  # where nothing is known of the model
@@ -29,15 +39,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("name", metavar="NAME", help="name of the recipe and of its run")
     parser.add_argument(
-        "--from", dest="origin", metavar="RECIPE", required=True, help="the recipe to start from, for example quickstart/lora-r8"
+        "--from",
+        dest="origin",
+        metavar="RECIPE",
+        required=True,
+        help="the recipe to start from, for example quickstart/lora-r8",
     )
     parser.add_argument(
         "--data",
         metavar="FILE",
         type=Path,
-        help="your rows: jsonl, json, csv, tsv, parquet, arrow, or a folder of them; the first row says how they are read",
+        help=(
+            "your rows: jsonl, json, csv, tsv, parquet, arrow, or a folder of them; the first row"
+            " says how they are read"
+        ),
     )
-    parser.add_argument("--output", metavar="PATH", type=Path, help="where to write it; default recipes/NAME.yaml")
+    parser.add_argument(
+        "--output", metavar="PATH", type=Path, help="where to write it; default recipes/NAME.yaml"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,13 +64,15 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         RecipeError: the name cannot be a run's name, or the file exists.
-        DataError: the rows cannot be read, or their columns are not understood. When a row is the reason, the recipe was written, so
-            that the key the error names can be set in it.
+        DataError: the rows cannot be read, or their columns are not understood. When a row is the
+            reason, the recipe was written, so that the key the error names can be set in it.
     """
     check_run_name(args.name)
     target = args.output or _recipes_folder() / f"{args.name}.yaml"
     if target.exists():
-        raise RecipeError("exists already", "choose another name, or --output PATH", file=shown_path(target))
+        raise RecipeError(
+            "exists already", "choose another name, or --output PATH", file=shown_path(target)
+        )
     origin, rows = load_recipe(recipe_path(args.origin)), look_at(args.data) if args.data else None
     text = new_recipe(args.name, target, origin, rows)
     write_text(target, text)
@@ -74,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _needed_length(target: Path) -> int | None:
-    """Return the max_length that the rows of a new recipe need, as far as its model goes; None where they cannot be read, which is said
-    afterwards.
+    """Return the max_length that the rows of a new recipe need, as far as its model goes; None
+    where they cannot be read, which is said afterwards.
     """
     try:
         recipe = load_recipe(target)

@@ -1,4 +1,6 @@
-"""`recipes plan RECIPE_OR_STUDY`: what a training needs before it is started: memory, steps, time, cost, and which setting to change."""
+"""`recipes plan RECIPE_OR_STUDY`: what a training needs before it is started: memory, steps, time,
+cost, and which setting to change.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,40 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("recipe", metavar="RECIPE_OR_STUDY", help="path or name of a recipe, or a study file")
-    parser.add_argument("--gpu", metavar="CARD", help="h100-80gb, a100-40gb, l40s-48gb, rtx-4090-24gb, h100-mig-3g.40gb, ... or cpu")
-    parser.add_argument("--gpus", type=at_least(1), metavar="N", help="processes on each machine; default: the recipe's launch")
-    parser.add_argument("--nodes", type=at_least(1), metavar="N", help="machines; default: the recipe's launch")
-    parser.add_argument("--accelerate", metavar="NAME", help="a file in accelerate_configs/ or a path; default: the recipe's")
-    parser.add_argument("--evals", nargs="*", metavar="EVAL", help="eval recipes to count in; default: the project's three")
-    parser.add_argument("--price", type=_price, metavar="X", help="price of one card for one hour, in any currency")
-    parser.add_argument("--json", action="store_true", help="print one JSON object (schema/plan.schema.json)")
+    parser.add_argument(
+        "recipe", metavar="RECIPE_OR_STUDY", help="path or name of a recipe, or a study file"
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="CARD",
+        help="h100-80gb, a100-40gb, l40s-48gb, rtx-4090-24gb, h100-mig-3g.40gb, ... or cpu",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=at_least(1),
+        metavar="N",
+        help="processes on each machine; default: the recipe's launch",
+    )
+    parser.add_argument(
+        "--nodes", type=at_least(1), metavar="N", help="machines; default: the recipe's launch"
+    )
+    parser.add_argument(
+        "--accelerate",
+        metavar="NAME",
+        help="a file in accelerate_configs/ or a path; default: the recipe's",
+    )
+    parser.add_argument(
+        "--evals",
+        nargs="*",
+        metavar="EVAL",
+        help="eval recipes to count in; default: the project's three",
+    )
+    parser.add_argument(
+        "--price", type=_price, metavar="X", help="price of one card for one hour, in any currency"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object (schema/plan.schema.json)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,10 +79,20 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     for warning in recipe.warnings:
         print_error(warning)
-    plan = plan_recipe(recipe, gpu=args.gpu, gpus=args.gpus, nodes=args.nodes, accelerate=args.accelerate)
-    recipes = usual_evals(plan.settings.device == "cpu") if args.evals is None else _evals(args.evals)
+    plan = plan_recipe(
+        recipe, gpu=args.gpu, gpus=args.gpus, nodes=args.nodes, accelerate=args.accelerate
+    )
+    recipes = (
+        usual_evals(plan.settings.device == "cpu") if args.evals is None else _evals(args.evals)
+    )
     advice = advise(plan)
-    parts = (plan, eval_times(recipes, plan.settings.shape, plan.card), method_rows(plan), advice, args.price)
+    parts = (
+        plan,
+        eval_times(recipes, plan.settings.shape, plan.card),
+        method_rows(plan),
+        advice,
+        args.price,
+    )
     if args.json:
         print(json.dumps(plan_json(*parts), indent=2, ensure_ascii=False))
         return ExitCode.DONE
@@ -66,10 +104,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _closing(plan: Plan, advice: list[Advice], file: str, args: argparse.Namespace) -> None:
-    """Print the plain command (with several machines, machine 0's), and the next one to type: of what fits, the training."""
+    """Print the plain command (with several machines, machine 0's), and the next one to type: of
+    what fits, the training.
+    """
     launch, own = plan.launch, plan_launch(plan.recipe.launch)
     if launch.machines > 1:
-        launch = replace(launch, rank=0, address="HOST_OF_RANK_0", port=launch.config.main_process_port or DEFAULT_PORT)
+        launch = replace(
+            launch,
+            rank=0,
+            address="HOST_OF_RANK_0",
+            port=launch.config.main_process_port or DEFAULT_PORT,
+        )
     script = shlex.join(["-m", "recipes_lib.train", file, *args.overrides])
     say(f"$ accelerate launch {shlex.join(launch.launcher_words())} {script}")
     words = []
@@ -84,7 +129,19 @@ def _closing(plan: Plan, advice: list[Advice], file: str, args: argparse.Namespa
     elif advice:
         card = ["--gpu", args.gpu] if args.gpu else []
         words = [] if "launch." in advice[0].setting else words  # a flag would win over it
-        next_step(shlex.join(["recipes", "plan", file, *card, *words, *args.overrides, *advice[0].setting.split()]))
+        next_step(
+            shlex.join(
+                [
+                    "recipes",
+                    "plan",
+                    file,
+                    *card,
+                    *words,
+                    *args.overrides,
+                    *advice[0].setting.split(),
+                ]
+            )
+        )
     else:
         next_step("recipes ls")
 
@@ -93,7 +150,9 @@ def _study(args: argparse.Namespace, path: Path) -> int:
     for flag in ("gpus", "nodes", "accelerate", "evals"):
         if getattr(args, flag) is not None:
             raise RecipeError(
-                f"--{flag} is for a recipe: a study says itself how its arms are launched and evaluated", file=shown_path(path)
+                f"--{flag} is for a recipe: a study says itself how its arms are launched and"
+                " evaluated",
+                file=shown_path(path),
             )
     plan = study_hours(load_study(path, args.overrides), args.gpu)
     if args.json:

@@ -1,4 +1,6 @@
-"""recipes show: a resolved recipe, with the place every value was written; `--flat` as a plain TRL config."""
+"""recipes show: a resolved recipe, with the place every value was written; `--flat` as a plain TRL
+config.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,14 @@ from recipes_lib.terminal import say
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("recipe", metavar="RECIPE", help="path or name of a recipe")
-    parser.add_argument("--flat", action="store_true", help="print a plain TRL config, for: trl sft --config FILE")
-    parser.add_argument("--all", action="store_true", help="also print the values nobody wrote, with upstream's defaults")
+    parser.add_argument(
+        "--flat", action="store_true", help="print a plain TRL config, for: trl sft --config FILE"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also print the values nobody wrote, with upstream's defaults",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,26 +46,55 @@ def run(args: argparse.Namespace) -> int:
         return ExitCode.DONE
     say(f"# {recipe.name}: {file}")
     say(f"#   {launch_line(recipe, file, args.overrides)}")
-    say(join_lines(yaml_lines(shown_values(recipe, everything=args.all), lambda path: _comment(recipe, path))))
+    say(
+        join_lines(
+            yaml_lines(
+                shown_values(recipe, everything=args.all), lambda path: _comment(recipe, path)
+            )
+        )
+    )
     say(f"# next: {shlex.join(['recipes', 'data', file, *args.overrides, '--show', '3'])}")
     return ExitCode.DONE
 
 
 def launch_line(recipe: Recipe, file: str, overrides: Sequence[str] = ()) -> str:
-    """Return the plain command that trains the recipe with its default launch; several machines each put in their own rank."""
+    """Return the plain command that trains the recipe with its default launch; several machines
+    each put in their own rank.
+    """
     launch = plan_launch(recipe.launch)
     if launch.machines > 1:
-        launch = replace(launch, rank=0, address="HOST_OF_RANK_0", port=launch.config.main_process_port or DEFAULT_PORT)
-    return shlex.join(["accelerate", "launch", *launch.launcher_words(), "-m", "recipes_lib.train", file, *overrides])
+        launch = replace(
+            launch,
+            rank=0,
+            address="HOST_OF_RANK_0",
+            port=launch.config.main_process_port or DEFAULT_PORT,
+        )
+    return shlex.join(
+        [
+            "accelerate",
+            "launch",
+            *launch.launcher_words(),
+            "-m",
+            "recipes_lib.train",
+            file,
+            *overrides,
+        ]
+    )
 
 
 def shown_values(recipe: Recipe, *, everything: bool = False) -> dict[str, Any]:
     """Return the sections with the values somebody chose, or with all defaults."""
     if everything:
         values = recipe.to_dict()
-        for section in ("train", *(name for name in ("lora", "quantization") if values[name] is not None)):
+        for section in (
+            "train",
+            *(name for name in ("lora", "quantization") if values[name] is not None),
+        ):
             known = (subschema(section) or {})["properties"]
-            values[section] = {**{key: schema.get("default") for key, schema in known.items()}, **values[section]}
+            values[section] = {
+                **{key: schema.get("default") for key, schema in known.items()},
+                **values[section],
+            }
         return values
     return recipe.written_values()
 
@@ -65,4 +102,10 @@ def shown_values(recipe: Recipe, *, everything: bool = False) -> dict[str, Any]:
 def _comment(recipe: Recipe, path: KeyPath) -> str:
     """Return the origin of a value as a comment."""
     origin = recipe.origin_of(".".join(map(str, path)))
-    return "default" if origin == UPSTREAM_DEFAULT else "project default" if origin == PROJECT_DEFAULT else str(origin)
+    return (
+        "default"
+        if origin == UPSTREAM_DEFAULT
+        else "project default"
+        if origin == PROJECT_DEFAULT
+        else str(origin)
+    )

@@ -21,7 +21,9 @@ _COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name; default: all runs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object (a list without RUN)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object (a list without RUN)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

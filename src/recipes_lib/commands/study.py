@@ -1,4 +1,6 @@
-"""`recipes study plan|run|status|report|diff STUDY`: variants compared. Only `run` and `report` import what is heavy."""
+"""`recipes study plan|run|status|report|diff STUDY`: variants compared. Only `run` and `report`
+import what is heavy.
+"""
 
 from __future__ import annotations
 
@@ -33,24 +35,51 @@ WATCH_S = 2.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    parser.epilog = "section.key=value words override a value in every arm's recipe; key=value words the study's own (seeds=[1,2], gpus=2)"
+    parser.epilog = (
+        "section.key=value words override a value in every arm's recipe; key=value words the"
+        " study's own (seeds=[1,2], gpus=2)"
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
     for name, help in _ACTIONS.items():
         action = actions.add_parser(name, help=help, allow_abbrev=False)
-        action.add_argument("study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/")
+        action.add_argument(
+            "study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/"
+        )
         if name in ("plan", "status"):
             action.add_argument("--json", action="store_true", help="print one JSON object")
         if name == "status":
-            action.add_argument("--watch", action="store_true", help="show it again every two seconds until everything is done")
-        if name == "run":
-            action.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at the same time (default 1)")
-            action.add_argument("--no-plan", action="store_true", help="train also what the plan says cannot fit this machine")
             action.add_argument(
-                "--trust-remote-code", action="store_true", help="allow code that ships with a model, if the recipe asks for it"
+                "--watch",
+                action="store_true",
+                help="show it again every two seconds until everything is done",
+            )
+        if name == "run":
+            action.add_argument(
+                "--jobs",
+                type=int,
+                default=1,
+                metavar="N",
+                help="trainings at the same time (default 1)",
+            )
+            action.add_argument(
+                "--no-plan",
+                action="store_true",
+                help="train also what the plan says cannot fit this machine",
+            )
+            action.add_argument(
+                "--trust-remote-code",
+                action="store_true",
+                help="allow code that ships with a model, if the recipe asks for it",
             )
             action.add_argument("--dry-run", action="store_true", help="the same as plan")
         if name in ("run", "plan"):
-            action.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone, by name or its beginning: train")
+            action.add_argument(
+                "--only",
+                nargs="+",
+                default=[],
+                metavar="STEP",
+                help="these steps alone, by name or its beginning: train",
+            )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
         print_error(warning)
     if args.action == "run" and args.dry_run:
         args.action, args.json = "plan", False
-    return {"plan": _plan, "run": _run, "status": _status, "report": _report, "diff": _diff}[args.action](study, args)
+    return {"plan": _plan, "run": _run, "status": _status, "report": _report, "diff": _diff}[
+        args.action
+    ](study, args)
 
 
 def typed(study: Study) -> str:
@@ -73,7 +104,13 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
     graph = build_graph(study)
     steps = wanted_steps(graph, args.only)
     if args.json:
-        print(json.dumps(study_plan_object(study, graph, steps, _estimates(study)), indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                study_plan_object(study, graph, steps, _estimates(study)),
+                indent=2,
+                ensure_ascii=False,
+            )
+        )
         return int(ExitCode.DONE)
     for line in study_plan_lines(study, graph, steps, _estimates(study)):
         say(line)
@@ -83,14 +120,18 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
 
 
 def _estimates(study: Study) -> dict[str, str]:
-    """What one training of each arm takes, as `recipes plan` estimates it; nothing for arms it cannot plan."""
+    """What one training of each arm takes, as `recipes plan` estimates it; nothing for arms it
+    cannot plan.
+    """
     from recipes_lib.planning.text import spread
     from recipes_lib.study.hours import study_hours
 
     with suppress(RecipesError):
         return {
-            arm.name: f"about {spread(arm.plan.duration.total, arm.plan.settings.device)} on {arm.plan.card.title}"
-            f"{' (assumed)' * arm.plan.card.stands_in}"
+            arm.name: (
+                f"about {spread(arm.plan.duration.total, arm.plan.settings.device)} on"
+                f" {arm.plan.card.title}{' (assumed)' * arm.plan.card.stands_in}"
+            )
             for arm in study_hours(study).arms
         }
     return {}
@@ -100,19 +141,29 @@ def _run(study: Study, args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
     started = time.monotonic()
-    flags = [f"--{name.replace('_', '-')}" for name in ("no_plan", "trust_remote_code") if getattr(args, name)]
+    flags = [
+        f"--{name.replace('_', '-')}"
+        for name in ("no_plan", "trust_remote_code")
+        if getattr(args, name)
+    ]
     code = run_study(study, say, args.jobs, args.only, args.debug, flags)
     if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         next_step(f"recipes study run {typed(study)}")
         return code
     seconds = time.monotonic() - started
-    say(f"\nstudy '{study.name}' took {seconds:.0f} s" if code else f"\nstudy '{study.name}': every step is fresh ({seconds:.0f} s)")
+    say(
+        f"\nstudy '{study.name}' took {seconds:.0f} s"
+        if code
+        else f"\nstudy '{study.name}': every step is fresh ({seconds:.0f} s)"
+    )
     report = study_folder(study) / "report" / "report.html"
     for sentence in _answer(study) if report.is_file() else ():
         say(sentence)
     if report.is_file():
         say(f"report: {shown_path(report)}")
-    next_step(f"recipes study status {typed(study)}" if code else f"recipes study diff {typed(study)}")
+    next_step(
+        f"recipes study status {typed(study)}" if code else f"recipes study diff {typed(study)}"
+    )
     return code
 
 
@@ -127,13 +178,21 @@ def _status(study: Study, args: argparse.Namespace) -> int:
     while True:
         rows = step_rows(study, build_graph(study))
         if args.json:
-            print(json.dumps({"study": study.name, "steps": [row.to_dict() for row in rows]}, indent=2, ensure_ascii=False))
+            print(
+                json.dumps(
+                    {"study": study.name, "steps": [row.to_dict() for row in rows]},
+                    indent=2,
+                    ensure_ascii=False,
+                )
+            )
             return int(ExitCode.DONE)
         terminal = sys.stdout.isatty()
         if args.watch and terminal:
             print("\x1b[H\x1b[2J", end="")
         if terminal or not shown:
-            for line in status_lines(rows, shutil.get_terminal_size((160, 24)).columns if terminal else 10_000):
+            for line in status_lines(
+                rows, shutil.get_terminal_size((160, 24)).columns if terminal else 10_000
+            ):
                 say(line)
         if (summary := summary_line(rows)) != shown or terminal:
             say(summary)
@@ -166,12 +225,31 @@ def _diff(study: Study, args: argparse.Namespace) -> int:
     rows = list(diff_rows(study))
     without = [arm.name for arm in study.arms if arm.recipe is None]
     if not rows:
-        say("no difference: every resolved value is the same in all arms" if len(arms) > 1 else "there are no two arms with a recipe")
+        say(
+            "no difference: every resolved value is the same in all arms"
+            if len(arms) > 1
+            else "there are no two arms with a recipe"
+        )
     else:
-        say("\n".join(aligned([("key", *arms, "factor"), *((key, *values, factor or "none declared") for key, values, factor in rows)])))
+        say(
+            "\n".join(
+                aligned(
+                    [
+                        ("key", *arms, "factor"),
+                        *(
+                            (key, *values, factor or "none declared")
+                            for key, values, factor in rows
+                        ),
+                    ]
+                )
+            )
+        )
     confounds = [key for key, _, factor in rows if not factor]
     if confounds:
-        say(f"\n{len(confounds)} of {len(rows)} differences belong to no declared factor: each may be the cause of what is measured")
+        say(
+            f"\n{len(confounds)} of {len(rows)} differences belong to no declared factor: each may"
+            " be the cause of what is measured"
+        )
     if without:
         say(f"without a recipe, so nothing is known of how they were made: {', '.join(without)}")
     next_step(f"recipes study plan {typed(study)}")

@@ -1,6 +1,8 @@
-"""`recipes train RECIPE [section.key=value ...]`: start the training script the way the recipe's `launch` section says.
+"""`recipes train RECIPE [section.key=value ...]`: start the training script the way the recipe's
+`launch` section says.
 
-It prints the plain command it stands for, runs it, hands signals on, and returns the exit code that the launcher would lose.
+It prints the plain command it stands for, runs it, hands signals on, and returns the exit code that
+the launcher would lose.
 """
 
 from __future__ import annotations
@@ -39,18 +41,39 @@ FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code", "debug")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("recipe", metavar="RECIPE", help="path or name of a recipe; any `section.key=value` after it overrides a value")
     parser.add_argument(
-        "--accelerate", metavar="NAME", help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
+        "recipe",
+        metavar="RECIPE",
+        help="path or name of a recipe; any `section.key=value` after it overrides a value",
     )
     parser.add_argument(
-        "--gpus", type=at_least(1), metavar="N", help="processes on each machine; default: launch.gpus, else the accelerate config's"
+        "--accelerate",
+        metavar="NAME",
+        help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate",
     )
     parser.add_argument(
-        "--nodes", type=at_least(1), metavar="N", help="machines; default: launch.nodes, else the accelerate config's. Run this on each"
+        "--gpus",
+        type=at_least(1),
+        metavar="N",
+        help="processes on each machine; default: launch.gpus, else the accelerate config's",
     )
-    parser.add_argument("--machine-rank", type=at_least(0), metavar="N", help="with several machines: the number of this one, from 0")
-    parser.add_argument("--main-process-ip", metavar="HOST", help="with several machines: name or address of machine 0")
+    parser.add_argument(
+        "--nodes",
+        type=at_least(1),
+        metavar="N",
+        help="machines; default: launch.nodes, else the accelerate config's. Run this on each",
+    )
+    parser.add_argument(
+        "--machine-rank",
+        type=at_least(0),
+        metavar="N",
+        help="with several machines: the number of this one, from 0",
+    )
+    parser.add_argument(
+        "--main-process-ip",
+        metavar="HOST",
+        help="with several machines: name or address of machine 0",
+    )
     parser.add_argument(
         "--main-process-port",
         type=at_least(1),
@@ -58,13 +81,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="with several machines: a free port of machine 0; default: the config's",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
-    parser.add_argument("--no-plan", action="store_true", help="start although the plan says that memory will not do (see: recipes plan)")
-    parser.add_argument("--resume-anyway", action="store_true", help="continue a run although settings that change its result differ")
     parser.add_argument(
-        "--allow-partial-resume", action="store_true", help="continue from a checkpoint that lacks optimizer or random state"
+        "--no-plan",
+        action="store_true",
+        help="start although the plan says that memory will not do (see: recipes plan)",
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the recipe asks for it too"
+        "--resume-anyway",
+        action="store_true",
+        help="continue a run although settings that change its result differ",
+    )
+    parser.add_argument(
+        "--allow-partial-resume",
+        action="store_true",
+        help="continue from a checkpoint that lacks optimizer or random state",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow code that ships with the model, if the recipe asks for it too",
     )
 
 
@@ -77,7 +112,9 @@ def run(args: argparse.Namespace) -> int:
     script = ["-m", "recipes_lib.train", args.recipe, *args.overrides]
     script += [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name, False)]
     command = launch.command(script)
-    if launch.config.use_cpu and launch.world_size == 1 and cards_here():  # `python -m` alone would take the GPU
+    if (
+        launch.config.use_cpu and launch.world_size == 1 and cards_here()
+    ):  # `python -m` alone would take the GPU
         command = ["env", "ACCELERATE_USE_CPU=true", *command]
     show_command(command)
     if args.dry_run:
@@ -88,12 +125,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_plan:
         _check_plan(recipe, launch)
     if launch.rank:
-        say(f"machine {launch.rank} of 0 to {launch.machines - 1}: what the training says is printed on machine 0")
+        say(
+            f"machine {launch.rank} of 0 to {launch.machines - 1}: what the training says is"
+            " printed on machine 0"
+        )
     return supervise(command, recipe, launch)
 
 
 def _check_plan(recipe: Recipe, launch: Launch) -> None:
-    """Stop here if the plan says that the training cannot fit the card that is there; a run that is finished needs no plan.
+    """Stop here if the plan says that the training cannot fit the card that is there; a run that is
+    finished needs no plan.
 
     Raises:
         EnvironmentFault: with the arithmetic.
@@ -108,19 +149,30 @@ def _check_plan(recipe: Recipe, launch: Launch) -> None:
 
 
 def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
-    """Return the command as it was typed, with the named options that were given, without --dry-run."""
+    """Return the command as it was typed, with the named options that were given, without
+    --dry-run.
+    """
     words = ["recipes", "train", args.recipe, *args.overrides]
     for name in options:
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return shlex.join([*words, *(f"--{name.replace('_', '-')}" for name in (*FLAGS, "no_plan") if getattr(args, name, False))])
+    return shlex.join(
+        [
+            *words,
+            *(
+                f"--{name.replace('_', '-')}"
+                for name in (*FLAGS, "no_plan")
+                if getattr(args, name, False)
+            ),
+        ]
+    )
 
 
 def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     """Run the command in its own process group and return what the training script reported.
 
-    A first Ctrl-C or SIGTERM asks for a checkpoint, a second Ctrl-C ends everything at once; so does the first before the first step,
-    when there is nothing to save.
+    A first Ctrl-C or SIGTERM asks for a checkpoint, a second Ctrl-C ends everything at once; so
+    does the first before the first step, when there is nothing to save.
     """
     run = RunDirectory(recipe.name)
     expected = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
@@ -130,7 +182,9 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
         environment = {**os.environ, EXIT_CODE_FILE: str(report), STAGE_FILE: str(stage_file)}
         environment["RECIPES_EXPECT"] = json.dumps(expected)
         if launch.config.use_cpu:
-            environment["ACCELERATE_USE_CPU"] = "true"  # one process is started without accelerate launch, which would say it
+            environment["ACCELERATE_USE_CPU"] = (
+                "true"  # one process is started without accelerate launch, which would say it
+            )
         child: subprocess.Popen[bytes] | None = None
         asked: list[int] = []
         at_once = ""
@@ -151,11 +205,15 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
                 return
             if launch.world_size == 1:
                 child.send_signal(number)
-            else:  # the launcher would kill its workers after 30 s: ask them through the file instead
+            else:
+                # the launcher would kill its workers after 30 s: ask them through the file instead
                 _ask_to_stop(run, number, report)
             say(SEEN[stage])
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+        before = {
+            number: signal.signal(number, forward)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+        }
         try:
             child = subprocess.Popen(command, env=environment, start_new_session=True)
             if asked:  # while it was being started
@@ -173,14 +231,19 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
         if not launch.rank:
             note_end(run, "preempted", code, f"{what} {at_once}")
             say(f"{what} {at_once}: {how_to_go_on(run)}")
-    elif reported is None and not launch.rank and note_end(run, "failed", ExitCode.FAILED, "the process ended without a word"):
+    elif (
+        reported is None
+        and not launch.rank
+        and note_end(run, "failed", ExitCode.FAILED, "the process ended without a word")
+    ):
         say(f"the training ended without a word (exit {code}); what it saved is kept")
         next_step(how_to_go_on(run))
     return ExitCode.FAILED if code < 0 else code
 
 
 def note_end(run: RunDirectory, state: State, code: ExitCode, error: str) -> bool:
-    """Record how a training that was killed ended, which left run.json `running`; return whether it had.
+    """Record how a training that was killed ended, which left run.json `running`; return whether it
+    had.
 
     A run that another process holds is that one's; a killed rank takes a moment to let go.
     """
@@ -194,7 +257,9 @@ def note_end(run: RunDirectory, state: State, code: ExitCode, error: str) -> boo
 
 
 def how_to_go_on(run: RunDirectory) -> str:
-    """Return what the same command will do: go on from the newest complete checkpoint, or begin where there is none."""
+    """Return what the same command will do: go on from the newest complete checkpoint, or begin
+    where there is none.
+    """
     complete = [path for path in list_checkpoints(run.checkpoints) if what_is_missing(path) is None]
     if complete:
         return f"run the same command again to resume from {complete[-1].name}"
@@ -218,7 +283,9 @@ def _reported(report: Path) -> int | None:
 
 
 def _ask_to_stop(run: RunDirectory, number: int, report: Path) -> None:
-    """Ask all ranks through the STOP file; where the disk does not take one, ask each of this machine with the signal itself."""
+    """Ask all ranks through the STOP file; where the disk does not take one, ask each of this
+    machine with the signal itself.
+    """
     try:
         if not run.path.is_dir():
             raise FileNotFoundError(run.path)
@@ -230,8 +297,9 @@ def _ask_to_stop(run: RunDirectory, number: int, report: Path) -> None:
 
 
 def _kill_all(launcher: int, report: Path) -> None:
-    """End the launcher and every rank at once. torch's launcher gives each rank a session of its own, so the launcher's process group
-    does not hold them: they are known by the report file in their environment.
+    """End the launcher and every rank at once. torch's launcher gives each rank a session of its
+    own, so the launcher's process group does not hold them: they are known by the report file in
+    their environment.
     """
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(launcher, signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""`recipes verify RUN`: are the weights on the disk what was trained, and does the merged model answer like the adapter?"""
+"""`recipes verify RUN`: are the weights on the disk what was trained, and does the merged model
+answer like the adapter?
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,24 @@ _NUM_PROMPTS = 8
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning")
-    parser.add_argument("--prompts", type=int, default=_NUM_PROMPTS, metavar="N", help=f"rows to compare on (default {_NUM_PROMPTS})")
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="allow code that ships with the model, if the run's recipe asks for it too"
+        "run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object; everything else goes to stderr")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=_NUM_PROMPTS,
+        metavar="N",
+        help=f"rows to compare on (default {_NUM_PROMPTS})",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow code that ships with the model, if the run's recipe asks for it too",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; everything else goes to stderr"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,10 +59,16 @@ def run(args: argparse.Namespace) -> int:
         say(f"  {fact}")
     merged = result.numbers.get("merged")
     if merged:
-        say(f"adapter on its base, against {merged['compared']} in {merged['dtype']}, {merge_sentence(merged)}")
+        say(
+            f"adapter on its base, against {merged['compared']} in {merged['dtype']},"
+            f" {merge_sentence(merged)}"
+        )
     for problem in result.problems:
         say(f"FAILED: {problem}")
     if result.passed:
-        say("verified: these are the trained weights" + (", and merging keeps what they do" if merged else ""))
+        say(
+            "verified: these are the trained weights"
+            + (", and merging keeps what they do" if merged else "")
+        )
         next_step(f"recipes export {args.run} --to DIR")
     return code

@@ -1,13 +1,16 @@
-"""The only place that writes a comparison sentence. A sentence is a template filled with a tested row; no template, no claim.
+"""The only place that writes a comparison sentence. A sentence is a template filled with a tested
+row; no template, no claim.
 
-better / worse        Holm-adjusted p <= 0.05 and an interval without zero, whatever the unresolved items would have been
-no difference shown   tested, and not that; the sentence says what difference this comparison would have found
-cannot be tested      there are no items to pair, too few, or the two arms are one model
+better / worse        Holm-adjusted p <= 0.05 and an interval without zero, whatever the unresolved
+items would have been no difference shown   tested, and not that; the sentence says what difference
+this comparison would have found cannot be tested      there are no items to pair, too few, or the
+two arms are one model
 
-A cause is named only where declared keys are all that differs between the values of two recipes, the study trained both, several
-times or with a noise floor that the difference exceeds, and no error was found. A confound that is only warned of (hardware, versions)
-takes the cause away, one that is an error turns the sentence into an association; any other error stops it. The numbers stay in the
-table either way.
+A cause is named only where declared keys are all that differs between the values of two recipes,
+the study trained both, several times or with a noise floor that the difference exceeds, and no
+error was found. A confound that is only warned of (hardware, versions) takes the cause away, one
+that is an error turns the sentence into an association; any other error stops it. The numbers stay
+in the table either way.
 """
 
 from __future__ import annotations
@@ -37,15 +40,31 @@ from recipes_lib.compare.table import (
 )
 from recipes_lib.compare.validity.judging import NOT_AUDITED
 from recipes_lib.compare.validity.noise import INSIDE_NOISE, noise_floors
-from recipes_lib.compare.validity.settings import arm_values, changed, effective, setting_text, with_derived_values
-from recipes_lib.compare.wording import count, difference_text, interval_text, metric_text, p_text, question_text, sentence_list
+from recipes_lib.compare.validity.settings import (
+    arm_values,
+    changed,
+    effective,
+    setting_text,
+    with_derived_values,
+)
+from recipes_lib.compare.wording import (
+    count,
+    difference_text,
+    interval_text,
+    metric_text,
+    p_text,
+    question_text,
+    sentence_list,
+)
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
     from recipes_lib.compare.published import Published
     from recipes_lib.compare.validity.noise import Floor
 
-CONFOUNDED = "confound"  # findings whose code starts so leave no cause, errors among them an association
+CONFOUNDED = (  # findings whose code starts so leave no cause, errors among them an association
+    "confound"
+)
 ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
 MOST_VALUES = 4  # of more keys that differ a sentence gives the names alone
 ONE_MODEL = "identical"  # findings whose code starts so leave nothing to compare
@@ -53,7 +72,9 @@ ONE_MODEL = "identical"  # findings whose code starts so leave nothing to compar
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known and what may be said: the answer in sentences, the table, the scores, and the findings that stand against it."""
+    """What is known and what may be said: the answer in sentences, the table, the scores, and the
+    findings that stand against it.
+    """
 
     question: str
     answer: tuple[str, ...]
@@ -81,7 +102,10 @@ class Comparison:
 
 
 def compare_arms(
-    measurements: Measurements, findings: Iterable[Finding] = (), study: Study | None = None, published: Published | None = None
+    measurements: Measurements,
+    findings: Iterable[Finding] = (),
+    study: Study | None = None,
+    published: Published | None = None,
 ) -> Comparison:
     """Return the table with its verdicts, and the sentences that follow from it.
 
@@ -97,22 +121,47 @@ def compare_arms(
     scores = build_scores(measurements)
     rows = build_rows(measurements, base)
     if published is not None:
-        place = {frozenset(pair): number for number, pair in enumerate(pairs_of(measurements, base))}
-        rows = sorted(with_published(rows, scores, measurements, published), key=lambda row: place[frozenset(row.arms)])
-    one_model = [dataclasses.replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
+        place = {
+            frozenset(pair): number for number, pair in enumerate(pairs_of(measurements, base))
+        }
+        rows = sorted(
+            with_published(rows, scores, measurements, published),
+            key=lambda row: place[frozenset(row.arms)],
+        )
+    one_model = [
+        dataclasses.replace(row, reason=_one_model(row, known) or row.reason) for row in rows
+    ]
     tested = corrected(one_model)
     tests = sum(row.p_holm is not None for row in tested)
-    causes = Causes(study, arm_values(study, measurements), noise_floors(study, measurements), ALPHA / max(1, tests), tuple(base))
+    causes = Causes(
+        study,
+        arm_values(study, measurements),
+        noise_floors(study, measurements),
+        ALPHA / max(1, tests),
+        tuple(base),
+    )
     judged = [judge_row(with_flags(row, measurements), known, causes) for row in tested]
-    question = question_text(study.question) if study else f"How do {sentence_list(list(measurements.arms))} compare?"
+    question = (
+        question_text(study.question)
+        if study
+        else f"How do {sentence_list(list(measurements.arms))} compare?"
+    )
     answer = answer_paragraph(judged, base) if judged else nothing_compared(measurements, known)
     return Comparison(question, answer, tuple(judged), tuple(scores), known, tests)
 
 
 def _one_model(row: TableRow, findings: Sequence[Finding]) -> str:
     """Why the two arms of a row are the same thing under two names, or nothing."""
-    same = [finding for finding in findings if finding.code.startswith(ONE_MODEL) and finding.severity == "error"]
-    titles = [finding.title for finding in same if len(set(finding.arms) & set(row.arms)) == 2 and finding.touches(row.arms, row.metric)]
+    same = [
+        finding
+        for finding in findings
+        if finding.code.startswith(ONE_MODEL) and finding.severity == "error"
+    ]
+    titles = [
+        finding.title
+        for finding in same
+        if len(set(finding.arms) & set(row.arms)) == 2 and finding.touches(row.arms, row.metric)
+    ]
     return _lower(titles[0]).rstrip(".") if titles else ""
 
 
@@ -121,7 +170,9 @@ def verdict_of(row: TableRow) -> TestVerdict:
     if row.tested is None or row.reason or row.difference is None:
         return "cannot be tested"
     low, high = row.tested.low, row.tested.high
-    with_zero = low is None or high is None or low <= 0 <= high  # bootstrap and permutation test may disagree at the edge: both must agree
+    with_zero = (
+        low is None or high is None or low <= 0 <= high
+    )  # bootstrap and permutation test may disagree at the edge: both must agree
     if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0 or with_zero:
         return "no difference shown"
     return "better" if (row.difference > 0) == row.higher_is_better else "worse"
@@ -133,7 +184,11 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
     mine = [finding for finding in findings if finding.touches(row.arms, row.metric)]
     errors = [finding for finding in mine if finding.severity == "error"]
     unaudited = [finding for finding in errors if finding.code == NOT_AUDITED]
-    stops = [finding for finding in errors if not finding.code.startswith(CONFOUNDED) and finding not in unaudited]
+    stops = [
+        finding
+        for finding in errors
+        if not finding.code.startswith(CONFOUNDED) and finding not in unaudited
+    ]
     confounds = [finding for finding in mine if finding.code.startswith(CONFOUNDED)]
     row = dataclasses.replace(row, stopped=tuple(finding.title for finding in errors))
     because = ""
@@ -162,16 +217,31 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
 
 
 def numbers_text(row: TableRow) -> str:
-    """The numbers of a tested row: effect, interval, p and n, and the unresolved items where there are any."""
+    """The numbers of a tested row: effect, interval, p and n, and the unresolved items where there
+    are any.
+    """
     tested = row.tested
     assert tested is not None
     if row.head_to_head:
         low, high = (None if limit is None else HALF + limit for limit in (tested.low, tested.high))
-        effect = f"win rate {metric_text(row.first_value, 'share')} {interval_text(low, high, 'share', signed=False)}"
+        effect = (
+            f"win rate {metric_text(row.first_value, 'share')}"
+            f" {interval_text(low, high, 'share', signed=False)}"
+        )
     else:
-        values = f"{metric_text(row.first_value, row.unit)} against {metric_text(row.second_value, row.unit)}"
-        effect = f"{values}, difference {difference_text(row.difference, row.unit)} {interval_text(tested.low, tested.high, row.unit)}"
-    size = count(tested.questions, "question") if tested.questions == tested.n else f"{tested.n:,} items of {tested.questions:,} questions"
+        values = (
+            f"{metric_text(row.first_value, row.unit)} against"
+            f" {metric_text(row.second_value, row.unit)}"
+        )
+        effect = (
+            f"{values}, difference {difference_text(row.difference, row.unit)}"
+            f" {interval_text(tested.low, tested.high, row.unit)}"
+        )
+    size = (
+        count(tested.questions, "question")
+        if tested.questions == tested.n
+        else f"{tested.n:,} items of {tested.questions:,} questions"
+    )
     parts = [effect.replace(" n/a", ""), f"{p_text(row.p_holm)} (Holm)", f"n = {size}"]
     if tested.seeds > 1:
         parts.append(f"{tested.seeds} seeds")
@@ -192,22 +262,33 @@ def difference_sentence(row: TableRow) -> str:
 
 
 def chance_sentence(row: TableRow) -> str:
-    """Template of a shown difference between trainings of one recipe, of which neither is better for a reason."""
+    """Template of a shown difference between trainings of one recipe, of which neither is better
+    for a reason.
+    """
     higher = "higher" if (row.difference or 0) > 0 else "lower"
-    return f"{row.first} came out {higher} than {row.second} on {_where(row)}: {numbers_text(row)}. No effect is claimed: {ONE_RECIPE}."
+    return (
+        f"{row.first} came out {higher} than {row.second} on {_where(row)}: {numbers_text(row)}. No"
+        f" effect is claimed: {ONE_RECIPE}."
+    )
 
 
 def no_difference_sentence(row: TableRow) -> str:
     """Template of a difference that was not shown, with what would have been."""
     power = ""
     if row.mde is not None:
-        power = f" A true difference of {_size(row.mde, row.unit)} would have been found with 80% probability."
+        power = (
+            f" A true difference of {_size(row.mde, row.unit)} would have been found with 80%"
+            " probability."
+        )
         if row.mde > largest_possible(row):
             power = " No difference, however large, would have been found with 80% probability."
     needed = ""
     if row.needed and row.tested and row.needed > row.tested.questions:
         needed = f" The observed one would need about {count(row.needed, 'question')}."
-    return f"No difference shown between {row.first} and {row.second} on {_where(row)}: {numbers_text(row)}.{power}{needed}"
+    return (
+        f"No difference shown between {row.first} and {row.second} on {_where(row)}:"
+        f" {numbers_text(row)}.{power}{needed}"
+    )
 
 
 def untestable_sentence(row: TableRow) -> str:
@@ -221,10 +302,19 @@ def stopped_sentence(row: TableRow, because: str) -> str:
 
 
 def preference_sentence(row: TableRow, because: str) -> str:
-    """Template of what a judge says whose audit is not whole: its preference, and no claim about the answers."""
+    """Template of what a judge says whose audit is not whole: its preference, and no claim about
+    the answers.
+    """
     more = {"better": "more", "worse": "less"}.get(row.verdict)
-    said = f"preferred {row.first} {more} than {row.second}" if more else f"showed no preference between {row.first} and {row.second}"
-    return f"The judge {said} on {_where(row)}: {numbers_text(row)}. No claim about the answers follows: {because}."
+    said = (
+        f"preferred {row.first} {more} than {row.second}"
+        if more
+        else f"showed no preference between {row.first} and {row.second}"
+    )
+    return (
+        f"The judge {said} on {_where(row)}: {numbers_text(row)}. No claim about the answers"
+        f" follows: {because}."
+    )
 
 
 def association_sentence(row: TableRow, because: str) -> str:
@@ -244,7 +334,8 @@ class Causes:
         study: None where no factor is declared.
         values: the resolved values of every arm.
         floors: noise floors by metric and opponent.
-        alpha: level at which a difference must exceed its noise floor: 5% over all tests of the table.
+        alpha: level at which a difference must exceed its noise floor: 5% over all tests of the
+            table.
         base: arms without a training.
     """
 
@@ -255,8 +346,12 @@ class Causes:
     base: tuple[str, ...] = ()
 
     def one_recipe(self, row: TableRow) -> bool:
-        """Whether both arms are trainings of one recipe (an A/A pair), as the study says or, without one, as both runs recorded it."""
-        known = self._knows(row) if self.study else set(row.arms) <= self.values.keys() - set(self.base)
+        """Whether both arms are trainings of one recipe (an A/A pair), as the study says or,
+        without one, as both runs recorded it.
+        """
+        known = (
+            self._knows(row) if self.study else set(row.arms) <= self.values.keys() - set(self.base)
+        )
         return known and not changed(self.study, self.values[row.first], self.values[row.second])
 
     def _knows(self, row: TableRow) -> bool:
@@ -265,7 +360,8 @@ class Causes:
         return set(row.arms) <= (trained - set(self.base)) & self.values.keys()
 
     def sentence(self, row: TableRow, findings: Sequence[Finding]) -> str:
-        """Return the template that fits, or nothing between arms of which a study did not train both.
+        """Return the template that fits, or nothing between arms of which a study did not train
+        both.
 
         Args:
             findings: those that touch the row, without errors.
@@ -277,31 +373,51 @@ class Causes:
         inside = [finding for finding in findings if finding.code == INSIDE_NOISE]
         undeclared = [key for key, factor in keys.items() if factor is None]
         if confounds or undeclared:
-            return f" No cause is named: {_reasons(confounds) or f'no factor declares {sentence_list(undeclared)}'}."
+            return (
+                " No cause is named:"
+                f" {_reasons(confounds) or f'no factor declares {sentence_list(undeclared)}'}."
+            )
         if inside:
             return f" No cause is named: {_reasons(inside)}."
-        differ, their = ("differs", "its effect") if len(keys) == 1 else ("differ", "their joint effect")
-        only = f" Only {sentence_list(self._with_values(row, list(keys)))} {differ} between them, so this is {their}"
+        differ, their = (
+            ("differs", "its effect") if len(keys) == 1 else ("differ", "their joint effect")
+        )
+        only = (
+            f" Only {sentence_list(self._with_values(row, list(keys)))} {differ} between them, so"
+            f" this is {their}"
+        )
         if row.tested and row.tested.seeds > 1:
             return f"{only} over {row.tested.seeds} training seeds."
         floor = None if row.head_to_head else self.floors.get((row.metric, row.opponent))
         limit = floor.limit(1, 1, self.alpha) if floor else None
         if limit is not None and abs(row.difference or 0.0) > limit:
             chance = f"(estimated from {floor}, at 5% over all tests of this table)"
-            return f"{only}: two trainings of one recipe differ by no more than {_size(limit, row.unit)} {chance}."
+            return (
+                f"{only}: two trainings of one recipe differ by no more than"
+                f" {_size(limit, row.unit)} {chance}."
+            )
         kept_apart = sentence_list([*self._with_values(row, list(keys)), "chance"])
-        return f" These two trainings differ, one of each arm; which of {kept_apart} is the cause, two trainings cannot tell."
+        return (
+            f" These two trainings differ, one of each arm; which of {kept_apart} is the cause, two"
+            " trainings cannot tell."
+        )
 
     def _with_values(self, row: TableRow, keys: Sequence[str]) -> list[str]:
         """Every key that differs, with both values where they are few enough to read."""
         if len(keys) > MOST_VALUES:
             return list(keys)
         one, other = with_derived_values(self.values[row.first], self.values[row.second])
-        return [f"{key} ({setting_text(effective(key, one))} against {setting_text(effective(key, other))})" for key in keys]
+        return [
+            f"{key} ({setting_text(effective(key, one))} against"
+            f" {setting_text(effective(key, other))})"
+            for key in keys
+        ]
 
 
 def answer_paragraph(rows: Sequence[TableRow], base: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the answer: for each pair of arms what the table holds for it, with the sentence of its first comparison."""
+    """Return the answer: for each pair of arms what the table holds for it, with the sentence of
+    its first comparison.
+    """
     pairs = list(dict.fromkeys(row.arms for row in rows))
     own = [pair for pair in pairs if not set(pair) & set(base)]
     sentences: list[str] = []
@@ -313,11 +429,19 @@ def answer_paragraph(rows: Sequence[TableRow], base: Sequence[str] = ()) -> tupl
         for row in chosen:
             if row.because not in given:
                 sentences.append(row.sentence)
-            elif row.verdict != "cannot be tested" and not row.sentence.startswith("No claim about"):
-                sentences.append(f"{_without_reasons(row)}, for the reasons above.")  # it holds numbers besides
+            elif row.verdict != "cannot be tested" and not row.sentence.startswith(
+                "No claim about"
+            ):
+                sentences.append(
+                    f"{_without_reasons(row)}, for the reasons above."
+                )  # it holds numbers besides
             given |= {row.because} - {""}
     if own:
-        sentences += [summary_sentence([row for row in rows if row.arms == pair]) for pair in pairs if pair not in own]
+        sentences += [
+            summary_sentence([row for row in rows if row.arms == pair])
+            for pair in pairs
+            if pair not in own
+        ]
     return tuple(sentences)
 
 
@@ -325,8 +449,11 @@ def _without_reasons(row: TableRow) -> str:
     return row.sentence.removesuffix(f": {row.because}.")
 
 
-def remaining_sentences(rows: Sequence[TableRow], said: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return the sentences of a table that its answer does not hold, as (reasons, sentences): those with the same reasons stand together.
+def remaining_sentences(
+    rows: Sequence[TableRow], said: Sequence[str]
+) -> list[tuple[str, list[str]]]:
+    """Return the sentences of a table that its answer does not hold, as (reasons, sentences): those
+    with the same reasons stand together.
 
     The reasons are empty for sentences that need none, and for a single one that holds its own.
     """
@@ -335,34 +462,51 @@ def remaining_sentences(rows: Sequence[TableRow], said: Sequence[str]) -> list[t
         if row.sentence not in said:
             found.setdefault(row.because, []).append(row)
     return [
-        (because, [_without_reasons(row) + "." for row in mine]) if because and len(mine) > 1 else ("", [row.sentence for row in mine])
+        (
+            (because, [_without_reasons(row) + "." for row in mine])
+            if because and len(mine) > 1
+            else ("", [row.sentence for row in mine])
+        )
         for because, mine in found.items()
     ]
 
 
 def nothing_compared(measurements: Measurements, findings: Sequence[Finding]) -> tuple[str, ...]:
-    """Return the answer where no two arms have a metric in common: for each pair the errors that stand against its losses and times."""
+    """Return the answer where no two arms have a metric in common: for each pair the errors that
+    stand against its losses and times.
+    """
     names = [name for name, arm in measurements.arms.items() if arm.runs]
     if not names:
         return ("Nothing is measured yet.",)
     sentences = ["Nothing can be compared: no two arms have a metric in common."]
     for position, second in enumerate(names):
         for first in names[:position]:
-            errors = [one for one in findings if one.severity == "error" and {first, second} <= set(one.arms)]
+            errors = [
+                one
+                for one in findings
+                if one.severity == "error" and {first, second} <= set(one.arms)
+            ]
             if errors:
-                sentences.append(f"Losses and times of {first} and {second} are no comparison either: {_reasons(errors)}.")
+                sentences.append(
+                    f"Losses and times of {first} and {second} are no comparison either:"
+                    f" {_reasons(errors)}."
+                )
     return tuple(sentences)
 
 
 def summary_sentence(rows: Sequence[TableRow]) -> str:
-    """Template that counts the verdicts of one pair of arms; a claim that an error stopped is counted as stopped."""
+    """Template that counts the verdicts of one pair of arms; a claim that an error stopped is
+    counted as stopped.
+    """
     first, second = rows[0].arms
     stopped = [row for row in rows if row.stopped and row.verdict != "cannot be tested"]
     one_recipe = sum(row.because == ONE_RECIPE for row in rows)
     counts = {
         "better on": sum(row.verdict == "better" and not row.stopped for row in rows),
         "worse on": sum(row.verdict == "worse" and not row.stopped for row in rows),
-        "no difference shown on": sum(row.verdict == "no difference shown" and not row.stopped for row in rows),
+        "no difference shown on": sum(
+            row.verdict == "no difference shown" and not row.stopped for row in rows
+        ),
         "no claim (an error was found) on": len(stopped) - one_recipe,
         "no claim (one recipe, trained twice) on": one_recipe,
         "cannot be tested on": sum(row.verdict == "cannot be tested" for row in rows),
@@ -374,7 +518,10 @@ def summary_sentence(rows: Sequence[TableRow]) -> str:
         every = "all" if said[0][0] in ("better on", "worse on") else "any of the"
         return f"{first} against {second}: {said[0][0]} {every} {len(rows)} comparisons."
     said_first = f"{said[0][0]} {said[0][1]} of {len(rows)} comparisons"
-    return f"{first} against {second}: {', '.join([said_first, *(f'{words} {n}' for words, n in said[1:])])}."
+    return (
+        f"{first} against {second}:"
+        f" {', '.join([said_first, *(f'{words} {n}' for words, n in said[1:])])}."
+    )
 
 
 def _reasons(findings: Sequence[Finding]) -> str:
@@ -385,7 +532,9 @@ def _reasons(findings: Sequence[Finding]) -> str:
 
 
 def _lower(title: str) -> str:
-    """A title inside a sentence: its first letter small, unless its first word is a name or an abbreviation."""
+    """A title inside a sentence: its first letter small, unless its first word is a name or an
+    abbreviation.
+    """
     word = title.split(" ", 1)[0]
     return title[:1].lower() + title[1:] if word[:1].isupper() and word[1:].islower() else title
 

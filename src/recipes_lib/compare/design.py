@@ -1,6 +1,8 @@
-"""A study file as an object: its arms with their recipes resolved, the declared factors, seeds and evals. Needs no torch.
+"""A study file as an object: its arms with their recipes resolved, the declared factors, seeds and
+evals. Needs no torch.
 
-`load_study` is the only way in. What is wrong with a study, and with every recipe and eval it names, is reported at once.
+`load_study` is the only way in. What is wrong with a study, and with every recipe and eval it
+names, is reported at once.
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.design_check import between_keys, check_eval_names, check_levels, check_overrides, with_whole_arms
+from recipes_lib.compare.design_check import (
+    between_keys,
+    check_eval_names,
+    check_levels,
+    check_overrides,
+    with_whole_arms,
+)
 from recipes_lib.compare.design_sections import BASE_ARM, ArmSection
 from recipes_lib.compare.published import load_published
 from recipes_lib.errors import RecipeError, RecipeErrors
@@ -32,7 +40,8 @@ from recipes_lib.suites.recipe import EvalRecipe, load_eval
 if TYPE_CHECKING:
     from jsonschema import ValidationError
 
-# Values that follow from the accelerate config: a factor that may change the one may change the others.
+# Values that follow from the accelerate config: a factor that may change the one may change the
+# others.
 _OF_ACCELERATE = ("launch.distributed_type", "launch.mixed_precision")
 
 
@@ -40,8 +49,8 @@ _OF_ACCELERATE = ("launch.distributed_type", "launch.mixed_precision")
 class Arm:
     """One variant.
 
-    `recipe` has the overrides applied; it is None for an imported or published arm that names none. `accelerate`, `gpus` (processes on
-    each machine) and `nodes` are the launch as it will be.
+    `recipe` has the overrides applied; it is None for an imported or published arm that names none.
+    `accelerate`, `gpus` (processes on each machine) and `nodes` are the launch as it will be.
     """
 
     name: str
@@ -86,7 +95,8 @@ class Arm:
     def resolved(self) -> dict[str, Any]:
         """Return every resolved value by dotted key, the launch as it will be among them.
 
-        The run's name and notes are left out; `train.seed` is a list where the arm has several. Empty without a recipe.
+        The run's name and notes are left out; `train.seed` is a list where the arm has several.
+        Empty without a recipe.
         """
         if self.recipe is None:
             return {}
@@ -102,12 +112,18 @@ class Arm:
             "mixed_precision": self.launch.config.mixed_precision,
         }
         seeds: Any = list(self.seeds)
-        return {**values, "train.seed": seeds[0] if len(seeds) == 1 else seeds, **{f"launch.{key}": value for key, value in launch.items()}}
+        return {
+            **values,
+            "train.seed": seeds[0] if len(seeds) == 1 else seeds,
+            **{f"launch.{key}": value for key, value in launch.items()},
+        }
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study that passed its check. `name` is the stem of its file, and the name of its folder under runs/."""
+    """A study that passed its check. `name` is the stem of its file, and the name of its folder
+    under runs/.
+    """
 
     path: Path
     name: str
@@ -131,23 +147,39 @@ class Study:
         found = next((arm for arm in self.arms if arm.name == name), None)
         if found is None:
             names = [arm.name for arm in self.arms]
-            raise RecipeError(f"study '{self.name}' has no arm '{name}'", *did_you_mean(name, names), f"arms: {', '.join(names)}")
+            raise RecipeError(
+                f"study '{self.name}' has no arm '{name}'",
+                *did_you_mean(name, names),
+                f"arms: {', '.join(names)}",
+            )
         return found
 
     def factor_of(self, key: str) -> str | None:
-        """Return the declared factor that may change a dotted key, or None: a difference there is a confound."""
+        """Return the declared factor that may change a dotted key, or None: a difference there is a
+        confound.
+        """
         for factor, prefixes in self.factors.items():
             for prefix in prefixes:
-                if key == prefix or key.startswith(f"{prefix}.") or (prefix == "launch.accelerate" and key in _OF_ACCELERATE):
+                if (
+                    key == prefix
+                    or key.startswith(f"{prefix}.")
+                    or (prefix == "launch.accelerate" and key in _OF_ACCELERATE)
+                ):
                     return factor
         return None
 
     def differing(self) -> dict[str, dict[str, Any]]:
-        """Return {dotted key: {arm: value}} of the keys whose resolved values differ between arms; arms without a recipe are left out."""
+        """Return {dotted key: {arm: value}} of the keys whose resolved values differ between arms;
+        arms without a recipe are left out.
+        """
         resolved = {arm.name: arm.resolved() for arm in self.arms if arm.recipe is not None}
         keys = dict.fromkeys(key for values in resolved.values() for key in values)
         table = {key: {name: values.get(key) for name, values in resolved.items()} for key in keys}
-        return {key: values for key, values in table.items() if any(value != next(iter(values.values())) for value in values.values())}
+        return {
+            key: values
+            for key, values in table.items()
+            if any(value != next(iter(values.values())) for value in values.values())
+        }
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -155,18 +187,29 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
     Args:
         path: the study file, or its short name in recipes/studies/.
-        overrides: words from the command line: `section.key=value` for every arm's recipe, or `key=value` for the study's own keys
-            (`seeds=[1,2]`, `gpus=2`).
+        overrides: words from the command line: `section.key=value` for every arm's recipe, or
+            `key=value` for the study's own keys (`seeds=[1,2]`, `gpus=2`).
 
     Raises:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    words = [word for word in overrides if word.removeprefix("--").partition("=")[0].partition(".")[0] in SECTIONS]
+    words = [
+        word
+        for word in overrides
+        if word.removeprefix("--").partition("=")[0].partition(".")[0] in SECTIONS
+    ]
     file = study_path(path)
     if not file.exists() and file.suffix not in (".yaml", ".yml"):
-        shipped = sorted(file.stem for file in (project_root() / "recipes" / "studies").glob("*.yaml"))
-        raise RecipeError(f"there is no study '{path}'", f"studies: {', '.join(shipped)}, or the path of a study file")
-    study, errors = _read(load(file, "study", [word for word in overrides if word not in words]), words)
+        shipped = sorted(
+            file.stem for file in (project_root() / "recipes" / "studies").glob("*.yaml")
+        )
+        raise RecipeError(
+            f"there is no study '{path}'",
+            f"studies: {', '.join(shipped)}, or the path of a study file",
+        )
+    study, errors = _read(
+        load(file, "study", [word for word in overrides if word not in words]), words
+    )
     if errors:
         raise RecipeErrors(errors)
     return dataclasses.replace(study, words=tuple(overrides))
@@ -177,17 +220,25 @@ def study_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
-    places = [folder / "recipes" / "studies" / f"{path.name}.yaml" for folder in (Path(), project_root())]
+    places = [
+        folder / "recipes" / "studies" / f"{path.name}.yaml" for folder in (Path(), project_root())
+    ]
     return next((place for place in places if place.is_file()), path)
 
 
 def study_file(word: str) -> Path | None:
-    """Return the file of a study given as the commands take recipes and studies: by path or short name. None where the word is no study."""
+    """Return the file of a study given as the commands take recipes and studies: by path or short
+    name. None where the word is no study.
+    """
     path = recipe_path(word)
     if path.is_dir():
         return None
     path = path if path.is_file() else study_path(word)
-    return path if path.is_file() and load_document(path, keep_going=True).kind.name == "study" else None
+    return (
+        path
+        if path.is_file() and load_document(path, keep_going=True).kind.name == "study"
+        else None
+    )
 
 
 class StudyRules(KindRules):
@@ -202,7 +253,9 @@ class StudyRules(KindRules):
         if len(path) > 1:
             return super().unknown(document, path, known)
         near = did_you_mean(str(path[0]), known)
-        return document.error(path, f"unknown key '{path[0]}'", *near, f"keys of a study: {', '.join(known)}")
+        return document.error(
+            path, f"unknown key '{path[0]}'", *near, f"keys of a study: {', '.join(known)}"
+        )
 
     def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
         """Return the error for a value that the schema refuses."""
@@ -210,29 +263,42 @@ class StudyRules(KindRules):
             return super().wrong(document, path, error)
         if error.validator == "minProperties":
             return document.error(path, f"{path[0]} is empty")
-        return document.error(path, f"{path[0]} must be {describe(error.schema)}, got {shown(error.instance)}")
+        return document.error(
+            path, f"{path[0]} must be {describe(error.schema)}, got {shown(error.instance)}"
+        )
 
     def between_keys(self, document: Document) -> Iterator[RecipeError]:
         """Yield what is wrong between the study's own values."""
         return between_keys(document)
 
     def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
-        """Return what is wrong with the recipes and evals it names; `full` adds stage 2 for every arm's recipe."""
+        """Return what is wrong with the recipes and evals it names; `full` adds stage 2 for every
+        arm's recipe.
+        """
         if not sound:
             return []
         study, errors = _read(document, [])
         if errors or not full:
             return errors
-        found = {str(error): error for arm in study.arms if arm.recipe for error in check_upstream(arm.recipe, notes=[])}
+        found = {
+            str(error): error
+            for arm in study.arms
+            if arm.recipe
+            for error in check_upstream(arm.recipe, notes=[])
+        }
         return list(found.values())
 
 
 def _read(document: Document, words: Sequence[str]) -> tuple[Study, list[RecipeError]]:
-    """Return the study of a document whose own values are sound, and what is wrong with the files it names."""
+    """Return the study of a document whose own values are sound, and what is wrong with the files
+    it names.
+    """
     values = document.values
     reader = _Reader(document, words)
     arms = tuple(filter(None, (reader.arm(name, value) for name, value in values["arms"].items())))
-    evals = tuple(filter(None, (reader.eval(position) for position in range(len(values.get("evals") or [])))))
+    evals = tuple(
+        filter(None, (reader.eval(position) for position in range(len(values.get("evals") or []))))
+    )
     factors = {name: tuple(keys) for name, keys in (values.get("factors") or {}).items()}
     own_base = any(arm.name == BASE_ARM for arm in arms)
     study = Study(
@@ -242,15 +308,23 @@ def _read(document: Document, words: Sequence[str]) -> tuple[Study, list[RecipeE
         factors=factors,
         arms=arms,
         seeds=tuple(dict.fromkeys(seed for arm in arms for seed in arm.seeds)),
-        include_base=values.get("include_base", True) and not own_base and any(arm.trained for arm in arms),
+        include_base=values.get("include_base", True)
+        and not own_base
+        and any(arm.trained for arm in arms),
         evals=evals,
-        published=document.folder(("published",)) / values["published"] if values.get("published") else None,
+        published=(
+            document.folder(("published",)) / values["published"]
+            if values.get("published")
+            else None
+        ),
         origins=document.origins,
         warnings=tuple(document.warnings),
     )
     reader.published(study.published)
     reader.check_words(arms)
-    problems = list({str(error): error for error in reader.errors}.values()) or check_eval_names(document, [one.name for one in evals])
+    problems = list({str(error): error for error in reader.errors}.values()) or check_eval_names(
+        document, [one.name for one in evals]
+    )
     if not problems:
         problems = [*reader.one_base(study), *check_levels(document, study)]
     return dataclasses.replace(study, warnings=tuple(document.warnings)), problems
@@ -291,26 +365,45 @@ class _Reader:
             imported=section.imported,
             published_only=section.published_only,
         )
-        return dataclasses.replace(arm, seeds=tuple(section.seeds or study.get("seeds") or [arm.own_seed]))
+        return dataclasses.replace(
+            arm, seeds=tuple(section.seeds or study.get("seeds") or [arm.own_seed])
+        )
 
     def _shared(self, section: ArmSection) -> dict[str, Any]:
-        """What the study says for all arms; of one that was trained elsewhere it changes nothing, or its differences could be hidden."""
-        return self.document.values if section.imported is None and not section.published_only else {}
+        """What the study says for all arms; of one that was trained elsewhere it changes nothing,
+        or its differences could be hidden.
+        """
+        return (
+            self.document.values if section.imported is None and not section.published_only else {}
+        )
 
     def _check_reach(self, name: str, section: ArmSection) -> None:
-        """Refuse words of the command line that would change the other arms and not this one, which has a value of its own."""
+        """Refuse words of the command line that would change the other arms and not this one, which
+        has a value of its own.
+        """
         for key in ("accelerate", "gpus", "nodes", "seeds"):
             own, word = getattr(section, key), self._shared(section).get(key)
             if own and word and own != word and self.document.origin((key,)).file == COMMAND_LINE:
-                what = f"arm '{name}' has its own {key}: {own}, so {key}={word} on the command line does not reach it"
-                self.errors.append(self.document.error(("arms", name, key), what, "change the study file, or leave that word away"))
+                what = (
+                    f"arm '{name}' has its own {key}: {own}, so {key}={word} on the command line"
+                    " does not reach it"
+                )
+                self.errors.append(
+                    self.document.error(
+                        ("arms", name, key), what, "change the study file, or leave that word away"
+                    )
+                )
 
     def _launch(self, name: str, section: ArmSection, recipe: Recipe | None) -> Launch | None:
-        """Return the arm's launch, once it can work: a config that exists, processes that it starts, a batch that can be divided."""
+        """Return the arm's launch, once it can work: a config that exists, processes that it
+        starts, a batch that can be divided.
+        """
         if recipe is None:  # nothing is launched
             return plan_launch(LaunchSection(), "single_gpu")
         study = self._shared(section)
-        options = {key: getattr(section, key) or study.get(key) for key in ("accelerate", "gpus", "nodes")}
+        options = {
+            key: getattr(section, key) or study.get(key) for key in ("accelerate", "gpus", "nodes")
+        }
         try:
             launch = plan_launch(recipe.launch, **options)
             if study:
@@ -320,7 +413,9 @@ class _Reader:
         except RecipeError as error:
             where = self.document.origin(self._launch_key(name))
             file, line = (error.file, error.line) if error.file else (where.file, where.line)
-            self.errors.append(RecipeError(f"arm '{name}': {error.what}", *error.hints, file=file, line=line))
+            self.errors.append(
+                RecipeError(f"arm '{name}': {error.what}", *error.hints, file=file, line=line)
+            )
         else:
             return launch
         return None
@@ -337,25 +432,42 @@ class _Reader:
         key = ("arms", name, "recipe")
         path = self.document.folder(key) / section.recipe
         if not path.is_file():
-            self.errors.append(self.document.error(key, f"arm '{name}': no such recipe: {shown_path(path)}", *_alike(path)))
+            self.errors.append(
+                self.document.error(
+                    key, f"arm '{name}': no such recipe: {shown_path(path)}", *_alike(path)
+                )
+            )
             return None
         plain: Recipe | None = None
         try:
             plain = load_recipe(path)
             return load_recipe(path, words)
         except RecipeError as error:
-            self.errors += error.errors if plain is None else [self._at_override(name, one) for one in error.errors]
+            self.errors += (
+                error.errors
+                if plain is None
+                else [self._at_override(name, one) for one in error.errors]
+            )
         return None
 
     def _at_override(self, name: str, error: RecipeError) -> RecipeError:
         """Place an error that an override of the study makes where the override is written."""
-        lists = {("arms", name, "overrides"): self._of_arm(name).get("overrides"), ("overrides",): self.document.values.get("overrides")}
+        lists = {
+            ("arms", name, "overrides"): self._of_arm(name).get("overrides"),
+            ("overrides",): self.document.values.get("overrides"),
+        }
         for path, words in lists.items():
             for position, word in enumerate(words or []):
                 key = word.removeprefix("--").partition("=")[0]
                 if key in error.what or word in error.what:
-                    return self.document.error((*path, position), f"arm '{name}': {error.what}", *error.hints)
-        return error if error.file else self.document.error(("arms", name), f"arm '{name}': {error.what}", *error.hints)
+                    return self.document.error(
+                        (*path, position), f"arm '{name}': {error.what}", *error.hints
+                    )
+        return (
+            error
+            if error.file
+            else self.document.error(("arms", name), f"arm '{name}': {error.what}", *error.hints)
+        )
 
     def _of_arm(self, name: str) -> dict[str, Any]:
         value = self.document.values["arms"][name]
@@ -366,7 +478,9 @@ class _Reader:
         key = ("evals", position)
         path = self.document.folder(key) / self.document.values["evals"][position]
         if not path.is_file():
-            self.errors.append(self.document.error(key, f"no such eval recipe: {shown_path(path)}", *_alike(path)))
+            self.errors.append(
+                self.document.error(key, f"no such eval recipe: {shown_path(path)}", *_alike(path))
+            )
             return None
         try:
             return load_eval(path)
@@ -378,7 +492,11 @@ class _Reader:
         """Refuse words for the arms' recipes where no arm is trained."""
         if self.words and arms and not any(arm.trained for arm in arms):
             what = f"{self.words[0]} changes nothing: no arm of this study is trained here"
-            self.errors.append(RecipeError(what, "what was trained elsewhere is as its recipe says", file=COMMAND_LINE))
+            self.errors.append(
+                RecipeError(
+                    what, "what was trained elsewhere is as its recipe says", file=COMMAND_LINE
+                )
+            )
 
     def published(self, path: Path | None) -> None:
         """Read the file of published numbers, for what is wrong in it."""
@@ -390,9 +508,21 @@ class _Reader:
 
     def one_base(self, study: Study) -> list[RecipeError]:
         """Return an error where `include_base` does not mean one model."""
-        models = {(arm.recipe.model.name_or_path, arm.recipe.model.revision) for arm in study.arms if arm.recipe and arm.trained}
+        models = {
+            (arm.recipe.model.name_or_path, arm.recipe.model.revision)
+            for arm in study.arms
+            if arm.recipe and arm.trained
+        }
         if not study.include_base or len(models) < 2:
             return []
         names = ", ".join(sorted(name for name, _ in models))
-        what = f"include_base: the arms have different base models ({names}), so there is no one base"
-        return [self.document.error(("include_base",), what, "set include_base: false, or give each base a study of its own")]
+        what = (
+            f"include_base: the arms have different base models ({names}), so there is no one base"
+        )
+        return [
+            self.document.error(
+                ("include_base",),
+                what,
+                "set include_base: false, or give each base a study of its own",
+            )
+        ]

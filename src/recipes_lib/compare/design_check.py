@@ -1,4 +1,6 @@
-"""What can be wrong in a study file by itself: structure, names, factors and cells. Needs no torch and reads no other file."""
+"""What can be wrong in a study file by itself: structure, names, factors and cells. Needs no torch
+and reads no other file.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 _MADE_BY_LAUNCH = ("launch.distributed_type", "launch.world_size", "launch.mixed_precision")
 # What a study gives to every training itself.
 _GIVEN = {
-    "train.seed": "the seeds of a study stand under its own key: seeds: [1, 2], on the command line 'seeds=[1, 2]'",
+    "train.seed": (
+        "the seeds of a study stand under its own key: seeds: [1, 2], on the command line"
+        " 'seeds=[1, 2]'"
+    ),
     "run.name": "a run of a study is named after the study, its arm and its seed",
 }
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")
@@ -37,48 +42,95 @@ def with_whole_arms(values: dict[str, Any]) -> dict[str, Any]:
     arms = values.get("arms")
     if not isinstance(arms, dict):
         return values
-    return {**values, "arms": {name: {"recipe": arm} if isinstance(arm, str) else arm for name, arm in arms.items()}}
+    return {
+        **values,
+        "arms": {
+            name: {"recipe": arm} if isinstance(arm, str) else arm for name, arm in arms.items()
+        },
+    }
 
 
 def _names(document: Document) -> Iterator[RecipeError]:
     """The study's name, its question, seeds."""
     if not document.values["question"].strip():
-        yield document.error(("question",), "question is empty", "it heads the report, for example: Does rank 32 beat rank 8?")
+        yield document.error(
+            ("question",),
+            "question is empty",
+            "it heads the report, for example: Does rank 32 beat rank 8?",
+        )
     for name in document.values["arms"]:
         if not _ARM_NAME.match(name) or name.endswith("."):
             what = f"arm name {name!r} cannot be part of a folder name"
-            yield document.error(("arms", name), what, "use 1 to 60 letters, digits, '.', '_' or '-'")
+            yield document.error(
+                ("arms", name), what, "use 1 to 60 letters, digits, '.', '_' or '-'"
+            )
             continue
         try:
             check_run_name(f"{document.path.stem}--{name}--seed0000")
         except RecipeError as error:
-            yield document.error(("arms", name), f"arm '{name}': {error.what.replace('run.name', 'its run')}", *error.hints)
+            yield document.error(
+                ("arms", name),
+                f"arm '{name}': {error.what.replace('run.name', 'its run')}",
+                *error.hints,
+            )
     places: list[tuple[KeyPath, Any]] = [(("seeds",), document.values.get("seeds"))]
-    places += [(("arms", name, "seeds"), arm.get("seeds")) for name, arm in document.values["arms"].items() if isinstance(arm, dict)]
+    places += [
+        (("arms", name, "seeds"), arm.get("seeds"))
+        for name, arm in document.values["arms"].items()
+        if isinstance(arm, dict)
+    ]
     for path, seeds in places:
         if seeds == []:
-            yield document.error(path, f"{'.'.join(map(str, path))} is empty", "name at least one seed, or remove the key")
+            yield document.error(
+                path,
+                f"{'.'.join(map(str, path))} is empty",
+                "name at least one seed, or remove the key",
+            )
         for seed in dict.fromkeys(seeds or []):
             if seed < 0 or (seeds or []).count(seed) > 1:
-                reason = "must be a whole number >= 0" if seed < 0 else "stands there twice: the same training twice tells nothing"
+                reason = (
+                    "must be a whole number >= 0"
+                    if seed < 0
+                    else "stands there twice: the same training twice tells nothing"
+                )
                 yield document.error(path, f"{'.'.join(map(str, path))}: seed {seed} {reason}")
 
 
 def _arms(document: Document) -> Iterator[RecipeError]:
-    """What stands for each arm: exactly one of a recipe to train, an imported run, published numbers."""
+    """What stands for each arm: exactly one of a recipe to train, an imported run, published
+    numbers.
+    """
     for name, arm in with_whole_arms(document.values)["arms"].items():
         imported, published, path = arm.get("imported"), arm.get("published_only"), ("arms", name)
         if imported and published:
-            yield document.error((*path, "published_only"), f"arm '{name}' is imported and published_only; one of them")
+            yield document.error(
+                (*path, "published_only"),
+                f"arm '{name}' is imported and published_only; one of them",
+            )
         if not arm.get("recipe") and not imported and not published:
-            yield document.error(path, f"arm '{name}' has no recipe", "name one, or `imported: RUN`, or `published_only: true`")
+            yield document.error(
+                path,
+                f"arm '{name}' has no recipe",
+                "name one, or `imported: RUN`, or `published_only: true`",
+            )
         if published and not document.values.get("published"):
-            yield document.error((*path, "published_only"), f"arm '{name}' is published_only, and the study names no published file")
+            yield document.error(
+                (*path, "published_only"),
+                f"arm '{name}' is published_only, and the study names no published file",
+            )
         if name == BASE_ARM and not imported and not published:
-            yield document.error(path, f"'{BASE_ARM}' is the name of the base model's own arm", "choose another name")
-        idle = [key for key in ("seeds", "accelerate", "gpus", "nodes") if arm.get(key)] if not arm.get("recipe") else []
+            yield document.error(
+                path, f"'{BASE_ARM}' is the name of the base model's own arm", "choose another name"
+            )
+        idle = (
+            [key for key in ("seeds", "accelerate", "gpus", "nodes") if arm.get(key)]
+            if not arm.get("recipe")
+            else []
+        )
         if idle:
-            yield document.error((*path, idle[0]), f"arm '{name}': {idle[0]} has no meaning without a recipe")
+            yield document.error(
+                (*path, idle[0]), f"arm '{name}': {idle[0]} has no meaning without a recipe"
+            )
 
 
 def _factors(document: Document) -> Iterator[RecipeError]:
@@ -87,12 +139,19 @@ def _factors(document: Document) -> Iterator[RecipeError]:
     for factor, prefixes in factors.items():
         path: KeyPath = ("factors", factor)
         if not prefixes:
-            yield document.error(path, f"factor '{factor}' names no key", "name what it may change, for example [lora.r]")
+            yield document.error(
+                path,
+                f"factor '{factor}' names no key",
+                "name what it may change, for example [lora.r]",
+            )
         for position, prefix in enumerate(prefixes):
             if not _exists(prefix):
                 near = [f"did you mean {name}?" for name in dotted_names(prefix)[:1]]
                 yield document.error(
-                    (*path, position), f"factor '{factor}': there is no key '{prefix}'", *near, "all keys: recipes explain"
+                    (*path, position),
+                    f"factor '{factor}': there is no key '{prefix}'",
+                    *near,
+                    "all keys: recipes explain",
                 )
     cells: dict[tuple[str, ...], str] = {}
     for name, arm in document.values["arms"].items():
@@ -101,13 +160,30 @@ def _factors(document: Document) -> Iterator[RecipeError]:
         for factor in cell:
             if factor not in factors:
                 yield document.error(
-                    (*place, factor), f"arm '{name}': no factor '{factor}'", *did_you_mean(factor, factors), f"factors: {_list(factors)}"
+                    (*place, factor),
+                    f"arm '{name}': no factor '{factor}'",
+                    *did_you_mean(factor, factors),
+                    f"factors: {_list(factors)}",
                 )
-        missing = [factor for factor in factors if factor not in cell] if cell or len(factors) > 1 else []
+        missing = (
+            [factor for factor in factors if factor not in cell] if cell or len(factors) > 1 else []
+        )
         if missing and name != BASE_ARM:
-            yield document.error(place, f"arm '{name}': its cell does not say {_list(missing)}", f"cell: {{{missing[0]}: LEVEL, ...}}")
-        if cell and not missing and (twin := cells.setdefault(tuple(cell[factor] for factor in factors), name)) != name:
-            yield document.error(place, f"arms '{twin}' and '{name}' are in the same cell", "several seeds of one cell: seeds: [1, 2, 3]")
+            yield document.error(
+                place,
+                f"arm '{name}': its cell does not say {_list(missing)}",
+                f"cell: {{{missing[0]}: LEVEL, ...}}",
+            )
+        if (
+            cell
+            and not missing
+            and (twin := cells.setdefault(tuple(cell[factor] for factor in factors), name)) != name
+        ):
+            yield document.error(
+                place,
+                f"arms '{twin}' and '{name}' are in the same cell",
+                "several seeds of one cell: seeds: [1, 2, 3]",
+            )
 
 
 def _files(document: Document) -> Iterator[RecipeError]:
@@ -130,39 +206,66 @@ def _exists(key: str) -> bool:
 
 
 def check_overrides(words: Sequence[str]) -> list[RecipeError]:
-    """Return an error for every override that would change nothing, because the study gives that value to each training itself."""
+    """Return an error for every override that would change nothing, because the study gives that
+    value to each training itself.
+    """
     keys = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in words)
-    return [RecipeError(f"{key} cannot be overridden in a study", _GIVEN[key], file=COMMAND_LINE) for key in keys if key in _GIVEN]
+    return [
+        RecipeError(f"{key} cannot be overridden in a study", _GIVEN[key], file=COMMAND_LINE)
+        for key in keys
+        if key in _GIVEN
+    ]
 
 
 def check_eval_names(document: Document, names: Sequence[str]) -> list[RecipeError]:
     """Return an error for every eval whose results would lie in the folder of one before it."""
     twice = [position for position, name in enumerate(names) if name in names[:position]]
     hint = "name it once; another eval of that name needs another file name"
-    return [document.error(("evals", position), f"evals: '{names[position]}' stands there twice", hint) for position in twice]
+    return [
+        document.error(("evals", position), f"evals: '{names[position]}' stands there twice", hint)
+        for position in twice
+    ]
 
 
 def check_levels(document: Document, study: Study) -> list[RecipeError]:
-    """Add warnings where the declared levels and the recipes do not fit together; nothing here stops a study."""
+    """Add warnings where the declared levels and the recipes do not fit together; nothing here
+    stops a study.
+    """
     known = [arm for arm in study.arms if arm.recipe is not None]
     varying = study.differing()
     for factor in study.factors:
         keys = [key for key in varying if study.factor_of(key) == factor]
         if len(known) > 1 and not keys:
-            what = f"warning: factor '{factor}' changes nothing: {_list(study.factors[factor])} has one value in all arms"
+            what = (
+                f"warning: factor '{factor}' changes nothing: {_list(study.factors[factor])} has"
+                " one value in all arms"
+            )
             document.warnings.append(document.error(("factors", factor), what))
             continue
         for one, other in itertools.combinations(known, 2):
             if factor not in one.cell or factor not in other.cell:
                 continue
-            # The config's name may differ inside one strategy (fsdp, fsdp_qlora); what it does is launch.distributed_type.
-            changed = [key for key in keys if key != "launch.accelerate" and varying[key][one.name] != varying[key][other.name]]
+            # The config's name may differ inside one strategy (fsdp, fsdp_qlora); what it does is
+            # launch.distributed_type.
+            changed = [
+                key
+                for key in keys
+                if key != "launch.accelerate" and varying[key][one.name] != varying[key][other.name]
+            ]
             if one.cell[factor] == other.cell[factor] and changed:
-                what = f"warning: arms '{one.name}' and '{other.name}' are both {factor}: {one.cell[factor]}, but {changed[0]} differs"
+                what = (
+                    f"warning: arms '{one.name}' and '{other.name}' are both {factor}:"
+                    f" {one.cell[factor]}, but {changed[0]} differs"
+                )
                 document.warnings.append(document.error(("arms", other.name), what))
     for cell in missing_cells(study):
-        what = f"warning: no arm has the cell {', '.join(f'{factor}: {level}' for factor, level in cell.items())}"
-        document.warnings.append(document.error(("factors",), what, "an effect of one factor cannot be told apart there"))
+        what = (
+            "warning: no arm has the cell"
+            f" {', '.join(f'{factor}: {level}' for factor, level in cell.items())}"
+        )
+        document.warnings.append(
+            document.error(("factors",), what, "an effect of one factor cannot be told apart there")
+        )
     return []
 
 
@@ -172,7 +275,10 @@ def missing_cells(study: Study) -> list[Mapping[str, str]]:
         return []
     cells = [arm.cell for arm in study.arms if set(study.factors) <= set(arm.cell)]
     levels = [list(dict.fromkeys(cell[factor] for cell in cells)) for factor in study.factors]
-    every = (dict(zip(study.factors, combination, strict=True)) for combination in itertools.product(*levels))
+    every = (
+        dict(zip(study.factors, combination, strict=True))
+        for combination in itertools.product(*levels)
+    )
     return [cell for cell in every if cell not in [dict(known) for known in cells]]
 
 

@@ -1,7 +1,9 @@
-"""What a check of a comparison can say: one finding, with its severity, its evidence and its remedy.
+"""What a check of a comparison can say: one finding, with its severity, its evidence and its
+remedy.
 
-Findings are made by `compare/validity/`, stop sentences in `compare/claims.py`, and are printed by the report and by `recipes compare`.
-An error stops the causal sentence of the rows it touches, never the table; a warning stands beside them; a note informs.
+Findings are made by `compare/validity/`, stop sentences in `compare/claims.py`, and are printed by
+the report and by `recipes compare`. An error stops the causal sentence of the rows it touches,
+never the table; a warning stands beside them; a note informs.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 class Finding:
     """One thing found about a comparison.
 
-    `code` names the kind of finding (the table in docs/studies.md), `title` says it in one sentence, `evidence` holds what was seen, a
-    line each, and `remedy` what to do. `arms` and `metrics` say which rows it touches; empty means all of them.
+    `code` names the kind of finding (the table in docs/studies.md), `title` says it in one
+    sentence, `evidence` holds what was seen, a line each, and `remedy` what to do. `arms` and
+    `metrics` say which rows it touches; empty means all of them.
     """
 
     code: str
@@ -33,7 +36,8 @@ class Finding:
     def touches(self, arms: Iterable[str], metric: str) -> bool:
         """Whether a row that compares these arms on this metric is concerned.
 
-        A finding that names two arms or more concerns the rows between them; one that names a single arm every row with that arm.
+        A finding that names two arms or more concerns the rows between them; one that names a
+        single arm every row with that arm.
         """
         if self.metrics and metric not in self.metrics:
             return False
@@ -44,5 +48,11 @@ class Finding:
 def errors_first(findings: Iterable[Finding]) -> list[Finding]:
     """Return findings without repetition, errors first, in a stable order."""
     return sorted(
-        dict.fromkeys(findings), key=lambda finding: (SEVERITIES.index(finding.severity), finding.code, finding.arms, finding.title)
+        dict.fromkeys(findings),
+        key=lambda finding: (
+            SEVERITIES.index(finding.severity),
+            finding.code,
+            finding.arms,
+            finding.title,
+        ),
     )

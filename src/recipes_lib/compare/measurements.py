@@ -1,11 +1,14 @@
-"""What was measured, read from run folders: the log of every evaluation, training curves, and the facts about each run.
+"""What was measured, read from run folders: the log of every evaluation, training curves, and the
+facts about each run.
 
-Pure file reading: no model, no statistics, no sentence. `claims` compares what stands here, `validity` looks for reasons not to
-believe it, `report` shows it. The readers of the single file formats are in `eval_files`.
+Pure file reading: no model, no statistics, no sentence. `claims` compares what stands here,
+`validity` looks for reasons not to believe it, `report` shows it. The readers of the single file
+formats are in `eval_files`.
 
-An imported evaluation (`recipes import`) holds, instead of our judgments, `items.jsonl` beside its result.json, one `Sample` per line with
-the name of its metric, and in result.json `measures: [{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference",
-"unit": "share"}]` (`higher_is_better` is true and `task` empty unless given).
+An imported evaluation (`recipes import`) holds, instead of our judgments, `items.jsonl` beside its
+result.json, one `Sample` per line with the name of its metric, and in result.json `measures:
+[{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference", "unit": "share"}]`
+(`higher_is_better` is true and `task` empty unless given).
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ class RunMeasurements:
     environment: Mapping[str, Any] = field(repr=False)  # environment.json
     splits: Mapping[str, Any] = field(repr=False)  # splits.json
     supervision: Mapping[str, Any] = field(repr=False)  # supervision.json
-    curves: tuple[Mapping[str, Any], ...] = field(repr=False)  # metrics.jsonl, non-finite values left out
+    curves: tuple[Mapping[str, Any], ...] = field(
+        repr=False
+    )  # metrics.jsonl, non-finite values left out
     evals: tuple[EvalLog, ...] = field(repr=False)
     unfinished: tuple[str, ...] = ()  # evaluations with judgments or answers but no result
     seed: int | None = None
@@ -84,21 +89,33 @@ class Measurements:
         return {run.name: name for name, arm in self.arms.items() for run in arm.runs}
 
     def opponent_name(self, opponent: str | None) -> str | None:
-        """Return the arm that an opponent belongs to, or the opponent as it is (`reference`, a foreign run), never under an arm's name."""
+        """Return the arm that an opponent belongs to, or the opponent as it is (`reference`, a
+        foreign run), never under an arm's name.
+        """
         if opponent is None:
             return None
         if opponent in self.arm_of_run and opponent != REFERENCE:
             return self.arm_of_run[opponent]
         named_alike = opponent in self.arms or opponent in self.arm_of_run
-        return opponent if not named_alike else "the reference answers" if opponent == REFERENCE else f"another run, {opponent}"
+        return (
+            opponent
+            if not named_alike
+            else "the reference answers"
+            if opponent == REFERENCE
+            else f"another run, {opponent}"
+        )
 
 
-def read_measurements(runs: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None) -> Measurements:
+def read_measurements(
+    runs: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None
+) -> Measurements:
     """Return everything that was measured.
 
     Args:
-        runs: folders of runs by arm, one per seed. A folder that does not exist is an arm without that run.
-        report: is told of each evaluation that is damaged, which is then left out; None to raise the error.
+        runs: folders of runs by arm, one per seed. A folder that does not exist is an arm without
+            that run.
+        report: is told of each evaluation that is damaged, which is then left out; None to raise
+            the error.
 
     Raises:
         DataError: a file is damaged, or its numbers do not agree with its items.

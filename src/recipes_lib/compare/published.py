@@ -1,6 +1,8 @@
-"""Numbers that somebody published, with what is known about how they came to be: `recipes/studies/published/*.yaml`.
+"""Numbers that somebody published, with what is known about how they came to be:
+`recipes/studies/published/*.yaml`.
 
-They are shown beside ours and never take part in a test: a mean without its items can be compared with nothing. Needs no torch.
+They are shown beside ours and never take part in a test: a mean without its items can be compared
+with nothing. Needs no torch.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ _BESIDE = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9.,_-]+){1,2}\Z")
 class PublishedNumber:
     """One number.
 
-    `value` is as published, `ours` in the unit of the metric it stands `beside` (None where ours has no such metric). `notes` are
-    those of the number and of its metric, `protocol` those of its table.
+    `value` is as published, `ours` in the unit of the metric it stands `beside` (None where ours
+    has no such metric). `notes` are those of the number and of its metric, `protocol` those of its
+    table.
     """
 
     arm: str
@@ -55,12 +58,18 @@ class PublishedNumber:
     @property
     def our_interval(self) -> tuple[float, float] | None:
         """The interval in the unit of our metric."""
-        return None if self.beside is None or self.interval is None else (self.factor * self.interval[0], self.factor * self.interval[1])
+        return (
+            None
+            if self.beside is None or self.interval is None
+            else (self.factor * self.interval[0], self.factor * self.interval[1])
+        )
 
 
 @dataclass(frozen=True)
 class Published:
-    """All numbers of one publication. `circumstances` are arm -> what -> how it was there, where no recipe can say it."""
+    """All numbers of one publication. `circumstances` are arm -> what -> how it was there, where no
+    recipe can say it.
+    """
 
     path: Path
     publication: str
@@ -74,8 +83,13 @@ class Published:
         return [number for number in self.numbers if number.arm == arm]
 
     def beside(self, arm: str, metric: str) -> PublishedNumber | None:
-        """Return the number that stands beside one of our metrics (`Measure.name`: `alpaca_eval/win_rate`)."""
-        return next((number for number in self.numbers if number.arm == arm and number.beside == metric), None)
+        """Return the number that stands beside one of our metrics (`Measure.name`:
+        `alpaca_eval/win_rate`).
+        """
+        return next(
+            (number for number in self.numbers if number.arm == arm and number.beside == metric),
+            None,
+        )
 
     @property
     def arms(self) -> list[str]:
@@ -111,17 +125,27 @@ def _circumstances(tables: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]
 
 
 class PublishedRules(KindRules):
-    """Rules of published numbers: metrics that exist, intervals around their value, one number beside one of ours."""
+    """Rules of published numbers: metrics that exist, intervals around their value, one number
+    beside one of ours.
+    """
 
     def whole(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the values with every bare number written as `{value: number}`; what has another shape stays as it is."""
+        """Return the values with every bare number written as `{value: number}`; what has another
+        shape stays as it is.
+        """
         copy = deepcopy(values)
         tables = copy.get("tables")
         for table in tables.values() if isinstance(tables, dict) else ():
             arms = table.get("arms") if isinstance(table, dict) else None
             for row in arms.values() if isinstance(arms, dict) else ():
                 if isinstance(row, dict):
-                    row.update({name: {"value": value} for name, value in row.items() if not isinstance(value, dict)})
+                    row.update(
+                        {
+                            name: {"value": value}
+                            for name, value in row.items()
+                            if not isinstance(value, dict)
+                        }
+                    )
         return copy
 
     def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
@@ -142,7 +166,11 @@ def _metrics(document: Document) -> Iterator[RecipeError]:
             beside = metric.get("beside")
             if beside is not None and not _BESIDE.match(beside):
                 place: KeyPath = ("tables", name, "metrics", key, "beside")
-                yield document.error(place, f"beside {beside!r} is no metric of ours", "for example alpaca_eval/win_rate")
+                yield document.error(
+                    place,
+                    f"beside {beside!r} is no metric of ours",
+                    "for example alpaca_eval/win_rate",
+                )
 
 
 def _rows(document: Document) -> Iterator[RecipeError]:
@@ -150,26 +178,47 @@ def _rows(document: Document) -> Iterator[RecipeError]:
     for name, table in document.values["tables"].items():
         for arm in (arm for arm in table.get("circumstances") or {} if arm not in table["arms"]):
             near = did_you_mean(arm, table["arms"])
-            yield document.error(("tables", name, "circumstances", arm), f"table '{name}' has no arm '{arm}'", *near)
+            yield document.error(
+                ("tables", name, "circumstances", arm), f"table '{name}' has no arm '{arm}'", *near
+            )
         for arm, row in table["arms"].items():
             for key, number in row.items():
                 place: KeyPath = ("tables", name, "arms", arm, key)
                 if key not in table["metrics"]:
                     near = did_you_mean(key, table["metrics"])
-                    yield document.error(place, f"table '{name}' has no metric '{key}'", *near, f"metrics: {', '.join(table['metrics'])}")
+                    yield document.error(
+                        place,
+                        f"table '{name}' has no metric '{key}'",
+                        *near,
+                        f"metrics: {', '.join(table['metrics'])}",
+                    )
                 elif isinstance(number, dict) and "interval" in number:
                     low, high = number["interval"]
                     if not low <= number["value"] <= high:
-                        yield document.error(place, f"{number['value']:g} is not within its interval [{low:g}, {high:g}]")
+                        yield document.error(
+                            place,
+                            f"{number['value']:g} is not within its interval [{low:g}, {high:g}]",
+                        )
 
 
 def _twice(document: Document) -> Iterator[RecipeError]:
     """Two numbers of one arm beside the same metric of ours: which one would be shown?"""
     seen: dict[tuple[str, str], PublishedNumber] = {}
     for number in _numbers(document):
-        if number.beside is not None and (first := seen.setdefault((number.arm, number.beside), number)) is not number:
-            what = f"arm '{number.arm}' has two numbers beside {number.beside}: {first.shown} and {number.shown}"
-            yield RecipeError(what, "name one of them, or give it an arm of its own", file=number.file, line=number.line)
+        if (
+            number.beside is not None
+            and (first := seen.setdefault((number.arm, number.beside), number)) is not number
+        ):
+            what = (
+                f"arm '{number.arm}' has two numbers beside {number.beside}: {first.shown} and"
+                f" {number.shown}"
+            )
+            yield RecipeError(
+                what,
+                "name one of them, or give it an arm of its own",
+                file=number.file,
+                line=number.line,
+            )
 
 
 def _numbers(document: Document) -> Iterator[PublishedNumber]:

@@ -25,7 +25,11 @@ def published_schema() -> dict[str, Any]:
                 "maxItems": 2,
                 "description": "[low, high], where one was published.",
             },
-            "n": {"type": "integer", "minimum": 1, "description": "Items behind it, where they are not the table's n."},
+            "n": {
+                "type": "integer",
+                "minimum": 1,
+                "description": "Items behind it, where they are not the table's n.",
+            },
             "note": {"type": "string", "description": "What must be known about this number."},
         },
     }
@@ -36,10 +40,27 @@ def published_schema() -> dict[str, Any]:
         "required": ["label"],
         "properties": {
             "label": {"type": "string", "description": "The name it was published under."},
-            "beside": {"type": "string", "description": "Our metric it stands beside: EVAL/METRIC, or EVAL/TASK/METRIC for lm-eval."},
-            "factor": {"type": "number", "description": "Our metric's value is this times the published one. Absent: 1.", "default": 1},
-            "places": {"type": "integer", "minimum": 0, "description": "Decimal places it was published with."},
-            "n": {"type": "integer", "minimum": 1, "description": "Items behind each number, where they are not the table's n."},
+            "beside": {
+                "type": "string",
+                "description": (
+                    "Our metric it stands beside: EVAL/METRIC, or EVAL/TASK/METRIC for lm-eval."
+                ),
+            },
+            "factor": {
+                "type": "number",
+                "description": "Our metric's value is this times the published one. Absent: 1.",
+                "default": 1,
+            },
+            "places": {
+                "type": "integer",
+                "minimum": 0,
+                "description": "Decimal places it was published with.",
+            },
+            "n": {
+                "type": "integer",
+                "minimum": 1,
+                "description": "Items behind each number, where they are not the table's n.",
+            },
             "note": {"type": "string", "description": "How the metric differs from ours."},
         },
     }
@@ -50,25 +71,57 @@ def published_schema() -> dict[str, Any]:
         "required": ["title", "metrics", "arms"],
         "properties": {
             "title": {"type": "string", "description": "What was measured."},
-            "n": {"type": "integer", "minimum": 1, "description": "Items behind each number; absent where it was not published."},
-            "protocol": {**_TEXTS, "description": "How it was measured, a note each: shown as flags beside the numbers."},
+            "n": {
+                "type": "integer",
+                "minimum": 1,
+                "description": "Items behind each number; absent where it was not published.",
+            },
+            "protocol": {
+                **_TEXTS,
+                "description": (
+                    "How it was measured, a note each: shown as flags beside the numbers."
+                ),
+            },
             "circumstances": {
                 "type": "object",
-                "additionalProperties": {"type": "object", "additionalProperties": {"type": "string"}},
-                "description": "Arm -> what -> how it was there, where no recipe can say it (hardware). Arms that differ are confounded.",
+                "additionalProperties": {
+                    "type": "object",
+                    "additionalProperties": {"type": "string"},
+                },
+                "description": (
+                    "Arm -> what -> how it was there, where no recipe can say it (hardware). Arms"
+                    " that differ are confounded."
+                ),
             },
-            "metrics": {"type": "object", "minProperties": 1, "additionalProperties": metric, "description": "Columns by short name."},
+            "metrics": {
+                "type": "object",
+                "minProperties": 1,
+                "additionalProperties": metric,
+                "description": "Columns by short name.",
+            },
             "arms": {
                 "type": "object",
                 "minProperties": 1,
-                "additionalProperties": {"type": "object", "additionalProperties": {"anyOf": [{"type": "number"}, number]}},
-                "description": "Rows by arm, as studies call the arm: short name of the metric -> number.",
+                "additionalProperties": {
+                    "type": "object",
+                    "additionalProperties": {"anyOf": [{"type": "number"}, number]},
+                },
+                "description": (
+                    "Rows by arm, as studies call the arm: short name of the metric -> number."
+                ),
             },
         },
     }
     properties = {
         "publication": {"type": "string", "description": "What was published."},
         "source": {"type": "string", "description": "Where."},
-        "tables": {"type": "object", "minProperties": 1, "additionalProperties": table, "description": "Tables by short name."},
+        "tables": {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": table,
+            "description": "Tables by short name.",
+        },
     }
-    return file_schema("published", "Published numbers", required=list(properties), properties=properties)
+    return file_schema(
+        "published", "Published numbers", required=list(properties), properties=properties
+    )

@@ -1,7 +1,9 @@
-"""The table of a study: every arm's score with its interval, and every pair of arms on every metric that both have, tested.
+"""The table of a study: every arm's score with its interval, and every pair of arms on every metric
+that both have, tested.
 
-No sentence is written here (`claims` does that) and no file read (`measurements` did). A pair of arms that was judged head to head is
-tested on those verdicts; otherwise the two arms' items are paired by question and turn.
+No sentence is written here (`claims` does that) and no file read (`measurements` did). A pair of
+arms that was judged head to head is tested on those verdicts; otherwise the two arms' items are
+paired by question and turn.
 """
 
 from __future__ import annotations
@@ -29,12 +31,18 @@ ALPHA = 0.05
 FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
 DIRECTION_UNKNOWN = "direction unknown, its files do not say whether more or less of it is better"
 HALF = 0.5  # a win rate against the other arm itself that favours nobody
-_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0), "grade_1_10": (1.0, 10.0)}  # by the last word of a metric, else by its unit
+_SCALES = {
+    "share": (0.0, 1.0),
+    "grade": (1.0, 5.0),
+    "grade_1_10": (1.0, 10.0),
+}  # by the last word of a metric, else by its unit
 
 
 @dataclass(frozen=True)
 class Score:
-    """One arm on one metric: the mean over its items and seeds with its interval, and the bounds that unresolved items leave."""
+    """One arm on one metric: the mean over its items and seeds with its interval, and the bounds
+    that unresolved items leave.
+    """
 
     arm: str
     metric: str
@@ -56,11 +64,13 @@ class Score:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One comparison: `difference` is first minus second in the metric's own direction, so positive favours the first arm only
-    where `higher_is_better` (None: not known, so nothing is ranked). Head to head it is the first arm's win rate minus a half.
+    """One comparison: `difference` is first minus second in the metric's own direction, so positive
+    favours the first arm only where `higher_is_better` (None: not known, so nothing is ranked).
+    Head to head it is the first arm's win rate minus a half.
 
-    `verdict` and `sentence` come from `claims`; `stopped` holds the titles of the findings that stop the claim, `because` the clause of
-    the sentence that gives the reasons, so that a page can give them once.
+    `verdict` and `sentence` come from `claims`; `stopped` holds the titles of the findings that
+    stop the claim, `because` the clause of the sentence that gives the reasons, so that a page can
+    give them once.
     """
 
     metric: str
@@ -109,7 +119,11 @@ class TableRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values, without the items behind it."""
-        names = [item.name for item in dataclasses.fields(self) if item.name not in ("measures", "tested", "because")]
+        names = [
+            item.name
+            for item in dataclasses.fields(self)
+            if item.name not in ("measures", "tested", "because")
+        ]
         tested = self.tested.to_dict() if self.tested else None
         return {name: json_value(getattr(self, name)) for name in names} | {
             "difference": json_value(self.difference),
@@ -132,7 +146,9 @@ def scale_of(metric: str, unit: str) -> tuple[float, float] | None:
 
 
 def filling_of(metric: str, unit: str, values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return what unresolved items are filled with: the ends of the metric's scale, of a plain number those of the values seen."""
+    """Return what unresolved items are filled with: the ends of the metric's scale, of a plain
+    number those of the values seen.
+    """
     known = values[~np.isnan(values)]
     seen = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     low, high = scale_of(metric, unit) or seen
@@ -154,17 +170,24 @@ def pairs_of(measurements: Measurements, base: Sequence[str] = ()) -> list[tuple
 
 
 def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[TableRow]:
-    """Return every comparison with its test, Holm's correction over all of them, and what each could have found.
+    """Return every comparison with its test, Holm's correction over all of them, and what each
+    could have found.
 
     Args:
         base: names of the arms that are base models.
     """
-    rows = [row for first, second in pairs_of(measurements, base) for row in _pair_rows(measurements, first, second)]
+    rows = [
+        row
+        for first, second in pairs_of(measurements, base)
+        for row in _pair_rows(measurements, first, second)
+    ]
     return corrected(rows)
 
 
 def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the rows with Holm-adjusted p, and power at the level that the smallest p of the table is held to."""
+    """Return the rows with Holm-adjusted p, and power at the level that the smallest p of the table
+    is held to.
+    """
     adjusted = holm([_p(row) for row in rows])
     family = max(1, sum(p is not None for p in adjusted))
     return [
@@ -179,28 +202,38 @@ def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
 
 
 def _p(row: TableRow) -> float | None:
-    """The p that enters the correction; where not one item differs the test was made and its p is 1."""
+    """The p that enters the correction; where not one item differs the test was made and its p is
+    1.
+    """
     if row.tested is None or row.reason:
         return None
     return 1.0 if row.tested.p is None else row.tested.p
 
 
 def with_honest_limits(tested: Tested, largest: float) -> Tested:
-    """Return the comparison with limits that can be: none of an interval of no width (items that all agree say nothing about the next one),
-    and no difference that is larger than the scale allows. Neither moves zero into the interval or out of it.
+    """Return the comparison with limits that can be: none of an interval of no width (items that
+    all agree say nothing about the next one), and no difference that is larger than the scale
+    allows. Neither moves zero into the interval or out of it.
     """
     if tested.interval_method == "zero variance":
         return dataclasses.replace(tested, low=None, high=None)
-    low, high = (None if limit is None else min(max(limit, -largest), largest) for limit in (tested.low, tested.high))
+    low, high = (
+        None if limit is None else min(max(limit, -largest), largest)
+        for limit in (tested.low, tested.high)
+    )
     return dataclasses.replace(tested, low=low, high=high)
 
 
-def _by_metric(arm: ArmMeasurements, measurements: Measurements) -> dict[tuple[tuple[str, str, str], str | None], list[Measure]]:
+def _by_metric(
+    arm: ArmMeasurements, measurements: Measurements
+) -> dict[tuple[tuple[str, str, str], str | None], list[Measure]]:
     """The arm's measures by metric and opponent, one per run that has it."""
     found: dict[tuple[tuple[str, str, str], str | None], list[Measure]] = {}
     for run in arm.runs:
         for measure in run.measures():
-            found.setdefault((measure.key, measurements.opponent_name(measure.opponent)), []).append(measure)
+            found.setdefault(
+                (measure.key, measurements.opponent_name(measure.opponent)), []
+            ).append(measure)
     return found
 
 
@@ -211,11 +244,15 @@ def _pair_rows(measurements: Measurements, first: str, second: str) -> Iterator[
     for (key, opponent), measures in ours.items():
         if opponent == second:
             direct.add(key)
-            yield _head_to_head(first, second, *_judged_once(measures, measurements, (first, second)), flipped=False)
+            yield _head_to_head(
+                first, second, *_judged_once(measures, measurements, (first, second)), flipped=False
+            )
     for (key, opponent), measures in theirs.items():
         if opponent == first and key not in direct:
             direct.add(key)
-            yield _head_to_head(first, second, *_judged_once(measures, measurements, (second, first)), flipped=True)
+            yield _head_to_head(
+                first, second, *_judged_once(measures, measurements, (second, first)), flipped=True
+            )
     for (key, opponent), mine in ours.items():
         other = theirs.get((key, opponent))
         through_an_arm = opponent in measurements.arms
@@ -241,8 +278,11 @@ def _keys(measures: Sequence[Measure]) -> dict[tuple[str, int], Sample]:
     return {item.key: item for measure in measures for item in measure.samples}
 
 
-def _judged_once(measures: Sequence[Measure], measurements: Measurements, arms: tuple[str, str]) -> tuple[Sequence[Measure], str]:
-    """The measures in which no training stands twice, and what was left out: two seeds against one training are not two pairs of seeds.
+def _judged_once(
+    measures: Sequence[Measure], measurements: Measurements, arms: tuple[str, str]
+) -> tuple[Sequence[Measure], str]:
+    """The measures in which no training stands twice, and what was left out: two seeds against one
+    training are not two pairs of seeds.
 
     Args:
         arms: the arm whose answers were judged, and its opponent.
@@ -251,32 +291,61 @@ def _judged_once(measures: Sequence[Measure], measurements: Measurements, arms: 
     seen: set[tuple[int, str]] = set()
     for measure in measures:
         runs = (source_of(measure).split("/", 1)[0], str(measure.opponent))
-        trained = {(side, run) for side, (run, arm) in enumerate(zip(runs, arms, strict=True)) if not measurements.arms[arm].is_base}
+        trained = {
+            (side, run)
+            for side, (run, arm) in enumerate(zip(runs, arms, strict=True))
+            if not measurements.arms[arm].is_base
+        }
         if not trained & seen:
             seen |= trained
             kept.append(measure)
-    return kept, "" if len(kept) == len(measures) else f"{count(len(kept), 'seed')} of {len(measures)}"
+    return kept, (
+        "" if len(kept) == len(measures) else f"{count(len(kept), 'seed')} of {len(measures)}"
+    )
 
 
-def _head_to_head(first: str, second: str, measures: Sequence[Measure], left_out: str, flipped: bool) -> TableRow:
+def _head_to_head(
+    first: str, second: str, measures: Sequence[Measure], left_out: str, flipped: bool
+) -> TableRow:
     """The first arm's answers judged against the second's, one measure per seed."""
     keys = list(_keys(measures))
     values = _table(measures, keys)
     values = 1 - values if flipped else values
-    tested = with_honest_limits(compare(values, np.full((1, len(keys)), HALF), [key[0] for key in keys]), HALF)
+    tested = with_honest_limits(
+        compare(values, np.full((1, len(keys)), HALF), [key[0] for key in keys]), HALF
+    )
     one = measures[0]
     rate = None if tested.effect is None else HALF + tested.effect
     return TableRow(
-        metric=one.name, label=one.label, first=first, second=second, unit="share", head_to_head=True, opponent=None,
-        higher_is_better=True, first_value=rate, second_value=None if rate is None else 1 - rate, tested=tested,
-        reason=too_few(tested), flags=(left_out,) if left_out else (), files=_files(measures), measures=tuple(measures),
-    )  # fmt: skip
+        metric=one.name,
+        label=one.label,
+        first=first,
+        second=second,
+        unit="share",
+        head_to_head=True,
+        opponent=None,
+        higher_is_better=True,
+        first_value=rate,
+        second_value=None if rate is None else 1 - rate,
+        tested=tested,
+        reason=too_few(tested),
+        flags=(left_out,) if left_out else (),
+        files=_files(measures),
+        measures=tuple(measures),
+    )
 
 
 def _side_by_side(
-    first: str, second: str, opponent: str | None, mine: Sequence[Measure], other: Sequence[Measure], unpaired: str
+    first: str,
+    second: str,
+    opponent: str | None,
+    mine: Sequence[Measure],
+    other: Sequence[Measure],
+    unpaired: str,
 ) -> TableRow:
-    """The same items of both arms, paired; a turn that only one arm has is unresolved where the question is in both."""
+    """The same items of both arms, paired; a turn that only one arm has is unresolved where the
+    question is in both.
+    """
     one = mine[0]
     unit = one.unit if {measure.unit for measure in (*mine, *other)} == {one.unit} else "number"
     my_keys, other_keys = _keys(mine), _keys(other)
@@ -285,9 +354,18 @@ def _side_by_side(
     a, b = _table(mine, keys), _table(other, keys)
     scale = filling_of(one.metric, unit, np.concatenate([a.ravel(), b.ravel()]))
     lowest, highest = scale_of(one.metric, unit) or (0.0, math.inf)
-    tested = with_honest_limits(compare(a, b, [key[0] for key in keys], scale=scale), highest - lowest) if keys else None
-    both = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))  # the values that the difference is of; `Score` has each arm's own
-    values = [_mean(table[:, both]) if keys else _reported(measures) for table, measures in ((a, mine), (b, other))]
+    tested = (
+        with_honest_limits(compare(a, b, [key[0] for key in keys], scale=scale), highest - lowest)
+        if keys
+        else None
+    )
+    both = ~(
+        np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0)
+    )  # the values that the difference is of; `Score` has each arm's own
+    values = [
+        _mean(table[:, both]) if keys else _reported(measures)
+        for table, measures in ((a, mine), (b, other))
+    ]
     directions = {measure.higher_is_better for measure in (*mine, *other)}
     direction = directions.pop() if len(directions) == 1 else None
     reason = too_few(tested) if tested else _no_items(my_keys, other_keys)
@@ -300,17 +378,32 @@ def _side_by_side(
     if unpaired:
         flags.append(unpaired)
     return TableRow(
-        metric=one.name, label=one.label, first=first, second=second, unit=unit, head_to_head=False, opponent=opponent,
-        higher_is_better=direction, first_value=values[0], second_value=values[1], tested=tested,
-        reason=reason or (DIRECTION_UNKNOWN if direction is None else ""), flags=tuple(flags),
-        files=_files([*mine, *other]), measures=(*mine, *other),
-    )  # fmt: skip
+        metric=one.name,
+        label=one.label,
+        first=first,
+        second=second,
+        unit=unit,
+        head_to_head=False,
+        opponent=opponent,
+        higher_is_better=direction,
+        first_value=values[0],
+        second_value=values[1],
+        tested=tested,
+        reason=reason or (DIRECTION_UNKNOWN if direction is None else ""),
+        flags=tuple(flags),
+        files=_files([*mine, *other]),
+        measures=(*mine, *other),
+    )
 
 
-def _seeds_in_line(mine: Sequence[Measure], other: Sequence[Measure], trained: bool) -> tuple[Sequence[Measure], Sequence[Measure], str]:
-    """Two trained arms with different numbers of seeds are compared on as many as both have; the rest is named.
+def _seeds_in_line(
+    mine: Sequence[Measure], other: Sequence[Measure], trained: bool
+) -> tuple[Sequence[Measure], Sequence[Measure], str]:
+    """Two trained arms with different numbers of seeds are compared on as many as both have; the
+    rest is named.
 
-    One training repeated beside several would hide how much another of its seeds would have differed. A base has no seeds to differ.
+    One training repeated beside several would hide how much another of its seeds would have
+    differed. A base has no seeds to differ.
     """
     if len(mine) == len(other) or (not trained and 1 in (len(mine), len(other))):
         return mine, other, ""
@@ -330,7 +423,9 @@ def _reported(measures: Sequence[Measure]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _no_items(mine: Mapping[tuple[str, int], Sample], other: Mapping[tuple[str, int], Sample]) -> str:
+def _no_items(
+    mine: Mapping[tuple[str, int], Sample], other: Mapping[tuple[str, int], Sample]
+) -> str:
     if not mine or not other:
         return "only totals are known, not the items behind them"
     return "the two arms answered different questions"
@@ -343,7 +438,10 @@ def too_few(tested: Tested) -> str:
     if tested.unresolved == tested.n:
         return "no item has a verdict"
     if tested.questions < FEWEST_QUESTIONS:
-        return f"{tested.questions} question{'s' if tested.questions > 1 else ''} cannot reach p <= {ALPHA:g}, whatever they say"
+        return (
+            f"{tested.questions} question{'s' if tested.questions > 1 else ''} cannot reach p <="
+            f" {ALPHA:g}, whatever they say"
+        )
     return ""
 
 
@@ -358,7 +456,9 @@ def source_of(measure: Measure) -> str:
 
 
 def build_scores(measurements: Measurements) -> list[Score]:
-    """Return every arm's score on every metric, with intervals over questions and, where there are several, seeds."""
+    """Return every arm's score on every metric, with intervals over questions and, where there are
+    several, seeds.
+    """
     return [
         _score(name, opponent, measures)
         for name, arm in measurements.arms.items()
@@ -372,19 +472,40 @@ def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score
     table = _table(measures, keys)
     open_items = np.isnan(table).any(axis=0) if keys else np.zeros(0, dtype=bool)
     low, high = filling_of(one.metric, one.unit, table)
-    interval = _score_interval(table[:, ~open_items], [key[0] for key, left in zip(keys, open_items, strict=True) if not left])
+    interval = _score_interval(
+        table[:, ~open_items],
+        [key[0] for key, left in zip(keys, open_items, strict=True) if not left],
+    )
     value = interval.estimate if keys else _reported(measures)
-    filled = [float(np.where(np.isnan(table), end, table).mean()) if keys else None for end in (low, high)]
+    filled = [
+        float(np.where(np.isnan(table), end, table).mean()) if keys else None for end in (low, high)
+    ]
     within = interval.within(*(scale_of(one.metric, one.unit) or (-math.inf, math.inf)))
     limits = [None, None] if interval.method == "zero variance" else [within.low, within.high]
     return Score(
-        arm, one.name, one.label, opponent, one.unit, value, limits[0], limits[1], len(keys) or int(one.reported_n or 0), len(measures),
-        int(open_items.sum()), filled[0], filled[1], interval.method if keys else "reported", one.higher_is_better, _files(measures),
-    )  # fmt: skip
+        arm,
+        one.name,
+        one.label,
+        opponent,
+        one.unit,
+        value,
+        limits[0],
+        limits[1],
+        len(keys) or int(one.reported_n or 0),
+        len(measures),
+        int(open_items.sum()),
+        filled[0],
+        filled[1],
+        interval.method if keys else "reported",
+        one.higher_is_better,
+        _files(measures),
+    )
 
 
 def _score_interval(table: NDArray[np.float64], questions: Sequence[str]) -> Interval:
-    """Wilson for plain shares, the crossed interval for several seeds, the bootstrap over questions otherwise."""
+    """Wilson for plain shares, the crossed interval for several seeds, the bootstrap over questions
+    otherwise.
+    """
     if table.shape[0] > 1:
         return crossed_interval(question_means(table, np.asarray(questions)))[0]
     values = table[0]
@@ -407,8 +528,18 @@ def with_flags(row: TableRow, measurements: Measurements) -> TableRow:
 
 def _of_measure(measure: Measure, measurements: Measurements) -> list[str]:
     """Flags of one measure: subset, judge, orders, few-shot."""
-    run = next((run for arm in measurements.arms.values() for run in arm.runs if run.folder == measure.file.parents[2]), None)
-    found = next((result for result in run.evals if result.file == measure.file), None) if run else None
+    run = next(
+        (
+            run
+            for arm in measurements.arms.values()
+            for run in arm.runs
+            if run.folder == measure.file.parents[2]
+        ),
+        None,
+    )
+    found = (
+        next((result for result in run.evals if result.file == measure.file), None) if run else None
+    )
     if found is None:
         return []
     result, flags = found.result, []
@@ -419,7 +550,11 @@ def _of_measure(measure: Measure, measurements: Measurements) -> list[str]:
         flags.append("weak judge")
     flags += [str(flag) for flag in result.get("flags") or ()]
     for row in result.get("tasks") or ():
-        if row["task"] == measure.task and row.get("num_fewshot") is not None and measure.label.endswith(_shown_metric(row)):
+        if (
+            row["task"] == measure.task
+            and row.get("num_fewshot") is not None
+            and measure.label.endswith(_shown_metric(row))
+        ):
             flags.append(f"{row['num_fewshot']}-shot")
     return list(dict.fromkeys(flags))
 

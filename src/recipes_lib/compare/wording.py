@@ -1,4 +1,6 @@
-"""Numbers as text, one form each: shares in percent, their differences in points, p, counts. Report, tables and claims all use these."""
+"""Numbers as text, one form each: shares in percent, their differences in points, p, counts.
+Report, tables and claims all use these.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,14 @@ import re
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "n/a"
-_STATEMENT = re.compile(r"[.!](\s|\Z)|\bp\s*[<>=\u2264\u2265]|[\[(]\s*[+\u2212-]?\d[^\])]*,|\bCI\b")  # a sentence, a p, an interval
+_STATEMENT = re.compile(
+    r"[.!](\s|\Z)|\bp\s*[<>=\u2264\u2265]|[\[(]\s*[+\u2212-]?\d[^\])]*,|\bCI\b"
+)  # a sentence, a p, an interval
 
 
 def question_text(question: str) -> str:
-    """Return a study's question as a heading; one that states something is marked as the study's own words, which nothing tested.
+    """Return a study's question as a heading; one that states something is marked as the study's
+    own words, which nothing tested.
 
     Example:
         >>> question_text("Does rank matter?")
@@ -40,7 +45,8 @@ def plain_number(value: float | None, digits: int = 3, signed: bool = False) -> 
 
 
 def metric_text(value: float | None, unit: str) -> str:
-    """Return a metric's value: a share in percent, a grade with two digits, a spread of shares in percentage points.
+    """Return a metric's value: a share in percent, a grade with two digits, a spread of shares in
+    percentage points.
 
     Example:
         >>> metric_text(0.625, "share"), metric_text(4.0, "grade"), metric_text(0.021, "points")
@@ -50,7 +56,11 @@ def metric_text(value: float | None, unit: str) -> str:
         return NONE
     if unit == "points":
         return f"{plain_number(100 * value, 1)} points"
-    return f"{plain_number(100 * value, 1)}%" if unit == "share" else plain_number(value, _digits(value, unit))
+    return (
+        f"{plain_number(100 * value, 1)}%"
+        if unit == "share"
+        else plain_number(value, _digits(value, unit))
+    )
 
 
 def difference_text(value: float | None, unit: str) -> str:
@@ -63,7 +73,9 @@ def difference_text(value: float | None, unit: str) -> str:
     if value is None or not math.isfinite(value):
         return NONE
     return (
-        f"{plain_number(100 * value, 1, signed=True)} points" if unit == "share" else plain_number(value, _digits(value, unit), signed=True)
+        f"{plain_number(100 * value, 1, signed=True)} points"
+        if unit == "share"
+        else plain_number(value, _digits(value, unit), signed=True)
     )
 
 
@@ -113,7 +125,9 @@ def sentence_list(names: list[str] | tuple[str, ...]) -> str:
         >>> sentence_list(["a"]), sentence_list(["a", "b", "c"])
         ('a', 'a, b and c')
     """
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+    return (
+        names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+    )
 
 
 def _digits(value: float, unit: str) -> int:

@@ -1,7 +1,8 @@
 """From the columns of a file to the fields of an example: mapping, and checks of every value.
 
-A prompt format reads a fixed set of fields (`FORMATS`); `data.columns` says which column of the file each one is. Every
-value is checked here once, so that nothing after this module meets None, a number or a lone surrogate where text should be.
+A prompt format reads a fixed set of fields (`FORMATS`); `data.columns` says which column of the
+file each one is. Every value is checked here once, so that nothing after this module meets None, a
+number or a lone surrogate where text should be.
 """
 
 from __future__ import annotations
@@ -11,15 +12,39 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes_lib.data.conversations import MESSAGE_KEYS, check_roles, conversation_of, is_blank, read_messages, unread_keys
+from recipes_lib.data.conversations import (
+    MESSAGE_KEYS,
+    check_roles,
+    conversation_of,
+    is_blank,
+    read_messages,
+    unread_keys,
+)
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, listed, type_name
 from recipes_lib.data.files import Table
 
 IDS_HINT = "set data.columns.id to '' to name rows by a hash of their content instead"
 
-OUR_NAMES = ("id", "instruction", "context", "response", "category", "prompt", "completion", "text", "messages", "system")
-ALIASES = {"context": ("input",), "response": ("output",), "messages": ("conversations",), "system": ("system_prompt",)}
-# Columns that other programs put into what the model reads or learns. Where they say something, leaving them out makes other rows.
+OUR_NAMES = (
+    "id",
+    "instruction",
+    "context",
+    "response",
+    "category",
+    "prompt",
+    "completion",
+    "text",
+    "messages",
+    "system",
+)
+ALIASES = {
+    "context": ("input",),
+    "response": ("output",),
+    "messages": ("conversations",),
+    "system": ("system_prompt",),
+}
+# Columns that other programs put into what the model reads or learns. Where they say something,
+# leaving them out makes other rows.
 MEANINGFUL = (
     "system",
     "system_prompt",
@@ -85,11 +110,18 @@ class Reading:
     dropped: tuple[str, ...]
 
     @classmethod
-    def of(cls, tables: Sequence[Table], prompt_format: str, columns: Mapping[str, str], dropped: Sequence[str] = ()) -> Reading:
+    def of(
+        cls,
+        tables: Sequence[Table],
+        prompt_format: str,
+        columns: Mapping[str, str],
+        dropped: Sequence[str] = (),
+    ) -> Reading:
         """Decide how to read the rows of one source.
 
         Args:
-            columns: our name -> column of the file; names that are absent stand for the column of the same name.
+            columns: our name -> column of the file; names that are absent stand for the column of
+                the same name.
             dropped: `data.drop_columns`.
 
         Raises:
@@ -108,7 +140,16 @@ class Reading:
         rest = [name for name in found if name not in (*names.values(), category, identity)]
         meaningful = tuple(name for name in rest if name in MEANINGFUL and columns.get(name) != "")
         unused = tuple(name for name in rest if name not in meaningful)
-        return cls(prompt_format, names, shape.optional, category, identity, meaningful, unused, tuple(dropped))
+        return cls(
+            prompt_format,
+            names,
+            shape.optional,
+            category,
+            identity,
+            meaningful,
+            unused,
+            tuple(dropped),
+        )
 
     def examples(self, table: Table, bad: BadRows) -> Iterator[Example]:
         """The usable rows of a file; the others are added to `bad`."""
@@ -131,11 +172,18 @@ class Reading:
                 unread += unread_keys(row.get(self.names.get(name, "")), self.dropped)
         if unread:
             unread = list(dict.fromkeys(unread))
-            what = f"{', '.join(unread)}: not supported, and the row would be another one without {'it' if len(unread) == 1 else 'them'}"
+            what = (
+                f"{', '.join(unread)}: not supported, and the row would be another one without"
+                f" {'it' if len(unread) == 1 else 'them'}"
+            )
             raise BadRow(what, drop=unread)
         for name, column in self.names.items():
             value = row.get(column)
-            if name == "messages" or (name in ("prompt", "completion") and isinstance(value, list) and self.prompt_format == "chat"):
+            if name == "messages" or (
+                name in ("prompt", "completion")
+                and isinstance(value, list)
+                and self.prompt_format == "chat"
+            ):
                 example.fields[name] = read_messages(value, column)
                 continue
             if value is None and name in self.optional:
@@ -147,10 +195,15 @@ class Reading:
                 try:
                     value.encode()
                 except UnicodeEncodeError as error:
-                    what = f"lone surrogate {value[error.start]!r} at character {error.start}, which has no UTF-8 form"
+                    what = (
+                        f"lone surrogate {value[error.start]!r} at character {error.start}, which"
+                        " has no UTF-8 form"
+                    )
                     raise BadRow(f"column '{column}': {what}") from None
             example.fields[name] = value
-        if isinstance(example.fields.get("prompt"), list) != isinstance(example.fields.get("completion"), list):
+        if isinstance(example.fields.get("prompt"), list) != isinstance(
+            example.fields.get("completion"), list
+        ):
             raise BadRow("prompt and completion: one is text, the other a list of messages")
         if self.prompt_format == "chat":
             self._check_conversation(example)
@@ -159,7 +212,10 @@ class Reading:
         if self.identity:
             example.explicit_id = value = row.get(self.identity)
             if value is None or value == "" or isinstance(value, (float, bool, list, dict)):
-                what = f"column '{self.identity}': no usable id, found {type_name(value) if value != '' else 'empty text'}"
+                what = (
+                    f"column '{self.identity}': no usable id, found"
+                    f" {type_name(value) if value != '' else 'empty text'}"
+                )
                 raise BadRow(what, IDS_HINT)
 
     def _check_conversation(self, example: Example) -> None:
@@ -181,14 +237,22 @@ def _bad_lines(tables: Sequence[Table]) -> BadRows:
 
 
 def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str | None:
-    """The file's column for one of our names: mapped, or of the same name, or a well-known other name."""
+    """The file's column for one of our names: mapped, or of the same name, or a well-known other
+    name.
+    """
     if name in columns:
         return columns[name] or None
-    return next((candidate for candidate in (name, *ALIASES.get(name, ())) if candidate in found), None)
+    return next(
+        (candidate for candidate in (name, *ALIASES.get(name, ())) if candidate in found), None
+    )
 
 
-def _choose_shape(prompt_format: str, columns: Mapping[str, str], found: Sequence[str]) -> tuple[FieldShape, dict[str, str]]:
-    """The first set of fields of the format that the columns can fill, and the column of each field."""
+def _choose_shape(
+    prompt_format: str, columns: Mapping[str, str], found: Sequence[str]
+) -> tuple[FieldShape, dict[str, str]]:
+    """The first set of fields of the format that the columns can fill, and the column of each
+    field.
+    """
     for shape in FORMATS[prompt_format]:
         names = {name: _column(name, columns, found) for name in (*shape.required, *shape.optional)}
         if all(names[name] for name in shape.required):
@@ -200,22 +264,36 @@ def _choose_shape(prompt_format: str, columns: Mapping[str, str], found: Sequenc
 
 def _suggestions(prompt_format: str, columns: Mapping[str, str], found: Sequence[str]) -> list[str]:
     fitting = []
-    for name, shapes in (("alpaca" if "input" in found else "dolly", (TASK,)), ("chat", FORMATS["chat"][:1]), ("raw", (PAIR, TEXT))):
-        if name != prompt_format and any(all(_column(field, columns, found) for field in shape.required) for shape in shapes):
+    for name, shapes in (
+        ("alpaca" if "input" in found else "dolly", (TASK,)),
+        ("chat", FORMATS["chat"][:1]),
+        ("raw", (PAIR, TEXT)),
+    ):
+        if name != prompt_format and any(
+            all(_column(field, columns, found) for field in shape.required) for shape in shapes
+        ):
             fitting.append(f"`data.prompt_format: {name}`")
     mapping = "or name them: data.columns: {<our name>: <your column>}"
-    return [f"try {' or '.join(fitting)}", mapping] if fitting else [f"name them: {mapping.removeprefix('or name them: ')}"]
+    return (
+        [f"try {' or '.join(fitting)}", mapping]
+        if fitting
+        else [f"name them: {mapping.removeprefix('or name them: ')}"]
+    )
 
 
 def _check_dropped(dropped: Sequence[str]) -> None:
     for name in dropped:
         if (key := name.removeprefix("messages.")) != name and key in MESSAGE_KEYS:
-            what = f"data.drop_columns: {name} cannot be left out: it says who speaks, what, or whether it carries loss"
+            what = (
+                f"data.drop_columns: {name} cannot be left out: it says who speaks, what, or"
+                " whether it carries loss"
+            )
             raise SettingError("data.drop_columns", what)
 
 
 def check_dropped_are_there(dropped: Sequence[str], found: Collection[str]) -> None:
-    """Refuse a `data.drop_columns` that names no column of any source: a typing error there would be silent.
+    """Refuse a `data.drop_columns` that names no column of any source: a typing error there would
+    be silent.
 
     Raises:
         SettingError: the first such name.
@@ -223,8 +301,14 @@ def check_dropped_are_there(dropped: Sequence[str], found: Collection[str]) -> N
     for name in dropped:
         if not name.startswith("messages.") and name not in found:
             near = difflib.get_close_matches(name, found, 1)
-            hint = f"did you mean {near[0]}?" if near else f"columns are {', '.join(found)}; keys of messages are written messages.KEY"
-            raise SettingError("data.drop_columns", f"data.drop_columns: the data has no column '{name}'", hint)
+            hint = (
+                f"did you mean {near[0]}?"
+                if near
+                else f"columns are {', '.join(found)}; keys of messages are written messages.KEY"
+            )
+            raise SettingError(
+                "data.drop_columns", f"data.drop_columns: the data has no column '{name}'", hint
+            )
 
 
 def _check_mapping(columns: Mapping[str, str], found: Sequence[str]) -> None:
@@ -236,4 +320,6 @@ def _check_mapping(columns: Mapping[str, str], found: Sequence[str]) -> None:
         if column and column not in found:
             near = difflib.get_close_matches(column, found, 1)
             hint = f"did you mean {near[0]}?" if near else f"columns are {', '.join(found)}"
-            raise SettingError("data.columns", f"data.columns.{name}: the data has no column '{column}'", hint)
+            raise SettingError(
+                "data.columns", f"data.columns.{name}: the data has no column '{column}'", hint
+            )

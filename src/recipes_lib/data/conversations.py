@@ -1,7 +1,8 @@
-"""Conversations: reading messages of several spellings, checking their roles, and finding what the assistant said.
+"""Conversations: reading messages of several spellings, checking their roles, and finding what the
+assistant said.
 
-Used by the `chat` prompt format. A conversation is a list of `{role, content}` with roles system, user and assistant; an assistant
-turn that must not be learned also has `weight: 0`.
+Used by the `chat` prompt format. A conversation is a list of `{role, content}` with roles system,
+user and assistant; an assistant turn that must not be learned also has `weight: 0`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,26 @@ from recipes_lib.data.examples import BadRow, Example, type_name
 Message = dict[str, Any]
 
 # ShareGPT's names for the roles, as its `from` key has them.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
 KNOWN_ROLES = ("system", "user", "assistant")
 MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "weight"))
-BLANK_TEXTS = ("", "[]", "{}", "null")  # what a list or an object that says nothing becomes as JSON in a text column
+BLANK_TEXTS = (
+    "",
+    "[]",
+    "{}",
+    "null",
+)  # what a list or an object that says nothing becomes as JSON in a text column
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: None, empty, or made of such values alone, as Arrow fills in what a row does not have.
+    """Whether a value says nothing: None, empty, or made of such values alone, as Arrow fills in
+    what a row does not have.
 
     Example:
         >>> is_blank({"name": None, "calls": []}), is_blank(False)
@@ -65,7 +78,11 @@ def read_messages(value: Any, column: str) -> list[Message]:
             raise BadRow(f"{place}: unknown role {role!r}; roles are {', '.join(KNOWN_ROLES)}")
         content = message["content"] if message.get("content") is not None else message.get("value")
         for key, other in (("from", "role"), ("value", "content")):
-            if message.get(key) is not None and message.get(other) is not None and message[key] != message[other]:
+            if (
+                message.get(key) is not None
+                and message.get(other) is not None
+                and message[key] != message[other]
+            ):
                 raise BadRow(f"{place}: both {other} and {key}, and they differ")
         if isinstance(content, list):
             content = _joined(content, place)
@@ -75,11 +92,17 @@ def read_messages(value: Any, column: str) -> list[Message]:
             try:
                 content.encode()
             except UnicodeEncodeError as error:
-                raise BadRow(f"{place} ({role}): lone surrogate {content[error.start]!r} at character {error.start}") from None
+                raise BadRow(
+                    f"{place} ({role}): lone surrogate {content[error.start]!r} at character"
+                    f" {error.start}"
+                ) from None
         messages.append({"role": role, "content": content})
         weight = message.get("weight")
         if weight is not None and (weight not in (0, 1) or (weight == 1 and role != "assistant")):
-            raise BadRow(f"{place} ({role}): weight {weight!r} is not supported: an assistant turn may have 0 (no loss) or 1")
+            raise BadRow(
+                f"{place} ({role}): weight {weight!r} is not supported: an assistant turn may have"
+                " 0 (no loss) or 1"
+            )
         if weight == 0 and role == "assistant":
             messages[-1]["weight"] = 0
     return messages
@@ -90,7 +113,10 @@ def _joined(parts: list[Any], place: str) -> str:
     for number, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else type_name(part)
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise BadRow(f"{place}: content part {number} is {kind!r}; only {{type: text, text: ...}} is supported")
+            raise BadRow(
+                f"{place}: content part {number} is {kind!r}; only {{type: text, text: ...}} is"
+                " supported"
+            )
     return "".join(part["text"] for part in parts)
 
 
@@ -106,9 +132,14 @@ def conversation_of(example: Example, system_prompt: str | None) -> list[Message
     elif "prompt" in fields and isinstance(fields["prompt"], list):
         messages = [*fields["prompt"], *fields["completion"]]
     elif "prompt" in fields:
-        messages = [{"role": "user", "content": fields["prompt"]}, {"role": "assistant", "content": fields["completion"]}]
+        messages = [
+            {"role": "user", "content": fields["prompt"]},
+            {"role": "assistant", "content": fields["completion"]},
+        ]
     else:
-        messages = [{"role": "user", "content": user_turn(fields["instruction"], fields.get("context", ""))}]
+        messages = [
+            {"role": "user", "content": user_turn(fields["instruction"], fields.get("context", ""))}
+        ]
         messages.append({"role": "assistant", "content": fields["response"]})
     return with_system_prompt(messages, fields.get("system") or system_prompt)
 
@@ -126,7 +157,8 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Check the order of roles: an optional system message, then user and assistant in turn, ending with assistant.
+    """Check the order of roles: an optional system message, then user and assistant in turn, ending
+    with assistant.
 
     Raises:
         BadRow: it is another order.
@@ -142,7 +174,13 @@ def check_roles(messages: Sequence[Message]) -> None:
     for index, message in enumerate(turns):
         expected = ("user", "assistant")[index % 2]
         if message["role"] != expected:
-            raise BadRow(f"roles out of order: message {index + offset} is {message['role']}, expected {expected}")
+            raise BadRow(
+                f"roles out of order: message {index + offset} is {message['role']}, expected"
+                f" {expected}"
+            )
     if turns[-1]["role"] != "assistant":
-        what = f"the last message is not the assistant's: message {len(messages) - 1} is the user's, and nothing answers it"
+        what = (
+            f"the last message is not the assistant's: message {len(messages) - 1} is the user's,"
+            " and nothing answers it"
+        )
         raise BadRow(what, "cut the conversation after its last assistant turn")

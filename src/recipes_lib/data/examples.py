@@ -1,7 +1,8 @@
 """One row of training data after its columns were mapped, and the errors that name a row or a key.
 
-The other modules of this package pass `Example` objects along. An error about a row carries the row's file and line; an
-error about a setting carries the key and is placed at the key's line in the recipe by `place`.
+The other modules of this package pass `Example` objects along. An error about a row carries the
+row's file and line; an error about a setting carries the key and is placed at the key's line in the
+recipe by `place`.
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ class Example:
     @property
     def place(self) -> str:
         """`file:line`, or `file row N` where the format has no lines."""
-        return f"{self.file}:{self.line}" if self.line is not None else f"{self.file} row {self.row}"
+        return (
+            f"{self.file}:{self.line}" if self.line is not None else f"{self.file} row {self.row}"
+        )
 
 
 class SettingError(DataError):
-    """A data error that a key of the recipe causes; `place` gives it the file and line of that key."""
+    """A data error that a key of the recipe causes; `place` gives it the file and line of
+    that key.
+    """
 
     def __init__(self, key: str, what: str, *hints: str) -> None:
         super().__init__(what, *hints)
@@ -59,7 +64,9 @@ class SettingError(DataError):
 
 
 def place(recipe: Recipe, error: DataError) -> DataError:
-    """Give an error without a file the place of its key (`data.source` when it names none) in the recipe."""
+    """Give an error without a file the place of its key (`data.source` when it names none) in the
+    recipe.
+    """
     if error.file is None:
         at = recipe.error(getattr(error, "key", "data.source"), error.what)
         error.file, error.line = at.file, at.line
@@ -81,7 +88,9 @@ class BadRow(Exception):
 
 
 class BadRows:
-    """The rows that cannot be used, collected from every stage, so that all of them are named at once."""
+    """The rows that cannot be used, collected from every stage, so that all of them are named at
+    once.
+    """
 
     def __init__(self) -> None:
         self.found: list[tuple[Example, BadRow]] = []
@@ -92,7 +101,8 @@ class BadRows:
         self.found.append((example, reason))
 
     def error(self, num_rows: int | None = None) -> DataError:
-        """One error for all of them: the first at its file and line, then the others by what is wrong with them.
+        """One error for all of them: the first at its file and line, then the others by what is
+        wrong with them.
 
         Args:
             num_rows: rows read, for the reader; None where that is not known.
@@ -100,10 +110,18 @@ class BadRows:
         first, reason = self.found[0]
         kinds = list(self._kinds().values())
         own = next(kind for kind in kinds if kind[0][0] is first)
-        lines = [] if len(own) == 1 else [f"{len(own) - 1} more: {listed(example.place for example, _ in own[1:])}"]
+        lines = (
+            []
+            if len(own) == 1
+            else [f"{len(own) - 1} more: {listed(example.place for example, _ in own[1:])}"]
+        )
         others = [kind for kind in kinds if kind is not own]
         for kind in others[:NUM_LISTED]:
-            places = f"{kind[0][0].place}" if len(kind) == 1 else f"{len(kind)} rows, {listed((e.place for e, _ in kind), 3)}"
+            places = (
+                f"{kind[0][0].place}"
+                if len(kind) == 1
+                else f"{len(kind)} rows, {listed((e.place for e, _ in kind), 3)}"
+            )
             lines.append(f"{places}: {kind[0][1].what}")
         if rest := others[NUM_LISTED:]:
             lines.append(f"{sum(map(len, rest))} more rows with {len(rest)} other problems")
@@ -111,20 +129,28 @@ class BadRows:
         if drop := sorted({name for _, bad in self.found for name in bad.drop}):
             lines.append(f"to train without it: data.drop_columns: [{', '.join(drop)}]")
         if num_rows is not None and len(self.found) < num_rows:
-            lines.append(f"to leave out bad rows ({len(self.found)} of {num_rows}): data.on_bad_row: skip")
+            lines.append(
+                f"to leave out bad rows ({len(self.found)} of {num_rows}): data.on_bad_row: skip"
+            )
         prefix = "" if first.line is not None else f"row {first.row}: "
         return DataError(prefix + reason.what, *lines, file=first.file, line=first.line)
 
     def record(self) -> dict[str, Any]:
         """What the audit says about skipped rows: how many, which, and why."""
         reasons = {kind[0][1].what: len(kind) for kind in self._kinds().values()}
-        return {"count": len(self.found), "places": [example.place for example, _ in self.found], "reasons": reasons}
+        return {
+            "count": len(self.found),
+            "places": [example.place for example, _ in self.found],
+            "reasons": reasons,
+        }
 
     def _kinds(self) -> dict[str, list[tuple[Example, BadRow]]]:
         """The rows by what is wrong, numbers in the words left aside."""
         kinds: dict[str, list[tuple[Example, BadRow]]] = {}
         for example, bad in self.found:
-            kinds.setdefault(re.sub(r"0x\w+|\d+|\\u\w{4}", "#", bad.what), []).append((example, bad))
+            kinds.setdefault(re.sub(r"0x\w+|\d+|\\u\w{4}", "#", bad.what), []).append(
+                (example, bad)
+            )
         return kinds
 
 
@@ -158,7 +184,9 @@ def shown_real_path(path: Path) -> str:
 
 
 def normalised(text: str) -> str:
-    """Text as compared for exact duplicates: Unicode NFC, newlines as \\n, no white space around it."""
+    """Text as compared for exact duplicates: Unicode NFC, newlines as \\n, no white space around
+    it.
+    """
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     if "\r" in text:
@@ -167,12 +195,13 @@ def normalised(text: str) -> str:
 
 
 def content_hash(fields: dict[str, Any]) -> bytes:
-    """sha256 of the normalised fields; independent of the prompt format, of the order of rows and of column order.
+    """sha256 of the normalised fields; independent of the prompt format, of the order of rows and
+    of column order.
 
     Example:
         >>> content_hash({"instruction": "Say hi. ", "response": "Hi"}) == content_hash({"response": "Hi", "instruction": "Say hi."})
         True
-    """
+    """  # noqa: E501
     return hashlib.sha256(json.dumps(canonical(fields), ensure_ascii=False).encode()).digest()
 
 
@@ -182,7 +211,14 @@ def canonical(fields: dict[str, Any]) -> list[Any]:
     for name in sorted(fields):
         value = fields[name]
         if isinstance(value, list):
-            turns = [[message["role"], normalised(message["content"]), *([0] if "weight" in message else [])] for message in value]
+            turns = [
+                [
+                    message["role"],
+                    normalised(message["content"]),
+                    *([0] if "weight" in message else []),
+                ]
+                for message in value
+            ]
             parts.append([name, turns])
         elif value := normalised(value):
             parts.append([name, value])

@@ -1,7 +1,9 @@
-"""Rows of local data files: JSON Lines, JSON, CSV, TSV, Parquet, Arrow, each also compressed as .gz where it is text.
+"""Rows of local data files: JSON Lines, JSON, CSV, TSV, Parquet, Arrow, each also compressed as .gz
+where it is text.
 
-Text formats are read here line by line, not through `datasets`, so that every error names file and line. Nothing is
-converted: a number stays a number and is reported later, when its column turns out to be a text column.
+Text formats are read here line by line, not through `datasets`, so that every error names file and
+line. Nothing is converted: a number stays a number and is reported later, when its column turns out
+to be a text column.
 """
 
 from __future__ import annotations
@@ -29,14 +31,18 @@ DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
 COLUMNAR_ROWS = 10_000
 BLOCK_BYTES = 1 << 20
-ENCODING_HINT = "set data.encoding to what the file is (utf-8, latin-1, cp1252, utf-16, ...), or convert it with iconv"
+ENCODING_HINT = (
+    "set data.encoding to what the file is (utf-8, latin-1, cp1252, utf-16, ...), or convert it"
+    " with iconv"
+)
 
 
 Numbered = Iterator[tuple[int | None, Row | BadRow]]
 
 
 class Table:
-    """The rows of one file, read anew each time they are iterated: pairs of a line (None without lines) and a row.
+    """The rows of one file, read anew each time they are iterated: pairs of a line (None without
+    lines) and a row.
 
     A line that is no row stands there as the reason.
 
@@ -46,7 +52,9 @@ class Table:
         columns: all column names, where the format tells them.
     """
 
-    def __init__(self, file: str, read: Callable[[], Numbered], columns: list[str] | None = None) -> None:
+    def __init__(
+        self, file: str, read: Callable[[], Numbered], columns: list[str] | None = None
+    ) -> None:
         self.file = file
         self._read = read
         self._columns = columns
@@ -57,7 +65,11 @@ class Table:
     @cached_property
     def columns(self) -> list[str]:
         """All column names, in the order of first appearance."""
-        return columns_of(row for _, row in self if not isinstance(row, BadRow)) if self._columns is None else self._columns
+        return (
+            columns_of(row for _, row in self if not isinstance(row, BadRow))
+            if self._columns is None
+            else self._columns
+        )
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -85,15 +97,24 @@ class Table:
 
 
 def data_format(path: Path) -> str | None:
-    """The format's extension (`.jsonl`, ...), looking through .gz; None if it is not a data file."""
+    """The format's extension (`.jsonl`, ...), looking through .gz; None if it is not a
+    data file.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] == ".gz":
         return suffixes[0] if len(suffixes) == 2 and suffixes[0] in TEXT_FORMATS else None
     return suffixes[-1] if suffixes and suffixes[-1] in DATA_FORMATS else None
 
 
-def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8", delimiter: str | None = None) -> Table:
-    """The rows of a data file, read when they are iterated; then a damaged file is a DataError with file and line.
+def read_file(
+    path: Path,
+    max_rows: int | None = None,
+    *,
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
+) -> Table:
+    """The rows of a data file, read when they are iterated; then a damaged file is a DataError with
+    file and line.
 
     Args:
         max_rows: no more than these, counted from the start.
@@ -105,7 +126,11 @@ def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8
     """
     kind, file = data_format(path), shown_real_path(path)
     if kind is None:
-        raise DataError(f"not a data file; known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz", file=file)
+        raise DataError(
+            f"not a data file; known endings: {', '.join(DATA_FORMATS)}, text formats also"
+            " with .gz",
+            file=file,
+        )
     refuse_pipe(path, file)
     if kind in (".parquet", ".arrow"):
         return _columnar(path, kind, file, max_rows)
@@ -120,7 +145,9 @@ def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8
                 for last, row in islice(reader(stream, file, encoding), max_rows):
                     yield last, row
         except EOFError:
-            raise DataError(f"the gzip file is truncated: it ends after line {last}", file=file, line=last + 1) from None
+            raise DataError(
+                f"the gzip file is truncated: it ends after line {last}", file=file, line=last + 1
+            ) from None
         except (gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"not a gzip file, or damaged: {error}", file=file) from None
         except OSError as error:
@@ -130,7 +157,8 @@ def read_file(path: Path, max_rows: int | None = None, *, encoding: str = "utf-8
 
 
 def count_rows(path: Path) -> int:
-    """How many rows a file has: what its format says, lines where a row is one (a text with line ends counts as more), else by reading.
+    """How many rows a file has: what its format says, lines where a row is one (a text with line
+    ends counts as more), else by reading.
 
     Raises:
         DataError: the file is damaged.
@@ -165,7 +193,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice in one object")
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice in"
+            " one object"
+        )
     return row
 
 
@@ -176,15 +207,23 @@ def _reason(error: Exception) -> str:
     """What is wrong with a JSON text, in a few words."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]  # behind it, advice for programmers
+    return (
+        "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+    )  # behind it, advice for programmers
 
 
 def _not_json(error: Exception, file: str, line: int = 1) -> DataError:
-    return DataError(f"not JSON: {_reason(error)}", file=file, line=error.lineno if isinstance(error, json.JSONDecodeError) else line)
+    return DataError(
+        f"not JSON: {_reason(error)}",
+        file=file,
+        line=error.lineno if isinstance(error, json.JSONDecodeError) else line,
+    )
 
 
 def _lines(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | BadRow]]:
-    """Lines as text with their number; the reason for bytes that are not text names the byte offset."""
+    """Lines as text with their number; the reason for bytes that are not text names the byte
+    offset.
+    """
     offset, codec = 0, codecs.lookup(encoding)
     if codec.name.startswith(("utf-16", "utf-32")):  # line ends are not single bytes there
         number = 0
@@ -225,11 +264,20 @@ def _read_jsonl(stream: BinaryIO, file: str, encoding: str) -> Numbered:
             except (ValueError, RecursionError) as error:
                 yield number, BadRow(f"not a JSON object: {_reason(error)}")
                 continue
-            yield number, row if isinstance(row, dict) else BadRow(f"expected an object with columns, found {type_name(row)}")
+            yield (
+                number,
+                (
+                    row
+                    if isinstance(row, dict)
+                    else BadRow(f"expected an object with columns, found {type_name(row)}")
+                ),
+            )
 
 
 def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
-    """A list of objects, an object with one list of objects in it, or JSON Lines under the name .json."""
+    """A list of objects, an object with one list of objects in it, or JSON Lines under the name
+    .json.
+    """
     text = "".join(line for _, line in _decoded(stream, file, encoding))
     start = _skip_space(text, 0)
     if text.startswith("{", start):
@@ -240,18 +288,34 @@ def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
                 raise _not_json(error, file) from None
             yield from _read_jsonl(io.BytesIO(text.encode()), file, "utf-8")
             return
-        tables = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        tables = [
+            value
+            for value in whole.values()
+            if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
         if "\n" not in text.strip() and not (len(tables) == 1 and len(whole) == 1):
             yield 1, whole  # one line: JSON Lines with a single row
         elif len(tables) == 1:
-            if beside := [name for name, value in whole.items() if value is not tables[0] and not is_blank(value)]:
+            if beside := [
+                name
+                for name, value in whole.items()
+                if value is not tables[0] and not is_blank(value)
+            ]:
                 name = next(name for name, value in whole.items() if value is tables[0])
-                what = f"beside the list '{name}' there is {', '.join(beside)}, which would be ignored"
-                raise DataError(what, f"keep the list alone: jq .{name} {file} > rows.json", file=file, line=1)
+                what = (
+                    f"beside the list '{name}' there is {', '.join(beside)}, which would be ignored"
+                )
+                raise DataError(
+                    what, f"keep the list alone: jq .{name} {file} > rows.json", file=file, line=1
+                )
             for row in tables[0]:
                 yield None, _object(row)
         else:
-            raise DataError("expected a list of objects, or one object with a list of objects in it", file=file, line=1)
+            raise DataError(
+                "expected a list of objects, or one object with a list of objects in it",
+                file=file,
+                line=1,
+            )
         return
     if not text.startswith("[", start):
         if text.strip():
@@ -277,7 +341,11 @@ def _json_items(text: str, position: int, file: str) -> Numbered:
         if text.startswith(",", position):
             position += 1
         elif not text.startswith("]", position):
-            raise DataError("not JSON: the list ends without a closing bracket", file=file, line=1 + text.count("\n", 0, position))
+            raise DataError(
+                "not JSON: the list ends without a closing bracket",
+                file=file,
+                line=1 + text.count("\n", 0, position),
+            )
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -287,14 +355,23 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _object(row: Any) -> Row | BadRow:
-    return row if isinstance(row, dict) else BadRow(f"expected an object with columns, found {type_name(row)}")
+    return (
+        row
+        if isinstance(row, dict)
+        else BadRow(f"expected an object with columns, found {type_name(row)}")
+    )
 
 
 def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Numbered:
     def lines() -> Iterator[str]:
         for number, line in _decoded(stream, file, encoding):
             if "\0" in line:
-                raise DataError("the line contains a NUL character", "is it UTF-16? save the file as UTF-8", file=file, line=number)
+                raise DataError(
+                    "the line contains a NUL character",
+                    "is it UTF-16? save the file as UTF-8",
+                    file=file,
+                    line=number,
+                )
             yield line
 
     csv.field_size_limit(sys.maxsize)
@@ -306,7 +383,9 @@ def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Num
             return
         if other := _other_delimiter(header):
             what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
-            raise DataError(what, f'say so: data.delimiter: "{other}"'.replace("\t", "\\t"), file=file, line=1)
+            raise DataError(
+                what, f'say so: data.delimiter: "{other}"'.replace("\t", "\\t"), file=file, line=1
+            )
         _once(header, file, 1)
         start = reader.line_num + 1
         for values in reader:
@@ -320,19 +399,25 @@ def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Num
 
 
 def _once(names: list[str], file: str, line: int | None = None) -> list[str]:
-    """Column names, each of which stands there once: of equal ones, all but the last would be lost."""
+    """Column names, each of which stands there once: of equal ones, all but the last
+    would be lost.
+    """
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"column names appear twice: {', '.join(repeated)}", file=file, line=line)
     return names
 
 
 def _other_delimiter(header: list[str]) -> str:
-    """The sign that separates the columns of a header that was read as one column; empty where there is none."""
+    """The sign that separates the columns of a header that was read as one column; empty where
+    there is none.
+    """
     return next((sign for sign in ";\t|," if sign in header[0]), "") if len(header) == 1 else ""
 
 
 def guessed_delimiter(path: Path) -> str | None:
-    """The sign that separates the columns of a .csv or .tsv file where it is not the ending's own."""
+    """The sign that separates the columns of a .csv or .tsv file where it is not the
+    ending's own.
+    """
     if data_format(path) not in (".csv", ".tsv"):
         return None
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
@@ -367,13 +452,17 @@ def _columnar(path: Path, kind: str, file: str, max_rows: int | None) -> Table:
         try:
             for batch in batches():
                 for start in range(0, len(batch), COLUMNAR_ROWS):
-                    part = batch.slice(start, COLUMNAR_ROWS if left is None else min(left, COLUMNAR_ROWS))
+                    part = batch.slice(
+                        start, COLUMNAR_ROWS if left is None else min(left, COLUMNAR_ROWS)
+                    )
                     yield from ((None, row) for row in part.to_pylist())
                     left = None if left is None else left - len(part)
                     if left == 0:
                         return
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file) from None
+            raise DataError(
+                f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file
+            ) from None
 
     try:
         if kind == ".parquet":
@@ -382,9 +471,15 @@ def _columnar(path: Path, kind: str, file: str, max_rows: int | None) -> Table:
             return Table(file, rows, _once(list(read_schema(path).names), file))
         with pyarrow.memory_map(str(path)) as stream:
             try:
-                return Table(file, rows, _once(list(pyarrow.ipc.open_file(stream).schema.names), file))
+                return Table(
+                    file, rows, _once(list(pyarrow.ipc.open_file(stream).schema.names), file)
+                )
             except pyarrow.ArrowInvalid:
                 stream.seek(0)
-                return Table(file, rows, _once(list(pyarrow.ipc.open_stream(stream).schema.names), file))
+                return Table(
+                    file, rows, _once(list(pyarrow.ipc.open_stream(stream).schema.names), file)
+                )
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file) from None
+        raise DataError(
+            f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file
+        ) from None

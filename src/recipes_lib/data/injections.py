@@ -1,7 +1,8 @@
 """Special tokens and template headings that stand in the data themselves.
 
-A row whose text contains `</s>` or `### Response:` can end a turn or open a false one. Special tokens are disarmed in the
-plain formats (`data.special_tokens: text`); all of them are counted and the rows are named.
+A row whose text contains `</s>` or `### Response:` can end a turn or open a false one. Special
+tokens are disarmed in the plain formats (`data.special_tokens: text`); all of them are counted and
+the rows are named.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Injections:
         self.markers: Found = {}
 
     def search(self, batch: Sequence[Example]) -> None:
-        """Look for all of them, first by their common beginnings in all texts at once: most data has none."""
+        """Look for all of them, first by their common beginnings in all texts at once: most data
+        has none.
+        """
         texts = [texts_of(example) for example in batch]
         whole = "\0".join(texts)
         for needles, found in zip(self._needles, (self.special_tokens, self.markers), strict=True):
@@ -43,14 +46,21 @@ class Injections:
         """Forget the rows that a filter left out."""
         if self.special_tokens or self.markers:
             kept = set(ids)
-            self.special_tokens = {id: texts for id, texts in self.special_tokens.items() if id in kept}
+            self.special_tokens = {
+                id: texts for id, texts in self.special_tokens.items() if id in kept
+            }
             self.markers = {id: texts for id, texts in self.markers.items() if id in kept}
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """The texts that the tokenizer turns into a special token, one-character ones left out."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    names = dict.fromkeys([*tokenizer.all_special_tokens, *(str(token) for token in added if getattr(token, "special", False))])
+    names = dict.fromkeys(
+        [
+            *tokenizer.all_special_tokens,
+            *(str(token) for token in added if getattr(token, "special", False)),
+        ]
+    )
     return tuple(name for name in names if len(name) > 1)
 
 
@@ -58,5 +68,7 @@ def texts_of(example: Example) -> str:
     """All texts of an example, joined by NUL."""
     parts: list[str] = []
     for value in example.fields.values():
-        parts.extend([value] if isinstance(value, str) else [message["content"] for message in value])
+        parts.extend(
+            [value] if isinstance(value, str) else [message["content"] for message in value]
+        )
     return "\0".join(parts)

@@ -1,7 +1,8 @@
-"""What the first row of somebody's data file tells: which prompt formats can read it, and which of its columns are ours.
+"""What the first row of somebody's data file tells: which prompt formats can read it, and which of
+its columns are ours.
 
-`recipes new --data` asks here, so that the recipe it writes reads the rows as they are. Files are opened by the same readers as
-in training, and a damaged one is refused in the same words.
+`recipes new --data` asks here, so that the recipe it writes reads the rows as they are. Files are
+opened by the same readers as in training, and a damaged one is refused in the same words.
 """
 
 from __future__ import annotations
@@ -15,23 +16,33 @@ from recipes_lib.errors import DataError
 from recipes_lib.json_files import refuse_pipe
 from recipes_lib.recipe.new_recipe import OwnRows
 
-# Names that files use for ours, best first; `input` is the question where nothing else is, and the context beside an instruction.
+# Names that files use for ours, best first; `input` is the question where nothing else is, and the
+# context beside an instruction.
 _SYNONYMS = {
     "instruction": ("instruction", "question", "query", "input_text", "input"),
     "response": ("response", "output", "answer", "completion", "target"),
     "context": ("context", "input"),
 }
-_TEXTS = ((("chat",), {"messages"}), (("raw", "chat"), {"prompt", "completion"}), (("raw",), {"text"}))
+_TEXTS = (
+    (("chat",), {"messages"}),
+    (("raw", "chat"), {"prompt", "completion"}),
+    (("raw",), {"text"}),
+)
 
 
 def look_at(data: Path) -> OwnRows:
-    """Guess from the first row of a file (of a folder: of its first training file) how to read the rows.
+    """Guess from the first row of a file (of a folder: of its first training file) how to read the
+    rows.
 
     Raises:
         DataError: no such file, no row, damaged, or columns that mean nothing to us.
     """
     if not data.exists():
-        raise DataError("no such file", "for a data set on the Hub: start without --data and set data.source", file=shown_real_path(data))
+        raise DataError(
+            "no such file",
+            "for a data set on the Hub: start without --data and set data.source",
+            file=shown_real_path(data),
+        )
     refuse_pipe(data, shown_real_path(data))
     if data.is_file() and data_format(data) is None:
         read_file(data)  # says which endings are known
@@ -46,12 +57,17 @@ def look_at(data: Path) -> OwnRows:
             return OwnRows(data, prompt_formats, whole_text=needed == {"text"}, delimiter=delimiter)
     if "conversations" in names:
         return OwnRows(data, ("chat",), {"messages": "conversations"}, delimiter=delimiter)
-    columns = {ours: next((name for name in synonyms if name in names), "") for ours, synonyms in _SYNONYMS.items()}
+    columns = {
+        ours: next((name for name in synonyms if name in names), "")
+        for ours, synonyms in _SYNONYMS.items()
+    }
     if not columns["instruction"] or not columns["response"]:
         what = f"columns {', '.join(names)} are not understood"
         hint = "rename them, or start without --data and set data.source and data.columns yourself"
         raise DataError(what, hint, file=shown_real_path(file), line=1)
     if columns["context"] == columns["instruction"]:  # one column is not two
-        return OwnRows(data, ("dolly", "alpaca", "chat"), columns | {"context": ""}, delimiter=delimiter)
+        return OwnRows(
+            data, ("dolly", "alpaca", "chat"), columns | {"context": ""}, delimiter=delimiter
+        )
     renamed = {ours: name for ours, name in columns.items() if name and name != ours}
     return OwnRows(data, ("dolly", "alpaca", "chat"), renamed, delimiter=delimiter)

@@ -1,7 +1,8 @@
-"""From a recipe and a tokenizer to data sets that TRL trains on as they are, with the audit of supervision.json.
+"""From a recipe and a tokenizer to data sets that TRL trains on as they are, with the audit of
+supervision.json.
 
-Deterministic, and cheap enough to run on every rank: the files are read batch by batch (once to check and name the rows, once to
-tokenise them), and nothing is written.
+Deterministic, and cheap enough to run on every rank: the files are read batch by batch (once to
+check and name the rows, once to tokenise them), and nothing is written.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ NUM_SHOWN = 3
 class PreparedData:
     """What training needs and what the run directory records.
 
-    The data sets have the columns `input_ids`, `labels` (-100 where there is no loss) and `example_id`. They are truncated, and
-    rows without supervised tokens are dropped, counted and named in `audit`.
+    The data sets have the columns `input_ids`, `labels` (-100 where there is no loss) and
+    `example_id`. They are truncated, and rows without supervised tokens are dropped, counted and
+    named in `audit`.
 
     Args:
         audit: content of supervision.json.
-        splits: content of splits.json: per split the ids and counts, before rows without supervised tokens are dropped.
+        splits: content of splits.json: per split the ids and counts, before rows without supervised
+            tokens are dropped.
         fingerprint: sha256 over split, id and content of all rows used, in order.
         prompt_format_hash: `prompts.format_hash`.
     """
@@ -67,7 +70,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     """Read, split, tokenise and audit the data of a recipe.
 
     Args:
-        recipe: a resolved recipe; its `data` section and the keys of `train` that shape rows are used.
+        recipe: a resolved recipe; its `data` section and the keys of `train` that shape rows are
+            used.
         tokenizer: a fast tokenizer.
 
     Raises:
@@ -76,7 +80,10 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     with _placed(recipe):
         section, folders, bad = recipe.data, data_folders(recipe), BadRows()
         rows = read_data(section, folders, bad)
-        check_dropped_are_there(section.drop_columns, list(dict.fromkeys(name for table, _, _ in rows.tables for name in table.columns)))
+        check_dropped_are_there(
+            section.drop_columns,
+            list(dict.fromkeys(name for table, _, _ in rows.tables for name in table.columns)),
+        )
         num_read, num_usable = rows.num_read, len(rows)
         if bad.found and section.on_bad_row == "error":
             raise _all_bad_rows(bad, rows, section, tokenizer, folders)
@@ -84,7 +91,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
         rows = rows.take(first_in_hash_order(rows, section.max_examples, section.split.seed))
         check_settings(rows.num_texts, section, recipe.train, tokenizer)
         settings = Supervision.of(section, recipe.train, tokenizer)
-        template = chat_template(section, tokenizer, folders) if section.prompt_format == "chat" else None
+        template = (
+            chat_template(section, tokenizer, folders) if section.prompt_format == "chat" else None
+        )
         _progress(f"{len(rows):,} of {num_usable:,} rows, tokenising", len(rows))
 
         tokens, injections, usable = Tokens(), Injections(tokenizer, section.prompt_format), []
@@ -106,9 +115,15 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
             kept = np.flatnonzero(numbers["tokens_before"] <= section.filters.max_tokens).tolist()
             filtered["max_tokens"] = len(rows) - len(kept)
             if not kept:
-                what = f"0 rows: all {len(rows)} rows are longer than {section.filters.max_tokens} tokens"
+                what = (
+                    f"0 rows: all {len(rows)} rows are longer than {section.filters.max_tokens}"
+                    " tokens"
+                )
                 raise SettingError("data.filters.max_tokens", what)
-            rows, numbers = rows.take(kept), {name: column[kept] for name, column in numbers.items()}
+            rows, numbers = (
+                rows.take(kept),
+                {name: column[kept] for name, column in numbers.items()},
+            )
             injections.keep(rows.ids)
         splits = split_rows(rows, section.split)
         audit = audit_rows(
@@ -122,8 +137,16 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
             injections=injections,
             shown=[(index, *tokens.row(kept[index])) for index in splits.rows[TRAIN][:NUM_SHOWN]],
         )
-        check_audit(audit, section.max_unsupervised_fraction, evaluates=recipe.train.get("eval_strategy", "no") != "no")
-        _progress(f"{audit['tokens']['total']:,} tokens, {audit['supervised_tokens']['total']:,} with loss", len(rows))
+        check_audit(
+            audit,
+            section.max_unsupervised_fraction,
+            evaluates=recipe.train.get("eval_strategy", "no") != "no",
+        )
+        _progress(
+            f"{audit['tokens']['total']:,} tokens, {audit['supervised_tokens']['total']:,} with"
+            " loss",
+            len(rows),
+        )
         whole, sets = _dataset(tokens, names), {}
         for name in SPLITS:
             trained = [kept[index] for index in splits.rows[name] if numbers["supervised"][index]]
@@ -135,7 +158,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
             audit=audit,
             splits=_split_record(rows, splits, section, audit),
             fingerprint=fingerprint_rows(rows, splits),
-            prompt_format_hash=format_hash(section, tokenizer, folders, eos_token=settings.eos_token),
+            prompt_format_hash=format_hash(
+                section, tokenizer, folders, eos_token=settings.eos_token
+            ),
         )
 
 
@@ -147,21 +172,31 @@ def _batches(examples: Iterator[Example]) -> Iterator[tuple[int, list[Example]]]
         first += len(batch)
 
 
-def _all_bad_rows(bad: BadRows, rows: Rows, section: DataSection, tokenizer: Any, folders: Sequence[Path]) -> DataError:
-    """The error for rows that cannot be used, those included that the chat template alone refuses."""
+def _all_bad_rows(
+    bad: BadRows, rows: Rows, section: DataSection, tokenizer: Any, folders: Sequence[Path]
+) -> DataError:
+    """The error for rows that cannot be used, those included that the chat template alone
+    refuses.
+    """
     if section.prompt_format == "chat":
         template = chat_template(section, tokenizer, folders)
         for _, batch in _batches(rows.examples()):
             conversations = [conversation_of(example, section.system_prompt) for example in batch]
-            for example, item in zip(batch, render_conversations(conversations, tokenizer, template), strict=True):
+            for example, item in zip(
+                batch, render_conversations(conversations, tokenizer, template), strict=True
+            ):
                 if isinstance(item, BadRow):
                     bad.add(example, item)
     return bad.error(rows.num_read)
 
 
 def data_folders(recipe: Recipe) -> list[Path]:
-    """Where relative data and template paths are looked for: beside the file that wrote them, before the working directory."""
-    return list(dict.fromkeys([recipe.folder_of("data.source"), recipe.folder_of("data.chat_template")]))
+    """Where relative data and template paths are looked for: beside the file that wrote them,
+    before the working directory.
+    """
+    return list(
+        dict.fromkeys([recipe.folder_of("data.source"), recipe.folder_of("data.chat_template")])
+    )
 
 
 def filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:
@@ -184,7 +219,11 @@ def filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, d
             raise SettingError("data.filters.categories", what, "name it: data.columns.category")
         if unknown := sorted(set(filters.categories) - categories):
             have = ", ".join(sorted(map(str, categories)))
-            raise SettingError("data.filters.categories", f"no row has the category {', '.join(unknown)}", f"categories: {have}")
+            raise SettingError(
+                "data.filters.categories",
+                f"no row has the category {', '.join(unknown)}",
+                f"categories: {have}",
+            )
         kept = [index for index in kept if rows.categories[index] in filters.categories]
         filtered["categories"] = len(rows) - len(kept)
     if filters.drop_empty_completions:
@@ -207,9 +246,17 @@ def _dataset(tokens: Tokens, names: Sequence[str]) -> Dataset:
     for first, last, offsets, ids, labels in tokens.batches():
         for values in (offsets, ids, labels):
             digest.update(values)
-        columns = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)) for values in (ids, labels)]
-        batches.append(pa.RecordBatch.from_arrays([*columns, pa.array(names[first:last], pa.string())], schema=schema))
-    # Given one, `datasets` need not pickle the whole table to name it, which takes three times the memory of the tokens.
+        columns = [
+            pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+            for values in (ids, labels)
+        ]
+        batches.append(
+            pa.RecordBatch.from_arrays(
+                [*columns, pa.array(names[first:last], pa.string())], schema=schema
+            )
+        )
+    # Given one, `datasets` need not pickle the whole table to name it, which takes three times the
+    # memory of the tokens.
     return datasets.Dataset(pa.Table.from_batches(batches, schema), fingerprint=digest.hexdigest())
 
 
@@ -222,13 +269,19 @@ def fingerprint_rows(rows: Rows, splits: Splits) -> str:
     return digest.hexdigest()
 
 
-def _split_record(rows: Rows, splits: Splits, section: DataSection, audit: dict[str, Any]) -> dict[str, Any]:
+def _split_record(
+    rows: Rows, splits: Splits, section: DataSection, audit: dict[str, Any]
+) -> dict[str, Any]:
     bare = set(audit["no_supervised_tokens"]["ids"])
     record: dict[str, Any] = {"method": section.split.method, "seed": section.split.seed}
     record |= {"fractions": {"validation": section.split.validation, "test": section.split.test}}
     for name in SPLITS:
         ids = [rows.ids[index] for index in splits.rows[name]]
-        record[name] = {"count": len(ids), "ids": ids, "without_supervision": [id for id in ids if id in bare]}
+        record[name] = {
+            "count": len(ids),
+            "ids": ids,
+            "without_supervision": [id for id in ids if id in bare],
+        }
     return record | {"duplicates_across": splits.across, "duplicates_moved": splits.moved}
 
 

@@ -1,8 +1,9 @@
-"""Prompt formats: how an example becomes the text that the model reads and the text that it must learn to write.
+"""Prompt formats: how an example becomes the text that the model reads and the text that it must
+learn to write.
 
-`dolly` and `alpaca` put headings around instruction, context and response; `raw` takes prompt and completion (or text) as
-they are; `chat` leaves the form to a chat template. Training and generation use the same functions, and `format_hash` tells
-whether two runs use the same format.
+`dolly` and `alpaca` put headings around instruction, context and response; `raw` takes prompt and
+completion (or text) as they are; `chat` leaves the form to a chat template. Training and generation
+use the same functions, and `format_hash` tells whether two runs use the same format.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ DOLLY = "### Instruction:\n{instruction}\n\n### Response:\n"
 DOLLY_WITH_CONTEXT = "### Instruction:\n{instruction}\n\n### Context:\n{context}\n\n### Response:\n"
 # Source: PROMPT_DICT of Stanford Alpaca's train.py (tatsu-lab/stanford_alpaca).
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 ALPACA_WITH_CONTEXT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
+    "Below is an instruction that describes a task, paired with an input that provides further"
+    " context. Write a response that appropriately completes the request.\n\n###"
+    " Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
 )
 HEADINGS = {"dolly": (DOLLY, DOLLY_WITH_CONTEXT), "alpaca": (ALPACA, ALPACA_WITH_CONTEXT)}
 MARKERS = {
@@ -38,11 +39,21 @@ MARKERS = {
     "raw": (),
     "chat": (),
 }
-FOREIGN_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>")
+FOREIGN_MARKERS = (
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "</s>",
+)
 
 
 def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
-    """The prompt of a `dolly` or `alpaca` example; the context block is left out when the context is empty.
+    """The prompt of a `dolly` or `alpaca` example; the context block is left out when the context
+    is empty.
 
     Example:
         >>> task_prompt("dolly", "Say hi.")
@@ -58,7 +69,10 @@ def prompt_and_completion(example: Example, prompt_format: str) -> tuple[str | N
     """The two texts of an example in a plain format; the prompt is None for a text without one."""
     fields = example.fields
     if prompt_format in HEADINGS:
-        return task_prompt(prompt_format, fields["instruction"], fields.get("context", "")), fields["response"]
+        return (
+            task_prompt(prompt_format, fields["instruction"], fields.get("context", "")),
+            fields["response"],
+        )
     if "text" in fields:
         return None, fields["text"]
     return fields["prompt"], fields["completion"]
@@ -77,11 +91,13 @@ def generation_prompt(
 
     Args:
         instruction: a single task; give either this or `messages`.
-        messages: a conversation that ends with a user turn. Plain formats repeat their headings for each turn.
+        messages: a conversation that ends with a user turn. Plain formats repeat their headings for
+            each turn.
         folders: where a relative `data.chat_template` is looked for.
 
     Raises:
-        ValueError: neither or both of `instruction` and `messages`, or a conversation that ends with the assistant.
+        ValueError: neither or both of `instruction` and `messages`, or a conversation that ends
+            with the assistant.
     """
     if (instruction is None) == (messages is None):
         raise ValueError("give either an instruction or messages")
@@ -94,19 +110,28 @@ def generation_prompt(
     if section.prompt_format == "chat":
         template = chat_template(section, tokenizer, folders)
         conversation = with_system_prompt(messages, section.system_prompt)
-        return str(tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(
+                conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        )
     parts: list[str] = []
     for message in messages:
         if message["role"] == "assistant":
             parts[-1] += message["content"]
         else:
             plain = section.prompt_format == "raw" or message["role"] == "system"
-            parts.append(message["content"] if plain else task_prompt(section.prompt_format, message["content"]))
+            parts.append(
+                message["content"]
+                if plain
+                else task_prompt(section.prompt_format, message["content"])
+            )
     return "\n\n".join(parts)
 
 
 def chat_template(section: DataSection, tokenizer: Any, folders: Sequence[Path] = ()) -> str:
-    """The template of the `chat` format: the given one (inline or a file), else the tokenizer's own.
+    """The template of the `chat` format: the given one (inline or a file), else the tokenizer's
+    own.
 
     Raises:
         SettingError: there is no template, or its file does not exist.
@@ -120,29 +145,40 @@ def chat_template(section: DataSection, tokenizer: Any, folders: Sequence[Path] 
             raise SettingError(
                 "data.prompt_format",
                 "prompt_format chat needs a chat template, and the tokenizer has none",
-                "set data.chat_template to a .jinja file, or choose prompt_format dolly, alpaca or raw",
+                "set data.chat_template to a .jinja file, or choose prompt_format dolly, alpaca"
+                " or raw",
             )
         return str(own)
     if "{%" in given or "{{" in given or "\n" in given:
         return given
     path = find_path(given, folders)
     if path is None or not path.is_file():
-        raise SettingError("data.chat_template", f"no such file: {given}", "give a .jinja file, or the template itself")
+        raise SettingError(
+            "data.chat_template",
+            f"no such file: {given}",
+            "give a .jinja file, or the template itself",
+        )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise SettingError("data.chat_template", f"{given} cannot be read: {what}", "save it as UTF-8") from None
+        raise SettingError(
+            "data.chat_template", f"{given} cannot be read: {what}", "save it as UTF-8"
+        ) from None
 
 
-def format_hash(section: DataSection, tokenizer: Any, folders: Sequence[Path] = (), eos_token: str | None = None) -> str:
-    """What identifies the prompt format: its headings or template, the system prompt, and the tokens at both ends.
+def format_hash(
+    section: DataSection, tokenizer: Any, folders: Sequence[Path] = (), eos_token: str | None = None
+) -> str:
+    """What identifies the prompt format: its headings or template, the system prompt, and the
+    tokens at both ends.
 
     Two runs with the same hash turn the same example into the same prompt text.
 
     Args:
         section: the recipe's `data` section.
-        tokenizer: the base model's, or the one saved with a run: TRL writes `train.eos_token` into that.
+        tokenizer: the base model's, or the one saved with a run: TRL writes `train.eos_token` into
+            that.
         folders: where a relative `data.chat_template` is looked for.
         eos_token: `train.eos_token` where it is set and the tokenizer does not know it yet.
     """

@@ -1,7 +1,8 @@
-"""The rows of a recipe's data: what identifies each of them, where it stands, and how to read its texts again.
+"""The rows of a recipe's data: what identifies each of them, where it stands, and how to read its
+texts again.
 
-A million rows fit here because texts are not kept: the files are read once to check and name every row, and again, batch by batch, for
-the rows that are used.
+A million rows fit here because texts are not kept: the files are read once to check and name every
+row, and again, batch by batch, for the rows that are used.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Rows:
 
     Args:
         ids: unique names, for splits.json and supervision.json.
-        split_keys: what the hash split looks at, where that is not the content: the explicit id. Empty without explicit ids.
+        split_keys: what the hash split looks at, where that is not the content: the explicit id.
+            Empty without explicit ids.
         categories: of each row, or None.
         num_read: rows in the files, those that cannot be used included.
         unread: files of the sources' folders that are not read, per folder.
@@ -78,7 +80,12 @@ class Rows:
 
     def _example(self, index: int) -> Example:
         line = self._line[index]
-        return Example(self.tables[self._table[index]][0].file, None if line < 0 else line, self._row[index], {})
+        return Example(
+            self.tables[self._table[index]][0].file,
+            None if line < 0 else line,
+            self._row[index],
+            {},
+        )
 
     def unused_columns(self) -> dict[str, list[str]]:
         """The columns that nothing reads, per file that has one."""
@@ -86,12 +93,17 @@ class Rows:
         for table, reading, _ in self.tables:
             if reading.unused:
                 found.setdefault(reading.unused, []).append(table.file)
-        shown = {names: files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more" for names, files in found.items()}
+        shown = {
+            names: files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+            for names, files in found.items()
+        }
         return {files: list(names) for names, files in shown.items()}
 
     def files_longer_than(self, num_rows: int) -> list[str]:
         """The files with a row that stands behind so many others."""
-        longer = {table: None for table, row in zip(self._table, self._row, strict=True) if row > num_rows}
+        longer = {
+            table: None for table, row in zip(self._table, self._row, strict=True) if row > num_rows
+        }
         return [self.tables[number][0].file for number in longer]
 
     def add(self, example: Example, table: int) -> None:
@@ -104,7 +116,9 @@ class Rows:
             self.split_keys.append(explicit)
         self.categories.append(example.category)
         self._contents += content
-        self._looses += hashlib.blake2b(_loose_text(example).encode(), digest_size=LOOSE_BYTES).digest()
+        self._looses += hashlib.blake2b(
+            _loose_text(example).encode(), digest_size=LOOSE_BYTES
+        ).digest()
         self._empty.append(is_empty(example))
         self._table.append(table)
         self._line.append(-1 if example.line is None else example.line)
@@ -124,7 +138,11 @@ class Rows:
             getattr(some, name).extend(column[index] for index in indices)
         for name, size in (("_contents", CONTENT_BYTES), ("_looses", LOOSE_BYTES), ("_empty", 1)):
             whole = getattr(self, name)
-            setattr(some, name, bytearray().join(whole[size * index : size * (index + 1)] for index in indices))
+            setattr(
+                some,
+                name,
+                bytearray().join(whole[size * index : size * (index + 1)] for index in indices),
+            )
         return some
 
     def extend(self, other: Rows) -> None:
@@ -145,7 +163,9 @@ class Rows:
         self.num_read += other.num_read
 
     def name_uniquely(self, bad: BadRows) -> Rows:
-        """Give rows of equal texts different ids; rows of equal explicit ids are bad. Return those that are left."""
+        """Give rows of equal texts different ids; rows of equal explicit ids are bad. Return those
+        that are left.
+        """
         first: dict[str, int] = {}
         times: dict[str, int] = {}
         repeated = set()
@@ -153,15 +173,24 @@ class Rows:
             if (earlier := first.setdefault(name, index)) == index:
                 continue
             if self.split_keys and self.split_keys[index] is not None:
-                bad.add(self._example(index), BadRow(f"id {name!r} appears again (first at {self.place(earlier)})", IDS_HINT))
+                bad.add(
+                    self._example(index),
+                    BadRow(f"id {name!r} appears again (first at {self.place(earlier)})", IDS_HINT),
+                )
                 repeated.add(index)
             else:
                 times[name] = times.get(name, 1) + 1
                 self.ids[index] = f"{name}#{times[name]}"
-        return self.take([index for index in range(len(self)) if index not in repeated]) if repeated else self
+        return (
+            self.take([index for index in range(len(self)) if index not in repeated])
+            if repeated
+            else self
+        )
 
     def name_apart(self) -> None:
-        """Make ids unique over a mixture: explicit ids carry the position of their source, other rows are told apart by content."""
+        """Make ids unique over a mixture: explicit ids carry the position of their source, other
+        rows are told apart by content.
+        """
         seen: dict[str, int] = {}
         for index, earlier in enumerate(self.ids):
             name = earlier.partition("#")[0]
@@ -188,7 +217,11 @@ class Rows:
                     if index == len(self) or self._table[index] != number:
                         break
             else:
-                raise SettingError("data.source", f"{table.file} changed while it was read", "run the command again")
+                raise SettingError(
+                    "data.source",
+                    f"{table.file} changed while it was read",
+                    "run the command again",
+                )
 
 
 def _digests(column: bytearray, size: int) -> Iterator[bytes]:
@@ -196,7 +229,9 @@ def _digests(column: bytearray, size: int) -> Iterator[bytes]:
     return (whole[start : start + size] for start in range(0, len(whole), size))
 
 
-def read_data(section: DataSection, folders: Sequence[Path], bad: BadRows, *, max_rows: int | None = None) -> Rows:
+def read_data(
+    section: DataSection, folders: Sequence[Path], bad: BadRows, *, max_rows: int | None = None
+) -> Rows:
     """Read, check and name the rows of all sources; rows that cannot be used are added to `bad`.
 
     Args:
@@ -220,7 +255,14 @@ def read_data(section: DataSection, folders: Sequence[Path], bad: BadRows, *, ma
                 if (id := example.explicit_id) is not None:
                     first = first or (type(id).__name__, example.place)
                     if type(id).__name__ != first[0]:
-                        bad.add(example, BadRow(f"ids of mixed types: {type(id).__name__} here, {first[0]} at {first[1]}", IDS_HINT))
+                        bad.add(
+                            example,
+                            BadRow(
+                                f"ids of mixed types: {type(id).__name__} here, {first[0]} at"
+                                f" {first[1]}",
+                                IDS_HINT,
+                            ),
+                        )
                         continue
                 own.add(example, len(own.tables) - 1)
         own.num_read = len(own) + len(bad.found) - before
@@ -233,8 +275,11 @@ def read_data(section: DataSection, folders: Sequence[Path], bad: BadRows, *, ma
     return rows
 
 
-def check_local_rows(section: DataSection, folders: Sequence[Path], max_rows: int | None = NUM_CHECKED) -> list[str]:
-    """Read local files as training would, without a tokenizer; data sets on the Hub are not looked at.
+def check_local_rows(
+    section: DataSection, folders: Sequence[Path], max_rows: int | None = NUM_CHECKED
+) -> list[str]:
+    """Read local files as training would, without a tokenizer; data sets on the Hub are not looked
+    at.
 
     Args:
         max_rows: no more than these of each file.
@@ -246,11 +291,20 @@ def check_local_rows(section: DataSection, folders: Sequence[Path], max_rows: in
         DataError: a file is missing or damaged, or one of its rows cannot be used.
     """
     entries = [section.source] if isinstance(section.source, str) else section.source
-    local = [entry for entry, source in zip(entries, listed_sources(section), strict=True) if not is_on_hub(source, folders)]
+    local = [
+        entry
+        for entry, source in zip(entries, listed_sources(section), strict=True)
+        if not is_on_hub(source, folders)
+    ]
     if not local:
         return []
     bad = BadRows()
-    rows = read_data(replace(section, source=local), folders, bad, max_rows=None if max_rows is None else max_rows + 1)
+    rows = read_data(
+        replace(section, source=local),
+        folders,
+        bad,
+        max_rows=None if max_rows is None else max_rows + 1,
+    )
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     return [] if max_rows is None else rows.files_longer_than(max_rows)
@@ -262,7 +316,7 @@ def unit_interval(key: str, salt: str) -> float:
     Example:
         >>> 0 <= unit_interval("row-1", "42") < 1 and unit_interval("row-1", "42") == unit_interval("row-1", "42")
         True
-    """
+    """  # noqa: E501
     return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
@@ -273,7 +327,10 @@ def first_in_hash_order(rows: Rows, limit: int | None, seed: int) -> Sequence[in
     """
     if limit is None or len(rows) <= limit:
         return range(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: (unit_interval(rows.split_key(i), f"order:{seed}"), rows.ids[i]))
+    order = sorted(
+        range(len(rows)),
+        key=lambda i: (unit_interval(rows.split_key(i), f"order:{seed}"), rows.ids[i]),
+    )
     return sorted(order[:limit])
 
 
@@ -284,13 +341,19 @@ def is_empty(example: Example) -> bool:
         if isinstance(fields.get(name), str):
             return not fields[name].strip()
     messages = fields.get("messages") or fields.get("completion") or []
-    return not any(message["content"].strip() for message in messages if message["role"] == "assistant")
+    return not any(
+        message["content"].strip() for message in messages if message["role"] == "assistant"
+    )
 
 
 def _loose_text(example: Example) -> str:
     """Text as compared for near duplicates: no case, one space between words."""
     parts = []
     for name, value in example.fields.items():
-        text = value if isinstance(value, str) else "\n".join(f"{m['role']}: {m['content']}" for m in value)
+        text = (
+            value
+            if isinstance(value, str)
+            else "\n".join(f"{m['role']}: {m['content']}" for m in value)
+        )
         parts.append(f"{name} {text}")
     return " ".join("\n".join(parts).casefold().split())

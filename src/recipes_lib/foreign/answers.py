@@ -1,4 +1,6 @@
-"""Foreign answers as rows of generations.jsonl: alpaca_eval's model_outputs.json and FastChat's model_answer JSON lines."""
+"""Foreign answers as rows of generations.jsonl: alpaca_eval's model_outputs.json and FastChat's
+model_answer JSON lines.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ def read_answers(file: Foreign, model: str | None) -> Part:
     """Return the answers of one model.
 
     Raises:
-        DataError: an answer is no text, a question stands there twice, or several models answer and none was named.
+        DataError: an answer is no text, a question stands there twice, or several models answer and
+            none was named.
     """
     fastchat = file.format == "fastchat-answers"
     name_of = "model_id" if fastchat else "generator"
@@ -59,7 +62,9 @@ def _fastchat(file: Foreign, rows: list[tuple[int | None, Row]]) -> Iterator[Row
             turns: Any = row["choices"][0]["turns"]
             assert isinstance(turns, list) and all(isinstance(text, str) for text in turns)
         except (LookupError, TypeError, AssertionError):
-            raise file.error("an answer needs choices[0].turns, a list of texts", line=line) from None
+            raise file.error(
+                "an answer needs choices[0].turns, a list of texts", line=line
+            ) from None
         for turn, text in enumerate(turns, 1):
             yield answer_row(str(row["question_id"]), turn, text, str(row.get("model_id", "")))
 
@@ -70,4 +75,6 @@ def _alpaca_eval(file: Foreign, rows: list[tuple[int | None, Row]]) -> Iterator[
         if not isinstance(instruction, str) or not isinstance(output, str):
             raise file.error(f"row {number}: instruction and output must be texts", line=line)
         whole = f"{instruction}\n\n{row['input']}" if row.get("input") else instruction
-        yield answer_row(question_id(whole), 1, output, str(row.get("generator", "")), instruction=whole)
+        yield answer_row(
+            question_id(whole), 1, output, str(row.get("generator", "")), instruction=whole
+        )

@@ -1,4 +1,6 @@
-"""Writes runs/<run>/evals/<eval>/ from the parts that foreign files gave: answers, judgments, items and result.json."""
+"""Writes runs/<run>/evals/<eval>/ from the parts that foreign files gave: answers, judgments, items
+and result.json.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.project import shown_path
 
 _FORMAT_VERSION = 1
-_SIZES = {"original-alpaca-eval-csv": 805, "original-mt-bench-jsonl": 80, "fastchat-single": 80, "fastchat-pair": 80}
+_SIZES = {
+    "original-alpaca-eval-csv": 805,
+    "original-mt-bench-jsonl": 80,
+    "fastchat-single": 80,
+    "fastchat-pair": 80,
+}
 
 
 def write_evaluation(folder: Path, name: str, target: str, parts: Sequence[Part]) -> Row:
@@ -33,7 +40,11 @@ def write_evaluation(folder: Path, name: str, target: str, parts: Sequence[Part]
         return _write_harness(folder, name, target, parts)
     answers = _answers(parts)
     measures = [measure for part in parts for measure in part.measures]
-    samples = [_with_answer(one, answers).to_dict(measure.metric) for measure in measures for one in measure.samples]
+    samples = [
+        _with_answer(one, answers).to_dict(measure.metric)
+        for measure in measures
+        for one in measure.samples
+    ]
     judgments = [row for part in parts for row in part.judgments]
     if answers:
         write_text(folder / "generations.jsonl", _lines(answers.values()))
@@ -58,7 +69,10 @@ def write_evaluation(folder: Path, name: str, target: str, parts: Sequence[Part]
 
 
 def _head(name: str, target: str, parts: Sequence[Part]) -> Row:
-    files = [{"file": part.file.path.name, "sha256": part.file.sha256, "format": part.file.format} for part in parts]
+    files = [
+        {"file": part.file.path.name, "sha256": part.file.sha256, "format": part.file.format}
+        for part in parts
+    ]
     return {
         "format_version": _FORMAT_VERSION,
         "suite": name,
@@ -75,7 +89,9 @@ def _write_harness(folder: Path, name: str, target: str, parts: Sequence[Part]) 
     facts = parts[0].facts
     write_text(folder / "lm_eval_results.json", parts[0].file.path.read_text(encoding="utf-8-sig"))
     for task, lines in facts["samples"].items():
-        write_text(folder / "samples" / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))
+        write_text(
+            folder / "samples" / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines)
+        )
     result = {
         **_head(name, target, parts),
         "against": None,
@@ -98,11 +114,15 @@ def _check_metrics(parts: Sequence[Part]) -> None:
     """
     seen: dict[str, Part] = {}
     for part in parts:
-        metrics = [measure.metric for measure in part.measures] or (["lm-eval results"] if "tasks" in part.facts else [])
+        metrics = [measure.metric for measure in part.measures] or (
+            ["lm-eval results"] if "tasks" in part.facts else []
+        )
         for metric in metrics:
             if (first := seen.setdefault(metric, part)) is not part:
                 what = f"holds {metric} of {part.eval}, and so does {shown_path(first.file.path)}"
-                raise part.file.error(what, "one run has one of each: import the other file under another name")
+                raise part.file.error(
+                    what, "one run has one of each: import the other file under another name"
+                )
 
 
 def _answers(parts: Sequence[Part]) -> dict[tuple[str, int], Row]:
@@ -122,14 +142,22 @@ def _answers(parts: Sequence[Part]) -> dict[tuple[str, int], Row]:
     judged = {one.key for part in parts for one in part.samples}
     if known and judged and not judged & known.keys():
         assert source is not None
-        raise source.file.error("not one of its answers is to a question that was judged", "are they of the same question set?")
+        raise source.file.error(
+            "not one of its answers is to a question that was judged",
+            "are they of the same question set?",
+        )
     return known
 
 
-def _compare(part: Part, mine: dict[tuple[str, int], Row], other: Part, known: dict[tuple[str, int], Row]) -> None:
+def _compare(
+    part: Part, mine: dict[tuple[str, int], Row], other: Part, known: dict[tuple[str, int], Row]
+) -> None:
     """Answers of two files to the same questions."""
     if part.models and other.models and part.models != other.models:
-        what = f"answers of {part.models[0]}, and {shown_path(other.file.path)} holds answers of {other.models[0]}"
+        what = (
+            f"answers of {part.models[0]}, and {shown_path(other.file.path)} holds answers of"
+            f" {other.models[0]}"
+        )
         raise part.file.error(what, "a run is one model: import each under a name of its own")
     shared = mine.keys() & known.keys()
     differ = [key for key in shared if mine[key]["answer"] != known[key]["answer"]]
@@ -137,10 +165,20 @@ def _compare(part: Part, mine: dict[tuple[str, int], Row], other: Part, known: d
     if differ or not shared:
         only = len(mine.keys() - known.keys()), len(known.keys() - mine.keys())
         what = f"{len(differ)} of {len(shared)} answers differ from those in {where}"
-        hint = f"{only[0]} questions are only in the first, {only[1]} only in the second" if any(only) else "are they of the same model?"
+        hint = (
+            f"{only[0]} questions are only in the first, {only[1]} only in the second"
+            if any(only)
+            else "are they of the same model?"
+        )
         raise part.file.error(what, hint)
     if extra := mine.keys() ^ known.keys():
-        part.lacks = (*part.lacks, f"{len(extra)} questions are in only one of {part.file.path.name} and {other.file.path.name}")
+        part.lacks = (
+            *part.lacks,
+            (
+                f"{len(extra)} questions are in only one of {part.file.path.name} and"
+                f" {other.file.path.name}"
+            ),
+        )
 
 
 def _described(measure: Measure) -> Row:
@@ -154,23 +192,41 @@ def _with_answer(one: Sample, answers: dict[tuple[str, int], Row]) -> Sample:
     row = answers.get(one.key)
     if row is None or one.answer == row["answer"]:
         return one
-    return dataclasses.replace(one, answer=row["answer"], lengths=(len(row["answer"]), *one.lengths[1:]), shortened=False)
+    return dataclasses.replace(
+        one, answer=row["answer"], lengths=(len(row["answer"]), *one.lengths[1:]), shortened=False
+    )
 
 
 def _answer_facts(target: str, parts: Sequence[Part], answers: dict[tuple[str, int], Row]) -> Row:
-    """What result.json says about the answers; their fingerprint is one of their texts, because no weights are there."""
+    """What result.json says about the answers; their fingerprint is one of their texts, because no
+    weights are there.
+    """
     texts = sorted([*key, row["answer"]] for key, row in answers.items())
     models = list(dict.fromkeys(model for part in parts for model in part.models))
-    whole = (one for part in parts for one in part.samples if one.answer is not None and not one.shortened)
+    whole = (
+        one
+        for part in parts
+        for one in part.samples
+        if one.answer is not None and not one.shortened
+    )
     given = {one.key: str(one.answer) for one in whole}
     given |= {key: str(row["answer"]) for key, row in answers.items()}
     faults: Row | None = None
     if given:
         counts = Counter(text.strip() for text in given.values())
         text, most = counts.most_common(1)[0]
-        identical = {"count": most if most > 1 else 0, "share": most / len(given) if most > 1 else 0.0, "text": text[:200]}
+        identical = {
+            "count": most if most > 1 else 0,
+            "share": most / len(given) if most > 1 else 0.0,
+            "text": text[:200],
+        }
         flagged = most > 2 and most > 0.1 * len(given)
-        faults = {"n": len(given), "empty": counts.get("", 0), "cut": None, "identical": {**identical, "flagged": flagged}}
+        faults = {
+            "n": len(given),
+            "empty": counts.get("", 0),
+            "cut": None,
+            "identical": {**identical, "flagged": flagged},
+        }
     return {
         "name": target,
         "models": models,
@@ -187,20 +243,32 @@ def _judge(parts: Sequence[Part]) -> Row | None:
     judged = [part for part in parts if "judge" in part.facts]
     if not judged:
         return None
-    name = next((str(part.facts["judge_name"]) for part in judged if part.facts.get("judge_name")), None)
+    name = next(
+        (str(part.facts["judge_name"]) for part in judged if part.facts.get("judge_name")), None
+    )
     known = sorted({str(part.facts["judge"]) for part in judged})
-    return {"name": name, "model": name, "fingerprint": known[0] if len(known) == 1 else None, "mode": "generate", "weak": None}
+    return {
+        "name": name,
+        "model": name,
+        "fingerprint": known[0] if len(known) == 1 else None,
+        "mode": "generate",
+        "weak": None,
+    }
 
 
 def _audit(judgments: Sequence[Row]) -> dict[str, Any] | None:
-    """The scorecard of the foreign judge; None where several files' judgments stand in one evaluation or there are none."""
+    """The scorecard of the foreign judge; None where several files' judgments stand in one
+    evaluation or there are none.
+    """
     return audit(judgments) if len({row["judge"] for row in judgments}) == 1 else None
 
 
 def _subset(part: Part) -> str | None:
     """The stamp of a known question set that is not whole."""
     size, found = _SIZES.get(part.file.format), len({one.id for one in part.samples})
-    own = part.file.format == "original-alpaca-eval-csv" or all(one.category != "all" for one in part.samples)
+    own = part.file.format == "original-alpaca-eval-csv" or all(
+        one.category != "all" for one in part.samples
+    )
     return f"subset, n={found} of {size}" if size and own and found < size else None
 
 

@@ -1,7 +1,9 @@
-"""What a foreign file is, told by its content: judgments, answers, lm-eval results and samples, training logs, an adapter's config.
+"""What a foreign file is, told by its content: judgments, answers, lm-eval results and samples,
+training logs, an adapter's config.
 
-Files: the original study's CSV, JSON and JSONL, FastChat's model_answer and judgments, alpaca_eval's model_outputs.json and
-annotations.json, lm_eval's results and samples, trainer_state.json or a list of its log lines, PEFT's adapter_config.json.
+Files: the original study's CSV, JSON and JSONL, FastChat's model_answer and judgments,
+alpaca_eval's model_outputs.json and annotations.json, lm_eval's results and samples,
+trainer_state.json or a list of its log lines, PEFT's adapter_config.json.
 """
 
 from __future__ import annotations
@@ -21,8 +23,14 @@ from recipes_lib.recipe.project import shown_path
 from recipes_lib.recipe.suggestions import near_names
 
 KNOWN = (
-    "known: the original study's CSV and JSONL, FastChat's model_answer and gpt-4_single or gpt-4_pair JSONL,",
-    "alpaca_eval's model_outputs.json and annotations.json, lm_eval's results JSON and samples_*.jsonl, trainer_state.json",
+    (
+        "known: the original study's CSV and JSONL, FastChat's model_answer and gpt-4_single or"
+        " gpt-4_pair JSONL,"
+    ),
+    (
+        "alpaca_eval's model_outputs.json and annotations.json, lm_eval's results JSON and"
+        " samples_*.jsonl, trainer_state.json"
+    ),
 )
 _SAMPLES = re.compile(r"samples_(.+?)(?:_\d{4}-\d\d-\d\dT[\d.:-]+)?\.jsonl\Z")
 _LOG_KEYS = {"loss", "eval_loss", "train_runtime", "train_loss"}
@@ -30,7 +38,9 @@ _LOG_KEYS = {"loss", "eval_loss", "train_runtime", "train_loss"}
 
 @dataclass(frozen=True)
 class Foreign:
-    """One file as read. `rows` are its objects with their lines, `judgments` is set for judgments alone."""
+    """One file as read. `rows` are its objects with their lines, `judgments` is set for judgments
+    alone.
+    """
 
     path: Path
     format: str
@@ -59,14 +69,19 @@ def read_files(names: Sequence[str | Path]) -> list[Foreign]:
     """Return all files, each recognised.
 
     Raises:
-        DataError: a file cannot be read, is damaged, unknown, or named twice (itself, or a copy of it).
+        DataError: a file cannot be read, is damaged, unknown, or named twice (itself, or a copy of
+            it).
     """
     files: list[Foreign] = []
     for name in names:
         file = recognise(Path(name))
         twin = next((known for known in files if known.sha256 == file.sha256), None)
         if twin is not None:
-            same = "is named twice" if twin.path.resolve() == file.path.resolve() else f"is {shown_path(twin.path)}, byte for byte"
+            same = (
+                "is named twice"
+                if twin.path.resolve() == file.path.resolve()
+                else f"is {shown_path(twin.path)}, byte for byte"
+            )
             raise file.error(f"{same}", "one file is one result: name it once")
         files.append(file)
     return files
@@ -103,8 +118,16 @@ def _text_of(path: Path) -> tuple[bytes, str]:
     try:
         data = path.read_bytes()
     except OSError as fault:
-        near = near_names(path.name, [other.name for other in path.parent.glob("*")]) if path.parent.is_dir() else []
-        raise DataError(f"cannot be read: {fault.strerror}", *(f"did you mean {name}?" for name in near[:1]), file=shown) from None
+        near = (
+            near_names(path.name, [other.name for other in path.parent.glob("*")])
+            if path.parent.is_dir()
+            else []
+        )
+        raise DataError(
+            f"cannot be read: {fault.strerror}",
+            *(f"did you mean {name}?" for name in near[:1]),
+            file=shown,
+        ) from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -128,12 +151,19 @@ def _rows(text: str, path: Path) -> tuple[list[tuple[int | None, Row]], bool]:
         whole = None
     if isinstance(whole, dict):
         return [(1, whole)], True
-    rows: list[tuple[int | None, Any]] = [(None, row) for row in whole] if isinstance(whole, list) else _lines(text, shown)
+    rows: list[tuple[int | None, Any]] = (
+        [(None, row) for row in whole] if isinstance(whole, list) else _lines(text, shown)
+    )
     if not rows:
         raise DataError("holds no rows", file=shown)
     for line, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"holds {type(row).__name__} where an object is expected", *KNOWN, file=shown, line=line)
+            raise DataError(
+                f"holds {type(row).__name__} where an object is expected",
+                *KNOWN,
+                file=shown,
+                line=line,
+            )
     return rows, False
 
 
@@ -145,8 +175,12 @@ def _lines(text: str, shown: str) -> list[tuple[int | None, Any]]:
             try:
                 rows.append((number, json.loads(line)))
             except (json.JSONDecodeError, RecursionError) as fault:
-                reason = fault.msg if isinstance(fault, json.JSONDecodeError) else "nested too deeply"
-                raise DataError(f"not JSON: {reason}", *(KNOWN if number == 1 else ()), file=shown, line=number) from None
+                reason = (
+                    fault.msg if isinstance(fault, json.JSONDecodeError) else "nested too deeply"
+                )
+                raise DataError(
+                    f"not JSON: {reason}", *(KNOWN if number == 1 else ()), file=shown, line=number
+                ) from None
     return rows
 
 
@@ -154,7 +188,9 @@ def _object_format(row: Row) -> str | None:
     """The format of a file that is one object."""
     if isinstance(row.get("log_history"), list):
         return "trainer-state"
-    if isinstance(row.get("results"), dict) and all(isinstance(value, dict) for value in row["results"].values()):
+    if isinstance(row.get("results"), dict) and all(
+        isinstance(value, dict) for value in row["results"].values()
+    ):
         return "lm-eval-results"
     if "peft_type" in row:
         return "adapter-config"

@@ -1,4 +1,6 @@
-"""Logs of HF Trainer as lines of metrics.jsonl: trainer_state.json, a list of log lines, or one log line per row."""
+"""Logs of HF Trainer as lines of metrics.jsonl: trainer_state.json, a list of log lines, or one log
+line per row.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from recipes_lib.json_files import Row
 
 _KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 _OURS = ("tokens_per_second", "peak_memory_gib")  # in our own metrics.jsonl
-_SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+_SUMMARY = (
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+    "total_flos",
+)
 
 
 def read_logs(file: Foreign) -> tuple[list[Row], Row, list[str]]:
@@ -19,7 +27,11 @@ def read_logs(file: Foreign) -> tuple[list[Row], Row, list[str]]:
     Raises:
         DataError: no line holds a loss, or steps go backwards.
     """
-    history = file.rows[0][1]["log_history"] if file.format == "trainer-state" else [row for _, row in file.rows]
+    history = (
+        file.rows[0][1]["log_history"]
+        if file.format == "trainer-state"
+        else [row for _, row in file.rows]
+    )
     lines: list[Row] = []
     last_step = -1
     for number, log in enumerate(history, 1):
@@ -30,7 +42,8 @@ def read_logs(file: Foreign) -> tuple[list[Row], Row, list[str]]:
         step = log.get("step")
         if isinstance(step, int) and step < last_step:
             raise file.error(
-                f"log entry {number} is of step {step}, after step {last_step}", "logs of two trainings in one file? import each"
+                f"log entry {number} is of step {step}, after step {last_step}",
+                "logs of two trainings in one file? import each",
             )
         last_step = step if isinstance(step, int) else last_step
         lines.append(_line(log))
@@ -58,7 +71,9 @@ def _line(log: Row) -> Row:
 
 def _summary(history: list[Row], lines: list[Row], state: Row) -> Row:
     """What run.json says about a training, in its own words where they fit."""
-    end: Row = next((log for log in reversed(history) if isinstance(log, dict) and "train_runtime" in log), {})
+    end: Row = next(
+        (log for log in reversed(history) if isinstance(log, dict) and "train_runtime" in log), {}
+    )
     trained = [line["loss"] for line in lines if line.get("loss") is not None]
     checked = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
     steps = [line["step"] for line in lines if "step" in line]
@@ -79,7 +94,11 @@ def _summary(history: list[Row], lines: list[Row], state: Row) -> Row:
 
 def _lacks(lines: list[Row]) -> list[str]:
     """What log lines of ours have and these do not."""
-    lacks = [] if any(key in line for key in _OURS for line in lines) else ["tokens per second and peak memory are not in the logs"]
+    lacks = (
+        []
+        if any(key in line for key in _OURS for line in lines)
+        else ["tokens per second and peak memory are not in the logs"]
+    )
     if any("step" not in line for line in lines):
         lacks.append("step numbers are not in the logs, only epochs")
     if any(value is None for line in lines for value in line.values()):

@@ -1,4 +1,6 @@
-"""What one foreign file gives to an evaluation: measures with their samples, judgments, answers, and what it could not give."""
+"""What one foreign file gives to an evaluation: measures with their samples, judgments, answers,
+and what it could not give.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,25 @@ from recipes_lib.judging.store import text_hash
 from recipes_lib.recipe.suggestions import did_you_mean
 
 # FastChat's 80 questions: ten ids to a category.
-_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+_CATEGORIES = (
+    "writing",
+    "roleplay",
+    "reasoning",
+    "math",
+    "coding",
+    "extraction",
+    "stem",
+    "humanities",
+)
 
 
 @dataclass
 class Part:
     """One file's share of one evaluation.
 
-    `judgments` and `answers` are rows of our own stores. `lacks` says
-    what could not be carried over, `facts` goes into result.json. `rows_of` is the model whose rows these are, where the
-    file holds several.
+    `judgments` and `answers` are rows of our own stores. `lacks` says what could not be carried
+    over, `facts` goes into result.json. `rows_of` is the model whose rows these are, where the file
+    holds several.
     """
 
     eval: str
@@ -56,7 +67,9 @@ def mt_bench_category(question: str) -> str:
 
 
 def question_id(instruction: str) -> str:
-    """Return the id of a question that comes without one: a hash of its text, the same in every file."""
+    """Return the id of a question that comes without one: a hash of its text, the same in every
+    file.
+    """
     return text_hash(instruction.strip())[:12]
 
 
@@ -73,10 +86,16 @@ def one_model(file: Foreign, names: Sequence[str], wanted: str | None) -> str:
             shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
             raise file.error(f"holds {len(found)} models: {shown}", f"name one: --model {found[0]}")
         return found[0]
-    if wanted in found or found == [""]:  # a file that names no model is about the one that is meant
+    if wanted in found or found == [
+        ""
+    ]:  # a file that names no model is about the one that is meant
         return wanted if wanted in found else ""
     near = did_you_mean(wanted, found, "--model ")
-    raise RecipeError(f"{file.path.name} holds no model '{wanted}'", *near, f"models there: {', '.join(found[:8])}")
+    raise RecipeError(
+        f"{file.path.name} holds no model '{wanted}'",
+        *near,
+        f"models there: {', '.join(found[:8])}",
+    )
 
 
 def check_unique(file: Foreign, keys: Sequence[tuple[str, int]], rows: Sequence[Any]) -> list[Any]:
@@ -89,5 +108,8 @@ def check_unique(file: Foreign, keys: Sequence[tuple[str, int]], rows: Sequence[
     twice = [key for key, row in zip(keys, rows, strict=True) if seen.setdefault(key, row) != row]
     if twice:
         ids = ", ".join(f"{question} turn {turn}" for question, turn in dict.fromkeys(twice[:20]))
-        raise file.error(f"{len(twice)} rows stand under a question and turn that is there already: {ids}", "keep one of each")
+        raise file.error(
+            f"{len(twice)} rows stand under a question and turn that is there already: {ids}",
+            "keep one of each",
+        )
     return list(seen.values())

@@ -1,4 +1,6 @@
-"""`import_run`: foreign files become one run with state `imported`, written beside the runs and renamed into place."""
+"""`import_run`: foreign files become one run with state `imported`, written beside the runs and
+renamed into place.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ LOGS = ("trainer-state", "trainer-log")
 
 @dataclass
 class Imported:
-    """What an import made: the run, what became of each file, what the files do not hold, and warnings."""
+    """What an import made: the run, what became of each file, what the files do not hold, and
+    warnings.
+    """
 
     name: str
     path: Path
@@ -86,30 +90,55 @@ def import_run(
         replace: write an imported run anew.
 
     Raises:
-        RecipeError: an illegal or taken name, a recipe that the adapter's config contradicts, a model that is not there.
+        RecipeError: an illegal or taken name, a recipe that the adapter's config contradicts, a
+            model that is not there.
         DataError: a file is damaged or unknown, or files do not belong together.
     """
     target = RunDirectory(run)
     if run.startswith(("base--", "answers--", "judge--")):
-        raise RecipeError(f"'{run}': names that start so are given by recipes eval and recipes judge", "choose another name: --as OTHER")
+        raise RecipeError(
+            f"'{run}': names that start so are given by recipes eval and recipes judge",
+            "choose another name: --as OTHER",
+        )
     files = read_files(names)
     asked = {"recipe": recipe, "model": model, "against": against}
     if target.exists() and not replace:
         if _same_import(target, files, asked):
             return Imported(run, target.path, there_already=True)
         state = target.read_state()["state"]
-        hint = "write it anew with --replace, all its files named" if state == "imported" else "it was trained here"
-        raise RecipeError(f"run '{run}' exists ({state})", hint, "or choose another name: --as OTHER")
+        hint = (
+            "write it anew with --replace, all its files named"
+            if state == "imported"
+            else "it was trained here"
+        )
+        raise RecipeError(
+            f"run '{run}' exists ({state})", hint, "or choose another name: --as OTHER"
+        )
     if target.exists() and target.read_state()["state"] != "imported":
-        raise RecipeError(f"run '{run}' was trained here and is not replaced by an import", "choose another name: --as OTHER")
+        raise RecipeError(
+            f"run '{run}' was trained here and is not replaced by an import",
+            "choose another name: --as OTHER",
+        )
     if not target.exists() and target.path.exists():
-        raise RecipeError(f"{shown_path(target.path)} is there and is no run", "choose another name, or move it away")
+        raise RecipeError(
+            f"{shown_path(target.path)} is there and is no run",
+            "choose another name, or move it away",
+        )
     content = _read(files, model, against)
     loaded = _recipe(recipe, content)
-    done = Imported(run, target.path, [_provenance(file, content) for file in files], content.lacks, evals=list(content.evals))
+    done = Imported(
+        run,
+        target.path,
+        [_provenance(file, content) for file in files],
+        content.lacks,
+        evals=list(content.evals),
+    )
     done.warnings = list(_twins(run, done.files))
     if loaded is None and content.logs:
-        done.lacks.append("what was trained: no recipe was named (--recipe R), so its differences cannot be listed")
+        done.lacks.append(
+            "what was trained: no recipe was named (--recipe R), so its differences cannot be"
+            " listed"
+        )
     _write(target, content, loaded, asked, done)
     return done
 
@@ -138,13 +167,21 @@ def _read(files: list[Foreign], model: str | None, against: str | None) -> _Cont
     for file in samples:
         content.becomes[file.sha256] = f"evals/lm_eval: {len(file.rows)} samples of {file.task}"
     if not content.evals and not content.logs:
-        raise files[0].error("holds nothing to make a run of", "name judgments, answers, results or a training log beside it")
+        raise files[0].error(
+            "holds nothing to make a run of",
+            "name judgments, answers, results or a training log beside it",
+        )
     _add_summaries(content)
     for parts in content.evals.values():
         if any(part.file.format in ANSWERS for part in parts):
             for part in parts:
                 part.lacks = tuple(lack for lack in part.lacks if lack not in WITHOUT_ANSWERS)
-    lacks = [f"{name}: {lack}" for name, parts in content.evals.items() for part in parts for lack in part.lacks]
+    lacks = [
+        f"{name}: {lack}"
+        for name, parts in content.evals.items()
+        for part in parts
+        for lack in part.lacks
+    ]
     content.lacks += list(dict.fromkeys(lacks))
     return content
 
@@ -159,20 +196,30 @@ def _add_logs(content: _Content, file: Foreign) -> None:
 
 
 def _add_summaries(content: _Content) -> None:
-    """Check the original study's summary against the judgments it sums up; it is no evaluation of its own.
+    """Check the original study's summary against the judgments it sums up; it is no evaluation of
+    its own.
 
     Raises:
         DataError: it says other numbers, or stands alone.
     """
     for file in (file for file in content.files if file.format == "original-summary"):
         row = file.rows[0][1]
-        judged = [part for part in content.evals.get("alpaca_eval", []) if part.file.format == "original-alpaca-eval-csv"]
+        judged = [
+            part
+            for part in content.evals.get("alpaca_eval", [])
+            if part.file.format == "original-alpaca-eval-csv"
+        ]
         if not judged:
-            raise file.error("a summary without the judgments it sums up", "name detailed_results.csv beside it")
+            raise file.error(
+                "a summary without the judgments it sums up", "name detailed_results.csv beside it"
+            )
         recorded = judged[0].facts["report"]["recorded"]
         told = (row["win_rate_vs_baseline"], row["total_comparisons"])
         if abs(recorded["win"] - told[0]) > 0.01 or recorded["n"] != told[1]:
-            what = f"it says {told[0]} % wins of {told[1]}, the judgments {recorded['win']:.3f} % of {recorded['n']}"
+            what = (
+                f"it says {told[0]} % wins of {told[1]}, the judgments {recorded['win']:.3f} % of"
+                f" {recorded['n']}"
+            )
             raise file.error(what, "are they of the same model?")
         judged[0].models = judged[0].models or tuple(filter(None, [row.get("model_name")]))
         content.becomes[file.sha256] = "agrees with the judgments"
@@ -190,20 +237,47 @@ def _recipe(name: str | None, content: _Content) -> Recipe | None:
     recipe = load_recipe(recipe_path(name))
     adapter, lora = content.adapter, recipe.lora or {}
     if adapter is not None and recipe.lora is None:
-        raise recipe.error("lora", "lora is null, and there is an adapter's config among the files", "name its own recipe")
+        raise recipe.error(
+            "lora",
+            "lora is null, and there is an adapter's config among the files",
+            "name its own recipe",
+        )
     if adapter is not None:
-        pairs = [(key, adapter.get(key), lora.get(key)) for key in ("r", "lora_alpha", "lora_dropout", "target_modules")]
-        for key, theirs, ours in (row for row in pairs if row[1] is not None and row[2] is not None):
-            if (sorted(theirs) if isinstance(theirs, list) else theirs) != (sorted(ours) if isinstance(ours, list) else ours):
-                raise recipe.error(f"lora.{key}", f"lora.{key} is {ours}, and the adapter was trained with {theirs}", "name its own recipe")
+        pairs = [
+            (key, adapter.get(key), lora.get(key))
+            for key in ("r", "lora_alpha", "lora_dropout", "target_modules")
+        ]
+        for key, theirs, ours in (
+            row for row in pairs if row[1] is not None and row[2] is not None
+        ):
+            if (sorted(theirs) if isinstance(theirs, list) else theirs) != (
+                sorted(ours) if isinstance(ours, list) else ours
+            ):
+                raise recipe.error(
+                    f"lora.{key}",
+                    f"lora.{key} is {ours}, and the adapter was trained with {theirs}",
+                    "name its own recipe",
+                )
     return recipe
 
 
 def _provenance(file: Foreign, content: _Content) -> Row:
-    """What run.json records about a file: its name alone, because its folder says nothing elsewhere."""
-    facts = {"file": file.path.name, "sha256": file.sha256, "bytes": file.size, "format": file.format, "rows": file.count}
+    """What run.json records about a file: its name alone, because its folder says nothing
+    elsewhere.
+    """
+    facts = {
+        "file": file.path.name,
+        "sha256": file.sha256,
+        "bytes": file.size,
+        "format": file.format,
+        "rows": file.count,
+    }
     rows_of = content.rows_of.get(file.sha256)
-    return {**facts, **({"rows_of": rows_of} if rows_of else {}), "becomes": content.becomes.get(file.sha256, "")}
+    return {
+        **facts,
+        **({"rows_of": rows_of} if rows_of else {}),
+        "becomes": content.becomes.get(file.sha256, ""),
+    }
 
 
 def _twins(run: str, files: list[Row]) -> Iterator[str]:
@@ -218,26 +292,37 @@ def _twins(run: str, files: list[Row]) -> Iterator[str]:
             continue
         for source in imported_files(state):
             if same_rows(source) in mine and source.get("format") != "adapter-config":
-                yield f"{mine[same_rows(source)]} is in run '{other.name}' too: the two cannot be ranked as different"
+                yield (
+                    f"{mine[same_rows(source)]} is in run '{other.name}' too: the two cannot be"
+                    " ranked as different"
+                )
 
 
 def same_rows(source: Row) -> tuple[str, str]:
-    """Return what two sources share that are the same rows of the same file: its hash, and the model they are of."""
+    """Return what two sources share that are the same rows of the same file: its hash, and the
+    model they are of.
+    """
     return str(source.get("sha256")), str(source.get("rows_of") or "")
 
 
 def imported_files(state: Any) -> list[Row]:
     """Return the files that an imported run came from, as its run.json has them."""
-    sources = state.get("sources") or ([state["source"]] if isinstance(state.get("source"), dict) else [])
+    sources = state.get("sources") or (
+        [state["source"]] if isinstance(state.get("source"), dict) else []
+    )
     return [source for source in sources if isinstance(source, dict)]
 
 
 def _same_import(target: RunDirectory, files: list[Foreign], asked: dict[str, str | None]) -> bool:
-    """Whether a run was imported from exactly these files, asked for in the same words, with the recipe as it is now."""
+    """Whether a run was imported from exactly these files, asked for in the same words, with the
+    recipe as it is now.
+    """
     state = target.read_state()
     if state["state"] != "imported" or any(state.get(key) != value for key, value in asked.items()):
         return False
-    if {source.get("sha256") for source in imported_files(state)} != {file.sha256 for file in files}:
+    if {source.get("sha256") for source in imported_files(state)} != {
+        file.sha256 for file in files
+    }:
         return False
     if asked["recipe"] is None:
         return True
@@ -256,7 +341,13 @@ def _runs(pid: str) -> bool:
     return True
 
 
-def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, asked: dict[str, str | None], done: Imported) -> None:
+def _write(
+    target: RunDirectory,
+    content: _Content,
+    recipe: Recipe | None,
+    asked: dict[str, str | None],
+    done: Imported,
+) -> None:
     """Write the run beside its place and rename it, so that a run is there whole or not at all."""
     root = runs_root()
     scratch = root / f".import-{os.getpid()}"
@@ -274,13 +365,28 @@ def _write(target: RunDirectory, content: _Content, recipe: Recipe | None, asked
             import yaml
 
             write_text(run.path / "recipe.yaml", recipe.path.read_text(encoding="utf-8-sig"))
-            write_text(run.path / "resolved.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+            write_text(
+                run.path / "resolved.yaml",
+                yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True),
+            )
 
         write_text(run.path / "command.txt", command_line() + "\n")
-        facts = {"sources": done.files, "lacks": done.lacks, **asked, "summary": content.summary or None}
-        run.write_state("imported", kind="imported", exit_code=0, **{key: value for key, value in facts.items() if value is not None})
+        facts = {
+            "sources": done.files,
+            "lacks": done.lacks,
+            **asked,
+            "summary": content.summary or None,
+        }
+        run.write_state(
+            "imported",
+            kind="imported",
+            exit_code=0,
+            **{key: value for key, value in facts.items() if value is not None},
+        )
         publish(run.path, target.path)
     except OSError as fault:
-        raise EnvironmentFault(f"the run cannot be written: {fault.strerror or fault}", file=shown_path(root)) from None
+        raise EnvironmentFault(
+            f"the run cannot be written: {fault.strerror or fault}", file=shown_path(root)
+        ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""Answers of one model to questions, kept in generations.jsonl: only what is missing is asked, and nothing is written twice.
+"""Answers of one model to questions, kept in generations.jsonl: only what is missing is asked, and
+nothing is written twice.
 
-An answer's key covers question, turn, prompt, decoding, seed, weights and prompt format. The file is the judgments' kind of store:
-one line, one write, synced; a torn tail is cut.
+An answer's key covers question, turn, prompt, decoding, seed, weights and prompt format. The file
+is the judgments' kind of store: one line, one write, synced; a torn tail is cut.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Writer:
         RecipeError: the file holds answers of the same weights in another prompt format.
     """
 
-    def __init__(self, path: Path, engine: Engine, decoding: Decoding, prompts: Format, name: str) -> None:
+    def __init__(
+        self, path: Path, engine: Engine, decoding: Decoding, prompts: Format, name: str
+    ) -> None:
         self.store = AnswerStore(path)
         self.engine, self.decoding, self.prompts, self.name = engine, decoding, prompts, name
         self.seconds = 0.0
@@ -67,19 +70,25 @@ class Writer:
         for row in self.store:
             if row["model"] == engine.fingerprint and row["prompt_format_hash"] != prompts.hash:
                 raise RecipeError(
-                    f"{path} holds answers in another prompt format ({row['prompt_format_hash'][:12]}, now {prompts.hash[:12]})",
+                    f"{path} holds answers in another prompt format"
+                    f" ({row['prompt_format_hash'][:12]}, now {prompts.hash[:12]})",
                     "move the file away, or restore the prompt format",
                 )
 
     def answer(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Return one stored row per prompt, in order; those that are missing are asked and appended.
+        """Return one stored row per prompt, in order; those that are missing are asked and
+        appended.
 
         Raises:
             GenerationIncomplete: requests failed; what was answered is stored.
         """
         requests = [self._request(prompt) for prompt in prompts]
         pairs = zip(prompts, requests, strict=True)
-        missing = {request.key: (prompt, request) for prompt, request in pairs if request.key not in self.store}
+        missing = {
+            request.key: (prompt, request)
+            for prompt, request in pairs
+            if request.key not in self.store
+        }
         if missing:
             self._ask(missing)
         return [self.store.get(request.key) or {} for request in requests]
@@ -101,7 +110,9 @@ class Writer:
     def _ask(self, missing: dict[str, tuple[Prompt, Request]]) -> None:
         progress = Progress(f"answers {self.name}", len(missing))
         failed, answered = Failures(), 0
-        for completion in self.engine.complete([request for _, request in missing.values()], self.decoding):
+        for completion in self.engine.complete(
+            [request for _, request in missing.values()], self.decoding
+        ):
             prompt, request = missing[completion.key]
             if completion.error is not None:
                 failed.add(completion.error, completion.refused)
@@ -110,9 +121,20 @@ class Writer:
                 continue
             failed.in_a_row = 0
             answered += 1
-            row: dict[str, Any] = {"key": completion.key, "question_id": prompt.question_id, "turn": prompt.turn}
-            row |= {"answer": completion.text, "finish_reason": completion.finish_reason, "tokens": completion.num_tokens}
-            row |= {"seed": request.seed if self.decoding.temperature > 0 else None, "decoding": self.decoding.to_dict()}
+            row: dict[str, Any] = {
+                "key": completion.key,
+                "question_id": prompt.question_id,
+                "turn": prompt.turn,
+            }
+            row |= {
+                "answer": completion.text,
+                "finish_reason": completion.finish_reason,
+                "tokens": completion.num_tokens,
+            }
+            row |= {
+                "seed": request.seed if self.decoding.temperature > 0 else None,
+                "decoding": self.decoding.to_dict(),
+            }
             row |= {"model": self.engine.fingerprint, "prompt_format_hash": self.prompts.hash}
             self.store.append(row)
             self.tokens += completion.num_tokens
@@ -126,12 +148,15 @@ class Writer:
             )
 
 
-def answer_faults(rows: Iterable[dict[str, Any]], max_identical_fraction: float = 0.1) -> dict[str, Any]:
+def answer_faults(
+    rows: Iterable[dict[str, Any]], max_identical_fraction: float = 0.1
+) -> dict[str, Any]:
     """Return what is wrong with answers taken together: empty, cut, identical ones.
 
     Returns:
-        {n, empty, cut, identical: {count, share, text, flagged}}; `count` is the number of questions with the most frequent answer,
-        if that answer occurs more than once; two alike are not flagged, however few the questions are.
+        {n, empty, cut, identical: {count, share, text, flagged}}; `count` is the number of
+        questions with the most frequent answer, if that answer occurs more than once; two alike are
+        not flagged, however few the questions are.
     """
     rows = list(rows)
     texts = Counter(row["answer"].strip() for row in rows)

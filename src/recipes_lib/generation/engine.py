@@ -11,7 +11,9 @@ from recipes_lib.data.conversations import Message
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How tokens are chosen. Temperature 0 is greedy; above 0 each request draws with its own seed."""
+    """How tokens are chosen. Temperature 0 is greedy; above 0 each request draws with its
+    own seed.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -20,10 +22,17 @@ class Decoding:
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as recorded; those that greedy decoding ignores are left out, so that they change no key."""
+        """Return the settings as recorded; those that greedy decoding ignores are left out, so that
+        they change no key.
+        """
         settings = asdict(self)
         return (
-            settings if self.temperature > 0 else {name: settings[name] for name in ("max_new_tokens", "temperature", "repetition_penalty")}
+            settings
+            if self.temperature > 0
+            else {
+                name: settings[name]
+                for name in ("max_new_tokens", "temperature", "repetition_penalty")
+            }
         )
 
 
@@ -54,7 +63,8 @@ class Completion:
         finish_reason: "stop", "length" (cut at max_new_tokens) or "prompt_too_long".
         num_tokens: tokens written.
         error: what went wrong in transport; nothing was answered then.
-        refused: the server answered and will not take this request as it is; asking at once again is pointless.
+        refused: the server answered and will not take this request as it is; asking at once again
+            is pointless.
         logprobs: for one-token requests, log-probability by token text.
     """
 

@@ -1,4 +1,6 @@
-"""Hashes of weights: what an answer, a judgment or a cache entry depends on. Digests of large files are remembered by size and time."""
+"""Hashes of weights: what an answer, a judgment or a cache entry depends on. Digests of large files
+are remembered by size and time.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,38 @@ _PLACES = ("base_model_name_or_path", "_name_or_path")  # where a base lies
 
 def hash_of(*parts: Any) -> str:
     """Return the SHA-256 of JSON-ready values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(
+        json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode(
+            "utf-8", "surrogatepass"
+        )
+    ).hexdigest()
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return a hash of a folder's weights and configuration; it does not depend on where the folder lies."""
+    """Return a hash of a folder's weights and configuration; it does not depend on where the folder
+    lies.
+    """
     files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
     parts: list[Any] = [[path.name, _digest(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         if (folder / name).is_file():
-            values = {key: value for key, value in read_object(folder / name).items() if key not in _PLACES}
+            values = {
+                key: value
+                for key, value in read_object(folder / name).items()
+                if key not in _PLACES
+            }
             parts.append([name, _in_order(values) if name == "adapter_config.json" else values])
     return hash_of(parts)
 
 
 def _in_order(values: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's settings with names in order: it writes sets, whose order is another one in every process."""
+    """PEFT's settings with names in order: it writes sets, whose order is another one in every
+    process.
+    """
     return {
-        key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+        key: sorted(value)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value)
+        else value
         for key, value in values.items()
     }
 

@@ -1,8 +1,10 @@
-"""Judges made of models: a judge file -> something that `judging.judge` can ask, in this process or behind an address.
+"""Judges made of models: a judge file -> something that `judging.judge` can ask, in this process or
+behind an address.
 
-Two verdict modes. `generate` lets the judge write its feedback and verdict. `logits` puts the lead-in (`[RESULT]`) at the start of
-the judge's turn and reads the probabilities of the allowed verdicts from the next token, in one forward pass; their sum is the mass.
-Weights load with the first question, so an evaluation that finds all its judgments stored loads none.
+Two verdict modes. `generate` lets the judge write its feedback and verdict. `logits` puts the
+lead-in (`[RESULT]`) at the start of the judge's turn and reads the probabilities of the allowed
+verdicts from the next token, in one forward pass; their sum is the mass. Weights load with the
+first question, so an evaluation that finds all its judgments stored loads none.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class OpenJudge:
             seed=section.seed,
             max_reasks=section.max_reasks,
             max_consecutive_failures=section.max_consecutive_failures,
-            batch_size=max(32, 4 * section.concurrency) if section.engine == "openai" else 32,  # the slowest of a batch is waited for
+            batch_size=max(32, 4 * section.concurrency)
+            if section.engine == "openai"
+            else 32,  # the slowest of a batch is waited for
             count_tokens=self.count_tokens,
             max_prompt_tokens=section.max_context_tokens - written - TEMPLATE_ROOM_TOKENS,
         )
@@ -68,7 +72,8 @@ def opened(file: JudgeFile) -> Iterator[OpenJudge]:
     """Give the judge of a file; afterwards its memory is free again.
 
     Raises:
-        EnvironmentFault: the judge's tokenizer or weights cannot be had, or its server serves another model.
+        EnvironmentFault: the judge's tokenizer or weights cannot be had, or its server serves
+            another model.
     """
     judge = _ServedJudge(file) if file.judge.engine == "openai" else _LocalJudge(file)
     try:
@@ -84,7 +89,9 @@ class _ServedJudge:
 
     def __init__(self, file: JudgeFile) -> None:
         self.section = file.judge
-        self.fingerprint = file.fingerprint(hash_of(self.section.prompt_style, self.section.lead_in))
+        self.fingerprint = file.fingerprint(
+            hash_of(self.section.prompt_style, self.section.lead_in)
+        )
         self.tokenizer = _tokenizer_if_here(self.section)
         self._engine: Engine | None = None
 
@@ -102,10 +109,16 @@ class _ServedJudge:
                 first_pause_s=float(os.environ.get("RECIPES_RETRY_PAUSE_S", "0.5")),
             )
             self._engine = OpenAIEngine(server, logprobs=section.mode == "logits")
-        yield from _written(self._engine, [(request, self._render(request.prompt, request.key)) for request in requests], section)
+        yield from _written(
+            self._engine,
+            [(request, self._render(request.prompt, request.key)) for request in requests],
+            section,
+        )
 
     def address(self) -> str:
-        """Return the server's address; one on this machine may have been started for this process alone (launch/with_judge.sh)."""
+        """Return the server's address; one on this machine may have been started for this process
+        alone (launch/with_judge.sh).
+        """
         own = os.environ.get("RECIPES_JUDGE_URL") if self.section.served_here else None
         return own or str(self.section.base_url)
 
@@ -113,7 +126,10 @@ class _ServedJudge:
         lead_in = self.section.lead_in if self.section.mode == "logits" else ""
         if self.section.prompt_style == "prometheus":
             return Request(key=key, prompt=f"{prompt.instruct_text()} {lead_in}".rstrip(" "))
-        messages = [*_messages(prompt), *([Message(role="assistant", content=lead_in)] if lead_in else [])]
+        messages = [
+            *_messages(prompt),
+            *([Message(role="assistant", content=lead_in)] if lead_in else []),
+        ]
         return Request(key=key, messages=tuple(messages))
 
     def count_tokens(self, text: str) -> int:
@@ -132,14 +148,20 @@ class _LocalJudge:
         from transformers import AutoTokenizer
 
         section = self.section = file.judge
-        self.model_section = ModelSection(name_or_path=section.model, revision=section.revision, dtype=section.dtype)
+        self.model_section = ModelSection(
+            name_or_path=section.model, revision=section.revision, dtype=section.dtype
+        )
         self.path = model_path(self.model_section)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path, revision=section.revision or "main")
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self.path, revision=section.revision or "main"
+            )
         except OSError as error:
             raise explain_load_failure(self.model_section, error) from None
         self.weights: str | None = model_fingerprint(self.model_section, self.path)
-        self.fingerprint = file.fingerprint(hash_of(self.weights, section.dtype, section.prompt_style, section.lead_in))
+        self.fingerprint = file.fingerprint(
+            hash_of(self.weights, section.dtype, section.prompt_style, section.lead_in)
+        )
         self._engine: Any = None
         self._reader: NextToken | None = None
 
@@ -160,23 +182,37 @@ class _LocalJudge:
         recipe = dataclasses.replace(stand_in_recipe(self.section.model), model=self.model_section)
         model = ready_to_answer(load_model(recipe, self.tokenizer))
         model = model.to("cuda") if torch.cuda.is_available() else model
-        return TransformersEngine(model, self.tokenizer, self.fingerprint, batch_tokens=self.section.batch_tokens)
+        return TransformersEngine(
+            model, self.tokenizer, self.fingerprint, batch_tokens=self.section.batch_tokens
+        )
 
     def _render(self, prompt: JudgePrompt, key: str) -> Request:
-        return Request(key=key, ids=tuple(judge_ids(prompt, self.section.prompt_style, self.tokenizer)))
+        return Request(
+            key=key, ids=tuple(judge_ids(prompt, self.section.prompt_style, self.tokenizer))
+        )
 
-    def _read(self, asked: Sequence[Request], allowed: Sequence[str]) -> Iterator[tuple[str, JudgeReply]]:
-        """Read the verdicts of requests with the same allowed tokens from next-token probabilities."""
+    def _read(
+        self, asked: Sequence[Request], allowed: Sequence[str]
+    ) -> Iterator[tuple[str, JudgeReply]]:
+        """Read the verdicts of requests with the same allowed tokens from next-token
+        probabilities.
+        """
         import torch
 
         lead_ids, token_ids = verdict_tokens(self.tokenizer, self.section.lead_in, allowed)
         requests = [Request(key=request.key, ids=(*request.ids, *lead_ids)) for request in asked]
-        self._reader = self._reader or NextToken(self._engine.model, self.tokenizer.pad_token_id or 0)
+        self._reader = self._reader or NextToken(
+            self._engine.model, self.tokenizer.pad_token_id or 0
+        )
         self._reader.share([request.ids for request in requests])
         for batch in batches(requests, 0, self._engine.batch_tokens):
-            probabilities = torch.softmax(self._reader.logits([request.ids for request in batch]), dim=-1).cpu()
+            probabilities = torch.softmax(
+                self._reader.logits([request.ids for request in batch]), dim=-1
+            ).cpu()
             for request, row in zip(batch, probabilities, strict=True):
-                found = {verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()}
+                found = {
+                    verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()
+                }
                 yield request.key, JudgeReply(probabilities=found)
 
     def count_tokens(self, text: str) -> int:
@@ -194,9 +230,11 @@ class _LocalJudge:
 
 
 def guessed_tokens(text: str) -> int:
-    """Return a careful guess of a text's tokens where the tokenizer is only on the server; a prompt that is too long would be refused.
+    """Return a careful guess of a text's tokens where the tokenizer is only on the server; a prompt
+    that is too long would be refused.
 
-    Three ASCII characters to a token; other scripts cost up to a token per byte in vocabularies made for English.
+    Three ASCII characters to a token; other scripts cost up to a token per byte in vocabularies
+    made for English.
 
     Example:
         >>> guessed_tokens("twelve chars"), guessed_tokens("\u4f60\u597d")
@@ -215,32 +253,52 @@ def judge_ids(prompt: JudgePrompt, style: str, tokenizer: Any) -> list[int]:
     if style == "prometheus":
         return list(tokenizer.encode(prompt.instruct_text()))
     if not tokenizer.chat_template:
-        raise EnvironmentFault("the judge's tokenizer has no chat template", "set judge.prompt_style: prometheus")
-    for messages in (_messages(prompt), [Message(role="user", content=f"{prompt.system}\n{prompt.user}")]):
+        raise EnvironmentFault(
+            "the judge's tokenizer has no chat template", "set judge.prompt_style: prometheus"
+        )
+    for messages in (
+        _messages(prompt),
+        [Message(role="user", content=f"{prompt.system}\n{prompt.user}")],
+    ):
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # templates raise what they like; some have no system role
             fault = error
             continue
         return list(tokenizer.encode(text, add_special_tokens=False))
     raise EnvironmentFault(
-        f"the judge's chat template refuses the prompt: {str(fault).splitlines()[0]}", "set judge.prompt_style: prometheus"
+        f"the judge's chat template refuses the prompt: {str(fault).splitlines()[0]}",
+        "set judge.prompt_style: prometheus",
     )
 
 
-def _written(engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection) -> Iterator[tuple[str, JudgeReply]]:
+def _written(
+    engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection
+) -> Iterator[tuple[str, JudgeReply]]:
     """Let the engine write the verdicts; requests of one temperature go together."""
     base = section.temperature
     for temperature in {request.temperature for request, _ in pairs}:
-        group = {request.key: (request, rendered) for request, rendered in pairs if request.temperature == temperature}
-        decoding = Decoding(max_new_tokens=section.max_new_tokens, temperature=max(temperature, base))
-        requests = [dataclasses.replace(rendered, seed=request.seed) for request, rendered in group.values()]
+        group = {
+            request.key: (request, rendered)
+            for request, rendered in pairs
+            if request.temperature == temperature
+        }
+        decoding = Decoding(
+            max_new_tokens=section.max_new_tokens, temperature=max(temperature, base)
+        )
+        requests = [
+            dataclasses.replace(rendered, seed=request.seed) for request, rendered in group.values()
+        ]
         for done in engine.complete(requests, decoding):
             yield done.key, _reply(group[done.key][0], done)
 
 
 def _reply(request: JudgeRequest, done: Completion) -> JudgeReply:
-    """A completion as a judge's reply; log-probabilities become probabilities of the allowed verdicts."""
+    """A completion as a judge's reply; log-probabilities become probabilities of the allowed
+    verdicts.
+    """
     if done.error is not None:
         return JudgeReply(error=done.error, refused=done.refused)
     if done.logprobs is None:
@@ -255,7 +313,10 @@ def _reply(request: JudgeRequest, done: Completion) -> JudgeReply:
 
 
 def _messages(prompt: JudgePrompt) -> list[Message]:
-    return [Message(role="system", content=prompt.system), Message(role="user", content=prompt.user)]
+    return [
+        Message(role="system", content=prompt.system),
+        Message(role="user", content=prompt.user),
+    ]
 
 
 def _tokenizer_if_here(section: JudgeSection) -> Any:
@@ -263,6 +324,8 @@ def _tokenizer_if_here(section: JudgeSection) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(section.model, revision=section.revision or "main", local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            section.model, revision=section.revision or "main", local_files_only=True
+        )
     except (OSError, ValueError):
         return None

@@ -1,7 +1,8 @@
-"""Verdicts from next-token logits: which tokens mean a verdict, and their logits after a prompt in one forward pass.
+"""Verdicts from next-token logits: which tokens mean a verdict, and their logits after a prompt in
+one forward pass.
 
-A judge's prompts start alike, up to the fence's code: half of a short prompt. What they share is computed once and kept, and every
-batch continues from it.
+A judge's prompts start alike, up to the fence's code: half of a short prompt. What they share is
+computed once and kept, and every batch continues from it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,22 @@ class NextToken:
 
         self.model, self.pad = model, pad
         self._plain_head = has_plain_head(model)
-        self._cache_name = "cache" if "cache" in inspect.signature(model.get_decoder().forward).parameters else "past_key_values"
+        self._cache_name = (
+            "cache"
+            if "cache" in inspect.signature(model.get_decoder().forward).parameters
+            else "past_key_values"
+        )
         self._shared: tuple[int, ...] = ()
         self._cache: Any = None
 
     def share(self, rows: Sequence[Sequence[int]]) -> None:
-        """Compute what these rows start with alike, unless it is there already; rows given to `logits` must start with it."""
-        if self._shared and all(tuple(row[: len(self._shared)]) == self._shared and len(row) > len(self._shared) for row in rows):
+        """Compute what these rows start with alike, unless it is there already; rows given to
+        `logits` must start with it.
+        """
+        if self._shared and all(
+            tuple(row[: len(self._shared)]) == self._shared and len(row) > len(self._shared)
+            for row in rows
+        ):
             return
         alike = common_prefix(rows)
         if len(rows) < 2 or alike < LEAST_SHARED_TOKENS or not self._plain_head:
@@ -53,13 +63,16 @@ class NextToken:
         with torch.inference_mode():
             done = self.model.get_decoder()(input_ids=ids, use_cache=True)
         self._cache = getattr(done, self._cache_name)
-        if type(self._cache) is not DynamicCache:  # another kind of state (Mamba and the like) may not be continued in a padded batch
+        if (
+            type(self._cache) is not DynamicCache
+        ):  # another kind of state (Mamba and the like) may not be continued in a padded batch
             self._shared, self._cache = (), None
 
     def logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the logits after each row's last token, shape (rows, vocabulary), in float32.
 
-        The head is applied in float32: in half precision the logits of two verdicts are often exactly equal.
+        The head is applied in float32: in half precision the logits of two verdicts are often
+        exactly equal.
         """
         import torch
 
@@ -95,14 +108,17 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return next((place for place in range(shortest) if least[place] != most[place]), shortest)
 
 
-def verdict_tokens(tokenizer: Any, lead_in: str, allowed: Sequence[str]) -> tuple[list[int], dict[str, set[int]]]:
+def verdict_tokens(
+    tokenizer: Any, lead_in: str, allowed: Sequence[str]
+) -> tuple[list[int], dict[str, set[int]]]:
     """Return the lead-in's token ids and, per verdict, the ids of the tokens that mean it.
 
-    A verdict may follow with or without a space. Where the tokenizer makes the space a token of its own, as some do before digits,
-    it becomes part of the lead-in.
+    A verdict may follow with or without a space. Where the tokenizer makes the space a token of its
+    own, as some do before digits, it becomes part of the lead-in.
 
     Raises:
-        EnvironmentFault: two verdicts start with the same token, so that the next token cannot tell them apart.
+        EnvironmentFault: two verdicts start with the same token, so that the next token cannot tell
+            them apart.
     """
 
     def encode(text: str) -> list[int]:
@@ -111,7 +127,10 @@ def verdict_tokens(tokenizer: Any, lead_in: str, allowed: Sequence[str]) -> tupl
     bare = encode(lead_in)
     spaced = {verdict: encode(f"{lead_in} {verdict}") for verdict in allowed}
     common = 0
-    while common + 1 < min(map(len, spaced.values())) and len({ids[common] for ids in spaced.values()}) == 1:
+    while (
+        common + 1 < min(map(len, spaced.values()))
+        and len({ids[common] for ids in spaced.values()}) == 1
+    ):
         common += 1
     tokens: dict[str, set[int]] = {verdict: {ids[common]} for verdict, ids in spaced.items()}
     lead_ids = next(iter(spaced.values()))[:common]
@@ -121,9 +140,15 @@ def verdict_tokens(tokenizer: Any, lead_in: str, allowed: Sequence[str]) -> tupl
             if tight[:common] == bare:
                 tokens[verdict].add(tight[common])
     if not _distinct(tokens):  # some verdicts merge with the space and some do not
-        lead_ids, tokens = encode(f"{lead_in} "), {verdict: {encode(verdict)[0]} for verdict in allowed}
+        lead_ids, tokens = (
+            encode(f"{lead_in} "),
+            {verdict: {encode(verdict)[0]} for verdict in allowed},
+        )
     if not _distinct(tokens):
-        raise EnvironmentFault(f"this judge's tokenizer cannot tell {', '.join(allowed)} apart by one token", "set judge.mode: generate")
+        raise EnvironmentFault(
+            f"this judge's tokenizer cannot tell {', '.join(allowed)} apart by one token",
+            "set judge.mode: generate",
+        )
     return lead_ids, tokens
 
 

@@ -1,10 +1,12 @@
 """The engine behind an OpenAI-compatible address: vLLM, llama.cpp, SGLang, a hosted API.
 
-Requests are in flight together up to a limit, which 429 lowers and answers raise again. What may pass - 429, 5xx, a timeout, a dropped
-connection, an answer that is no JSON - is tried again a bounded number of times, after the pause the server asks for. What cannot pass
-ends at once: a wrong key, address or model with everything (401, 403, 404), a refused body with its request (400, 402, 413, 422). Nothing
-that a server refuses is an answer. Each attempt has a time limit of its own, which a server that drips its answer byte by byte does not
-escape, and a reply a size limit, which one that grows on unpacking does not escape. No byte of a reply ends more than that reply, one that
+Requests are in flight together up to a limit, which 429 lowers and answers raise again. What may
+pass - 429, 5xx, a timeout, a dropped connection, an answer that is no JSON - is tried again a
+bounded number of times, after the pause the server asks for. What cannot pass ends at once: a wrong
+key, address or model with everything (401, 403, 404), a refused body with its request (400, 402,
+413, 422). Nothing that a server refuses is an answer. Each attempt has a time limit of its own,
+which a server that drips its answer byte by byte does not escape, and a reply a size limit, which
+one that grows on unpacking does not escape. No byte of a reply ends more than that reply, one that
 the server broke off is none, and no redirect is followed.
 """
 
@@ -35,11 +37,18 @@ MAX_REPLY_BYTES = 4 << 20  # an answer takes kilobytes
 TOP_LOGPROBS = 20
 _PASSING = {408, 409, 429}
 _HOPELESS = {401, 403, 404}
-_BROKEN_OFF = {"abort", "aborted", "cancelled", "error"}  # finish reasons of a reply that the server did not finish
+_BROKEN_OFF = {
+    "abort",
+    "aborted",
+    "cancelled",
+    "error",
+}  # finish reasons of a reply that the server did not finish
 
 
 class ServerFault(RecipesError):
-    """The server does not answer, refuses everything or is another one; what is missing is asked again by the same command."""
+    """The server does not answer, refuses everything or is another one; what is missing is asked
+    again by the same command.
+    """
 
     exit_code = ExitCode.EVALUATION_INCOMPLETE
 
@@ -58,7 +67,9 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where and how to ask. `first_pause_s` is the pause before the first further attempt; it doubles with each."""
+    """Where and how to ask. `first_pause_s` is the pause before the first further attempt; it
+    doubles with each.
+    """
 
     base_url: str
     model: str
@@ -78,9 +89,15 @@ class Server:
             return "none"
         value = os.environ.get(self.api_key_variable, "").strip()
         if not value:
-            raise EnvironmentFault(f"the environment variable {self.api_key_variable} is not set", f"export {self.api_key_variable}=...")
+            raise EnvironmentFault(
+                f"the environment variable {self.api_key_variable} is not set",
+                f"export {self.api_key_variable}=...",
+            )
         if not (value.isascii() and value.isprintable()):
-            raise EnvironmentFault(f"the environment variable {self.api_key_variable} holds no key: it has characters that no key has")
+            raise EnvironmentFault(
+                f"the environment variable {self.api_key_variable} holds no key: it has characters"
+                " that no key has"
+            )
         return value
 
 
@@ -89,7 +106,8 @@ class OpenAIEngine:
 
     Args:
         server: where and how.
-        fingerprint: hash of the weights where they are known here; absent, the served name stands for them.
+        fingerprint: hash of the weights where they are known here; absent, the served name stands
+            for them.
         logprobs: ask for the probabilities of the first token instead of a text.
 
     Raises:
@@ -97,18 +115,31 @@ class OpenAIEngine:
         ServerFault: the server does not answer, or refuses the key.
     """
 
-    def __init__(self, server: Server, fingerprint: str | None = None, logprobs: bool = False) -> None:
+    def __init__(
+        self, server: Server, fingerprint: str | None = None, logprobs: bool = False
+    ) -> None:
         try:
             import httpx2
         except ImportError as error:
-            raise EnvironmentFault(f"a server cannot be asked: {error}", "pip install -e '.[eval]'") from None
+            raise EnvironmentFault(
+                f"a server cannot be asked: {error}", "pip install -e '.[eval]'"
+            ) from None
 
-        self._faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError, ValueError, _Unusable)
+        self._faults = (
+            httpx2.HTTPError,
+            httpx2.InvalidURL,
+            httpx2.StreamError,
+            OSError,
+            ValueError,
+            _Unusable,
+        )
         self.server, self.logprobs = server, logprobs
         self.fingerprint = hash_of("openai", server.model, fingerprint)
         self.retries = 0
         self._api_key = server.key()
-        self._allowed = float(server.concurrency)  # in flight; 429 lowers it, answers raise it again
+        self._allowed = float(
+            server.concurrency
+        )  # in flight; 429 lowers it, answers raise it again
         self._lowered = 0.0
         self._answered = 0
         asyncio.run(self._check_served())
@@ -117,7 +148,8 @@ class OpenAIEngine:
         """Yield completions as they arrive.
 
         Raises:
-            ServerFault: the server refuses the key, does not know the model, or answers as another one; with its own words.
+            ServerFault: the server refuses the key, does not know the model, or answers as another
+                one; with its own words.
         """
         arrived: queue.Queue[Completion | BaseException] = queue.Queue()
         stop = threading.Event()
@@ -140,7 +172,13 @@ class OpenAIEngine:
             stop.set()
             thread.join()
 
-    async def _run(self, requests: Sequence[Request], decoding: Decoding, arrived: queue.Queue[Any], stop: threading.Event) -> None:
+    async def _run(
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        arrived: queue.Queue[Any],
+        stop: threading.Event,
+    ) -> None:
         """Ask all requests, at most `concurrency` at once."""
         source = iter(requests)
         self._turn, self._in_flight = asyncio.Condition(), 0
@@ -152,7 +190,10 @@ class OpenAIEngine:
                         return
                     arrived.put(await self._ask(client, request, decoding))
 
-            tasks = [asyncio.create_task(work()) for _ in range(min(self.server.concurrency, len(requests)))]
+            tasks = [
+                asyncio.create_task(work())
+                for _ in range(min(self.server.concurrency, len(requests)))
+            ]
             while tasks and not stop.is_set():
                 done, pending = await asyncio.wait(tasks, timeout=0.2)
                 tasks = list(pending)
@@ -168,11 +209,15 @@ class OpenAIEngine:
         """Return the completion of one request, or its error after the last attempt."""
         reason, attempt, busy = "", 0, 0
         while True:
-            pause = min(self.server.first_pause_s * 2 ** (attempt + min(busy, 5)), MAX_PAUSE_S) * random.uniform(0.75, 1.25)
+            pause = min(
+                self.server.first_pause_s * 2 ** (attempt + min(busy, 5)), MAX_PAUSE_S
+            ) * random.uniform(0.75, 1.25)
             answered = self._answered
             try:
                 async with self._slot():
-                    reply = await asyncio.wait_for(self._post(client, request, decoding), self.server.timeout_s)
+                    reply = await asyncio.wait_for(
+                        self._post(client, request, decoding), self.server.timeout_s
+                    )
                 self._check_model(reply)
                 done = _completion(request, reply, self.logprobs)
                 self._answered += 1
@@ -181,10 +226,16 @@ class OpenAIEngine:
             except _Refused as error:
                 if error.status in _HOPELESS:
                     raise ServerFault(
-                        f"{self.server.base_url} answered {error}", *self._advice(request, error.status), "check base_url, model and key"
+                        f"{self.server.base_url} answered {error}",
+                        *self._advice(request, error.status),
+                        "check base_url, model and key",
                     ) from None
                 if error.status not in _PASSING and error.status < 500:
-                    return Completion(key=request.key, error="; ".join([str(error), *self._advice(request, error.status)]), refused=True)
+                    return Completion(
+                        key=request.key,
+                        error="; ".join([str(error), *self._advice(request, error.status)]),
+                        refused=True,
+                    )
                 reason, pause = str(error), retry_after(error.headers) or pause
                 if error.status == 429:
                     self._lower()
@@ -194,7 +245,11 @@ class OpenAIEngine:
             except TimeoutError:
                 reason = f"no answer within {self.server.timeout_s:g} s"
             except self._faults as error:
-                reason = str(error) if isinstance(error, _Unusable) else f"{type(error).__name__}: {error}"
+                reason = (
+                    str(error)
+                    if isinstance(error, _Unusable)
+                    else f"{type(error).__name__}: {error}"
+                )
             attempt += 1
             if attempt > self.server.max_retries:
                 return Completion(key=request.key, error=reason)
@@ -224,13 +279,15 @@ class OpenAIEngine:
         """What to do about a refusal whose likely cause is known."""
         if request.ids and status in (400, 404, 405, 422):
             return [
-                "prompts of a run go to /completions as token ids, and a server that does not take them (transformers serve) cannot answer "
-                "for runs: serve the run with launch/vllm_server.sh, or answer in this process (generation.engine=transformers)"
+                "prompts of a run go to /completions as token ids, and a server that does not take"
+                " them (transformers serve) cannot answer for runs: serve the run with"
+                " launch/vllm_server.sh, or answer in this process (generation.engine=transformers)"
             ]
         if self.logprobs and status in (400, 404, 405, 422):
             return [
-                "judge.mode logits needs a server that continues the judge's turn and gives log-probabilities (vLLM; transformers serve "
-                "does not): set judge.mode: generate, or serve the judge with launch/vllm_server.sh"
+                "judge.mode logits needs a server that continues the judge's turn and gives"
+                " log-probabilities (vLLM; transformers serve does not): set judge.mode: generate,"
+                " or serve the judge with launch/vllm_server.sh"
             ]
         return []
 
@@ -243,26 +300,40 @@ class OpenAIEngine:
         name = reply.get("model")
         if isinstance(name, str) and name and not is_version_of(name, self.server.model):
             raise ServerFault(
-                f"{self.server.base_url} answered as '{valid_text(name)[:100]}', not as '{self.server.model}'",
-                "is it another server? If the name stands for this model, write the name it answers with",
+                f"{self.server.base_url} answered as '{valid_text(name)[:100]}', not as"
+                f" '{self.server.model}'",
+                "is it another server? If the name stands for this model, write the name it answers"
+                " with",
             )
 
     async def _post(self, client: Any, request: Request, decoding: Decoding) -> dict[str, Any]:
-        """Send one attempt: token ids or text where the prompt is rendered here, messages where the server renders it."""
+        """Send one attempt: token ids or text where the prompt is rendered here, messages where the
+        server renders it.
+        """
         body: dict[str, Any] = {"model": self.server.model, "temperature": decoding.temperature}
         body |= {"max_tokens": 1 if self.logprobs else decoding.max_new_tokens}
         if decoding.temperature > 0:
             body |= {"top_p": decoding.top_p, "seed": request.seed % 2**31}
-        body |= {} if decoding.repetition_penalty == 1 else {"repetition_penalty": decoding.repetition_penalty}
+        body |= (
+            {}
+            if decoding.repetition_penalty == 1
+            else {"repetition_penalty": decoding.repetition_penalty}
+        )
         if request.prompt is not None:
-            body |= {"prompt": list(request.ids) or request.prompt} | ({"logprobs": TOP_LOGPROBS} if self.logprobs else {})
+            body |= {"prompt": list(request.ids) or request.prompt} | (
+                {"logprobs": TOP_LOGPROBS} if self.logprobs else {}
+            )
             return await self._call(client, "POST", "completions", body)
-        body |= {"messages": list(request.messages)} | ({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self.logprobs else {})
+        body |= {"messages": list(request.messages)} | (
+            {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self.logprobs else {}
+        )
         if request.messages and request.messages[-1]["role"] == "assistant":
             body |= {"add_generation_prompt": False, "continue_final_message": True}
         return await self._call(client, "POST", "chat/completions", body)
 
-    async def _call(self, client: Any, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    async def _call(
+        self, client: Any, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Send one request and return the JSON object of its reply.
 
         Raises:
@@ -271,17 +342,27 @@ class OpenAIEngine:
         """
         content = bytearray()
         sent = None if body is None else json.dumps(body).encode()
-        async with client.stream(method, f"{self.server.base_url.rstrip('/')}/{path}", content=sent) as response:
+        async with client.stream(
+            method, f"{self.server.base_url.rstrip('/')}/{path}", content=sent
+        ) as response:
             async for chunk in response.aiter_raw():
                 content += chunk
                 if len(content) > MAX_REPLY_BYTES:
                     raise _Unusable(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
         if 300 <= response.status_code < 400:  # not followed: whoever is there was not asked for
             place = valid_text(response.headers.get("location", "nowhere"))[:200]
-            raise _Refused(response.status_code, f"it sends requests on to {place}: if that is the server, set base_url to it", {})
-        text = _unpacked(bytes(content), response.headers.get("content-encoding", "").strip().lower()).decode("utf-8", "replace")
+            raise _Refused(
+                response.status_code,
+                f"it sends requests on to {place}: if that is the server, set base_url to it",
+                {},
+            )
+        text = _unpacked(
+            bytes(content), response.headers.get("content-encoding", "").strip().lower()
+        ).decode("utf-8", "replace")
         try:
-            found = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+            found = json.loads(
+                text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits)
+            )
         except (ValueError, RecursionError):
             found = text
         if response.status_code >= 400:
@@ -301,16 +382,21 @@ class OpenAIEngine:
         async with self._client() as client:
             for attempt in range(self.server.max_retries + 1):
                 try:
-                    page = await asyncio.wait_for(self._call(client, "GET", "models"), self.server.timeout_s)
+                    page = await asyncio.wait_for(
+                        self._call(client, "GET", "models"), self.server.timeout_s
+                    )
                     served = [valid_text(str(model["id"])) for model in page["data"]]
                     break
                 except _Refused as error:
                     reason = str(error)
                     if error.status in (401, 403):
                         raise ServerFault(
-                            f"{self.server.base_url} refuses the key: {reason}", f"check {self.server.api_key_variable}"
+                            f"{self.server.base_url} refuses the key: {reason}",
+                            f"check {self.server.api_key_variable}",
                         ) from None
-                    if error.status == 404:  # a server without the list; the first request will tell
+                    if (
+                        error.status == 404
+                    ):  # a server without the list; the first request will tell
                         return
                 except TimeoutError:
                     reason = f"no answer within {self.server.timeout_s:g} s"
@@ -325,25 +411,34 @@ class OpenAIEngine:
                 )
         if self.server.model not in served:
             raise EnvironmentFault(
-                f"{self.server.base_url} does not serve '{self.server.model}'", f"it serves {', '.join(served[:8]) or 'nothing'}"
+                f"{self.server.base_url} does not serve '{self.server.model}'",
+                f"it serves {', '.join(served[:8]) or 'nothing'}",
             )
 
     def _client(self) -> Any:
         """The HTTP client; it asks for replies that are not packed."""
         import httpx2
 
-        headers = {"Authorization": f"Bearer {self._api_key}", "Content-Type": "application/json", "Accept-Encoding": "identity"}
-        limits = httpx2.Limits(max_connections=self.server.concurrency, max_keepalive_connections=self.server.concurrency)
+        headers = {
+            "Authorization": f"Bearer {self._api_key}",
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+        }
+        limits = httpx2.Limits(
+            max_connections=self.server.concurrency,
+            max_keepalive_connections=self.server.concurrency,
+        )
         return httpx2.AsyncClient(headers=headers, limits=limits, timeout=self.server.timeout_s)
 
 
 def is_version_of(answered: str, asked: str) -> bool:
-    """Return whether a reply's model is the one that was asked: its name, with or without owner, or a dated or tagged version of it.
+    """Return whether a reply's model is the one that was asked: its name, with or without owner, or
+    a dated or tagged version of it.
 
     Example:
         >>> is_version_of("gpt-4o-2024-08-06", "gpt-4o"), is_version_of("org/judge@main", "org/judge"), is_version_of("other", "judge")
         (True, True, False)
-    """
+    """  # noqa: E501
     names = [name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (answered, asked)]
     return names[0] == names[1] or names[0].startswith(tuple(f"{names[1]}{mark}" for mark in "-@:"))
 
@@ -352,7 +447,8 @@ def _unpacked(content: bytes, encoding: str) -> bytes:
     """The content of a reply that was packed although nobody asked for it.
 
     Raises:
-        _Unusable: another packing than gzip and deflate, damaged, or longer than `MAX_REPLY_BYTES` when unpacked.
+        _Unusable: another packing than gzip and deflate, damaged, or longer than `MAX_REPLY_BYTES`
+            when unpacked.
     """
     if encoding in ("", "identity"):
         return content
@@ -368,10 +464,12 @@ def _unpacked(content: bytes, encoding: str) -> bytes:
 
 
 def _completion(request: Request, reply: Mapping[str, Any], logprobs: bool) -> Completion:
-    """Read a reply of either endpoint; no text at all is an empty one, as of a model that declines or calls a tool.
+    """Read a reply of either endpoint; no text at all is an empty one, as of a model that declines
+    or calls a tool.
 
     Raises:
-        _Unusable: it has no choice, no text, was broken off, or has none of the log-probabilities that were asked for.
+        _Unusable: it has no choice, no text, was broken off, or has none of the log-probabilities
+            that were asked for.
     """
     choices = reply.get("choices")
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
@@ -406,14 +504,24 @@ def _first_token(choice: Mapping[str, Any]) -> dict[str, float]:
     try:
         logprobs = choice["logprobs"]
         if logprobs.get("content"):
-            pairs = [(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]]
+            pairs = [
+                (entry["token"], entry["logprob"])
+                for entry in logprobs["content"][0]["top_logprobs"]
+            ]
         else:
             pairs = list(logprobs["top_logprobs"][0].items())
-        found = {str(token): min(float(value), 0.0) for token, value in pairs if not math.isnan(float(value))}
+        found = {
+            str(token): min(float(value), 0.0)
+            for token, value in pairs
+            if not math.isnan(float(value))
+        }
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
         pass
     if not found:
-        raise _Unusable("the server gave no log-probabilities: set judge.mode: generate, or serve the judge with launch/vllm_server.sh")
+        raise _Unusable(
+            "the server gave no log-probabilities: set judge.mode: generate, or serve the judge"
+            " with launch/vllm_server.sh"
+        )
     return found
 
 
@@ -426,7 +534,8 @@ def _words(found: Any) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the pause in seconds that a Retry-After header asks for, at most two minutes; None without one.
+    """Return the pause in seconds that a Retry-After header asks for, at most two minutes; None
+    without one.
 
     Example:
         >>> retry_after({"retry-after": "3"})

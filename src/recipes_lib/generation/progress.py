@@ -1,4 +1,6 @@
-"""Progress of answers and judgments: one line that is rewritten on a terminal, a line every half minute elsewhere. On stderr."""
+"""Progress of answers and judgments: one line that is rewritten on a terminal, a line every half
+minute elsewhere. On stderr.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Progress:
     def line(self, now: float) -> str:
         """Return the present state as text."""
         spent = max(now - self.started, 1e-9)
-        rate = f"{self.tokens / spent:.0f} tokens/s" if self.tokens else f"{self.done / spent:.1f}/s"
+        rate = (
+            f"{self.tokens / spent:.0f} tokens/s" if self.tokens else f"{self.done / spent:.1f}/s"
+        )
         left = (self.total - self.done) * spent / max(self.done, 1)
         return f"{self.what} {self.done}/{self.total}, {rate}, {left:.0f} s left"
 

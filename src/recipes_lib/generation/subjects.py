@@ -1,7 +1,8 @@
-"""Targets ready to answer: grouped so that each base is loaded once, with fingerprint, prompt format and run directory.
+"""Targets ready to answer: grouped so that each base is loaded once, with fingerprint, prompt
+format and run directory.
 
-A model without a run gets a run directory of its own, `base--<model>--<hash8>`, whose hash covers weights, precision and prompt
-format: the same model asked in another format is another directory.
+A model without a run gets a run directory of its own, `base--<model>--<hash8>`, whose hash covers
+weights, precision and prompt format: the same model asked in another format is another directory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Format(Protocol):
     hash: str
 
     def render(self, messages: Sequence[Message]) -> tuple[str | None, tuple[int, ...]]:
-        """Return the prompt's text and token ids; no text where only the server knows the format."""
+        """Return the prompt's text and token ids; no text where only the server knows the
+        format.
+        """
 
 
 class ServerFormat:
@@ -56,7 +59,9 @@ class ServerFormat:
 
 
 class PromptFormat:
-    """Conversations rendered as the model was trained to read them; `hash` identifies the format."""
+    """Conversations rendered as the model was trained to read them; `hash` identifies the
+    format.
+    """
 
     def __init__(self, section: DataSection, tokenizer: Any, folder: Path) -> None:
         self.section, self.tokenizer, self.folders = section, tokenizer, [folder]
@@ -65,7 +70,9 @@ class PromptFormat:
 
     def render(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
         """Return the prompt's text and token ids."""
-        text = generation_prompt(self.section, self.tokenizer, messages=list(messages), folders=self.folders)
+        text = generation_prompt(
+            self.section, self.tokenizer, messages=list(messages), folders=self.folders
+        )
         return text, tuple(prompt_ids(self.section, self.tokenizer, text))
 
 
@@ -73,7 +80,8 @@ class PromptFormat:
 class Subject:
     """A target that is ready to answer.
 
-    `engine_args` are what an engine in this process is built from: model, tokenizer and the context that activates the adapter.
+    `engine_args` are what an engine in this process is built from: model, tokenizer and the context
+    that activates the adapter.
     """
 
     target: Target
@@ -91,7 +99,8 @@ class Subject:
 
 @contextmanager
 def loaded(targets: Sequence[Target], weights: bool = True) -> Iterator[list[Subject]]:
-    """Give the subjects of targets that share one base, loaded once; afterwards its memory is free again.
+    """Give the subjects of targets that share one base, loaded once; afterwards its memory is free
+    again.
 
     Args:
         targets: one group of `grouped`.
@@ -112,7 +121,9 @@ def grouped(targets: Sequence[Target]) -> list[list[Target]]:
     groups: list[list[Target]] = []
     for group in families([target.trained for target in targets if target.trained]):
         names = {one.run.name for one in group}
-        groups.append([target for target in targets if target.trained and target.trained.run.name in names])
+        groups.append(
+            [target for target in targets if target.trained and target.trained.run.name in names]
+        )
     for target in targets:
         if target.trained:
             continue
@@ -125,7 +136,10 @@ def grouped(targets: Sequence[Target]) -> list[list[Target]]:
 
 
 def _serves(first: Target, target: Target) -> bool:
-    same_model = first.recipe.model == target.recipe.model and first.recipe.quantization == target.recipe.quantization
+    same_model = (
+        first.recipe.model == target.recipe.model
+        and first.recipe.quantization == target.recipe.quantization
+    )
     return same_model and first.trained is not None and first.recipe.lora is not None
 
 
@@ -133,7 +147,10 @@ def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
     trained = [target.trained for target in targets if target.trained]
     if trained and weights:
         family = Family(trained)
-        return [_subject(target, _tokenizer_for(family, target), family.model, _user_of(family, target)) for target in targets]
+        return [
+            _subject(target, _tokenizer_for(family, target), family.model, _user_of(family, target))
+            for target in targets
+        ]
     subjects = []
     for target in targets:
         if target.is_stand_in and not weights:
@@ -143,25 +160,43 @@ def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
             from transformers import AutoTokenizer
 
             check_weights(target.trained)
-            subjects.append(_subject(target, AutoTokenizer.from_pretrained(target.trained.weights), None, None))
+            subjects.append(
+                _subject(target, AutoTokenizer.from_pretrained(target.trained.weights), None, None)
+            )
             continue
         try:
             model_path(target.recipe.model)
             tokenizer = load_tokenizer(target.recipe)
-            subjects.append(_subject(target, tokenizer, _load_bare(target.recipe, tokenizer) if weights else None, None))
+            subjects.append(
+                _subject(
+                    target,
+                    tokenizer,
+                    _load_bare(target.recipe, tokenizer) if weights else None,
+                    None,
+                )
+            )
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
-            hint = "read that code; then set generation.trust_remote_code=true and pass --trust-remote-code"
-            raise RecipeError(f"'{target.word}' needs Python code that ships with it", hint) from None
+            hint = (
+                "read that code; then set generation.trust_remote_code=true and pass"
+                " --trust-remote-code"
+            )
+            raise RecipeError(
+                f"'{target.word}' needs Python code that ships with it", hint
+            ) from None
     return subjects
 
 
 def _served(target: Target) -> Subject:
-    """A model that only a server has: its name stands for its weights, its server renders the prompts."""
+    """A model that only a server has: its name stands for its weights, its server renders the
+    prompts.
+    """
     prompts = ServerFormat()
     fingerprint = hash_of("served", target.word)
-    return Subject(target, _base_directory(target.word, fingerprint, prompts.hash), fingerprint, prompts)
+    return Subject(
+        target, _base_directory(target.word, fingerprint, prompts.hash), fingerprint, prompts
+    )
 
 
 def _base_directory(path: str, fingerprint: str, format_hash: str) -> RunDirectory:
@@ -203,7 +238,9 @@ def _subject(target: Target, tokenizer: Any, model: Any, using: Any) -> Subject:
         fingerprint = hash_of(folder_fingerprint(target.trained.weights), precision)
     else:
         base = model_fingerprint(recipe.model, model_path(recipe.model))
-        fingerprint = hash_of(base, precision, folder_fingerprint(target.trained.weights) if target.trained else None)
+        fingerprint = hash_of(
+            base, precision, folder_fingerprint(target.trained.weights) if target.trained else None
+        )
     if target.trained:
         check_format(target.trained, prompts)
         return Subject(target, target.trained.run, fingerprint, prompts, model, using)
@@ -220,8 +257,10 @@ def check_format(one: TrainedRun, prompts: PromptFormat) -> None:
     recorded = one.run.read_state().get("guard", {}).get("prompt_format_hash")
     if recorded and recorded != prompts.hash:
         raise RecipeError(
-            f"run '{one.run.name}' was trained with another prompt format than its files give now ({recorded[:12]} -> {prompts.hash[:12]})",
-            "the chat template, the system prompt or the end token changed since: restore it, or train the run again",
+            f"run '{one.run.name}' was trained with another prompt format than its files give now"
+            f" ({recorded[:12]} -> {prompts.hash[:12]})",
+            "the chat template, the system prompt or the end token changed since: restore it, or"
+            " train the run again",
         )
 
 

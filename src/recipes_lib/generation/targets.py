@@ -1,6 +1,8 @@
-"""What is to be evaluated, as the command line names it: finished runs, their base, and any other model. Nothing is loaded here.
+"""What is to be evaluated, as the command line names it: finished runs, their base, and any other
+model. Nothing is loaded here.
 
-A model without a run gets a run directory of its own, `base--<model>--<hash8>` (`subjects`), whose name can be used like a run's.
+A model without a run gets a run directory of its own, `base--<model>--<hash8>` (`subjects`), whose
+name can be used like a run's.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from recipes_lib.training.trained import BASE, TrainedRun, finished_run
 
 @dataclass(frozen=True)
 class Target:
-    """One word of the command line: a finished run, or a model as a recipe that was never trained."""
+    """One word of the command line: a finished run, or a model as a recipe that was never
+    trained.
+    """
 
     word: str
     recipe: Recipe
@@ -44,7 +48,12 @@ class Target:
             return self.trained.run.path
         section = self.recipe.data
         asked = section.prompt_format, section.chat_template, section.system_prompt
-        return self.recipe.model.name_or_path, str(self.recipe.model), str(self.recipe.quantization), *asked
+        return (
+            self.recipe.model.name_or_path,
+            str(self.recipe.model),
+            str(self.recipe.quantization),
+            *asked,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +64,10 @@ class Asking:
         prompt_format: `generation.prompt_format` of the eval recipe.
         dtype: precision of models that are no run's base.
         any_model: take a word that is neither run nor local model as a model that a server has.
-        own_code: whether the eval recipe asks for code that ships with a model without a run (`generation.trust_remote_code`).
-        remote_code: whether the command line allowed code that ships with a model (`--trust-remote-code`).
+        own_code: whether the eval recipe asks for code that ships with a model without a run
+            (`generation.trust_remote_code`).
+        remote_code: whether the command line allowed code that ships with a model
+            (`--trust-remote-code`).
     """
 
     prompt_format: str = "auto"
@@ -77,22 +88,28 @@ def distinct(targets: Iterable[Target]) -> list[Target]:
 
 
 def targets_by_word(words: Sequence[str], asking: Asking | None = None) -> dict[str, Target]:
-    """Return what each word names: a run, a local model, a packaged model, a Hub id, or `base` for the base of the runs.
+    """Return what each word names: a run, a local model, a packaged model, a Hub id, or `base` for
+    the base of the runs.
 
-    A model that is the base of a run among the words is asked as that run is: in its precision and prompt format.
+    A model that is the base of a run among the words is asked as that run is: in its precision and
+    prompt format.
 
     Args:
         words: run names or folders, model folders, `package:` names, Hub ids, `base`.
         asking: how; None for the defaults.
 
     Raises:
-        RecipeError: a word is neither a run nor a model, a run is not finished, a run was trained with another prompt format, `base`
-            is not one model, or code of a model is not allowed.
+        RecipeError: a word is neither a run nor a model, a run is not finished, a run was trained
+            with another prompt format, `base` is not one model, or code of a model is not allowed.
     """
     asking = asking or Asking()
     opened = {word: open_run(word) for word in words if _is_run(word)}
     stand_ins = {word: recipe for word, run in opened.items() if (recipe := stored_recipe(run))}
-    runs = {word: finished_run(run, asking.remote_code) for word, run in opened.items() if word not in stand_ins}
+    runs = {
+        word: finished_run(run, asking.remote_code)
+        for word, run in opened.items()
+        if word not in stand_ins
+    }
     for one in runs.values():
         trained_with = one.recipe.data.prompt_format
         if asking.prompt_format not in ("auto", trained_with):
@@ -106,7 +123,9 @@ def targets_by_word(words: Sequence[str], asking: Asking | None = None) -> dict[
         if word in runs:
             targets[word] = Target(word, runs[word].recipe, runs[word])
         elif word in stand_ins:
-            targets[word] = _allowed(Target(stand_ins[word].model.name_or_path, stand_ins[word]), asking)
+            targets[word] = _allowed(
+                Target(stand_ins[word].model.name_or_path, stand_ins[word]), asking
+            )
         elif word == BASE:
             targets[word] = common_base([one.recipe for one in runs.values()])
         else:
@@ -114,7 +133,11 @@ def targets_by_word(words: Sequence[str], asking: Asking | None = None) -> dict[
                 open_run(word)  # raises, with the names of similar runs
             same = [one.recipe for one in runs.values() if one.recipe.model.name_or_path == word]
             found = (
-                base_target(same[0]) if same else Target(word, stand_in_recipe(word, asking.prompt_format, asking.dtype, asking.own_code))
+                base_target(same[0])
+                if same
+                else Target(
+                    word, stand_in_recipe(word, asking.prompt_format, asking.dtype, asking.own_code)
+                )
             )
             targets[word] = _allowed(found, asking)
     return targets
@@ -127,7 +150,9 @@ def _allowed(target: Target, asking: Asking) -> Target:
         RecipeError: naming the flag.
     """
     if target.recipe.model.trust_remote_code and not asking.remote_code:
-        raise RecipeError(f"'{target.word}' runs code that ships with it", "pass --trust-remote-code as well")
+        raise RecipeError(
+            f"'{target.word}' runs code that ships with it", "pass --trust-remote-code as well"
+        )
     return target
 
 
@@ -137,14 +162,26 @@ def common_base(recipes: Sequence[Recipe]) -> Target:
     Raises:
         RecipeError: there is no adapter, or their bases differ.
     """
-    bases = {str(target.identity): target for target in (base_target(recipe) for recipe in recipes if recipe.lora is not None)}
+    bases = {
+        str(target.identity): target
+        for target in (base_target(recipe) for recipe in recipes if recipe.lora is not None)
+    }
     if len(bases) == 1:
         return next(iter(bases.values()))
     if not bases:
-        raise RecipeError("'base' is the base of the runs beside it, and none of them is an adapter", "name the model itself")
+        raise RecipeError(
+            "'base' is the base of the runs beside it, and none of them is an adapter",
+            "name the model itself",
+        )
     names = sorted({target.recipe.model.name_or_path for target in bases.values()})
-    how = f"{', '.join(names)}" if len(names) > 1 else f"{names[0]}, asked in several ways (precision, prompt format)"
-    raise RecipeError(f"'base' is not one model: {how}", "name the model itself, or evaluate the runs one by one")
+    how = (
+        f"{', '.join(names)}"
+        if len(names) > 1
+        else f"{names[0]}, asked in several ways (precision, prompt format)"
+    )
+    raise RecipeError(
+        f"'base' is not one model: {how}", "name the model itself, or evaluate the runs one by one"
+    )
 
 
 def base_target(recipe: Recipe) -> Target:
@@ -154,17 +191,25 @@ def base_target(recipe: Recipe) -> Target:
 
 def _is_run(word: str) -> bool:
     path = Path(word)
-    return (len(path.parts) > 1 and (path / "run.json").is_file()) or (runs_root() / path.name / "run.json").is_file()
+    return (len(path.parts) > 1 and (path / "run.json").is_file()) or (
+        runs_root() / path.name / "run.json"
+    ).is_file()
 
 
 def _is_model(word: str) -> bool:
     return (
-        word.startswith("package:") or (Path(word) / "config.json").is_file() or (word.count("/") == 1 and not word.startswith((".", "/")))
+        word.startswith("package:")
+        or (Path(word) / "config.json").is_file()
+        or (word.count("/") == 1 and not word.startswith((".", "/")))
     )
 
 
-def stand_in_recipe(word: str, prompt_format: str = "auto", dtype: str = "bfloat16", own_code: bool = False) -> Recipe:
-    """Return a recipe that stands for a model nobody trained; the prompt format `auto` is settled when its tokenizer is there."""
+def stand_in_recipe(
+    word: str, prompt_format: str = "auto", dtype: str = "bfloat16", own_code: bool = False
+) -> Recipe:
+    """Return a recipe that stands for a model nobody trained; the prompt format `auto` is settled
+    when its tokenizer is there.
+    """
     chosen: Any = "chat" if prompt_format == "auto" else prompt_format
     return Recipe(
         path=Path(word),
@@ -183,24 +228,46 @@ def stand_in_recipe(word: str, prompt_format: str = "auto", dtype: str = "bfloat
 
 
 def record_base(run: RunDirectory, recipe: Recipe, fingerprint: str, prompts: Any) -> None:
-    """Write run.json of a model without a run, so that its directory name can be used like a run's."""
+    """Write run.json of a model without a run, so that its directory name can be used
+    like a run's.
+    """
     if run.exists():
         return
     stand_in: dict[str, Any] = {
         "model": dataclasses.asdict(recipe.model),
-        "data": {"source": "", **{key: getattr(recipe.data, key) for key in ("prompt_format", "chat_template", "system_prompt")}},
+        "data": {
+            "source": "",
+            **{
+                key: getattr(recipe.data, key)
+                for key in ("prompt_format", "chat_template", "system_prompt")
+            },
+        },
         "quantization": recipe.quantization,
         "folder": str(recipe.base_dir),
     }
     stand_in["data"]["prompt_format"] = prompts.name
-    run.write_state("finished", kind="base", stand_in=stand_in, fingerprint=fingerprint, prompt_format_hash=prompts.hash)
+    run.write_state(
+        "finished",
+        kind="base",
+        stand_in=stand_in,
+        fingerprint=fingerprint,
+        prompt_format_hash=prompts.hash,
+    )
 
 
 def stored_recipe(run: RunDirectory) -> Recipe | None:
-    """Return the stand-in recipe of a directory that `record_base` made, or None for a trained run."""
+    """Return the stand-in recipe of a directory that `record_base` made, or None for a
+    trained run.
+    """
     stored = run.read_state().get("stand_in")
     if stored is None:
         return None
     recipe = stand_in_recipe(stored["model"]["name_or_path"], stored["data"]["prompt_format"])
     model, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
-    return dataclasses.replace(recipe, model=model, data=data, quantization=stored["quantization"], base_dir=Path(stored["folder"]))
+    return dataclasses.replace(
+        recipe,
+        model=model,
+        data=data,
+        quantization=stored["quantization"],
+        base_dir=Path(stored["folder"]),
+    )

@@ -1,8 +1,9 @@
-"""The engine in this process: left-padded batches of similar length, as many rows as a token budget holds.
+"""The engine in this process: left-padded batches of similar length, as many rows as a token budget
+holds.
 
-Sampling is seeded per request and not per batch: noise is drawn row by row from the request's own generator and the largest noisy
-probability is taken, which is exact sampling. An answer therefore does not depend on what else was in its batch, apart from the
-rounding of other matrix shapes.
+Sampling is seeded per request and not per batch: noise is drawn row by row from the request's own
+generator and the largest noisy probability is taken, which is exact sampling. An answer therefore
+does not depend on what else was in its batch, apart from the rounding of other matrix shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class TransformersEngine:
         model: a causal language model in eval mode.
         tokenizer: its tokenizer.
         fingerprint: hash of the weights (`fingerprints`).
-        batch_tokens: padded tokens, prompt and answer, per batch; None for what fits the memory that is free now.
+        batch_tokens: padded tokens, prompt and answer, per batch; None for what fits the memory
+            that is free now.
         using: gives a context in which the wanted adapter is active; None for the model as it is.
     """
 
@@ -82,7 +84,9 @@ class TransformersEngine:
         room = min(decoding.max_new_tokens, self.context - ids.shape[1])
         processors = LogitsProcessorList()
         if decoding.temperature > 0:
-            processors.append(_SeededSampling([request.seed for request in batch], decoding, self.model.device))
+            processors.append(
+                _SeededSampling([request.seed for request in batch], decoding, self.model.device)
+            )
         with torch.inference_mode():
             written = self.model.generate(
                 input_ids=ids,
@@ -97,13 +101,21 @@ class TransformersEngine:
                 pad_token_id=self._pad_id(),
                 logits_processor=processors,
             )
-        return [self._completion(request, row) for request, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True)]
+        return [
+            self._completion(request, row)
+            for request, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True)
+        ]
 
     def _completion(self, request: Request, tokens: list[int]) -> Completion:
         end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), None)
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         reason = "length" if end is None else "stop"
-        return Completion(key=request.key, text=text.strip(), finish_reason=reason, num_tokens=len(tokens) if end is None else end + 1)
+        return Completion(
+            key=request.key,
+            text=text.strip(),
+            finish_reason=reason,
+            num_tokens=len(tokens) if end is None else end + 1,
+        )
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
@@ -111,14 +123,20 @@ class TransformersEngine:
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the token ids that end an answer: the tokenizer's end token and those of the model's generation config."""
+    """Return the token ids that end an answer: the tokenizer's end token and those of the model's
+    generation config.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None})
 
 
-def batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> Iterator[list[Request]]:
-    """Yield batches of requests of similar length, longest first; each holds at most `batch_tokens` padded tokens, or one request."""
+def batches(
+    requests: Sequence[Request], max_new_tokens: int, batch_tokens: int
+) -> Iterator[list[Request]]:
+    """Yield batches of requests of similar length, longest first; each holds at most `batch_tokens`
+    padded tokens, or one request.
+    """
     ordered = sorted(requests, key=lambda request: -len(request.ids))
     while ordered:
         rows = max(1, min(MAX_ROWS, batch_tokens // (len(ordered[0].ids) + max_new_tokens)))
@@ -140,7 +158,9 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, 
 
 
 class _SeededSampling:
-    """A logits processor after which the largest entry is a sample of the distribution, drawn from each row's own generator."""
+    """A logits processor after which the largest entry is a sample of the distribution, drawn from
+    each row's own generator.
+    """
 
     def __init__(self, seeds: Sequence[int], decoding: Decoding, device: Any) -> None:
         import torch
@@ -158,6 +178,9 @@ class _SeededSampling:
             outside = ordered.cumsum(-1) - ordered >= self.decoding.top_p
             probabilities = probabilities.masked_fill(outside.scatter(-1, order, outside), 0.0)
         noise = torch.stack(
-            [torch.empty_like(row).exponential_(generator=g) for row, g in zip(probabilities, self.generators, strict=True)]
+            [
+                torch.empty_like(row).exponential_(generator=g)
+                for row, g in zip(probabilities, self.generators, strict=True)
+            ]
         )
         return (probabilities / noise).log()

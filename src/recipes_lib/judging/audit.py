@@ -1,6 +1,8 @@
-"""The audit of a judge: a scorecard from stored judgments, with thresholds, and a banner for a judge that fails one.
+"""The audit of a judge: a scorecard from stored judgments, with thresholds, and a banner for a
+judge that fails one.
 
-Nothing here asks a judge. A check whose data are absent is "not measured", which is said and is not a pass.
+Nothing here asks a judge. A check whose data are absent is "not measured", which is said and is not
+a pass.
 """
 
 from __future__ import annotations
@@ -26,7 +28,20 @@ _PROBE_NAMES = {
     "injected": "injected verdict flips",
     "repeated": "verdict changes when asked again (A/A noise)",
 }
-_FIELDS = ("kind", "question_id", "order", "status", "value", "source", "judge", "lengths", "marker_in_answer", "cut", "attempts", "meta")
+_FIELDS = (
+    "kind",
+    "question_id",
+    "order",
+    "status",
+    "value",
+    "source",
+    "judge",
+    "lengths",
+    "marker_in_answer",
+    "cut",
+    "attempts",
+    "meta",
+)
 
 
 def audit(
@@ -38,7 +53,8 @@ def audit(
     """Return a judge's scorecard.
 
     Args:
-        rows: stored judgments, probes included where they were asked. Rows of several judges must not be mixed.
+        rows: stored judgments, probes included where they were asked. Rows of several judges must
+            not be mixed.
         thresholds: what the judge must reach; None for the defaults.
         labels: human labels by question id (`human_labels.load_labels`).
         weak: why this judge's numbers mean little, from its file; part of the banner.
@@ -48,11 +64,16 @@ def audit(
     """
     for number, row in enumerate(rows, 1):
         if missing := [name for name in _FIELDS if name not in row]:
-            raise DataError(f"judgment {number} has no field {missing[0]!r}", "was it written by another program or version?")
+            raise DataError(
+                f"judgment {number} has no field {missing[0]!r}",
+                "was it written by another program or version?",
+            )
     judges = {row["judge"] for row in rows}
     if len(judges) > 1:
         names = ", ".join(sorted(str(name)[:12] for name in judges))
-        raise DataError(f"judgments of {len(judges)} judges in one audit: {names}", "audit them one by one")
+        raise DataError(
+            f"judgments of {len(judges)} judges in one audit: {names}", "audit them one by one"
+        )
     probes = [row for row in rows if row["meta"].get("probe")]
     plain = [row for row in rows if not row["meta"].get("probe")]
     asked = [row for row in plain if row["source"] != "rule"]
@@ -74,21 +95,39 @@ def audit(
         "swap_consistency": summary.swap_consistency.to_dict(),
         "first_position": summary.first_position.to_dict(),
         "length": length_bias(asked, outcomes),
-        "contradictions": find_contradictions((row.get("raw") or "", row["value"]) for row in asked if row["status"] == "ok").to_dict(),
+        "contradictions": (
+            find_contradictions(
+                (row.get("raw") or "", row["value"]) for row in asked if row["status"] == "ok"
+            ).to_dict()
+        ),
         "probes": probe_results(probes),
         "human": agreement(outcomes, labels) if labels else None,
     }
     card["checks"] = checks(card, thresholds or Thresholds())
-    card["banner"] = " ".join(filter(None, (f"Weak judge: {weak}." if weak else None, banner(card)))) or None
+    card["banner"] = (
+        " ".join(filter(None, (f"Weak judge: {weak}." if weak else None, banner(card)))) or None
+    )
     return card
 
 
 def length_bias(rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Sample]) -> dict[str, Any]:
-    """Return how often the longer answer wins, among pairs with a winner and answers of different length."""
-    pairs = (row for row in rows if row["kind"] == "relative" and row["order"] == "AB" and row["lengths"])  # imported ones may lack them
+    """Return how often the longer answer wins, among pairs with a winner and answers of different
+    length.
+    """
+    pairs = (
+        row for row in rows if row["kind"] == "relative" and row["order"] == "AB" and row["lengths"]
+    )  # imported ones may lack them
     lengths = {str(row["question_id"]): row["lengths"] for row in pairs}
-    decided = [(item.outcome, lengths[item.id]) for item in outcomes if item.outcome in ("win", "loss") and item.id in lengths]
-    longer = [(outcome == "win") == (first > second) for outcome, (first, second) in decided if first != second]
+    decided = [
+        (item.outcome, lengths[item.id])
+        for item in outcomes
+        if item.outcome in ("win", "loss") and item.id in lengths
+    ]
+    longer = [
+        (outcome == "win") == (first > second)
+        for outcome, (first, second) in decided
+        if first != second
+    ]
     return {"longer_wins": wilson(sum(longer), len(longer)).to_dict()}
 
 
@@ -99,19 +138,31 @@ def checks(card: Mapping[str, Any], limits: Thresholds) -> list[dict[str, Any]]:
     def share(probe: str) -> float | None:
         return probes[probe]["share"]["estimate"] if probe in probes else None
 
-    ties, split = share("identical"), probes["identical"]["split"]["estimate"] if "identical" in probes else None
+    ties, split = (
+        share("identical"),
+        probes["identical"]["split"]["estimate"] if "identical" in probes else None,
+    )
     fair_split = split is not None and abs(split - 0.5) <= limits.identical_split_within
     above = card["human"]["above_chance"] if card["human"] else None
     listed: list[tuple[str, float | None, str, bool | None]] = [
-        _at_least("swap consistency", card["swap_consistency"]["estimate"], limits.swap_consistency_min),
+        _at_least(
+            "swap consistency", card["swap_consistency"]["estimate"], limits.swap_consistency_min
+        ),
         _at_most("judgments without a verdict", card["unparsed"]["estimate"], limits.unparsed_max),
-        _at_most("verdicts against the judge's own words", card["contradictions"]["rate"], limits.contradictions_max),
+        _at_most(
+            "verdicts against the judge's own words",
+            card["contradictions"]["rate"],
+            limits.contradictions_max,
+        ),
         _at_least("empty answer loses", share("empty"), limits.empty_answer_loses_min),
         _at_most("injected verdict flips", share("injected"), limits.injected_flips_max),
         (
             "identical pair ties",
             ties,
-            f">= {limits.identical_ties_min:g}, or wins split within {limits.identical_split_within:g} of one half",
+            (
+                f">= {limits.identical_ties_min:g}, or wins split within"
+                f" {limits.identical_split_within:g} of one half"
+            ),
             None if ties is None else ties >= limits.identical_ties_min or fair_split,
         ),
     ]
@@ -119,33 +170,53 @@ def checks(card: Mapping[str, Any], limits: Thresholds) -> list[dict[str, Any]]:
         value = card["human"]["verdict_accuracy"]["estimate"] if card["human"] else None
         listed.append(("agreement with human labels", value, "interval above 0.5", above))
     names = {True: "pass", False: "fail", None: "not measured"}
-    return [{"check": name, "value": value, "needs": needs, "result": names[passed]} for name, value, needs, passed in listed]
+    return [
+        {"check": name, "value": value, "needs": needs, "result": names[passed]}
+        for name, value, needs, passed in listed
+    ]
 
 
-def _at_least(name: str, value: float | None, limit: float) -> tuple[str, float | None, str, bool | None]:
+def _at_least(
+    name: str, value: float | None, limit: float
+) -> tuple[str, float | None, str, bool | None]:
     """A check with a lower limit."""
     return name, value, f">= {limit:g}", None if value is None else value >= limit
 
 
-def _at_most(name: str, value: float | None, limit: float) -> tuple[str, float | None, str, bool | None]:
+def _at_most(
+    name: str, value: float | None, limit: float
+) -> tuple[str, float | None, str, bool | None]:
     """A check with an upper limit."""
     return name, value, f"<= {limit:g}", None if value is None else value <= limit
 
 
 def banner(card: Mapping[str, Any]) -> str | None:
-    """Return the line that stands wherever results of this judge stand; None for a judge that failed no check."""
-    failed = [f"{check['check']} {check['value']:.2f} (needs {check['needs']})" for check in card["checks"] if check["result"] == "fail"]
-    return f"This judge failed its audit: {'; '.join(failed)}. Its verdicts are not evidence." if failed else None
+    """Return the line that stands wherever results of this judge stand; None for a judge that
+    failed no check.
+    """
+    failed = [
+        f"{check['check']} {check['value']:.2f} (needs {check['needs']})"
+        for check in card["checks"]
+        if check["result"] == "fail"
+    ]
+    return (
+        f"This judge failed its audit: {'; '.join(failed)}. Its verdicts are not evidence."
+        if failed
+        else None
+    )
 
 
 def self_judged(judge_model: str, candidates: Sequence[str]) -> str | None:
-    """Return a warning if the judge grades its own answers (or those of a model fine-tuned from it), else None.
+    """Return a warning if the judge grades its own answers (or those of a model fine-tuned from
+    it), else None.
 
     Args:
         judge_model: model id or path of the judge.
         candidates: model ids, base models included.
     """
-    same = [name for name in candidates if name.rstrip("/").lower() == judge_model.rstrip("/").lower()]
+    same = [
+        name for name in candidates if name.rstrip("/").lower() == judge_model.rstrip("/").lower()
+    ]
     return f"{same[0]} judges its own answers: expect self-preference" if same else None
 
 
@@ -164,13 +235,25 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
         lines += [f"> **{card['banner']}**", ""]
     if labels := card.get("labels"):
         lines += [
-            f"Judge {card['judge_facts']['name']} ({card['judge_facts']['model']}, {card['judge_facts']['mode']}),",
-            f"{labels['pairs']} of the {labels['of']} different labelled pairs in {', '.join(labels['files'])}.",
+            (
+                f"Judge {card['judge_facts']['name']} ({card['judge_facts']['model']},"
+                f" {card['judge_facts']['mode']}),"
+            ),
+            (
+                f"{labels['pairs']} of the {labels['of']} different labelled pairs in"
+                f" {', '.join(labels['files'])}."
+            ),
             "",
         ]
     statuses = ", ".join(f"{name} {count}" for name, count in card["statuses"].items()) or "none"
-    lines.append(f"{card['judgments']} judgments, {card['asked']} asked ({statuses}), {card['by_rule']} decided by rule,")
-    lines.append(f"{card['reasked']} asked again, {card['marker_in_answer']} with text addressed to the judge, {card['cut']} cut to fit.")
+    lines.append(
+        f"{card['judgments']} judgments, {card['asked']} asked ({statuses}), {card['by_rule']}"
+        " decided by rule,"
+    )
+    lines.append(
+        f"{card['reasked']} asked again, {card['marker_in_answer']} with text addressed to the"
+        f" judge, {card['cut']} cut to fit."
+    )
     lines += ["", "| check | value | needs | result |"]
     lines += ["|---|---|---|---|"]
     for check in card["checks"]:
@@ -184,15 +267,27 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
         ("without a verdict", _shown(card["unparsed"])),
         (
             "against its own words",
-            _shown(contradictions["interval"]) + (f"; {contradictions['direction']}" if contradictions["direction"] else ""),
+            _shown(contradictions["interval"])
+            + (f"; {contradictions['direction']}" if contradictions["direction"] else ""),
         ),
     ]
     for probe, name in _PROBE_NAMES.items():
-        measured.append((name, _shown(card["probes"][probe]["share"]) if probe in card["probes"] else "not measured"))
+        measured.append(
+            (
+                name,
+                _shown(card["probes"][probe]["share"])
+                if probe in card["probes"]
+                else "not measured",
+            )
+        )
     if card["mean_mass"] is not None:
         measured.append(("probability mass on allowed verdicts", f"{card['mean_mass']:.3f}"))
     modes = card.get("modes")
-    agree = f"{_shown(modes['agreement'])}; {modes['asked']} asked in mode {modes['other']}" if modes else "not measured"
+    agree = (
+        f"{_shown(modes['agreement'])}; {modes['asked']} asked in mode {modes['other']}"
+        if modes
+        else "not measured"
+    )
     measured.append(("same verdict in the other verdict mode", agree))
     human = card["human"]
     if not human:
@@ -203,5 +298,10 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
             ("human labels, outcomes", _shown(human["outcome_accuracy"])),
         ]
         measured.append(("human labels, kappa", _shown(human["kappa"])))
-    lines += ["", "| measured | value, 95% interval |", "|---|---|", *(f"| {name} | {value} |" for name, value in measured)]
+    lines += [
+        "",
+        "| measured | value, 95% interval |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in measured),
+    ]
     return "\n".join(lines) + "\n"

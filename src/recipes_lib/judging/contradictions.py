@@ -1,13 +1,17 @@
-"""A verdict against the judge's own words: how often they disagree, and whom the disagreement favours.
+"""A verdict against the judge's own words: how often they disagree, and whom the disagreement
+favours.
 
-The rule, for a comparison. A sentence decides if it says in so many words that one response beats the other: "Response A is
-(significantly) better than / superior to Response B", "Response B is worse than / inferior to Response A", "makes Response A
-(the) better / superior / stronger", "Response B is the better choice / superior / more effective ... than Response A", "Response A
-excels / stands out / outperforms". The last such sentence counts, as the judge's conclusion. Negated and hedged sentences
-("not better", "neither", "if", "could be better"), and sentences that name a winner twice differently, do not decide. A row is
-decidable if its words decide and its verdict names a side; it contradicts itself if the two are different sides.
+The rule, for a comparison. A sentence decides if it says in so many words that one response beats
+the other: "Response A is (significantly) better than / superior to Response B", "Response B is
+worse than / inferior to Response A", "makes Response A (the) better / superior / stronger",
+"Response B is the better choice / superior / more effective ... than Response A", "Response A
+excels / stands out / outperforms". The last such sentence counts, as the judge's conclusion.
+Negated and hedged sentences ("not better", "neither", "if", "could be better"), and sentences that
+name a winner twice differently, do not decide. A row is decidable if its words decide and its
+verdict names a side; it contradicts itself if the two are different sides.
 
-In absolute grading the words decide where a sentence states the overall or final score ("the overall score is 4").
+In absolute grading the words decide where a sentence states the overall or final score ("the
+overall score is 4").
 """
 
 from __future__ import annotations
@@ -39,13 +43,16 @@ _UPWARD = [
         re.IGNORECASE,
     ),
     re.compile(
-        rf"\b{_R}\s+(?:\w+ly\s+)?(?:outperforms|surpasses|excels|stands\s+out|outshines|has\s+the\s+edge|has\s+an\s+edge)\b", re.IGNORECASE
+        rf"\b{_R}\s+(?:\w+ly\s+)?(?:outperforms|surpasses|excels|stands\s+out|outshines|has\s+the\s+edge|has\s+an\s+edge)\b",
+        re.IGNORECASE,
     ),
     re.compile(rf"\b{_R}\s+{_MIDDLE}(?:making|rendering)\s+it{_DEGREE}\s+{_UP}\b", re.IGNORECASE),
 ]
 _DOWNWARD = [
     re.compile(rf"\b{_R}\s*,?\s+(?:\w+ly\s+)?{_BE}{_DEGREE}\s+{_DOWN}\b", re.IGNORECASE),
-    re.compile(rf"\b(?:makes?|making|made|renders?|rendering)\s+{_R}{_DEGREE}\s+{_DOWN}\b", re.IGNORECASE),
+    re.compile(
+        rf"\b(?:makes?|making|made|renders?|rendering)\s+{_R}{_DEGREE}\s+{_DOWN}\b", re.IGNORECASE
+    ),
 ]
 _UNDECIDED = re.compile(
     r"\b(?:neither|not\s+(?:\w+\s+)?(?:better|superior|worse|inferior)|nor\b|if\b|could\s+be|might\s+be|may\s+be|equally|both\s+responses\s+are\s+(?:better|worse))",
@@ -53,7 +60,8 @@ _UNDECIDED = re.compile(
 )
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _STATED = re.compile(
-    r"\b(?:overall|final)\s+(?:score|rating)\s+(?:is|of|would\s+be|should\s+be)\s+(?:a\s+)?([1-5])\b(?!\s*(?:-|to|or)\s*\d)", re.IGNORECASE
+    r"\b(?:overall|final)\s+(?:score|rating)\s+(?:is|of|would\s+be|should\s+be)\s+(?:a\s+)?([1-5])\b(?!\s*(?:-|to|or)\s*\d)",
+    re.IGNORECASE,
 )
 _RESULT = re.compile(r"\[(?:result|score)\].*", re.IGNORECASE | re.DOTALL)
 
@@ -62,7 +70,8 @@ _RESULT = re.compile(r"\[(?:result|score)\].*", re.IGNORECASE | re.DOTALL)
 class Contradictions:
     """How often verdict and words disagree.
 
-    `for_first` are the contradictions whose verdict favours Response A against the words; `direction` puts it in words.
+    `for_first` are the contradictions whose verdict favours Response A against the words;
+    `direction` puts it in words.
     """
 
     n: int
@@ -82,16 +91,21 @@ def _named(sentence: str) -> set[str]:
     """The responses that a sentence calls the better one."""
     other = {"a": "b", "b": "a"}
     named = {match.group(1).lower() for pattern in _UPWARD for match in pattern.finditer(sentence)}
-    return named | {other[match.group(1).lower()] for pattern in _DOWNWARD for match in pattern.finditer(sentence)}
+    return named | {
+        other[match.group(1).lower()]
+        for pattern in _DOWNWARD
+        for match in pattern.finditer(sentence)
+    }
 
 
 def stated_winner(text: str) -> str | None:
-    """Return the response ("A" or "B") that a judge's own words call the better one, or None if they do not decide.
+    """Return the response ("A" or "B") that a judge's own words call the better one, or None if
+    they do not decide.
 
     Example:
         >>> stated_winner("A is brief. Therefore, Response B is significantly better than Response A. [Overall] 5")
         'B'
-    """
+    """  # noqa: E501
     for sentence in reversed(_SENTENCE.split(text)):
         if _UNDECIDED.search(sentence):
             continue
@@ -116,7 +130,8 @@ def find_contradictions(rows: Iterable[tuple[str, str | int | None]]) -> Contrad
     """Count contradictions over (text, verdict) pairs.
 
     Args:
-        rows: the judge's text and its verdict: "A", "B" (a comparison), 1-5 (a grade), or anything else for a tie or none.
+        rows: the judge's text and its verdict: "A", "B" (a comparison), 1-5 (a grade), or anything
+            else for a tie or none.
     """
     n = decidable = count = for_first = graded = 0
     for text, verdict in rows:
@@ -131,13 +146,27 @@ def find_contradictions(rows: Iterable[tuple[str, str | int | None]]) -> Contrad
         decidable += words is not None
         count += words is not None and words != verdict
     interval = wilson(count, decidable)
-    return Contradictions(n, decidable, count, for_first, interval.estimate, interval, _direction(count, for_first, graded > 0))
+    return Contradictions(
+        n,
+        decidable,
+        count,
+        for_first,
+        interval.estimate,
+        interval,
+        _direction(count, for_first, graded > 0),
+    )
 
 
 def _direction(count: int, for_first: int, graded: bool) -> str | None:
     """Whom the contradictions favour, in words."""
     if not count:
         return None
-    names = ("a higher score than the words", "a lower score than the words") if graded else ("Response A", "Response B")
-    favoured, times = (names[0], for_first) if 2 * for_first >= count else (names[1], count - for_first)
+    names = (
+        ("a higher score than the words", "a lower score than the words")
+        if graded
+        else ("Response A", "Response B")
+    )
+    favoured, times = (
+        (names[0], for_first) if 2 * for_first >= count else (names[1], count - for_first)
+    )
     return f"{times} of {count} favour {favoured}"

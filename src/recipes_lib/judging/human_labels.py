@@ -1,7 +1,7 @@
 """Pairs with human labels, and how far a judge agrees with them.
 
-Formats: PandaLM's test set (three annotators per pair, the majority counts; without one the label is a tie) and LLMBar (one
-objective label per pair).
+Formats: PandaLM's test set (three annotators per pair, the majority counts; without one the label
+is a tie) and LLMBar (one objective label per pair).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def load_labelled_pairs(path: str | Path) -> list[tuple[Item, str]]:
         try:
             pairs.append(_llmbar(row) if "label" in row else _pandalm(row))
         except (KeyError, TypeError) as fault:
-            raise DataError(f"row {number} is neither PandaLM nor LLMBar: {fault}", file=path) from None
+            raise DataError(
+                f"row {number} is neither PandaLM nor LLMBar: {fault}", file=path
+            ) from None
     return pairs
 
 
@@ -60,7 +62,11 @@ def pairs_by_id(paths: Sequence[str | Path]) -> dict[str, tuple[Item, str]]:
     for path in paths:
         for item, label in load_labelled_pairs(path):
             if pairs.get(item.question_id, (item, label))[1] != label:
-                raise DataError(f"a pair has two labels: {item.instruction[:60]!r}", "remove one of the rows", file=path)
+                raise DataError(
+                    f"a pair has two labels: {item.instruction[:60]!r}",
+                    "remove one of the rows",
+                    file=path,
+                )
             pairs[item.question_id] = item, label
     return pairs
 
@@ -72,41 +78,59 @@ def load_labels(paths: Sequence[str | Path]) -> dict[str, str]:
 
 def _item(instruction: str, first: str, second: str, source: str) -> Item:
     """A pair whose id is a hash of its texts."""
-    return Item(f"{source}:{text_hash(chr(0).join((instruction, first, second)))[:16]}", instruction, first, second)
+    return Item(
+        f"{source}:{text_hash(chr(0).join((instruction, first, second)))[:16]}",
+        instruction,
+        first,
+        second,
+    )
 
 
 def _llmbar(row: Mapping[str, Any]) -> tuple[Item, str]:
     """One LLMBar row."""
-    return _item(row["input"], row["output_1"], row["output_2"], "llmbar"), {1: "win", 2: "loss"}[row["label"]]
+    return _item(row["input"], row["output_1"], row["output_2"], "llmbar"), {1: "win", 2: "loss"}[
+        row["label"]
+    ]
 
 
 def _pandalm(row: Mapping[str, Any]) -> tuple[Item, str]:
     """One PandaLM row: the label that at least two of three annotators gave."""
     instruction = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-    label, votes = Counter(_LABELS[row[f"annotator{number}"]] for number in (1, 2, 3)).most_common(1)[0]
+    label, votes = Counter(_LABELS[row[f"annotator{number}"]] for number in (1, 2, 3)).most_common(
+        1
+    )[0]
     # one response of the published file is the JSON value false instead of a text
-    return _item(instruction, str(row["response1"]), str(row["response2"]), "pandalm"), label if votes > 1 else "tie"
+    return _item(
+        instruction, str(row["response1"]), str(row["response2"]), "pandalm"
+    ), label if votes > 1 else "tie"
 
 
 def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> dict[str, Any]:
     """Return how far a judge's outcomes agree with labels.
 
-    `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` is chance-corrected. `verdict_accuracy` looks at
-    single verdicts on pairs that people decided, where chance is one half whatever the judge's position bias, because each pair
-    is seen in both orders; its interval is clustered by pair and answers "above chance".
+    `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` is chance-corrected.
+    `verdict_accuracy` looks at single verdicts on pairs that people decided, where chance is one
+    half whatever the judge's position bias, because each pair is seen in both orders; its interval
+    is clustered by pair and answers "above chance".
     """
     labelled = [(item, labels[item.id]) for item in outcomes if item.id in labels]
     resolved = [(item, label) for item, label in labelled if item.resolved]
     said, truth = [item.outcome for item, _ in resolved], [label for _, label in resolved]
     right = sum(outcome == label for outcome, label in zip(said, truth, strict=True))
     meaning = {"win": ("A", "B"), "loss": ("B", "A")}
-    verdicts = [sum(map(str.__eq__, item.verdicts, meaning[label])) / 2 for item, label in resolved if label != "tie" and not item.by_rule]
+    verdicts = [
+        sum(map(str.__eq__, item.verdicts, meaning[label])) / 2
+        for item, label in resolved
+        if label != "tie" and not item.by_rule
+    ]
     interval = mean_interval(verdicts)
     return {
         "n": len(labelled),
         "unresolved": len(labelled) - len(resolved),
         "outcome_accuracy": accuracy(said, truth).to_dict(),
-        "outcome_accuracy_bounds": rate_bounds(right, len(labelled), len(labelled) - len(resolved)).to_dict(),
+        "outcome_accuracy_bounds": rate_bounds(
+            right, len(labelled), len(labelled) - len(resolved)
+        ).to_dict(),
         "kappa": cohens_kappa(said, truth).to_dict(),
         "verdict_accuracy": interval.to_dict(),
         "above_chance": None if interval.low is None else interval.low > 0.5,

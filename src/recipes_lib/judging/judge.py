@@ -1,9 +1,12 @@
-"""Asking the judge: the protocol that every judge answers to, and the loop that asks in both orders over a store.
+"""Asking the judge: the protocol that every judge answers to, and the loop that asks in both orders
+over a store.
 
-A judge is anything with a `fingerprint` and `complete(requests)`; models, servers and the fakes of the tests are all that. Each reply is
-stored as it arrives. What has been stored is not asked again, so the same command continues an evaluation that ended early. A malformed
-verdict is asked again a bounded number of times with a new seed, and every attempt is stored. Only a reply of the judge is a verdict: a
-request that failed or was refused is not stored. It is missing, and the evaluation says so.
+A judge is anything with a `fingerprint` and `complete(requests)`; models, servers and the fakes of
+the tests are all that. Each reply is stored as it arrives. What has been stored is not asked again,
+so the same command continues an evaluation that ended early. A malformed verdict is asked again a
+bounded number of times with a new seed, and every attempt is stored. Only a reply of the judge is a
+verdict: a request that failed or was refused is not stored. It is missing, and the evaluation says
+so.
 """
 
 from __future__ import annotations
@@ -16,11 +19,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from recipes_lib.errors import ExitCode, RecipesError
-from recipes_lib.judging.prometheus import CountTokens, JudgePrompt, Rubric, Template, build_prompt, nonce
+from recipes_lib.judging.prometheus import (
+    CountTokens,
+    JudgePrompt,
+    Rubric,
+    Template,
+    build_prompt,
+    nonce,
+)
 from recipes_lib.judging.store import JudgmentStore, judgment_key, text_hash
 from recipes_lib.judging.verdicts import Status, Verdict, parse_absolute, parse_relative
 
-DECIDED_AT_ONCE = 1000  # verdicts that need no judge are stored together: syncing each would take longer than finding it
+# verdicts that need no judge are stored together: syncing each would take longer than finding it
+DECIDED_AT_ONCE = 1000
 ALLOWED = {"relative": ("A", "B"), "absolute": ("1", "2", "3", "4", "5")}
 
 
@@ -32,7 +43,8 @@ class EvaluationIncomplete(RecipesError):
 
 @dataclass(frozen=True)
 class Item:
-    """What is to be judged: one answer (absolute), or the candidate's and its opponent's (relative).
+    """What is to be judged: one answer (absolute), or the candidate's and its opponent's
+    (relative).
 
     `meta` is stored with each judgment as it is (category, turn, probe).
     """
@@ -49,8 +61,9 @@ class Item:
 class JudgeRequest:
     """One question to the judge.
 
-    `order` is "AB" when the candidate is Response A, "BA" when it is Response B, and "single" in absolute grading. `allowed` are
-    the verdict tokens for a judge that reads probabilities. `seed` and `temperature` change with each attempt.
+    `order` is "AB" when the candidate is Response A, "BA" when it is Response B, and "single" in
+    absolute grading. `allowed` are the verdict tokens for a judge that reads probabilities. `seed`
+    and `temperature` change with each attempt.
     """
 
     key: str
@@ -73,9 +86,12 @@ class JudgeReply:
     Args:
         text: what the judge wrote after the prompt.
         finish_reason: "stop", or "length" when it was cut off.
-        probabilities: next-token probability of each allowed token (not normalised: their sum is the mass).
-        error: why there is no reply; None if there is one. Such a judgment is missing, and is asked again by the next run.
-        refused: the server refused the request as it is, so that something has to be changed before it can be answered.
+        probabilities: next-token probability of each allowed token (not normalised: their sum is
+            the mass).
+        error: why there is no reply; None if there is one. Such a judgment is missing, and is asked
+            again by the next run.
+        refused: the server refused the request as it is, so that something has to be changed before
+            it can be answered.
     """
 
     text: str | None = None
@@ -86,14 +102,18 @@ class JudgeReply:
 
 
 class Judge(Protocol):
-    """A judge. `fingerprint` names weights (or served model), decoding settings and verdict mode."""
+    """A judge. `fingerprint` names weights (or served model), decoding settings and
+    verdict mode.
+    """
 
     @property
     def fingerprint(self) -> str:
         """Hash that changes whenever the same prompt could get another verdict."""
 
     def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
-        """Yield each request's key with its reply as it arrives, in any order; transport errors are replies, not exceptions."""
+        """Yield each request's key with its reply as it arrives, in any order; transport errors are
+        replies, not exceptions.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +139,9 @@ class JudgePlan:
 
 @dataclass
 class Failures:
-    """Requests without a reply: how often each reason was given, how many the server refused as they are, how many came in a row."""
+    """Requests without a reply: how often each reason was given, how many the server refused as
+    they are, how many came in a row.
+    """
 
     reasons: Counter[str] = field(default_factory=Counter)
     refused: int = 0
@@ -145,13 +167,18 @@ class Failures:
     def remedy(self) -> str:
         """Return what to do about them."""
         if self.refused == self.total:
-            return "the server refuses them as they are: change the recipe or the server, then run the same command to ask again"
+            return (
+                "the server refuses them as they are: change the recipe or the server, then run the"
+                " same command to ask again"
+            )
         return "run the same command to continue"
 
 
 @dataclass
 class JudgeRun:
-    """What a run did: judgments asked and stored, decided by rule, already there, re-asked, and failed (missing)."""
+    """What a run did: judgments asked and stored, decided by rule, already there, re-asked, and
+    failed (missing).
+    """
 
     asked: int = 0
     by_rule: int = 0
@@ -166,14 +193,20 @@ class JudgeRun:
             EvaluationIncomplete: with each reason and how often it was given.
         """
         if self.failed.total:
-            raise EvaluationIncomplete(f"{self.failed.total} judgments are missing: {self.failed}", self.failed.remedy())
+            raise EvaluationIncomplete(
+                f"{self.failed.total} judgments are missing: {self.failed}", self.failed.remedy()
+            )
 
 
-def build_requests(items: Iterable[Item], plan: JudgePlan, fingerprint: str) -> Iterator[JudgeRequest]:
+def build_requests(
+    items: Iterable[Item], plan: JudgePlan, fingerprint: str
+) -> Iterator[JudgeRequest]:
     """Yield the requests of each item: both orders of a pair, or the one of a single answer."""
     for item in items:
         if (item.opponent is None) != (plan.kind == "absolute"):
-            raise ValueError(f"item {item.question_id} does not fit the {plan.kind} prompt {plan.template.name}")
+            raise ValueError(
+                f"item {item.question_id} does not fit the {plan.kind} prompt {plan.template.name}"
+            )
         answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
         code = nonce(item.question_id, answers, str(plan.seed))
         for order in ("single",) if item.opponent is None else ("AB", "BA"):
@@ -181,9 +214,13 @@ def build_requests(items: Iterable[Item], plan: JudgePlan, fingerprint: str) -> 
             yield make_request(item, order, shown, plan, fingerprint, code)
 
 
-def make_request(item: Item, order: str, shown: Sequence[str], plan: JudgePlan, fingerprint: str, code: str) -> JudgeRequest:
+def make_request(
+    item: Item, order: str, shown: Sequence[str], plan: JudgePlan, fingerprint: str, code: str
+) -> JudgeRequest:
     """Return one request for answers in the prompt's order."""
-    decided = plan.rules and rule_verdict(plan.kind, shown) is not None  # such a prompt is not sent, so it needs not fit
+    decided = (
+        plan.rules and rule_verdict(plan.kind, shown) is not None
+    )  # such a prompt is not sent, so it needs not fit
     prompt = build_prompt(
         plan.template,
         plan.rubric,
@@ -194,12 +231,26 @@ def make_request(item: Item, order: str, shown: Sequence[str], plan: JudgePlan, 
         count_tokens=None if decided else plan.count_tokens,
         max_tokens=plan.max_prompt_tokens,
     )
-    key = judgment_key(item.question_id, order, fingerprint, prompt.hash, [text_hash(answer) for answer in shown])
-    return JudgeRequest(key, plan.kind, str(item.question_id), order, prompt, tuple(shown), ALLOWED[plan.kind], item.meta, seed=plan.seed)
+    key = judgment_key(
+        item.question_id, order, fingerprint, prompt.hash, [text_hash(answer) for answer in shown]
+    )
+    return JudgeRequest(
+        key,
+        plan.kind,
+        str(item.question_id),
+        order,
+        prompt,
+        tuple(shown),
+        ALLOWED[plan.kind],
+        item.meta,
+        seed=plan.seed,
+    )
 
 
 def rule_verdict(kind: str, answers: Sequence[str]) -> Verdict | None:
-    """Return the verdict that needs no judge: an empty answer loses (score 1), identical answers tie; None otherwise."""
+    """Return the verdict that needs no judge: an empty answer loses (score 1), identical answers
+    tie; None otherwise.
+    """
     empty = [not answer.strip() for answer in answers]
     if kind == "absolute":
         return Verdict(Status.OK, 1, "empty answer") if empty[0] else None
@@ -211,7 +262,9 @@ def rule_verdict(kind: str, answers: Sequence[str]) -> Verdict | None:
 
 
 def read_reply(request: JudgeRequest, reply: JudgeReply) -> Verdict:
-    """Return the verdict of a reply, from its probabilities where it has them, else from its text."""
+    """Return the verdict of a reply, from its probabilities where it has them, else from
+    its text.
+    """
     if reply.probabilities is None:
         parse = parse_relative if request.kind == "relative" else parse_absolute
         return parse(reply.text, reply.finish_reason)
@@ -225,7 +278,11 @@ def read_reply(request: JudgeRequest, reply: JudgeReply) -> Verdict:
 
 
 def judge_items(
-    items: Iterable[Item], judge: Judge, store: JudgmentStore, plan: JudgePlan, progress: Callable[[JudgeRun], None] | None = None
+    items: Iterable[Item],
+    judge: Judge,
+    store: JudgmentStore,
+    plan: JudgePlan,
+    progress: Callable[[JudgeRun], None] | None = None,
 ) -> JudgeRun:
     """Judge every item and store the verdicts.
 
@@ -270,13 +327,20 @@ def ask(
                     continue
                 run.failed.in_a_row = 0
                 verdict = read_reply(request, reply)
-                malformed = verdict.status in (Status.UNPARSED, Status.EMPTY) and reply.probabilities is None
+                malformed = (
+                    verdict.status in (Status.UNPARSED, Status.EMPTY)
+                    and reply.probabilities is None
+                )
                 if malformed and request.attempt <= plan.max_reasks:
-                    attempts.append({"seed": request.seed, "status": verdict.status.value, "raw": reply.text})
+                    attempts.append(
+                        {"seed": request.seed, "status": verdict.status.value, "raw": reply.text}
+                    )
                     retries.append((_reask(request, plan), attempts))
                     run.reasked += 1
                 else:
-                    run.asked += store.append(_row(request, verdict, judge.fingerprint, "judge", reply, attempts))
+                    run.asked += store.append(
+                        _row(request, verdict, judge.fingerprint, "judge", reply, attempts)
+                    )
                 if progress:
                     progress(run)
         if waiting:
@@ -294,7 +358,9 @@ def _next_batch(
     fingerprint: str,
     run: JudgeRun,
 ) -> dict[str, tuple[JudgeRequest, list[dict[str, Any]]]]:
-    """Up to a batch of requests that the judge must answer, by key; the others are counted, or stored together on the way."""
+    """Up to a batch of requests that the judge must answer, by key; the others are counted, or
+    stored together on the way.
+    """
     batch: dict[str, tuple[JudgeRequest, list[dict[str, Any]]]] = {}
     decided: list[dict[str, Any]] = []
     while retries and len(batch) < plan.batch_size:
@@ -310,7 +376,10 @@ def _next_batch(
             decided.append(_row(request, verdict, fingerprint, "rule"))
             run.by_rule += 1
         elif not request.prompt.fits:
-            verdict = Verdict(Status.TRUNCATED, reason="the prompt does not fit the judge, even with its answers cut")
+            verdict = Verdict(
+                Status.TRUNCATED,
+                reason="the prompt does not fit the judge, even with its answers cut",
+            )
             decided.append(_row(request, verdict, fingerprint, "limit"))
             run.asked += 1
         else:
@@ -325,25 +394,56 @@ def _next_batch(
 def _reask(request: JudgeRequest, plan: JudgePlan) -> JudgeRequest:
     """The request with a new seed, at a temperature where the seed matters."""
     seed = int(text_hash(f"{request.seed}:{request.attempt}:{request.key}")[:8], 16)
-    return replace(request, seed=seed, temperature=plan.reask_temperature, attempt=request.attempt + 1)
+    return replace(
+        request, seed=seed, temperature=plan.reask_temperature, attempt=request.attempt + 1
+    )
 
 
 def _row(
-    request: JudgeRequest, verdict: Verdict, fingerprint: str, source: str, reply: JudgeReply | None = None, attempts: Sequence[Any] = ()
+    request: JudgeRequest,
+    verdict: Verdict,
+    fingerprint: str,
+    source: str,
+    reply: JudgeReply | None = None,
+    attempts: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """The stored line. `lengths` are characters of the answers in the prompt's order."""
-    row: dict[str, Any] = {"key": request.key, "kind": request.kind, "question_id": request.question_id, "order": request.order}
-    row |= {"status": verdict.status.value, "value": verdict.value, "reason": verdict.reason, "source": source, "judge": fingerprint}
-    row |= {"prompt_hash": request.prompt.hash, "answer_hashes": [text_hash(answer) for answer in request.answers]}
+    row: dict[str, Any] = {
+        "key": request.key,
+        "kind": request.kind,
+        "question_id": request.question_id,
+        "order": request.order,
+    }
+    row |= {
+        "status": verdict.status.value,
+        "value": verdict.value,
+        "reason": verdict.reason,
+        "source": source,
+        "judge": fingerprint,
+    }
+    row |= {
+        "prompt_hash": request.prompt.hash,
+        "answer_hashes": [text_hash(answer) for answer in request.answers],
+    }
     row |= {
         "lengths": [len(answer) for answer in request.answers],
         "marker_in_answer": request.prompt.marker_in_answer,
         "cut": request.prompt.cut,
     }
-    row |= {"seed": request.seed, "temperature": request.temperature, "attempts": list(attempts), "meta": dict(request.meta)}
+    row |= {
+        "seed": request.seed,
+        "temperature": request.temperature,
+        "attempts": list(attempts),
+        "meta": dict(request.meta),
+    }
     if reply is not None:
         row |= {"raw": reply.text, "finish_reason": reply.finish_reason}
         if reply.probabilities is not None:
-            finite = {token: share for token, share in reply.probabilities.items() if math.isfinite(share)}
-            row |= {"probabilities": finite, "mass": sum(finite.get(token, 0.0) for token in request.allowed)}
+            finite = {
+                token: share for token, share in reply.probabilities.items() if math.isfinite(share)
+            }
+            row |= {
+                "probabilities": finite,
+                "mass": sum(finite.get(token, 0.0) for token in request.allowed),
+            }
     return row

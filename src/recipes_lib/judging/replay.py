@@ -1,8 +1,10 @@
-"""Replaying foreign judgments: the numbers that were published, to the digit, beside what they rest on.
+"""Replaying foreign judgments: the numbers that were published, to the digit, beside what they rest
+on.
 
-No model is needed. The published numbers follow the rules of their source: percentages over all rows for the original study,
-twice the 1-5 mean over question means with 1.96 standard errors for its MT-Bench, the library's win rate for alpaca_eval, plain
-means for FastChat. Ours stand beside them: unparsed verdicts, contradictions, orders, and bounds.
+No model is needed. The published numbers follow the rules of their source: percentages over all
+rows for the original study, twice the 1-5 mean over question means with 1.96 standard errors for
+its MT-Bench, the library's win rate for alpaca_eval, plain means for FastChat. Ours stand beside
+them: unparsed verdicts, contradictions, orders, and bounds.
 """
 
 from __future__ import annotations
@@ -32,11 +34,16 @@ def replay(path: str | Path) -> dict[str, Any]:
 
 
 def replay_files(paths: Sequence[str | Path]) -> dict[str, Any]:
-    """Return one report for one file; for several, their reports under `files` and findings about them together."""
+    """Return one report for one file; for several, their reports under `files` and findings about
+    them together.
+    """
     files = [read_foreign(path) for path in paths]
     if len(files) == 1:
         return report_of(files[0])
-    return {"files": [report_of(file) for file in files], "findings": [finding.to_dict() for finding in compare_files(files)]}
+    return {
+        "files": [report_of(file) for file in files],
+        "findings": [finding.to_dict() for finding in compare_files(files)],
+    }
 
 
 def report_of(file: ForeignFile) -> dict[str, Any]:
@@ -51,7 +58,9 @@ def report_of(file: ForeignFile) -> dict[str, Any]:
     )
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        groups[f"{record.model} against {record.against}" if record.against else record.model].append(record)
+        groups[
+            f"{record.model} against {record.against}" if record.against else record.model
+        ].append(record)
     return {
         "file": str(file.path),
         "format": file.format,
@@ -62,7 +71,9 @@ def report_of(file: ForeignFile) -> dict[str, Any]:
         "order": _order(file),
         "bounds": _pair_bounds(records) if pair else _grade_bounds(file, records),
         "alpaca_eval": _alpaca_eval(records) if file.format == "alpaca-eval-annotations" else None,
-        "groups": {name: _recorded(file, rows) for name, rows in groups.items()} if len(groups) > 1 else None,
+        "groups": {name: _recorded(file, rows) for name, rows in groups.items()}
+        if len(groups) > 1
+        else None,
         "findings": [finding.to_dict() for finding in find_all(file, contradictions)],
     }
 
@@ -74,7 +85,9 @@ def _recorded(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any]:
     outcomes = Counter(record.recorded for record in counted)
     n = len(counted)
     scores = [record.score for record in records if record.score is not None]
-    result: dict[str, Any] = {name: 100 * outcomes[name] / n if n else None for name in ("win", "loss", "tie")}
+    result: dict[str, Any] = {
+        name: 100 * outcomes[name] / n if n else None for name in ("win", "loss", "tie")
+    }
     result |= {
         "n": n or len(scores),
         "mean_score": sum(scores) / len(scores) if scores else None,
@@ -92,11 +105,17 @@ def _recorded(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any]:
         }
     elif form == "original-alpaca-eval-csv":
         interval = mean_interval(scores)
-        result |= {"mean_score_interval": [interval.low, interval.high], "scale": "1..5, 5 = the model is much better"}
+        result |= {
+            "mean_score_interval": [interval.low, interval.high],
+            "scale": "1..5, 5 = the model is much better",
+        }
     elif form == "fastchat-single":
         result |= {
             "scale": f"1..{file.highest}",
-            "turns": {str(turn): _mean([r.score for r in records if r.turn == turn]) for turn in sorted({r.turn for r in records})},
+            "turns": {
+                str(turn): _mean([r.score for r in records if r.turn == turn])
+                for turn in sorted({r.turn for r in records})
+            },
         }
     return result
 
@@ -107,8 +126,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _question_mean(records: Sequence[Record]) -> tuple[float | None, float | None, float | None, int]:
-    """The original study's mean and 95% interval: question means, doubled, plus and minus 1.96 standard errors."""
+def _question_mean(
+    records: Sequence[Record],
+) -> tuple[float | None, float | None, float | None, int]:
+    """The original study's mean and 95% interval: question means, doubled, plus and minus 1.96
+    standard errors.
+    """
     by_question: dict[str, list[float]] = defaultdict(list)
     for record in records:
         if record.score is not None:
@@ -121,32 +144,57 @@ def _question_mean(records: Sequence[Record]) -> tuple[float | None, float | Non
 
 
 def _order(file: ForeignFile) -> dict[str, Any]:
-    """In which orders the answers were shown, and how often the second order changed the verdict."""
+    """In which orders the answers were shown, and how often the second order changed the
+    verdict.
+    """
     if file.kind == "grade":
         return {"judged": "single-answer", "flips": None, "flip_rate": None, "interval": None}
     if not file.both_orders:
         return {"judged": "one-order", "flips": None, "flip_rate": None, "interval": None}
-    known = [record.flipped for record in file.records if record.flipped is not None and record.resolved]
+    known = [
+        record.flipped for record in file.records if record.flipped is not None and record.resolved
+    ]
     if file.format == "fastchat-pair" or known:
         flips = [bool(flipped) for flipped in known]
     else:
-        seen = {(record.id, record.answer, record.opponent): record.recorded for record in file.records}
+        seen = {
+            (record.id, record.answer, record.opponent): record.recorded for record in file.records
+        }
         mirror = {"win": "loss", "loss": "win", "tie": "tie"}
-        swaps = [(seen[key], seen.get((key[0], key[2], key[1]))) for key in seen if str(key[1]) < str(key[2])]
-        flips = [mirror[first] != second for first, second in swaps if first is not None and second is not None]
+        swaps = [
+            (seen[key], seen.get((key[0], key[2], key[1])))
+            for key in seen
+            if str(key[1]) < str(key[2])
+        ]
+        flips = [
+            mirror[first] != second
+            for first, second in swaps
+            if first is not None and second is not None
+        ]
     interval = wilson(sum(flips), len(flips))
-    return {"judged": "both", "flips": sum(flips), "flip_rate": interval.estimate, "interval": [interval.low, interval.high]}
+    return {
+        "judged": "both",
+        "flips": sum(flips),
+        "flip_rate": interval.estimate,
+        "interval": [interval.low, interval.high],
+    }
 
 
 def _pair_bounds(records: Sequence[Record]) -> dict[str, Any]:
     """The win percentage with every judgment without a verdict lost, and with every one won."""
     wins = sum(record.recorded == "win" and record.resolved for record in records)
     unparsed = sum(not record.resolved for record in records)
-    return {"of": "win percent", "all_lost": 100 * wins / len(records), "all_won": 100 * (wins + unparsed) / len(records)}
+    return {
+        "of": "win percent",
+        "all_lost": 100 * wins / len(records),
+        "all_won": 100 * (wins + unparsed) / len(records),
+    }
 
 
 def _grade_bounds(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any]:
-    """The published mean with every missing or unparsed turn at the lowest, and at the highest grade; a row that repeats counts again."""
+    """The published mean with every missing or unparsed turn at the lowest, and at the highest
+    grade; a row that repeats counts again.
+    """
     turns = {record.turn for record in records}
     seen: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -154,7 +202,8 @@ def _grade_bounds(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any
     bounds = {}
     for name, grade in (("all_lost", 1), ("all_won", file.highest)):
         filled = [
-            [grade if record.score is None else record.score for record in rows] + [grade] * len(turns - {record.turn for record in rows})
+            [grade if record.score is None else record.score for record in rows]
+            + [grade] * len(turns - {record.turn for record in rows})
             for rows in seen.values()
         ]
         if file.format == "fastchat-single":
@@ -165,7 +214,9 @@ def _grade_bounds(file: ForeignFile, records: Sequence[Record]) -> dict[str, Any
 
 
 def _alpaca_eval(records: Sequence[Record]) -> dict[str, Any]:
-    """The alpaca_eval library's win rate and standard error, in percent: a draw is half a win, no verdict is left out."""
+    """The alpaca_eval library's win rate and standard error, in percent: a draw is half a win, no
+    verdict is left out.
+    """
     values = np.array([record.value for record in records if record.value is not None])
     n = len(values)
     error = 100 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None

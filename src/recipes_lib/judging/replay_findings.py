@@ -1,4 +1,6 @@
-"""What is wrong with foreign judgments, as named findings. A finding states counts, never an opinion."""
+"""What is wrong with foreign judgments, as named findings. A finding states counts, never an
+opinion.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class ReplayFinding:
 
 def _named(name: str, message: str, records: Sequence[Record]) -> ReplayFinding:
     """A finding about records."""
-    places = [record.id[:80] + ("" if record.turn == 1 else f" turn {record.turn}") for record in records]
+    places = [
+        record.id[:80] + ("" if record.turn == 1 else f" turn {record.turn}") for record in records
+    ]
     return ReplayFinding(name, message, len(records), places[:20])
 
 
@@ -56,7 +60,10 @@ def _one_order(file: ForeignFile) -> ReplayFinding | None:
     """Comparisons that were judged with the answers in one order only."""
     if file.kind != "pair" or file.both_orders:
         return None
-    message = f"{len(file.records)} comparisons were judged in one order only: position bias is unknown and part of every rate"
+    message = (
+        f"{len(file.records)} comparisons were judged in one order only: position bias is unknown"
+        " and part of every rate"
+    )
     return ReplayFinding("one-order-judging", message, len(file.records))
 
 
@@ -77,7 +84,11 @@ def _unparsed(file: ForeignFile) -> ReplayFinding | None:
     if any(record.recorded == "tie" for record in unparsed):
         message = f"{len(unparsed)} judgments without a verdict were counted as ties"
         return _named("unparsed-as-tie", message, unparsed)
-    return _named("unparsed-left-out", f"{len(unparsed)} judgments without a verdict were left out of the numbers", unparsed)
+    return _named(
+        "unparsed-left-out",
+        f"{len(unparsed)} judgments without a verdict were left out of the numbers",
+        unparsed,
+    )
 
 
 def _empty_wins(records: Sequence[Record]) -> ReplayFinding | None:
@@ -85,27 +96,56 @@ def _empty_wins(records: Sequence[Record]) -> ReplayFinding | None:
     wins = [
         record
         for record in records
-        if (record.recorded == "win" and record.answer is not None and not record.answer.strip() and (record.opponent or "").strip())
-        or (record.recorded == "loss" and record.opponent is not None and not record.opponent.strip() and (record.answer or "").strip())
+        if (
+            record.recorded == "win"
+            and record.answer is not None
+            and not record.answer.strip()
+            and (record.opponent or "").strip()
+        )
+        or (
+            record.recorded == "loss"
+            and record.opponent is not None
+            and not record.opponent.strip()
+            and (record.answer or "").strip()
+        )
     ]
-    return _named("empty-answer-wins", f"{len(wins)} empty answers were counted as wins", wins) if wins else None
+    return (
+        _named("empty-answer-wins", f"{len(wins)} empty answers were counted as wins", wins)
+        if wins
+        else None
+    )
 
 
 def _without_context(records: Sequence[Record]) -> ReplayFinding | None:
     """Later turns that were judged without the first turn in front of the judge."""
-    first = {(record.model, record.against, record.id): record.input for record in records if record.turn == 1 and record.input}
+    first = {
+        (record.model, record.against, record.id): record.input
+        for record in records
+        if record.turn == 1 and record.input
+    }
     alone = []
     for record in records:
         start = first.get((record.model, record.against, record.id))
-        if record.turn > 1 and record.input is not None and start and _question(start)[:60] not in record.input:
+        if (
+            record.turn > 1
+            and record.input is not None
+            and start
+            and _question(start)[:60] not in record.input
+        ):
             alone.append(record)
     if not alone:
         return None
-    return _named("turn-without-context", f"{len(alone)} second turns were judged without the first turn of their conversation", alone)
+    return _named(
+        "turn-without-context",
+        f"{len(alone)} second turns were judged without the first turn of their conversation",
+        alone,
+    )
 
 
 def _question(shown: str) -> str:
-    """The question in what the judge saw: the text itself, or the part between FastChat's headings."""
+    """The question in what the judge saw: the text itself, or the part between FastChat's
+    headings.
+    """
     after = shown.split("[Question]\n")[-1].split("[User Question]\n")[-1]
     return after.split("\n\n[The Start of")[0].strip()
 
@@ -116,33 +156,68 @@ def _missing_turns(records: Sequence[Record]) -> list[ReplayFinding]:
     for record in records:
         turns[record.model, record.against, record.id].add(record.turn)
     expected = set().union(*turns.values())
-    missing = [f"question {item[2]} turn {turn}" for item, seen in turns.items() for turn in sorted(expected - seen)]
+    missing = [
+        f"question {item[2]} turn {turn}"
+        for item, seen in turns.items()
+        for turn in sorted(expected - seen)
+    ]
     if not missing:
         return []
-    what = "1 turn has no judgment and vanishes" if len(missing) == 1 else f"{len(missing)} turns have no judgment and vanish"
-    return [ReplayFinding("missing-turn", f"{what} from the mean: {', '.join(missing[:5])}", len(missing), missing[:20])]
+    what = (
+        "1 turn has no judgment and vanishes"
+        if len(missing) == 1
+        else f"{len(missing)} turns have no judgment and vanish"
+    )
+    return [
+        ReplayFinding(
+            "missing-turn",
+            f"{what} from the mean: {', '.join(missing[:5])}",
+            len(missing),
+            missing[:20],
+        )
+    ]
 
 
 def _repeated(records: Sequence[Record]) -> ReplayFinding | None:
     """Questions judged more than once under the same names."""
-    counts = Counter((record.model, record.against, record.id, record.turn, record.answer, record.opponent) for record in records)
+    counts = Counter(
+        (record.model, record.against, record.id, record.turn, record.answer, record.opponent)
+        for record in records
+    )
     repeated = [
-        record for record in records if counts[record.model, record.against, record.id, record.turn, record.answer, record.opponent] > 1
+        record
+        for record in records
+        if counts[
+            record.model, record.against, record.id, record.turn, record.answer, record.opponent
+        ]
+        > 1
     ]
     return (
-        _named("repeated-judgments", f"{len(repeated)} judgments are of a question that was judged twice", repeated) if repeated else None
+        _named(
+            "repeated-judgments",
+            f"{len(repeated)} judgments are of a question that was judged twice",
+            repeated,
+        )
+        if repeated
+        else None
     )
 
 
 def _constant(records: Sequence[Record]) -> ReplayFinding | None:
     """One answer given to many questions."""
-    answers = Counter(record.answer.strip() for record in records if record.answer and record.answer.strip())
+    answers = Counter(
+        record.answer.strip() for record in records if record.answer and record.answer.strip()
+    )
     if not answers:
         return None
     _, count = answers.most_common(1)[0]
     if count < 3 or count <= CONSTANT_SHARE * len(records):
         return None
-    return ReplayFinding("constant-answer", f"the same answer was given to {count} of {len(records)} questions", count)
+    return ReplayFinding(
+        "constant-answer",
+        f"the same answer was given to {count} of {len(records)} questions",
+        count,
+    )
 
 
 def _not_the_format(records: Sequence[Record]) -> ReplayFinding | None:
@@ -150,12 +225,16 @@ def _not_the_format(records: Sequence[Record]) -> ReplayFinding | None:
     loose = [record for record in records if record.strict is False and record.resolved]
     if not loose:
         return None
-    message = f"{len(loose)} verdicts were read from texts that do not end in the judge's verdict format"
+    message = (
+        f"{len(loose)} verdicts were read from texts that do not end in the judge's verdict format"
+    )
     return _named("not-in-the-judges-format", message, loose)
 
 
 def compare_files(files: Sequence[ForeignFile]) -> list[ReplayFinding]:
-    """Return findings about several files together: the same file, or the same answers, under two names."""
+    """Return findings about several files together: the same file, or the same answers, under two
+    names.
+    """
     findings: list[ReplayFinding] = []
     for name, key, words in (
         ("identical-files", lambda file: file.data, "are the same file, byte for byte"),
@@ -174,5 +253,7 @@ def compare_files(files: Sequence[ForeignFile]) -> list[ReplayFinding]:
 
 def _answers(file: ForeignFile) -> str | None:
     """Hash of all answers of a file; None where it holds none."""
-    answers = sorted(f"{record.id}\0{record.turn}\0{record.answer}" for record in file.records if record.answer)
+    answers = sorted(
+        f"{record.id}\0{record.turn}\0{record.answer}" for record in file.records if record.answer
+    )
     return text_hash("\1".join(answers)) if answers else None

@@ -1,7 +1,8 @@
 """Reading foreign judgments: four file formats, one sample per judgment.
 
-Formats: the original study's AlpacaEval CSV and MT-Bench JSONL, the alpaca_eval library's annotations.json, and FastChat's
-gpt-4_single / gpt-4_pair JSONL. A record keeps what the study made of the judge's text beside what the text says.
+Formats: the original study's AlpacaEval CSV and MT-Bench JSONL, the alpaca_eval library's
+annotations.json, and FastChat's gpt-4_single / gpt-4_pair JSONL. A record keeps what the study made
+of the judge's text beside what the text says.
 """
 
 from __future__ import annotations
@@ -20,18 +21,30 @@ from recipes_lib.eval_log import SCORE, Sample
 from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.verdicts import parse_absolute
 
-CSV_COLUMNS = ("instruction", "your_answer (A)", "baseline_answer (B)", "score (A vs B)", "preference", "feedback")
-OUR_GRADING = "prometheus-absolute"  # the prompt's name in the FastChat files that we write, whose grades are 1-5 and not 1-10
-_STANDALONE_DIGIT = re.compile(r"\b[1-5]\b")  # the original study's rule; its last match is the score
+CSV_COLUMNS = (
+    "instruction",
+    "your_answer (A)",
+    "baseline_answer (B)",
+    "score (A vs B)",
+    "preference",
+    "feedback",
+)
+# the prompt's name in the FastChat files that we write, whose grades are 1-5 and not 1-10
+OUR_GRADING = "prometheus-absolute"
+_STANDALONE_DIGIT = re.compile(
+    r"\b[1-5]\b"
+)  # the original study's rule; its last match is the score
 _OUTCOMES = {"A": "win", "B": "loss", "Tie": "tie"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Sample):
-    """One judgment of a foreign file: a sample, unresolved where the judge's text holds no verdict by the study's own rule.
+    """One judgment of a foreign file: a sample, unresolved where the judge's text holds no verdict
+    by the study's own rule.
 
-    `recorded` is the outcome the study counted (win, loss, tie; None in grading) and `score` the number it averaged (None if it
-    has none). `strict` says whether our parser finds a verdict too (None: not our format). `input` is what the judge was shown.
+    `recorded` is the outcome the study counted (win, loss, tie; None in grading) and `score` the
+    number it averaged (None if it has none). `strict` says whether our parser finds a verdict too
+    (None: not our format). `input` is what the judge was shown.
     """
 
     model: str = ""
@@ -44,7 +57,9 @@ class Record(Sample):
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """A foreign file as read: format, whether it compares ("pair") or grades ("grade"), orders judged, records, the highest grade."""
+    """A foreign file as read: format, whether it compares ("pair") or grades ("grade"), orders
+    judged, records, the highest grade.
+    """
 
     path: Path
     format: str
@@ -59,7 +74,8 @@ def read_foreign(path: str | Path) -> ForeignFile:
     """Read a file of judgments, its format recognised by its fields.
 
     Raises:
-        DataError: if the file cannot be read, is damaged (with the line) or has none of the known formats.
+        DataError: if the file cannot be read, is damaged (with the line) or has none of the known
+            formats.
     """
     path = Path(path)
     refuse_pipe(path)
@@ -69,16 +85,44 @@ def read_foreign(path: str | Path) -> ForeignFile:
     except OSError as fault:
         raise DataError(f"cannot be read: {fault.strerror}", file=path) from None
     except UnicodeDecodeError as fault:
-        raise DataError(f"not UTF-8: byte {fault.start}", file=path, line=data[: fault.start].count(b"\n") + 1) from None
+        raise DataError(
+            f"not UTF-8: byte {fault.start}", file=path, line=data[: fault.start].count(b"\n") + 1
+        ) from None
     if path.suffix == ".csv":
-        return ForeignFile(path, "original-alpaca-eval-csv", "pair", False, list(_original_csv(text, path)), data)
+        return ForeignFile(
+            path, "original-alpaca-eval-csv", "pair", False, list(_original_csv(text, path)), data
+        )
     rows = _json_rows(text, path)
     fields = set(rows[0][1])
     for needed, name, kind, both, read in (
-        ({"g1_winner", "g2_winner", "model_1", "model_2"}, "fastchat-pair", "pair", True, _fastchat_pair),
-        ({"judgment", "score", "turn", "model"}, "fastchat-single", "grade", False, _fastchat_single),
-        ({"raw", "turn", "question_id"}, "original-mt-bench-jsonl", "grade", False, _original_mt_bench),
-        ({"preference", "output_1", "output_2", "instruction"}, "alpaca-eval-annotations", "pair", False, _alpaca_eval),
+        (
+            {"g1_winner", "g2_winner", "model_1", "model_2"},
+            "fastchat-pair",
+            "pair",
+            True,
+            _fastchat_pair,
+        ),
+        (
+            {"judgment", "score", "turn", "model"},
+            "fastchat-single",
+            "grade",
+            False,
+            _fastchat_single,
+        ),
+        (
+            {"raw", "turn", "question_id"},
+            "original-mt-bench-jsonl",
+            "grade",
+            False,
+            _original_mt_bench,
+        ),
+        (
+            {"preference", "output_1", "output_2", "instruction"},
+            "alpaca-eval-annotations",
+            "pair",
+            False,
+            _alpaca_eval,
+        ),
     ):
         if needed <= fields:
             records = []
@@ -86,10 +130,20 @@ def read_foreign(path: str | Path) -> ForeignFile:
                 try:
                     records.append(read(row))
                 except (KeyError, TypeError, ValueError, AttributeError) as fault:
-                    raise DataError(f"not a row of {name}: {type(fault).__name__} {fault}", file=path, line=line) from None
-            highest = 10 if name == "fastchat-single" and OUR_GRADING not in (rows[0][1].get("judge") or ()) else 5
-            seen = any(record.flipped is not None for record in records)  # our own annotations say what each order gave
-            return ForeignFile(path, name, kind, both or seen or _swapped_pairs(records), records, data, highest)
+                    raise DataError(
+                        f"not a row of {name}: {type(fault).__name__} {fault}", file=path, line=line
+                    ) from None
+            highest = (
+                10
+                if name == "fastchat-single" and OUR_GRADING not in (rows[0][1].get("judge") or ())
+                else 5
+            )
+            seen = any(
+                record.flipped is not None for record in records
+            )  # our own annotations say what each order gave
+            return ForeignFile(
+                path, name, kind, both or seen or _swapped_pairs(records), records, data, highest
+            )
     raise _not_judgments(path, fields)
 
 
@@ -97,9 +151,21 @@ def read_foreign(path: str | Path) -> ForeignFile:
 _OTHER_KINDS = (
     ({"key", "kind", "order"}, "these are judgments of this project", "recipes judge audit FILE"),
     ({"instruction", "output"}, "these are answers", "recipes eval EVAL FILE judges them"),
-    ({"choices", "model_id", "question_id"}, "these are answers", "recipes eval EVAL FILE judges them"),
-    ({"annotator1", "response1"}, "these are pairs that people labelled", "recipes judge audit --judge JUDGE.yaml --labels FILE"),
-    ({"label", "output_1", "output_2"}, "these are pairs that people labelled", "recipes judge audit --judge JUDGE.yaml --labels FILE"),
+    (
+        {"choices", "model_id", "question_id"},
+        "these are answers",
+        "recipes eval EVAL FILE judges them",
+    ),
+    (
+        {"annotator1", "response1"},
+        "these are pairs that people labelled",
+        "recipes judge audit --judge JUDGE.yaml --labels FILE",
+    ),
+    (
+        {"label", "output_1", "output_2"},
+        "these are pairs that people labelled",
+        "recipes judge audit --judge JUDGE.yaml --labels FILE",
+    ),
     ({"results"}, "these are results of lm_eval", "recipes import FILE --as RUN"),
     ({"loss", "step"}, "this is a training log", "recipes import FILE --as RUN"),
 )
@@ -114,8 +180,18 @@ def _not_judgments(path: Path, fields: set[str]) -> NotJudgments:
     known = "known: the original study's CSV and JSONL, alpaca_eval annotations, FastChat JSONL"
     for needed, what, use in _OTHER_KINDS:
         if needed <= fields:
-            return NotJudgments(f"not a known format of judgments: {what}", use.replace("FILE", str(path)), known, file=path)
-    return NotJudgments("not a known format of judgments", known, f"fields here: {', '.join(sorted(fields))[:300]}", file=path)
+            return NotJudgments(
+                f"not a known format of judgments: {what}",
+                use.replace("FILE", str(path)),
+                known,
+                file=path,
+            )
+    return NotJudgments(
+        "not a known format of judgments",
+        known,
+        f"fields here: {', '.join(sorted(fields))[:300]}",
+        file=path,
+    )
 
 
 def _json_rows(text: str, path: Path) -> list[tuple[int | None, dict[str, Any]]]:
@@ -153,7 +229,9 @@ def _one_object(text: str) -> dict[str, Any] | None:
 
 
 def _original_csv(text: str, path: Path) -> Iterator[Record]:
-    """The original study's comparison: the model is always A, the score is the last standalone digit, no digit became a tie."""
+    """The original study's comparison: the model is always A, the score is the last standalone
+    digit, no digit became a tie.
+    """
     csv.field_size_limit(10_000_000)
     reader = csv.DictReader(io.StringIO(text.replace("\0", "")), strict=True)
     if missing := [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]:
@@ -179,7 +257,11 @@ def _original_csv(text: str, path: Path) -> Iterator[Record]:
                 strict=parse_absolute(feedback).value is not None,
             )
         except (KeyError, TypeError, ValueError) as fault:
-            raise DataError(f"row {count} has no preference A, B or Tie or no score: {fault}", file=path, line=reader.line_num) from None
+            raise DataError(
+                f"row {count} has no preference A, B or Tie or no score: {fault}",
+                file=path,
+                line=reader.line_num,
+            ) from None
     if not count:
         raise DataError("0 judgments", file=path)
 
@@ -189,7 +271,9 @@ def _csv_rows(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str, str
     try:
         yield from reader
     except csv.Error as fault:
-        raise DataError(f"not CSV after line {reader.line_num}: {fault}", "is the file whole?", file=path) from None
+        raise DataError(
+            f"not CSV after line {reader.line_num}: {fault}", "is the file whole?", file=path
+        ) from None
 
 
 def _original_mt_bench(row: dict[str, Any]) -> Record:
@@ -217,13 +301,17 @@ def graded_fields(score: float | None) -> dict[str, Any]:
 
 
 def _alpaca_eval(row: dict[str, Any]) -> Record:
-    """The library's annotation: preference 1 = reference, 2 = model, 1.5 and 0 = draw, None = no verdict."""
+    """The library's annotation: preference 1 = reference, 2 = model, 1.5 and 0 = draw, None = no
+    verdict.
+    """
     preference = None if row["preference"] is None else float(row["preference"])
     if preference is not None and not (preference == 0 or 1 <= preference <= 2):
         raise ValueError(f"preference {preference}")
     value = 1.5 if preference == 0 else preference
     outcome = None if value is None else "win" if value > 1.5 else "loss" if value < 1.5 else "tie"
-    orders = [given for given in (row.get("preference_by_order") or {}).values() if given is not None]
+    orders = [
+        given for given in (row.get("preference_by_order") or {}).values() if given is not None
+    ]
     return Record(
         id=row["instruction"],
         value=None if value is None else value - 1,
@@ -253,13 +341,24 @@ def _fastchat_single(row: dict[str, Any]) -> Record:
 
 
 def _fastchat_pair(row: dict[str, Any]) -> Record:
-    """FastChat's comparison: game 1 shows model_1 as A, game 2 as B; a win needs both, "error" is a game without a verdict."""
+    """FastChat's comparison: game 1 shows model_1 as A, game 2 as B; a win needs both, "error" is a
+    game without a verdict.
+    """
     games = (row["g1_winner"], row["g2_winner"])
     if not all(game in ("model_1", "model_2", "tie", "error") for game in games):
         raise ValueError(f"winners {games}")
     parsed = "error" not in games
-    outcome = None if not parsed else "tie" if games[0] != games[1] else {"model_1": "win", "model_2": "loss"}.get(games[0], "tie")
-    letters = ({"model_1": "A", "model_2": "B"}.get(games[0]), {"model_1": "B", "model_2": "A"}.get(games[1]))
+    outcome = (
+        None
+        if not parsed
+        else "tie"
+        if games[0] != games[1]
+        else {"model_1": "win", "model_2": "loss"}.get(games[0], "tie")
+    )
+    letters = (
+        {"model_1": "A", "model_2": "B"}.get(games[0]),
+        {"model_1": "B", "model_2": "A"}.get(games[1]),
+    )
     return Record(
         id=str(row["question_id"]),
         turn=int(row.get("turn", 1)),
@@ -279,4 +378,6 @@ def _swapped_pairs(records: list[Record]) -> bool:
     """Whether every comparison occurs with its answers exchanged too."""
     pairs = {(record.id, record.answer, record.opponent) for record in records}
     distinct = {pair for pair in pairs if pair[1] != pair[2]}
-    return bool(distinct) and all((item, second, first) in distinct for item, first, second in distinct)
+    return bool(distinct) and all(
+        (item, second, first) in distinct for item, first, second in distinct
+    )

@@ -1,10 +1,12 @@
 """The store of judgments: one JSONL file, one line per judgment, appended once and never changed.
 
-A line is written by a single `os.write` on an O_APPEND descriptor and synced before `append` returns; lines that arrived together
-are synced together. Its key is a hash of everything that makes it this judgment, and each key occurs once. A kill or a power cut
-leaves at most a damaged end, which the next writer cuts; a damaged line anywhere else is an error that names it. Several processes
-may append to one file: each append takes the file's lock and first reads what the others wrote. A line with status `error`, as earlier
-versions stored where a server refused a request, is no judgment: it is passed over, and asked again.
+A line is written by a single `os.write` on an O_APPEND descriptor and synced before `append`
+returns; lines that arrived together are synced together. Its key is a hash of everything that makes
+it this judgment, and each key occurs once. A kill or a power cut leaves at most a damaged end,
+which the next writer cuts; a damaged line anywhere else is an error that names it. Several
+processes may append to one file: each append takes the file's lock and first reads what the others
+wrote. A line with status `error`, as earlier versions stored where a server refused a request, is
+no judgment: it is passed over, and asked again.
 """
 
 from __future__ import annotations
@@ -34,21 +36,31 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def judgment_key(question_id: str | int, order: str, judge_fingerprint: str, prompt_hash: str, answer_hashes: Sequence[str]) -> str:
+def judgment_key(
+    question_id: str | int,
+    order: str,
+    judge_fingerprint: str,
+    prompt_hash: str,
+    answer_hashes: Sequence[str],
+) -> str:
     """Return the unique key of a judgment.
 
     Args:
         question_id: id of the question; 81 and "81" are the same question.
         order: which answer stood first, or which one was graded (`judge.JudgeRequest.order`).
-        judge_fingerprint: of the judge's weights or served name, its decoding settings and its verdict mode.
+        judge_fingerprint: of the judge's weights or served name, its decoding settings and its
+            verdict mode.
         prompt_hash: of the prompt as sent.
         answer_hashes: of the answers before truncation, in the prompt's order.
     """
-    return text_hash(json.dumps([str(question_id), order, judge_fingerprint, prompt_hash, list(answer_hashes)]))
+    return text_hash(
+        json.dumps([str(question_id), order, judge_fingerprint, prompt_hash, list(answer_hashes)])
+    )
 
 
 def stored_rows(path: str | Path) -> list[Row]:
-    """Return the stored rows without taking the lock or changing the file; lines that a crash damaged at its end are left out.
+    """Return the stored rows without taking the lock or changing the file; lines that a crash
+    damaged at its end are left out.
 
     Raises:
         DataError: for a damaged line or a repeated key, with the line number.
@@ -61,9 +73,20 @@ def stored_rows(path: str | Path) -> list[Row]:
     return list(rows.values())
 
 
-def _take_rows(lines: Iterable[bytes], path: Path, lines_before: int, rows: dict[str, Row], what: str = "judgment") -> tuple[int, int]:
-    """Add the rows of whole lines to `rows`; return the number of the last line that holds one, and its end in bytes."""
-    remedy = "the file is damaged in its middle, which no killed writer does: restore it, or delete this line to have it made again"
+def _take_rows(
+    lines: Iterable[bytes],
+    path: Path,
+    lines_before: int,
+    rows: dict[str, Row],
+    what: str = "judgment",
+) -> tuple[int, int]:
+    """Add the rows of whole lines to `rows`; return the number of the last line that holds one, and
+    its end in bytes.
+    """
+    remedy = (
+        "the file is damaged in its middle, which no killed writer does: restore it, or delete this"
+        " line to have it made again"
+    )
     number, end = lines_before, 0
     for number, end, row in numbered_rows(  # noqa: B007 - the last ones are returned
         lines, path, lines_before + 1, f"a stored {what}", remedy, appended=True
@@ -72,7 +95,12 @@ def _take_rows(lines: Iterable[bytes], path: Path, lines_before: int, rows: dict
         if not isinstance(key, str):
             raise DataError(f"this line is not a stored {what}", remedy, file=path, line=number)
         if key in rows:
-            raise DataError(f"{what} {key[:12]} occurs twice", "keep one of the two lines", file=path, line=number)
+            raise DataError(
+                f"{what} {key[:12]} occurs twice",
+                "keep one of the two lines",
+                file=path,
+                line=number,
+            )
         if row.get("status") != "error":
             rows[key] = row
     return number, end
@@ -107,7 +135,11 @@ class JudgmentStore:
         try:
             return self._lock.acquire()
         except Timeout:
-            raise EnvironmentFault("another process holds the lock of this store", "wait for it, or end it", file=self.path) from None
+            raise EnvironmentFault(
+                "another process holds the lock of this store",
+                "wait for it, or end it",
+                file=self.path,
+            ) from None
 
     def _catch_up(self) -> None:
         """Read what others appended and cut what a crash left at the end; the lock is held."""
@@ -137,15 +169,18 @@ class JudgmentStore:
             row: JSON-ready fields; `key` comes from `judgment_key`.
 
         Raises:
-            EnvironmentFault: if the disk is full (nothing of the row is left behind) or the lock cannot be had.
+            EnvironmentFault: if the disk is full (nothing of the row is left behind) or the lock
+                cannot be had.
         """
         return self.append_all([row]) == 1
 
     def append_all(self, rows: Sequence[Row]) -> int:
-        """Append judgments that arrived together, each with a write of its own, and sync them once; return how many were new.
+        """Append judgments that arrived together, each with a write of its own, and sync them once;
+        return how many were new.
 
         Raises:
-            EnvironmentFault: if the disk is full (whole rows stay, nothing of the failed one is left behind) or the lock cannot be had.
+            EnvironmentFault: if the disk is full (whole rows stay, nothing of the failed one is
+                left behind) or the lock cannot be had.
         """
         if all(row["key"] in self._rows for row in rows):
             return 0
@@ -158,7 +193,9 @@ class JudgmentStore:
         return len(missing)
 
     def _write(self, rows: Sequence[Row]) -> None:
-        """Write lines whole and synced; a line that cannot be written leaves the file as it was before it."""
+        """Write lines whole and synced; a line that cannot be written leaves the file as it was
+        before it.
+        """
         new, error = not self.path.exists(), ""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -178,7 +215,9 @@ class JudgmentStore:
             if error:
                 os.ftruncate(descriptor, self._size)
                 raise EnvironmentFault(
-                    f"a {self.what} could not be stored: {error}", "free some disk and run the same command", file=self.path
+                    f"a {self.what} could not be stored: {error}",
+                    "free some disk and run the same command",
+                    file=self.path,
                 )
         finally:
             os.close(descriptor)
@@ -211,6 +250,9 @@ class JudgmentStore:
 def _line(row: Row) -> bytes:
     """One JSON line; text that is not valid Unicode (lone surrogates) is escaped."""
     try:
-        return json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        return (
+            json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+            + b"\n"
+        )
     except UnicodeEncodeError:
         return json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n"

@@ -1,11 +1,13 @@
 """The verdict in a judge's text, or the reason why there is none.
 
-A verdict stands at the very end of the text. A verdict's status is separate from its value: a text without a verdict is never
-a tie and never dropped, it has a status of its own and widens the interval later.
+A verdict stands at the very end of the text. A verdict's status is separate from its value: a text
+without a verdict is never a tie and never dropped, it has a status of its own and widens the
+interval later.
 
-The forms are those that the end-anchored parser of prometheus-eval takes (`[RESULT] 4`, `[RESULT] (4)`, `4/5`, `score of 3 out
-of 5`, `[Final Score: 4]`; `[RESULT] A`, `[RESULT] Response A`, `Result: B`), plus one full stop, with three differences: the
-anchor is the end of the text and not of any line, digits are ASCII, and different verdicts in one text are a conflict.
+The forms are those that the end-anchored parser of prometheus-eval takes (`[RESULT] 4`, `[RESULT]
+(4)`, `4/5`, `score of 3 out of 5`, `[Final Score: 4]`; `[RESULT] A`, `[RESULT] Response A`,
+`Result: B`), plus one full stop, with three differences: the anchor is the end of the text and not
+of any line, digits are ASCII, and different verdicts in one text are a conflict.
 """
 
 from __future__ import annotations
@@ -18,14 +20,27 @@ _FLAGS = re.IGNORECASE | re.ASCII
 _SCORE = r"[(\[\s]*(\d+)(?:[)\]]|\s*/\s*5|\s+out\s+of\s+5)?"
 _SCORE_MARK = r"(?:\[(?:result|score)\]|(?<![a-z0-9])(?:score|result))(?:\s+of)?:?"
 _ABSOLUTE = re.compile(rf"{_SCORE_MARK}\s*{_SCORE}\.?\s*\Z", _FLAGS)
-_ABSOLUTE_LINE = re.compile(rf"\s*[\[(]?(?:(?:overall|final)\s+)*{_SCORE_MARK}\s*{_SCORE}\.?\s*", _FLAGS)
-_RELATIVE = re.compile(
-    r"(?:\[result\](?:\s+response)?\s*|\[result:\s*|\[response\s+|(?:\A|\n)[ \t]*result(?::\s*|\s+))([AB])\]?\.?\s*\Z", _FLAGS
+_ABSOLUTE_LINE = re.compile(
+    rf"\s*[\[(]?(?:(?:overall|final)\s+)*{_SCORE_MARK}\s*{_SCORE}\.?\s*", _FLAGS
 )
-_RELATIVE_LINE = re.compile(r"\s*(?:\[result\](?:\s+response)?\s*|\[result:\s*|\[response\s+|result(?::\s*|\s+))([A-Z])\]?\.?\s*", _FLAGS)
-# Every bracketed result with something that looks like a verdict, wherever it stands; the format line of the prompt is none.
-_ANY_ABSOLUTE = re.compile(r"\[(?:result|score)\]:?[(\[\s]*(\d+(?:\.\d+)?)(?!\s*(?:-|to|or)\s*\d)", _FLAGS)
-_ANY_RELATIVE = re.compile(r"(?:\[result\]:?(?:\s+response)?[(\s]*|\[result:\s*)([A-Z]|tie)(?![a-z0-9'])(?!\s*(?:or|/)\s*[AB]\b)", _FLAGS)
+_RELATIVE = re.compile(
+    r"(?:\[result\](?:\s+response)?\s*|\[result:\s*|\[response\s+|(?:\A|\n)["
+    r" \t]*result(?::\s*|\s+))([AB])\]?\.?\s*\Z",
+    _FLAGS,
+)
+_RELATIVE_LINE = re.compile(
+    r"\s*(?:\[result\](?:\s+response)?\s*|\[result:\s*|\[response\s+|result(?::\s*|\s+))([A-Z])\]?\.?\s*",
+    _FLAGS,
+)
+# Every bracketed result with something that looks like a verdict, wherever it stands; the format
+# line of the prompt is none.
+_ANY_ABSOLUTE = re.compile(
+    r"\[(?:result|score)\]:?[(\[\s]*(\d+(?:\.\d+)?)(?!\s*(?:-|to|or)\s*\d)", _FLAGS
+)
+_ANY_RELATIVE = re.compile(
+    r"(?:\[result\]:?(?:\s+response)?[(\s]*|\[result:\s*)([A-Z]|tie)(?![a-z0-9'])(?!\s*(?:or|/)\s*[AB]\b)",
+    _FLAGS,
+)
 _REFUSAL = re.compile(
     r"\s*(?:(?:i['’]?m|i\s+am)\s+(?:very\s+|so\s+)?sorry|sorry,|i\s+apologi[sz]e|(?:unfortunately,\s+|sorry,?\s+(?:but\s+)?)?"
     r"(?:i\s+(?:cannot|can\s*not|can['’]?t|won['’]?t|will\s+not|must\s+decline|decline)|(?:i['’]?m|i\s+am)\s+(?:unable|not\s+able))"
@@ -46,7 +61,9 @@ class Status(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict: 1-5 in absolute grading, "A" or "B" in a comparison; `reason` says why there is none."""
+    """A verdict: 1-5 in absolute grading, "A" or "B" in a comparison; `reason` says why there is
+    none.
+    """
 
     status: Status
     value: int | str | None = None
@@ -81,7 +98,8 @@ def parse_absolute(text: str | None, finish_reason: str | None = None) -> Verdic
 
     Args:
         text: what the judge wrote after the prompt, nothing of the prompt.
-        finish_reason: "length" if the judge was cut off at its token limit; such a text has no verdict, whatever it ends with.
+        finish_reason: "length" if the judge was cut off at its token limit; such a text has no
+            verdict, whatever it ends with.
 
     Example:
         >>> parse_absolute("Clear and correct. [RESULT] 4").value
@@ -96,7 +114,9 @@ def parse_absolute(text: str | None, finish_reason: str | None = None) -> Verdic
     if not match or match.group(1) not in "12345" or len(match.group(1)) != 1:
         return _unparsed(text)
     others = {found.group(1) for found in _ANY_ABSOLUTE.finditer(text)}
-    others |= {found.group(1) for line in text.splitlines() if (found := _ABSOLUTE_LINE.fullmatch(line))}
+    others |= {
+        found.group(1) for line in text.splitlines() if (found := _ABSOLUTE_LINE.fullmatch(line))
+    }
     return _conflict(match.group(1), others) or Verdict(Status.OK, int(match.group(1)))
 
 
@@ -105,7 +125,8 @@ def parse_relative(text: str | None, finish_reason: str | None = None) -> Verdic
 
     Args:
         text: what the judge wrote after the prompt, nothing of the prompt.
-        finish_reason: "length" if the judge was cut off at its token limit; such a text has no verdict, whatever it ends with.
+        finish_reason: "length" if the judge was cut off at its token limit; such a text has no
+            verdict, whatever it ends with.
 
     Example:
         >>> parse_relative("A names both causes. [RESULT] A.").value
@@ -121,5 +142,9 @@ def parse_relative(text: str | None, finish_reason: str | None = None) -> Verdic
         return _unparsed(text)
     value = match.group(1).upper()
     others = {found.group(1).upper() for found in _ANY_RELATIVE.finditer(text)}
-    others |= {found.group(1).upper() for line in text.splitlines() if (found := _RELATIVE_LINE.fullmatch(line))}
+    others |= {
+        found.group(1).upper()
+        for line in text.splitlines()
+        if (found := _RELATIVE_LINE.fullmatch(line))
+    }
     return _conflict(value, others) or Verdict(Status.OK, value)

@@ -1,4 +1,6 @@
-"""The folder of a submission, runs/<name>/slurm/: a script for each job, the snapshot, the job ids, the logs and exit codes."""
+"""The folder of a submission, runs/<name>/slurm/: a script for each job, the snapshot, the job ids,
+the logs and exit codes.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class LaunchFolder:
         return errors[0].read_text(encoding="utf-8", errors="replace").strip() if errors else None
 
     def job_file(self, label: str) -> Path:
-        """Holds the id of a job that was submitted by hand: a pasted line writes it, and so does the job when it starts."""
+        """Holds the id of a job that was submitted by hand: a pasted line writes it, and so does
+        the job when it starts.
+        """
         return self.path / f"{label}.job"
 
     def read_jobs(self) -> list[dict[str, Any]]:
@@ -65,32 +69,51 @@ class LaunchFolder:
             DamagedFile: jobs.json is not what was written to it.
         """
         submitted = []
-        for row in read_object(self.jobs_file, "squeue lists the jobs; submitting them again writes it anew").get("jobs", []):
+        for row in read_object(
+            self.jobs_file, "squeue lists the jobs; submitting them again writes it anew"
+        ).get("jobs", []):
             with suppress(FileNotFoundError):
-                row["id"] = row["id"] or self.job_file(row["label"]).read_text().strip().partition(";")[0]
+                row["id"] = (
+                    row["id"] or self.job_file(row["label"]).read_text().strip().partition(";")[0]
+                )
             submitted += [row] if row["id"] else []
         return submitted
 
     def write_jobs(self, jobs: Iterable[Job], ids: Mapping[str, str], profile: str | None) -> None:
         """Note the jobs, with the ids of those that `recipes launch` submitted."""
         rows = [
-            {"label": job.label, "stage": job.stage, "id": ids.get(job.label), "tasks": [task.what for task in job.tasks]} for job in jobs
+            {
+                "label": job.label,
+                "stage": job.stage,
+                "id": ids.get(job.label),
+                "tasks": [task.what for task in job.tasks],
+            }
+            for job in jobs
         ]
-        write_json(self.jobs_file, {"format_version": _FORMAT_VERSION, "profile": profile, "jobs": rows})
+        write_json(
+            self.jobs_file, {"format_version": _FORMAT_VERSION, "profile": profile, "jobs": rows}
+        )
 
     def write_scripts(self, jobs: Sequence[Job], texts: Mapping[str, str]) -> None:
-        """Write {label: script} of the jobs, in place of what an earlier submission left; logs stay.
+        """Write {label: script} of the jobs, in place of what an earlier submission left; logs
+        stay.
 
         `order` names them for launch/local.sh: a job a line, or a task of an array.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for stale in (path for path in self.path.iterdir() if path.suffix in (".sbatch", ".exit_code", ".job")):
+        for stale in (
+            path for path in self.path.iterdir() if path.suffix in (".sbatch", ".exit_code", ".job")
+        ):
             stale.unlink()
         for errors in self.path.glob("*.errors"):
             shutil.rmtree(errors)
         for label, text in texts.items():
             write_text(self.script(label), text)
-        tasks = [f"{job.label} {index}" if job.is_array else job.label for job in jobs for index in range(len(job.tasks))]
+        tasks = [
+            f"{job.label} {index}" if job.is_array else job.label
+            for job in jobs
+            for index in range(len(job.tasks))
+        ]
         write_text(self.path / "order", "".join(f"{task}\n" for task in tasks))
 
 
@@ -101,7 +124,10 @@ def launch_folder(name: str, root: Path | None = None) -> LaunchFolder:
 
 def all_launches(root: Path | None = None) -> list[LaunchFolder]:
     """Return everything that was launched, by name."""
-    folders = [LaunchFolder(file.parent) for file in sorted((root or runs_root()).resolve().glob("*/slurm/jobs.json"))]
+    folders = [
+        LaunchFolder(file.parent)
+        for file in sorted((root or runs_root()).resolve().glob("*/slurm/jobs.json"))
+    ]
     return [folder for folder in folders if _was_launched(folder)]
 
 

@@ -1,7 +1,7 @@
 """What is to run, before Slurm is asked: jobs with their commands, sizes and order.
 
-A job is one stage of a run (train, an evaluation, the report) or, in a study, one stage of several equal arms (an array). Its commands are
-argument lists: no shell reads a value of a recipe.
+A job is one stage of a run (train, an evaluation, the report) or, in a study, one stage of several
+equal arms (an array). Its commands are argument lists: no shell reads a value of a recipe.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Task:
 class Job:
     """One submission.
 
-    `label` names its files and is unique in the chain; `stage` is the profile's key (train, eval, report). More than one task makes an
-    array. `after` holds labels (`train`, or `train.2` for one task of an array) that must have succeeded, `after_any` those that must
-    have ended.
+    `label` names its files and is unique in the chain; `stage` is the profile's key (train, eval,
+    report). More than one task makes an array. `after` holds labels (`train`, or `train.2` for one
+    task of an array) that must have succeeded, `after_any` those that must have ended.
     """
 
     label: str
@@ -67,11 +67,18 @@ class Job:
 
     def task_labels(self) -> list[str]:
         """Return the file names of the tasks: the label, with a number each in an array."""
-        return [f"{self.label}.{index}" for index in range(len(self.tasks))] if self.is_array else [self.label]
+        return (
+            [f"{self.label}.{index}" for index in range(len(self.tasks))]
+            if self.is_array
+            else [self.label]
+        )
 
 
-def launcher_of(python: tuple[str, ...], config: AccelerateConfig, config_path: str, shape: JobSize) -> tuple[str, ...]:
-    """Return what starts a training on each machine: Python, or accelerate where there are several processes.
+def launcher_of(
+    python: tuple[str, ...], config: AccelerateConfig, config_path: str, shape: JobSize
+) -> tuple[str, ...]:
+    """Return what starts a training on each machine: Python, or accelerate where there are several
+    processes.
 
     Args:
         python: the words that start Python inside the job.
@@ -80,6 +87,15 @@ def launcher_of(python: tuple[str, ...], config: AccelerateConfig, config_path: 
     world = shape.nodes * shape.processes
     if world == 1:
         return python
-    machines = ("--num_machines", str(shape.nodes)) if shape.nodes > 1 or config.num_machines > 1 else ()
-    accelerate = ("-m", "accelerate.commands.launch", "--config_file", config_path, "--num_processes", str(world))
+    machines = (
+        ("--num_machines", str(shape.nodes)) if shape.nodes > 1 or config.num_machines > 1 else ()
+    )
+    accelerate = (
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config_path,
+        "--num_processes",
+        str(world),
+    )
     return (*python, *accelerate, *machines)

@@ -1,4 +1,6 @@
-"""From what was typed to a plan: is it a recipe or a study, how is it launched, how long may it take."""
+"""From what was typed to a plan: is it a recipe or a study, how is it launched, how long may it
+take.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ from recipes_lib.recipe.recipe import Recipe, load_recipe
 
 
 def plan_target(
-    target: str, overrides: Sequence[str], profile: SiteProfile | None, args: argparse.Namespace, flags: Sequence[str]
+    target: str,
+    overrides: Sequence[str],
+    profile: SiteProfile | None,
+    args: argparse.Namespace,
+    flags: Sequence[str],
 ) -> JobPlan:
     """Return the jobs of a recipe or a study.
 
@@ -33,7 +39,9 @@ def plan_target(
     """
     stages = read_stages(args.stages)
     if recipe_path(target).is_dir():
-        raise RecipeError("is a folder; launch one recipe or study of it", "all recipes: recipes ls", file=target)
+        raise RecipeError(
+            "is a folder; launch one recipe or study of it", "all recipes: recipes ls", file=target
+        )
     study = study_file(target)
     if study is not None:
         return _plan_study(study, overrides, profile, args, flags, stages)
@@ -56,7 +64,9 @@ def plan_target(
 
 
 def planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None) -> int | None:
-    """Return the time limit that a plan gives for the site's card; None where no card is named or nothing is known of the model."""
+    """Return the time limit that a plan gives for the site's card; None where no card is named or
+    nothing is known of the model.
+    """
     card = profile.values.gpu if profile else None
     if card is None or launch.config.use_cpu:
         return None
@@ -78,14 +88,28 @@ def _plan_study(
     if args.evals:
         raise RecipeError("--evals is for recipes: a study names its evals itself")
     own = {key: getattr(args, key) for key in ("accelerate", "gpus", "nodes")}
-    study = load_study(path, [*overrides, *(f"{key}={value}" for key, value in own.items() if value is not None)])
+    study = load_study(
+        path, [*overrides, *(f"{key}={value}" for key, value in own.items() if value is not None)]
+    )
     for arm in study.arms:
         if arm.trained:
             _check_gpus(arm.launch, profile)
     limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
-    seconds = {arm.name: planned_seconds(arm.recipe, arm.launch, profile) for arm in study.arms if arm.trained and arm.recipe}
+    seconds = {
+        arm.name: planned_seconds(arm.recipe, arm.launch, profile)
+        for arm in study.arms
+        if arm.trained and arm.recipe
+    }
     known = {name: value for name, value in seconds.items() if value is not None}
-    return plan_study_jobs(study, launch_folder(study.name), profile, stages=stages, flags=flags, throttle=limit, seconds=known)
+    return plan_study_jobs(
+        study,
+        launch_folder(study.name),
+        profile,
+        stages=stages,
+        flags=flags,
+        throttle=limit,
+        seconds=known,
+    )
 
 
 def _check_gpus(launch: Launch, profile: SiteProfile | None) -> None:

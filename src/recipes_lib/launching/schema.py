@@ -16,9 +16,16 @@ def profile_schema() -> dict[str, Any]:
         per_stage = {stage: {"type": ["string", "null"]} for stage in STAGES}
         properties[key] = {
             "description": properties[key]["description"],
-            "anyOf": [{"type": ["string", "null"]}, {"type": "object", "additionalProperties": False, "properties": per_stage}],
+            "anyOf": [
+                {"type": ["string", "null"]},
+                {"type": "object", "additionalProperties": False, "properties": per_stage},
+            ],
         }
-    required = [known.name for known in dataclasses.fields(Profile) if known.default is dataclasses.MISSING and not _has_factory(known)]
+    required = [
+        known.name
+        for known in dataclasses.fields(Profile)
+        if known.default is dataclasses.MISSING and not _has_factory(known)
+    ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A site profile",

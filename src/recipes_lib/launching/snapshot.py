@@ -1,7 +1,9 @@
-"""A copy of everything a queued job reads from YAML: later edits of a recipe must not change what was submitted.
+"""A copy of everything a queued job reads from YAML: later edits of a recipe must not change what
+was submitted.
 
-The files keep their places relative to each other, so names, `extends` and relative paths mean what they meant. Data is not copied: a
-link stands where a recipe looks for it, and the training itself refuses rows that changed.
+The files keep their places relative to each other, so names, `extends` and relative paths mean what
+they meant. Data is not copied: a link stands where a recipe looks for it, and the training itself
+refuses rows that changed.
 """
 
 from __future__ import annotations
@@ -35,15 +37,23 @@ class Snapshot:
 
     def add_recipe(self, recipe: Recipe) -> None:
         """Add a recipe, what it extends, its chat template, and links to its data."""
-        self.copies |= {_absolute(recipe.path), *map(_absolute, _written_in(recipe.origins.values()))}
+        self.copies |= {
+            _absolute(recipe.path),
+            *map(_absolute, _written_in(recipe.origins.values())),
+        }
         places = [source.source for source in listed_sources(recipe.data)]
         self.links |= _beside(recipe.folder_of("data.source"), places)
         if recipe.data.chat_template and "\n" not in recipe.data.chat_template:
-            self.copies |= _beside(recipe.folder_of("data.chat_template"), [recipe.data.chat_template])
+            self.copies |= _beside(
+                recipe.folder_of("data.chat_template"), [recipe.data.chat_template]
+            )
 
     def add_eval(self, recipe: EvalRecipe) -> None:
         """Add an eval recipe, its judge with prompts and rubrics, and links to its questions."""
-        self.copies |= {_absolute(recipe.path), *map(_absolute, _written_in(recipe.document.origins.values()))}
+        self.copies |= {
+            _absolute(recipe.path),
+            *map(_absolute, _written_in(recipe.document.origins.values())),
+        }
         data = recipe.data
         for key in ("questions", "references", "include_path", "folder"):
             if getattr(data, key):
@@ -54,12 +64,21 @@ class Snapshot:
     def add_judge(self, judge: JudgeFile) -> None:
         """Add a judge file, its prompts and rubrics."""
         section = judge.judge
-        files = (section.relative_prompt, section.absolute_prompt, section.rubric, section.reference_rubric)
-        self.copies |= {path for path in _beside(judge.path.parent, [judge.path.name, *files]) if path.is_file()}
+        files = (
+            section.relative_prompt,
+            section.absolute_prompt,
+            section.rubric,
+            section.reference_rubric,
+        )
+        self.copies |= {
+            path for path in _beside(judge.path.parent, [judge.path.name, *files]) if path.is_file()
+        }
 
     def add_study(self, study: Study) -> None:
         """Add a study, the recipes of its arms, its evals and the published numbers."""
-        self.copies |= {_absolute(study.path)} | ({_absolute(study.published)} if study.published else set())
+        self.copies |= {_absolute(study.path)} | (
+            {_absolute(study.published)} if study.published else set()
+        )
         for arm in study.arms:
             if arm.recipe is not None:
                 self.add_recipe(arm.recipe)
@@ -72,8 +91,17 @@ class Snapshot:
 
     @property
     def root(self) -> Path:
-        """The folder above all files and their own folders: those give runs and evals their names."""
-        return Path(os.path.commonpath([path if path in self._around() else path.parent for path in (*self.copies, *self.links)])).parent
+        """The folder above all files and their own folders: those give runs and evals
+        their names.
+        """
+        return Path(
+            os.path.commonpath(
+                [
+                    path if path in self._around() else path.parent
+                    for path in (*self.copies, *self.links)
+                ]
+            )
+        ).parent
 
     def _around(self) -> set[Path]:
         """Return the links that other files lie below: they come to be as folders."""
@@ -111,10 +139,16 @@ def _absolute(path: str | Path) -> Path:
 def _written_in(origins: Iterable[object]) -> Iterator[str]:
     """Yield the files in which values were written."""
     yield from {
-        file for file in (getattr(origin, "file", None) for origin in origins) if file and file != COMMAND_LINE and Path(file).is_file()
+        file
+        for file in (getattr(origin, "file", None) for origin in origins)
+        if file and file != COMMAND_LINE and Path(file).is_file()
     }
 
 
 def _beside(folder: Path, names: Iterable[str]) -> set[Path]:
     """Return what lies at relative names in a folder; absolute paths and Hub ids need nothing."""
-    return {_absolute(folder / name) for name in names if not Path(name).is_absolute() and (folder / name).exists()}
+    return {
+        _absolute(folder / name)
+        for name in names
+        if not Path(name).is_absolute() and (folder / name).exists()
+    }

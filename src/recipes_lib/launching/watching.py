@@ -1,6 +1,8 @@
-"""After the submission: what became of the jobs, waiting for their end, cancelling them, their logs.
+"""After the submission: what became of the jobs, waiting for their end, cancelling them, their
+logs.
 
-`scontrol show job --json` is asked first, sacct where Slurm has forgotten a job, the job's own files last.
+`scontrol show job --json` is asked first, sacct where Slurm has forgotten a job, the job's own
+files last.
 """
 
 from __future__ import annotations
@@ -20,8 +22,13 @@ from recipes_lib.recipe.project import runs_root, shown_path
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.terminal import next_step, say
 
-PENDING, RUNNING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD"}), frozenset({"RUNNING"})
-ENDING = frozenset({"COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"})
+PENDING, RUNNING = (
+    frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD"}),
+    frozenset({"RUNNING"}),
+)
+ENDING = frozenset(
+    {"COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"}
+)
 ACTIVE = PENDING | RUNNING | ENDING
 # What a reason of Slurm means to somebody who waits.
 _REASONS = {
@@ -45,7 +52,9 @@ _NO_ANSWER = "Slurm gives no answer"
 
 @dataclass(frozen=True)
 class TaskState:
-    """One task as it stands. `state` is Slurm's word, or `done`, `failed`, `unknown` where only files tell."""
+    """One task as it stands. `state` is Slurm's word, or `done`, `failed`, `unknown` where only
+    files tell.
+    """
 
     label: str
     job: str
@@ -75,16 +84,25 @@ class TaskState:
     def explanation(self) -> str:
         """Return what the state means."""
         if self.state == "unknown":
-            return self.reason or "Slurm has forgotten it, and it left no exit code: cancelled or killed"
+            return (
+                self.reason
+                or "Slurm has forgotten it, and it left no exit code: cancelled or killed"
+            )
         if self.state in PENDING:
             return _REASONS.get(self.reason, self.reason)
         if self.state == "RUNNING":
             return f"on {self.nodes}" if self.nodes else ""
         if self.state == "FAILED" or self.state == "failed":
-            return f"exit code {self.exit_code}{f'; {self.reason}' if self.reason.startswith('left no log') else ''}"
+            return (
+                "exit code"
+                f" {self.exit_code}{f'; {self.reason}' if self.reason.startswith('left no log') else ''}"  # noqa: E501
+            )
         if self.state == "CANCELLED" and self.reason in ("DependencyNeverSatisfied", "Dependency"):
             return "an earlier stage did not succeed"
-        return {"TIMEOUT": "reached its time limit", "OUT_OF_MEMORY": "needs more memory_gib_per_gpu"}.get(self.state, "")
+        return {
+            "TIMEOUT": "reached its time limit",
+            "OUT_OF_MEMORY": "needs more memory_gib_per_gpu",
+        }.get(self.state, "")
 
 
 def states_of(folder: LaunchFolder) -> list[TaskState]:
@@ -94,17 +112,31 @@ def states_of(folder: LaunchFolder) -> list[TaskState]:
     up = bool(jobs) and controller_answers()
     for job in jobs:
         names = job["tasks"] or [""]
-        labels = [f"{job['label']}.{index}" for index in range(len(names))] if len(names) > 1 else [job["label"]]
+        labels = (
+            [f"{job['label']}.{index}" for index in range(len(names))]
+            if len(names) > 1
+            else [job["label"]]
+        )
         known, answered = _from_scontrol(job["id"]) if up else ({}, False)
         known = known or _from_sacct(job["id"])
         for index, (label, what) in enumerate(zip(labels, names, strict=True)):
             found = known.get(index if len(names) > 1 else None) or known.get("waiting")
-            states.append(_task(folder, label, job["id"], what, found, "" if answered else _NO_ANSWER))
+            states.append(
+                _task(folder, label, job["id"], what, found, "" if answered else _NO_ANSWER)
+            )
     return states
 
 
-def _task(folder: LaunchFolder, label: str, job: str, what: str, found: Mapping[str, Any] | None, reason: str) -> TaskState:
-    """Return the state of one task; without Slurm's word its own exit code, which the job writes last, is all there is.
+def _task(
+    folder: LaunchFolder,
+    label: str,
+    job: str,
+    what: str,
+    found: Mapping[str, Any] | None,
+    reason: str,
+) -> TaskState:
+    """Return the state of one task; without Slurm's word its own exit code, which the job writes
+    last, is all there is.
 
     Args:
         reason: why Slurm's word is missing.
@@ -115,20 +147,28 @@ def _task(folder: LaunchFolder, label: str, job: str, what: str, found: Mapping[
         return TaskState(label, job, state, what, reason, exit_code=code, source="files")
     values = {**found, "exit_code": code if code is not None else found["exit_code"]}
     if found["state"] == "FAILED" and code is None and not folder.log(label).is_file():
-        values["reason"] = f"left no log: does its node see {folder.path}? (directories.runs of the profile)"
+        values["reason"] = (
+            f"left no log: does its node see {folder.path}? (directories.runs of the profile)"
+        )
     return TaskState(label, job, what=what, **values)
 
 
 def controller_answers() -> bool:
-    """Whether Slurm's controller is up: where it is not, `scontrol --json` waits, shows no jobs and exits 0, as for a forgotten job."""
+    """Whether Slurm's controller is up: where it is not, `scontrol --json` waits, shows no jobs and
+    exits 0, as for a forgotten job.
+    """
     try:
-        return re.search(r"\bUP\b", run_slurm(["scontrol", "ping"], timeout_s=30).stdout) is not None
+        return (
+            re.search(r"\bUP\b", run_slurm(["scontrol", "ping"], timeout_s=30).stdout) is not None
+        )
     except EnvironmentFault:
         return False
 
 
 def _from_scontrol(job: str) -> tuple[dict[Any, dict[str, Any]], bool]:
-    """Return {task number, None for a plain job, "waiting" for array tasks that did not start: facts}, and whether Slurm answered."""
+    """Return {task number, None for a plain job, "waiting" for array tasks that did not start:
+    facts}, and whether Slurm answered.
+    """
     try:
         done = run_slurm(["scontrol", "show", "job", job, "--json"], timeout_s=30)
         if done.returncode:
@@ -147,7 +187,9 @@ def _from_scontrol(job: str) -> tuple[dict[Any, dict[str, Any]], bool]:
         states = record["job_state"]
         states = [states] if isinstance(states, str) else list(states)
         result[key] = {
-            "state": next((word for word in states if word in ENDING and states[0] not in ACTIVE), states[0]),
+            "state": next(
+                (word for word in states if word in ENDING and states[0] not in ACTIVE), states[0]
+            ),
             "reason": str(record.get("state_reason") or ""),
             "nodes": str(record.get("nodes") or ""),
             "tries": int(record.get("restart_cnt") or 0) + 1,
@@ -159,7 +201,10 @@ def _from_scontrol(job: str) -> tuple[dict[Any, dict[str, Any]], bool]:
 def _from_sacct(job: str) -> dict[Any, dict[str, Any]]:
     """Return the same from the accounting database, where the site has one."""
     try:
-        done = run_slurm(["sacct", "-n", "-P", "-X", "-D", "-j", job, "--format=JobID,State,ExitCode,NodeList"], timeout_s=30)
+        done = run_slurm(
+            ["sacct", "-n", "-P", "-X", "-D", "-j", job, "--format=JobID,State,ExitCode,NodeList"],
+            timeout_s=30,
+        )
     except EnvironmentFault:
         return {}
     result: dict[Any, dict[str, Any]] = {}
@@ -210,7 +255,15 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
     """Print the jobs of the launches named, or of all."""
     folders = [_folder(name) for name in names] or all_launches()
     if as_json:
-        say(json.dumps({folder.name: [dataclasses.asdict(state) for state in states_of(folder)] for folder in folders}, indent=2))
+        say(
+            json.dumps(
+                {
+                    folder.name: [dataclasses.asdict(state) for state in states_of(folder)]
+                    for folder in folders
+                },
+                indent=2,
+            )
+        )
         return ExitCode.DONE
     if not folders:
         say(f"nothing was launched from {runs_root()}")
@@ -223,7 +276,12 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
         rows = [COLUMNS, *(_row(state) for state in last)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
         for row in rows:
-            say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            say(
+                "  "
+                + "  ".join(
+                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+            )
         for state in last:
             error = None if state.active or state.succeeded else folder.first_error(state.label)
             if error:
@@ -233,7 +291,9 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
 
 
 def _next(folder: LaunchFolder, states: Sequence[TaskState]) -> None:
-    """Name the command that follows: the log of what failed where there is one, else the logs of what runs, else the run."""
+    """Name the command that follows: the log of what failed where there is one, else the logs of
+    what runs, else the run.
+    """
     failed = [state for state in states if not (state.active or state.succeeded or state.unheard)]
     told = next((state for state in failed if folder.log(state.label).is_file()), None)
     if any(state.unheard for state in states):
@@ -241,20 +301,34 @@ def _next(folder: LaunchFolder, states: Sequence[TaskState]) -> None:
     elif told:
         next_step(f"recipes launch logs {folder.name} --stage {told.label}")
     elif any(folder.path.glob("*.log")):
-        next_step(f"recipes launch logs {folder.name}" if any(state.active for state in states) else f"recipes status {folder.name}")
+        next_step(
+            f"recipes launch logs {folder.name}"
+            if any(state.active for state in states)
+            else f"recipes status {folder.name}"
+        )
     elif failed:
-        next_step("recipes launch RECIPE|STUDY --profile P   (the same command as before: it continues)")
+        next_step(
+            "recipes launch RECIPE|STUDY --profile P   (the same command as before: it continues)"
+        )
     else:
         next_step(f"recipes launch status {folder.name}")
 
 
 def _row(state: TaskState) -> tuple[str, ...]:
     what = f" ({state.what})" if "." in state.label and state.what else ""
-    return state.job, f"{state.label}{what}", state.state.lower(), str(state.tries), state.explanation()
+    return (
+        state.job,
+        f"{state.label}{what}",
+        state.state.lower(),
+        str(state.tries),
+        state.explanation(),
+    )
 
 
 def _training_state(folder: LaunchFolder) -> str:
-    """Return what run.json says beside the jobs: a job that runs may be starting, training or saving."""
+    """Return what run.json says beside the jobs: a job that runs may be starting, training or
+    saving.
+    """
     run = RunDirectory(folder.name, folder.path.parents[1])
     if not run.exists():
         return ""
@@ -264,13 +338,18 @@ def _training_state(folder: LaunchFolder) -> str:
 
 
 def wait(folder: LaunchFolder) -> int:
-    """Wait for the end of a chain, say what changes, and return 0 or the exit code of the first job that failed."""
+    """Wait for the end of a chain, say what changes, and return 0 or the exit code of the first job
+    that failed.
+    """
     before: dict[str, str] = {}
     while True:
         states = states_of(folder)
         for state in states:
             if before.get(state.label) != state.state:
-                say(f"{state.label}: {state.state.lower()}{f' - {state.explanation()}' if state.explanation() else ''}")
+                say(
+                    f"{state.label}:"
+                    f" {state.state.lower()}{f' - {state.explanation()}' if state.explanation() else ''}"  # noqa: E501
+                )
                 before[state.label] = state.state
         if not any(state.active or state.unheard for state in states):
             break
@@ -297,10 +376,16 @@ def cancel(names: Sequence[str]) -> int:
     for name in names:
         states = states_of(_folder(name))
         if any(state.unheard for state in states):
-            raise EnvironmentFault(f"{name}: Slurm gives no answer, so nothing is cancelled", ASK_SINFO)
+            raise EnvironmentFault(
+                f"{name}: Slurm gives no answer, so nothing is cancelled", ASK_SINFO
+            )
         ids = active_ids(states)
         scancel(ids)
-        say(f"{name}: cancelled {', '.join(ids)}" if ids else f"{name}: nothing was queued or running")
+        say(
+            f"{name}: cancelled {', '.join(ids)}"
+            if ids
+            else f"{name}: nothing was queued or running"
+        )
     next_step(f"recipes launch status {names[0]}")
     return ExitCode.DONE
 
@@ -311,10 +396,17 @@ def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
         raise RecipeError("recipes launch logs: name one run or study", f"launched: {_known()}")
     folder = _folder(names[0])
     logs = sorted(folder.path.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    chosen = [path for path in logs if stage is None or path.stem == stage or path.stem.startswith(f"{stage}.")]
+    chosen = [
+        path
+        for path in logs
+        if stage is None or path.stem == stage or path.stem.startswith(f"{stage}.")
+    ]
     if not chosen:
         there = ", ".join(path.stem for path in logs)
-        raise RecipeError(f"'{names[0]}' has no log{f' of {stage}' if stage else ' yet'}", f"logs: {there or 'none; has a job started?'}")
+        raise RecipeError(
+            f"'{names[0]}' has no log{f' of {stage}' if stage else ' yet'}",
+            f"logs: {there or 'none; has a job started?'}",
+        )
     for path in chosen:
         say(f"==> {shown_path(path)}")
         error = folder.first_error(path.stem)
@@ -341,7 +433,9 @@ def refuse_if_active(folder: LaunchFolder) -> None:
         )
     states = [state for state in known if state.active]
     if states:
-        jobs = ", ".join(f"{state.label} is {state.state.lower()} (job {state.job})" for state in states)
+        jobs = ", ".join(
+            f"{state.label} is {state.state.lower()} (job {state.job})" for state in states
+        )
         raise RecipeError(
             f"'{folder.name}' is launched already: {jobs}",
             f"wait for it, or: recipes launch cancel {folder.name}",
@@ -356,7 +450,9 @@ def _folder(name: str) -> LaunchFolder:
     """
     folder = launch_folder(name.rstrip("/").rpartition("/")[2])
     if not folder.read_jobs():
-        raise RecipeError(f"nothing was launched as '{name}' in {runs_root()}", f"launched: {_known()}")
+        raise RecipeError(
+            f"nothing was launched as '{name}' in {runs_root()}", f"launched: {_known()}"
+        )
     return folder
 
 
@@ -366,4 +462,8 @@ def _known() -> str:
 
 def _tail(folder: LaunchFolder, label: str, lines: int) -> list[str]:
     path = folder.log(label)
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] if path.is_file() else []
+    return (
+        path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+        if path.is_file()
+        else []
+    )

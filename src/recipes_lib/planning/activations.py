@@ -1,10 +1,13 @@
 """What autograd keeps of a forward pass, in bytes per token, counted tensor by tensor.
 
-The list was read off `torch.autograd.graph.saved_tensors_hooks` for Llama under PEFT; `tests/planning/test_activations.py` holds it
-against that measurement. Per block: the float32 copy that each RMSNorm takes; queries, keys, values and attention's output; gate,
-up and their product in the MLP; and for each LoRA layer its input and its rank-wide output. A frozen linear layer keeps nothing.
+The list was read off `torch.autograd.graph.saved_tensors_hooks` for Llama under PEFT;
+`tests/planning/test_activations.py` holds it against that measurement. Per block: the float32 copy
+that each RMSNorm takes; queries, keys, values and attention's output; gate, up and their product in
+the MLP; and for each LoRA layer its input and its rank-wide output. A frozen linear layer keeps
+nothing.
 
-What differs between devices: dropout's mask is one byte per element in the CUDA kernel and a whole number in the CPU's.
+What differs between devices: dropout's mask is one byte per element in the CUDA kernel and a whole
+number in the CPU's.
 """
 
 from __future__ import annotations
@@ -13,9 +16,19 @@ from dataclasses import dataclass
 
 from recipes_lib.planning.settings import Settings
 
-_INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "qkv_proj": "attention", "o_proj": "output"}
+_INPUTS = {
+    "q_proj": "attention",
+    "k_proj": "attention",
+    "v_proj": "attention",
+    "qkv_proj": "attention",
+    "o_proj": "output",
+}
 _INPUTS |= {"gate_proj": "mlp", "up_proj": "mlp", "gate_up_proj": "mlp", "down_proj": "inner"}
-CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128  # tiles of TRL's fused LM head, and of `training.cpu.loss`
+CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = (
+    32768,
+    4096,
+    128,
+)  # tiles of TRL's fused LM head, and of `training.cpu.loss`
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,8 @@ class Activations:
 
     Args:
         per_token: of all blocks, norms and the head's input, without recomputation.
-        per_token_and_row: further bytes per token for each token of its row: sdpa's mask, one copy per block.
+        per_token_and_row: further bytes per token for each token of its row: sdpa's mask, one copy
+            per block.
         checkpointed: per token when only the inputs of the blocks are kept.
         block: per token of one block, what recomputation brings back for a moment.
         block_row: `per_token_and_row` of one block.
@@ -57,15 +71,34 @@ class Activations:
 def activations_of(settings: Settings) -> Activations:
     """Return what the forward pass of these settings keeps."""
     shape, s, w = settings.shape, settings.compute_bytes, settings.weight_bytes
-    norms = 4 + shape.hidden * (4 if settings.adapter else 4 + w)  # and the root mean square of each token
+    norms = 4 + shape.hidden * (
+        4 if settings.adapter else 4 + w
+    )  # and the root mean square of each token
     experts = shape.active_experts
-    block = 2 * norms + _attention(settings) + 3 * s * shape.intermediate * experts + _linear_inputs(settings)
-    row = (shape.heads * s if settings.attention == "eager" else s) if settings.masked or settings.attention == "eager" else 0
+    block = (
+        2 * norms
+        + _attention(settings)
+        + 3 * s * shape.intermediate * experts
+        + _linear_inputs(settings)
+    )
+    row = (
+        (shape.heads * s if settings.attention == "eager" else s)
+        if settings.masked or settings.attention == "eager"
+        else 0
+    )
     first = 0.0
-    if settings.adapter and not settings.checkpointing:  # nothing before the first block is trained: its norm and masks are not kept
-        noisy = sum(name in settings.adapter.targets for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-        first = shape.hidden * (4 + (noisy * _noise_bytes(settings) if settings.adapter.dropout else 0))
-    head = norms + (shape.hidden * w if settings.device == "gpu" else 0)  # on a CPU the gradient is made beside the loss
+    if (
+        settings.adapter and not settings.checkpointing
+    ):  # nothing before the first block is trained: its norm and masks are not kept
+        noisy = sum(
+            name in settings.adapter.targets for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")
+        )
+        first = shape.hidden * (
+            4 + (noisy * _noise_bytes(settings) if settings.adapter.dropout else 0)
+        )
+    head = norms + (
+        shape.hidden * w if settings.device == "gpu" else 0
+    )  # on a CPU the gradient is made beside the loss
     return Activations(
         per_token=shape.layers * block - first + head,
         per_token_and_row=shape.layers * row,
@@ -77,14 +110,19 @@ def activations_of(settings: Settings) -> Activations:
 
 
 def reference_per_token(settings: Settings) -> float:
-    """Return bytes per token as the meta device shows them for the recipe's weights: attention by its plain formula without the part that
-    grows with the row, adapters in the base's precision, dropout's mask as a number. For comparing models and settings on any machine.
+    """Return bytes per token as the meta device shows them for the recipe's weights: attention by
+    its plain formula without the part that grows with the row, adapters in the base's precision,
+    dropout's mask as a number. For comparing models and settings on any machine.
     """
     shape, w, adapter = settings.shape, settings.weight_bytes, settings.adapter
     q = shape.query_width
     block = 2 * 4 * shape.hidden + 3 * 4 * q + 3 * w * shape.intermediate * shape.active_experts
     if adapter is None:
-        return shape.layers * (block + 2 * w * shape.hidden + w * (2 * shape.hidden + q + shape.intermediate * shape.active_experts))
+        return shape.layers * (
+            block
+            + 2 * w * shape.hidden
+            + w * (2 * shape.hidden + q + shape.intermediate * shape.active_experts)
+        )
     widths = [shape.linears()[name][0] for name in adapter.targets]
     if adapter.dropout:
         inputs = 2 * w * sum(widths)
@@ -95,7 +133,9 @@ def reference_per_token(settings: Settings) -> float:
 
 
 def _attention(settings: Settings) -> float:
-    """Queries, keys, values and output of one block; keys and values are repeated for every query head where there is a mask."""
+    """Queries, keys, values and output of one block; keys and values are repeated for every query
+    head where there is a mask.
+    """
     shape, s = settings.shape, settings.compute_bytes
     keys = shape.query_width if settings.masked or settings.attention == "eager" else shape.kv_width
     sums = 0 if settings.attention == "eager" else 4 * shape.heads
@@ -103,57 +143,93 @@ def _attention(settings: Settings) -> float:
 
 
 def _linear_inputs(settings: Settings) -> float:
-    """Inputs of the linear layers that something is trained in, and the rank-wide outputs of LoRA's first matrix."""
+    """Inputs of the linear layers that something is trained in, and the rank-wide outputs of LoRA's
+    first matrix.
+    """
     shape, s, adapter = settings.shape, settings.compute_bytes, settings.adapter
     widths = {name: inputs for name, (inputs, _) in shape.linears().items()}
     casts = settings.autocast is not None and settings.weight_bytes != settings.autocast
-    times = {name: shape.active_experts if name in ("gate_proj", "up_proj", "down_proj") else 1 for name in widths}
-    copied = settings.attention == "documents"  # example by example, and put together again; else attention's output is kept already
+    times = {
+        name: shape.active_experts if name in ("gate_proj", "up_proj", "down_proj") else 1
+        for name in widths
+    }
+    copied = (
+        settings.attention == "documents"
+    )  # example by example, and put together again; else attention's output is kept already
     kept = {name: width for name, width in widths.items() if copied or _INPUTS[name] != "output"}
     if adapter is None:
-        if casts:  # each layer casts its own copy; what attention and MLP made is in the autocast type already
+        # each layer casts its own copy; what attention and MLP made is in the autocast type already
+        if casts:
             return s * sum(times[name] * width for name, width in kept.items())
-        return s * sum({_INPUTS[name]: times[name] * width for name, width in kept.items()}.values())
+        return s * sum(
+            {_INPUTS[name]: times[name] * width for name, width in kept.items()}.values()
+        )
     share = adapter.layers / shape.layers
     targets = {name: times[name] * widths[name] for name in adapter.targets}
     ranks = s * adapter.rank * sum(times[name] for name in adapter.targets)
     if adapter.dropout:
         return share * (ranks + sum(targets.values()) * (s + _noise_bytes(settings)))
-    if settings.trained_bytes != s or casts or not settings.autocast_matches:  # cast to the adapter's type and back: a copy for each layer
+    if (
+        settings.trained_bytes != s or casts or not settings.autocast_matches
+    ):  # cast to the adapter's type and back: a copy for each layer
         return share * (ranks + s * sum(targets.values()))
-    shared = {_INPUTS[name]: width for name, width in targets.items() if copied or _INPUTS[name] != "output"}
+    shared = {
+        _INPUTS[name]: width
+        for name, width in targets.items()
+        if copied or _INPUTS[name] != "output"
+    }
     return share * (ranks + s * sum(shared.values()))
 
 
 def _noise_bytes(settings: Settings) -> int:
-    """Bytes per element of dropout's mask: the CUDA kernel keeps booleans, the CPU's a number of the adapter's type."""
+    """Bytes per element of dropout's mask: the CUDA kernel keeps booleans, the CPU's a number of
+    the adapter's type.
+    """
     return 1 if settings.device == "gpu" else settings.trained_bytes
 
 
 def _autocast_copies(settings: Settings) -> float:
-    """Half-precision copies of float32 weights that the backward pass needs: every linear layer's, or the adapter's alone."""
+    """Half-precision copies of float32 weights that the backward pass needs: every linear layer's,
+    or the adapter's alone.
+    """
     if settings.autocast is None:
         return 0.0
-    copies = settings.shape.linear_parameters if settings.weight_bytes != settings.autocast and not settings.bits else 0
+    copies = (
+        settings.shape.linear_parameters
+        if settings.weight_bytes != settings.autocast and not settings.bits
+        else 0
+    )
     if settings.adapter is not None and settings.trained_bytes != settings.autocast:
         copies += settings.trained_parameters - settings.adapter.extra_parameters
     return float(settings.autocast * copies)
 
 
 def head_bytes(settings: Settings, tokens: int) -> float:
-    """Return what the fused LM head takes for a moment: one tile of logits, and the gradient of its input in float32.
+    """Return what the fused LM head takes for a moment: one tile of logits, and the gradient of its
+    input in float32.
 
-    Full fine-tuning also holds the head's gradient in float32 there (counted with the gathered layers under FSDP2).
+    Full fine-tuning also holds the head's gradient in float32 there (counted with the gathered
+    layers under FSDP2).
     """
     if settings.device == "cpu":
         tile = CPU_TILE * settings.shape.vocabulary * (settings.compute_bytes + 8)
     else:
         tile = min(tokens, CHUNK_TOKENS) * CHUNK_VOCABULARY * settings.compute_bytes
-    trained = settings.shape.vocabulary * settings.shape.hidden * 4 if settings.adapter is None and not settings.sharded else 0
+    trained = (
+        settings.shape.vocabulary * settings.shape.hidden * 4
+        if settings.adapter is None and not settings.sharded
+        else 0
+    )
     return tile + tokens * settings.shape.hidden * 4 + trained
 
 
 def backward_bytes(settings: Settings, tokens: int) -> float:
-    """Return the gradients that are alive at once inside one block: those of the MLP's inner tensors and of the residual stream."""
+    """Return the gradients that are alive at once inside one block: those of the MLP's inner
+    tensors and of the residual stream.
+    """
     shape, s = settings.shape, settings.compute_bytes
-    return tokens * (3 * s * shape.intermediate * shape.active_experts + 4 * shape.hidden + 2 * settings.weight_bytes * shape.hidden)
+    return tokens * (
+        3 * s * shape.intermediate * shape.active_experts
+        + 4 * shape.hidden
+        + 2 * settings.weight_bytes * shape.hidden
+    )

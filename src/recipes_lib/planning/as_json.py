@@ -1,4 +1,6 @@
-"""A plan as plain JSON values: `recipes plan --json`, described by schema/plan.schema.json. Sizes in GiB, times in seconds."""
+"""A plan as plain JSON values: `recipes plan --json`, described by schema/plan.schema.json. Sizes
+in GiB, times in seconds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ from recipes_lib.planning.plan import Plan
 
 
 def plan_json(
-    plan: Plan, evals: Sequence[EvalTime], rows: Sequence[MethodRow], advice: Sequence[Advice], price: float | None
+    plan: Plan,
+    evals: Sequence[EvalTime],
+    rows: Sequence[MethodRow],
+    advice: Sequence[Advice],
+    price: float | None,
 ) -> dict[str, Any]:
     """Return memory, time, steps and advice.
 
@@ -42,7 +48,10 @@ def memory_json(plan: Plan) -> dict[str, Any]:
             "gradients_gib": memory.gradients,
             "optimizer_gib": memory.optimizer,
             "gathered_gib": memory.gathered,
-            "activation_mb_per_token": (here.per_token if settings.device == "cpu" else reference_per_token(settings)) / MIB,
+            "activation_mb_per_token": (
+                here.per_token if settings.device == "cpu" else reference_per_token(settings)
+            )
+            / MIB,
             "activation_mb_per_token_on_card": here.per_token / MIB,
             "activation_mb_per_token_checkpointed": here.checkpointed / MIB,
             "activations_gib": memory.activations,
@@ -90,7 +99,12 @@ def time_json(plan: Plan, evals: Sequence[EvalTime], price: float | None) -> dic
             "walltime_s": plan.walltime,
             "evaluation_s": evaluation,
             "evaluations": [
-                {"name": item.name, "answering_s": item.answering, "judging_s": item.judging, "not_estimated": list(item.unknown)}
+                {
+                    "name": item.name,
+                    "answering_s": item.answering,
+                    "judging_s": item.judging,
+                    "not_estimated": list(item.unknown),
+                }
                 for item in evals
             ],
             "total_s": duration.total + evaluation,
@@ -125,7 +139,9 @@ def steps_json(plan: Plan) -> dict[str, Any]:
 
 
 def _method(row: MethodRow) -> dict[str, Any]:
-    """Return one line of the table of methods; null where the examples per step cannot be divided."""
+    """Return one line of the table of methods; null where the examples per step cannot be
+    divided.
+    """
     plan = row.plan
     return _rounded(
         {
@@ -142,7 +158,9 @@ def _method(row: MethodRow) -> dict[str, Any]:
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with numbers to four significant places after the point, which is more than a plan knows."""
+    """Return the values with numbers to four significant places after the point, which is more than
+    a plan knows.
+    """
     rounded: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list):

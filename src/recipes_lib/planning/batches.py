@@ -1,4 +1,6 @@
-"""Steps, micro-batches and what padding costs: the recipe's batches drawn once from the real lengths."""
+"""Steps, micro-batches and what padding costs: the recipe's batches drawn once from the real
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Batches:
         return self.computed / self.tokens
 
 
-def batches_of(settings: Settings, lengths: Lengths, train: dict[str, Any], accumulation: int) -> Batches:
+def batches_of(
+    settings: Settings, lengths: Lengths, train: dict[str, Any], accumulation: int
+) -> Batches:
     """Return the batches of a training.
 
     Args:
@@ -112,11 +116,25 @@ def draw(settings: Settings, lengths: Sequence[int], size: int) -> Drawn:
         lengths: tokens per example, cut.
         size: examples per micro-batch.
     """
-    return _draw(settings.flattened, settings.masked, settings.grouped, settings.max_tokens, tuple(lengths), size)
+    return _draw(
+        settings.flattened,
+        settings.masked,
+        settings.grouped,
+        settings.max_tokens,
+        tuple(lengths),
+        size,
+    )
 
 
 @lru_cache(maxsize=256)
-def _draw(flattened: bool, masked: bool, grouped: bool, cap: int | None, lengths: tuple[int, ...], size: int) -> Drawn:
+def _draw(
+    flattened: bool,
+    masked: bool,
+    grouped: bool,
+    cap: int | None,
+    lengths: tuple[int, ...],
+    size: int,
+) -> Drawn:
     """Draw for `draw`; a plan compares many settings with the same batches."""
     pool = list(lengths)
     while len(pool) < 4 * size:
@@ -139,11 +157,20 @@ def _draw(flattened: bool, masked: bool, grouped: bool, cap: int | None, lengths
                     largest, largest_row = cost, row
         if grouped:
             break
-    return Drawn(real / batches, computed / batches, passes / batches, largest, largest_row, squares / computed)
+    return Drawn(
+        real / batches,
+        computed / batches,
+        passes / batches,
+        largest,
+        largest_row,
+        squares / computed,
+    )
 
 
 def _groups(batch: Sequence[int], cap: int | None, flattened: bool) -> list[list[int]]:
-    """Return the examples of each forward pass of a micro-batch: all of them, or pieces where it exceeds the cap."""
+    """Return the examples of each forward pass of a micro-batch: all of them, or pieces where it
+    exceeds the cap.
+    """
     groups: list[list[int]] = []
     group: list[int] = []
     for length in batch:
@@ -155,7 +182,9 @@ def _groups(batch: Sequence[int], cap: int | None, flattened: bool) -> list[list
 
 
 def _computed(group: Sequence[int], flattened: bool, masked: bool) -> tuple[int, int, int]:
-    """Return computed tokens, tokens of a row, and the pairs of tokens that attention looks at (before half of them are masked)."""
+    """Return computed tokens, tokens of a row, and the pairs of tokens that attention looks at
+    (before half of them are masked).
+    """
     cost, longest = _cost(group, flattened), max(group)
     if not flattened:
         return cost, longest, cost * longest
@@ -169,10 +198,16 @@ def _cost(group: Sequence[int], flattened: bool) -> int:
 
 
 def validations(steps: int, per_epoch: int, train: dict[str, Any]) -> int:
-    """Return how often the validation set is read: every `eval_steps`, or every epoch, and once at the end."""
+    """Return how often the validation set is read: every `eval_steps`, or every epoch, and once at
+    the end.
+    """
     strategy = train.get("eval_strategy", "no")
     if strategy == "no":
         return 0
-    every: float = per_epoch if strategy == "epoch" else train.get("eval_steps") or train.get("logging_steps") or 500
+    every: float = (
+        per_epoch
+        if strategy == "epoch"
+        else train.get("eval_steps") or train.get("logging_steps") or 500
+    )
     every = every * steps if every < 1 else every
     return math.ceil(steps / max(every, 1)) + bool(train.get("eval_on_start"))

@@ -1,9 +1,11 @@
-"""The cards a plan can be made for: memory, peak rate, bandwidth, links, and the share of the peak that training reaches.
+"""The cards a plan can be made for: memory, peak rate, bandwidth, links, and the share of the peak
+that training reaches.
 
-No speed here was measured by this project: every card is marked `assumed` until `benchmarks/` has a number for it. Peaks are the vendors'
-dense bf16 figures. The reached share (MFU, counted with 4N) follows the published 40% of a bf16 LoRA on one H100 (NeMo AutoModel,
-Llama-3-8B, sequence 4,096, 402 TFLOP/s); links are what an all-gather is taken to reach. MIG slices have the original study's 7 GB/s, the
-rate that explains its 449 tokens/s under FSDP without peer-to-peer access.
+No speed here was measured by this project: every card is marked `assumed` until `benchmarks/` has a
+number for it. Peaks are the vendors' dense bf16 figures. The reached share (MFU, counted with 4N)
+follows the published 40% of a bf16 LoRA on one H100 (NeMo AutoModel, Llama-3-8B, sequence 4,096,
+402 TFLOP/s); links are what an all-gather is taken to reach. MIG slices have the original study's 7
+GB/s, the rate that explains its 449 tokens/s under FSDP without peer-to-peer access.
 """
 
 from __future__ import annotations
@@ -96,52 +98,71 @@ def card_named(name: str) -> Card:
     card = by_name.get(_ALIASES.get(key, key))
     if card is None:
         hints = did_you_mean(key, [*by_name, *_ALIASES])
-        raise RecipeError(f"--gpu: there is no card '{name}'", *hints, f"cards: {', '.join([*by_name, 'cpu'])}")
+        raise RecipeError(
+            f"--gpu: there is no card '{name}'", *hints, f"cards: {', '.join([*by_name, 'cpu'])}"
+        )
     return card
 
 
 @lru_cache(maxsize=1)
 def cards_here() -> tuple[Card, ...]:
-    """Return the GPUs a training may use here, the fastest first as CUDA numbers them: nvidia-smi's, MIG slices in place of the card they
-    are cut from, and of these what CUDA_VISIBLE_DEVICES leaves.
+    """Return the GPUs a training may use here, the fastest first as CUDA numbers them:
+    nvidia-smi's, MIG slices in place of the card they are cut from, and of these what
+    CUDA_VISIBLE_DEVICES leaves.
     """
     found = _found_here()
     words = visible_words(os.environ)
     if words is not None:
-        found = [entry for entry in found if any(entry[0] == word or entry[1].startswith(word) for word in words)]
+        found = [
+            entry
+            for entry in found
+            if any(entry[0] == word or entry[1].startswith(word) for word in words)
+        ]
     return tuple(sorted((card for _, _, card in found), key=lambda card: -card.tflops))
 
 
 def devices_here() -> list[str]:
-    """Return the words by which CUDA_VISIBLE_DEVICES names each GPU of this process: its own, else the identifiers that nvidia-smi lists,
-    the fastest first.
+    """Return the words by which CUDA_VISIBLE_DEVICES names each GPU of this process: its own, else
+    the identifiers that nvidia-smi lists, the fastest first.
     """
     words = visible_words(os.environ)
-    return [uuid for _, uuid, _ in sorted(_found_here(), key=lambda entry: -entry[2].tflops)] if words is None else words
+    return (
+        [uuid for _, uuid, _ in sorted(_found_here(), key=lambda entry: -entry[2].tflops)]
+        if words is None
+        else words
+    )
 
 
 def visible_words(environment: Mapping[str, str]) -> list[str] | None:
-    """Return what CUDA_VISIBLE_DEVICES names, or None where it is not set. CUDA reads it up to the first word that is no device.
+    """Return what CUDA_VISIBLE_DEVICES names, or None where it is not set. CUDA reads it up to the
+    first word that is no device.
 
     Example:
         >>> visible_words({"CUDA_VISIBLE_DEVICES": "2, 0,-1,1"}), visible_words({"CUDA_VISIBLE_DEVICES": ""}), visible_words({})
         (['2', '0'], [], None)
-    """
+    """  # noqa: E501
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return None
     words = [word.strip() for word in visible.split(",")]
-    return list(itertools.takewhile(lambda word: word.isdigit() or word.startswith(("GPU-", "MIG-")), words))
+    return list(
+        itertools.takewhile(lambda word: word.isdigit() or word.startswith(("GPU-", "MIG-")), words)
+    )
 
 
 def _found_here() -> list[tuple[str, str, Card]]:
     """Return number, identifier and card of each GPU and MIG slice that nvidia-smi lists."""
     found: list[tuple[str, str, Card]] = []
     slices = _slices_here()
-    for line in _nvidia_smi("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"):
+    for line in _nvidia_smi(
+        "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"
+    ):
         number, uuid, name, memory = (part.strip() for part in f"{line},,,".split(",")[:4])
         if number in slices:
-            found += [(number, own, recognised(f"{name} MIG {profile}", 0.0)) for profile, own in slices[number]]
+            found += [
+                (number, own, recognised(f"{name} MIG {profile}", 0.0))
+                for profile, own in slices[number]
+            ]
         elif memory.replace(".", "").isdigit():
             found.append((number, uuid, recognised(name, float(memory))))
     return found
@@ -150,14 +171,18 @@ def _found_here() -> list[tuple[str, str, Card]]:
 def _nvidia_smi(*arguments: str) -> list[str]:
     """Return the lines that nvidia-smi prints; none where it is not there or fails."""
     try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return done.stdout.strip().splitlines()
 
 
 def _slices_here() -> dict[str, list[tuple[str, str]]]:
-    """Return MIG profiles and identifiers by number of their card: `nvidia-smi -L` alone tells them, the query names the whole card."""
+    """Return MIG profiles and identifiers by number of their card: `nvidia-smi -L` alone tells
+    them, the query names the whole card.
+    """
     slices: dict[str, list[tuple[str, str]]] = {}
     number = ""
     for line in _nvidia_smi("-L"):
@@ -169,24 +194,33 @@ def _slices_here() -> dict[str, list[tuple[str, str]]]:
 
 
 def recognised(name: str, memory_mib: float) -> Card:
-    """Return the table's card of that name and memory; the memory is always the real one. A card that is not in the table gets a guessed
-    speed. A MIG slice is known by its profile, which holds its memory.
+    """Return the table's card of that name and memory; the memory is always the real one. A card
+    that is not in the table gets a guessed speed. A MIG slice is known by its profile, which holds
+    its memory.
 
     Example:
         >>> recognised("NVIDIA H100 80GB HBM3", 81559.0).name, recognised("NVIDIA H100 PCIe", 81559.0).name
         ('h100-80gb', 'h100-pcie-80gb')
         >>> recognised("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 0.0).name
         'h100-mig-3g.40gb'
-    """
+    """  # noqa: E501
     words = {word for word in re.split(r"[^a-z0-9.]+", name.lower()) if word}
-    like = [card for card in CARDS if card.name.split("-")[0] in words or ("4090" in words and "4090" in card.name)]
+    like = [
+        card
+        for card in CARDS
+        if card.name.split("-")[0] in words or ("4090" in words and "4090" in card.name)
+    ]
     profile = re.search(r"\bMIG (?:\d+c\.)?(\d+g\.(\d+)gb)", name)
     if profile:
         known = next((card for card in like if card.name.endswith(f"-mig-{profile[1]}")), None)
         return known or _guessed(name, 0.97 * float(profile[2]))
     gib = memory_mib / 1024
     whole = [card for card in like if "mig" not in card.name]
-    near = min(whole, key=lambda card: (("pcie" in card.name) != ("pcie" in words), abs(card.memory_gib - gib)), default=None)
+    near = min(
+        whole,
+        key=lambda card: (("pcie" in card.name) != ("pcie" in words), abs(card.memory_gib - gib)),
+        default=None,
+    )
     if near is None or abs(near.memory_gib - gib) > 3:
         return _guessed(name, gib - 0.4)
     return replace(near, memory_gib=round(min(near.memory_gib, gib), 1))

@@ -1,8 +1,9 @@
 """How long a training takes: operations over what the card reaches, and what stands beside them.
 
-Operations per token: 4N for LoRA (forward 2N, and 2N for the gradients of activations; frozen weights need none), 6N with activation
-checkpointing, which repeats the forward pass; 6N and 8N for full fine-tuning. N counts all parameters that a token passes through. The work
-of attention over long rows and of the adapter is added; MFU is reported with 4N alone, as published figures are.
+Operations per token: 4N for LoRA (forward 2N, and 2N for the gradients of activations; frozen
+weights need none), 6N with activation checkpointing, which repeats the forward pass; 6N and 8N for
+full fine-tuning. N counts all parameters that a token passes through. The work of attention over
+long rows and of the adapter is added; MFU is reported with 4N alone, as published figures are.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from recipes_lib.planning.memory import GIB, weight_gib
 from recipes_lib.planning.settings import Settings
 
 # Assumed, all of them: no GPU was measured by this project yet.
-LAYER_PASS_S = 1.2e-3  # launching one block's kernels forward and backward with LoRA; full fine-tuning half of it
+# launching one block's kernels forward and backward with LoRA; full fine-tuning half of it
+LAYER_PASS_S = 1.2e-3
 READ_GIB_PER_S = 0.7  # weights from disk
 NETWORK = 25.0  # GB/s per GPU between machines
 START_S, FINISH_S = 60.0, 45.0  # imports, data; saving, reloading and checking the weights
 CPU_START_S, CPU_FINISH_S = 15.0, 12.0
-CPU_LAYER_PASS_S, CPU_STEP_S = 2e-3, 0.05  # interpreter and optimizer, as a two-layer model shows them
+CPU_LAYER_PASS_S, CPU_STEP_S = (
+    2e-3,
+    0.05,
+)  # interpreter and optimizer, as a two-layer model shows them
 BANDWIDTH_REACHED = 0.6
 
 
@@ -51,18 +56,23 @@ class Duration:
 
 
 def operations_per_token(settings: Settings) -> float:
-    """Return operations per computed token without attention: 4N, 6N or 8N as the module says, and the adapter's own 6 per weight."""
+    """Return operations per computed token without attention: 4N, 6N or 8N as the module says, and
+    the adapter's own 6 per weight.
+    """
     n, trained = settings.shape.active_parameters, settings.trained_parameters
     passes = 6 if settings.adapter is None else 4
     own = 0 if settings.adapter is None else 6 * trained
     return n * (passes + (2 if settings.checkpointing else 0)) + own
 
 
-def training_duration(settings: Settings, batches: Batches, card: Card, validation_tokens: float = 0.0) -> Duration:
+def training_duration(
+    settings: Settings, batches: Batches, card: Card, validation_tokens: float = 0.0
+) -> Duration:
     """Return the time of a whole training.
 
     Args:
-        validation_tokens: computed tokens of all passes over the validation set, over all processes.
+        validation_tokens: computed tokens of all passes over the validation set, over all
+            processes.
     """
     world = settings.world_size
     speed = _speed(settings, card)
@@ -73,7 +83,12 @@ def training_duration(settings: Settings, batches: Batches, card: Card, validati
     one = max(one, moved) + 0.1 * min(one, moved)
     step = one * batches.forward_passes + _per_step(settings, card)
     training = step * batches.steps
-    validation = validation_tokens / world * (2 * settings.shape.active_parameters + _attention(settings, batches.context) / 3.5) / speed
+    validation = (
+        validation_tokens
+        / world
+        * (2 * settings.shape.active_parameters + _attention(settings, batches.context) / 3.5)
+        / speed
+    )
     n = settings.shape.active_parameters * (6 if settings.adapter is None else 4)
     return Duration(
         training=training,
@@ -87,13 +102,19 @@ def training_duration(settings: Settings, batches: Batches, card: Card, validati
 def _speed(settings: Settings, card: Card) -> float:
     """Operations per second of one process."""
     if settings.device == "cpu":
-        return cpu_tflops(settings, card) * 1e12 / settings.per_machine  # the processes share the cores
-    slower = 1.0 if settings.compute_bytes == 2 else 0.25  # float32 without tensor cores' half precision
+        return (
+            cpu_tflops(settings, card) * 1e12 / settings.per_machine
+        )  # the processes share the cores
+    slower = (
+        1.0 if settings.compute_bytes == 2 else 0.25
+    )  # float32 without tensor cores' half precision
     return card.tflops * 1e12 * card.mfu * slower
 
 
 def _attention(settings: Settings, context: float) -> float:
-    """Operations per token of scores and weighted values: half of the square with a causal kernel, all of it under a mask."""
+    """Operations per token of scores and weighted values: half of the square with a causal kernel,
+    all of it under a mask.
+    """
     square = 4 if settings.masked else 2
     passes = 3.5 + (1 if settings.checkpointing else 0)
     return square * passes * settings.shape.query_width * settings.shape.layers * context
@@ -108,15 +129,21 @@ def _launching(settings: Settings) -> float:
 
 
 def _dequantising(settings: Settings, card: Card) -> float:
-    """Seconds per pass to write the 4-bit weights out as bf16 and read them again, forward and backward."""
+    """Seconds per pass to write the 4-bit weights out as bf16 and read them again, forward and
+    backward.
+    """
     if not settings.bits or settings.device == "cpu":
         return 0.0
     passes = 3 if settings.checkpointing else 2
-    return passes * 4.5 * settings.shape.linear_parameters / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
+    return (
+        passes * 4.5 * settings.shape.linear_parameters / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
+    )
 
 
 def _moved_per_pass(settings: Settings, card: Card) -> float:
-    """Seconds to gather FSDP2's shards for one forward and backward pass, and to share full gradients out."""
+    """Seconds to gather FSDP2's shards for one forward and backward pass, and to share full
+    gradients out.
+    """
     if not settings.sharded:
         return 0.0
     share = (settings.world_size - 1) / settings.world_size
@@ -133,7 +160,9 @@ def _per_step(settings: Settings, card: Card) -> float:
     if settings.sharded or settings.world_size == 1:
         return update
     share = 2 * (settings.world_size - 1) / settings.world_size
-    return update + settings.trained_parameters * settings.trained_bytes * share / (_link(settings, card) * 1e9)
+    return update + settings.trained_parameters * settings.trained_bytes * share / (
+        _link(settings, card) * 1e9
+    )
 
 
 def _link(settings: Settings, card: Card) -> float:
@@ -145,7 +174,11 @@ def _around(settings: Settings) -> float:
     weights = settings.shape.parameters * settings.weight_bytes / GIB
     if settings.device == "cpu":
         return CPU_START_S * settings.per_machine**0.5 + CPU_FINISH_S + 3 * weights
-    saved = settings.trained_parameters * settings.trained_bytes / GIB if settings.adapter is None else 0.0
+    saved = (
+        settings.trained_parameters * settings.trained_bytes / GIB
+        if settings.adapter is None
+        else 0.0
+    )
     return START_S + FINISH_S + 2 * weights / READ_GIB_PER_S + saved / READ_GIB_PER_S
 
 

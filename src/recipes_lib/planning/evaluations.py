@@ -1,8 +1,9 @@
-"""How long writing answers takes, and the time of an evaluation as a plan shows it (`suites.eval_times` computes it).
+"""How long writing answers takes, and the time of an evaluation as a plan shows it
+(`suites.eval_times` computes it).
 
-Writing is bound by reading the weights once per token and batch (and, in transformers, by launching each block's kernels); an
-OpenAI-compatible server does the same with its own batching. On a CPU it follows what was measured with SmolLM2-135M. Lengths of
-answers are assumed.
+Writing is bound by reading the weights once per token and batch (and, in transformers, by launching
+each block's kernels); an OpenAI-compatible server does the same with its own batching. On a CPU it
+follows what was measured with SmolLM2-135M. Lengths of answers are assumed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from dataclasses import dataclass
 
 from recipes_lib.planning.cards import Card
 from recipes_lib.planning.duration import BANDWIDTH_REACHED
-from recipes_lib.planning.machine import GENERATED_TOKENS_PER_SECOND, MEASURED_PARAMETERS, two_threads_tflops
+from recipes_lib.planning.machine import (
+    GENERATED_TOKENS_PER_SECOND,
+    MEASURED_PARAMETERS,
+    two_threads_tflops,
+)
 from recipes_lib.recipe.model_shapes import ModelShape
 
 NUM_QUESTIONS = {"alpaca_eval": 805, "mt_bench": 80}
@@ -43,8 +48,12 @@ class EvalTime:
         return self.answering + self.judging
 
 
-def writing_seconds(shape: ModelShape, card: Card, answers: int, mean: float, most: int, batch: int, server: bool) -> float:
-    """Seconds to write answers; a batch of transformers' generate goes on to its longest answer, a server refills its batch."""
+def writing_seconds(
+    shape: ModelShape, card: Card, answers: int, mean: float, most: int, batch: int, server: bool
+) -> float:
+    """Seconds to write answers; a batch of transformers' generate goes on to its longest answer, a
+    server refills its batch.
+    """
     if card.name == "cpu":
         return answers * mean / (GENERATED_TOKENS_PER_SECOND * pace(shape, card))
     reading = 2 * shape.active_parameters / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
@@ -54,5 +63,7 @@ def writing_seconds(shape: ModelShape, card: Card, answers: int, mean: float, mo
 
 
 def pace(shape: ModelShape, card: Card) -> float:
-    """How much faster than in the measurement this processor reads and writes: against its two threads, and its model's size."""
+    """How much faster than in the measurement this processor reads and writes: against its two
+    threads, and its model's size.
+    """
     return MEASURED_PARAMETERS / shape.parameters * card.tflops / two_threads_tflops()

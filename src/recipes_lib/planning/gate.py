@@ -1,4 +1,5 @@
-"""Whether a training may start: the plan against the card that is really there. Says no only where the numbers say so.
+"""Whether a training may start: the plan against the card that is really there. Says no only where
+the numbers say so.
 
 A plan that cannot be made (a model nobody knows here, an odd architecture) stops nobody.
 """
@@ -29,13 +30,16 @@ def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
     """Return the plan for this machine under a launch, or None where none can be made."""
     cards = () if launch.config.use_cpu else cards_here()[: launch.per_machine]
     try:
-        return plan_launched(recipe, launch, min(cards, key=lambda card: card.memory_gib) if cards else cpu_card())
+        return plan_launched(
+            recipe, launch, min(cards, key=lambda card: card.memory_gib) if cards else cpu_card()
+        )
     except (RecipesError, OSError):
         return None
 
 
 def plan_of_active(recipe: Recipe, active: Active, data: PreparedData) -> dict[str, Any]:
-    """Return what run.json keeps of the plan of a training that is about to start, made from its real rows; why, where none can be made.
+    """Return what run.json keeps of the plan of a training that is about to start, made from its
+    real rows; why, where none can be made.
 
     Args:
         active: the launch as it really is.
@@ -57,39 +61,63 @@ def plan_of_active(recipe: Recipe, active: Active, data: PreparedData) -> dict[s
     validation = len(data.validation) if data.validation is not None else 0
     lengths = Lengths(tokens, len(data.train), validation, "the rows themselves", counted=True)
     try:
-        return planned_facts(plan_launched(recipe, launch, cards[0] if cards else cpu_card(), lengths))
-    except Exception as error:  # a plan is a note beside the run; whatever it trips over, the training goes on
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        return planned_facts(
+            plan_launched(recipe, launch, cards[0] if cards else cpu_card(), lengths)
+        )
+    except (
+        Exception
+    ) as error:  # a plan is a note beside the run; whatever it trips over, the training goes on
+        return {
+            "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        }
 
 
 def refuse_what_cannot_fit(plan: Plan) -> str | None:
-    """Stop a training whose plan does not fit the card that is there; return a warning where it is tight.
+    """Stop a training whose plan does not fit the card that is there; return a warning where it is
+    tight.
 
-    Without a GPU resident memory is not predicted: what is refused there is what exceeds the free memory by the model's own tensors alone.
+    Without a GPU resident memory is not predicted: what is refused there is what exceeds the free
+    memory by the model's own tensors alone.
 
     Raises:
-        EnvironmentFault: it does not; with the arithmetic, what would make it fit, and how to insist.
+        EnvironmentFault: it does not; with the arithmetic, what would make it fit, and how to
+            insist.
     """
     if plan.fits:
         return None
     if plan.verdict != "no":
-        return f"warning: by an estimate this needs {plan.memory.needed * plan.sharing:.1f} GiB; there are {plan.card.memory_gib:.1f} GiB"
+        return (
+            f"warning: by an estimate this needs {plan.memory.needed * plan.sharing:.1f} GiB; there"
+            f" are {plan.card.memory_gib:.1f} GiB"
+        )
     if plan.settings.device == "cpu" and plan.memory.peak * plan.sharing <= plan.card.memory_gib:
         needed = plan.memory.needed * plan.sharing
         free = f"{plan.card.memory_gib:.1f} are free now"
-        return f"warning: the plan needs about {needed:.1f} GiB, and {free} (recipes plan says what saves some)"
+        return (
+            f"warning: the plan needs about {needed:.1f} GiB, and {free} (recipes plan says what"
+            " saves some)"
+        )
     what, largest = refusal_lines(plan)
-    hints = [f"{item.setting}   ({'costs' if item.saves_s < 0 else 'saves'} {clock(abs(item.saves_s))})" for item in advise(plan)[:3]]
+    hints = [
+        f"{item.setting}   ({'costs' if item.saves_s < 0 else 'saves'} {clock(abs(item.saves_s))})"
+        for item in advise(plan)[:3]
+    ]
     origin = plan.recipe.origin_of("train.per_device_train_batch_size")
-    raise EnvironmentFault(what, largest, *hints, "or insist with --no-plan", file=origin.file, line=origin.line)
+    raise EnvironmentFault(
+        what, largest, *hints, "or insist with --no-plan", file=origin.file, line=origin.line
+    )
 
 
 def planned_facts(plan: Plan) -> dict[str, Any]:
-    """Return what run.json keeps of the plan, named as what is measured is (on a CPU that is resident memory, libraries included)."""
+    """Return what run.json keeps of the plan, named as what is measured is (on a CPU that is
+    resident memory, libraries included).
+    """
     return {
         "card": plan.card.name,
         "basis": plan.card.basis,
-        "peak_memory_gib": round(plan.memory.needed if plan.settings.device == "cpu" else plan.memory.peak, 2),
+        "peak_memory_gib": round(
+            plan.memory.needed if plan.settings.device == "cpu" else plan.memory.peak, 2
+        ),
         "needed_gib": round(plan.memory.needed, 2),
         "seconds": round(plan.duration.training + plan.duration.validation, 1),
         "total_s": round(plan.duration.total, 1),

@@ -1,6 +1,8 @@
-"""How long a recipe's examples are, and how many there are: counted in local data, else taken from an earlier run or from Dolly.
+"""How long a recipe's examples are, and how many there are: counted in local data, else taken from
+an earlier run or from Dolly.
 
-Counting reads the rows and, where the model's tokenizer.json is here, tokenises up to `COUNTED` of them: a second, no torch.
+Counting reads the rows and, where the model's tokenizer.json is here, tokenises up to `COUNTED` of
+them: a second, no torch.
 """
 
 from __future__ import annotations
@@ -57,10 +59,12 @@ class Lengths:
 
 
 def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
-    """Return the lengths of a recipe's data; what cannot be counted here is assumed, and `source` says so.
+    """Return the lengths of a recipe's data; what cannot be counted here is assumed, and `source`
+    says so.
 
     Args:
-        vocabulary: of the recipe's model; it decides how many tokens a text becomes where the tokenizer is not here.
+        vocabulary: of the recipe's model; it decides how many tokens a text becomes where the
+            tokenizer is not here.
 
     Raises:
         RecipeError: a file or folder of the data is not here.
@@ -75,22 +79,39 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
         return local
     tokens = dolly_lengths(vocabulary)
     if recipe.data.source == DOLLY_DATASET:
-        return _split(recipe, tokens, len(tokens), f"Dolly's length histogram ({len(tokens):,} rows)", counted=True)
+        return _split(
+            recipe,
+            tokens,
+            len(tokens),
+            f"Dolly's length histogram ({len(tokens):,} rows)",
+            counted=True,
+        )
     earlier = _from_run(recipe, tokens)
     if earlier is not None:
         return earlier
     named = recipe.data.source if isinstance(recipe.data.source, str) else "the mixture"
-    return _split(recipe, tokens, len(tokens), f"assumed as long and as many as Dolly's: {named} is not on this machine", counted=False)
+    return _split(
+        recipe,
+        tokens,
+        len(tokens),
+        f"assumed as long and as many as Dolly's: {named} is not on this machine",
+        counted=False,
+    )
 
 
 def _check_files(recipe: Recipe) -> None:
     for source in listed_sources(recipe.data):
-        if not is_on_hub(source, (recipe.base_dir,)) and find_path(source.source, (recipe.base_dir,)) is None:
+        if (
+            not is_on_hub(source, (recipe.base_dir,))
+            and find_path(source.source, (recipe.base_dir,)) is None
+        ):
             hint = f"a relative path is meant from {recipe.base_dir}"
             raise recipe.error("data.source", f"no such file or folder: {source.source}", hint)
 
 
-def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, counted: bool) -> Lengths:
+def _split(
+    recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, counted: bool
+) -> Lengths:
     """Apply the recipe's filters and split fractions to a number of rows."""
     limit, split = recipe.data.filters.max_tokens, recipe.data.split
     if limit is not None:
@@ -103,7 +124,10 @@ def _split(recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, cou
         train = rows - math.ceil(rows * (split.validation + split.test) - 1e-9)
         validation = round(rows * split.validation)
     else:
-        train, validation = round(rows * (1 - split.validation - split.test)), round(rows * split.validation)
+        train, validation = (
+            round(rows * (1 - split.validation - split.test)),
+            round(rows * split.validation),
+        )
     return Lengths(tuple(tokens), max(train, 1), validation, source, counted)
 
 
@@ -119,22 +143,35 @@ def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     if section.filters.categories:
-        rows = rows.take([index for index, kind in enumerate(rows.categories) if kind in section.filters.categories])
+        rows = rows.take(
+            [
+                index
+                for index, kind in enumerate(rows.categories)
+                if kind in section.filters.categories
+            ]
+        )
     some = rows.take(first_in_hash_order(rows, COUNTED, section.split.seed))
     tokens, how = _tokens(recipe, vocabulary, some)
     if large:
-        total = round(_rows_in_files(recipe) * len(rows) / rows.num_read)  # as many filtered and skipped as among the first
-        return _split(recipe, tokens, total, f"{how} in {len(some):,} of about {total:,} rows", counted=True)
+        total = round(
+            _rows_in_files(recipe) * len(rows) / rows.num_read
+        )  # as many filtered and skipped as among the first
+        return _split(
+            recipe, tokens, total, f"{how} in {len(some):,} of about {total:,} rows", counted=True
+        )
     source_text = f"{how} in {len(some):,} of {len(rows):,} rows"
     if section.filters.max_tokens is not None:
         return _split(recipe, tokens, len(rows), source_text, counted=True)
     rows = rows.take(first_in_hash_order(rows, section.max_examples, section.split.seed))
     sides = split_rows(rows, section.split).rows
-    return Lengths(tuple(tokens), len(sides["train"]), len(sides["validation"]), source_text, counted=True)
+    return Lengths(
+        tuple(tokens), len(sides["train"]), len(sides["validation"]), source_text, counted=True
+    )
 
 
 def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int | None:
-    """Return the `max_length` that leaves nearly all of the first rows whole, in steps of 64; None where none can be read.
+    """Return the `max_length` that leaves nearly all of the first rows whole, in steps of 64; None
+    where none can be read.
 
     Args:
         share: of the rows that are to stay whole.
@@ -164,7 +201,11 @@ def _rows_in_files(recipe: Recipe) -> int:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+    )
 
 
 def _text(example: Example, prompt_format: str) -> str:
@@ -175,25 +216,40 @@ def _text(example: Example, prompt_format: str) -> str:
 
 
 def _counter(recipe: Recipe, vocabulary: int) -> tuple[Callable[[list[str]], list[int]], str]:
-    """Return how texts are counted: by the model's tokenizer.json where it is here, else by their characters."""
+    """Return how texts are counted: by the model's tokenizer.json where it is here, else by their
+    characters.
+    """
     folder = local_folder(recipe)
     if folder is not None and (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return lambda texts: [len(item.ids) for item in tokenizer.encode_batch(texts, add_special_tokens=True)], "tokens counted"
+        return lambda texts: [
+            len(item.ids) for item in tokenizer.encode_batch(texts, add_special_tokens=True)
+        ], "tokens counted"
     size = characters_per_token(vocabulary)
-    return lambda texts: [max(1, round(len(text) / size)) for text in texts], "tokens estimated from characters"
+    return lambda texts: [
+        max(1, round(len(text) / size)) for text in texts
+    ], "tokens estimated from characters"
 
 
 def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
-    """Return what an earlier run of this name and with the same `data` section found, in the shape of Dolly's lengths."""
+    """Return what an earlier run of this name and with the same `data` section found, in the shape
+    of Dolly's lengths.
+    """
     run = runs_root() / recipe.name
     try:
-        if yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))["data"] != recipe.to_dict()["data"]:
+        if (
+            yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))["data"]
+            != recipe.to_dict()["data"]
+        ):
             return None
         audit = json.loads((run / "supervision.json").read_text(encoding="utf-8"))
-        used, total, longest = audit["rows"]["used"], audit["tokens"]["total"], audit["tokens"]["max"]
+        used, total, longest = (
+            audit["rows"]["used"],
+            audit["tokens"]["total"],
+            audit["tokens"]["max"],
+        )
         train, validation = audit["rows"]["trained"], audit["rows"]["validation"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
@@ -201,4 +257,10 @@ def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
         return None
     factor = total / used / (sum(tokens) / len(tokens))
     scaled = tuple(min(max(1, round(length * factor)), longest) for length in tokens)
-    return Lengths(scaled, train, validation, f"rows and mean length of the earlier run {recipe.name}", counted=True)
+    return Lengths(
+        scaled,
+        train,
+        validation,
+        f"rows and mean length of the earlier run {recipe.name}",
+        counted=True,
+    )

@@ -1,7 +1,8 @@
-"""Memory of one process: what lies there all the time, what a micro-batch adds, and the largest micro-batch that still fits.
+"""Memory of one process: what lies there all the time, what a micro-batch adds, and the largest
+micro-batch that still fits.
 
-`peak` is what `torch.cuda.max_memory_allocated` will show; `needed` adds what it does not count: the CUDA context, NCCL's buffers and the
-gaps that the allocator cannot use.
+`peak` is what `torch.cuda.max_memory_allocated` will show; `needed` adds what it does not count:
+the CUDA context, NCCL's buffers and the gaps that the allocator cannot use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from recipes_lib.planning.settings import Settings
 
 GIB, MIB = 2**30, 2**20
 CONTEXT_GIB, NCCL_GIB, GAPS = 0.6, 0.5, 0.05
-CPU_PROCESS_GIB = 0.8  # Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
+CPU_PROCESS_GIB = (
+    0.8  # Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
+)
 BLOCK_4BIT, NESTED_BLOCK = 64, 256
 
 
@@ -28,8 +31,10 @@ class Memory:
         gathered: FSDP2's whole layers beside the shards.
         activations: kept for the backward pass.
         moment: logits tile, recomputed block, gradients inside a block: whichever is largest.
-        validation: the same for a validation batch; counted only where it is more than training needs.
-        outside: context, communication and gaps, which `torch.cuda.max_memory_allocated` does not count.
+        validation: the same for a validation batch; counted only where it is more than training
+            needs.
+        outside: context, communication and gaps, which `torch.cuda.max_memory_allocated` does not
+            count.
     """
 
     weights: float
@@ -66,13 +71,24 @@ def memory_of(settings: Settings, tokens: int, row: int, eval_tokens: int = 0) -
     """
     steady = _steady(settings)
     kept = activations_of(settings)
-    moment = max(head_bytes(settings, tokens), backward_bytes(settings, tokens) + _dequantised(settings))
+    moment = max(
+        head_bytes(settings, tokens), backward_bytes(settings, tokens) + _dequantised(settings)
+    )
     if settings.checkpointing:
-        block = kept.recomputed(tokens, row) + backward_bytes(settings, tokens) + _dequantised(settings)
+        block = (
+            kept.recomputed(tokens, row) + backward_bytes(settings, tokens) + _dequantised(settings)
+        )
         moment = max(head_bytes(settings, tokens), block)
-    forward = backward_bytes(settings, eval_tokens) + head_bytes(settings, eval_tokens) if eval_tokens else 0.0
+    forward = (
+        backward_bytes(settings, eval_tokens) + head_bytes(settings, eval_tokens)
+        if eval_tokens
+        else 0.0
+    )
     inside = replace(
-        steady, activations=kept.saved(tokens, row, settings.checkpointing) / GIB, moment=moment / GIB, validation=forward / GIB
+        steady,
+        activations=kept.saved(tokens, row, settings.checkpointing) / GIB,
+        moment=moment / GIB,
+        validation=forward / GIB,
     )
     return replace(inside, outside=_outside(settings, inside.peak))
 
@@ -81,7 +97,8 @@ def largest_tokens(settings: Settings, card: Card, row: int, eval_tokens: int = 
     """Return the largest forward pass in tokens that fits the card; 0 when not even one token does.
 
     Args:
-        row: tokens of a row; a flattened micro-batch under sdpa is one row, so its mask grows with the square.
+        row: tokens of a row; a flattened micro-batch under sdpa is one row, so its mask grows with
+            the square.
     """
 
     def fits(tokens: int) -> bool:
@@ -98,26 +115,30 @@ def largest_tokens(settings: Settings, card: Card, row: int, eval_tokens: int = 
 def weight_gib(settings: Settings) -> float:
     """Return the base weights in GiB, whole."""
     shape = settings.shape
-    quantized = shape.linear_parameters - shape.expert_parameters  # bitsandbytes takes linear layers alone
+    quantized = (
+        shape.linear_parameters - shape.expert_parameters
+    )  # bitsandbytes takes linear layers alone
     rest = shape.parameters - quantized
     if settings.bits is None:
         return shape.parameters * settings.weight_bytes / GIB
     if settings.bits == 8:
         per_weight = 1.0
-    else:  # half a byte, and the scale of each block of 64: a float32, or a byte and a float32 for 256 scales
+    else:
+        # half a byte, and the scale of each block of 64: a float32, or a byte and a float32 for 256
+        # scales
         scale = 1 + 4 / NESTED_BLOCK if settings.double_quantized else 4
         per_weight = 0.5 + scale / BLOCK_4BIT
     return (quantized * per_weight + rest * settings.weight_bytes) / GIB
 
 
 def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:
-    """Return optimizer state in bytes per trained weight. torch keeps both moments in the weight's own precision; an unknown name counts
-    as AdamW.
+    """Return optimizer state in bytes per trained weight. torch keeps both moments in the weight's
+    own precision; an unknown name counts as AdamW.
 
     Example:
         >>> optimizer_bytes("adamw_torch_fused", 4), optimizer_bytes("paged_adamw_32bit", 2), optimizer_bytes("adamw_8bit", 4)
         (8, 8, 2.1)
-    """
+    """  # noqa: E501
     name = optimizer.lower()
     if "sgd" in name or "adafactor" in name:
         return 0.1
@@ -140,7 +161,9 @@ def _steady(settings: Settings) -> Memory:
         whole = whole * width / settings.weight_bytes
     gradients: float = trained * width / shards
     if settings.sharded and settings.accumulates and not settings.shares_each_batch:
-        gradients += trained * (4 if settings.autocast else width)  # whole, until the last backward pass of the step shares them out
+        gradients += trained * (
+            4 if settings.autocast else width
+        )  # whole, until the last backward pass of the step shares them out
     if not settings.sharded and settings.world_size > 1:
         gradients *= 2  # DDP's buckets hold a copy
     return Memory(
@@ -157,17 +180,30 @@ def _steady(settings: Settings) -> Memory:
 
 
 def _gathered(settings: Settings) -> float:
-    """Bytes of whole layers under FSDP2: embeddings and head all the time; two blocks (this and the next), or all without resharding.
+    """Bytes of whole layers under FSDP2: embeddings and head all the time; two blocks (this and the
+    next), or all without resharding.
 
-    Full fine-tuning adds their gradients before they are shared out: those of embeddings and head until the backward pass ends.
+    Full fine-tuning adds their gradients before they are shared out: those of embeddings and head
+    until the backward pass ends.
     """
     if not settings.sharded:
         return 0.0
     shape = settings.shape
-    blocks = weight_gib(settings) * GIB - (shape.parameters - shape.linear_parameters) * settings.weight_bytes
+    blocks = (
+        weight_gib(settings) * GIB
+        - (shape.parameters - shape.linear_parameters) * settings.weight_bytes
+    )
     block = blocks / shape.layers
-    trained = (settings.trained_parameters / shape.layers + shape.embedding_parameters) * 4 if settings.adapter is None else 0
-    return shape.embedding_parameters * settings.weight_bytes + (2 * block if settings.reshard else blocks) + trained
+    trained = (
+        (settings.trained_parameters / shape.layers + shape.embedding_parameters) * 4
+        if settings.adapter is None
+        else 0
+    )
+    return (
+        shape.embedding_parameters * settings.weight_bytes
+        + (2 * block if settings.reshard else blocks)
+        + trained
+    )
 
 
 def _dequantised(settings: Settings) -> float:

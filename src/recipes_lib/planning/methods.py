@@ -1,4 +1,6 @@
-"""The same training with another method, number of cards or way to share the model out: what would fit, and how long it would take."""
+"""The same training with another method, number of cards or way to share the model out: what would
+fit, and how long it would take.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ DEFAULT_RANK = 16
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One line of the table. `strategy` is `one`, `DDP` or `FSDP2`; `plan` is None where the examples per step cannot be divided."""
+    """One line of the table. `strategy` is `one`, `DDP` or `FSDP2`; `plan` is None where the
+    examples per step cannot be divided.
+    """
 
     method: str
     processes: int
@@ -28,18 +32,26 @@ class MethodRow:
 
 
 def method_rows(plan: Plan) -> list[MethodRow]:
-    """Return the table: every method on 1, 2, 4 and 8 cards under DDP and FSDP2; on a processor, every method in one process."""
+    """Return the table: every method on 1, 2, 4 and 8 cards under DDP and FSDP2; on a processor,
+    every method in one process.
+    """
     rows = []
     for method in METHODS:
         changed = _as_method(plan.settings, method)
         for count in COUNTS if plan.settings.device == "gpu" else (1,):
             strategies = ("one",) if count == 1 else ("DDP", "FSDP2")
-            rows += [MethodRow(method, count, name, _spread(plan, changed, count, sharded=name == "FSDP2")) for name in strategies]
+            rows += [
+                MethodRow(
+                    method, count, name, _spread(plan, changed, count, sharded=name == "FSDP2")
+                )
+                for name in strategies
+            ]
     return rows
 
 
 def divided(examples: int, per_device: int, processes: int) -> tuple[int, int] | None:
-    """Return the largest micro-batch up to `per_device` that divides the examples per step, and its accumulation; None if none does.
+    """Return the largest micro-batch up to `per_device` that divides the examples per step, and its
+    accumulation; None if none does.
 
     Example:
         >>> divided(64, 4, 8), divided(8, 4, 3)
@@ -53,21 +65,30 @@ def divided(examples: int, per_device: int, processes: int) -> tuple[int, int] |
 
 
 def resharding(plan: Plan, settings: Settings) -> bool:
-    """Return whether FSDP2 frees gathered weights after the forward pass: as the plan's own launch says, else as the shipped config does
-    (fsdp.yaml frees them, fsdp_qlora.yaml keeps 4-bit weights).
+    """Return whether FSDP2 frees gathered weights after the forward pass: as the plan's own launch
+    says, else as the shipped config does (fsdp.yaml frees them, fsdp_qlora.yaml keeps 4-bit
+    weights).
     """
     own = plan.settings
     return own.reshard if own.sharded and own.bits == settings.bits else settings.bits is None
 
 
 def _as_method(settings: Settings, method: str) -> Settings:
-    """Return the settings with another method; the adapter stays the recipe's, or has rank 16 on every linear layer."""
+    """Return the settings with another method; the adapter stays the recipe's, or has rank 16 on
+    every linear layer.
+    """
     shape = settings.shape
-    adapter = settings.adapter or Adapter(rank=DEFAULT_RANK, dropout=0.0, targets=tuple(shape.linears()), layers=shape.layers)
+    adapter = settings.adapter or Adapter(
+        rank=DEFAULT_RANK, dropout=0.0, targets=tuple(shape.linears()), layers=shape.layers
+    )
     if method == "full":
         return replace(settings, adapter=None, bits=None)
     if method == "QLoRA":
-        return replace(settings, adapter=adapter, bits=4, double_quantized=True) if settings.bits != 4 else settings
+        return (
+            replace(settings, adapter=adapter, bits=4, double_quantized=True)
+            if settings.bits != 4
+            else settings
+        )
     dtype = "bfloat16" if settings.device == "gpu" else settings.dtype
     return replace(settings, adapter=adapter, bits=None, dtype=dtype)
 
@@ -77,7 +98,9 @@ def _spread(plan: Plan, settings: Settings, processes: int, *, sharded: bool) ->
     if sizes is None:
         return None
     machine = min(processes, 8)
-    changed = replace(settings, world_size=processes, per_machine=machine, sharded=sharded, per_device=sizes[0])
+    changed = replace(
+        settings, world_size=processes, per_machine=machine, sharded=sharded, per_device=sizes[0]
+    )
     if sharded:
         changed = replace(changed, reshard=resharding(plan, settings))
     return plan.with_settings(changed, sizes[1])

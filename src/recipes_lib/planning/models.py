@@ -1,4 +1,6 @@
-"""Finds the shape of a recipe's model: its files here, the table of known models, or its config.json on the Hub."""
+"""Finds the shape of a recipe's model: its files here, the table of known models, or its
+config.json on the Hub.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ def model_shape(recipe: Recipe) -> ModelShape:
     """Return the shape of a recipe's model.
 
     Raises:
-        RecipeError: the name is a path and there is no model, or an architecture that the planner does not know.
-        EnvironmentFault: a Hub name that is neither here nor in the table, and the Hub does not answer.
+        RecipeError: the name is a path and there is no model, or an architecture that the planner
+            does not know.
+        EnvironmentFault: a Hub name that is neither here nor in the table, and the Hub does not
+            answer.
     """
     name = recipe.model.name_or_path
     known = known_shapes()
@@ -37,9 +41,11 @@ def model_shape(recipe: Recipe) -> ModelShape:
         raise error if error.file else recipe.error(_KEY, error.what, *error.hints) from None
     origin = recipe.origin_of(_KEY)
     raise EnvironmentFault(
-        f"no plan: '{name}' is not on this machine, not among the known models, and the Hub does not answer",
+        f"no plan: '{name}' is not on this machine, not among the known models, and the Hub does"
+        " not answer",
         *did_you_mean(name, known),
-        f"online, or after: hf download {name} config.json; known without it: {len(known)} names such as meta-llama/Llama-3.1-8B",
+        f"online, or after: hf download {name} config.json; known without it: {len(known)} names"
+        " such as meta-llama/Llama-3.1-8B",
         file=origin.file,
         line=origin.line,
     )
@@ -53,7 +59,9 @@ def _local_config(recipe: Recipe) -> dict[str, Any] | None:
     config = read_json(folder / "config.json")
     if config is None:
         raise recipe.error(
-            _KEY, f"{folder} has no readable config.json", "a model is a folder with config.json, safetensors and a tokenizer"
+            _KEY,
+            f"{folder} has no readable config.json",
+            "a model is a folder with config.json, safetensors and a tokenizer",
         )
     return config
 
@@ -69,5 +77,10 @@ def _hub_config(recipe: Recipe) -> dict[str, Any] | None:
         return read_json(Path(hf_hub_download(name, "config.json", revision=recipe.model.revision)))
     except Exception as error:  # gated, no such model, no such revision: each has its own message
         origin = recipe.origin_of(_KEY)
-        what = f"no plan: the Hub gives no config.json of '{name}': {str(error).strip().splitlines()[0]}"
-        raise EnvironmentFault(what, *did_you_mean(name, known_shapes()), file=origin.file, line=origin.line) from None
+        what = (
+            f"no plan: the Hub gives no config.json of '{name}':"
+            f" {str(error).strip().splitlines()[0]}"
+        )
+        raise EnvironmentFault(
+            what, *did_you_mean(name, known_shapes()), file=origin.file, line=origin.line
+        ) from None

@@ -1,4 +1,6 @@
-"""The two numbers of a plan that `recipes ls` shows, and only where they are had at once: without a network, large files or a GPU query."""
+"""The two numbers of a plan that `recipes ls` shows, and only where they are had at once: without a
+network, large files or a GPU query.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ _CARD = card_named(DEFAULT)
 
 
 def quick_plan(document: Document) -> tuple[float, float] | None:
-    """Return GiB per process and seconds of a recipe's default launch; None where only `recipes plan` can say.
+    """Return GiB per process and seconds of a recipe's default launch; None where only `recipes
+    plan` can say.
 
-    The document was not checked, which would take most of the time of the list: what cannot be planned has no numbers.
+    The document was not checked, which would take most of the time of the list: what cannot be
+    planned has no numbers.
     """
     try:
         recipe = recipe_from(document)
@@ -35,4 +39,6 @@ def quick_plan(document: Document) -> tuple[float, float] | None:
 def _small(recipe: Recipe) -> bool:
     """Whether no source of the rows is a folder or a large file of this machine."""
     paths = [find_path(source.source, (recipe.base_dir,)) for source in listed_sources(recipe.data)]
-    return all(path is None or (path.is_file() and path.stat().st_size <= LARGEST_DATA) for path in paths)
+    return all(
+        path is None or (path.is_file() and path.stat().st_size <= LARGEST_DATA) for path in paths
+    )

@@ -1,7 +1,8 @@
 """What of a recipe and its launch decides about memory and time, as plain numbers.
 
-Precision follows what happens in the training path, read in TRL 1.16, PEFT 0.21 and accelerate 1.15 and checked by tests: adapters on
-an unquantized base are float32, on a 4-bit base bf16; FSDP2 under bf16 keeps trained weights in float32 unless the base is 4-bit.
+Precision follows what happens in the training path, read in TRL 1.16, PEFT 0.21 and accelerate 1.15
+and checked by tests: adapters on an unquantized base are float32, on a 4-bit base bf16; FSDP2 under
+bf16 keeps trained weights in float32 unless the base is 4-bit.
 """
 
 from __future__ import annotations
@@ -17,13 +18,21 @@ from recipes_lib.recipe.model_shapes import ModelShape
 from recipes_lib.recipe.recipe import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-_BLOCK = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn", "qkv_proj": "self_attn"}
+_BLOCK = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "qkv_proj": "self_attn",
+}
 COUNTED_MODULES = ("lm_head", "embed_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA adapter: rank, dropout, the linear layers of a block it sits on, and parameters trained in full beside it."""
+    """A LoRA adapter: rank, dropout, the linear layers of a block it sits on, and parameters
+    trained in full beside it.
+    """
 
     rank: int
     dropout: float
@@ -46,7 +55,8 @@ class Settings:
         dtype: precision of the base weights in memory.
         bits: 4 or 8 for quantized linear layers, None for none.
         autocast: bytes of the autocast type (2), or None without autocast.
-        autocast_matches: whether the autocast type is the type of half-precision weights (fp16 autocast over bf16 weights is not).
+        autocast_matches: whether the autocast type is the type of half-precision weights (fp16
+            autocast over bf16 weights is not).
         scaled: whether the loss is scaled (fp16), for which trained weights are float32.
         adapter: None for full fine-tuning.
         attention: sdpa, flash, eager, or documents (sdpa example by example, on a CPU).
@@ -54,7 +64,8 @@ class Settings:
         max_length: rows are cut there; None for no cut.
         max_tokens: cap on the tokens of one forward pass (`run.max_tokens_per_micro_batch`).
         reshard: under FSDP2, whether gathered weights are freed after the forward pass.
-        sync_each_batch: under FSDP2, whether gradients are shared out after every backward pass; None as `shares_each_batch` has it.
+        sync_each_batch: under FSDP2, whether gradients are shared out after every backward pass;
+            None as `shares_each_batch` has it.
         accumulates: whether a step has several backward passes; the plan finds out.
         device: gpu or cpu.
     """
@@ -97,7 +108,9 @@ class Settings:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a trained weight: adapters are float32 on a plain base, bf16 on a 4-bit one unless scaled; FSDP2 raises full ones."""
+        """Bytes of a trained weight: adapters are float32 on a plain base, bf16 on a 4-bit one
+        unless scaled; FSDP2 raises full ones.
+        """
         if self.adapter is not None:
             return 2 if self.bits and not self.scaled else 4
         return 4 if self.sharded and self.autocast else self.weight_bytes
@@ -105,18 +118,26 @@ class Settings:
     @property
     def trained_parameters(self) -> int:
         """How many parameters are trained."""
-        return self.shape.parameters if self.adapter is None else self.adapter.parameters(self.shape)
+        return (
+            self.shape.parameters if self.adapter is None else self.adapter.parameters(self.shape)
+        )
 
     @property
     def shares_each_batch(self) -> bool:
-        """Whether FSDP2 shares gradients out after every backward pass: unless told otherwise, those of whole layers."""
+        """Whether FSDP2 shares gradients out after every backward pass: unless told otherwise,
+        those of whole layers.
+        """
         whole_layers = self.adapter is None or self.adapter.extra_parameters > 0
         return whole_layers if self.sync_each_batch is None else self.sync_each_batch
 
     @property
     def masked(self) -> bool:
-        """Whether sdpa gets a mask of row x row, and with it keys and values repeated for every query head."""
-        return self.attention in ("sdpa", "eager") and (self.padding_free or self.packing or self.per_device > 1)
+        """Whether sdpa gets a mask of row x row, and with it keys and values repeated for every
+        query head.
+        """
+        return self.attention in ("sdpa", "eager") and (
+            self.padding_free or self.packing or self.per_device > 1
+        )
 
     @property
     def flattened(self) -> bool:
@@ -132,28 +153,39 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     """
     train = recipe.train
     quantization = recipe.quantization or {}
-    bits = 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None
+    bits = (
+        4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None
+    )
     dtype = shape_dtype(shape, recipe.model.dtype)
     half = "fp16" if train.get("fp16") else "bf16" if train.get("bf16", True) else None
     sharded = launch.distributed_type == "FSDP" and launch.world_size > 1
     attention = _attention(recipe, on_cpu)
     per_device = int(train.get("per_device_train_batch_size", 8))
     packing = bool(train.get("packing", False))
-    free = bool(train.get("padding_free", attention in ("flash", "documents") and not packing and per_device > 1))
+    free = bool(
+        train.get(
+            "padding_free", attention in ("flash", "documents") and not packing and per_device > 1
+        )
+    )
     return Settings(
         shape=shape,
         dtype=dtype,
         bits=bits,
         double_quantized=bool(quantization.get("bnb_4bit_use_double_quant", False)),
         autocast=2 if half else None,
-        autocast_matches=not half or {"fp16": "float16", "bf16": "bfloat16"}[half] == dtype or BYTES[dtype] != 2,
+        autocast_matches=not half
+        or {"fp16": "float16", "bf16": "bfloat16"}[half] == dtype
+        or BYTES[dtype] != 2,
         scaled=half == "fp16",
         adapter=_adapter(recipe, shape),
         optimizer=str(train.get("optim", "adamw_torch_fused")),
         attention=attention,
-        checkpointing=_checkpointing(train) or bool(launch.config.fsdp.get("fsdp_activation_checkpointing")),
+        checkpointing=_checkpointing(train)
+        or bool(launch.config.fsdp.get("fsdp_activation_checkpointing")),
         per_device=per_device,
-        eval_per_device=int(train.get("per_device_eval_batch_size", 8)) if train.get("eval_strategy", "no") != "no" else 0,
+        eval_per_device=int(train.get("per_device_eval_batch_size", 8))
+        if train.get("eval_strategy", "no") != "no"
+        else 0,
         max_length=train.get("max_length", MAX_LENGTH),
         max_tokens=recipe.run.max_tokens_per_micro_batch,
         padding_free=free,
@@ -169,7 +201,9 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
 
 
 def shape_dtype(shape: ModelShape, written: str) -> str:
-    """Return the precision that `model.dtype` means; auto is the checkpoint's own, bf16 where the plan cannot see it."""
+    """Return the precision that `model.dtype` means; auto is the checkpoint's own, bf16 where the
+    plan cannot see it.
+    """
     return written if written in BYTES else shape.dtype if shape.dtype in BYTES else "bfloat16"
 
 
@@ -178,12 +212,18 @@ def _checkpointing(train: dict[str, Any]) -> bool:
 
 
 def _attention(recipe: Recipe, on_cpu: bool) -> str:
-    """Return the kernel, as `training.build` chooses it; a flash attention that may be installed on a GPU is not counted on."""
+    """Return the kernel, as `training.build` chooses it; a flash attention that may be installed on
+    a GPU is not counted on.
+    """
     name = recipe.model.attn_implementation or "sdpa"
     if "flash" in name or name == "eager":
         return "flash" if "flash" in name else "eager"
     wrapped = recipe.train.get("packing") and recipe.train.get("packing_strategy") == "wrapped"
-    return "documents" if on_cpu and recipe.train.get("padding_free") is not False and not wrapped else "sdpa"
+    return (
+        "documents"
+        if on_cpu and recipe.train.get("padding_free") is not False and not wrapped
+        else "sdpa"
+    )
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
@@ -200,7 +240,9 @@ def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
         targets = tuple(shape.linears())
     if not targets:
         what = f"lora.target_modules names no linear layer of {shape.name}"
-        raise recipe.error("lora.target_modules", what, f"its blocks have {', '.join(shape.linears())}")
+        raise recipe.error(
+            "lora.target_modules", what, f"its blocks have {', '.join(shape.linears())}"
+        )
     layers = lora.get("layers_to_transform")
     count = shape.layers if layers is None else 1 if isinstance(layers, int) else len(layers)
     saved = [name for name in lora.get("modules_to_save") or () if name in COUNTED_MODULES]
@@ -214,7 +256,9 @@ def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
 
 
 def targets_in(written: Any, shape: ModelShape) -> tuple[str, ...]:
-    """Return the linear layers of a block that `lora.target_modules` means, as PEFT matches it; absent, PEFT's default: query and value."""
+    """Return the linear layers of a block that `lora.target_modules` means, as PEFT matches it;
+    absent, PEFT's default: query and value.
+    """
     names = list(shape.linears())
     if written is None:
         return tuple(name for name in names if name in ("q_proj", "v_proj", "qkv_proj"))
@@ -223,4 +267,6 @@ def targets_in(written: Any, shape: ModelShape) -> tuple[str, ...]:
     if isinstance(written, str):
         paths = {name: f"model.layers.0.{_BLOCK.get(name, 'mlp')}.{name}" for name in names}
         return tuple(name for name, path in paths.items() if re.fullmatch(written, path))
-    return tuple(name for name in names if any(name == str(given).rpartition(".")[2] for given in written))
+    return tuple(
+        name for name in names if any(name == str(given).rpartition(".")[2] for given in written)
+    )

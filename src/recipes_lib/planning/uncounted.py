@@ -1,4 +1,6 @@
-"""What a plan leaves out: with any of it a sum may be too small, so that the plan does not say that the training fits."""
+"""What a plan leaves out: with any of it a sum may be too small, so that the plan does not say that
+the training fits.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ def _of_adapter(lora: dict[str, Any], settings: Settings) -> Iterator[str]:
         yield f"{', '.join(others)} (lora.modules_to_save)"
     targets = lora.get("target_modules")
     if isinstance(targets, list) and settings.shape.known:
-        names = [str(name) for name in targets if str(name).rpartition(".")[2] not in settings.shape.linears()]
+        names = [
+            str(name)
+            for name in targets
+            if str(name).rpartition(".")[2] not in settings.shape.linears()
+        ]
         if names:
             yield f"adapters on {', '.join(names)}"
 

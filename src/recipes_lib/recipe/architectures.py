@@ -1,6 +1,8 @@
-"""What particular architectures need that the common path does not give them: one table, each entry with its reason and source.
+"""What particular architectures need that the common path does not give them: one table, each entry
+with its reason and source.
 
-What a class says of itself is read from the class, not written here: the attention it supports, whether its layers carry a state.
+What a class says of itself is read from the class, not written here: the attention it supports,
+whether its layers carry a state.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ class Architecture:
     Args:
         left_out: last names of modules that take no adapter.
         because: why they take none.
-        backbone: the attribute that holds the model without its head, where `base_model_prefix` names no attribute.
-        num_experts: what the config calls the number of experts, where TRL's auxiliary loss does not find it.
+        backbone: the attribute that holds the model without its head, where `base_model_prefix`
+            names no attribute.
+        num_experts: what the config calls the number of experts, where TRL's auxiliary loss does
+            not find it.
         source: where this was read.
     """
 
@@ -40,14 +44,19 @@ _READS_WEIGHT = "the layer's kernel reads their weight and would pass an adapter
 _MAMBA_1 = Architecture(
     left_out=("out_proj", "x_proj", "dt_proj"),
     because=_READS_WEIGHT,
-    source="transformers 5.24 modeling_mamba.py: mamba_inner_fn(x_proj.weight, dt_proj.weight, out_proj.weight), dt_proj.weight @ ...; "
-    "peft 0.21 _check_lora_target_modules_mamba",
+    source=(
+        "transformers 5.24 modeling_mamba.py: mamba_inner_fn(x_proj.weight, dt_proj.weight,"
+        " out_proj.weight), dt_proj.weight @ ...; peft 0.21 _check_lora_target_modules_mamba"
+    ),
 )
 _MAMBA_2 = Architecture(
     left_out=("out_proj",),
     because=_READS_WEIGHT,
-    source="transformers 5.24 modeling_mamba2.py: mamba_split_conv1d_scan_combined(outproj_weight=out_proj.weight); "
-    "peft 0.21 _check_lora_target_modules_mamba forbids it for some of these",
+    source=(
+        "transformers 5.24 modeling_mamba2.py:"
+        " mamba_split_conv1d_scan_combined(outproj_weight=out_proj.weight); peft 0.21"
+        " _check_lora_target_modules_mamba forbids it for some of these"
+    ),
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "mamba": _MAMBA_1,
@@ -62,10 +71,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         left_out=("out_proj",),
         because=_READS_WEIGHT,
         num_experts="num_local_experts",
-        source="transformers 5.24 modeling_granitemoehybrid.py as modeling_mamba2.py; trl 1.16 add_fused_lm_head reads config.num_experts",
+        source=(
+            "transformers 5.24 modeling_granitemoehybrid.py as modeling_mamba2.py; trl 1.16"
+            " add_fused_lm_head reads config.num_experts"
+        ),
     ),
     "granitemoe": Architecture(
-        num_experts="num_local_experts", source="trl 1.16 add_fused_lm_head reads config.num_experts, GraniteMoeConfig has none"
+        num_experts="num_local_experts",
+        source="trl 1.16 add_fused_lm_head reads config.num_experts, GraniteMoeConfig has none",
     ),
     "granitemoeshared": Architecture(num_experts="num_local_experts", source="as granitemoe"),
     "llama4_text": Architecture(
@@ -73,11 +86,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         because="it returns scores and logits, a LoRA layer one tensor",
         backbone="model",
         num_experts="num_local_experts",
-        source="transformers 5.24 modeling_llama4.py: Llama4Router, base_model_prefix of Llama4ForCausalLM; trl as for granitemoe",
+        source=(
+            "transformers 5.24 modeling_llama4.py: Llama4Router, base_model_prefix of"
+            " Llama4ForCausalLM; trl as for granitemoe"
+        ),
     ),
 }
 _NONE = Architecture(source="")
-ROUTER = "gate.weight"  # peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer once
+# peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer
+# once
+ROUTER = "gate.weight"
 _TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
@@ -87,8 +105,9 @@ def needs_of(model: Any) -> Architecture:
 
 
 def not_quantized(config: Any) -> list[str]:
-    """Return the last names of layers that quantization must leave alone, because what reads their weight expects numbers; the head too,
-    which bitsandbytes leaves alone only where it is given no names.
+    """Return the last names of layers that quantization must leave alone, because what reads their
+    weight expects numbers; the head too, which bitsandbytes leaves alone only where it is given no
+    names.
 
     Args:
         config: the model's, before it is loaded.
@@ -98,30 +117,46 @@ def not_quantized(config: Any) -> list[str]:
 
 
 def why_rows_apart(model: Any) -> str | None:
-    """Return why several examples must not share a row of this model, as the end of a sentence about it; None where they may.
+    """Return why several examples must not share a row of this model, as the end of a sentence
+    about it; None where they may.
 
     Attention keeps them apart by their positions, which begin again with each of them.
     """
     if carries_state(model):
         return "has layers that carry a state from one example of a row into the next"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return "takes no positions, and does not see where one example of a row ends and the next begins"
+        return (
+            "takes no positions, and does not see where one example of a row ends and the next"
+            " begins"
+        )
     return None
 
 
 def has_plain_head(model: Any) -> bool:
-    """Return whether the head is a plain linear layer whose products are the logits (Gemma caps them, Granite scales them)."""
+    """Return whether the head is a plain linear layer whose products are the logits (Gemma caps
+    them, Granite scales them).
+    """
     import torch
 
     config = model.config.get_text_config()
-    changed = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    return type(model.get_output_embeddings()) is torch.nn.Linear and all(getattr(config, name, None) is None for name in changed)
+    changed = (
+        "final_logit_softcapping",
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+    )
+    return type(model.get_output_embeddings()) is torch.nn.Linear and all(
+        getattr(config, name, None) is None for name in changed
+    )
 
 
 def carries_state(model: Any) -> bool:
-    """Return whether layers other than attention pass something from token to token: convolution, state space, linear attention.
+    """Return whether layers other than attention pass something from token to token: convolution,
+    state space, linear attention.
 
-    They do not know where one example of a row ends and the next begins. All of them have a convolution over time.
+    They do not know where one example of a row ends and the next begins. All of them have a
+    convolution over time.
     """
     import torch
 
@@ -129,7 +164,8 @@ def carries_state(model: Any) -> bool:
 
 
 def converted(config: LoraConfig, model: Any) -> LoraConfig:
-    """Return a LoRA config as PEFT reads it for this model: names of expert layers become those of the parameters that hold them now.
+    """Return a LoRA config as PEFT reads it for this model: names of expert layers become those of
+    the parameters that hold them now.
 
     Raises:
         ValueError: only some of the layers that became one parameter are named.
@@ -142,7 +178,8 @@ def converted(config: LoraConfig, model: Any) -> LoraConfig:
 
 
 def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
-    """Return a LoRA config whose `all-linear` leaves out routers and what cannot be adapted; other targets stay as they are.
+    """Return a LoRA config whose `all-linear` leaves out routers and what cannot be adapted; other
+    targets stay as they are.
 
     Args:
         config: PEFT's, as the recipe has it.
@@ -169,14 +206,22 @@ def describe_targets(model: Any) -> str:
         return text
     needs = needs_of(model)
     reasons = {needs.because: needs.left_out}
-    if any("gate_up_proj" in name for name in model.active_peft_config.rank_pattern):  # PEFT took layers for what became parameters
+    if any(
+        "gate_up_proj" in name for name in model.active_peft_config.rank_pattern
+    ):  # PEFT took layers for what became parameters
         reasons["PEFT takes these names for the experts"] = ("gate_proj", "up_proj", "down_proj")
-    told = [f"{', '.join(found)}: {why}" for why, names in reasons.items() if (found := [name for name in plain if name in names])]
+    told = [
+        f"{', '.join(found)}: {why}"
+        for why, names in reasons.items()
+        if (found := [name for name in plain if name in names])
+    ]
     return f"{text}; none on {', '.join(plain)}" + (f" ({'; '.join(told)})" if told else "")
 
 
 def _matrices(model: Any) -> tuple[list[str], list[str]]:
-    """Return the names of matrices with and without an adapter; embeddings, head and what is trained as a whole left out."""
+    """Return the names of matrices with and without an adapter; embeddings, head and what is
+    trained as a whole left out.
+    """
     import torch
 
     adapted: dict[str, None] = {}
@@ -184,18 +229,26 @@ def _matrices(model: Any) -> tuple[list[str], list[str]]:
     head = model.get_base_model().get_output_embeddings()
     for name, module in model.get_base_model().named_modules():
         parts = name.split(".")
-        if isinstance(module, torch.nn.Embedding | torch.nn.Conv1d) or module is head or "lora_" in name:
+        if (
+            isinstance(module, torch.nn.Embedding | torch.nn.Conv1d)
+            or module is head
+            or "lora_" in name
+        ):
             continue
         if {"modules_to_save", "original_module"} & {*parts}:  # trained as a whole
             continue
         parts = [part for part in parts if part != "base_layer"]
         if hasattr(module, "lora_A"):
             parameter = getattr(module, "parameter_name", "weight")
-            adapted[".".join(parts[-1:]) if parameter == "weight" else f"{parts[-1]}.{parameter}"] = None
+            adapted[
+                ".".join(parts[-1:]) if parameter == "weight" else f"{parts[-1]}.{parameter}"
+            ] = None
             continue
         wrapped = _wrapped_parameters(model, name)
         for key, parameter in module.named_parameters(recurse=False):
-            if (parameter.ndim == 3 or (key == "weight" and parameter.ndim == 2)) and key not in wrapped:
+            if (
+                parameter.ndim == 3 or (key == "weight" and parameter.ndim == 2)
+            ) and key not in wrapped:
                 plain[parts[-1] if key == "weight" else f"{parts[-1]}.{key}"] = None
     return list(adapted), [name for name in plain if name not in adapted]
 
@@ -216,11 +269,15 @@ def prepare_for_training(model: Any) -> None:
     if needs.backbone is not None:
         model.base_model_prefix = needs.backbone
     if needs.num_experts is not None:
-        type(config).num_experts = property(attrgetter(needs.num_experts))  # not an entry of the config: it is not saved
+        type(config).num_experts = property(
+            attrgetter(needs.num_experts)
+        )  # not an entry of the config: it is not saved
 
 
 def lacks_experts(model: Any) -> bool:
-    """Whether a model whose class may have experts was made without any: it has no routers whose loss could be added."""
+    """Whether a model whose class may have experts was made without any: it has no routers whose
+    loss could be added.
+    """
     needs, config = needs_of(model), model.config.get_text_config()
     if getattr(config, "is_moe", True) is False:  # Doge: a number of experts all the same
         return True
@@ -228,7 +285,9 @@ def lacks_experts(model: Any) -> bool:
 
 
 def ready_to_answer(model: Any) -> Any:
-    """Return a model in eval mode that computes no loss of its routers: for a batch that is generated, that loss is an error."""
+    """Return a model in eval mode that computes no loss of its routers: for a batch that is
+    generated, that loss is an error.
+    """
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False

@@ -1,7 +1,9 @@
-"""Our tables about upstream's keys: what we tighten, and what a recipe may not contain because the project owns it.
+"""Our tables about upstream's keys: what we tighten, and what a recipe may not contain because the
+project owns it.
 
-Upstream's classes accept values that cannot work (`max_length: -5`, `learning_rate: .inf`); the schema refuses them here, before
-anything is downloaded. Read by `schema` (generation) and `validation`.
+Upstream's classes accept values that cannot work (`max_length: -5`, `learning_rate: .inf`); the
+schema refuses them here, before anything is downloaded. Read by `schema` (generation) and
+`validation`.
 """
 
 from __future__ import annotations
@@ -27,13 +29,41 @@ _CHECKPOINTING = {
 }
 _ATTENTION = {
     "anyOf": [
-        {"enum": ["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]},
-        {"type": "string", "pattern": "^[^/]+/[^/]+$", "title": "a kernel's name on the Hub (kernels-community/NAME)"},
+        {
+            "enum": [
+                "sdpa",
+                "eager",
+                "flash_attention_2",
+                "flash_attention_3",
+                "flash_attention_4",
+                "flex_attention",
+            ]
+        },
+        {
+            "type": "string",
+            "pattern": "^[^/]+/[^/]+$",
+            "title": "a kernel's name on the Hub (kernels-community/NAME)",
+        },
         {"type": "null"},
     ]
 }
-_COLUMN_NAMES = ("id", "instruction", "context", "response", "category", "prompt", "completion", "text", "messages", "system")
-_COLUMNS = {"type": "object", "additionalProperties": False, "properties": {name: {"type": "string"} for name in _COLUMN_NAMES}}
+_COLUMN_NAMES = (
+    "id",
+    "instruction",
+    "context",
+    "response",
+    "category",
+    "prompt",
+    "completion",
+    "text",
+    "messages",
+    "system",
+)
+_COLUMNS = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {name: {"type": "string"} for name in _COLUMN_NAMES},
+}
 _MIXTURE_PART = {
     "type": "object",
     "additionalProperties": False,
@@ -51,19 +81,48 @@ TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
     "model": {"attn_implementation": _ATTENTION},
     "train": {
         **dict.fromkeys(
-            ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length", "save_total_limit"),
+            (
+                "per_device_train_batch_size",
+                "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+                "max_length",
+                "save_total_limit",
+            ),
             _AT_LEAST_1,
         ),
         **dict.fromkeys(
-            ("eval_accumulation_steps", "torch_empty_cache_steps", "dataset_num_proc", "dataloader_prefetch_factor"), _AT_LEAST_1
+            (
+                "eval_accumulation_steps",
+                "torch_empty_cache_steps",
+                "dataset_num_proc",
+                "dataloader_prefetch_factor",
+            ),
+            _AT_LEAST_1,
         ),
-        **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps"), _POSITIVE),
-        **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "neftune_noise_alpha"), _NOT_NEGATIVE),
-        **dict.fromkeys(("dataloader_num_workers", "seed", "data_seed", "router_aux_loss_coef"), _NOT_NEGATIVE),
+        **dict.fromkeys(
+            (
+                "learning_rate",
+                "num_train_epochs",
+                "adam_epsilon",
+                "logging_steps",
+                "eval_steps",
+                "save_steps",
+            ),
+            _POSITIVE,
+        ),
+        **dict.fromkeys(
+            ("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "neftune_noise_alpha"),
+            _NOT_NEGATIVE,
+        ),
+        **dict.fromkeys(
+            ("dataloader_num_workers", "seed", "data_seed", "router_aux_loss_coef"), _NOT_NEGATIVE
+        ),
         **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _PROBABILITY),
         "max_steps": {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1}]},
         "include_num_input_tokens_seen": {"enum": [True, False, "all", "non_padding", "no"]},
-        "logging_nan_inf_filter": {"enum": [False]},  # true hides the step on which the loss stopped being a number
+        "logging_nan_inf_filter": {
+            "enum": [False]
+        },  # true hides the step on which the loss stopped being a number
         "activation_checkpointing_kwargs": _CHECKPOINTING,
         "metric_for_best_model": {"type": ["string", "null"]},
     },
@@ -75,7 +134,18 @@ TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
         "init_lora_weights": {
             "anyOf": [
                 {"type": "boolean"},
-                {"enum": ["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica"]},
+                {
+                    "enum": [
+                        "gaussian",
+                        "eva",
+                        "olora",
+                        "pissa",
+                        "corda",
+                        "loftq",
+                        "orthogonal",
+                        "mica",
+                    ]
+                },
                 {"type": "string", "pattern": "^pissa_niter_[0-9]+$"},
             ]
         },
@@ -83,10 +153,14 @@ TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
     "quantization": {
         "bnb_4bit_compute_dtype": _DTYPES,
         "bnb_4bit_quant_type": {"enum": ["fp4", "nf4"]},
-        "bnb_4bit_quant_storage": {"enum": ["uint8", "int8", "float16", "bfloat16", "float32", "float64"]},
+        "bnb_4bit_quant_storage": {
+            "enum": ["uint8", "int8", "float16", "bfloat16", "float32", "float64"]
+        },
     },
     "data": {
-        "source": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _MIXTURE_PART}]},
+        "source": {
+            "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _MIXTURE_PART}]
+        },
         "columns": _COLUMNS,
         "split": {"properties": {"validation": _PROBABILITY, "test": _PROBABILITY}},
         "max_unsupervised_fraction": {"minimum": 0, "maximum": 1},
@@ -95,7 +169,10 @@ TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
 
 # Arguments of `from_pretrained` that are not for model.kwargs -> where they are said instead.
 NOT_IN_MODEL_KWARGS: dict[str, str] = {
-    **{key: f"write model.{key}" for key in ("dtype", "attn_implementation", "trust_remote_code", "revision")},
+    **{
+        key: f"write model.{key}"
+        for key in ("dtype", "attn_implementation", "trust_remote_code", "revision")
+    },
     "torch_dtype": "write model.dtype",
     "quantization_config": "write a quantization section",
     "device_map": "the launcher decides where the model lies",
@@ -110,17 +187,24 @@ NOT_IN_RECIPES: dict[str, dict[str, str]] = {
     "train": {
         "output_dir": "the run directory is runs/<run.name>; set run.name",
         "run_name": "set run.name",
-        "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint by itself",
+        "resume_from_checkpoint": (
+            "the same command resumes from the newest complete checkpoint by itself"
+        ),
         "do_train": "recipes train always trains",
         "do_eval": "set train.eval_strategy",
         "do_predict": "evaluation has its own verb: recipes eval",
         "hub_token": "log in with 'hf auth login'; a token never belongs in a file",
         "model_init_kwargs": "use model.kwargs",
-        "trust_remote_code": "use model.trust_remote_code, and --trust-remote-code on the command line",
+        "trust_remote_code": (
+            "use model.trust_remote_code, and --trust-remote-code on the command line"
+        ),
         "chat_template_path": "use data.chat_template",
         "dataset_text_field": "use data.columns: {text: NAME}",
         "dataset_kwargs": "rows are tokenised and masked by recipes_lib.data",
-        "enable_jit_checkpoint": "runs stop safely on SIGTERM by themselves; upstream's version leaves a half-trained model",
+        "enable_jit_checkpoint": (
+            "runs stop safely on SIGTERM by themselves; upstream's version leaves a half-trained"
+            " model"
+        ),
         "local_rank": _LAUNCHER,
         "fsdp": _LAUNCHER,
         "fsdp_config": _LAUNCHER,

@@ -18,8 +18,14 @@ MAX_LENGTH = 1024  # TRL's default of max_length
 
 TRAIN_DEFAULTS = {
     "activation_checkpointing": ProjectDefault(
-        False, "recomputing activations costs speed (about 20% by TRL's figure); switch it on when memory is short"
+        False,
+        "recomputing activations costs speed (about 20% by TRL's figure); switch it on when memory"
+        " is short",
     ),
-    "logging_nan_inf_filter": ProjectDefault(False, "upstream replaces a NaN loss by an earlier mean, so a broken run looks fine"),
-    "ddp_find_unused_parameters": ProjectDefault(False, "a LoRA step uses every trainable parameter; searching for unused ones costs time"),
+    "logging_nan_inf_filter": ProjectDefault(
+        False, "upstream replaces a NaN loss by an earlier mean, so a broken run looks fine"
+    ),
+    "ddp_find_unused_parameters": ProjectDefault(
+        False, "a LoRA step uses every trainable parameter; searching for unused ones costs time"
+    ),
 }

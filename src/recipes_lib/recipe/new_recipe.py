@@ -1,7 +1,7 @@
 """The text of a new recipe: it extends an existing one and writes out the values people change.
 
-How often is validated and saved is written as a share of the training where the rows are somebody's own: the steps of the recipe it starts
-from were chosen for other rows.
+How often is validated and saved is written as a share of the training where the rows are somebody's
+own: the steps of the recipe it starts from were chosen for other rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _REMARKS = {
     "train.max_steps": "off: the epochs decide; the recipe this starts from stops early",
     "train.max_length": "longer examples lose their tail",
     "train.eval_steps": "validate after these steps; a number below 1 is a share of the training",
-    "train.save_steps": "save a checkpoint after these steps; a number below 1 is a share of the training",
+    "train.save_steps": (
+        "save a checkpoint after these steps; a number below 1 is a share of the training"
+    ),
     "train.completion_only_loss": "these rows are one text each: the loss is on all of it",
     "run.global_batch_size": "examples per optimizer step over all processes",
 }
@@ -61,13 +63,21 @@ def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) ->
     """
     values = _values(name, target, origin, rows)
     folder = target.resolve().parent
-    schema = Path(os.path.relpath(project_root() / "schema" / "recipe.schema.json", folder)).as_posix()
-    launch = f"accelerate launch --config_file accelerate_configs/{origin.launch.accelerate}.yaml -m recipes_lib.train {shown_path(target)}"
+    schema = Path(
+        os.path.relpath(project_root() / "schema" / "recipe.schema.json", folder)
+    ).as_posix()
+    launch = (
+        f"accelerate launch --config_file accelerate_configs/{origin.launch.accelerate}.yaml -m"
+        f" recipes_lib.train {shown_path(target)}"
+    )
     lines = yaml_lines(values, lambda path: _REMARKS.get(".".join(map(str, path)), ""))
     extends = Path(os.path.relpath(origin.path.resolve(), folder)).as_posix()
     head = [
         f"# yaml-language-server: $schema={schema}",
-        f"# {name}: starts from {extends}; what is not written here comes from there (recipes show {shown_path(target)})",
+        (
+            f"# {name}: starts from {extends}; what is not written here comes from there (recipes"
+            f" show {shown_path(target)})"
+        ),
         f"#   {launch}",
         *([f"extends: {extends}"] if _may_be_extended(origin) else []),
     ]
@@ -88,32 +98,53 @@ def _values(name: str, target: Path, origin: Recipe, rows: OwnRows | None) -> di
             section["delimiter"] = rows.delimiter
     values["data"] = section
     if origin.lora is not None:
-        values["lora"] = {**values.get("lora", {}), "r": origin.lora.get("r", 8), "lora_alpha": origin.lora.get("lora_alpha", 8)}
-    train = {key: origin.train.get(key, default) for key, default in (("learning_rate", 2e-5), ("num_train_epochs", 3))}
+        values["lora"] = {
+            **values.get("lora", {}),
+            "r": origin.lora.get("r", 8),
+            "lora_alpha": origin.lora.get("lora_alpha", 8),
+        }
+    train = {
+        key: origin.train.get(key, default)
+        for key, default in (("learning_rate", 2e-5), ("num_train_epochs", 3))
+    }
     train |= _scaled(origin.train, rows)
     if rows is not None and rows.whole_text and origin.train.get("completion_only_loss"):
         train["completion_only_loss"] = None
     values["train"] = {**values.get("train", {}), **train}
-    batch = origin.run.global_batch_size or origin.train.get("per_device_train_batch_size", 8) * origin.train.get(
-        "gradient_accumulation_steps", 1
-    )
+    batch = origin.run.global_batch_size or origin.train.get(
+        "per_device_train_batch_size", 8
+    ) * origin.train.get("gradient_accumulation_steps", 1)
     values["run"] = {"name": name, "global_batch_size": batch, "tags": []}
     return values
 
 
 def _scaled(train: dict[str, Any], rows: OwnRows | None) -> dict[str, Any]:
-    """Return how often is validated and saved and where rows are cut: as the origin has it, for own rows by their number and length.
+    """Return how often is validated and saved and where rows are cut: as the origin has it, for own
+    rows by their number and length.
 
     Args:
         train: the origin's section.
     """
-    length, validated = train.get("max_length", MAX_LENGTH), train.get("eval_strategy", "no") == "steps"
+    length, validated = (
+        train.get("max_length", MAX_LENGTH),
+        train.get("eval_strategy", "no") == "steps",
+    )
     saved = train.get("save_strategy", "steps") == "steps"
     if rows is None:
-        values = {"max_length": length, "eval_steps": train.get("eval_steps"), "save_steps": train.get("save_steps", 500)}
+        values = {
+            "max_length": length,
+            "eval_steps": train.get("eval_steps"),
+            "save_steps": train.get("save_steps", 500),
+        }
     else:
-        each = EVAL_SHARE if validated and train.get("load_best_model_at_end") else SAVE_SHARE  # the best is chosen among checkpoints
-        values = {"max_length": length and max(length, rows.max_length or 0), "eval_steps": EVAL_SHARE, "save_steps": each}
+        each = (
+            EVAL_SHARE if validated and train.get("load_best_model_at_end") else SAVE_SHARE
+        )  # the best is chosen among checkpoints
+        values = {
+            "max_length": length and max(length, rows.max_length or 0),
+            "eval_steps": EVAL_SHARE,
+            "save_steps": each,
+        }
         if train.get("max_steps", -1) > 0:
             values["max_steps"] = -1
     wanted = {"eval_steps": validated and values["eval_steps"] is not None, "save_steps": saved}
@@ -126,10 +157,18 @@ def _may_be_extended(origin: Recipe) -> bool:
 
 
 def _source(target: Path, origin: Recipe, rows: OwnRows | None) -> Any:
-    """Return `data.source` as the new file must write it: local paths relative to its own folder."""
+    """Return `data.source` as the new file must write it: local paths relative to its own
+    folder.
+    """
     if rows is not None:
         return Path(os.path.relpath(rows.file.resolve(), target.resolve().parent)).as_posix()
     source = origin.data.source
-    if isinstance(source, str) and (origin.base_dir / source).exists() and not Path(source).is_absolute():
-        return Path(os.path.relpath((origin.base_dir / source).resolve(), target.resolve().parent)).as_posix()
+    if (
+        isinstance(source, str)
+        and (origin.base_dir / source).exists()
+        and not Path(source).is_absolute()
+    ):
+        return Path(
+            os.path.relpath((origin.base_dir / source).resolve(), target.resolve().parent)
+        ).as_posix()
     return source

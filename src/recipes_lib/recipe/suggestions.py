@@ -14,7 +14,12 @@ def near_names(word: str, names: Iterable[str], at_most: int = 1) -> list[str]:
         ['learning_rate']
     """
     plain = {name.replace("-", "_").lower(): name for name in names}
-    return [plain[near] for near in difflib.get_close_matches(word.replace("-", "_").lower(), plain, n=at_most, cutoff=0.6)]
+    return [
+        plain[near]
+        for near in difflib.get_close_matches(
+            word.replace("-", "_").lower(), plain, n=at_most, cutoff=0.6
+        )
+    ]
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]:

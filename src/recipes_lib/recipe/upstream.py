@@ -1,7 +1,9 @@
-"""Stage 2: the real SFTConfig, LoraConfig and BitsAndBytesConfig, so that upstream has the last word.
+"""Stage 2: the real SFTConfig, LoraConfig and BitsAndBytesConfig, so that upstream has the last
+word.
 
-This module imports torch; everything else about recipes works without. What is derived here and nowhere else: the accumulation
-steps from the batch, `use_cpu` from the device, `max_length` where rows arrive truncated.
+This module imports torch; everything else about recipes works without. What is derived here and
+nowhere else: the accumulation steps from the batch, `use_cpu` from the device, `max_length` where
+rows arrive truncated.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
-    """Return TRL's arguments for this recipe on this machine: all of them, nobody changes one later.
+    """Return TRL's arguments for this recipe on this machine: all of them, nobody changes one
+    later.
 
     Args:
         output_dir: where checkpoints go.
@@ -40,22 +43,37 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     values["use_cpu"] = values.get("use_cpu", False) or not has_accelerator()
     if values["use_cpu"] and (values.get("fp16") or values.get("fp16_full_eval")):
         raise recipe.error(
-            "train.fp16", "train.fp16 does nothing on a CPU: it would train in float32 and say nothing", "use train.bf16: true"
+            "train.fp16",
+            "train.fp16 does nothing on a CPU: it would train in float32 and say nothing",
+            "use train.bf16: true",
         )
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
     if values.get("assistant_only_loss"):
-        values["assistant_only_loss"] = False  # the labels say it already; TRL looks for conversations in the rows
+        values["assistant_only_loss"] = (
+            False  # the labels say it already; TRL looks for conversations in the rows
+        )
     if values.get("padding_free") and not values.get("packing"):
-        values["max_length"] = None  # rows arrive truncated; TRL refuses a limit that it would not apply
-    values |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "output_dir": str(output_dir), "run_name": recipe.name}
-    values["save_total_limit"] = None  # our own rotation keeps that many; it never deletes the last complete checkpoint
-    values["push_to_hub"] = False  # only checked weights are pushed (`training.hub`), never a checkpoint
+        values["max_length"] = (
+            None  # rows arrive truncated; TRL refuses a limit that it would not apply
+        )
+    values |= {
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "output_dir": str(output_dir),
+        "run_name": recipe.name,
+    }
+    values["save_total_limit"] = (
+        None  # our own rotation keeps that many; it never deletes the last complete checkpoint
+    )
+    values["push_to_hub"] = (
+        False  # only checked weights are pushed (`training.hub`), never a checkpoint
+    )
     try:
         config = SFTConfig(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise refused(recipe, "train", error) from None
-    # One process on a machine with several GPUs: transformers would spread each micro-batch over all of them (nn.DataParallel), so
-    # that a step had as many times the examples that were declared.
+    # One process on a machine with several GPUs: transformers would spread each micro-batch over
+    # all of them (nn.DataParallel), so that a step had as many times the examples that were
+    # declared.
     config._n_gpu = min(config.n_gpu, 1)
     return config
 
@@ -74,7 +92,11 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     hints = typing.get_type_hints(LoraConfig)
     try:
         for key, value in values.items():
-            kinds = [kind for kind in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(kind)]
+            kinds = [
+                kind
+                for kind in (hints[key], *typing.get_args(hints[key]))
+                if dataclasses.is_dataclass(kind)
+            ]
             if isinstance(value, dict) and kinds and dict not in typing.get_args(hints[key]):
                 values[key] = kinds[0](**value)  # type: ignore[operator]
         return LoraConfig(**values)
@@ -93,7 +115,10 @@ def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     from transformers import BitsAndBytesConfig
 
     parameters = inspect.signature(BitsAndBytesConfig).parameters
-    values = {key: float(value) if isinstance(parameters[key].default, float) else value for key, value in recipe.quantization.items()}
+    values = {
+        key: float(value) if isinstance(parameters[key].default, float) else value
+        for key, value in recipe.quantization.items()
+    }
     try:
         return BitsAndBytesConfig(**values)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
@@ -101,7 +126,8 @@ def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Refuse an optional package that the recipe asks for and that is not installed, before anything is loaded.
+    """Refuse an optional package that the recipe asks for and that is not installed, before
+    anything is loaded.
 
     Raises:
         EnvironmentFault: with the way to install it.
@@ -115,9 +141,17 @@ def check_packages(recipe: Recipe) -> None:
         )
         raise recipe.fault("train.use_liger_kernel", what, hint)
     if "/" in (recipe.model.attn_implementation or "") and not is_kernels_available():
-        what = f"model.attn_implementation {recipe.model.attn_implementation} is fetched by the package kernels"
-        hint = "pip install -c constraints.txt -e '.[kernels]'; or leave the key out for the fastest attention that is installed"
-        raise recipe.fault("model.attn_implementation", f"{what}; {wanted_kernels()} is not installed", hint)
+        what = (
+            f"model.attn_implementation {recipe.model.attn_implementation} is fetched by the"
+            " package kernels"
+        )
+        hint = (
+            "pip install -c constraints.txt -e '.[kernels]'; or leave the key out for the fastest"
+            " attention that is installed"
+        )
+        raise recipe.fault(
+            "model.attn_implementation", f"{what}; {wanted_kernels()} is not installed", hint
+        )
 
 
 def wanted_kernels() -> str:
@@ -142,7 +176,11 @@ def refused(recipe: Recipe, section: str, error: Exception, *hints: str) -> Reci
         import torch
 
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "this device"
-        return recipe.error("train.bf16", f"train.bf16: {name} has no bfloat16", "set train.bf16: false (and train.fp16: true on a GPU)")
+        return recipe.error(
+            "train.bf16",
+            f"train.bf16: {name} has no bfloat16",
+            "set train.bf16: false (and train.fp16: true on a GPU)",
+        )
     values = getattr(recipe, section) or {}
     named = [key for key in values if re.search(rf"\b{re.escape(key)}\b", message)]
     key = f"{section}.{max(named, key=len)}" if named else section

@@ -1,7 +1,8 @@
 """One loader and one check for every kind of YAML file: read, schema, and what the kind adds.
 
-`load` is the way in for recipes, evals, judges, studies, profiles, published numbers and accelerate configs. The rules are the committed
-JSON Schemas; this module turns their verdicts into lines a person can act on. A kind adds words and rules (`KindRules`), and no parser.
+`load` is the way in for recipes, evals, judges, studies, profiles, published numbers and accelerate
+configs. The rules are the committed JSON Schemas; this module turns their verdicts into lines a
+person can act on. A kind adds words and rules (`KindRules`), and no parser.
 """
 
 from __future__ import annotations
@@ -33,17 +34,27 @@ _TYPES = {
     "object": "a mapping",
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
+_SHORT_NAMES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "half": "float16",
+    "float": "float32",
+}
 _MOST_CHOICES = 16
 
 
 class KindRules:
-    """What a kind of file adds to the check that all kinds have in common: its own words, and rules that no schema can say."""
+    """What a kind of file adds to the check that all kinds have in common: its own words, and rules
+    that no schema can say.
+    """
 
     has_schema = True
 
     def whole(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the values with every short form written out, as the schema is asked about them."""
+        """Return the values with every short form written out, as the schema is asked
+        about them.
+        """
         return values
 
     def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
@@ -53,12 +64,16 @@ class KindRules:
         near = did_you_mean(str(path[-1]).replace("-", "_"), known, prefix)
         return document.error(path, what, *near, f"keys here: {', '.join(known)}")
 
-    def inside_unknown(self, document: Document, path: KeyPath, value: Any) -> Iterator[PlacedError]:
+    def inside_unknown(
+        self, document: Document, path: KeyPath, value: Any
+    ) -> Iterator[PlacedError]:
         """Yield what is wrong inside the value of an unknown key whose meaning can be guessed."""
         yield from ()
 
     def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
-        """Return the error for a required key that nobody wrote; `schema` is that of the mapping it should stand in."""
+        """Return the error for a required key that nobody wrote; `schema` is that of the mapping it
+        should stand in.
+        """
         return document.error(path, f"{dotted(path)} is missing")
 
     def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
@@ -70,7 +85,9 @@ class KindRules:
         yield from ()
 
     def at_once(self, document: Document) -> Iterator[PlacedError]:
-        """Yield what is wrong whatever the schema says, each with the key to blame; the schema's own verdict on that key wins."""
+        """Yield what is wrong whatever the schema says, each with the key to blame; the schema's
+        own verdict on that key wins.
+        """
         yield from ()
 
     def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
@@ -103,7 +120,9 @@ def validate(document: Document) -> list[RecipeError]:
 
 
 def _validate(document: Document) -> tuple[list[RecipeError], bool]:
-    """Return what is wrong with a file, and whether its values can be used all the same (a key that stands there twice)."""
+    """Return what is wrong with a file, and whether its values can be used all the same (a key that
+    stands there twice).
+    """
     rules = document.kind.rules()
     found: dict[KeyPath, RecipeError] = {}
     if rules.has_schema:
@@ -114,15 +133,23 @@ def _validate(document: Document) -> tuple[list[RecipeError], bool]:
     for path, translated in rules.at_once(document):
         if not any(known[: len(path)] == path for known in found):
             found[path] = translated
-    unread = [problem.what for problem in document.problems]  # a value that could not be read: its stand-in says nothing
-    errors = [error for path, error in found.items() if not any(what.startswith(f"{dotted(path)}: ") for what in unread)]
+    unread = [
+        problem.what for problem in document.problems
+    ]  # a value that could not be read: its stand-in says nothing
+    errors = [
+        error
+        for path, error in found.items()
+        if not any(what.startswith(f"{dotted(path)}: ") for what in unread)
+    ]
     if not found:
         errors += rules.between_keys(document)
     return [*document.problems, *errors], not found and not errors
 
 
 def check(document: Document, full: bool) -> list[RecipeError]:
-    """Return what `recipes check` finds in a file; `full` asks upstream's classes and the model's files too."""
+    """Return what `recipes check` finds in a file; `full` asks upstream's classes and the model's
+    files too.
+    """
     errors, sound = _validate(document)
     return errors + document.kind.rules().further(document, full and not errors, sound)
 
@@ -130,24 +157,36 @@ def check(document: Document, full: bool) -> list[RecipeError]:
 def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
     title, wanted = document.kind.title, kind_named(expected)
-    plain = wanted is None or (expected == "recipe" and title.endswith("recipe"))  # the title says it
+    plain = wanted is None or (
+        expected == "recipe" and title.endswith("recipe")
+    )  # the title says it
     use = [document.kind.use] if expected != "accelerate" else []
-    return RecipeError(f"is {title}" if plain or wanted is None else f"is {title}, not {wanted.title}", *use, file=document.file)
+    return RecipeError(
+        f"is {title}" if plain or wanted is None else f"is {title}, not {wanted.title}",
+        *use,
+        file=document.file,
+    )
 
 
 @lru_cache(maxsize=len(KINDS))
 def _validator(kind: str) -> Draft202012Validator:
-    """Return a validator of a kind: a bool is no number, 4.0 is no integer, and numbers are finite."""
+    """Return a validator of a kind: a bool is no number, 4.0 is no integer, and numbers
+    are finite.
+    """
     from jsonschema import Draft202012Validator, validators
 
     def is_integer(_: Any, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
 
     def is_number(_: Any, value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
 
     schema = load_schema()["$defs"]["document"] if kind == "base" else load_schema(kind)
-    checker = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": is_integer, "number": is_number})
+    checker = Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {"integer": is_integer, "number": is_number}
+    )
     return validators.extend(Draft202012Validator, type_checker=checker)(schema)
 
 
@@ -156,7 +195,9 @@ def validator_of(schema: dict[str, Any]) -> Draft202012Validator:
     return _validator("base").evolve(schema=schema)
 
 
-def translate(rules: KindRules, document: Document, error: ValidationError, above: KeyPath = ()) -> Iterator[PlacedError]:
+def translate(
+    rules: KindRules, document: Document, error: ValidationError, above: KeyPath = ()
+) -> Iterator[PlacedError]:
     """Turn one error of jsonschema into ours, each with its key path.
 
     Args:
@@ -172,7 +213,11 @@ def translate(rules: KindRules, document: Document, error: ValidationError, abov
     elif error.validator == "required":
         for key in (key for key in error.validator_value if key not in error.instance):
             yield (*path, key), rules.missing(document, (*path, key), error.schema)
-    elif inner := [one for one in error.context or () if len(one.absolute_path) > len(error.absolute_path) or _is_mapping(error, one)]:
+    elif inner := [
+        one
+        for one in error.context or ()
+        if len(one.absolute_path) > len(error.absolute_path) or _is_mapping(error, one)
+    ]:
         for one in inner:
             yield from translate(rules, document, one, above)
     else:
@@ -180,8 +225,13 @@ def translate(rules: KindRules, document: Document, error: ValidationError, abov
 
 
 def _is_mapping(error: ValidationError, context: ValidationError) -> bool:
-    """Whether the value is a mapping, and `context` says what the alternative with named keys has against it."""
-    return isinstance(error.instance, dict) and "properties" in error.schema[error.validator][context.schema_path[0]]
+    """Whether the value is a mapping, and `context` says what the alternative with named keys has
+    against it.
+    """
+    return (
+        isinstance(error.instance, dict)
+        and "properties" in error.schema[error.validator][context.schema_path[0]]
+    )
 
 
 def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
@@ -191,23 +241,32 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
         return RecipeError("holds no mapping", file=document.file)
     if len(path) == 1:
         return document.error(
-            path, f"section '{path[0]}' must be a mapping of keys, got {shown(value)}", f"all keys: recipes explain {path[0]}"
+            path,
+            f"section '{path[0]}' must be a mapping of keys, got {shown(value)}",
+            f"all keys: recipes explain {path[0]}",
         )
     choices = _choices(schema)
     hints = []
     if isinstance(value, str):
         short = _SHORT_NAMES.get(value)
-        hints = [f"use {short}"] if short in choices else did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+        hints = (
+            [f"use {short}"]
+            if short in choices
+            else did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+        )
         if _is_quoted_number(value, schema):
             hints = [f"remove the quotes: {value}"]
     spelling = {False: "no", True: "yes"}.get(value) if isinstance(value, bool) else None
     if spelling in choices:
         hints.append(
-            f'a plain {spelling} is read as {shown(value)}; quote it: "{spelling}" (on the command line: {dotted(path)}=\'"{spelling}"\')'
+            f'a plain {spelling} is read as {shown(value)}; quote it: "{spelling}" (on the command'
+            f" line: {dotted(path)}='\"{spelling}\"')"
         )
     if len(choices) > _MOST_CHOICES:
         hints.append(f"all {len(choices)} choices: recipes explain {dotted(path)}")
-    return document.error(path, f"{dotted(path)} must be {describe(schema)}, got {shown(value)}", *hints)
+    return document.error(
+        path, f"{dotted(path)} must be {describe(schema)}, got {shown(value)}", *hints
+    )
 
 
 def _is_quoted_number(text: str, schema: dict[str, Any]) -> bool:
@@ -215,7 +274,9 @@ def _is_quoted_number(text: str, schema: dict[str, Any]) -> bool:
     types = schema.get("type", [])
     wanted = {"number", "integer"}.isdisjoint([types] if isinstance(types, str) else types)
     try:
-        return (not wanted and math.isfinite(float(text))) or any(_is_quoted_number(text, part) for part in schema.get("anyOf", ()))
+        return (not wanted and math.isfinite(float(text))) or any(
+            _is_quoted_number(text, part) for part in schema.get("anyOf", ())
+        )
     except ValueError:
         return False
 
@@ -237,14 +298,22 @@ def describe(schema: dict[str, Any]) -> str:
         choices = schema["enum"]
         if len(choices) > _MOST_CHOICES:
             return f"one of {len(choices)} choices"
-        return ("one of " if len(choices) > 1 else "") + ", ".join(str(shown(choice)).strip("'") for choice in choices)
+        return ("one of " if len(choices) > 1 else "") + ", ".join(
+            str(shown(choice)).strip("'") for choice in choices
+        )
     types = schema.get("type", [])
     types = [types] if isinstance(types, str) else types
-    bounds = " and ".join(f"{sign} {schema[word]}" for word, sign in _BOUNDS.items() if word in schema)
+    bounds = " and ".join(
+        f"{sign} {schema[word]}" for word, sign in _BOUNDS.items() if word in schema
+    )
     words = []
     for name in types:
         word = "null" if name == "null" else _TYPES[name]
-        if name == "array" and isinstance(schema.get("items"), dict) and schema["items"].get("type") == "string":
+        if (
+            name == "array"
+            and isinstance(schema.get("items"), dict)
+            and schema["items"].get("type") == "string"
+        ):
             word = "a list of names"
         if name == "array" and schema.get("minItems"):
             word += " that is not empty"

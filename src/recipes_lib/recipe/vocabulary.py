@@ -1,4 +1,6 @@
-"""Which keys exist: lookups in the committed JSON Schema, for errors, `recipes explain` and overrides."""
+"""Which keys exist: lookups in the committed JSON Schema, for errors, `recipes explain` and
+overrides.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def load_schema(kind: str = "recipe") -> dict[str, Any]:
 
 
 def subschema(*keys: str) -> dict[str, Any] | None:
-    """Return the schema of a key such as `subschema("train", "learning_rate")`, or None if there is no such key.
+    """Return the schema of a key such as `subschema("train", "learning_rate")`, or None if there is
+    no such key.
 
     Keys of eval recipes follow `eval`, as in `subschema("eval", "generation", "temperature")`.
     """
@@ -47,7 +50,8 @@ def section_keys(*path: str) -> list[str]:
 
 
 def dotted_names(word: str) -> list[str]:
-    """Return the dotted keys a bare word such as `learning_rate` or `--lora-r` may stand for: exact, renamed, or the nearest.
+    """Return the dotted keys a bare word such as `learning_rate` or `--lora-r` may stand for:
+    exact, renamed, or the nearest.
 
     Example:
         >>> dotted_names("learning_rate")

@@ -1,4 +1,6 @@
-"""Plain values -> YAML text with a comment behind each value: what `recipes show` and `recipes new` print."""
+"""Plain values -> YAML text with a comment behind each value: what `recipes show` and `recipes new`
+print.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,17 @@ def value_text(value: Any) -> str:
         >>> value_text({"r": 8, "names": ["a", "no"]})
         "{r: 8, names: [a, 'no']}"
     """
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True)
-    return text.strip("\n").removesuffix("\n...")  # not other white space: a value may begin or end with it
+    text = yaml.safe_dump(
+        value, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True
+    )
+    return text.strip("\n").removesuffix(
+        "\n..."
+    )  # not other white space: a value may begin or end with it
 
 
-def yaml_lines(values: dict[str, Any], comment: Callable[[KeyPath], str], path: KeyPath = ()) -> list[tuple[str, str]]:
+def yaml_lines(
+    values: dict[str, Any], comment: Callable[[KeyPath], str], path: KeyPath = ()
+) -> list[tuple[str, str]]:
     """Return one (text, comment) pair per line; mappings are indented, lists stay on one line.
 
     Args:
@@ -39,6 +47,12 @@ def yaml_lines(values: dict[str, Any], comment: Callable[[KeyPath], str], path: 
 
 
 def join_lines(lines: list[tuple[str, str]], widest: int = 60) -> str:
-    """Return the lines as text with aligned comments; texts longer than `widest` push their comment to the right."""
-    width = max((len(text) for text, comment in lines if comment and len(text) <= widest), default=0)
-    return "\n".join(f"{text:<{width}}  # {comment}" if comment else text for text, comment in lines)
+    """Return the lines as text with aligned comments; texts longer than `widest` push their comment
+    to the right.
+    """
+    width = max(
+        (len(text) for text, comment in lines if comment and len(text) <= widest), default=0
+    )
+    return "\n".join(
+        f"{text:<{width}}  # {comment}" if comment else text for text, comment in lines
+    )

@@ -56,15 +56,25 @@ def breakdowns(measurements: Measurements) -> list[Breakdown]:
             for measure in run.measures():
                 if measure.samples and measure.suite != "lm_eval":
                     opponent = measurements.opponent_name(measure.opponent)
-                    groups.setdefault((measure.name, opponent), {}).setdefault(name, []).append(measure)
+                    groups.setdefault((measure.name, opponent), {}).setdefault(name, []).append(
+                        measure
+                    )
     found = []
     for (_, opponent), arms in groups.items():
         one = next(iter(arms.values()))[0]
         title = f"{one.label} against {opponent}" if opponent else one.label
-        categories = _ranked(item.category for measures in arms.values() for measure in measures for item in measure.samples)
+        categories = _ranked(
+            item.category
+            for measures in arms.values()
+            for measure in measures
+            for item in measure.samples
+        )
         if len(categories) > 1:
             keep = set(categories[:MAX_CATEGORIES])
-            names = [*categories[:MAX_CATEGORIES], *(["all others"] if len(categories) > MAX_CATEGORIES else [])]
+            names = [
+                *categories[:MAX_CATEGORIES],
+                *(["all others"] if len(categories) > MAX_CATEGORIES else []),
+            ]
             found.append(_breakdown("category", title, one, names, arms, partial(_kept, keep=keep)))
         if one.metric == "win_rate" and any(len(item.lengths) == 2 for item in one.samples):
             found.append(_breakdown("length", title, one, list(LENGTHS), arms, length_group))
@@ -84,12 +94,13 @@ def _ranked(categories: Iterable[str]) -> list[str]:
 
 
 def length_group(item: Sample) -> str:
-    """Return the group of an item by the ratio of its answer's length to its opponent's; nothing where one is empty or unknown.
+    """Return the group of an item by the ratio of its answer's length to its opponent's; nothing
+    where one is empty or unknown.
 
     Example:
         >>> length_group(Sample("q", 1, "c", 1.0, "win", lengths=(100, 100))), length_group(Sample("q", 1, "c", 1.0, "win", lengths=(0, 9)))
         ('0.8 to 1.25', '')
-    """
+    """  # noqa: E501
     if len(item.lengths) != 2 or min(item.lengths) == 0:
         return ""
     ratio = item.lengths[0] / item.lengths[1]
@@ -97,7 +108,12 @@ def length_group(item: Sample) -> str:
 
 
 def _breakdown(
-    kind: str, title: str, one: Measure, groups: list[str], arms: dict[str, list[Measure]], group_of: Callable[[Sample], str]
+    kind: str,
+    title: str,
+    one: Measure,
+    groups: list[str],
+    arms: dict[str, list[Measure]],
+    group_of: Callable[[Sample], str],
 ) -> Breakdown:
     cells = []
     scale = scale_of(one.metric, one.unit) or (-math.inf, math.inf)
@@ -106,20 +122,35 @@ def _breakdown(
         for measure in measures:
             for item in measure.samples:
                 by_group.setdefault(group_of(item), []).append(item)
-        cells += [_cell(arm, group, by_group[group], source_of(measures[0]), scale) for group in groups if group in by_group]
+        cells += [
+            _cell(arm, group, by_group[group], source_of(measures[0]), scale)
+            for group in groups
+            if group in by_group
+        ]
     return Breakdown(kind, one.name, title, one.unit, tuple(groups), tuple(arms), tuple(cells))
 
 
 def _cell(arm: str, group: str, items: list[Sample], file: str, scale: tuple[float, float]) -> Cell:
     known = [item for item in items if item.value is not None]
     interval = _interval(known).within(*scale)
-    return Cell(arm, group, interval.estimate, interval.low, interval.high, len(items), len(items) - len(known), file)
+    return Cell(
+        arm,
+        group,
+        interval.estimate,
+        interval.low,
+        interval.high,
+        len(items),
+        len(items) - len(known),
+        file,
+    )
 
 
 def _interval(items: list[Sample]) -> Interval:
-    """Wilson where the values are 0 and 1, one per question; the bootstrap over questions otherwise; no limits where all values agree.
+    """Wilson where the values are 0 and 1, one per question; the bootstrap over questions
+    otherwise; no limits where all values agree.
 
-    Several seeds or turns of one question are one cluster: repeating a question does not make the interval narrower.
+    Several seeds or turns of one question are one cluster: repeating a question does not make the
+    interval narrower.
     """
     values = [item.value for item in items if item.value is not None]
     if values and set(values) <= {0.0, 1.0} and len({item.id for item in items}) == len(values):

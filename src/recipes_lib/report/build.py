@@ -17,15 +17,21 @@ if TYPE_CHECKING:
 
 
 def write_report(folder: Path, content: Content) -> list[Path]:
-    """Write report.html, report.md, report.tex (report.pdf where TeX exists), numbers.csv, numbers.json and figures/.
+    """Write report.html, report.md, report.tex (report.pdf where TeX exists), numbers.csv,
+    numbers.json and figures/.
 
-    The same content gives the same bytes. Files of an earlier report that no longer belong to this one are removed.
+    The same content gives the same bytes. Files of an earlier report that no longer belong to this
+    one are removed.
 
     Returns:
         The files written.
     """
     figures = draw_comparison(content)
-    drawn = {f"figures/{figure.name}.{kind}": data for figure in figures for kind, data in figure.files.items()}
+    drawn = {
+        f"figures/{figure.name}.{kind}": data
+        for figure in figures
+        for kind, data in figure.files.items()
+    }
     for path in (folder / "figures").glob("*.*") if (folder / "figures").is_dir() else ():
         if f"figures/{path.name}" not in drawn:
             path.unlink()

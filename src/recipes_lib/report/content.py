@@ -1,4 +1,6 @@
-"""What a report holds, gathered once for all its forms. Every number has its n and the file it comes from."""
+"""What a report holds, gathered once for all its forms. Every number has its n and the file it
+comes from.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ if TYPE_CHECKING:
     from recipes_lib.compare.published import Published
 
 
-Curves = dict[str, dict[str, dict[int | None, list[tuple[float, float]]]]]  # points (step, value) by curve, arm and seed
+Curves = dict[
+    str, dict[str, dict[int | None, list[tuple[float, float]]]]
+]  # points (step, value) by curve, arm and seed
 
 
 @dataclass(frozen=True)
 class Audit:
-    """A judge's audit over the judgments of one evaluation: the checks, and what was measured, a line each."""
+    """A judge's audit over the judgments of one evaluation: the checks, and what was measured, a
+    line each.
+    """
 
     eval: str
     judge: str
@@ -136,12 +142,24 @@ def _audits(measurements: Measurements) -> list[Audit]:
                     continue
                 key = (result.eval, str(judge.get("fingerprint")))
                 seen.setdefault(key, []).append(run.name)
-                # The result with probes says more than one without; then the one with more judgments.
+                # The result with probes says more than one without; then the one with more
+                # judgments.
                 weight = (100_000_000 if card.get("probes") else 0) + int(card.get("asked", 0))
                 if key not in best or weight > best[key][0]:
-                    best[key] = (weight, _audit(result.eval, judge, card, "/".join(result.file.parts[-4:])))
+                    best[key] = (
+                        weight,
+                        _audit(result.eval, judge, card, "/".join(result.file.parts[-4:])),
+                    )
     return [
-        Audit(audit.eval, audit.judge, audit.model, tuple(dict.fromkeys(seen[key])), audit.checks, audit.measured, audit.file)
+        Audit(
+            audit.eval,
+            audit.judge,
+            audit.model,
+            tuple(dict.fromkeys(seen[key])),
+            audit.checks,
+            audit.measured,
+            audit.file,
+        )
         for key, (_, audit) in best.items()
     ]
 
@@ -163,28 +181,54 @@ def _audit(name: str, judge: dict[str, Any], card: dict[str, Any], file: str) ->
         ("longer answer wins", card["length"]["longer_wins"]),
         ("judgments without a verdict", card["unparsed"]),
         ("verdicts against the judge's own words", card["contradictions"]["interval"]),
-        *((_PROBES.get(probe, probe), result["share"]) for probe, result in (card.get("probes") or {}).items()),
+        *(
+            (_PROBES.get(probe, probe), result["share"])
+            for probe, result in (card.get("probes") or {}).items()
+        ),
     ]
     if card.get("human"):
         measured.append(("agreement with human labels", card["human"]["verdict_accuracy"]))
     mode = f"{judge.get('model')}, {judge.get('mode')}"
-    return Audit(name, str(judge.get("name")), mode, (), tuple(card["checks"]), tuple(measured), file)
+    return Audit(
+        name, str(judge.get("name")), mode, (), tuple(card["checks"]), tuple(measured), file
+    )
 
 
 def _floor(measurements: Measurements, scores: Sequence[Score]) -> list[NoiseFloor]:
-    """How much changes where nothing was changed: the judge asked again or in the other order, another seed, the same model twice."""
+    """How much changes where nothing was changed: the judge asked again or in the other order,
+    another seed, the same model twice.
+    """
     floor = []
     for audit in _audits(measurements):
         facts = dict(audit.measured)
         again = facts.get(_PROBES["repeated"])
         if again and again["n"]:
             floor.append(
-                NoiseFloor("verdicts that change when the same pair is asked again", audit.eval, *_limits(again), "share", audit.file)
+                NoiseFloor(
+                    "verdicts that change when the same pair is asked again",
+                    audit.eval,
+                    *_limits(again),
+                    "share",
+                    audit.file,
+                )
             )
         same = facts["both orders name the same answer"]
         if same["n"]:
-            turned = {"estimate": 1 - same["estimate"], "low": 1 - same["high"], "high": 1 - same["low"], "n": same["n"]}
-            floor.append(NoiseFloor("pairs whose verdict turns with the order", audit.eval, *_limits(turned), "share", audit.file))
+            turned = {
+                "estimate": 1 - same["estimate"],
+                "low": 1 - same["high"],
+                "high": 1 - same["low"],
+                "n": same["n"],
+            }
+            floor.append(
+                NoiseFloor(
+                    "pairs whose verdict turns with the order",
+                    audit.eval,
+                    *_limits(turned),
+                    "share",
+                    audit.file,
+                )
+            )
     by_seed = [score for score in scores if score.seeds > 1]
     for score in by_seed:
         values = _seed_means(measurements, score)
@@ -193,7 +237,9 @@ def _floor(measurements: Measurements, scores: Sequence[Score]) -> list[NoiseFlo
             spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
             what = f"standard deviation between seeds, {score.arm}"
             unit = "points" if score.unit == "share" else score.unit
-            floor.append(NoiseFloor(what, score.label, spread, None, None, len(values), unit, score.files[0]))
+            floor.append(
+                NoiseFloor(what, score.label, spread, None, None, len(values), unit, score.files[0])
+            )
     return floor
 
 
@@ -206,16 +252,21 @@ def _seed_means(measurements: Measurements, score: Score) -> list[float]:
     means = []
     for run in measurements.arms[score.arm].runs:
         for measure in run.measures():
-            if measure.name == score.metric and measurements.opponent_name(measure.opponent) == score.opponent:
+            if (
+                measure.name == score.metric
+                and measurements.opponent_name(measure.opponent) == score.opponent
+            ):
                 values = [item.value for item in measure.samples if item.value is not None]
                 means += [sum(values) / len(values)] if values else []
     return means
 
 
 def _banners(measurements: Measurements) -> list[str]:
-    """Lines that stand above the table: runs that are not finished, questions graded without their reference.
+    """Lines that stand above the table: runs that are not finished, questions graded without their
+    reference.
 
-    What else a result says on top of itself (a weak judge, a failed audit, cut answers, a subset) is a finding here, and said there.
+    What else a result says on top of itself (a weak judge, a failed audit, cut answers, a subset)
+    is a finding here, and said there.
     """
     lines = []
     without: dict[str, None] = {}
@@ -224,7 +275,10 @@ def _banners(measurements: Measurements) -> list[str]:
             if run.state.get("state") in ("failed", "preempted", "running", "created"):
                 lines.append(f"{run.name} is {run.state['state']}, not finished.")
             for result in run.evals:
-                without |= {f"{result.eval}: {line}": None for line in no_reference(result.result.get("missing_references") or ())}
+                without |= {
+                    f"{result.eval}: {line}": None
+                    for line in no_reference(result.result.get("missing_references") or ())
+                }
     return [*lines, *without]
 
 
@@ -251,7 +305,9 @@ def _curves(measurements: Measurements) -> Curves:
                     values["perplexity"] = math.exp(loss)
                 for key, value in values.items():
                     if value is not None and line.get("step") is not None:
-                        points = found.setdefault(key, {}).setdefault(name, {}).setdefault(run.seed, [])
+                        points = (
+                            found.setdefault(key, {}).setdefault(name, {}).setdefault(run.seed, [])
+                        )
                         points.append((line["step"], float(value)))
     return {key: found[key] for key in CURVES if key in found}
 
@@ -259,4 +315,7 @@ def _curves(measurements: Measurements) -> Curves:
 def size_text(content: Content) -> str:
     """Return how much stands behind the table, in a line."""
     tests = count(content.comparison.tests, "test")
-    return f"{count(len(content.comparison.rows), 'comparison')}, {tests} corrected together (Holm), level {content.comparison.alpha:g}"
+    return (
+        f"{count(len(content.comparison.rows), 'comparison')}, {tests} corrected together (Holm),"
+        f" level {content.comparison.alpha:g}"
+    )

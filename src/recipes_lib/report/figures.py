@@ -29,11 +29,16 @@ _STYLE = {
     "text.parse_math": False,
 }
 GROUPED = {"category": "category", "length": "length of the answer beside the opponent's"}
-_FORMATS = ("svg", "png")  # PNG for LaTeX: embedding fonts in fourteen PDFs takes longer than everything else
+_FORMATS = (
+    "svg",
+    "png",
+)  # PNG for LaTeX: embedding fonts in fourteen PDFs takes longer than everything else
 
 
 class Figure:
-    """One figure: its name as a file, its title, what it shows in words, and its bytes by format."""
+    """One figure: its name as a file, its title, what it shows in words, and its bytes by
+    format.
+    """
 
     def __init__(self, name: str, title: str, caption: str, files: dict[str, bytes]) -> None:
         self.name, self.title, self.caption, self.files = name, title, caption, files
@@ -51,20 +56,33 @@ def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
     places = _places(content)
     for key, series in content.curves.items():
         name, unit = CURVES[key]
-        yield Figure(name, f"{unit[0].upper()}{unit[1:]}", "Every run, by optimizer step.", _curves(series, unit, places, formats))
+        yield Figure(
+            name,
+            f"{unit[0].upper()}{unit[1:]}",
+            "Every run, by optimizer step.",
+            _curves(series, unit, places, formats),
+        )
     for number, breakdown in enumerate(content.breakdowns, 1):
         title = f"{breakdown.title}, by {GROUPED[breakdown.kind]}"
         caption = "Points with 95% intervals over questions; groups are described, not tested."
-        yield Figure(f"by_{breakdown.kind}_{number}", title, caption, _breakdown(breakdown, places, formats))
+        yield Figure(
+            f"by_{breakdown.kind}_{number}", title, caption, _breakdown(breakdown, places, formats)
+        )
     shares = [floor for floor in content.floor if floor.unit == "share" and floor.value is not None]
     if shares:
-        caption = "How many verdicts change where nothing was changed: shares with 95% intervals, of the pairs that were asked twice."
+        caption = (
+            "How many verdicts change where nothing was changed: shares with 95% intervals, of the"
+            " pairs that were asked twice."
+        )
         yield Figure("noise_floor", "Noise floor", caption, _floor(shares, formats))
 
 
 def _places(content: Content) -> dict[str, int]:
     """The number of each arm, which gives it one colour and marker in every figure."""
-    names = [*(score.arm for score in content.scores), *(arm for series in content.curves.values() for arm in series)]
+    names = [
+        *(score.arm for score in content.scores),
+        *(arm for series in content.curves.values() for arm in series),
+    ]
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
@@ -82,13 +100,21 @@ def _saved(figure: Any, formats: Sequence[str]) -> dict[str, bytes]:
     files = {}
     for kind in formats:
         stream = BytesIO()
-        figure.savefig(stream, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {"Software": None})
+        figure.savefig(
+            stream,
+            format=kind,
+            dpi=200,
+            metadata={"Date": None} if kind == "svg" else {"Software": None},
+        )
         files[kind] = stream.getvalue()
     return files
 
 
 def _curves(
-    series: dict[str, dict[int | None, list[tuple[float, float]]]], unit: str, places: dict[str, int], formats: Sequence[str]
+    series: dict[str, dict[int | None, list[tuple[float, float]]]],
+    unit: str,
+    places: dict[str, int],
+    formats: Sequence[str],
 ) -> dict[str, bytes]:
     """One curve per run: arms by colour and marker, their seeds by line."""
     figure, axes = _new(3.2)
@@ -97,11 +123,20 @@ def _curves(
     for number, (arm, seed, points) in enumerate(runs):
         steps, values = zip(*points, strict=True)
         line = LINES[list(series[arm]).index(seed) % len(LINES)]
-        # Curves that coincide stay visible: earlier arms are wider, and each run has its markers elsewhere (as a share of its length).
+        # Curves that coincide stay visible: earlier arms are wider, and each run has its markers
+        # elsewhere (as a share of its length).
         every = 1 if len(points) < 12 else (0.12 * number / len(runs), 0.12)
-        axes.plot(steps, values, line, color=_color(places[arm]), marker=_marker(places[arm]), markersize=4, markevery=every,
-                  linewidth=1.2 + 0.7 * min(3, len(arms) - 1 - arms.index(arm)),
-                  label=short_label(arm if len(series[arm]) == 1 else f"{arm}, seed {seed}"))  # fmt: skip
+        axes.plot(
+            steps,
+            values,
+            line,
+            color=_color(places[arm]),
+            marker=_marker(places[arm]),
+            markersize=4,
+            markevery=every,
+            linewidth=1.2 + 0.7 * min(3, len(arms) - 1 - arms.index(arm)),
+            label=short_label(arm if len(series[arm]) == 1 else f"{arm}, seed {seed}"),
+        )
     axes.set(xlabel="optimizer step", ylabel=unit)
     _legend(figure, len(runs))
     return _saved(figure, formats)
@@ -115,7 +150,9 @@ def _marker(place: int) -> str:
     return _MARKERS[place % len(_MARKERS)]
 
 
-def _breakdown(breakdown: Breakdown, places: dict[str, int], formats: Sequence[str]) -> dict[str, bytes]:
+def _breakdown(
+    breakdown: Breakdown, places: dict[str, int], formats: Sequence[str]
+) -> dict[str, bytes]:
     """Groups downwards, one point with its interval per arm."""
     arms, groups = breakdown.arms, breakdown.groups
     figure, axes = _new(0.9 + len(groups) * max(0.3, 0.16 * len(arms)))
@@ -130,10 +167,20 @@ def _breakdown(breakdown: Breakdown, places: dict[str, int], formats: Sequence[s
             rows.append(row + shift)
             values.append(factor * cell.value)
             low, high = (cell.value if limit is None else limit for limit in (cell.low, cell.high))
-            errors.append((max(0.0, factor * (cell.value - low)), max(0.0, factor * (high - cell.value))))
+            errors.append(
+                (max(0.0, factor * (cell.value - low)), max(0.0, factor * (high - cell.value)))
+            )
         if rows:
-            axes.errorbar(values, rows, xerr=list(zip(*errors, strict=True)), fmt=_marker(places[arm]), color=_color(places[arm]),
-                          markersize=4, linewidth=1.1, label=short_label(arm))  # fmt: skip
+            axes.errorbar(
+                values,
+                rows,
+                xerr=list(zip(*errors, strict=True)),
+                fmt=_marker(places[arm]),
+                color=_color(places[arm]),
+                markersize=4,
+                linewidth=1.1,
+                label=short_label(arm),
+            )
     if breakdown.unit == "share":
         axes.axvline(50, color="#888888", linewidth=0.8, linestyle="--")
         axes.set_xlim(-2, 102)
@@ -146,7 +193,13 @@ def _breakdown(breakdown: Breakdown, places: dict[str, int], formats: Sequence[s
 
 def _legend(figure: Any, entries: int) -> None:
     """A legend above the axes, where it covers no curve."""
-    figure.legend(loc="outside upper left", frameon=False, fontsize=8.5, ncols=entries if entries < 5 else 3, handlelength=3.2)
+    figure.legend(
+        loc="outside upper left",
+        frameon=False,
+        fontsize=8.5,
+        ncols=entries if entries < 5 else 3,
+        handlelength=3.2,
+    )
 
 
 def _floor(floors: Sequence[NoiseFloor], formats: Sequence[str]) -> dict[str, bytes]:
@@ -154,8 +207,19 @@ def _floor(floors: Sequence[NoiseFloor], formats: Sequence[str]) -> dict[str, by
     for row, floor in enumerate(floors):
         value = 100 * (floor.value or 0)
         low, high = (value if limit is None else 100 * limit for limit in (floor.low, floor.high))
-        axes.errorbar([value], [row], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", color=COLORS[0], markersize=5)
-    axes.set_yticks(range(len(floors)), [f"{short_label(floor.what, 52)}\n{short_label(floor.where, 52)}" for floor in floors], fontsize=8)
+        axes.errorbar(
+            [value],
+            [row],
+            xerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+            fmt="o",
+            color=COLORS[0],
+            markersize=5,
+        )
+    axes.set_yticks(
+        range(len(floors)),
+        [f"{short_label(floor.what, 52)}\n{short_label(floor.where, 52)}" for floor in floors],
+        fontsize=8,
+    )
     axes.set_xlim(-2, 102)
     axes.set_ylim(len(floors) - 0.5, -0.5)
     axes.set_xlabel("%")
@@ -163,7 +227,8 @@ def _floor(floors: Sequence[NoiseFloor], formats: Sequence[str]) -> dict[str, by
 
 
 def short_label(text: str, width: int = 40) -> str:
-    """Return a label: one line, control characters and characters outside the font's alphabets shown as `?`, cut to a width.
+    """Return a label: one line, control characters and characters outside the font's alphabets
+    shown as `?`, cut to a width.
 
     Example:
         >>> short_label("a\\nb $x$ \\U0001f600")

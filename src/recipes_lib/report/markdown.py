@@ -1,4 +1,6 @@
-"""The Markdown report: the same content for a repository's page. Text of models and of files is escaped."""
+"""The Markdown report: the same content for a repository's page. Text of models and of files is
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,13 @@ def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
         autoescape=False,
-    )  # fmt: skip
+    )
     made.filters |= filters() | {"md": escaped, "code": code}
     return made
 
@@ -55,5 +61,7 @@ def report_markdown(content: Content, figures: Sequence[Figure]) -> str:
     return (
         _environment()
         .get_template("report.md.jinja")
-        .render(content=content, comparison=content.comparison, figures=figures, size=size_text(content))
+        .render(
+            content=content, comparison=content.comparison, figures=figures, size=size_text(content)
+        )
     )

@@ -19,11 +19,52 @@ if TYPE_CHECKING:
 
 _FORMAT_VERSION = 1
 _COLUMNS = (
-    "kind", "metric", "arm", "other_arm", "against", "group", "unit", "value", "low", "high", "n", "questions", "seeds", "unresolved",
-    "lowest", "highest", "p", "p_holm", "mde", "verdict", "claim_stopped", "test", "interval", "file",
-)  # fmt: skip
-_OF_TEST = ("low", "high", "p", "n", "questions", "seeds", "unresolved", "lowest", "highest", "test")
-_OF_TRAINING = ("steps", "train_loss", "validation_loss", "best_validation_loss", "perplexity", "tokens_per_second", "peak_memory_gib")
+    "kind",
+    "metric",
+    "arm",
+    "other_arm",
+    "against",
+    "group",
+    "unit",
+    "value",
+    "low",
+    "high",
+    "n",
+    "questions",
+    "seeds",
+    "unresolved",
+    "lowest",
+    "highest",
+    "p",
+    "p_holm",
+    "mde",
+    "verdict",
+    "claim_stopped",
+    "test",
+    "interval",
+    "file",
+)
+_OF_TEST = (
+    "low",
+    "high",
+    "p",
+    "n",
+    "questions",
+    "seeds",
+    "unresolved",
+    "lowest",
+    "highest",
+    "test",
+)
+_OF_TRAINING = (
+    "steps",
+    "train_loss",
+    "validation_loss",
+    "best_validation_loss",
+    "perplexity",
+    "tokens_per_second",
+    "peak_memory_gib",
+)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
 
 
@@ -31,39 +72,81 @@ def number_rows(content: Content) -> Iterator[dict[str, Any]]:
     """Yield every number with the columns that apply to it."""
     for score in content.scores:
         yield {
-            "kind": "score", "metric": score.metric, "arm": score.arm, "against": score.opponent, "unit": score.unit, "value": score.value,
-            "low": score.low, "high": score.high, "n": score.n, "seeds": score.seeds, "unresolved": score.unresolved,
-            "lowest": score.lowest, "highest": score.highest, "interval": score.method, "file": " ".join(score.files),
-        }  # fmt: skip
+            "kind": "score",
+            "metric": score.metric,
+            "arm": score.arm,
+            "against": score.opponent,
+            "unit": score.unit,
+            "value": score.value,
+            "low": score.low,
+            "high": score.high,
+            "n": score.n,
+            "seeds": score.seeds,
+            "unresolved": score.unresolved,
+            "lowest": score.lowest,
+            "highest": score.highest,
+            "interval": score.method,
+            "file": " ".join(score.files),
+        }
     for row in content.comparison.rows:
         facts = row.tested.to_dict() if row.tested else {}
         shift = HALF if row.head_to_head else 0.0  # as in the table, a win rate and no difference
-        shifted = {name: facts[name] + shift for name in ("low", "high", "lowest", "highest") if facts.get(name) is not None}
+        shifted = {
+            name: facts[name] + shift
+            for name in ("low", "high", "lowest", "highest")
+            if facts.get(name) is not None
+        }
         kept = {name: facts.get(name) for name in _OF_TEST} | shifted
         yield {
-            "kind": "comparison", "metric": row.metric, "arm": row.first, "other_arm": row.second,
-            "against": "head to head" if row.head_to_head else row.opponent, "unit": row.unit,
-            "value": row.first_value if row.head_to_head else row.difference, **kept,
-            "p_holm": row.p_holm, "mde": row.mde, "verdict": row.verdict, "claim_stopped": bool(row.stopped),
-            "interval": facts.get("interval_method"), "file": " ".join(row.files),
-        }  # fmt: skip
+            "kind": "comparison",
+            "metric": row.metric,
+            "arm": row.first,
+            "other_arm": row.second,
+            "against": "head to head" if row.head_to_head else row.opponent,
+            "unit": row.unit,
+            "value": row.first_value if row.head_to_head else row.difference,
+            **kept,
+            "p_holm": row.p_holm,
+            "mde": row.mde,
+            "verdict": row.verdict,
+            "claim_stopped": bool(row.stopped),
+            "interval": facts.get("interval_method"),
+            "file": " ".join(row.files),
+        }
     for breakdown in content.breakdowns:
         for cell in breakdown.cells:
             yield {
-                "kind": f"by {breakdown.kind}", "metric": breakdown.metric, "arm": cell.arm, "group": cell.group, "unit": breakdown.unit,
-                "value": cell.value, "low": cell.low, "high": cell.high, "n": cell.n, "unresolved": cell.unresolved, "file": cell.file,
-            }  # fmt: skip
+                "kind": f"by {breakdown.kind}",
+                "metric": breakdown.metric,
+                "arm": cell.arm,
+                "group": cell.group,
+                "unit": breakdown.unit,
+                "value": cell.value,
+                "low": cell.low,
+                "high": cell.high,
+                "n": cell.n,
+                "unresolved": cell.unresolved,
+                "file": cell.file,
+            }
     yield from _of_runs(content)
     yield from _of_judges(content)
     if content.published is not None:
         for number in content.published.numbers:
-            ours = number.beside is not None  # then in the unit of our metric, as everywhere under its name
+            ours = (
+                number.beside is not None
+            )  # then in the unit of our metric, as everywhere under its name
             low, high = (number.our_interval if ours else number.interval) or (None, None)
             yield {
-                "kind": "published", "metric": number.beside or f"{number.table}/{number.metric}", "arm": number.arm,
+                "kind": "published",
+                "metric": number.beside or f"{number.table}/{number.metric}",
+                "arm": number.arm,
                 "value": number.ours if ours else number.value,
-                "group": number.label, "low": low, "high": high, "n": number.n, "file": content.published.path.name,
-            }  # fmt: skip
+                "group": number.label,
+                "low": low,
+                "high": high,
+                "n": number.n,
+                "file": content.published.path.name,
+            }
 
 
 def _of_runs(content: Content) -> Iterator[dict[str, Any]]:
@@ -71,18 +154,39 @@ def _of_runs(content: Content) -> Iterator[dict[str, Any]]:
     for one in content.trainings:
         for name in _OF_TRAINING:
             if (value := getattr(one, name)) is not None:
-                yield {"kind": "training", "metric": name, "arm": one.arm, "group": one.run, "value": value, "n": 1, "file": one.file}
+                yield {
+                    "kind": "training",
+                    "metric": name,
+                    "arm": one.arm,
+                    "group": one.run,
+                    "value": value,
+                    "n": 1,
+                    "file": one.file,
+                }
     for cost in content.costs:
         for name in ("seconds", "device_hours", "tokens", "tokens_per_second"):
             if (value := getattr(cost, name)) is not None:
                 group = f"{cost.run}, {cost.what}"
-                yield {"kind": "cost", "metric": name, "arm": cost.arm, "group": group, "value": value, "n": 1, "file": cost.file}
+                yield {
+                    "kind": "cost",
+                    "metric": name,
+                    "arm": cost.arm,
+                    "group": group,
+                    "value": value,
+                    "n": 1,
+                    "file": cost.file,
+                }
 
 
 def _of_judges(content: Content) -> Iterator[dict[str, Any]]:
     for audit in content.audits:
         for what, interval in audit.measured:
-            limits = {"value": interval["estimate"], "low": interval["low"], "high": interval["high"], "n": interval["n"]}
+            limits = {
+                "value": interval["estimate"],
+                "low": interval["low"],
+                "high": interval["high"],
+                "n": interval["n"],
+            }
             yield {
                 "kind": "judge audit",
                 "metric": what,
@@ -93,7 +197,14 @@ def _of_judges(content: Content) -> Iterator[dict[str, Any]]:
             }
     for floor in content.floor:
         limits = {"value": floor.value, "low": floor.low, "high": floor.high, "n": floor.n}
-        yield {"kind": "noise floor", "metric": floor.what, "group": floor.where, "unit": floor.unit, **limits, "file": floor.file}
+        yield {
+            "kind": "noise floor",
+            "metric": floor.what,
+            "group": floor.where,
+            "unit": floor.unit,
+            **limits,
+            "file": floor.file,
+        }
 
 
 def numbers_csv(content: Content) -> str:
@@ -125,6 +236,14 @@ def cell(value: Any) -> Any:
 
 def numbers_json(content: Content) -> str:
     """Return the JSON: question, answer, findings, and all numbers."""
-    numbers = [{key: json_value(item) for key, item in row.items() if item is not None} for row in number_rows(content)]
-    value = {"format_version": _FORMAT_VERSION, "name": content.name, **content.comparison.to_dict(), "numbers": numbers}
+    numbers = [
+        {key: json_value(item) for key, item in row.items() if item is not None}
+        for row in number_rows(content)
+    ]
+    value = {
+        "format_version": _FORMAT_VERSION,
+        "name": content.name,
+        **content.comparison.to_dict(),
+        "numbers": numbers,
+    }
     return json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n"

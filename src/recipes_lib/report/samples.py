@@ -1,7 +1,8 @@
-"""The sample browser's material: questions, both answers, both raw verdicts. All of it is text of models, and stays text.
+"""The sample browser's material: questions, both answers, both raw verdicts. All of it is text of
+models, and stays text.
 
-A report holds at most `MAX_SAMPLES` samples, and cuts a text above `MAX_CHARACTERS`; what is left out is counted, and all of it is
-in the runs' own files.
+A report holds at most `MAX_SAMPLES` samples, and cuts a text above `MAX_CHARACTERS`; what is left
+out is counted, and all of it is in the runs' own files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ MAX_TOTAL_CHARACTERS = 12_000_000
 
 @dataclass(frozen=True)
 class Shown:
-    """One judged question: texts as numbers into `SampleSet.texts`. `verdicts` are (order, what was said, raw text)."""
+    """One judged question: texts as numbers into `SampleSet.texts`. `verdicts` are (order, what was
+    said, raw text).
+    """
 
     group: int
     question: str
@@ -50,7 +53,11 @@ class SampleSet:
     def text(self, value: str) -> int:
         """Return the place of a text in the table, adding it; a long one is cut and says so."""
         cut = len(value) > MAX_CHARACTERS
-        kept = f"{value[:MAX_CHARACTERS]}\n[cut here: {len(value):,} characters in all]" if cut else value
+        kept = (
+            f"{value[:MAX_CHARACTERS]}\n[cut here: {len(value):,} characters in all]"
+            if cut
+            else value
+        )
         if kept not in self._places:
             self.cut_texts += cut
             self._places[kept] = len(self.texts)
@@ -69,7 +76,9 @@ def collect_samples(measurements: Measurements) -> SampleSet:
         for result in run.evals
         if result.suite in ("alpaca_eval", "mt_bench")
     ]
-    between = [page for page in pages if measurements.opponent_name(page[2].against) in measurements.arms]
+    between = [
+        page for page in pages if measurements.opponent_name(page[2].against) in measurements.arms
+    ]
     judged = sum(len(measure.samples) for _, _, result in pages for measure in result.measures[:1])
     step = max(1, -(-judged // MAX_SAMPLES))
     for name, run, result in [*between, *(page for page in pages if page not in between)]:
@@ -77,7 +86,14 @@ def collect_samples(measurements: Measurements) -> SampleSet:
     return found
 
 
-def _add(found: SampleSet, measurements: Measurements, arm: str, run: RunMeasurements, log: EvalLog, step: int) -> None:
+def _add(
+    found: SampleSet,
+    measurements: Measurements,
+    arm: str,
+    run: RunMeasurements,
+    log: EvalLog,
+    step: int,
+) -> None:
     """Add every `step`-th of one evaluation's samples."""
     samples = _shown(log)
     found.total += len(samples)
@@ -96,18 +112,34 @@ def _add(found: SampleSet, measurements: Measurements, arm: str, run: RunMeasure
         place = f"{one.id}, turn {one.turn}" if turns else one.id
         orders = ORDERS if one.opponent is not None else ("grade",)
         said = zip(orders, one.verdicts, one.raws, strict=False)
-        verdicts = tuple((order, word, None if raw is None else found.text(raw)) for order, word, raw in said)
+        verdicts = tuple(
+            (order, word, None if raw is None else found.text(raw)) for order, word, raw in said
+        )
         opponent_text = None if one.opponent is None else found.text(one.opponent)
         asked = one.input if one.input is not None else "" if log.imported else f"question {place}"
         outcome = f"grade {one.value:g}" if one.outcome == "graded" else one.outcome
         found.samples.append(
-            Shown(group, place, one.category, outcome, one.flip, found.text(asked), found.text(one.answer or ""), opponent_text, verdicts)
+            Shown(
+                group,
+                place,
+                one.category,
+                outcome,
+                one.flip,
+                found.text(asked),
+                found.text(one.answer or ""),
+                opponent_text,
+                verdicts,
+            )
         )
 
 
 def _shown(log: EvalLog) -> list[Sample]:
-    """The samples to read: those that hold a text of a foreign evaluation, the comparisons of our own, or its grades."""
+    """The samples to read: those that hold a text of a foreign evaluation, the comparisons of our
+    own, or its grades.
+    """
     if log.imported:
-        return [one for measure in log.measures for one in measure.samples if one.answer or one.raws]
+        return [
+            one for measure in log.measures for one in measure.samples if one.answer or one.raws
+        ]
     measures = sorted(log.measures, key=lambda measure: measure.opponent is None)
     return list(measures[0].samples) if measures else []

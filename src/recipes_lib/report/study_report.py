@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from recipes_lib.compare.measurements import Measurements
 
 
-def write_study_report(folder: Path, comparison: Comparison, measurements: Measurements, study: Study, banners: Sequence[str] = ()) -> Path:
+def write_study_report(
+    folder: Path,
+    comparison: Comparison,
+    measurements: Measurements,
+    study: Study,
+    banners: Sequence[str] = (),
+) -> Path:
     """Write the report of a comparison that was made already, and return report.html.
 
     Args:

@@ -36,7 +36,8 @@ class RunDirectory:
         root: folder that holds all runs; default `runs_root()`.
 
     Raises:
-        RecipeError: the name is not a legal run name, or its folder lies outside the runs root (a symbolic link).
+        RecipeError: the name is not a legal run name, or its folder lies outside the runs root (a
+            symbolic link).
     """
 
     def __init__(self, name: str, root: Path | None = None) -> None:
@@ -45,7 +46,10 @@ class RunDirectory:
         self.root = (root or runs_root()).resolve()
         self.path = self.root / name
         if self.path.resolve().parent != self.root:
-            raise RecipeError(f"run '{name}' leads out of {self.root}", "remove the symbolic link, or choose another run.name")
+            raise RecipeError(
+                f"run '{name}' leads out of {self.root}",
+                "remove the symbolic link, or choose another run.name",
+            )
 
     @property
     def state_file(self) -> Path:
@@ -86,12 +90,17 @@ class RunDirectory:
         return self.state_file.is_file()
 
     def train_command(self) -> str:
-        """Return the command that trains this run, as it was typed: it continues what was stopped, and makes lost weights again."""
+        """Return the command that trains this run, as it was typed: it continues what was stopped,
+        and makes lost weights again.
+        """
         words: list[str] = []
         with suppress(OSError, ValueError):  # it is gone, or damaged
             words = shlex.split(self.command_file.read_text(encoding="utf-8"))
         if "recipes_lib.train" not in words:
-            return f"recipes train RECIPE run.name={self.name}, with the recipe and overrides that it was trained with"
+            return (
+                f"recipes train RECIPE run.name={self.name}, with the recipe and overrides that it"
+                " was trained with"
+            )
         return shlex.join(["recipes", "train", *words[words.index("recipes_lib.train") + 1 :]])
 
     def read_state(self) -> dict[str, Any]:
@@ -99,22 +108,32 @@ class RunDirectory:
 
         Raises:
             RecipeError: there is no such run; similar names are listed.
-            EnvironmentFault: run.json is not readable, or was written by a newer version of the format.
+            EnvironmentFault: run.json is not readable, or was written by a newer version of the
+                format.
         """
         if not self.exists():
-            raise RecipeError(f"no run named '{self.name}' in {self.root}", *_similar_runs(self.name, self.root))
+            raise RecipeError(
+                f"no run named '{self.name}' in {self.root}", *_similar_runs(self.name, self.root)
+            )
         self.check_inside()
         try:
             state = read_object(self.state_file)
         except DamagedFile as error:
-            raise EnvironmentFault(f"run.json {error.what}", *self._without_state(), file=self.state_file) from None
+            raise EnvironmentFault(
+                f"run.json {error.what}", *self._without_state(), file=self.state_file
+            ) from None
         if state.get("state") not in get_args(State):
-            raise EnvironmentFault("run.json does not say in which state the run is", *self._without_state(), file=self.state_file)
+            raise EnvironmentFault(
+                "run.json does not say in which state the run is",
+                *self._without_state(),
+                file=self.state_file,
+            )
         version = state.get("format_version", 0)
         if version != FORMAT_VERSION:
             raise EnvironmentFault(
                 f"run.json has format version {version}, this version reads {FORMAT_VERSION}",
-                "use the version of recipes_lib that is in environment.json of the run, or start the run anew under another run.name",
+                "use the version of recipes_lib that is in environment.json of the run, or start"
+                " the run anew under another run.name",
                 file=self.state_file,
             )
         return state
@@ -129,28 +148,38 @@ class RunDirectory:
             if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self.root):
                 raise RecipeError(
                     f"{entry.path} is a symbolic link that leads out of {self.root}",
-                    "remove it, or put the whole runs root on the other disk: RECIPES_RUNS_ROOT=FOLDER",
+                    "remove it, or put the whole runs root on the other disk:"
+                    " RECIPES_RUNS_ROOT=FOLDER",
                 )
 
     def _without_state(self) -> list[str]:
         """How to go on with a run whose run.json is damaged."""
-        away = f"restore it from a backup, or move it away: mv {self.state_file} {self.state_file}.damaged"
+        away = (
+            f"restore it from a backup, or move it away: mv {self.state_file}"
+            f" {self.state_file}.damaged"
+        )
         if not self.checkpoints.is_dir():
             return [away]
-        return [away, f"training then resumes from the newest whole checkpoint: {self.train_command()}"]
+        return [
+            away,
+            f"training then resumes from the newest whole checkpoint: {self.train_command()}",
+        ]
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
         end_if_taken_over(self.path)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         old: Mapping[str, Any] = (
-            self.read_state() if self.exists() else {"format_version": FORMAT_VERSION, "name": self.name, "created": now}
+            self.read_state()
+            if self.exists()
+            else {"format_version": FORMAT_VERSION, "name": self.name, "created": now}
         )
         write_json(self.state_file, {**old, "state": state, "updated": now, **fields})
 
 
 def open_run(name: str, root: Path | None = None) -> RunDirectory:
-    """Return an existing run, given its name or its folder as a user types it (`my-first`, `my-first/`, `runs/my-first/`).
+    """Return an existing run, given its name or its folder as a user types it (`my-first`,
+    `my-first/`, `runs/my-first/`).
 
     Raises:
         RecipeError: there is no such run.
@@ -169,7 +198,11 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
 def all_runs(root: Path | None = None) -> list[RunDirectory]:
     """Return every run under the runs root, by name."""
     root = root or runs_root()
-    return [RunDirectory(file.parent.name, root) for file in sorted(root.glob("*/run.json")) if not file.parent.name.startswith(".")]
+    return [
+        RunDirectory(file.parent.name, root)
+        for file in sorted(root.glob("*/run.json"))
+        if not file.parent.name.startswith(".")
+    ]
 
 
 def _similar_runs(name: str, root: Path) -> list[str]:
@@ -177,7 +210,9 @@ def _similar_runs(name: str, root: Path) -> list[str]:
 
     names = [run.name for run in all_runs(root)]
     near = difflib.get_close_matches(name, names, n=3) or names[:5]
-    return [f"runs there: {', '.join(near)}"] if near else ["no run there yet: recipes train RECIPE"]
+    return (
+        [f"runs there: {', '.join(near)}"] if near else ["no run there yet: recipes train RECIPE"]
+    )
 
 
 def read_resolved(folder: Path) -> dict[str, Any]:
@@ -187,15 +222,22 @@ def read_resolved(folder: Path) -> dict[str, Any]:
         DataError: the file is not a YAML mapping.
     """
     path = folder / "resolved.yaml"
-    hint = "training the run's recipe again writes it anew, and trains nothing where the run is finished"
+    hint = (
+        "training the run's recipe again writes it anew, and trains nothing where the run is"
+        " finished"
+    )
     if not path.is_file():
         return {}
     import yaml
 
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        value = yaml.load(
+            path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"is damaged, not YAML: {str(error).splitlines()[0]}", hint, file=path) from None
+        raise DataError(
+            f"is damaged, not YAML: {str(error).splitlines()[0]}", hint, file=path
+        ) from None
     if not isinstance(value, dict):
         raise DataError("is damaged: it holds no recipe", hint, file=path)
     return value

@@ -1,10 +1,12 @@
-"""One process per run: a lock that a dead process cannot keep, and a note that says who holds it and that it lives.
+"""One process per run: a lock that a dead process cannot keep, and a note that says who holds it
+and that it lives.
 
-The lock is the operating system's (`filelock`), so it ends with the process however that ends. A machine that is lost
-takes longer: a file server may keep its locks, and a process on it may still run when Slurm has given the machine up and
-queued the job again. So the holder also renews `lock.json` every few seconds (a heartbeat). A later try of the same Slurm
-job waits until the earlier one ends or misses its heartbeats, then takes the lock over; a holder that finds another name
-in the note ends at once, so that never two of them write.
+The lock is the operating system's (`filelock`), so it ends with the process however that ends. A
+machine that is lost takes longer: a file server may keep its locks, and a process on it may still
+run when Slurm has given the machine up and queued the job again. So the holder also renews
+`lock.json` every few seconds (a heartbeat). A later try of the same Slurm job waits until the
+earlier one ends or misses its heartbeats, then takes the lock over; a holder that finds another
+name in the note ends at once, so that never two of them write.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from recipes_lib.faults import is_disk_full
 from recipes_lib.terminal import say
 
 HEARTBEAT_S = 10.0
-# Without a heartbeat for this long a holder counts as lost. Longer than the pauses of a busy file server.
+# Without a heartbeat for this long a holder counts as lost. Longer than the pauses of a busy file
+# server.
 LOST_AFTER_S = 60.0
-# An earlier try that lives is asked to save and stop; a step and a save of a large model take minutes.
+# An earlier try that lives is asked to save and stop; a step and a save of a large model take
+# minutes.
 LONGEST_WAIT_S = 1200.0
 
 
@@ -41,7 +45,8 @@ class LockHeld(EnvironmentFault):
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process.
 
-    `lock.json` says who holds it: host, process id, start, Slurm job and try, and the number of the last heartbeat.
+    `lock.json` says who holds it: host, process id, start, Slurm job and try, and the number of the
+    last heartbeat.
 
     Raises:
         LockHeld: another process holds it (the message says which, where and since when).
@@ -59,12 +64,19 @@ def run_lock(folder: Path) -> Iterator[None]:
             lock.acquire()
         holder = _Holder(folder / "lock.json")
     except Timeout:
-        raise LockHeld(f"{folder.name} is in use{describe_holder(folder / 'lock.json')}", *_ways_out(folder)) from None
+        raise LockHeld(
+            f"{folder.name} is in use{describe_holder(folder / 'lock.json')}", *_ways_out(folder)
+        ) from None
     except OSError as error:
         if is_disk_full(error):
             raise
-        what = f"the folder of run '{folder.name}' cannot be made or locked in {folder.parent}: {error.strerror or error}"
-        raise EnvironmentFault(what, "choose another place for runs: RECIPES_RUNS_ROOT=FOLDER") from None
+        what = (
+            f"the folder of run '{folder.name}' cannot be made or locked in {folder.parent}:"
+            f" {error.strerror or error}"
+        )
+        raise EnvironmentFault(
+            what, "choose another place for runs: RECIPES_RUNS_ROOT=FOLDER"
+        ) from None
     _held[folder.resolve()] = holder
     _start_heartbeat()
     try:
@@ -77,7 +89,8 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def end_if_taken_over(folder: Path) -> None:
-    """End this process where another has taken `folder` over; called before what must not be written twice.
+    """End this process where another has taken `folder` over; called before what must not be
+    written twice.
 
     A process that was suspended for long would otherwise write before its next heartbeat notices.
     """
@@ -88,7 +101,8 @@ def end_if_taken_over(folder: Path) -> None:
 
 @contextmanager
 def waiting_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` as `run_lock` does, after whoever holds it now: what that one makes is found there and not made twice.
+    """Hold `folder` as `run_lock` does, after whoever holds it now: what that one makes is found
+    there and not made twice.
 
     Raises:
         EnvironmentFault: the folder cannot be made.
@@ -101,14 +115,19 @@ def waiting_lock(folder: Path) -> Iterator[None]:
                 break
             except LockHeld:
                 if not said:
-                    say(f"{'/'.join(folder.parts[-3:])} is in use{describe_holder(folder / 'lock.json')}: waiting for it")
+                    say(
+                        f"{'/'.join(folder.parts[-3:])} is in"
+                        f" use{describe_holder(folder / 'lock.json')}: waiting for it"
+                    )
                 said = True
                 time.sleep(0.2)
         yield
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a live process on this machine (or on a file system with working locks) holds the folder."""
+    """Whether a live process on this machine (or on a file system with working locks) holds the
+    folder.
+    """
     from filelock import FileLock, Timeout
 
     if not (folder / ".lock").exists():
@@ -123,7 +142,9 @@ def is_held(folder: Path) -> bool:
 
 
 def describe_holder(note: Path) -> str:
-    """Return ` by process 4711 on host gpu3 since ...`, or an empty string where nobody left a note."""
+    """Return ` by process 4711 on host gpu3 since ...`, or an empty string where nobody left a
+    note.
+    """
     with suppress(KeyError):
         holder = _read(note)
         job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
@@ -138,17 +159,30 @@ class _Holder:
         self.note = note
         self.token = uuid.uuid4().hex
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, **_this_try(), "token": self.token}
+        self._facts = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": now,
+            **_this_try(),
+            "token": self.token,
+        }
         self._beats = 0
         self._writing = threading.Lock()
         self._left = False
         self._write()
 
     def end_if_taken_over(self) -> None:
-        """End the process where the note is another's. Without a note (deleted, unreadable) nobody has taken over."""
+        """End the process where the note is another's. Without a note (deleted, unreadable) nobody
+        has taken over.
+        """
         if _read(self.note).get("token", self.token) != self.token:
             by = describe_holder(self.note)
-            print(f"{self.note.parent.name}: taken over{by}; this process ends without writing anything more", file=sys.stderr, flush=True)
+            print(
+                f"{self.note.parent.name}: taken over{by}; this process ends without writing"
+                " anything more",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(ExitCode.ENVIRONMENT)
 
     def beat(self) -> None:
@@ -163,7 +197,9 @@ class _Holder:
         self._beats += 1
         temporary = self.note.with_name(f".{self.note.name}.{self.token}")
         try:
-            temporary.write_text(json.dumps({**self._facts, "beats": self._beats}), encoding="utf-8")
+            temporary.write_text(
+                json.dumps({**self._facts, "beats": self._beats}), encoding="utf-8"
+            )
             temporary.replace(self.note)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -193,12 +229,15 @@ def _renew_notes() -> None:
     while True:
         time.sleep(HEARTBEAT_S)
         for holder in list(_held.values()):
-            with suppress(OSError):  # a full disk, or a file server that is away: the next beat may succeed
+            with suppress(
+                OSError
+            ):  # a full disk, or a file server that is away: the next beat may succeed
                 holder.beat()
 
 
 def _wait_for_earlier_try(folder: Path) -> None:
-    """Where an earlier try of this Slurm job holds the folder: wait until it ends or is lost; a lost one loses its lock file.
+    """Where an earlier try of this Slurm job holds the folder: wait until it ends or is lost; a
+    lost one loses its lock file.
 
     An earlier try that lives is asked to save and stop. Anybody else's hold is left alone.
     """
@@ -206,7 +245,10 @@ def _wait_for_earlier_try(folder: Path) -> None:
     seen = _read(note)
     if mine["job"] is None or seen.get("job") != mine["job"] or seen.get("try", 0) >= mine["try"]:
         return
-    say(f"{folder.name} is still held{describe_holder(note)}, an earlier try of this job: waiting until it has stopped")
+    say(
+        f"{folder.name} is still held{describe_holder(note)}, an earlier try of this job: waiting"
+        " until it has stopped"
+    )
     with suppress(OSError):
         (folder / "STOP").touch()
     start = last_sign = time.monotonic()
@@ -216,19 +258,29 @@ def _wait_for_earlier_try(folder: Path) -> None:
         if now.get("beats") != seen.get("beats") or now.get("token") != seen.get("token"):
             seen, last_sign = now, time.monotonic()
         elif time.monotonic() > last_sign + LOST_AFTER_S:
-            # Claim it, then wait: a holder that lives after all ends when it reads the claim, or writes its own note over it.
-            claim = _Holder(note)  # not renewed, and never left: the note of the lock itself follows
+            # Claim it, then wait: a holder that lives after all ends when it reads the claim, or
+            # writes its own note over it.
+            claim = _Holder(
+                note
+            )  # not renewed, and never left: the note of the lock itself follows
             time.sleep(2 * HEARTBEAT_S)
             if _read(note).get("token") == claim.token:
                 say(f"{folder.name}: no sign of life for {LOST_AFTER_S:g} s; taking it over")
-                (folder / ".lock").unlink(missing_ok=True)  # the next lock is on a new file, which the lost process does not hold
+                (folder / ".lock").unlink(
+                    missing_ok=True
+                )  # the next lock is on a new file, which the lost process does not hold
                 return
             seen, last_sign = _read(note), time.monotonic()
 
 
 def _this_try() -> dict[str, Any]:
-    """Return the Slurm job that this process belongs to, if any, and how often it was queued again."""
-    return {"job": os.environ.get("SLURM_JOB_ID"), "try": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
+    """Return the Slurm job that this process belongs to, if any, and how often it was
+    queued again.
+    """
+    return {
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "try": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    }
 
 
 def _read(note: Path) -> dict[str, Any]:
@@ -246,5 +298,8 @@ def _ways_out(folder: Path) -> list[str]:
         age = time.time() - (folder / "lock.json").stat().st_mtime
         if age > LOST_AFTER_S:
             files = f"{folder / '.lock'} {folder / 'lock.json'}"
-            hints.append(f"its last sign of life was {age:.0f} s ago; only if that process is gone for good: rm {files}")
+            hints.append(
+                f"its last sign of life was {age:.0f} s ago; only if that process is gone for good:"
+                f" rm {files}"
+            )
     return hints

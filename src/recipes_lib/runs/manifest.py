@@ -1,4 +1,6 @@
-"""How a run came to be: command, code version, library versions, devices. No secret is ever recorded."""
+"""How a run came to be: command, code version, library versions, devices. No secret is ever
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,26 @@ from typing import Any
 from recipes_lib.recipe.project import project_root
 from recipes_lib.redaction import masked, masked_command
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
 RECORDED_VARIABLES = re.compile(
     r"^(ACCELERATE_|FSDP_|NCCL_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|HF_HUB_OFFLINE$|SLURM_JOB_(ID|NODELIST|NUM_NODES)$|WORLD_SIZE$|RECIPES_)"
 )
 
 
 def library_versions() -> dict[str, str | None]:
-    """Return the installed version of each library that can change a result; None where one is absent. Imports none of them."""
+    """Return the installed version of each library that can change a result; None where one is
+    absent. Imports none of them.
+    """
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -39,7 +53,9 @@ def git_state(folder: Path | None = None) -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -53,14 +69,20 @@ def describe_devices() -> list[str]:
     import torch
 
     if torch.cuda.is_available():
-        devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+        devices = (
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+        )
         return [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices]
     return [f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Return what environment.json holds. Variables are taken from an allow-list, and secrets among them masked."""
-    recorded = masked({name: value for name, value in sorted(variables.items()) if RECORDED_VARIABLES.match(name)})
+    """Return what environment.json holds. Variables are taken from an allow-list, and secrets among
+    them masked.
+    """
+    recorded = masked(
+        {name: value for name, value in sorted(variables.items()) if RECORDED_VARIABLES.match(name)}
+    )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

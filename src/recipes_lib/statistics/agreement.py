@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from recipes_lib.statistics.intervals import Interval, wilson
 
 
-def accuracy(predicted: Sequence[Hashable], truth: Sequence[Hashable], level: float = 0.95) -> Interval:
+def accuracy(
+    predicted: Sequence[Hashable], truth: Sequence[Hashable], level: float = 0.95
+) -> Interval:
     """Return the share of items where both say the same, with its Wilson interval.
 
     Example:
@@ -30,9 +32,15 @@ def _kappa(table: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def cohens_kappa(
-    first: Sequence[Hashable], second: Sequence[Hashable], *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    first: Sequence[Hashable],
+    second: Sequence[Hashable],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
-    """Return Cohen's kappa with a percentile bootstrap interval; None where only one label occurs (kappa is undefined).
+    """Return Cohen's kappa with a percentile bootstrap interval; None where only one label occurs
+    (kappa is undefined).
 
     Example:
         >>> cohens_kappa(list("AABB"), list("AABB")).estimate
@@ -41,7 +49,10 @@ def cohens_kappa(
     Source: Cohen (1960), Educational and Psychological Measurement 20.
     """
     pairs = list(zip(first, second, strict=True))
-    labels = {label: index for index, label in enumerate(dict.fromkeys(label for pair in pairs for label in pair))}
+    labels = {
+        label: index
+        for index, label in enumerate(dict.fromkeys(label for pair in pairs for label in pair))
+    }
     n = len(pairs)
     if n == 0:
         return Interval(None, None, None, 0, "bootstrap", level)
@@ -53,7 +64,11 @@ def cohens_kappa(
         return Interval(None, None, None, n, "undefined: one label", level)
     if n == 1:
         return Interval(estimate, None, None, n, "bootstrap", level)
-    drawn = np.random.default_rng(seed).multinomial(n, (table / n).reshape(-1), size=resamples).reshape(resamples, *table.shape)
+    drawn = (
+        np.random.default_rng(seed)
+        .multinomial(n, (table / n).reshape(-1), size=resamples)
+        .reshape(resamples, *table.shape)
+    )
     kappas = _kappa(drawn.astype(float))
     kappas = kappas[~np.isnan(kappas)]
     low, high = np.quantile(kappas, [0.5 - level / 2, 0.5 + level / 2])

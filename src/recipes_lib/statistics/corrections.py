@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return Holm-adjusted p values in the given order; a None (no test possible) stays None and does not count.
+    """Return Holm-adjusted p values in the given order; a None (no test possible) stays None and
+    does not count.
 
     Example:
         >>> holm([0.01, None, 0.04])

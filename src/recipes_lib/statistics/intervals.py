@@ -1,7 +1,7 @@
 """Confidence intervals for rates and means, clustered where one question gave several values.
 
-The estimate is always the plain one (a share, or the mean over all items); only the interval knows about clusters. Random
-resampling is seeded, so the same numbers give the same interval.
+The estimate is always the plain one (a share, or the mean over all items); only the interval knows
+about clusters. Random resampling is seeded, so the same numbers give the same interval.
 """
 
 from __future__ import annotations
@@ -32,13 +32,17 @@ class Interval:
     level: float = 0.95
 
     def within(self, lowest: float, highest: float) -> Interval:
-        """Return the interval without what lies outside the scale, where the truth cannot be: its coverage is the same.
+        """Return the interval without what lies outside the scale, where the truth cannot be: its
+        coverage is the same.
 
         Example:
             >>> Interval(0.975, 0.924, 1.026, 40, "studentised").within(0, 1).high
             1
         """
-        limits = [None if limit is None else min(max(limit, lowest), highest) for limit in (self.low, self.high)]
+        limits = [
+            None if limit is None else min(max(limit, lowest), highest)
+            for limit in (self.low, self.high)
+        ]
         return replace(self, low=limits[0], high=limits[1])
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,8 +54,8 @@ class Interval:
 class RateBounds:
     """A rate with unresolved items: what it is if all of them were lost, and if all were won.
 
-    `low` and `high` are the outer limits: the Wilson limit below when all unresolved items are lost, and the one above when
-    all are won.
+    `low` and `high` are the outer limits: the Wilson limit below when all unresolved items are
+    lost, and the one above when all are won.
     """
 
     all_lost: float | None
@@ -99,7 +103,8 @@ def rate_bounds(successes: int, n: int, unresolved: int, level: float = 0.95) ->
     Args:
         successes: resolved items that count as a success.
         n: all items, unresolved ones included.
-        unresolved: items without an outcome; they are first all counted as failures, then all as successes.
+        unresolved: items without an outcome; they are first all counted as failures, then all as
+            successes.
 
     Raises:
         ValueError: if the counts do not fit.
@@ -115,7 +120,9 @@ def rate_bounds(successes: int, n: int, unresolved: int, level: float = 0.95) ->
     return RateBounds(lost.estimate, won.estimate, lost.low, won.high, n, unresolved, level)
 
 
-def cluster_sums(values: NDArray[np.float64], clusters: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def cluster_sums(
+    values: NDArray[np.float64], clusters: ArrayLike | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return each cluster's sum and number of items; without clusters, every item is its own."""
     if clusters is None:
         return values, np.ones_like(values)
@@ -128,7 +135,9 @@ def cluster_sums(values: NDArray[np.float64], clusters: ArrayLike | None) -> tup
 def _fold(
     sums: NDArray[np.float64], sizes: NDArray[np.float64], rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Put more than 10,000 clusters into 10,000 groups at random: the mean stays, the bootstrap's cost no longer grows."""
+    """Put more than 10,000 clusters into 10,000 groups at random: the mean stays, the bootstrap's
+    cost no longer grows.
+    """
     if len(sums) <= MAX_BOOTSTRAP_CLUSTERS:
         return sums, sizes
     codes = rng.permutation(len(sums)) % MAX_BOOTSTRAP_CLUSTERS
@@ -139,7 +148,9 @@ def _finite(values: ArrayLike) -> NDArray[np.float64]:
     """Return a one-dimensional float array; a NaN here is a programming error of the caller."""
     array = np.asarray(values, dtype=float).reshape(-1)
     if not np.isfinite(array).all():
-        raise ValueError("values hold NaN or infinity; resolve or count such items before asking for an interval")
+        raise ValueError(
+            "values hold NaN or infinity; resolve or count such items before asking for an interval"
+        )
     return array
 
 
@@ -148,8 +159,8 @@ def _resample(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the mean and its linearised standard error for each of `resamples` draws of clusters.
 
-    Where few distinct values occur (outcomes, grades), how often each is drawn is one multinomial draw: the same distribution for a
-    fraction of the time.
+    Where few distinct values occur (outcomes, grades), how often each is drawn is one multinomial
+    draw: the same distribution for a fraction of the time.
     """
     count = len(sums)
     kinds, often = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
@@ -175,7 +186,9 @@ def _resample(
 
 
 def standard_error(values: ArrayLike, clusters: ArrayLike | None = None) -> float | None:
-    """Return the mean's standard error, clusters allowed (ratio-mean linearisation); None below two clusters."""
+    """Return the mean's standard error, clusters allowed (ratio-mean linearisation); None below two
+    clusters.
+    """
     sums, sizes = cluster_sums(_finite(values), clusters)
     if len(sums) < 2:
         return None
@@ -183,10 +196,18 @@ def standard_error(values: ArrayLike, clusters: ArrayLike | None = None) -> floa
     return float(np.sqrt((residual**2).sum() * len(sums) / (len(sums) - 1)) / sizes.sum())
 
 
-def bca(values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
+def bca(
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
     """Return the mean with a bias-corrected and accelerated bootstrap interval over clusters.
 
-    The jackknife of a (ratio) mean is computed in closed form, so the cost is linear in the number of clusters.
+    The jackknife of a (ratio) mean is computed in closed form, so the cost is linear in the number
+    of clusters.
 
     Source: Efron (1987), Journal of the American Statistical Association 82.
     """
@@ -203,7 +224,10 @@ def bca(values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int 
     tolerance = 1e-12 * max(1.0, abs(estimate))
     if means[-1] - means[0] <= tolerance:
         return Interval(estimate, estimate, estimate, n, "zero variance", level)
-    below = (np.count_nonzero(means < estimate - tolerance) + 0.5 * np.count_nonzero(np.abs(means - estimate) <= tolerance)) / resamples
+    below = (
+        np.count_nonzero(means < estimate - tolerance)
+        + 0.5 * np.count_nonzero(np.abs(means - estimate) <= tolerance)
+    ) / resamples
     bias = float(special.ndtri(np.clip(below, 1 / (2 * resamples), 1 - 1 / (2 * resamples))))
     left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
     deviation = left_out.mean() - left_out
@@ -217,13 +241,19 @@ def bca(values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int 
 
 
 def studentised(
-    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
-    """Return the mean with a bootstrap-t interval over clusters; it keeps its coverage where n is small and values are skewed.
+    """Return the mean with a bootstrap-t interval over clusters; it keeps its coverage where n is
+    small and values are skewed.
 
-    Its limits are never inside those of Student's t: on grades, whose few values the bootstrap repeats, that one covers better
-    (benchmarks/statistics_simulation.py).
-    Where more than 1% of the resamples have no spread (few distinct values), Student's t interval is used and named.
+    Its limits are never inside those of Student's t: on grades, whose few values the bootstrap
+    repeats, that one covers better (benchmarks/statistics_simulation.py). Where more than 1% of the
+    resamples have no spread (few distinct values), Student's t interval is used and named.
     """
     array = _finite(values)
     n = len(array)
@@ -249,9 +279,16 @@ def studentised(
 
 
 def mean_interval(
-    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
-    """Return the mean with the interval this project uses: studentised below 100 clusters, BCa from there on."""
+    """Return the mean with the interval this project uses: studentised below 100 clusters, BCa from
+    there on.
+    """
     array = _finite(values)
     count = len(array) if clusters is None else len(np.unique(np.asarray(clusters)))
     method = studentised if count < STUDENTISED_BELOW else bca

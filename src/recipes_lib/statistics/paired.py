@@ -1,4 +1,5 @@
-"""Paired comparisons of two arms on the same items: exact McNemar, sign-flip permutation, clustered bootstrap of the difference.
+"""Paired comparisons of two arms on the same items: exact McNemar, sign-flip permutation, clustered
+bootstrap of the difference.
 
 Positive effects favour the first arm. The tests are two-sided.
 """
@@ -17,7 +18,9 @@ from scipy import special
 from recipes_lib.statistics.intervals import Interval, cluster_sums, mean_interval
 
 EXACT_SIGN_FLIPS = 14  # up to 2**14 sign patterns are enumerated
-NORMAL_SIGN_FLIPS = 2_000  # clusters above which the permutation distribution is normal to all digits that matter
+NORMAL_SIGN_FLIPS = (
+    2_000  # clusters above which the permutation distribution is normal to all digits that matter
+)
 MAX_LATTICE = 20_000  # sum of the whole numbers up to which the distribution is computed exactly
 _CHUNK = 2_000_000
 
@@ -69,12 +72,20 @@ def paired_differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float6
     return a - b
 
 
-def sign_flip_p(differences: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 10_000, seed: int = 0) -> float | None:
-    """Return the two-sided p of the sign-flip permutation test on the sum of the differences; None when all are zero.
+def sign_flip_p(
+    differences: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> float | None:
+    """Return the two-sided p of the sign-flip permutation test on the sum of the differences; None
+    when all are zero.
 
-    Whole clusters are flipped. Outcomes and grades lie on a lattice, where the distribution over all sign patterns is computed exactly.
-    Otherwise up to 14 non-zero clusters all patterns are enumerated, above that `resamples` random ones plus the observed one are used,
-    so p is never 0, and above 2,000 clusters the normal limit of the same distribution.
+    Whole clusters are flipped. Outcomes and grades lie on a lattice, where the distribution over
+    all sign patterns is computed exactly. Otherwise up to 14 non-zero clusters all patterns are
+    enumerated, above that `resamples` random ones plus the observed one are used, so p is never 0,
+    and above 2,000 clusters the normal limit of the same distribution.
     """
     values = np.asarray(differences, dtype=float).reshape(-1)
     sums = cluster_sums(values, clusters)[0] if len(values) else values
@@ -82,7 +93,9 @@ def sign_flip_p(differences: ArrayLike, clusters: ArrayLike | None = None, *, re
     count = len(sums)
     if count == 0:
         return None
-    observed = abs(sums.sum()) - 1e-6 * np.abs(sums).sum()  # single precision is enough to rank sums
+    observed = (
+        abs(sums.sum()) - 1e-6 * np.abs(sums).sum()
+    )  # single precision is enough to rank sums
     steps = _lattice(sums)
     if steps is not None:
         return _exact_sign_flip_p(steps)
@@ -95,13 +108,21 @@ def sign_flip_p(differences: ArrayLike, clusters: ArrayLike | None = None, *, re
     hits, total, step = 0, sums.sum(), max(1, _CHUNK // count)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        flips = np.unpackbits(np.frombuffer(rng.bytes(-(-rows * count // 8)), dtype=np.uint8), count=rows * count).reshape(rows, count)
-        hits += int((np.abs(2 * (flips.astype(np.float32) @ sums.astype(np.float32)) - total) >= observed).sum())
+        flips = np.unpackbits(
+            np.frombuffer(rng.bytes(-(-rows * count // 8)), dtype=np.uint8), count=rows * count
+        ).reshape(rows, count)
+        hits += int(
+            (
+                np.abs(2 * (flips.astype(np.float32) @ sums.astype(np.float32)) - total) >= observed
+            ).sum()
+        )
     return (hits + 1) / (resamples + 1)
 
 
 def _lattice(sums: NDArray[np.float64]) -> NDArray[np.int64] | None:
-    """Return the sums as whole multiples of a common step, or None where there is no step that makes them small enough."""
+    """Return the sums as whole multiples of a common step, or None where there is no step that
+    makes them small enough.
+    """
     for parts in (1, 2, 3, 4, 6, 12):
         scaled = sums * parts
         steps = np.rint(scaled).astype(np.int64)
@@ -112,7 +133,9 @@ def _lattice(sums: NDArray[np.float64]) -> NDArray[np.int64] | None:
 
 
 def _exact_sign_flip_p(steps: NDArray[np.int64]) -> float:
-    """The exact p for whole numbers: the distribution of their sum under random signs, one size of number at a time."""
+    """The exact p for whole numbers: the distribution of their sum under random signs, one size of
+    number at a time.
+    """
     sizes, counts = np.unique(np.abs(steps), return_counts=True)
     if len(sizes) == 1:
         return mcnemar_p(int((steps > 0).sum()), int((steps < 0).sum())) or 0.0
@@ -120,7 +143,9 @@ def _exact_sign_flip_p(steps: NDArray[np.int64]) -> float:
     for size, count in zip(sizes, counts, strict=True):
         one = np.zeros(2 * int(size) * int(count) + 1)
         one[:: 2 * int(size)] = _fair_coins(int(count))
-        chances = np.convolve(chances, one)  # positive terms only: the small chances at the ends keep their digits
+        chances = np.convolve(
+            chances, one
+        )  # positive terms only: the small chances at the ends keep their digits
     total = int((sizes * counts).sum())
     observed = abs(int(steps.sum()))
     upper = float(chances[total + observed :].sum())  # index i stands for the sum i - total
@@ -130,12 +155,20 @@ def _exact_sign_flip_p(steps: NDArray[np.int64]) -> float:
 def _fair_coins(count: int) -> NDArray[np.float64]:
     """Chance of 0..count heads among `count` fair coins."""
     heads = np.arange(count + 1)
-    logarithms = special.gammaln(count + 1) - special.gammaln(heads + 1) - special.gammaln(count - heads + 1) - count * math.log(2)
+    logarithms = (
+        special.gammaln(count + 1)
+        - special.gammaln(heads + 1)
+        - special.gammaln(count - heads + 1)
+        - count * math.log(2)
+    )
     return np.asarray(np.exp(logarithms))
 
 
-def paired_binary_interval(only_first: int, only_second: int, n: int, level: float = 0.95) -> Interval:
-    """Return the difference of two paired shares with the adjusted Wald interval; it holds with few or no discordant pairs.
+def paired_binary_interval(
+    only_first: int, only_second: int, n: int, level: float = 0.95
+) -> Interval:
+    """Return the difference of two paired shares with the adjusted Wald interval; it holds with few
+    or no discordant pairs.
 
     Args:
         only_first: items that the first arm alone got right.
@@ -154,16 +187,29 @@ def paired_binary_interval(only_first: int, only_second: int, n: int, level: flo
     z = float(special.ndtri(0.5 + level / 2))
     first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
     center, half = first - second, z * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
-    return Interval((only_first - only_second) / n, max(-1.0, center - half), min(1.0, center + half), n, "adjusted wald", level)
+    return Interval(
+        (only_first - only_second) / n,
+        max(-1.0, center - half),
+        min(1.0, center + half),
+        n,
+        "adjusted wald",
+        level,
+    )
 
 
 def paired_test(
-    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, *, seed: int = 0, level: float = 0.95
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> PairedResult:
     """Compare two arms item by item: effect, interval and p.
 
-    McNemar's exact test and the adjusted Wald interval where the differences are wins and losses of one size (two arms of 0/1
-    outcomes, or pairs won, lost and tied) and no cluster has two items; the sign-flip permutation test and the bootstrap otherwise.
+    McNemar's exact test and the adjusted Wald interval where the differences are wins and losses of
+    one size (two arms of 0/1 outcomes, or pairs won, lost and tied) and no cluster has two items;
+    the sign-flip permutation test and the bootstrap otherwise.
     """
     differences = paired_differences(first, second)
     n = len(differences)
@@ -172,16 +218,26 @@ def paired_test(
     if size is not None and not clustered:
         won, lost = int((differences > 0).sum()), int((differences < 0).sum())
         interval = paired_binary_interval(won, lost, n, level)
-        low, high = (None if limit is None else limit * size for limit in (interval.low, interval.high))
+        low, high = (
+            None if limit is None else limit * size for limit in (interval.low, interval.high)
+        )
         effect = float(differences.mean()) if n else None
-        return PairedResult(effect, low, high, mcnemar_p(won, lost), n, "mcnemar exact", interval.method, level)
+        return PairedResult(
+            effect, low, high, mcnemar_p(won, lost), n, "mcnemar exact", interval.method, level
+        )
     interval = mean_interval(differences, clusters, seed=seed, level=level)
     p = sign_flip_p(differences, clusters, seed=seed)
-    return PairedResult(interval.estimate, interval.low, interval.high, p, n, "sign flip", interval.method, level)
+    return PairedResult(
+        interval.estimate, interval.low, interval.high, p, n, "sign flip", interval.method, level
+    )
 
 
-def _one_size(differences: NDArray[np.float64], first: ArrayLike, second: ArrayLike) -> float | None:
-    """Return the size that every difference other than zero has and must have: 1 for two arms of 0/1, 0.5 for outcomes against a half."""
+def _one_size(
+    differences: NDArray[np.float64], first: ArrayLike, second: ArrayLike
+) -> float | None:
+    """Return the size that every difference other than zero has and must have: 1 for two arms of
+    0/1, 0.5 for outcomes against a half.
+    """
     a, b = np.asarray(first, dtype=float).reshape(-1), np.asarray(second, dtype=float).reshape(-1)
     if np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all():
         return 1.0

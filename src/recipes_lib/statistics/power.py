@@ -1,6 +1,8 @@
-"""What a comparison of this size could have found: minimum detectable effect, and items needed for an effect.
+"""What a comparison of this size could have found: minimum detectable effect, and items needed for
+an effect.
 
-Normal approximation of a paired, two-sided test of a mean difference; n counts questions (clusters), not judgments.
+Normal approximation of a paired, two-sided test of a mean difference; n counts questions
+(clusters), not judgments.
 """
 
 from __future__ import annotations
@@ -19,15 +21,18 @@ def _multiplier(alpha: float, power: float) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """What the power of a comparison rests on: the variance of its effect, by source, and how well each source is known.
+    """What the power of a comparison rests on: the variance of its effect, by source, and how well
+    each source is known.
 
     Args:
         questions: variance over questions, which shrinks as there are more of them.
         freedom: degrees of freedom behind it; infinity for the normal curve.
         seeds: variance over seeds, which more questions do not shrink.
         seed_freedom: degrees of freedom behind that.
-        step: what one item moves the effect by in an exact test of wins and losses; 0 for other tests.
-        flips: variance of the means over seeds as the sign flips of whole questions see it; 0 where there is one seed.
+        step: what one item moves the effect by in an exact test of wins and losses; 0 for other
+            tests.
+        flips: variance of the means over seeds as the sign flips of whole questions see it; 0 where
+            there is one seed.
         against: what open items, all counted against the difference, take from it.
         resolved: share of the items that have a value; the rest does not move with the difference.
     """
@@ -42,23 +47,37 @@ class Spread:
     resolved: float = 1.0
 
     def mde(self, alpha: float = 0.05, power: float = 0.8) -> float | None:
-        """Return the smallest difference found with probability `power` at level `alpha`; None without any spread."""
+        """Return the smallest difference found with probability `power` at level `alpha`; None
+        without any spread.
+        """
         return self._at(1.0, alpha, power)
 
-    def questions_factor(self, effect: float, alpha: float = 0.05, power: float = 0.8) -> float | None:
-        """Return how many times the questions are needed for `effect` to be found; None where no number of questions would do."""
+    def questions_factor(
+        self, effect: float, alpha: float = 0.05, power: float = 0.8
+    ) -> float | None:
+        """Return how many times the questions are needed for `effect` to be found; None where no
+        number of questions would do.
+        """
         low, high = 0.0, 1e7
         if not effect or (self._at(high, alpha, power) or math.inf) > abs(effect):
             return None
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (low, middle) if (self._at(middle, alpha, power) or math.inf) <= abs(effect) else (middle, high)
+            low, high = (
+                (low, middle)
+                if (self._at(middle, alpha, power) or math.inf) <= abs(effect)
+                else (middle, high)
+            )
         return high
 
     def _at(self, factor: float, alpha: float, power: float) -> float | None:
         """The smallest difference that is found with `factor` times as many questions."""
         smallest = self._tested(factor, alpha, power)
-        return None if smallest is None or self.resolved <= 0 else (smallest + self.against) / self.resolved
+        return (
+            None
+            if smallest is None or self.resolved <= 0
+            else (smallest + self.against) / self.resolved
+        )
 
     def _tested(self, factor: float, alpha: float, power: float) -> float | None:
         """The same for the difference that is tested, every open item counted against it."""
@@ -67,39 +86,66 @@ class Spread:
             return None
         if self.seeds:
             return self._over_seeds(variance, self.flips / factor, alpha, power)
-        smallest = (_quantile(self.freedom, alpha) + float(special.ndtri(power))) * math.sqrt(variance)
+        smallest = (_quantile(self.freedom, alpha) + float(special.ndtri(power))) * math.sqrt(
+            variance
+        )
         if not self.step:
             return smallest
-        # An exact test needs a whole item more than the normal curve says, and enough items that differ to reach its level at all.
+        # An exact test needs a whole item more than the normal curve says, and enough items that
+        # differ to reach its level at all.
         fewest = math.ceil(math.log2(2 / alpha))
-        return max(smallest + self.step / factor, float(special.gammaincinv(fewest, power)) * self.step / factor)
+        return max(
+            smallest + self.step / factor,
+            float(special.gammaincinv(fewest, power)) * self.step / factor,
+        )
 
     def _over_seeds(self, variance: float, flips: float, alpha: float, power: float) -> float:
-        """The smallest difference found where seeds vary too: their spread, and with it the interval, comes out by chance.
+        """The smallest difference found where seeds vary too: their spread, and with it the
+        interval, comes out by chance.
 
-        Power is averaged over what a few seeds may show of their variance (64 equally likely values of the chi-square behind it). The
-        seeds' standard deviation enters without its bias: three seeds show 89% of it on average.
+        Power is averaged over what a few seeds may show of their variance (64 equally likely values
+        of the chi-square behind it). The seeds' standard deviation enters without its bias: three
+        seeds show 89% of it on average.
         """
         freedom = self.seed_freedom
-        shown = math.sqrt(2 / freedom) * math.exp(special.gammaln((freedom + 1) / 2) - special.gammaln(freedom / 2))
+        shown = math.sqrt(2 / freedom) * math.exp(
+            special.gammaln((freedom + 1) / 2) - special.gammaln(freedom / 2)
+        )
         seeds = self.seeds / shown**2
         drawn = special.chdtri(freedom, (np.arange(64) + 0.5) / 64) / freedom
-        halves = np.sqrt(_quantile(self.freedom, alpha) ** 2 * variance + _quantile(freedom, alpha) ** 2 * seeds * drawn)
+        halves = np.sqrt(
+            _quantile(self.freedom, alpha) ** 2 * variance
+            + _quantile(freedom, alpha) ** 2 * seeds * drawn
+        )
         halves = np.maximum(halves, _quantile(self.freedom, alpha) * math.sqrt(flips))
         error = math.sqrt(variance + seeds)
         low, high = 0.0, float(halves.max()) + 8 * error
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (low, middle) if special.ndtr((middle - halves) / error).mean() >= power else (middle, high)
+            low, high = (
+                (low, middle)
+                if special.ndtr((middle - halves) / error).mean() >= power
+                else (middle, high)
+            )
         return high
 
 
 def _quantile(freedom: float, alpha: float) -> float:
     """The two-sided quantile of Student's t, or of the normal curve."""
-    return float(special.ndtri(1 - alpha / 2) if math.isinf(freedom) else special.stdtrit(freedom, 1 - alpha / 2))
+    return float(
+        special.ndtri(1 - alpha / 2)
+        if math.isinf(freedom)
+        else special.stdtrit(freedom, 1 - alpha / 2)
+    )
 
 
-def items_needed(effect: float | None, standard_deviation: float | None, *, alpha: float = 0.05, power: float = 0.8) -> int | None:
+def items_needed(
+    effect: float | None,
+    standard_deviation: float | None,
+    *,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> int | None:
     """Return how many items would find `effect`; None for no effect or an unknown spread.
 
     Args:

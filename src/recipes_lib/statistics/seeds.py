@@ -1,11 +1,13 @@
 """Arms that were trained with several seeds: seeds and questions are crossed, and both vary.
 
-Resampling two to five seeds cannot give a 95% interval, and Satterthwaite's approximation covers 90-93% with two or three seeds that
-differ (benchmarks/statistics_simulation.py measures both). Howe's combination of two t intervals, one over seeds and one over
-questions, covers 94-98% from two seeds on; that it is wide with two seeds is the truth about two seeds.
+Resampling two to five seeds cannot give a 95% interval, and Satterthwaite's approximation covers
+90-93% with two or three seeds that differ (benchmarks/statistics_simulation.py measures both).
+Howe's combination of two t intervals, one over seeds and one over questions, covers 94-98% from two
+seeds on; that it is wide with two seeds is the truth about two seeds.
 
-A few seeds can agree to the last item by chance, and then show no variance at all. So no statement is bolder than the one that the
-questions alone allow: p is the larger of Howe's and the sign flips of whole questions averaged over seeds, and the interval spans both.
+A few seeds can agree to the last item by chance, and then show no variance at all. So no statement
+is bolder than the one that the questions alone allow: p is the larger of Howe's and the sign flips
+of whole questions averaged over seeds, and the interval spans both.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ METHOD = "seeds and questions, t"
 
 
 def question_means(values: NDArray[np.float64], clusters: ArrayLike | None) -> NDArray[np.float64]:
-    """Return one value per seed and question, scaled so that their plain mean is the mean over all items.
+    """Return one value per seed and question, scaled so that their plain mean is the mean over all
+    items.
 
     Args:
         values: one row per seed, one column per item.
@@ -37,7 +40,8 @@ def question_means(values: NDArray[np.float64], clusters: ArrayLike | None) -> N
     count = int(codes.max()) + 1
     sums = np.stack([np.bincount(codes, weights=row, minlength=count) for row in values])
     sizes = np.bincount(codes, minlength=count).astype(float)
-    # A question with more items than others weighs more in the mean, and moves it less when it is left out: linearised ratio mean.
+    # A question with more items than others weighs more in the mean, and moves it less when it is
+    # left out: linearised ratio mean.
     mean = values.mean()
     return mean + (sums - mean * sizes) * count / len(codes)
 
@@ -54,17 +58,20 @@ def _mean_squares(table: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, float | None]:
-    """Return the mean of a (seeds x questions) table with an interval over both, and the two-sided p against zero.
+    """Return the mean of a (seeds x questions) table with an interval over both, and the two-sided
+    p against zero.
 
-    Howe's squared half width is t(S-1)^2 MS(seeds)/SQ + t(Q-1)^2 (MS(questions) - MS(rest))/SQ, the second part never below zero; his p
-    is the level at which that interval touches zero. The interval is never inside the one over questions averaged over seeds, and p
-    never below the sign-flip p of those averages.
+    Howe's squared half width is t(S-1)^2 MS(seeds)/SQ + t(Q-1)^2 (MS(questions) - MS(rest))/SQ, the
+    second part never below zero; his p is the level at which that interval touches zero. The
+    interval is never inside the one over questions averaged over seeds, and p never below the
+    sign-flip p of those averages.
 
     Returns:
-        The interval (limits None for fewer than two seeds or questions) and p (None where there is no variance).
+        The interval (limits None for fewer than two seeds or questions) and p (None where there is
+        no variance).
 
-    Source: Howe (1974), Journal of the American Statistical Association 69; Burdick and Graybill (1992), Confidence Intervals on
-    Variance Components, chapter 3.
+    Source: Howe (1974), Journal of the American Statistical Association 69; Burdick and Graybill
+        (1992), Confidence Intervals on Variance Components, chapter 3.
     """
     values = np.asarray(table, dtype=float)
     seeds, questions = values.shape
@@ -78,7 +85,9 @@ def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, f
     by_seed += _rounding(values) / seeds
 
     def half(alpha: float) -> float:
-        first, second = (float(special.stdtrit(freedom, 1 - alpha / 2)) for freedom in (seeds - 1, questions - 1))
+        first, second = (
+            float(special.stdtrit(freedom, 1 - alpha / 2)) for freedom in (seeds - 1, questions - 1)
+        )
         return math.sqrt(first**2 * by_seed + second**2 * excess)
 
     wide, over_questions = half(1 - level), mean_interval(values.mean(axis=0), level=level)
@@ -90,7 +99,8 @@ def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, f
 
 
 def _rounding(table: NDArray[np.float64]) -> float:
-    """The variance that a seed's mean has for being a multiple of the smallest step between values: the step squared over 12.
+    """The variance that a seed's mean has for being a multiple of the smallest step between values:
+    the step squared over 12.
 
     Source: Sheppard (1897), Proceedings of the London Mathematical Society 29.
     """
@@ -113,31 +123,56 @@ def _touching(half: Callable[[float], float], distance: float) -> float:
     return math.exp(high)
 
 
-def seeds_test(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> PairedResult:
-    """Compare two arms with several seeds item by item; seeds that both arms have are paired in the order given.
+def seeds_test(
+    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95
+) -> PairedResult:
+    """Compare two arms with several seeds item by item; seeds that both arms have are paired in the
+    order given.
 
     Args:
         first: one row per seed, one column per item.
-        second: the same for the other arm; a single row is an arm without seeds of its own (a base model, an opponent).
+        second: the same for the other arm; a single row is an arm without seeds of its own (a base
+            model, an opponent).
         clusters: the question of each item.
 
     Raises:
         ValueError: the arms have different numbers of seeds (above one) or of items.
     """
-    a, b = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
+    a, b = (
+        np.atleast_2d(np.asarray(first, dtype=float)),
+        np.atleast_2d(np.asarray(second, dtype=float)),
+    )
     if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
-        raise ValueError(f"arms of {a.shape[0]} x {a.shape[1]} and {b.shape[0]} x {b.shape[1]} seeds x items cannot be paired")
+        raise ValueError(
+            f"arms of {a.shape[0]} x {a.shape[1]} and {b.shape[0]} x {b.shape[1]} seeds x items"
+            " cannot be paired"
+        )
     differences = a - b
     interval, p = crossed_interval(question_means(differences, clusters), level)
-    return PairedResult(interval.estimate, interval.low, interval.high, p, differences.shape[1], "crossed t", interval.method, level)
+    return PairedResult(
+        interval.estimate,
+        interval.low,
+        interval.high,
+        p,
+        differences.shape[1],
+        "crossed t",
+        interval.method,
+        level,
+    )
 
 
-def seeds_spread(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None) -> Spread | None:
+def seeds_spread(
+    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None
+) -> Spread | None:
     """Return what the power of a comparison over seeds and questions rests on.
 
-    None below two of either, and where all seeds have one and the same mean: that is chance, and no measure of how much seeds differ.
+    None below two of either, and where all seeds have one and the same mean: that is chance, and no
+    measure of how much seeds differ.
     """
-    a, b = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
+    a, b = (
+        np.atleast_2d(np.asarray(first, dtype=float)),
+        np.atleast_2d(np.asarray(second, dtype=float)),
+    )
     table = question_means(a - b, clusters)
     if min(table.shape) < 2:
         return None
@@ -145,4 +180,10 @@ def seeds_spread(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None
     if by_seed <= 1e-24:
         return None
     by_seed += _rounding(table) / len(table)
-    return Spread(max(by_question - rest, 0.0), table.shape[1] - 1, by_seed, table.shape[0] - 1, flips=by_question)
+    return Spread(
+        max(by_question - rest, 0.0),
+        table.shape[1] - 1,
+        by_seed,
+        table.shape[0] - 1,
+        flips=by_question,
+    )

@@ -1,7 +1,9 @@
-"""A paired comparison that does not ignore what has no verdict: tested with unresolved items left out, all against and all in favour.
+"""A paired comparison that does not ignore what has no verdict: tested with unresolved items left
+out, all against and all in favour.
 
-The interval spans all three, p is the largest of them, and where they do not all point in one direction p is 1: a
-difference is only shown if it holds whatever the missing verdicts would have been.
+The interval spans all three, p is the largest of them, and where they do not all point in one
+direction p is 1: a difference is only shown if it holds whatever the missing verdicts would have
+been.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from recipes_lib.statistics.seeds import seeds_spread, seeds_test
 class Tested:
     """The comparison of two arms on one metric.
 
-    `effect` is over resolved items; `lowest` and `highest` are the effects with every unresolved item against the first arm, and in
-    its favour. `low` and `high` span the three intervals. `spread` is what the power of this comparison rests on, in the worse of these
-    two cases where items are unresolved.
+    `effect` is over resolved items; `lowest` and `highest` are the effects with every unresolved
+    item against the first arm, and in its favour. `low` and `high` span the three intervals.
+    `spread` is what the power of this comparison rests on, in the worse of these two cases where
+    items are unresolved.
     """
 
     effect: float | None
@@ -45,12 +48,20 @@ class Tested:
     spread: Spread | None = None
 
     def mde(self, alpha: float = 0.05) -> float | None:
-        """Return the smallest difference, over the items with a value, that is found with 80% probability at level `alpha`."""
+        """Return the smallest difference, over the items with a value, that is found with 80%
+        probability at level `alpha`.
+        """
         return self.spread.mde(alpha) if self.spread else None
 
     def questions_needed(self, alpha: float = 0.05) -> int | None:
-        """Return how many questions would find the observed effect with 80% probability; None where no number would do."""
-        factor = self.spread.questions_factor(self.effect, alpha) if self.spread and self.effect else None
+        """Return how many questions would find the observed effect with 80% probability; None where
+        no number would do.
+        """
+        factor = (
+            self.spread.questions_factor(self.effect, alpha)
+            if self.spread and self.effect
+            else None
+        )
         return None if factor is None else max(2, math.ceil(factor * self.questions))
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,19 +69,30 @@ class Tested:
         return asdict(self)
 
 
-def compare(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, *, scale: tuple[float, float] = (0.0, 1.0)) -> Tested:
+def compare(
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    scale: tuple[float, float] = (0.0, 1.0),
+) -> Tested:
     """Return the comparison of two arms on the same items, NaN standing for an unresolved one.
 
     Args:
-        first: values of the first arm: one row per training seed, one column per item; a flat list is one seed.
-        second: values of the second arm, or one row for all seeds (a base model; 0.5 for outcomes against the opponent itself).
+        first: values of the first arm: one row per training seed, one column per item; a flat list
+            is one seed.
+        second: values of the second arm, or one row for all seeds (a base model; 0.5 for outcomes
+            against the opponent itself).
         clusters: the question of each item.
         scale: smallest and largest possible value, which stand in for unresolved items.
 
     Raises:
         ValueError: the shapes do not fit.
     """
-    a, b = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
+    a, b = (
+        np.atleast_2d(np.asarray(first, dtype=float)),
+        np.atleast_2d(np.asarray(second, dtype=float)),
+    )
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"paired arms need the same items: {a.shape[1]} and {b.shape[1]} values")
     labels = np.arange(a.shape[1]) if clusters is None else np.asarray(clusters)
@@ -85,19 +107,42 @@ def compare(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = No
         limits = (complete.low, complete.high)
         same = (complete.effect, complete.effect)
         return Tested(complete.effect, *limits, complete.p, *facts, *same, *_how(complete), spread)
-    filled = [(np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b)) for mine, theirs in ((low, high), (high, low))]
+    filled = [
+        (np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b))
+        for mine, theirs in ((low, high), (high, low))
+    ]
     extremes = [_test(*values, labels) for values in filled]
     every = [complete, *extremes]
     worst, best = extremes[0].effect, extremes[1].effect
-    lows, highs = [one.low for one in every if one.low is not None], [one.high for one in every if one.high is not None]
-    p = None if all(one.p is None for one in every) else max(1.0 if one.p is None else one.p for one in every)
+    lows, highs = (
+        [one.low for one in every if one.low is not None],
+        [one.high for one in every if one.high is not None],
+    )
+    p = (
+        None
+        if all(one.p is None for one in every)
+        else max(1.0 if one.p is None else one.p for one in every)
+    )
     effects = [one.effect for one in every if one.effect is not None]
     if p is not None and min(effects) <= 0 <= max(effects):
         p = 1.0
     return Tested(
-        complete.effect, min(lows, default=None), max(highs, default=None), p, *facts, worst, best, *_how(complete),
-        _worst_spread(complete, extremes, [_spread(one, *values, labels) for one, values in zip(extremes, filled, strict=True)], a, b),
-    )  # fmt: skip
+        complete.effect,
+        min(lows, default=None),
+        max(highs, default=None),
+        p,
+        *facts,
+        worst,
+        best,
+        *_how(complete),
+        _worst_spread(
+            complete,
+            extremes,
+            [_spread(one, *values, labels) for one, values in zip(extremes, filled, strict=True)],
+            a,
+            b,
+        ),
+    )
 
 
 def _worst_spread(
@@ -107,10 +152,11 @@ def _worst_spread(
     a: NDArray[np.float64],
     b: NDArray[np.float64],
 ) -> Spread | None:
-    """What power rests on where items are open: a difference must be found with all of them against it, whichever arm it favours.
+    """What power rests on where items are open: a difference must be found with all of them against
+    it, whichever arm it favours.
 
-    With a share f of the values open, the tested effect is 1 - f times that over resolved items, less what the open ones count against
-    it; that is read from the effects here.
+    With a share f of the values open, the tested effect is 1 - f times that over resolved items,
+    less what the open ones count against it; that is read from the effects here.
     """
     resolved = 1 - float((np.isnan(a) | np.isnan(b)).mean())
     found = []
@@ -133,7 +179,9 @@ def _test(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) 
     return paired_test(a[0], b[0], labels)
 
 
-def _spread(result: PairedResult, a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) -> Spread | None:
+def _spread(
+    result: PairedResult, a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]
+) -> Spread | None:
     """What the power of the comparison rests on; None where nothing varies."""
     if a.shape[1] == 0:
         return None

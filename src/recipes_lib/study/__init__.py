@@ -1,1 +1,3 @@
-"""Running a study: the graph of its steps, what is out of date, trainings, evaluations, and its conclusion."""
+"""Running a study: the graph of its steps, what is out of date, trainings, evaluations, and its
+conclusion.
+"""

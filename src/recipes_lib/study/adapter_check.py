@@ -1,6 +1,8 @@
-"""Before a trained arm is evaluated: are its weights the ones that were trained, finite, not zero, and do they load and answer as then?
+"""Before a trained arm is evaluated: are its weights the ones that were trained, finite, not zero,
+and do they load and answer as then?
 
-The files are checked without a model; the model that they make, once it is loaded, on the tokens recorded at the end of the training.
+The files are checked without a model; the model that they make, once it is loaded, on the tokens
+recorded at the end of the training.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from recipes_lib.training.base_identity import adapter_config, check_whole, weig
 from recipes_lib.training.probes import read_check
 from recipes_lib.training.trained import check_base_of, check_weights
 from recipes_lib.training.verification import FOLD_TOLERANCE
-from recipes_lib.training.weights_check import EXACT_TOLERANCE, autocast, check_files, largest_difference, logits_on, rerouted_share
+from recipes_lib.training.weights_check import (
+    EXACT_TOLERANCE,
+    autocast,
+    check_files,
+    largest_difference,
+    logits_on,
+    rerouted_share,
+)
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject
@@ -24,7 +33,8 @@ def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
     """Return what the files of a finished run hold: {tensors, parameters, sha256}.
 
     Raises:
-        RecipesError: a file is missing, truncated or changed since the training; a tensor is not finite; an adapter that changes nothing.
+        RecipesError: a file is missing, truncated or changed since the training; a tensor is not
+            finite; an adapter that changes nothing.
     """
     folder, base = trained.weights, ""
     if trained.full:
@@ -38,7 +48,8 @@ def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
 
 
 def check_loaded(subject: Subject) -> dict[str, Any]:
-    """Return how far the loaded model's logits are from those recorded at the end of its training; empty where none were recorded.
+    """Return how far the loaded model's logits are from those recorded at the end of its training;
+    empty where none were recorded.
 
     Raises:
         RecipesError: it does not answer as it did when it was trained.
@@ -51,21 +62,29 @@ def check_loaded(subject: Subject) -> dict[str, Any]:
         return {}
     with (
         subject.using() if subject.using else contextlib.nullcontext(),
-        autocast(check.autocast == "bfloat16", check.autocast == "float16", subject.model.device.type),
+        autocast(
+            check.autocast == "bfloat16", check.autocast == "float16", subject.model.device.type
+        ),
     ):
         logits = logits_on(subject.model, check.tokens)
     top, recorded = torch.tensor(check.top_tokens), torch.tensor(check.top_logits)
-    largest = largest_difference((logits.gather(1, top[:, None]).squeeze(1) - recorded).abs(), rerouted_share(subject.model))
+    largest = largest_difference(
+        (logits.gather(1, top[:, None]).squeeze(1) - recorded).abs(), rerouted_share(subject.model)
+    )
     allowed = _tolerance(trained) * check.largest_logit
     if not largest <= allowed:
         what = f"run '{trained.run.name}' does not answer as it did when it was trained"
         raise RecipesError(
-            what, f"logits differ by {largest:.3g} where {allowed:.3g} is allowed", f"more: recipes verify {trained.run.name}"
+            what,
+            f"logits differ by {largest:.3g} where {allowed:.3g} is allowed",
+            f"more: recipes verify {trained.run.name}",
         )
     return {"positions": len(check.top_tokens), "largest_difference": largest, "allowed": allowed}
 
 
 def _tolerance(trained: TrainedRun) -> float:
-    """As `recipes verify`: exact where the reload at the end of the training was, half precision's rounding otherwise."""
+    """As `recipes verify`: exact where the reload at the end of the training was, half precision's
+    rounding otherwise.
+    """
     reload = trained.run.read_state().get("weights_check", {}).get("reload", {})
     return EXACT_TOLERANCE if reload.get("tolerance", 1.0) <= EXACT_TOLERANCE else FOLD_TOLERANCE

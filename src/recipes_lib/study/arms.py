@@ -1,4 +1,6 @@
-"""Which runs stand for the arms of a study: their names, and the words that train them. Needs no torch."""
+"""Which runs stand for the arms of a study: their names, and the words that train them. Needs no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,16 @@ def study_folder(study: Study) -> Path:
 
 
 def free_name(path: Path) -> Path:
-    """Return `path`, or with a number where it is taken: what is moved away never replaces what was moved before."""
+    """Return `path`, or with a number where it is taken: what is moved away never replaces what was
+    moved before.
+    """
     taken = (path.with_name(f"{path.name}--{number}") for number in range(2, 10_000))
     return path if not path.exists() else next(name for name in taken if not name.exists())
 
 
 def arm_run(study: Study, arm: Arm, seed: int | None = None) -> str:
-    """Return the run of an arm and one of its seeds: `<study>--<arm>`, for another seed than the recipe's `<study>--<arm>--seed<N>`.
+    """Return the run of an arm and one of its seeds: `<study>--<arm>`, for another seed than the
+    recipe's `<study>--<arm>--seed<N>`.
 
     A name depends on no other seed, so that a seed that is added later trains nothing again.
     """
@@ -37,8 +42,8 @@ def arm_run(study: Study, arm: Arm, seed: int | None = None) -> str:
 def run_names(study: Study) -> dict[str, list[str]]:
     """Return arm -> names of its runs under `runs_root()`, the base model's under `base`.
 
-    The base's run is named after its weights, so it is known once the base was evaluated; before that `base` is absent. Arms that
-    published numbers alone stand for have no run.
+    The base's run is named after its weights, so it is known once the base was evaluated; before
+    that `base` is absent. Arms that published numbers alone stand for have no run.
     """
     names: dict[str, list[str]] = {}
     base = base_run(study)
@@ -67,20 +72,37 @@ def base_run(study: Study) -> str | None:
 
 
 def base_arm(study: Study) -> Arm | None:
-    """Return the arm whose recipe says how the base is asked: the first one without quantization, else the first."""
+    """Return the arm whose recipe says how the base is asked: the first one without quantization,
+    else the first.
+    """
     trained = [arm for arm in study.arms if arm.trained and arm.recipe is not None]
-    return next((arm for arm in trained if arm.recipe and arm.recipe.quantization is None), trained[0] if trained else None)
+    return next(
+        (arm for arm in trained if arm.recipe and arm.recipe.quantization is None),
+        trained[0] if trained else None,
+    )
 
 
 def train_words(study: Study, arm: Arm, seed: int) -> list[str]:
-    """Return recipe and overrides that train one arm with one seed: what follows `recipes train` or `-m recipes_lib.train`."""
+    """Return recipe and overrides that train one arm with one seed: what follows `recipes train` or
+    `-m recipes_lib.train`.
+    """
     assert arm.recipe is not None
-    return [shown_path(arm.recipe.path), *arm.overrides, f"run.name={arm_run(study, arm, seed)}", f"train.seed={seed}"]
+    return [
+        shown_path(arm.recipe.path),
+        *arm.overrides,
+        f"run.name={arm_run(study, arm, seed)}",
+        f"train.seed={seed}",
+    ]
 
 
 def launch_words(arm: Arm) -> list[str]:
     """Return the options of `recipes train` that launch an arm as the study says."""
     config = arm.launch.config
-    words = ["--accelerate", arm.accelerate if config.path.parent.name == "accelerate_configs" else shown_path(config.path)]
+    words = [
+        "--accelerate",
+        arm.accelerate
+        if config.path.parent.name == "accelerate_configs"
+        else shown_path(config.path),
+    ]
     words += ["--gpus", str(arm.gpus)] if arm.gpus * arm.nodes != config.num_processes else []
     return words + (["--nodes", str(arm.nodes)] if arm.nodes != config.num_machines else [])

@@ -1,4 +1,6 @@
-"""The last two steps of a study: statistics over what was measured, and the report. Both read files alone."""
+"""The last two steps of a study: statistics over what was measured, and the report. Both read files
+alone.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +38,26 @@ class Conclusion:
 
 
 def measured_runs(study: Study, graph: Graph) -> dict[str, list[Path]]:
-    """Return arm -> folders of the runs whose training is done; what an earlier state of the study left is not among them."""
+    """Return arm -> folders of the runs whose training is done; what an earlier state of the study
+    left is not among them.
+    """
     state = graph.survey()
     trained = {step.run: state[step.name].fresh for step in graph.of_kind("train")}
-    names = {arm: [name for name in runs if trained.get(name, True)] for arm, runs in run_names(study).items()}
+    names = {
+        arm: [name for name in runs if trained.get(name, True)]
+        for arm, runs in run_names(study).items()
+    }
     published = {arm.name for arm in study.arms if arm.published_only}  # shown, with no run to read
-    return {arm: [runs_root() / name for name in runs] for arm, runs in names.items() if runs or arm in published}
+    return {
+        arm: [runs_root() / name for name in runs]
+        for arm, runs in names.items()
+        if runs or arm in published
+    }
 
 
 def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurements:
-    """Return the measurements without what is not the study's: other evals of the same runs, and results that are out of date.
+    """Return the measurements without what is not the study's: other evals of the same runs, and
+    results that are out of date.
 
     An evaluation whose result is left out counts as unfinished. Imported runs keep everything.
     """
@@ -53,23 +65,39 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
     to_base = {recipe.name for recipe in study.evals if recipe.metrics.against == BASE_ARM}
     results: dict[tuple[str, str, str], bool] = {}
     for step in graph.of_kind("judgments", "lm_eval", "comparison"):
-        against = base_run(study) or BASE_ARM if step.kind == "judgments" and step.eval in to_base else step.against
+        against = (
+            base_run(study) or BASE_ARM
+            if step.kind == "judgments" and step.eval in to_base
+            else step.against
+        )
         results[step.run, step.eval, against] = known[step.name].fresh
     imported = {arm.imported for arm in study.arms if arm.imported}
 
     def kept(run: RunMeasurements) -> RunMeasurements:
         if run.name in imported:
             return run
-        evals = [one for one in run.evals if results.get((run.name, one.eval, "" if one.against in (None, "reference") else one.against))]
-        stale = [name for (owner, name, _), fresh in results.items() if owner == run.name and not fresh]
+        evals = [
+            one
+            for one in run.evals
+            if results.get(
+                (run.name, one.eval, "" if one.against in (None, "reference") else one.against)
+            )
+        ]
+        stale = [
+            name for (owner, name, _), fresh in results.items() if owner == run.name and not fresh
+        ]
         return dataclasses.replace(run, evals=tuple(evals), unfinished=tuple(dict.fromkeys(stale)))
 
-    arms = {name: dataclasses.replace(arm, runs=tuple(map(kept, arm.runs))) for name, arm in measurements.arms.items()}
+    arms = {
+        name: dataclasses.replace(arm, runs=tuple(map(kept, arm.runs)))
+        for name, arm in measurements.arms.items()
+    }
     return dataclasses.replace(measurements, arms=arms)
 
 
 def conclude(study: Study, graph: Graph) -> Conclusion:
-    """Compute the statistics and write the report; both steps are recorded as done where everything above them is.
+    """Compute the statistics and write the report; both steps are recorded as done where everything
+    above them is.
 
     Statistics that are fresh are computed for the report, and not recorded again.
 
@@ -86,16 +114,28 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     if not known[statistics.name].fresh:
         write_json(record, comparison.to_dict())
         if complete:
-            graph.finish(statistics, digest_of(comparison.to_dict()), [record], seconds=round(time.monotonic() - started, 2))
+            graph.finish(
+                statistics,
+                digest_of(comparison.to_dict()),
+                [record],
+                seconds=round(time.monotonic() - started, 2),
+            )
     started = time.monotonic()
     folder = study_folder(study) / "report"
     scratch = folder.with_name(".report.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    write_study_report(scratch, comparison, measurements, study, not_up_to_date(statistics.upstream, known))
+    write_study_report(
+        scratch, comparison, measurements, study, not_up_to_date(statistics.upstream, known)
+    )
     publish(scratch, folder)
     if complete:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        graph.finish(report, digest_of([file.name for file in files]), files, seconds=round(time.monotonic() - started, 2))
+        graph.finish(
+            report,
+            digest_of([file.name for file in files]),
+            files,
+            seconds=round(time.monotonic() - started, 2),
+        )
     return Conclusion(comparison, folder, complete)
 
 
@@ -103,4 +143,11 @@ def not_up_to_date(names: Sequence[str], known: Mapping[str, Freshness]) -> list
     """Return the line that stands above a report while steps are missing or stale."""
     behind = [f"{name} ({known[name].state})" for name in names if not known[name].fresh]
     more = f" and {len(behind) - 6} more" if len(behind) > 6 else ""
-    return [f"Not up to date: {', '.join(behind[:6])}{more}. What follows is what was measured before."] if behind else []
+    return (
+        [
+            f"Not up to date: {', '.join(behind[:6])}{more}. What follows is what was measured"
+            " before."
+        ]
+        if behind
+        else []
+    )

@@ -1,7 +1,8 @@
-"""All evaluation steps of a study in one process: each base is loaded once for all its adapters and evals, then each judge once.
+"""All evaluation steps of a study in one process: each base is loaded once for all its adapters and
+evals, then each judge once.
 
-A step is finished as soon as its result is written. What fails takes only itself and what depends on it along; answers and judgments
-that were made are kept, so the same command continues.
+A step is finished as soon as its result is written. What fails takes only itself and what depends
+on it along; answers and judgments that were made are kept, so the same command continues.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class FailedSteps:
 
 
 def record_base_run(study: Study) -> None:
-    """Find out under which name the base's evaluations are kept, and note it; weights are not loaded."""
+    """Find out under which name the base's evaluations are kept, and note it; weights are not
+    loaded.
+    """
     arm = base_arm(study) if study.include_base else None
     if arm is None or arm.recipe is None:
         return
@@ -79,17 +82,29 @@ def record_base_run(study: Study) -> None:
         subject = subjects[0]
         record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
     if base_run(study) != subject.name:
-        write_json(base_record(study), {"run": subject.name, "model": arm.recipe.model.name_or_path})
+        write_json(
+            base_record(study), {"run": subject.name, "model": arm.recipe.model.name_or_path}
+        )
 
 
 def set_results_aside(study: Study, graph: Graph, step: Step, say: Report) -> None:
-    """Move what older code answered or judged in this step into the study's folder, because what is stored is not asked again."""
+    """Move what older code answered or judged in this step into the study's folder, because what is
+    stored is not asked again.
+    """
     record = graph.record(step.name)
-    if record is None or record["version"] == step.version or step.kind not in ("answers", "judgments", "comparison"):
+    if (
+        record is None
+        or record["version"] == step.version
+        or step.kind not in ("answers", "judgments", "comparison")
+    ):
         return
     for name in record["files"]:
         file = runs_root() / name
-        store = file if file.suffix == ".jsonl" else file.with_name(f"{file.stem.replace('result', 'judgments', 1)}.jsonl")
+        store = (
+            file
+            if file.suffix == ".jsonl"
+            else file.with_name(f"{file.stem.replace('result', 'judgments', 1)}.jsonl")
+        )
         if store.is_file():
             away = free_name(study_folder(study) / "replaced" / store.relative_to(runs_root()))
             away.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +115,8 @@ def set_results_aside(study: Study, graph: Graph, step: Step, say: Report) -> No
 
 @dataclass
 class _Job:
-    """One suite with the steps that its targets' answers and results complete, by run; steps that are fresh are not among them.
+    """One suite with the steps that its targets' answers and results complete, by run; steps that
+    are fresh are not among them.
 
     `own` is False for a comparison of two arms.
     """
@@ -124,9 +140,21 @@ class Evaluation:
     """
 
     def __init__(
-        self, study: Study, graph: Graph, todo: Sequence[Step], say: Report, debug: bool = False, remote_code: bool = False
+        self,
+        study: Study,
+        graph: Graph,
+        todo: Sequence[Step],
+        say: Report,
+        debug: bool = False,
+        remote_code: bool = False,
     ) -> None:
-        self.study, self.graph, self.say, self.debug, self.remote_code = study, graph, say, debug, remote_code
+        self.study, self.graph, self.say, self.debug, self.remote_code = (
+            study,
+            graph,
+            say,
+            debug,
+            remote_code,
+        )
         self.failures = FailedSteps()
         self.todo = {step.name: step for step in todo}
         self.fresh = {name for name, state in graph.survey().items() if state.fresh}
@@ -146,8 +174,16 @@ class Evaluation:
 
     def _mine(self, kind: str, recipe: EvalRecipe | None = None) -> list[Step]:
         """The steps of a kind that are to be done and did not fail, nor what they need."""
-        steps = [step for step in self.todo.values() if step.kind == kind and (recipe is None or step.eval == recipe.name)]
-        return [step for step in steps if step.name not in self.failures.found and not self._blocked(step)]
+        steps = [
+            step
+            for step in self.todo.values()
+            if step.kind == kind and (recipe is None or step.eval == recipe.name)
+        ]
+        return [
+            step
+            for step in steps
+            if step.name not in self.failures.found and not self._blocked(step)
+        ]
 
     def _blocked(self, step: Step) -> bool:
         """Whether a step above this one failed or was never done."""
@@ -165,7 +201,9 @@ class Evaluation:
         self.facts: dict[str, dict[str, Any]] = {}
         for step in self._mine("check"):
             with self.failures.noted(self.graph, [step], self.debug):
-                self.facts[step.run] = check_weight_files(finished_run(RunDirectory(step.run), self.remote_code))
+                self.facts[step.run] = check_weight_files(
+                    finished_run(RunDirectory(step.run), self.remote_code)
+                )
 
     def _check_loaded(self, subject: Subject) -> None:
         """Finish the check of a run whose model is loaded.
@@ -177,7 +215,10 @@ class Evaluation:
             if step.run == subject.name:
                 facts = {**self.facts[step.run], "as_trained": check_loaded(subject)}
                 self.graph.finish(step, digest_of(facts["sha256"]), [], **facts)
-                self.say(f"check {subject.name}: {facts['parameters']:,} numbers, finite, and the model answers as when it was trained")
+                self.say(
+                    f"check {subject.name}: {facts['parameters']:,} numbers, finite, and the model"
+                    " answers as when it was trained"
+                )
 
     # ---- What is asked ----
 
@@ -188,26 +229,52 @@ class Evaluation:
             steps = self._mine("lm_eval", recipe)
             with self.failures.noted(self.graph, steps, self.debug):
                 if steps:
-                    self.jobs.append(_Job(recipe, suite_of(recipe, self._words(steps), None), {}, {step.run: step for step in steps}))
+                    self.jobs.append(
+                        _Job(
+                            recipe,
+                            suite_of(recipe, self._words(steps), None),
+                            {},
+                            {step.run: step for step in steps},
+                        )
+                    )
             return
         answers, judgments = self._mine("answers", recipe), self._mine("judgments", recipe)
         with self.failures.noted(self.graph, [*answers, *judgments], self.debug):
             if answers or judgments:
-                # Everyone takes part, also whose results are fresh: the judge's probes and its audit are then what they would have been
-                # in one go, wherever an earlier attempt ended. What is stored is not asked again.
+                # Everyone takes part, also whose results are fresh: the judge's probes and its
+                # audit are then what they would have been in one go, wherever an earlier attempt
+                # ended. What is stored is not asked again.
                 suite = suite_of(recipe, self._words(self._available(recipe)), None)
-                self.jobs.append(_Job(recipe, suite, {step.run: step for step in answers}, {step.run: step for step in judgments}))
-        # The judge's probes belong to its audit above; asking them again for every pair would tell nothing new.
-        plain = dataclasses.replace(recipe, metrics=dataclasses.replace(recipe.metrics, probe_pairs=0))
+                self.jobs.append(
+                    _Job(
+                        recipe,
+                        suite,
+                        {step.run: step for step in answers},
+                        {step.run: step for step in judgments},
+                    )
+                )
+        # The judge's probes belong to its audit above; asking them again for every pair would tell
+        # nothing new.
+        plain = dataclasses.replace(
+            recipe, metrics=dataclasses.replace(recipe.metrics, probe_pairs=0)
+        )
         for step in self._mine("comparison", recipe):
             with self.failures.noted(self.graph, [step], self.debug):
                 against = base_run(self.study) if step.against == BASE_ARM else step.against
-                self.jobs.append(_Job(plain, suite_of(plain, [step.run], against), {}, {step.run: step}, own=False))
+                self.jobs.append(
+                    _Job(
+                        plain, suite_of(plain, [step.run], against), {}, {step.run: step}, own=False
+                    )
+                )
 
     def _available(self, recipe: EvalRecipe) -> list[Step]:
         """The answers of an eval that are there or can be made."""
         steps = [step for step in self.graph.of_kind("answers") if step.eval == recipe.name]
-        return [step for step in steps if step.name in self.fresh or (step.name in self.todo and not self._blocked(step))]
+        return [
+            step
+            for step in steps
+            if step.name in self.fresh or (step.name in self.todo and not self._blocked(step))
+        ]
 
     def _words(self, steps: Sequence[Step]) -> list[str]:
         return list(dict.fromkeys(step.run for step in steps))
@@ -220,11 +287,21 @@ class Evaluation:
         for served in (False, True):
             jobs = [job for job in self.jobs if job.suite.served == served]
             targets = [target for job in jobs for target in job.suite.targets]
-            targets += [] if served else find_targets(unchecked, Asking(remote_code=self.remote_code))
+            targets += (
+                [] if served else find_targets(unchecked, Asking(remote_code=self.remote_code))
+            )
             for group in grouped(distinct(targets)):
-                steps = [step for job in jobs for step in [*job.answers.values(), *job.results.values()] if _names(group, step)]
+                steps = [
+                    step
+                    for job in jobs
+                    for step in [*job.answers.values(), *job.results.values()]
+                    if _names(group, step)
+                ]
                 steps += [step for step in self._mine("check") if _names(group, step)]
-                with self.failures.noted(self.graph, steps, self.debug), loaded(group, weights=not served) as subjects:
+                with (
+                    self.failures.noted(self.graph, steps, self.debug),
+                    loaded(group, weights=not served) as subjects,
+                ):
                     for subject in subjects:
                         self._ask(subject, jobs)
 
@@ -237,9 +314,15 @@ class Evaluation:
             self._drop(subject, jobs)
             return
         for job in jobs:
-            if not any(str(target.identity) == str(subject.target.identity) for target in job.suite.targets):
+            if not any(
+                str(target.identity) == str(subject.target.identity) for target in job.suite.targets
+            ):
                 continue
-            mine = [step for step in (job.answers.get(subject.name), job.results.get(subject.name)) if step]
+            mine = [
+                step
+                for step in (job.answers.get(subject.name), job.results.get(subject.name))
+                if step
+            ]
             started = time.monotonic()
             with self.failures.noted(self.graph, mine, self.debug):
                 job.suite.visit(subject)
@@ -257,23 +340,39 @@ class Evaluation:
                 self._finish_result(job, step, result, seconds)
         elif step := job.answers.get(subject.name):
             answers = job.suite.answering.answers_of(subject)
-            self.graph.finish(step, answers.digest, [folder / "generations.jsonl"], seconds=round(seconds, 2), tokens=answers.tokens)
+            self.graph.finish(
+                step,
+                answers.digest,
+                [folder / "generations.jsonl"],
+                seconds=round(seconds, 2),
+                tokens=answers.tokens,
+            )
 
     def _drop(self, subject: Subject, jobs: Sequence[_Job]) -> None:
         """Leave a subject that failed out of its suites, so that the others go on."""
         for job in jobs:
             step = job.results.pop(subject.name, None)
             if isinstance(job.suite, JudgedSuite):
-                job.suite.answering.words = [word for word in job.suite.answering.words if word != subject.name]
+                job.suite.answering.words = [
+                    word for word in job.suite.answering.words if word != subject.name
+                ]
             if step and step.name not in self.failures.found:
-                self.failures.add(self.graph, [step], "its model failed above", int(ExitCode.FAILED))
+                self.failures.add(
+                    self.graph, [step], "its model failed above", int(ExitCode.FAILED)
+                )
 
     # ---- Judges ----
 
     def _judge(self) -> None:
         """Load judge after judge and let it judge every suite that names it."""
-        waiting = [job for job in self.jobs if isinstance(job.suite, JudgedSuite) and job.results and job.suite.answering.words]
-        waiting = [job for job in waiting if not all(self._blocked(step) for step in job.results.values())]
+        waiting = [
+            job
+            for job in self.jobs
+            if isinstance(job.suite, JudgedSuite) and job.results and job.suite.answering.words
+        ]
+        waiting = [
+            job for job in waiting if not all(self._blocked(step) for step in job.results.values())
+        ]
         while waiting:
             file = _suite(waiting[0]).judge_file
             same = [job for job in waiting if _suite(job).judge_file == file]
@@ -283,17 +382,30 @@ class Evaluation:
             waiting = [job for job in waiting if _suite(job).judge_file != file]
 
     def _judge_all(self, jobs: Sequence[_Job], judge: Any) -> None:
-        """Ask one judge for every verdict, then write the results: each says where else this judge failed its audit."""
+        """Ask one judge for every verdict, then write the results: each says where else this judge
+        failed its audit.
+        """
         judged: list[tuple[_Job, float]] = []
         for job in jobs:
             started = time.monotonic()
             with self.failures.noted(self.graph, list(job.results.values()), self.debug):
                 _suite(job).judge(judge)
                 judged.append((job, (time.monotonic() - started) / max(1, len(job.results))))
-        audits = [self._audit(recipe, [job for job, _ in judged]) for recipe in self.study.evals if recipe.judge == jobs[0].recipe.judge]
+        audits = [
+            self._audit(recipe, [job for job, _ in judged])
+            for recipe in self.study.evals
+            if recipe.judge == jobs[0].recipe.judge
+        ]
         for job, seconds in judged:
             with self.failures.noted(self.graph, list(job.results.values()), self.debug):
-                _suite(job).conclude(judge, [audit for audit in audits if not job.own or audit.recipe.name != job.recipe.name])
+                _suite(job).conclude(
+                    judge,
+                    [
+                        audit
+                        for audit in audits
+                        if not job.own or audit.recipe.name != job.recipe.name
+                    ],
+                )
                 for result in _suite(job).results:
                     if step := job.results.get(result["target"]):
                         self._finish_result(job, step, result, seconds)

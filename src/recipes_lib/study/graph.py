@@ -1,7 +1,9 @@
-"""Steps that are done once: each has declared inputs, and is fresh as long as they, its upstream results and its files are what they were.
+"""Steps that are done once: each has declared inputs, and is fresh as long as they, its upstream
+results and its files are what they were.
 
-Nothing here knows what a step does. `done.json` in runs/<study>/steps/<step>/ is written last and whole, so a step that was killed is a
-step that was never done. Times of files mean nothing: contents are compared.
+Nothing here knows what a step does. `done.json` in runs/<study>/steps/<step>/ is written last and
+whole, so a step that was killed is a step that was never done. Times of files mean nothing:
+contents are compared.
 """
 
 from __future__ import annotations
@@ -20,16 +22,36 @@ from recipes_lib.errors import RecipesError
 from recipes_lib.json_files import read_object
 
 _FORMAT_VERSION = 1
-CONTENT = "content."  # inputs of this name are hashes; None means that the content cannot be known here, and is not compared
+# inputs of this name are hashes; None means that the content cannot be known here, and is not
+# compared
+CONTENT = "content."
 FOLLOWS = ("is stale", "is not done")  # how a reason ends that is another step's
 _State = Literal["fresh", "stale", "missing"]
 # Keys of a recipe that change how fast a step is, and no result.
-ONLY_SPEED = {"batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s", "max_retries", "max_consecutive_failures"}
+ONLY_SPEED = {
+    "batch_tokens",
+    "base_url",
+    "api_key_variable",
+    "concurrency",
+    "timeout_s",
+    "max_retries",
+    "max_consecutive_failures",
+}
 # What differs between two writings of one result.
-_VOLATILE = {"written", "command", "git", "libraries", "file", "generated_now", "lm_eval_command", *ONLY_SPEED}
-# What a result says of its judge because of the runs that were evaluated beside it: whose pairs the judge was probed with, where else it
-# failed its audit. A base that several studies share is written again by each; a plain `recipes eval --against` asks for probes, a
-# study asks for them once.
+_VOLATILE = {
+    "written",
+    "command",
+    "git",
+    "libraries",
+    "file",
+    "generated_now",
+    "lm_eval_command",
+    *ONLY_SPEED,
+}
+# What a result says of its judge because of the runs that were evaluated beside it: whose pairs the
+# judge was probed with, where else it failed its audit. A base that several studies share is
+# written again by each; a plain `recipes eval --against` asks for probes, a study asks for them
+# once.
 _OF_COMPANY = {"banners", "banner", "checks", "probes", "probe_pairs"}
 
 
@@ -37,8 +59,8 @@ _OF_COMPANY = {"banners", "banner", "checks", "probes", "probe_pairs"}
 class Step:
     """One step.
 
-    `inputs` are dotted key -> plain value; `upstream` names steps whose results are inputs too. `version` is raised when a change of the
-    code changes results.
+    `inputs` are dotted key -> plain value; `upstream` names steps whose results are inputs too.
+    `version` is raised when a change of the code changes results.
     """
 
     name: str
@@ -74,7 +96,9 @@ class Freshness:
 
 
 class Graph:
-    """The steps of a study, upstream first, and what is known of each in `folder` (runs/<study>/steps)."""
+    """The steps of a study, upstream first, and what is known of each in `folder`
+    (runs/<study>/steps).
+    """
 
     def __init__(self, folder: Path, steps: Sequence[Step]) -> None:
         self.folder = folder
@@ -92,7 +116,9 @@ class Graph:
         return _read(self.folder / name / file)
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """Return done.json of a step, or None where it was never done by this version of the format."""
+        """Return done.json of a step, or None where it was never done by this version of the
+        format.
+        """
         found = _read(self.folder / name / "done.json")
         return found if found and found.get("format_version") == _FORMAT_VERSION else None
 
@@ -121,7 +147,9 @@ class Graph:
         reasons = [*changed_inputs(record["inputs"], step.inputs)]
         if record["version"] != step.version:
             reasons.append(
-                "the code of this step changed" if isinstance(step.version, str) else f"code {record['version']} -> {step.version}"
+                "the code of this step changed"
+                if isinstance(step.version, str)
+                else f"code {record['version']} -> {step.version}"
             )
         for name in step.upstream:
             if not known[name].fresh:
@@ -161,7 +189,10 @@ class Graph:
     def fail(self, step: Step, error: str, exit_code: int) -> None:
         """Note that a step failed; an earlier result stays what it is."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(self.folder / step.name / "failed.json", {"error": error, "exit_code": exit_code, "at": now})
+        write_json(
+            self.folder / step.name / "failed.json",
+            {"error": error, "exit_code": exit_code, "at": now},
+        )
 
 
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -177,18 +208,27 @@ def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         old, new = before.get(key), plain.get(key)
         if old == new or (key.startswith(CONTENT) and None in (old, new)):
             continue
-        phrases.append(f"{key.removeprefix(CONTENT)} changed" if key.startswith(CONTENT) else f"{key} {_shown(old)} -> {_shown(new)}")
+        phrases.append(
+            f"{key.removeprefix(CONTENT)} changed"
+            if key.startswith(CONTENT)
+            else f"{key} {_shown(old)} -> {_shown(new)}"
+        )
     return phrases
 
 
 def changed_outputs(records: Mapping[str, Mapping[str, Any]], root: Path) -> list[str]:
-    """Return one phrase per recorded file that is gone or holds something else; a file that only grew by lines is the same."""
+    """Return one phrase per recorded file that is gone or holds something else; a file that only
+    grew by lines is the same.
+    """
     phrases = []
     for name, record in records.items():
         path = root / name
         if not path.is_file():
             phrases.append(f"{name} is gone")
-        elif path.stat().st_mtime_ns != record["mtime_ns"] and file_record(path, record["size"])["sha256"] != record["sha256"]:
+        elif (
+            path.stat().st_mtime_ns != record["mtime_ns"]
+            and file_record(path, record["size"])["sha256"] != record["sha256"]
+        ):
             phrases.append(f"{name} changed")
     return phrases
 
@@ -196,8 +236,8 @@ def changed_outputs(records: Mapping[str, Mapping[str, Any]], root: Path) -> lis
 def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
     """Return size, time and hash of a file.
 
-    No change are lines that were appended to a .jsonl store later, and in a result file the time stamps and what other runs that were
-    evaluated beside this one add to it.
+    No change are lines that were appended to a .jsonl store later, and in a result file the time
+    stamps and what other runs that were evaluated beside this one add to it.
 
     Args:
         first: for a .jsonl store, how many bytes count; None for all.
@@ -208,14 +248,18 @@ def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
         digest = result_digest(result, _VOLATILE | _OF_COMPANY)
     elif path.suffix == ".jsonl":
         with path.open("rb") as stream:
-            digest = hashlib.sha256(stream.read(stat.st_size if first is None else first)).hexdigest()
+            digest = hashlib.sha256(
+                stream.read(stat.st_size if first is None else first)
+            ).hexdigest()
     else:
         digest = content_of(path) or ""
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
 
 
 def result_digest(result: Mapping[str, Any], without: Set[str] = _VOLATILE) -> str:
-    """Return a hash of a result file's content, by default without times, versions and the command."""
+    """Return a hash of a result file's content, by default without times, versions and
+    the command.
+    """
 
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -226,10 +270,14 @@ def result_digest(result: Mapping[str, Any], without: Set[str] = _VOLATILE) -> s
 
 
 def content_of(path: Path) -> str | None:
-    """Return the SHA-256 of a file, of all files of a folder with their names, or None where there is nothing."""
+    """Return the SHA-256 of a file, of all files of a folder with their names, or None where there
+    is nothing.
+    """
     if path.is_dir():
         files = sorted(
-            file for file in path.rglob("*") if file.is_file() and not any(part.startswith((".", "__")) for part in file.parts[-2:])
+            file
+            for file in path.rglob("*")
+            if file.is_file() and not any(part.startswith((".", "__")) for part in file.parts[-2:])
         )
         return digest_of([[file.relative_to(path).as_posix(), content_of(file)] for file in files])
     if not path.is_file():
@@ -240,7 +288,9 @@ def content_of(path: Path) -> str | None:
 
 def digest_of(value: Any) -> str:
     """Return the SHA-256 of a JSON-ready value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
+    ).hexdigest()
 
 
 def _relative(path: Path, root: Path) -> str:

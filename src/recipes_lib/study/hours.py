@@ -1,4 +1,6 @@
-"""The plan of a whole study: every arm with its seeds, every evaluation, and what that is in card hours."""
+"""The plan of a whole study: every arm with its seeds, every evaluation, and what that is in card
+hours.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ class StudyHours:
     Args:
         unplanned: arm -> why it has no plan; the sums are without it.
         bases: base model -> seconds of its evaluations.
-        comparisons: number of head-to-head comparisons: of each pair of arms, and of each arm with its base, seed by seed.
+        comparisons: number of head-to-head comparisons: of each pair of arms, and of each arm with
+            its base, seed by seed.
         comparing: seconds of judging they take.
     """
 
@@ -61,12 +64,19 @@ class StudyHours:
     @property
     def card_hours(self) -> float:
         """Card hours of everything."""
-        return sum(arm.card_hours for arm in self.arms) + (sum(self.bases.values()) + self.comparing) / 3600
+        return (
+            sum(arm.card_hours for arm in self.arms)
+            + (sum(self.bases.values()) + self.comparing) / 3600
+        )
 
     @property
     def one_after_the_other(self) -> float:
         """Seconds when one thing follows the other."""
-        return sum(arm.seeds * (arm.plan.duration.total + arm.evaluation) for arm in self.arms) + sum(self.bases.values()) + self.comparing
+        return (
+            sum(arm.seeds * (arm.plan.duration.total + arm.evaluation) for arm in self.arms)
+            + sum(self.bases.values())
+            + self.comparing
+        )
 
 
 def study_hours(study: Study, gpu: str | None = None) -> StudyHours:
@@ -76,7 +86,9 @@ def study_hours(study: Study, gpu: str | None = None) -> StudyHours:
         gpu: a card's name or `cpu`, for every arm; absent, as for a recipe.
     """
     arms, bases, elsewhere, unplanned = [], {}, [], {}
-    counted: dict[tuple[str, ...], Lengths] = {}  # arms that differ in other things have the same data, which take longest to count
+    counted: dict[
+        tuple[str, ...], Lengths
+    ] = {}  # arms that differ in other things have the same data, which take longest to count
     for arm in study.arms:
         if not arm.trained or arm.recipe is None:
             elsewhere.append(arm.name)
@@ -85,7 +97,9 @@ def study_hours(study: Study, gpu: str | None = None) -> StudyHours:
         data = (str(arm.recipe.data), str(arm.recipe.model), str(arm.recipe.base_dir))
         try:
             plan = plan_launched(arm.recipe, arm.launch, card, counted.get(data))
-        except EnvironmentFault as fault:  # a model that is not here and whose config the Hub does not give
+        except (
+            EnvironmentFault
+        ) as fault:  # a model that is not here and whose config the Hub does not give
             unplanned[arm.name] = fault.what
             continue
         if plan.lengths.counted:
@@ -96,22 +110,37 @@ def study_hours(study: Study, gpu: str | None = None) -> StudyHours:
             bases[arm.recipe.model.name_or_path] = sum(item.total for item in evals)
     pairs = len(arms) * (len(arms) - 1) // 2 + (len(arms) if study.include_base else 0)
     comparisons = pairs * max((arm.seeds for arm in arms), default=0)
-    places = [place for place, recipe in enumerate(study.evals) if recipe.suite.name == "alpaca_eval"]
+    places = [
+        place for place, recipe in enumerate(study.evals) if recipe.suite.name == "alpaca_eval"
+    ]
     comparing = sum(arms[0].evals[place].judging for place in places) * comparisons if arms else 0.0
-    return StudyHours(study.name, arms, bases, elsewhere, unplanned, comparisons * len(places), comparing)
+    return StudyHours(
+        study.name, arms, bases, elsewhere, unplanned, comparisons * len(places), comparing
+    )
 
 
 def study_json(plan: StudyHours, price: float | None) -> dict[str, Any]:
     """Return the plan as JSON: each arm as a recipe's plan, and the sums."""
     return {
-        "arms": {arm.name: {"seeds": arm.seeds, **plan_json(arm.plan, arm.evals, [], advise(arm.plan), price)} for arm in plan.arms},
+        "arms": {
+            arm.name: {
+                "seeds": arm.seeds,
+                **plan_json(arm.plan, arm.evals, [], advise(arm.plan), price),
+            }
+            for arm in plan.arms
+        },
         "not_trained_here": plan.elsewhere,
         "not_planned": plan.unplanned,
         "total": {
             "runs": sum(arm.seeds for arm in plan.arms),
             "comparisons": plan.comparisons,
             "train_s": round(sum(arm.seeds * arm.plan.duration.total for arm in plan.arms), 1),
-            "evaluation_s": round(sum(arm.seeds * arm.evaluation for arm in plan.arms) + sum(plan.bases.values()) + plan.comparing, 1),
+            "evaluation_s": round(
+                sum(arm.seeds * arm.evaluation for arm in plan.arms)
+                + sum(plan.bases.values())
+                + plan.comparing,
+                1,
+            ),
             "one_after_the_other_s": round(plan.one_after_the_other, 1),
             "gpu_hours": round(plan.card_hours, 4),
             "price_per_gpu_hour": price,
@@ -124,13 +153,21 @@ def study_lines(plan: StudyHours, price: float | None) -> Iterator[str]:
     """Yield a table of the arms and the sums."""
     yield f"study {plan.name}"
     width = max([len(name) for name in (*(arm.name for arm in plan.arms), *plan.unplanned)] + [3])
-    yield f"{'arm':<{width}}  {'on':<26} {'needs GiB':>9}  {'fits':<4} {'seeds':>5}  {'training':>10}  {'evaluation':>10}"
+    yield (
+        f"{'arm':<{width}}  {'on':<26} {'needs GiB':>9}  {'fits':<4} {'seeds':>5}  {'training':>10}"
+        f"  {'evaluation':>10}"
+    )
     for arm in plan.arms:
         cpu = arm.plan.settings.device == "cpu"
-        card = arm.plan.card.title if cpu else f"{arm.plan.settings.world_size} x {arm.plan.card.name}"
+        card = (
+            arm.plan.card.title if cpu else f"{arm.plan.settings.world_size} x {arm.plan.card.name}"
+        )
         need = arm.plan.memory.needed * arm.plan.sharing
         times = f"{clock(arm.plan.duration.total):>10}  {clock(arm.evaluation):>10}"
-        yield f"{arm.name:<{width}}  {card:<26} {need:>9.1f}  {arm.plan.verdict:<4} {arm.seeds:>5}  {times}"
+        yield (
+            f"{arm.name:<{width}}  {card:<26} {need:>9.1f}  {arm.plan.verdict:<4} {arm.seeds:>5} "
+            f" {times}"
+        )
     for name, why in plan.unplanned.items():
         yield f"{name:<{width}}  {why}"
     for model, seconds in plan.bases.items():
@@ -142,9 +179,13 @@ def study_lines(plan: StudyHours, price: float | None) -> Iterator[str]:
     device = "cpu" if any(arm.plan.settings.device == "cpu" for arm in plan.arms) else "cuda"
     cost = f", {price * plan.card_hours:,.2f} at {price:g} an hour" if price is not None else ""
     yield (
-        f"in all {sum(arm.seeds for arm in plan.arms)} trainings: {spread(plan.one_after_the_other, device)} one after the other, "
-        f"{plan.card_hours:.2f} card hours{cost}"
+        f"in all {sum(arm.seeds for arm in plan.arms)} trainings:"
+        f" {spread(plan.one_after_the_other, device)} one after the other, {plan.card_hours:.2f}"
+        f" card hours{cost}"
     )
     if assumed := next((arm.plan.card for arm in plan.arms if arm.plan.card.stands_in), None):
         yield stand_in(assumed)
-    yield f"speeds: {', '.join(sorted({arm.plan.card.basis for arm in plan.arms})) or 'nothing to plan'}"
+    yield (
+        "speeds:"
+        f" {', '.join(sorted({arm.plan.card.basis for arm in plan.arms})) or 'nothing to plan'}"
+    )

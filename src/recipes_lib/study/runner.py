@@ -1,6 +1,8 @@
-"""`recipes study run`: do every step that is not fresh, in order, on this machine. Run it again after any interruption.
+"""`recipes study run`: do every step that is not fresh, in order, on this machine. Run it again
+after any interruption.
 
-One runner per study; what a killed one left is continued. A failing arm stops only what depends on it.
+One runner per study; what a killed one left is continued. A failing arm stops only what depends on
+it.
 """
 
 from __future__ import annotations
@@ -28,14 +30,23 @@ from recipes_lib.study.trainings import Trainings
 Say = Callable[[str], None]
 
 
-def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), debug: bool = False, flags: Sequence[str] = ()) -> int:
-    """Do what is to be done and return the exit code: 0, 1 when a step failed, 6 when only judgments are missing, 75 and 130 when stopped.
+def run_study(
+    study: Study,
+    say: Say,
+    jobs: int = 1,
+    only: Sequence[str] = (),
+    debug: bool = False,
+    flags: Sequence[str] = (),
+) -> int:
+    """Do what is to be done and return the exit code: 0, 1 when a step failed, 6 when only
+    judgments are missing, 75 and 130 when stopped.
 
     Args:
         study: the study.
         say: prints a line.
         jobs: trainings at the same time.
-        only: step names or their beginnings (`train`, `judgments.alpaca_eval`); the others are left as they are.
+        only: step names or their beginnings (`train`, `judgments.alpaca_eval`); the others are left
+            as they are.
         debug: show tracebacks of failing steps.
         flags: options handed to `recipes train` (`--no-plan`, `--trust-remote-code`).
 
@@ -53,7 +64,10 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
         state = graph.survey()
         if all(state[step.name].fresh for step in wanted):
             return int(ExitCode.DONE)
-        say(f"study '{study.name}': {sum(not state[step.name].fresh for step in wanted)} of {len(wanted)} steps to do")
+        say(
+            f"study '{study.name}': {sum(not state[step.name].fresh for step in wanted)} of"
+            f" {len(wanted)} steps to do"
+        )
         _say_stale(wanted, state, say)
         try:
             with _terminated():
@@ -69,7 +83,9 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
             if not is_disk_full(error):
                 raise
             what = f"the disk is full: {getattr(error, 'strerror', None) or error}"
-            raise EnvironmentFault(what, "free some space; the same command continues", file=shown_path(runs_root())) from None
+            raise EnvironmentFault(
+                what, "free some space; the same command continues", file=shown_path(runs_root())
+            ) from None
         if stopped is not None:
             say("stopped; the same command continues")
             return stopped
@@ -80,9 +96,14 @@ def run_study(study: Study, say: Say, jobs: int = 1, only: Sequence[str] = (), d
 def _say_stale(wanted: Sequence[Step], state: Mapping[str, Freshness], say: Say) -> None:
     """Say what is done again and why; of steps that only follow another one, their number."""
     stale = [step.name for step in wanted if state[step.name].state == "stale"]
-    own = {name: [why for why in state[name].reasons if not why.endswith(FOLLOWS)] for name in stale}
+    own = {
+        name: [why for why in state[name].reasons if not why.endswith(FOLLOWS)] for name in stale
+    }
     for name in (name for name in stale if own[name]):
-        say(f"{name} is done again: {dataclasses.replace(state[name], reasons=tuple(own[name])).why}")
+        say(
+            f"{name} is done again:"
+            f" {dataclasses.replace(state[name], reasons=tuple(own[name])).why}"
+        )
     if following := sum(not reasons for reasons in own.values()):
         say(f"{following} step{'s follow' if following > 1 else ' follows'} from that")
 
@@ -93,7 +114,9 @@ class _Terminated(BaseException):
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """Turn SIGTERM into an exception until the block ends; trainings, which checkpoint, have a handler of their own."""
+    """Turn SIGTERM into an exception until the block ends; trainings, which checkpoint, have a
+    handler of their own.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise _Terminated
@@ -107,7 +130,9 @@ def _terminated() -> Iterator[None]:
 
 @contextmanager
 def _locks(study: Study, only: Sequence[str]) -> Iterator[None]:
-    """Hold the study and its steps; with `only` those steps alone, so that jobs of a cluster can do different ones at the same time."""
+    """Hold the study and its steps; with `only` those steps alone, so that jobs of a cluster can do
+    different ones at the same time.
+    """
     with ExitStack() as stack:
         if not only:
             stack.enter_context(study_lock(study))
@@ -117,13 +142,25 @@ def _locks(study: Study, only: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def _left_over(study: Study, only: Sequence[str], failed: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
-    """Return the steps that could not be done: those asked for by name because others come first, and any that nothing explains."""
+def _left_over(
+    study: Study, only: Sequence[str], failed: dict[str, tuple[str, int]]
+) -> dict[str, tuple[str, int]]:
+    """Return the steps that could not be done: those asked for by name because others come first,
+    and any that nothing explains.
+    """
     graph = build_graph(study)
     state = graph.survey()
-    left = [step for step in wanted_steps(graph, only) if not state[step.name].fresh and step.name not in failed]
+    left = [
+        step
+        for step in wanted_steps(graph, only)
+        if not state[step.name].fresh and step.name not in failed
+    ]
     explained = set() if only else {step.name for step in left if failed}
-    return {step.name: (state[step.name].why or "was not done", int(ExitCode.FAILED)) for step in left if step.name not in explained}
+    return {
+        step.name: (state[step.name].why or "was not done", int(ExitCode.FAILED))
+        for step in left
+        if step.name not in explained
+    }
 
 
 @contextmanager
@@ -139,7 +176,9 @@ def study_lock(study: Study) -> Iterator[None]:
         lock.__enter__()
     except LockHeld:
         what = f"study '{study.name}' is being run{describe_holder(folder / 'lock.json')}"
-        raise EnvironmentFault(what, f"watch it: recipes study status {shown_path(study.path)} --watch") from None
+        raise EnvironmentFault(
+            what, f"watch it: recipes study status {shown_path(study.path)} --watch"
+        ) from None
     try:
         yield
     finally:
@@ -156,9 +195,18 @@ def check_imported(study: Study) -> None:
     for arm in study.arms:
         if arm.imported and not RunDirectory(arm.imported).exists():
             origin = study.origins.get(("arms", arm.name, "imported"))
-            what = f"arm '{arm.name}' stands for run '{arm.imported}', which is not in {runs_root()}"
+            what = (
+                f"arm '{arm.name}' stands for run '{arm.imported}', which is not in {runs_root()}"
+            )
             hint = f"make it from the foreign files: recipes import FILE... --as {arm.imported}"
-            errors.append(RecipeError(what, hint, file=origin.file if origin else study.path, line=origin.line if origin else None))
+            errors.append(
+                RecipeError(
+                    what,
+                    hint,
+                    file=origin.file if origin else study.path,
+                    line=origin.line if origin else None,
+                )
+            )
     if errors:
         raise RecipeErrors(errors)
 
@@ -173,7 +221,9 @@ def _as_run(study: Study) -> str:
 
 
 def written_at(study: Study) -> Path:
-    """Return where the user wrote the study: a job of a cluster runs a copy of it, beside a note of the folder it was copied from."""
+    """Return where the user wrote the study: a job of a cluster runs a copy of it, beside a note of
+    the folder it was copied from.
+    """
     path, copies = study.path.resolve(), study_folder(study).resolve() / "slurm" / "snapshot"
     note = copies.with_suffix(".origin")
     return (
@@ -184,27 +234,37 @@ def written_at(study: Study) -> Path:
 
 
 def _check_folder(study: Study) -> None:
-    """Refuse a study whose folder is a run, or holds another study of the same name; both would undo each other's steps.
+    """Refuse a study whose folder is a run, or holds another study of the same name; both would
+    undo each other's steps.
 
     Raises:
         RecipeError: naming the run, or the other file.
     """
     kept = study_folder(study) / "study.yaml"
     if kept.with_name("run.json").is_file():
-        what = f"{shown_path(kept.parent)} is a run, and the study '{study.name}' would lie in the same folder"
+        what = (
+            f"{shown_path(kept.parent)} is a run, and the study '{study.name}' would lie in the"
+            " same folder"
+        )
         raise RecipeError(what, "rename the study's file", file=study.path)
     first = kept.read_text(encoding="utf-8").partition("\n")[0] if kept.is_file() else ""
     other = Path(first.removeprefix(_COPY))
     if first.startswith(_COPY) and other.is_file() and other != written_at(study):
-        what = f"{shown_path(kept.parent)} belongs to another study of this name: {shown_path(other)}"
-        raise RecipeError(what, "rename one of the two files; runs are named after their study", file=study.path)
+        what = (
+            f"{shown_path(kept.parent)} belongs to another study of this name: {shown_path(other)}"
+        )
+        raise RecipeError(
+            what, "rename one of the two files; runs are named after their study", file=study.path
+        )
 
 
 def _anything_trained(study: Study) -> bool:
     """Whether there is an arm to evaluate."""
     graph = build_graph(study)
     state = graph.survey()
-    return any(arm.imported for arm in study.arms) or any(state[step.name].fresh for step in graph.of_kind("train"))
+    return any(arm.imported for arm in study.arms) or any(
+        state[step.name].fresh for step in graph.of_kind("train")
+    )
 
 
 def wanted_steps(graph: Graph, only: Sequence[str]) -> list[Step]:
@@ -215,7 +275,11 @@ def wanted_steps(graph: Graph, only: Sequence[str]) -> list[Step]:
     """
     for word in only:
         if not any(_fits(step, [word]) for step in graph):
-            raise RecipeError(f"--only {word}: no such step", *did_you_mean(word, list(graph.steps)), "all steps: recipes study plan")
+            raise RecipeError(
+                f"--only {word}: no such step",
+                *did_you_mean(word, list(graph.steps)),
+                "all steps: recipes study plan",
+            )
     return [step for step in graph if _fits(step, only)]
 
 
@@ -226,7 +290,9 @@ def _fits(step: Step, only: Sequence[str]) -> bool:
 def _train(
     study: Study, graph: Graph, wanted: Sequence[Step], jobs: int, flags: Sequence[str], say: Say
 ) -> tuple[dict[str, tuple[str, int]], int | None]:
-    """Train what is not trained; return the failures, and an exit code where somebody asked to stop."""
+    """Train what is not trained; return the failures, and an exit code where somebody asked to
+    stop.
+    """
     state = graph.survey()
     todo = [step for step in wanted if step.kind == "train" and not state[step.name].fresh]
     trainings = Trainings(study, graph, jobs, say, flags)
@@ -234,13 +300,19 @@ def _train(
     return trainings.failed, trainings.stopped
 
 
-def _evaluate(study: Study, only: Sequence[str], say: Say, debug: bool, remote_code: bool = False) -> dict[str, tuple[str, int]]:
+def _evaluate(
+    study: Study, only: Sequence[str], say: Say, debug: bool, remote_code: bool = False
+) -> dict[str, tuple[str, int]]:
     """Evaluate what is trained; return the failures."""
     from recipes_lib.study.evaluation import EVALUATION_STEPS, Evaluation, record_base_run
 
     def todo(graph: Graph) -> list[Step]:
         state = graph.survey()
-        return [step for step in wanted_steps(graph, only) if step.kind in EVALUATION_STEPS and not state[step.name].fresh]
+        return [
+            step
+            for step in wanted_steps(graph, only)
+            if step.kind in EVALUATION_STEPS and not state[step.name].fresh
+        ]
 
     graph = build_graph(study)
     if not todo(graph):

@@ -1,4 +1,6 @@
-"""What `recipes study plan`, `status` and `diff` print: steps with their state, reason and cost; arms side by side. Reads files only."""
+"""What `recipes study plan`, `status` and `diff` print: steps with their state, reason and cost;
+arms side by side. Reads files only.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +31,38 @@ class StepRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row for --json."""
-        return {"step": self.name, "state": self.state, "detail": self.detail, "seconds": self.seconds}
+        return {
+            "step": self.name,
+            "state": self.state,
+            "detail": self.detail,
+            "seconds": self.seconds,
+        }
 
 
 def step_rows(study: Study, graph: Graph) -> list[StepRow]:
     """Return every step with its state: fresh, stale, missing, waiting, failed, running."""
     known = graph.survey()
-    training = {step.run for step in graph.of_kind("train") if not known[step.name].fresh and is_held(RunDirectory(step.run).path)}
+    training = {
+        step.run
+        for step in graph.of_kind("train")
+        if not known[step.name].fresh and is_held(RunDirectory(step.run).path)
+    }
     evaluating = not training and is_held(study_folder(study))
     return [_row(step, known, graph, training, evaluating) for step in graph]
 
 
-def _row(step: Step, known: Mapping[str, Freshness], graph: Graph, training: set[str], evaluating: bool) -> StepRow:
+def _row(
+    step: Step, known: Mapping[str, Freshness], graph: Graph, training: set[str], evaluating: bool
+) -> StepRow:
     state, record = known[step.name], graph.record(step.name)
     seconds = record.get("seconds") if record else None
     if state.fresh:
-        return StepRow(step.name, "fresh", f"done {record['finished'].removesuffix('+00:00')}" if record else "", seconds)
+        return StepRow(
+            step.name,
+            "fresh",
+            f"done {record['finished'].removesuffix('+00:00')}" if record else "",
+            seconds,
+        )
     if step.kind == "train" and step.run in training:
         return StepRow(step.name, "running", progress_of(step.run), seconds)
     waits = [name for name in step.upstream if not known[name].fresh]
@@ -52,9 +70,22 @@ def _row(step: Step, known: Mapping[str, Freshness], graph: Graph, training: set
         return StepRow(step.name, "failed", str(state.failure["error"]).splitlines()[0], seconds)
     if state.state == "missing":
         failed = next((name for name in waits if known[name].failure), None)
-        after = f"after {waits[0]}" + (f" and {len(waits) - 1} more" if len(waits) > 1 else "") if waits else ""
-        detail = f"{failed} failed" if failed else after or (_begun(step.run) if step.kind == "train" else "")
-        return StepRow(step.name, "waiting" if waits else "running" if evaluating and step.kind != "train" else "missing", detail, seconds)
+        after = (
+            f"after {waits[0]}" + (f" and {len(waits) - 1} more" if len(waits) > 1 else "")
+            if waits
+            else ""
+        )
+        detail = (
+            f"{failed} failed"
+            if failed
+            else after or (_begun(step.run) if step.kind == "train" else "")
+        )
+        return StepRow(
+            step.name,
+            "waiting" if waits else "running" if evaluating and step.kind != "train" else "missing",
+            detail,
+            seconds,
+        )
     return StepRow(step.name, "stale", state.why, seconds)
 
 
@@ -66,7 +97,11 @@ def progress_of(run_name: str) -> str:
 def _begun(run_name: str) -> str:
     """How far a training came that somebody or something stopped."""
     run = RunDirectory(run_name)
-    return f"stopped ({_reached(run_name)}): the same command continues it" if run.exists() and run.metrics.is_file() else ""
+    return (
+        f"stopped ({_reached(run_name)}): the same command continues it"
+        if run.exists() and run.metrics.is_file()
+        else ""
+    )
 
 
 def _reached(run_name: str) -> str:
@@ -74,16 +109,22 @@ def _reached(run_name: str) -> str:
     run = RunDirectory(run_name)
     step, loss = "starting", ""
     with suppress(OSError):
-        lines = [row for _, row in islice(rows_from_the_end(run.metrics), 2)]  # the last one may be a validation
+        lines = [
+            row for _, row in islice(rows_from_the_end(run.metrics), 2)
+        ]  # the last one may be a validation
         step = f"step {lines[0]['step']}" if lines else step
-        loss = next((f", loss {row['loss']:.3f}" for row in lines if isinstance(row.get("loss"), float)), "")
+        loss = next(
+            (f", loss {row['loss']:.3f}" for row in lines if isinstance(row.get("loss"), float)), ""
+        )
     return f"{step}{loss}"
 
 
 def status_lines(rows: Sequence[StepRow], width: int) -> list[str]:
     """Return the status table, each line cut to the terminal's width."""
     head = ("step", "state", "took", "")
-    lines = aligned([head, *((row.name, row.state, seconds_text(row.seconds), row.detail) for row in rows)])
+    lines = aligned(
+        [head, *((row.name, row.state, seconds_text(row.seconds), row.detail) for row in rows)]
+    )
     return [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines]
 
 
@@ -111,7 +152,13 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def diff_rows(study: Study) -> Iterator[tuple[str, list[str], str]]:
-    """Yield (key, value per arm, declared factor or empty) where the arms' resolved values differ."""
+    """Yield (key, value per arm, declared factor or empty) where the arms' resolved
+    values differ.
+    """
     arms = [arm.name for arm in study.arms if arm.recipe is not None]
     for key, values in study.differing().items():
-        yield key, ["-" if values[name] is None else value_text(values[name]) for name in arms], study.factor_of(key) or ""
+        yield (
+            key,
+            ["-" if values[name] is None else value_text(values[name]) for name in arms],
+            study.factor_of(key) or "",
+        )

@@ -1,7 +1,8 @@
-"""The trainings of a study on this machine: `recipes train` for each arm and seed, some at a time, each with its own run directory.
+"""The trainings of a study on this machine: `recipes train` for each arm and seed, some at a time,
+each with its own run directory.
 
-A training that is left over from a killed runner, or that a cluster job does, is waited for; a run that was trained with other settings
-is moved away, never overwritten.
+A training that is left over from a killed runner, or that a cluster job does, is waited for; a run
+that was trained with other settings is moved away, never overwritten.
 """
 
 from __future__ import annotations
@@ -60,26 +61,50 @@ class Trainings:
         flags: further options of `recipes train`.
     """
 
-    def __init__(self, study: Study, graph: Graph, jobs: int, say: Callable[[str], None], flags: Sequence[str] = ()) -> None:
-        self.study, self.graph, self.jobs, self.say, self.flags = study, graph, jobs, say, list(flags)
+    def __init__(
+        self,
+        study: Study,
+        graph: Graph,
+        jobs: int,
+        say: Callable[[str], None],
+        flags: Sequence[str] = (),
+    ) -> None:
+        self.study, self.graph, self.jobs, self.say, self.flags = (
+            study,
+            graph,
+            jobs,
+            say,
+            list(flags),
+        )
         self.failed: dict[str, tuple[str, int]] = {}
         self.stopped: int | None = None
         self.signals: list[int] = []
         self.running: list[_Training] = []
         self.announced: set[str] = set()
-        # One training at a time has the whole machine. Several share its GPUs out, each as many as its launch starts processes.
+        # One training at a time has the whole machine. Several share its GPUs out, each as many as
+        # its launch starts processes.
         self.devices = devices_here() if jobs > 1 else []
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Train every step's run; failures are in `failed`, and `stopped` is the exit code where somebody asked to stop."""
+        """Train every step's run; failures are in `failed`, and `stopped` is the exit code where
+        somebody asked to stop.
+        """
         waiting = list(steps)
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             while (waiting and self.stopped is None) or self.running:
-                while self.stopped is None and len(self.running) < self.jobs and (step := self._next(waiting)) is not None:
+                while (
+                    self.stopped is None
+                    and len(self.running) < self.jobs
+                    and (step := self._next(waiting)) is not None
+                ):
                     taken = [device for training in self.running for device in training.devices]
                     devices = free_devices(self.devices, taken, self._wanted(step))
-                    if devices is None:  # the next one to start, so that many small ones do not keep a large one waiting
+                    if (
+                        devices is None
+                    ):  # the next one to start, so that many small ones do not keep a large one waiting  # noqa: E501
                         break
                     waiting.remove(step)
                     self._start(step, devices)
@@ -103,19 +128,28 @@ class Trainings:
                 return step
             if step.run not in self.announced:
                 self.announced.add(step.run)
-                self.say(f"{step.run} is being trained{describe_holder(folder / 'lock.json')}: waiting for it")
+                self.say(
+                    f"{step.run} is being trained{describe_holder(folder / 'lock.json')}: waiting"
+                    " for it"
+                )
         return None
 
     def _wanted(self, step: Step) -> int:
         """How many GPUs a training takes; a launch for the CPU takes none."""
         launch = self.study.arm(step.arm).launch
-        on_cpu = launch.config.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        on_cpu = launch.config.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+            "1",
+            "true",
+            "yes",
+        )
         return 0 if on_cpu else launch.per_machine
 
     def _stop(self, number: int, frame: object) -> None:
-        """Note a signal, which `run` hands on, each once: `recipes train` checkpoints and ends, and a second Ctrl-C ends it at once.
+        """Note a signal, which `run` hands on, each once: `recipes train` checkpoints and ends, and
+        a second Ctrl-C ends it at once.
 
-        Not handed on from here, because a training that is just being started is not among the running ones yet.
+        Not handed on from here, because a training that is just being started is not among the
+        running ones yet.
         """
         self.stopped = int(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
         self.signals.append(number)
@@ -136,7 +170,9 @@ class Trainings:
         arm = self.study.arm(step.arm)
         assert step.seed is not None
         words = [*train_words(self.study, arm, step.seed), *launch_words(arm), *self.flags]
-        if self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1:  # two launchers that start together would both take the usual port
+        if (
+            self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1
+        ):  # two launchers that start together would both take the usual port
             words += ["--main-process-port", str(free_port())]
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
         log = study_folder(self.study) / "logs" / f"{step.run}.log" if self.jobs > 1 else None
@@ -144,16 +180,22 @@ class Trainings:
             log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("ab") if log else None
         shown = "".join(f"{key}={value} " for key, value in environment.items())
-        self.say(f"\n$ {shown}recipes train {' '.join(words)}" + (f"   # output: {log}" if log else ""))
+        self.say(
+            f"\n$ {shown}recipes train {' '.join(words)}" + (f"   # output: {log}" if log else "")
+        )
         options: dict[str, Any] = {"stdout": stream, "stderr": stream} if stream else {}
         options["env"] = {**os.environ, **environment}
-        # In a session of its own, so that a terminal's Ctrl-C reaches it through us alone and not twice.
+        # In a session of its own, so that a terminal's Ctrl-C reaches it through us alone and not
+        # twice.
         tied = functools.partial(_die_with_parent, os.getpid())
-        process = subprocess.Popen(train_command(words), preexec_fn=tied, start_new_session=True, **options)
+        process = subprocess.Popen(
+            train_command(words), preexec_fn=tied, start_new_session=True, **options
+        )
         self.running.append(_Training(step, process, time.monotonic(), log, stream, devices))
 
     def _clear_way(self, step: Step, run: RunDirectory) -> None:
-        """Note what is going to be trained; a run of other settings or other data is moved into the study's folder first.
+        """Note what is going to be trained; a run of other settings or other data is moved into the
+        study's folder first.
 
         Raises:
             RecipeError: the run was imported.
@@ -164,7 +206,8 @@ class Trainings:
             state = run.read_state()
             if state["state"] == "imported":
                 raise RecipeError(
-                    f"run '{run.name}' was imported, and arm '{step.arm}' is to be trained", "remove the run or rename the study"
+                    f"run '{run.name}' was imported, and arm '{step.arm}' is to be trained",
+                    "remove the run or rename the study",
                 )
             if begun:
                 other = changed_inputs(begun["inputs"], step.inputs)
@@ -179,7 +222,10 @@ class Trainings:
                 away = free_name(study_folder(self.study) / "replaced" / run.name)
                 away.parent.mkdir(parents=True, exist_ok=True)
                 run.path.rename(away)
-                self.say(f"{step.run} is out of date ({', '.join(other[:3])}): moved to {shown_path(away)}")
+                self.say(
+                    f"{step.run} is out of date ({', '.join(other[:3])}): moved to"
+                    f" {shown_path(away)}"
+                )
         write_json(note, {"inputs": dict(step.inputs), "version": step.version})
 
     def _recipe(self, step: Step) -> Any:
@@ -205,10 +251,14 @@ class Trainings:
             self._fail(step, error, code if code > 0 else int(ExitCode.FAILED))
 
     def _finish(self, step: Step, run: RunDirectory, seconds: float) -> None:
-        """Record a finished training: its result is the hash of its weights and of the prompt format it was trained in."""
+        """Record a finished training: its result is the hash of its weights and of the prompt
+        format it was trained in.
+        """
         state = run.read_state()
         took = seconds or float((state.get("summary") or {}).get("seconds") or 0)
-        self.graph.finish(step, weights_digest(run, state), weight_files(run), seconds=round(took, 1))
+        self.graph.finish(
+            step, weights_digest(run, state), weight_files(run), seconds=round(took, 1)
+        )
         self.say(f"{step.run}: trained" + ("" if seconds else " before"))
 
     def _fail(self, step: Step, error: str, code: int) -> None:
@@ -217,15 +267,18 @@ class Trainings:
         self.say(f"{step.run}: failed (exit code {code}); the other arms go on")
 
 
-def free_devices(devices: Sequence[str], taken: Collection[str], wanted: int) -> tuple[str, ...] | None:
+def free_devices(
+    devices: Sequence[str], taken: Collection[str], wanted: int
+) -> tuple[str, ...] | None:
     """Return the devices that a training gets, or None while too few are free.
 
-    Where the machine has fewer than it wants it gets all of them, alone, and says itself that they are too few.
+    Where the machine has fewer than it wants it gets all of them, alone, and says itself that they
+    are too few.
 
     Example:
         >>> free_devices(["0", "1", "2"], ["1"], 2), free_devices(["0", "1"], ["1"], 2), free_devices([], [], 2)
         (('0', '2'), None, ())
-    """
+    """  # noqa: E501
     wanted = min(wanted, len(devices))
     free = [device for device in devices if device not in taken]
     return tuple(free[:wanted]) if len(free) >= wanted else None
@@ -248,23 +301,42 @@ def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:
     folder = _weights(run)
     assert folder is not None
     check = read_check(folder)
-    return digest_of([check.sha256 if check else weight_hashes(folder), state.get("guard", {}).get("prompt_format_hash")])
+    return digest_of(
+        [
+            check.sha256 if check else weight_hashes(folder),
+            state.get("guard", {}).get("prompt_format_hash"),
+        ]
+    )
 
 
 def weight_files(run: RunDirectory) -> list[Path]:
     """Return the files that hold a finished run's weights, and its curves."""
     folder = _weights(run)
     assert folder is not None
-    return [*sorted(folder.glob("*.safetensors")), *([run.metrics] if run.metrics.is_file() else [])]
+    return [
+        *sorted(folder.glob("*.safetensors")),
+        *([run.metrics] if run.metrics.is_file() else []),
+    ]
 
 
 def _weights(run: RunDirectory) -> Path | None:
-    """The folder of a finished run's weights, its adapter or its model; None where somebody removed it."""
-    return next((folder for folder in (run.weights(False), run.weights(True)) if any(folder.glob("*.safetensors"))), None)
+    """The folder of a finished run's weights, its adapter or its model; None where somebody removed
+    it.
+    """
+    return next(
+        (
+            folder
+            for folder in (run.weights(False), run.weights(True))
+            if any(folder.glob("*.safetensors"))
+        ),
+        None,
+    )
 
 
 def _die_with_parent(parent: int) -> None:
-    """Ask Linux to send SIGTERM to this process when the runner ends, however it ends: a killed study leaves no training behind."""
+    """Ask Linux to send SIGTERM to this process when the runner ends, however it ends: a killed
+    study leaves no training behind.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         if os.getppid() != parent:  # it ended before it could be asked

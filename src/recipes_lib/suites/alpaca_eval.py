@@ -1,6 +1,8 @@
-"""AlpacaEval: one answer per instruction, compared with an opponent's in both orders; win, loss and tie with bounds and intervals.
+"""AlpacaEval: one answer per instruction, compared with an opponent's in both orders; win, loss and
+tie with bounds and intervals.
 
-The library's own numbers stand beside ours (`alpaca_library`). The mean score comes from absolute grading, where it is asked for.
+The library's own numbers stand beside ours (`alpaca_library`). The mean score comes from absolute
+grading, where it is asked for.
 """
 
 from __future__ import annotations
@@ -17,9 +19,21 @@ from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_sample, summarise
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
-from recipes_lib.suites.alpaca_library import annotations_text, is_alpaca_eval, library_numbers, own_length_controlled
+from recipes_lib.suites.alpaca_library import (
+    annotations_text,
+    is_alpaca_eval,
+    library_numbers,
+    own_length_controlled,
+)
 from recipes_lib.suites.answering import AnswerSet
-from recipes_lib.suites.judged import Judged, judge_all, judgments_file, sample_file, within_scale, write_lines
+from recipes_lib.suites.judged import (
+    Judged,
+    judge_all,
+    judgments_file,
+    sample_file,
+    within_scale,
+    write_lines,
+)
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.questions import Question, QuestionSet
 from recipes_lib.suites.recipe import EvalRecipe
@@ -31,57 +45,98 @@ class AlpacaEval(JudgedSuite):
     """AlpacaEval for the targets of one eval recipe."""
 
     def opponent(self, against: str | None) -> str | None:
-        """Return who is compared with: without a word the recipe's, which is the reference unless it says otherwise."""
+        """Return who is compared with: without a word the recipe's, which is the reference unless
+        it says otherwise.
+        """
         return against or self.recipe.metrics.against
 
     def questions(self) -> QuestionSet:
         """Return the questions of the recipe.
 
         Raises:
-            RecipeError: the library's length-controlled rate is asked for, where a place in the list is a question, and these questions
-                are others than AlpacaEval's, fewer, or in another order.
+            RecipeError: the library's length-controlled rate is asked for, where a place in the
+                list is a question, and these questions are others than AlpacaEval's, fewer, or in
+                another order.
         """
         chosen = super().questions()
         instructions = [question.turns[0] for question in chosen.questions]
         if self.recipe.metrics.length_controlled == "library" and not is_alpaca_eval(instructions):
-            known = f"for AlpacaEval's 805 instructions in their order, and these {len(instructions)} are not"
+            known = (
+                f"for AlpacaEval's 805 instructions in their order, and these {len(instructions)}"
+                " are not"
+            )
             what = f"metrics.length_controlled: library is {known}"
-            raise self.recipe.error("metrics.length_controlled", what, "own (length term only) is for any questions")
+            raise self.recipe.error(
+                "metrics.length_controlled", what, "own (length term only) is for any questions"
+            )
         return chosen
 
     def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
         """Return what is to be compared."""
         return [
-            Item(one.id, one.turns[0], answers.text(one.id), opponent.text(one.id), meta={"category": one.category})
+            Item(
+                one.id,
+                one.turns[0],
+                answers.text(one.id),
+                opponent.text(one.id),
+                meta={"category": one.category},
+            )
             for one in self.chosen.questions
         ]
 
-    def judge_answers(self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge) -> Judged:
+    def judge_answers(
+        self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
+    ) -> Judged:
         """Ask for all verdicts about one target."""
         assert opponent is not None
         store = JudgmentStore(judgments_file(answers.folder(self.recipe.name), opponent.name))
-        judged = judge_all(self.pair_items(answers, opponent), judge, judge.plan("relative"), store, answers.name)
+        judged = judge_all(
+            self.pair_items(answers, opponent), judge, judge.plan("relative"), store, answers.name
+        )
         if self.recipe.metrics.absolute:
-            judged.add(judge_all(single_items(self.chosen.questions, answers), judge, judge.plan("absolute"), store, f"{answers.name} 1-5"))
+            judged.add(
+                judge_all(
+                    single_items(self.chosen.questions, answers),
+                    judge,
+                    judge.plan("absolute"),
+                    store,
+                    f"{answers.name} 1-5",
+                )
+            )
         return judged
 
     def numbers(
-        self, result: Mapping[str, Any], answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge, rows: Sequence[Row]
+        self,
+        result: Mapping[str, Any],
+        answers: AnswerSet,
+        opponent: AnswerSet | None,
+        judge: OpenJudge,
+        rows: Sequence[Row],
     ) -> dict[str, Any]:
-        """Return win rate, bounds and grades; samples, model_outputs.json and annotations.json are written."""
+        """Return win rate, bounds and grades; samples, model_outputs.json and annotations.json are
+        written.
+        """
         assert opponent is not None
         questions, metrics = self.chosen.questions, self.recipe.metrics
         lines = samples(questions, answers, opponent, rows)
         write_lines(sample_file(answers.folder(self.recipe.name), "samples.jsonl", opponent), lines)
         compared = _compared(questions, answers, opponent, rows)
         library = _library(self.recipe, compared, answers, opponent, judge)
-        scores = [row["value"] for row in rows if row["kind"] == "absolute" and row["status"] == "ok"]
+        scores = [
+            row["value"] for row in rows if row["kind"] == "absolute" and row["status"] == "ok"
+        ]
         whole = {
             **result,
             "pairs": summarise(compared).to_dict(),
             "alpaca_eval": library | {"n": library["n_total"]},
-            "length_controlled": own_length_controlled(compared) if metrics.length_controlled != "none" else None,
-            "mean_score": {**within_scale(mean_interval(scores)), "questions": len(questions)} if metrics.absolute else None,
+            "length_controlled": (
+                own_length_controlled(compared) if metrics.length_controlled != "none" else None
+            ),
+            "mean_score": (
+                {**within_scale(mean_interval(scores)), "questions": len(questions)}
+                if metrics.absolute
+                else None
+            ),
             "mean_length": {
                 "answers": _mean([one.lengths[0] for one in compared]),
                 "opponent": _mean([one.lengths[1] for one in compared]),
@@ -114,11 +169,22 @@ class AlpacaEval(JudgedSuite):
             counts = [str(pairs[name]) for name in ("win", "loss", "tie", "unresolved")]
             rows.append(
                 [
-                    *(result["target"], result["against"], str(pairs["n"]), *counts, percent_interval(pairs["score"])),
-                    f"{percent(bounds['all_lost']['estimate'])} .. {percent(bounds['all_won']['estimate'])}",
-                    "n/a"
-                    if not equal or equal["estimate"] is None
-                    else f"{equal['estimate']:.1f}% [{equal['low']:.1f}, {equal['high']:.1f}]",
+                    *(
+                        result["target"],
+                        result["against"],
+                        str(pairs["n"]),
+                        *counts,
+                        percent_interval(pairs["score"]),
+                    ),
+                    (
+                        f"{percent(bounds['all_lost']['estimate'])} .."
+                        f" {percent(bounds['all_won']['estimate'])}"
+                    ),
+                    (
+                        "n/a"
+                        if not equal or equal["estimate"] is None
+                        else f"{equal['estimate']:.1f}% [{equal['low']:.1f}, {equal['high']:.1f}]"
+                    ),
                     "-" if not result["mean_score"] else interval(result["mean_score"]),
                 ]
             )
@@ -128,14 +194,24 @@ class AlpacaEval(JudgedSuite):
 
 
 def single_items(questions: Sequence[Question], answers: AnswerSet) -> list[Item]:
-    """Return what is to be graded 1-5; a reference output is shown to the judge where there is one."""
+    """Return what is to be graded 1-5; a reference output is shown to the judge where
+    there is one.
+    """
     return [
-        Item(question.id, question.turns[0], answers.text(question.id), None, question.reference[0] if question.reference else None)
+        Item(
+            question.id,
+            question.turns[0],
+            answers.text(question.id),
+            None,
+            question.reference[0] if question.reference else None,
+        )
         for question in questions
     ]
 
 
-def _compared(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]) -> list[Sample]:
+def _compared(
+    questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]
+) -> list[Sample]:
     """One comparison per question, with what was asked and both answers."""
     verdicts: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -144,12 +220,23 @@ def _compared(questions: Sequence[Question], answers: AnswerSet, opponent: Answe
     found = []
     for question in questions:
         sides = answers.text(question.id), opponent.text(question.id)
-        texts = {"input": question.turns[0], "answer": sides[0], "opponent": sides[1], "lengths": tuple(map(len, sides))}
-        found.append(pair_sample(question.id, verdicts.get(question.id, {}), category=question.category, **texts))
+        texts = {
+            "input": question.turns[0],
+            "answer": sides[0],
+            "opponent": sides[1],
+            "lengths": tuple(map(len, sides)),
+        }
+        found.append(
+            pair_sample(
+                question.id, verdicts.get(question.id, {}), category=question.category, **texts
+            )
+        )
     return found
 
 
-def samples(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def samples(
+    questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]
+) -> list[dict[str, Any]]:
     """Return one line per question with both answers and both verdicts, for reading."""
     by_question: dict[str, list[Row]] = {}
     for row in rows:
@@ -162,7 +249,10 @@ def samples(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerS
             "answer": answers.text(question.id),
             "opponent_answer": opponent.text(question.id),
             "verdicts": [
-                {name: row.get(name) for name in ("kind", "order", "status", "value", "source", "mass", "raw")}
+                {
+                    name: row.get(name)
+                    for name in ("kind", "order", "status", "value", "source", "mass", "raw")
+                }
                 for row in by_question.get(question.id, [])
             ],
         }
@@ -170,22 +260,41 @@ def samples(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerS
     ]
 
 
-def _library(recipe: EvalRecipe, compared: Sequence[Sample], answers: AnswerSet, opponent: AnswerSet, judge: OpenJudge) -> dict[str, Any]:
+def _library(
+    recipe: EvalRecipe,
+    compared: Sequence[Sample],
+    answers: AnswerSet,
+    opponent: AnswerSet,
+    judge: OpenJudge,
+) -> dict[str, Any]:
     """The library's numbers on these comparisons; files as it writes them go beside the samples."""
     folder = answers.folder(recipe.name)
     other = ", ".join(opponent.models) if opponent.name == REFERENCE else opponent.name
     plan = judge.plan("relative")
     identity = hash_of(judge.judge.fingerprint, plan.template.fingerprint, plan.rubric.criterion)
     wanted = recipe.metrics.length_controlled == "library"
-    numbers, annotations = library_numbers(compared, answers.name, other, identity, length_controlled=wanted)
-    names = {"model_outputs.json": _outputs(compared, answers.name), "annotations.json": annotations_text(annotations)}
+    numbers, annotations = library_numbers(
+        compared, answers.name, other, identity, length_controlled=wanted
+    )
+    names = {
+        "model_outputs.json": _outputs(compared, answers.name),
+        "annotations.json": annotations_text(annotations),
+    }
     for name, text in names.items():
         write_text(sample_file(folder, name, opponent), text)
     return numbers
 
 
 def _outputs(compared: Sequence[Sample], generator: str) -> str:
-    rows = [{"dataset": one.category, "instruction": one.input, "output": one.answer, "generator": generator} for one in compared]
+    rows = [
+        {
+            "dataset": one.category,
+            "instruction": one.input,
+            "output": one.answer,
+            "generator": generator,
+        }
+        for one in compared
+    ]
     return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -193,7 +302,9 @@ def _by_category(compared: Sequence[Sample]) -> dict[str, dict[str, int]]:
     """Counts of outcomes per category."""
     counts: dict[str, dict[str, int]] = {}
     for one in compared:
-        group = counts.setdefault(one.category, dict.fromkeys(("win", "loss", "tie", "unresolved"), 0))
+        group = counts.setdefault(
+            one.category, dict.fromkeys(("win", "loss", "tie", "unresolved"), 0)
+        )
         group[one.outcome] += 1
     return counts
 

@@ -1,4 +1,6 @@
-"""Every target's answers to a suite's questions. The caller loads the models, base by base; answers in files are targets too."""
+"""Every target's answers to a suite's questions. The caller loads the models, base by base; answers
+in files are targets too.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from recipes_lib.generation.engine import Decoding, Engine
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
-from recipes_lib.generation.targets import Asking, Target, base_target, distinct, record_base, targets_by_word
+from recipes_lib.generation.targets import (
+    Asking,
+    Target,
+    base_target,
+    distinct,
+    record_base,
+    targets_by_word,
+)
 from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.runs.lock import waiting_lock
@@ -32,7 +41,8 @@ _BASE = "base"
 class AnswerSet:
     """One target's answers: {(question id, turn): row of generations.jsonl}.
 
-    `run` is None for the outputs that come with the questions. `models` are the names of the weights behind the answers.
+    `run` is None for the outputs that come with the questions. `models` are the names of the
+    weights behind the answers.
     """
 
     name: str
@@ -63,21 +73,37 @@ class AnswerSet:
     def to_dict(self, max_identical_fraction: float) -> dict[str, Any]:
         """Return what result.json says about the answers."""
         faults = answer_faults(self.rows.values(), max_identical_fraction)
-        speed = {"new_tokens": self.tokens, "seconds": round(self.seconds, 1)} if self.tokens else None
-        weights = {"fingerprint": self.fingerprint, "prompt_format": self.prompt_format, "prompt_format_hash": self.prompt_format_hash}
-        return {"name": self.name, "models": list(self.models), **weights, **self.details, "answers": faults, "generated_now": speed}
+        speed = (
+            {"new_tokens": self.tokens, "seconds": round(self.seconds, 1)} if self.tokens else None
+        )
+        weights = {
+            "fingerprint": self.fingerprint,
+            "prompt_format": self.prompt_format,
+            "prompt_format_hash": self.prompt_format_hash,
+        }
+        return {
+            "name": self.name,
+            "models": list(self.models),
+            **weights,
+            **self.details,
+            "answers": faults,
+            "generated_now": speed,
+        }
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Who is evaluated, and against whom: `opponents` maps a target's name to its opponent's answers."""
+    """Who is evaluated, and against whom: `opponents` maps a target's name to its opponent's
+    answers.
+    """
 
     targets: list[AnswerSet]
     opponents: dict[str, AnswerSet]
 
 
 class Answering:
-    """The answers that one judged eval recipe needs: who must answer, and afterwards who stands against whom.
+    """The answers that one judged eval recipe needs: who must answer, and afterwards who stands
+    against whom.
 
     Args:
         words: targets as typed: runs, models, `base`, or files with answers.
@@ -89,19 +115,33 @@ class Answering:
     """
 
     def __init__(
-        self, recipe: EvalRecipe, words: Sequence[str], against: str | None, questions: Sequence[Question], remote_code: bool = False
+        self,
+        recipe: EvalRecipe,
+        words: Sequence[str],
+        against: str | None,
+        questions: Sequence[Question],
+        remote_code: bool = False,
     ) -> None:
-        self.recipe, self.questions, self.words, self.against = recipe, questions, list(dict.fromkeys(words)), against
+        self.recipe, self.questions, self.words, self.against = (
+            recipe,
+            questions,
+            list(dict.fromkeys(words)),
+            against,
+        )
         self.served = recipe.generation.engine == "openai"
         self._done: dict[str, AnswerSet] = {}
         asking = asking_of(recipe, remote_code)
-        files = [word for word in [*self.words, *([against] if against else [])] if is_answer_file(word)]
+        files = [
+            word for word in [*self.words, *([against] if against else [])] if is_answer_file(word)
+        ]
         self._from_files = {word: _from_file(Path(word), questions) for word in files}
         others = [word for word in self.words if word not in files]
         opponent = [against] if against and against not in (REFERENCE, _BASE, *files) else []
         found = targets_by_word([*others, *opponent], asking)
         self._named = {word: found[word] for word in others}
-        self._opponent_of: dict[str, Target] = dict.fromkeys(others, found[opponent[0]]) if opponent else {}
+        self._opponent_of: dict[str, Target] = (
+            dict.fromkeys(others, found[opponent[0]]) if opponent else {}
+        )
         if against == _BASE:
             self._opponent_of = {word: _base_of(word, self._named) for word in others}
         if against == REFERENCE:
@@ -138,7 +178,10 @@ class Answering:
             elif word in self._opponent_of:
                 opponents[answers.name] = self._done[str(self._opponent_of[word].identity)]
             elif self.against:
-                raise RecipeError(f"'{word}' is a file of answers and has no base", "name the opponent: --against RUN")
+                raise RecipeError(
+                    f"'{word}' is a file of answers and has no base",
+                    "name the opponent: --against RUN",
+                )
         return Pairing(list(targets.values()), opponents)
 
 
@@ -155,17 +198,22 @@ def asking_of(recipe: EvalRecipe, remote_code: bool) -> Asking:
 
 
 def check_target_words(recipe: EvalRecipe, words: Sequence[str], remote_code: bool) -> None:
-    """Refuse words that are no target; `reference`, `base` and files of answers are left to `Answering`.
+    """Refuse words that are no target; `reference`, `base` and files of answers are left to
+    `Answering`.
 
     Raises:
         RecipeError: as `targets_by_word` does.
     """
     known = (REFERENCE, _BASE)
-    targets_by_word([word for word in words if word not in known and not is_answer_file(word)], asking_of(recipe, remote_code))
+    targets_by_word(
+        [word for word in words if word not in known and not is_answer_file(word)],
+        asking_of(recipe, remote_code),
+    )
 
 
 def _base_of(word: str, named: Mapping[str, Target]) -> Target:
-    """The base that a target is compared with; the base itself beside its runs is compared with itself, which is one half.
+    """The base that a target is compared with; the base itself beside its runs is compared with
+    itself, which is one half.
 
     Raises:
         RecipeError: the target is no adapter.
@@ -173,10 +221,17 @@ def _base_of(word: str, named: Mapping[str, Target]) -> Target:
     target = named[word]
     if target.trained is not None and target.recipe.lora is not None:
         return base_target(target.recipe)
-    bases = [base_target(one.recipe) for one in named.values() if one.trained is not None and one.recipe.lora is not None]
+    bases = [
+        base_target(one.recipe)
+        for one in named.values()
+        if one.trained is not None and one.recipe.lora is not None
+    ]
     if any(base.identity == target.identity for base in bases):
         return target
-    raise RecipeError(f"'{word}' has no base of its own to be compared with", "name another run or model: --against OTHER")
+    raise RecipeError(
+        f"'{word}' has no base of its own to be compared with",
+        "name another run or model: --against OTHER",
+    )
 
 
 def is_answer_file(word: str) -> bool:
@@ -187,16 +242,26 @@ def is_answer_file(word: str) -> bool:
 def _answer(recipe: EvalRecipe, subject: Subject, questions: Sequence[Question]) -> AnswerSet:
     """Return one subject's answers to all turns of all questions."""
     section = recipe.generation
-    decoding = Decoding(**{item.name: getattr(section, item.name) for item in dataclasses.fields(Decoding)})
+    decoding = Decoding(
+        **{item.name: getattr(section, item.name) for item in dataclasses.fields(Decoding)}
+    )
     if subject.target.is_base:
         record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
     folder = subject.run.path / "evals" / recipe.name
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     with waiting_lock(folder):
-        writer = Writer(folder / "generations.jsonl", _engine(recipe, subject), decoding, subject.prompts, subject.name)
+        writer = Writer(
+            folder / "generations.jsonl",
+            _engine(recipe, subject),
+            decoding,
+            subject.prompts,
+            subject.name,
+        )
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
             asked = [question for question in questions if len(question.turns) >= turn]
-            prompts = [Prompt(question.id, _conversation(question, turn, rows), turn) for question in asked]
+            prompts = [
+                Prompt(question.id, _conversation(question, turn, rows), turn) for question in asked
+            ]
             for question, row in zip(asked, writer.answer(prompts), strict=True):
                 rows[question.id, turn] = row
     model = subject.target.recipe.model
@@ -210,14 +275,20 @@ def _answer(recipe: EvalRecipe, subject: Subject, questions: Sequence[Question])
         models=(model.name_or_path,),
         seconds=writer.seconds,
         tokens=writer.tokens,
-        details={"decoding": decoding.to_dict(), "dtype": model.dtype, "quantized": subject.target.recipe.quantization is not None},
+        details={
+            "decoding": decoding.to_dict(),
+            "dtype": model.dtype,
+            "quantized": subject.target.recipe.quantization is not None,
+        },
     )
 
 
 def _engine(recipe: EvalRecipe, subject: Subject) -> Engine:
     section = recipe.generation
     if section.engine == "openai":
-        name = section.served_name or (subject.target.word if subject.target.is_base else subject.name)
+        name = section.served_name or (
+            subject.target.word if subject.target.is_base else subject.name
+        )
         server = Server(
             base_url=str(section.base_url),
             model=name,
@@ -231,10 +302,14 @@ def _engine(recipe: EvalRecipe, subject: Subject) -> Engine:
 
     assert subject.model is not None
     tokenizer = subject.prompts.tokenizer
-    return TransformersEngine(subject.model, tokenizer, subject.fingerprint, section.batch_tokens, subject.using)
+    return TransformersEngine(
+        subject.model, tokenizer, subject.fingerprint, section.batch_tokens, subject.using
+    )
 
 
-def _conversation(question: Question, turn: int, rows: dict[tuple[str, int], dict[str, Any]]) -> tuple[Message, ...]:
+def _conversation(
+    question: Question, turn: int, rows: dict[tuple[str, int], dict[str, Any]]
+) -> tuple[Message, ...]:
     """The turns so far with the model's own answers, ending with the user's turn."""
     messages: list[Message] = []
     for number in range(1, turn):
@@ -257,8 +332,14 @@ def _reference(questions: Sequence[Question]) -> AnswerSet:
             f"{len(missing)} questions come without a reference output: {', '.join(missing[:8])}",
             "set data.references, or name an opponent: --against RUN",
         )
-    rows = {(question.id, 1): _row(question.reference[0]) for question in questions if question.reference}
-    return AnswerSet(REFERENCE, None, rows, models=tuple(sorted({question.generator for question in questions})))
+    rows = {
+        (question.id, 1): _row(question.reference[0])
+        for question in questions
+        if question.reference
+    }
+    return AnswerSet(
+        REFERENCE, None, rows, models=tuple(sorted({question.generator for question in questions}))
+    )
 
 
 def _from_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
@@ -268,10 +349,21 @@ def _from_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")
     if not run.exists():
-        run.write_state("imported", kind="answers", source={"file": path.name, "sha256": digest, "generator": found.generator})
+        run.write_state(
+            "imported",
+            kind="answers",
+            source={"file": path.name, "sha256": digest, "generator": found.generator},
+        )
     asked = {question.id for question in questions}
     rows = {key: _row(text) for key, text in found.items() if key[0] in asked}
-    return AnswerSet(run.name, run, rows, fingerprint=digest, models=(found.generator,), details={"imported_from": path.name})
+    return AnswerSet(
+        run.name,
+        run,
+        rows,
+        fingerprint=digest,
+        models=(found.generator,),
+        details={"imported_from": path.name},
+    )
 
 
 def _row(text: str) -> dict[str, Any]:

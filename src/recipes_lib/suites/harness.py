@@ -1,7 +1,9 @@
-"""lm-eval through `simple_evaluate`: adapters without merging, every option under lm_eval's own name, its results kept untouched.
+"""lm-eval through `simple_evaluate`: adapters without merging, every option under lm_eval's own
+name, its results kept untouched.
 
-All targets of a base share the loaded model. Under `accelerate launch` every process loads it and does its share of the items. lm-eval's
-cache is keyed without the model and without what shares a batch, so each model fingerprint and set of requests has a cache of its own.
+All targets of a base share the loaded model. Under `accelerate launch` every process loads it and
+does its share of the items. lm-eval's cache is keyed without the model and without what shares a
+batch, so each model fingerprint and set of requests has a cache of its own.
 """
 
 from __future__ import annotations
@@ -32,15 +34,47 @@ from recipes_lib.suites.tables import grid
 from recipes_lib.suites.task_code import ALLOW, code_in, unknown_metrics
 from recipes_lib.training.model import model_path
 
-_PASSED = ("num_fewshot", "limit", "batch_size", "apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
-_CLI_OPTIONS = ("max_batch_size", "device", "check_integrity", "write_out", "predict_only", "confirm_run_unsafe_code")
-_SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}  # lm_eval's defaults
-_CPU_BATCH = 8  # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than most machines have
-_OURS = ("model", "model_args", "tasks", "task_manager", "use_cache", "log_samples", "samples", "evaluation_tracker")
+_PASSED = (
+    "num_fewshot",
+    "limit",
+    "batch_size",
+    "apply_chat_template",
+    "system_instruction",
+    "fewshot_as_multiturn",
+    "gen_kwargs",
+)
+_CLI_OPTIONS = (
+    "max_batch_size",
+    "device",
+    "check_integrity",
+    "write_out",
+    "predict_only",
+    "confirm_run_unsafe_code",
+)
+_SEEDS = {
+    "random_seed": 0,
+    "numpy_random_seed": 1234,
+    "torch_random_seed": 1234,
+    "fewshot_random_seed": 1234,
+}  # lm_eval's defaults
+# instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than
+# most machines have
+_CPU_BATCH = 8
+_OURS = (
+    "model",
+    "model_args",
+    "tasks",
+    "task_manager",
+    "use_cache",
+    "log_samples",
+    "samples",
+    "evaluation_tracker",
+)
 
 
 class Harness:
-    """lm-eval for the targets of one eval recipe, one loaded base at a time; `results` has one per target, in their order.
+    """lm-eval for the targets of one eval recipe, one loaded base at a time; `results` has one per
+    target, in their order.
 
     Under `accelerate launch` every rank visits every subject and the first rank has the results.
 
@@ -64,7 +98,9 @@ class Harness:
         self.targets = find_targets(words, asking_of(recipe, remote_code))
         self._done: dict[str, dict[str, Any]] = {}
         if unknown := sorted(set(recipe.suite.options) & set(_OURS)):
-            raise recipe.error("suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself")
+            raise recipe.error(
+                "suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself"
+            )
         check_allowed(recipe, remote_code)
         self._together = None if alone() else _joined()
 
@@ -76,7 +112,11 @@ class Harness:
             EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
         """
         first = self._together is None or self._together.is_main_process
-        with waiting_lock(subject.run.path / "evals" / self.recipe.name) if first else contextlib.nullcontext():
+        with (
+            waiting_lock(subject.run.path / "evals" / self.recipe.name)
+            if first
+            else contextlib.nullcontext()
+        ):
             result = _run(self.recipe, subject, _live_model(self.recipe, subject, self._together))
         if result is not None:
             self._done[str(subject.target.identity)] = result
@@ -84,21 +124,42 @@ class Harness:
     @property
     def results(self) -> list[dict[str, Any]]:
         """One result per target that was visited; none on other ranks than the first."""
-        return [self._done[name] for target in self.targets if (name := str(target.identity)) in self._done]
+        return [
+            self._done[name]
+            for target in self.targets
+            if (name := str(target.identity)) in self._done
+        ]
 
     @staticmethod
     def table(results: Sequence[dict[str, Any]]) -> list[str]:
         """Return the lines of a table of results."""
         head = ["task", "metric", "few-shot", "n", *(result["target"] for result in results)]
-        keys = list(dict.fromkeys((row["task"], row["metric"], row["filter"]) for result in results for row in result["tasks"]))
-        found = [{(row["task"], row["metric"], row["filter"]): row for row in result["tasks"]} for result in results]
+        keys = list(
+            dict.fromkeys(
+                (row["task"], row["metric"], row["filter"])
+                for result in results
+                for row in result["tasks"]
+            )
+        )
+        found = [
+            {(row["task"], row["metric"], row["filter"]): row for row in result["tasks"]}
+            for result in results
+        ]
         rows = []
         for key in keys:
             cells = [table.get(key) for table in found]
             first = next(cell for cell in cells if cell)
             name = key[1] if key[2] == "none" else f"{key[1]} ({key[2]})"
             shots = "-" if first["num_fewshot"] is None else str(first["num_fewshot"])
-            rows.append([key[0], name, shots, str(first["n"]), *("-" if cell is None else _score(cell) for cell in cells)])
+            rows.append(
+                [
+                    key[0],
+                    name,
+                    shots,
+                    str(first["n"]),
+                    *("-" if cell is None else _score(cell) for cell in cells),
+                ]
+            )
         return grid(head, rows)
 
 
@@ -114,7 +175,10 @@ def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
         RecipeErrors: naming each place.
     """
     if found := [] if remote_code else code_in(recipe.document, _include_path(recipe)):
-        raise RecipeErrors(RecipeError(one.what, "pass --trust-remote-code as well", file=one.file, line=one.line) for one in found)
+        raise RecipeErrors(
+            RecipeError(one.what, "pass --trust-remote-code as well", file=one.file, line=one.line)
+            for one in found
+        )
 
 
 def alone() -> bool:
@@ -131,15 +195,22 @@ def _joined() -> Any:
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(weeks=1))  # ranks wait for the slowest one's share
+    patience = InitProcessGroupKwargs(
+        timeout=datetime.timedelta(weeks=1)
+    )  # ranks wait for the slowest one's share
     together = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     if together.num_processes != int(os.environ["WORLD_SIZE"]):
-        raise EnvironmentFault(f"{os.environ['WORLD_SIZE']} processes were started, {together.num_processes} found each other")
+        raise EnvironmentFault(
+            f"{os.environ['WORLD_SIZE']} processes were started, {together.num_processes} found"
+            " each other"
+        )
     return together
 
 
 def _batch_size(recipe: EvalRecipe) -> Any:
-    """`suite.batch_size`; a number in place of auto where there is no GPU whose memory could be tried."""
+    """`suite.batch_size`; a number in place of auto where there is no GPU whose memory could be
+    tried.
+    """
     import torch
 
     size = recipe.suite.batch_size
@@ -149,22 +220,44 @@ def _batch_size(recipe: EvalRecipe) -> Any:
 def plain_command(recipe: EvalRecipe, target: Target) -> str:
     """Return the `lm_eval` line that gives the same numbers."""
     names, values = _named_arguments(target), recipe.suite
-    words = ["lm_eval", "run", "--model", "hf", "--model_args", ",".join(f"{key}={value}" for key, value in names.items())]
+    words = [
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        ",".join(f"{key}={value}" for key, value in names.items()),
+    ]
     words += ["--tasks", ",".join(values.tasks or []), "--batch_size", str(_batch_size(recipe))]
     for name in ("num_fewshot", "limit", "system_instruction"):
         if getattr(values, name) is not None:
             words += [f"--{name}", str(getattr(values, name))]
     words += ["--apply_chat_template"] if values.apply_chat_template else []
-    words += ["--fewshot_as_multiturn", "false"] if values.apply_chat_template and not values.fewshot_as_multiturn else []
-    words += ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in values.gen_kwargs.items())] if values.gen_kwargs else []
+    words += (
+        ["--fewshot_as_multiturn", "false"]
+        if values.apply_chat_template and not values.fewshot_as_multiturn
+        else []
+    )
+    words += (
+        ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in values.gen_kwargs.items())]
+        if values.gen_kwargs
+        else []
+    )
     words += ["--include_path", str(_include_path(recipe))] if recipe.data.include_path else []
     line = shlex.join([*words, *_option_words(values.options)])
-    place = os.path.relpath(recipe.resolve("data.folder", recipe.data.folder)) if recipe.data.folder else "."
+    place = (
+        os.path.relpath(recipe.resolve("data.folder", recipe.data.folder))
+        if recipe.data.folder
+        else "."
+    )
     line = line if place == "." else f"(cd {shlex.quote(place)} && {line})"
     without = [name for name in values.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
     notes = [f"lm_eval has no flag for {', '.join(without)}"] if without else []
     if target.trained and (target.recipe.lora or {}).get("modules_to_save"):
-        notes.append("on a base with tied embeddings lm_eval ties the trained ones again: give it the merged model")
+        notes.append(
+            "on a base with tied embeddings lm_eval ties the trained ones again: give it the merged"
+            " model"
+        )
     return f"{line}  # {'; '.join(notes)}" if notes else line
 
 
@@ -175,7 +268,10 @@ def _option_words(options: Mapping[str, Any]) -> list[str]:
         if name in _CLI_OPTIONS and value not in (None, False):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     if any(name in options for name in _SEEDS):
-        words += ["--seed", ",".join(str(options.get(name, default)) for name, default in _SEEDS.items())]
+        words += [
+            "--seed",
+            ",".join(str(options.get(name, default)) for name, default in _SEEDS.items()),
+        ]
     return words
 
 
@@ -192,25 +288,39 @@ def _named_arguments(target: Target) -> dict[str, Any]:
     elif target.trained:
         arguments |= {"peft": str(target.trained.weights), "tokenizer": str(target.trained.weights)}
     quantization = target.recipe.quantization or {}
-    return arguments | {key: value for key, value in quantization.items() if key.startswith(("load_in", "bnb_"))}
+    return arguments | {
+        key: value for key, value in quantization.items() if key.startswith(("load_in", "bnb_"))
+    }
 
 
 def _live_model(recipe: EvalRecipe, subject: Subject, together: Any) -> Any:
-    """The loaded model as lm-eval takes it; as one of several processes it is told its share, which lm-eval itself only does on GPUs."""
+    """The loaded model as lm-eval takes it; as one of several processes it is told its share, which
+    lm-eval itself only does on GPUs.
+    """
     with _quiet():
         from lm_eval.models.huggingface import HFLM
 
         assert subject.model is not None
         with _tied_as_trained(subject.model):
-            model = HFLM(pretrained=subject.model, tokenizer=subject.prompts.tokenizer, batch_size=_batch_size(recipe))
+            model = HFLM(
+                pretrained=subject.model,
+                tokenizer=subject.prompts.tokenizer,
+                batch_size=_batch_size(recipe),
+            )
     if together is not None:
-        model.accelerator, model._rank, model._world_size = together, together.process_index, together.num_processes
+        model.accelerator, model._rank, model._world_size = (
+            together,
+            together.process_index,
+            together.num_processes,
+        )
     return model
 
 
 @contextlib.contextmanager
 def _tied_as_trained(model: Any) -> Iterator[None]:
-    """Keep lm-eval from tying head and embeddings of a loaded model: with `lora.modules_to_save` they were trained apart."""
+    """Keep lm-eval from tying head and embeddings of a loaded model: with `lora.modules_to_save`
+    they were trained apart.
+    """
     model.__dict__["tie_weights"] = lambda *_, **__: None
     try:
         yield
@@ -219,15 +329,26 @@ def _tied_as_trained(model: Any) -> Iterator[None]:
 
 
 def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | None:
-    """Evaluate one subject, keep lm-eval's files and return our result; None on other ranks than the first."""
+    """Evaluate one subject, keep lm-eval's files and return our result; None on other ranks than
+    the first.
+    """
     suite = recipe.suite
     folder = subject.run.path / "evals" / recipe.name
-    settings = {name: getattr(suite, name) for name in _PASSED if name != "batch_size"} | suite.options
-    command = plain_command(recipe, subject.target)  # on every rank: finding a packaged model is work that the ranks do together
+    settings = {
+        name: getattr(suite, name) for name in _PASSED if name != "batch_size"
+    } | suite.options
+    command = plain_command(
+        recipe, subject.target
+    )  # on every rank: finding a packaged model is work that the ranks do together
     # Rounding depends on what shares a batch, so answers of another set of requests are not reused.
     requests = [suite.tasks, settings, _batch_size(recipe), os.environ.get("WORLD_SIZE", "1")]
     cache = folder / "cache" / hash_of(subject.fingerprint, requests)[:16]
-    with _quiet(), _inside(recipe) as own, _sandboxed(recipe), subject.using() if subject.using else contextlib.nullcontext():
+    with (
+        _quiet(),
+        _inside(recipe) as own,
+        _sandboxed(recipe),
+        subject.using() if subject.using else contextlib.nullcontext(),
+    ):
         from lm_eval import simple_evaluate
 
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -242,11 +363,16 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
             )
         except TypeError as error:
             if "unexpected keyword" in str(error):
-                raise recipe.error("suite.options", f"suite.options: {error}", "see lm_eval.simple_evaluate") from None
+                raise recipe.error(
+                    "suite.options", f"suite.options: {error}", "see lm_eval.simple_evaluate"
+                ) from None
             raise
         except (ConnectionError, FileNotFoundError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            hint = "offline: set data.folder to a folder that holds the data sets under their Hub names"
+            hint = (
+                "offline: set data.folder to a folder that holds the data sets under their Hub"
+                " names"
+            )
             raise EnvironmentFault(f"a task's data cannot be loaded: {reason}", hint) from None
     if found is None:
         return None
@@ -255,7 +381,9 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
     return _keep(recipe, subject, dict(found), folder, command)
 
 
-def _keep(recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
+def _keep(
+    recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: Path, command: str
+) -> dict[str, Any]:
     """Write lm-eval's own results and samples as they are, and return ours."""
     from lm_eval.utils import handle_non_serializable
 
@@ -263,12 +391,19 @@ def _keep(recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: P
     own = json.dumps(found, indent=2, ensure_ascii=False, default=handle_non_serializable) + "\n"
     write_text(folder / "lm_eval_results.json", own)
     for task, rows in samples.items():
-        lines = (json.dumps(row, ensure_ascii=False, default=handle_non_serializable) + "\n" for row in rows)
+        lines = (
+            json.dumps(row, ensure_ascii=False, default=handle_non_serializable) + "\n"
+            for row in rows
+        )
         write_text(folder / "samples" / f"samples_{task}.jsonl", "".join(lines))
     limited = recipe.suite.limit is not None
     sizes = found.get("n-samples", {})
     whole = {task: size["original"] for task, size in sizes.items()}
-    subset = f"subset, limit={recipe.suite.limit} of {max(whole.values(), default=0)} per task at most" if limited else None
+    subset = (
+        f"subset, limit={recipe.suite.limit} of {max(whole.values(), default=0)} per task at most"
+        if limited
+        else None
+    )
     return {
         "target": subject.name,
         "against": None,
@@ -282,7 +417,11 @@ def _keep(recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: P
         },
         "banners": [subset] if subset else [],
         "tasks": _tasks(found, samples),
-        "protocol": {name: getattr(recipe.suite, name) for name in _PASSED} | {"batch_size": _batch_size(recipe)} | recipe.suite.options,
+        "protocol": (
+            {name: getattr(recipe.suite, name) for name in _PASSED}
+            | {"batch_size": _batch_size(recipe)}
+            | recipe.suite.options
+        ),
         "lm_eval_command": command,
         "lm_eval_results": "lm_eval_results.json",
     }
@@ -300,7 +439,8 @@ def _tasks(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> l
             scores = [
                 row[metric]
                 for row in samples.get(task, [])
-                if row.get("filter", "none") == chosen and isinstance(row.get(metric), int | float | bool)
+                if row.get("filter", "none") == chosen
+                and isinstance(row.get(metric), int | float | bool)
             ]
             error = metrics.get(f"{metric}_stderr,{chosen}")
             rows.append(
@@ -321,32 +461,49 @@ def _tasks(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> l
 
 
 def metric_direction(found: Mapping[str, Any], task: str, metric: str) -> bool | None:
-    """Return whether more of a metric is better, as lm-eval's results say it; None where they do not.
+    """Return whether more of a metric is better, as lm-eval's results say it; None where they do
+    not.
 
     Args:
-        found: lm-eval's results: their own table of directions counts, then the metric list of the task's config.
+        found: lm-eval's results: their own table of directions counts, then the metric list of the
+            task's config.
     """
     known = [((found.get("higher_is_better") or {}).get(task) or {}).get(metric)]
     listed = ((found.get("configs") or {}).get(task) or {}).get("metric_list") or ()
-    known += [one.get("higher_is_better") for one in listed if isinstance(one, Mapping) and one.get("metric") == metric]
+    known += [
+        one.get("higher_is_better")
+        for one in listed
+        if isinstance(one, Mapping) and one.get("metric") == metric
+    ]
     return next((direction for direction in known if isinstance(direction, bool)), None)
 
 
 def _interval(value: float, error: Any, scores: Sequence[float]) -> dict[str, Any]:
-    """An interval: from the samples where the metric is their mean, else from lm-eval's standard error."""
+    """An interval: from the samples where the metric is their mean, else from lm-eval's standard
+    error.
+    """
     if scores and abs(sum(scores) / len(scores) - value) < 1e-9:
         whole = all(score in (0, 1) for score in scores)
-        interval = wilson(int(sum(scores)), len(scores)) if whole else mean_interval([float(score) for score in scores])
+        interval = (
+            wilson(int(sum(scores)), len(scores))
+            if whole
+            else mean_interval([float(score) for score in scores])
+        )
         if min(scores) >= 0 and max(scores) <= 1:
             interval = interval.within(0, 1)
         return {"low": interval.low, "high": interval.high, "interval": interval.method}
     if isinstance(error, int | float):
-        return {"low": value - 1.96 * error, "high": value + 1.96 * error, "interval": "1.96 standard errors of lm_eval"}
+        return {
+            "low": value - 1.96 * error,
+            "high": value + 1.96 * error,
+            "interval": "1.96 standard errors of lm_eval",
+        }
     return {"low": None, "high": None, "interval": None}
 
 
 def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
-    """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the recipe's suffice.
+    """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the
+    recipe's suffice.
 
     Args:
         own: folder of the recipe's tasks.
@@ -358,7 +515,9 @@ def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
 
     names = _task_names(own) if own else set()
     wanted = list(recipe.suite.tasks or [])
-    manager = TaskManager(include_path=str(own) if own else None, include_defaults=not set(wanted) <= names)
+    manager = TaskManager(
+        include_path=str(own) if own else None, include_defaults=not set(wanted) <= names
+    )
     unknown = [name for name in wanted if not manager.match_tasks([name])]
     if unknown:
         raise recipe.error(
@@ -373,7 +532,8 @@ def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
 
 
 def _check_metrics(manager: Any, own: Path) -> None:
-    """Refuse a metric that lm-eval does not have: it would load the code of one with that name from a folder or the Hub.
+    """Refuse a metric that lm-eval does not have: it would load the code of one with that name from
+    a folder or the Hub.
 
     Raises:
         RecipeError: naming the task's file.
@@ -384,12 +544,18 @@ def _check_metrics(manager: Any, own: Path) -> None:
     for entry in manager.task_index.values():
         if entry.yaml_path and Path(entry.yaml_path).is_relative_to(own):
             for name in unknown_metrics(entry.cfg, metric_registry):
-                raise RecipeError(f"lm-eval has no metric '{name}' and would run the code of one", ALLOW, file=shown_path(entry.yaml_path))
+                raise RecipeError(
+                    f"lm-eval has no metric '{name}' and would run the code of one",
+                    ALLOW,
+                    file=shown_path(entry.yaml_path),
+                )
 
 
 @contextlib.contextmanager
 def _sandboxed(recipe: EvalRecipe) -> Iterator[None]:
-    """Fill the templates of a recipe's own tasks in Jinja's sandbox, unless its code may run anyway: lm-eval's reach the whole process."""
+    """Fill the templates of a recipe's own tasks in Jinja's sandbox, unless its code may run
+    anyway: lm-eval's reach the whole process.
+    """
     if not recipe.data.include_path or recipe.generation.trust_remote_code:
         yield
         return
@@ -398,19 +564,28 @@ def _sandboxed(recipe: EvalRecipe) -> Iterator[None]:
     from jinja2.sandbox import SandboxedEnvironment
 
     usual = lm_eval.utils.env
-    safe = SandboxedEnvironment(loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=usual.keep_trailing_newline)
-    safe.filters |= {name: usual.filters[name] for name in usual.filters.keys() - safe.filters.keys()}
+    safe = SandboxedEnvironment(
+        loader=usual.loader,
+        undefined=usual.undefined,
+        keep_trailing_newline=usual.keep_trailing_newline,
+    )
+    safe.filters |= {
+        name: usual.filters[name] for name in usual.filters.keys() - safe.filters.keys()
+    }
     lm_eval.utils.env = safe
     try:
         yield
     except SecurityError as error:
-        raise recipe.error("data.include_path", f"a template of these tasks would run code: {error}", ALLOW) from None
+        raise recipe.error(
+            "data.include_path", f"a template of these tasks would run code: {error}", ALLOW
+        ) from None
     finally:
         lm_eval.utils.env = usual
 
 
 def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
-    """Build the tasks without a model, which fetches their data where it is not here yet; return the number of items.
+    """Build the tasks without a model, which fetches their data where it is not here yet; return
+    the number of items.
 
     Args:
         remote_code: whether the command line allowed code of the tasks.
@@ -425,16 +600,26 @@ def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
 
 
 def _include_path(recipe: EvalRecipe) -> Path | None:
-    return recipe.resolve("data.include_path", recipe.data.include_path).resolve() if recipe.data.include_path else None
+    return (
+        recipe.resolve("data.include_path", recipe.data.include_path).resolve()
+        if recipe.data.include_path
+        else None
+    )
 
 
 def _task_names(folder: Path) -> set[str]:
     """The tasks that a folder's files define."""
     names = set()
     for path in folder.rglob("*.yaml"):
-        with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError, OSError):  # lm_eval says what is wrong with it
+        with contextlib.suppress(
+            yaml.YAMLError, UnicodeDecodeError, OSError
+        ):  # lm_eval says what is wrong with it
             values = yaml.load(path.read_text(encoding="utf-8"), Loader=_AnyTag)
-            names |= {values["task"]} if isinstance(values, dict) and isinstance(values.get("task"), str) else set()
+            names |= (
+                {values["task"]}
+                if isinstance(values, dict) and isinstance(values.get("task"), str)
+                else set()
+            )
     return names
 
 
@@ -447,7 +632,9 @@ _AnyTag.add_multi_constructor("", lambda loader, suffix, node: None)
 
 @contextlib.contextmanager
 def _inside(recipe: EvalRecipe) -> Iterator[Path | None]:
-    """Work in `data.folder` while the tasks load; gives the folder of the recipe's own tasks, found from where the user stands."""
+    """Work in `data.folder` while the tasks load; gives the folder of the recipe's own tasks, found
+    from where the user stands.
+    """
     own = _include_path(recipe)
     if not recipe.data.folder:
         yield own
@@ -471,7 +658,9 @@ def _quiet() -> Iterator[None]:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise EnvironmentFault(f"lm_eval cannot be imported: {error}", "pip install -e '.[eval]'") from None
+        raise EnvironmentFault(
+            f"lm_eval cannot be imported: {error}", "pip install -e '.[eval]'"
+        ) from None
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,8 @@
-"""The audit of a judge on pairs that people labelled, before it judges anything: both orders and the degenerate probes, kept and resumed.
+"""The audit of a judge on pairs that people labelled, before it judges anything: both orders and
+the degenerate probes, kept and resumed.
 
-Everything goes to runs/judge--<judge>/<labels>/: judgments.jsonl, judge_audit.json, judge_audit.md. Results of the same judge carry
-the banner of an audit that it failed here.
+Everything goes to runs/judge--<judge>/<labels>/: judgments.jsonl, judge_audit.json, judge_audit.md.
+Results of the same judge carry the banner of an audit that it failed here.
 """
 
 from __future__ import annotations
@@ -39,13 +40,16 @@ def audit_on_labels(
     Args:
         file: the judge.
         labels: files of human labels (PandaLM or LLMBar), taken together.
-        limit: how many pairs; None for all. They are drawn by the hashes of their texts, so a larger limit keeps the judged ones.
+        limit: how many pairs; None for all. They are drawn by the hashes of their texts, so a
+            larger limit keeps the judged ones.
         probe_pairs: pairs from which the degenerate probes are made, 12 judgments each.
         folder: where judgments and scorecard go; None for runs/judge--<judge>/<labels>.
-        mode_pairs: pairs that the judge is asked about in its other verdict mode too, to see how far the two agree.
+        mode_pairs: pairs that the judge is asked about in its other verdict mode too, to see how
+            far the two agree.
 
     Returns:
-        The scorecard of `judging.audit`, with `labels` {files, pairs, of}, `judge_facts` and `folder`.
+        The scorecard of `judging.audit`, with `labels` {files, pairs, of}, `judge_facts` and
+        `folder`.
 
     Raises:
         DataError: a file is in neither format, or the same pair has two labels.
@@ -57,11 +61,22 @@ def audit_on_labels(
     folder = folder or runs_root() / f"judge--{_name(file.path.stem)}" / _labels_name(labels)
     store = JudgmentStore(folder / "judgments.jsonl")
     with opened(file) as judge:
-        rows = judge_all(items, judge, judge.plan("relative"), store, f"on {len(items)} labelled pairs").rows
+        rows = judge_all(
+            items, judge, judge.plan("relative"), store, f"on {len(items)} labelled pairs"
+        ).rows
         probes = ask_probes(items, judge, store, probe_pairs)
-        card = audit([*rows, *probes], file.thresholds, {name: label for name, (_, label) in chosen.items()}, file.judge.weak)
+        card = audit(
+            [*rows, *probes],
+            file.thresholds,
+            {name: label for name, (_, label) in chosen.items()},
+            file.judge.weak,
+        )
         facts = judge_facts(judge)
-    subset = None if len(chosen) == len(pairs) else f"subset, {len(chosen)} of {len(pairs)} labelled pairs"
+    subset = (
+        None
+        if len(chosen) == len(pairs)
+        else f"subset, {len(chosen)} of {len(pairs)} labelled pairs"
+    )
     names = [_file_name(Path(path)) for path in labels]
     card |= {"labels": {"files": names, "pairs": len(chosen), "of": len(pairs), "subset": subset}}
     card |= {"judge_facts": facts, "folder": str(folder)}
@@ -71,27 +86,41 @@ def audit_on_labels(
     return card
 
 
-def _other_mode(file: JudgeFile, items: Sequence[Item], rows: Sequence[Row], folder: Path) -> dict[str, Any]:
-    """The share of verdicts that are the same in the other verdict mode, among those that are verdicts in both."""
+def _other_mode(
+    file: JudgeFile, items: Sequence[Item], rows: Sequence[Row], folder: Path
+) -> dict[str, Any]:
+    """The share of verdicts that are the same in the other verdict mode, among those that are
+    verdicts in both.
+    """
     mode: Literal["generate", "logits"] = "generate" if file.judge.mode == "logits" else "logits"
     other = dataclasses.replace(file, judge=dataclasses.replace(file.judge, mode=mode))
     store = JudgmentStore(folder / f"judgments.{mode}.jsonl")
     with opened(other) as judge:
         again = judge_all(items, judge, judge.plan("relative"), store, f"in mode {mode}").rows
     first = {(row["question_id"], row["order"]): row for row in rows}
-    pairs = [(first[row["question_id"], row["order"]], row) for row in again if row["source"] != "rule"]
-    both = [one["value"] == two["value"] for one, two in pairs if one["status"] == two["status"] == "ok"]
+    pairs = [
+        (first[row["question_id"], row["order"]], row) for row in again if row["source"] != "rule"
+    ]
+    both = [
+        one["value"] == two["value"] for one, two in pairs if one["status"] == two["status"] == "ok"
+    ]
     return {"other": mode, "asked": len(pairs), "agreement": wilson(sum(both), len(both)).to_dict()}
 
 
 def _labels_name(labels: Sequence[str | Path]) -> str:
-    """A folder name for files of labels: their stems; a file called dataset.json is called after its folder."""
+    """A folder name for files of labels: their stems; a file called dataset.json is called after
+    its folder.
+    """
     paths = [Path(path) for path in labels]
-    return "+".join(_name(path.resolve().parent.name if path.stem == "dataset" else path.stem) for path in paths)[:80]
+    return "+".join(
+        _name(path.resolve().parent.name if path.stem == "dataset" else path.stem) for path in paths
+    )[:80]
 
 
 def _file_name(path: Path) -> str:
-    """A file as the scorecard names it; LLMBar's are all called dataset.json, so their folder goes with them."""
+    """A file as the scorecard names it; LLMBar's are all called dataset.json, so their folder goes
+    with them.
+    """
     return f"{path.resolve().parent.name}/{path.name}" if path.stem == "dataset" else path.name
 
 

@@ -1,4 +1,6 @@
-"""What the two judged suites share: asking one judge for all targets, its audit with probes, and the banner above every result."""
+"""What the two judged suites share: asking one judge for all targets, its audit with probes, and
+the banner above every result.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from recipes_lib.training.adapters import RECORD as MERGE_RECORD
 
 @dataclass
 class Judged:
-    """One target's judgments: the rows of each kind in the order of the requests, and what asking them took."""
+    """One target's judgments: the rows of each kind in the order of the requests, and what asking
+    them took.
+    """
 
     rows: list[Row] = field(default_factory=list)
     probes: list[Row] = field(default_factory=list)
@@ -38,7 +42,9 @@ class Judged:
         self.runs += other.runs
 
 
-def judge_all(items: Sequence[Item], judge: OpenJudge, plan: JudgePlan, store: JudgmentStore, name: str) -> Judged:
+def judge_all(
+    items: Sequence[Item], judge: OpenJudge, plan: JudgePlan, store: JudgmentStore, name: str
+) -> Judged:
     """Ask what is missing and return all rows of these items.
 
     Raises:
@@ -58,26 +64,42 @@ def judge_all(items: Sequence[Item], judge: OpenJudge, plan: JudgePlan, store: J
     return Judged([row for request in requests if (row := store.get(request.key))], [], [run])
 
 
-def ask_probes(items: Sequence[Item], judge: OpenJudge, store: JudgmentStore, number: int) -> list[Row]:
+def ask_probes(
+    items: Sequence[Item], judge: OpenJudge, store: JudgmentStore, number: int
+) -> list[Row]:
     """Put the degenerate probes of a few pairs before the judge, and return their rows."""
     plan = replace(judge.plan("relative"), rules=False)
     different = [
-        item for item in items if item.opponent and item.answer.strip() not in ("", item.opponent.strip()) and item.opponent.strip()
+        item
+        for item in items
+        if item.opponent
+        and item.answer.strip() not in ("", item.opponent.strip())
+        and item.opponent.strip()
     ]
     requests = list(probe_requests(different[:number], plan, judge.judge.fingerprint))
     if not requests:
         return []
     progress = Progress("probes", sum(request.key not in store for request in requests))
     try:
-        ask(iter(requests), judge.judge, store, plan, lambda run: progress.add(run.asked - progress.done)).check_complete()
+        ask(
+            iter(requests),
+            judge.judge,
+            store,
+            plan,
+            lambda run: progress.add(run.asked - progress.done),
+        ).check_complete()
     finally:
         progress.close()
     return [row for request in requests if (row := store.get(request.key))]
 
 
 def judgments_file(folder: Path, against: str) -> Path:
-    """Return the file of judgments against one opponent: each has its own, because they judge the same answers."""
-    return folder / ("judgments.jsonl" if against == "reference" else f"judgments.against-{against}.jsonl")
+    """Return the file of judgments against one opponent: each has its own, because they judge the
+    same answers.
+    """
+    return folder / (
+        "judgments.jsonl" if against == "reference" else f"judgments.against-{against}.jsonl"
+    )
 
 
 def sample_file(folder: Path, name: str, opponent: AnswerSet | None) -> Path:
@@ -96,8 +118,22 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def judge_facts(judge: OpenJudge) -> dict[str, Any]:
     """Return what result.json says about the judge."""
     section = judge.file.judge
-    names = ("model", "revision", "engine", "mode", "prompt_style", "temperature", "max_new_tokens", "max_context_tokens", "weak")
-    facts = {"name": judge.file.path.stem, "fingerprint": judge.judge.fingerprint, **{name: getattr(section, name) for name in names}}
+    names = (
+        "model",
+        "revision",
+        "engine",
+        "mode",
+        "prompt_style",
+        "temperature",
+        "max_new_tokens",
+        "max_context_tokens",
+        "weak",
+    )
+    facts = {
+        "name": judge.file.path.stem,
+        "fingerprint": judge.judge.fingerprint,
+        **{name: getattr(section, name) for name in names},
+    }
     merged = Path(section.model) / MERGE_RECORD  # a judge that is one of our runs, merged
     return {**facts, "weights": judge.weights, "run": read_object(merged).get("run")}
 
@@ -108,7 +144,12 @@ def scorecard(judge: OpenJudge, judged: Judged) -> dict[str, Any]:
 
 
 def banners(
-    answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge, card: Mapping[str, Any], subset: str | None, faults: Mapping[str, Any]
+    answers: AnswerSet,
+    opponent: AnswerSet | None,
+    judge: OpenJudge,
+    card: Mapping[str, Any],
+    subset: str | None,
+    faults: Mapping[str, Any],
 ) -> list[str]:
     """Return the lines that stand above a result, the heaviest first."""
     lines = [card["banner"]] if card.get("banner") else []
@@ -127,18 +168,22 @@ def failed_elsewhere(
     evals: Mapping[str, Sequence[Mapping[str, Any]]],
     eval_name: str,
 ) -> list[str]:
-    """Return the line about a judge that fails no check here and failed its audit on another target or in another eval.
+    """Return the line about a judge that fails no check here and failed its audit on another target
+    or in another eval.
 
     Args:
         card: the scorecard of this result.
         targets: the scorecards of this eval by target.
-        evals: scorecards of this judge in evals that were made together with this one; earlier results of the run are read.
+        evals: scorecards of this judge in evals that were made together with this one; earlier
+            results of the run are read.
         eval_name: this evaluation's folder.
     """
     if _failures(card):
         return []
     found = {f"on {name}": _failures(other) for name, other in targets.items()}
-    found |= {f"in {name}": next(filter(None, map(_failures, cards)), []) for name, cards in evals.items()}
+    found |= {
+        f"in {name}": next(filter(None, map(_failures, cards)), []) for name, cards in evals.items()
+    }
     for path in sorted(answers.folder(eval_name).parent.glob("*/result*.json")):
         if path.parent.name != eval_name and f"in {path.parent.name}" not in found:
             stored = _earlier(path)
@@ -149,11 +194,20 @@ def failed_elsewhere(
         if stored.get("judge") == judge.judge.fingerprint:
             found[f"on labelled pairs ({path.parent.name})"] = _failures(stored)
     failed = next(((where, checks) for where, checks in found.items() if checks), None)
-    return [f"This judge failed its audit {failed[0]}: {'; '.join(failed[1])}. Its verdicts are not evidence."] if failed else []
+    return (
+        [
+            f"This judge failed its audit {failed[0]}: {'; '.join(failed[1])}. Its verdicts are not"
+            " evidence."
+        ]
+        if failed
+        else []
+    )
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    """An earlier result; a damaged one says nothing about the judge, and must not stop an evaluation that has been paid for."""
+    """An earlier result; a damaged one says nothing about the judge, and must not stop an
+    evaluation that has been paid for.
+    """
     try:
         return read_object(path)
     except DamagedFile as error:
@@ -162,14 +216,25 @@ def _earlier(path: Path) -> dict[str, Any]:
 
 
 def _failures(card: Mapping[str, Any]) -> list[str]:
-    return [f"{check['check']} {check['value']:.2f} (needs {check['needs']})" for check in card["checks"] if check["result"] == "fail"]
+    return [
+        f"{check['check']} {check['value']:.2f} (needs {check['needs']})"
+        for check in card["checks"]
+        if check["result"] == "fail"
+    ]
 
 
-def answer_banners(answers: AnswerSet, opponent: AnswerSet | None, faults: Mapping[str, Any]) -> list[str]:
-    """Return the lines about the answers themselves: the same answers twice, one answer for many questions, cut and empty ones."""
+def answer_banners(
+    answers: AnswerSet, opponent: AnswerSet | None, faults: Mapping[str, Any]
+) -> list[str]:
+    """Return the lines about the answers themselves: the same answers twice, one answer for many
+    questions, cut and empty ones.
+    """
     lines = []
     if opponent is not None and opponent.digest == answers.digest:
-        lines.append(f"{answers.name} and {opponent.name} gave the same answers: they are one model here and cannot be ranked")
+        lines.append(
+            f"{answers.name} and {opponent.name} gave the same answers: they are one model here and"
+            " cannot be ranked"
+        )
     same = faults["identical"]
     if same["flagged"]:
         lines.append(f"{same['count']} of {faults['n']} prompts got one and the same answer")
@@ -180,7 +245,9 @@ def answer_banners(answers: AnswerSet, opponent: AnswerSet | None, faults: Mappi
 
 
 def within_scale(interval: Interval) -> dict[str, Any]:
-    """Return an interval of a mean grade with its limits cut to the scale 1-5: with few items they would lie outside."""
+    """Return an interval of a mean grade with its limits cut to the scale 1-5: with few items they
+    would lie outside.
+    """
     return {**interval.within(1.0, 5.0).to_dict(), "scale": "1-5"}
 
 

@@ -1,4 +1,6 @@
-"""What suites that a judge decides share, from the words to the results: answers first, then one judge for all of them."""
+"""What suites that a judge decides share, from the words to the results: answers first, then one
+judge for all of them.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,28 @@ from recipes_lib.judging.judge import Item
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.suites.answering import Answering, AnswerSet, Pairing, check_target_words
-from recipes_lib.suites.judged import Judged, ask_probes, banners, failed_elsewhere, judge_facts, judgments_file, scorecard
+from recipes_lib.suites.judged import (
+    Judged,
+    ask_probes,
+    banners,
+    failed_elsewhere,
+    judge_facts,
+    judgments_file,
+    scorecard,
+)
 from recipes_lib.suites.questions import QuestionSet, load_questions, no_reference
 from recipes_lib.suites.recipe import EvalRecipe
 
 
 class JudgedSuite(ABC):
-    """The targets of one eval recipe: `visit` lets each answer, `judge` has them judged, `conclude` turns the verdicts into `results`.
+    """The targets of one eval recipe: `visit` lets each answer, `judge` has them judged, `conclude`
+    turns the verdicts into `results`.
 
     `cards` are the judge's scorecards by target.
 
     Raises:
-        RecipeError: a word is no target, the suite has no such opponent, or several processes were launched.
+        RecipeError: a word is no target, the suite has no such opponent, or several processes were
+            launched.
         DataError: questions or answers in a file cannot be used.
     """
 
@@ -41,10 +53,13 @@ class JudgedSuite(ABC):
         self.recipe, self.judge_file = recipe, recipe.judge
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RecipeError(
-                f"{recipe.suite.name} runs in one process", "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai"
+                f"{recipe.suite.name} runs in one process",
+                "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai",
             )
         against = self.opponent(against)
-        check_target_words(recipe, [*words, *([against] if against else [])], remote_code)  # before questions are fetched
+        check_target_words(
+            recipe, [*words, *([against] if against else [])], remote_code
+        )  # before questions are fetched
         self.chosen = self.questions()
         self.answering = Answering(recipe, words, against, self.chosen.questions, remote_code)
         self.allow_format_differences = allow_format_differences
@@ -68,14 +83,23 @@ class JudgedSuite(ABC):
         """Return what is to be compared."""
 
     @abstractmethod
-    def judge_answers(self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge) -> Judged:
+    def judge_answers(
+        self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
+    ) -> Judged:
         """Ask for all verdicts about one target."""
 
     @abstractmethod
     def numbers(
-        self, result: Mapping[str, Any], answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge, rows: Sequence[Row]
+        self,
+        result: Mapping[str, Any],
+        answers: AnswerSet,
+        opponent: AnswerSet | None,
+        judge: OpenJudge,
+        rows: Sequence[Row],
     ) -> dict[str, Any]:
-        """Return the suite's numbers for one target, and write its files for reading; `result` is what every judged result holds."""
+        """Return the suite's numbers for one target, and write its files for reading; `result` is
+        what every judged result holds.
+        """
 
     @staticmethod
     @abstractmethod
@@ -117,10 +141,13 @@ class JudgedSuite(ABC):
         """Fill `results` and write the files for reading.
 
         Args:
-            others: suites that the same judge judged: where it failed its audit there, its results here say so.
+            others: suites that the same judge judged: where it failed its audit there, its results
+                here say so.
         """
         elsewhere = {other.recipe.name: list(other.cards.values()) for other in others}
-        self.results = [self._result(answers, judge, elsewhere) for answers in self._pairing.targets]
+        self.results = [
+            self._result(answers, judge, elsewhere) for answers in self._pairing.targets
+        ]
 
     def _judged(self, pairing: Pairing, judge: OpenJudge) -> dict[str, Judged]:
         """All verdicts, and the probes of the first pair of models with each of them."""
@@ -139,7 +166,12 @@ class JudgedSuite(ABC):
             mine.probes = probes
         return judged
 
-    def _result(self, answers: AnswerSet, judge: OpenJudge, elsewhere: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    def _result(
+        self,
+        answers: AnswerSet,
+        judge: OpenJudge,
+        elsewhere: Mapping[str, Sequence[dict[str, Any]]],
+    ) -> dict[str, Any]:
         """Return one target's result, its files for reading written."""
         recipe, questions, mine = self.recipe, self.chosen.questions, self._verdicts[answers.name]
         opponent, card = self._pairing.opponents.get(answers.name), self.cards[answers.name]
@@ -173,15 +205,32 @@ def check_formats(pairing: Pairing) -> None:
     """
     for answers in pairing.targets:
         opponent = pairing.opponents.get(answers.name)
-        hashes = {one.prompt_format_hash for one in (answers, opponent) if one is not None and one.prompt_format_hash}
+        hashes = {
+            one.prompt_format_hash
+            for one in (answers, opponent)
+            if one is not None and one.prompt_format_hash
+        }
         if opponent is not None and len(hashes) > 1:
             raise RecipeError(
-                f"{answers.name} is asked in prompt format {answers.prompt_format}, {opponent.name} in {opponent.prompt_format}",
-                "the difference would be part of the result; insist with --allow-format-differences (recorded)",
+                f"{answers.name} is asked in prompt format {answers.prompt_format}, {opponent.name}"
+                f" in {opponent.prompt_format}",
+                "the difference would be part of the result; insist with --allow-format-differences"
+                " (recorded)",
             )
 
 
 def twins(answers: AnswerSet, targets: Sequence[AnswerSet]) -> list[str]:
     """Return the line about another target with the same answers."""
-    same = [other.name for other in targets if other.name != answers.name and other.digest == answers.digest]
-    return [f"{answers.name} and {same[0]} gave the same answers: they are one model here and cannot be ranked"] if same else []
+    same = [
+        other.name
+        for other in targets
+        if other.name != answers.name and other.digest == answers.digest
+    ]
+    return (
+        [
+            f"{answers.name} and {same[0]} gave the same answers: they are one model here and"
+            " cannot be ranked"
+        ]
+        if same
+        else []
+    )

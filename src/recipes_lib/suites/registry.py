@@ -1,4 +1,6 @@
-"""The suites there are, by the name in `suite.name` of an eval recipe, and the tables of their results for the terminal."""
+"""The suites there are, by the name in `suite.name` of an eval recipe, and the tables of their
+results for the terminal.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,14 @@ from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.mt_bench import MTBench
 from recipes_lib.terminal import say
 
-# A suite is made of a recipe, words, an opponent and what the command line allows; it has `targets`, `served`, `visit(subject)`,
-# `results` and `table(results)`. A suite that a judge decides is a `JudgedSuite`.
-SUITES: dict[str, type[AlpacaEval] | type[MTBench] | type[Harness]] = {"alpaca_eval": AlpacaEval, "mt_bench": MTBench, "lm_eval": Harness}
+# A suite is made of a recipe, words, an opponent and what the command line allows; it has
+# `targets`, `served`, `visit(subject)`, `results` and `table(results)`. A suite that a judge
+# decides is a `JudgedSuite`.
+SUITES: dict[str, type[AlpacaEval] | type[MTBench] | type[Harness]] = {
+    "alpaca_eval": AlpacaEval,
+    "mt_bench": MTBench,
+    "lm_eval": Harness,
+}
 
 
 def say_results(results: Sequence[dict[str, Any]]) -> None:
@@ -36,7 +43,9 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         for banner in result["banners"]:
             said.setdefault(banner, []).append(result["target"])
     for banner, targets in said.items():
-        lines.append(f"! {banner}" if len(targets) == len(results) else f"! {', '.join(targets)}: {banner}")
+        lines.append(
+            f"! {banner}" if len(targets) == len(results) else f"! {', '.join(targets)}: {banner}"
+        )
     lines += [""] if said else []
     lines += SUITES[results[0]["suite"]].table(results)
     return "\n".join(lines)

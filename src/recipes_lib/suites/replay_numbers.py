@@ -1,4 +1,6 @@
-"""The numbers of a judged result under the keys that `recipes judge replay --json` uses, so that one program reads both."""
+"""The numbers of a judged result under the keys that `recipes judge replay --json` uses, so that
+one program reads both.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,18 @@ from typing import Any
 
 
 def replay_numbers(result: Mapping[str, Any], suite: str) -> dict[str, Any]:
-    """Return recorded, unparsed, contradictions, order and bounds of an AlpacaEval or MT-Bench result.
+    """Return recorded, unparsed, contradictions, order and bounds of an AlpacaEval or MT-Bench
+    result.
 
-    `recorded` is in percent of the resolved pairs (n) for a comparison, and the mean grade (n graded turns) for MT-Bench.
+    `recorded` is in percent of the resolved pairs (n) for a comparison, and the mean grade (n
+    graded turns) for MT-Bench.
     """
     card, pairs = result["audit"], result["pairs"]
     grade: Any = result.get("score") or result.get("mean_score")
     resolved = pairs["n"] - pairs["unresolved"] if pairs else 0
-    recorded: dict[str, Any] = {name: 100 * pairs[name] / resolved if resolved else None for name in ("win", "loss", "tie")}
+    recorded: dict[str, Any] = {
+        name: 100 * pairs[name] / resolved if resolved else None for name in ("win", "loss", "tie")
+    }
     alpaca = suite == "alpaca_eval"
     recorded |= {
         "n": resolved if alpaca else grade["n"],
@@ -24,9 +30,19 @@ def replay_numbers(result: Mapping[str, Any], suite: str) -> dict[str, Any]:
     }
     if alpaca:
         shares = pairs["win_bounds"]
-        bounds = {"of": "win percent", **{name: None if shares[name] is None else 100 * shares[name] for name in ("all_lost", "all_won")}}
+        bounds = {
+            "of": "win percent",
+            **{
+                name: None if shares[name] is None else 100 * shares[name]
+                for name in ("all_lost", "all_won")
+            },
+        }
     else:
-        bounds = {"of": "mean score", "all_lost": grade["bounds"]["all_1"], "all_won": grade["bounds"]["all_5"]}
+        bounds = {
+            "of": "mean score",
+            "all_lost": grade["bounds"]["all_1"],
+            "all_won": grade["bounds"]["all_5"],
+        }
     missing = card["asked"] - card["statuses"].get("ok", 0)
     return {
         "recorded": recorded,

@@ -1,4 +1,6 @@
-"""What the tables of the suites share: numbers with their intervals, aligned lines, and the lines about judge and answers."""
+"""What the tables of the suites share: numbers with their intervals, aligned lines, and the lines
+about judge and answers.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,32 @@ def _judge_line(result: dict[str, Any]) -> str:
     consistent = (
         ""
         if not card["swap_consistency"]["n"]
-        else f"orders agree {percent_interval(card['swap_consistency'])}, Response A wins {percent_interval(card['first_position'])}, "
+        else (
+            f"orders agree {percent_interval(card['swap_consistency'])}, Response A wins"
+            f" {percent_interval(card['first_position'])}, "
+        )
     )
     checks = [check["result"] for check in card["checks"]]
     mass = "" if card["mean_mass"] is None else f"verdict mass {card['mean_mass']:.3f}, "
-    states = f"{checks.count('pass')} pass, {checks.count('fail')} fail, {checks.count('not measured')} not measured"
+    states = (
+        f"{checks.count('pass')} pass, {checks.count('fail')} fail, {checks.count('not measured')}"
+        " not measured"
+    )
     return f"judge on {result['target']}: {consistent}{mass}audit {states}"
 
 
 def _answer_line(result: dict[str, Any]) -> str:
     answers, speed = result["answers"]["answers"], result["answers"]["generated_now"]
     same = answers["identical"]["count"]
-    made = "" if not speed or not speed["seconds"] else f", {speed['new_tokens'] / speed['seconds']:.0f} tokens/s"
-    return f"answers of {result['target']}: {answers['n']}, {answers['empty']} empty, {answers['cut']} cut, {same} identical{made}"
+    made = (
+        ""
+        if not speed or not speed["seconds"]
+        else f", {speed['new_tokens'] / speed['seconds']:.0f} tokens/s"
+    )
+    return (
+        f"answers of {result['target']}: {answers['n']}, {answers['empty']} empty, {answers['cut']}"
+        f" cut, {same} identical{made}"
+    )
 
 
 def percent(value: float | None) -> str:
@@ -40,7 +55,11 @@ def percent_interval(value: dict[str, Any]) -> str:
     """Return a share with its interval in percent, its limits cut to 0 and 100."""
     if value["estimate"] is None:
         return "n/a"
-    limits = "" if value["low"] is None else f" [{100 * max(value['low'], 0):.1f}, {100 * min(value['high'], 1):.1f}]"
+    limits = (
+        ""
+        if value["low"] is None
+        else f" [{100 * max(value['low'], 0):.1f}, {100 * min(value['high'], 1):.1f}]"
+    )
     return f"{percent(value['estimate'])}{limits}"
 
 
@@ -58,4 +77,7 @@ def number(value: float | None) -> str:
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return aligned lines."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]

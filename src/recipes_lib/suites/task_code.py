@@ -1,9 +1,11 @@
-"""What in an eval recipe, and in the lm-eval task files it brings, would run Python code. Reads the files; runs nothing of them.
+"""What in an eval recipe, and in the lm-eval task files it brings, would run Python code. Reads the
+files; runs nothing of them.
 
-lm-eval imports what a task file names with `!function`, loads a metric that it does not know from a folder or the Hub, and fills
-templates with an interpreter that can reach the whole process. A generation setting can name code too. All of that runs only if the eval
-recipe (`generation.trust_remote_code`) and the command line (`--trust-remote-code`) allow it; templates of such a folder are filled in a
-sandbox until then (`harness`).
+lm-eval imports what a task file names with `!function`, loads a metric that it does not know from a
+folder or the Hub, and fills templates with an interpreter that can reach the whole process. A
+generation setting can name code too. All of that runs only if the eval recipe
+(`generation.trust_remote_code`) and the command line (`--trust-remote-code`) allow it; templates of
+such a folder are filled in a sandbox until then (`harness`).
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ def code_in(document: Document, folder: Path | None) -> list[RecipeError]:
     suite = document.values.get("suite", {})
     found = [
         document.error(("suite", *path), f"suite.{'.'.join(map(str, path))} runs code", ALLOW)
-        for path, value in _walk({name: suite[name] for name in ("gen_kwargs", "options") if suite.get(name)})
-        if _names_code(str(path[-1]), value) or (isinstance(value, str) and "custom_generate" in value)
+        for path, value in _walk(
+            {name: suite[name] for name in ("gen_kwargs", "options") if suite.get(name)}
+        )
+        if _names_code(str(path[-1]), value)
+        or (isinstance(value, str) and "custom_generate" in value)
     ]
     seen: set[Path] = set()
     for path in sorted(folder.rglob("*.yaml")) if folder else ():
@@ -44,7 +49,8 @@ def code_in(document: Document, folder: Path | None) -> list[RecipeError]:
 
 
 def unknown_metrics(values: Any, known: Any) -> list[str]:
-    """Return the metrics in a task's values that lm-eval would load from somewhere else, because it does not have them.
+    """Return the metrics in a task's values that lm-eval would load from somewhere else, because it
+    does not have them.
 
     Args:
         values: a task or group as lm-eval read it.
@@ -59,21 +65,40 @@ def unknown_metrics(values: Any, known: Any) -> list[str]:
 
 def _walk(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield every key path below plain values, with its value."""
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    items = (
+        values.items()
+        if isinstance(values, dict)
+        else enumerate(values)
+        if isinstance(values, list)
+        else ()
+    )
     for key, value in items:
         yield (*path, key), value
         yield from _walk(value, (*path, key))
 
 
 def _names_code(key: str, value: Any) -> bool:
-    """Whether a setting lets code run: code beside a model or a data set, a decoding loop, a model's answers executed, a metric's code."""
+    """Whether a setting lets code run: code beside a model or a data set, a decoding loop, a
+    model's answers executed, a metric's code.
+    """
     on = value not in (None, False, "", "false", "False", "no", "off", 0)
-    named = on and key in ("trust_remote_code", "custom_generate", "confirm_run_unsafe_code", "hf_evaluate")
-    return named or (key == "metric" and isinstance(value, str) and not value.replace("_", "").replace("-", "").isalnum())
+    named = on and key in (
+        "trust_remote_code",
+        "custom_generate",
+        "confirm_run_unsafe_code",
+        "hf_evaluate",
+    )
+    return named or (
+        key == "metric"
+        and isinstance(value, str)
+        and not value.replace("_", "").replace("-", "").isalnum()
+    )
 
 
 def _in_file(path: Path, seen: set[Path]) -> Iterator[RecipeError]:
-    """Yield what one task file and the files it includes would run; lm-eval's own files are trusted as lm-eval is."""
+    """Yield what one task file and the files it includes would run; lm-eval's own files are trusted
+    as lm-eval is.
+    """
     path = path.resolve()
     if path in seen or ((library := lm_eval_folder()) and path.is_relative_to(library)):
         return
@@ -94,7 +119,9 @@ def _in_file(path: Path, seen: set[Path]) -> Iterator[RecipeError]:
         line = one.start_mark.line + 1
         if not one.tag.startswith(_PLAIN_TAG) or one.tag.startswith(f"{_PLAIN_TAG}python/"):
             what = f"{one.tag} {one.value}" if isinstance(one, yaml.ScalarNode) else one.tag
-            yield RecipeError(f"this task runs code: {what[:100]}", ALLOW, file=shown_path(path), line=line)
+            yield RecipeError(
+                f"this task runs code: {what[:100]}", ALLOW, file=shown_path(path), line=line
+            )
         if isinstance(one, yaml.SequenceNode):
             waiting += one.value
         if not isinstance(one, yaml.MappingNode):
@@ -103,7 +130,11 @@ def _in_file(path: Path, seen: set[Path]) -> Iterator[RecipeError]:
             waiting += [key, value]
             if not isinstance(key, yaml.ScalarNode):
                 continue
-            if isinstance(value, yaml.ScalarNode) and _names_code(key.value, value.value) and key.value != "confirm_run_unsafe_code":
+            if (
+                isinstance(value, yaml.ScalarNode)
+                and _names_code(key.value, value.value)
+                and key.value != "confirm_run_unsafe_code"
+            ):
                 what = f"this task runs code: {key.value}: {value.value[:100]}"
                 yield RecipeError(what, ALLOW, file=shown_path(path), line=key.start_mark.line + 1)
             if key.value == "include":

@@ -1,6 +1,8 @@
-"""The names of lm-eval's tasks, groups and tags, read off its task files as text: half a second, where lm-eval's own index takes ten.
+"""The names of lm-eval's tasks, groups and tags, read off its task files as text: half a second,
+where lm-eval's own index takes ten.
 
-What is read may hold a few names too many, never one too few: a name that is missing here is no task.
+What is read may hold a few names too many, never one too few: a name that is missing here is no
+task.
 """
 
 from __future__ import annotations
@@ -14,7 +16,15 @@ from pathlib import Path
 
 from recipes_lib.recipe.suggestions import did_you_mean
 
-_NOT_TASKS = (".py", ".pyc", ".md", ".json", ".jsonl", ".txt", ".csv")  # tasks are .yaml files, and what they include has any name
+_NOT_TASKS = (
+    ".py",
+    ".pyc",
+    ".md",
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".csv",
+)  # tasks are .yaml files, and what they include has any name
 _LARGEST = 1 << 20  # bytes: a folder of one's own may hold data and weights too
 _KEY = re.compile(r"^[\"']?(?:task|group|tag)[\"']?[ \t]*:(.*(?:\n[ \t]*-[ \t].*)*)", re.MULTILINE)
 _DASH = re.compile(r"^\s*-\s+")
@@ -29,7 +39,8 @@ def lm_eval_folder() -> Path | None:
 
 
 def unknown_tasks(tasks: Sequence[str], own: Path | None = None) -> dict[str, list[str]]:
-    """Return the tasks that neither lm-eval nor a folder has, each with what to do; none where lm-eval is not installed.
+    """Return the tasks that neither lm-eval nor a folder has, each with what to do; none where
+    lm-eval is not installed.
 
     Args:
         tasks: names or patterns (`mmlu_*`).
@@ -41,7 +52,10 @@ def unknown_tasks(tasks: Sequence[str], own: Path | None = None) -> dict[str, li
         return {}
     known |= _own_names_of(library)
     unknown = [task for task in tasks if task not in known and not fnmatch.filter(known, task)]
-    return {task: [*did_you_mean(task, sorted(known)), "all tasks: lm_eval ls tasks"] for task in unknown}
+    return {
+        task: [*did_you_mean(task, sorted(known)), "all tasks: lm_eval ls tasks"]
+        for task in unknown
+    }
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """An adapter folded into its base, and `merged/`, the whole model that `merging` makes of it.
 
-A 4-bit base is loaded afresh and dequantised first. Afresh, because a forward pass on a CPU may repack 4-bit weights in place, and
-dequantising the repacked ones gives noise without an error.
+A 4-bit base is loaded afresh and dequantised first. Afresh, because a forward pass on a CPU may
+repack 4-bit weights in place, and dequantising the repacked ones gives noise without an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.errors import EnvironmentFault
 from recipes_lib.json_files import read_object
 from recipes_lib.terminal import shown_size
-from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, changed_files, explain_peft_failure, weight_hashes
+from recipes_lib.training.base_identity import (
+    ADAPTER_WEIGHTS,
+    changed_files,
+    explain_peft_failure,
+    weight_hashes,
+)
 from recipes_lib.training.trained import Family, TrainedRun, load_base
 from recipes_lib.training.weights_check import reload
 
@@ -33,7 +38,9 @@ def merge_record(trained: TrainedRun) -> dict[str, Any] | None:
     return read_object(file, f"make it again: recipes merge {trained.run.name}") or None
 
 
-def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = None, contents: bool = False) -> str | None:
+def why_stale(
+    trained: TrainedRun, record: dict[str, Any], dtype: str | None = None, contents: bool = False
+) -> str | None:
     """Return why `merged/` is not what merging would give now, or None when it is.
 
     Args:
@@ -80,7 +87,9 @@ def fold(trained: TrainedRun, family: Family, dtype: torch.dtype | None = None) 
 
 
 def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a dequantised model the layers of its class: 4-bit ones become linear also where the class has them transposed (GPT-2)."""
+    """Give a dequantised model the layers of its class: 4-bit ones become linear also where the
+    class has them transposed (GPT-2).
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -89,20 +98,32 @@ def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in plain.named_modules():
         found = model.get_submodule(name)
         if isinstance(layer, Conv1D) and isinstance(found, torch.nn.Linear):
-            layer.weight, layer.bias = torch.nn.Parameter(found.weight.data.T.contiguous()), found.bias
+            layer.weight, layer.bias = (
+                torch.nn.Parameter(found.weight.data.T.contiguous()),
+                found.bias,
+            )
             model.set_submodule(name, layer)
     return model
 
 
-def load_merged(folder: Path, trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+def load_merged(
+    folder: Path, trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtype: str
+) -> PreTrainedModel:
     """Load a merged model from its files alone."""
     recipe = trained.recipe
     section = dataclasses.replace(recipe.model, dtype=dtype, resize_embeddings=False)  # type: ignore[arg-type]
-    return reload(folder, dataclasses.replace(recipe, model=section), full_finetuning=True, tokenizer=tokenizer).eval()
+    return reload(
+        folder,
+        dataclasses.replace(recipe, model=section),
+        full_finetuning=True,
+        tokenizer=tokenizer,
+    ).eval()
 
 
 def unfolded_float32(trained: TrainedRun) -> Any:
-    """Load the adapter on its base, dequantised where it is quantized, with all arithmetic in float32."""
+    """Load the adapter on its base, dequantised where it is quantized, with all arithmetic in
+    float32.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -119,14 +140,20 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _on_plain_base(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
-    """Return the adapter on a fresh copy of its base, which is dequantised to `dtype` where it is quantized."""
+def _on_plain_base(
+    trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> Any:
+    """Return the adapter on a fresh copy of its base, which is dequantised to `dtype` where it is
+    quantized.
+    """
     from peft import PeftModel
 
     base: Any = load_base(trained.recipe, tokenizer)
     if trained.recipe.quantization is not None:
         states = [getattr(parameter, "quant_state", None) for parameter in base.parameters()]
-        assert not any(getattr(state, "packing_format_for_cpu", False) for state in states), "repacked by a forward pass"
+        assert not any(getattr(state, "packing_format_for_cpu", False) for state in states), (
+            "repacked by a forward pass"
+        )
         base = base.dequantize(dtype=dtype)
     try:
         return PeftModel.from_pretrained(base, str(trained.weights)).eval()
@@ -153,6 +180,7 @@ def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < _SPARE * needed:
         raise EnvironmentFault(
-            f"disk full: {what} needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are free in {folder}",
+            f"disk full: {what} needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are"
+            f" free in {folder}",
             f"free some space{remedy}; nothing was written",
         )

@@ -1,4 +1,6 @@
-"""One attempt at one run, from its lock to its recorded outcome: what stands around the straight line of `train.py`."""
+"""One attempt at one run, from its lock to its recorded outcome: what stands around the straight
+line of `train.py`.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,10 @@ class Resumption:
 
     Args:
         checkpoint: its folder.
-        marker: the content of its marker, read at once: the rotation may delete the checkpoint later.
-        changes: {key: [before, now]} of the guarded values that differ and that the user insisted on.
+        marker: the content of its marker, read at once: the rotation may delete the checkpoint
+            later.
+        changes: {key: [before, now]} of the guarded values that differ and that the user insisted
+            on.
     """
 
     checkpoint: Path
@@ -60,10 +64,12 @@ class Attempt:
     """This process's part of one attempt.
 
     Args:
-        earlier: run.json as an earlier attempt left it; empty where there was none, and on other ranks than 0.
+        earlier: run.json as an earlier attempt left it; empty where there was none, and on other
+            ranks than 0.
         finished: whether the run is finished and its weights are whole.
-        is_ours: rank 0: whether run.json is this attempt's to write. It is once a new run was begun or an earlier one taken over; an
-            attempt that was refused before leaves every record as it was.
+        is_ours: rank 0: whether run.json is this attempt's to write. It is once a new run was begun
+            or an earlier one taken over; an attempt that was refused before leaves every record as
+            it was.
     """
 
     run: RunDirectory
@@ -74,23 +80,35 @@ class Attempt:
     is_ours: bool = False
 
     def begin(self) -> bool:
-        """Rank 0, under the lock: look at what an earlier attempt recorded, begin the record of a new run; return `finished`."""
+        """Rank 0, under the lock: look at what an earlier attempt recorded, begin the record of a
+        new run; return `finished`.
+        """
         self.run.check_inside()
         self.earlier = self.run.read_state() if self.run.exists() else {}
         if self.earlier.get("state") == "finished":
             changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
             if changed:
-                what = f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}"
+                what = (
+                    f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}"
+                )
                 raise RecipeError(what, "start a new run with run.name=OTHER")
             damage = weights_damage(self.run, self.recipe.lora is None)
             if damage is None:
                 restore_settings(self.run, self.recipe)
                 return True
-            what = "going on from its newest whole checkpoint, or from the beginning where there is none"
+            what = (
+                "going on from its newest whole checkpoint, or from the beginning where there is"
+                " none"
+            )
             say(f"run '{self.run.name}' is finished, but {damage}; {what}")
         if self.earlier.get("state") == "imported":
-            raise RecipeError(f"run '{self.run.name}' was imported and cannot be trained", "start a new run with run.name=OTHER")
-        self.run.stop_file.unlink(missing_ok=True)  # one that nobody took away asked an attempt that is over
+            raise RecipeError(
+                f"run '{self.run.name}' was imported and cannot be trained",
+                "start a new run with run.name=OTHER",
+            )
+        self.run.stop_file.unlink(
+            missing_ok=True
+        )  # one that nobody took away asked an attempt that is over
         if not self.earlier:
             self.run.write_state("running", attempts=1, exit_code=None, error=None)
             write_provenance(self.run, self.recipe)
@@ -98,9 +116,15 @@ class Attempt:
         return False
 
     def continue_or_start(
-        self, data: PreparedData, guard: dict[str, Any], active: Active, insist: Insistence, **recorded: Any
+        self,
+        data: PreparedData,
+        guard: dict[str, Any],
+        active: Active,
+        insist: Insistence,
+        **recorded: Any,
     ) -> Resumption | None:
-        """Rank 0: choose the newest complete checkpoint, refuse to continue it with other settings, and make run.json this attempt's.
+        """Rank 0: choose the newest complete checkpoint, refuse to continue it with other settings,
+        and make run.json this attempt's.
 
         Args:
             data: the rows, for what run.json and the files beside it say of them.
@@ -120,16 +144,28 @@ class Attempt:
         resumed = self.earlier.get("resumed", [])
         if (found := checkpoints.newest_complete(run.checkpoints, report=say)) is not None:
             marker = checkpoints.read_marker(found)
-            changes = check_resume(run.name, self.earlier.get("guard") or marker.get("guard", guard), guard, insist.anyway)
+            changes = check_resume(
+                run.name,
+                self.earlier.get("guard") or marker.get("guard", guard),
+                guard,
+                insist.anyway,
+            )
             checkpoints.check_resumable(found, active.world_size, insist.partially)
             resumption, step = Resumption(found, marker, changes), int(found.name.split("-")[1])
-            resumed = [*resumed, {"from": found.name, "changed": changes, "partial": insist.partially}]
+            resumed = [
+                *resumed,
+                {"from": found.name, "changed": changes, "partial": insist.partially},
+            ]
         pending = resumption is not None and resumption.marker.get("evaluation_pending", False)
         metrics.forget_after(run.metrics, step, evaluated=not pending)
         self._take_over(data, guard=guard, resumed=resumed, **recorded)
         if resumption is not None:
             changed = len(resumption.changes)
-            how = "recipe, data, versions unchanged" if not changed else f"--resume-anyway over {changed} changes"
+            how = (
+                "recipe, data, versions unchanged"
+                if not changed
+                else f"--resume-anyway over {changed} changes"
+            )
             say(f"resuming {resumption.checkpoint.name} ({how})")
         return resumption
 
@@ -138,7 +174,10 @@ class Attempt:
         if self.earlier:
             fields["attempts"] = self.earlier.get("attempts", 0) + 1
             write_provenance(self.run, self.recipe)
-        if self.earlier.get("state") == "finished" and (weights := self.run.weights(self.recipe.lora is None)).is_dir():
+        if (
+            self.earlier.get("state") == "finished"
+            and (weights := self.run.weights(self.recipe.lora is None)).is_dir()
+        ):
             checkpoints.set_aside(weights, ".damaged")
         write_json(self.run.path / "supervision.json", data.audit)
         write_json(self.run.path / "splits.json", data.splits)
@@ -149,19 +188,23 @@ class Attempt:
     def record_failure(self, code: int, error: str) -> None:
         """Note in run.json how this attempt ended, where run.json is its to write.
 
-        On a full disk the note may be lost; the error itself must not be, so it is not replaced by one about the note.
+        On a full disk the note may be lost; the error itself must not be, so it is not replaced by
+        one about the note.
         """
         if rank() != 0 or not self.is_ours:
             return
         with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
-                state: State = "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
+                state: State = (
+                    "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
+                )
                 self.run.write_state(state, exit_code=code, error=error)
 
 
 @contextmanager
 def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
-    """Hold a run for one attempt: signals are listened to, rank 0 has the lock, an error is recorded, and all ranks leave together.
+    """Hold a run for one attempt: signals are listened to, rank 0 has the lock, an error is
+    recorded, and all ranks leave together.
 
     The lock is released last: a failure is noted while the run is still ours.
 
@@ -194,7 +237,9 @@ def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
 
 
 def stop_behind(error: BaseException | None) -> RecipesError | None:
-    """Return the stop request that an error hides: transformers turns one that arrives during its lazy imports into a RuntimeError."""
+    """Return the stop request that an error hides: transformers turns one that arrives during its
+    lazy imports into a RuntimeError.
+    """
     while error is not None:
         if isinstance(error, Preempted | Interrupted):
             return error
@@ -203,7 +248,9 @@ def stop_behind(error: BaseException | None) -> RecipesError | None:
 
 
 def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
-    """Write the settings of a finished run again where a disk damaged them; they were compared with the recipe's."""
+    """Write the settings of a finished run again where a disk damaged them; they were compared with
+    the recipe's.
+    """
     try:
         load_recipe(run.path / "resolved.yaml")
     except RecipeError as error:
@@ -214,6 +261,9 @@ def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
 def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
     """Write recipe.yaml (as it was), resolved.yaml, command.txt and environment.json."""
     write_text(run.path / "recipe.yaml", recipe.path.read_text(encoding="utf-8-sig"))
-    write_text(run.path / "resolved.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    write_text(
+        run.path / "resolved.yaml",
+        yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True),
+    )
     write_text(run.path / "command.txt", command_line() + "\n")
     write_json(run.path / "environment.json", environment())

@@ -1,4 +1,6 @@
-"""NOTICE: whose model this was made from, and under which terms, as far as the base's own files say."""
+"""NOTICE: whose model this was made from, and under which terms, as far as the base's own files
+say.
+"""
 
 from __future__ import annotations
 
@@ -29,23 +31,38 @@ def write_notice(folder: Path, recipe: Recipe, name: str, holds_base: bool) -> N
         holds_base: whether the exported weights contain the base's, not only a difference to them.
     """
     base = _base_folder(recipe)
-    terms = [file for file in sorted(base.iterdir()) if file.is_file() and TERMS.match(file.name)] if base else []
+    terms = (
+        [file for file in sorted(base.iterdir()) if file.is_file() and TERMS.match(file.name)]
+        if base
+        else []
+    )
     for file in terms:
         (folder / COPIES).mkdir(exist_ok=True)
         shutil.copyfile(file, folder / COPIES / file.name)
     revision = f", revision {recipe.model.revision}" if recipe.model.revision else ""
     licence = _stated_licence(base)
-    contents = "contain the base's weights, changed" if holds_base else "are a difference to the base's weights; they do not contain them"
+    contents = (
+        "contain the base's weights, changed"
+        if holds_base
+        else "are a difference to the base's weights; they do not contain them"
+    )
     lines = [
         f"Made from the base model {name}{revision}.",
         f"These weights {contents}.",
-        f"Licence of the base, as its model card states it: {licence}."
-        if licence
-        else "The base's files on the training machine state no licence: read it on the model's page before you pass this on.",
+        (
+            f"Licence of the base, as its model card states it: {licence}."
+            if licence
+            else (
+                "The base's files on the training machine state no licence: read it on the model's"
+                " page before you pass this on."
+            )
+        ),
     ]
     if terms:
         lines.append(f"Its own terms are in {COPIES}/: {', '.join(file.name for file in terms)}.")
-    lines.append("The licence of the training data is not covered here: see data.source in recipe.yaml.")
+    lines.append(
+        "The licence of the training data is not covered here: see data.source in recipe.yaml."
+    )
     (folder / "NOTICE").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -68,5 +85,7 @@ def _stated_licence(base: Path | None) -> str | None:
         header = yaml.safe_load(parts[1])
     except yaml.YAMLError:
         return None
-    found = header.get("license_name") or header.get("license") if isinstance(header, dict) else None
+    found = (
+        header.get("license_name") or header.get("license") if isinstance(header, dict) else None
+    )
     return str(found) if found else None

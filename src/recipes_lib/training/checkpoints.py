@@ -1,8 +1,10 @@
-"""Training checkpoints that can be trusted: complete ones are marked last, broken ones are set aside, none is used half-written.
+"""Training checkpoints that can be trusted: complete ones are marked last, broken ones are set
+aside, none is used half-written.
 
-A checkpoint is complete when COMPLETE.json in it, written last, lists every file with its size and sha256, and all of them are there.
-Resuming uses the newest complete checkpoint whose files still have these hashes. What a crash left behind, or a disk damaged, is
-renamed to checkpoint-N.incomplete, never deleted.
+A checkpoint is complete when COMPLETE.json in it, written last, lists every file with its size and
+sha256, and all of them are there. Resuming uses the newest complete checkpoint whose files still
+have these hashes. What a crash left behind, or a disk damaged, is renamed to
+checkpoint-N.incomplete, never deleted.
 """
 
 from __future__ import annotations
@@ -27,13 +29,18 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 def mark_complete(checkpoint: Path, **facts: Any) -> None:
     """Flush every file of a checkpoint to the disk, then write its marker.
 
-    The files are read once more for their hashes: 0.7 s for 500 MB that are still in memory, several files at a time.
+    The files are read once more for their hashes: 0.7 s for 500 MB that are still in memory,
+    several files at a time.
 
     Args:
         checkpoint: folder of a finished save; every rank must have written its part.
         **facts: what the marker records beside the sizes: step, world size, fingerprint, tokens.
     """
-    names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file() and file.name != MARKER)
+    names = sorted(
+        str(file.relative_to(checkpoint))
+        for file in checkpoint.rglob("*")
+        if file.is_file() and file.name != MARKER
+    )
     files = {name: (checkpoint / name).stat().st_size for name in names}
     hashes = file_hashes(checkpoint, names)
     sync_tree(checkpoint)
@@ -47,11 +54,15 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Return why a checkpoint cannot be used, going by the sizes of its files, or None when it is complete."""
+    """Return why a checkpoint cannot be used, going by the sizes of its files, or None when it is
+    complete.
+    """
     try:
         marker = read_marker(checkpoint)
         files = dict(marker["files"])
-        if "guard" in marker and set(marker["sha256"]) != set(files):  # versions without hashes recorded no guard either
+        if "guard" in marker and set(marker["sha256"]) != set(
+            files
+        ):  # versions without hashes recorded no guard either
             return f"{MARKER} is damaged"
     except FileNotFoundError:
         return f"no {MARKER}: the save was interrupted"
@@ -67,21 +78,32 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 
 def what_is_damaged(checkpoint: Path) -> str | None:
-    """Return which file of a complete checkpoint changed after it was written, or None; a marker without hashes cannot tell."""
+    """Return which file of a complete checkpoint changed after it was written, or None; a marker
+    without hashes cannot tell.
+    """
     recorded = read_marker(checkpoint).get("sha256", {})
     found = file_hashes(checkpoint, recorded)
     changed = [name for name, sha256 in recorded.items() if found[name] != sha256]
-    return f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)" if changed else None
+    return (
+        f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)"
+        if changed
+        else None
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, oldest step first."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if path.is_dir() and (match := _NAME.match(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and (match := _NAME.match(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
 def newest_complete(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """Return the newest whole checkpoint, or None; incomplete and damaged ones are renamed out of the way.
+    """Return the newest whole checkpoint, or None; incomplete and damaged ones are renamed out of
+    the way.
 
     Hashes are compared from the newest backwards, until one is whole: older ones are not read.
 
@@ -91,7 +113,9 @@ def newest_complete(folder: Path, report: Callable[[str], None]) -> Path | None:
     """
     whole: Path | None = None
     for checkpoint in reversed(list_checkpoints(folder)):
-        reason = what_is_missing(checkpoint) or (what_is_damaged(checkpoint) if whole is None else None)
+        reason = what_is_missing(checkpoint) or (
+            what_is_damaged(checkpoint) if whole is None else None
+        )
         if reason is None:
             whole = whole or checkpoint
             continue
@@ -108,21 +132,33 @@ def check_resumable(checkpoint: Path, world_size: int, allow_partial: bool) -> l
     Raises:
         EnvironmentFault: optimizer, scheduler or random-number state is missing.
     """
-    rng = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    rng = (
+        ["rng_state.pth"]
+        if world_size == 1
+        else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    )
     missing = [name for name in (*STATE_FILES, *rng) if not (checkpoint / name).is_file()]
-    if not ((checkpoint / "optimizer.pt").is_file() or (checkpoint / "optimizer.bin").is_file() or any(checkpoint.glob("optimizer_*"))):
+    if not (
+        (checkpoint / "optimizer.pt").is_file()
+        or (checkpoint / "optimizer.bin").is_file()
+        or any(checkpoint.glob("optimizer_*"))
+    ):
         missing.append("optimizer.pt")
     if missing and not allow_partial:
         raise EnvironmentFault(
-            f"{checkpoint.name} lacks {', '.join(missing)}: training would go on with a fresh state, and end with other weights",
-            f"it was written by {read_marker(checkpoint).get('world_size', '?')} process(es), {world_size} would resume it",
+            f"{checkpoint.name} lacks {', '.join(missing)}: training would go on with a fresh"
+            " state, and end with other weights",
+            f"it was written by {read_marker(checkpoint).get('world_size', '?')} process(es),"
+            f" {world_size} would resume it",
             "restore the files, or accept another result with --allow-partial-resume",
         )
     return missing
 
 
 def rotate(folder: Path, keep: int | None, best: Path | None) -> None:
-    """Delete the oldest complete checkpoints beyond `keep`; never the newest, never the best, never an incomplete one."""
+    """Delete the oldest complete checkpoints beyond `keep`; never the newest, never the best, never
+    an incomplete one.
+    """
     if keep is None:
         return
     complete = [path for path in list_checkpoints(folder) if what_is_missing(path) is None]
@@ -145,8 +181,10 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < FREE_SPACE_FACTOR * needed:
         raise EnvironmentFault(
-            f"disk full: a save needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are free in {folder}",
-            "free some space and run the same command again: it resumes from the newest complete checkpoint",
+            f"disk full: a save needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are"
+            f" free in {folder}",
+            "free some space and run the same command again: it resumes from the newest complete"
+            " checkpoint",
         )
 
 
@@ -156,7 +194,9 @@ def folder_size(folder: Path) -> int:
 
 
 def set_aside(folder: Path, ending: str) -> Path:
-    """Rename a folder that cannot be used to its name with `ending`, and a number where that exists; return the new path."""
+    """Rename a folder that cannot be used to its name with `ending`, and a number where that
+    exists; return the new path.
+    """
     aside, number = folder.with_name(folder.name + ending), 2
     while aside.exists():
         aside, number = folder.with_name(f"{folder.name}{ending}-{number}"), number + 1

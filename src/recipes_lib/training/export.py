@@ -1,7 +1,9 @@
-"""A folder to give away: the weights of a run with all that is needed to use them, and nothing of the machine they came from.
+"""A folder to give away: the weights of a run with all that is needed to use them, and nothing of
+the machine they came from.
 
-Only files of known kinds are taken (safetensors, JSON, the tokenizer's, Markdown, YAML), never a pickle. Paths of this machine are cut to
-their last part, and what is written is searched for secrets before the folder gets its name.
+Only files of known kinds are taken (safetensors, JSON, the tokenizer's, Markdown, YAML), never a
+pickle. Paths of this machine are cut to their last part, and what is written is searched for
+secrets before the folder gets its name.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from recipes_lib.recipe.recipe import Recipe
     from recipes_lib.training.trained import TrainedRun
 
-# What a folder of weights may hold; everything else (training_args.bin, our own records) stays where it is.
+# What a folder of weights may hold; everything else (training_args.bin, our own records) stays
+# where it is.
 TAKEN = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -64,7 +67,8 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         The files, by name.
 
     Raises:
-        RecipeError: the folder has something in it, there is no merged model, or the base is not the run's.
+        RecipeError: the folder has something in it, there is no merged model, or the base is not
+            the run's.
         EnvironmentFault: weights are missing or truncated, or the disk is too small.
         RecipesError: tensors that are not finite, or what looks like a secret.
     """
@@ -82,7 +86,9 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         refuse_secrets(scratch)
         publish(scratch, target, replace=False)
     except OSError as error:
-        raise EnvironmentFault(f"the export could not be written: {error}", "nothing was left behind") from error
+        raise EnvironmentFault(
+            f"the export could not be written: {error}", "nothing was left behind"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return sorted(path for path in target.rglob("*") if path.is_file())
@@ -100,7 +106,10 @@ def check_target(to: Path, trained: TrainedRun) -> None:
     if target.exists() and not target.is_dir():
         raise RecipeError(f"{to} is a file", "give a folder that does not exist yet")
     if target.is_dir() and any(target.iterdir()):
-        raise RecipeError(f"{to} is not empty, and nothing is overwritten", "give a folder that does not exist yet")
+        raise RecipeError(
+            f"{to} is not empty, and nothing is overwritten",
+            "give a folder that does not exist yet",
+        )
 
 
 def without_machine_paths(value: Any) -> Any:
@@ -109,7 +118,7 @@ def without_machine_paths(value: Any) -> Any:
     Example:
         >>> without_machine_paths({"model": "/home/ada/models/tiny", "data": ["rows/a.jsonl", "C:\\\\data\\\\b.csv"]})
         {'model': 'tiny', 'data': ['rows/a.jsonl', 'b.csv']}
-    """
+    """  # noqa: E501
     if isinstance(value, dict):
         return {key: without_machine_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -122,18 +131,28 @@ def without_machine_paths(value: Any) -> Any:
 
 
 def portable(recipe: Recipe) -> Recipe:
-    """Return the recipe without paths of this machine; a base that is a folder here becomes `./NAME`."""
+    """Return the recipe without paths of this machine; a base that is a folder here becomes
+    `./NAME`.
+    """
     values = without_machine_paths(recipe.to_dict())
     base = recipe.model.name_or_path
     if not is_packaged(base) and not is_hub_id(base):
         values["model"]["name_or_path"] = f"./{Path(base).name}"
-    sections = {name: dataclasses.replace(getattr(recipe, name), **_fields(values[name])) for name in ("model", "run", "launch")}
-    data = dataclasses.replace(recipe.data, **{key: values["data"][key] for key in ("source", "chat_template", "columns")})
-    return dataclasses.replace(recipe, **sections, data=data, train=values["train"], lora=values["lora"])
+    sections = {
+        name: dataclasses.replace(getattr(recipe, name), **_fields(values[name]))
+        for name in ("model", "run", "launch")
+    }
+    data = dataclasses.replace(
+        recipe.data, **{key: values["data"][key] for key in ("source", "chat_template", "columns")}
+    )
+    return dataclasses.replace(
+        recipe, **sections, data=data, train=values["train"], lora=values["lora"]
+    )
 
 
 def refuse_secrets(folder: Path) -> None:
-    """Refuse to give away a text file with what looks like a token in it; the value is not repeated.
+    """Refuse to give away a text file with what looks like a token in it; the value is not
+    repeated.
 
     Raises:
         RecipesError: the file and the line.
@@ -141,10 +160,13 @@ def refuse_secrets(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         if file.suffix not in WRITTEN or file.name in UNSEARCHED:
             continue
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        for number, line in enumerate(
+            file.read_text(encoding="utf-8", errors="replace").split("\n"), 1
+        ):
             if holds_secret(line):
                 raise RecipesError(
-                    f"{file.name}:{number}: this looks like a secret; nothing was exported", "remove it from the recipe or the tokenizer"
+                    f"{file.name}:{number}: this looks like a secret; nothing was exported",
+                    "remove it from the recipe or the tokenizer",
                 )
 
 
@@ -158,13 +180,18 @@ def _source(trained: TrainedRun, merged: bool) -> Path:
     if not merged:
         return trained.weights
     if trained.full:
-        raise RecipeError(f"run '{name}' is a full fine-tuning: its model is whole already", f"recipes export {name} --to DIR")
+        raise RecipeError(
+            f"run '{name}' is a full fine-tuning: its model is whole already",
+            f"recipes export {name} --to DIR",
+        )
     record = merge_record(trained)
     if record is None:
         raise RecipeError(f"run '{name}' has no merged/", f"recipes merge {name}")
     stale = why_stale(trained, record, contents=True)
     if stale:
-        raise RecipeError(f"merged/ of run '{name}' is out of date: {stale}", f"recipes merge {name}")
+        raise RecipeError(
+            f"merged/ of run '{name}' is out of date: {stale}", f"recipes merge {name}"
+        )
     return trained.merged
 
 
@@ -175,7 +202,11 @@ def _check_tensors(trained: TrainedRun, source: Path) -> None:
     check_weights(trained)
     base_identity.check_whole(source)
     full = trained.full or source == trained.merged
-    check_files(source, full, base="" if full else base_identity.adapter_config(source)["base_model_name_or_path"])
+    check_files(
+        source,
+        full,
+        base="" if full else base_identity.adapter_config(source)["base_model_name_or_path"],
+    )
 
 
 def _fill(folder: Path, source: Path, trained: TrainedRun, merged: bool) -> None:
@@ -189,11 +220,15 @@ def _fill(folder: Path, source: Path, trained: TrainedRun, merged: bool) -> None
     state, record = trained.run.read_state(), merge_record(trained) if merged else None
     write_card(folder, recipe, state.get("summary") or {}, merged=record)
     (folder / "recipe.yaml").write_text(_recipe_text(recipe, state), encoding="utf-8")
-    write_notice(folder, trained.recipe, recipe.model.name_or_path, holds_base=trained.full or merged)
+    write_notice(
+        folder, trained.recipe, recipe.model.name_or_path, holds_base=trained.full or merged
+    )
 
 
 def _rewrite(file: Path, recipe: Recipe) -> None:
-    """Take this machine's paths out of a JSON file, and name an adapter's base as the recipe does."""
+    """Take this machine's paths out of a JSON file, and name an adapter's base as the
+    recipe does.
+    """
     values = read_object(file)
     if file.name == "adapter_config.json":
         values["base_model_name_or_path"] = recipe.model.name_or_path
@@ -204,8 +239,15 @@ def _rewrite(file: Path, recipe: Recipe) -> None:
 
 
 def _recipe_text(recipe: Recipe, state: dict[str, Any]) -> str:
-    versions = {key.partition(".")[2]: value for key, value in state.get("guard", {}).items() if key.startswith("version.")}
+    versions = {
+        key.partition(".")[2]: value
+        for key, value in state.get("guard", {}).items()
+        if key.startswith("version.")
+    }
     with_versions = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
-    head = "# The recipe this was trained with, every value resolved. Paths are cut to their last part.\n"
+    head = (
+        "# The recipe this was trained with, every value resolved. Paths are cut to their last"
+        " part.\n"
+    )
     head += f"# Versions: {with_versions}\n" if with_versions else ""
     return head + yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)

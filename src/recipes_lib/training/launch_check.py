@@ -1,7 +1,9 @@
-"""What was asked of the launcher against what is really running; several ways to launch silently do something else.
+"""What was asked of the launcher against what is really running; several ways to launch silently do
+something else.
 
-What was asked is known from RECIPES_EXPECT (set by `recipes train`), else read from the command line of the parent process
-(`accelerate launch`, `torchrun`). Where neither tells, the start-up line says so.
+What was asked is known from RECIPES_EXPECT (set by `recipes train`), else read from the command
+line of the parent process (`accelerate launch`, `torchrun`). Where neither tells, the start-up line
+says so.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Asked:
     source: str = "not known"
 
 
-def what_was_asked(environment: Mapping[str, str] = os.environ, parent: Sequence[str] | None = None) -> Asked:
+def what_was_asked(
+    environment: Mapping[str, str] = os.environ, parent: Sequence[str] | None = None
+) -> Asked:
     """Return what the launcher was asked for.
 
     Args:
@@ -73,16 +77,21 @@ def _asked_of_accelerate(argv: Sequence[str]) -> Asked:
 
 
 def what_will_run() -> Active:
-    """Return what the processes that have met will do, by the launcher's word on FSDP: accelerate's state has it only with the trainer."""
+    """Return what the processes that have met will do, by the launcher's word on FSDP: accelerate's
+    state has it only with the trainer.
+    """
     from accelerate import PartialState
 
     active = what_runs(PartialState())
-    fsdp = active.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    fsdp = (
+        active.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    )
     return dataclasses.replace(active, distributed_type="FSDP") if fsdp else active
 
 
 def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Check that every process of this machine has a GPU of its own, where there are GPUs and the launcher means them.
+    """Check that every process of this machine has a GPU of its own, where there are GPUs and the
+    launcher means them.
 
     Args:
         num_gpus: how many this process can see.
@@ -91,24 +100,33 @@ def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> No
         RecipeError: there are more processes than GPUs.
     """
     processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < num_gpus < processes and environment.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+    if (
+        0 < num_gpus < processes
+        and environment.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    ):
         seen = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
         raise RecipeError(
-            f"{processes} processes on this machine, but each of them sees {seen}; a process needs a GPU of its own",
-            f"start {num_gpus}: --gpus {num_gpus} with recipes train, --num_processes with accelerate launch",
+            f"{processes} processes on this machine, but each of them sees {seen}; a process needs"
+            " a GPU of its own",
+            f"start {num_gpus}: --gpus {num_gpus} with recipes train, --num_processes with"
+            " accelerate launch",
             "of several MIG slices CUDA shows a process one only",
         )
 
 
 def check_precision(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
-    """Check that the launcher asks for no other mixed precision than the recipe; its word would win, and no line would say so.
+    """Check that the launcher asks for no other mixed precision than the recipe; its word would
+    win, and no line would say so.
 
-    accelerate hands it on in a variable, whether it was written in a config file or on the command line.
+    accelerate hands it on in a variable, whether it was written in a config file or on the command
+    line.
 
     Raises:
         RecipeError: it asks for another one.
     """
-    conflict = precision_conflict(recipe.train, environment.get(PRECISION_VARIABLE, "no"), "the launcher")
+    conflict = precision_conflict(
+        recipe.train, environment.get(PRECISION_VARIABLE, "no"), "the launcher"
+    )
     if conflict:
         raise recipe.error("train.bf16", *conflict)
 
@@ -122,7 +140,8 @@ def check_launch(asked: Asked, active: Active) -> str:
     described = f"{active.distributed_type}, world size {active.world_size}, {active.device}"
     if asked.world_size is not None and asked.world_size != active.world_size:
         raise RecipeError(
-            f"{asked.source} asked for {asked.world_size} processes, but {active.world_size} is training",
+            f"{asked.source} asked for {asked.world_size} processes, but {active.world_size} is"
+            " training",
             "on a machine without GPUs use accelerate_configs/ddp_cpu.yaml or fsdp_cpu.yaml:",
             "`--cpu` and `distributed_type: MULTI_CPU` start one process only",
         )
@@ -132,24 +151,38 @@ def check_launch(asked: Asked, active: Active) -> str:
             f"the launcher started {started} processes, but each of them would train alone",
             "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml",
         )
-    if asked.distributed_type == "FSDP" and active.distributed_type != "FSDP" and active.world_size > 1:
+    if (
+        asked.distributed_type == "FSDP"
+        and active.distributed_type != "FSDP"
+        and active.world_size > 1
+    ):
         raise RecipeError(
             f"{asked.source} asked for FSDP, but {active.distributed_type} is active",
-            "set fsdp_version: 2 in the accelerate config; on a machine without GPUs use accelerate_configs/fsdp_cpu.yaml",
+            "set fsdp_version: 2 in the accelerate config; on a machine without GPUs use"
+            " accelerate_configs/fsdp_cpu.yaml",
         )
     if asked.distributed_type in {"MULTI_GPU", "NO"} and active.distributed_type == "FSDP":
-        raise RecipeError(f"{asked.source} asked for {asked.distributed_type}, but FSDP is active", "unset ACCELERATE_USE_FSDP")
-    return described if asked.world_size is not None else f"{described} (not checked: {asked.source})"
+        raise RecipeError(
+            f"{asked.source} asked for {asked.distributed_type}, but FSDP is active",
+            "unset ACCELERATE_USE_FSDP",
+        )
+    return (
+        described if asked.world_size is not None else f"{described} (not checked: {asked.source})"
+    )
 
 
 def leave_gpus_out(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Hide the GPUs from a launch for the CPU, so that no library takes one; to be called before torch is imported."""
+    """Hide the GPUs from a launch for the CPU, so that no library takes one; to be called before
+    torch is imported.
+    """
     if environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
         environment["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def what_runs(state: Any) -> Active:
-    """Name what an Accelerator, or accelerate's PartialState, reports in the words of our documents: one process, DDP, FSDP."""
+    """Name what an Accelerator, or accelerate's PartialState, reports in the words of our
+    documents: one process, DDP, FSDP.
+    """
     kind = str(getattr(state.distributed_type, "value", state.distributed_type))
     words = {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}
     return Active(state.num_processes, words.get(kind, kind), str(state.device))

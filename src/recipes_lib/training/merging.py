@@ -1,6 +1,7 @@
 """Writing `merged/`: a whole model that needs no PEFT, no bitsandbytes and no base beside it.
 
-What is written is loaded again and compared with the adapter on real prompts before it gets its name.
+What is written is loaded again and compared with the adapter on real prompts before it gets its
+name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.faults import explain_fault
 from recipes_lib.runs.lock import run_lock
 from recipes_lib.terminal import shown_size
-from recipes_lib.training.adapters import RECORD, check_space, file_sizes, fold, free_memory, load_merged, merge_record, why_stale
+from recipes_lib.training.adapters import (
+    RECORD,
+    check_space,
+    file_sizes,
+    fold,
+    free_memory,
+    load_merged,
+    merge_record,
+    why_stale,
+)
 from recipes_lib.training.base_identity import ADAPTER_WEIGHTS, recorded_hashes, weight_hashes
 from recipes_lib.training.card import quantized_bits, write_card
 from recipes_lib.training.probes import real_prompts
@@ -50,13 +60,17 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
 
     Raises:
         RecipeError: a full fine-tuning, or another base than the adapter's.
-        EnvironmentFault: not enough disk space, another process works on the run, or the base cannot be had.
-        RecipesError: the merged model does not answer like the adapter; it is kept in `merged.rejected/`.
+        EnvironmentFault: not enough disk space, another process works on the run, or the base
+            cannot be had.
+        RecipesError: the merged model does not answer like the adapter; it is kept in
+            `merged.rejected/`.
     """
     name = trained.run.name
     if trained.full:
         what = f"run '{name}' is a full fine-tuning: its model is whole, there is nothing to merge"
-        raise RecipeError(what, f"use {trained.weights} as it is, or: recipes export {name} --to DIR")
+        raise RecipeError(
+            what, f"use {trained.weights} as it is, or: recipes export {name} --to DIR"
+        )
     check_base_of(trained)
     check_weights(trained)
     with run_lock(trained.run.path):
@@ -79,12 +93,17 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     tokenizer = family.tokenizer
     prompts = real_prompts(trained, tokenizer)
     logits = adapter_logits(family, trained, prompts)
-    before, precision = _size(family.model.get_base_model()), str(family.model.dtype).removeprefix("torch.")
+    before, precision = (
+        _size(family.model.get_base_model()),
+        str(family.model.dtype).removeprefix("torch."),
+    )
     model = fold(trained, family, getattr(torch, dtype) if dtype else None)
     written = str(model.dtype).removeprefix("torch.")
     if trained.recipe.quantization is not None:
         report(_dequantisation_note(trained, before, _size(model), written))
-    check_space(trained.run.path, _size(model), "the merged model", " and run the same command again")
+    check_space(
+        trained.run.path, _size(model), "the merged model", " and run the same command again"
+    )
     report(f"writing {shown_size(_size(model))} in {written} ...")
     _save(model, tokenizer, scratch)
     del model
@@ -97,9 +116,17 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     record = _record(trained, written, comparison)
     if comparison.problems:
         rejected = _set_aside(scratch)
-        raise RecipesError(f"the merged model is not the adapter on its base: {comparison.problems[0]}", f"it is kept in {rejected}")
-    write_card(scratch, trained.recipe, trained.run.read_state().get("summary") or {}, merged=record)
-    write_json(scratch / RECORD, {**record, "files": file_sizes(scratch), "sha256": recorded_hashes(scratch)})
+        raise RecipesError(
+            f"the merged model is not the adapter on its base: {comparison.problems[0]}",
+            f"it is kept in {rejected}",
+        )
+    write_card(
+        scratch, trained.recipe, trained.run.read_state().get("summary") or {}, merged=record
+    )
+    write_json(
+        scratch / RECORD,
+        {**record, "files": file_sizes(scratch), "sha256": recorded_hashes(scratch)},
+    )
     publish(scratch, trained.merged)
     shutil.rmtree(trained.merged.with_name(REJECTED), ignore_errors=True)
     return Merge(trained.merged, merge_record(trained) or record, already=False)
@@ -108,16 +135,22 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
 def _dequantisation_note(trained: TrainedRun, before: int, after: int, dtype: str) -> str:
     """Return what dequantising costs and what it cannot bring back."""
     return (
-        f"dequantised the {quantized_bits(trained.recipe)}-bit base first: "
-        f"{shown_size(before)} became {shown_size(after)} in {dtype}\n"
-        "what quantization took from the original weights stays lost: the adapter was trained on what was left"
+        f"dequantised the {quantized_bits(trained.recipe)}-bit base first: {shown_size(before)}"
+        f" became {shown_size(after)} in {dtype}\nwhat quantization took from the original weights"
+        " stays lost: the adapter was trained on what was left"
     )
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     settings = model.generation_config
-    if settings is not None and not settings.do_sample and (settings.temperature not in (None, 1.0) or settings.top_p not in (None, 1.0)):
-        settings.do_sample = True  # as Llama-2's file has it; upstream refuses to save sampling values without it
+    if (
+        settings is not None
+        and not settings.do_sample
+        and (settings.temperature not in (None, 1.0) or settings.top_p not in (None, 1.0))
+    ):
+        settings.do_sample = (
+            True  # as Llama-2's file has it; upstream refuses to save sampling values without it
+        )
     try:
         model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
@@ -125,7 +158,9 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, OSError) and explain_fault(error) is None:
             raise
-        raise EnvironmentFault(f"the merged model could not be written: {error}", "nothing was left behind") from error
+        raise EnvironmentFault(
+            f"the merged model could not be written: {error}", "nothing was left behind"
+        ) from error
 
 
 def _record(trained: TrainedRun, dtype: str, comparison: FoldComparison) -> dict[str, Any]:

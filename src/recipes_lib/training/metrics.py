@@ -1,4 +1,6 @@
-"""What a training logs: one line of metrics.jsonl per log, and a line or a bar on the terminal with tokens/s and time left."""
+"""What a training logs: one line of metrics.jsonl per log, and a line or a bar on the terminal with
+tokens/s and time left.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process in GiB: allocated on the accelerator, or resident where there is none."""
+    """Peak memory of this process in GiB: allocated on the accelerator, or resident where there is
+    none.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
@@ -29,7 +33,9 @@ def peak_memory_gib() -> float:
 
 
 def first_and_last(path: Path, key: str) -> tuple[float | None, float | None]:
-    """Return the first and the last value of a key in a metrics.jsonl, None where it has none; read from both ends, not as a whole."""
+    """Return the first and the last value of a key in a metrics.jsonl, None where it has none; read
+    from both ends, not as a whole.
+    """
     first = next((row[key] for row in read_rows(path, skip_damaged=True) if key in row), None)
     return first, next((row[key] for _, row in rows_from_the_end(path) if key in row), None)
 
@@ -40,18 +46,22 @@ def has_evaluation(lines: list[dict[str, Any]], step: int) -> bool:
 
 
 def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
-    """Cut off the lines after `step`, and what a crash left damaged behind them: a resumed run writes them again.
+    """Cut off the lines after `step`, and what a crash left damaged behind them: a resumed run
+    writes them again.
 
     Args:
         path: the run's metrics.jsonl.
         step: the checkpoint's.
-        evaluated: whether the checkpoint was saved after the evaluation of its step; otherwise that line, the last of its step, goes too.
+        evaluated: whether the checkpoint was saved after the evaluation of its step; otherwise that
+            line, the last of its step, goes too.
     """
     if not path.is_file():
         return
 
     def stays(row: dict[str, Any]) -> bool:
-        return row.get("step", 0) < step or (row.get("step", 0) == step and (evaluated or "eval_loss" not in row))
+        return row.get("step", 0) < step or (
+            row.get("step", 0) == step and (evaluated or "eval_loss" not in row)
+        )
 
     kept = next((end for end, row in rows_from_the_end(path) if stays(row)), 0)
     with path.open("rb+") as stream:
@@ -76,34 +86,50 @@ class MetricsCallback(TrainerCallback):
         self._started = (time.monotonic(), 0)
         self._validation = _Validation()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock, and the bar on a terminal."""
         self._started = (time.monotonic(), state.global_step)
         self._last = (time.monotonic(), _tokens_at(self.path, state.global_step))
         if state.is_world_process_zero and not self.quiet and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
+            )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Move the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write one line, flushed at once."""
         logs = logs or {}
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         begun = time.perf_counter()
-        line: dict[str, Any] = {"step": state.global_step, "epoch": round(float(state.epoch or 0), 6)}
+        line: dict[str, Any] = {
+            "step": state.global_step,
+            "epoch": round(float(state.epoch or 0), 6),
+        }
         line |= {key: float(logs[key]) for key in KEPT if key in logs}
         if "loss" in logs:
             now, tokens = time.monotonic(), int(logs.get("num_tokens", 0))
             line["tokens"] = tokens
-            line["tokens_per_second"] = round((tokens - self._last[1]) / max(now - self._last[0], 1e-9), 1)
+            line["tokens_per_second"] = round(
+                (tokens - self._last[1]) / max(now - self._last[0], 1e-9), 1
+            )
             self._last = (now, tokens)
         else:
             self._last = (time.monotonic(), self._last[1])
@@ -114,9 +140,16 @@ class MetricsCallback(TrainerCallback):
         self.seconds += time.perf_counter() - begun
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Say now and then how far a validation is: that of a large set takes minutes, and the last one comes after the last step."""
+        """Say now and then how far a validation is: that of a large set takes minutes, and the last
+        one comes after the last step.
+        """
         text = self._validation.after_batch(len(eval_dataloader))
         if text is None or self.quiet or not state.is_world_process_zero:
             return
@@ -125,7 +158,9 @@ class MetricsCallback(TrainerCallback):
         else:
             say(f"step {state.global_step}/{state.max_steps}  {text}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()
@@ -137,8 +172,9 @@ class MetricsCallback(TrainerCallback):
             text = f"step {line['step']}/{state.max_steps}  validation loss {line['eval_loss']:.4f}"
         else:
             text = (
-                f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}  learning rate {line['learning_rate']:.2e}  "
-                f"{line['tokens_per_second']:,.0f} tokens/s  {self._time_left(state)} left"
+                f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}  learning rate"
+                f" {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s "
+                f" {self._time_left(state)} left"
             )
         if self.bar is not None:
             self.bar.write(text)
@@ -149,7 +185,11 @@ class MetricsCallback(TrainerCallback):
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self._started[1]
-        seconds = (time.monotonic() - self._started[0]) / max(done, 1) * (state.max_steps - state.global_step)
+        seconds = (
+            (time.monotonic() - self._started[0])
+            / max(done, 1)
+            * (state.max_steps - state.global_step)
+        )
         return _clock(seconds)
 
 
@@ -182,4 +222,11 @@ def _clock(seconds: float) -> str:
 
 
 def _tokens_at(path: Path, step: int) -> int:
-    return next((row["tokens"] for _, row in rows_from_the_end(path) if row.get("step", 0) <= step and "tokens" in row), 0)
+    return next(
+        (
+            row["tokens"]
+            for _, row in rows_from_the_end(path)
+            if row.get("step", 0) <= step and "tokens" in row
+        ),
+        0,
+    )

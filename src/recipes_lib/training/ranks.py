@@ -1,4 +1,6 @@
-"""Work that one rank does for all: the result, or the error, reaches every rank, so that all go on or all stop."""
+"""Work that one rank does for all: the result, or the error, reaches every rank, so that all go on
+or all stop.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,14 @@ T = TypeVar("T")
 STAGE_FILE = "RECIPES_STAGE_FILE"  # where `recipes train` reads how far the training is
 STEPS, CLOSING = "steps", "closing"
 SEEN = {  # what a first Ctrl-C is answered, by stage
-    STEPS: "stopping in a checkpoint after this step or validation batch (Ctrl-C again ends it at once) ...",
-    CLOSING: "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at once) ...",
+    STEPS: (
+        "stopping in a checkpoint after this step or validation batch (Ctrl-C again ends it at"
+        " once) ..."
+    ),
+    CLOSING: (
+        "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at"
+        " once) ..."
+    ),
 }
 LAST_WORDS_S = 60.0  # that a failing rank 0 waits for the others to read why
 
@@ -34,19 +42,24 @@ def rank() -> int:
 
 
 def tell_stage(stage: str) -> None:
-    """Leave a word for `recipes train`: a Ctrl-C before the first step has nothing to save, one after the last has nothing to stop."""
+    """Leave a word for `recipes train`: a Ctrl-C before the first step has nothing to save, one
+    after the last has nothing to stop.
+    """
     file = os.environ.get(STAGE_FILE)
     if file and os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):
-            write_text(Path(file), stage)  # whole whenever it is read: an empty one would say that nothing can be saved
+            write_text(
+                Path(file), stage
+            )  # whole whenever it is read: an empty one would say that nothing can be saved
 
 
 def on_main_rank(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result on every rank, however long it takes.
 
-    The result goes through the store that the processes met in, not through a collective: `train.ddp_timeout` ends a collective, and
-    hashing or reloading the weights of a large model may take longer. Inside `work` a further call just runs: the other ranks wait for the
-    outer result and would take the inner one for it.
+    The result goes through the store that the processes met in, not through a collective:
+    `train.ddp_timeout` ends a collective, and hashing or reloading the weights of a large model may
+    take longer. Inside `work` a further call just runs: the other ranks wait for the outer result
+    and would take the inner one for it.
 
     Raises:
         Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set.
@@ -79,7 +92,9 @@ def on_main_rank(work: Callable[[], T]) -> T:
 
 
 def meet() -> None:
-    """Wait until every rank is here, however long one of them reads or writes files: a barrier would end after `train.ddp_timeout`."""
+    """Wait until every rank is here, however long one of them reads or writes files: a barrier
+    would end after `train.ddp_timeout`.
+    """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized() and not _working_alone:
@@ -89,14 +104,18 @@ def meet() -> None:
 
 
 def _meeting() -> tuple[Any, str]:
-    """Return the store that all processes share, and the name of this meeting there: every rank counts its calls."""
+    """Return the store that all processes share, and the name of this meeting there: every rank
+    counts its calls.
+    """
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store(), f"recipes/{next(_meetings)}"
 
 
 def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
-    """Ask again and again, so that signals are handled meanwhile. A store that is gone raises; a rank that is gone ends its launcher."""
+    """Ask again and again, so that signals are handled meanwhile. A store that is gone raises; a
+    rank that is gone ends its launcher.
+    """
     end, pause = time.monotonic() + seconds, 0.001
     while not arrived() and time.monotonic() < end:
         time.sleep(pause)
@@ -104,7 +123,9 @@ def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
 
 
 def _pickled(outcome: tuple[Any, Exception | None]) -> bytes:
-    """Return what the other ranks can read: an error that cannot be made again there (some libraries' cannot) becomes its text."""
+    """Return what the other ranks can read: an error that cannot be made again there (some
+    libraries' cannot) becomes its text.
+    """
     error = outcome[1]
     try:
         data = pickle.dumps(outcome)
@@ -134,8 +155,9 @@ def agree_on_largest(value: int) -> int:
 def keep_alive(trainer: object) -> None:
     """Keep what holds the model from ever being freed, where there are several ranks.
 
-    Freeing a DDP model takes its gloo process group apart, which waits for ever when the other rank was faster (seen in one of three
-    stops on two ranks). `process.end_process` ends the process without it.
+    Freeing a DDP model takes its gloo process group apart, which waits for ever when the other rank
+    was faster (seen in one of three stops on two ranks). `process.end_process` ends the process
+    without it.
     """
     import torch.distributed as dist
 

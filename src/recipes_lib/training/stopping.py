@@ -1,9 +1,12 @@
-"""Stopping on request without losing a step: signals and a STOP file, one agreement of all ranks, one checkpoint.
+"""Stopping on request without losing a step: signals and a STOP file, one agreement of all ranks,
+one checkpoint.
 
-SIGTERM, SIGUSR2 (what a Slurm job forwards before its time limit) and a file `STOP` in the run directory ask for a checkpoint
-and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code 130, a second SIGINT ends the process at once. One rank's
-request is enough: at the end of each step, and at each batch of a validation, all ranks take the largest request and act on it together.
-After the last step only a validation can be cut short: the run's last checkpoint says that it is still due.
+SIGTERM, SIGUSR2 (what a Slurm job forwards before its time limit) and a file `STOP` in the run
+directory ask for a checkpoint and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code
+130, a second SIGINT ends the process at once. One rank's request is enough: at the end of each
+step, and at each batch of a validation, all ranks take the largest request and act on it together.
+After the last step only a validation can be cut short: the run's last checkpoint says that it is
+still due.
 """
 
 from __future__ import annotations
@@ -19,7 +22,15 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes_lib.errors import ExitCode, Interrupted, Preempted
-from recipes_lib.training.ranks import CLOSING, SEEN, STAGE_FILE, STEPS, agree_on_largest, rank, tell_stage
+from recipes_lib.training.ranks import (
+    CLOSING,
+    SEEN,
+    STAGE_FILE,
+    STEPS,
+    agree_on_largest,
+    rank,
+    tell_stage,
+)
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
@@ -30,10 +41,12 @@ class EvaluationStopped(Exception):
 
 
 class StopRequest:
-    """What this process was asked to do, set by signal handlers; `agreed` is what all ranks decided.
+    """What this process was asked to do, set by signal handlers; `agreed` is what all ranks
+    decided.
 
-    Before the first step there is nothing to save, so a signal ends the process at once; `wait_for_step` begins the time in which
-    a signal waits for the end of the step, `close` that in which the weights are saved and checked, which a first signal does not stop.
+    Before the first step there is nothing to save, so a signal ends the process at once;
+    `wait_for_step` begins the time in which a signal waits for the end of the step, `close` that in
+    which the weights are saved and checked, which a first signal does not stop.
     """
 
     def __init__(self, stop_file: Path) -> None:
@@ -47,7 +60,8 @@ class StopRequest:
         """From now on a request is noted and acted on at the end of a step.
 
         Raises:
-            Preempted, Interrupted: a signal came before, and what it raised was lost inside a library.
+            Preempted, Interrupted: a signal came before, and what it raised was lost inside a
+                library.
         """
         if self.requested != NOTHING:
             raise before_first_step(self.requested)
@@ -62,7 +76,11 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle SIGTERM, SIGUSR2 and SIGINT until the block ends."""
-        handlers = {signal.SIGTERM: self._on_preempt, signal.SIGUSR2: self._on_preempt, signal.SIGINT: self._on_interrupt}
+        handlers = {
+            signal.SIGTERM: self._on_preempt,
+            signal.SIGUSR2: self._on_preempt,
+            signal.SIGINT: self._on_interrupt,
+        }
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield self
@@ -71,9 +89,11 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _in_a_worker(self, code: ExitCode) -> bool:
-        """Whether this is a process forked from the training, which gets signals of its own from a terminal and from Slurm.
+        """Whether this is a process forked from the training, which gets signals of its own from a
+        terminal and from Slurm.
 
-        One that prepares data ends; one that loads data goes on, because the training needs its rows for the step that it finishes.
+        One that prepares data ends; one that loads data goes on, because the training needs its
+        rows for the step that it finishes.
         """
         if os.getpid() != self.process and not self.stage:
             os._exit(code)
@@ -98,16 +118,22 @@ class StopRequest:
             os.write(2, f"{SEEN[self.stage]}\n".encode())  # print may be in the middle of a line
 
     def agree(self) -> int:
-        """Return what all ranks do: the largest request of any rank. Every rank must call this at the same point."""
+        """Return what all ranks do: the largest request of any rank. Every rank must call this at
+        the same point.
+        """
         if self.agreed == NOTHING:
             self.agreed = agree_on_largest(max(self.requested, self._asked_by_file()))
         return self.agreed
 
     def _asked_by_file(self) -> int:
-        """An empty STOP file asks for preemption; one that says INT (written by `recipes train` on Ctrl-C) for an interrupt."""
+        """An empty STOP file asks for preemption; one that says INT (written by `recipes train` on
+        Ctrl-C) for an interrupt.
+        """
         try:
             return INTERRUPT if self.stop_file.read_bytes().strip() == b"INT" else PREEMPT
-        except OSError:  # there is none, or the file server is away for a moment: asked again after the next step
+        except OSError:
+            # there is none, or the file server is away for a moment: asked again after the next
+            # step
             return NOTHING
 
 
@@ -120,15 +146,17 @@ def before_first_step(request: int) -> Preempted | Interrupted:
 class StopCallback(TrainerCallback):
     """Turns an agreed request into a checkpoint and the end of the loop.
 
-    A due evaluation is put off (`evaluation_pending`): the resumed run makes it up, so that the metrics of an interrupted run
-    are those of an uninterrupted one.
+    A due evaluation is put off (`evaluation_pending`): the resumed run makes it up, so that the
+    metrics of an interrupted run are those of an uninterrupted one.
     """
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
         self.evaluation_pending = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         """Agree with the other ranks; on a request, save now and stop."""
         planned_end = state.global_step >= state.max_steps
         if not planned_end and self.request.agree() != NOTHING:
@@ -138,13 +166,17 @@ class StopCallback(TrainerCallback):
             control.should_training_stop = True
         return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         """A request that arrived during a save needs no second checkpoint."""
         if state.global_step < state.max_steps and self.request.agree() != NOTHING:
             control.should_training_stop = True
         return control
 
-    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """A request during an evaluation cuts it short, that of the last step too."""
         if self.request.agree() != NOTHING:
             raise EvaluationStopped

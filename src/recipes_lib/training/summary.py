@@ -1,4 +1,6 @@
-"""The numbers of a finished training, as run.json, the model card and the results tables show them."""
+"""The numbers of a finished training, as run.json, the model card and the results tables
+show them.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ def summarise_training(
     planned: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """Return rows, steps, losses, time and memory of the attempt that reached the end; None where not measured.
+    """Return rows, steps, losses, time and memory of the attempt that reached the end; None where
+    not measured.
 
-    Times are this attempt's: after a resume they leave out the earlier attempts, `resumed` in run.json says so, and the planned time, which
-    is that of the whole training, is not put beside them.
+    Times are this attempt's: after a resume they leave out the earlier attempts, `resumed` in
+    run.json says so, and the planned time, which is that of the whole training, is not put beside
+    them.
     """
     training, validation = first_and_last(metrics, "loss"), first_and_last(metrics, "eval_loss")
     state, tokens = trainer.state, int(trainer._total_train_tokens)
@@ -50,7 +54,11 @@ def summarise_training(
         "planned_peak_memory_gib": planned.get("peak_memory_gib"),
         "world_size": active.world_size,
         "distribution": active.distributed_type,
-        "reproducible": "exact on the same versions" if active.device.startswith("cpu") else "same hardware, within rounding",
+        "reproducible": (
+            "exact on the same versions"
+            if active.device.startswith("cpu")
+            else "same hardware, within rounding"
+        ),
     }
 
 
@@ -60,8 +68,11 @@ def beside_the_plan(summary: dict[str, Any]) -> str:
     Example:
         >>> beside_the_plan({"seconds": 51.3, "peak_memory_gib": 1.88, "planned_seconds": 47.9, "planned_peak_memory_gib": 2.07})
         'took 51 s (planned 48), peak memory 1.9 GiB (planned 2.1)'
-    """
+    """  # noqa: E501
     seconds, peak = summary["planned_seconds"], summary["planned_peak_memory_gib"]
     time_planned = "" if seconds is None else f" (planned {seconds:,.0f})"
     peak_planned = "" if peak is None else f" (planned {peak:.1f})"
-    return f"took {summary['seconds']:,.0f} s{time_planned}, peak memory {summary['peak_memory_gib']:.1f} GiB{peak_planned}"
+    return (
+        f"took {summary['seconds']:,.0f} s{time_planned}, peak memory"
+        f" {summary['peak_memory_gib']:.1f} GiB{peak_planned}"
+    )

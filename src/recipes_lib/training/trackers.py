@@ -1,4 +1,6 @@
-"""Trackers that `train.report_to` names: whether they are installed, asked before anything is loaded."""
+"""Trackers that `train.report_to` names: whether they are installed, asked before anything is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +27,6 @@ def check_trackers(recipe: Recipe, args: SFTConfig) -> None:
         raise recipe.fault(
             "train.report_to",
             f"train.report_to: {', '.join(missing)} is not installed",
-            "pip install -c constraints.txt -e '.[tracking]' brings tensorboard, trackio and wandb; or train.report_to=none",
+            "pip install -c constraints.txt -e '.[tracking]' brings tensorboard, trackio and wandb;"
+            " or train.report_to=none",
         )

@@ -1,4 +1,6 @@
-"""Trained runs loaded for use: one base model serves the base and every adapter trained on it, without merging."""
+"""Trained runs loaded for use: one base model serves the base and every adapter trained on it,
+without merging.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ class TrainedRun:
 
     @property
     def prompt_section(self) -> DataSection:
-        """The recipe's data section for asking the run: its chat template is the one that was saved with its tokenizer."""
+        """The recipe's data section for asking the run: its chat template is the one that was saved
+        with its tokenizer.
+        """
         return dataclasses.replace(self.recipe.data, chat_template=None)
 
 
@@ -77,7 +81,10 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
     recorded = run.read_state()
     if recorded["state"] != "finished":
         if recorded["state"] == "imported":
-            raise RecipeError(f"run '{run.name}' was imported and has no weights", f"what it has: recipes compare {run.name} OTHER_RUN")
+            raise RecipeError(
+                f"run '{run.name}' was imported and has no weights",
+                f"what it has: recipes compare {run.name} OTHER_RUN",
+            )
         what = f"run '{run.name}' is {recorded['state']}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     try:
@@ -86,12 +93,24 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         what = f"the settings of run '{run.name}' are damaged: {str(error).splitlines()[0]}"
         raise EnvironmentFault(what, f"write them again: {run.train_command()}") from None
     if recipe.model.trust_remote_code and not remote_code:
-        raise RecipeError(f"the model of run '{run.name}' runs code that ships with it", "pass --trust-remote-code, as its training did")
+        raise RecipeError(
+            f"the model of run '{run.name}' runs code that ships with it",
+            "pass --trust-remote-code, as its training did",
+        )
     folders = recorded.get("data_folders")
-    if folders:  # relative paths mean the folder of the recipe that was trained, not of its copy in the run
-        source, template = (Origin(str(Path(folder) / recipe.path.name)) for folder in (folders[0], folders[-1]))
-        placed: dict[KeyPath, Origin] = {("data", "source"): source, ("data", "chat_template"): template}
-        recipe = dataclasses.replace(recipe, origins={**recipe.origins, **placed}, base_dir=Path(folders[0]))
+    if (
+        folders
+    ):  # relative paths mean the folder of the recipe that was trained, not of its copy in the run
+        source, template = (
+            Origin(str(Path(folder) / recipe.path.name)) for folder in (folders[0], folders[-1])
+        )
+        placed: dict[KeyPath, Origin] = {
+            ("data", "source"): source,
+            ("data", "chat_template"): template,
+        }
+        recipe = dataclasses.replace(
+            recipe, origins={**recipe.origins, **placed}, base_dir=Path(folders[0])
+        )
     trained = TrainedRun(run, recipe)
     if not trained.weights.is_dir():
         raise _lost(run, f"{trained.weights.name}/ is gone")
@@ -99,7 +118,8 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
 
 
 def weights_damage(run: RunDirectory, full: bool) -> str | None:
-    """Return what is wrong with a finished run's weights, or None where they are what was trained, byte for byte.
+    """Return what is wrong with a finished run's weights, or None where they are what was trained,
+    byte for byte.
 
     A run of a version that recorded no hashes is looked at for missing and truncated files.
     """
@@ -118,7 +138,10 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         if gone or not any(folder.glob("*.safetensors")):
             return f"{folder.name}/{gone[0] if gone else '*.safetensors'} is gone"
         if changed := base_identity.changed_files(folder, recorded):
-            return f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs from the recorded one"
+            return (
+                f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs"
+                " from the recorded one"
+            )
     except (DamagedFile, EnvironmentFault) as error:
         return str(error).splitlines()[0]
     return None
@@ -135,7 +158,8 @@ def check_weights(trained: TrainedRun) -> None:
 
 
 def check_base_run(name_or_path: str) -> None:
-    """Refuse to train on weights of a run (`runs/NAME/model` or `merged`) that are not what was trained.
+    """Refuse to train on weights of a run (`runs/NAME/model` or `merged`) that are not what was
+    trained.
 
     Raises:
         EnvironmentFault: as for `check_weights`, or the file of `merged/` that changed.
@@ -148,8 +172,13 @@ def check_base_run(name_or_path: str) -> None:
         if damage := weights_damage(run, full=True):
             raise _lost(run, damage)
         return
-    if changed := base_identity.changed_files(folder, read_object(folder / "merge.json").get("sha256", {})):
-        raise EnvironmentFault(f"{folder / changed[0]} is not what was merged", f"make it again: recipes merge {run.name}")
+    if changed := base_identity.changed_files(
+        folder, read_object(folder / "merge.json").get("sha256", {})
+    ):
+        raise EnvironmentFault(
+            f"{folder / changed[0]} is not what was merged",
+            f"make it again: recipes merge {run.name}",
+        )
 
 
 def _lost(run: RunDirectory, damage: str) -> EnvironmentFault:
@@ -182,11 +211,17 @@ class Family:
         self.full = first.full
         self.tokenizers = {one.run.name: _tokenizer_of(one) for one in self.runs}
         self.tokenizer = self.tokenizers[first.run.name]
-        self.model = _load_full(first, self.tokenizer) if self.full else _load_adapters(self.runs, self.tokenizer)
+        self.model = (
+            _load_full(first, self.tokenizer)
+            if self.full
+            else _load_adapters(self.runs, self.tokenizer)
+        )
 
     @property
     def names(self) -> list[str]:
-        """What can be asked to answer: the base (unless it was fine-tuned as a whole) and the runs."""
+        """What can be asked to answer: the base (unless it was fine-tuned as a whole) and
+        the runs.
+        """
         return [*([] if self.full else [BASE]), *(one.run.name for one in self.runs)]
 
     def prompting(self, name: str) -> tuple[DataSection, PreTrainedTokenizerBase]:
@@ -208,13 +243,17 @@ class Family:
 
     @contextlib.contextmanager
     def answering(self, name: str) -> Iterator[PreTrainedModel]:
-        """As `using`, in the precision that the run was trained in: mixed-precision training computes in half precision beside float32
-        weights, and without it the float32 adapters of a bf16 base would compute in float32. The base answers as it is loaded.
+        """As `using`, in the precision that the run was trained in: mixed-precision training
+        computes in half precision beside float32 weights, and without it the float32 adapters of a
+        bf16 base would compute in float32. The base answers as it is loaded.
         """
         weights = next((one.weights for one in self.runs if one.run.name == name), None)
         check = read_check(weights) if weights else None
         half = check.autocast if check else None
-        with self.using(name) as model, autocast(half == "bfloat16", half == "float16", model.device.type):
+        with (
+            self.using(name) as model,
+            autocast(half == "bfloat16", half == "float16", model.device.type),
+        ):
             yield model
 
     def _adapter_of(self, name: str) -> str:
@@ -233,7 +272,9 @@ def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
 
 
 def adapter_name(position: int) -> str:
-    """Return PEFT's name for the n-th run of a family: a module's name must not contain the dots that a run's may."""
+    """Return PEFT's name for the n-th run of a family: a module's name must not contain the dots
+    that a run's may.
+    """
     return f"run{position}"
 
 
@@ -244,7 +285,9 @@ def _tokenizer_of(one: TrainedRun) -> PreTrainedTokenizerBase:
 
 
 def _load_full(one: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return ready_to_answer(reload(one.weights, one.recipe, full_finetuning=True, tokenizer=tokenizer))
+    return ready_to_answer(
+        reload(one.weights, one.recipe, full_finetuning=True, tokenizer=tokenizer)
+    )
 
 
 def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -257,7 +300,9 @@ def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBas
     for position, one in enumerate(runs):
         try:
             if model is None:
-                model = PeftModel.from_pretrained(base, str(one.weights), adapter_name=adapter_name(position))
+                model = PeftModel.from_pretrained(
+                    base, str(one.weights), adapter_name=adapter_name(position)
+                )
             else:
                 model.load_adapter(str(one.weights), adapter_name(position))
         except (RuntimeError, ValueError, KeyError) as error:
@@ -267,7 +312,9 @@ def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBas
 
 
 def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the base as the run was trained on it: quantized where its recipe says so, on the GPU where there is one."""
+    """Load the base as the run was trained on it: quantized where its recipe says so, on the GPU
+    where there is one.
+    """
     import torch
 
     base = load_model(recipe, tokenizer, build_quantization_config(recipe))
@@ -275,7 +322,8 @@ def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
 
 
 def check_base_of(one: TrainedRun) -> None:
-    """Refuse a run whose adapter is damaged, or whose base is not the one it was trained on; loads no model.
+    """Refuse a run whose adapter is damaged, or whose base is not the one it was trained on; loads
+    no model.
 
     Raises:
         RecipeError: another base, by name or by the content of its files; or pickled weights.
@@ -287,4 +335,6 @@ def check_base_of(one: TrainedRun) -> None:
         recorded = read_check(one.weights)
     except (DamagedFile, EnvironmentFault) as error:
         raise _lost(one.run, str(error).splitlines()[0]) from None
-    base_identity.check_content(one.run.name, recorded.base_fingerprint if recorded else None, one.recipe)
+    base_identity.check_content(
+        one.run.name, recorded.base_fingerprint if recorded else None, one.recipe
+    )

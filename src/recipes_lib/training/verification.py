@@ -1,9 +1,11 @@
-"""`recipes verify`: does the run still give what was trained, and does its merged model give what its adapter gives?
+"""`recipes verify`: does the run still give what was trained, and does its merged model give what
+its adapter gives?
 
-Everything is compared as logits on real prompts. Two yardsticks decide: the largest difference as a share of the largest logit
-(rounding), and the mean difference as a share of the adapter's own effect on the base. The second is what a merge that lost a
-weak adapter altogether would fail, while passing the first. Where the effect is too small to be told from the rounding of
-half precision, both sides are computed again in float32.
+Everything is compared as logits on real prompts. Two yardsticks decide: the largest difference as a
+share of the largest logit (rounding), and the mean difference as a share of the adapter's own
+effect on the base. The second is what a merge that lost a weak adapter altogether would fail, while
+passing the first. Where the effect is too small to be told from the rounding of half precision,
+both sides are computed again in float32.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.errors import RecipesError
-from recipes_lib.training.adapters import fold, free_memory, load_merged, merge_record, unfolded_float32, why_stale
+from recipes_lib.training.adapters import (
+    fold,
+    free_memory,
+    load_merged,
+    merge_record,
+    unfolded_float32,
+    why_stale,
+)
 from recipes_lib.training.base_identity import adapter_config, check_whole
 from recipes_lib.training.probes import Prompts, RecordedCheck, read_check, real_prompts
 from recipes_lib.training.trained import BASE, Family, TrainedRun, check_base_of, weights_damage
@@ -32,8 +41,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the effect on average and 4-6% of the largest logit at most,
-# of which the arithmetic in bfloat16 alone is 3%; a 4-bit adapter merged into the original 16-bit base is 32% and 39% off.
+# Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the effect on average and 4-6%
+# of the largest logit at most, of which the arithmetic in bfloat16 alone is 3%; a 4-bit adapter
+# merged into the original 16-bit base is 32% and 39% off.
 LOST_LIMIT = 0.25
 FOLD_TOLERANCE = 0.15
 
@@ -74,11 +84,14 @@ class FoldComparison:
         difference = self.difference
         if not difference.agrees:
             allowed = difference.tolerance * difference.scale
-            found.append(f"logits differ by {difference.largest:.3g} where {allowed:.3g} is allowed")
+            found.append(
+                f"logits differ by {difference.largest:.3g} where {allowed:.3g} is allowed"
+            )
         if self.lost > LOST_LIMIT:
             found.append(
-                f"the mean difference is {self.lost:.0%} of what the adapter changes, {LOST_LIMIT:.0%} is allowed: "
-                "its effect is lost in rounding (try --dtype float32), or these are not its weights"
+                f"the mean difference is {self.lost:.0%} of what the adapter changes,"
+                f" {LOST_LIMIT:.0%} is allowed: its effect is lost in rounding (try --dtype"
+                " float32), or these are not its weights"
             )
         return found
 
@@ -88,7 +101,11 @@ class FoldComparison:
             "prompts": self.prompts,
             "computed_in": self.computed_in,
             "difference": self.difference.as_dict(),
-            "adapter_effect": {key: value for key, value in dataclasses.asdict(self.effect).items() if key != "tolerance"},
+            "adapter_effect": {
+                key: value
+                for key, value in dataclasses.asdict(self.effect).items()
+                if key != "tolerance"
+            },
             "lost_share": self.lost,
             "lost_limit": LOST_LIMIT,
             "agrees": not self.problems,
@@ -97,7 +114,9 @@ class FoldComparison:
 
 @dataclass
 class Verification:
-    """What verifying a run found: facts to show, numbers, and problems, of which one is enough to fail."""
+    """What verifying a run found: facts to show, numbers, and problems, of which one is enough to
+    fail.
+    """
 
     run: str
     kind: str
@@ -116,7 +135,8 @@ class Verification:
 
 
 def verify(trained: TrainedRun, num_prompts: int) -> Verification:
-    """Check a finished run's weights: the files, the model they make, and `merged/` or a merge made in memory.
+    """Check a finished run's weights: the files, the model they make, and `merged/` or a merge made
+    in memory.
 
     Args:
         trained: the run.
@@ -126,7 +146,13 @@ def verify(trained: TrainedRun, num_prompts: int) -> Verification:
         RecipeError: the base is not the run's.
         EnvironmentFault: files are missing or truncated, or the base cannot be had.
     """
-    kind = "full fine-tuning" if trained.full else "LoRA" if trained.recipe.quantization is None else "QLoRA"
+    kind = (
+        "full fine-tuning"
+        if trained.full
+        else "LoRA"
+        if trained.recipe.quantization is None
+        else "QLoRA"
+    )
     result = Verification(trained.run.name, kind)
     _check_weights(trained, result)
     if result.problems:
@@ -147,7 +173,13 @@ def adapter_logits(family: Family, trained: TrainedRun, prompts: Prompts) -> Ada
     return AdapterLogits(*logits)
 
 
-def compare_folded(trained: TrainedRun, logits: AdapterLogits, folded: PreTrainedModel, prompts: Prompts, precision: str) -> FoldComparison:
+def compare_folded(
+    trained: TrainedRun,
+    logits: AdapterLogits,
+    folded: PreTrainedModel,
+    prompts: Prompts,
+    precision: str,
+) -> FoldComparison:
     """Compare a folded model with the adapter on its base.
 
     Args:
@@ -168,38 +200,68 @@ def compare_folded(trained: TrainedRun, logits: AdapterLogits, folded: PreTraine
     model = unfolded_float32(trained)
     with model.disable_adapter():
         base = logits_on(model, prompts.rows)
-    return _compare(AdapterLogits(base, logits_on(model, prompts.rows)), again, prompts, written == "float32", "float32", rerouted)
+    return _compare(
+        AdapterLogits(base, logits_on(model, prompts.rows)),
+        again,
+        prompts,
+        written == "float32",
+        "float32",
+        rerouted,
+    )
 
 
-def _compare(logits: AdapterLogits, folded: torch.Tensor, prompts: Prompts, exact: bool, precision: str, rerouted: float) -> FoldComparison:
-    difference = compare_logits(logits.adapter, folded, EXACT_TOLERANCE if exact else FOLD_TOLERANCE, rerouted)
-    return FoldComparison(str(prompts), difference, compare_logits(logits.base, logits.adapter, 0.0), precision)
+def _compare(
+    logits: AdapterLogits,
+    folded: torch.Tensor,
+    prompts: Prompts,
+    exact: bool,
+    precision: str,
+    rerouted: float,
+) -> FoldComparison:
+    difference = compare_logits(
+        logits.adapter, folded, EXACT_TOLERANCE if exact else FOLD_TOLERANCE, rerouted
+    )
+    return FoldComparison(
+        str(prompts), difference, compare_logits(logits.base, logits.adapter, 0.0), precision
+    )
 
 
 # ---- The parts of a verification ----
 
 
 def _check_weights(trained: TrainedRun, result: Verification) -> None:
-    """The files: whole, finite, as many tensors as were recorded, and byte for byte those of the end of the training."""
+    """The files: whole, finite, as many tensors as were recorded, and byte for byte those of the
+    end of the training.
+    """
     folder = trained.weights
     if trained.full:
         check_whole(folder)
     else:
         check_base_of(trained)
     try:
-        found = check_files(folder, trained.full, "" if trained.full else adapter_config(folder)["base_model_name_or_path"])
+        found = check_files(
+            folder,
+            trained.full,
+            "" if trained.full else adapter_config(folder)["base_model_name_or_path"],
+        )
     except RecipesError as error:
         result.problems.append(error.what)
         return
     recorded = trained.run.read_state().get("weights_check", {})
     for key in ("tensors", "parameters"):
         if recorded.get(key) not in (None, found[key]):
-            result.problems.append(f"{folder.name}/ has {found[key]:,} {key}, run.json recorded {recorded[key]:,}")
-    result.facts.append(f"{folder.name}/: {found['tensors']:,} tensors, {found['parameters']:,} numbers, all finite")
+            result.problems.append(
+                f"{folder.name}/ has {found[key]:,} {key}, run.json recorded {recorded[key]:,}"
+            )
+    result.facts.append(
+        f"{folder.name}/: {found['tensors']:,} tensors, {found['parameters']:,} numbers, all finite"
+    )
     if damage := weights_damage(trained.run, trained.full):
         result.problems.append(f"{damage}; make it again: {trained.run.train_command()}")
     elif "sha256" not in recorded and read_check(folder) is None:
-        result.facts.append(f"{folder.name}/: this run recorded no hashes and no answers to compare with")
+        result.facts.append(
+            f"{folder.name}/: this run recorded no hashes and no answers to compare with"
+        )
     else:
         result.facts.append(f"{folder.name}/: sha256 as recorded at the end of the training")
 
@@ -223,15 +285,22 @@ def _check_as_trained(trained: TrainedRun, family: Family, result: Verification)
     }
     if largest > allowed:
         result.problems.append(
-            f"the model does not answer as it did when it was trained: logits differ by {largest:.3g} where {allowed:.3g} is allowed"
+            "the model does not answer as it did when it was trained: logits differ by"
+            f" {largest:.3g} where {allowed:.3g} is allowed"
         )
     else:
         difference = f"differ by at most {largest:.2g} ({allowed:.2g} allowed)"
-        result.facts.append(f"as trained: logits of {len(check.top_tokens)} recorded tokens {difference}")
+        result.facts.append(
+            f"as trained: logits of {len(check.top_tokens)} recorded tokens {difference}"
+        )
 
 
-def _differences_from_record(trained: TrainedRun, family: Family, check: RecordedCheck) -> tuple[float, float]:
-    """Return the largest difference from the recorded top logits, and the share of positions with the same top token."""
+def _differences_from_record(
+    trained: TrainedRun, family: Family, check: RecordedCheck
+) -> tuple[float, float]:
+    """Return the largest difference from the recorded top logits, and the share of positions with
+    the same top token.
+    """
     import torch
 
     half = check.autocast == "bfloat16", check.autocast == "float16"
@@ -240,16 +309,22 @@ def _differences_from_record(trained: TrainedRun, family: Family, check: Recorde
     top = torch.tensor(check.top_tokens)
     recorded = torch.tensor(check.top_logits)
     found = logits.gather(1, top[:, None]).squeeze(1)
-    return largest_difference((found - recorded).abs(), rerouted_share(model)), float((logits.argmax(-1) == top).float().mean())
+    return largest_difference((found - recorded).abs(), rerouted_share(model)), float(
+        (logits.argmax(-1) == top).float().mean()
+    )
 
 
-def _check_folded(trained: TrainedRun, family: Family, num_prompts: int, result: Verification) -> None:
+def _check_folded(
+    trained: TrainedRun, family: Family, num_prompts: int, result: Verification
+) -> None:
     """`merged/` gives the adapter's logits; without one, a merge in memory does."""
     tokenizer, precision = family.tokenizer, str(family.model.dtype).removeprefix("torch.")
     record = merge_record(trained)
     stale = why_stale(trained, record, contents=True) if record else None
     if stale:
-        result.problems.append(f"merged/ is out of date: {stale}; make it again: recipes merge {trained.run.name}")
+        result.problems.append(
+            f"merged/ is out of date: {stale}; make it again: recipes merge {trained.run.name}"
+        )
         return
     prompts = real_prompts(trained, tokenizer, num_prompts)
     logits = adapter_logits(family, trained, prompts)

@@ -1,6 +1,8 @@
-"""Proof that the weights on the disk are the weights that were trained: finite, not zero, right base, same logits.
+"""Proof that the weights on the disk are the weights that were trained: finite, not zero, right
+base, same logits.
 
-The check reloads what was saved into a fresh model, from the files alone, and compares logits with those the trained model gave.
+The check reloads what was saved into a fresh model, from the files alone, and compares logits with
+those the trained model gave.
 """
 
 from __future__ import annotations
@@ -21,16 +23,21 @@ if TYPE_CHECKING:
 
     from recipes_lib.recipe.recipe import Recipe
 
-# Largest difference of a logit, as a share of the largest logit. Half precision: rounding of other kernels on other shapes.
+# Largest difference of a logit, as a share of the largest logit. Half precision: rounding of other
+# kernels on other shapes.
 EXACT_TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
-REROUTED = 0.05  # share of positions that a comparison leaves out where tokens choose experts: rounding sends some to others
+# share of positions that a comparison leaves out where tokens choose experts: rounding sends some
+# to others
+REROUTED = 0.05
 _SPARE = 1.1  # free memory asked for, as a multiple of the weights
 
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """How far two models' logits are apart on the same tokens; `left_out` positions, those furthest apart, do not count for `largest`."""
+    """How far two models' logits are apart on the same tokens; `left_out` positions, those furthest
+    apart, do not count for `largest`.
+    """
 
     largest: float
     mean: float
@@ -49,7 +56,9 @@ class LogitsComparison:
         return {**asdict(self), "agrees": self.agrees}
 
 
-def compare_logits(first: torch.Tensor, second: torch.Tensor, tolerance: float, rerouted: float = 0.0) -> LogitsComparison:
+def compare_logits(
+    first: torch.Tensor, second: torch.Tensor, tolerance: float, rerouted: float = 0.0
+) -> LogitsComparison:
     """Compare two logit tensors of shape (tokens, vocabulary).
 
     Args:
@@ -69,28 +78,42 @@ def compare_logits(first: torch.Tensor, second: torch.Tensor, tolerance: float, 
 
 
 def rerouted_share(model: PreTrainedModel) -> float:
-    """Return the share of positions that a comparison leaves out: none, unless each token chooses its experts.
+    """Return the share of positions that a comparison leaves out: none, unless each token chooses
+    its experts.
 
-    A choice near a tie falls the other way by rounding alone, and then the token's logits are others; wrong weights differ everywhere.
+    A choice near a tie falls the other way by rounding alone, and then the token's logits are
+    others; wrong weights differ everywhere.
     """
     return REROUTED if getattr(model.config.get_text_config(), "num_experts_per_tok", None) else 0.0
 
 
 def largest_difference(by_position: torch.Tensor, rerouted: float) -> float:
-    """Return the largest of the differences by position, the share `rerouted` of them left out; infinite where one is not a number."""
-    kept = by_position.nan_to_num(nan=float("inf")).sort().values[: len(by_position) - int(rerouted * len(by_position))]
+    """Return the largest of the differences by position, the share `rerouted` of them left out;
+    infinite where one is not a number.
+    """
+    kept = (
+        by_position.nan_to_num(nan=float("inf"))
+        .sort()
+        .values[: len(by_position) - int(rerouted * len(by_position))]
+    )
     return float(kept.max())
 
 
 def logits_on(model: PreTrainedModel, probes: list[list[int]]) -> torch.Tensor:
-    """Return the logits of each probe's tokens one after the other, shape (sum of lengths, vocabulary). Runs on every rank under FSDP."""
+    """Return the logits of each probe's tokens one after the other, shape (sum of lengths,
+    vocabulary). Runs on every rank under FSDP.
+    """
     import torch
 
     was_training = model.training
     model.eval()
     with torch.no_grad():
         rows = [
-            model(input_ids=torch.tensor([probe], device=_device_of(model)), use_cache=False).logits[0].float().cpu() for probe in probes
+            model(input_ids=torch.tensor([probe], device=_device_of(model)), use_cache=False)
+            .logits[0]
+            .float()
+            .cpu()
+            for probe in probes
         ]
     model.train(was_training)
     return torch.cat(rows)
@@ -100,11 +123,16 @@ def autocast(bf16: bool, fp16: bool, device_type: str) -> contextlib.AbstractCon
     """Return the mixed precision that a training ran in, or nothing."""
     import torch
 
-    return torch.autocast(device_type, dtype=torch.bfloat16 if bf16 else torch.float16) if bf16 or fp16 else contextlib.nullcontext()
+    return (
+        torch.autocast(device_type, dtype=torch.bfloat16 if bf16 else torch.float16)
+        if bf16 or fp16
+        else contextlib.nullcontext()
+    )
 
 
 def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any]:
-    """Check the saved tensors without a model: readable, finite, changed by training, and made for `base`.
+    """Check the saved tensors without a model: readable, finite, changed by training, and made for
+    `base`.
 
     Args:
         folder: `adapter/` or `model/` as saved.
@@ -115,7 +143,8 @@ def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any
         {tensors, parameters}.
 
     Raises:
-        RecipesError: a tensor is not finite, every LoRA B matrix is zero (the adapter changes nothing), or the base is another one.
+        RecipesError: a tensor is not finite, every LoRA B matrix is zero (the adapter changes
+            nothing), or the base is another one.
     """
     import torch
     from safetensors import safe_open
@@ -135,7 +164,10 @@ def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any
                 changed = changed or ("lora_A" not in name and bool(tensor.any()))
     if not changed:
         what = f"the adapter in {folder} changes nothing: every trained tensor is zero"
-        raise RecipesError(what, "was the learning rate 0 at every step? more steps, or a shorter train.warmup_steps")
+        raise RecipesError(
+            what,
+            "was the learning rate 0 at every step? more steps, or a shorter train.warmup_steps",
+        )
     if not full_finetuning:
         recorded = adapter_config(folder)["base_model_name_or_path"]
         if recorded != base:
@@ -148,7 +180,9 @@ def reload(folder: Path, recipe: Recipe, full_finetuning: bool, tokenizer: Any) 
     import dataclasses
 
     if full_finetuning:
-        saved = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name_or_path=str(folder), revision=None))
+        saved = dataclasses.replace(
+            recipe, model=dataclasses.replace(recipe.model, name_or_path=str(folder), revision=None)
+        )
         model = load_model(saved, tokenizer)
         return model.to(device_with_room(model))
     from peft import PeftModel
@@ -162,8 +196,8 @@ def reload(folder: Path, recipe: Recipe, full_finetuning: bool, tokenizer: Any) 
 
 
 def device_with_room(model: PreTrainedModel) -> torch.device:
-    """Return this process's GPU, or the CPU where there is none or its free memory does not hold the model: what was trained in shards on
-    several GPUs may be too large for one.
+    """Return this process's GPU, or the CPU where there is none or its free memory does not hold
+    the model: what was trained in shards on several GPUs may be too large for one.
     """
     import torch
 
@@ -171,13 +205,18 @@ def device_with_room(model: PreTrainedModel) -> torch.device:
         return torch.device("cpu")
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     free, _ = torch.cuda.mem_get_info()
-    return torch.device("cuda", torch.cuda.current_device()) if _SPARE * needed < free else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if _SPARE * needed < free
+        else torch.device("cpu")
+    )
 
 
 def keep_saved_precision(model: PreTrainedModel, folder: Path, adapter: str = "default") -> None:
     """Give an adapter the precision it was trained in, which loading it does not.
 
-    PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16, which rounds differently.
+    PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16,
+    which rounds differently.
     """
     from safetensors.torch import load_file
 

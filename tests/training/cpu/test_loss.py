@@ -1,4 +1,6 @@
-"""The loss that is computed here instead of TRL's on a CPU: the same numbers, the same gradients."""
+"""The loss that is computed here instead of TRL's on a CPU: the same numbers, the same
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,12 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("trained", ["adapters only", "every weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_gradients_and_counts_are_those_of_trls_head(tiny_model_dir: Path, trained: str, dtype: torch.dtype) -> None:
-    ours, trls = (AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype) for _ in range(2))
+def test_loss_gradients_and_counts_are_those_of_trls_head(
+    tiny_model_dir: Path, trained: str, dtype: torch.dtype
+) -> None:
+    ours, trls = (
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype) for _ in range(2)
+    )
     for model in (ours, trls):
         model.get_output_embeddings().weight.requires_grad_(trained == "every weight")
     add_token_loss(ours)
@@ -53,7 +59,9 @@ def test_loss_gradients_and_counts_are_those_of_trls_head(tiny_model_dir: Path, 
     loss, supervised, correct = ours(**batch, loss_scale=float(scale))
 
     exact = dtype == torch.float32
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-6 if exact else 2e-5)
+    assert float(loss.detach()) == pytest.approx(
+        float(expected.detach()), rel=2e-6 if exact else 2e-5
+    )
     assert int(supervised) == int(outputs.label_mask.sum()) > TOKENS_PER_TILE
     assert int(correct) == int(outputs.is_top1.sum())
     ours_by_name, trls_by_name = gradients(ours, loss), gradients(trls, expected)
@@ -76,18 +84,29 @@ def test_the_gradient_is_no_further_from_float64_than_trls() -> None:
         if kind == "ours":
             loss = ScaledTokenLoss.apply(inputs, weight, None, targets, 1 / 300, True)[0]
         elif kind == "trl":
-            loss = -ChunkedLogProbFunction.apply(inputs, weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs",))[0].sum() / 300
+            loss = (
+                -ChunkedLogProbFunction.apply(
+                    inputs, weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs",)
+                )[0].sum()
+                / 300
+            )
         else:
             loss = torch.nn.functional.cross_entropy(inputs @ weight.double().t(), targets)
         loss.backward()
-        return inputs.grad.double() if kind == "exact" else (inputs.grad.double() - exact).norm() / exact.norm()
+        return (
+            inputs.grad.double()
+            if kind == "exact"
+            else (inputs.grad.double() - exact).norm() / exact.norm()
+        )
 
     exact = error("exact")
     assert error("ours") <= 1.05 * error("trl")
 
 
 def test_a_batch_without_loss_gives_zero_and_gradients_of_zero(tiny_model_dir: Path) -> None:
-    """A rank that has fewer pieces than another computes such a batch, and its backward pass has to meet the others'."""
+    """A rank that has fewer pieces than another computes such a batch, and its backward pass has to
+    meet the others'.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     add_token_loss(model)
     batch = random_batch()
@@ -98,10 +117,14 @@ def test_a_batch_without_loss_gives_zero_and_gradients_of_zero(tiny_model_dir: P
 
 
 def test_of_tokens_that_share_the_first_place_only_the_one_that_argmax_names_is_a_hit() -> None:
-    """In bf16 2.5% of positions have such ties; TRL's kernels count as argmax does, and so must a CPU."""
+    """In bf16 2.5% of positions have such ties; TRL's kernels count as argmax does, and so must a
+    CPU.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(500, 16, generator=generator).bfloat16()
-    weight = torch.randn(40, 16, generator=generator).bfloat16().repeat(2, 1)  # token t + 40 scores as token t does
+    weight = (
+        torch.randn(40, 16, generator=generator).bfloat16().repeat(2, 1)
+    )  # token t + 40 scores as token t does
     first = (hidden @ weight.t()).argmax(-1)
     for targets, hits in ((first, 500), (first + 40, 0)):
         _, correct = ScaledTokenLoss.apply(hidden, weight, None, targets, 1.0, False)
@@ -110,25 +133,39 @@ def test_of_tokens_that_share_the_first_place_only_the_one_that_argmax_names_is_
 
 def test_a_bias_and_a_loss_scale_are_followed_by_the_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((5, 8), (11, 8), (11,))]
+    parts = [
+        torch.randn(*shape, generator=generator, requires_grad=True)
+        for shape in ((5, 8), (11, 8), (11,))
+    ]
     targets = torch.tensor([1, 10, 3, 3, 0])
     loss, _ = ScaledTokenLoss.apply(*parts, targets, 0.2, True)
     ours = torch.autograd.grad(loss * 1024, parts)
-    reference = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*parts), targets) * 1024
+    reference = (
+        torch.nn.functional.cross_entropy(torch.nn.functional.linear(*parts), targets) * 1024
+    )
     assert float(loss.detach()) * 1024 == pytest.approx(float(reference.detach()), rel=1e-6)
     for mine, theirs in zip(ours, torch.autograd.grad(reference, parts), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_scale_the_forward_pass_is_the_models_own(tiny_model_dir: Path) -> None:
-    plain, patched = (AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval() for _ in range(2))
+    plain, patched = (
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+        for _ in range(2)
+    )
     add_token_loss(patched)
     batch = random_batch()
     assert torch.equal(plain(**batch).logits, patched(**batch).logits)
 
 
 def test_a_head_that_caps_or_scales_its_logits_is_left_to_trl() -> None:
-    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes))
     assert can_score_itself(model)
     model.config.router_aux_loss_coef = 0.01  # the loss of the routers would be left out
@@ -139,15 +176,24 @@ def test_a_head_that_caps_or_scales_its_logits_is_left_to_trl() -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-def test_a_trained_head_with_a_shard_group_of_its_own_is_gathered_before_the_loss_reads_it(tiny_model_dir: Path, trained: bool) -> None:
-    """Else its gradient is each rank's own: 0.995 of the right one away on two ranks; on one rank only the kind of tensor tells."""
+def test_a_trained_head_with_a_shard_group_of_its_own_is_gathered_before_the_loss_reads_it(
+    tiny_model_dir: Path, trained: bool
+) -> None:
+    """Else its gradient is each rank's own: 0.995 of the right one away on two ranks; on one rank
+    only the kind of tensor tells.
+    """
     from peft import LoraConfig, get_peft_model
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         saved = ["lm_head"] if trained else None
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM"
+            ),
+        )
         base = model.get_base_model()
         add_fused_lm_head(base)
         gather_trained_head(base)
@@ -158,6 +204,10 @@ def test_a_trained_head_with_a_shard_group_of_its_own_is_gathered_before_the_los
         assert isinstance(base.get_output_embeddings().weight, DTensor) is not trained
         loss.backward()
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+        assert all(
+            parameter.grad is not None
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        )
     finally:
         dist.destroy_process_group()

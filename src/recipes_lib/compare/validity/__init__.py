@@ -1,7 +1,9 @@
-"""Reasons not to believe a comparison: every check is a small function of what was measured, and says what it found as `Finding`s.
+"""Reasons not to believe a comparison: every check is a small function of what was measured, and
+says what it found as `Finding`s.
 
-docs/studies.md has the table of all codes. Two prefixes mean something to `claims`: a code that starts with `confound` leaves an
-association where a difference was shown, one that starts with `identical` leaves nothing to compare. Needs no torch.
+docs/studies.md has the table of all codes. Two prefixes mean something to `claims`: a code that
+starts with `confound` leaves an association where a difference was shown, one that starts with
+`identical` leaves nothing to compare. Needs no torch.
 """
 
 from __future__ import annotations

@@ -27,17 +27,30 @@ def _missing(study: Study) -> Iterator[Finding]:
     """One finding for all cells of the factorial that have no arm."""
     cells = missing_cells(study)
     if cells:
-        evidence = tuple("no arm has " + ", ".join(f"{factor}: {level}" for factor, level in cell.items()) for cell in cells)
+        evidence = tuple(
+            "no arm has " + ", ".join(f"{factor}: {level}" for factor, level in cell.items())
+            for cell in cells
+        )
         what = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
         title = f"{what} of the factorial {'has' if len(cells) == 1 else 'have'} no arm"
-        yield Finding("missing-cell", "warning", title, evidence, "add an arm for each: an effect there cannot be told from the others")
+        yield Finding(
+            "missing-cell",
+            "warning",
+            title,
+            evidence,
+            "add an arm for each: an effect there cannot be told from the others",
+        )
 
 
 def _aliased(study: Study, measurements: Measurements) -> Iterator[Finding]:
-    """Per two arms: factors that change together in every two arms of the study, so that no effect is one's own."""
+    """Per two arms: factors that change together in every two arms of the study, so that no effect
+    is one's own.
+    """
     cells = {arm.name: arm.cell for arm in study.arms if set(study.factors) <= set(arm.cell)}
     changed = {
-        (first, second): {factor for factor in study.factors if cells[first][factor] != cells[second][factor]}
+        (first, second): {
+            factor for factor in study.factors if cells[first][factor] != cells[second][factor]
+        }
         for first, second in itertools.combinations(cells, 2)
     }
     values = arm_values(study, measurements)
@@ -46,13 +59,18 @@ def _aliased(study: Study, measurements: Measurements) -> Iterator[Finding]:
         apart = [pair for pair, factors in changed.items() if len({one, other} & factors) == 1]
         for first, second in () if apart else together:
             keys = differing(values.get(first, {}), values.get(second, {}))
-            evidence = [f"{factor}: {first} {cells[first][factor]}, {second} {cells[second][factor]}" for factor in (one, other)]
+            evidence = [
+                f"{factor}: {first} {cells[first][factor]}, {second} {cells[second][factor]}"
+                for factor in (one, other)
+            ]
             evidence += [
-                f"{study.factor_of(key)}, {key}: "
-                f"{first} {setting_text(values[first].get(key))}, {second} {setting_text(values[second].get(key))}"
+                f"{study.factor_of(key)}, {key}: {first} {setting_text(values[first].get(key))},"
+                f" {second} {setting_text(values[second].get(key))}"
                 for key in keys
                 if study.factor_of(key) in (one, other)
             ]
             title = f"{one} is confounded with {other}: they change together in every arm"
             remedy = f"add arms that change {one} alone and {other} alone"
-            yield Finding("confound-factors", "error", title, tuple(evidence), remedy, (first, second))
+            yield Finding(
+                "confound-factors", "error", title, tuple(evidence), remedy, (first, second)
+            )

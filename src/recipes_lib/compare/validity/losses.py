@@ -1,4 +1,6 @@
-"""Validation losses that cannot be compared: means over other tokens, or computed in another precision."""
+"""Validation losses that cannot be compared: means over other tokens, or computed in another
+precision.
+"""
 
 from __future__ import annotations
 
@@ -39,22 +41,43 @@ _TOKENS = (
     "train.truncation_mode",
 )
 # They decide in which arithmetic it is computed.
-_PRECISION = ("model.dtype", "train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval", "launch.mixed_precision")
+_PRECISION = (
+    "model.dtype",
+    "train.bf16",
+    "train.fp16",
+    "train.bf16_full_eval",
+    "train.fp16_full_eval",
+    "launch.mixed_precision",
+)
 _RECORDED = ("confound-data", "confound-split", "confound-prompt-format")
 
 
 def check_losses(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
-    """Yield, per two arms that both have a validation loss, why the two are not the same measure."""
+    """Yield, per two arms that both have a validation loss, why the two are not the same
+    measure.
+    """
     values = arm_values(study, measurements)
     first_runs = {name: arm.runs[0] for name, arm in measurements.arms.items() if arm.runs}
-    measured = {name: run for name, run in first_runs.items() if any(line.get("eval_loss") is not None for line in run.curves)}
+    measured = {
+        name: run
+        for name, run in first_runs.items()
+        if any(line.get("eval_loss") is not None for line in run.curves)
+    }
     for first, second in pairs(measured):
         one, other = values.get(first, {}), values.get(second, {})
-        tokens = [*_differences(_TOKENS, first, second, one, other), *_recorded(measured[first], measured[second])]
+        tokens = [
+            *_differences(_TOKENS, first, second, one, other),
+            *_recorded(measured[first], measured[second]),
+        ]
         precision = _differences(_PRECISION, first, second, one, other)
         precision += _quantization(first, second, one, other)
         for code, evidence, what, remedy in (
-            ("loss-of-other-tokens", tokens, "over different tokens", "compare answers, or evaluate both on the same tokens"),
+            (
+                "loss-of-other-tokens",
+                tokens,
+                "over different tokens",
+                "compare answers, or evaluate both on the same tokens",
+            ),
             (
                 "loss-in-other-precision",
                 precision,
@@ -64,10 +87,14 @@ def check_losses(study: Study | None, measurements: Measurements) -> Iterator[Fi
         ):
             if evidence:
                 title = f"The validation losses of {first} and {second} are {what}"
-                yield Finding(code, "error", title, tuple(evidence), remedy, (first, second), (METRIC,))
+                yield Finding(
+                    code, "error", title, tuple(evidence), remedy, (first, second), (METRIC,)
+                )
 
 
-def _differences(keys: tuple[str, ...], first: str, second: str, one: Values, other: Values) -> list[str]:
+def _differences(
+    keys: tuple[str, ...], first: str, second: str, one: Values, other: Values
+) -> list[str]:
     if not one or not other:
         return []
     return [
@@ -86,7 +113,13 @@ def _quantization(first: str, second: str, one: Values, other: Values) -> list[s
 
 
 def _bits(values: Values) -> str:
-    return "4 bit" if values.get("quantization.load_in_4bit") else "8 bit" if values.get("quantization.load_in_8bit") else "none"
+    return (
+        "4 bit"
+        if values.get("quantization.load_in_4bit")
+        else "8 bit"
+        if values.get("quantization.load_in_8bit")
+        else "none"
+    )
 
 
 def _recorded(one: RunMeasurements, other: RunMeasurements) -> list[str]:
@@ -95,6 +128,12 @@ def _recorded(one: RunMeasurements, other: RunMeasurements) -> list[str]:
     for circumstance in (known for known in CIRCUMSTANCES if known.code in _RECORDED):
         mine: Any = circumstance.read(one)
         theirs: Any = circumstance.read(other)
-        names = [name for name in mine if name in theirs and mine[name] != theirs[name] and name != "train"]
-        lines += [f"{name}: {setting_text(mine[name])} and {setting_text(theirs[name])}" for name in names]
+        names = [
+            name
+            for name in mine
+            if name in theirs and mine[name] != theirs[name] and name != "train"
+        ]
+        lines += [
+            f"{name}: {setting_text(mine[name])} and {setting_text(theirs[name])}" for name in names
+        ]
     return lines

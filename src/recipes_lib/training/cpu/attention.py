@@ -1,8 +1,10 @@
-"""Attention over a row that holds several examples end to end, on a CPU, where no flash attention kernel takes such rows.
+"""Attention over a row that holds several examples end to end, on a CPU, where no flash attention
+kernel takes such rows.
 
-PyTorch's sdpa takes a (length)^2 mask for such a row and computes what the mask then throws away. Here each example gets its own
-causal sdpa call: the same numbers, no mask, and the work of the examples alone. Everything else (padded batches, generation, sliding
-windows) goes to sdpa as before.
+PyTorch's sdpa takes a (length)^2 mask for such a row and computes what the mask then throws away.
+Here each example gets its own causal sdpa call: the same numbers, no mask, and the work of the
+examples alone. Everything else (padded batches, generation, sliding windows) goes to sdpa as
+before.
 """
 
 from __future__ import annotations
@@ -18,14 +20,21 @@ from recipes_lib.recipe.launch import Active
 from recipes_lib.recipe.recipe import Recipe
 
 NAME = "sdpa_by_document"
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}  # others (state space, convolution) would mix the examples of a row
+KNOWN_LAYERS = {
+    "full_attention",
+    "sliding_attention",
+}  # others (state space, convolution) would mix the examples of a row
 
 
 def refuse_flex_attention(recipe: Recipe, active: Active) -> None:
     """Refuse the attention that no training on a CPU can use, before the model is loaded."""
     key = "model.attn_implementation"
     if recipe.model.attn_implementation == "flex_attention" and active.device.startswith("cpu"):
-        raise recipe.error(key, f"{key}: flex_attention has no backward pass on a CPU", "use sdpa, or leave the key out")
+        raise recipe.error(
+            key,
+            f"{key}: flex_attention has no backward pass on a CPU",
+            "use sdpa, or leave the key out",
+        )
 
 
 def sdpa_by_document(
@@ -36,27 +45,43 @@ def sdpa_by_document(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' `sdpa_attention_forward`, document by document where `cu_seq_lens_q` tells their bounds.
+    """As transformers' `sdpa_attention_forward`, document by document where `cu_seq_lens_q` tells
+    their bounds.
 
     Returns:
         The attention output of shape (1, tokens, heads, channels), and no weights.
     """
     bounds = kwargs.get("cu_seq_lens_q")
     same_length = query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    if bounds is None or not same_length or kwargs.get("sliding_window") is not None or kwargs.get("position_bias") is not None:
+    if (
+        bounds is None
+        or not same_length
+        or kwargs.get("sliding_window") is not None
+        or kwargs.get("position_bias") is not None
+    ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kept = {name: kwargs[name] for name in ("dropout", "scaling", "softcap") if name in kwargs}
     lengths = bounds.diff().tolist()
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, is_causal=True, **kept)[0] for part in parts], dim=1), None
+    parts = zip(
+        query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+    )
+    return torch.cat(
+        [sdpa_attention_forward(module, *part, None, is_causal=True, **kept)[0] for part in parts],
+        dim=1,
+    ), None
 
 
 def use_document_attention(model: Any) -> bool:
     """Switch a model from sdpa to `sdpa_by_document` if it can; return whether it did."""
     config = model.config.get_text_config()
-    if getattr(model.config, "_attn_implementation", "") != "sdpa" or not set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS:
+    if (
+        getattr(model.config, "_attn_implementation", "") != "sdpa"
+        or not set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS
+    ):
         return False
     AttentionInterface.register(NAME, sdpa_by_document)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # built, so that models with windows keep theirs
+    AttentionMaskInterface.register(
+        NAME, sdpa_mask
+    )  # built, so that models with windows keep theirs
     model.set_attn_implementation(NAME)
     return str(model.config._attn_implementation) == NAME

@@ -1,8 +1,10 @@
-"""FSDP2 on CPU processes, so that a machine without GPUs runs the same sharded code as one with eight.
+"""FSDP2 on CPU processes, so that a machine without GPUs runs the same sharded code as one with
+eight.
 
-accelerate turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an FSDP config silently becomes DDP.
-`install` adds the missing branch to `AcceleratorState.__init__`. It refuses to act where a GPU is present, where accelerate's
-own path is the right one. It is for tests and small machines: sharding on CPU saves memory, not time.
+accelerate turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an FSDP
+config silently becomes DDP. `install` adds the missing branch to `AcceleratorState.__init__`. It
+refuses to act where a GPU is present, where accelerate's own path is the right one. It is for tests
+and small machines: sharding on CPU saves memory, not time.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ def is_wanted() -> bool:
     import torch
 
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return asked and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    return (
+        asked
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and not torch.accelerator.is_available()
+    )
 
 
 def install() -> None:
@@ -49,6 +55,8 @@ def install() -> None:
         self.fsdp_plugin = plugin
         # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
         self.device = torch.device("cpu")
-        state.PartialState._shared_state.update(device=self.device, distributed_type=DistributedType.FSDP)
+        state.PartialState._shared_state.update(
+            device=self.device, distributed_type=DistributedType.FSDP
+        )
 
     state.AcceleratorState.__init__ = initialise

@@ -1,10 +1,12 @@
-"""The loss of a micro-batch where there is no Triton (a CPU): scored where a label counts, with the gradient made in the same pass.
+"""The loss of a micro-batch where there is no Triton (a CPU): scored where a label counts, with the
+gradient made in the same pass.
 
-TRL's head scores every position there, masked ones too, computes the logits twice and multiplies the gradient back in float32.
-On a GPU its Triton kernels skip masked positions themselves, and TRL's head is used as it is (`trainer.compute_loss`).
+TRL's head scores every position there, masked ones too, computes the logits twice and multiplies
+the gradient back in float32. On a GPU its Triton kernels skip masked positions themselves, and
+TRL's head is used as it is (`trainer.compute_loss`).
 
-The numbers are the same: the negative log-likelihood of the same tokens, in the same precision (logits in the compute type, softmax in
-float32, the gradient of the logits in the compute type).
+The numbers are the same: the negative log-likelihood of the same tokens, in the same precision
+(logits in the compute type, softmax in float32, the gradient of the logits in the compute type).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from recipes_lib.recipe.architectures import has_plain_head
 
-TOKENS_PER_TILE = 128  # measured: 32, 64, 256 and 1,000 are slower; a tile of logits should stay in the cache
+TOKENS_PER_TILE = (
+    128  # measured: 32, 64, 256 and 1,000 are slower; a tile of logits should stay in the cache
+)
 
 
 class TokenLoss(NamedTuple):
@@ -36,7 +40,8 @@ class TokenLoss(NamedTuple):
 
 
 class ScaledTokenLoss(torch.autograd.Function):
-    """`scale * sum(-log p(target))` of `hidden @ weight.T`; the gradient is made beside the loss, tile by tile of tokens.
+    """`scale * sum(-log p(target))` of `hidden @ weight.T`; the gradient is made beside the loss,
+    tile by tile of tokens.
 
     Shapes: N supervised tokens, H hidden, V vocabulary. The logits of one tile exist at a time.
     """
@@ -57,20 +62,34 @@ class ScaledTokenLoss(torch.autograd.Function):
         weight_used = weight.to(dtype)
         needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs[1] else None
-        grad_bias = torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device) if needs[2] else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if needs[1]
+            else None
+        )
+        grad_bias = (
+            torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device)
+            if needs[2]
+            else None
+        )
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         for rows in range(0, len(hidden), TOKENS_PER_TILE):
             tile = slice(rows, rows + TOKENS_PER_TILE)
             inputs, target = hidden[tile].to(dtype), targets[tile, None]
-            logits = torch.mm(inputs, weight_used.t()) if bias is None else torch.addmm(bias.to(dtype), inputs, weight_used.t())
+            logits = (
+                torch.mm(inputs, weight_used.t())
+                if bias is None
+                else torch.addmm(bias.to(dtype), inputs, weight_used.t())
+            )
             largest = logits.amax(-1, keepdim=True).float()
             at_target = logits.gather(1, target).float()
             exponentials = logits.float().sub_(largest).exp_()
             total = exponentials.sum(-1, keepdim=True)
             loss += (largest + total.log() - at_target).sum(dtype=torch.float64)
-            first = (at_target >= largest)[:, 0]  # half precision has ties, of which argmax names the first
+            first = (at_target >= largest)[
+                :, 0
+            ]  # half precision has ties, of which argmax names the first
             correct += (logits[first].argmax(-1) == target[first, 0]).sum()
             if not any(needs):
                 continue
@@ -90,9 +109,13 @@ class ScaledTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of the forward pass, times what the loss was multiplied by since (1, or an fp16 loss scale)."""
+        """The gradients of the forward pass, times what the loss was multiplied by since (1, or an
+        fp16 loss scale).
+        """
         gradients = [
-            None if gradient is None else (gradient if upstream[0] == 1 else gradient * upstream[0]).to(dtype)
+            None
+            if gradient is None
+            else (gradient if upstream[0] == 1 else gradient * upstream[0]).to(dtype)
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = ()
@@ -100,15 +123,22 @@ class ScaledTokenLoss(torch.autograd.Function):
 
 
 def can_score_itself(model: Any) -> bool:
-    """Return whether the loss here is the model's own: a plain head, and no router whose loss would be added."""
-    return has_plain_head(model) and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is None
+    """Return whether the loss here is the model's own: a plain head, and no router whose loss would
+    be added.
+    """
+    return (
+        has_plain_head(model)
+        and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is None
+    )
 
 
 def add_token_loss(model: Any) -> None:
-    """Let `model(..., labels=labels, loss_scale=scale)` return a `TokenLoss`; without `loss_scale` the forward pass is as before.
+    """Let `model(..., labels=labels, loss_scale=scale)` return a `TokenLoss`; without `loss_scale`
+    the forward pass is as before.
 
-    To be called on the causal language model inside a PEFT wrapper, before it is wrapped for several processes. The scale is a number and
-    not a tensor, because FSDP2 rounds tensors that enter a module to its compute type.
+    To be called on the causal language model inside a PEFT wrapper, before it is wrapped for
+    several processes. The scale is a number and not a tensor, because FSDP2 rounds tensors that
+    enter a module to its compute type.
     """
     original = model.forward
 
@@ -124,7 +154,9 @@ def add_token_loss(model: Any) -> None:
         weight, bias = (_whole(head.weight), None if head.bias is None else _whole(head.bias))
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where)
         targets = labels.flatten().index_select(0, where)
-        loss, correct = ScaledTokenLoss.apply(chosen, weight, bias, targets, loss_scale, torch.is_grad_enabled())
+        loss, correct = ScaledTokenLoss.apply(
+            chosen, weight, bias, targets, loss_scale, torch.is_grad_enabled()
+        )
         return TokenLoss(loss, torch.tensor(len(where), device=hidden.device), correct)
 
     model.forward = types.MethodType(forward, model)
