@@ -127,8 +127,8 @@ def prepare_ours(source: list[str], tokenizer: Any, max_length: int) -> tuple[in
     """Read, split, tokenise and audit; returns the number of rows with supervised tokens, and of
     those named for having none.
     """
+    from recipes_lib.config.recipe import load_recipe
     from recipes_lib.data.preparation import prepare_data
-    from recipes_lib.recipe.recipe import load_recipe
 
     mixture = [{"source": str(Path(path).resolve())} for path in source]
     with tempfile.TemporaryDirectory() as folder:

@@ -75,7 +75,7 @@ def write_record(path: Path, facts: dict[str, Any]) -> None:
     """Write what was measured to the file that `--json` names, after date, command, load, devices
     and versions.
     """
-    from recipes_lib.runs.manifest import describe_devices, library_versions
+    from recipes_lib.core.manifest import describe_devices, library_versions
 
     whole = {
         "date": datetime.date.today().isoformat(),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main as recipes
-from recipes_lib.errors import ExitCode
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main as train
 
 NF4 = (

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from recipes_lib import cli
-from recipes_lib.errors import DataError, ExitCode
-from recipes_lib.recipe.project import project_root
+from recipes_lib.core.errors import DataError, ExitCode
+from recipes_lib.core.project import project_root
 
 HEAVY = (
     "torch",

@@ -17,8 +17,8 @@ from transformers.dependency_versions_table import deps
 from recipes_lib import diagnosis
 from recipes_lib.cli import main
 from recipes_lib.commands import doctor
+from recipes_lib.core.project import project_root
 from recipes_lib.diagnosis import DoctorLine
-from recipes_lib.recipe.project import project_root
 
 
 def levels(findings) -> dict[str, str]:

@@ -25,7 +25,7 @@ from tests.generation.conftest import (
 from tests.generation.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
-from recipes_lib.errors import DataError, RecipeError
+from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.evaluate import evaluate, split_words
 from recipes_lib.suites.recipe import load_eval
 

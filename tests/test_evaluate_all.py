@@ -17,7 +17,7 @@ from tests.generation.conftest import (
 )  # noqa: F401, RUF100
 
 from recipes_lib.cli import main
-from recipes_lib.errors import RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.evaluate import evaluate_all, split_words
 from recipes_lib.generation.targets import find_targets
 from recipes_lib.suites.recipe import load_eval

@@ -13,18 +13,9 @@ import recipes_lib
 
 ROOT = Path(recipes_lib.__file__).parent
 ORDER = (
-    (
-        "redaction",
-        "errors",
-        "terminal",
-        "atomic_files",
-        "json_files",
-        "faults",
-        "libraries",
-        "statistics",
-    ),
-    ("recipe",),
-    ("runs",),
+    ("core", "statistics"),
+    ("models",),
+    ("config",),
     ("data",),
     ("planning",),
     ("training",),
@@ -37,7 +28,7 @@ ORDER = (
     ("compare",),
     ("report",),
     ("study",),
-    ("launching",),
+    ("slurm",),
     ("diagnosis",),
     ("commands", "quickstart", "cli"),
 )

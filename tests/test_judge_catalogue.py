@@ -19,7 +19,7 @@ from tests.generation.faulty_server import MODEL, FaultyServer
 from tests.judging.fake_judges import FakeJudge, always_a, bodies, obeys_answers, says, sound
 
 from recipes_lib.cli import main
-from recipes_lib.errors import EnvironmentFault, RecipesError
+from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, ask, judge_items
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.probes import probe_requests, probe_results

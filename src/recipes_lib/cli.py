@@ -19,9 +19,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recipes_lib import __version__
-from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.faults import explain_fault
-from recipes_lib.recipe.suggestions import did_you_mean, near_names
+from recipes_lib.config.suggestions import did_you_mean, near_names
+from recipes_lib.core.errors import (
+    EnvironmentFault,
+    ExitCode,
+    RecipeError,
+    RecipesError,
+    print_error,
+)
+from recipes_lib.core.faults import explain_fault
 
 
 @dataclass(frozen=True)

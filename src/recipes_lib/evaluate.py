@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.atomic_files import write_json
-from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.faults import explain_fault
+from recipes_lib.config.loader import load_document
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.core.faults import explain_fault
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.manifest import command_line, git_state, library_versions
+from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.core.redaction import masked
 from recipes_lib.generation.judges import opened
 from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import distinct
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.project import runs_root, shown_path
-from recipes_lib.redaction import masked
-from recipes_lib.runs.manifest import command_line, git_state, library_versions
 from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of

@@ -18,23 +18,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import write_json
 from recipes_lib.cli import main as recipes
 from recipes_lib.compare.design import Study, load_study
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.project import project_root, runs_root, shown_path
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prompts import user_turn
-from recipes_lib.errors import ExitCode, RecipesError
 from recipes_lib.generation.engine import Decoding, Request
 from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import find_targets
 from recipes_lib.generation.transformers_engine import TransformersEngine
-from recipes_lib.json_files import read_object
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.recipe.project import project_root, runs_root, shown_path
 from recipes_lib.study.arms import run_names, study_folder
 from recipes_lib.study.graph import content_of, digest_of
 from recipes_lib.study.steps import build_graph
 from recipes_lib.suites.registry import tables
-from recipes_lib.terminal import next_step, say
 from recipes_lib.training.packaged_models import materialise, packaged_folder
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from recipes_lib.errors import ExitCode
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.recipe.recipe import Recipe, load_recipe
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
 from recipes_lib.training.process import end_process, ending_at_once, exit_status, report
 
@@ -34,17 +34,16 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     # at once (`ending_at_once`).
     import torch
 
-    from recipes_lib.data.audit import warnings_of
-    from recipes_lib.data.preparation import data_folders, prepare_data
-    from recipes_lib.data.prompts import chat_template
-    from recipes_lib.planning.gate import plan_of_active
-    from recipes_lib.recipe.upstream import (
+    from recipes_lib.config.upstream import (
         build_quantization_config,
         build_sft_config,
         check_packages,
     )
-    from recipes_lib.runs.manifest import library_versions
-    from recipes_lib.runs.resume_guard import guarded_values
+    from recipes_lib.core.manifest import library_versions
+    from recipes_lib.data.audit import warnings_of
+    from recipes_lib.data.preparation import data_folders, prepare_data
+    from recipes_lib.data.prompts import chat_template
+    from recipes_lib.planning.gate import plan_of_active
     from recipes_lib.training import launch_check
     from recipes_lib.training.attempt import Insistence, attempt
     from recipes_lib.training.build import build_trainer
@@ -54,6 +53,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     from recipes_lib.training.hub import push_target
     from recipes_lib.training.model import load_checked_tokenizer, load_model
     from recipes_lib.training.ranks import keep_alive, meet, on_main_rank, say_once
+    from recipes_lib.training.resume_guard import guarded_values
     from recipes_lib.training.start_up import start_up_lines
     from recipes_lib.training.summary import summarise_training
     from recipes_lib.training.trackers import check_trackers

@@ -13,7 +13,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.commands import data as command
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
 
 
 @pytest.fixture

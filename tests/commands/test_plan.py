@@ -12,8 +12,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from recipes_lib.cli import main
+from recipes_lib.core.project import project_root
 from recipes_lib.planning.text import clock
-from recipes_lib.recipe.project import project_root
 
 ROOT = project_root()
 RECIPES = [

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
-from recipes_lib.recipe.project import project_root
-from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.project import project_root
 
 QUICKSTART = "quickstart/lora-r8"
 

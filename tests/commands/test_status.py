@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.core.run_directory import RunDirectory
 
 
 @pytest.fixture

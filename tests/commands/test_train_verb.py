@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.commands.train import _ask_to_stop, _reported
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.process import EXIT_CODE_FILE
 
 WAITS = (

@@ -8,7 +8,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.compare.design import load_study
-from recipes_lib.errors import RecipeError, RecipeErrors
+from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.study.arms import launch_words, run_names, train_words
 from recipes_lib.study.steps import build_graph
 

@@ -15,7 +15,7 @@ import pytest
 from recipes_lib.compare.claims import Comparison, compare_arms
 from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.validity import check_validity
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -12,7 +12,7 @@ import pytest
 
 from recipes_lib.compare.measurements import read_measurements, read_run
 from recipes_lib.compare.table import build_scores
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

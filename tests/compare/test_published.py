@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.compare.published import load_published
-from recipes_lib.errors import RecipeErrors
-from recipes_lib.recipe.project import project_root
+from recipes_lib.core.errors import RecipeErrors
+from recipes_lib.core.project import project_root
 
 FILE = project_root() / "recipes/studies/published/llama2-7b-dolly.yaml"
 MINIMAL = """\

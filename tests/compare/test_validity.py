@@ -160,7 +160,7 @@ def with_arms(study: Study, *arms: Any, **values: Any) -> Study:
 
 def changing(study: Study, name: str, *words: str) -> Study:
     """The study with words added to one arm's recipe."""
-    from recipes_lib.recipe.recipe import load_recipe
+    from recipes_lib.config.recipe import load_recipe
 
     arm = study.arm(name)
     assert arm.recipe is not None

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.sections import DataSection, FiltersSection, SplitSection
+from recipes_lib.config.sections import DataSection, FiltersSection, SplitSection
+from recipes_lib.core.errors import RecipeError
 
 
 @dataclass

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from recipes_lib.config.sections import DataSection
+from recipes_lib.core.errors import DataError
 from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRows, SettingError
 from recipes_lib.data.rows import read_data
-from recipes_lib.errors import DataError
-from recipes_lib.recipe.sections import DataSection
 
 
 def named_rows(path, prompt_format="dolly", columns=None, **keys):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.core.errors import DataError
 from recipes_lib.data.own_rows import look_at
-from recipes_lib.errors import DataError
 
 
 @pytest.mark.parametrize(

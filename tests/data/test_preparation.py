@@ -5,10 +5,10 @@ import json
 import pytest
 from conversation_samples import MARKED
 
+from recipes_lib.core.errors import DataError, ExitCode
 from recipes_lib.data.audit import warnings_of
 from recipes_lib.data.examples import SettingError
 from recipes_lib.data.preparation import prepare_data
-from recipes_lib.errors import DataError, ExitCode
 
 
 @pytest.fixture

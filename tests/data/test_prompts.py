@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from recipes_lib.config.sections import DataSection
 from recipes_lib.data.examples import SettingError
 from recipes_lib.data.prompts import chat_template, format_hash, generation_prompt, task_prompt
-from recipes_lib.recipe.sections import DataSection
 
 
 def section(prompt_format: str = "dolly", **keys) -> DataSection:

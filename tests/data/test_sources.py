@@ -5,11 +5,11 @@ import time
 
 import pytest
 
+from recipes_lib.config.sections import DataSection
+from recipes_lib.core.errors import DataError
 from recipes_lib.data.examples import BadRows, SettingError
 from recipes_lib.data.rows import read_data
 from recipes_lib.data.sources import Source, data_files, listed_sources, load_tables
-from recipes_lib.errors import DataError
-from recipes_lib.recipe.sections import DataSection
 
 
 def source(name, **keys) -> Source:

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes_lib.config.sections import SplitSection
 from recipes_lib.data.examples import BadRows, Example, SettingError
 from recipes_lib.data.rows import Rows, first_in_hash_order
 from recipes_lib.data.splits import SPLITS, split_rows
-from recipes_lib.recipe.sections import SplitSection
 
 
 def rows_of(texts: list[str], ids: list[str] | None = None) -> Rows:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipes_lib.config.sections import DataSection
 from recipes_lib.data.examples import Example, SettingError
 from recipes_lib.data.prompts import task_prompt
 from recipes_lib.data.supervision import (
@@ -15,7 +16,6 @@ from recipes_lib.data.supervision import (
     plain_backend,
     prompt_ids,
 )
-from recipes_lib.recipe.sections import DataSection
 
 BOS, EOS = 1, 2
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conversation_samples import MARKED, TURNS
 
+from recipes_lib.config.sections import DataSection
+from recipes_lib.core.errors import DataError
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError
 from recipes_lib.data.supervision import Supervision, encode
-from recipes_lib.errors import DataError
-from recipes_lib.recipe.sections import DataSection
 
 
 def conversation(messages=TURNS, line=1) -> Example:

@@ -15,11 +15,11 @@ import pytest
 
 from recipes_lib import cli, train
 from recipes_lib.compare.design import load_study
-from recipes_lib.errors import ExitCode, RecipeError
-from recipes_lib.recipe.accelerate_config import load_accelerate_config
-from recipes_lib.recipe.batch import accumulation_steps
-from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.config.accelerate_config import load_accelerate_config
+from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.loader import load_document
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.study.arms import run_names
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def blocks(page: Path) -> list[Block]:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a fresh checkout holds for the commands; what they write stays here."""
-    for folder in ("recipes", "accelerate_configs", "evals", "schema", "tests/recipe/flat_configs"):
+    for folder in ("recipes", "accelerate_configs", "evals", "schema", "tests/config/flat_configs"):
         shutil.copytree(
             PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )

@@ -12,7 +12,7 @@ from recipes_lib import cli
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.measurements import read_measurements, read_run
 from recipes_lib.compare.validity import check_validity
-from recipes_lib.errors import DataError, RecipeError
+from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.foreign.run import import_run
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.replay_readers import CSV_COLUMNS
@@ -495,7 +495,7 @@ def test_importing_again_is_known_where_a_file_names_both_sides_and_a_changed_re
 
 
 def test_a_trained_run_is_never_replaced(tmp_path, runs):
-    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.core.run_directory import RunDirectory
 
     (runs / "mine").mkdir(parents=True)
     RunDirectory("mine").write_state("finished")
@@ -678,7 +678,7 @@ def test_model_text_is_data(tmp_path, runs):
 def test_results_of_every_suite_are_as_the_schema_says(tmp_path, runs):
     from jsonschema import Draft202012Validator
 
-    from recipes_lib.recipe.vocabulary import load_schema
+    from recipes_lib.config.vocabulary import load_schema
 
     judged = [single(81, 1, 7), single(81, 2, 7), single(82, 1, 7)]
     files = [

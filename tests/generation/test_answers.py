@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.generation.answers import GenerationIncomplete, Prompt, Writer, answer_faults
 from recipes_lib.generation.engine import Completion, Decoding
 

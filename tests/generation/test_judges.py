@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from tests.generation.faulty_server import MODEL, FaultyServer
 
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.generation.judges import judge_ids, opened
 from recipes_lib.generation.next_token import verdict_tokens
 from recipes_lib.generation.openai_engine import ServerFault

@@ -11,7 +11,7 @@ import time
 import pytest
 from tests.generation.faulty_server import MODEL, FaultyServer
 
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.generation.engine import Decoding, Request
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server, ServerFault, retry_after
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.generation.engine import Decoding, Request
 from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import Asking, base_target, find_targets, record_base
@@ -56,7 +56,7 @@ def test_an_unmerged_adapter_on_the_shared_base_answers_like_the_adapter_loaded_
         ]
     for name, text in zip(("one", "two"), texts, strict=True):
         base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-        from recipes_lib.runs.directory import open_run
+        from recipes_lib.core.run_directory import open_run
 
         alone = PeftModel.from_pretrained(base, open_run(name).path / "adapter").eval()
         engine = TransformersEngine(alone, tiny_tokenizer, "")

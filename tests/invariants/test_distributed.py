@@ -292,8 +292,8 @@ def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_bat
     """Measured as the peak memory of a process, against a training that is told to share gradients
     out once per step.
     """
+    from recipes_lib.config.recipe import load_recipe
     from recipes_lib.planning.plan import plan_recipe
-    from recipes_lib.recipe.recipe import load_recipe
 
     once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
     overrides = [

@@ -108,8 +108,8 @@ def losses_of_a_plain_loop(recipe_path: Path, *words: str) -> list[float]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from recipes_lib.config.recipe import load_recipe
     from recipes_lib.data.preparation import prepare_data
-    from recipes_lib.recipe.recipe import load_recipe
     from recipes_lib.training.model import load_tokenizer
 
     recipe = load_recipe(recipe_path, words)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
 
 pytestmark = pytest.mark.slow

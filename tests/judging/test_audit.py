@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_judges import FakeJudge, always_a, coin, contradicts_itself, mumbles, obeys_answers, sound
 
 from recipes_lib.cli import main
-from recipes_lib.errors import DataError, RecipeErrors
+from recipes_lib.core.errors import DataError, RecipeErrors
 from recipes_lib.judging.audit import audit, scorecard_markdown, self_judged
 from recipes_lib.judging.human_labels import load_labelled_pairs, load_labels
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, ask, judge_items

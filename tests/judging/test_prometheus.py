@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.judging.prometheus import (
     CUT_MARK,
     build_prompt,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.project import cache_root
 from recipes_lib.judging.judge_file import load_judge_file
 from recipes_lib.judging.prometheus import Rubric, Template, build_prompt
 from recipes_lib.judging.published_prompts import (
@@ -19,7 +20,6 @@ from recipes_lib.judging.published_prompts import (
     published_template,
     template_of,
 )
-from recipes_lib.recipe.project import cache_root
 
 JUDGE = Path(__file__).resolve().parents[2] / "evals/judges/prometheus-7b-v2.yaml"
 RUBRIC = Rubric("made-up", "Is it right?", tuple(f"Score {score}: ..." for score in range(1, 6)))

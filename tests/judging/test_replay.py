@@ -12,7 +12,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.commands.judge import rounded
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
 from recipes_lib.judging.replay import replay, replay_files
 from recipes_lib.judging.replay_readers import CSV_COLUMNS
 

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes_lib.errors import DataError, EnvironmentFault
-from recipes_lib.json_files import valid_text
+from recipes_lib.core.errors import DataError, EnvironmentFault
+from recipes_lib.core.json_files import valid_text
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.store import JudgmentStore, judgment_key, stored_rows, text_hash
 

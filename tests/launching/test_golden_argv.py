@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib import cli
-from recipes_lib.launching.profile import profile_names
+from recipes_lib.slurm.profile import profile_names
 
 PROJECT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,7 +42,7 @@ def test_the_jobs_of_every_recipe_and_study_are_the_recorded_ones(
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(
-        "recipes_lib.launching.planning.planned_seconds",
+        "recipes_lib.slurm.planning.planned_seconds",
         lambda recipe, launch, site: 5400 if site.values.gpu else None,
     )
     lines = []

@@ -17,12 +17,12 @@ from tests.study.study_files import write_tiny_study
 
 from recipes_lib import cli
 from recipes_lib.compare.design import load_study
-from recipes_lib.launching.folder import all_launches
-from recipes_lib.launching.jobs import Job, Task
-from recipes_lib.launching.profile import load_profile
-from recipes_lib.launching.script import script_of
-from recipes_lib.launching.snapshot import Snapshot
-from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.slurm.folder import all_launches
+from recipes_lib.slurm.jobs import Job, Task
+from recipes_lib.slurm.profile import load_profile
+from recipes_lib.slurm.script import script_of
+from recipes_lib.slurm.snapshot import Snapshot
 from recipes_lib.suites.harness import load_tasks
 from recipes_lib.suites.recipe import load_eval
 
@@ -225,7 +225,7 @@ def test_prefetch_checks_without_a_network_and_names_what_is_missing(
 def test_prefetch_tries_everything_and_says_each_failure_once(
     tiny_recipe: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("recipes_lib.launching.prefetching.hub_answers", lambda: False)
+    monkeypatch.setattr("recipes_lib.slurm.prefetching.hub_answers", lambda: False)
     monkeypatch.setattr("recipes_lib.suites.questions.hub_answers", lambda: False)
     refused = subprocess.CompletedProcess([], 1, "", "no network\n")
     monkeypatch.setattr("recipes_lib.data.wheels.subprocess.run", lambda *_, **__: refused)

@@ -15,9 +15,9 @@ import pytest
 from tests.study.study_files import write_tiny_study
 
 from recipes_lib import cli
-from recipes_lib.launching.jobs import Job, JobSize, Task
-from recipes_lib.launching.profile import load_profile
-from recipes_lib.launching.script import Script, script_of
+from recipes_lib.slurm.jobs import Job, JobSize, Task
+from recipes_lib.slurm.profile import load_profile
+from recipes_lib.slurm.script import Script, script_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from recipes_lib import cli
-from recipes_lib.errors import EnvironmentFault
-from recipes_lib.launching import watching
-from recipes_lib.launching.folder import LaunchFolder, all_launches
-from recipes_lib.launching.watching import states_of
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.slurm import watching
+from recipes_lib.slurm.folder import LaunchFolder, all_launches
+from recipes_lib.slurm.watching import states_of
 
 NUMBER = {"set": True, "infinite": False}
 

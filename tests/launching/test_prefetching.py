@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.errors import EnvironmentFault
-from recipes_lib.launching.prefetching import check_model, missing_models
-from recipes_lib.recipe.sections import ModelSection
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.slurm.prefetching import check_model, missing_models
 
 
 def test_a_whole_model_is_told_with_its_size(tiny_model_dir: Path) -> None:

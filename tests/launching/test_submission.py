@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from recipes_lib import cli
-from recipes_lib.launching.folder import all_launches
+from recipes_lib.slurm.folder import all_launches
 
 PROJECT = Path(__file__).resolve().parents[2]
 REFUSE_SECOND = """
@@ -451,8 +451,8 @@ def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(
 def test_damaged_notes_of_one_submission_are_named_and_hide_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from recipes_lib.errors import DataError
-    from recipes_lib.launching.folder import all_launches, launch_folder
+    from recipes_lib.core.errors import DataError
+    from recipes_lib.slurm.folder import all_launches, launch_folder
 
     for name, content in (
         ("good", b'{"jobs": [{"label": "train", "id": "7"}]}'),

@@ -29,7 +29,7 @@ def kept_by_autograd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     import torch
 
     from recipes_lib import train
-    from recipes_lib.errors import RecipesError
+    from recipes_lib.core.errors import RecipesError
     from recipes_lib.training.trainer import RecipeTrainer
 
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.model_files import local_folder
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.models.known import known_shapes
 from recipes_lib.planning.activations import activations_of, reference_per_token
 from recipes_lib.planning.models import model_shape
 from recipes_lib.planning.settings import Adapter, Settings, settings_of
-from recipes_lib.recipe.known_models import known_shapes
-from recipes_lib.recipe.launch import plan_launch
-from recipes_lib.recipe.model_files import local_folder
-from recipes_lib.recipe.recipe import load_recipe
 
 MIB = 2**20
 ROWS = Path(__file__).resolve().parents[2] / "recipes/quickstart/data/instructions.jsonl"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.planning.batches import validations
 from recipes_lib.planning.dolly_lengths import dolly_histogram, dolly_lengths
 from recipes_lib.planning.lengths import lengths_of
 from recipes_lib.planning.plan import Plan, plan_recipe
-from recipes_lib.recipe.recipe import load_recipe
 
 
 def plan(name: str, *overrides: str, **options: object) -> Plan:

@@ -11,11 +11,11 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.commands import train as train_verb
-from recipes_lib.errors import ExitCode
+from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.planning import gate, machine
 from recipes_lib.planning.cards import Card, card_named, cards_here, devices_here
-from recipes_lib.recipe.launch import plan_launch
-from recipes_lib.recipe.recipe import load_recipe
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_finished_run_needs_no_plan(
     with_free_gib: Callable[[float], None],
     tmp_path: Path,
 ) -> None:
-    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.core.run_directory import RunDirectory
 
     with_free_gib(0.001)
     run = RunDirectory("tiny")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.planning.cards import CARDS, card_named
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.memory import GIB, largest_tokens, memory_of, optimizer_bytes, weight_gib
 from recipes_lib.planning.plan import Plan, plan_recipe
-from recipes_lib.recipe.recipe import load_recipe
 
 LORA, QLORA, FULL = (
     "llama2-7b-dolly/lora-bf16-r32",
@@ -31,7 +31,7 @@ def test_four_bit_weights_take_what_bitsandbytes_stores(tiny_model_dir: Path) ->
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from recipes_lib.recipe.known_models import named_shape
+    from recipes_lib.models.known import named_shape
 
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.planning.activations import activations_of, reference_per_token
 from recipes_lib.planning.plan import Plan, plan_recipe
-from recipes_lib.recipe.recipe import load_recipe
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/out-of-memory.md").read_text(encoding="utf-8")
 RECIPE = "llama2-7b-dolly/lora-bf16-r32"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.config.loader import load_document
 from recipes_lib.planning import quick_plan as planner
 from recipes_lib.planning.plan_cache import UNKNOWN, quick_plans
-from recipes_lib.recipe.loader import load_document
 
 
 @pytest.fixture

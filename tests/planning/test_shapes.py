@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from families import DENSE, FAMILIES
 
-from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.models.known import known_shapes, named_shape
+from recipes_lib.models.shapes import shape_of_config
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.methods import method_rows
 from recipes_lib.planning.models import model_shape
 from recipes_lib.planning.plan import plan_recipe
 from recipes_lib.planning.settings import targets_in
 from recipes_lib.planning.text import plan_lines
-from recipes_lib.recipe.known_models import known_shapes, named_shape
-from recipes_lib.recipe.model_shapes import shape_of_config
-from recipes_lib.recipe.recipe import load_recipe
 
 NF4 = (
     "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"

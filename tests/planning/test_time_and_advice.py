@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.models.known import named_shape
 from recipes_lib.planning.advice import advise, largest_cost
 from recipes_lib.planning.cards import card_named
 from recipes_lib.planning.duration import operations_per_token, walltime
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.methods import method_rows
 from recipes_lib.planning.plan import Plan, plan_recipe
-from recipes_lib.recipe.known_models import named_shape
-from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.suites.eval_times import eval_time, usual_evals
 
 LORA, QLORA, FULL = (

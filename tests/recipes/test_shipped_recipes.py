@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
-from recipes_lib.recipe.accelerate_config import load_accelerate_config
-from recipes_lib.recipe.batch import accumulation_steps
-from recipes_lib.recipe.project import project_root
-from recipes_lib.recipe.recipe import Recipe, load_recipe
+from recipes_lib.config.accelerate_config import load_accelerate_config
+from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.core.project import project_root
 
 ROOT = project_root()
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.recipe.accelerate_config import load_accelerate_config
-from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.config.accelerate_config import load_accelerate_config
+from recipes_lib.config.recipe import load_recipe
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(

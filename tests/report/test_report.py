@@ -21,7 +21,7 @@ from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.published import Published, PublishedNumber
 from recipes_lib.compare.validity import check_validity
-from recipes_lib.recipe.project import project_root
+from recipes_lib.core.project import project_root
 from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
 from recipes_lib.report.figures import COLORS, draw_comparison

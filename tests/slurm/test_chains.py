@@ -13,8 +13,8 @@ import pytest
 import yaml
 from tests.study.study_files import PROJECT, write_tiny_study
 
-from recipes_lib.launching.jobs import Job, Task
-from recipes_lib.launching.script import script_of
+from recipes_lib.slurm.jobs import Job, Task
+from recipes_lib.slurm.script import script_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

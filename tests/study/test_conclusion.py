@@ -7,9 +7,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recipes_lib.atomic_files import write_json
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
+from recipes_lib.core.atomic_files import write_json
 from recipes_lib.eval_log import EvalLog
 from recipes_lib.study.arms import base_record
 from recipes_lib.study.conclusion import conclude, measured_runs, of_study

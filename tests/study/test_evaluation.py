@@ -18,8 +18,8 @@ from tests.test_evaluate_all import loads  # noqa: F401
 from recipes_lib.cli import main
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import read_run
-from recipes_lib.errors import ExitCode
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import steps
 from recipes_lib.study.runner import run_study
 from recipes_lib.study.steps import build_graph
@@ -230,9 +230,7 @@ def test_an_evaluation_that_another_process_makes_is_waited_for_and_not_made_twi
     )
     before = rows_of("generations")
     base = next(path for path in RunDirectory("x").root.glob("base--*"))
-    hold = (
-        "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.runs.lock import run_lock\n"
-    )
+    hold = "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.core.run_lock import run_lock\n"  # noqa: E501
     hold += "with run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
     folder = base / "evals" / "study--alpaca_eval"
     other = subprocess.Popen(

@@ -20,9 +20,9 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.compare.design import Study, load_study
-from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors
-from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.runs.lock import run_lock
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.run_lock import run_lock
 from recipes_lib.study import conclusion, runner, steps, trainings
 from recipes_lib.study.evaluation import set_results_aside
 from recipes_lib.study.runner import run_study, study_lock
@@ -32,7 +32,7 @@ from recipes_lib.study.steps import build_graph
 # one.
 TRAIN = textwrap.dedent("""
     import os, pathlib, sys, time
-    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.core.run_directory import RunDirectory
     name = next(word for word in sys.argv if word.startswith("run.name=")).partition("=")[2]
     run = RunDirectory(name)
     run.write_state("running")
@@ -397,7 +397,7 @@ def test_an_imported_run_is_never_trained_over(study: Study) -> None:
 
 
 HOLD = (
-    "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.runs.lock import run_lock\nwith"
+    "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.core.run_lock import run_lock\nwith"  # noqa: E501
     " run_lock(Path(sys.argv[1])):\n"
 )
 
@@ -595,7 +595,7 @@ def test_the_plan_reads_questions_and_data_as_often_for_many_arms_as_for_two(
 def test_two_data_files_of_one_name_are_both_part_of_what_a_study_depends_on(
     tmp_path: Path,
 ) -> None:
-    from recipes_lib.recipe.recipe import load_recipe
+    from recipes_lib.config.recipe import load_recipe
 
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_log import Sample
 from recipes_lib.suites.alpaca_eval import AlpacaEval
 from recipes_lib.suites.alpaca_library import (

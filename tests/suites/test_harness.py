@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.evaluate import evaluate
 from recipes_lib.generation.targets import find_targets
 from recipes_lib.suites.harness import plain_command

@@ -17,7 +17,7 @@ from tests.generation.conftest import (
 )  # noqa: F401, RUF100
 
 from recipes_lib.cli import main
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
 from recipes_lib.suites.judge_audit import audit_on_labels
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
 from recipes_lib.suites.answering import Answering
 from recipes_lib.suites.questions import Question, load_questions, read_answer_file
 from recipes_lib.suites.recipe import load_eval

@@ -35,7 +35,7 @@ def runs_of_all_kinds(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Path]:
     """The folder of four finished runs, trained once; read it, and change only copies (`runs`)."""
-    from recipes_lib.recipe.project import project_root
+    from recipes_lib.core.project import project_root
     from recipes_lib.train import main
 
     folder = tmp_path_factory.mktemp("kinds")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.training.base_identity import weight_hashes
 
 Verb = Callable[..., tuple[int, str, str]]
@@ -137,7 +137,7 @@ def test_a_4_bit_adapter_belongs_on_the_dequantised_base_not_on_the_original(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from recipes_lib.runs.directory import open_run
+    from recipes_lib.core.run_directory import open_run
     from recipes_lib.training.trained import Family, finished_run
 
     run = runs("qlora")
@@ -242,7 +242,7 @@ def test_a_disk_that_fills_during_the_merge_leaves_nothing(
 
 
 def test_a_run_that_another_process_holds_is_not_merged(runs: Runs, recipes: Verb) -> None:
-    from recipes_lib.runs.lock import run_lock
+    from recipes_lib.core.run_lock import run_lock
 
     run = runs("lora")
     with run_lock(run):
@@ -564,7 +564,7 @@ def test_one_loaded_base_serves_the_base_and_every_adapter_unchanged(runs: Runs)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from recipes_lib.runs.directory import open_run
+    from recipes_lib.core.run_directory import open_run
     from recipes_lib.training.trained import Family, families, finished_run
 
     run = runs("lora", "lora.chat")
@@ -596,7 +596,7 @@ def test_one_loaded_base_serves_the_base_and_every_adapter_unchanged(runs: Runs)
 
 
 def test_runs_with_another_base_precision_or_method_are_families_of_their_own(runs: Runs) -> None:
-    from recipes_lib.runs.directory import open_run
+    from recipes_lib.core.run_directory import open_run
     from recipes_lib.training.trained import families, finished_run
 
     runs("lora", "lora.chat", "qlora", "full")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from recipes_lib.errors import Preempted
+from recipes_lib.core.errors import Preempted
 from recipes_lib.training.attempt import stop_behind
 
 

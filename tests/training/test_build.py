@@ -12,7 +12,7 @@ import torch
 from trl import SFTConfig
 
 import recipes_lib
-from recipes_lib.errors import RecipesError
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.train import main
 from recipes_lib.training.start_up import describe_trainable
 from recipes_lib.training.trainer import RecipeTrainer
@@ -27,7 +27,7 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
     fp16: bool, expected: torch.dtype, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch cannot unscale bfloat16 gradients on a GPU, and TRL makes these adapters bfloat16."""
-    from recipes_lib.recipe import upstream
+    from recipes_lib.config import upstream
 
     build, found = upstream.build_sft_config, []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.commands import chat
-from recipes_lib.errors import ExitCode
+from recipes_lib.core.errors import ExitCode
 
 Verb = Callable[..., tuple[int, str, str]]
 Runs = Callable[..., Path]
@@ -65,8 +65,8 @@ def test_a_full_fine_tuning_and_another_base_stand_beside(runs: Runs, recipes: V
 
 
 def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) -> None:
+    from recipes_lib.core.run_directory import open_run
     from recipes_lib.data.prompts import generation_prompt
-    from recipes_lib.runs.directory import open_run
     from recipes_lib.training.trained import Family, finished_run
 
     runs("lora", "lora.chat")
@@ -85,9 +85,9 @@ def test_answers_are_computed_in_the_precision_of_the_training(tiny_recipe: Path
     """
     import torch
 
+    from recipes_lib.core.run_directory import open_run
     from recipes_lib.generation.subjects import loaded
     from recipes_lib.generation.targets import Target
-    from recipes_lib.runs.directory import open_run
     from recipes_lib.train import main
     from recipes_lib.training.probes import read_check
     from recipes_lib.training.trained import finished_run

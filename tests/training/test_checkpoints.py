@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.training import checkpoints
 
 FILES = (

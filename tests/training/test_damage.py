@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
 
 ADAPTER = "adapter_model.safetensors"
@@ -175,7 +175,7 @@ def test_without_a_checkpoint_lost_weights_are_trained_from_the_beginning(
 def test_weights_of_a_version_without_hashes_are_looked_at_for_what_is_missing_or_cut(
     run: Path,
 ) -> None:
-    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.core.run_directory import RunDirectory
     from recipes_lib.training.trained import weights_damage
 
     state = json.loads((run / "run.json").read_text())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.training.base_identity import recorded_hashes
 
 Verb = Callable[..., tuple[int, str, str]]
@@ -105,7 +105,7 @@ def test_nothing_of_this_machine_is_in_an_export(
 def test_the_exported_recipe_is_a_recipe_and_names_the_base_without_a_path(
     runs: Runs, recipes: Verb, tmp_path: Path
 ) -> None:
-    from recipes_lib.recipe.recipe import load_recipe
+    from recipes_lib.config.recipe import load_recipe
 
     runs("qlora")
     recipes("export", "qlora", "--to", tmp_path / "out")
@@ -126,7 +126,7 @@ def test_the_exported_recipe_is_a_recipe_and_names_the_base_without_a_path(
 
 
 def test_a_base_of_the_hub_is_named_with_its_revision(runs: Runs) -> None:
-    from recipes_lib.runs.directory import open_run
+    from recipes_lib.core.run_directory import open_run
     from recipes_lib.training.card import card_text
     from recipes_lib.training.export import portable
     from recipes_lib.training.trained import finished_run
@@ -148,7 +148,7 @@ def test_a_base_of_the_hub_is_named_with_its_revision(runs: Runs) -> None:
 
 
 def test_a_packaged_base_keeps_its_name_and_the_card_says_how_to_get_it(runs: Runs) -> None:
-    from recipes_lib.runs.directory import open_run
+    from recipes_lib.core.run_directory import open_run
     from recipes_lib.training.card import card_text
     from recipes_lib.training.export import portable
     from recipes_lib.training.trained import finished_run
@@ -239,7 +239,7 @@ def test_what_looks_like_a_secret_stops_the_export_and_is_not_repeated(
 def test_a_secret_in_the_notes_of_a_run_does_not_leave_in_the_model_card(
     runs: Runs, tmp_path: Path
 ) -> None:
-    from recipes_lib.errors import RecipesError
+    from recipes_lib.core.errors import RecipesError
     from recipes_lib.training.export import refuse_secrets
 
     (tmp_path / "README.md").write_text(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tests.families import FAMILIES, build_family
 
-from recipes_lib.errors import EnvironmentFault, ExitCode
+from recipes_lib.core.errors import EnvironmentFault, ExitCode
 from recipes_lib.train import main
 
 Verb = Callable[..., tuple[int, str, str]]

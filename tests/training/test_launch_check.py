@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.recipe import load_recipe
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.training.launch_check import (
     Active,
     Asked,
@@ -131,7 +131,7 @@ def test_recipes_train_tells_its_one_process_whether_the_launch_is_for_the_cpu(
 ) -> None:
     """One process is started without accelerate launch, which says it to several."""
     from recipes_lib.commands.train import supervise
-    from recipes_lib.recipe.launch import plan_launch
+    from recipes_lib.config.launch import plan_launch
 
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     recipe = load_recipe(tiny_recipe)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from recipes_lib.recipe.batch import rows_per_epoch
+from recipes_lib.config.batch import rows_per_epoch
 from recipes_lib.training.row_order import (
     EpochRows,
     LengthGroups,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.errors import Interrupted
+from recipes_lib.core.errors import Interrupted
 from recipes_lib.training.stopping import INTERRUPT, NOTHING, StopRequest
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes_lib.recipe.launch import Active
+from recipes_lib.config.launch import Active
 from recipes_lib.training.attempt import Resumption
 from recipes_lib.training.summary import beside_the_plan, summarise_training
 

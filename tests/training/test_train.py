@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes_lib.errors import ExitCode
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
 
 ADAPTER = "adapter_model.safetensors"
@@ -420,7 +420,7 @@ def test_adapters_on_a_4bit_base_are_float32_under_fp16(
     """TRL makes them bf16, for which a GPU's gradient scaler has no kernel. On a CPU fp16 is
     refused, so it is set behind the refusal.
     """
-    from recipes_lib.recipe import upstream
+    from recipes_lib.config import upstream
 
     build = upstream.build_sft_config
 
@@ -508,8 +508,8 @@ def test_padding_is_dropped_only_where_the_attention_makes_it_free(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from recipes_lib.recipe.recipe import load_recipe
-    from recipes_lib.recipe.upstream import build_sft_config
+    from recipes_lib.config.recipe import load_recipe
+    from recipes_lib.config.upstream import build_sft_config
     from recipes_lib.training.build import padding_costs_nothing_to_drop
 
     recipe = load_recipe(tiny_recipe, overrides)
@@ -619,7 +619,7 @@ def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
 def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.core.run_directory import RunDirectory
     from recipes_lib.training.metrics import MetricsCallback
 
     def full(*args: Any, **kwargs: Any) -> None:

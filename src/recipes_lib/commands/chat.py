@@ -11,11 +11,11 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.run_directory import open_run
+from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.errors import ExitCode, RecipeError
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.runs.directory import open_run
-from recipes_lib.terminal import next_step, printable, say, use_color
 from recipes_lib.training.card import quantized_bits
 from recipes_lib.training.trained import BASE, Family, families, finished_run
 

@@ -10,15 +10,22 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from recipes_lib.config.loader import Document, load_document
+from recipes_lib.config.recipe import recipe_from
+from recipes_lib.config.validation import check
+from recipes_lib.config.yaml_source import no_such_file
+from recipes_lib.core.errors import (
+    DataError,
+    ExitCode,
+    RecipeError,
+    RecipesError,
+    in_order,
+    print_error,
+)
+from recipes_lib.core.project import recipe_path, shown_path
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.examples import place
 from recipes_lib.data.rows import NUM_CHECKED, check_local_rows
-from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, in_order, print_error
-from recipes_lib.recipe.loader import Document, load_document
-from recipes_lib.recipe.project import recipe_path, shown_path
-from recipes_lib.recipe.recipe import recipe_from
-from recipes_lib.recipe.validation import check
-from recipes_lib.recipe.yaml_source import no_such_file
-from recipes_lib.terminal import next_step, say
 
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
 

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import write_text
-from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError
-from recipes_lib.json_files import DamagedFile, read_object
-from recipes_lib.recipe.project import shown_path
-from recipes_lib.runs.directory import RunDirectory, open_run, read_resolved
-from recipes_lib.terminal import next_step, say, warn
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
+from recipes_lib.core.terminal import next_step, say, warn
 
 if TYPE_CHECKING:
     from recipes_lib.compare.claims import Comparison

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from recipes_lib.errors import DataError
-from recipes_lib.recipe.recipe import load_recipe
-from recipes_lib.terminal import next_step, printable, use_color
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.terminal import next_step, printable, use_color
 from recipes_lib.training.model import load_tokenizer
 
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from recipes_lib.errors import ExitCode
-from recipes_lib.recipe.project import recipe_path, shown_path
-from recipes_lib.recipe.recipe import Recipe, load_recipe
-from recipes_lib.recipe.yaml_text import value_text
-from recipes_lib.terminal import next_step, say
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.yaml_text import value_text
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.project import recipe_path, shown_path
+from recipes_lib.core.terminal import next_step, say
 
 _MISSING = object()
 

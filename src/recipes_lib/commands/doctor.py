@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from recipes_lib import diagnosis
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.project import project_root, runs_root
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.diagnosis import DoctorLine
-from recipes_lib.errors import ExitCode
-from recipes_lib.recipe.project import project_root, runs_root
-from recipes_lib.terminal import next_step, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

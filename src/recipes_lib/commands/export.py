@@ -8,10 +8,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.errors import ExitCode, RecipesError
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.runs.directory import open_run
-from recipes_lib.terminal import next_step, say
+from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.run_directory import open_run
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.training import hub
 from recipes_lib.training.export import check_target, export
 from recipes_lib.training.probes import NUM_PROMPTS

@@ -7,8 +7,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from recipes_lib.errors import ExitCode
-from recipes_lib.terminal import next_step, say
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.terminal import next_step, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

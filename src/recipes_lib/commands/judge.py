@@ -13,12 +13,12 @@ import shlex
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
-from recipes_lib import atomic_files
-from recipes_lib.errors import DataError, ExitCode, RecipeError
+from recipes_lib.core import atomic_files
+from recipes_lib.core.errors import DataError, ExitCode, RecipeError
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.judging.judge_file import Thresholds, load_judge_file
 from recipes_lib.judging.store import stored_rows
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.terminal import next_step, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

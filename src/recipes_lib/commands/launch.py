@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.errors import ExitCode, RecipeError
-from recipes_lib.launching import watching
-from recipes_lib.launching.profile import load_profile, profile_names
-from recipes_lib.terminal import at_least, next_step, say
+from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.terminal import at_least, next_step, say
+from recipes_lib.slurm import watching
+from recipes_lib.slurm.profile import load_profile, profile_names
 
 if TYPE_CHECKING:
-    from recipes_lib.launching.profile import SiteProfile
-    from recipes_lib.launching.recipe_jobs import JobPlan
+    from recipes_lib.slurm.profile import SiteProfile
+    from recipes_lib.slurm.recipe_jobs import JobPlan
 
 ACTIONS = ("status", "cancel", "logs")
 TRAIN_FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code")
@@ -165,8 +165,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     """JobPlan the jobs, then do what was asked with them."""
-    from recipes_lib.launching import submission, watching
-    from recipes_lib.launching.planning import plan_target
+    from recipes_lib.slurm import submission, watching
+    from recipes_lib.slurm.planning import plan_target
 
     profile = load_profile(args.profile) if args.profile else None
     if profile is not None:
@@ -225,7 +225,7 @@ def _warn(plan: JobPlan, profile: SiteProfile, prefetch: str) -> None:
     Args:
         prefetch: the command that fetches everything.
     """
-    from recipes_lib.launching.prefetching import missing_models
+    from recipes_lib.slurm.prefetching import missing_models
 
     for warning in plan.warnings:
         say(f"warning: {warning}")
@@ -240,7 +240,7 @@ def _warn(plan: JobPlan, profile: SiteProfile, prefetch: str) -> None:
 
 def _show(plan: JobPlan, profile: SiteProfile) -> None:
     """Print the sbatch line of each job, and what its script asks for and runs."""
-    from recipes_lib.launching.submission import dry_run
+    from recipes_lib.slurm.submission import dry_run
 
     for line, job, script in dry_run(plan, profile):
         shape = job.shape

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.config.loader import Document, load_document
+from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.project import project_root, shown_path
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.planning.cards import DEFAULT, card_named
 from recipes_lib.planning.plan_cache import quick_plans
-from recipes_lib.recipe.loader import Document, load_document
-from recipes_lib.recipe.project import project_root, shown_path
-from recipes_lib.terminal import next_step, say
 
 _START = "start-here"
 _HEAD = ("recipe", "method", "model", "launch", "memory", "time", "tags")

@@ -8,11 +8,11 @@ import argparse
 import json
 from typing import Any
 
-from recipes_lib.errors import ExitCode
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.recipe.project import shown_path
-from recipes_lib.runs.directory import open_run
-from recipes_lib.terminal import next_step, say
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.run_directory import open_run
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.training.merging import merge
 from recipes_lib.training.trained import finished_run
 

@@ -6,14 +6,14 @@ import argparse
 import os
 from pathlib import Path
 
-from recipes_lib.atomic_files import write_text
-from recipes_lib.errors import RecipeError, RecipeErrors
-from recipes_lib.recipe.loader import load_document
-from recipes_lib.recipe.migrate import keys_behind, migrate
-from recipes_lib.recipe.project import project_root
-from recipes_lib.recipe.validation import check
-from recipes_lib.recipe.yaml_source import read_yaml
-from recipes_lib.terminal import next_step, say
+from recipes_lib.config.loader import load_document
+from recipes_lib.config.migrate import keys_behind, migrate
+from recipes_lib.config.validation import check
+from recipes_lib.config.yaml_source import read_yaml
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.core.project import project_root
+from recipes_lib.core.terminal import next_step, say
 
 _ROUNDS = 5
 

@@ -6,17 +6,17 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from recipes_lib.atomic_files import write_text
+from recipes_lib.config.new_recipe import new_recipe
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError
+from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.examples import place
 from recipes_lib.data.own_rows import look_at
 from recipes_lib.data.rows import check_local_rows
-from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError
+from recipes_lib.models.known import named_shape
 from recipes_lib.planning.lengths import needed_length
-from recipes_lib.recipe.known_models import named_shape
-from recipes_lib.recipe.new_recipe import new_recipe
-from recipes_lib.recipe.project import check_run_name, project_root, recipe_path, shown_path
-from recipes_lib.recipe.recipe import load_recipe
-from recipes_lib.terminal import next_step, say
 
 _CHANGED = (
     *(

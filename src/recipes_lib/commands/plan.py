@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.design import load_study, study_file
-from recipes_lib.errors import ExitCode, RecipeError, print_error
+from recipes_lib.config.launch import DEFAULT_PORT, plan_launch
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import ExitCode, RecipeError, print_error
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.terminal import at_least, next_step, say
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.methods import method_rows
 from recipes_lib.planning.plan import plan_recipe
 from recipes_lib.planning.text import plan_lines
-from recipes_lib.recipe.launch import DEFAULT_PORT, plan_launch
-from recipes_lib.recipe.project import shown_path
-from recipes_lib.recipe.recipe import load_recipe
 from recipes_lib.study.hours import study_hours, study_json, study_lines
 from recipes_lib.suites.eval_times import eval_times, usual_evals
 from recipes_lib.suites.recipe import load_eval
-from recipes_lib.terminal import at_least, next_step, say
 
 if TYPE_CHECKING:
     from recipes_lib.planning.advice import Advice

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.launching.profile import load_profile
-from recipes_lib.recipe.loader import load_document
-from recipes_lib.terminal import next_step, say
+from recipes_lib.config.loader import load_document
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.core.terminal import next_step, say
+from recipes_lib.slurm.profile import load_profile
 
 if TYPE_CHECKING:
-    from recipes_lib.launching.prefetching import Need
+    from recipes_lib.slurm.prefetching import Need
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         load_profile(args.profile).enter()
     if args.check:
         os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
-    from recipes_lib.launching.prefetching import prefetch_needs
+    from recipes_lib.slurm.prefetching import prefetch_needs
 
     found = (
         need

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from recipes_lib.errors import ExitCode, print_error
-from recipes_lib.recipe.flat import flat_text
-from recipes_lib.recipe.launch import DEFAULT_PORT, plan_launch
-from recipes_lib.recipe.project import recipe_path, shown_path
-from recipes_lib.recipe.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
-from recipes_lib.recipe.vocabulary import subschema
-from recipes_lib.recipe.yaml_source import KeyPath
-from recipes_lib.recipe.yaml_text import join_lines, yaml_lines
-from recipes_lib.terminal import say
+from recipes_lib.config.flat import flat_text
+from recipes_lib.config.launch import DEFAULT_PORT, plan_launch
+from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
+from recipes_lib.config.vocabulary import subschema
+from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.config.yaml_text import join_lines, yaml_lines
+from recipes_lib.core.errors import ExitCode, print_error
+from recipes_lib.core.project import recipe_path, shown_path
+from recipes_lib.core.terminal import say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

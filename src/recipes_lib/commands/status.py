@@ -7,12 +7,12 @@ import json
 from itertools import islice
 from typing import Any
 
-from recipes_lib.errors import ExitCode, RecipesError
-from recipes_lib.json_files import rows_from_the_end
-from recipes_lib.recipe.project import runs_root
-from recipes_lib.runs.directory import RunDirectory, all_runs, open_run
-from recipes_lib.runs.lock import describe_holder, is_held
-from recipes_lib.terminal import next_step, say
+from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.json_files import rows_from_the_end
+from recipes_lib.core.project import runs_root
+from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
+from recipes_lib.core.run_lock import describe_holder, is_held
+from recipes_lib.core.terminal import next_step, say
 
 NEWEST = 10_000  # lines of metrics.jsonl to look for the newest value of each metric in
 _COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")

@@ -13,15 +13,15 @@ import time
 from contextlib import suppress
 
 from recipes_lib.compare.design import Study, load_study
-from recipes_lib.errors import ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.json_files import read_object
-from recipes_lib.recipe.project import shown_path
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.terminal import aligned, next_step, say
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.plan import study_plan_lines, study_plan_object
 from recipes_lib.study.runner import check_imported, run_study, study_lock, wanted_steps
 from recipes_lib.study.status import diff_rows, status_lines, step_rows, summary_line
 from recipes_lib.study.steps import build_graph
-from recipes_lib.terminal import aligned, next_step, say
 
 _ACTIONS = {
     "plan": "what would be done, why, and what it costs; nothing is touched",

@@ -10,10 +10,10 @@ import json
 import sys
 
 from recipes_lib.commands.merge import merge_sentence
-from recipes_lib.errors import ExitCode, RecipeError
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.runs.directory import open_run
-from recipes_lib.terminal import next_step, say
+from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.run_directory import open_run
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.training.trained import finished_run
 from recipes_lib.training.verification import verify
 

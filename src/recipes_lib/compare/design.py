@@ -22,20 +22,20 @@ from recipes_lib.compare.design_check import (
 )
 from recipes_lib.compare.design_sections import BASE_ARM, ArmSection
 from recipes_lib.compare.published import load_published
-from recipes_lib.errors import RecipeError, RecipeErrors
-from recipes_lib.recipe.batch import accumulation_steps
-from recipes_lib.recipe.check import check_upstream
-from recipes_lib.recipe.kinds import SECTIONS
-from recipes_lib.recipe.launch import Launch, plan_launch
-from recipes_lib.recipe.loader import COMMAND_LINE, Document, Origin, load_document
-from recipes_lib.recipe.project import project_root, recipe_path, shown_path
-from recipes_lib.recipe.recipe import Recipe, load_recipe
-from recipes_lib.recipe.sections import LaunchSection
-from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import KindRules, describe, load, shown
-from recipes_lib.recipe.yaml_source import KeyPath
-from recipes_lib.runs.resume_guard import flatten
+from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.check import check_upstream
+from recipes_lib.config.kinds import SECTIONS
+from recipes_lib.config.launch import Launch, plan_launch
+from recipes_lib.config.loader import COMMAND_LINE, Document, Origin, load_document
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.sections import LaunchSection
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.validation import KindRules, describe, load, shown
+from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.core.project import project_root, recipe_path, shown_path
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
+from recipes_lib.training.resume_guard import flatten
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError

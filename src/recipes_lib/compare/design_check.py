@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.design_sections import BASE_ARM
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.loader import COMMAND_LINE, Document
-from recipes_lib.recipe.project import check_run_name, shown_path
-from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.vocabulary import dotted_names, subschema
-from recipes_lib.recipe.yaml_source import KeyPath
+from recipes_lib.config.loader import COMMAND_LINE, Document
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.vocabulary import dotted_names, subschema
+from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import check_run_name, shown_path
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes_lib.recipe.schema import fields_of, file_schema
-from recipes_lib.recipe.sections import key
+from recipes_lib.config.schema import fields_of, file_schema
+from recipes_lib.config.sections import key
 
 BASE_ARM = "base"
 

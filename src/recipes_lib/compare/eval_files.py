@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
 from recipes_lib.eval_log import EvalLog, Measure, Sample
-from recipes_lib.json_files import DamagedFile, read_object, read_rows
 from recipes_lib.judging.outcomes import grade_sample, pair_sample
 from recipes_lib.judging.store import stored_rows, text_hash
 

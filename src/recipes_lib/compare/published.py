@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.loader import Document
-from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import KindRules, load
-from recipes_lib.recipe.yaml_source import KeyPath
+from recipes_lib.config.loader import Document
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.validation import KindRules, load
+from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes_lib.recipe.schema import file_schema
+from recipes_lib.config.schema import file_schema
 
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 

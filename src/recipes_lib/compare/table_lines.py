@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.table import HALF, Score, TableRow
 from recipes_lib.compare.wording import NONE, difference_text, interval_text, metric_text, p_text
-from recipes_lib.terminal import aligned
+from recipes_lib.core.terminal import aligned
 
 HEAD = ("metric", "effect [95%]", "p (Holm)", "n", "verdict")
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
 
 if TYPE_CHECKING:
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 NUM_LISTED = 10
 

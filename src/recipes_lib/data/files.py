@@ -21,10 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import Row, refuse_pipe
 from recipes_lib.data.conversations import is_blank
 from recipes_lib.data.examples import BadRow, shown_real_path, type_name
-from recipes_lib.errors import DataError
-from recipes_lib.json_files import Row, refuse_pipe
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")

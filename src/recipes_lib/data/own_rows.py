@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from recipes_lib.config.new_recipe import OwnRows
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.data.examples import shown_real_path
 from recipes_lib.data.files import columns_of, data_format, guessed_delimiter, read_file
 from recipes_lib.data.sources import data_files
-from recipes_lib.errors import DataError
-from recipes_lib.json_files import refuse_pipe
-from recipes_lib.recipe.new_recipe import OwnRows
 
 # Names that files use for ours, best first; `input` is the question where nothing else is, and the
 # context beside an instruction.

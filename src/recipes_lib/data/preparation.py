@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recipes_lib.config.sections import DataSection
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.terminal import say
 from recipes_lib.data.audit import audit_rows, check_audit
 from recipes_lib.data.columns import check_dropped_are_there
 from recipes_lib.data.conversations import conversation_of
@@ -28,14 +31,11 @@ from recipes_lib.data.rows import Rows, first_in_hash_order, read_data
 from recipes_lib.data.splits import SPLITS, TEST, TRAIN, VALIDATION, Splits, split_rows
 from recipes_lib.data.supervision import BATCH_ROWS, Supervision, Tokens, check_settings, encode
 from recipes_lib.data.templates import render_conversations
-from recipes_lib.errors import DataError
-from recipes_lib.recipe.sections import DataSection
-from recipes_lib.terminal import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 NUM_ROWS_WORTH_A_LINE = 20_000
 NUM_SHOWN = 3

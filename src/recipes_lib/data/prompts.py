@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.sections import DataSection
 from recipes_lib.data.conversations import Message, user_turn, with_system_prompt
 from recipes_lib.data.examples import Example, SettingError
 from recipes_lib.data.sources import find_path
-from recipes_lib.recipe.sections import DataSection
 
 # Source: the training script of the original study (Llama-2-Finetuning-DDP-and-FSDP).
 DOLLY = "### Instruction:\n{instruction}\n\n### Response:\n"

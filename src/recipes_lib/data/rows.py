@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from recipes_lib.config.sections import DataSection
 from recipes_lib.data.columns import IDS_HINT, Reading
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, content_hash
 from recipes_lib.data.files import Table
 from recipes_lib.data.sources import is_on_hub, listed_sources, load_tables, unread_files
-from recipes_lib.recipe.sections import DataSection
 
 NUM_CHECKED = 20_000
 CONTENT_BYTES, LOOSE_BYTES = 32, 16

@@ -16,6 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.sections import DataSection
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.data.examples import SettingError, listed, shown_real_path, type_name
 from recipes_lib.data.files import (
     COLUMNAR_ROWS,
@@ -25,9 +28,6 @@ from recipes_lib.data.files import (
     data_format,
     read_file,
 )
-from recipes_lib.errors import DataError
-from recipes_lib.json_files import refuse_pipe
-from recipes_lib.recipe.sections import DataSection
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SPLIT_IN_NAME = re.compile(

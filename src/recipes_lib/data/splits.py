@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipes_lib.config.sections import SplitSection
 from recipes_lib.data.examples import SettingError
 from recipes_lib.data.rows import Rows, unit_interval
-from recipes_lib.recipe.sections import SplitSection
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from recipes_lib.config.sections import DataSection
 from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRow, Example, SettingError
 from recipes_lib.data.prompts import prompt_and_completion
 from recipes_lib.data.templates import encode_conversations, special_ids
-from recipes_lib.recipe.sections import DataSection
 
 BATCH_ROWS = 1000
 IGNORED = -100  # labels with this value carry no loss

@@ -12,10 +12,10 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from recipes_lib.atomic_files import write_bytes
-from recipes_lib.errors import EnvironmentFault
-from recipes_lib.recipe.project import cache_root
-from recipes_lib.terminal import say
+from recipes_lib.core.atomic_files import write_bytes
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.project import cache_root
+from recipes_lib.core.terminal import say
 
 
 def download_wheel(requirement: str, folder: Path, size: str, instead: str) -> Path:

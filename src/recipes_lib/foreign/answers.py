@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from recipes_lib.core.json_files import Row
 from recipes_lib.foreign.files import Foreign
 from recipes_lib.foreign.parts import Part, check_unique, one_model, question_id
-from recipes_lib.json_files import Row
 from recipes_lib.judging.store import text_hash
 
 

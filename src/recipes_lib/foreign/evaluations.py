@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.atomic_files import write_json, write_text
-from recipes_lib.errors import DataError
+from recipes_lib.core.atomic_files import write_json, write_text
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import Row
+from recipes_lib.core.project import shown_path
 from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.foreign.parts import Part
-from recipes_lib.json_files import Row
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.store import text_hash
-from recipes_lib.recipe.project import shown_path
 
 _FORMAT_VERSION = 1
 _SIZES = {

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import DataError
-from recipes_lib.json_files import Row, refuse_pipe
+from recipes_lib.config.suggestions import near_names
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import Row, refuse_pipe
+from recipes_lib.core.project import shown_path
 from recipes_lib.judging.replay_readers import ForeignFile, NotJudgments, read_foreign
-from recipes_lib.recipe.project import shown_path
-from recipes_lib.recipe.suggestions import near_names
 
 KNOWN = (
     (

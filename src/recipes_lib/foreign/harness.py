@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from recipes_lib.core.json_files import Row
 from recipes_lib.foreign.files import Foreign
 from recipes_lib.foreign.parts import Part
-from recipes_lib.json_files import Row
 from recipes_lib.suites.harness import metric_direction
 
 _PROTOCOL = (

@@ -13,11 +13,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from recipes_lib.core.json_files import Row
 from recipes_lib.eval_log import REFERENCE, Measure, Sample
 from recipes_lib.foreign.answers import answer_row
 from recipes_lib.foreign.files import Foreign
 from recipes_lib.foreign.parts import Part, check_unique, mt_bench_category, one_model, question_id
-from recipes_lib.json_files import Row
 from recipes_lib.judging.replay import report_of
 from recipes_lib.judging.replay_readers import ForeignFile, Record, graded_fields
 from recipes_lib.judging.store import judgment_key, text_hash

@@ -7,8 +7,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from recipes_lib.core.json_files import Row
 from recipes_lib.foreign.files import Foreign
-from recipes_lib.json_files import Row
 
 _KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 _OURS = ("tokens_per_second", "peak_memory_gib")  # in our own metrics.jsonl

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.json_files import Row
 from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.foreign.files import Foreign
-from recipes_lib.json_files import Row
 from recipes_lib.judging.store import text_hash
-from recipes_lib.recipe.suggestions import did_you_mean
 
 # FastChat's 80 questions: ten ids to a category.
 _CATEGORIES = (

@@ -12,8 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import publish, write_text
-from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.atomic_files import publish, write_text
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.core.json_files import Row
+from recipes_lib.core.manifest import command_line
+from recipes_lib.core.project import recipe_path, runs_root, shown_path
+from recipes_lib.core.run_directory import RunDirectory, all_runs, read_resolved
 from recipes_lib.foreign.answers import read_answers
 from recipes_lib.foreign.evaluations import write_evaluation
 from recipes_lib.foreign.files import Foreign, read_files
@@ -21,14 +26,9 @@ from recipes_lib.foreign.harness import read_results, samples_alone
 from recipes_lib.foreign.judged import WITHOUT_ANSWERS, read_judgments
 from recipes_lib.foreign.logs import read_logs
 from recipes_lib.foreign.parts import Part
-from recipes_lib.json_files import Row
-from recipes_lib.recipe.project import recipe_path, runs_root, shown_path
-from recipes_lib.recipe.recipe import load_recipe
-from recipes_lib.runs.directory import RunDirectory, all_runs, read_resolved
-from recipes_lib.runs.manifest import command_line
 
 if TYPE_CHECKING:
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 ANSWERS = ("fastchat-answers", "alpaca-eval-outputs")
 LOGS = ("trainer-state", "trainer-log")

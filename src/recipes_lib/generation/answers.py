@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.data.conversations import Message
-from recipes_lib.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.generation.engine import Decoding, Engine, Request
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.progress import Progress

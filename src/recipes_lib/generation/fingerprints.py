@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.atomic_files import write_json
-from recipes_lib.errors import RecipesError
-from recipes_lib.json_files import read_object
-from recipes_lib.recipe.project import cache_root
-from recipes_lib.recipe.sections import ModelSection
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.project import cache_root
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.data.conversations import Message
-from recipes_lib.errors import EnvironmentFault
 from recipes_lib.generation.engine import Completion, Decoding, Engine, Request
 from recipes_lib.generation.fingerprints import hash_of, model_fingerprint
 from recipes_lib.generation.next_token import NextToken, verdict_tokens
@@ -29,8 +30,7 @@ from recipes_lib.generation.transformers_engine import TransformersEngine, batch
 from recipes_lib.judging.judge import Judge, JudgePlan, JudgeReply, JudgeRequest
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection
 from recipes_lib.judging.prometheus import JudgePrompt
-from recipes_lib.recipe.architectures import ready_to_answer
-from recipes_lib.recipe.sections import ModelSection
+from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.training.model import explain_load_failure, load_model, model_path
 
 TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.generation.transformers_engine import left_padded
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class NextToken:
     """
 
     def __init__(self, model: Any, pad: int) -> None:
-        from recipes_lib.recipe.architectures import has_plain_head
+        from recipes_lib.models.architectures import has_plain_head
 
         self.model, self.pad = model, pad
         self._plain_head = has_plain_head(model)

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import DataSection
+from recipes_lib.config.upstream import build_quantization_config
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.supervision import prompt_ids
-from recipes_lib.errors import RecipeError
 from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of, model_fingerprint
 from recipes_lib.generation.targets import Target
-from recipes_lib.recipe.architectures import ready_to_answer
-from recipes_lib.recipe.recipe import Recipe
-from recipes_lib.recipe.sections import DataSection
-from recipes_lib.recipe.upstream import build_quantization_config
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.training.model import load_model, load_tokenizer, model_path
 from recipes_lib.training.trained import BASE, Family, TrainedRun, check_weights, families
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.project import runs_root
-from recipes_lib.recipe.recipe import Recipe
-from recipes_lib.recipe.sections import DataSection, LaunchSection, ModelSection, RunSection
-from recipes_lib.runs.directory import RunDirectory, open_run
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import DataSection, LaunchSection, ModelSection, RunSection
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import runs_root
+from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.training.trained import BASE, TrainedRun, finished_run
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
 from recipes_lib.eval_log import Sample
 from recipes_lib.judging.contradictions import find_contradictions
 from recipes_lib.judging.human_labels import agreement

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.eval_log import Sample
-from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.store import text_hash
 from recipes_lib.statistics.agreement import accuracy, cohens_kappa

@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.judging.prometheus import (
     CountTokens,
     JudgePrompt,

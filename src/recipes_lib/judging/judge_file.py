@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.config.loader import Document
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.validation import KindRules, PlacedError, dotted, load
+from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.judging.prometheus import Rubric, Template, load_rubric, load_template
 from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, published_template
 from recipes_lib.judging.store import text_hash
-from recipes_lib.recipe.loader import Document
-from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import KindRules, PlacedError, dotted, load
-from recipes_lib.recipe.yaml_source import KeyPath
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError

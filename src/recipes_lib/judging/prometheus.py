@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.json_files import refuse_pipe
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.judging.store import text_hash
 
 CUT_MARK = "\n(... the rest of this response was left out because of its length)"

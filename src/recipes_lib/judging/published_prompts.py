@@ -15,8 +15,8 @@ from __future__ import annotations
 import ast
 import re
 
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
-from recipes_lib.errors import EnvironmentFault
 from recipes_lib.judging.prometheus import Template
 
 PROMETHEUS_PACKAGE = "package:prometheus-eval"

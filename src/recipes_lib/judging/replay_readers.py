@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import DataError
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.eval_log import SCORE, Sample
-from recipes_lib.json_files import refuse_pipe
 from recipes_lib.judging.verdicts import parse_absolute
 
 CSV_COLUMNS = (

@@ -21,9 +21,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from recipes_lib.atomic_files import sync
-from recipes_lib.errors import DataError, EnvironmentFault
-from recipes_lib.json_files import Row, numbered_rows
+from recipes_lib.core.atomic_files import sync
+from recipes_lib.core.errors import DataError, EnvironmentFault
+from recipes_lib.core.json_files import Row, numbered_rows
 
 
 def text_hash(text: str) -> str:

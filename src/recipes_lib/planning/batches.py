@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from recipes_lib.config.batch import planned_steps
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.settings import Settings
-from recipes_lib.recipe.batch import planned_steps
 
 PACKED = 0.9995  # share of a packed row that is filled; measured with TRL's bfd on Dolly
 _MOST_ROWS = 20_000

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.errors import RecipeError
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from recipes_lib.models.shapes import ModelShape
 from recipes_lib.planning.cards import Card
 from recipes_lib.planning.duration import BANDWIDTH_REACHED
 from recipes_lib.planning.machine import (
@@ -17,7 +18,6 @@ from recipes_lib.planning.machine import (
     MEASURED_PARAMETERS,
     two_threads_tflops,
 )
-from recipes_lib.recipe.model_shapes import ModelShape
 
 NUM_QUESTIONS = {"alpaca_eval": 805, "mt_bench": 80}
 ANSWER_SHARE = 0.45  # of max_new_tokens, on average

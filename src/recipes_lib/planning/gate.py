@@ -10,7 +10,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault, RecipesError
+from recipes_lib.config.accelerate_config import AccelerateConfig
+from recipes_lib.config.launch import Active, Launch
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import fits_json
 from recipes_lib.planning.cards import cards_here
@@ -18,9 +21,6 @@ from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.plan import Plan, plan_launched
 from recipes_lib.planning.text import clock, refusal_lines
-from recipes_lib.recipe.accelerate_config import AccelerateConfig
-from recipes_lib.recipe.launch import Active, Launch
-from recipes_lib.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from recipes_lib.data.preparation import PreparedData

@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recipes_lib.config.model_files import local_folder
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.project import runs_root
 from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRows, place
 from recipes_lib.data.files import count_rows
@@ -23,11 +27,7 @@ from recipes_lib.data.prompts import prompt_and_completion
 from recipes_lib.data.rows import first_in_hash_order, read_data
 from recipes_lib.data.sources import find_path, is_on_hub, listed_sources, source_files
 from recipes_lib.data.splits import split_rows
-from recipes_lib.errors import DataError
 from recipes_lib.planning.dolly_lengths import characters_per_token, dolly_lengths
-from recipes_lib.recipe.model_files import local_folder
-from recipes_lib.recipe.project import runs_root
-from recipes_lib.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from recipes_lib.data.examples import Example

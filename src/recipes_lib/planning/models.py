@@ -7,13 +7,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.model_files import local_folder
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.json_files import object_or_none
 from recipes_lib.data.sources import hub_answers, offline_by_environment
-from recipes_lib.errors import EnvironmentFault, RecipeError
-from recipes_lib.recipe.known_models import known_shapes
-from recipes_lib.recipe.model_files import local_folder, read_json
-from recipes_lib.recipe.model_shapes import ModelShape, shape_of_config
-from recipes_lib.recipe.recipe import Recipe
-from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.models.known import known_shapes
+from recipes_lib.models.shapes import ModelShape, shape_of_config
 
 _KEY = "model.name_or_path"
 
@@ -56,7 +57,7 @@ def _local_config(recipe: Recipe) -> dict[str, Any] | None:
     folder = local_folder(recipe)
     if folder is None:
         return None
-    config = read_json(folder / "config.json")
+    config = object_or_none(folder / "config.json")
     if config is None:
         raise recipe.error(
             _KEY,
@@ -74,7 +75,9 @@ def _hub_config(recipe: Recipe) -> dict[str, Any] | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        return read_json(Path(hf_hub_download(name, "config.json", revision=recipe.model.revision)))
+        return object_or_none(
+            Path(hf_hub_download(name, "config.json", revision=recipe.model.revision))
+        )
     except Exception as error:  # gated, no such model, no such revision: each has its own message
         origin = recipe.origin_of(_KEY)
         what = (

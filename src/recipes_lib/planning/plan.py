@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.launch import Launch, plan_launch
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.planning.batches import Batches, batches_of, draw, validations
 from recipes_lib.planning.cards import DEFAULT, Card, card_named, cards_here
 from recipes_lib.planning.duration import Duration, training_duration, walltime
@@ -14,9 +17,6 @@ from recipes_lib.planning.memory import Memory, largest_tokens, memory_of
 from recipes_lib.planning.models import model_shape
 from recipes_lib.planning.settings import Settings, settings_of
 from recipes_lib.planning.uncounted import uncounted
-from recipes_lib.recipe.batch import accumulation_steps
-from recipes_lib.recipe.launch import Launch, plan_launch
-from recipes_lib.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

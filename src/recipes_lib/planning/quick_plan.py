@@ -4,15 +4,15 @@ network, large files or a GPU query.
 
 from __future__ import annotations
 
+from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.loader import Document
+from recipes_lib.config.recipe import Recipe, recipe_from
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.data.sources import find_path, listed_sources
-from recipes_lib.errors import RecipesError
+from recipes_lib.models.known import known_shapes
 from recipes_lib.planning.cards import DEFAULT, card_named
 from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.plan import plan_launched
-from recipes_lib.recipe.known_models import known_shapes
-from recipes_lib.recipe.launch import plan_launch
-from recipes_lib.recipe.loader import Document
-from recipes_lib.recipe.recipe import Recipe, recipe_from
 
 LARGEST_DATA = 300_000  # bytes; reading more would keep the list waiting
 _CARD = card_named(DEFAULT)

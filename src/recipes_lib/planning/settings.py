@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from recipes_lib.recipe.batch import written_sync
-from recipes_lib.recipe.defaults import MAX_LENGTH
-from recipes_lib.recipe.launch import Launch
-from recipes_lib.recipe.model_shapes import ModelShape
-from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.config.batch import written_sync
+from recipes_lib.config.defaults import MAX_LENGTH
+from recipes_lib.config.launch import Launch
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.models.shapes import ModelShape
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _BLOCK = {

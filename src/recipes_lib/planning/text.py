@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from recipes_lib.config.schedule import WITHOUT_WARMUP
 from recipes_lib.planning.activations import activations_of
 from recipes_lib.planning.advice import Advice, largest_cost
 from recipes_lib.planning.cards import Card
@@ -12,7 +13,6 @@ from recipes_lib.planning.memory import MIB
 from recipes_lib.planning.methods import MethodRow
 from recipes_lib.planning.plan import Plan
 from recipes_lib.planning.settings import Settings
-from recipes_lib.recipe.schedule import WITHOUT_WARMUP
 
 # the quickstart's training took the planned time on idle cores, and 168 s for 50 on two cores that
 # others used too

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.planning.settings import COUNTED_MODULES, Settings
-from recipes_lib.recipe.recipe import Recipe
 
 _EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 _LORA = {

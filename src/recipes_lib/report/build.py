@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.atomic_files import write_bytes, write_text
+from recipes_lib.core.atomic_files import write_bytes, write_text
 from recipes_lib.report.figures import draw_comparison
 from recipes_lib.report.html import report_html
 from recipes_lib.report.latex import compile_pdf, report_latex

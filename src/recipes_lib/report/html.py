@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare import wording
 from recipes_lib.compare.table_lines import effect_interval, effect_value
+from recipes_lib.core.terminal import printable
 from recipes_lib.report.content import size_text
-from recipes_lib.terminal import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -17,10 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.atomic_files import write_bytes
+from recipes_lib.core.atomic_files import write_bytes
+from recipes_lib.core.terminal import say
 from recipes_lib.report.content import size_text
 from recipes_lib.report.html import TEMPLATES, filters
-from recipes_lib.terminal import say
 
 if TYPE_CHECKING:
     from jinja2 import Environment

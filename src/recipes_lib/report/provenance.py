@@ -9,7 +9,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
-from recipes_lib.recipe.project import project_root, runs_root
+from recipes_lib.core.project import project_root, runs_root
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipesError
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.training.base_identity import adapter_config, check_whole, weight_hashes
 from recipes_lib.training.probes import read_check
 from recipes_lib.training.trained import check_base_of, check_weights

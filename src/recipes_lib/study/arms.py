@@ -9,9 +9,9 @@ from pathlib import Path
 
 from recipes_lib.compare.design import Arm, Study
 from recipes_lib.compare.design_sections import BASE_ARM
-from recipes_lib.errors import RecipesError
-from recipes_lib.json_files import read_object
-from recipes_lib.recipe.project import runs_root, shown_path
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.project import runs_root, shown_path
 
 
 def study_folder(study: Study) -> Path:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.atomic_files import publish, write_json
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Study
 from recipes_lib.compare.design_sections import BASE_ARM
 from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.validity import check_validity
-from recipes_lib.recipe.project import runs_root
+from recipes_lib.core.atomic_files import publish, write_json
+from recipes_lib.core.project import runs_root
 from recipes_lib.report.study_report import write_study_report
 from recipes_lib.study.arms import base_run, run_names, study_folder
 from recipes_lib.study.graph import Freshness, Graph, digest_of

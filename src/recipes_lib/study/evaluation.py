@@ -16,18 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import write_json
 from recipes_lib.compare.design import Study
 from recipes_lib.compare.design_sections import BASE_ARM
-from recipes_lib.errors import ExitCode, RecipesError
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evaluate import write_result
 from recipes_lib.generation.judges import opened
 from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import Asking, base_target, distinct, find_targets, record_base
-from recipes_lib.json_files import read_object
-from recipes_lib.libraries import quiet_libraries
-from recipes_lib.recipe.project import runs_root, shown_path
-from recipes_lib.runs.directory import RunDirectory
 from recipes_lib.study.adapter_check import check_loaded, check_weight_files
 from recipes_lib.study.arms import base_arm, base_record, base_run, free_name, study_folder
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest

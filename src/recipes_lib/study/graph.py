@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes_lib.atomic_files import write_json
-from recipes_lib.errors import RecipesError
-from recipes_lib.json_files import read_object
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.json_files import read_object
 
 _FORMAT_VERSION = 1
 # inputs of this name are hashes; None means that the content cannot be known here, and is not

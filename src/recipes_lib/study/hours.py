@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.evaluations import EvalTime

@@ -10,13 +10,13 @@ from typing import Any
 
 from recipes_lib.compare.design import Study
 from recipes_lib.compare.wording import question_text
-from recipes_lib.errors import RecipesError
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.terminal import aligned
 from recipes_lib.study.arms import launch_words, train_words
 from recipes_lib.study.graph import Graph, Step
 from recipes_lib.study.status import StepRow, seconds_text, step_rows
 from recipes_lib.suites.questions import load_questions
 from recipes_lib.suites.recipe import EvalRecipe
-from recipes_lib.terminal import aligned
 
 
 def study_plan_object(

@@ -14,14 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from recipes_lib.atomic_files import write_text
 from recipes_lib.compare.design import Study
-from recipes_lib.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors, RecipesError
-from recipes_lib.faults import is_disk_full
-from recipes_lib.recipe.project import runs_root, shown_path
-from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.runs.lock import LockHeld, describe_holder, run_lock
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.errors import (
+    EnvironmentFault,
+    ExitCode,
+    RecipeError,
+    RecipeErrors,
+    RecipesError,
+)
+from recipes_lib.core.faults import is_disk_full
+from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.run_lock import LockHeld, describe_holder, run_lock
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.graph import FOLLOWS, Freshness, Graph, Step
 from recipes_lib.study.steps import build_graph

@@ -11,13 +11,13 @@ from itertools import islice
 from typing import Any
 
 from recipes_lib.compare.design import Study
-from recipes_lib.json_files import rows_from_the_end
-from recipes_lib.recipe.yaml_text import value_text
-from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.runs.lock import describe_holder, is_held
+from recipes_lib.config.yaml_text import value_text
+from recipes_lib.core.json_files import rows_from_the_end
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.run_lock import describe_holder, is_held
+from recipes_lib.core.terminal import aligned
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.graph import Freshness, Graph, Step
-from recipes_lib.terminal import aligned
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,17 @@ from typing import Any
 
 from recipes_lib.compare.design import Arm, Study
 from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.project import runs_root
 from recipes_lib.data.sources import data_files, find_path, listed_sources
-from recipes_lib.errors import RecipesError
-from recipes_lib.json_files import read_object
 from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, REQUIREMENT
-from recipes_lib.recipe.project import runs_root
-from recipes_lib.recipe.recipe import Recipe
-from recipes_lib.runs.resume_guard import flatten, guarded_values
 from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
 from recipes_lib.study.graph import CONTENT, ONLY_SPEED, Graph, Step, content_of, digest_of
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.training.base_identity import base_fingerprint, fingerprint
+from recipes_lib.training.resume_guard import flatten, guarded_values
 
 # Raised by whoever changes what the code of a step computes. Statistics and report take seconds:
 # their source itself is the version.

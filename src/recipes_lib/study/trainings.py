@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from recipes_lib.atomic_files import write_json
 from recipes_lib.compare.design import Study
-from recipes_lib.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.planning.cards import devices_here
-from recipes_lib.recipe.project import shown_path
-from recipes_lib.recipe.recipe import load_recipe
-from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.runs.lock import describe_holder, is_held
-from recipes_lib.runs.resume_guard import recipe_differences
 from recipes_lib.study.arms import free_name, launch_words, study_folder, train_words
 from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
 from recipes_lib.training.base_identity import weight_hashes
 from recipes_lib.training.probes import read_check
+from recipes_lib.training.resume_guard import recipe_differences
 
 _POLL_S = 0.2
 PREEMPTED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)

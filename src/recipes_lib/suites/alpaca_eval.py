@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipes_lib.atomic_files import write_text
+from recipes_lib.core.atomic_files import write_text
 from recipes_lib.eval_log import REFERENCE, Sample
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.judges import OpenJudge

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes_lib.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.eval_log import ORDERS, Sample
 from recipes_lib.generation.fingerprints import hash_of
 

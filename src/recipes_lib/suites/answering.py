@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.data.conversations import Message
-from recipes_lib.errors import RecipeError
 from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.answers import Prompt, Writer, answer_faults
 from recipes_lib.generation.engine import Decoding, Engine
@@ -29,8 +31,6 @@ from recipes_lib.generation.targets import (
     targets_by_word,
 )
 from recipes_lib.generation.transformers_engine import TransformersEngine
-from recipes_lib.runs.directory import RunDirectory
-from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.suites.questions import Question, read_answer_file
 from recipes_lib.suites.recipe import EvalRecipe
 

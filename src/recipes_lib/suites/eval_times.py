@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from recipes_lib.core.project import project_root
 from recipes_lib.generation.batch_memory import token_bytes, tokens_per_batch
 from recipes_lib.generation.transformers_engine import MAX_ROWS
+from recipes_lib.models.known import named_shape
+from recipes_lib.models.shapes import ModelShape
 from recipes_lib.planning.cards import DEFAULT, Card, card_named
 from recipes_lib.planning.evaluations import (
     ANSWER_SHARE,
@@ -20,9 +23,6 @@ from recipes_lib.planning.evaluations import (
     writing_seconds,
 )
 from recipes_lib.planning.machine import GENERATED_TOKENS_PER_SECOND, JUDGED_TOKENS_PER_SECOND
-from recipes_lib.recipe.known_models import named_shape
-from recipes_lib.recipe.model_shapes import ModelShape
-from recipes_lib.recipe.project import project_root
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 
 PROMPT_TOKENS = {"alpaca_eval": 60, "mt_bench": 150}

@@ -19,14 +19,14 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.atomic_files import write_text
-from recipes_lib.errors import EnvironmentFault, RecipeError, RecipeErrors
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
-from recipes_lib.recipe.project import shown_path
-from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe

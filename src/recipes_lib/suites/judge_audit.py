@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes_lib.atomic_files import write_json, write_text
+from recipes_lib.core.atomic_files import write_json, write_text
+from recipes_lib.core.project import runs_root
 from recipes_lib.generation.judges import opened
 from recipes_lib.judging.audit import audit, scorecard_markdown
 from recipes_lib.judging.human_labels import pairs_by_id
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.judge_file import JudgeFile
 from recipes_lib.judging.store import JudgmentStore, Row
-from recipes_lib.recipe.project import runs_root
 from recipes_lib.statistics.intervals import wilson
 from recipes_lib.suites.judged import ask_probes, judge_all, judge_facts
 

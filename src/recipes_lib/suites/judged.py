@@ -10,19 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.atomic_files import write_text
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.project import runs_root
+from recipes_lib.core.terminal import warn
 from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.progress import Progress
-from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.judging.audit import audit, self_judged
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRun, ask, build_requests
 from recipes_lib.judging.probes import probe_requests
 from recipes_lib.judging.store import JudgmentStore, Row
-from recipes_lib.recipe.project import runs_root
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.answering import AnswerSet
-from recipes_lib.terminal import warn
 from recipes_lib.training.adapters import RECORD as MERGE_RECORD
 
 

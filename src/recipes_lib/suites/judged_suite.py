@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.store import JudgmentStore, Row
-from recipes_lib.runs.lock import waiting_lock
 from recipes_lib.suites.answering import Answering, AnswerSet, Pairing, check_target_words
 from recipes_lib.suites.judged import (
     Judged,

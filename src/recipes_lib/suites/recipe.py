@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.errors import RecipeError
+from recipes_lib.config.loader import Document
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.validation import KindRules, dotted, load
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.judging.judge_file import (
     JudgeFile,
     JudgeSection,
@@ -18,10 +22,6 @@ from recipes_lib.judging.judge_file import (
     is_address,
     load_judge_file,
 )
-from recipes_lib.recipe.loader import Document
-from recipes_lib.recipe.project import project_root, shown_path
-from recipes_lib.recipe.suggestions import did_you_mean
-from recipes_lib.recipe.validation import KindRules, dotted, load
 from recipes_lib.suites.sections import (
     EvalDataSection,
     GenerationSection,

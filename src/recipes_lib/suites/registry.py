@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from recipes_lib.core.terminal import say
 from recipes_lib.suites.alpaca_eval import AlpacaEval
 from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.mt_bench import MTBench
-from recipes_lib.terminal import say
 
 # A suite is made of a recipe, words, an opponent and what the command line allows; it has
 # `targets`, `served`, `visit(subject)`, `results` and `table(results)`. A suite that a judge

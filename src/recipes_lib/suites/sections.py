@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from recipes_lib.config.schema import file_schema, sections_schema
+from recipes_lib.config.sections import key
 from recipes_lib.judging.judge_file import JudgeSection, Thresholds
-from recipes_lib.recipe.schema import file_schema, sections_schema
-from recipes_lib.recipe.sections import key
 
 SUITE_NAMES = ("alpaca_eval", "mt_bench", "lm_eval")
 JUDGE_FILE_HELP = (

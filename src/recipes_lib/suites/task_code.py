@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.errors import RecipeError
-from recipes_lib.recipe.loader import Document
-from recipes_lib.recipe.project import shown_path
+from recipes_lib.config.loader import Document
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import shown_path
 from recipes_lib.suites.task_names import lm_eval_folder
 
 ALLOW = "read that code; then set generation.trust_remote_code: true and pass --trust-remote-code"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from recipes_lib.recipe.suggestions import did_you_mean
+from recipes_lib.config.suggestions import did_you_mean
 
 _NOT_TASKS = (
     ".py",

@@ -12,9 +12,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault
-from recipes_lib.json_files import read_object
-from recipes_lib.terminal import shown_size
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.terminal import shown_size
 from recipes_lib.training.base_identity import (
     ADAPTER_WEIGHTS,
     changed_files,

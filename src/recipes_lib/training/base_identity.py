@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import file_hashes
-from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
-from recipes_lib.json_files import DamagedFile, read_object
-from recipes_lib.recipe.model_files import broken_shard, local_folder
+from recipes_lib.config.model_files import broken_shard, local_folder
+from recipes_lib.core.atomic_files import file_hashes
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.core.json_files import DamagedFile, read_object
 
 if TYPE_CHECKING:
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from recipes_lib.errors import RecipesError
-from recipes_lib.recipe.model_files import local_folder
+from recipes_lib.config.model_files import local_folder
+from recipes_lib.core.errors import RecipesError
 
 if TYPE_CHECKING:
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 TERMS = re.compile(r"^(licen[sc]e|notice|use_policy|copying)([._-].*)?$", re.IGNORECASE)
 COPIES = "base_license"

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
 
+from recipes_lib.config.batch import sync_each_batch
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.upstream import build_lora_config
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.preparation import PreparedData
-from recipes_lib.recipe.architectures import prepare_for_training, settle_targets, why_rows_apart
-from recipes_lib.recipe.batch import sync_each_batch
-from recipes_lib.recipe.recipe import Recipe
-from recipes_lib.recipe.upstream import build_lora_config
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.models.architectures import prepare_for_training, settle_targets, why_rows_apart
 from recipes_lib.training.cpu import attention as cpu_attention
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.row_order import with_fillers

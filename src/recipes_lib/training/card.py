@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 HUB_FORBIDS_PATHS = ("/", ".", "~", "package:")
 

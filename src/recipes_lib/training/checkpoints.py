@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.atomic_files import file_hashes, sync, sync_tree, write_json
-from recipes_lib.errors import EnvironmentFault
-from recipes_lib.terminal import shown_size
+from recipes_lib.core.atomic_files import file_hashes, sync, sync_tree, write_json
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.terminal import shown_size
 
 MARKER = "COMPLETE.json"
 STATE_FILES = ("trainer_state.json", "scheduler.pt")

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from recipes_lib.atomic_files import publish
-from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
-from recipes_lib.json_files import read_object
-from recipes_lib.redaction import holds_secret
+from recipes_lib.core.atomic_files import publish
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.redaction import holds_secret
 from recipes_lib.training import base_identity
 from recipes_lib.training.adapters import check_space, merge_record, why_stale
 from recipes_lib.training.base_notice import write_notice
@@ -31,7 +31,7 @@ from recipes_lib.training.trained import check_base_of, check_weights
 from recipes_lib.training.weights_check import check_files
 
 if TYPE_CHECKING:
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
     from recipes_lib.training.trained import TrainedRun
 
 # What a folder of weights may hold; everything else (training_args.bin, our own records) stays

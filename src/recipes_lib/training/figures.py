@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes_lib.json_files import read_rows
+from recipes_lib.core.json_files import read_rows
 
 PERPLEXITY_LIMIT = 20.0  # exp(20) is beyond any axis worth drawing
 

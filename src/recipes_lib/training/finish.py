@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import publish, sync, sync_tree
-from recipes_lib.errors import ExitCode, RecipesError
-from recipes_lib.terminal import next_step, say
+from recipes_lib.core.atomic_files import publish, sync, sync_tree
+from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.training import weights_check
 from recipes_lib.training.base_identity import recorded_hashes
 from recipes_lib.training.card import write_card
@@ -27,9 +27,9 @@ from recipes_lib.training.summary import beside_the_plan
 if TYPE_CHECKING:
     from transformers import TrainerState
 
+    from recipes_lib.config.recipe import Recipe
+    from recipes_lib.core.run_directory import RunDirectory
     from recipes_lib.data.preparation import PreparedData
-    from recipes_lib.recipe.recipe import Recipe
-    from recipes_lib.runs.directory import RunDirectory
     from recipes_lib.training.trainer import RecipeTrainer
 
 NUM_PROBES, PROBE_TOKENS = 4, 128

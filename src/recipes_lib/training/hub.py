@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.training.export import export
 from recipes_lib.training.trained import finished_run
 
 if TYPE_CHECKING:
-    from recipes_lib.recipe.recipe import Recipe
-    from recipes_lib.runs.directory import RunDirectory
+    from recipes_lib.config.recipe import Recipe
+    from recipes_lib.core.run_directory import RunDirectory
 
 
 def check_repo(repo: str) -> None:

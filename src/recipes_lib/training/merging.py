@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import publish, write_json
-from recipes_lib.errors import EnvironmentFault, RecipeError, RecipesError
-from recipes_lib.faults import explain_fault
-from recipes_lib.runs.lock import run_lock
-from recipes_lib.terminal import shown_size
+from recipes_lib.core.atomic_files import publish, write_json
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.core.faults import explain_fault
+from recipes_lib.core.run_lock import run_lock
+from recipes_lib.core.terminal import shown_size
 from recipes_lib.training.adapters import (
     RECORD,
     check_space,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes_lib.json_files import read_rows, rows_from_the_end
-from recipes_lib.terminal import say
+from recipes_lib.core.json_files import read_rows, rows_from_the_end
+from recipes_lib.core.terminal import say
 
 SAY_EVERY_S = 10.0
 KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")

@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.config.check import check_upstream
+from recipes_lib.config.model_files import local_folder, no_tokenizer
+from recipes_lib.config.model_names import attention_refused
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
+from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
-from recipes_lib.errors import EnvironmentFault, RecipeError, RecipeErrors
-from recipes_lib.recipe.architectures import not_quantized
-from recipes_lib.recipe.check import check_upstream
-from recipes_lib.recipe.model_files import local_folder, no_tokenizer
-from recipes_lib.recipe.model_names import attention_refused
-from recipes_lib.recipe.sections import ModelSection
-from recipes_lib.terminal import say
+from recipes_lib.models.architectures import not_quantized
 from recipes_lib.training.cpu.quantization import keep_plain_4bit_layout
 from recipes_lib.training.packaged_models import is_packaged, materialise
 from recipes_lib.training.ranks import on_main_rank
@@ -23,7 +23,7 @@ from recipes_lib.training.ranks import on_main_rank
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 
 def model_path(section: ModelSection) -> str:

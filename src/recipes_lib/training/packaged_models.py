@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes_lib.atomic_files import publish, write_json
+from recipes_lib.core.atomic_files import publish, write_json
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.project import cache_root
+from recipes_lib.core.terminal import say
 from recipes_lib.data.wheels import download_wheel
-from recipes_lib.errors import EnvironmentFault, RecipeError
-from recipes_lib.recipe.project import cache_root
-from recipes_lib.terminal import say
 
 PREFIX = "package:"
 

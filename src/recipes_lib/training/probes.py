@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.atomic_files import write_text
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.errors import RecipesError
-from recipes_lib.json_files import DamagedFile, read_object
 from recipes_lib.training.base_identity import base_fingerprint, weight_hashes
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
     from recipes_lib.training.trained import TrainedRun
 
 CHECK_FILE = "weights_check.json"

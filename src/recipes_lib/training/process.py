@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from recipes_lib.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.faults import explain_fault
+from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.core.faults import explain_fault
 from recipes_lib.training.ranks import rank
 
 # where `recipes train` and a cluster job read the exit code, which launchers lose

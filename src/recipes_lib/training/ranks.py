@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recipes_lib.atomic_files import write_text
-from recipes_lib.terminal import say
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
 STAGE_FILE = "RECIPES_STAGE_FILE"  # where `recipes train` reads how far the training is

@@ -10,9 +10,9 @@ import bitsandbytes
 import torch
 from peft import PeftModel
 
-from recipes_lib.recipe.architectures import describe_targets
-from recipes_lib.recipe.batch import describe_batch, describe_last_step, planned_steps
-from recipes_lib.recipe.schedule import describe_schedule
+from recipes_lib.config.batch import describe_batch, describe_last_step, planned_steps
+from recipes_lib.config.schedule import describe_schedule
+from recipes_lib.models.architectures import describe_targets
 
 if TYPE_CHECKING:
     from recipes_lib.training.trainer import RecipeTrainer

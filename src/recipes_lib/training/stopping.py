@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from recipes_lib.errors import ExitCode, Interrupted, Preempted
+from recipes_lib.core.errors import ExitCode, Interrupted, Preempted
 from recipes_lib.training.ranks import (
     CLOSING,
     SEEN,

@@ -11,8 +11,8 @@ from recipes_lib.training.metrics import first_and_last, peak_memory_gib
 from recipes_lib.training.start_up import count_quantized
 
 if TYPE_CHECKING:
+    from recipes_lib.config.launch import Active
     from recipes_lib.data.preparation import PreparedData
-    from recipes_lib.recipe.launch import Active
     from recipes_lib.training.attempt import Resumption
     from recipes_lib.training.trainer import RecipeTrainer
 

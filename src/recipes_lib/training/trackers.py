@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 NOT_ASKED = ("none", "all", "flyte")  # transformers does not say whether flyte is there
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import EnvironmentFault, RecipeError
-from recipes_lib.json_files import DamagedFile, read_object
-from recipes_lib.recipe.architectures import ready_to_answer
-from recipes_lib.recipe.loader import Origin
-from recipes_lib.recipe.recipe import load_recipe
-from recipes_lib.recipe.upstream import build_quantization_config
-from recipes_lib.recipe.yaml_source import KeyPath
-from recipes_lib.runs.directory import RunDirectory
+from recipes_lib.config.loader import Origin
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.upstream import build_quantization_config
+from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.training import base_identity
 from recipes_lib.training.base_identity import check_base
 from recipes_lib.training.model import load_model, model_path
@@ -31,8 +31,8 @@ __all__ = ["BASE", "Family", "TrainedRun", "check_base", "families", "finished_r
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from recipes_lib.recipe.recipe import Recipe
-    from recipes_lib.recipe.sections import DataSection
+    from recipes_lib.config.recipe import Recipe
+    from recipes_lib.config.sections import DataSection
 
 BASE = "base"
 

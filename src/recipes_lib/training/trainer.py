@@ -48,18 +48,18 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes_lib.atomic_files import sync
-from recipes_lib.errors import EnvironmentFault, NumericsError
-from recipes_lib.faults import explain_fault
-from recipes_lib.recipe.architectures import lacks_experts, training_settings, with_settings
-from recipes_lib.recipe.batch import rows_per_epoch
-from recipes_lib.runs.lock import end_if_taken_over
-from recipes_lib.runs.resume_guard import differences
+from recipes_lib.config.batch import rows_per_epoch
+from recipes_lib.core.atomic_files import sync
+from recipes_lib.core.errors import EnvironmentFault, NumericsError
+from recipes_lib.core.faults import explain_fault
+from recipes_lib.core.run_lock import end_if_taken_over
+from recipes_lib.models.architectures import lacks_experts, training_settings, with_settings
 from recipes_lib.training import checkpoints
 from recipes_lib.training.cpu.loss import add_token_loss, can_score_itself
 from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.micro_batches import filler, split_batch
 from recipes_lib.training.ranks import agree_on_largest, meet, on_main_rank
+from recipes_lib.training.resume_guard import differences
 from recipes_lib.training.row_order import (
     EpochRows,
     LengthGroups,

@@ -14,7 +14,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipesError
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.training.adapters import (
     fold,
     free_memory,

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.errors import RecipesError
-from recipes_lib.recipe.upstream import build_quantization_config
+from recipes_lib.config.upstream import build_quantization_config
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.training.base_identity import adapter_config
 from recipes_lib.training.model import load_model
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from recipes_lib.recipe.recipe import Recipe
+    from recipes_lib.config.recipe import Recipe
 
 # Largest difference of a logit, as a share of the largest logit. Half precision: rounding of other
 # kernels on other shapes.

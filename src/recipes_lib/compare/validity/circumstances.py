@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.compare.findings import Finding, Severity
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.validity.settings import pairs
+from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.generation.fingerprints import hash_of
-from recipes_lib.json_files import DamagedFile, read_object
 
 if TYPE_CHECKING:
     from pathlib import Path

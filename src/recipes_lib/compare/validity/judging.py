@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.compare.findings import Finding, Severity
 from recipes_lib.compare.validity.settings import run_place
 from recipes_lib.compare.wording import sentence_list
+from recipes_lib.core.json_files import read_object
 from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of
-from recipes_lib.json_files import read_object
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study

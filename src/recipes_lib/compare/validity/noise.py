@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.validity.settings import arm_values, changed, differing, pairs
 from recipes_lib.compare.wording import count
-from recipes_lib.recipe.project import shown_path
+from recipes_lib.core.project import shown_path
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study

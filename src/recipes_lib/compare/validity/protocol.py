@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.validity.settings import differing, pairs, run_place, setting_text
-from recipes_lib.runs.resume_guard import flatten
+from recipes_lib.training.resume_guard import flatten
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.recipe.project import runs_root, shown_path
-from recipes_lib.recipe.vocabulary import subschema
-from recipes_lib.runs.resume_guard import FREE_KEYS, flatten
+from recipes_lib.config.vocabulary import subschema
+from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.training.resume_guard import FREE_KEYS, flatten
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study

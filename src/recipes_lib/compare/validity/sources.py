@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.published import load_published
+from recipes_lib.core.project import shown_path
 from recipes_lib.foreign.run import imported_files
-from recipes_lib.recipe.project import shown_path
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study

@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from recipes_lib.recipe.launch import Active
-from recipes_lib.recipe.recipe import Recipe
+from recipes_lib.config.launch import Active
+from recipes_lib.config.recipe import Recipe
 
 NAME = "sdpa_by_document"
 KNOWN_LAYERS = {

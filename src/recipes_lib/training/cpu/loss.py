@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from recipes_lib.recipe.architectures import has_plain_head
+from recipes_lib.models.architectures import has_plain_head
 
 TOKENS_PER_TILE = (
     128  # measured: 32, 64, 256 and 1,000 are slower; a tile of logits should stay in the cache

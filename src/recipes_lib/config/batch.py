@@ -1,0 +1,195 @@
+"""The batch arithmetic: examples per optimizer step = per device x accumulation x processes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from recipes_lib.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from recipes_lib.config.recipe import Recipe
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Return the gradient accumulation steps: derived from `run.global_batch_size` when the recipe
+    declares one.
+
+    Raises:
+        RecipeError: no whole number does it.
+    """
+    if recipe.run.global_batch_size is None:
+        return int(recipe.train.get("gradient_accumulation_steps", 1))
+    try:
+        return solve_batch(
+            recipe.run.global_batch_size,
+            recipe.train.get("per_device_train_batch_size", 8),
+            world_size,
+        )
+    except RecipeError as error:
+        raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
+
+
+def sync_each_batch(recipe: Recipe) -> bool:
+    """Return whether FSDP2 shares out the gradients of every backward pass, instead of once per
+    optimizer step.
+
+    Between two passes a process then keeps its share of them; else it keeps all of them, in
+    float32. For adapters that is little, and one exchange per step is faster; for a whole model it
+    is 4 bytes per parameter on every GPU, however many share the rest. A recipe decides itself with
+    `train.accelerator_config.gradient_accumulation_kwargs.sync_each_batch`.
+    """
+    written = written_sync(recipe)
+    return (
+        recipe.lora is None or bool(recipe.lora.get("modules_to_save"))
+        if written is None
+        else written
+    )
+
+
+def written_sync(recipe: Recipe) -> bool | None:
+    """Return what the recipe itself says about `sync_each_batch`, or None."""
+    config = recipe.train.get("accelerator_config")
+    settings = (
+        config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
+    ) or {}
+    return settings.get("sync_each_batch")
+
+
+def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:
+    """Return the gradient accumulation steps that make one optimizer step see exactly
+    `global_batch_size` examples.
+
+    Args:
+        global_batch_size: examples per optimizer step over all processes.
+        per_device: examples per micro-batch of one process.
+        world_size: number of processes.
+
+    Raises:
+        RecipeError: no whole number does it; the message shows the arithmetic and the nearest legal
+            values.
+
+    Example:
+        >>> solve_batch(64, per_device=4, world_size=2)
+        8
+    """
+    micro_batch = per_device * world_size
+    accumulation, rest = divmod(global_batch_size, micro_batch)
+    if rest == 0 and accumulation > 0:
+        return accumulation
+    raise RecipeError(
+        f"run.global_batch_size {global_batch_size} cannot be made of micro-batches:"
+        f" {global_batch_size} / ({per_device} per device x {world_size} processes = {micro_batch})"
+        f" = {global_batch_size / micro_batch:g}",
+        *_legal_values(global_batch_size, per_device, world_size),
+    )
+
+
+def _legal_values(global_batch_size: int, per_device: int, world_size: int) -> list[str]:
+    """Return hints: micro-batches that divide this batch, and batches this micro-batch divides."""
+    hints = []
+    share, rest = divmod(global_batch_size, world_size)
+    if rest == 0 and share > 0:
+        divisors = [size for size in range(1, share + 1) if share % size == 0]
+        near = sorted(sorted(divisors, key=lambda size: abs(size - per_device))[:8])
+        hints.append(
+            f"keep {global_batch_size}: train.per_device_train_batch_size"
+            f" {', '.join(map(str, near))}"
+        )
+    micro_batch = per_device * world_size
+    below = global_batch_size // micro_batch * micro_batch
+    legal = [str(size) for size in (below, below + micro_batch) if size]
+    hints.append(
+        f"keep {per_device} per device on {world_size} process{'es' * (world_size > 1)}:"
+        f" run.global_batch_size {' or '.join(legal)}"
+    )
+    return hints
+
+
+def rows_per_epoch(
+    rows: int, *, per_device: int, accumulation: int, world_size: int, drop_last: bool = False
+) -> int:
+    """Return how many rows an epoch hands out to the processes: cut to whole steps, or filled so
+    that each has as many full micro-batches.
+
+    Args:
+        rows: training rows (packed ones, where they are packed).
+        drop_last: whether the rows that do not fill a last step are left out.
+
+    Example:
+        >>> [rows_per_epoch(305, per_device=4, accumulation=8 // 4 // ranks, world_size=ranks) for ranks in (1, 2)]
+        [305, 312]
+    """  # noqa: E501
+    share = per_device * world_size
+    if drop_last:
+        return rows // (share * accumulation) * share * accumulation
+    return rows if world_size == 1 else -(-rows // share) * share
+
+
+def planned_steps(
+    rows: int,
+    *,
+    per_device: int,
+    accumulation: int,
+    world_size: int,
+    epochs: float,
+    max_steps: int = -1,
+    drop_last: bool = False,
+) -> tuple[int, int]:
+    """Return the optimizer steps of an epoch and of the run, counted as the Trainer counts them.
+
+    Args:
+        rows: training rows (packed ones, where they are packed).
+        max_steps: wins over `epochs` when above 0.
+        drop_last: whether an incomplete last step is left out.
+
+    Example:
+        >>> planned_steps(305, per_device=8, accumulation=1, world_size=1, epochs=1.5)
+        (39, 59)
+    """
+    examples = per_device * accumulation * world_size
+    per_epoch = max(rows // examples if drop_last else -(-rows // examples), 1)
+    return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
+
+
+def describe_batch(
+    rows: int, steps: tuple[int, int], *, per_device: int, accumulation: int, world_size: int
+) -> str:
+    """Return the batch arithmetic of the start-up lines.
+
+    Args:
+        steps: what `planned_steps` returned.
+
+    Example:
+        >>> describe_batch(12_008, (188, 564), per_device=4, accumulation=8, world_size=2)
+        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 188
+        steps per epoch, 564 steps'
+    """
+    examples = per_device * accumulation * world_size
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return (
+        f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per"
+        f" step; {rows:,} examples -> {steps[0]:,} steps per epoch, {steps[1]:,} steps"
+    )
+
+
+def describe_last_step(
+    rows: int, *, per_device: int, accumulation: int, world_size: int, drop_last: bool
+) -> str | None:
+    """Return what becomes of the rows that do not fill the last step of an epoch; None where there
+    are none.
+
+    Example:
+        >>> describe_last_step(305, per_device=4, accumulation=1, world_size=2, drop_last=False)
+        'the last step has 1 example; none is repeated to fill it, on any number of processes'
+    """
+    rest = rows % (per_device * accumulation * world_size)
+    examples = f"{rest} example{'s' * (rest != 1)}"
+    if not rest:
+        return None
+    if drop_last:
+        return (
+            f"{examples} that would not fill a last step left out (train.dataloader_drop_last), on"
+            " any number of processes"
+        )
+    return f"the last step has {examples}; none is repeated to fill it, on any number of processes"

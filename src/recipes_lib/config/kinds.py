@@ -1,0 +1,235 @@
+"""The kinds of YAML files in a project, and how a file tells which kind it is.
+
+A file says it by its first comment, `# yaml-language-server: $schema=.../<kind>.schema.json`, or by
+its top-level keys; a recipe whose name starts with `_` is a base. A later kind (study, published,
+profile) is one more line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from recipes_lib.config.validation import KindRules
+
+SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
+_SCHEMA_LINE = re.compile(
+    r"^#\s*yaml-language-server:\s*\$schema=(?:.*/)?([\w-]+)\.schema\.json\s*$", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of YAML file.
+
+    `keys` are top-level keys that give it away, `use` says what a file of this kind is for,
+    `rules_at` is `module:class` of what it adds to the check of every file
+    (`validation.KindRules`), which lies in the package that reads the kind.
+    """
+
+    name: str
+    title: str
+    keys: frozenset[str] = frozenset()
+    use: str = ""
+    rules_at: str = ""
+
+    def rules(self) -> KindRules:
+        """Return the kind's rules, imported when they are needed."""
+        module, name = self.rules_at.split(":")
+        return getattr(importlib.import_module(f"recipes_lib.{module}"), name)()
+
+
+def _kind(name: str, title: str, keys: str = "", use: str = "", rules_at: str = "") -> Kind:
+    return Kind(name, title, frozenset(keys.split()), use, rules_at)
+
+
+RECIPE = _kind(
+    "recipe",
+    "a recipe",
+    f"extends {' '.join(SECTIONS)}",
+    "train it: recipes train",
+    "config.check:RecipeRules",
+)
+_BASE = _kind(
+    "base",
+    "a base that recipes extend",
+    "",
+    "name it in a recipe's extends",
+    "config.check:RecipeRules",
+)
+KINDS = (
+    _kind(
+        "eval",
+        "an eval recipe",
+        "suite generation metrics",
+        "run it: recipes eval EVAL RUN",
+        "suites.recipe:EvalRules",
+    ),
+    _kind(
+        "study",
+        "a study",
+        "question factors arms seeds evals include_base published accelerate gpus nodes overrides",
+        "run it: recipes study run",
+        "compare.design:StudyRules",
+    ),
+    _kind(
+        "profile",
+        "a site profile",
+        "partition gres cpus_per_gpu memory_gib_per_gpu",
+        "launch with it: recipes launch RECIPE --profile",
+        "slurm.profile:ProfileRules",
+    ),
+    _kind(
+        "published",
+        "published numbers",
+        "publication tables source",
+        "name it in a study's published",
+        "compare.published:PublishedRules",
+    ),
+    _kind(
+        "judge",
+        "a judge",
+        "judge thresholds",
+        "name it in an eval recipe's judge.file",
+        "judging.judge_file:JudgeRules",
+    ),
+    _kind(
+        "lm_eval_task",
+        "a task of lm-eval",
+        "task dataset_path output_type doc_to_text doc_to_target",
+        "name it in an eval recipe's suite.tasks",
+        "suites.recipe:TaskRules",
+    ),
+    RECIPE,
+    _BASE,
+    _kind(
+        "accelerate",
+        "an accelerate config",
+        "compute_environment distributed_type fsdp_config deepspeed_config num_machines"
+        " num_processes machine_rank megatron_lm_config",
+        "pass it to accelerate launch --config_file",
+        "config.accelerate_config:AccelerateRules",
+    ),
+    _kind(
+        "flat",
+        "a flat TRL config, not a recipe",
+        "model_name_or_path dataset_name dataset_mixer dataset_mixture output_dir learning_rate"
+        " per_device_train_batch_size num_train_epochs use_peft lora_r load_in_4bit max_seq_length"
+        " max_length torch_dtype do_train",
+        "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml",
+        "config.check:FlatRules",
+    ),
+)
+
+
+def _foreign(name: str, title: str, keys: str, renamed: str) -> Kind:
+    use = (
+        "nothing here reads it; start a recipe (recipes new NAME --from quickstart/lora-r8 --data"
+        f" FILE) and write {renamed}"
+    )
+    return _kind(name, title, keys, use, "config.check:FlatRules")
+
+
+# Files of other training programs; `keys` are top-level keys that no other kind has.
+FOREIGN = (
+    _foreign(
+        "torchtune",
+        "a torchtune config",
+        "",
+        "batch_size as train.per_device_train_batch_size, epochs as train.num_train_epochs",
+    ),
+    _foreign(
+        "oumi",
+        "an oumi config",
+        "",
+        "model.model_name as model.name_or_path, model.model_max_length as train.max_length,"
+        " training.* as train.*, peft.lora_r as lora.r",
+    ),
+    _foreign(
+        "llama_factory",
+        "a LLaMA-Factory config",
+        "finetuning_type stage cutoff_len lora_target lora_rank dataset_dir quantization_bit",
+        "model_name_or_path as model.name_or_path, cutoff_len as train.max_length, lora_rank as"
+        " lora.r, quantization_bit as a quantization section, lora_target as lora.target_modules;"
+        " most other keys go to train as they are",
+    ),
+    _foreign(
+        "axolotl",
+        "an axolotl config",
+        "base_model sequence_len micro_batch_size sample_packing val_set_size lora_target_linear"
+        " dataset_prepared_path",
+        "base_model as model.name_or_path, sequence_len as train.max_length, micro_batch_size as"
+        " train.per_device_train_batch_size, num_epochs as train.num_train_epochs, sample_packing"
+        " as train.packing, lora_r as lora.r",
+    ),
+)
+
+
+def foreign_kind(values: dict[str, Any]) -> Kind | None:
+    """Return whose config file this is, where it belongs to another training program."""
+    torchtune, oumi, *by_key = FOREIGN
+    if values.keys() & {"extends", "train", "lora", "quantization", "run", "launch"}:
+        return None
+    if any(isinstance(value, dict) and "_component_" in value for value in values.values()):
+        return torchtune
+    model, training = (
+        section if isinstance(section, dict) else {}
+        for section in (values.get("model"), values.get("training"))
+    )
+    if "model_name" in model or "trainer_type" in training:
+        return oumi
+    return next((kind for kind in by_key if kind.keys & values.keys()), None)
+
+
+def kind_named(name: str) -> Kind | None:
+    """Return the kind of that name."""
+    return next((kind for kind in KINDS if kind.name == name), None)
+
+
+def schema_line(text: str) -> str | None:
+    """Return the kind that the file's schema comment names, known or not."""
+    match = _SCHEMA_LINE.search(text)
+    return match.group(1) if match else None
+
+
+def kind_of(values: Any, text: str, file: str) -> Kind:
+    """Return the kind of a file: by its schema comment, else by its top-level keys.
+
+    Raises:
+        RecipeError: the file is empty, holds no mapping, or is of no known kind.
+    """
+    if not isinstance(values, dict) or not values:
+        what = (
+            "is empty"
+            if values is None or values == {}
+            else f"holds {'a list' if isinstance(values, list) else 'a single value'}"
+        )
+        raise RecipeError(f"{what}; a recipe has sections such as model:, data:, train:", file=file)
+    named = schema_line(text)
+    kind = (
+        kind_named(named)
+        if named
+        else foreign_kind(values)
+        or next((known for known in KINDS if known.keys & values.keys()), None)
+    )
+    if kind is None:
+        keys = ", ".join(list(values)[:6])
+        what = (
+            f"unknown kind of file: schema '{named}'"
+            if named
+            else f"unknown kind of file: its top-level keys are {keys}"
+        )
+        raise RecipeError(
+            what,
+            f"known kinds: {', '.join(known.name for known in KINDS)}; a recipe has"
+            f" {', '.join(SECTIONS)}",
+            file=file,
+        )
+    is_base = kind.name == "recipe" and PurePath(file).name.startswith("_")
+    return _BASE if is_base else kind

@@ -1,0 +1,198 @@
+"""A launch in full: processes, machines and the plain command, from a recipe's `launch` section and
+the flags that win over it.
+
+Needs no torch. Several machines each run the same line with their own rank; this module says so
+where the rank is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes_lib.config.accelerate_config import (
+    AccelerateConfig,
+    load_accelerate_config,
+    precision_conflict,
+    processes_per_machine,
+)
+from recipes_lib.config.sections import LaunchSection
+from recipes_lib.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from recipes_lib.config.recipe import Recipe
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes run where.
+
+    Args:
+        per_machine: processes on each machine.
+        rank: this machine's number, 0 to machines - 1; None for a single machine.
+        address: host name or IP of machine 0, where every machine can reach it.
+        port: a free port of machine 0; the same on every machine.
+    """
+
+    config: AccelerateConfig
+    per_machine: int
+    machines: int = 1
+    rank: int | None = None
+    address: str | None = None
+    port: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Processes of all machines together."""
+        return self.per_machine * self.machines
+
+    @property
+    def distributed_type(self) -> str:
+        """What accelerate is asked for: NO, MULTI_GPU or FSDP."""
+        return self.config.distributed_type if self.world_size > 1 else "NO"
+
+    def launcher_words(self) -> list[str]:
+        """Return the arguments of `accelerate launch` before the script."""
+        words = ["--config_file", _shown(self.config.path)]
+        if self.world_size != self.config.num_processes:
+            words += ["--num_processes", str(self.world_size)]
+        if self.machines != self.config.num_machines:
+            words += ["--num_machines", str(self.machines)] + (
+                ["--same_network"] if self.machines > 1 else []
+            )
+        if self.machines == 1:
+            return [*words, *(["--main_process_port", str(self.port)] if self.port else [])]
+        words += [
+            "--machine_rank",
+            str(self.rank),
+            "--main_process_ip",
+            str(self.address),
+            "--main_process_port",
+            str(self.port),
+        ]
+        return words
+
+    def command(self, script: Sequence[str]) -> list[str]:
+        """Return the plain command. One process needs no launcher: `python -m` is then the same and
+        can be stopped cleanly.
+        """
+        if self.world_size == 1:
+            return [sys.executable or "python", *script]
+        return [
+            str(Path(sys.executable).with_name("accelerate")),
+            "launch",
+            *self.launcher_words(),
+            *script,
+        ]
+
+
+@dataclass(frozen=True)
+class Active:
+    """The processes that are really running."""
+
+    world_size: int
+    distributed_type: str
+    device: str
+
+
+def plan_launch(
+    section: LaunchSection,
+    accelerate: str | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+) -> Launch:
+    """Return the launch of a recipe's section, with flags that win over it; the machine's rank is
+    not part of it.
+
+    A config named by a flag replaces the section's, and with it the section's numbers.
+
+    Raises:
+        RecipeError: no such config, or it starts one process where several were asked for.
+    """
+    config = load_accelerate_config(accelerate or section.accelerate)
+    if accelerate is None:
+        gpus = gpus or section.gpus
+        nodes = nodes or (section.nodes if section.nodes > 1 else None)
+    launch = Launch(
+        config,
+        per_machine=gpus or processes_per_machine(config),
+        machines=nodes or config.num_machines,
+    )
+    if config.distributed_type == "NO" and launch.world_size > 1:
+        raise RecipeError(
+            f"{config.path.stem} starts one process, but {launch.world_size} were asked for",
+            "several processes: ddp or fsdp on GPUs, ddp_cpu or fsdp_cpu without (--accelerate"
+            " NAME, or launch.accelerate)",
+        )
+    return launch
+
+
+def plan_launch_of(
+    recipe: Recipe, accelerate: str | None = None, gpus: int | None = None, nodes: int | None = None
+) -> Launch:
+    """Return the launch of a recipe that is about to be trained, as `plan_launch` does.
+
+    Raises:
+        RecipeError: also where the config asks for another precision than the recipe.
+    """
+    launch = plan_launch(recipe.launch, accelerate, gpus, nodes)
+    conflict = precision_conflict(
+        recipe.train, launch.config.mixed_precision, _shown(launch.config.path)
+    )
+    if conflict:
+        raise recipe.error("train.bf16", *conflict)
+    return launch
+
+
+def place_machine(
+    launch: Launch, rank: int | None, address: str | None, port: int | None, typed: str
+) -> Launch:
+    """Return the launch with this machine's place in it.
+
+    Args:
+        typed: the command without these flags, for the message.
+
+    Raises:
+        RecipeError: several machines without rank or address, a rank there is no machine for, or
+            flags for a single machine.
+    """
+    if launch.machines == 1:
+        if rank is not None or address:
+            raise RecipeError(
+                "--machine-rank and --main-process-ip are for several machines; this launch is"
+                " for one",
+                "set --nodes, launch.nodes, or --accelerate ddp_multi_node or fsdp_multi_node",
+            )
+        return replace(launch, port=port)
+    port = port or launch.config.main_process_port or DEFAULT_PORT
+    if rank is None or address is None:
+        missing = "--machine-rank" if rank is None else "--main-process-ip"
+        raise RecipeError(
+            f"this launch is for {launch.machines} machines of {launch.per_machine} processes, and"
+            f" starts one: {missing} is missing",
+            f"on each machine, with its own rank (0 to {launch.machines - 1}): {typed} "
+            f"--machine-rank 0 --main-process-ip HOST_OF_RANK_0 --main-process-port {port}",
+            "all machines must see one runs folder (RECIPES_RUNS_ROOT); for this machine alone:"
+            " --nodes 1",
+        )
+    if not 0 <= rank < launch.machines:
+        raise RecipeError(f"--machine-rank {rank}: there are machines 0 to {launch.machines - 1}")
+    return replace(launch, rank=rank, address=address, port=port)
+
+
+def _shown(path: Path) -> str:
+    """Return a config's path as a user in the checkout would type it; from elsewhere, relative to
+    the working directory.
+    """
+    near = Path("accelerate_configs") / path.name
+    return (
+        str(near)
+        if near.is_file() and near.read_bytes() == path.read_bytes()
+        else os.path.relpath(path)
+    )

@@ -1,0 +1,174 @@
+"""The text of a new recipe: it extends an existing one and writes out the values people change.
+
+How often is validated and saved is written as a share of the training where the rows are somebody's
+own: the steps of the recipe it starts from were chosen for other rows.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.config.defaults import MAX_LENGTH
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.yaml_text import join_lines, yaml_lines
+from recipes_lib.core.project import project_root, shown_path
+
+EVAL_SHARE, SAVE_SHARE = 0.2, 0.05
+_REMARKS = {
+    "model.name_or_path": "the base model: a Hub id or a local folder",
+    "data.source": "your rows: a file or folder (relative to this file) or a Hub id",
+    "lora.r": "rank of the adapter; keep lora_alpha / r when you change it",
+    "train.learning_rate": "a LoRA usually wants 1e-4 to 3e-4, full fine-tuning a tenth of that",
+    "train.num_train_epochs": "passes over the data",
+    "train.max_steps": "off: the epochs decide; the recipe this starts from stops early",
+    "train.max_length": "longer examples lose their tail",
+    "train.eval_steps": "validate after these steps; a number below 1 is a share of the training",
+    "train.save_steps": (
+        "save a checkpoint after these steps; a number below 1 is a share of the training"
+    ),
+    "train.completion_only_loss": "these rows are one text each: the loss is on all of it",
+    "run.global_batch_size": "examples per optimizer step over all processes",
+}
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """How somebody's data file is to be read.
+
+    Args:
+        file: the file or folder.
+        prompt_formats: those that can read its rows, best first.
+        columns: our name -> the file's, where they differ.
+        whole_text: whether a row is one text, so that no completion can carry the loss alone.
+        delimiter: between the columns of a text file, where its ending does not tell.
+        max_length: tokens that hold nearly every row, where they were counted.
+    """
+
+    file: Path
+    prompt_formats: tuple[str, ...]
+    columns: dict[str, str] = field(default_factory=dict)
+    whole_text: bool = False
+    delimiter: str | None = None
+    max_length: int | None = None
+
+
+def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) -> str:
+    """Return the text of a recipe called `name` that starts from `origin` and will lie at `target`.
+
+    Args:
+        rows: the user's own rows, or None to keep the data of `origin`.
+    """
+    values = _values(name, target, origin, rows)
+    folder = target.resolve().parent
+    schema = Path(
+        os.path.relpath(project_root() / "schema" / "recipe.schema.json", folder)
+    ).as_posix()
+    launch = (
+        f"accelerate launch --config_file accelerate_configs/{origin.launch.accelerate}.yaml -m"
+        f" recipes_lib.train {shown_path(target)}"
+    )
+    lines = yaml_lines(values, lambda path: _REMARKS.get(".".join(map(str, path)), ""))
+    extends = Path(os.path.relpath(origin.path.resolve(), folder)).as_posix()
+    head = [
+        f"# yaml-language-server: $schema={schema}",
+        (
+            f"# {name}: starts from {extends}; what is not written here comes from there (recipes"
+            f" show {shown_path(target)})"
+        ),
+        f"#   {launch}",
+        *([f"extends: {extends}"] if _may_be_extended(origin) else []),
+    ]
+    return "\n".join([*head, join_lines(lines), ""])
+
+
+def _values(name: str, target: Path, origin: Recipe, rows: OwnRows | None) -> dict[str, Any]:
+    """Return the values the new file writes."""
+    values: dict[str, Any] = {} if _may_be_extended(origin) else origin.written_values()
+    values["model"] = {**values.get("model", {}), "name_or_path": origin.model.name_or_path}
+    section: dict[str, Any] = {**values.get("data", {}), "source": _source(target, origin, rows)}
+    if rows is not None:
+        if origin.data.prompt_format not in rows.prompt_formats:
+            section["prompt_format"] = rows.prompt_formats[0]
+        if rows.columns:
+            section["columns"] = rows.columns
+        if rows.delimiter:
+            section["delimiter"] = rows.delimiter
+    values["data"] = section
+    if origin.lora is not None:
+        values["lora"] = {
+            **values.get("lora", {}),
+            "r": origin.lora.get("r", 8),
+            "lora_alpha": origin.lora.get("lora_alpha", 8),
+        }
+    train = {
+        key: origin.train.get(key, default)
+        for key, default in (("learning_rate", 2e-5), ("num_train_epochs", 3))
+    }
+    train |= _scaled(origin.train, rows)
+    if rows is not None and rows.whole_text and origin.train.get("completion_only_loss"):
+        train["completion_only_loss"] = None
+    values["train"] = {**values.get("train", {}), **train}
+    batch = origin.run.global_batch_size or origin.train.get(
+        "per_device_train_batch_size", 8
+    ) * origin.train.get("gradient_accumulation_steps", 1)
+    values["run"] = {"name": name, "global_batch_size": batch, "tags": []}
+    return values
+
+
+def _scaled(train: dict[str, Any], rows: OwnRows | None) -> dict[str, Any]:
+    """Return how often is validated and saved and where rows are cut: as the origin has it, for own
+    rows by their number and length.
+
+    Args:
+        train: the origin's section.
+    """
+    length, validated = (
+        train.get("max_length", MAX_LENGTH),
+        train.get("eval_strategy", "no") == "steps",
+    )
+    saved = train.get("save_strategy", "steps") == "steps"
+    if rows is None:
+        values = {
+            "max_length": length,
+            "eval_steps": train.get("eval_steps"),
+            "save_steps": train.get("save_steps", 500),
+        }
+    else:
+        each = (
+            EVAL_SHARE if validated and train.get("load_best_model_at_end") else SAVE_SHARE
+        )  # the best is chosen among checkpoints
+        values = {
+            "max_length": length and max(length, rows.max_length or 0),
+            "eval_steps": EVAL_SHARE,
+            "save_steps": each,
+        }
+        if train.get("max_steps", -1) > 0:
+            values["max_steps"] = -1
+    wanted = {"eval_steps": validated and values["eval_steps"] is not None, "save_steps": saved}
+    return {key: value for key, value in values.items() if wanted.get(key, True)}
+
+
+def _may_be_extended(origin: Recipe) -> bool:
+    """Whether another level of `extends` is allowed: the origin itself uses at most one."""
+    return origin.levels < 2
+
+
+def _source(target: Path, origin: Recipe, rows: OwnRows | None) -> Any:
+    """Return `data.source` as the new file must write it: local paths relative to its own
+    folder.
+    """
+    if rows is not None:
+        return Path(os.path.relpath(rows.file.resolve(), target.resolve().parent)).as_posix()
+    source = origin.data.source
+    if (
+        isinstance(source, str)
+        and (origin.base_dir / source).exists()
+        and not Path(source).is_absolute()
+    ):
+        return Path(
+            os.path.relpath((origin.base_dir / source).resolve(), target.resolve().parent)
+        ).as_posix()
+    return source

@@ -1,0 +1,98 @@
+"""Which keys exist: lookups in the committed JSON Schema, for errors, `recipes explain` and
+overrides.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from recipes_lib.config.kinds import SECTIONS
+from recipes_lib.config.renames import RENAMES
+from recipes_lib.config.suggestions import near_names
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import project_root
+
+
+@lru_cache(maxsize=4)
+def load_schema(kind: str = "recipe") -> dict[str, Any]:
+    """Return the committed JSON Schema of a kind of file: recipe, eval or judge.
+
+    Raises:
+        RecipeError: the schema folder is not there.
+    """
+    path = project_root() / "schema" / f"{kind}.schema.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path} is missing", "write it with: make schema") from None
+
+
+def subschema(*keys: str) -> dict[str, Any] | None:
+    """Return the schema of a key such as `subschema("train", "learning_rate")`, or None if there is
+    no such key.
+
+    Keys of eval recipes follow `eval`, as in `subschema("eval", "generation", "temperature")`.
+    """
+    if keys[:1] == ("eval",):
+        keys, schema = keys[1:], load_schema("eval")
+    else:
+        schema = load_schema()["$defs"]["document"]
+    for key in keys:
+        schema = (schema or {}).get("properties", {}).get(key)
+    return schema
+
+
+def section_keys(*path: str) -> list[str]:
+    """Return the keys of a section, or the sections themselves."""
+    return list((subschema(*path) or {}).get("properties", {}))
+
+
+def dotted_names(word: str) -> list[str]:
+    """Return the dotted keys a bare word such as `learning_rate` or `--lora-r` may stand for:
+    exact, renamed, or the nearest.
+
+    Example:
+        >>> dotted_names("learning_rate")
+        ['train.learning_rate']
+    """
+    plain = word.lstrip("-").rpartition(".")[2].replace("-", "_")
+    if plain in RENAMES:
+        return [RENAMES[plain].new] if RENAMES[plain].new else []  # type: ignore[list-item]
+    exact = [f"{section}.{plain}" for section in SECTIONS if plain in section_keys(section)]
+    if not exact and plain in FLAT_NAMES:
+        exact = [FLAT_NAMES[plain]]
+    if exact:
+        return exact
+    everywhere = {key: section for section in reversed(SECTIONS) for key in section_keys(section)}
+    return [f"{everywhere[near]}.{near}" for near in near_names(plain, everywhere)]
+
+
+# Flags of `trl sft` outside SFTConfig -> the key in our section.
+FLAT_NAMES = {
+    "model_name_or_path": "model.name_or_path",
+    "model_revision": "model.revision",
+    "dtype": "model.dtype",
+    "attn_implementation": "model.attn_implementation",
+    "trust_remote_code": "model.trust_remote_code",
+    "dataset_name": "data.source",
+    "dataset_path": "data.source",
+    "dataset_config": "data.subset",
+    "dataset_train_split": "data.source_split",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target_parameters": "lora.target_parameters",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "lora_task_type": "lora.task_type",
+    "use_rslora": "lora.use_rslora",
+    "use_dora": "lora.use_dora",
+    "load_in_4bit": "quantization.load_in_4bit",
+    "load_in_8bit": "quantization.load_in_8bit",
+    "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_type": "quantization.bnb_4bit_quant_type",
+    "bnb_4bit_quant_storage": "quantization.bnb_4bit_quant_storage",
+    "run_name": "run.name",
+}

@@ -1,0 +1,374 @@
+"""Strict YAML: text -> plain values plus the line of every key, and one-line errors for everything
+YAML can get wrong.
+
+PyYAML only parses here; values are built from its nodes, so that duplicate keys, tags, alias bombs
+and the YAML 1.1 spellings that surprise people (`NO`, `010`, `1:30`) are seen. What a key means is
+not this module's business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import stat
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.core.project import project_root
+
+KeyPath = tuple[str | int, ...]
+_MAX_BYTES = 1_000_000
+_MAX_VALUES = 10_000  # aliases expanded; a recipe has some hundred
+_MAX_INTEGER = 2**63 - 1  # what a 64-bit number holds; nothing that reads a recipe takes more
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\Z")
+_TAG = "tag:yaml.org,2002:"
+_BOOLEANS = {"yes": True, "no": False, "on": True, "off": False, "true": True, "false": False}
+
+
+@dataclass
+class YamlSource:
+    """The content of one YAML file.
+
+    `lines` maps the path of a key (or list item) to its line; `warnings` are errors that do not
+    stop anything; `problems` are errors about single keys and values, beside which the rest of the
+    file can still be read.
+    """
+
+    file: str
+    text: str
+    values: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    warnings: list[RecipeError] = field(default_factory=list)
+    problems: list[RecipeError] = field(default_factory=list)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's composer that refuses tags."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose one node; a tag in front of it is an error."""
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None and not isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="tags are not allowed in recipes", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path, file: str | None = None, *, keep_going: bool = False) -> YamlSource:
+    """Read a YAML file strictly.
+
+    Args:
+        file: the path as the user typed it, for messages.
+        keep_going: as for `parse_yaml`.
+
+    Raises:
+        RecipeError: the file cannot be read, is not UTF-8 text, or is not the YAML a recipe may
+            consist of.
+    """
+    file = file or str(path)
+    return parse_yaml(_read_text(path, file), file, keep_going=keep_going)
+
+
+def parse_yaml(
+    text: str, file: str, *, numbered: bool = True, keep_going: bool = False
+) -> YamlSource:
+    """Parse YAML text strictly.
+
+    Args:
+        numbered: false for text that is not a file (an override): its errors carry no line.
+        keep_going: leave `problems` to the caller, who reports them with everything else that is
+            wrong.
+
+    Raises:
+        RecipeError: as `read_yaml`.
+    """
+    source = YamlSource(file, text)
+    try:
+        node = _compose(text)
+    except yaml.YAMLError as error:
+        raise _syntax_error(error, text, file, numbered) from None
+    except RecursionError:
+        raise RecipeError("YAML is nested too deeply", file=file) from None
+    if node is not None:
+        builder = _Builder(source, numbered=numbered)
+        source.values = builder.build(node, ())
+        if source.problems and not keep_going:
+            raise RecipeErrors(source.problems)
+    return source
+
+
+@lru_cache(maxsize=256)
+def _compose(text: str) -> yaml.Node | None:
+    """Compose a text once: a base is read again for every recipe that extends it, and PyYAML takes
+    milliseconds a page.
+    """
+    return yaml.compose(text, Loader=_Loader)
+
+
+def no_such_file(path: Path, file: str) -> RecipeError:
+    """Return the error for a file that is not there, with the files of similar name in
+    its folder.
+    """
+    folder = path.parent
+    if path.suffix == "" and (recipes := _recipes_like(str(path))):
+        return RecipeError(
+            "no such file or recipe",
+            f"did you mean {' or '.join(recipes)}?",
+            "all recipes: recipes ls",
+            file=file,
+        )
+    if path.is_symlink():
+        return RecipeError("is a link that leads nowhere", file=file)
+    if not folder.is_dir():
+        return RecipeError("no such file", f"the folder {folder} does not exist", file=file)
+    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    hint = (
+        [f"did you mean {' or '.join(str(Path(file).parent / name) for name in near)}?"]
+        if near
+        else []
+    )
+    return RecipeError("no such file", *hint, file=file)
+
+
+def _recipes_like(name: str) -> list[str]:
+    """Return the short names of the project's recipes that end in `name`, or else are
+    near to it.
+    """
+    folder = project_root() / "recipes"
+    files = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]
+    names = [
+        file.relative_to(folder).with_suffix("").as_posix()
+        for file in files
+        if not file.name.startswith("_")
+    ]
+    return sorted(full for full in names if full.endswith(f"/{name}")) or difflib.get_close_matches(
+        name, names, n=3, cutoff=0.6
+    )
+
+
+def _read_text(path: Path, file: str) -> str:
+    """Return the file's text, newlines normalised and a byte order mark removed."""
+    try:
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise RecipeError("is a folder, not a YAML file", file=file)
+        if not stat.S_ISREG(
+            found.st_mode
+        ):  # reading a pipe or a device may never end, and every process reads the file again
+            raise RecipeError(
+                "is a pipe or a device, not a file", "write the text to a file first", file=file
+            )
+        if found.st_size > _MAX_BYTES:
+            raise RecipeError("is larger than 1 MB: not a recipe", file=file)
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise no_such_file(path, file) from None
+    except OSError as error:
+        raise RecipeError(
+            f"cannot be read: {(error.strerror or str(error)).lower()}", file=file
+        ) from None
+    except ValueError as error:  # a NUL byte in the name
+        raise RecipeError(f"cannot be a file name: {error}", file=file) from None
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise RecipeError("is UTF-16 text; save it as UTF-8", file=file)
+    if b"\0" in raw:
+        raise RecipeError(
+            "contains NUL bytes: not a text file",
+            file=file,
+            line=raw[: raw.index(b"\0")].count(b"\n") + 1,
+        )
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise RecipeError(
+            f"is not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8",
+            file=file,
+            line=line,
+        ) from None
+
+
+def _syntax_error(error: yaml.YAMLError, text: str, file: str, numbered: bool) -> RecipeError:
+    """Translate PyYAML's error: one line that says what is wrong, then the place with a caret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        what = getattr(error, "reason", None) or str(error).splitlines()[0]
+        position = getattr(error, "position", None)
+        return RecipeError(
+            f"YAML: {what}",
+            file=file,
+            line=text[:position].count("\n") + 1 if isinstance(position, int) else None,
+        )
+    problem, context, mark = error.problem or "", error.context or "", error.problem_mark
+    if "quoted scalar" in context:
+        problem, mark = "this quote is never closed", error.context_mark
+    elif "flow" in context:
+        problem, mark = (
+            f"this bracket is never closed, or a comma is missing ({problem})",
+            error.context_mark,
+        )
+    elif r"'\t'" in problem:
+        problem = "a tab cannot indent; use spaces"
+    elif "mapping values are not allowed" in problem:
+        problem = (
+            "a second ':' on one line, or indentation that does not fit; quote text that holds ': '"
+        )
+    elif "expected <block end>" in problem:
+        problem = "the indentation does not fit the lines above"
+    elif "could not find expected ':'" in problem:
+        problem = "a line without ':', or text that should be quoted"
+    elif "expected a single document" in context:
+        problem = "only one document per file; remove the '---' line"
+    if mark is None:
+        return RecipeError(problem, file=file)
+    lines = text.split("\n")
+    excerpt = lines[mark.line].replace("\t", " ") if mark.line < len(lines) else ""
+    start = max(0, mark.column - 60)
+    caret = " " * (mark.column - start) + "^"
+    return RecipeError(
+        problem,
+        excerpt[start : start + 100],
+        caret,
+        file=file,
+        line=mark.line + 1 if numbered else None,
+    )
+
+
+class _Builder:
+    """Builds plain values from PyYAML's nodes and records lines, duplicates and surprising
+    spellings.
+    """
+
+    def __init__(self, source: YamlSource, *, numbered: bool) -> None:
+        self.source = source
+        self.numbered = numbered
+        self.count = 0
+        self.open: list[yaml.Node] = []
+        self.problems = source.problems
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        """Return the value of `node`, which lies at `path`."""
+        self.count += 1
+        if self.count > _MAX_VALUES or any(node is above for above in self.open):
+            raise self.error(node, f"aliases expand to more than {_MAX_VALUES:,} values")
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node, path)
+        self.open.append(node)
+        value: Any
+        if isinstance(node, yaml.SequenceNode):
+            value = []
+            for index, item in enumerate(node.value):
+                self.source.lines[*path, index] = item.start_mark.line + 1
+                value.append(self.build(item, (*path, index)))
+        else:
+            value = self.mapping(node, path)
+        self.open.pop()
+        return value
+
+    def mapping(self, node: yaml.Node, path: KeyPath) -> dict[str, Any]:
+        """Return a mapping; keys are text as written."""
+        value: dict[str, Any] = {}
+        first: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(self.error(key_node, "a key must be plain text"))
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            dotted = ".".join(map(str, (*path, key)))
+            if key == "<<":
+                self.problems.append(
+                    self.error(
+                        key_node, "merge keys (<<) are not allowed; use 'extends' to share values"
+                    )
+                )
+            elif key in value:
+                self.problems.append(
+                    self.error(key_node, f"duplicate key '{dotted}': lines {first[key]} and {line}")
+                )
+            first.setdefault(key, line)
+            self.source.lines[*path, key] = line
+            value[key] = self.build(value_node, (*path, key))
+        return value
+
+    def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        """Return a scalar as YAML 1.1 reads it, floats like 2e-5 included, with a warning where
+        that surprises.
+        """
+        text, tag = node.value, node.tag.removeprefix(_TAG)
+        if "${" in text:
+            what = f"{_prefix(path)}no interpolation in recipes: {text!r} would be taken literally"
+            self.problems.append(
+                self.error(node, what, "write the value itself; share values with 'extends'")
+            )
+        if node.style is not None:
+            return text
+        if tag == "null":
+            return None
+        if tag == "bool":
+            if text.lower() not in ("true", "false"):
+                self.warn(node, path, text, str(_BOOLEANS[text.lower()]).lower())
+            return _BOOLEANS[text.lower()]
+        if tag in ("int", "float"):
+            return self.number(node, path, tag)
+        if _NUMBER.match(text) and not text.lstrip("+-").isdigit():
+            return float(text)
+        if tag == "timestamp" or (text.isdigit() and text.startswith("0")):
+            self.warn(node, path, text, f'the text "{text}"')
+        return text
+
+    def number(self, node: yaml.ScalarNode, path: KeyPath, tag: str) -> int | float:
+        """Return a number; base 60 and octal are read as YAML 1.1 does and warned about."""
+        text = node.value
+        loader = yaml.SafeLoader("")
+        try:
+            value = (
+                loader.construct_yaml_int(node)
+                if tag == "int"
+                else loader.construct_yaml_float(node)
+            )
+        except (
+            ValueError,
+            OverflowError,
+        ):  # thousands of digits, or a form such as 0x_ that has none
+            value = _MAX_INTEGER + 1
+        if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+            shown = text if len(text) <= 40 else f"{text[:20]}... ({len(text):,} characters)"
+            self.problems.append(
+                self.error(node, f"{_prefix(path)}{shown} is not a number that fits in 64 bits")
+            )
+            return 0
+        digits = text.lstrip("+-")
+        if ":" in text or (
+            tag == "int" and len(digits) > 1 and digits.startswith("0") and digits[1].isdigit()
+        ):
+            self.warn(node, path, text, str(value))
+        return value
+
+    def warn(self, node: yaml.Node, path: KeyPath, text: str, read_as: str) -> None:
+        """Record that a plain value is not read the way it looks."""
+        quote = f'if it is text, quote it: "{text}"'
+        self.source.warnings.append(
+            self.error(node, f"warning: {_prefix(path)}{text} is read as {read_as}", quote)
+        )
+
+    def error(self, node: yaml.Node, what: str, *hints: str) -> RecipeError:
+        """Return an error at the node's place."""
+        return RecipeError(
+            what,
+            *hints,
+            file=self.source.file,
+            line=node.start_mark.line + 1 if self.numbered else None,
+        )
+
+
+def _prefix(path: KeyPath) -> str:
+    """Return the dotted key and a colon, as messages about a value begin; nothing for a value
+    without a key.
+    """
+    return f"{'.'.join(map(str, path))}: " if path else ""

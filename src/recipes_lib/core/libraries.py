@@ -1,0 +1,59 @@
+"""The large libraries under this project, before they are imported: the memory they need, and what
+they print.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from recipes_lib.core.errors import EnvironmentFault
+
+LIBRARIES_GIB = 2.5  # what a training of a model of 1 MB maps on two cores
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to this project's own lines; libraries still report errors. Call it before
+    torch is imported.
+
+    Raises:
+        EnvironmentFault: a limit on memory that the libraries alone go over.
+    """
+    check_address_space()
+    import datasets
+    import transformers
+
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\."
+    )
+    # PEFT doubles the rank for the experts' two fused matrices, and then looks for the pattern
+    # among modules, where no parameter is
+    warnings.filterwarnings(
+        "ignore",
+        message=(
+            r"The following (rank|alpha)_pattern keys did not match .*: \['\.\*.*\.gate_up_proj'\]"
+        ),
+    )
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def check_address_space() -> None:
+    """Refuse a limit on memory (`ulimit -v`) that the libraries alone go over: OpenBLAS waits for
+    ever for memory it does not get.
+
+    Call it before torch is imported.
+
+    Raises:
+        EnvironmentFault: the limit, and how to raise it.
+    """
+    import resource  # not on every system
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LIBRARIES_GIB * 2**30:
+        raise EnvironmentFault(
+            f"out of memory: the limit on address space is {limit / 2**30:.1f} GiB, and the"
+            f" libraries alone take {LIBRARIES_GIB} GiB",
+            "raise it: ulimit -v unlimited",
+        )

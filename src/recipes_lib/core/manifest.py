@@ -1,0 +1,99 @@
+"""How a run came to be: command, code version, library versions, devices. No secret is ever
+recorded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.core.project import project_root
+from recipes_lib.core.redaction import masked, masked_command
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+RECORDED_VARIABLES = re.compile(
+    r"^(ACCELERATE_|FSDP_|NCCL_|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|HF_HUB_OFFLINE$|SLURM_JOB_(ID|NODELIST|NUM_NODES)$|WORLD_SIZE$|RECIPES_)"
+)
+
+
+def library_versions() -> dict[str, str | None]:
+    """Return the installed version of each library that can change a result; None where one is
+    absent. Imports none of them.
+    """
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any]:
+    """Return {commit, dirty} of the checkout, with None where it is no git checkout."""
+    folder = folder or project_root()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def describe_devices() -> list[str]:
+    """Return one line per accelerator, or the processor where there is none. Imports torch."""
+    import torch
+
+    if torch.cuda.is_available():
+        devices = (
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+        )
+        return [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices]
+    return [f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+
+
+def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return what environment.json holds. Variables are taken from an allow-list, and secrets among
+    them masked.
+    """
+    recorded = masked(
+        {name: value for name, value in sorted(variables.items()) if RECORDED_VARIABLES.match(name)}
+    )
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "libraries": library_versions(),
+        "git": git_state(),
+        "devices": describe_devices(),
+        "variables": recorded,
+    }
+
+
+def command_line(argv: Sequence[str] | None = None) -> str:
+    """Return this process's command, quoted for a shell, secrets masked."""
+    return masked_command(argv if argv is not None else [sys.executable, *sys.orig_argv[1:]])

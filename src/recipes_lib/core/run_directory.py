@@ -1,0 +1,243 @@
+"""One run, one folder: where each file lies, and the state in run.json.
+
+    runs/<name>/
+      recipe.yaml  resolved.yaml  command.txt  environment.json  splits.json  supervision.json
+      metrics.jsonl  figures/  checkpoints/checkpoint-N/  adapter/ or model/  merged/  evals/
+      run.json
+
+run.json is the only truth about how a run ended: exit codes do not survive `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
+from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.project import check_run_name, runs_root
+from recipes_lib.core.run_lock import end_if_taken_over
+
+State = Literal["created", "running", "preempted", "failed", "finished", "imported"]
+FORMAT_VERSION = 1
+
+
+class RunDirectory:
+    """A folder under the runs root. Creating the object touches nothing on the disk.
+
+    Args:
+        name: run name (letters, digits, `.`, `_`, `-`).
+        root: folder that holds all runs; default `runs_root()`.
+
+    Raises:
+        RecipeError: the name is not a legal run name, or its folder lies outside the runs root (a
+            symbolic link).
+    """
+
+    def __init__(self, name: str, root: Path | None = None) -> None:
+        check_run_name(name)
+        self.name = name
+        self.root = (root or runs_root()).resolve()
+        self.path = self.root / name
+        if self.path.resolve().parent != self.root:
+            raise RecipeError(
+                f"run '{name}' leads out of {self.root}",
+                "remove the symbolic link, or choose another run.name",
+            )
+
+    @property
+    def state_file(self) -> Path:
+        """run.json."""
+        return self.path / "run.json"
+
+    @property
+    def command_file(self) -> Path:
+        """command.txt, the command that began the run."""
+        return self.path / "command.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the training checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl, one line per log."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the curves."""
+        return self.path / "figures"
+
+    @property
+    def stop_file(self) -> Path:
+        """A file of this name asks a running training to checkpoint and stop."""
+        return self.path / "STOP"
+
+    def weights(self, full_finetuning: bool) -> Path:
+        """Folder of the final weights: `model/` for full fine-tuning, `adapter/` otherwise."""
+        return self.path / ("model" if full_finetuning else "adapter")
+
+    def exists(self) -> bool:
+        """Whether this run was ever started or imported."""
+        return self.state_file.is_file()
+
+    def train_command(self) -> str:
+        """Return the command that trains this run, as it was typed: it continues what was stopped,
+        and makes lost weights again.
+        """
+        words: list[str] = []
+        with suppress(OSError, ValueError):  # it is gone, or damaged
+            words = shlex.split(self.command_file.read_text(encoding="utf-8"))
+        if "recipes_lib.train" not in words:
+            return (
+                f"recipes train RECIPE run.name={self.name}, with the recipe and overrides that it"
+                " was trained with"
+            )
+        return shlex.join(["recipes", "train", *words[words.index("recipes_lib.train") + 1 :]])
+
+    def read_state(self) -> dict[str, Any]:
+        """Return the content of run.json.
+
+        Raises:
+            RecipeError: there is no such run; similar names are listed.
+            EnvironmentFault: run.json is not readable, or was written by a newer version of the
+                format.
+        """
+        if not self.exists():
+            raise RecipeError(
+                f"no run named '{self.name}' in {self.root}", *_similar_runs(self.name, self.root)
+            )
+        self.check_inside()
+        try:
+            state = read_object(self.state_file)
+        except DamagedFile as error:
+            raise EnvironmentFault(
+                f"run.json {error.what}", *self._without_state(), file=self.state_file
+            ) from None
+        if state.get("state") not in get_args(State):
+            raise EnvironmentFault(
+                "run.json does not say in which state the run is",
+                *self._without_state(),
+                file=self.state_file,
+            )
+        version = state.get("format_version", 0)
+        if version != FORMAT_VERSION:
+            raise EnvironmentFault(
+                f"run.json has format version {version}, this version reads {FORMAT_VERSION}",
+                "use the version of recipes_lib that is in environment.json of the run, or start"
+                " the run anew under another run.name",
+                file=self.state_file,
+            )
+        return state
+
+    def check_inside(self) -> None:
+        """Refuse a run with a folder or file that a symbolic link puts outside the runs root.
+
+        Raises:
+            RecipeError: it names the link.
+        """
+        for entry in os.scandir(self.path) if self.path.is_dir() else ():
+            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self.root):
+                raise RecipeError(
+                    f"{entry.path} is a symbolic link that leads out of {self.root}",
+                    "remove it, or put the whole runs root on the other disk:"
+                    " RECIPES_RUNS_ROOT=FOLDER",
+                )
+
+    def _without_state(self) -> list[str]:
+        """How to go on with a run whose run.json is damaged."""
+        away = (
+            f"restore it from a backup, or move it away: mv {self.state_file}"
+            f" {self.state_file}.damaged"
+        )
+        if not self.checkpoints.is_dir():
+            return [away]
+        return [
+            away,
+            f"training then resumes from the newest whole checkpoint: {self.train_command()}",
+        ]
+
+    def write_state(self, state: State, **fields: Any) -> None:
+        """Set the run's state, keeping the other fields of run.json and adding `fields`."""
+        end_if_taken_over(self.path)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        old: Mapping[str, Any] = (
+            self.read_state()
+            if self.exists()
+            else {"format_version": FORMAT_VERSION, "name": self.name, "created": now}
+        )
+        write_json(self.state_file, {**old, "state": state, "updated": now, **fields})
+
+
+def open_run(name: str, root: Path | None = None) -> RunDirectory:
+    """Return an existing run, given its name or its folder as a user types it (`my-first`,
+    `my-first/`, `runs/my-first/`).
+
+    Raises:
+        RecipeError: there is no such run.
+    """
+    path = Path(name)
+    if len(path.parts) > 1 and (path / "run.json").is_file():
+        run = RunDirectory(path.resolve().name, path.resolve().parent)
+    elif len(path.parts) > 1 and not path.is_dir():
+        raise RecipeError(f"no such run: {name}", *_similar_runs(path.name, root or runs_root()))
+    else:
+        run = RunDirectory(path.name if path.is_dir() or len(path.parts) == 1 else name, root)
+    run.read_state()
+    return run
+
+
+def all_runs(root: Path | None = None) -> list[RunDirectory]:
+    """Return every run under the runs root, by name."""
+    root = root or runs_root()
+    return [
+        RunDirectory(file.parent.name, root)
+        for file in sorted(root.glob("*/run.json"))
+        if not file.parent.name.startswith(".")
+    ]
+
+
+def _similar_runs(name: str, root: Path) -> list[str]:
+    import difflib
+
+    names = [run.name for run in all_runs(root)]
+    near = difflib.get_close_matches(name, names, n=3) or names[:5]
+    return (
+        [f"runs there: {', '.join(near)}"] if near else ["no run there yet: recipes train RECIPE"]
+    )
+
+
+def read_resolved(folder: Path) -> dict[str, Any]:
+    """Return a run's resolved recipe; an absent one is empty.
+
+    Raises:
+        DataError: the file is not a YAML mapping.
+    """
+    path = folder / "resolved.yaml"
+    hint = (
+        "training the run's recipe again writes it anew, and trains nothing where the run is"
+        " finished"
+    )
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        value = yaml.load(
+            path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(
+            f"is damaged, not YAML: {str(error).splitlines()[0]}", hint, file=path
+        ) from None
+    if not isinstance(value, dict):
+        raise DataError("is damaged: it holds no recipe", hint, file=path)
+    return value

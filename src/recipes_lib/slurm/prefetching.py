@@ -1,0 +1,265 @@
+"""What a recipe, a study or an eval needs from elsewhere: fetched on the login node, and found
+again without a network.
+
+Nothing is loaded into memory but tokenizers and rows: weights are checked by their headers and
+sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipes_lib.compare.design import load_study, study_file
+from recipes_lib.config.loader import load_document
+from recipes_lib.config.model_files import TOKENIZER_FILES
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.project import recipe_path
+from recipes_lib.core.terminal import say
+from recipes_lib.data.sources import (
+    Source,
+    hub_answers,
+    listed_sources,
+    load_tables,
+    offline_by_environment,
+)
+from recipes_lib.judging.published_prompts import (
+    PROMETHEUS_PACKAGE,
+    prometheus_is_here,
+    published_template,
+)
+from recipes_lib.suites.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
+from recipes_lib.suites.recipe import EvalRecipe, load_eval
+from recipes_lib.training.base_identity import check_whole
+from recipes_lib.training.model import explain_load_failure
+from recipes_lib.training.packaged_models import is_packaged, materialise, packaged_folder
+
+WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that is needed: `fetch` gets it where a network is, `check` finds it without one
+    and says what it found.
+    """
+
+    kind: str
+    name: str
+    fetch: Callable[[], object] = field(compare=False, repr=False)
+    check: Callable[[], str] = field(compare=False, repr=False)
+
+
+def prefetch_needs(
+    word: str, overrides: Sequence[str] = (), remote_code: bool = False
+) -> list[Need]:
+    """Return what a recipe, a study or an eval recipe needs, each once.
+
+    Args:
+        remote_code: whether the command line allowed code of lm-eval's tasks, which are built to
+            find their data.
+
+    Raises:
+        RecipeErrors: what is wrong with the file.
+    """
+    path, file = recipe_path(word), study_file(word)
+    if file is not None:
+        study = load_study(file, overrides)
+        found = [
+            need
+            for arm in study.arms
+            if arm.trained and arm.recipe
+            for need in _of_recipe(arm.recipe)
+        ]
+        found += [need for one in study.evals for need in _of_eval(one, remote_code)]
+    elif path.is_file() and load_document(path).kind.name == "eval":
+        found = list(_of_eval(load_eval(path, overrides), remote_code))
+    else:
+        found = list(_of_recipe(load_recipe(word, overrides)))
+    return list(dict.fromkeys(found))
+
+
+def _of_recipe(recipe: Recipe) -> Iterator[Need]:
+    yield _model(recipe.model)
+    folders = [recipe.folder_of("data.source")]
+    for source in listed_sources(recipe.data):
+        yield _data(source, folders)
+
+
+def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
+    if judge_model(recipe):
+        yield _model(judge_model(recipe)[0], "judge")
+    if recipe.judge is not None and PROMETHEUS_PACKAGE in (
+        recipe.judge.judge.relative_prompt,
+        recipe.judge.judge.absolute_prompt,
+    ):
+
+        def prompts() -> str:
+            return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
+
+        yield Need(
+            "prompts",
+            PROMETHEUS_PACKAGE,
+            prompts,
+            lambda: _already(PROMETHEUS_PACKAGE, prometheus_is_here(), prompts),
+        )
+    if recipe.suite.name == "lm_eval":
+
+        def tasks() -> str:
+            from recipes_lib.suites.harness import (
+                load_tasks,
+            )  # numpy and scipy, which `recipes launch --help` does without
+
+            return f"{load_tasks(recipe, remote_code):,} items"
+
+        yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
+        return
+
+    def questions() -> str:
+        return f"{len(load_questions(recipe).questions)} questions"
+
+    def check() -> str:
+        packaged = MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references)
+        return _already(MT_BENCH_PACKAGE, not packaged or mt_bench_is_here(), questions)
+
+    yield Need("questions", str(recipe.data.questions), questions, check)
+
+
+def _already(name: str, here: bool, look: Callable[[], str]) -> str:
+    """Look at what a wheel brought; a check does not fetch it."""
+    if not here:
+        raise EnvironmentFault(
+            f"{name} is not on this machine", "where there is a network: recipes prefetch"
+        )
+    return look()
+
+
+def judge_model(recipe: EvalRecipe) -> list[ModelSection]:
+    """Return the judge of an eval as a model, where a job needs its weights: by itself, or by the
+    server beside it.
+    """
+    if recipe.judge is None:
+        return []
+    judge = recipe.judge.judge
+    here = judge.engine == "transformers" or (
+        judge.served_here and "/" in judge.model
+    )  # else only a name that a server goes by
+    return [ModelSection(name_or_path=judge.model, revision=judge.revision)] if here else []
+
+
+def _data(source: Source, folders: list[Path]) -> Need:
+    def check() -> str:
+        return f"{sum(len(table.rows) for table in load_tables(source, folders)):,} rows"
+
+    return Need("data", source.source, check, check)
+
+
+def _model(section: ModelSection, kind: str = "model") -> Need:
+    name = section.name_or_path + (f" at {section.revision}" if section.revision else "")
+    return Need(kind, name, lambda: fetch_model(section), lambda: check_model(section))
+
+
+def fetch_model(section: ModelSection) -> None:
+    """Fetch a model's files into the cache, saying how much it is.
+
+    Raises:
+        EnvironmentFault: gated, no such revision, no such folder, or no network.
+    """
+    name = section.name_or_path
+    if is_packaged(name):
+        materialise(name)
+        return
+    if _is_folder(name):
+        return
+    if offline_by_environment() or not hub_answers():
+        raise explain_load_failure(section, OSError("offline"))
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = (
+            HfApi().model_info(name, revision=section.revision, files_metadata=True).siblings or []
+        )
+        size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+        say(
+            f"fetching {name} ({size / 2**30:.1f} GiB of weights; what is here already is not"
+            " fetched again) ..."
+        )
+        snapshot_download(name, revision=section.revision, allow_patterns=WEIGHT_FILES)
+    except Exception as error:  # the Hub client has many exception types; each becomes one line
+        raise explain_load_failure(section, OSError(str(error))) from None
+
+
+def check_model(section: ModelSection) -> str:
+    """Return what a model's files on this machine are, once they are whole.
+
+    Raises:
+        EnvironmentFault: files are missing or cut.
+    """
+    name = section.name_or_path
+    if is_packaged(name):
+        folder = packaged_folder(name)
+    elif _is_folder(name):
+        folder = Path(name)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(name, "config.json", revision=section.revision)
+        folder = Path(config).parent if isinstance(config, str) else None
+    if folder is None or not (folder / "config.json").is_file():
+        raise EnvironmentFault(
+            f"'{name}' is not on this machine", "where there is a network: recipes prefetch"
+        )
+    if object_or_none(folder / "config.json") is None:
+        raise EnvironmentFault(
+            f"'{name}' has no readable config.json in {folder}",
+            "remove it, then fetch it again: recipes prefetch",
+        )
+    shards = sorted(folder.glob("*.safetensors"))
+    try:
+        check_whole(folder)
+    except EnvironmentFault as error:
+        raise EnvironmentFault(
+            f"'{name}': {error.what}",
+            "remove a damaged file first, then fetch it again: recipes prefetch",
+        ) from None
+    if not shards:
+        hint = "fetch it again: recipes prefetch; other weight files are not read"
+        raise EnvironmentFault(f"'{name}' has no *.safetensors in {folder}", hint)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise EnvironmentFault(
+            f"'{name}' has no tokenizer files in {folder}", "fetch it again: recipes prefetch"
+        )
+    size = sum(shard.stat().st_size for shard in shards)
+    return (
+        f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size / 2**30:.2f} GiB, whole"
+    )
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a model's name is a folder of this machine, and no Hub id.
+
+    Raises:
+        EnvironmentFault: it reads like a folder, and there is none.
+    """
+    if Path(name).is_dir():
+        return True
+    if name.startswith(("/", "./", "../", "~")):
+        raise EnvironmentFault(
+            f"there is no model folder '{name}'",
+            "correct model.name_or_path, or copy the model there",
+        )
+    return False
+
+
+def missing_models(sections: Iterable[ModelSection]) -> list[str]:
+    """Return the names of models that are not whole on this machine."""
+    missing = []
+    for section in sections:
+        try:
+            check_model(section)
+        except EnvironmentFault:
+            missing.append(section.name_or_path)
+    return list(dict.fromkeys(missing))

@@ -1,0 +1,154 @@
+"""A copy of everything a queued job reads from YAML: later edits of a recipe must not change what
+was submitted.
+
+The files keep their places relative to each other, so names, `extends` and relative paths mean what
+they meant. Data is not copied: a link stands where a recipe looks for it, and the training itself
+refuses rows that changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from recipes_lib.compare.design import Study
+from recipes_lib.config.loader import COMMAND_LINE
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.project import shown_path
+from recipes_lib.data.sources import listed_sources
+from recipes_lib.judging.judge_file import JudgeFile
+from recipes_lib.suites.recipe import EvalRecipe
+
+
+class Snapshot:
+    """Files to copy, and where each of them will lie.
+
+    Args:
+        folder: where the copies go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.copies: set[Path] = set()
+        self.links: set[Path] = set()
+
+    def add_recipe(self, recipe: Recipe) -> None:
+        """Add a recipe, what it extends, its chat template, and links to its data."""
+        self.copies |= {
+            _absolute(recipe.path),
+            *map(_absolute, _written_in(recipe.origins.values())),
+        }
+        places = [source.source for source in listed_sources(recipe.data)]
+        self.links |= _beside(recipe.folder_of("data.source"), places)
+        if recipe.data.chat_template and "\n" not in recipe.data.chat_template:
+            self.copies |= _beside(
+                recipe.folder_of("data.chat_template"), [recipe.data.chat_template]
+            )
+
+    def add_eval(self, recipe: EvalRecipe) -> None:
+        """Add an eval recipe, its judge with prompts and rubrics, and links to its questions."""
+        self.copies |= {
+            _absolute(recipe.path),
+            *map(_absolute, _written_in(recipe.document.origins.values())),
+        }
+        data = recipe.data
+        for key in ("questions", "references", "include_path", "folder"):
+            if getattr(data, key):
+                self.links |= _beside(recipe.document.folder(("data", key)), [getattr(data, key)])
+        if recipe.judge is not None:
+            self.add_judge(recipe.judge)
+
+    def add_judge(self, judge: JudgeFile) -> None:
+        """Add a judge file, its prompts and rubrics."""
+        section = judge.judge
+        files = (
+            section.relative_prompt,
+            section.absolute_prompt,
+            section.rubric,
+            section.reference_rubric,
+        )
+        self.copies |= {
+            path for path in _beside(judge.path.parent, [judge.path.name, *files]) if path.is_file()
+        }
+
+    def add_study(self, study: Study) -> None:
+        """Add a study, the recipes of its arms, its evals and the published numbers."""
+        self.copies |= {_absolute(study.path)} | (
+            {_absolute(study.published)} if study.published else set()
+        )
+        for arm in study.arms:
+            if arm.recipe is not None:
+                self.add_recipe(arm.recipe)
+        for one in study.evals:
+            self.add_eval(one)
+
+    def add_file(self, path: Path) -> None:
+        """Add one file."""
+        self.copies.add(_absolute(path))
+
+    @property
+    def root(self) -> Path:
+        """The folder above all files and their own folders: those give runs and evals
+        their names.
+        """
+        return Path(
+            os.path.commonpath(
+                [
+                    path if path in self._around() else path.parent
+                    for path in (*self.copies, *self.links)
+                ]
+            )
+        ).parent
+
+    def _around(self) -> set[Path]:
+        """Return the links that other files lie below: they come to be as folders."""
+        files = (*self.copies, *self.links)
+        return {link for link in self.links if any(link in path.parents for path in files)}
+
+    def place(self, path: Path) -> Path:
+        """Return where the copy of a file will lie."""
+        return self.folder / _absolute(path).relative_to(self.root)
+
+    def shown(self, path: Path) -> str:
+        """Return where the copy will lie, as a user would type it."""
+        return shown_path(self.place(path))
+
+    def write(self) -> None:
+        """Copy and link, over what an earlier submission left, and note where it all comes from."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder.with_suffix(".origin"), f"{self.root.resolve()}\n")
+        for path in sorted(self.copies):
+            self.place(path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, self.place(path))
+        for path in sorted(self.links - self._around()):
+            place = self.place(path)
+            if not place.exists() and not any(above.is_symlink() for above in place.parents):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(path)
+
+
+def _absolute(path: str | Path) -> Path:
+    """The path with the links in it kept: two recipes beside each other stay beside each other."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
+
+
+def _written_in(origins: Iterable[object]) -> Iterator[str]:
+    """Yield the files in which values were written."""
+    yield from {
+        file
+        for file in (getattr(origin, "file", None) for origin in origins)
+        if file and file != COMMAND_LINE and Path(file).is_file()
+    }
+
+
+def _beside(folder: Path, names: Iterable[str]) -> set[Path]:
+    """Return what lies at relative names in a folder; absolute paths and Hub ids need nothing."""
+    return {
+        _absolute(folder / name)
+        for name in names
+        if not Path(name).is_absolute() and (folder / name).exists()
+    }

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from recipes_lib.config.kinds import FOREIGN, KINDS, kind_of
+from recipes_lib.config.validation import KindRules
+from recipes_lib.core.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("values", "text", "file", "kind"),
+    [
+        ({"model": {}}, "", "r.yaml", "recipe"),
+        ({"lora": {}}, "", "sub/_b.yaml", "base"),
+        (
+            {"lora": {}},
+            "# yaml-language-server: $schema=../schema/recipe.schema.json\n",
+            "_b.yaml",
+            "base",
+        ),
+        (
+            {"colour": 1},
+            "# yaml-language-server: $schema=../schema/base.schema.json\n",
+            "b.yaml",
+            "base",
+        ),
+        ({"distributed_type": "NO"}, "", "ddp.yaml", "accelerate"),
+        ({"model_name_or_path": "a"}, "", "old.yaml", "flat"),
+        ({"model": {}, "learning_rate": 1}, "", "r.yaml", "recipe"),
+        ({"model": {}, "data": {}, "training": {"seed": 1}}, "", "r.yaml", "recipe"),
+        ({"lora": {}, "base_model": "m"}, "", "r.yaml", "recipe"),
+    ],
+)
+def test_a_file_tells_its_kind_by_schema_line_or_keys(values, text, file, kind):
+    assert kind_of(values, text, file).name == kind
+
+
+def test_an_unknown_schema_is_an_error_even_when_the_keys_are_known():
+    with pytest.raises(RecipeError, match="schema 'poem'"):
+        kind_of({"model": {}}, "# yaml-language-server: $schema=poem.schema.json\n", "r.yaml")
+
+
+def test_every_kind_has_rules_and_says_what_it_is_for():
+    for kind in (*KINDS, *FOREIGN):
+        assert isinstance(kind.rules(), KindRules)
+        assert kind.use

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, load_recipe
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import project_root
+
+SHIPPED = sorted(
+    path
+    for path in (project_root() / "recipes").rglob("*.yaml")
+    if not path.name.startswith("_") and "studies" not in path.parts
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_recipe_loads_without_a_warning(path):
+    recipe = load_recipe(path)
+    assert recipe.name == f"{path.parent.name}--{path.stem}"
+    assert not recipe.warnings
+
+
+def test_values_have_their_origin_down_to_the_line(write):
+    write(
+        "model: {name_or_path: a/b}\ndata:\n  source: rows.jsonl\n  split: {validation: 0.2}\n",
+        "base/_b.yaml",
+    )
+    write("extends: base/_b.yaml\nlora: {r: 8}\ntrain: {activation_checkpointing: true}\n")
+    recipe = load_recipe("r.yaml", ["train.seed=3"])
+    assert str(recipe.origin_of("data.source")) == "base/_b.yaml:3"
+    assert str(recipe.origin_of("data.split.validation")) == "base/_b.yaml:4"
+    assert str(recipe.origin_of("train.seed")) == "command line"
+    assert str(recipe.origin_of("train.activation_checkpointing")) == "r.yaml:3"
+    assert recipe.origin_of("train.logging_nan_inf_filter") == PROJECT_DEFAULT
+    assert recipe.origin_of("data.split.seed") == UPSTREAM_DEFAULT
+    assert recipe.origin_of("model.dtype") == UPSTREAM_DEFAULT
+
+
+def test_relative_data_paths_are_meant_from_the_file_that_wrote_them(write):
+    write("model: {name_or_path: a/b}\ndata: {source: rows.jsonl}\n", "base/_b.yaml")
+    write("extends: base/_b.yaml\ndata: {chat_template: t.jinja}\n")
+    recipe = load_recipe("r.yaml")
+    assert recipe.base_dir == Path("base")
+    assert recipe.folder_of("data.chat_template") == Path()
+    assert load_recipe("r.yaml", ["data.source=other.jsonl"]).base_dir == Path.cwd()
+
+
+def test_project_defaults_fill_what_the_recipe_leaves_open(write_with):
+    recipe = load_recipe(write_with("train", "activation_checkpointing: true"))
+    assert recipe.train["activation_checkpointing"] is True
+    assert recipe.train["logging_nan_inf_filter"] is False
+    assert recipe.train["ddp_find_unused_parameters"] is False
+
+
+def test_an_error_is_placed_at_the_key_or_at_its_section(write):
+    recipe = load_recipe(write())
+    assert str(recipe.error("train.seed", "bad")) == "r.yaml:8: bad"
+    assert str(recipe.error("train.optim", "bad")) == "r.yaml:7: bad"
+    assert str(recipe.error("launch.accelerate", "bad")) == "r.yaml: bad"
+
+
+def test_the_run_name_is_folder_and_stem_unless_given(write, write_with):
+    write(name="llama-dolly/qlora-r8.yaml")
+    assert load_recipe("llama-dolly/qlora-r8.yaml").name == "llama-dolly--qlora-r8"
+    assert load_recipe(write_with("run", "name: mine")).name == "mine"
+    assert load_recipe("r.yaml", ["run.name=other"]).name == "other"
+
+
+@pytest.mark.parametrize("name", ["../x", "CON", "a b", "''"])
+def test_a_run_name_that_is_no_folder_is_refused_at_its_line(name, write_with):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write_with("run", f"name: {name}"))
+    assert str(caught.value).startswith("r.yaml:10: run.name")
+
+
+def test_the_resolved_form_is_plain_and_complete(write):
+    values = load_recipe(write(), ["run.name=x"]).to_dict()
+    assert list(values) == ["model", "quantization", "lora", "data", "train", "run", "launch"]
+    assert values["quantization"] is None
+    assert values["lora"] == {"r": 8}
+    assert values["data"]["split"] == {"method": "hash", "validation": 0.1, "test": 0.0, "seed": 42}
+    assert values["run"]["name"] == "x"
+
+
+def test_written_values_leave_defaults_out(write):
+    values = load_recipe(write()).written_values()
+    assert values["model"] == {"name_or_path": "meta-llama/Llama-2-7b-hf"}
+    assert values["data"] == {"source": "rows.jsonl"}
+    assert "launch" not in values

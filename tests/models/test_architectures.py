@@ -1,0 +1,295 @@
+"""What is particular to an architecture: targets left out of all-linear, attention by class, rows
+that must not be shared.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.families import DENSE, FAMILIES
+
+from recipes_lib.models.architectures import (
+    carries_state,
+    describe_targets,
+    not_quantized,
+    ready_to_answer,
+    settle_targets,
+    training_settings,
+    with_settings,
+)
+
+
+@lru_cache
+def without_weights(family: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, vocab_size=520, **{**DENSE, **FAMILIES.get(family, {})})
+        )
+
+
+def adapted(family: str, **lora: Any) -> Any:
+    """A family's model with adapters as a recipe puts them on, without weights."""
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(without_weights(family))
+    config = LoraConfig(
+        **{
+            "task_type": "CAUSAL_LM",
+            "target_modules": "all-linear",
+            "init_lora_weights": False,
+            **lora,
+        }
+    )
+    with torch.device("meta"):
+        return get_peft_model(model, settle_targets(config, model))
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", "adapters on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
+        (
+            "gpt_oss",
+            (
+                "adapters on q_proj, k_proj, v_proj, o_proj; none on router, experts.gate_up_proj,"
+                " experts.down_proj"
+            ),
+        ),
+        (
+            "mamba2",
+            (
+                "adapters on in_proj; none on out_proj (out_proj: the layer's kernel reads their"
+                " weight and would pass an adapter by)"
+            ),
+        ),
+        (
+            "llama4_text",
+            (
+                "adapters on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; none on"
+                " experts.gate_up_proj, experts.down_proj, router (router: it returns scores and"
+                " logits, a LoRA layer one tensor)"
+            ),
+        ),
+    ],
+)
+def test_all_linear_leaves_out_what_takes_no_adapter_with_a_word(
+    family: str, expected: str
+) -> None:
+    assert describe_targets(adapted(family)) == expected
+
+
+def test_experts_that_became_parameters_are_adapted_and_their_router_is_not() -> None:
+    """PEFT's all-linear takes the router too, and merges and saves it wrongly."""
+    model = adapted("qwen3_moe", r=4)
+    said = describe_targets(model)
+    assert (
+        said
+        == "adapters on q_proj, k_proj, v_proj, o_proj, experts.down_proj, experts.gate_up_proj;"
+        " none on gate"
+    )
+    ranks = {
+        len(value) / 4
+        for name, value in model.named_parameters()
+        if "experts" in name and "lora_A" in name
+    }
+    assert ranks == {4, 8}, "gate and up are one matrix of four experts, and keep a rank each"
+
+
+def test_targets_that_a_user_names_stay_as_they_are_and_exclusions_are_added_to_his() -> None:
+    model = adapted("falcon_h1", exclude_modules=["k_proj"])
+    names = {
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name, _ in model.named_parameters()
+        if "lora_A" in name
+    }
+    assert "q_proj" in names and not names & {"k_proj", "out_proj"}
+    by_pattern = adapted("falcon_h1", exclude_modules=r".*\.[kq]_proj")
+    names = {
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name, _ in by_pattern.named_parameters()
+        if "lora_A" in name
+    }
+    assert "v_proj" in names and not names & {"k_proj", "q_proj", "out_proj"}
+    assert "adapters on q_proj; none on" in describe_targets(
+        adapted("gpt_oss", target_modules=["q_proj"])
+    )
+
+
+def test_what_is_trained_as_a_whole_or_was_not_asked_for_gets_no_reason() -> None:
+    said = describe_targets(
+        adapted("gpt2", target_modules=["c_attn"], modules_to_save=["lm_head", "c_fc"])
+    )
+    assert said == "adapters on c_attn; none on c_proj"
+    experts = adapted(
+        "llama4_text",
+        target_modules=["q_proj"],
+        target_parameters=["feed_forward.experts.gate_up_proj"],
+    )
+    assert "none on" in describe_targets(experts) and "PEFT takes" not in describe_targets(experts)
+
+
+def test_layers_that_carry_a_state_are_known_by_their_convolution() -> None:
+    states = {family for family in FAMILIES if carries_state(without_weights(family))}
+    assert states == {
+        "lfm2",
+        "nemotron_h",
+        "falcon_h1",
+        "mamba",
+        "mamba2",
+        "granitemoehybrid",
+        "qwen3_next",
+    }
+
+
+def test_what_a_trainer_sets_for_itself_is_the_bases_again_while_it_saves_and_no_router_loss_is_computed_for_answers() -> (  # noqa: E501
+    None
+):
+    import copy
+
+    model = copy.deepcopy(without_weights("mixtral"))
+    base = training_settings(model)
+    model.config.output_router_logits, model.config.use_cache = True, False
+    with with_settings(model, base):
+        assert (model.config.output_router_logits, model.config.use_cache) == (False, True)
+    assert (model.config.output_router_logits, model.config.use_cache) == (True, False)
+    assert not ready_to_answer(model).config.output_router_logits
+
+
+@pytest.mark.parametrize(
+    ("family", "override", "said"),
+    [
+        (
+            "gpt_oss",
+            "model.attn_implementation=sdpa",
+            "model.attn_implementation: sdpa is not for this model",
+        ),
+        (
+            "llama4_text",
+            "lora.target_modules=[q_proj, router]",
+            "'router' of this model takes no adapter: it returns scores and logits",
+        ),
+        (
+            "mamba2",
+            "lora.target_modules=[in_proj, out_proj]",
+            "'out_proj' of this model takes no adapter: the layer's kernel reads",
+        ),
+        ("nemotron_h", "lora.target_modules=.*proj", "'out_proj' of this model takes no adapter"),
+        (
+            "falcon_h1",
+            "train.packing=true",
+            "train.packing: FalconH1ForCausalLM has layers that carry a state from one example",
+        ),
+        (
+            "qwen3_next",
+            "train.padding_free=true",
+            "train.padding_free: Qwen3NextForCausalLM has layers that carry a state",
+        ),
+        (
+            "bart",
+            "train.padding_free=true",
+            "train.padding_free: BartForCausalLM takes no positions",
+        ),
+        (
+            "bloom",
+            "train.packing=true",
+            (
+                "train.packing: BloomForCausalLM takes no positions, and does not see where one"
+                " example"
+            ),
+        ),
+        (
+            "doge",
+            "lora.r=4",
+            "DogeForCausalLM with experts routes each token by tokens that come after it",
+        ),
+        (
+            "qwen3_moe",
+            "lora.target_modules=[gate_proj]",
+            "gate_proj without also targeting up_proj because they are fused",
+        ),
+        (
+            "qwen3_moe",
+            "lora.init_lora_weights=pissa",
+            "lora.init_lora_weights: pissa starts from the weights of linear layers",
+        ),
+        ("qwen3_moe", "lora.lora_dropout=0.05", "does not work with lora_dropout"),
+        ("qwen3_moe", "lora.use_dora=true", "does not work with use_dora"),
+        (
+            "gpt2",
+            "train.max_length=1024",
+            "train.max_length 1,024: the model has a table of 512 positions and fails beyond",
+        ),
+        (
+            "opt",
+            "train.max_length=null",
+            "train.max_length: null: the model has a table of 512 positions",
+        ),
+        (
+            "bert",
+            "lora.r=4",
+            (
+                "BertLMHeadModel is an encoder here (is_decoder: false): it sees the tokens that it"
+                " should predict"
+            ),
+        ),
+    ],
+)
+def test_what_an_architecture_cannot_do_is_one_line_before_anything_is_loaded(
+    family: str, override: str, said: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from recipes_lib.config.accelerate_config import AccelerateConfig
+    from recipes_lib.config.model_names import check_names
+    from recipes_lib.config.recipe import load_recipe
+
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / family))
+    config = without_weights(family).config
+    if family == "doge":
+        config = type(config)(**config.to_dict() | {"is_moe": True, "num_experts": 16})
+    config.save_pretrained(folder)
+    recipe = load_recipe(
+        tiny_recipe, ["lora.target_modules=all-linear", override, f"model.name_or_path={folder}"]
+    )
+    [error] = check_names(recipe, folder, AccelerateConfig(Path()))
+    assert said in error.what and "\n" not in error.what
+
+
+def test_each_architecture_has_no_complaint_about_a_plain_recipe(
+    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from recipes_lib.config.accelerate_config import AccelerateConfig
+    from recipes_lib.config.model_names import check_names
+    from recipes_lib.config.recipe import load_recipe
+
+    for family in (*FAMILIES, "gpt_neox"):  # its config says is_decoder: false, and it is causal
+        folder = Path(shutil.copytree(tiny_model_dir, tmp_path / family))
+        without_weights(family).config.save_pretrained(folder)
+        recipe = load_recipe(
+            tiny_recipe, ["lora.target_modules=all-linear", f"model.name_or_path={folder}"]
+        )
+        assert [
+            str(error) for error in check_names(recipe, folder, AccelerateConfig(Path()))
+        ] == [], family
+
+
+def test_layers_whose_weight_is_read_by_a_kernel_stay_out_of_quantization() -> None:
+    """Mamba multiplies by dt_proj's weight itself, and a packed one has another shape."""
+    assert not_quantized(without_weights("mamba").config) == [
+        "lm_head",
+        "out_proj",
+        "x_proj",
+        "dt_proj",
+    ]
+    assert (
+        not_quantized(without_weights("llama4_text").config)
+        == not_quantized(without_weights("llama").config)
+        == []
+    )
