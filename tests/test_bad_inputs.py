@@ -84,79 +84,79 @@ def nothing(folder: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
-    "55 tokenizer larger than the embeddings": (
+    "tokenizer larger than the embeddings": (
         bigger_vocabulary,
         [],
         2,
         ["520", "512", "model.resize_embeddings"],
     ),
-    "58 QLoRA under FSDP without a storage type": (
+    "QLoRA under FSDP without a storage type": (
         nothing,
         [NF4, "launch.accelerate=fsdp_cpu"],
         2,
         ["bnb_4bit_quant_storage", "bfloat16"],
     ),
-    "62 attention kernel that is not installed": (
+    "attention kernel that is not installed": (
         nothing,
         ["model.attn_implementation=flash_attention_2", "model.dtype=bfloat16"],
         5,
         ["flash_attention_2", "not installed"],
     ),
-    "62 attention that is misspelt": (
+    "attention that is misspelt": (
         nothing,
         ["model.attn_implementation=sdpaa"],
         2,
         ["model.attn_implementation", "did you mean sdpa?"],
     ),
-    "62 attention without a backward pass on a CPU": (
+    "attention without a backward pass on a CPU": (
         nothing,
         ["model.attn_implementation=flex_attention"],
         2,
         ["flex_attention", "backward", "sdpa"],
     ),
-    "64 an encoder": (
+    "an encoder": (
         lambda folder: change_config(folder, model_type="bert", architectures=["BertModel"]),
         [],
         2,
         ["BertModel"],
     ),
-    "64 GGUF weights alone": (gguf_only, [], 2, ["weights.gguf", "GGUF"]),
-    "64 a folder without a model": (
+    "GGUF weights alone": (gguf_only, [], 2, ["weights.gguf", "GGUF"]),
+    "a folder without a model": (
         lambda folder: shutil.rmtree(folder) or folder.mkdir(),
         [],
         2,
         ["config.json"],
     ),
-    "64 a model without a tokenizer": (without_tokenizer, [], 2, ["tokenizer"]),
-    "64 a config.json nested too deeply": (deep_config, [], 2, ["config.json"]),
-    "15 a rank beyond the model's widths": (
+    "a model without a tokenizer": (without_tokenizer, [], 2, ["tokenizer"]),
+    "a config.json nested too deeply": (deep_config, [], 2, ["config.json"]),
+    "a rank beyond the model's widths": (
         nothing,
         ["lora.r=1000000000"],
         2,
         ["lora.r 1,000,000,000", "(512)"],
     ),
-    "16 targets that are all excluded": (
+    "targets that are all excluded": (
         nothing,
         ["lora.exclude_modules=[q_proj,v_proj]"],
         2,
         ["exclude_modules"],
     ),
-    "64 already quantized": (already_quantized, [], 2, ["gptq"]),
-    "65 pickled weights": (pickle_weights, [], 2, ["pytorch_model.bin", "safetensors"]),
-    "65 remote code without leave": (
+    "already quantized": (already_quantized, [], 2, ["gptq"]),
+    "pickled weights": (pickle_weights, [], 2, ["pytorch_model.bin", "safetensors"]),
+    "remote code without leave": (
         remote_code,
         ["model.trust_remote_code=true"],
         2,
         ["--trust-remote-code"],
     ),
-    "66 truncated shard": (truncate_shard, [], 2, ["model.safetensors", "bytes"]),
-    "66 index that names a missing shard": (
+    "truncated shard": (truncate_shard, [], 2, ["model.safetensors", "bytes"]),
+    "index that names a missing shard": (
         missing_shard,
         [],
         2,
         ["model-00002-of-00002.safetensors"],
     ),
-    "16 a target module that the model has not": (
+    "a target module that the model has not": (
         nothing,
         ["lora.target_modules=[q_prj]"],
         2,
@@ -232,108 +232,108 @@ CHAT, RAW = "data.prompt_format=chat", "data.prompt_format=raw"
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 FOREIGN = {"instruction": "ABSENT", "context": "ABSENT", "response": "ABSENT"}
 DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
-    "36 dolly columns under another format": (
+    "dolly columns under another format": (
         rows(),
         [RAW],
         4,
         ["columns are instruction, context", "data.prompt_format: dolly"],
     ),
-    "36 unknown columns": (
+    "unknown columns": (
         rows({**FOREIGN, "ask": "a", "tell": "b"}, count=1),
         [],
         4,
         ["columns are ask, tell", "data.columns"],
     ),
-    "37 an empty file": ("", [], 4, ["rows.jsonl", "0 rows"]),
-    "38 prompts longer than max_length": (
+    "an empty file": ("", [], 4, ["rows.jsonl", "0 rows"]),
+    "prompts longer than max_length": (
         rows(),
         ["train.max_length=4"],
         4,
         ["20/20 rows", "max_length=4", "p95 prompt is"],
     ),
-    "39 too many prompts longer than max_length": (
+    "too many prompts longer than max_length": (
         rows(*[{"instruction": "word " * 300}] * 3),
         [],
         4,
         ["3/20 rows", "data.max_unsupervised_fraction", "max_length=192"],
     ),
-    "41 only empty texts": (
+    "only empty texts": (
         "".join(json.dumps({"text": "", "id": number}) + "\n" for number in range(9)),
         [RAW],
         4,
         ["9/9 rows have an empty completion"],
     ),
-    "42 null as response": (
+    "null as response": (
         rows({}, {"response": None}),
         [],
         4,
         ["rows.jsonl:2:", "'response'", "None"],
     ),
-    "42 a number as response": (
+    "a number as response": (
         rows({"response": 3}),
         [],
         4,
         ["rows.jsonl:1:", "'response'", "int"],
     ),
-    "42 a list as response": (
+    "a list as response": (
         rows({}, {}, {"response": ["a"]}),
         [],
         4,
         ["rows.jsonl:3:", "'response'", "list"],
     ),
-    "43 a lone surrogate": (rows({"response": "\ud800"}), [], 4, ["rows.jsonl:1:", "'response'"]),
-    "43 a latin-1 file": (
+    "a lone surrogate": (rows({"response": "\ud800"}), [], 4, ["rows.jsonl:1:", "'response'"]),
+    "a latin-1 file": (
         b'{"instruction": "caf\xe9", "response": "x"}\n',
         [],
         4,
         ["rows.jsonl:1", "UTF-8", "byte"],
     ),
-    "44 a torn line": (rows() + '{"instruction": "a", \n', [], 4, ["rows.jsonl:21"]),
-    "44 a truncated gzip file": (
+    "a torn line": (rows() + '{"instruction": "a", \n', [], 4, ["rows.jsonl:21"]),
+    "a truncated gzip file": (
         gzip.compress(rows().encode())[:-20],
         [],
         4,
         ["rows.jsonl.gz", "truncated"],
     ),
-    "44 a CSV with NUL": (b"instruction,response\na,b\nc\0,d\n", [], 4, ["rows.csv:3:", "NUL"]),
-    "46 messages and no chat template": (
+    "a CSV with NUL": (b"instruction,response\na,b\nc\0,d\n", [], 4, ["rows.csv:3:", "NUL"]),
+    "messages and no chat template": (
         json.dumps({"messages": HELLO}) + "\n",
         [CHAT, "model.name_or_path={plain}"],
         4,
         ["chat template", "data.chat_template"],
     ),
-    "47 the assistant is not last": (
+    "the assistant is not last": (
         json.dumps({"messages": HELLO[:1]}) + "\n",
         [CHAT],
         4,
         ["rows.jsonl:1:", "assistant"],
     ),
-    "47 only a system message": (
+    "only a system message": (
         json.dumps({"messages": [{"role": "system", "content": "Be nice"}]}) + "\n",
         [CHAT],
         4,
         ["rows.jsonl:1:", "system"],
     ),
-    "47 a tool call": (
+    "a tool call": (
         json.dumps({"messages": [*HELLO, {"role": "tool", "content": "3"}]}) + "\n",
         [CHAT],
         4,
         ["rows.jsonl:1:", "tool"],
     ),
-    "48 loss on the completion of texts": (
+    "loss on the completion of texts": (
         "".join(json.dumps({"text": f"a b {number}"}) + "\n" for number in range(20)),
         [RAW, "train.completion_only_loss=true"],
         4,
         ["command line: train.completion_only_loss"],
     ),
-    "51 an id twice": (rows({"id": 7}, {"id": 7}, count=2), [], 4, ["7"]),
-    "51 ids of mixed types": (
+    "an id twice": (rows({"id": 7}, {"id": 7}, count=2), [], 4, ["7"]),
+    "ids of mixed types": (
         rows({"id": 7}, {"id": "a"}, count=2),
         [],
         4,
         ["rows.jsonl:2:", "str", "int"],
     ),
-    "51 an id missing": (rows({"id": 7}, {}, count=2), [], 4, ["id"]),
+    "an id missing": (rows({"id": 7}, {}, count=2), [], 4, ["id"]),
     "a validation loss without held-out rows": (
         rows(count=2),
         [],
@@ -375,7 +375,6 @@ def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
 def test_a_folder_whose_files_differ_in_columns_is_refused(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Case 45."""
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "a.jsonl").write_text(rows())
     (tmp_path / "parts" / "b.jsonl").write_text(rows(FOREIGN | {"text": "x"}, count=1))
@@ -392,7 +391,7 @@ def test_a_folder_whose_files_differ_in_columns_is_refused(
         ([{"response": "</s> [INST]"}], "1 rows contain special tokens, read as text"),
         ([TASK, TASK], "1 exact duplicates"),
     ],
-    ids=["40 an empty completion", "49 a template marker", "49 a special token", "50 a duplicate"],
+    ids=["an empty completion", "a template marker", "a special token", "a duplicate"],
 )
 def test_data_that_is_odd_is_reported_and_trained_on(
     changes: list[dict[str, object]],
@@ -435,22 +434,22 @@ def test_a_defect_is_one_message_and_its_traceback_is_kept(
 
 
 LINES: dict[str, tuple[list[str], int, list[str]]] = {
-    "60 a batch that does not divide": (
+    "a batch that does not divide": (
         ["train", "{recipe}", "run.global_batch_size=9"],
         2,
         ["9 / (4 per device x 1", "8 or 12"],
     ),
-    "53 an offline data set": (
+    "an offline data set": (
         ["train", "{recipe}", "data.source=nobody/nothing"],
         4,
         ["offline", "data.source"],
     ),
-    "63 an offline model": (
+    "an offline model": (
         ["train", "{recipe}", "model.name_or_path=nobody/nothing"],
         5,
         ["offline", "nobody/nothing", "hf download"],
     ),
-    "63 a folder that is not there": (
+    "a folder that is not there": (
         ["train", "{recipe}", "model.name_or_path=./nowhere"],
         2,
         ["./nowhere"],
@@ -461,7 +460,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
         ["swanlab is not installed", "[tracking]"],
     ),
     **{
-        f"91 the run name {name[:9]!r}": (
+        f"the run name {name[:9]!r}": (
             ["train", "{recipe}", f"run.name={name!r}"],
             2,
             ["run.name", "cannot be a folder name"],
@@ -480,18 +479,18 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
             "..",
         )
     },
-    "59 a layer class that the model has not": (
+    "a layer class that the model has not": (
         ["train", "{recipe}", "launch.accelerate={wrap}"],
         2,
         ["LlamaLayer", "LlamaDecoderLayer"],
     ),
-    "59 a sharded final save": (
+    "a sharded final save": (
         ["train", "{recipe}", "--accelerate", "{sharded}"],
         2,
         ["sharded.yaml:12:", "FULL_STATE_DICT"],
     ),
-    "93 a value like a flag": (["train", "{recipe}", "run.name=--foo"], 2, ["run.name"]),
-    "93 a value like a command": (["train", "{recipe}", "run.name=$(touch x)"], 2, ["run.name"]),
+    "a value like a flag": (["train", "{recipe}", "run.name=--foo"], 2, ["run.name"]),
+    "a value like a command": (["train", "{recipe}", "run.name=$(touch x)"], 2, ["run.name"]),
     "a bare TRL flag": (["train", "{recipe}", "--learning_rate=1e-4"], 2, ["train.learning_rate"]),
     "an unknown verb": (["trian", "{recipe}"], 2, ["train"]),
     "an unknown flag": (["check", "--ful", "{recipe}"], 2, ["--full"]),
@@ -499,7 +498,7 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
     "an unknown run": (["status", "nothing"], 2, ["nothing"]),
     "talk to a run that is not there": (["chat", "nothing", "--prompt", "x"], 2, ["nothing"]),
     "a recipe that is not there": (["train", "nowhere.yaml"], 2, ["nowhere.yaml"]),
-    "35 an accelerate config as a recipe": (
+    "an accelerate config as a recipe": (
         ["train", "{configs}/ddp.yaml"],
         2,
         ["accelerate config"],
@@ -576,7 +575,7 @@ def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Case 68: here a file is in the way; a read-only or vanished disk takes the same path."""
+    """Here a file is in the way; a read-only or vanished disk takes the same path."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "file"))
     assert train([str(tiny_recipe)]) == 5
@@ -598,7 +597,7 @@ def exit_code(argv: list[str]) -> int:
 def test_a_model_without_a_padding_token_trains_and_still_learns_to_stop(
     tiny_recipe: Path, tmp_path: Path
 ) -> None:
-    """Case 54: the padding token becomes the end token, which must keep its loss."""
+    """The padding token becomes the end token, which must keep its loss."""
     assert train([str(tiny_recipe), "train.max_steps=1"]) == 0
     audit = json.loads((tmp_path / "runs" / "tiny" / "supervision.json").read_text())
     end = audit["end_token_supervised"]

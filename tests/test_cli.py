@@ -131,8 +131,10 @@ def test_an_error_ends_with_its_own_exit_code(failing, capsys):
     assert capsys.readouterr().err == "rows.jsonl:3: rows are missing\n  add some\n"
 
 
-def test_a_file_that_cannot_be_written_is_an_error_of_the_machine_and_no_bug(failing, capsys):
-    """Case 68: what a verb has not foreseen about files."""
+def test_a_file_that_cannot_be_written_is_reported_as_an_error_of_the_machine_not_as_a_bug(
+    failing, capsys
+):
+    """What a verb has not foreseen about files."""
     failing(IsADirectoryError(21, "Is a directory", "a.tmp", None, "folder"))
     assert cli.main(["ls"]) == ExitCode.ENVIRONMENT
     assert (
@@ -146,8 +148,8 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_machine_and_no_bug(fai
     )
 
 
-def test_a_closed_output_is_no_error(monkeypatch):
-    """Case 97: `recipes ls >&-`."""
+def test_a_closed_output_is_not_an_error(monkeypatch):
+    """`recipes ls >&-`"""
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["ls"]) == ExitCode.DONE
 

@@ -261,7 +261,7 @@ def test_an_lm_eval_flag_on_another_suite_is_refused(capsys):
 
 @pytest.mark.slow
 def test_three_hundred_judgments_survive_faults_restarts_and_seven_kills(tmp_path):
-    """P12: a server with 429, 500, drops, hangs and restarts; the client killed -9 seven times; 300
+    """A server with 429, 500, drops, hangs and restarts; the client killed -9 seven times; 300
     unique rows, none missing.
     """
     rng = random.Random(11)

@@ -1,4 +1,4 @@
-"""Cases 1-35 of the bad-input catalogue through the real entry: exit code, file, line and the words
+"""Bad recipes through the real entry: exit code, file, line and the words
 that must appear.
 """
 
@@ -11,169 +11,152 @@ import pytest
 
 from recipes_lib.cli import main
 
-# (case, section, line written into it, line number in the answer, words of the answer)
+# (section, line written into it, line number in the answer, words of the answer)
 BAD_LINES = [
     (
-        1,
         "train",
         "learning_rte: 1e-4",
         8,
         ["unknown key 'train.learning_rte'", "did you mean train.learning_rate?"],
     ),
     (
-        2,
         "train",
         "learning-rate: 1e-4",
         8,
         ["train.learning-rate", "did you mean train.learning_rate?"],
     ),
-    (3, "train", "max_seq_length: 512", 8, ["train.max_length", "TRL 1", "recipes migrate"]),
-    (3, "model", "torch_dtype: bfloat16", 2, ["model.dtype", "transformers 5"]),
-    (3, "train", "warmup_ratio: 0.03", 8, ["train.warmup_steps", "fraction"]),
-    (3, "train", "overwrite_output_dir: true", 8, ["was removed in transformers 5"]),
-    (3, "train", "evaluation_strategy: steps", 8, ["train.eval_strategy"]),
-    (3, "train", "group_by_length: true", 8, ["train.train_sampling_strategy"]),
-    (4, "train", "seed: 2", 9, ["duplicate key 'train.seed'", "lines 8 and 9"]),
-    (6, "train", "learning_rate: fast", 8, ["train.learning_rate must be a number", "'fast'"]),
-    (6, "train", "learning_rate: '1e-4'", 8, ["must be a number", "remove the quotes: 1e-4"]),
+    ("train", "max_seq_length: 512", 8, ["train.max_length", "TRL 1", "recipes migrate"]),
+    ("model", "torch_dtype: bfloat16", 2, ["model.dtype", "transformers 5"]),
+    ("train", "warmup_ratio: 0.03", 8, ["train.warmup_steps", "fraction"]),
+    ("train", "overwrite_output_dir: true", 8, ["was removed in transformers 5"]),
+    ("train", "evaluation_strategy: steps", 8, ["train.eval_strategy"]),
+    ("train", "group_by_length: true", 8, ["train.train_sampling_strategy"]),
+    ("train", "seed: 2", 9, ["duplicate key 'train.seed'", "lines 8 and 9"]),
+    ("train", "learning_rate: fast", 8, ["train.learning_rate must be a number", "'fast'"]),
+    ("train", "learning_rate: '1e-4'", 8, ["must be a number", "remove the quotes: 1e-4"]),
     (
-        6,
         "train",
         "max_steps: '100'",
         8,
         ["train.max_steps must be -1 or", "remove the quotes: 100"],
     ),
-    (7, "train", "learning_rate: [1, 2]", 8, ["must be a number", "[1, 2]"]),
-    (8, "train", "learning_rate:", 8, ["must be a number", "null"]),
-    (9, "train", "learning_rate: .nan", 8, ["must be a number > 0", ".nan"]),
-    (9, "train", "learning_rate: .inf", 8, ["must be a number > 0", ".inf"]),
-    (9, "train", "learning_rate: -1e-4", 8, ["must be a number > 0", "-0.0001"]),
-    (9, "train", "learning_rate: 0", 8, ["must be a number > 0"]),
-    (9, "train", "save_steps: .inf", 8, ["must be a number > 0", ".inf"]),
-    (10, "train", "max_length: 1024.5", 8, ["must be a whole number >= 1", "1024.5"]),
-    (10, "train", "max_length: 1024.0", 8, ["must be a whole number >= 1", "1024.0"]),
-    (10, "train", "max_length: [1024]", 8, ["must be a whole number >= 1"]),
-    (11, "train", "max_length: -5", 8, ["must be a whole number >= 1", "-5"]),
-    (12, "train", "packing: 7", 8, ["train.packing must be true or false", "7"]),
-    (12, "train", "packing: maybe", 8, ["train.packing must be true or false", "'maybe'"]),
+    ("train", "learning_rate: [1, 2]", 8, ["must be a number", "[1, 2]"]),
+    ("train", "learning_rate:", 8, ["must be a number", "null"]),
+    ("train", "learning_rate: .nan", 8, ["must be a number > 0", ".nan"]),
+    ("train", "learning_rate: .inf", 8, ["must be a number > 0", ".inf"]),
+    ("train", "learning_rate: -1e-4", 8, ["must be a number > 0", "-0.0001"]),
+    ("train", "learning_rate: 0", 8, ["must be a number > 0"]),
+    ("train", "save_steps: .inf", 8, ["must be a number > 0", ".inf"]),
+    ("train", "max_length: 1024.5", 8, ["must be a whole number >= 1", "1024.5"]),
+    ("train", "max_length: 1024.0", 8, ["must be a whole number >= 1", "1024.0"]),
+    ("train", "max_length: [1024]", 8, ["must be a whole number >= 1"]),
+    ("train", "max_length: -5", 8, ["must be a whole number >= 1", "-5"]),
+    ("train", "packing: 7", 8, ["train.packing must be true or false", "7"]),
+    ("train", "packing: maybe", 8, ["train.packing must be true or false", "'maybe'"]),
     (
-        13,
         "train",
         "num_train_epochs: true",
         8,
         ["train.num_train_epochs must be a number > 0", "got true"],
     ),
-    (14, "train", "per_device_train_batch_size: 0", 8, [">= 1", "got 0"]),
-    (14, "train", "per_device_train_batch_size: 4.5", 8, ["a whole number", "4.5"]),
-    (14, "train", "gradient_accumulation_steps: 0", 8, [">= 1"]),
-    (14, "run", "global_batch_size: 0", 10, [">= 1"]),
-    (15, "lora", "lora_alpha: 8.5", 6, ["lora.lora_alpha must be a whole number >= 1", "8.5"]),
-    (16, "lora", "target_modules: []", 6, ["lora.target_modules is empty", "all-linear"]),
+    ("train", "per_device_train_batch_size: 0", 8, [">= 1", "got 0"]),
+    ("train", "per_device_train_batch_size: 4.5", 8, ["a whole number", "4.5"]),
+    ("train", "gradient_accumulation_steps: 0", 8, [">= 1"]),
+    ("run", "global_batch_size: 0", 10, [">= 1"]),
+    ("lora", "lora_alpha: 8.5", 6, ["lora.lora_alpha must be a whole number >= 1", "8.5"]),
+    ("lora", "target_modules: []", 6, ["lora.target_modules is empty", "all-linear"]),
     (
-        16,
         "lora",
         "target_modules: q_proj",
         6,
         ["lora.target_modules must be a list", "write [q_proj]"],
     ),
-    (17, "train", "lr_scheduler_type: cosin", 8, ["did you mean cosine?"]),
+    ("train", "lr_scheduler_type: cosin", 8, ["did you mean cosine?"]),
     (
-        17,
         "train",
         "optim: adamw_torchh",
         8,
         ["did you mean adamw_torch?", "recipes explain train.optim"],
     ),
-    (18, "train", "loss_type: nlll", 8, ["did you mean nll?"]),
-    (18, "train", "truncation_mode: keep_middle", 8, ["keep_end, keep_start"]),
-    (19, "train", "report_to: wnadb", 8, ["did you mean wandb?"]),
-    (19, "train", "report_to: null", 8, ["none", "tensorboard", "got null"]),
+    ("train", "loss_type: nlll", 8, ["did you mean nll?"]),
+    ("train", "truncation_mode: keep_middle", 8, ["keep_end, keep_start"]),
+    ("train", "report_to: wnadb", 8, ["did you mean wandb?"]),
+    ("train", "report_to: null", 8, ["none", "tensorboard", "got null"]),
     (
-        19,
         "train",
         "load_best_model_at_end: true",
         8,
         ["eval_strategy is no, save_strategy steps", "save_strategy: best"],
     ),
-    (20, "model", "dtype: bf16", 2, ["use bfloat16"]),
+    ("model", "dtype: bf16", 2, ["use bfloat16"]),
     (
-        22,
         "model",
         "kwargs: {torch_dtype: bfloat16}",
         2,
         ["model.kwargs.torch_dtype", "write model.dtype"],
     ),
-    (22, "model", "kwargs: {device_map: auto}", 2, ["model.kwargs.device_map", "launcher"]),
+    ("model", "kwargs: {device_map: auto}", 2, ["model.kwargs.device_map", "launcher"]),
     (
-        22,
         "train",
         "activation_checkpointing_kwargs: {use_reentrnt: true}",
         8,
         ["unknown key", "use_reentrant?"],
     ),
-    (24, "run", "name: NO", 10, ["run.name must be text", "warning", 'quote it: "NO"']),
-    (24, "run", "notes: 1:30", 10, ["is read as 90", 'quote it: "1:30"']),
+    ("run", "name: NO", 10, ["run.name must be text", "warning", 'quote it: "NO"']),
+    ("run", "notes: 1:30", 10, ["is read as 90", 'quote it: "1:30"']),
     (
-        26,
         "train",
         "output: !!python/object/apply:os.system [ls]",
         8,
         ["tags are not allowed in recipes"],
     ),
-    (26, "train", "seed2: !!int 7", 8, ["tags are not allowed in recipes"]),
-    (32, "data", "revision: ${REVISION}", 4, ["data.revision", "no interpolation"]),
-    (33, "model", "kwargs: {token: abc}", 2, ["model.kwargs.token", "secret"]),
-    (33, "train", "hub_token: abc", 8, ["train.hub_token", "secret"]),
-    (33, "run", "notes: use hf_abcdefghijklmnopqrstuvwx", 10, ["run.notes", "secret"]),
-    (33, "data", "revision: sk-abcdefghijklmnopqrstuv", 4, ["data.revision", "secret"]),
-    (33, "run", "tags: []  # hf_abcdefghijklmnopqrstuvwx", 10, ["secret"]),
+    ("train", "seed2: !!int 7", 8, ["tags are not allowed in recipes"]),
+    ("data", "revision: ${REVISION}", 4, ["data.revision", "no interpolation"]),
+    ("model", "kwargs: {token: abc}", 2, ["model.kwargs.token", "secret"]),
+    ("train", "hub_token: abc", 8, ["train.hub_token", "secret"]),
+    ("run", "notes: use hf_abcdefghijklmnopqrstuvwx", 10, ["run.notes", "secret"]),
+    ("data", "revision: sk-abcdefghijklmnopqrstuv", 4, ["data.revision", "secret"]),
+    ("run", "tags: []  # hf_abcdefghijklmnopqrstuvwx", 10, ["secret"]),
 ]
 
 GOOD = "model:\n  name_or_path: a/b\ndata:\n  source: rows.jsonl\n"
 HALF = "lora: {r: 8}\nquantization: {load_in_4bit: true}\ntrain: {fp16: true, bf16: false}\n"
-# (case, content, line or None, words)
+# (content, line or None, words)
 BAD_FILES = [
-    (15, GOOD + "lora: {r: 8.5}\n", 5, ["lora.r must be a whole number >= 1", "8.5"]),
-    (15, GOOD + "lora: {r: -8}\n", 5, ["lora.r", "-8"]),
-    (15, GOOD + "lora: {r: 0}\n", 5, ["lora.r", ">= 1"]),
+    (GOOD + "lora: {r: 8.5}\n", 5, ["lora.r must be a whole number >= 1", "8.5"]),
+    (GOOD + "lora: {r: -8}\n", 5, ["lora.r", "-8"]),
+    (GOOD + "lora: {r: 0}\n", 5, ["lora.r", ">= 1"]),
     (
-        21,
         GOOD + "train:\n  bf16: true\n  fp16: true\n",
         7,
         ["train.bf16", "train.fp16", "both true"],
     ),
     (
-        21,
         GOOD.replace("a/b", "a/b\n  dtype: bfloat16") + "train:\n  fp16: true\n",
         7,
         ["train.fp16", "loss scaling", "model.dtype: float32"],
     ),
     (
-        22,
         GOOD + "train:\n  gradient_checkpointing_kwargs: {use_reentrnt: true}\n",
         6,
         ["was renamed", "unknown key", "use_reentrant?"],
     ),
     (
-        23,
         GOOD + "lora: {r: 8}\nquantization:\n  load_in_4bit: true\n  load_in_8bit: true\n",
         8,
         ["load_in_4bit", "both true"],
     ),
     (
-        37,
         GOOD.replace("rows.jsonl", "[]"),
         4,
         ["data.source must be text or a list that is not empty"],
     ),
     (
-        23,
         GOOD.replace("b\ndata", "b\n  dtype: bfloat16\ndata") + HALF,
         3,
         ["model.dtype bfloat16", "train.fp16", "dtype: float16"],
     ),
     (
-        19,
         GOOD
         + "train: {eval_strategy: steps, eval_steps: 30, save_steps: 100, load_best_model_at_end:"
         " true}\n",
@@ -181,38 +164,35 @@ BAD_FILES = [
         ["save_steps 100 is not a multiple of train.eval_steps 30", "90 or 120"],
     ),
     (
-        60,
         GOOD + "run: {global_batch_size: 10}\n",
         5,
         ["10 / (8 per device x 1 processes = 8)", "8 or 16"],
     ),
     (
-        60,
         GOOD + "run: {global_batch_size: 8}\nlaunch: {accelerate: ddp, gpus: 3}\n",
         5,
         ["8 per device x 3 processes"],
     ),
-    (63, GOOD.replace("a/b", "./models/nowhere"), 2, ["no such folder: ./models/nowhere"]),
-    (64, GOOD.replace("a/b", "weights.gguf"), 2, ["GGUF"]),
-    (25, "train:\n\tseed: 1\n", 2, ["a tab cannot indent", "^"]),
-    (25, "train:\n   seed: 1\n  bf16: true\n", 3, ["indentation", "^"]),
-    (25, 'run:\n  notes: "open\n', 2, ["never closed", "^"]),
-    (25, "lora: {r: 8\n", 1, ["never closed", "^"]),
-    (27, "", None, ["is empty"]),
-    (27, "# only a comment\n", None, ["is empty"]),
-    (27, "- a\n- b\n", None, ["holds a list"]),
-    (27, "just text\n", None, ["holds a single value"]),
-    (29, codecs.BOM_UTF16_LE + GOOD.encode("utf-16-le"), None, ["UTF-16", "UTF-8"]),
-    (29, GOOD.encode() + b"run:\n  notes: a\0b\n", 6, ["NUL"]),
-    (29, GOOD.encode() + b"run:\n  notes: caf\xe9\n", 6, ["not UTF-8", "0xe9"]),
-    (35, "distributed_type: MULTI_CPU\nnum_processes: 2\n", 1, ["MULTI_CPU", "use_cpu: true"]),
+    (GOOD.replace("a/b", "./models/nowhere"), 2, ["no such folder: ./models/nowhere"]),
+    (GOOD.replace("a/b", "weights.gguf"), 2, ["GGUF"]),
+    ("train:\n\tseed: 1\n", 2, ["a tab cannot indent", "^"]),
+    ("train:\n   seed: 1\n  bf16: true\n", 3, ["indentation", "^"]),
+    ('run:\n  notes: "open\n', 2, ["never closed", "^"]),
+    ("lora: {r: 8\n", 1, ["never closed", "^"]),
+    ("", None, ["is empty"]),
+    ("# only a comment\n", None, ["is empty"]),
+    ("- a\n- b\n", None, ["holds a list"]),
+    ("just text\n", None, ["holds a single value"]),
+    (codecs.BOM_UTF16_LE + GOOD.encode("utf-16-le"), None, ["UTF-16", "UTF-8"]),
+    (GOOD.encode() + b"run:\n  notes: a\0b\n", 6, ["NUL"]),
+    (GOOD.encode() + b"run:\n  notes: caf\xe9\n", 6, ["not UTF-8", "0xe9"]),
+    ("distributed_type: MULTI_CPU\nnum_processes: 2\n", 1, ["MULTI_CPU", "use_cpu: true"]),
     (
-        35,
         "model_name_or_path: a/b\nlearning_rate: 1e-4\n",
         None,
         ["flat TRL config", "recipes migrate"],
     ),
-    (35, "colour: blue\n", None, ["unknown kind of file", "colour", "a recipe has model"]),
+    ("colour: blue\n", None, ["unknown kind of file", "colour", "a recipe has model"]),
 ]
 
 
@@ -229,28 +209,28 @@ def refused(capsys: pytest.CaptureFixture[str], place: str, words: list[str], *a
 
 
 @pytest.mark.parametrize(
-    ("case", "section", "line", "number", "words"),
+    ("section", "line", "number", "words"),
     BAD_LINES,
-    ids=[f"{case[0]}: {case[2]}" for case in BAD_LINES],
+    ids=[f"{section}: {line}" for section, line, _, _ in BAD_LINES],
 )
 def test_a_bad_line_is_answered_at_its_file_and_line(
-    case, section, line, number, words, write_with, capsys
+    section, line, number, words, write_with, capsys
 ):
     said = refused(capsys, f"r.yaml:{number}: ", words, "check", str(write_with(section, line)))
     assert said.count("r.yaml:") - said.count("warning:") == 1
 
 
 @pytest.mark.parametrize(
-    ("case", "content", "number", "words"),
+    ("content", "number", "words"),
     BAD_FILES,
-    ids=[f"{case[0]}: {case[3][0]}" for case in BAD_FILES],
+    ids=[words[0] for _, _, words in BAD_FILES],
 )
-def test_a_bad_file_is_answered_in_one_message(case, content, number, words, write, capsys):
+def test_a_bad_file_is_answered_in_one_message(content, number, words, write, capsys):
     place = "r.yaml: " if number is None else f"r.yaml:{number}: "
     refused(capsys, place, words, "check", str(write(content)))
 
 
-def test_case_5_a_number_with_an_exponent_is_a_float_everywhere(write_with, capsys):
+def test_a_number_with_an_exponent_is_a_float_everywhere(write_with, capsys):
     path = write_with("train", "learning_rate: 2e-5")
     assert main(["check", str(path)]) == 0
     assert main(["show", str(path), "train.weight_decay=1e-2"]) == 0
@@ -263,9 +243,7 @@ def test_case_5_a_number_with_an_exponent_is_a_float_everywhere(write_with, caps
     ("line", "read_as"),
     [("packing: yes", "true"), ("bf16: off", "false"), ("max_length: 010", "8")],
 )
-def test_case_24_a_yaml_1_1_spelling_of_the_right_type_is_a_warning(
-    line, read_as, write_with, capsys
-):
+def test_a_yaml_1_1_spelling_of_the_right_type_is_a_warning(line, read_as, write_with, capsys):
     assert main(["check", str(write_with("train", line))]) == 0
     said = capsys.readouterr().err
     assert "r.yaml:8: warning:" in said
@@ -273,18 +251,18 @@ def test_case_24_a_yaml_1_1_spelling_of_the_right_type_is_a_warning(
     assert "quote it" in said
 
 
-def test_case_28_an_alias_bomb_is_one_line(write, capsys):
+def test_an_alias_bomb_is_one_line(write, capsys):
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
     said = refused(capsys, "r.yaml:", ["aliases expand"], "check", str(write(bomb)))
     assert len(said.splitlines()) == 2
 
 
-def test_case_29_a_byte_order_mark_and_windows_line_ends_are_fine(write):
+def test_a_byte_order_mark_and_windows_line_ends_are_fine(write):
     assert main(["check", str(write(codecs.BOM_UTF8 + GOOD.replace("\n", "\r\n").encode()))]) == 0
 
 
-def test_case_30_a_missing_file_names_similar_ones(write, capsys):
+def test_a_missing_file_names_similar_ones(write, capsys):
     write(GOOD, "lora-r8.yaml")
     refused(
         capsys, "lora-r9.yaml: no such file", ["did you mean lora-r8.yaml"], "check", "lora-r9.yaml"
@@ -298,7 +276,7 @@ def test_case_30_a_missing_file_names_similar_ones(write, capsys):
     )
 
 
-def test_case_30_a_short_name_of_no_recipe_names_similar_recipes(write, capsys):
+def test_a_short_name_of_no_recipe_names_similar_recipes(write, capsys):
     write()
     assert main(["show", "quickstart/lora-r9"]) == 2
     assert (
@@ -317,14 +295,14 @@ def test_check_takes_the_short_name_of_a_recipe_as_the_other_verbs_do(write, cap
     assert capsys.readouterr().out.splitlines()[0] == "1 file ok"
 
 
-def test_case_30_a_folder_is_no_recipe(write, capsys, tmp_path):
+def test_a_folder_given_as_a_recipe_is_refused(write, capsys, tmp_path):
     write(GOOD, "sub/r.yaml")
     refused(capsys, "sub: is a folder", [], "show", "sub")
     (tmp_path / "empty").mkdir()
     refused(capsys, "empty: holds no YAML file", [], "check", "empty")
 
 
-def test_case_30_an_unreadable_file_is_one_line(write, capsys, monkeypatch):
+def test_an_unreadable_file_is_one_line(write, capsys, monkeypatch):
     path = write(GOOD)
 
     def denied(self):
@@ -334,19 +312,19 @@ def test_case_30_an_unreadable_file_is_one_line(write, capsys, monkeypatch):
     refused(capsys, "r.yaml: cannot be read: permission denied", [], "check", str(path))
 
 
-def test_case_31_a_circle_of_extends_is_printed_as_a_chain(write, capsys):
+def test_a_circle_of_extends_is_printed_as_a_chain(write, capsys):
     write("extends: _b.yaml\n", "r.yaml")
     write("lora: {r: 8}\nextends: r.yaml\n", "_b.yaml")
     refused(capsys, "_b.yaml:2: ", ["r.yaml -> _b.yaml -> r.yaml"], "check", "r.yaml")
 
 
-def test_case_31_a_missing_parent_is_named_at_the_line_of_extends(write, capsys):
+def test_a_missing_parent_is_named_at_the_line_of_extends(write, capsys):
     write("lora: {r: 8}\n", "_base.yaml")
     write("lora: {r: 8}\nextends: _bse.yaml\n", "r.yaml")
     refused(capsys, "r.yaml:2: ", ["_bse.yaml", "did you mean _base.yaml"], "check", "r.yaml")
 
 
-def test_case_33_the_secret_itself_is_never_printed(write_with, capsys):
+def test_the_secret_itself_is_never_printed(write_with, capsys):
     secret = "hf_abcdefghijklmnopqrstuvwx"
     said = refused(
         capsys, "r.yaml:8", ["secret"], "check", str(write_with("train", f"optim: {secret}"))
@@ -363,11 +341,11 @@ def test_case_33_the_secret_itself_is_never_printed(write_with, capsys):
         "pad_to_multiple_of: 8",
     ],
 )
-def test_case_33_harmless_keys_with_token_in_their_name_pass(line, write_with):
+def test_harmless_keys_with_token_in_their_name_pass(line, write_with):
     assert main(["check", str(write_with("train", line))]) == 0
 
 
-def test_case_33_a_commit_hash_is_no_secret(write_with):
+def test_a_commit_hash_is_not_taken_for_a_secret(write_with):
     assert (
         main(
             [
@@ -379,7 +357,7 @@ def test_case_33_a_commit_hash_is_no_secret(write_with):
     )
 
 
-def test_case_34_max_steps_beside_epochs_is_a_warning(write, capsys):
+def test_max_steps_beside_epochs_is_a_warning(write, capsys):
     assert (
         main(["check", str(write(GOOD + "train:\n  num_train_epochs: 3\n  max_steps: 10\n"))]) == 0
     )
@@ -399,7 +377,7 @@ def test_case_34_max_steps_beside_epochs_is_a_warning(write, capsys):
         ("model_name_or_path: a/b\n", ["flat TRL config", "recipes migrate"]),
     ],
 )
-def test_case_35_a_file_of_another_kind_given_as_a_recipe_is_told_what_it_is_for(
+def test_a_file_of_another_kind_given_as_a_recipe_is_told_what_it_is_for(
     text, words, write, capsys
 ):
     refused(capsys, "r.yaml: ", words, "show", str(write(text)))

@@ -54,7 +54,7 @@ def read(named):
         ({"prompt": "", "completion": ""}, "dolly", "prompt, completion", "raw"),
     ],
 )
-def test_case_36_columns_of_another_format_name_the_format_to_try(
+def test_columns_of_another_format_name_the_format_to_try(
     read, row, prompt_format, found, suggestion
 ):
     with pytest.raises(SettingError) as caught:
@@ -105,7 +105,7 @@ def test_a_wrong_mapping_names_the_nearest(read, columns, words):
     assert caught.value.hints[0].startswith("did you mean ") and caught.value.key == "data.columns"
 
 
-def test_case_37_no_rows(tmp_path):
+def test_no_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(SettingError, match=r"^0 rows in "):
         named_rows(tmp_path / "rows.jsonl")
@@ -118,7 +118,7 @@ def test_case_37_no_rows(tmp_path):
 @pytest.mark.parametrize(
     ("prompt_format", "column"), [("dolly", "response"), ("chat", "response"), ("raw", "text")]
 )
-def test_case_42_a_value_that_is_no_text_names_line_column_and_type(
+def test_a_value_that_is_no_text_names_line_column_and_type(
     write_jsonl, value, type_name, prompt_format, column
 ):
     good = {"instruction": "a", "response": "b", "text": "c"}
@@ -158,7 +158,7 @@ def test_a_missing_context_is_an_empty_one(named):
     assert next(rows.examples()).fields["context"] == "" and rows.content(0) == rows.content(1)
 
 
-def test_case_43_a_lone_surrogate_names_line_and_position(write_jsonl):
+def test_a_lone_surrogate_names_line_and_position(write_jsonl):
     path = write_jsonl(
         [{"instruction": "a", "response": "b"}, {"instruction": "a", "response": "x\ud83dy"}]
     )
@@ -180,7 +180,7 @@ def test_case_43_a_lone_surrogate_names_line_and_position(write_jsonl):
         ([1.5, 2.5, 3.5], "no usable id, found float"),
     ],
 )
-def test_case_51_ids_must_be_there_unique_and_of_one_type(read, ids, words):
+def test_ids_must_be_there_unique_and_of_one_type(read, ids, words):
     with pytest.raises(DataError, match=words) as caught:
         read([{"id": id, "instruction": f"{i}", "response": "b"} for i, id in enumerate(ids)])
     assert "data.columns.id to ''" in " ".join(caught.value.hints)

@@ -58,7 +58,7 @@ def test_a_bad_message_is_described(value, words):
         (("user", "assistant", "user"), "the last message is not the assistant's"),
     ],
 )
-def test_case_47_roles_out_of_order_are_described(roles, words):
+def test_roles_out_of_order_are_described(roles, words):
     with pytest.raises(BadRow) as caught:
         check_roles(turns(*roles))
     assert words in caught.value.what

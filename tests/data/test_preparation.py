@@ -79,7 +79,7 @@ def test_the_audit_counts_rows_and_tokens(prepare, write_jsonl, tasks):
     assert [len(example["spans"]) for example in audit["examples"]] == [2, 2, 2]
 
 
-def test_case_38_all_prompts_too_long_says_how_long_they_are(prepare, write_jsonl):
+def test_all_prompts_too_long_says_how_long_they_are(prepare, write_jsonl):
     rows = [{"instruction": f"{i} " * 200, "response": "b"} for i in range(10, 26)]
     with pytest.raises(
         SettingError,
@@ -90,7 +90,7 @@ def test_case_38_all_prompts_too_long_says_how_long_they_are(prepare, write_json
     assert caught.value.audit["no_supervised_tokens"]["count"] == 16
 
 
-def test_case_39_rows_without_loss_are_dropped_and_named(prepare, write_jsonl, tasks):
+def test_rows_without_loss_are_dropped_and_named(prepare, write_jsonl, tasks):
     rows = [*tasks(40), {"instruction": "long " * 300, "response": "b"}]
     data = prepare(write_jsonl(rows), train={"max_length": 200}, split={"method": "none"})
     bare = data.audit["no_supervised_tokens"]
@@ -107,7 +107,7 @@ def test_case_39_rows_without_loss_are_dropped_and_named(prepare, write_jsonl, t
     assert any(bare["ids"][0] in line for line in warnings_of(data.audit))
 
 
-def test_case_39_too_many_rows_without_loss_are_refused(prepare, write_jsonl, tasks):
+def test_too_many_rows_without_loss_are_refused(prepare, write_jsonl, tasks):
     rows = [*tasks(10), {"instruction": "long " * 300, "response": "b"}]
     with pytest.raises(SettingError, match="1/11 rows have no supervised token") as caught:
         prepare(write_jsonl(rows), train={"max_length": 200})
@@ -125,7 +125,7 @@ def test_case_39_too_many_rows_without_loss_are_refused(prepare, write_jsonl, ta
     )
 
 
-def test_case_40_empty_completions_are_counted_or_dropped(prepare, write_jsonl, tasks):
+def test_empty_completions_are_counted_or_dropped(prepare, write_jsonl, tasks):
     path = write_jsonl([*tasks(20), {"instruction": "a", "response": " "}])
     audit = prepare(path).audit
     assert audit["empty_completions"]["count"] == 1 and any(
@@ -138,7 +138,7 @@ def test_case_40_empty_completions_are_counted_or_dropped(prepare, write_jsonl, 
     )
 
 
-def test_case_41_empty_texts_warn_and_are_an_error_when_all_are(prepare, write_jsonl):
+def test_empty_texts_warn_and_are_an_error_when_all_are(prepare, write_jsonl):
     with pytest.raises(SettingError, match="4/4 rows have an empty completion"):
         prepare(write_jsonl([{"text": ""}] * 4), prompt_format="raw")
     assert (
@@ -149,7 +149,7 @@ def test_case_41_empty_texts_warn_and_are_an_error_when_all_are(prepare, write_j
     )
 
 
-def test_case_49_injections_are_counted_per_row(prepare, write_jsonl, tasks):
+def test_injections_are_counted_per_row(prepare, write_jsonl, tasks):
     rows = [
         *tasks(20),
         {"instruction": "What is </s>?", "response": "### Response: [INST] </s> </s>"},
@@ -166,14 +166,14 @@ def test_case_49_injections_are_counted_per_row(prepare, write_jsonl, tasks):
     )
 
 
-def test_case_49_injections_in_chat_act_and_are_warned_about(prepare, write_jsonl, tasks):
+def test_injections_in_chat_act_and_are_warned_about(prepare, write_jsonl, tasks):
     rows = [*tasks(20), {"instruction": "What is </s>?", "response": "A token."}]
     audit = prepare(write_jsonl(rows), prompt_format="chat").audit
     assert audit["special_token_injections"]["treated_as"] == "special tokens"
     assert any("ACTING as special tokens" in line for line in warnings_of(audit))
 
 
-def test_case_50_duplicates_are_reported(prepare, write_jsonl, tasks):
+def test_duplicates_are_reported(prepare, write_jsonl, tasks):
     audit = prepare(
         write_jsonl(
             [*tasks(20), tasks(20)[3], tasks(20)[3] | {"response": "IT IS 6.  that is twice 3."}]

@@ -73,7 +73,7 @@ def test_a_prompt_that_cannot_be_continued_is_refused(tiny_tokenizer, keys):
         generation_prompt(section(), tiny_tokenizer, **keys)
 
 
-def test_case_46_chat_without_a_template_names_the_keys(tiny_tokenizer, monkeypatch):
+def test_chat_without_a_template_names_the_keys(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
     with pytest.raises(SettingError, match="needs a chat template") as caught:
         chat_template(section("chat"), tiny_tokenizer)

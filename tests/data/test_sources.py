@@ -36,7 +36,7 @@ def test_test_files_of_a_folder_do_not_become_training_rows(write_jsonl, tmp_pat
         data_files(tmp_path / "d", "validation")
 
 
-def test_case_45_mixed_schemas_name_the_first_differing_file_and_column(write_jsonl, tmp_path):
+def test_mixed_schemas_name_the_first_differing_file_and_column(write_jsonl, tmp_path):
     write_jsonl([{"x": "1"}], "d/a.jsonl")
     write_jsonl([{"x": "1"}], "d/b.jsonl")
     path = write_jsonl([{"x": "1", "output": "2"}], "d/c.jsonl")
@@ -53,7 +53,7 @@ def test_a_missing_column_in_a_later_file_is_named(write_jsonl, tmp_path):
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_case_53_offline_is_one_line_within_a_second(monkeypatch, tmp_path, offline):
+def test_offline_is_one_line_within_a_second(monkeypatch, tmp_path, offline):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
     if not offline:  # the network is there but nothing answers

@@ -111,13 +111,13 @@ def test_a_larger_validation_part_keeps_the_test_rows():
     }
 
 
-def test_case_50_exact_duplicates_never_straddle_a_hash_split():
+def test_exact_duplicates_never_straddle_a_hash_split():
     many = rows_of([f"{i // 2}" for i in range(400)])
     splits = split_rows(many, SplitSection(validation=0.3, test=0.2))
     assert len(splits.exact_groups) == 200 and splits.across == [] and splits.moved == []
 
 
-def test_case_50_duplicates_with_different_ids_are_moved_into_training():
+def test_duplicates_with_different_ids_are_moved_into_training():
     many = rows_of([f"{i // 2}" for i in range(400)], [f"id{i}" for i in range(400)])
     splits = split_rows(many, SplitSection(validation=0.3))
     assert splits.across and splits.moved
@@ -126,7 +126,7 @@ def test_case_50_duplicates_with_different_ids_are_moved_into_training():
     assert {many.ids[index] for index in splits.rows["train"]} >= set(splits.moved)
 
 
-def test_case_50_the_published_split_only_reports_duplicates():
+def test_the_published_split_only_reports_duplicates():
     splits = split_rows(
         rows_of([f"{i // 2}" for i in range(400)]),
         SplitSection(method="published", validation=0.25, test=0.25),

@@ -90,7 +90,7 @@ def test_a_token_across_the_boundary_belongs_to_the_completion(tiny_tokenizer):
     ).boundary_merge
 
 
-def test_case_40_an_empty_completion_leaves_the_end_token_alone(tiny_tokenizer):
+def test_an_empty_completion_leaves_the_end_token_alone(tiny_tokenizer):
     item = encode_one(task("Do.", ""), tiny_tokenizer)
     assert item.supervised == 1 and item.labels[-1] == EOS
 
@@ -122,13 +122,13 @@ def test_packing_that_splits_rows_itself_gets_them_whole(tiny_tokenizer, strateg
     assert Supervision.of(DataSection(source="x"), train, tiny_tokenizer).max_length == length
 
 
-def test_case_49_special_tokens_in_the_text_are_text(tiny_tokenizer):
+def test_special_tokens_in_the_text_are_text(tiny_tokenizer):
     item = encode_one(task("Say </s> and <s>.", "ok </s> <|user|> done"), tiny_tokenizer)
     assert (item.ids == EOS).sum() == 1 and (item.ids == BOS).sum() == 1
     assert supervised_text(item, tiny_tokenizer) == "ok </s> <|user|> done</s>"
 
 
-def test_case_49_special_tokens_can_be_kept(tiny_tokenizer):
+def test_special_tokens_can_be_kept(tiny_tokenizer):
     item = encode_one(task("Do.", "ok </s>"), tiny_tokenizer, special_tokens="keep")
     assert (item.ids == EOS).sum() == 1 and item.ids[
         -1
@@ -166,7 +166,7 @@ def test_offsets_that_leave_white_space_out_do_not_move_the_boundary(tiny_tokeni
         assert (plain.ids == trimmed.ids).all() and (plain.labels == trimmed.labels).all()
 
 
-def test_case_48_completion_only_loss_on_text_rows_is_refused(tiny_tokenizer):
+def test_completion_only_loss_on_text_rows_is_refused(tiny_tokenizer):
     section = DataSection(source="x", prompt_format="raw")
     with pytest.raises(
         SettingError, match=r"train\.completion_only_loss: true needs prompt and completion"

@@ -56,14 +56,14 @@ def cases_of(kind: str) -> Iterator[tuple[str, str | bytes, str]]:
     if kind == "recipe":
         yield from (
             (f"{section}: {line}", good_with(section, line), "r.yaml")
-            for _, section, line, _, _ in test_bad_recipes.BAD_LINES
+            for section, line, _, _ in test_bad_recipes.BAD_LINES
         )
         yield from (
-            (repr(content), content, "r.yaml") for _, content, _, _ in test_bad_recipes.BAD_FILES
+            (repr(content), content, "r.yaml") for content, _, _ in test_bad_recipes.BAD_FILES
         )
         yield from (
             (f"base {section}: {line}", good_with(section, line), "_r.yaml")
-            for _, section, line, *_ in test_bad_recipes.BAD_LINES
+            for section, line, *_ in test_bad_recipes.BAD_LINES
         )
     elif kind == "eval":
         head = "# yaml-language-server: $schema=eval.schema.json\n"

@@ -99,11 +99,11 @@ def test_model_and_rows_are_fetched_and_trained_on(entry, train_from, tmp_path):
         (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
     ],
     ids=[
-        "63 no such model",
-        "63 gated",
-        "63 no such revision",
-        "65 pickles only",
-        "53 no such data set",
+        "no such model",
+        "gated",
+        "no such revision",
+        "pickles only",
+        "no such data set",
         "no such split",
     ],
 )

@@ -223,7 +223,6 @@ def test_accelerates_names_become_ours() -> None:
 
 
 def test_more_processes_than_gpus_are_refused_with_the_numbers() -> None:
-    """Case 60."""
     with pytest.raises(
         RecipeError, match="4 processes on this machine, but each of them sees 1 GPU;"
     ) as caught:

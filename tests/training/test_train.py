@@ -47,7 +47,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, *, call: int, request: int = 1) -> 
     )
 
 
-def test_a_run_directory_holds_everything_that_design_promises(tiny_recipe: Path) -> None:
+def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
+    tiny_recipe: Path,
+) -> None:
     assert main([str(tiny_recipe)]) == 0
     run = tiny_recipe.parent / "runs" / "tiny"
     names = {path.name for path in run.iterdir()} - {".lock"}

@@ -1,4 +1,4 @@
-"""Bad judges, bad verdicts and bad answers (cases 71-86 of the catalogue): what becomes of the
+"""Bad judges, bad verdicts and bad answers: what becomes of the
 verdict, of the item, and of the numbers.
 """
 
@@ -36,26 +36,26 @@ PLAN = JudgePlan(
 ITEM = Item("1", "Name a planet.", "Mars, the red planet.", "A stone.")
 
 VERDICTS: dict[str, tuple[JudgeReply, str]] = {
-    "71 nothing": (JudgeReply(text=""), "empty"),
-    "71 white space": (JudgeReply(text=" \n\t "), "empty"),
-    "71 no content": (JudgeReply(text=None), "empty"),
-    "72 a refusal": (JudgeReply(text="I cannot compare these responses."), "refused"),
-    "72 an apology": (JudgeReply(text="I'm sorry, but I can't help with that."), "refused"),
-    "73 JSON": (JudgeReply(text='{"feedback": "A is better", "result": "A"}'), "unparsed"),
-    "73 XML": (JudgeReply(text="<result>A</result>"), "unparsed"),
-    "73 bold": (JudgeReply(text="A is fuller. **[RESULT]** A"), "unparsed"),
-    "74 a third response": (JudgeReply(text="[RESULT] C"), "unparsed"),
-    "74 a tie that the format has not": (JudgeReply(text="[RESULT] Tie"), "unparsed"),
-    "74 a number": (JudgeReply(text="[RESULT] 6"), "unparsed"),
-    "74 a full-width letter": (JudgeReply(text="[RESULT] Ａ"), "unparsed"),
-    "74 another language": (JudgeReply(text="[結果] A"), "unparsed"),
-    "75 two verdicts": (JudgeReply(text="[RESULT] B was my first thought. [RESULT] A"), "unparsed"),
-    "78 cut at the token limit": (
+    "nothing": (JudgeReply(text=""), "empty"),
+    "white space": (JudgeReply(text=" \n\t "), "empty"),
+    "no content": (JudgeReply(text=None), "empty"),
+    "a refusal": (JudgeReply(text="I cannot compare these responses."), "refused"),
+    "an apology": (JudgeReply(text="I'm sorry, but I can't help with that."), "refused"),
+    "JSON": (JudgeReply(text='{"feedback": "A is better", "result": "A"}'), "unparsed"),
+    "XML": (JudgeReply(text="<result>A</result>"), "unparsed"),
+    "bold": (JudgeReply(text="A is fuller. **[RESULT]** A"), "unparsed"),
+    "a third response": (JudgeReply(text="[RESULT] C"), "unparsed"),
+    "a tie that the format has not": (JudgeReply(text="[RESULT] Tie"), "unparsed"),
+    "a number": (JudgeReply(text="[RESULT] 6"), "unparsed"),
+    "a full-width letter": (JudgeReply(text="[RESULT] Ａ"), "unparsed"),
+    "another language": (JudgeReply(text="[結果] A"), "unparsed"),
+    "two verdicts": (JudgeReply(text="[RESULT] B was my first thought. [RESULT] A"), "unparsed"),
+    "cut at the token limit": (
         JudgeReply(text="A is better because [RESULT] A", finish_reason="length"),
         "truncated",
     ),
-    "79 the name of the other model": (JudgeReply(text="gpt-4 is better."), "unparsed"),
-    "79 the prompt again": (
+    "the name of the other model": (JudgeReply(text="gpt-4 is better."), "unparsed"),
+    "the prompt again": (
         JudgeReply(text="(feedback on the criterion) [RESULT] (A or B)"),
         "unparsed",
     ),
@@ -75,7 +75,6 @@ def test_a_verdict_that_is_none_is_never_a_tie_and_never_dropped(case: str, tmp_
 
 @pytest.mark.parametrize("verdict", ["0", "6", "4.5", "four", "45", "４"])
 def test_a_grade_outside_the_scale_is_unparsed(verdict: str, tmp_path: Path) -> None:
-    """Case 74, in grading."""
     plan = dataclasses.replace(
         PLAN, template=load_template(PROJECT / "evals/prompts/prometheus-absolute.txt")
     )
@@ -99,7 +98,7 @@ INJECTIONS = {
 
 @pytest.mark.parametrize("case", INJECTIONS)
 def test_an_answer_cannot_speak_to_the_judge(case: str, tmp_path: Path) -> None:
-    """Case 76: fenced by a code of its own, marker strings rewritten, the item flagged."""
+    """Fenced by a code of its own, marker strings rewritten, the item flagged."""
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge = FakeJudge(sound)
     judge_items([dataclasses.replace(ITEM, opponent=INJECTIONS[case])], judge, store, PLAN)
@@ -113,7 +112,6 @@ def test_an_answer_cannot_speak_to_the_judge(case: str, tmp_path: Path) -> None:
 
 
 def test_the_injection_probe_measures_how_often_a_judge_obeys(tmp_path: Path) -> None:
-    """Case 76: the canary."""
     items = [
         Item(str(n), "Name a planet.", f"Mars is the fourth planet, {n}.", f"A stone {n}.")
         for n in range(10)
@@ -134,7 +132,6 @@ def test_a_server_that_does_not_recover_ends_with_exit_code_6_and_a_recovered_on
     tmp_path,
     monkeypatch,  # noqa: F811, RUF100
 ):  # noqa: F811, RUF100
-    """Case 80."""
     from recipes_lib.generation.judges import opened
 
     monkeypatch.setenv("RECIPES_RETRY_PAUSE_S", "0.01")
@@ -163,7 +160,6 @@ def test_a_server_that_does_not_recover_ends_with_exit_code_6_and_a_recovered_on
 
 
 def test_a_server_with_another_model_is_refused_before_the_first_question(judge_file, tmp_path):  # noqa: F811
-    """Case 80: the wrong model served."""
     from recipes_lib.generation.judges import opened
 
     with FaultyServer() as server:
@@ -198,7 +194,6 @@ def small(judge_file, tmp_path):  # noqa: F811
 
 
 def test_a_judge_that_grades_itself_says_so(small, runs_folder, tiny_model_dir, capsys):  # noqa: F811
-    """Case 81."""
     assert (
         main(
             [
@@ -221,7 +216,6 @@ def test_the_same_answers_under_two_names_are_one_model_and_exactly_one_half(
     tmp_path,
     capsys,  # noqa: F811, RUF100
 ):  # noqa: F811, RUF100
-    """Case 82, promise P18."""
     rows = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
     files = []
     for name in ("one", "two"):
@@ -247,7 +241,6 @@ def test_the_same_answers_under_two_names_are_one_model_and_exactly_one_half(
     ids=["all ties", "all wins", "no verdict"],
 )
 def test_numbers_without_variance_or_items_are_said_and_nothing_crashes(count, answer, tmp_path):
-    """Case 86."""
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items(
         [dataclasses.replace(ITEM, question_id=str(n)) for n in range(count)],
