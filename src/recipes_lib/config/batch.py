@@ -162,9 +162,8 @@ def describe_batch(
 
     Example:
         >>> describe_batch(12_008, (188, 564), per_device=4, accumulation=8, world_size=2)
-        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 188
-        steps per epoch, 564 steps'
-    """
+        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 188 steps per epoch, 564 steps'
+    """  # noqa: E501
     examples = per_device * accumulation * world_size
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     return (

@@ -29,13 +29,12 @@ def describe_schedule(scheduler: str, learning_rate: float, warmup: float, steps
         >>> describe_schedule("cosine", 1e-3, 0.1, 39)
         'cosine, learning rate 0.001, warmup 4 of 39 steps (step 1 has learning rate 0)'
         >>> describe_schedule("cosine", 1e-3, 0.03, 2)
-        'cosine, learning rate 0.001, warmup 1 of 2 steps (step 1 has learning rate 0 and trains
-        nothing; none: train.warmup_steps=0)'
+        'cosine, learning rate 0.001, warmup 1 of 2 steps (step 1 has learning rate 0 and trains nothing; none: train.warmup_steps=0)'
         >>> describe_schedule("linear", 1e-3, 0, 60)
         'linear, learning rate 0.001, no warmup'
         >>> describe_schedule("linear", 1e-3, 500, 60)
         'linear, learning rate 0.001, never reached: warmup takes 500 steps, and the run has 60'
-    """
+    """  # noqa: E501
     number = 0 if scheduler in WITHOUT_WARMUP else warmup_steps(warmup, steps)
     head = f"{scheduler}, learning rate {learning_rate:g}, "
     if not number:

@@ -103,7 +103,7 @@ def sections_schema(classes: dict[str, type]) -> dict[str, dict[str, Any]]:
     return {
         section: {
             "type": "object",
-            "description": (cls.__doc__ or "").split("\n")[0],
+            "description": " ".join((cls.__doc__ or "").partition("\n\n")[0].split()),
             "additionalProperties": False,
             "properties": fields_of(cls),
         }
