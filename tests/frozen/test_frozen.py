@@ -3,7 +3,7 @@ comparison, its report in three forms.
 
 After a wanted change: UPDATE_GOLDEN=1 pytest tests/frozen/test_frozen.py, and read the diff. Losses
 are held by tests/invariants/test_golden.py, the lines given to sbatch by
-tests/launching/test_golden_argv.py, schema/ by `make check`.
+tests/slurm/test_golden_argv.py, schema/ by `make check`.
 """
 
 from __future__ import annotations

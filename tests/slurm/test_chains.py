@@ -14,7 +14,7 @@ import yaml
 from tests.study.study_files import PROJECT, write_tiny_study
 
 from recipes_lib.slurm.jobs import Job, Task
-from recipes_lib.slurm.script import script_of
+from recipes_lib.slurm.submission import script_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -270,14 +270,10 @@ def test_the_pasted_lines_of_a_dry_run_are_the_chain(cluster, tiny) -> None:
         "run.name=pasted",
         "train.max_steps=2",
     )
-    lines = [
-        line[2:]
-        for line in cluster.launch(*words, "--dry-run").splitlines()
-        if line.startswith("$ ")
-    ]
-    assert lines[0].startswith("recipes launch") and not (cluster.runs / "pasted").exists()
-    lines[0] = lines[0].replace("recipes", f"{sys.executable} -m recipes_lib.cli", 1)
-    done = cluster.call("bash", "-euc", "\n".join([*lines, "echo $train $report"]))
+    said = cluster.launch(*words, "--dry-run")
+    assert not (cluster.runs / "pasted").exists()
+    recipes = f'recipes() {{ "{sys.executable}" -m recipes_lib.cli "$@"; }}'
+    done = cluster.call("bash", "-euc", f"{recipes}\n{said}\necho $train $report")
     assert done.returncode == 0, done.stderr
     cluster.over(done.stdout.split()[-2:], lambda: cluster.log("pasted"))
     assert cluster.run_state("pasted")["state"] == "finished", cluster.log("pasted")

@@ -257,9 +257,8 @@ def test_jobs_of_pasted_dry_run_lines_are_known_to_status_and_cancel(
         "train.max_steps=100000",
     )
     said = cluster.launch(*words, "--dry-run")
-    lines = [line.removeprefix("$ ") for line in said.splitlines() if line.startswith("$ ")]
-    lines[0] = lines[0].replace("recipes launch", f"{sys.executable} -m recipes_lib.cli launch")
-    assert cluster.call("bash", "-euc", "\n".join(lines)).returncode == 0
+    recipes = f'recipes() {{ "{sys.executable}" -m recipes_lib.cli "$@"; }}'
+    assert cluster.call("bash", "-euc", f"{recipes}\n{said}").returncode == 0
     cluster.wait_for(lambda: cluster.steps("pasted") >= 1, "the first step")
     assert [state["state"] for state in cluster.states("pasted").values()] == ["RUNNING", "PENDING"]
     assert cluster.recipes("launch", "cancel", "pasted").returncode == 0

@@ -8,16 +8,13 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import at_least, next_step, say
-from recipes_lib.slurm import watching
-from recipes_lib.slurm.profile import load_profile, profile_names
-
-if TYPE_CHECKING:
-    from recipes_lib.slurm.profile import SiteProfile
-    from recipes_lib.slurm.recipe_jobs import JobPlan
+from recipes_lib.slurm import submission, watching
+from recipes_lib.slurm.jobs import JobPlan, plan_target
+from recipes_lib.slurm.prefetching import missing_models
+from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
 
 ACTIONS = ("status", "cancel", "logs")
 TRAIN_FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code")
@@ -122,34 +119,21 @@ def run(args: argparse.Namespace) -> int:
             raise RecipeError(f"recipes launch {first}: unknown argument '{args.overrides[0]}'")
         if first == "status":
             return watching.show_status(rest, as_json=args.json)
-        return (
-            watching.cancel(rest)
-            if first == "cancel"
-            else watching.show_logs(rest, args.stage, args.lines)
-        )
-    overrides = [
-        *rest,
-        *args.overrides,
-        *(word for word in args.evals or () if "=" in word),
-    ]  # --evals takes what follows it
-    args.evals = [word for word in args.evals if "=" not in word] if args.evals else None
-    flag = next(
-        (
-            word.partition("=")[0]
-            for word in overrides
-            if word.startswith("-") and "." not in word.partition("=")[0]
-        ),
-        None,
-    )
-    if flag:
+        if first == "cancel":
+            return watching.cancel(rest)
+        return watching.show_logs(rest, args.stage, args.lines)
+    # --evals takes what follows it
+    overrides = [*rest, *args.overrides, *(word for word in args.evals or () if "=" in word)]
+    args.evals = [word for word in args.evals or () if "=" not in word]
+    names = [word.partition("=")[0] for word in overrides]
+    if flags := [name for name in names if name.startswith("-") and "." not in name]:
         raise RecipeError(
-            f"recipes launch: {flag} is no option of recipes launch",
+            f"recipes launch: {flags[0]} is no option of recipes launch",
             "what the site wants belongs into its profile,"
             f" {args.profile or 'launch/profiles/NAME.yaml'}: its keys, or extra_sbatch",
             "all options: recipes launch --help",
         )
-    strangers = [word for word in overrides if "=" not in word]
-    if strangers:
+    if strangers := [word for word in overrides if "=" not in word]:
         raise RecipeError(
             f"recipes launch: '{strangers[0]}' is neither an option nor section.key=value",
             "one recipe or study at a time",
@@ -164,92 +148,76 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
-    """JobPlan the jobs, then do what was asked with them."""
-    from recipes_lib.slurm import submission, watching
-    from recipes_lib.slurm.planning import plan_target
-
+    """Plan the jobs, then do what was asked with them."""
     profile = load_profile(args.profile) if args.profile else None
     if profile is not None:
         profile.enter()
     flags = [f"--{name.replace('_', '-')}" for name in TRAIN_FLAGS if getattr(args, name)]
     plan = plan_target(target, overrides, profile, args, flags)
-    typed = (
-        shlex.join(["recipes", "launch", *sys.argv[2:]])
-        if sys.argv[1:2] == ["launch"]
-        else f"recipes launch {target}"
-    )
     if args.prepare:
         submission.prepare(plan, profile)
-        print(plan.folder.path)
+        print(plan.path)
         return ExitCode.DONE
     assert profile is not None
-    _warn(
-        plan,
-        profile,
-        f"recipes prefetch {shlex.join([target, *plan.evals, *overrides])} --profile"
-        f" {args.profile}",
-    )
+    words = sys.argv[2:] if sys.argv[1:2] == ["launch"] else [target]
+    typed = shlex.join(["recipes", "launch", *words])
+    fetch = shlex.join([target, *plan.evals, *overrides])
+    warnings = _warnings(plan, profile, f"recipes prefetch {fetch} --profile {args.profile}")
     if args.dry_run:
-        say("# the lines below can be pasted into bash, after this one, which writes the scripts:")
-        say(f"$ {typed.replace(' --dry-run', ' --prepare')}")
-        _show(plan, profile)
-        next_step(f"{typed.replace(' --dry-run', '')}   (submits; --test-only asks Slurm first)")
+        _show(plan, profile, typed, warnings)
         return ExitCode.DONE
+    for warning in warnings:
+        say(warning)
     if args.test_only:
-        for job, answer in submission.test_chain(plan, profile):
-            say(f"{job.label}: {answer}")
+        for label, answer in submission.test_chain(plan, profile):
+            say(f"{label}: {answer}")
         next_step(typed.replace(" --test-only", ""))
         return ExitCode.DONE
-    watching.refuse_if_active(plan.folder)
+    folder = submission.LaunchFolder(plan.path)
+    watching.refuse_if_active(folder)
     ids = submission.submit_chain(plan, profile)
     for job in plan.jobs:
-        waits = (
-            f", after {', '.join([*job.after, *job.after_any])}"
-            if job.after or job.after_any
-            else ""
-        )
-        say(
-            f"{job.label}: job"
-            f" {ids[job.label]}{f' ({len(job.tasks)} arms)' if job.is_array else ''}{waits}"
-        )
+        arms = f" ({len(job.tasks)} arms)" if job.is_array else ""
+        waits = ", ".join([*job.after, *job.after_any])
+        say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
     if args.wait:
-        return watching.wait(plan.folder)
+        return watching.wait(folder)
     next_step(f"recipes launch status {plan.name}")
     return ExitCode.DONE
 
 
-def _warn(plan: JobPlan, profile: SiteProfile, prefetch: str) -> None:
-    """Say what the plan warns of, and which models are not here yet, where the jobs cannot fetch
+def _warnings(plan: JobPlan, profile: SiteProfile, prefetch: str) -> list[str]:
+    """Return what the plan warns of, and which models are not here yet, where the jobs cannot fetch
     them.
 
     Args:
         prefetch: the command that fetches everything.
     """
-    from recipes_lib.slurm.prefetching import missing_models
-
-    for warning in plan.warnings:
-        say(f"warning: {warning}")
-    missing = missing_models(plan.models) if profile.values.offline else []
-    if missing:
+    warnings = [f"warning: {warning}" for warning in plan.warnings]
+    if profile.values.offline and (missing := missing_models(plan.models)):
         verb = "is" if len(missing) == 1 else "are"
-        say(
+        warnings.append(
             f"warning: {' and '.join(missing)} {verb} not on this machine, and jobs have no"
             f" network: {prefetch}"
         )
+    return warnings
 
 
-def _show(plan: JobPlan, profile: SiteProfile) -> None:
-    """Print the sbatch line of each job, and what its script asks for and runs."""
-    from recipes_lib.slurm.submission import dry_run
-
-    for line, job, script in dry_run(plan, profile):
-        shape = job.shape
-        unit = "GPU" if shape.gpus and profile.values.gres else "process"
+def _show(plan: JobPlan, profile: SiteProfile, typed: str, warnings: list[str]) -> None:
+    """Print commands that bash takes as they stand: the one that writes the scripts, and the sbatch
+    line of each job; what its script asks for and runs are comments.
+    """
+    for warning in warnings:
+        say(f"# {warning}")
+    say("# bash takes these lines as they are; the first one writes the scripts")
+    say(typed.replace(" --dry-run", " --prepare"))
+    for line, script in submission.dry_run(plan, profile):
+        job, size = script.job, script.job.shape
+        unit = "GPU" if size.gpus and profile.values.gres else "process"
         arms = f"{len(job.tasks)} arms, each " if job.is_array else ""
-        say(f"# {job.label}: {arms}{shape.nodes} node x {shape.processes} {unit}")
-        say(f"$ {line}")
-        for text in (
-            *script.directives,
-            *(text for text in script.commands if not text.startswith("#")),
-        ):
-            say("    " + text.replace("\n", "\n    "))
+        say(f"# {job.label}: {arms}{size.nodes} node x {size.processes} {unit}")
+        say(line)
+        work = "\n".join(text for text in script.commands if not text.startswith("#"))
+        for text in [*script.directives, *work.split("\n")]:
+            say(f"#     {text}")
+    say(f"# next: {typed.replace(' --dry-run', '')}   (submits; --test-only asks Slurm first)")

@@ -34,7 +34,7 @@ _ELSEWHERE = {
     "judge": "recipes_lib.suites.sections",
     "study": "recipes_lib.compare.design_sections",
     "published": "recipes_lib.compare.published_schema",
-    "profile": "recipes_lib.slurm.schema",
+    "profile": "recipes_lib.slurm.profile",
 }
 _SECTION_HELP = {
     "model": "The base model, passed to `from_pretrained`.",

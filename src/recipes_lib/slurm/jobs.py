@@ -1,4 +1,4 @@
-"""What is to run, before Slurm is asked: jobs with their commands, sizes and order.
+"""Which Slurm jobs a recipe or a study becomes, and which of them waits for which.
 
 A job is one stage of a run (train, an evaluation, the report) or, in a study, one stage of several
 equal arms (an array). Its commands are argument lists: no shell reads a value of a recipe.
@@ -6,9 +6,35 @@ equal arms (an array). Its commands are argument lists: no shell reads a value o
 
 from __future__ import annotations
 
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from recipes_lib.config.accelerate_config import AccelerateConfig
+from recipes_lib.compare.design import Study, load_study, study_file
+from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.launch import Launch, plan_launch_of
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.errors import RecipeError, RecipesError
+from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.planning.cards import card_named
+from recipes_lib.planning.plan import plan_launched
+from recipes_lib.slurm.prefetching import judge_model
+from recipes_lib.slurm.profile import STAGES, EnvironmentSection, SiteProfile
+from recipes_lib.slurm.snapshot import Snapshot
+from recipes_lib.study.arms import arm_run, train_words
+from recipes_lib.study.graph import Step
+from recipes_lib.study.steps import build_graph
+from recipes_lib.suites.recipe import EvalRecipe, load_eval
+
+DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
+TRAIN_MODULE, CLI_MODULE = ("-m", "recipes_lib.train"), ("-m", "recipes_lib.cli")
+# share of the GPU's memory, where the same job answers with the model that is judged
+BESIDE_A_MODEL = "0.45"
 
 
 @dataclass(frozen=True)
@@ -65,37 +91,399 @@ class Job:
         """Whether the job has several tasks."""
         return len(self.tasks) > 1
 
-    def task_labels(self) -> list[str]:
-        """Return the file names of the tasks: the label, with a number each in an array."""
-        return (
-            [f"{self.label}.{index}" for index in range(len(self.tasks))]
-            if self.is_array
-            else [self.label]
+
+def task_labels(job: str, num_tasks: int) -> list[str]:
+    """Return the file names of a job's tasks: its label, with a number each in an array."""
+    return [f"{job}.{index}" for index in range(num_tasks)] if num_tasks > 1 else [job]
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """Everything a submission needs: its folder, the jobs in order, the files to copy, the models
+    they load, what to warn of.
+
+    Args:
+        evals: eval recipes that the target does not name itself, for the words of `recipes
+            prefetch`.
+    """
+
+    path: Path
+    jobs: tuple[Job, ...]
+    snapshot: Snapshot
+    models: tuple[ModelSection, ...]
+    warnings: tuple[str, ...]
+    evals: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The run or study that the jobs belong to."""
+        return self.path.parent.name
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder of what is launched under the name of a run or study."""
+    return runs_root().resolve() / name / "slurm"
+
+
+def plan_target(
+    target: str,
+    overrides: Sequence[str],
+    profile: SiteProfile | None,
+    args: argparse.Namespace,
+    flags: Sequence[str],
+) -> JobPlan:
+    """Return the jobs of a recipe or a study.
+
+    Args:
+        args: the options of `recipes launch`.
+        flags: options of the training script.
+
+    Raises:
+        RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
+    """
+    stages = _read_stages(args.stages)
+    if recipe_path(target).is_dir():
+        raise RecipeError(
+            "is a folder; launch one recipe or study of it", "all recipes: recipes ls", file=target
+        )
+    if path := study_file(target):
+        if args.evals:
+            raise RecipeError("--evals is for recipes: a study names its evals itself")
+        own = {key: getattr(args, key) for key in ("accelerate", "gpus", "nodes")}
+        words = [f"{key}={value}" for key, value in own.items() if value is not None]
+        study = load_study(path, [*overrides, *words])
+        limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
+        return _StudyPlanner(study, profile, flags).plan(stages, limit)
+    if args.prepare and args.stages is None and profile is None:
+        stages = ("train",)  # what somebody submits by hand comes first
+    recipe = load_recipe(target, overrides)
+    launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
+    accumulation_steps(recipe, launch.world_size)
+    _check_gpus(launch, profile)
+    evals = _evals_of(recipe, args.evals) if "eval" in stages else []
+    return _plan_recipe(recipe, launch, profile, stages, evals, [*overrides, *flags])
+
+
+def _read_stages(text: str | None) -> tuple[str, ...]:
+    """Return the stages of `--stages train,eval`, in their order."""
+    if text is None:
+        return STAGES
+    asked = [word for word in text.split(",") if word]
+    unknown = [word for word in asked if word not in STAGES]
+    if unknown or not asked:
+        raise RecipeError(
+            f"--stages: {f'no stage {unknown[0]!r}' if unknown else 'no stage is named'}",
+            f"stages: {', '.join(STAGES)}",
+        )
+    return tuple(stage for stage in STAGES if stage in asked)
+
+
+def _evals_of(recipe: Recipe, paths: Sequence[str] | None) -> list[EvalRecipe]:
+    """Return the evals named, else the small ones for a quickstart recipe and the three of evals/
+    for others.
+    """
+    folder = project_root() / "evals"
+    if recipe.path.resolve().parent.name == "quickstart":
+        folder /= "quickstart"
+    return [
+        load_eval(path) for path in paths or [shown_path(folder / name) for name in DEFAULT_EVALS]
+    ]
+
+
+def _check_gpus(launch: Launch, profile: SiteProfile | None) -> None:
+    """Refuse a launch that needs GPUs on a cluster that has none; the message names CPU twins."""
+    if profile is not None and profile.values.gres is None and not launch.config.use_cpu:
+        raise profile.error(
+            "gres",
+            f"this cluster has no GPUs (gres is null), and {launch.config.path.stem} needs them",
+            "take a CPU config: --accelerate cpu, or ddp_cpu or fsdp_cpu for several processes",
         )
 
 
-def launcher_of(
-    python: tuple[str, ...], config: AccelerateConfig, config_path: str, shape: JobSize
-) -> tuple[str, ...]:
-    """Return what starts a training on each machine: Python, or accelerate where there are several
-    processes.
+def planned_seconds(recipe: Recipe, launch: Launch, profile: SiteProfile | None) -> int | None:
+    """Return the time limit that a plan gives for the site's card; None where no card is named or
+    nothing is known of the model.
+    """
+    card = profile.values.gpu if profile else None
+    if card is None or launch.config.use_cpu:
+        return None
+    try:
+        return plan_launched(recipe, launch, card_named(card)).walltime
+    except RecipesError:
+        return None
+
+
+# ---- What recipes and studies have in common ----
+
+
+def _python(profile: SiteProfile | None) -> tuple[str, ...]:
+    """Return the words that start Python inside a job: the container's or environment's `python`,
+    else the one that submits.
+    """
+    environment = profile.values.environment if profile else EnvironmentSection()
+    own = environment == EnvironmentSection()
+    return (*environment.container, sys.executable if own else "python")
+
+
+def _size(launch: Launch) -> JobSize:
+    gpus, kind = not launch.config.use_cpu, launch.distributed_type
+    return JobSize(launch.machines, launch.per_machine, gpus, kind)
+
+
+def _launcher(python: tuple[str, ...], launch: Launch, config: str) -> tuple[str, ...]:
+    """Return what starts a training on each machine: Python, or accelerate for several processes.
 
     Args:
-        python: the words that start Python inside the job.
-        config_path: where the job finds the accelerate config.
+        config: where the job finds the accelerate config.
     """
-    world = shape.nodes * shape.processes
-    if world == 1:
+    if launch.world_size == 1:
         return python
-    machines = (
-        ("--num_machines", str(shape.nodes)) if shape.nodes > 1 or config.num_machines > 1 else ()
-    )
-    accelerate = (
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        config_path,
-        "--num_processes",
-        str(world),
-    )
-    return (*python, *accelerate, *machines)
+    words = (*python, "-m", "accelerate.commands.launch", "--config_file", config)
+    words += ("--num_processes", str(launch.world_size))
+    several = launch.machines > 1 or launch.config.num_machines > 1
+    return (*words, "--num_machines", str(launch.machines)) if several else words
+
+
+def _with_judge(
+    evals: Sequence[EvalRecipe], profile: SiteProfile | None, *, alone: bool
+) -> tuple[str, ...]:
+    """Return the words before a command that asks the judges of some evals, where the job has to
+    start one: vLLM lives in an environment of its own, and on a compute node nobody started it.
+
+    Args:
+        alone: whether the command loads no other model onto the GPU.
+    """
+    files = [one.judge for one in evals if one.judge and one.judge.judge.served_here]
+    served = {file.judge.model: file.judge for file in files}
+    if not served or profile is None or profile.values.vllm is None:
+        return ()
+    if len(served) > 1:
+        raise RecipeError(
+            f"one job would have to serve two judges: {', '.join(served)}",
+            "give the evals one judge, or judge in the job: judge.engine",
+        )
+    ((model, judge),) = served.items()
+    script = str(project_root() / "launch" / "with_judge.sh")
+    words = ["bash", script, model, "--max-model-len", str(judge.max_context_tokens)]
+    words += ["--revision", judge.revision] if judge.revision else []
+    words += [] if alone else ["--gpu-memory-utilization", BESIDE_A_MODEL]
+    return (*words, "--")
+
+
+def _judges_nobody_starts(evals: Sequence[EvalRecipe], profile: SiteProfile | None) -> list[str]:
+    """Return a warning for each judge that is expected on the compute node and that no job will
+    start.
+    """
+    vllm = profile.values.vllm if profile else None
+    if profile is None or (vllm and shutil.which(Path(vllm).expanduser())):
+        return []
+    names: dict[str, list[str]] = {}
+    for recipe in evals:
+        if recipe.judge and recipe.judge.judge.served_here:
+            names.setdefault(str(recipe.judge.judge.base_url), []).append(recipe.name)
+    remedy = "set vllm in the profile, or let the job judge by itself (judge.engine: transformers)"
+    if vllm:
+        remedy = f"there is no {vllm} here (python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm)"
+    return [
+        f"no job starts the judge that {' and '.join(found)}"
+        f" {'expects' if len(found) == 1 else 'expect'} at {url}: {remedy}"
+        for url, found in names.items()
+    ]
+
+
+def _of_later_stages(words: Sequence[str]) -> list[str]:
+    """Return the flags of a training that the later stages take too: they also load the model."""
+    return [word for word in words if word == "--trust-remote-code"]
+
+
+# ---- A recipe ----
+
+
+def _plan_recipe(
+    recipe: Recipe,
+    launch: Launch,
+    profile: SiteProfile | None,
+    stages: Sequence[str],
+    evals: Sequence[EvalRecipe],
+    words: Sequence[str],
+) -> JobPlan:
+    """Return the jobs of a recipe: training, then each evaluation, then the report.
+
+    Args:
+        words: overrides and flags that follow the recipe on the training's command line.
+
+    Raises:
+        RecipeError: stages without training, of a run that is not finished, or a report of one that
+            was not evaluated.
+    """
+    run, python, allowed = RunDirectory(recipe.name), _python(profile), _of_later_stages(words)
+    path = folder_of(recipe.name)
+    snapshot = Snapshot(path / "snapshot")
+    snapshot.add_recipe(recipe)
+    for one in evals:
+        snapshot.add_eval(one)
+    jobs: list[Job] = []
+    warnings = _judges_nobody_starts(evals, profile)
+    if "train" in stages:
+        snapshot.add_file(launch.config.path)
+        launcher = _launcher(python, launch, snapshot.shown(launch.config.path))
+        script = (*TRAIN_MODULE, snapshot.shown(recipe.path), *words)
+        check = (*python, *CLI_MODULE, "verify", recipe.name, *allowed)
+        task = Task(launcher, script, check, recipe.name)
+        seconds = planned_seconds(recipe, launch, profile)
+        jobs.append(Job("train", "train", (task,), _size(launch), seconds=seconds))
+    else:
+        state = run.read_state()["state"] if run.exists() else "not there"
+        if state not in ("finished", "imported"):
+            raise RecipeError(
+                f"run '{recipe.name}' is {state}, so there is nothing to evaluate",
+                "add the stage: --stages train,eval,report",
+            )
+    trained = tuple(job.label for job in jobs)
+    for one in evals:
+        command = (*CLI_MODULE, "eval", snapshot.shown(one.path), recipe.name, *allowed)
+        task = Task((*_with_judge([one], profile, alone=False), *python), command, what=one.name)
+        small = JobSize(uses_gpus=not launch.config.use_cpu)
+        jobs.append(Job(f"eval-{one.name}", "eval", (task,), small, trained))
+    if "report" in stages:
+        page = shown_path(run.path / "report.html")
+        task = Task(python, (*CLI_MODULE, "compare", recipe.name, "--html", page), what="report")
+        last = tuple(job.label for job in jobs if job.stage == "eval") or trained
+        jobs.append(Job("report", "report", (task,), JobSize(uses_gpus=False), last))
+        if not ("eval" in stages or any(run.path.glob("evals/*/result*.json"))):
+            if "train" not in stages:
+                raise RecipeError(
+                    f"run '{recipe.name}' has no evaluation to report",
+                    "add the stage: --stages eval,report",
+                )
+            warnings.append(
+                "no evaluation comes before the report, so it will end with exit code 2: --stages"
+                " train,eval,report"
+            )
+    models = (recipe.model, *(judge for one in evals for judge in judge_model(one)))
+    shown = tuple(shown_path(one.path) for one in evals)
+    return JobPlan(path, tuple(jobs), snapshot, models, tuple(warnings), shown)
+
+
+# ---- A study ----
+
+
+class _StudyPlanner:
+    """The jobs of a study: arms that are equally large train as one array, each answers and is
+    benchmarked once its adapter passed its check, then one judge judges them all (its audit is
+    about all of them), then the report. What is fresh already is left out.
+    """
+
+    def __init__(self, study: Study, profile: SiteProfile | None, flags: Sequence[str]) -> None:
+        self.study, self.profile, self.flags = study, profile, flags
+        self.python = _python(profile)
+        self.path = folder_of(study.name)
+        self.snapshot = Snapshot(self.path / "snapshot")
+        self.snapshot.add_study(study)
+        self.launches = {arm.name: arm.launch for arm in study.arms if arm.trained}
+        for launch in self.launches.values():
+            _check_gpus(launch, profile)
+            self.snapshot.add_file(launch.config.path)
+        self.uses_gpus = not all(launch.config.use_cpu for launch in self.launches.values())
+        self.graph = build_graph(study)
+        self.state = self.graph.survey()
+        # step -> label of the job that does it
+        self.owner: dict[str, str] = {}
+
+    def plan(self, stages: Sequence[str], throttle: int | None) -> JobPlan:
+        """Return the jobs.
+
+        Args:
+            throttle: arms that train at the same time; None is no limit.
+
+        Raises:
+            RecipeError: nothing is left to do, or a stage needs one that was neither asked for nor
+                done.
+        """
+        study = self.study
+        jobs = self._trainings(throttle) if "train" in stages else []
+        if "eval" in stages:
+            asked: dict[str, list[str]] = {}  # of each arm and seed, and of the base
+            for step in self._open("answers", "lm_eval"):
+                word = step.name.removeprefix(f"{step.kind}.{step.eval}.")
+                asked.setdefault(f"eval-{word}", []).append(step.name)
+            jobs += [self._steps_job(label, names) for label, names in asked.items()]
+            if judged := self._open("judgments", "comparison"):
+                judge = _with_judge(study.evals, self.profile, alone=True)
+                jobs.append(self._steps_job("eval-judge", [step.name for step in judged], judge))
+        if "report" in stages and (last := self._open("statistics", "report")):
+            jobs.append(self._steps_job("report", [step.name for step in last]))
+        if not jobs:
+            what = f"study '{study.name}': every step of {', '.join(stages)} is fresh"
+            raise RecipeError(what, f"look at it: recipes study status {shown_path(study.path)}")
+        self._check_order()
+        models = [arm.recipe.model for arm in study.arms if arm.trained and arm.recipe]
+        models += [judge for one in study.evals for judge in judge_model(one)]
+        asking = study.evals if "eval" in stages else ()
+        warnings = tuple(_judges_nobody_starts(asking, self.profile))
+        return JobPlan(self.path, tuple(jobs), self.snapshot, tuple(models), warnings)
+
+    def _open(self, *kinds: str) -> list[Step]:
+        return [step for step in self.graph.of_kind(*kinds) if not self.state[step.name].fresh]
+
+    def _trainings(self, throttle: int | None) -> list[Job]:
+        """Return the trainings with their checks: one job for the arms and seeds of one size, an
+        array where there are several.
+        """
+        check_of = {step.upstream[0]: step.name for step in self.graph.of_kind("check")}
+        groups: dict[tuple[JobSize, str], list[Step]] = {}
+        for step in self.graph.of_kind("train"):
+            if not (self.state[step.name].fresh and self.state[check_of[step.name]].fresh):
+                launch = self.launches[step.arm]
+                groups.setdefault((_size(launch), launch.config.path.stem), []).append(step)
+        jobs: list[Job] = []
+        for (size, config), steps in groups.items():
+            label = f"train-{config}-{size.nodes}x{size.processes}" if len(groups) > 1 else "train"
+            tasks = tuple(self._training(step, check_of[step.name]) for step in steps)
+            arms = [self.study.arm(name) for name in dict.fromkeys(step.arm for step in steps)]
+            planned = [
+                planned_seconds(arm.recipe, arm.launch, self.profile) for arm in arms if arm.recipe
+            ]
+            seconds = max(filter(None, planned)) if all(planned) else None
+            # groups one after another, or together they would exceed the limit
+            before = (jobs[-1].label,) if jobs and throttle else ()
+            jobs.append(Job(label, "train", tasks, size, (), before, throttle, seconds))
+            for step, task in zip(steps, task_labels(label, len(tasks)), strict=True):
+                self.owner |= {step.name: task, check_of[step.name]: task}
+        return jobs
+
+    def _training(self, step: Step, check: str) -> Task:
+        """Return the training of one arm and seed; it succeeded when its adapter check passed."""
+        arm, launch = self.study.arm(step.arm), self.launches[step.arm]
+        assert arm.recipe is not None and step.seed is not None
+        words = train_words(self.study, arm, step.seed)[1:]
+        script = (*TRAIN_MODULE, self.snapshot.shown(arm.recipe.path), *words, *self.flags)
+        launcher = _launcher(self.python, launch, self.snapshot.shown(launch.config.path))
+        checked = (*self.python, *self._study_run([step.name, check]))
+        return Task(launcher, script, checked, arm_run(self.study, arm, step.seed))
+
+    def _study_run(self, steps: Sequence[str]) -> tuple[str, ...]:
+        """Return the command that does steps of the study."""
+        study, allowed = self.snapshot.shown(self.study.path), _of_later_stages(self.flags)
+        return (*CLI_MODULE, "study", "run", study, *self.study.words, *allowed, "--only", *steps)
+
+    def _steps_job(self, label: str, steps: Sequence[str], before: tuple[str, ...] = ()) -> Job:
+        """Return one job for steps; it waits for the jobs that do what they need."""
+        self.owner |= dict.fromkeys(steps, label)
+        needed = [above for name in steps for above in self.graph.steps[name].upstream]
+        after = dict.fromkeys(self.owner.get(name, label) for name in needed)
+        after.pop(label, None)
+        stage = label.partition("-")[0]
+        size = JobSize(uses_gpus=self.uses_gpus and stage == "eval")
+        task = Task((*before, *self.python), self._study_run(steps), what=label)
+        return Job(label, stage, (task,), size, tuple(after))
+
+    def _check_order(self) -> None:
+        """Refuse jobs whose steps need steps that are neither fresh nor part of the chain."""
+        for name in self.owner:
+            for above in self.graph.steps[name].upstream:
+                if above not in self.owner and not self.state[above].fresh:
+                    raise RecipeError(
+                        f"{name} needs {above}, which is not done",
+                        "add its stage: --stages train,eval,report",
+                    )

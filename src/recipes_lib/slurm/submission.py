@@ -1,40 +1,50 @@
-"""Talking to Slurm: submitting a chain of jobs, of which all are in the queue or none is, and what
-its errors mean for the profile.
+"""Writing and submitting: the folder runs/NAME/slurm/ with a script for each job, and the talk with
+sbatch, of whose chain all jobs are in the queue or none is.
 
-Every command is an argument list; nothing passes through a shell.
+A script is written to be read from top to bottom, edited and submitted by hand with `sbatch`. What
+all jobs do alike (signals, requeues, exit codes) stands in launch/job.sh, which each one sources.
+Every command of Slurm is an argument list; nothing passes through a shell.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
+from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, RecipesError
-from recipes_lib.slurm.folder import LaunchFolder
-from recipes_lib.slurm.jobs import Job
-from recipes_lib.slurm.profile import SiteProfile
-from recipes_lib.slurm.recipe_jobs import JobPlan
-from recipes_lib.slurm.script import Script, script_of
+from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.project import cache_root, project_root, runs_root
+from recipes_lib.core.terminal import warn
+from recipes_lib.slurm.jobs import Job, JobPlan, Task
+from recipes_lib.slurm.profile import Profile, SiteProfile, seconds_of, time_of
 
 TIMEOUT_S = 90
-# What Slurm says -> the profile's key it is about, and what to do.
-_REFUSALS: tuple[tuple[str, str, str], ...] = (
+WIDTH = 110
+ASK_SINFO = "is this the login node, and is the controller up? sinfo"
+_FORMAT_VERSION = 1
+# What only a node of several knows; bash puts it in there.
+_MEETING_FLAGS = (
+    *("--machine_rank", '"$SLURM_NODEID"'),
+    *("--main_process_ip", '"$HEAD"', "--main_process_port", '"$PORT"'),
+    *("--rdzv_backend", "static", "--same_network"),
+)
+# What Slurm says -> the profile's key it is about, and how to see what the site has.
+_ACCOUNTS = "your accounts: sacctmgr show associations user=$USER format=account,partition,qos"
+_REFUSALS = (
     (r"invalid partition", "partition", "partitions here: {partitions}"),
     (r"time limit|timelimit|MaxTime", "time", "limits here: sinfo -o '%P %l'"),
     (r"gres|generic resource", "gres", "what nodes have: sinfo -o '%P %G'"),
-    (
-        r"account",
-        "account",
-        "your accounts: sacctmgr show associations user=$USER format=account,partition,qos",
-    ),
-    (
-        r"qos",
-        "qos",
-        "your accounts: sacctmgr show associations user=$USER format=account,partition,qos",
-    ),
+    (r"account", "account", _ACCOUNTS),
+    (r"qos", "qos", _ACCOUNTS),
     (r"memory", "memory_gib_per_gpu", "what nodes have, in MB: sinfo -o '%P %m'"),
     (r"more processors|cpu count|cpus", "cpus_per_gpu", "what nodes have: sinfo -o '%P %c'"),
     (r"unrecognized option|invalid option|unknown option", "extra_sbatch", "its flags: man sbatch"),
@@ -47,6 +57,330 @@ _UNREACHABLE = re.compile(
 )
 
 
+# ---- The folder ----
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job in the queue, as jobs.json notes it; `tasks` says what each of them is about."""
+
+    label: str
+    id: str
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LaunchFolder:
+    """runs/<name>/slurm/: a script for each job, the snapshot, job ids, logs and exit codes."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run or study it belongs to."""
+        return self.path.parent.name
+
+    @property
+    def jobs_file(self) -> Path:
+        """The jobs that were submitted, with their ids."""
+        return self.path / "jobs.json"
+
+    def script(self, label: str) -> Path:
+        """The script of a job."""
+        return self.path / f"{label}.sbatch"
+
+    def log(self, task_label: str) -> Path:
+        """The log of a task; requeues append to it."""
+        return self.path / f"{task_label}.log"
+
+    def exit_code(self, task_label: str) -> int | None:
+        """Return the code a task ended with; None while it is not over, or was killed."""
+        with suppress(FileNotFoundError, ValueError):
+            return int((self.path / f"{task_label}.exit_code").read_text())
+        return None
+
+    def first_error(self, task_label: str) -> str | None:
+        """Return what the first failing rank said."""
+        errors = sorted((self.path / f"{task_label}.errors").glob("*"))
+        return errors[0].read_text(encoding="utf-8", errors="replace").strip() if errors else None
+
+    def job_file(self, label: str) -> Path:
+        """Holds the id of a job that was submitted by hand: a pasted line writes it, and so does
+        the job when it starts.
+        """
+        return self.path / f"{label}.job"
+
+    def read_jobs(self) -> list[SubmittedJob]:
+        """Return the submitted jobs; empty where none was.
+
+        Raises:
+            DamagedFile: jobs.json is not what was written to it.
+        """
+        remedy = "squeue lists the jobs; submitting them again writes it anew"
+        jobs = []
+        for row in read_object(self.jobs_file, remedy).get("jobs", []):
+            number = row["id"]
+            if not number and self.job_file(row["label"]).is_file():
+                number = self.job_file(row["label"]).read_text().strip().partition(";")[0]
+            if number:
+                jobs.append(SubmittedJob(row["label"], number, tuple(row.get("tasks", ()))))
+        return jobs
+
+    def write_jobs(self, jobs: Iterable[Job], ids: Mapping[str, str], profile: str | None) -> None:
+        """Note the jobs, with the ids of those that `recipes launch` submitted."""
+        rows = [
+            {
+                "label": job.label,
+                "stage": job.stage,
+                "id": ids.get(job.label),
+                "tasks": [task.what for task in job.tasks],
+            }
+            for job in jobs
+        ]
+        content = {"format_version": _FORMAT_VERSION, "profile": profile, "jobs": rows}
+        write_json(self.jobs_file, content)
+
+    def write_scripts(self, scripts: Sequence[Script]) -> None:
+        """Write the scripts of all jobs in place of what an earlier submission left; logs stay.
+
+        `order` names them for launch/local.sh: a job a line, or a task of an array.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for stale in self.path.iterdir():
+            if stale.suffix in (".sbatch", ".exit_code", ".job"):
+                stale.unlink()
+            elif stale.suffix == ".errors":
+                shutil.rmtree(stale)
+        order = []
+        for script in scripts:
+            write_text(self.script(script.job.label), script.text())
+            numbers = range(len(script.job.tasks)) if script.job.is_array else [""]
+            order += [f"{script.job.label} {number}".rstrip() + "\n" for number in numbers]
+        write_text(self.path / "order", "".join(order))
+
+
+def all_launches() -> list[LaunchFolder]:
+    """Return everything that was launched, by name."""
+    files = sorted(runs_root().resolve().glob("*/slurm/jobs.json"))
+    return [folder for file in files if _was_launched(folder := LaunchFolder(file.parent))]
+
+
+def _was_launched(folder: LaunchFolder) -> bool:
+    try:
+        return bool(folder.read_jobs())
+    except DamagedFile as error:  # it costs only its own line
+        warn(f"{str(error).splitlines()[0]}; left out")
+        return False
+
+
+# ---- The script of a job ----
+
+
+@dataclass(frozen=True)
+class Script:
+    """A job's script in three parts.
+
+    Args:
+        flags: words for sbatch, those of one line together.
+        setup: the lines before the commands.
+        commands: the lines that do the work.
+    """
+
+    job: Job
+    title: str
+    flags: tuple[tuple[str, ...], ...]
+    setup: tuple[str, ...]
+    commands: tuple[str, ...]
+
+    @property
+    def directives(self) -> list[str]:
+        """The #SBATCH lines. Slurm reads quotes as bash does, but a backslash is one even within
+        quotes.
+        """
+        return [f"#SBATCH {shlex.join(words)}".replace("\\", "\\\\") for words in self.flags]
+
+    def text(self) -> str:
+        """Return the file's content."""
+        head = (
+            f"#!/bin/bash\n# {self.title}, written by `recipes launch`. With sbatch this file is a"
+            " job, with bash it runs here."
+        )
+        return "\n".join([head, *self.directives, "", *self.setup, "", *self.commands, ""])
+
+
+def script_of(job: Job, folder: Path, profile: SiteProfile | None) -> Script:
+    """Return the script of a job.
+
+    Args:
+        folder: where it will lie, beside its log and its exit code.
+        profile: the site; without one the script asks for nothing that is the site's, and sbatch is
+            given it by hand.
+
+    Raises:
+        RecipeError: the folder's name holds a line break, which no #SBATCH line can.
+    """
+    if "\n" in str(folder):
+        raise RecipeError(
+            f"a folder whose name holds a line break cannot be launched from: {str(folder)!r}"
+        )
+    shape = job.shape
+    requeues = profile.values.max_requeues if profile else Profile.max_requeues
+    shared = shlex.quote(str(project_root() / "launch" / "job.sh"))
+    setup = (
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 5",
+        f"FOLDER={shlex.quote(str(folder))} JOB={job.label}",
+        f"NODES={shape.nodes} PROCESSES={shape.processes} MAX_REQUEUES={requeues}",
+        f"source {shared} || exit 5   # run, check, finish: signals, requeues, exit codes",
+        "",
+        *_environment(profile),
+    )
+    commands: list[str] = []
+    if job.stage == "train":
+        world, kind = shape.nodes * shape.processes, shape.distributed_type
+        expected = json.dumps({"world_size": world, "distributed_type": kind})
+        commands = [
+            f"export RECIPES_EXPECT='{expected}'   # training refuses to be anything else",
+            "# Each node ignores USR2 until its training listens, and leaves its exit code in a"
+            " file: launchers lose it.",
+        ]
+    srun = ("srun", *(profile.values.environment.srun if profile else ()))
+    if job.is_array:
+        commands.append("case $SLURM_ARRAY_TASK_ID in")
+        for index, task in enumerate(job.tasks):
+            lines = (f"  {line}" for line in _commands(job, task, srun))
+            commands += [f"{index})   # {task.what}", *lines, "  ;;"]
+        commands.append("esac")
+    else:
+        commands += _commands(job, job.tasks[0], srun)
+    title = f"{folder.parent.name}: {job.label}"
+    return Script(job, title, _flags(job, folder, profile), setup, (*commands, "finish"))
+
+
+def _commands(job: Job, task: Task, srun: tuple[str, ...]) -> list[str]:
+    """Return the lines of one task: its command, and what must succeed after it."""
+    launcher = [*map(shlex.quote, task.launcher), *(_MEETING_FLAGS if job.shape.nodes > 1 else ())]
+    start, args = f"run {shlex.join(srun)}", list(map(shlex.quote, task.args))
+    if job.stage == "train":
+        leave = 'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"'
+        on_node = ["", f"  {leave}", *_folded("  exec", [*launcher, '"$@"'])]
+        quoted = shlex.quote("\n".join(on_node))
+        *lines, last = f"{start} bash -c {quoted} {job.label}".split("\n")
+        lines += _folded(last, args)
+    else:
+        lines = _folded(start, [*launcher, *args])
+    if task.check:
+        # the check needs the same container
+        alone = [*srun, "--nodes=1", "--ntasks=1"] if len(srun) > 1 else []
+        lines += _folded("check", map(shlex.quote, [*alone, *task.check]))
+    return lines
+
+
+def _folded(first: str, words: Iterable[str]) -> list[str]:
+    """Return a command on as many lines as it needs; a flag stays beside its value."""
+    units: list[str] = []
+    for word in words:
+        if units and re.fullmatch(r"-\S+", units[-1]) and not word.startswith("-"):
+            units[-1] += f" {word}"
+        else:
+            units.append(word)
+    lines = [first]
+    for unit in units:
+        if len(lines[-1]) + 1 + len(unit) > WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"    {unit}")
+        else:
+            lines[-1] += f" {unit}"
+    return lines
+
+
+def _flags(job: Job, folder: Path, profile: SiteProfile | None) -> tuple[tuple[str, ...], ...]:
+    """Return what sbatch is asked for, the words of a line together."""
+    shape, size = job.shape, max(1, job.shape.processes)
+    ask, site = [f"--nodes={shape.nodes}", "--ntasks-per-node=1"], []
+    lead = profile.values.signal_lead_s if profile else Profile.signal_lead_s
+    if profile is not None:
+        values = profile.values
+        ask.append(f"--cpus-per-task={size * values.cpus_per_gpu}")
+        if values.memory_gib_per_gpu:
+            ask.append(f"--mem={size * values.memory_gib_per_gpu}G")
+        if shape.gpus and values.gres:
+            ask.append(f"--gres={values.gres.replace('{gpus}', str(shape.gpus))}")
+        wanted = {
+            "partition": values.of_stage("partition", job.stage),
+            "time": _time_limit(job, profile),
+            "account": values.account,
+            "qos": values.qos,
+        }
+        site = [f"--{flag}={value}" for flag, value in wanted.items() if value]
+        site += values.extra_sbatch
+    log = str(folder / job.label).replace("%", "%%") + (".%a.log" if job.is_array else ".log")
+    array = []
+    if job.is_array:
+        limit = f"%{job.throttle}" if job.throttle else ""
+        array = [f"--array=0-{len(job.tasks) - 1}{limit}"]
+    lines = (
+        [f"--job-name={folder.parent.name}.{job.label}"],
+        ask,
+        site,
+        [f"--signal=B:USR2@{lead}", "--requeue", "--open-mode=append"],
+        [f"--output={log}"],
+        array,
+    )
+    return tuple(tuple(line) for line in lines if line)
+
+
+def _time_limit(job: Job, profile: SiteProfile) -> str | None:
+    """Return the job's time limit: the profile's, or the plan's where that is shorter, but twice
+    the signal's lead at least.
+    """
+    allowed = profile.values.of_stage("time", job.stage)
+    if job.seconds is None:
+        return allowed
+    planned = max(job.seconds, 2 * profile.values.signal_lead_s)
+    return allowed if allowed is not None and seconds_of(allowed) <= planned else time_of(planned)
+
+
+def _environment(profile: SiteProfile | None) -> list[str]:
+    """Return the lines that make the site's environment; one that fails ends the job. Values are
+    quoted.
+    """
+    runs, cache = str(runs_root().resolve()), str(cache_root().resolve())
+    variables = {"RECIPES_RUNS_ROOT": runs, "RECIPES_CACHE": cache}
+    before: list[str] = []
+    after: list[str] = []
+    if profile is not None:
+        values, environment = profile.values, profile.values.environment
+        before += [f"module load {shlex.quote(name)}" for name in environment.modules]
+        if environment.conda:
+            before.append('eval "$("${CONDA_EXE:-conda}" shell.bash hook)"')
+            before.append(f"conda activate {shlex.quote(environment.conda)}")
+        if environment.venv:
+            activate = Path(environment.venv).expanduser() / "bin" / "activate"
+            before.append(f"source {shlex.quote(str(activate))}")
+        for key, variable in (("hub", "HF_HOME"), ("temporary", "TMPDIR")):
+            if place := profile.directory(key):
+                variables[variable] = place
+        if values.offline:
+            variables["HF_HUB_OFFLINE"] = "1"
+        if values.vllm:
+            variables["VLLM"] = str(Path(values.vllm).expanduser())
+        variables |= values.variables
+        after = ['mkdir -p "$TMPDIR"'] if values.directories.temporary else []
+        after += environment.setup
+    exports = [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+    must = [f"{line} || environment_failed" for line in before]
+    return [*must, *exports, *(f"{line} || environment_failed" for line in after)]
+
+
+def _quoted(value: str) -> str:
+    """Quote for bash; `{job}` becomes the job's id."""
+    parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
+    return '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
+
+
+# ---- Slurm ----
+
+
 def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
     """Write the submission's folder, submit every job, and return {label: job id}.
 
@@ -54,18 +388,17 @@ def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
         RecipesError: Slurm refused a job; those before it are cancelled, or named where that failed
             too.
     """
-    scripts = prepare(plan, profile)
+    folder, scripts = LaunchFolder(plan.path), prepare(plan, profile)
     ids: dict[str, str] = {}
     try:
-        for job in plan.jobs:
-            argv = sbatch_argv(job, plan.folder, ids)
-            done = run_slurm(argv, without=_overruled(scripts[job.label]))
+        for script in scripts:
+            job = script.job
+            done = run_slurm(_sbatch(job, folder, ids), without=_overruled(script))
             if done.returncode:
-                raise _refusal(done.stderr, profile, job.stage, scripts[job.label])
-            ids[job.label] = (
-                done.stdout.strip().splitlines()[-1].split(";")[0]
-            )  # --parsable prints ID or ID;cluster
-            plan.folder.write_jobs(plan.jobs, ids, profile.name)
+                raise _refusal(done.stderr, profile, script)
+            # --parsable prints ID or ID;cluster
+            ids[job.label] = done.stdout.strip().splitlines()[-1].split(";")[0]
+            folder.write_jobs(plan.jobs, ids, profile.name)
     except BaseException as error:
         try:
             scancel(list(ids.values()))
@@ -75,7 +408,7 @@ def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
                 f" launch cancel {plan.name}"
             )
         else:
-            plan.folder.jobs_file.unlink(missing_ok=True)
+            folder.jobs_file.unlink(missing_ok=True)
             left = (
                 f"nothing is queued: {', '.join(ids)} had been accepted and"
                 f" {'is' if len(ids) == 1 else 'are'} cancelled"
@@ -86,70 +419,71 @@ def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
     return ids
 
 
-def prepare(plan: JobPlan, profile: SiteProfile | None) -> dict[str, Script]:
-    """Write the jobs' scripts and what they read, note which jobs there will be, and return {label:
-    script}.
+def prepare(plan: JobPlan, profile: SiteProfile | None) -> list[Script]:
+    """Write the jobs' scripts and what they read, note which jobs there will be, and return the
+    scripts.
     """
-    scripts = {job.label: script_of(job, plan.folder.path, profile) for job in plan.jobs}
-    plan.folder.write_scripts(
-        plan.jobs, {label: script.text() for label, script in scripts.items()}
-    )
-    plan.folder.write_jobs(plan.jobs, {}, profile.name if profile else None)
+    folder = LaunchFolder(plan.path)
+    scripts = [script_of(job, plan.path, profile) for job in plan.jobs]
+    folder.write_scripts(scripts)
+    folder.write_jobs(plan.jobs, {}, profile.name if profile else None)
     plan.snapshot.write()
     return scripts
 
 
-def sbatch_argv(job: Job, folder: LaunchFolder, ids: Mapping[str, str]) -> list[str]:
+def _sbatch(job: Job, folder: LaunchFolder, ids: Mapping[str, str]) -> list[str]:
     """Return the argument list that submits a job; what else Slurm is asked for stands in the job's
     script.
 
     Args:
         ids: the jobs before it.
     """
-    waits = [
-        f"{when}:" + ":".join(_named(ids, label) for label in labels)
-        for when, labels in (("afterok", job.after), ("afterany", job.after_any))
-        if labels
-    ]
+
+    def named(label: str) -> str:
+        """Return the job id, or that of one task of an array: `train`, `train.2`."""
+        job, _, task = label.rpartition(".")
+        return ids[label] if label in ids else f"{ids[job]}_{task}"
+
+    conditions = (("afterok", job.after), ("afterany", job.after_any))
+    waits = [":".join([when, *map(named, labels)]) for when, labels in conditions if labels]
     dependency = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
     return ["sbatch", "--parsable", *dependency, str(folder.script(job.label))]
 
 
-def dry_run(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, Job, Script]]:
+def dry_run(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, Script]]:
     """Yield the exact sbatch line of each job, as bash takes it, and its script.
 
     A variable keeps the job's id for the lines of those that wait for it, a file keeps it for
     `recipes launch status`.
     """
+    folder = LaunchFolder(plan.path)
     names = {job.label: re.sub(r"\W", "_", job.label) for job in plan.jobs}
     ids = {label: f"${{{name}}}" for label, name in names.items()}
     for job in plan.jobs:
-        words = sbatch_argv(job, plan.folder, ids)
         line = " ".join(
-            word if word.startswith("--dependency=") else shlex.quote(word) for word in words
+            word if word.startswith("--dependency=") else shlex.quote(word)
+            for word in _sbatch(job, folder, ids)
         )
-        noted = shlex.quote(str(plan.folder.job_file(job.label)))
-        yield (
-            f"{names[job.label]}=$({line} | tee {noted})",
-            job,
-            script_of(job, plan.folder.path, profile),
-        )
+        noted = shlex.quote(str(folder.job_file(job.label)))
+        script = script_of(job, plan.path, profile)
+        yield f"{names[job.label]}=$({line} | tee {noted})", script
 
 
-def test_chain(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[Job, str]]:
-    """Yield what Slurm says to each job, without queueing any. Takes job ids, writes nothing.
+def test_chain(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, str]]:
+    """Yield the label of each job and what Slurm says to it, without queueing any. Takes job ids,
+    writes nothing.
 
     Raises:
         RecipeErrors: what it would refuse, every job's.
     """
     refused: dict[str, RecipeError] = {}
     for job in plan.jobs:
-        script = script_of(job, plan.folder.path, profile)
+        script = script_of(job, plan.path, profile)
         done = run_slurm(["sbatch", "--test-only"], stdin=script.text(), without=_overruled(script))
-        if done.returncode == 0:
-            yield job, done.stderr.strip().removeprefix("sbatch: ")  # --test-only answers there
+        if done.returncode == 0:  # --test-only answers on stderr
+            yield job.label, done.stderr.strip().removeprefix("sbatch: ")
             continue
-        error = _refusal(done.stderr, profile, job.stage, script)
+        error = _refusal(done.stderr, profile, script)
         if not isinstance(error, RecipeError):
             raise error
         refused.setdefault(str(error), error)
@@ -183,13 +517,11 @@ def run_slurm(
     # Within a job, say on an interactive node, the shell holds that job's variables, and sbatch
     # would hand them on to the new one.
     inside = "SLURM_JOB_ID" in os.environ
-    kept = {
+    environment = {
         name: value
         for name, value in os.environ.items()
-        if not (inside and name.startswith("SLURM_")) or name in _OF_THE_SITE
-    }
-    environment = {name: value for name, value in kept.items() if name not in without} | {
-        "LC_ALL": "C"
+        if name not in without
+        and (not (inside and name.startswith("SLURM_")) or name in _OF_THE_SITE)
     }
     try:
         return subprocess.run(
@@ -198,7 +530,7 @@ def run_slurm(
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env=environment,
+            env={**environment, "LC_ALL": "C"},
             errors="replace",
         )
     except FileNotFoundError:
@@ -214,64 +546,34 @@ def run_slurm(
         ) from None
 
 
-def _refusal(text: str, profile: SiteProfile, stage: str, script: Script) -> RecipesError:
+def _refusal(text: str, profile: SiteProfile, script: Script) -> RecipesError:
     """Return Slurm's error in one line, with the profile's line and the remedy."""
-    lines = [
-        re.sub(r"^\w+: (error: )?", "", line).strip()
-        for line in text.strip().splitlines()
-        if line.strip()
-    ]
-    told = [line for line in lines if not line.startswith(("Batch job submission failed", "Try "))]
-    reason = next(
-        (
-            line.partition("Batch job submission failed: ")[2]
-            for line in lines
-            if "submission failed: " in line
-        ),
-        "",
-    )
-    what = told[0] if told else reason or "no reason given"
+    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.strip().splitlines()]
+    failed = "Batch job submission failed: "
+    told = [line for line in lines if line and not line.startswith((failed.strip(), "Try "))]
+    told += [line.partition(failed)[2] for line in lines if failed in line]
+    what = told[0] if told else "no reason given"
     if is_unreachable(text):
         return _no_controller(what)
+    stage = script.job.stage
+    refuses = f"Slurm refuses the stage {stage}: {what}"
     for pattern, key, hint in _REFUSALS:
         if re.search(pattern, text, re.I):
-            value = (
-                profile.values.of_stage(key, stage)
-                if key in ("partition", "time")
-                else getattr(profile.values, key)
-            )
             if "{partitions}" in hint:
                 names = run_slurm(["sinfo", "-h", "-o", "%R"]).stdout.split()
-                hint = hint.replace(
-                    "{partitions}",
-                    ", ".join(dict.fromkeys(names)) or "not known (sinfo says nothing)",
-                )
-            return profile.error(
-                key, f"Slurm refuses the stage {stage}: {what}; {key} is {value}", hint
-            )
-    if re.search(
-        "node configuration|node count", text, re.I
-    ):  # Slurm does not say which of them is too much
-        words = [word for line in script.flags for word in line]
-        asked = [
-            word
-            for word in words
-            if word.startswith(
-                ("--nodes=", "--gres=", "--cpus-per-task=", "--mem=", "--partition=")
-            )
-        ]
+                there = ", ".join(dict.fromkeys(names)) or "not known (sinfo says nothing)"
+                hint = hint.replace("{partitions}", there)
+            value = profile.values.of_stage(key, stage)
+            return profile.error(key, f"{refuses}; {key} is {value}", hint)
+    if re.search("node configuration|node count", text, re.I):
+        # Slurm does not say which of them is too much
+        flags = ("--nodes=", "--gres=", "--cpus-per-task=", "--mem=", "--partition=")
+        asked = [word for line in script.flags for word in line if word.startswith(flags)]
         key = "gres" if any(word.startswith("--gres=") for word in asked) else "memory_gib_per_gpu"
         hint = "what nodes have: sinfo -o '%P %D nodes, %c cores, %m MB, %G'"
-        return profile.error(
-            key,
-            f"Slurm refuses the stage {stage}: {what}: no node has {' '.join(asked)} at once",
-            hint,
-        )
-    return RecipeError(
-        f"Slurm refuses the stage {stage}: {what}",
-        "the exact command: recipes launch ... --dry-run",
-        file=profile.document.file,
-    )
+        return profile.error(key, f"{refuses}: no node has {' '.join(asked)} at once", hint)
+    command = "the exact command: recipes launch ... --dry-run"
+    return RecipeError(refuses, command, file=profile.document.file)
 
 
 def is_unreachable(said: str) -> bool:
@@ -280,10 +582,7 @@ def is_unreachable(said: str) -> bool:
 
 
 def _no_controller(said: str) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"Slurm cannot be reached: {said}",
-        "is this the login node, and is the controller up? sinfo",
-    )
+    return EnvironmentFault(f"Slurm cannot be reached: {said}", ASK_SINFO)
 
 
 def scancel(ids: Sequence[str]) -> None:
@@ -296,13 +595,3 @@ def scancel(ids: Sequence[str]) -> None:
         done = run_slurm(["scancel", *ids])
         if done.returncode and is_unreachable(done.stderr):
             raise _no_controller(done.stderr.strip().splitlines()[0])
-
-
-def _named(ids: Mapping[str, str], label: str) -> str:
-    """Return the Slurm name of a label such as `train` or `train.2`: the job id, or that of one
-    task of an array.
-    """
-    if label in ids:
-        return ids[label]
-    job, _, task = label.rpartition(".")
-    return f"{ids[job]}_{task}"

@@ -1,7 +1,7 @@
 """Every shipped recipe and study with every profile: the sbatch lines, and what the scripts ask
 Slurm for and run, without Slurm.
 
-After a wanted change: UPDATE_GOLDEN=1 pytest tests/launching/test_golden_argv.py, and read the
+After a wanted change: UPDATE_GOLDEN=1 pytest tests/slurm/test_golden_argv.py, and read the
 diff.
 """
 
@@ -42,7 +42,7 @@ def test_the_jobs_of_every_recipe_and_study_are_the_recorded_ones(
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(
-        "recipes_lib.slurm.planning.planned_seconds",
+        "recipes_lib.slurm.jobs.planned_seconds",
         lambda recipe, launch, site: 5400 if site.values.gpu else None,
     )
     lines = []
@@ -65,7 +65,9 @@ def plain(said: str, tmp_path: Path) -> list[str]:
     """Return the jobs' lines without this machine's folders and interpreter, each command on one
     line; a study's steps are its own.
     """
-    text = re.sub(r" \\\n\s*", " ", said)
+    text = re.sub(r" \\\n(# )?\s*", " ", said)
+    text = re.sub(r"^#     ", "    ", text, flags=re.M)
+    text = re.sub(r"^(?=\w+=\$)", "$ ", text, flags=re.M)
     text = (
         text.replace(sys.executable, "PYTHON")
         .replace(str(tmp_path / "runs"), "RUNS")
@@ -75,7 +77,7 @@ def plain(said: str, tmp_path: Path) -> list[str]:
     return [
         line
         for line in text.splitlines()
-        if not line.startswith(("next:", "warning:", "$ recipes", "# the lines below"))
+        if not line.startswith(("# next:", "# warning:", "recipes launch", "# bash takes"))
         and " study run " not in line
     ]
 

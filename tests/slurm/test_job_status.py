@@ -11,7 +11,7 @@ import pytest
 from recipes_lib import cli
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.slurm import watching
-from recipes_lib.slurm.folder import LaunchFolder, all_launches
+from recipes_lib.slurm.submission import LaunchFolder, all_launches
 from recipes_lib.slurm.watching import states_of
 
 NUMBER = {"set": True, "infinite": False}

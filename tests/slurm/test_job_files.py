@@ -18,11 +18,10 @@ from tests.study.study_files import write_tiny_study
 from recipes_lib import cli
 from recipes_lib.compare.design import load_study
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.slurm.folder import all_launches
 from recipes_lib.slurm.jobs import Job, Task
 from recipes_lib.slurm.profile import load_profile
-from recipes_lib.slurm.script import script_of
 from recipes_lib.slurm.snapshot import Snapshot
+from recipes_lib.slurm.submission import all_launches, script_of
 from recipes_lib.suites.harness import load_tasks
 from recipes_lib.suites.recipe import load_eval
 

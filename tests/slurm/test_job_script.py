@@ -17,7 +17,7 @@ from tests.study.study_files import write_tiny_study
 from recipes_lib import cli
 from recipes_lib.slurm.jobs import Job, JobSize, Task
 from recipes_lib.slurm.profile import load_profile
-from recipes_lib.slurm.script import Script, script_of
+from recipes_lib.slurm.submission import Script, script_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -171,7 +171,7 @@ def test_the_script_of_a_training_is_what_one_would_write(
 def test_slurm_reads_a_directive_as_it_was_meant() -> None:
     """Quotes as in bash, but a backslash takes the next character as it is, within quotes too."""
     words = ("--output=/a b/it's #1.log", r"--comment=back\slash")
-    (line,) = Script("", (words,), (), ()).directives
+    (line,) = Script(Job("", "", ()), "", (words,), (), ()).directives
     assert line.startswith("#SBATCH ") and shlex.split(
         line.removeprefix("#SBATCH ").replace("\\\\", "\\")
     ) == list(words)

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.slurm.profile import load_profile, seconds_of, time_of
-from recipes_lib.slurm.schema import profile_schema
+from recipes_lib.slurm.profile import load_profile, profile_schema, seconds_of, time_of
 
 PROFILES = sorted((Path(__file__).parents[2] / "launch" / "profiles").glob("*.yaml"))
 

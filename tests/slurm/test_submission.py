@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from recipes_lib import cli
-from recipes_lib.slurm.folder import all_launches
+from recipes_lib.core.errors import DataError
+from recipes_lib.slurm.submission import LaunchFolder, all_launches
 
 PROJECT = Path(__file__).resolve().parents[2]
 REFUSE_SECOND = """
@@ -107,7 +108,7 @@ def test_jobs_that_could_not_be_cancelled_again_are_said_and_kept(
         and "recipes launch cancel tiny" in said
     )
     (folder,) = all_launches()
-    assert [job["label"] for job in folder.read_jobs()] == ["train"]
+    assert [job.label for job in folder.read_jobs()] == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -366,21 +367,19 @@ def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(
     words = ["--stages", "train,report", "run.notes=it's $HOME"]
     monkeypatch.setattr("sys.argv", ["recipes", "launch", "tiny.yaml", *words, "--dry-run"])
     assert launched(*words, "--dry-run") == 0
-    lines = [
-        line.removeprefix("$ ")
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("$ ")
-    ]
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if not line.startswith("#")]
     assert lines[0].endswith(" --prepare") and "--dry-run" not in lines[0] and len(lines) == 3
     calls = stand_in(
         "sbatch", 'n=$(grep -c -- "^---" "$(dirname "$0")/sbatch.calls"); echo "$((100 + n))"'
     )
     assert launched(*words, "--prepare") == 0 and all_launches() == []
-    subprocess.run(["bash", "-euc", "\n".join(lines[1:])], check=True, timeout=60)
+    printed = f"recipes() {{ :; }}\n{printed}"  # the scripts are written already
+    subprocess.run(["bash", "-euc", printed], check=True, timeout=60)
     pasted = calls.read_text()
     calls.unlink()
     (folder,) = all_launches()
-    assert [(job["label"], job["id"]) for job in folder.read_jobs()] == [
+    assert [(job.label, job.id) for job in folder.read_jobs()] == [
         ("train", "101"),
         ("report", "102"),
     ]
@@ -422,7 +421,7 @@ def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(
     assert "there is no ~/vllm/bin/vllm here" in capsys.readouterr().out
     vllm = profile_file(f"vllm: {stand_in('vllm', '').with_suffix('')}")
     assert cli.main([*words, str(vllm)]) == 0
-    said = re.sub(r" \\\n\s*", " ", capsys.readouterr().out)
+    said = re.sub(r" \\\n# *", " ", capsys.readouterr().out)
     served = [
         line
         for line in said.splitlines()
@@ -438,7 +437,7 @@ def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(
     assert cli.main(study) == 0
     served = [
         line
-        for line in re.sub(r" \\\n\s*", " ", capsys.readouterr().out).splitlines()
+        for line in re.sub(r" \\\n# *", " ", capsys.readouterr().out).splitlines()
         if "with_judge.sh" in line
     ]
     assert (
@@ -449,11 +448,9 @@ def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(
 
 
 def test_damaged_notes_of_one_submission_are_named_and_hide_no_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.core.errors import DataError
-    from recipes_lib.slurm.folder import all_launches, launch_folder
-
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     for name, content in (
         ("good", b'{"jobs": [{"label": "train", "id": "7"}]}'),
         ("torn", b'{"jobs": [{"la'),
@@ -462,7 +459,7 @@ def test_damaged_notes_of_one_submission_are_named_and_hide_no_other(
         folder = tmp_path / "runs" / name / "slurm"
         folder.mkdir(parents=True)
         (folder / "jobs.json").write_bytes(content)
-    assert [folder.name for folder in all_launches(tmp_path / "runs")] == ["good"]
+    assert [folder.name for folder in all_launches()] == ["good"]
     said = capsys.readouterr().err
     assert (
         said.count("left out") == 2
@@ -470,4 +467,4 @@ def test_damaged_notes_of_one_submission_are_named_and_hide_no_other(
         and "bytes/slurm/jobs.json" in said
     )
     with pytest.raises(DataError, match="is damaged"):
-        launch_folder("torn", tmp_path / "runs").read_jobs()
+        LaunchFolder(tmp_path / "runs" / "torn" / "slurm").read_jobs()
