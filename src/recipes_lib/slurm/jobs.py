@@ -120,7 +120,7 @@ class JobPlan:
         return self.path.parent.name
 
 
-def folder_of(name: str) -> Path:
+def jobs_folder(name: str) -> Path:
     """Return the folder of what is launched under the name of a run or study."""
     return runs_root().resolve() / name / "slurm"
 
@@ -317,7 +317,7 @@ def _plan_recipe(
             was not evaluated.
     """
     run, python, allowed = RunDirectory(recipe.name), _python(profile), _of_later_stages(words)
-    path = folder_of(recipe.name)
+    path = jobs_folder(recipe.name)
     snapshot = Snapshot(path / "snapshot")
     snapshot.add_recipe(recipe)
     for one in evals:
@@ -377,7 +377,7 @@ class _StudyPlanner:
     def __init__(self, study: Study, profile: SiteProfile | None, flags: Sequence[str]) -> None:
         self.study, self.profile, self.flags = study, profile, flags
         self.python = _python(profile)
-        self.path = folder_of(study.name)
+        self.path = jobs_folder(study.name)
         self.snapshot = Snapshot(self.path / "snapshot")
         self.snapshot.add_study(study)
         self.launches = {arm.name: arm.launch for arm in study.arms if arm.trained}

@@ -19,7 +19,7 @@ from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import aligned, next_step, say
-from recipes_lib.slurm.jobs import folder_of, task_labels
+from recipes_lib.slurm.jobs import jobs_folder, task_labels
 from recipes_lib.slurm.submission import (
     ASK_SINFO,
     LaunchFolder,
@@ -381,7 +381,7 @@ def refuse_if_active(folder: LaunchFolder) -> None:
 
 def _folder(name: str) -> LaunchFolder:
     """Return what was launched under a name."""
-    folder = LaunchFolder(folder_of(name.rstrip("/").rpartition("/")[2]))
+    folder = LaunchFolder(jobs_folder(name.rstrip("/").rpartition("/")[2]))
     if not folder.read_jobs():
         what = f"nothing was launched as '{name}' in {runs_root()}"
         raise RecipeError(what, f"launched: {_launched()}")
