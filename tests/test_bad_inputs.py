@@ -414,7 +414,7 @@ def test_a_defect_is_one_message_and_its_traceback_is_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from recipes_lib.training import model
+    from recipes_lib.weights import base as model
 
     def break_it(*args: object) -> None:
         raise ZeroDivisionError("nobody expected this")

@@ -18,6 +18,7 @@ ORDER = (
     ("config",),
     ("data",),
     ("planning",),
+    ("weights",),
     ("training",),
     ("eval_log",),
     ("judging",),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes_lib.training.packaged_models import PACKAGED_MODELS, PREFIX, packaged_folder
+from recipes_lib.weights.base import PACKAGED_MODELS, PREFIX, packaged_folder
 
 _GIB = 1024**3
 REINSTALL = "make setup, or pip install -c constraints.txt -e '.[quickstart,dev]'"

@@ -24,6 +24,7 @@ from recipes_lib.core.faults import explain_fault
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.manifest import command_line, git_state, library_versions
 from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.core.ranks import leave_together
 from recipes_lib.core.redaction import masked
 from recipes_lib.generation.judges import opened
 from recipes_lib.generation.subjects import grouped, loaded
@@ -34,7 +35,6 @@ from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.suites.registry import SUITES, say_results
 from recipes_lib.training.process import end_process
-from recipes_lib.training.ranks import leave_together
 
 _FORMAT_VERSION = 1
 

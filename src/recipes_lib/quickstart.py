@@ -35,7 +35,7 @@ from recipes_lib.study.arms import run_names, study_folder
 from recipes_lib.study.graph import content_of, digest_of
 from recipes_lib.study.steps import build_graph
 from recipes_lib.suites.registry import tables
-from recipes_lib.training.packaged_models import materialise, packaged_folder
+from recipes_lib.weights.base import materialise, packaged_folder
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject

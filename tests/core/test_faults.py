@@ -5,14 +5,15 @@ Python, tokenizers, safetensors or torch.
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from recipes_lib.core.errors import ExitCode, RecipeError
-from recipes_lib.core.faults import explain_fault, is_disk_full
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.core.faults import check_space, explain_fault, is_disk_full
 
 
 @pytest.mark.parametrize(
@@ -151,3 +152,22 @@ def test_a_limit_on_address_space_that_the_libraries_go_over_is_refused_before_t
         == "out of memory: the limit on address space is 2.0 GiB, and the libraries alone take 2.5"
         " GiB\n  raise it: ulimit -v unlimited\n"
     )
+
+
+def test_a_full_disk_is_noticed_before_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    check_space(tmp_path, 80 * 2**20, "a save", "")
+    with pytest.raises(EnvironmentFault, match="disk full: a save needs 90 MiB"):
+        check_space(tmp_path, 90 * 2**20, "a save", "")
+
+
+def test_a_small_save_is_not_said_to_need_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=12_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(EnvironmentFault, match=r"needs 146 KiB \(and 20% spare\), 12 KiB are free"):
+        check_space(tmp_path, 150_000, "a save", "")

@@ -13,7 +13,7 @@ from typing import Any
 
 def main() -> int:
     from recipes_lib.train import main as train
-    from recipes_lib.training import weights_check
+    from recipes_lib.weights import check as weights_check
 
     original = weights_check.check_files
 

@@ -11,9 +11,9 @@ from typing import Any
 def main() -> int:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
+    from recipes_lib.core.ranks import rank
     from recipes_lib.train import main as train
     from recipes_lib.training import trainer
-    from recipes_lib.training.ranks import rank
 
     exchanges, pieces = 0, []
     reduce, split = _fsdp_param_group.foreach_reduce, trainer.split_batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -136,25 +135,6 @@ def test_another_number_of_processes_lacks_random_states(tmp_path: Path) -> None
     checkpoint = make_checkpoint(tmp_path, 5)
     with pytest.raises(EnvironmentFault, match=r"rng_state_1\.pth"):
         checkpoints.check_resumable(checkpoint, world_size=2, allow_partial=False)
-
-
-def test_a_full_disk_is_noticed_before_a_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=100 * 2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    checkpoints.check_free_space(tmp_path, 80 * 2**20)
-    with pytest.raises(EnvironmentFault, match="disk full: a save needs 90 MiB"):
-        checkpoints.check_free_space(tmp_path, 90 * 2**20)
-
-
-def test_a_small_save_is_not_said_to_need_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=12_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(EnvironmentFault, match=r"needs 146 KiB \(and 20% spare\), 12 KiB are free"):
-        checkpoints.check_free_space(tmp_path, 150_000)
 
 
 def test_the_marker_lists_every_file_with_its_size(tmp_path: Path) -> None:

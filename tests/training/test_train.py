@@ -320,7 +320,7 @@ def test_a_missing_optimizer_state_is_an_error_not_a_fresh_start(
 def test_weights_that_do_not_reload_as_trained_are_rejected_and_kept(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.training import weights_check
+    from recipes_lib.weights import check as weights_check
 
     honest = weights_check.logits_on
     calls = iter(range(10))
@@ -543,7 +543,7 @@ def test_only_the_checked_weights_are_pushed_never_a_checkpoint(
     """The Hub is the only thing here that is not real: what would be uploaded is looked
     at instead.
     """
-    from recipes_lib.training import hub
+    from recipes_lib.weights import export as hub
 
     pushed: list[set[str]] = []
     monkeypatch.setattr(hub, "check_repo", lambda repo: None)
@@ -582,7 +582,7 @@ def test_packed_rows_keep_their_documents_apart(tiny_recipe: Path) -> None:
 def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.training import model
+    from recipes_lib.weights import base as model
 
     monkeypatch.setattr(model, "load_model", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     assert main([str(tiny_recipe)]) == ExitCode.INTERRUPTED

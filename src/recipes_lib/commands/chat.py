@@ -16,8 +16,8 @@ from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.training.card import quantized_bits
-from recipes_lib.training.trained import BASE, Family, families, finished_run
+from recipes_lib.weights.card import quantized_bits
+from recipes_lib.weights.finished_run import BASE, Family, families, finished_run
 
 NARROWEST = 36  # columns of text; below that answers stand one under the other
 GAP = "  |  "

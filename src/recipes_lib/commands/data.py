@@ -16,7 +16,7 @@ from typing import Any
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.terminal import next_step, printable, use_color
-from recipes_lib.training.model import load_tokenizer
+from recipes_lib.weights.base import load_tokenizer
 
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
 TOKEN_ROWS = (

@@ -12,14 +12,13 @@ from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.training import hub
-from recipes_lib.training.export import check_target, export
-from recipes_lib.training.probes import NUM_PROMPTS
-from recipes_lib.training.trained import finished_run
-from recipes_lib.training.verification import verify
+from recipes_lib.weights.check import NUM_PROMPTS
+from recipes_lib.weights.export import check_repo, check_target, export, push
+from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.verify import verify
 
 if TYPE_CHECKING:
-    from recipes_lib.training.trained import TrainedRun
+    from recipes_lib.weights.finished_run import TrainedRun
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, and push if asked."""
     if args.push_to_hub:
-        hub.check_repo(args.push_to_hub)
+        check_repo(args.push_to_hub)
     loads_nothing = not args.push_to_hub
     trained = finished_run(open_run(args.run), args.trust_remote_code or loads_nothing)
     quiet_libraries()
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     for file in files:
         say(f"  {file.relative_to(Path(args.to).expanduser().resolve())}")
     if args.push_to_hub:
-        say(f"pushed: {hub.push(Path(args.to).expanduser(), args.push_to_hub, args.public)}")
+        say(f"pushed: {push(Path(args.to).expanduser(), args.push_to_hub, args.public)}")
     next_step(f"read {args.to}/README.md before you give it away")
     return ExitCode.DONE
 

@@ -13,8 +13,8 @@ from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.training.merging import merge
-from recipes_lib.training.trained import finished_run
+from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.merge import merge
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from recipes_lib.config.launch import Launch, place_machine, plan_launch_of
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import ExitCode, print_error
+from recipes_lib.core.ranks import SEEN, STAGE_FILE
 from recipes_lib.core.run_directory import RunDirectory, State
 from recipes_lib.core.run_lock import is_held
 from recipes_lib.core.terminal import at_least, next_step, say, show_command
@@ -31,7 +32,6 @@ from recipes_lib.planning.cards import cards_here
 from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
 from recipes_lib.training.process import EXIT_CODE_FILE
-from recipes_lib.training.ranks import SEEN, STAGE_FILE
 
 LETTING_GO_S = 5.0
 OPTIONS = ("accelerate", "gpus", "nodes")

@@ -14,8 +14,8 @@ from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.training.trained import finished_run
-from recipes_lib.training.verification import verify
+from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.verify import verify
 
 _NUM_PROMPTS = 8
 

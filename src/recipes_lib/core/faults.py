@@ -9,16 +9,19 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
+from recipes_lib.core.terminal import shown_size
 
 RESUME = (
     "run the same command again: a training resumes from its newest complete checkpoint, and"
     " nothing that was complete is lost"
 )
+SPARE = 1.2  # free space asked for, as a multiple of what is written
 FULL, LIMIT, READ_ONLY, REFUSED, BROKEN, MEMORY, LOOP, IN_THE_WAY = range(8)
 NUMBERS = {
     errno.ENOSPC: FULL,
@@ -119,6 +122,26 @@ def fault_kind(error: BaseException) -> int | None:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that a disk, a quota or a file's limit is full."""
     return fault_kind(error) in (FULL, LIMIT)
+
+
+def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Refuse to write what will not fit.
+
+    Args:
+        needed: bytes.
+        what: what is written, as the message names it.
+        remedy: what follows "free some space".
+
+    Raises:
+        EnvironmentFault: less than 1.2 times `needed` is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < SPARE * needed:
+        raise EnvironmentFault(
+            f"disk full: {what} needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are"
+            f" free in {folder}",
+            f"free some space{remedy}",
+        )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

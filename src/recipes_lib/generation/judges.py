@@ -31,7 +31,7 @@ from recipes_lib.judging.judge import Judge, JudgePlan, JudgeReply, JudgeRequest
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection
 from recipes_lib.judging.prometheus import JudgePrompt
 from recipes_lib.models.architectures import ready_to_answer
-from recipes_lib.training.model import explain_load_failure, load_model, model_path
+from recipes_lib.weights.base import explain_load_failure, load_model, model_path
 
 TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt
 

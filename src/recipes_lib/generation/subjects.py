@@ -27,8 +27,8 @@ from recipes_lib.data.supervision import prompt_ids
 from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of, model_fingerprint
 from recipes_lib.generation.targets import Target
 from recipes_lib.models.architectures import ready_to_answer
-from recipes_lib.training.model import load_model, load_tokenizer, model_path
-from recipes_lib.training.trained import BASE, Family, TrainedRun, check_weights, families
+from recipes_lib.weights.base import load_model, load_tokenizer, model_path
+from recipes_lib.weights.finished_run import BASE, Family, TrainedRun, check_weights, families
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from recipes_lib.config.sections import DataSection, LaunchSection, ModelSection
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
-from recipes_lib.training.trained import BASE, TrainedRun, finished_run
+from recipes_lib.weights.finished_run import BASE, TrainedRun, finished_run
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,13 @@ from recipes_lib.judging.published_prompts import (
 )
 from recipes_lib.suites.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
-from recipes_lib.training.base_identity import check_whole
-from recipes_lib.training.model import explain_load_failure
-from recipes_lib.training.packaged_models import is_packaged, materialise, packaged_folder
+from recipes_lib.weights.base import (
+    check_whole,
+    explain_load_failure,
+    is_packaged,
+    materialise,
+    packaged_folder,
+)
 
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 

@@ -11,22 +11,22 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.training.base_identity import adapter_config, check_whole, weight_hashes
-from recipes_lib.training.probes import read_check
-from recipes_lib.training.trained import check_base_of, check_weights
-from recipes_lib.training.verification import FOLD_TOLERANCE
-from recipes_lib.training.weights_check import (
+from recipes_lib.weights.base import adapter_config, check_whole, weight_hashes
+from recipes_lib.weights.check import (
     EXACT_TOLERANCE,
     autocast,
     check_files,
     largest_difference,
     logits_on,
+    read_check,
     rerouted_share,
 )
+from recipes_lib.weights.finished_run import check_base_of, check_weights
+from recipes_lib.weights.verify import FOLD_TOLERANCE
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject
-    from recipes_lib.training.trained import TrainedRun
+    from recipes_lib.weights.finished_run import TrainedRun
 
 
 def check_weight_files(trained: TrainedRun) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.registry import SUITES
-from recipes_lib.training.trained import finished_run
+from recipes_lib.weights.finished_run import finished_run
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject

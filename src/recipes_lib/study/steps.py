@@ -30,8 +30,8 @@ from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, REQUIREMEN
 from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
 from recipes_lib.study.graph import CONTENT, ONLY_SPEED, Graph, Step, content_of, digest_of
 from recipes_lib.suites.recipe import EvalRecipe
-from recipes_lib.training.base_identity import base_fingerprint, fingerprint
 from recipes_lib.training.resume_guard import flatten, guarded_values
+from recipes_lib.weights.base import base_fingerprint, fingerprint
 
 # Raised by whoever changes what the code of a step computes. Statistics and report take seconds:
 # their source itself is the version.

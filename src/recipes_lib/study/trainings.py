@@ -30,9 +30,9 @@ from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.planning.cards import devices_here
 from recipes_lib.study.arms import free_name, launch_words, study_folder, train_words
 from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
-from recipes_lib.training.base_identity import weight_hashes
-from recipes_lib.training.probes import read_check
 from recipes_lib.training.resume_guard import recipe_differences
+from recipes_lib.weights.base import weight_hashes
+from recipes_lib.weights.check import read_check
 
 _POLL_S = 0.2
 PREEMPTED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)

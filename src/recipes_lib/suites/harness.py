@@ -32,7 +32,7 @@ from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.tables import grid
 from recipes_lib.suites.task_code import ALLOW, code_in, unknown_metrics
-from recipes_lib.training.model import model_path
+from recipes_lib.weights.base import model_path
 
 _PASSED = (
     "num_fewshot",

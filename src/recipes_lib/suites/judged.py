@@ -23,7 +23,7 @@ from recipes_lib.judging.probes import probe_requests
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.answering import AnswerSet
-from recipes_lib.training.adapters import RECORD as MERGE_RECORD
+from recipes_lib.weights.merge import RECORD as MERGE_RECORD
 
 
 @dataclass

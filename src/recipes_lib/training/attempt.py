@@ -18,15 +18,15 @@ from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipesError
 from recipes_lib.core.faults import explain_fault
 from recipes_lib.core.manifest import command_line, environment
+from recipes_lib.core.ranks import leave_together, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, State
 from recipes_lib.core.run_lock import run_lock
 from recipes_lib.core.terminal import say
 from recipes_lib.data.preparation import PreparedData, data_folders
 from recipes_lib.training import checkpoints, metrics
-from recipes_lib.training.ranks import leave_together, on_main_rank, rank
 from recipes_lib.training.resume_guard import check_resume, recipe_differences
 from recipes_lib.training.stopping import StopRequest
-from recipes_lib.training.trained import weights_damage
+from recipes_lib.weights.finished_run import weights_damage
 
 
 @dataclass(frozen=True)

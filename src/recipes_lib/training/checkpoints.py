@@ -18,11 +18,9 @@ from typing import Any
 
 from recipes_lib.core.atomic_files import file_hashes, sync, sync_tree, write_json
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.terminal import shown_size
 
 MARKER = "COMPLETE.json"
 STATE_FILES = ("trainer_state.json", "scheduler.pt")
-FREE_SPACE_FACTOR = 1.2
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -166,26 +164,6 @@ def rotate(folder: Path, keep: int | None, best: Path | None) -> None:
         if best is None or checkpoint.resolve() != best.resolve():
             (checkpoint / MARKER).unlink()
             shutil.rmtree(checkpoint)
-
-
-def check_free_space(folder: Path, needed: int) -> None:
-    """Refuse to start a save that the disk cannot hold.
-
-    Args:
-        folder: where the save would go.
-        needed: its size in bytes, measured on the last save or estimated from the weights.
-
-    Raises:
-        EnvironmentFault: less than 1.2 times `needed` is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < FREE_SPACE_FACTOR * needed:
-        raise EnvironmentFault(
-            f"disk full: a save needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are"
-            f" free in {folder}",
-            "free some space and run the same command again: it resumes from the newest complete"
-            " checkpoint",
-        )
 
 
 def folder_size(folder: Path) -> int:

@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.atomic_files import publish, sync, sync_tree
 from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.training import weights_check
-from recipes_lib.training.base_identity import recorded_hashes
-from recipes_lib.training.card import write_card
 from recipes_lib.training.figures import draw_figures
-from recipes_lib.training.hub import push_finished_run
-from recipes_lib.training.model import model_path
-from recipes_lib.training.probes import record_check
-from recipes_lib.training.ranks import on_main_rank
 from recipes_lib.training.stopping import EXIT_CODES
 from recipes_lib.training.summary import beside_the_plan
+from recipes_lib.weights import check as weights_check
+from recipes_lib.weights.base import model_path, recorded_hashes
+from recipes_lib.weights.card import write_card
+from recipes_lib.weights.check import record_check
+from recipes_lib.weights.export import push_finished_run
 
 if TYPE_CHECKING:
     from transformers import TrainerState

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.faults import explain_fault
-from recipes_lib.training.ranks import rank
+from recipes_lib.core.ranks import rank
 
 # where `recipes train` and a cluster job read the exit code, which launchers lose
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"

@@ -22,7 +22,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipes_lib.core.errors import ExitCode, Interrupted, Preempted
-from recipes_lib.training.ranks import (
+from recipes_lib.core.ranks import (
     CLOSING,
     SEEN,
     STAGE_FILE,

@@ -51,14 +51,14 @@ from trl.trainer.utils import add_fused_lm_head
 from recipes_lib.config.batch import rows_per_epoch
 from recipes_lib.core.atomic_files import sync
 from recipes_lib.core.errors import EnvironmentFault, NumericsError
-from recipes_lib.core.faults import explain_fault
+from recipes_lib.core.faults import check_space, explain_fault
+from recipes_lib.core.ranks import agree_on_largest, meet, on_main_rank
 from recipes_lib.core.run_lock import end_if_taken_over
 from recipes_lib.models.architectures import lacks_experts, training_settings, with_settings
 from recipes_lib.training import checkpoints
 from recipes_lib.training.cpu.loss import add_token_loss, can_score_itself
 from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.micro_batches import filler, split_batch
-from recipes_lib.training.ranks import agree_on_largest, meet, on_main_rank
 from recipes_lib.training.resume_guard import differences
 from recipes_lib.training.row_order import (
     EpochRows,
@@ -673,7 +673,8 @@ class RecipeTrainer(SFTTrainer):
     def _check_place(self, root: Path) -> None:
         """Rank 0, before a save: the run is still ours, and the disk has room."""
         end_if_taken_over(root.parent)
-        checkpoints.check_free_space(root, self._size_of_a_save(root))
+        remedy = " and run the same command again: it resumes from the newest complete checkpoint"
+        check_space(root, self._size_of_a_save(root), "a save", remedy)
 
     def _seal(self, root: Path, folder: Path, unlogged: dict[str, Any]) -> None:
         """Mark the checkpoint complete, once the lines logged up to it are on the disk: a run

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.training.base_identity import weight_hashes
+from recipes_lib.weights.base import weight_hashes
 
 Verb = Callable[..., tuple[int, str, str]]
 Runs = Callable[..., Path]
@@ -138,7 +138,7 @@ def test_a_4_bit_adapter_belongs_on_the_dequantised_base_not_on_the_original(
     from transformers import AutoModelForCausalLM
 
     from recipes_lib.core.run_directory import open_run
-    from recipes_lib.training.trained import Family, finished_run
+    from recipes_lib.weights.finished_run import Family, finished_run
 
     run = runs("qlora")
     assert recipes("merge", "qlora")[0] == 0
@@ -200,7 +200,7 @@ def test_a_full_fine_tuning_has_nothing_to_merge_and_is_told_what_to_do(
 def test_a_merge_that_lost_the_adapter_is_rejected_and_kept(
     runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.training import merging
+    from recipes_lib.weights import merge as merging
 
     def forgetful(trained: Any, family: Any, dtype: Any = None) -> Any:
         return family.model.unload()
@@ -565,7 +565,7 @@ def test_one_loaded_base_serves_the_base_and_every_adapter_unchanged(runs: Runs)
     from transformers import AutoModelForCausalLM
 
     from recipes_lib.core.run_directory import open_run
-    from recipes_lib.training.trained import Family, families, finished_run
+    from recipes_lib.weights.finished_run import Family, families, finished_run
 
     run = runs("lora", "lora.chat")
     shutil.copytree(
@@ -597,7 +597,7 @@ def test_one_loaded_base_serves_the_base_and_every_adapter_unchanged(runs: Runs)
 
 def test_runs_with_another_base_precision_or_method_are_families_of_their_own(runs: Runs) -> None:
     from recipes_lib.core.run_directory import open_run
-    from recipes_lib.training.trained import families, finished_run
+    from recipes_lib.weights.finished_run import families, finished_run
 
     runs("lora", "lora.chat", "qlora", "full")
     grouped = families(

@@ -176,7 +176,7 @@ def test_weights_of_a_version_without_hashes_are_looked_at_for_what_is_missing_o
     run: Path,
 ) -> None:
     from recipes_lib.core.run_directory import RunDirectory
-    from recipes_lib.training.trained import weights_damage
+    from recipes_lib.weights.finished_run import weights_damage
 
     state = json.loads((run / "run.json").read_text())
     del state["weights_check"]["sha256"]

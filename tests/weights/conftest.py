@@ -53,19 +53,6 @@ def runs_of_all_kinds(
 
 
 @pytest.fixture
-def recipes(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs a verb and returns exit code, stdout and stderr."""
-    from recipes_lib.cli import main
-
-    def run(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def runs(
     runs_of_all_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:

@@ -20,13 +20,18 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.architectures import ready_to_answer
-from recipes_lib.training import base_identity
-from recipes_lib.training.base_identity import check_base
-from recipes_lib.training.model import load_model, model_path
-from recipes_lib.training.probes import read_check
-from recipes_lib.training.weights_check import autocast, keep_saved_precision, reload
-
-__all__ = ["BASE", "Family", "TrainedRun", "check_base", "families", "finished_run"]
+from recipes_lib.weights.base import (
+    changed_files,
+    check_adapter_files,
+    check_base,
+    check_content,
+    check_shapes,
+    check_whole,
+    explain_peft_failure,
+    load_model,
+    model_path,
+)
+from recipes_lib.weights.check import autocast, keep_saved_precision, read_check, reload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,7 +132,7 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
     if not folder.is_dir():
         return f"{folder.name}/ is gone"
     try:
-        base_identity.check_whole(folder)
+        check_whole(folder)
         if not full and not read_object(folder / "adapter_config.json"):
             return f"{folder.name}/adapter_config.json is gone"
         recorded = run.read_state().get("weights_check", {}).get("sha256")
@@ -137,7 +142,7 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         gone = [name for name in recorded if not (folder / name).is_file()]
         if gone or not any(folder.glob("*.safetensors")):
             return f"{folder.name}/{gone[0] if gone else '*.safetensors'} is gone"
-        if changed := base_identity.changed_files(folder, recorded):
+        if changed := changed_files(folder, recorded):
             return (
                 f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs"
                 " from the recorded one"
@@ -172,9 +177,7 @@ def check_base_run(name_or_path: str) -> None:
         if damage := weights_damage(run, full=True):
             raise _lost(run, damage)
         return
-    if changed := base_identity.changed_files(
-        folder, read_object(folder / "merge.json").get("sha256", {})
-    ):
+    if changed := changed_files(folder, read_object(folder / "merge.json").get("sha256", {})):
         raise EnvironmentFault(
             f"{folder / changed[0]} is not what was merged",
             f"make it again: recipes merge {run.name}",
@@ -295,7 +298,7 @@ def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBas
 
     base = load_base(runs[0].recipe, tokenizer)
     for one in runs:
-        base_identity.check_shapes(one.weights, base)
+        check_shapes(one.weights, base)
     model: Any = None
     for position, one in enumerate(runs):
         try:
@@ -306,7 +309,7 @@ def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBas
             else:
                 model.load_adapter(str(one.weights), adapter_name(position))
         except (RuntimeError, ValueError, KeyError) as error:
-            raise base_identity.explain_peft_failure(one.weights, error) from error
+            raise explain_peft_failure(one.weights, error) from error
         keep_saved_precision(model, one.weights, adapter_name(position))
     return ready_to_answer(model)
 
@@ -330,11 +333,9 @@ def check_base_of(one: TrainedRun) -> None:
         EnvironmentFault: a file of the adapter is missing or truncated.
     """
     try:
-        base_identity.check_adapter_files(one.weights)
+        check_adapter_files(one.weights)
         check_base(one.weights, one.recipe.model.name_or_path, model_path(one.recipe.model))
         recorded = read_check(one.weights)
     except (DamagedFile, EnvironmentFault) as error:
         raise _lost(one.run, str(error).splitlines()[0]) from None
-    base_identity.check_content(
-        one.run.name, recorded.base_fingerprint if recorded else None, one.recipe
-    )
+    check_content(one.run.name, recorded.base_fingerprint if recorded else None, one.recipe)

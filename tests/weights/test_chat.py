@@ -67,7 +67,7 @@ def test_a_full_fine_tuning_and_another_base_stand_beside(runs: Runs, recipes: V
 def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) -> None:
     from recipes_lib.core.run_directory import open_run
     from recipes_lib.data.prompts import generation_prompt
-    from recipes_lib.training.trained import Family, finished_run
+    from recipes_lib.weights.finished_run import Family, finished_run
 
     runs("lora", "lora.chat")
     family = Family([finished_run(open_run(name)) for name in ("lora", "lora.chat")])
@@ -89,9 +89,8 @@ def test_answers_are_computed_in_the_precision_of_the_training(tiny_recipe: Path
     from recipes_lib.generation.subjects import loaded
     from recipes_lib.generation.targets import Target
     from recipes_lib.train import main
-    from recipes_lib.training.probes import read_check
-    from recipes_lib.training.trained import finished_run
-    from recipes_lib.training.weights_check import logits_on
+    from recipes_lib.weights.check import logits_on, read_check
+    from recipes_lib.weights.finished_run import finished_run
 
     words = [
         "run.name=half",

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from recipes_lib.training.ranks import on_main_rank
+from recipes_lib.core.ranks import on_main_rank
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(tmp_path: Path)
             import datetime, time
             import torch.distributed as dist
             from recipes_lib.training.process import end_process
-            from recipes_lib.training.ranks import meet, on_main_rank
+            from recipes_lib.core.ranks import meet, on_main_rank
 
             dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
 

@@ -4,35 +4,41 @@ the machine they came from.
 Only files of known kinds are taken (safetensors, JSON, the tokenizer's, Markdown, YAML), never a
 pickle. Paths of this machine are cut to their last part, and what is written is searched for
 secrets before the folder gets its name.
+
+An export may be sent to the Hugging Face Hub: private unless asked otherwise, never from a
+checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import secrets
 import shutil
+import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recipes_lib.config.model_files import local_folder
 from recipes_lib.core.atomic_files import publish
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.core.faults import check_space
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.redaction import holds_secret
-from recipes_lib.training import base_identity
-from recipes_lib.training.adapters import check_space, merge_record, why_stale
-from recipes_lib.training.base_notice import write_notice
-from recipes_lib.training.card import is_hub_id, write_card
-from recipes_lib.training.checkpoints import folder_size
-from recipes_lib.training.packaged_models import is_packaged
-from recipes_lib.training.trained import check_base_of, check_weights
-from recipes_lib.training.weights_check import check_files
+from recipes_lib.weights.base import adapter_config, check_whole, is_packaged
+from recipes_lib.weights.card import is_hub_id, write_card
+from recipes_lib.weights.check import check_files
+from recipes_lib.weights.finished_run import check_base_of, check_weights, finished_run
+from recipes_lib.weights.merge import merge_record, why_stale
 
 if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
-    from recipes_lib.training.trained import TrainedRun
+    from recipes_lib.core.run_directory import RunDirectory
+    from recipes_lib.weights.finished_run import TrainedRun
+
 
 # What a folder of weights may hold; everything else (training_args.bin, our own records) stays
 # where it is.
@@ -78,7 +84,9 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     check_target(to, trained)
     _check_tensors(trained, source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    check_space(target.parent, folder_size(source), "the export", ", or export to another disk")
+    needed = sum(file.stat().st_size for file in _taken(source))
+    remedy = ", or export to another disk; nothing was written"
+    check_space(target.parent, needed, "the export", remedy)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir()
@@ -200,18 +208,22 @@ def _check_tensors(trained: TrainedRun, source: Path) -> None:
     if not trained.full:
         check_base_of(trained)
     check_weights(trained)
-    base_identity.check_whole(source)
+    check_whole(source)
     full = trained.full or source == trained.merged
     check_files(
         source,
         full,
-        base="" if full else base_identity.adapter_config(source)["base_model_name_or_path"],
+        base="" if full else adapter_config(source)["base_model_name_or_path"],
     )
+
+
+def _taken(source: Path) -> list[Path]:
+    return sorted({file for pattern in TAKEN for file in source.glob(pattern)})
 
 
 def _fill(folder: Path, source: Path, trained: TrainedRun, merged: bool) -> None:
     """Copy the weights and the tokenizer, and write what explains them."""
-    for file in sorted({file for pattern in TAKEN for file in source.glob(pattern)}):
+    for file in _taken(source):
         shutil.copyfile(file, folder / file.name)
     recipe = portable(trained.recipe)
     for name in ("adapter_config.json", "config.json", "tokenizer_config.json"):
@@ -251,3 +263,155 @@ def _recipe_text(recipe: Recipe, state: dict[str, Any]) -> str:
     )
     head += f"# Versions: {with_versions}\n" if with_versions else ""
     return head + yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+TERMS = re.compile(r"^(licen[sc]e|notice|use_policy|copying)([._-].*)?$", re.IGNORECASE)
+COPIES = "base_license"
+
+
+def write_notice(folder: Path, recipe: Recipe, name: str, holds_base: bool) -> None:
+    """Write NOTICE, and copy the base's licence files into `base_license/`.
+
+    Args:
+        folder: the export.
+        recipe: the run's recipe, to find the base's files on this machine.
+        name: what to call the base.
+        holds_base: whether the exported weights contain the base's, not only a difference to them.
+    """
+    base = _base_folder(recipe)
+    terms = (
+        [file for file in sorted(base.iterdir()) if file.is_file() and TERMS.match(file.name)]
+        if base
+        else []
+    )
+    for file in terms:
+        (folder / COPIES).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / COPIES / file.name)
+    revision = f", revision {recipe.model.revision}" if recipe.model.revision else ""
+    licence = _stated_licence(base)
+    contents = (
+        "contain the base's weights, changed"
+        if holds_base
+        else "are a difference to the base's weights; they do not contain them"
+    )
+    lines = [
+        f"Made from the base model {name}{revision}.",
+        f"These weights {contents}.",
+        (
+            f"Licence of the base, as its model card states it: {licence}."
+            if licence
+            else (
+                "The base's files on the training machine state no licence: read it on the model's"
+                " page before you pass this on."
+            )
+        ),
+    ]
+    if terms:
+        lines.append(f"Its own terms are in {COPIES}/: {', '.join(file.name for file in terms)}.")
+    lines.append(
+        "The licence of the training data is not covered here: see data.source in recipe.yaml."
+    )
+    (folder / "NOTICE").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _base_folder(recipe: Recipe) -> Path | None:
+    try:
+        return local_folder(recipe)
+    except RecipesError:
+        return None
+
+
+def _stated_licence(base: Path | None) -> str | None:
+    """Return the `license` of the base's model card."""
+    card = base / "README.md" if base else None
+    if card is None or not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        header = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    found = (
+        header.get("license_name") or header.get("license") if isinstance(header, dict) else None
+    )
+    return str(found) if found else None
+
+
+def check_repo(repo: str) -> None:
+    """Refuse what cannot be pushed to, before anything is computed.
+
+    Raises:
+        RecipeError: not a repository's name.
+        EnvironmentFault: offline.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise RecipeError(
+            f"'{repo}' is not a repository's name", "it is OWNER/NAME, for example ada/my-first"
+        ) from None
+    if constants.HF_HUB_OFFLINE:
+        raise EnvironmentFault("offline (HF_HUB_OFFLINE is set): nothing can be pushed to the Hub")
+
+
+def push(folder: Path, repo: str, public: bool) -> str:
+    """Upload an exported folder as it is and return its address.
+
+    Args:
+        folder: an export.
+        repo: OWNER/NAME; made if it does not exist.
+        public: whether a new repository can be read by everybody.
+
+    Raises:
+        EnvironmentFault: not logged in, not allowed, or no network; the export stays on the disk.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Weights exported from a checked run"
+        )
+    except Exception as error:
+        # the Hub client has many exception types; each becomes one line with the client's own words
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise EnvironmentFault(
+            f"could not push to '{repo}': {lines[0]}",
+            "hf auth login, or check the name and the network",
+        ) from error
+    return str(address)
+
+
+def push_target(recipe: Recipe) -> str | None:
+    """Return where the weights of the finished run go (`train.push_to_hub`), or None where they
+    stay here.
+
+    Raises:
+        RecipeError: no `train.hub_model_id`, or not a repository's name.
+        EnvironmentFault: offline.
+    """
+    if not recipe.train.get("push_to_hub"):
+        return None
+    repo = recipe.train.get("hub_model_id")
+    if not repo:
+        raise recipe.error(
+            "train.push_to_hub", "train.push_to_hub needs train.hub_model_id: OWNER/NAME"
+        )
+    check_repo(repo)
+    return str(repo)
+
+
+def push_finished_run(run: RunDirectory, repo: str) -> str:
+    """Export a finished run, whose weights have been checked, and upload the export; private.
+    Return its address.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "export"
+        export(finished_run(run), target, merged=False)
+        return push(target, repo, public=False)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.training.base_identity import recorded_hashes
+from recipes_lib.weights.base import recorded_hashes
 
 Verb = Callable[..., tuple[int, str, str]]
 Runs = Callable[..., Path]
@@ -127,9 +127,9 @@ def test_the_exported_recipe_is_a_recipe_and_names_the_base_without_a_path(
 
 def test_a_base_of_the_hub_is_named_with_its_revision(runs: Runs) -> None:
     from recipes_lib.core.run_directory import open_run
-    from recipes_lib.training.card import card_text
-    from recipes_lib.training.export import portable
-    from recipes_lib.training.trained import finished_run
+    from recipes_lib.weights.card import card_text
+    from recipes_lib.weights.export import portable
+    from recipes_lib.weights.finished_run import finished_run
 
     runs("lora")
     recipe = finished_run(open_run("lora")).recipe
@@ -149,9 +149,9 @@ def test_a_base_of_the_hub_is_named_with_its_revision(runs: Runs) -> None:
 
 def test_a_packaged_base_keeps_its_name_and_the_card_says_how_to_get_it(runs: Runs) -> None:
     from recipes_lib.core.run_directory import open_run
-    from recipes_lib.training.card import card_text
-    from recipes_lib.training.export import portable
-    from recipes_lib.training.trained import finished_run
+    from recipes_lib.weights.card import card_text
+    from recipes_lib.weights.export import portable
+    from recipes_lib.weights.finished_run import finished_run
 
     runs("lora")
     recipe = finished_run(open_run("lora")).recipe
@@ -240,7 +240,7 @@ def test_a_secret_in_the_notes_of_a_run_does_not_leave_in_the_model_card(
     runs: Runs, tmp_path: Path
 ) -> None:
     from recipes_lib.core.errors import RecipesError
-    from recipes_lib.training.export import refuse_secrets
+    from recipes_lib.weights.export import refuse_secrets
 
     (tmp_path / "README.md").write_text(
         "# A model\n\nNotes: pushed with hf_" + "a1B2c3D4e5F6g7H8\n"

