@@ -20,7 +20,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.findings import Finding, errors_first
+from recipes_lib.compare.findings import (
+    CONFOUNDED,
+    INSIDE_NOISE,
+    NOT_AUDITED,
+    ONE_MODEL,
+    Finding,
+    errors_first,
+)
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.published_rows import with_published
@@ -38,15 +45,14 @@ from recipes_lib.compare.table import (
     pairs_of,
     with_flags,
 )
-from recipes_lib.compare.validity.judging import NOT_AUDITED
-from recipes_lib.compare.validity.noise import INSIDE_NOISE, noise_floors
-from recipes_lib.compare.validity.settings import (
-    arm_values,
+from recipes_lib.compare.validity.case import (
+    Case,
     changed,
     effective,
     setting_text,
     with_derived_values,
 )
+from recipes_lib.compare.validity.noise import noise_floors
 from recipes_lib.compare.wording import (
     count,
     difference_text,
@@ -62,12 +68,8 @@ if TYPE_CHECKING:
     from recipes_lib.compare.published import Published
     from recipes_lib.compare.validity.noise import Floor
 
-CONFOUNDED = (  # findings whose code starts so leave no cause, errors among them an association
-    "confound"
-)
 ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
 MOST_VALUES = 4  # of more keys that differ a sentence gives the names alone
-ONE_MODEL = "identical"  # findings whose code starts so leave nothing to compare
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,11 @@ def compare_arms(
     ]
     tested = corrected(one_model)
     tests = sum(row.p_holm is not None for row in tested)
+    case = Case(study, measurements)
     causes = Causes(
         study,
-        arm_values(study, measurements),
-        noise_floors(study, measurements),
+        case.values,
+        noise_floors(case),
         ALPHA / max(1, tests),
         tuple(base),
     )

@@ -8,6 +8,7 @@ names, is reported at once.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,19 @@ class Study:
                 ):
                     return factor
         return None
+
+    def missing_cells(self) -> list[Mapping[str, str]]:
+        """Return the cells of the full factorial that no arm has; none with fewer than two
+        factors.
+        """
+        if len(self.factors) < 2:
+            return []
+        cells = [dict(arm.cell) for arm in self.arms if set(self.factors) <= set(arm.cell)]
+        levels = [list(dict.fromkeys(cell[factor] for cell in cells)) for factor in self.factors]
+        every = (
+            dict(zip(self.factors, levels, strict=True)) for levels in itertools.product(*levels)
+        )
+        return [cell for cell in every if cell not in cells]
 
     def differing(self) -> dict[str, dict[str, Any]]:
         """Return {dotted key: {arm: value}} of the keys whose resolved values differ between arms;

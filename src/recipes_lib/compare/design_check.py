@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.design_sections import BASE_ARM
@@ -258,7 +258,7 @@ def check_levels(document: Document, study: Study) -> list[RecipeError]:
                     f" {one.cell[factor]}, but {changed[0]} differs"
                 )
                 document.warnings.append(document.error(("arms", other.name), what))
-    for cell in missing_cells(study):
+    for cell in study.missing_cells():
         what = (
             "warning: no arm has the cell"
             f" {', '.join(f'{factor}: {level}' for factor, level in cell.items())}"
@@ -267,19 +267,6 @@ def check_levels(document: Document, study: Study) -> list[RecipeError]:
             document.error(("factors",), what, "an effect of one factor cannot be told apart there")
         )
     return []
-
-
-def missing_cells(study: Study) -> list[Mapping[str, str]]:
-    """Return the cells of the full factorial that no arm has; none with fewer than two factors."""
-    if len(study.factors) < 2:
-        return []
-    cells = [arm.cell for arm in study.arms if set(study.factors) <= set(arm.cell)]
-    levels = [list(dict.fromkeys(cell[factor] for cell in cells)) for factor in study.factors]
-    every = (
-        dict(zip(study.factors, combination, strict=True))
-        for combination in itertools.product(*levels)
-    )
-    return [cell for cell in every if cell not in [dict(known) for known in cells]]
 
 
 def _list(names: Any) -> str:

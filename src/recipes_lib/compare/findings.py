@@ -1,9 +1,8 @@
-"""What a check of a comparison can say: one finding, with its severity, its evidence and its
-remedy.
+"""What a check of a comparison can say: the kinds of findings, with their texts.
 
-Findings are made by `compare/validity/`, stop sentences in `compare/claims.py`, and are printed by
-the report and by `recipes compare`. An error stops the causal sentence of the rows it touches,
-never the table; a warning stands beside them; a note informs.
+`compare/validity/` finds them, `compare/claims.py` stops sentences by them, the report and
+`recipes compare` print them. An error stops the causal sentence of the rows it touches, never the
+table; a warning stands beside them; a note informs. docs/studies.md says when each is found.
 """
 
 from __future__ import annotations
@@ -14,6 +13,351 @@ from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+NOT_AUDITED = "judge-not-audited"
+INSIDE_NOISE = "inside-noise-floor"
+CONFOUNDED = "confound"  # codes that start so leave no cause, errors among them an association
+ONE_MODEL = "identical"  # codes that start so leave nothing to compare
+
+_ANEW = (
+    "they cannot be ranked as different: find out which arm it belongs to, and make the other's"
+    " anew"
+)
+# Kind: severity, title, remedy. What follows a / in a kind is no part of its code.
+KINDS: dict[str, tuple[Severity, str, str]] = {
+    # What the recipes and the runs say
+    "confound": (
+        "error",
+        "{first} and {second} also differ in {keys}, which no factor declares",
+        "give both arms the same values, or declare them under factors and add the missing cells",
+    ),
+    "differences": (
+        "note",
+        "{first} and {second} differ in {keys}: no factor is declared, so no difference has a named"
+        " cause",
+        "declare what is meant to differ: write a study",
+    ),
+    "differences/twins": (
+        "note",
+        "{first} and {second} differ in nothing but the seed: an A/A pair",
+        "their difference is the noise floor of every other one",
+    ),
+    "differences/seed": (
+        "note",
+        "{first} and {second} were trained with other seeds, which is chance and no cause",
+        "the same seeds: both then see the rows in one order",
+    ),
+    "differences/idle": (
+        "note",
+        "{first} and {second} differ in {keys}, which changes no result",
+        "nothing to do",
+    ),
+    "confound-factors": (
+        "error",
+        "{one} is confounded with {other}: they change together in every arm",
+        "add arms that change {one} alone and {other} alone",
+    ),
+    "missing-cell": (
+        "warning",
+        "{cells} of the factorial {have} no arm",
+        "add an arm for each: an effect there cannot be told from the others",
+    ),
+    "confound-data": (
+        "error",
+        "Training data differs between {first} and {second}",
+        "train both arms on the same rows: the same source, revision and split",
+    ),
+    "confound-base": (
+        "error",
+        "Base model's weights differ between {first} and {second}",
+        "train both arms from the same files: pin model.revision, or keep the model's folder as it"
+        " is",
+    ),
+    "confound-split": (
+        "error",
+        "Splits differ between {first} and {second}",
+        "use split.method: hash, which holds the same rows out everywhere",
+    ),
+    "confound-prompt-format": (
+        "error",
+        "Prompt format in training differs between {first} and {second}",
+        "train both arms with one prompt format",
+    ),
+    "confound-world-size": (
+        "warning",
+        "Number of processes differ between {first} and {second}",
+        "train both arms on the same number of processes: dropout and the order of rows depend on"
+        " it",
+    ),
+    "confound-steps": (
+        "error",
+        "Number of optimizer steps differ between {first} and {second}",
+        "train both arms for as many steps: declare run.global_batch_size, and give both the same"
+        " epochs or train.max_steps",
+    ),
+    "confound-hardware": (
+        "warning",
+        "Hardware differs between {first} and {second}",
+        "train both arms on the same hardware",
+    ),
+    "confound-versions": (
+        "warning",
+        "Library versions differ between {first} and {second}",
+        "train both arms in one environment",
+    ),
+    "code-differs": (
+        "note",
+        "Version of this code differs between {first} and {second}",
+        "train both arms from one commit",
+    ),
+    "confound-published": (
+        "warning",
+        "As published, {what} {differ} between {first} and {second}",
+        "train both arms here, alike",
+    ),
+    "loss-of-other-tokens": (
+        "error",
+        "The validation losses of {first} and {second} are over different tokens",
+        "compare answers, or evaluate both on the same tokens",
+    ),
+    "loss-in-other-precision": (
+        "error",
+        "The validation losses of {first} and {second} are in different precisions",
+        "evaluate both in one precision first",
+    ),
+    # One thing under two names
+    "identical-runs": ("error", "{first} and {second} are one run under two names", _ANEW),
+    "identical-imported-file": (
+        "error",
+        "{first} and {second} were imported from the same file, {file}",
+        _ANEW,
+    ),
+    "identical-adapters": (
+        "error",
+        "{first} and {second} have the same {folder} under two names",
+        _ANEW,
+    ),
+    "identical-answers": ("error", "{first} and {second} gave the same answers in {eval}", _ANEW),
+    "identical-judgments": (
+        "error",
+        "{first} and {second} have the same judgments in {eval}",
+        _ANEW,
+    ),
+    "identical-models": ("error", "{first} and {second} are the same model", _ANEW),
+    "identical-seeds": (
+        "error",
+        "{n} trainings of {first} ended with the same weights: one training is counted {n} times",
+        "did the seed reach the training? train the other seeds anew",
+    ),
+    "answers-of-another-arm": (
+        "error",
+        "The same weights answered for {first} and for {second}",
+        _ANEW,
+    ),
+    "answers-of-another-arm/stored": (
+        "error",
+        "The answers of {first} in {eval} were given by {other}'s weights",
+        "delete the file and evaluate the run again",
+    ),
+    "answers-of-another-arm/opponent": (
+        "error",
+        "{first} was judged in {eval} against answers that {second} does not give any more",
+        "judge it again: recipes eval EVAL {run} --against {against}",
+    ),
+    # The judge, and how it was asked
+    "order-flips": (
+        "error",
+        "The judge's verdict often changes with the order of the answers in {eval}",
+        "use a stronger judge",
+    ),
+    "unparsed-share": (
+        "error",
+        "Too many of the judge's texts hold no verdict in {eval}",
+        "read some of them (recipes judge audit), or use mode: logits",
+    ),
+    "contradictory-verdicts": (
+        "error",
+        "Many verdicts are the opposite of what the judge's own text says in {eval}",
+        "read some of them, and judge again with a prompt and a parser of its own format (recipes"
+        " eval)",
+    ),
+    "judge-failed-audit": (
+        "error",
+        "The judge failed its audit in {eval}",
+        "use a stronger judge, or show with human labels that it can be believed",
+    ),
+    "judge-failed-audit/labels": (
+        "error",
+        "The judge failed its audit on {labels}",
+        "use a stronger judge, or show with human labels that it can be believed",
+    ),
+    NOT_AUDITED: (
+        "error",
+        "The audit of the judge of {eval} did not measure {missing}",
+        "recipes judge audit --judge JUDGE.yaml --labels FILE... measures every check; then write"
+        " the report again",
+    ),
+    "self-judged": (
+        "error",
+        "The judge is a model that it judges, or its base, in {eval}",
+        "judge with a model of another family",
+    ),
+    "degenerate-answers": (
+        "error",
+        "More than a fifth of the answers are one and the same, empty or cut in {eval}",
+        "look at the answers; raise generation.max_new_tokens where they are cut",
+    ),
+    "degenerate-answers/tenth": (
+        "warning",
+        "More than a tenth of the answers are one and the same, empty or cut in {eval}",
+        "look at the answers; raise generation.max_new_tokens where they are cut",
+    ),
+    "weak-judge": (
+        "warning",
+        "The judge of {eval} is a weak one",
+        "use a judge that can judge (evals/judges/)",
+    ),
+    "judges-differ": (
+        "error",
+        "Different judges judged the arms in {eval}",
+        "evaluate all arms with one judge",
+    ),
+    "one-order-judging": (
+        "error",
+        "Answers were judged in one order only in {eval}, the model's always first",
+        "judge both orders (recipes eval does): a judge's preference for a position is part of this"
+        " rate",
+    ),
+    "one-order-judging/mixed": (
+        "warning",
+        "Answers were judged in one order only in {eval}",
+        "judge both orders (recipes eval does): a judge's preference for a position is part of this"
+        " rate",
+    ),
+    "missing-turn": (
+        "warning",
+        "{turns} of {first} in {eval} {have} no judgment: {missing}",
+        "judge it: a turn that is left out leaves the mean too high or too low",
+    ),
+    # What `recipes judge replay` found in the files of an imported arm
+    "unparsed-as-tie": (
+        "warning",
+        "Judgments without a verdict were counted as ties in {eval}",
+        "here they have no value and widen the interval; the published number counts them",
+    ),
+    "unparsed-left-out": (
+        "warning",
+        "Judgments without a verdict were left out of the published numbers in {eval}",
+        "here they have no value and widen the interval",
+    ),
+    "empty-answer-wins": (
+        "warning",
+        "Empty answers were counted as wins in {eval}",
+        "judge again: an empty answer loses",
+    ),
+    "turn-without-context": (
+        "warning",
+        "Second turns were judged without the first turn of their conversation in {eval}",
+        "judge again with the conversation in front of the judge (recipes eval"
+        " evals/mt_bench.yaml)",
+    ),
+    "repeated-judgments": (
+        "warning",
+        "Questions were judged twice in {eval}",
+        "keep one judgment per question",
+    ),
+    "constant-answer": (
+        "warning",
+        "One answer was given to many questions in {eval}",
+        "look at the answers: one text for many questions wins or loses them all at once",
+    ),
+    "not-in-the-judges-format": (
+        "warning",
+        "Verdicts were read from texts that do not end in the judge's verdict format in {eval}",
+        "judge again: a verdict read from a text that ends in none is a guess",
+    ),
+    # Questions and settings
+    "protocol-differs": (
+        "error",
+        "{first} and {second} were not asked in the same way: {keys}",
+        "evaluate both with one eval recipe (recipes eval)",
+    ),
+    "protocol-differs/texts": (
+        "error",
+        "{first} and {second} were asked other questions under the same ids, or judged against"
+        " other answers",
+        "evaluate both with one eval recipe (recipes eval), after the last change of its files",
+    ),
+    "precision-of-answers": (
+        "warning",
+        "{first} and {second} answered in different precisions",
+        "part of the difference may be the precision: answer with both in the same one",
+    ),
+    "questions-differ": (
+        "warning",
+        "{first} and {second} were asked different questions in {metric}: {n} are the same",
+        "only the shared ones are compared; evaluate both on one question set",
+    ),
+    "subset": (
+        "warning",
+        "{eval} is a subset of its questions",
+        "evaluate all of them: no limit, no max_questions",
+    ),
+    "unfinished-evaluation": (
+        "warning",
+        "{first} has evaluations without a result: {evals}",
+        "run the same command again",
+    ),
+    "missing-evaluation": (
+        "note",
+        "{first} was not evaluated with {evals}",
+        "recipes eval EVAL RUN",
+    ),
+    # Chance, and what was chosen
+    "best-of-many": (
+        "warning",
+        "The best of {n} arms is flattered by having been chosen",
+        "name the winner, and measure it again on other questions or with other seeds before its"
+        " lead is quoted",
+    ),
+    "best-checkpoint": (
+        "note",
+        "{first} kept the best of {n} checkpoints by its validation loss",
+        "its lowest validation loss is flattered too: compare on data that chose nothing",
+    ),
+    "noise-floor-missing": (
+        "warning",
+        "No noise floor: every arm was trained once, so a difference may be that of two trainings"
+        " of one recipe",
+        "an A/A run: {how}",
+    ),
+    INSIDE_NOISE: (
+        "warning",
+        "{first} and {second} differ on {metric} by no more than two trainings of one recipe do",
+        "more seeds per arm make the floor lower; until then this is no effect of the factor",
+    ),
+    # Arms that were not made here
+    "imported": (
+        "warning",
+        "{first} is imported: how its answers and verdicts came to be is what its files say",
+        "train and evaluate it here where the claim matters",
+    ),
+    "published-only": (
+        "error",
+        "{first} stands for published numbers alone, and cannot be tested",
+        "import its answers and judgments (recipes import FILE... --as RUN), or train it: remove"
+        " published_only",
+    ),
+    "not-imported": (
+        "error",
+        "{first} has no files: run '{run}' was not imported",
+        "recipes import FILE... --as {run}",
+    ),
+    "missing-runs": (
+        "warning",
+        "{first} has {there} of {wanted} trainings",
+        "recipes study run {study}",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -45,14 +389,37 @@ class Finding:
         return not self.arms or len(compared & set(self.arms)) >= min(2, len(set(self.arms)))
 
 
+def found(
+    kind: str,
+    evidence: Iterable[str],
+    arms: tuple[str, ...] = (),
+    metrics: Iterable[str] = (),
+    **words: object,
+) -> Finding:
+    """Return a finding of a kind.
+
+    Args:
+        evidence: what was seen, a line each.
+        arms: the arms it touches; its texts call them `first` and `second`.
+        metrics: the metrics it touches.
+        words: what else its texts name.
+    """
+    severity, title, remedy = KINDS[kind]
+    words |= dict(zip(("first", "second"), arms, strict=False))
+    return Finding(
+        kind.partition("/")[0],
+        severity,
+        title.format(**words),
+        tuple(evidence),
+        remedy.format(**words),
+        arms,
+        tuple(metrics),
+    )
+
+
 def errors_first(findings: Iterable[Finding]) -> list[Finding]:
     """Return findings without repetition, errors first, in a stable order."""
     return sorted(
         dict.fromkeys(findings),
-        key=lambda finding: (
-            SEVERITIES.index(finding.severity),
-            finding.code,
-            finding.arms,
-            finding.title,
-        ),
+        key=lambda one: (SEVERITIES.index(one.severity), one.code, one.arms, one.title),
     )

@@ -67,6 +67,11 @@ class ArmMeasurements:
     runs: tuple[RunMeasurements, ...]
 
     @property
+    def logs(self) -> list[EvalLog]:
+        """Every evaluation of every run."""
+        return [log for run in self.runs for log in run.evals]
+
+    @property
     def imported(self) -> bool:
         """Whether any run of the arm is imported."""
         return any(run.imported for run in self.runs)

@@ -1,98 +1,326 @@
-"""Confounds in the recipes: what differs between two arms besides the declared factors."""
+"""What differs between two arms besides the declared factors: in their recipes, in what runs
+recorded about data, splits, prompts, processes, hardware and libraries, in what was published, in
+the design of the study, and in what their validation losses are means over.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.validity.settings import (
+from recipes_lib.compare.findings import Finding, found
+from recipes_lib.compare.published import load_published
+from recipes_lib.compare.validity.case import (
+    SEED,
+    Case,
     Values,
-    arm_values,
     changes_result,
     declared_by,
     differing,
+    effective,
     pairs,
     setting_text,
+    settings_differ,
     with_derived_values,
 )
+from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.generation.fingerprints import hash_of
 
 if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import Measurements
+    from recipes_lib.compare.measurements import ArmMeasurements, RunMeasurements
 
 _NAMED = 4
+_Recorded = Callable[["RunMeasurements"], Mapping[str, Any]]  # {what: value} of a run
 
 
-def check_confounds(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
+def check_recipes(case: Case) -> Iterator[Finding]:
     """Yield one finding per two arms that differ in an undeclared key.
 
     It lists every such key. Keys that only decide what is written, or how the same batch is cut,
     are listed too and marked; where there are no others the finding is a note. Without a study no
     factor is declared and no cause is claimed: the list is a note.
     """
-    values = arm_values(study, measurements)
-    for first, second in pairs(values):
-        one, other = with_derived_values(values[first], values[second])
-        keys = [key for key in differing(one, other) if declared_by(study, key, one, other) is None]
+    for arms in pairs(case.values):
+        one, other = with_derived_values(*(case.values[name] for name in arms))
+        every = differing(one, other)
+        keys = [key for key in every if declared_by(case.study, key, one, other) is None]
+        heavy = [key for key in keys if changes_result(key, one, other)]
+        idle = [key for key in keys if key not in heavy]
+        evidence = settings_differ(heavy, arms, one, other)
+        evidence += [
+            f"{line} (changes no result)" for line in settings_differ(idle, arms, one, other)
+        ]
+        if case.study is None:
+            kind = "differences"
+        elif heavy == [SEED]:
+            kind = "differences/twins" if every == heavy else "differences/seed"
+        else:
+            kind, idle = ("confound", []) if heavy else ("differences/idle", idle)
         if keys:
-            yield _finding(study, first, second, keys, one, other)
-
-
-def _finding(
-    study: Study | None, first: str, second: str, keys: list[str], one: Values, other: Values
-) -> Finding:
-    heavy = [key for key in keys if changes_result(key, one, other)]
-    listed = [*heavy, *(key for key in keys if key not in heavy)]
-    evidence = tuple(
-        f"{key}: {first} {setting_text(one.get(key))}, {second} {setting_text(other.get(key))}"
-        + ("" if key in heavy else " (changes no result)")
-        for key in listed
-    )
-    if study is None:
-        title = (
-            f"{first} and {second} differ in {_names(listed)}: no factor is declared, so no"
-            " difference has a named cause"
-        )
-        return Finding(
-            "differences",
-            "note",
-            title,
-            evidence,
-            "declare what is meant to differ: write a study",
-            (first, second),
-        )
-    if heavy == ["train.seed"] and differing(one, other) == heavy:
-        title = f"{first} and {second} differ in nothing but the seed: an A/A pair"
-        return Finding(
-            "differences",
-            "note",
-            title,
-            evidence,
-            "their difference is the noise floor of every other one",
-            (first, second),
-        )
-    if heavy == ["train.seed"]:
-        title = f"{first} and {second} were trained with other seeds, which is chance and no cause"
-        return Finding(
-            "differences",
-            "note",
-            title,
-            evidence,
-            "the same seeds: both then see the rows in one order",
-            (first, second),
-        )
-    if not heavy:
-        title = f"{first} and {second} differ in {_names(listed)}, which changes no result"
-        return Finding("differences", "note", title, evidence, "nothing to do", (first, second))
-    title = f"{first} and {second} also differ in {_names(heavy)}, which no factor declares"
-    remedy = (
-        "give both arms the same values, or declare them under factors and add the missing cells"
-    )
-    return Finding("confound", "error", title, evidence, remedy, (first, second))
+            yield found(kind, evidence, arms, keys=_names([*heavy, *idle]))
 
 
 def _names(keys: list[str]) -> str:
     """The first keys, and how many more."""
     more = len(keys) - _NAMED
     return ", ".join(keys[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+# ---- What runs recorded ----
+
+
+def _guard(name: str) -> _Recorded:
+    def read(run: RunMeasurements) -> Mapping[str, Any]:
+        value = (run.state.get("guard") or {}).get(name)
+        return {} if value is None else {name: value}
+
+    return read
+
+
+def _base(run: RunMeasurements) -> Mapping[str, Any]:
+    """What identifies the weights that the run began with, as its own weights recorded it: a name
+    may stand for other files later.
+    """
+    for name in ("adapter", "model"):
+        # What a damaged record does not tell is not compared; `recipes verify` names the damage.
+        with suppress(DamagedFile):
+            record = read_object(run.folder / name / "weights_check.json")
+            if record.get("base_fingerprint"):
+                return {"weights": str(record["base_fingerprint"])[:12]}
+    return {}
+
+
+def _splits(run: RunMeasurements) -> Mapping[str, Any]:
+    """Each part with its size and a hash of its rows' ids."""
+    return {
+        name: f"{part['count']} rows, {hash_of(sorted(map(str, part.get('ids', []))))[:12]}"
+        for name, part in run.splits.items()
+        if isinstance(part, dict) and "count" in part
+    }
+
+
+def _launch(run: RunMeasurements) -> Mapping[str, Any]:
+    guard = run.state.get("guard") or {}
+    return {
+        key: guard[f"launch.{key}"]
+        for key in ("world_size", "distribution")
+        if f"launch.{key}" in guard
+    }
+
+
+def _steps(run: RunMeasurements) -> Mapping[str, Any]:
+    steps = (run.state.get("summary") or {}).get("steps")
+    return {} if steps is None else {"optimizer steps": steps}
+
+
+def _devices(run: RunMeasurements) -> Mapping[str, Any]:
+    # "CPU, 2 cores, 1 threads": how many threads were free says nothing about the hardware.
+    devices = [
+        re.sub(r", \d+ threads?\Z", "", str(device))
+        for device in run.environment.get("devices") or ()
+    ]
+    return {"devices": "; ".join(devices)} if devices else {}
+
+
+def _libraries(run: RunMeasurements) -> Mapping[str, Any]:
+    libraries = run.environment.get("libraries") or {}
+    python = str(run.environment.get("python") or "").rpartition(".")[0]
+    return {**libraries, **({"python": python} if python and libraries else {})}
+
+
+def _code(run: RunMeasurements) -> Mapping[str, Any]:
+    git = run.environment.get("git") or {}
+    changes = " with changes" if git.get("dirty") else ""
+    return {"commit": f"{str(git['commit'])[:12]}{changes}"} if git.get("commit") else {}
+
+
+_DATA = ("data", "data.source", "data.split", "data.max_examples", "data.filters")
+_OF_STEPS = (
+    *("train.num_train_epochs", "train.max_steps", "train.max_length", "train.packing"),
+    *("train.dataloader_drop_last", "train.per_device_train_batch_size"),
+    *("train.gradient_accumulation_steps", "run.global_batch_size", "launch.world_size"),
+)
+# Code: what runs recorded, and the keys of which a factor may declare it.
+CIRCUMSTANCES: dict[str, tuple[_Recorded, tuple[str, ...]]] = {
+    "confound-data": (_guard("data_fingerprint"), _DATA),
+    "confound-base": (_base, ("model", "model.name_or_path", "model.revision")),
+    "confound-split": (_splits, _DATA),
+    "confound-prompt-format": (
+        _guard("prompt_format_hash"),
+        ("data", "data.prompt_format", "data.chat_template"),
+    ),
+    "confound-world-size": (
+        _launch,
+        ("launch", "launch.accelerate", "launch.gpus", "launch.world_size"),
+    ),
+    "confound-steps": (_steps, (*_DATA, *_OF_STEPS)),
+    "confound-hardware": (_devices, ()),
+    "confound-versions": (_libraries, ()),
+    "code-differs": (_code, ()),
+}
+
+
+def check_circumstances(case: Case) -> Iterator[Finding]:
+    """Yield, per two trained arms, what their runs recorded differently."""
+    for arms in pairs(case.trained):
+        for code, (read, keys) in CIRCUMSTANCES.items():
+            if case.declares(*keys):
+                continue
+            one, other = (_values_seen(case.trained[name], read) for name in arms)
+            evidence = [
+                f"{what}: {arms[0]} {one[what]}, {arms[1]} {other[what]}"
+                for what in one
+                if what in other and one[what] != other[what]
+            ]
+            if evidence:
+                finding = found(code, evidence, arms)
+                # Without a study nothing is said about causes, so a confound stops nothing.
+                stops = case.study is None and finding.severity == "error"
+                yield replace(finding, severity="warning") if stops else finding
+
+
+def _values_seen(arm: ArmMeasurements, read: _Recorded) -> dict[str, str]:
+    """What an arm's runs recorded: {what: the values, each once}."""
+    seen: dict[str, set[str]] = {}
+    for run in arm.runs:
+        for what, value in read(run).items():
+            seen.setdefault(what, set()).add(str(value))
+    return {what: " and ".join(sorted(values)) for what, values in seen.items()}
+
+
+def check_published(case: Case) -> Iterator[Finding]:
+    """Yield what was published of two arms that were made elsewhere, where no recipe can say it."""
+    if case.study is None or case.study.published is None:
+        return
+    published = load_published(case.study.published)
+    told = {
+        arm.name: published.circumstances[arm.name]
+        for arm in case.study.arms
+        if not arm.trained and arm.name in published.circumstances
+    }
+    for first, second in pairs(told):
+        one, other = told[first], told[second]
+        what = [name for name in one if name in other and one[name] != other[name]]
+        if what:
+            evidence = [
+                f"{name}: {first} {one[name]}, {second} {other[name]} ({published.path.name})"
+                for name in what
+            ]
+            words = {"what": " and ".join(what), "differ": "differ" if what[1:] else "differs"}
+            yield found("confound-published", evidence, (first, second), **words)
+
+
+# ---- The design ----
+
+
+def check_factors(case: Case) -> Iterator[Finding]:
+    """Yield the cells of the factorial that have no arm, and, per two arms, factors that change
+    together in every two arms of the study, so that no effect is one's own.
+    """
+    study = case.study
+    if study is None or len(study.factors) < 2:
+        return
+    if missing := study.missing_cells():
+        evidence = [
+            "no arm has " + ", ".join(f"{factor}: {level}" for factor, level in cell.items())
+            for cell in missing
+        ]
+        what = ("1 cell", "has") if len(missing) == 1 else (f"{len(missing)} cells", "have")
+        yield found("missing-cell", evidence, cells=what[0], have=what[1])
+    cells = {arm.name: arm.cell for arm in study.arms if set(study.factors) <= set(arm.cell)}
+    changing = {
+        (first, second): {
+            factor for factor in study.factors if cells[first][factor] != cells[second][factor]
+        }
+        for first, second in pairs(cells)
+    }
+    for both in itertools.combinations(study.factors, 2):
+        if any(len({*both} & factors) == 1 for factors in changing.values()):
+            continue
+        for arms in (arms for arms, factors in changing.items() if {*both} <= factors):
+            first, second = arms
+            one, other = (case.values.get(name, {}) for name in arms)
+            evidence = [
+                f"{factor}: {first} {cells[first][factor]}, {second} {cells[second][factor]}"
+                for factor in both
+            ]
+            keys = [key for key in differing(one, other) if study.factor_of(key) in both]
+            lines = settings_differ(keys, arms, one, other)
+            evidence += [
+                f"{study.factor_of(key)}, {line}" for key, line in zip(keys, lines, strict=True)
+            ]
+            yield found("confound-factors", evidence, arms, one=both[0], other=both[1])
+
+
+# ---- Validation losses ----
+
+_TOKENS = (  # they decide which tokens the mean is over
+    *("model.name_or_path", "data.source", "data.subset", "data.revision", "data.source_split"),
+    *("data.prompt_format", "data.chat_template", "data.system_prompt", "data.chat_loss"),
+    *("data.split.method", "data.split.validation", "data.split.test", "data.split.seed"),
+    *("data.max_examples", "data.special_tokens", "train.max_length"),
+    *("train.completion_only_loss", "train.assistant_only_loss", "train.packing"),
+    *("train.eval_packing", "train.truncation_mode"),
+)
+_PRECISION = (  # they decide in which arithmetic it is computed
+    *("model.dtype", "train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
+    "launch.mixed_precision",
+)
+
+
+def check_losses(case: Case) -> Iterator[Finding]:
+    """Yield, per two arms that both have a validation loss, why the two are not the same
+    measure.
+    """
+    measured = {
+        name: arm.runs[0]
+        for name, arm in case.arms.items()
+        if any(line.get("eval_loss") is not None for line in arm.runs[0].curves)
+    }
+    for arms in pairs(measured):
+        one, other = (case.values.get(name, {}) for name in arms)
+        tokens, precision = (
+            settings_differ(_not_alike(keys, one, other), arms, one, other)
+            for keys in (_TOKENS, _PRECISION)
+        )
+        tokens += _rows_differ(*(measured[name] for name in arms))
+        bits = [_bits(values) for values in (one, other)]
+        if one and other and bits[0] != bits[1]:
+            precision += [f"quantization: {arms[0]} {bits[0]}, {arms[1]} {bits[1]}"]
+        for code, lines in (
+            ("loss-of-other-tokens", tokens),
+            ("loss-in-other-precision", precision),
+        ):
+            if lines:
+                yield found(code, lines, arms, ("validation_loss",))
+
+
+def _not_alike(keys: tuple[str, ...], one: Values, other: Values) -> list[str]:
+    return [
+        key
+        for key in (keys if one and other else ())
+        if (effective(key, one) or None) != (effective(key, other) or None)
+    ]
+
+
+def _bits(values: Values) -> str:
+    """The bits of the base's weights."""
+    bits = (bits for bits in (4, 8) if values.get(f"quantization.load_in_{bits}bit"))
+    return next((f"{number} bit" for number in bits), "none")
+
+
+def _rows_differ(one: RunMeasurements, other: RunMeasurements) -> list[str]:
+    """What the runs themselves recorded about their rows."""
+    lines = []
+    for code in ("confound-data", "confound-split", "confound-prompt-format"):
+        mine, theirs = (CIRCUMSTANCES[code][0](run) for run in (one, other))
+        lines += [
+            f"{name}: {setting_text(mine[name])} and {setting_text(theirs[name])}"
+            for name in mine
+            if name in theirs and mine[name] != theirs[name] and name != "train"
+        ]
+    return lines

@@ -5,530 +5,329 @@ source made of its verdicts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.findings import Finding, Severity
-from recipes_lib.compare.validity.settings import run_place
+from recipes_lib.compare.findings import NOT_AUDITED, Finding, found
+from recipes_lib.compare.validity.case import Case, metrics_of, run_place
 from recipes_lib.compare.wording import sentence_list
 from recipes_lib.core.json_files import read_object
 from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of
 
 if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import Measurements, RunMeasurements
+    from recipes_lib.compare.measurements import RunMeasurements
     from recipes_lib.eval_log import EvalLog, Measure
 
-NOT_AUDITED = "judge-not-audited"
 DEGENERATE = 0.2  # share of answers that are one text, empty or cut, above which nothing is said
 _OWN_WORDS = "verdicts against the judge's own words"
-# What a failed check of the audit is called here, and what to do.
+# What a failed check of the audit is called here; any other one is judge-failed-audit.
 _CHECKS = {
-    "swap consistency": (
-        "order-flips",
-        "The judge's verdict often changes with the order of the answers",
-        "use a stronger judge",
-    ),
-    "judgments without a verdict": (
-        "unparsed-share",
-        "Too many of the judge's texts hold no verdict",
-        "read some of them (recipes judge audit), or use mode: logits",
-    ),
-    _OWN_WORDS: (
-        "contradictory-verdicts",
-        "Many verdicts are the opposite of what the judge's own text says",
-        (
-            "read some of them, and judge again with a prompt and a parser of its own format"
-            " (recipes eval)"
-        ),
-    ),
+    "swap consistency": "order-flips",
+    "judgments without a verdict": "unparsed-share",
+    _OWN_WORDS: "contradictory-verdicts",
 }
-_FAILED = (
-    "judge-failed-audit",
-    "The judge failed its audit",
-    "use a stronger judge, or show with human labels that it can be believed",
+# Findings of `recipes judge replay` that are said here too.
+_REPLAYED = (
+    *("unparsed-as-tie", "unparsed-left-out", "empty-answer-wins", "turn-without-context"),
+    *("repeated-judgments", "constant-answer", "not-in-the-judges-format"),
 )
-# Findings of `recipes judge replay` that are said here too: severity, title, what to do.
-_REPLAYED: dict[str, tuple[Severity, str, str]] = {
-    "unparsed-as-tie": (
-        "warning",
-        "Judgments without a verdict were counted as ties",
-        "here they have no value and widen the interval; the published number counts them",
-    ),
-    "unparsed-left-out": (
-        "warning",
-        "Judgments without a verdict were left out of the published numbers",
-        "here they have no value and widen the interval",
-    ),
-    "empty-answer-wins": (
-        "warning",
-        "Empty answers were counted as wins",
-        "judge again: an empty answer loses",
-    ),
-    "turn-without-context": (
-        "warning",
-        "Second turns were judged without the first turn of their conversation",
-        (
-            "judge again with the conversation in front of the judge (recipes eval"
-            " evals/mt_bench.yaml)"
-        ),
-    ),
-    "repeated-judgments": (
-        "warning",
-        "Questions were judged twice",
-        "keep one judgment per question",
-    ),
-    "constant-answer": (
-        "warning",
-        "One answer was given to many questions",
-        "look at the answers: one text for many questions wins or loses them all at once",
-    ),
-    "not-in-the-judges-format": (
-        "warning",
-        "Verdicts were read from texts that do not end in the judge's verdict format",
-        "judge again: a verdict read from a text that ends in none is a guess",
-    ),
-}
+Logs = list[tuple[str, "EvalLog"]]  # with their arms
 
 
-def check_judging(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
+def check_judging(case: Case) -> Iterator[Finding]:
     """Yield what was found about verdicts; a judge that failed somewhere is not believed anywhere
     in that evaluation.
     """
-    del study
     # A finding about no metric would be about all of them.
-    results = [
-        (name, result)
-        for name, arm in measurements.arms.items()
-        for run in arm.runs
-        for result in run.evals
-        if result.measures
-    ]
-    evals: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
-    for name, result in results:
-        evals[result.eval].append((name, result))
-    yield from _weak(results)
-    yield from _on_labels(measurements, results)
-    yield from _not_audited(measurements, results)
-    for found in evals.values():
-        yield from _audits(found, results)
-        yield from _different_judges(found)
-        yield from _of_itself(measurements, found)
-        yield from _degenerate(measurements, found)
-        yield from _one_order(found)
-        yield from _missing_turns(found)
-        yield from _replayed(found)
+    logs = [(name, log) for name, log in case.logs if log.measures]
+    evals: dict[str, Logs] = defaultdict(list)
+    for name, log in logs:
+        evals[log.eval].append((name, log))
+    yield from _weak(logs)
+    yield from _audits_on_labels(case, logs)
+    yield from _not_audited(case, logs)
+    for mine in evals.values():
+        yield from _audits(mine, logs)
+        yield from _different_judges(mine)
+        yield from _of_itself(case, mine)
+        yield from _degenerate(case, mine)
+        yield from _one_order(mine)
+        yield from _missing_turns(mine)
+        yield from _replayed(mine)
 
 
-def judged_metrics(found: Sequence[tuple[str, EvalLog]]) -> tuple[str, ...]:
-    """Return the names of all metrics of an evaluation."""
-    return tuple(dict.fromkeys(measure.name for _, result in found for measure in result.measures))
+def _judge(log: EvalLog) -> Mapping[str, Any]:
+    return log.result.get("judge") or {}
 
 
-def _audits(
-    found: Sequence[tuple[str, EvalLog]], everything: Sequence[tuple[str, EvalLog]]
-) -> Iterator[Finding]:
+def _metrics(logs: Logs) -> tuple[str, ...]:
+    return metrics_of(log for _, log in logs)
+
+
+def _evals(logs: Logs) -> list[str]:
+    return list(dict.fromkeys(log.eval for _, log in logs))
+
+
+def _failed(card: Mapping[str, Any], whose: str, file: Path) -> Iterator[tuple[str, str]]:
+    """Every failed check of an audit as (code, what was measured)."""
+    for check in card.get("checks") or ():
+        if check["result"] == "fail":
+            value = "n/a" if check["value"] is None else f"{check['value']:.3f}"
+            told = card.get("contradictions") or {}
+            detail = ""  # how many verdicts contradict, and whom that favours
+            if check["check"] == _OWN_WORDS and told.get("decidable"):
+                detail = f"; {told['count']} of {told['decidable']} decidable, {told['direction']}"
+            yield (
+                _CHECKS.get(check["check"], "judge-failed-audit"),
+                f"{whose}: {check['check']} {value}, needs {check['needs']}{detail}"
+                f" ({run_place(file)})",
+            )
+
+
+def _audits(logs: Logs, everything: Logs) -> Iterator[Finding]:
     """One finding per kind of failed check, with every arm's value; it concerns all that the same
     judge judged.
     """
-    judges = {_fingerprint(result) for _, result in found} - {None}
-    same = [(name, result) for name, result in everything if _fingerprint(result) in judges]
-    metrics = judged_metrics([*found, *same])
-    failed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for name, result in found:
-        card = result.result.get("audit") or {}
-        for check in card.get("checks") or ():
-            if check["result"] == "fail":
-                failed[_CHECKS.get(check["check"], _FAILED)].append(
-                    _line(card, check, name, result.file)
-                )
-    for (code, title, remedy), evidence in failed.items():
-        yield Finding(
-            code, "error", f"{title} in {found[0][1].eval}", tuple(evidence), remedy, (), metrics
-        )
+    judges = {_judge(log).get("fingerprint") for _, log in logs} - {None}
+    same = [one for one in everything if _judge(one[1]).get("fingerprint") in judges]
+    failed: dict[str, list[str]] = defaultdict(list)
+    for name, log in logs:
+        for code, line in _failed(log.result.get("audit") or {}, name, log.file):
+            failed[code].append(line)
+    for code, lines in failed.items():
+        yield found(code, lines, (), _metrics([*logs, *same]), eval=logs[0][1].eval)
 
 
-def _on_labels(
-    measurements: Measurements, results: Sequence[tuple[str, EvalLog]]
-) -> Iterator[Finding]:
+def _audits_on_labels(case: Case, logs: Logs) -> Iterator[Finding]:
     """Audits on human labels (`recipes judge audit JUDGE.yaml`) that the judges of these results
     failed.
     """
-    for file, card in _labelled(measurements):
-        mine = [
-            (name, result)
-            for name, result in results
-            if _fingerprint(result) and _fingerprint(result) == card.get("judge")
-        ]
-        lines = tuple(
-            _line(card, check, file.parent.name, file)
-            for check in card.get("checks") or ()
-            if check["result"] == "fail"
-        )
+    for file, card in _labelled(case):
+        mine = [one for one in logs if (_judge(one[1]).get("fingerprint") or "") == card["judge"]]
+        labels = file.parent.name
+        lines = [line for _, line in _failed(card, labels, file)]
         if mine and lines:
-            title = f"The judge failed its audit on {file.parent.name}"
-            yield Finding(_FAILED[0], "error", title, lines, _FAILED[2], (), judged_metrics(mine))
+            yield found("judge-failed-audit/labels", lines, (), _metrics(mine), labels=labels)
 
 
-def _labelled(measurements: Measurements) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _labelled(case: Case) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Every scorecard of a judge on labelled pairs that lies beside the runs."""
-    roots = {run.folder.parent for arm in measurements.arms.values() for run in arm.runs}
+    roots = {run.folder.parent for arm in case.arms.values() for run in arm.runs}
     for file in sorted(file for root in roots for file in root.glob("judge--*/*/judge_audit.json")):
-        yield file, read_object(file)
+        card = read_object(file)
+        if card.get("judge"):
+            yield file, card
 
 
-def _not_audited(
-    measurements: Measurements, results: Sequence[tuple[str, EvalLog]]
-) -> Iterator[Finding]:
+def _not_audited(case: Case, logs: Logs) -> Iterator[Finding]:
     """Per judge the checks that nothing measured: neither the audits of these results nor one on
     labelled pairs.
 
     A judge that writes no text (mode logits) has no words of its own to contradict.
     """
-    judges: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
-    for name, result in results:
-        if result.result.get("judge"):
-            judges[_fingerprint(result) or f"unknown, of {result.eval}"].append((name, result))
-    labelled = [card for _, card in _labelled(measurements)]
-    for fingerprint, found in judges.items():
-        cards = [result.result.get("audit") or {} for _, result in found] + [
-            card for card in labelled if card.get("judge") == fingerprint
+    judges: dict[str, Logs] = defaultdict(list)
+    for name, log in logs:
+        if _judge(log):
+            unknown = f"unknown, of {log.eval}"
+            judges[_judge(log).get("fingerprint") or unknown].append((name, log))
+    labelled = [card for _, card in _labelled(case)]
+    for fingerprint, mine in judges.items():
+        cards = [
+            *(log.result.get("audit") or {} for _, log in mine),
+            *(card for card in labelled if card["judge"] == fingerprint),
         ]
         states: dict[str, set[str]] = defaultdict(set)
         for check in (check for card in cards for check in card.get("checks") or ()):
             states[check["check"]].add(check["result"])
-        if found[0][1].result["judge"].get("mode") == "logits":
+        if _judge(mine[0][1]).get("mode") == "logits":
             states.pop(_OWN_WORDS, None)
-        missing = (
-            [check for check, seen in states.items() if seen == {"not measured"}]
-            if states
-            else ["anything"]
-        )
-        if missing:
-            evals = sentence_list(list(dict.fromkeys(result.eval for _, result in found)))
-            title = f"The audit of the judge of {evals} did not measure {sentence_list(missing)}"
-            arms: dict[str, dict[str, None]] = defaultdict(dict)
-            for name, result in found:
-                arms[result.eval][name] = None
-            evidence = tuple(f"{name}: {sentence_list(list(mine))}" for name, mine in arms.items())
-            remedy = (
-                "recipes judge audit --judge JUDGE.yaml --labels FILE... measures every check; then"
-                " write the report again"
+        missing = [check for check, seen in states.items() if seen == {"not measured"}]
+        if missing or not states:
+            arms = {one: [name for name, log in mine if log.eval == one] for one in _evals(mine)}
+            yield found(
+                NOT_AUDITED,
+                [f"{one}: {sentence_list([*dict.fromkeys(names)])}" for one, names in arms.items()],
+                (),
+                _metrics(mine),
+                eval=sentence_list(_evals(mine)),
+                missing=sentence_list(missing or ["anything"]),
             )
-            yield Finding(NOT_AUDITED, "error", title, evidence, remedy, (), judged_metrics(found))
 
 
-def _of_itself(
-    measurements: Measurements, found: Sequence[tuple[str, EvalLog]]
+def _per_arm(
+    kind: str, logs: Logs, by_arm: Mapping[str, str], metrics: Iterable[str]
 ) -> Iterator[Finding]:
+    """One finding where every arm of an evaluation is concerned, else one per arm."""
+    if len(by_arm) > 1 and by_arm.keys() == {name for name, _ in logs}:
+        yield found(kind, by_arm.values(), (), metrics, eval=logs[0][1].eval)
+        return
+    for name, line in by_arm.items():
+        yield found(kind, [line], (name,), metrics, eval=logs[0][1].eval)
+
+
+def _of_itself(case: Case, logs: Logs) -> Iterator[Finding]:
     """Arms that were judged by themselves, by their base or by their adapter merged into it; judges
     prefer what they would write.
     """
-    runs = {
-        result.file: run
-        for arm in measurements.arms.values()
-        for run in arm.runs
-        for result in run.evals
+    runs = {log.file: run for arm in case.arms.values() for run in arm.runs for log in run.evals}
+    lines = {
+        name: f"{name}: judged by {whose}, {_judge(log)['model']} ({run_place(log.file)})"
+        for name, log in logs
+        if (whose := _kinship(log, runs[log.file]))
     }
-    lines: dict[str, str] = {}
-    for name, result in found:
-        whose = _kinship(result.result.get("judge") or {}, result, runs[result.file])
-        if whose:
-            lines[name] = (
-                f"{name}: judged by {whose}, {result.result['judge']['model']}"
-                f" ({run_place(result.file)})"
-            )
-    title = f"The judge is a model that it judges, or its base, in {found[0][1].eval}"
-    yield from _per_arm(
-        found,
-        "self-judged",
-        "error",
-        title,
-        lines,
-        "judge with a model of another family",
-        judged_metrics(found),
-    )
+    yield from _per_arm("self-judged", logs, lines, _metrics(logs))
 
 
-def _kinship(judge: dict[str, Any], result: EvalLog, run: RunMeasurements) -> str:
+def _kinship(log: EvalLog, run: RunMeasurements) -> str:
     """What the judge is to the run whose answers it judged; empty where they are strangers, as far
     as files tell.
     """
+    judge = _judge(log)
     model, weights = str(judge.get("model") or "").rstrip("/"), judge.get("weights")
     if not model:
         return ""
-    path = Path(model)
-    if (path.is_absolute() or path.exists()) and path.resolve().is_relative_to(
-        run.folder.resolve()
-    ):
+    path, home = Path(model), run.folder.resolve()
+    if (path.is_absolute() or path.exists()) and path.resolve().is_relative_to(home):
         return "its own weights"
     if model == run.name or judge.get("run") == run.name:
         return "itself, merged" if judge.get("run") else "itself"
     section = run.resolved.get("model") or {}
-    answers = result.result.get("answers") or {}
-    names = {
-        str(name).rstrip("/").lower()
-        for name in (section.get("name_or_path"), *(answers.get("models") or ()))
-        if name
-    }
-    if model.lower() in names:
+    answers = log.result.get("answers") or {}
+    names = (section.get("name_or_path"), *(answers.get("models") or ()))
+    if model.lower() in {str(name).rstrip("/").lower() for name in names if name}:
         return "itself" if run.is_base or run.imported else "its base"
-    if weights and weights in {
-        folder_fingerprint(run.folder / name)
-        for name in ("merged", "model")
+    prints = {
+        name: folder_fingerprint(run.folder / name)
+        for name in (("merged", "model", "adapter") if weights else ())
         if (run.folder / name).is_dir()
-    }:
+    }
+    trained = prints.pop("adapter", None)
+    if weights and weights in prints.values():
         return "its own weights"
-    adapter = run.folder / "adapter"
     precision = [section.get("dtype"), run.resolved.get("quantization")]
-    trained = folder_fingerprint(adapter) if adapter.is_dir() else None
     if weights and answers.get("fingerprint") == hash_of(weights, precision, trained):
         return "its base" if trained else "itself"
     return ""
 
 
-def _degenerate(
-    measurements: Measurements, found: Sequence[tuple[str, EvalLog]]
-) -> Iterator[Finding]:
+def _degenerate(case: Case, logs: Logs) -> Iterator[Finding]:
     """Arms of whose answers more than a fifth are one and the same text, empty or cut: their
     verdicts are about that.
 
     A tenth of them is a warning.
     """
-    told: dict[str, dict[tuple[str, str], tuple[float, int, int, str]]] = defaultdict(
-        dict
-    )  # by arm, the first file that tells it
-    for name, result in found:
-        opponent = measurements.opponent_name(result.against)
-        sides = [(name, result.result.get("answers"))]
-        sides += (
-            [(opponent if opponent in measurements.arms else name, result.result.get("opponent"))]
-            if opponent
-            else []
-        )
+    # By arm, the first file that tells each share.
+    told: dict[str, dict[tuple[str, str], tuple[float, str]]] = defaultdict(dict)
+    for name, log in logs:
+        opponent = case.measurements.opponent_name(log.against)
+        sides = [(name, log.result.get("answers"))]
+        if opponent:
+            arm = opponent if opponent in case.measurements.arms else name
+            sides.append((arm, log.result.get("opponent")))
         for whose, facts in sides:
-            answers = ((facts or {}).get("answers") or {}) if isinstance(facts, dict) else {}
-            n, same = answers.get("n") or 0, answers.get("identical") or {}
+            facts = facts if isinstance(facts, dict) else {}
+            answers, given = facts.get("answers") or {}, facts.get("name")
             counts = {
-                "are one and the same": same.get("count"),
+                "are one and the same": (answers.get("identical") or {}).get("count"),
                 "are empty": answers.get("empty"),
                 "are cut": answers.get("cut"),
             }
-            for what, count in ((what, count or 0) for what, count in counts.items()):
-                if count > 2 and (facts or {}).get("name"):
-                    told[str(whose)].setdefault(
-                        (str((facts or {})["name"]), what),
-                        (count / n, count, n, run_place(result.file)),
-                    )
-    faults: tuple[tuple[Severity, str, float, float], ...] = (
-        ("error", "fifth", DEGENERATE, 1.0),
-        ("warning", "tenth", 0.1, DEGENERATE),
-    )
-    for severity, part, above, most in faults:
-        by_arm: dict[str, str] = {}
-        for whose, mine in told.items():
-            lines = [
-                f"{count} of {n} answers{'' if name == whose else f' of {name}'} {what} ({file})"
-                for (name, what), (share, count, n, file) in mine.items()
-                if above < share <= most
-            ]
-            by_arm |= {whose: f"{whose}: {'; '.join(lines)}"} if lines else {}
-        title = (
-            f"More than a {part} of the answers are one and the same, empty or cut in"
-            f" {found[0][1].eval}"
-        )
-        remedy = "look at the answers; raise generation.max_new_tokens where they are cut"
-        yield from _per_arm(
-            found, "degenerate-answers", severity, title, by_arm, remedy, judged_metrics(found)
-        )
+            for what, count in counts.items():
+                if count and count > 2 and given:
+                    n, of = answers.get("n") or 0, "" if given == whose else f" of {given}"
+                    line = f"{count} of {n} answers{of} {what} ({run_place(log.file)})"
+                    told[whose].setdefault((given, what), (count / n, line))
+    for kind, above, most in (
+        ("degenerate-answers", DEGENERATE, 1.0),
+        ("degenerate-answers/tenth", 0.1, DEGENERATE),
+    ):
+        lines = {
+            whose: "; ".join(line for share, line in mine.values() if above < share <= most)
+            for whose, mine in told.items()
+        }
+        by_arm = {whose: f"{whose}: {line}" for whose, line in lines.items() if line}
+        yield from _per_arm(kind, logs, by_arm, _metrics(logs))
 
 
-def _fingerprint(result: EvalLog) -> str | None:
-    return (result.result.get("judge") or {}).get("fingerprint")
-
-
-def _line(card: dict[str, Any], check: dict[str, Any], whose: str, file: Path) -> str:
-    """A failed check with its value."""
-    value = "n/a" if check["value"] is None else f"{check['value']:.3f}"
-    return (
-        f"{whose}: {check['check']} {value}, needs {check['needs']}{_detail(card, check)}"
-        f" ({run_place(file)})"
-    )
-
-
-def _weak(results: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
+def _weak(logs: Logs) -> Iterator[Finding]:
     """Judges whose own file says that they are weak, each with the evaluations it judged."""
-    reasons: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
-    for name, result in results:
-        if reason := (result.result.get("judge") or {}).get("weak"):
-            reasons[str(reason)].append((name, result))
-    for reason, found in reasons.items():
-        evals = " and ".join(dict.fromkeys(result.eval for _, result in found))
-        title = f"The judge of {evals} is a weak one"
-        yield Finding(
-            "weak-judge",
-            "warning",
-            title,
-            (reason,),
-            "use a judge that can judge (evals/judges/)",
-            (),
-            judged_metrics(found),
-        )
+    reasons: dict[str, Logs] = defaultdict(list)
+    for name, log in logs:
+        if reason := _judge(log).get("weak"):
+            reasons[str(reason)].append((name, log))
+    for reason, mine in reasons.items():
+        yield found("weak-judge", [reason], (), _metrics(mine), eval=" and ".join(_evals(mine)))
 
 
-def _detail(card: dict[str, Any], check: dict[str, Any]) -> str:
-    """How many verdicts contradict, and whom that favours."""
-    told = card.get("contradictions") or {}
-    if check["check"] != _OWN_WORDS or not told.get("decidable"):
-        return ""
-    return f"; {told['count']} of {told['decidable']} decidable, {told['direction']}"
-
-
-def _different_judges(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
+def _different_judges(logs: Logs) -> Iterator[Finding]:
     """Arms of one evaluation that different judges judged."""
-    judges: dict[str, list[str]] = defaultdict(list)
-    for name, result in found:
-        judge = result.result.get("judge") or {}
-        if result.suite != "lm_eval":  # a judge that is not recorded may be any other one
-            judges[
-                f"{judge.get('name') or 'a judge that is not recorded'}"
-                f" {str(judge.get('fingerprint') or '')[:12]}".strip()
-            ].append(name)
+    judges: dict[str, dict[str, None]] = defaultdict(dict)
+    for name, log in logs:
+        judge = _judge(log)
+        if log.suite != "lm_eval":  # a judge that is not recorded may be any other one
+            known = judge.get("name") or "a judge that is not recorded"
+            judges[f"{known} {str(judge.get('fingerprint') or '')[:12]}".strip()][name] = None
     if len(judges) > 1:
-        evidence = tuple(
-            f"{judge}: {', '.join(dict.fromkeys(arms))}" for judge, arms in judges.items()
-        )
-        title = f"Different judges judged the arms in {found[0][1].eval}"
-        yield Finding(
-            "judges-differ",
-            "error",
-            title,
-            evidence,
-            "evaluate all arms with one judge",
-            (),
-            judged_metrics(found),
-        )
+        evidence = [f"{judge}: {', '.join(arms)}" for judge, arms in judges.items()]
+        yield found("judges-differ", evidence, (), _metrics(logs), eval=logs[0][1].eval)
 
 
-def _measures(
-    found: Sequence[tuple[str, EvalLog]], wanted: Callable[[Measure], bool]
-) -> Iterator[tuple[str, Measure, EvalLog]]:
-    for name, result in found:
-        for measure in result.measures:
-            if measure.samples and wanted(measure):
-                yield name, measure, result
-
-
-def _one_order(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
+def _one_order(logs: Logs) -> Iterator[Finding]:
     """Comparisons of which each has one verdict only. Where the order was always the same the
     position is part of every rate.
     """
     lines: dict[bool, dict[str, str]] = {True: {}, False: {}}
-    for name, measure, result in _measures(found, lambda one: one.metric == "win_rate"):
+    measures = [(name, log, one) for name, log in logs for one in log.measures]
+    for name, log, measure in measures:
         single = sum(len(item.verdicts) == 1 and not item.by_rule for item in measure.samples)
-        if single:
-            fixed = any("always first" in flag for flag in result.result.get("flags") or ())
+        if single and measure.metric == "win_rate":
+            fixed = any("always first" in flag for flag in log.result.get("flags") or ())
             lines[fixed][name] = (
                 f"{name}: {single} of {len(measure.samples)} comparisons have one verdict"
-                f" ({run_place(result.file)})"
+                f" ({run_place(log.file)})"
             )
-    metrics = tuple(
-        dict.fromkeys(
-            one.name for _, result in found for one in result.measures if one.opponent is not None
-        )
-    )
-    for fixed, by_arm in lines.items():
-        title = f"Answers were judged in one order only in {found[0][1].eval}" + (
-            ", the model's always first" if fixed else ""
-        )
-        remedy = (
-            "judge both orders (recipes eval does): a judge's preference for a position is part of"
-            " this rate"
-        )
-        yield from _per_arm(
-            found,
-            "one-order-judging",
-            "error" if fixed else "warning",
-            title,
-            by_arm,
-            remedy,
-            metrics,
-        )
+    metrics = dict.fromkeys(one.name for _, _, one in measures if one.opponent is not None)
+    yield from _per_arm("one-order-judging", logs, lines[True], metrics)
+    yield from _per_arm("one-order-judging/mixed", logs, lines[False], metrics)
 
 
-def _per_arm(
-    found: Sequence[tuple[str, EvalLog]],
-    code: str,
-    severity: Severity,
-    title: str,
-    by_arm: dict[str, str],
-    remedy: str,
-    metrics: tuple[str, ...],
-) -> Iterator[Finding]:
-    """One finding where every arm of an evaluation is concerned, else one per arm."""
-    if len(by_arm) > 1 and by_arm.keys() == {name for name, _ in found}:
-        yield Finding(code, severity, title, tuple(by_arm.values()), remedy, (), metrics)
-        return
-    for name, line in by_arm.items():
-        yield Finding(code, severity, title, (line,), remedy, (name,), metrics)
-
-
-def _missing_turns(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
+def _missing_turns(logs: Logs) -> Iterator[Finding]:
     """Turns without a judgment that other questions, or the same question of another arm, have."""
-    metrics: dict[str, set[tuple[str, int]]] = defaultdict(set)
-    for _, measure, _ in _measures(found, lambda one: one.suite == "mt_bench"):
-        metrics[measure.name] |= {item.key for item in measure.samples}
-    for name, measure, result in _measures(found, lambda one: one.suite == "mt_bench"):
-        turns: dict[str, set[int]] = defaultdict(set)
-        for question, turn in metrics[measure.name]:
-            turns[question].add(turn)
-        every = set().union(*turns.values())
-        mine = {item.key for item in measure.samples}
-        answered = {item.id for item in measure.samples}
-        missing = sorted(
-            (question, turn)
-            for question in answered
-            for turn in every
-            if (question, turn) not in mine
-        )
+    measures: list[tuple[str, EvalLog, Measure]] = [
+        (name, log, measure)
+        for name, log in logs
+        for measure in log.measures
+        if measure.samples and measure.suite == "mt_bench"
+    ]
+    turns: dict[str, set[int]] = defaultdict(set)
+    for _, _, measure in measures:
+        turns[measure.name] |= {item.turn for item in measure.samples}
+    for name, log, measure in measures:
+        every, mine = turns[measure.name], {item.key for item in measure.samples}
+        answered = {question for question, _ in mine}
+        missing = sorted({(question, turn) for question in answered for turn in every} - mine)
         if missing:
-            shown = ", ".join(f"question {question} turn {turn}" for question, turn in missing[:5])
-            count = "1 turn" if len(missing) == 1 else f"{len(missing)} turns"
-            title = (
-                f"{count} of {name} in {result.eval} {'has' if len(missing) == 1 else 'have'} no"
-                f" judgment: {shown}"
-            )
-            evidence = (
-                (
-                    f"{len(mine)} of {len(answered) * len(every)} turns are judged"
-                    f" ({run_place(result.file)})"
-                ),
-            )
-            remedy = "judge it: a turn that is left out leaves the mean too high or too low"
-            yield Finding(
-                "missing-turn", "warning", title, evidence, remedy, (name,), (measure.name,)
+            whole = len(answered) * len(every)
+            yield found(
+                "missing-turn",
+                [f"{len(mine)} of {whole} turns are judged ({run_place(log.file)})"],
+                (name,),
+                (measure.name,),
+                turns="1 turn" if len(missing) == 1 else f"{len(missing)} turns",
+                have="has" if len(missing) == 1 else "have",
+                eval=log.eval,
+                missing=", ".join(f"question {asked} turn {turn}" for asked, turn in missing[:5]),
             )
 
 
-def _replayed(found: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
+def _replayed(logs: Logs) -> Iterator[Finding]:
     """What `recipes judge replay` found in the files that arms were imported from."""
     lines: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, result in found:
-        for report in result.result.get("replays") or ():
-            for finding in report.get("findings") or ():
-                lines[finding["name"]][name] = (
-                    f"{name}: {finding['message']} ({run_place(result.file)})"
-                )
+    for name, log in logs:
+        for report in log.result.get("replays") or ():
+            for one in report.get("findings") or ():
+                lines[one["name"]][name] = f"{name}: {one['message']} ({run_place(log.file)})"
     for code, by_arm in lines.items():
         if code in _REPLAYED:
-            severity, title, remedy = _REPLAYED[code]
-            yield from _per_arm(
-                found,
-                code,
-                severity,
-                f"{title} in {found[0][1].eval}",
-                by_arm,
-                remedy,
-                judged_metrics(found),
-            )
+            yield from _per_arm(code, logs, by_arm, _metrics(logs))

@@ -1,5 +1,5 @@
-"""How much changes where nothing was changed: whether that was measured, and which effects are no
-larger.
+"""How much changes where nothing was changed, which effects are no larger, and numbers that were
+chosen for being good.
 """
 
 from __future__ import annotations
@@ -8,19 +8,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.validity.settings import arm_values, changed, differing, pairs
+from recipes_lib.compare.findings import INSIDE_NOISE, Finding, found
+from recipes_lib.compare.validity.case import SEED, Case, changed, differing, pairs
 from recipes_lib.compare.wording import count
 from recipes_lib.core.project import shown_path
 
-if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import Measurements, RunMeasurements
-
-INSIDE_NOISE = "inside-noise-floor"
-Means = dict[tuple[str, str | None], dict[str, list[float]]]
+MANY = 3
+_Metric = tuple[str, str | None]  # with its opponent
 
 
 @dataclass(frozen=True)
@@ -39,126 +34,84 @@ class Floor:
         """
         from scipy import stats
 
-        return (
-            self.deviation
-            * float(stats.t.ppf(1 - alpha / 2, self.freedom))
-            * math.sqrt(1 / first + 1 / second)
-        )
+        quantile = float(stats.t.ppf(1 - alpha / 2, self.freedom))
+        return self.deviation * quantile * math.sqrt(1 / first + 1 / second)
 
     def __str__(self) -> str:
         return f"{self.freedom + self.recipes} trainings of {count(self.recipes, 'recipe')}"
 
 
-def noise_floors(
-    study: Study | None, measurements: Measurements
-) -> dict[tuple[str, str | None], Floor]:
+def noise_floors(case: Case) -> dict[_Metric, Floor]:
     """Return the noise floor of every metric and opponent that has one: between seeds of an arm, or
     between two arms of an A/A pair.
     """
-    twins = _twins(study, measurements)
-    floors = {}
-    for key, by_arm in _means(measurements).items():
-        if (floor := _floor(by_arm, twins)) is not None:
-            floors[key] = floor
-    return floors
+    twins = _twins(case)
+    floors = {key: _floor(by_arm, twins) for key, by_arm in _means(case).items()}
+    return {key: floor for key, floor in floors.items() if floor is not None}
 
 
-def check_noise(study: Study | None, measurements: Measurements) -> Iterator[Finding]:
+def check_noise(case: Case) -> Iterator[Finding]:
     """Yield whether a noise floor is missing, and the effects that lie inside the one that was
     measured.
     """
-    trained = [
-        name
-        for name, arm in measurements.arms.items()
-        if arm.runs and not arm.is_base and name != "base"
-    ]
-    twins = _twins(study, measurements)
-    several = [name for name in trained if len(measurements.arms[name].runs) > 1]
+    trained = [name for name in case.trained if name != "base"]
+    twins, means = _twins(case), _means(case)
+    several = any(len(case.arms[name].runs) > 1 for name in trained)
     if len(trained) > 1 and not several and not twins:
-        yield _missing(study, measurements, trained)
-    means = _means(measurements)
-    for key, floor in noise_floors(study, measurements).items():
-        metric, by_arm = key[0], means[key]
-        for first, second in pairs(
-            {name: values for name, values in by_arm.items() if name in trained}
-        ):
-            if {first, second} in twins:
-                continue
-            effect = _mean(by_arm[first]) - _mean(by_arm[second])
-            limit = floor.limit(len(by_arm[first]), len(by_arm[second]))
-            if abs(effect) <= limit:
-                title = (
-                    f"{first} and {second} differ on {metric} by no more than two trainings of one"
-                    " recipe do"
-                )
-                evidence = (
-                    f"difference {abs(effect):.4g}, noise floor {limit:.4g} ({floor}, 95%)",
-                )
-                remedy = (
-                    "more seeds per arm make the floor lower; until then this is no effect of the"
-                    " factor"
-                )
-                yield Finding(
-                    INSIDE_NOISE, "warning", title, evidence, remedy, (first, second), (metric,)
-                )
+        yield _missing(case, trained)
+    for key, floor in noise_floors(case).items():
+        for arms in pairs(name for name in means[key] if name in trained):
+            one, other = (means[key][name] for name in arms)
+            effect, limit = abs(_mean(one) - _mean(other)), floor.limit(len(one), len(other))
+            if set(arms) not in twins and effect <= limit:
+                evidence = f"difference {effect:.4g}, noise floor {limit:.4g} ({floor}, 95%)"
+                yield found(INSIDE_NOISE, [evidence], arms, key[:1], metric=key[0])
 
 
-def _twins(study: Study | None, measurements: Measurements) -> list[set[str]]:
+def _twins(case: Case) -> list[set[str]]:
     """Pairs of arms of one recipe with other seeds."""
-    values = {
-        name: values
-        for name, values in arm_values(study, measurements).items()
-        if name in measurements.arms
-    }
+    values = {name: case.values[name] for name in case.measurements.arms if name in case.values}
     return [
         {first, second}
         for first, second in pairs(values)
-        if not changed(study, values[first], values[second])
-        and "train.seed" in differing(values[first], values[second])
+        if not changed(case.study, values[first], values[second])
+        and SEED in differing(values[first], values[second])
     ]
 
 
-def _missing(study: Study | None, measurements: Measurements, trained: list[str]) -> Finding:
+def _missing(case: Case, trained: list[str]) -> Finding:
     """The offer of an A/A run, as a command where there is one to give."""
-    title = (
-        "No noise floor: every arm was trained once, so a difference may be that of two trainings"
-        " of one recipe"
-    )
-    run = measurements.arms[trained[0]].runs[0]
-    evidence = tuple(f"{name}: {_seed(measurements.arms[name].runs[0])}" for name in trained)
+    runs = {name: case.arms[name].runs[0] for name in trained}
+    unknown = "one training, its seed not recorded"
+    evidence = [
+        f"{name}: {unknown if run.seed is None else f'seed {run.seed}'}"
+        for name, run in runs.items()
+    ]
+    study, run = case.study, runs[trained[0]]
     if study is not None and any(arm.trained for arm in study.arms):
         seeds = sorted({seed for arm in study.arms for seed in arm.seeds}) or [42]
-        remedy = (
-            f"an A/A run: recipes study run {shown_path(study.path)} 'seeds=[{seeds[0]},"
-            f" {seeds[-1] + 1}]'"
-        )
+        how = f"recipes study run {shown_path(study.path)} 'seeds=[{seeds[0]}, {seeds[-1] + 1}]'"
     elif run.imported:
-        remedy = "an A/A run: train and evaluate one of the recipes twice, with two seeds"
+        how = "train and evaluate one of the recipes twice, with two seeds"
     else:
-        remedy = (
-            f"an A/A run: recipes train RECIPE train.seed={(run.seed or 42) + 1}"
-            f" run.name={run.name}-again, then evaluate both"
+        how = (
+            f"recipes train RECIPE train.seed={(run.seed or 42) + 1} run.name={run.name}-again,"
+            " then evaluate both"
         )
-    return Finding("noise-floor-missing", "warning", title, evidence, remedy)
+    return found("noise-floor-missing", evidence, how=how)
 
 
-def _seed(run: RunMeasurements) -> str:
-    return f"seed {run.seed}" if run.seed is not None else "one training, its seed not recorded"
-
-
-def _means(measurements: Measurements) -> Means:
-    """Mean per run of every metric: {(metric, opponent): {arm: [one per run]}}."""
-    found: Means = defaultdict(lambda: defaultdict(list))
-    for name, arm in measurements.arms.items():
-        for run in arm.runs:
-            for measure in run.measures():
-                values = [item.value for item in measure.samples if item.value is not None]
-                mean = sum(values) / len(values) if values else measure.reported
-                if mean is not None:
-                    found[measure.name, measurements.opponent_name(measure.opponent)][name].append(
-                        mean
-                    )
-    return found
+def _means(case: Case) -> dict[_Metric, dict[str, list[float]]]:
+    """Mean per run of every metric and opponent, by arm."""
+    means: dict[_Metric, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, log in case.logs:
+        for measure in log.measures:
+            values = [item.value for item in measure.samples if item.value is not None]
+            mean = _mean(values) if values else measure.reported
+            if mean is not None:
+                opponent = case.measurements.opponent_name(measure.opponent)
+                means[measure.name, opponent][name].append(mean)
+    return means
 
 
 def _floor(by_arm: dict[str, list[float]], twins: list[set[str]]) -> Floor | None:
@@ -174,11 +127,29 @@ def _floor(by_arm: dict[str, list[float]], twins: list[set[str]]) -> Floor | Non
     groups = [[value for name in arms for value in by_arm[name]] for arms in recipes]
     groups = [values for values in groups if len(values) > 1]
     freedom = sum(len(values) - 1 for values in groups)
-    if not freedom:
-        return None
     squares = sum((value - _mean(values)) ** 2 for values in groups for value in values)
-    return Floor(math.sqrt(squares / freedom), freedom, len(groups))
+    return Floor(math.sqrt(squares / freedom), freedom, len(groups)) if freedom else None
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def check_selection(case: Case) -> Iterator[Finding]:
+    """Yield the best-of-many arms, and arms whose checkpoint was chosen by its validation loss."""
+    trained = [name for name in case.trained if name != "base"]
+    if len(trained) >= MANY and (case.study is None or len(case.study.factors) < 2):
+        evidence = (
+            f"arms: {', '.join(trained)}",
+            "Holm's correction keeps the tests honest, not the size of the lead",
+        )
+        yield found("best-of-many", evidence, n=len(trained))
+    for name, values in case.values.items():
+        if values.get("train.load_best_model_at_end") and name in case.arms:
+            n = max(
+                sum(line.get("eval_loss") is not None for line in run.curves)
+                for run in case.arms[name].runs
+            )
+            told = f"train.load_best_model_at_end, {n} evaluations in metrics.jsonl"
+            if n > 1:
+                yield found("best-checkpoint", [told], (name,), ("validation_loss",), n=n)
