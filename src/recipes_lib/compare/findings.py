@@ -23,7 +23,7 @@ _ANEW = (
     " anew"
 )
 # Kind: severity, title, remedy. What follows a / in a kind is no part of its code.
-KINDS: dict[str, tuple[Severity, str, str]] = {
+FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     # What the recipes and the runs say
     "confound": (
         "error",
@@ -404,7 +404,7 @@ def found(
         metrics: the metrics it touches.
         words: what else its texts name.
     """
-    severity, title, remedy = KINDS[kind]
+    severity, title, remedy = FINDING_TEXTS[kind]
     words |= dict(zip(("first", "second"), arms, strict=False))
     return Finding(
         kind.partition("/")[0],

@@ -1,7 +1,7 @@
 """Reasons not to believe a comparison: every check is a small function of what was measured, and
 says what it found.
 
-`findings.KINDS` has the texts, docs/studies.md the table of all codes. Needs no torch.
+`findings.FINDING_TEXTS` has the texts, docs/studies.md the table of all codes. Needs no torch.
 """
 
 from __future__ import annotations
