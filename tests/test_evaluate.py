@@ -26,7 +26,7 @@ from tests.generation.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeError
-from recipes_lib.evaluate import evaluate, split_words
+from recipes_lib.evaluate import evaluate_all, split_words
 from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def test_alpaca_eval_of_two_runs_and_a_base_writes_everything_and_a_second_run_a
     one = make_run("one", 1)
     make_run("two", 2)
     recipe = quick("alpaca_eval", "metrics.absolute=true")
-    results = evaluate(recipe, ["one", "two", str(tiny_model_dir)])
+    results = evaluate_all([recipe], ["one", "two", str(tiny_model_dir)])
     assert len(results) == 3
     for result in results:
         schema.validate(result)
@@ -92,7 +92,7 @@ def test_alpaca_eval_of_two_runs_and_a_base_writes_everything_and_a_second_run_a
         assert (folder / name).is_file(), name
     outputs = json.loads((folder / "samples/model_outputs.json").read_text())
     assert [row["generator"] for row in outputs] == ["one"] * 4
-    again = evaluate(recipe, ["one"])
+    again = evaluate_all([recipe], ["one"])
     assert (folder / "generations.jsonl").read_bytes() == stored[0] and (
         folder / "judgments.jsonl"
     ).read_bytes() == stored[1]
@@ -105,7 +105,7 @@ def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs
 ):  # noqa: F811, RUF100
     run = make_run("one", 1)
     recipe = quick("alpaca_eval")
-    (result,) = evaluate(recipe, ["one"], "base")
+    (result,) = evaluate_all([recipe], ["one"], "base")
     assert result["against"].startswith("base--tiny-llama--")
     assert result["opponent"]["prompt_format"] == "dolly"
     folder = run / "evals" / recipe.name
@@ -113,13 +113,13 @@ def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs
     assert (folder / f"result.against-{result['against']}.json").is_file() and not (
         folder / "result.json"
     ).exists()
-    (reversed_result,) = evaluate(recipe, [result["against"]], "one")
+    (reversed_result,) = evaluate_all([recipe], [result["against"]], "one")
     assert reversed_result["pairs"]["win"] == result["pairs"]["loss"]
 
 
 def test_a_run_against_itself_is_exactly_one_half_and_says_that_it_is_one_model(quick, make_run):  # noqa: F811
     make_run("one", 1)
-    (result,) = evaluate(quick("alpaca_eval"), ["one"], "one")
+    (result,) = evaluate_all([quick("alpaca_eval")], ["one"], "one")
     assert result["pairs"]["score"]["estimate"] == 0.5 and result["pairs"]["by_rule"] == 4
     assert any("gave the same answers" in line for line in result["banners"])
 
@@ -127,15 +127,15 @@ def test_a_run_against_itself_is_exactly_one_half_and_says_that_it_is_one_model(
 def test_other_prompt_formats_are_compared_only_when_insisted(quick, make_run):  # noqa: F811
     make_run("one", 1), make_run("two", 2, prompt_format="alpaca")
     with pytest.raises(RecipeError, match="asked in prompt format"):
-        evaluate(quick("alpaca_eval"), ["one"], "two")
-    assert evaluate(quick("alpaca_eval"), ["one"], "two", allow_format_differences=True)
+        evaluate_all([quick("alpaca_eval")], ["one"], "two")
+    assert evaluate_all([quick("alpaca_eval")], ["one"], "two", allow_format_differences=True)
 
 
 def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run, schema):  # noqa: F811
     one = make_run("one", 1)
     make_run("two", 2)
     recipe = quick("mt_bench")
-    (result,) = evaluate(recipe, ["one"], "two")
+    (result,) = evaluate_all([recipe], ["one"], "two")
     schema.validate(result)
     assert (
         result["score"]["turns"] == 8
@@ -149,13 +149,13 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run, schema):  # no
         for line in (one / f"evals/{recipe.name}/samples/model_answer.jsonl").open()
     ]
     assert all(len(row["choices"][0]["turns"]) == 2 for row in answers)
-    (alone,) = evaluate(recipe, ["two"])
+    (alone,) = evaluate_all([recipe], ["two"])
     assert alone["pairs"] is None and alone["score"]["turns"] == 8
 
 
 def test_questions_without_the_reference_they_need_are_named(quick, make_run):  # noqa: F811
     make_run("one", 1)
-    (result,) = evaluate(quick("mt_bench", "data.references=null"), ["one"])
+    (result,) = evaluate_all([quick("mt_bench", "data.references=null")], ["one"])
     assert any(
         "2 questions need a reference answer and have none" in line for line in result["banners"]
     )
@@ -168,16 +168,16 @@ def test_a_file_of_answers_is_a_target_and_the_same_answers_twice_are_noticed(
 ):  # noqa: F811, RUF100
     run = make_run("one", 1)
     recipe = quick("alpaca_eval")
-    evaluate(recipe, ["one"])
+    evaluate_all([recipe], ["one"])
     outputs = json.loads((run / f"evals/{recipe.name}/samples/model_outputs.json").read_text())
     path = tmp_path / "theirs.json"
     path.write_text(json.dumps([row | {"generator": "their model"} for row in outputs]))
-    results = evaluate(recipe, ["one", str(path)])
+    results = evaluate_all([recipe], ["one", str(path)])
     assert results[1]["target"].startswith("answers--their-model--")
     assert all(any("cannot be ranked" in line for line in result["banners"]) for result in results)
     path.write_text(json.dumps(outputs[:2]))
     with pytest.raises(DataError, match="2 of 4 answers are missing"):
-        evaluate(recipe, [str(path)])
+        evaluate_all([recipe], [str(path)])
 
 
 def test_one_answer_for_all_questions_is_flagged(quick, tmp_path, runs_folder):  # noqa: F811
@@ -193,7 +193,7 @@ def test_one_answer_for_all_questions_is_flagged(quick, tmp_path, runs_folder): 
             ]
         )
     )
-    (result,) = evaluate(quick("alpaca_eval"), [str(path)])
+    (result,) = evaluate_all([quick("alpaca_eval")], [str(path)])
     assert any("one and the same answer" in line for line in result["banners"])
     path.write_text(
         json.dumps(
@@ -203,7 +203,7 @@ def test_one_answer_for_all_questions_is_flagged(quick, tmp_path, runs_folder): 
             ]
         )
     )
-    (mute,) = evaluate(quick("alpaca_eval"), [str(path)])
+    (mute,) = evaluate_all([quick("alpaca_eval")], [str(path)])
     assert (mute["pairs"]["loss"], mute["answers"]["answers"]["empty"]) == (4, 4)
 
 
@@ -218,14 +218,14 @@ def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_e
             f"generation.base_url={server.url}",
             f"generation.served_name={MODEL}",
         ]
-        (result,) = evaluate(quick("alpaca_eval", *server_words), ["one"])
+        (result,) = evaluate_all([quick("alpaca_eval", *server_words)], ["one"])
         assert all(isinstance(body["prompt"], list) for body in server.bodies)
         recipe = quick(
             "alpaca_eval", *server_words, "data.max_questions=6", "generation.max_retries=0"
         )
         server.faults = lambda number: "500"
         with pytest.raises(Exception, match="answers of one are missing") as caught:
-            evaluate(recipe, ["one"])
+            evaluate_all([recipe], ["one"])
     assert caught.value.exit_code == 6 and result["pairs"]["n"] == 4
 
 

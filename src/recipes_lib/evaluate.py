@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +29,140 @@ from recipes_lib.core.manifest import command_line, git_state, library_versions
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.ranks import leave_together
 from recipes_lib.core.redaction import masked
-from recipes_lib.generation.judges import opened
-from recipes_lib.generation.subjects import grouped, loaded
-from recipes_lib.generation.targets import distinct
-from recipes_lib.suites.harness import Harness
+from recipes_lib.generation.judges import OpenJudge, opened
+from recipes_lib.generation.subjects import Subject, grouped, loaded
+from recipes_lib.generation.targets import Target, distinct
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.suites.registry import SUITES, say_results
+from recipes_lib.suites.suite import Asker
 from recipes_lib.training.process import end_process
 
 _FORMAT_VERSION = 1
 
 
+@dataclass(frozen=True)
+class Done:
+    """What ended for one suite: a target answered, results were written, or an error stopped these
+    targets.
+
+    `targets` is empty where an error concerns the whole suite. `seconds` are for one result.
+    """
+
+    suite: Asker
+    targets: tuple[Target, ...] = ()
+    results: tuple[dict[str, Any], ...] = ()
+    seconds: float = 0.0
+    error: Exception | None = None
+
+
 def evaluate(
-    recipe: EvalRecipe,
-    words: Sequence[str],
-    against: str | None = None,
-    *,
-    allow_format_differences: bool = False,
-    remote_code: bool = False,
+    suites: Sequence[Asker], on_done: Callable[[Done], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Evaluate targets with one eval recipe, as `evaluate_all` does with several."""
-    return evaluate_all(
-        [recipe],
-        words,
-        against,
-        allow_format_differences=allow_format_differences,
-        remote_code=remote_code,
-    )
+    """Load base after base and let every suite ask its targets on it, then judge after judge; write
+    runs/<run>/evals/<eval>/result.json for each target as soon as its result is there.
+
+    Args:
+        suites: what is to be done. A target that fails a `gate` is left out of all the others.
+        on_done: is told what ended. Where it takes an error without raising it, the targets of that
+            error are left out and the others go on; None raises every error.
+
+    Returns:
+        What the result files hold, suite after suite.
+    """
+    order = [[str(target.identity) for target in suite.targets] for suite in suites]
+    found: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in suites]
+
+    def told(done: Done) -> None:
+        number = suites.index(done.suite)
+        place = order[number].index(str(done.targets[0].identity)) if done.targets else 0
+        found[number] += [(place, result) for result in done.results]
+        if on_done is not None:
+            on_done(done)
+        elif done.error is not None:
+            raise done.error
+
+    for served in (False, True):
+        mine = [suite for suite in suites if suite.served == served]
+        for group in grouped(distinct(target for suite in mine for target in suite.targets)):
+            with _failures_told(mine, group, told), loaded(group, weights=not served) as subjects:
+                for subject in subjects:
+                    _visit(subject, mine, suites, told)
+    waiting = [suite for suite in suites if isinstance(suite, JudgedSuite)]
+    while waiting := [suite for suite in waiting if suite.words and suite.wanted != set()]:
+        same = [suite for suite in waiting if suite.judge_file == waiting[0].judge_file]
+        waiting = [suite for suite in waiting if suite not in same]
+        with _failures_told(same, (), told), opened(same[0].judge_file) as judge:
+            _judge(same, judge, told)
+    return [result for results in found for _, result in sorted(results, key=lambda pair: pair[0])]
+
+
+@contextmanager
+def _failures_told(
+    suites: Sequence[Asker], targets: Sequence[Target], told: Callable[[Done], None]
+) -> Iterator[None]:
+    """Tell an error for every suite that it concerns, and leave its targets out there."""
+    try:
+        yield
+    except Exception as error:
+        for suite in suites:
+            mine = tuple(target for target in targets if suite.has(target))
+            if mine or not targets:
+                told(Done(suite, mine, error=error))
+            for target in mine:
+                suite.drop(target)
+
+
+def _visit(
+    subject: Subject,
+    suites: Sequence[Asker],
+    everywhere: Sequence[Asker],
+    told: Callable[[Done], None],
+) -> None:
+    """Let every suite ask one loaded model, gates first."""
+    target = subject.target
+    for suite in sorted(suites, key=lambda suite: not suite.is_gate):
+        if not suite.has(target):
+            continue
+        started = time.monotonic()
+        with _failures_told([suite], [target], told):
+            found = suite.visit(subject)
+            seconds = time.monotonic() - started
+            told(
+                Done(
+                    suite,
+                    (target,),
+                    tuple(write_result(suite.recipe, one) for one in found),
+                    seconds,
+                )
+            )
+        if suite.is_gate and not suite.has(target):
+            for other in everywhere:
+                other.drop(target)
+
+
+def _judge(suites: Sequence[JudgedSuite], judge: OpenJudge, told: Callable[[Done], None]) -> None:
+    """Ask one judge for every verdict, then write the results: each says where else this judge
+    failed its audit.
+    """
+    judged: list[tuple[JudgedSuite, float]] = []
+    for suite in suites:
+        started = time.monotonic()
+        with _failures_told([suite], (), told):
+            suite.judge(judge)
+            judged.append((suite, time.monotonic() - started))
+    for suite, seconds in judged:
+        with _failures_told([suite], (), told):
+            results = suite.conclude(judge, [other for other, _ in judged if other is not suite])
+            each = seconds / max(1, len(results))
+            told(
+                Done(
+                    suite,
+                    results=tuple(write_result(suite.recipe, one) for one in results),
+                    seconds=each,
+                )
+            )
 
 
 def evaluate_all(
@@ -65,11 +173,8 @@ def evaluate_all(
     allow_format_differences: bool = False,
     remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate targets with every eval recipe and write runs/<run>/evals/<eval>/result.json for
-    each pair.
-
-    Each base is loaded once and does everything that is asked of it (answers, lm-eval); then each
-    judge is loaded once. Wrong words, recipes and questions are refused before anything is loaded.
+    """Evaluate targets with every eval recipe. Wrong words, recipes and questions are refused
+    before anything is loaded.
 
     Args:
         recipes: eval recipes.
@@ -95,39 +200,9 @@ def evaluate_all(
             "recipes compare compares runs",
         )
     options = {"allow_format_differences": allow_format_differences, "remote_code": remote_code}
-    suites = [SUITES[recipe.suite.name](recipe, words, against, **options) for recipe in recipes]
-    _visit_models(suites)
-    _ask_judges(suites)
-    return [write_result(suite.recipe, result) for suite in suites for result in suite.results]
-
-
-def _visit_models(suites: Sequence[Harness | JudgedSuite]) -> None:
-    """Load base after base, and let every suite ask its targets on it; served models need no
-    weights here.
-    """
-    for served in (True, False):
-        mine = [suite for suite in suites if suite.served == served]
-        for group in grouped(distinct(target for suite in mine for target in suite.targets)):
-            with loaded(group, weights=not served) as subjects:
-                for suite in mine:
-                    wanted = {str(target.identity) for target in suite.targets}
-                    for subject in subjects:
-                        if str(subject.target.identity) in wanted:
-                            suite.visit(subject)
-
-
-def _ask_judges(suites: Sequence[Harness | JudgedSuite]) -> None:
-    """Load judge after judge, and let it judge every suite that names it."""
-    waiting = [suite for suite in suites if isinstance(suite, JudgedSuite)]
-    while waiting:
-        file = waiting[0].judge_file
-        mine = [suite for suite in waiting if suite.judge_file == file]
-        with opened(file) as judge:
-            for suite in mine:
-                suite.judge(judge)
-            for suite in mine:
-                suite.conclude(judge, [other for other in mine if other is not suite])
-        waiting = [suite for suite in waiting if suite.judge_file != file]
+    return evaluate(
+        [SUITES[recipe.suite.name](recipe, words, against, **options) for recipe in recipes]
+    )
 
 
 def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
-from recipes_lib.evaluate import evaluate
+from recipes_lib.evaluate import evaluate_all
 from recipes_lib.generation.targets import find_targets
 from recipes_lib.suites.harness import plain_command
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
@@ -56,8 +56,8 @@ def test_two_adapters_and_their_base_are_scored_on_one_loaded_model_with_caches_
 ):
     one, two = make_run("one", 1), make_run("two", 2)
     recipe = load_eval(small_task)
-    first = evaluate(recipe, ["one", "two", str(tiny_model_dir)])
-    again = evaluate(recipe, ["two"])
+    first = evaluate_all([recipe], ["one", "two", str(tiny_model_dir)])
+    again = evaluate_all([recipe], ["two"])
     assert [result["target"] for result in first][:2] == ["one", "two"]
     assert again[0]["tasks"] == first[1]["tasks"], (
         "an adapter run must not be answered from another model's cache"
@@ -74,7 +74,7 @@ def test_a_result_says_n_interval_few_shot_and_subset_and_keeps_lm_evals_own_fil
     small_task, make_run
 ):
     run = make_run("one", 1)
-    (result,) = evaluate(load_eval(small_task, ["suite.limit=5"]), ["one"])
+    (result,) = evaluate_all([load_eval(small_task, ["suite.limit=5"])], ["one"])
     (row,) = result["tasks"]
     assert (row["task"], row["metric"], row["n"], row["num_fewshot"]) == (
         "tiny_choice",
@@ -95,11 +95,11 @@ def test_a_result_says_n_interval_few_shot_and_subset_and_keeps_lm_evals_own_fil
 def test_an_unknown_task_and_an_unknown_option_are_named(small_task, make_run):
     make_run("one", 1)
     with pytest.raises(RecipeError, match="not_an_option"):
-        evaluate(load_eval(small_task, ["suite.options={not_an_option: 1}"]), ["one"])
+        evaluate_all([load_eval(small_task, ["suite.options={not_an_option: 1}"])], ["one"])
     with pytest.raises(RecipeError, match=r"suite\.options\.model is set"):
-        evaluate(load_eval(small_task, ["suite.options={model: x}"]), ["one"])
+        evaluate_all([load_eval(small_task, ["suite.options={model: x}"])], ["one"])
     with pytest.raises(RecipeError, match="no meaning for lm_eval"):
-        evaluate(load_eval(small_task), ["one"], "base")
+        evaluate_all([load_eval(small_task)], ["one"], "base")
 
 
 def test_a_limited_run_after_a_full_one_asks_the_model_what_a_cold_one_asks_it(
@@ -120,7 +120,7 @@ def test_a_limited_run_after_a_full_one_asks_the_model_what_a_cold_one_asks_it(
         "5",
         "5",
     ):  # full; a subset, in whose batches nothing else may be; again, with nothing to ask
-        evaluate(load_eval(small_task, [f"suite.limit={limit}"]), ["one"])
+        evaluate_all([load_eval(small_task, [f"suite.limit={limit}"])], ["one"])
     assert [len(requests) for requests in asked] == [16, 10]
     assert asked[1] == [request for request in asked[0] if request in asked[1]]
 
@@ -192,8 +192,8 @@ def test_code_of_an_included_file_outside_the_folder_is_found(small_task, tmp_pa
 def test_code_of_a_task_runs_with_both_words(small_task, make_run):
     evil_task(small_task, "doc_to_text: !function evil.f")
     make_run("one", 1)
-    assert evaluate(
-        load_eval(small_task, ["generation.trust_remote_code=true"]), ["one"], remote_code=True
+    assert evaluate_all(
+        [load_eval(small_task, ["generation.trust_remote_code=true"])], ["one"], remote_code=True
     )
     assert (small_task.parent / "ran").exists()
 
@@ -226,7 +226,7 @@ def test_a_template_that_reaches_for_the_process_is_refused(small_task, make_run
     evil_task(small_task, line)
     make_run("one", 1)
     with pytest.raises(RecipeError, match="a template of these tasks would run code"):
-        evaluate(load_eval(small_task), ["one"])
+        evaluate_all([load_eval(small_task)], ["one"])
     assert not (small_task.parent / "ran").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_metric_that_lm_eval_does_not_have_is_refused(small_task, make_run):
         RecipeError,
         match=r"choice\.yaml: lm-eval has no metric 'evil' and would run the code of one",
     ):
-        evaluate(load_eval(small_task), ["one"])
+        evaluate_all([load_eval(small_task)], ["one"])
 
 
 @pytest.mark.slow
@@ -341,13 +341,13 @@ def test_processes_that_did_not_find_each_other_are_refused_because_each_would_d
         "accelerate.Accelerator", lambda **options: SimpleNamespace(num_processes=1)
     )
     with pytest.raises(EnvironmentFault, match="2 processes were started, 1 found"):
-        evaluate(load_eval(small_task), ["one"])
+        evaluate_all([load_eval(small_task)], ["one"])
 
 
 def test_auto_is_a_number_where_there_is_no_gpu_to_try(small_task, make_run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     make_run("one", 1)
-    (result,) = evaluate(load_eval(small_task, ["suite.batch_size=auto"]), ["one"])
+    (result,) = evaluate_all([load_eval(small_task, ["suite.batch_size=auto"])], ["one"])
     assert result["protocol"]["batch_size"] == 8 and "--batch_size 8" in result["lm_eval_command"]
 
 
@@ -421,8 +421,8 @@ def test_recipes_eval_equals_lm_eval_to_the_last_digit(task, make_run, hub_folde
         f"suite: {{name: lm_eval, tasks: [{task}], batch_size: 4, limit: 20, num_fewshot:"
         f" 0}}\ndata: {{folder: {hub_folder}}}\n"
     )
-    (ours,) = evaluate(
-        load_eval(recipe, ["suite.gen_kwargs={max_gen_toks: 16}"] if task == "gsm8k" else []),
+    (ours,) = evaluate_all(
+        [load_eval(recipe, ["suite.gen_kwargs={max_gen_toks: 16}"] if task == "gsm8k" else [])],
         ["one"],
     )
     command = (

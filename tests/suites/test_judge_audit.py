@@ -101,7 +101,7 @@ def test_an_audit_that_failed_stands_above_the_results_of_the_same_judge(
     labels,
     tmp_path,  # noqa: F811, RUF100
 ):  # noqa: F811, RUF100
-    from recipes_lib.evaluate import evaluate
+    from recipes_lib.evaluate import evaluate_all
     from recipes_lib.suites.recipe import load_eval
 
     file = judge_file()
@@ -113,7 +113,7 @@ def test_an_audit_that_failed_stands_above_the_results_of_the_same_judge(
         f" {PROJECT}/evals/quickstart/mt_bench/question.jsonl, max_questions: 1}}\ngeneration:"
         " {max_new_tokens: 4}\njudge: {file: judge.yaml}\n"
     )
-    (result,) = evaluate(load_eval(tmp_path / "mt.yaml"), ["one"])
+    (result,) = evaluate_all([load_eval(tmp_path / "mt.yaml")], ["one"])
     assert any("failed its audit on labelled pairs (pandalm)" in line for line in result["banners"])
 
 

@@ -8,8 +8,7 @@ on it along; answers and judgments that were made are kept, so the same command 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,17 +23,16 @@ from recipes_lib.core.json_files import read_object
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.evaluate import write_result
-from recipes_lib.generation.judges import opened
-from recipes_lib.generation.subjects import grouped, loaded
-from recipes_lib.generation.targets import Asking, base_target, distinct, find_targets, record_base
+from recipes_lib.evaluate import Done, evaluate
+from recipes_lib.generation.subjects import loaded
+from recipes_lib.generation.targets import Asking, Target, base_target, find_targets, record_base
 from recipes_lib.study.adapter_check import check_loaded, check_weight_files
 from recipes_lib.study.arms import base_arm, base_record, base_run, free_name, study_folder
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
-from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.registry import SUITES
+from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.finished_run import finished_run
 
 if TYPE_CHECKING:
@@ -55,13 +53,20 @@ class FailedSteps:
         """Record an error as a failure of these steps, and go on."""
         try:
             yield
-        except RecipesError as error:
+        except Exception as error:
+            self.note(graph, steps, error, debug)
+
+    def note(self, graph: Graph, steps: Sequence[Step], error: Exception, debug: bool) -> None:
+        """Note an error as a failure of steps; one of a library is raised for debugging, but must
+        not take the other arms along otherwise.
+        """
+        if isinstance(error, RecipesError):
             self.add(graph, steps, str(error), int(error.exit_code))
-        except Exception as error:  # a library's error must not take the other arms along
-            if debug:
-                raise
-            lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-            self.add(graph, steps, f"{type(error).__name__}: {lines[0]}", int(ExitCode.FAILED))
+            return
+        if debug:
+            raise error
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        self.add(graph, steps, f"{type(error).__name__}: {lines[0]}", int(ExitCode.FAILED))
 
     def add(self, graph: Graph, steps: Sequence[Step], error: str, exit_code: int) -> None:
         """Note a failure of steps."""
@@ -117,15 +122,36 @@ def set_results_aside(study: Study, graph: Graph, step: Step, say: Report) -> No
 class _Job:
     """One suite with the steps that its targets' answers and results complete, by run; steps that
     are fresh are not among them.
-
-    `own` is False for a comparison of two arms.
     """
 
-    recipe: EvalRecipe
-    suite: Harness | JudgedSuite
-    answers: dict[str, Step]
-    results: dict[str, Step]
-    own: bool = True
+    suite: Asker
+    answers: dict[str, Step] = field(default_factory=dict)
+    results: dict[str, Step] = field(default_factory=dict)
+
+    def steps(self, run: str) -> list[Step]:
+        """Return the steps about a run."""
+        return [steps[run] for steps in (self.answers, self.results) if run in steps]
+
+
+class _AdapterChecks(Asker):
+    """Whether loaded runs answer as they did when they were trained; what does not is evaluated
+    nowhere.
+    """
+
+    is_gate = True
+
+    def __init__(self, steps: Mapping[str, Step], remote_code: bool) -> None:
+        super().__init__(find_targets(list(steps), Asking(remote_code=remote_code)))
+        self.facts: dict[str, dict[str, Any]] = {}
+
+    def visit(self, subject: Subject) -> list[dict[str, Any]]:
+        """Check one loaded run.
+
+        Raises:
+            RecipesError: the model is not the one that was trained.
+        """
+        self.facts[subject.name] = check_loaded(subject)
+        return []
 
 
 class Evaluation:
@@ -134,7 +160,7 @@ class Evaluation:
     Args:
         study: the study.
         graph: its steps; the base's run is known.
-        todo: the steps to do, all of `KINDS`.
+        todo: the steps to do, all of `EVALUATION_STEPS`.
         debug: raise what is not one of our errors.
         remote_code: whether the command line allowed code that ships with a model.
     """
@@ -165,11 +191,10 @@ class Evaluation:
         quiet_libraries()
         for step in self.todo.values():
             set_results_aside(self.study, self.graph, step, self.say)
-        self._check_files()
+        self._plan_checks()
         for recipe in self.study.evals:
             self._plan(recipe)
-        self._visit()
-        self._judge()
+        evaluate([job.suite for job in self.jobs], self._record)
         return self.failures
 
     def _mine(self, kind: str, recipe: EvalRecipe | None = None) -> list[Step]:
@@ -195,32 +220,19 @@ class Evaluation:
                 return True
         return False
 
-    # ---- Adapters ----
-
-    def _check_files(self) -> None:
-        self.facts: dict[str, dict[str, Any]] = {}
-        for step in self._mine("check"):
+    def _plan_checks(self) -> None:
+        """Check the files of trained runs, and open the check of their loaded models."""
+        self.files: dict[str, dict[str, Any]] = {}
+        steps = {step.run: step for step in self._mine("check")}
+        for run, step in steps.items():
             with self.failures.noted(self.graph, [step], self.debug):
-                self.facts[step.run] = check_weight_files(
-                    finished_run(RunDirectory(step.run), self.remote_code)
+                self.files[run] = check_weight_files(
+                    finished_run(RunDirectory(run), self.remote_code)
                 )
-
-    def _check_loaded(self, subject: Subject) -> None:
-        """Finish the check of a run whose model is loaded.
-
-        Raises:
-            RecipesError: the model is not the one that was trained.
-        """
-        for step in self._mine("check"):
-            if step.run == subject.name:
-                facts = {**self.facts[step.run], "as_trained": check_loaded(subject)}
-                self.graph.finish(step, digest_of(facts["sha256"]), [], **facts)
-                self.say(
-                    f"check {subject.name}: {facts['parameters']:,} numbers, finite, and the model"
-                    " answers as when it was trained"
-                )
-
-    # ---- What is asked ----
+        left = {step.run: step for step in self._mine("check")}
+        with self.failures.noted(self.graph, list(left.values()), self.debug):
+            if left:
+                self.jobs.append(_Job(_AdapterChecks(left, self.remote_code), answers=left))
 
     def _plan(self, recipe: EvalRecipe) -> None:
         """Open the suites of one eval: everyone's own results, and the comparisons."""
@@ -229,14 +241,8 @@ class Evaluation:
             steps = self._mine("lm_eval", recipe)
             with self.failures.noted(self.graph, steps, self.debug):
                 if steps:
-                    self.jobs.append(
-                        _Job(
-                            recipe,
-                            suite_of(recipe, self._words(steps), None),
-                            {},
-                            {step.run: step for step in steps},
-                        )
-                    )
+                    suite = suite_of(recipe, self._words(steps), None)
+                    self.jobs.append(_Job(suite, results={step.run: step for step in steps}))
             return
         answers, judgments = self._mine("answers", recipe), self._mine("judgments", recipe)
         with self.failures.noted(self.graph, [*answers, *judgments], self.debug):
@@ -245,14 +251,7 @@ class Evaluation:
                 # audit are then what they would have been in one go, wherever an earlier attempt
                 # ended. What is stored is not asked again.
                 suite = suite_of(recipe, self._words(self._available(recipe)), None)
-                self.jobs.append(
-                    _Job(
-                        recipe,
-                        suite,
-                        {step.run: step for step in answers},
-                        {step.run: step for step in judgments},
-                    )
-                )
+                self._add(suite, answers, judgments, self._stored_cards(recipe, but=recipe.name))
         # The judge's probes belong to its audit above; asking them again for every pair would tell
         # nothing new.
         plain = dataclasses.replace(
@@ -261,11 +260,24 @@ class Evaluation:
         for step in self._mine("comparison", recipe):
             with self.failures.noted(self.graph, [step], self.debug):
                 against = base_run(self.study) if step.against == BASE_ARM else step.against
-                self.jobs.append(
-                    _Job(
-                        plain, suite_of(plain, [step.run], against), {}, {step.run: step}, own=False
-                    )
-                )
+                suite = suite_of(plain, [step.run], against)
+                self._add(suite, [], [step], self._stored_cards(recipe), counts_elsewhere=False)
+
+    def _add(
+        self,
+        suite: Asker,
+        answers: Sequence[Step],
+        results: Sequence[Step],
+        cards: dict[str, list[dict[str, Any]]],
+        counts_elsewhere: bool = True,
+    ) -> None:
+        """Take a judged suite with the steps it completes."""
+        assert isinstance(suite, JudgedSuite)
+        suite.wanted = {step.run for step in results}
+        suite.cards_elsewhere, suite.counts_elsewhere = cards, counts_elsewhere
+        self.jobs.append(
+            _Job(suite, {step.run: step for step in answers}, {step.run: step for step in results})
+        )
 
     def _available(self, recipe: EvalRecipe) -> list[Step]:
         """The answers of an eval that are there or can be made."""
@@ -279,170 +291,74 @@ class Evaluation:
     def _words(self, steps: Sequence[Step]) -> list[str]:
         return list(dict.fromkeys(step.run for step in steps))
 
-    # ---- Models ----
-
-    def _visit(self) -> None:
-        """Load base after base and let every suite ask its targets."""
-        unchecked = [step.run for step in self._mine("check")]
-        for served in (False, True):
-            jobs = [job for job in self.jobs if job.suite.served == served]
-            targets = [target for job in jobs for target in job.suite.targets]
-            targets += (
-                [] if served else find_targets(unchecked, Asking(remote_code=self.remote_code))
-            )
-            for group in grouped(distinct(targets)):
-                steps = [
-                    step
-                    for job in jobs
-                    for step in [*job.answers.values(), *job.results.values()]
-                    if _names(group, step)
-                ]
-                steps += [step for step in self._mine("check") if _names(group, step)]
-                with (
-                    self.failures.noted(self.graph, steps, self.debug),
-                    loaded(group, weights=not served) as subjects,
-                ):
-                    for subject in subjects:
-                        self._ask(subject, jobs)
-
-    def _ask(self, subject: Subject, jobs: Sequence[_Job]) -> None:
-        """Check one loaded subject, then let it do what every suite wants of it."""
-        checks = [step for step in self._mine("check") if step.run == subject.name]
-        with self.failures.noted(self.graph, checks, self.debug):
-            self._check_loaded(subject)
-        if any(step.name in self.failures.found for step in checks):
-            self._drop(subject, jobs)
-            return
-        for job in jobs:
-            if not any(
-                str(target.identity) == str(subject.target.identity) for target in job.suite.targets
-            ):
-                continue
-            mine = [
-                step
-                for step in (job.answers.get(subject.name), job.results.get(subject.name))
-                if step
-            ]
-            started = time.monotonic()
-            with self.failures.noted(self.graph, mine, self.debug):
-                job.suite.visit(subject)
-                self._finish_visit(job, subject, time.monotonic() - started)
-            if any(step.name in self.failures.found for step in mine):
-                self._drop(subject, [job])
-
-    def _finish_visit(self, job: _Job, subject: Subject, seconds: float) -> None:
-        """Record the answers of a judged suite, or the whole result of lm-eval."""
-        folder = runs_root() / subject.name / "evals" / job.recipe.name
-        if isinstance(job.suite, Harness):
-            step = job.results.get(subject.name)
-            result = next((one for one in job.suite.results if one["target"] == subject.name), None)
-            if step and result:
-                self._finish_result(job, step, result, seconds)
-        elif step := job.answers.get(subject.name):
-            answers = job.suite.answering.answers_of(subject)
-            self.graph.finish(
-                step,
-                answers.digest,
-                [folder / "generations.jsonl"],
-                seconds=round(seconds, 2),
-                tokens=answers.tokens,
-            )
-
-    def _drop(self, subject: Subject, jobs: Sequence[_Job]) -> None:
-        """Leave a subject that failed out of its suites, so that the others go on."""
-        for job in jobs:
-            step = job.results.pop(subject.name, None)
-            if isinstance(job.suite, JudgedSuite):
-                job.suite.answering.words = [
-                    word for word in job.suite.answering.words if word != subject.name
-                ]
-            if step and step.name not in self.failures.found:
-                self.failures.add(
-                    self.graph, [step], "its model failed above", int(ExitCode.FAILED)
-                )
-
-    # ---- Judges ----
-
-    def _judge(self) -> None:
-        """Load judge after judge and let it judge every suite that names it."""
-        waiting = [
-            job
-            for job in self.jobs
-            if isinstance(job.suite, JudgedSuite) and job.results and job.suite.answering.words
-        ]
-        waiting = [
-            job for job in waiting if not all(self._blocked(step) for step in job.results.values())
-        ]
-        while waiting:
-            file = _suite(waiting[0]).judge_file
-            same = [job for job in waiting if _suite(job).judge_file == file]
-            steps = [step for job in same for step in job.results.values()]
-            with self.failures.noted(self.graph, steps, self.debug), opened(file) as judge:
-                self._judge_all(same, judge)
-            waiting = [job for job in waiting if _suite(job).judge_file != file]
-
-    def _judge_all(self, jobs: Sequence[_Job], judge: Any) -> None:
-        """Ask one judge for every verdict, then write the results: each says where else this judge
-        failed its audit.
-        """
-        judged: list[tuple[_Job, float]] = []
-        for job in jobs:
-            started = time.monotonic()
-            with self.failures.noted(self.graph, list(job.results.values()), self.debug):
-                _suite(job).judge(judge)
-                judged.append((job, (time.monotonic() - started) / max(1, len(job.results))))
-        audits = [
-            self._audit(recipe, [job for job, _ in judged])
-            for recipe in self.study.evals
-            if recipe.judge == jobs[0].recipe.judge
-        ]
-        for job, seconds in judged:
-            with self.failures.noted(self.graph, list(job.results.values()), self.debug):
-                _suite(job).conclude(
-                    judge,
-                    [
-                        audit
-                        for audit in audits
-                        if not job.own or audit.recipe.name != job.recipe.name
-                    ],
-                )
-                for result in _suite(job).results:
-                    if step := job.results.get(result["target"]):
-                        self._finish_result(job, step, result, seconds)
-
-    def _audit(self, recipe: EvalRecipe, judged: Sequence[_Job]) -> _Audit:
-        """The scorecards of an eval: of this process, else those that its results hold."""
-        for job in judged:
-            if job.own and job.recipe.name == recipe.name:
-                return _Audit(recipe, dict(_suite(job).cards))
-        cards = {}
+    def _stored_cards(self, recipe: EvalRecipe, but: str = "") -> dict[str, list[dict[str, Any]]]:
+        """The scorecards of this eval's judge that fresh results of the study hold, by eval."""
+        found: dict[str, list[dict[str, Any]]] = {
+            other.name: []
+            for other in self.study.evals
+            if other.judge == recipe.judge and other.name != but
+        }
         for step in self.graph.of_kind("judgments"):
-            file = runs_root() / step.run / "evals" / recipe.name / "result.json"
-            if step.eval == recipe.name and step.name in self.fresh and file.is_file():
-                cards[step.run] = read_object(file)["audit"]
-        return _Audit(recipe, cards)
+            file = runs_root() / step.run / "evals" / str(step.eval) / "result.json"
+            if step.eval in found and step.name in self.fresh and file.is_file():
+                found[step.eval].append(read_object(file)["audit"])
+        return found
 
-    def _finish_result(self, job: _Job, step: Step, result: dict[str, Any], seconds: float) -> None:
-        """Write a result into its run, and record its step."""
-        whole = write_result(job.recipe, result)
-        file = runs_root() / step.run / "evals" / job.recipe.name / Path(whole["file"]).name
-        self.graph.finish(step, result_digest(whole), [file], seconds=round(seconds, 2))
+    def _record(self, done: Done) -> None:
+        """Finish the steps of what ended, or note why they failed."""
+        job = next(job for job in self.jobs if job.suite is done.suite)
+        runs = [
+            target.trained.run.name if target.trained else str(base_run(self.study))
+            for target in done.targets
+        ]
+        steps = [step for run in runs for step in job.steps(run)]
+        if done.error is not None:
+            concerned = steps if runs else list(job.results.values())
+            self.failures.note(self.graph, concerned, done.error, self.debug)
+            for target, run in zip(done.targets, runs, strict=True):
+                self._leave_out(target, run, job)
+            return
+        suite = job.suite
+        for step in steps:
+            if isinstance(suite, _AdapterChecks):
+                facts = {**self.files[step.run], "as_trained": suite.facts[step.run]}
+                self.graph.finish(step, digest_of(facts["sha256"]), [], **facts)
+                self.say(
+                    f"check {step.run}: {facts['parameters']:,} numbers, finite, and the model"
+                    " answers as when it was trained"
+                )
+            elif isinstance(suite, JudgedSuite) and step.kind == "answers":
+                answers = suite.answers_of(done.targets[0])
+                self.graph.finish(
+                    step,
+                    answers.digest,
+                    [answers.folder(suite.recipe.name) / "generations.jsonl"],
+                    seconds=round(done.seconds, 2),
+                    tokens=answers.tokens,
+                )
+        for result in done.results:
+            if result["target"] in job.results:
+                step = job.results[result["target"]]
+                folder = runs_root() / step.run / "evals" / suite.recipe.name
+                self.graph.finish(
+                    step,
+                    result_digest(result),
+                    [folder / Path(result["file"]).name],
+                    seconds=round(done.seconds, 2),
+                )
 
-
-@dataclass(frozen=True)
-class _Audit:
-    """What `JudgedSuite.conclude` reads of another suite."""
-
-    recipe: EvalRecipe
-    cards: dict[str, dict[str, Any]]
-
-
-def _suite(job: _Job) -> Any:
-    """The suite of a judged job."""
-    return job.suite
-
-
-def _names(group: Sequence[Any], step: Step) -> bool:
-    """Whether a step is about one of these targets."""
-    names = {target.trained.run.name if target.trained else BASE_ARM for target in group}
-    return step.run in names or (step.arm == BASE_ARM and BASE_ARM in names)
+    def _leave_out(self, target: Target, run: str, failed: _Job) -> None:
+        """Give up what a target that failed was to have: everything after a failed check, else what
+        rests on the same answers.
+        """
+        for job in self.jobs:
+            if job is failed or isinstance(failed.suite, _AdapterChecks):
+                step = job.results.pop(run, None)
+                if step and step.name not in self.failures.found:
+                    self.failures.add(
+                        self.graph, [step], "its model failed above", int(ExitCode.FAILED)
+                    )
+            elif not isinstance(job.suite, _AdapterChecks) and (
+                job.suite.recipe.name == failed.suite.recipe.name
+            ):
+                job.suite.drop(target)

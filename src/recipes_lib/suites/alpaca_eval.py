@@ -38,7 +38,7 @@ from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.questions import Question, QuestionSet
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.replay_numbers import replay_numbers
-from recipes_lib.suites.tables import footer, grid, interval, percent, percent_interval
+from recipes_lib.suites.suite import footer, grid, interval, percent, percent_interval
 
 
 class AlpacaEval(JudgedSuite):

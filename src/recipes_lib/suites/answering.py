@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,10 @@ from recipes_lib.generation.engine import Decoding, Engine
 from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
-from recipes_lib.generation.targets import (
-    Asking,
-    Target,
-    base_target,
-    distinct,
-    record_base,
-    targets_by_word,
-)
+from recipes_lib.generation.targets import Asking, record_base
 from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.suites.questions import Question, read_answer_file
 from recipes_lib.suites.recipe import EvalRecipe
-
-_BASE = "base"
 
 
 @dataclass
@@ -101,90 +92,6 @@ class Pairing:
     opponents: dict[str, AnswerSet]
 
 
-class Answering:
-    """The answers that one judged eval recipe needs: who must answer, and afterwards who stands
-    against whom.
-
-    Args:
-        words: targets as typed: runs, models, `base`, or files with answers.
-        against: `reference`, `base`, another target, or None for no opponent.
-        remote_code: whether the command line allowed code that ships with a model.
-
-    Raises:
-        RecipeError: a word is no target, or `base` is asked for where there is none.
-    """
-
-    def __init__(
-        self,
-        recipe: EvalRecipe,
-        words: Sequence[str],
-        against: str | None,
-        questions: Sequence[Question],
-        remote_code: bool = False,
-    ) -> None:
-        self.recipe, self.questions, self.words, self.against = (
-            recipe,
-            questions,
-            list(dict.fromkeys(words)),
-            against,
-        )
-        self.served = recipe.generation.engine == "openai"
-        self._done: dict[str, AnswerSet] = {}
-        asking = asking_of(recipe, remote_code)
-        files = [
-            word for word in [*self.words, *([against] if against else [])] if is_answer_file(word)
-        ]
-        self._from_files = {word: _from_file(Path(word), questions) for word in files}
-        others = [word for word in self.words if word not in files]
-        opponent = [against] if against and against not in (REFERENCE, _BASE, *files) else []
-        found = targets_by_word([*others, *opponent], asking)
-        self._named = {word: found[word] for word in others}
-        self._opponent_of: dict[str, Target] = (
-            dict.fromkeys(others, found[opponent[0]]) if opponent else {}
-        )
-        if against == _BASE:
-            self._opponent_of = {word: _base_of(word, self._named) for word in others}
-        if against == REFERENCE:
-            self._reference = _reference(questions)
-        self.targets = distinct([*self._named.values(), *self._opponent_of.values()])
-
-    def visit(self, subject: Subject) -> None:
-        """Let one of `targets` answer what is missing.
-
-        Raises:
-            GenerationIncomplete: answers are missing.
-        """
-        self._done[str(subject.target.identity)] = _answer(self.recipe, subject, self.questions)
-
-    def answers_of(self, subject: Subject) -> AnswerSet:
-        """Return the answers of a target that was visited."""
-        return self._done[str(subject.target.identity)]
-
-    def pairing(self) -> Pairing:
-        """Return the answers of all targets and of their opponents.
-
-        Raises:
-            RecipeError: a file of answers is to be compared with its base.
-        """
-        targets: dict[str, AnswerSet] = {}
-        opponents: dict[str, AnswerSet] = {}
-        for word in self.words:
-            answers = self._from_files.get(word) or self._done[str(self._named[word].identity)]
-            targets[answers.name] = answers
-            if self.against == REFERENCE:
-                opponents[answers.name] = self._reference
-            elif self.against in self._from_files:
-                opponents[answers.name] = self._from_files[self.against]
-            elif word in self._opponent_of:
-                opponents[answers.name] = self._done[str(self._opponent_of[word].identity)]
-            elif self.against:
-                raise RecipeError(
-                    f"'{word}' is a file of answers and has no base",
-                    "name the opponent: --against RUN",
-                )
-        return Pairing(list(targets.values()), opponents)
-
-
 def asking_of(recipe: EvalRecipe, remote_code: bool) -> Asking:
     """Return how an eval recipe asks models without a run."""
     section = recipe.generation
@@ -197,49 +104,14 @@ def asking_of(recipe: EvalRecipe, remote_code: bool) -> Asking:
     )
 
 
-def check_target_words(recipe: EvalRecipe, words: Sequence[str], remote_code: bool) -> None:
-    """Refuse words that are no target; `reference`, `base` and files of answers are left to
-    `Answering`.
-
-    Raises:
-        RecipeError: as `targets_by_word` does.
-    """
-    known = (REFERENCE, _BASE)
-    targets_by_word(
-        [word for word in words if word not in known and not is_answer_file(word)],
-        asking_of(recipe, remote_code),
-    )
-
-
-def _base_of(word: str, named: Mapping[str, Target]) -> Target:
-    """The base that a target is compared with; the base itself beside its runs is compared with
-    itself, which is one half.
-
-    Raises:
-        RecipeError: the target is no adapter.
-    """
-    target = named[word]
-    if target.trained is not None and target.recipe.lora is not None:
-        return base_target(target.recipe)
-    bases = [
-        base_target(one.recipe)
-        for one in named.values()
-        if one.trained is not None and one.recipe.lora is not None
-    ]
-    if any(base.identity == target.identity for base in bases):
-        return target
-    raise RecipeError(
-        f"'{word}' has no base of its own to be compared with",
-        "name another run or model: --against OTHER",
-    )
-
-
 def is_answer_file(word: str) -> bool:
     """Whether a word of the command line is a file of answers."""
     return Path(word).suffix in (".json", ".jsonl") and Path(word).is_file()
 
 
-def _answer(recipe: EvalRecipe, subject: Subject, questions: Sequence[Question]) -> AnswerSet:
+def answer_questions(
+    recipe: EvalRecipe, subject: Subject, questions: Sequence[Question]
+) -> AnswerSet:
     """Return one subject's answers to all turns of all questions."""
     section = recipe.generation
     decoding = Decoding(
@@ -320,7 +192,7 @@ def _conversation(
     return (*messages, {"role": "user", "content": question.turns[turn - 1]})
 
 
-def _reference(questions: Sequence[Question]) -> AnswerSet:
+def reference_answers(questions: Sequence[Question]) -> AnswerSet:
     """The outputs that come with the questions, as an opponent.
 
     Raises:
@@ -342,7 +214,7 @@ def _reference(questions: Sequence[Question]) -> AnswerSet:
     )
 
 
-def _from_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
+def answers_in_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
     """The answers in a file, with a run directory of their own."""
     found = read_answer_file(path, questions)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", found.generator).strip("-.") or "answers"

@@ -30,7 +30,7 @@ from recipes_lib.generation.targets import Target, find_targets, record_base
 from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.recipe import EvalRecipe
-from recipes_lib.suites.tables import grid
+from recipes_lib.suites.suite import Asker, grid
 from recipes_lib.suites.task_code import ALLOW, code_in, unknown_metrics
 from recipes_lib.weights.base import model_path
 
@@ -72,9 +72,8 @@ _OURS = (
 )
 
 
-class Harness:
-    """lm-eval for the targets of one eval recipe, one loaded base at a time; `results` has one per
-    target, in their order.
+class Harness(Asker):
+    """lm-eval for the targets of one eval recipe, one loaded base at a time.
 
     Under `accelerate launch` every rank visits every subject and the first rank has the results.
 
@@ -82,8 +81,6 @@ class Harness:
         RecipeError: a word is no target, or a wrong option.
         EnvironmentFault: the processes of a launch do not find each other.
     """
-
-    served = False
 
     def __init__(
         self,
@@ -95,8 +92,7 @@ class Harness:
     ) -> None:
         del against, allow_format_differences  # answers are scored, not compared
         self.recipe = recipe
-        self.targets = find_targets(words, asking_of(recipe, remote_code))
-        self._done: dict[str, dict[str, Any]] = {}
+        super().__init__(find_targets(words, asking_of(recipe, remote_code)))
         if unknown := sorted(set(recipe.suite.options) & set(_OURS)):
             raise recipe.error(
                 "suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself"
@@ -104,8 +100,8 @@ class Harness:
         check_allowed(recipe, remote_code)
         self._together = None if alone() else _joined()
 
-    def visit(self, subject: Subject) -> None:
-        """Evaluate one of `targets`.
+    def visit(self, subject: Subject) -> list[dict[str, Any]]:
+        """Evaluate one of `targets`, and return its result; nothing on other ranks than the first.
 
         Raises:
             RecipeError: an unknown task or option.
@@ -118,17 +114,7 @@ class Harness:
             else contextlib.nullcontext()
         ):
             result = _run(self.recipe, subject, _live_model(self.recipe, subject, self._together))
-        if result is not None:
-            self._done[str(subject.target.identity)] = result
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        """One result per target that was visited; none on other ranks than the first."""
-        return [
-            self._done[name]
-            for target in self.targets
-            if (name := str(target.identity)) in self._done
-        ]
+        return [result] if result else []
 
     @staticmethod
     def table(results: Sequence[dict[str, Any]]) -> list[str]:

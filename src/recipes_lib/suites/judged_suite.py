@@ -7,15 +7,26 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_lock import waiting_lock
+from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.subjects import Subject
+from recipes_lib.generation.targets import Target, base_target, distinct, targets_by_word
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.store import JudgmentStore, Row
-from recipes_lib.suites.answering import Answering, AnswerSet, Pairing, check_target_words
+from recipes_lib.suites.answering import (
+    AnswerSet,
+    Pairing,
+    answer_questions,
+    answers_in_file,
+    asking_of,
+    is_answer_file,
+    reference_answers,
+)
 from recipes_lib.suites.judged import (
     Judged,
     ask_probes,
@@ -27,13 +38,23 @@ from recipes_lib.suites.judged import (
 )
 from recipes_lib.suites.questions import QuestionSet, load_questions, no_reference
 from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.suite import Asker
+
+_BASE = "base"
 
 
-class JudgedSuite(ABC):
+class JudgedSuite(Asker, ABC):
     """The targets of one eval recipe: `visit` lets each answer, `judge` has them judged, `conclude`
-    turns the verdicts into `results`.
+    returns the results.
 
-    `cards` are the judge's scorecards by target.
+    `wanted` are the targets whose results are made; None for all. `cards` are the judge's
+    scorecards by target; `cards_elsewhere` those of the same judge in other evals.
+    `counts_elsewhere` says whether other evals tell that the judge failed its audit here.
+
+    Args:
+        words: targets as typed: runs, models, `base`, or files with answers.
+        against: `reference`, `base`, another target, or None for the suite's own choice.
+        remote_code: whether the command line allowed code that ships with a model.
 
     Raises:
         RecipeError: a word is no target, the suite has no such opponent, or several processes were
@@ -56,15 +77,35 @@ class JudgedSuite(ABC):
                 f"{recipe.suite.name} runs in one process",
                 "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai",
             )
-        against = self.opponent(against)
-        check_target_words(
-            recipe, [*words, *([against] if against else [])], remote_code
-        )  # before questions are fetched
+        self.against = against = self.opponent(against)
+        self.words = list(dict.fromkeys(words))
+        asked = [*self.words, *([against] if against else [])]
+        asking = asking_of(recipe, remote_code)
+        files = [word for word in asked if is_answer_file(word)]
+        named = [word for word in asked if word not in files and word != REFERENCE]
+        # before questions are fetched
+        targets_by_word([word for word in named if word != _BASE], asking)
         self.chosen = self.questions()
-        self.answering = Answering(recipe, words, against, self.chosen.questions, remote_code)
+        questions = self.chosen.questions
+        self._from_files = {word: answers_in_file(Path(word), questions) for word in files}
+        others = [word for word in self.words if word not in files]
+        opponent = [against] if against in named and against != _BASE else []
+        found = targets_by_word([*others, *opponent], asking)
+        self._named = {word: found[word] for word in others}
+        self._opponent_of: dict[str, Target] = {}
+        if against == _BASE:
+            self._opponent_of = {word: _base_of(word, self._named) for word in others}
+        elif opponent:
+            self._opponent_of = dict.fromkeys(others, found[opponent[0]])
+        self._reference = reference_answers(questions) if against == REFERENCE else None
+        super().__init__(distinct([*self._named.values(), *self._opponent_of.values()]))
+        self.served = recipe.generation.engine == "openai"
         self.allow_format_differences = allow_format_differences
+        self.wanted: set[str] | None = None
         self.cards: dict[str, dict[str, Any]] = {}
-        self.results: list[dict[str, Any]] = []
+        self.cards_elsewhere: dict[str, list[dict[str, Any]]] = {}
+        self.counts_elsewhere = True
+        self._done: dict[str, AnswerSet] = {}
 
     @abstractmethod
     def opponent(self, against: str | None) -> str | None:
@@ -106,23 +147,53 @@ class JudgedSuite(ABC):
     def table(results: Sequence[dict[str, Any]]) -> list[str]:
         """Return the lines of a table of results."""
 
-    @property
-    def targets(self) -> Any:
-        """Who has to answer, opponents included."""
-        return self.answering.targets
-
-    @property
-    def served(self) -> bool:
-        """Whether a server has the models."""
-        return self.answering.served
-
-    def visit(self, subject: Subject) -> None:
-        """Let one of `targets` answer.
+    def visit(self, subject: Subject) -> list[dict[str, Any]]:
+        """Let one of `targets` answer what is missing.
 
         Raises:
             GenerationIncomplete: answers are missing.
         """
-        self.answering.visit(subject)
+        answers = answer_questions(self.recipe, subject, self.chosen.questions)
+        self._done[str(subject.target.identity)] = answers
+        return []
+
+    def drop(self, target: Target) -> None:
+        """Leave a target out, and those that were to be compared with it."""
+        super().drop(target)
+        pairs = {word: (self._named.get(word), self._opponent_of.get(word)) for word in self.words}
+        self.words = [
+            word
+            for word, pair in pairs.items()
+            if not any(one and str(one.identity) == str(target.identity) for one in pair)
+        ]
+
+    def answers_of(self, target: Target) -> AnswerSet:
+        """Return the answers of a target that was visited."""
+        return self._done[str(target.identity)]
+
+    def pairing(self) -> Pairing:
+        """Return the answers of all targets and of their opponents.
+
+        Raises:
+            RecipeError: a file of answers is to be compared with its base.
+        """
+        targets: dict[str, AnswerSet] = {}
+        opponents: dict[str, AnswerSet] = {}
+        for word in self.words:
+            answers = self._from_files.get(word) or self.answers_of(self._named[word])
+            targets[answers.name] = answers
+            if self._reference:
+                opponents[answers.name] = self._reference
+            elif self.against in self._from_files:
+                opponents[answers.name] = self._from_files[self.against]
+            elif word in self._opponent_of:
+                opponents[answers.name] = self.answers_of(self._opponent_of[word])
+            elif self.against:
+                raise RecipeError(
+                    f"'{word}' is a file of answers and has no base",
+                    "name the opponent: --against RUN",
+                )
+        return Pairing(list(targets.values()), opponents)
 
     def judge(self, judge: OpenJudge) -> None:
         """Ask for every verdict that is missing, and audit the judge on them.
@@ -131,22 +202,30 @@ class JudgedSuite(ABC):
             RecipeError: models that were asked in different prompt formats would be compared.
             EvaluationIncomplete: judgments are missing.
         """
-        self._pairing = self.answering.pairing()
+        self._pairing = self.pairing()
         if not self.allow_format_differences:
             check_formats(self._pairing)
         self._verdicts = self._judged(self._pairing, judge)
         self.cards = {name: scorecard(judge, mine) for name, mine in self._verdicts.items()}
 
-    def conclude(self, judge: OpenJudge, others: Sequence[JudgedSuite] = ()) -> None:
-        """Fill `results` and write the files for reading.
+    def conclude(
+        self, judge: OpenJudge, others: Sequence[JudgedSuite] = ()
+    ) -> list[dict[str, Any]]:
+        """Return the results that are wanted, the files for reading written.
 
         Args:
             others: suites that the same judge judged: where it failed its audit there, its results
                 here say so.
         """
-        elsewhere = {other.recipe.name: list(other.cards.values()) for other in others}
-        self.results = [
-            self._result(answers, judge, elsewhere) for answers in self._pairing.targets
+        elsewhere = self.cards_elsewhere | {
+            other.recipe.name: list(other.cards.values())
+            for other in others
+            if other.counts_elsewhere
+        }
+        return [
+            self._result(answers, judge, elsewhere)
+            for answers in self._pairing.targets
+            if self.wanted is None or answers.name in self.wanted
         ]
 
     def _judged(self, pairing: Pairing, judge: OpenJudge) -> dict[str, Judged]:
@@ -233,4 +312,27 @@ def twins(answers: AnswerSet, targets: Sequence[AnswerSet]) -> list[str]:
         ]
         if same
         else []
+    )
+
+
+def _base_of(word: str, named: Mapping[str, Target]) -> Target:
+    """The base that a target is compared with; the base itself beside its runs is compared with
+    itself, which is one half.
+
+    Raises:
+        RecipeError: the target is no adapter.
+    """
+    target = named[word]
+    if target.trained is not None and target.recipe.lora is not None:
+        return base_target(target.recipe)
+    bases = [
+        base_target(one.recipe)
+        for one in named.values()
+        if one.trained is not None and one.recipe.lora is not None
+    ]
+    if any(base.identity == target.identity for base in bases):
+        return target
+    raise RecipeError(
+        f"'{word}' has no base of its own to be compared with",
+        "name another run or model: --against OTHER",
     )

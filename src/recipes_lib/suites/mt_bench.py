@@ -36,7 +36,7 @@ from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import NEEDS_REFERENCE, Question
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.replay_numbers import replay_numbers
-from recipes_lib.suites.tables import footer, grid, interval, number, percent_interval
+from recipes_lib.suites.suite import footer, grid, interval, number, percent_interval
 
 
 class MTBench(JudgedSuite):

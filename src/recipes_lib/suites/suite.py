@@ -1,11 +1,42 @@
-"""What the tables of the suites share: numbers with their intervals, aligned lines, and the lines
-about judge and answers.
-"""
+"""What every suite is, something that asks loaded models, and what tables of results share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.generation.targets import Target
+
+if TYPE_CHECKING:
+    from recipes_lib.generation.subjects import Subject
+    from recipes_lib.suites.recipe import EvalRecipe
+
+
+class Asker:
+    """What asks loaded models something: a suite, or a check of them.
+
+    A model that fails a gate (`is_gate`) is asked nothing else. `served` says that a server has the
+    models, so that no weights are loaded.
+    """
+
+    recipe: EvalRecipe
+    is_gate = False
+    served = False
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = list(targets)
+
+    def visit(self, subject: Subject) -> list[dict[str, Any]]:
+        """Ask one of `targets`, and return the results that are there at once."""
+        raise NotImplementedError
+
+    def has(self, target: Target) -> bool:
+        """Whether a target is (still) to be asked."""
+        return any(str(one.identity) == str(target.identity) for one in self.targets)
+
+    def drop(self, target: Target) -> None:
+        """Leave a target out."""
+        self.targets = [one for one in self.targets if str(one.identity) != str(target.identity)]
 
 
 def footer(results: Sequence[dict[str, Any]]) -> list[str]:
