@@ -13,9 +13,9 @@ from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.measurements import read_measurements, read_run
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.foreign.files import CSV_COLUMNS
 from recipes_lib.foreign.run import import_run
 from recipes_lib.judging.audit import audit
-from recipes_lib.judging.replay_readers import CSV_COLUMNS
 from recipes_lib.judging.store import stored_rows
 
 Row = Mapping[str, Any]

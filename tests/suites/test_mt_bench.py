@@ -138,12 +138,12 @@ def test_limits_of_a_mean_stay_on_the_scale():
 def test_fastchat_lines_can_be_replayed(tmp_path):
     import json
 
-    from recipes_lib.judging.replay import replay
+    from recipes_lib.foreign.replay import replay_files
 
     rows = [grade("7:1", 5), grade("7:2", 3), grade("8:1", 1), grade("8:2", None, "unparsed")]
     path = tmp_path / "single.jsonl"
     path.write_text("".join(json.dumps(_single(row, "mine", "judge", 0.0)) + "\n" for row in rows))
-    report = replay(path)
+    report = replay_files([path])
     assert report["format"] == "fastchat-single" and report["recorded"]["scale"] == "1..5"
     assert (report["bounds"]["all_lost"], report["bounds"]["all_won"]) == (10 / 4, 14 / 4), (
         "our grades end at 5, FastChat's at 10"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from recipes_lib.core import atomic_files
@@ -100,80 +99,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _replay(args: argparse.Namespace) -> int:
     """Print the report of each file, then findings about them together."""
-    from recipes_lib.judging.replay import replay_files
+    from recipes_lib.foreign.replay import replay_files, report_lines
 
     report = replay_files(args.files)
     if args.json:
         print(json.dumps(report, indent=2))
         return int(ExitCode.DONE)
-    for single in report.get("files", [report]):
-        _say_report(single)
-    if "files" in report:
-        say("together")
-        _say_findings(report["findings"])
+    for line in report_lines(report):
+        say(line)
     next_step(f"recipes judge replay {args.files[0]} --json")
     return int(ExitCode.DONE)
-
-
-def rounded(value: float | None, places: int) -> str:
-    """Return a number rounded half up, as published tables do; "n/a" for None.
-
-    Example:
-        >>> rounded(5.125, 2), rounded(None, 2)
-        ('5.13', 'n/a')
-    """
-    if value is None:
-        return "n/a"
-    return str(Decimal(value).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP))
-
-
-def _say_report(report: dict[str, Any]) -> None:
-    """Print one file's report."""
-    recorded, bounds, order = report["recorded"], report["bounds"], report["order"]
-    say(f"{report['file']} ({report['format']}, n {recorded['n']})")
-    if recorded["win"] is not None:
-        say(
-            "  recorded: "
-            + ", ".join(f"{name} {rounded(recorded[name], 2)}%" for name in ("win", "loss", "tie"))
-        )
-    if recorded["mean_score"] is not None:
-        ends = recorded["mean_score_interval"]
-        interval = "" if ends is None else f" [{rounded(ends[0], 3)}, {rounded(ends[1], 3)}]"
-        say(
-            f"  recorded: mean score {rounded(recorded['mean_score'], 3)}{interval}"
-            f" ({recorded['scale']})"
-        )
-    if report["alpaca_eval"]:
-        library = report["alpaca_eval"]
-        error = rounded(library["standard_error"], 3)
-        say(
-            f"  alpaca_eval: win rate {rounded(library['win_rate'], 3)}, standard error {error}, n"
-            f" {library['n']}"
-        )
-    for name, group in (report["groups"] or {}).items():
-        outcome = (
-            f"win {rounded(group['win'], 2)}%, loss {rounded(group['loss'], 2)}%, tie"
-            f" {rounded(group['tie'], 2)}%"
-        )
-        say(
-            f"  {name}:"
-            f" {outcome if group['win'] is not None else 'mean score ' + rounded(group['mean_score'], 3)},"  # noqa: E501
-            f" n {group['n']}"
-        )
-    flips = (
-        f", {order['flips']} verdicts changed with the order" if order["flips"] is not None else ""
-    )
-    limits = f"lost {rounded(bounds['all_lost'], 3)}, won {rounded(bounds['all_won'], 3)}"
-    say(f"  orders: {order['judged']}{flips}; {bounds['of']} if what is missing were {limits}")
-    _say_findings(report["findings"])
-
-
-def _say_findings(findings: list[dict[str, Any]]) -> None:
-    """Print findings, one a line."""
-    for finding in findings:
-        say(f"  ! {finding['name']}: {finding['message']}")
-    if not findings:
-        say("  no findings")
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -7,31 +7,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recipes_lib.config.recipe import load_recipe
+import yaml
+
+from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.atomic_files import publish, write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.core.json_files import Row
 from recipes_lib.core.manifest import command_line
 from recipes_lib.core.project import recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, all_runs, read_resolved
-from recipes_lib.foreign.answers import read_answers
 from recipes_lib.foreign.evaluations import write_evaluation
 from recipes_lib.foreign.files import Foreign, read_files
-from recipes_lib.foreign.harness import read_results, samples_alone
-from recipes_lib.foreign.judged import WITHOUT_ANSWERS, read_judgments
 from recipes_lib.foreign.logs import read_logs
-from recipes_lib.foreign.parts import Part
-
-if TYPE_CHECKING:
-    from recipes_lib.config.recipe import Recipe
+from recipes_lib.foreign.parts import (
+    WITHOUT_ANSWERS,
+    Part,
+    answers_part,
+    harness_part,
+    judged_part,
+)
 
 ANSWERS = ("fastchat-answers", "alpaca-eval-outputs")
-LOGS = ("trainer-state", "trainer-log")
+ADAPTER_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
 
 @dataclass
@@ -41,33 +43,22 @@ class Imported:
     """
 
     name: str
-    path: Path
     files: list[Row] = field(default_factory=list)
     lacks: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    evals: list[str] = field(default_factory=list)
     there_already: bool = False
 
 
 @dataclass
 class _Content:
-    """Everything read, before anything is written."""
+    """Everything read, before anything is written. `becomes` says by hash what a file becomes."""
 
-    files: list[Foreign]
     evals: dict[str, list[Part]] = field(default_factory=dict)
     logs: list[Row] = field(default_factory=list)
     summary: Row = field(default_factory=dict)
     adapter: Row | None = None
     becomes: dict[str, str] = field(default_factory=dict)
-    rows_of: dict[str, str] = field(default_factory=dict)
     lacks: list[str] = field(default_factory=list)
-
-    def add(self, part: Part, what: str) -> None:
-        """Take one file's share of an evaluation."""
-        self.evals.setdefault(part.eval, []).append(part)
-        self.becomes[part.file.sha256] = f"evals/{part.eval}: {what}"
-        if part.rows_of:
-            self.rows_of[part.file.sha256] = part.rows_of
 
 
 def import_run(
@@ -94,44 +85,43 @@ def import_run(
             model that is not there.
         DataError: a file is damaged or unknown, or files do not belong together.
     """
-    target = RunDirectory(run)
+    target, other = RunDirectory(run), "choose another name: --as OTHER"
     if run.startswith(("base--", "answers--", "judge--")):
-        raise RecipeError(
-            f"'{run}': names that start so are given by recipes eval and recipes judge",
-            "choose another name: --as OTHER",
-        )
+        what = f"'{run}': names that start so are given by recipes eval and recipes judge"
+        raise RecipeError(what, other)
     files = read_files(names)
     asked = {"recipe": recipe, "model": model, "against": against}
-    if target.exists() and not replace:
-        if _same_import(target, files, asked):
-            return Imported(run, target.path, there_already=True)
-        state = target.read_state()["state"]
-        hint = (
-            "write it anew with --replace, all its files named"
-            if state == "imported"
-            else "it was trained here"
-        )
-        raise RecipeError(
-            f"run '{run}' exists ({state})", hint, "or choose another name: --as OTHER"
-        )
-    if target.exists() and target.read_state()["state"] != "imported":
-        raise RecipeError(
-            f"run '{run}' was trained here and is not replaced by an import",
-            "choose another name: --as OTHER",
-        )
-    if not target.exists() and target.path.exists():
-        raise RecipeError(
-            f"{shown_path(target.path)} is there and is no run",
-            "choose another name, or move it away",
-        )
+    if target.exists():
+        state = target.read_state()
+        imported = state["state"] == "imported"
+        if not replace and imported and _same_import(target, state, files, asked):
+            return Imported(run, there_already=True)
+        if not replace:
+            hint = "write it anew with --replace, all its files named"
+            hint = hint if imported else "it was trained here"
+            raise RecipeError(f"run '{run}' exists ({state['state']})", hint, f"or {other}")
+        if not imported:
+            what = f"run '{run}' was trained here and is not replaced by an import"
+            raise RecipeError(what, other)
+    elif target.path.exists():
+        what = f"{shown_path(target.path)} is there and is no run"
+        raise RecipeError(what, "choose another name, or move it away")
     content = _read(files, model, against)
-    loaded = _recipe(recipe, content)
+    loaded = None if recipe is None else load_recipe(recipe_path(recipe))
+    if loaded is not None and content.adapter is not None:
+        _check_adapter(loaded, content.adapter)
+    rows_of = {p.file.sha256: p.rows_of for parts in content.evals.values() for p in parts}
     done = Imported(
         run,
-        target.path,
-        [_provenance(file, content) for file in files],
+        [
+            # its name alone, because its folder says nothing elsewhere
+            {"file": file.path.name, "sha256": file.sha256, "bytes": file.size}
+            | {"format": file.format, "rows": len(file.rows)}
+            | ({"rows_of": rows_of[file.sha256]} if rows_of.get(file.sha256) else {})
+            | {"becomes": content.becomes.get(file.sha256, "")}
+            for file in files
+        ],
         content.lacks,
-        evals=list(content.evals),
     )
     done.warnings = list(_twins(run, done.files))
     if loaded is None and content.logs:
@@ -143,35 +133,51 @@ def import_run(
     return done
 
 
-def _read(files: list[Foreign], model: str | None, against: str | None) -> _Content:
+def _read(files: Sequence[Foreign], model: str | None, against: str | None) -> _Content:
     """Read every file into its place."""
-    content = _Content(files)
+    content = _Content()
     samples = [file for file in files if file.format == "lm-eval-samples"]
     for file in files:
-        if file.judgments is not None:
-            part = read_judgments(file, model, against)
-            content.add(part, f"{len(part.judgments)} judgments")
-        elif file.format in ANSWERS:
-            part = read_answers(file, model)
-            content.add(part, f"{len(part.answers)} answers")
-        elif file.format == "lm-eval-results":
-            part = read_results(file, samples)
-            content.add(part, f"{len(part.facts['tasks'])} results")
-        elif file.format in LOGS:
-            _add_logs(content, file)
-        elif file.format == "adapter-config":
-            content.adapter = file.rows[0][1]
-            content.becomes[file.sha256] = "compared with --recipe, where one is named"
+        part: Part | None = None
+        becomes = ""
+        match file.format:
+            case "fastchat-answers" | "alpaca-eval-outputs":
+                part = answers_part(file, model)
+                becomes = f"{len(part.answers)} answers"
+            case "lm-eval-results":
+                part = harness_part(file, samples)
+                becomes = f"{len(part.tasks)} results"
+            case "lm-eval-samples":
+                becomes = f"evals/lm_eval: {len(file.rows)} samples of {file.task}"
+            case "trainer-state" | "trainer-log":
+                if content.logs:
+                    hint = "one run has one: import it under another name"
+                    raise file.error("a second training log", hint)
+                content.logs, content.summary, lacks = read_logs(file)
+                becomes = f"metrics.jsonl: {len(content.logs)} lines"
+                content.lacks += [f"training: {lack}" for lack in lacks]
+            case "adapter-config":
+                content.adapter = file.rows[0][1]
+                becomes = "compared with --recipe, where one is named"
+            case "original-summary":
+                pass
+            case _:
+                part = judged_part(file, model, against)
+                becomes = f"{len(part.judgments)} judgments"
+        if part is not None:
+            content.evals.setdefault(part.eval, []).append(part)
+            becomes = f"evals/{part.eval}: {becomes}"
+        content.becomes[file.sha256] = becomes
     if samples and "lm_eval" not in content.evals:
-        raise samples_alone(samples)
-    for file in samples:
-        content.becomes[file.sha256] = f"evals/lm_eval: {len(file.rows)} samples of {file.task}"
+        hint = "name results_*.json beside them"
+        raise samples[0].error("samples without lm_eval's results JSON", hint)
     if not content.evals and not content.logs:
-        raise files[0].error(
-            "holds nothing to make a run of",
-            "name judgments, answers, results or a training log beside it",
-        )
-    _add_summaries(content)
+        hint = "name judgments, answers, results or a training log beside it"
+        raise files[0].error("holds nothing to make a run of", hint)
+    for file in files:
+        if file.format == "original-summary":
+            _check_summary(file, content.evals.get("alpaca_eval", []))
+            content.becomes[file.sha256] = "agrees with the judgments"
     for parts in content.evals.values():
         if any(part.file.format in ANSWERS for part in parts):
             for part in parts:
@@ -182,105 +188,52 @@ def _read(files: list[Foreign], model: str | None, against: str | None) -> _Cont
         for part in parts
         for lack in part.lacks
     ]
-    content.lacks += list(dict.fromkeys(lacks))
+    content.lacks += dict.fromkeys(lacks)
     return content
 
 
-def _add_logs(content: _Content, file: Foreign) -> None:
-    """Take a training log; there is one per run."""
-    if content.logs:
-        raise file.error("a second training log", "one run has one: import it under another name")
-    content.logs, content.summary, lacks = read_logs(file)
-    content.becomes[file.sha256] = f"metrics.jsonl: {len(content.logs)} lines"
-    content.lacks += [f"training: {lack}" for lack in lacks]
-
-
-def _add_summaries(content: _Content) -> None:
+def _check_summary(file: Foreign, parts: Sequence[Part]) -> None:
     """Check the original study's summary against the judgments it sums up; it is no evaluation of
     its own.
 
     Raises:
         DataError: it says other numbers, or stands alone.
     """
-    for file in (file for file in content.files if file.format == "original-summary"):
-        row = file.rows[0][1]
-        judged = [
-            part
-            for part in content.evals.get("alpaca_eval", [])
-            if part.file.format == "original-alpaca-eval-csv"
-        ]
-        if not judged:
-            raise file.error(
-                "a summary without the judgments it sums up", "name detailed_results.csv beside it"
-            )
-        recorded = judged[0].facts["report"]["recorded"]
-        told = (row["win_rate_vs_baseline"], row["total_comparisons"])
-        if abs(recorded["win"] - told[0]) > 0.01 or recorded["n"] != told[1]:
-            what = (
-                f"it says {told[0]} % wins of {told[1]}, the judgments {recorded['win']:.3f} % of"
-                f" {recorded['n']}"
-            )
-            raise file.error(what, "are they of the same model?")
-        judged[0].models = judged[0].models or tuple(filter(None, [row.get("model_name")]))
-        content.becomes[file.sha256] = "agrees with the judgments"
+    row = file.rows[0][1]
+    judged = [part for part in parts if part.file.format == "original-alpaca-eval-csv"]
+    if not judged or judged[0].report is None:
+        hint = "name detailed_results.csv beside it"
+        raise file.error("a summary without the judgments it sums up", hint)
+    recorded = judged[0].report["recorded"]
+    win, n = row["win_rate_vs_baseline"], row["total_comparisons"]
+    if abs(recorded["win"] - win) > 0.01 or recorded["n"] != n:
+        ours = f"{recorded['win']:.3f} % of {recorded['n']}"
+        what = f"it says {win} % wins of {n}, the judgments {ours}"
+        raise file.error(what, "are they of the same model?")
+    judged[0].models = judged[0].models or tuple(filter(None, [row.get("model_name")]))
 
 
-def _recipe(name: str | None, content: _Content) -> Recipe | None:
-    """Return the recipe that was named, once the adapter's config agrees with it.
+def _check_adapter(recipe: Recipe, adapter: Row) -> None:
+    """Compare a recipe with the adapter's config.
 
     Raises:
         RecipeError: they differ.
     """
-    if name is None:
-        return None
-
-    recipe = load_recipe(recipe_path(name))
-    adapter, lora = content.adapter, recipe.lora or {}
-    if adapter is not None and recipe.lora is None:
-        raise recipe.error(
-            "lora",
-            "lora is null, and there is an adapter's config among the files",
-            "name its own recipe",
-        )
-    if adapter is not None:
-        pairs = [
-            (key, adapter.get(key), lora.get(key))
-            for key in ("r", "lora_alpha", "lora_dropout", "target_modules")
-        ]
-        for key, theirs, ours in (
-            row for row in pairs if row[1] is not None and row[2] is not None
+    if recipe.lora is None:
+        what = "lora is null, and there is an adapter's config among the files"
+        raise recipe.error("lora", what, "name its own recipe")
+    for key in ADAPTER_KEYS:
+        theirs, ours = adapter.get(key), recipe.lora.get(key)
+        if theirs is None or ours is None:
+            continue
+        if (sorted(theirs) if isinstance(theirs, list) else theirs) != (
+            sorted(ours) if isinstance(ours, list) else ours
         ):
-            if (sorted(theirs) if isinstance(theirs, list) else theirs) != (
-                sorted(ours) if isinstance(ours, list) else ours
-            ):
-                raise recipe.error(
-                    f"lora.{key}",
-                    f"lora.{key} is {ours}, and the adapter was trained with {theirs}",
-                    "name its own recipe",
-                )
-    return recipe
+            what = f"lora.{key} is {ours}, and the adapter was trained with {theirs}"
+            raise recipe.error(f"lora.{key}", what, "name its own recipe")
 
 
-def _provenance(file: Foreign, content: _Content) -> Row:
-    """What run.json records about a file: its name alone, because its folder says nothing
-    elsewhere.
-    """
-    facts = {
-        "file": file.path.name,
-        "sha256": file.sha256,
-        "bytes": file.size,
-        "format": file.format,
-        "rows": file.count,
-    }
-    rows_of = content.rows_of.get(file.sha256)
-    return {
-        **facts,
-        **({"rows_of": rows_of} if rows_of else {}),
-        "becomes": content.becomes.get(file.sha256, ""),
-    }
-
-
-def _twins(run: str, files: list[Row]) -> Iterator[str]:
+def _twins(run: str, files: Sequence[Row]) -> Iterator[str]:
     """A warning for every file that another run was imported from."""
     mine = {same_rows(file): str(file["file"]) for file in files}
     for other in all_runs():
@@ -305,29 +258,25 @@ def same_rows(source: Row) -> tuple[str, str]:
     return str(source.get("sha256")), str(source.get("rows_of") or "")
 
 
-def imported_files(state: Any) -> list[Row]:
+def imported_files(state: Mapping[str, Any]) -> list[Row]:
     """Return the files that an imported run came from, as its run.json has them."""
-    sources = state.get("sources") or (
-        [state["source"]] if isinstance(state.get("source"), dict) else []
-    )
+    sources = state.get("sources") or [state.get("source")]
     return [source for source in sources if isinstance(source, dict)]
 
 
-def _same_import(target: RunDirectory, files: list[Foreign], asked: dict[str, str | None]) -> bool:
+def _same_import(
+    target: RunDirectory, state: Row, files: Sequence[Foreign], asked: Mapping[str, str | None]
+) -> bool:
     """Whether a run was imported from exactly these files, asked for in the same words, with the
     recipe as it is now.
     """
-    state = target.read_state()
-    if state["state"] != "imported" or any(state.get(key) != value for key, value in asked.items()):
+    sources = {source.get("sha256") for source in imported_files(state)}
+    if sources != {file.sha256 for file in files} or any(
+        state.get(key) != value for key, value in asked.items()
+    ):
         return False
-    if {source.get("sha256") for source in imported_files(state)} != {
-        file.sha256 for file in files
-    }:
-        return False
-    if asked["recipe"] is None:
-        return True
-
-    return read_resolved(target.path) == load_recipe(recipe_path(asked["recipe"])).to_dict()
+    name = asked["recipe"]
+    return name is None or read_resolved(target.path) == load_recipe(recipe_path(name)).to_dict()
 
 
 def _runs(pid: str) -> bool:
@@ -345,7 +294,7 @@ def _write(
     target: RunDirectory,
     content: _Content,
     recipe: Recipe | None,
-    asked: dict[str, str | None],
+    asked: Mapping[str, str | None],
     done: Imported,
 ) -> None:
     """Write the run beside its place and rename it, so that a run is there whole or not at all."""
@@ -362,31 +311,17 @@ def _write(
         if content.logs:
             write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in content.logs))
         if recipe is not None:
-            import yaml
-
+            resolved = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
             write_text(run.path / "recipe.yaml", recipe.path.read_text(encoding="utf-8-sig"))
-            write_text(
-                run.path / "resolved.yaml",
-                yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True),
-            )
-
+            write_text(run.path / "resolved.yaml", resolved)
         write_text(run.path / "command.txt", command_line() + "\n")
-        facts = {
-            "sources": done.files,
-            "lacks": done.lacks,
-            **asked,
-            "summary": content.summary or None,
-        }
-        run.write_state(
-            "imported",
-            kind="imported",
-            exit_code=0,
-            **{key: value for key, value in facts.items() if value is not None},
-        )
+        facts: Row = {"sources": done.files, "lacks": done.lacks, **asked}
+        facts["summary"] = content.summary or None
+        facts = {key: value for key, value in facts.items() if value is not None}
+        run.write_state("imported", kind="imported", exit_code=0, **facts)
         publish(run.path, target.path)
     except OSError as fault:
-        raise EnvironmentFault(
-            f"the run cannot be written: {fault.strerror or fault}", file=shown_path(root)
-        ) from None
+        what = f"the run cannot be written: {fault.strerror or fault}"
+        raise EnvironmentFault(what, file=shown_path(root)) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

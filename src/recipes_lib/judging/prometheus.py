@@ -25,6 +25,8 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.judging.store import text_hash
 
+# the prompt's name in the FastChat files that we write, whose grades are 1-5 and not 1-10
+OUR_GRADING = "prometheus-absolute"
 CUT_MARK = "\n(... the rest of this response was left out because of its length)"
 SPECIAL_TOKENS = 8  # what a tokenizer may put around a text, at most
 CountTokens = Callable[[str], int]

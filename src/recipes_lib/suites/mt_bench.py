@@ -18,7 +18,7 @@ from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_samples, summarise
-from recipes_lib.judging.replay_readers import OUR_GRADING
+from recipes_lib.judging.prometheus import OUR_GRADING
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.answering import AnswerSet

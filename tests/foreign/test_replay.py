@@ -11,10 +11,9 @@ import jsonschema
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.commands.judge import rounded
 from recipes_lib.core.errors import DataError
-from recipes_lib.judging.replay import replay, replay_files
-from recipes_lib.judging.replay_readers import CSV_COLUMNS
+from recipes_lib.foreign.files import CSV_COLUMNS
+from recipes_lib.foreign.replay import replay_files, rounded
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("RECIPES_SHARED_DATA") or ROOT.parent / "shared" / "data")
@@ -23,6 +22,10 @@ SCHEMA = json.loads((ROOT / "schema" / "judge_replay.schema.json").read_text())
 needs_data = pytest.mark.skipif(
     not STUDY.is_dir(), reason="real data not present (RECIPES_SHARED_DATA)"
 )
+
+
+def replay(path: Path) -> dict:
+    return replay_files([path])
 
 
 def _names(report: dict) -> set[str]:

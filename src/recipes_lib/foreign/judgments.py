@@ -1,0 +1,219 @@
+"""Foreign judgments as samples: comparisons and grades, with what their source made of them.
+
+A record keeps what the source made of the judge's text beside what the text says. A comparison that
+was judged in one order keeps one verdict: its outcome is the recorded one, and nothing stands for
+the other order. A text without a verdict has no value, whatever its source counted it as.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from recipes_lib.core.json_files import Row
+from recipes_lib.eval_log import SCORE, Sample
+from recipes_lib.foreign.files import Foreign
+from recipes_lib.judging.prometheus import OUR_GRADING
+from recipes_lib.judging.verdicts import parse_absolute
+
+KNOWN_JUDGMENTS = (
+    "known: the original study's CSV and JSONL, alpaca_eval annotations, FastChat JSONL"
+)
+
+# the original study's rule: the last standalone digit of the text is the score
+_STANDALONE_DIGIT = re.compile(r"\b[1-5]\b")
+_OUTCOMES = {"A": "win", "B": "loss", "Tie": "tie"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Sample):
+    """One judgment of a foreign file: a sample, unresolved where the judge's text holds no verdict
+    by the study's own rule.
+
+    `recorded` is the outcome the study counted (win, loss, tie; None in grading) and `score` the
+    number it averaged (None if it has none). `strict` says whether our parser finds a verdict too
+    (None: not our format). `input` is what the judge was shown.
+    """
+
+    model: str = ""
+    against: str = ""
+    recorded: str | None = None
+    score: float | None = None
+    flipped: bool | None = None
+    strict: bool | None = None
+
+
+@dataclass(frozen=True)
+class Judgments:
+    """The judgments of one file: whether they compare (`pairs`) or grade, the orders judged, and
+    the highest grade.
+    """
+
+    file: Foreign
+    records: list[Record] = field(repr=False)
+    pairs: bool
+    both_orders: bool
+    highest: int
+
+    @property
+    def suite(self) -> str:
+        """The suite that they are of."""
+        return "alpaca_eval" if "alpaca" in str(self.file.format) else "mt_bench"
+
+
+def read_judgments(file: Foreign) -> Judgments:
+    """Return the judgments of a file.
+
+    Raises:
+        DataError: it holds something else, none, or a row that is not one of its format.
+    """
+    if not file.rows:
+        raise file.error("0 judgments")
+    if file.format not in _READERS:
+        raise file.unknown("a known format of judgments", KNOWN_JUDGMENTS)
+    records, read = [], _READERS[file.format]
+    for number, (line, row) in enumerate(file.rows, 1):
+        try:
+            records.append(read(row))
+        except (KeyError, TypeError, ValueError, AttributeError) as fault:
+            what = f"not a row of {file.format}: {type(fault).__name__} {fault}"
+            if read is _original_csv:
+                what = f"row {number} has no preference A, B or Tie or no score: {fault}"
+            raise file.error(what, line=line) from None
+    # our own annotations say what each order gave
+    seen = any(record.flipped is not None for record in records)
+    ten = read is _fastchat_single and OUR_GRADING not in (file.rows[0][1].get("judge") or ())
+    return Judgments(
+        file,
+        records,
+        pairs=read not in (_fastchat_single, _original_mt_bench),
+        both_orders=read is _fastchat_pair or seen or _swapped_pairs(records),
+        highest=10 if ten else 5,
+    )
+
+
+def _original_csv(row: Row) -> Record:
+    """The original study's comparison: the model is always A, the score is the last standalone
+    digit, no digit became a tie.
+    """
+    feedback, preference = row["feedback"] or "", row["preference"]
+    recorded, parsed = _OUTCOMES[preference], bool(_STANDALONE_DIGIT.search(feedback))
+    answer, opponent = row["your_answer (A)"] or "", row["baseline_answer (B)"] or ""
+    return Record(
+        id=row["instruction"],
+        value=SCORE[recorded] if parsed else None,
+        outcome=recorded if parsed else "unresolved",
+        verdicts=(preference.replace("Tie", "tie") if parsed else "unparsed",),
+        lengths=(len(answer), len(opponent)),
+        answer=answer,
+        opponent=opponent,
+        raws=(feedback,),
+        recorded=recorded,
+        score=float(row["score (A vs B)"]),
+        strict=parse_absolute(feedback).value is not None,
+    )
+
+
+def _original_mt_bench(row: Row) -> Record:
+    """The original study's grading of one turn; question and answer are shortened in its files."""
+    verdict = parse_absolute(row["raw"])
+    score = verdict.value if isinstance(verdict.value, int) else None
+    return Record(
+        id=str(row["question_id"]),
+        turn=int(row["turn"]),
+        **graded_fields(score),
+        input=row.get("question"),
+        answer=row.get("answer"),
+        raws=(row["raw"] or "",),
+        shortened=True,
+        strict=score is not None,
+    )
+
+
+def graded_fields(score: float | None) -> Row:
+    """Return the fields that a grade gives a record, or that its absence does."""
+    if score is None:
+        return {"value": None, "outcome": "unresolved", "verdicts": ("unparsed",), "score": None}
+    said = str(int(score)) if float(score).is_integer() else str(score)
+    return {"value": score, "outcome": "graded", "verdicts": (said,), "score": score}
+
+
+def _alpaca_eval(row: Row) -> Record:
+    """The library's annotation: preference 1 = reference, 2 = model, 1.5 and 0 = draw, None = no
+    verdict.
+    """
+    value = None if row["preference"] is None else float(row["preference"])
+    if value is not None and not (value == 0 or 1 <= value <= 2):
+        raise ValueError(f"preference {value}")
+    value = 1.5 if value == 0 else value
+    outcome = None if value is None else "win" if value > 1.5 else "loss" if value < 1.5 else "tie"
+    orders = [one for one in (row.get("preference_by_order") or {}).values() if one is not None]
+    return Record(
+        id=row["instruction"],
+        value=None if value is None else value - 1,
+        outcome=outcome or "unresolved",
+        verdicts=({"win": "A", "loss": "B", "tie": "tie", None: "unparsed"}[outcome],),
+        lengths=tuple(len(text) for text in (row["output_2"], row["output_1"]) if text is not None),
+        answer=row["output_2"],
+        opponent=row["output_1"],
+        model=str(row.get("generator_2", "")),
+        against=str(row.get("generator_1", "")),
+        recorded=outcome,
+        flipped=orders[0] != orders[1] if len(orders) == 2 else None,
+    )
+
+
+def _fastchat_single(row: Row) -> Record:
+    """FastChat's grading: score -1 is a judgment without a rating."""
+    score = None if row["score"] == -1 else float(row["score"])
+    return Record(
+        id=str(row["question_id"]),
+        turn=int(row["turn"]),
+        **graded_fields(score),
+        input=row.get("user_prompt"),
+        raws=(row["judgment"] or "",),
+        model=str(row["model"]),
+    )
+
+
+def _fastchat_pair(row: Row) -> Record:
+    """FastChat's comparison: game 1 shows model_1 as A, game 2 as B; a win needs both, "error" is a
+    game without a verdict.
+    """
+    games = (row["g1_winner"], row["g2_winner"])
+    if not all(game in ("model_1", "model_2", "tie", "error") for game in games):
+        raise ValueError(f"winners {games}")
+    parsed = "error" not in games
+    same = {"model_1": "win", "model_2": "loss"}.get(games[0], "tie")
+    outcome = None if not parsed else same if games[0] == games[1] else "tie"
+    letters = ({"model_1": "A", "model_2": "B"}, {"model_1": "B", "model_2": "A"})
+    none = "tie" if parsed else "unparsed"
+    return Record(
+        id=str(row["question_id"]),
+        turn=int(row.get("turn", 1)),
+        value=SCORE.get(outcome or ""),
+        outcome=outcome or "unresolved",
+        verdicts=tuple(names.get(game, none) for names, game in zip(letters, games, strict=True)),
+        input=row.get("g1_user_prompt"),
+        raws=(row.get("g1_judgment") or "", row.get("g2_judgment") or ""),
+        model=str(row["model_1"]),
+        against=str(row["model_2"]),
+        recorded=outcome,
+        flipped=parsed and games[0] != games[1],
+    )
+
+
+_READERS: dict[str | None, Callable[[Row], Record]] = {
+    "original-alpaca-eval-csv": _original_csv,
+    "original-mt-bench-jsonl": _original_mt_bench,
+    "alpaca-eval-annotations": _alpaca_eval,
+    "fastchat-single": _fastchat_single,
+    "fastchat-pair": _fastchat_pair,
+}
+
+
+def _swapped_pairs(records: Sequence[Record]) -> bool:
+    """Whether every comparison occurs with its answers exchanged too."""
+    pairs = {(one.id, one.answer, one.opponent) for one in records if one.answer != one.opponent}
+    return bool(pairs) and all((item, second, first) in pairs for item, first, second in pairs)
