@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from recipes_lib.models.shapes import ModelShape, shape_of_config
-from recipes_lib.planning.dolly_lengths import dolly_lengths
+from recipes_lib.planning.lengths import dolly_lengths
 from recipes_lib.planning.memory import memory_of
 from recipes_lib.planning.settings import Adapter, Settings
 from recipes_lib.training.cpu import loss

@@ -67,16 +67,16 @@ def test_a_check_that_crashes_is_a_finding_and_the_others_still_run():
     findings = diagnosis.diagnose({"gpu": broken, "python": diagnosis.check_python})
     assert findings[0] == DoctorLine(
         "fail",
-        "gpu",
         "ImportError: libcuda.so.1: cannot open shared object file",
         diagnosis.REINSTALL,
+        "gpu",
     )
     assert findings[1].topic == "python"
 
 
 def test_a_failure_gives_exit_code_5_and_its_remedy_as_the_next_command(monkeypatch, capsys):
     monkeypatch.setattr(
-        diagnosis, "diagnose", lambda checks: [DoctorLine("fail", "disk", "full", "free some")]
+        diagnosis, "diagnose", lambda checks: [DoctorLine("fail", "full", "free some", "disk")]
     )
     assert doctor.run(argparse.Namespace()) == 5
     assert (
@@ -92,7 +92,7 @@ def test_versions_as_tested_are_counted(tmp_path):
         " reader\nnot-installed-anywhere==1\n"
     )
     assert one(diagnosis.check_versions(constraints, required=["torch"])) == DoctorLine(
-        "ok", "versions", "2 packages as tested"
+        "ok", "2 packages as tested"
     )
 
 
@@ -167,7 +167,7 @@ def test_a_version_of_kernels_that_transformers_does_not_take_is_named(monkeypat
     wanted = Requirement(deps["kernels"]).specifier
     fitting = next(part.version for part in wanted if part.operator == ">=")
     monkeypatch.setattr(diagnosis, "_version", lambda name: fitting)
-    assert one(diagnosis.check_attention()) == DoctorLine("ok", "attention", "sdpa, kernels")
+    assert one(diagnosis.check_attention()) == DoctorLine("ok", "sdpa, kernels")
 
 
 def test_packages_that_only_some_settings_need_are_named_with_the_setting(monkeypatch):

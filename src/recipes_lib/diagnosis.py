@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from recipes_lib.weights.base import PACKAGED_MODELS, PREFIX, packaged_folder
@@ -49,21 +50,31 @@ class DoctorLine:
     """
 
     level: str
-    topic: str
     text: str
     remedy: str = ""
+    topic: str = ""
+
+    def __str__(self) -> str:
+        """Return the line as it is printed.
+
+        Example:
+            >>> str(DoctorLine("note", "no token", "hf auth login", "hub"))
+            'note  hub           no token -> hf auth login'
+        """
+        remedy = f" -> {self.remedy}" if self.remedy else ""
+        return f"{self.level:<5} {self.topic:<13} {self.text}{remedy}"
+
+
+_ok, _note, _warn, _fail = (partial(DoctorLine, level) for level in ("ok", "note", "warn", "fail"))
 
 
 def check_python() -> Iterator[DoctorLine]:
     """The interpreter: 3.11 to 3.13."""
     version = ".".join(map(str, sys.version_info[:3]))
-    supported = (3, 11) <= sys.version_info[:2] < (3, 14)
-    yield DoctorLine(
-        "ok" if supported else "fail",
-        "python",
-        version,
-        "" if supported else "make setup PYTHON=python3.12 (3.11, 3.12 or 3.13)",
-    )
+    if (3, 11) <= sys.version_info[:2] < (3, 14):
+        yield _ok(version)
+    else:
+        yield _fail(version, "make setup PYTHON=python3.12 (3.11, 3.12 or 3.13)")
 
 
 def check_versions(
@@ -79,41 +90,30 @@ def check_versions(
     from packaging.utils import canonicalize_name
 
     if not constraints.is_file():
-        yield DoctorLine(
-            "note",
-            "versions",
-            f"{constraints} is not there, so nothing to compare with",
-            "run it from a checkout of the project",
-        )
+        what = f"{constraints} is not there, so nothing to compare with"
+        yield _note(what, "run it from a checkout of the project")
         return
     if required is None:
-        required = [
-            Requirement(line).name
-            for line in importlib.metadata.requires("recipes-lib") or []
-            if "extra ==" not in line
-        ]
+        ours = importlib.metadata.requires("recipes-lib") or []
+        required = [Requirement(line).name for line in ours if "extra ==" not in line]
     needed = {canonicalize_name(name) for name in required}
-    lines = (
-        line.split("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines()
-    )
+    text = constraints.read_text(encoding="utf-8")
     same, other, missing = 0, [], []
-    for requirement in (Requirement(line) for line in lines if line):
-        try:
-            installed = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            if canonicalize_name(requirement.name) in needed:
-                missing.append(requirement.name)
-            continue
-        if requirement.specifier.contains(installed, prereleases=True):
+    for line in filter(None, (line.split("#")[0].strip() for line in text.splitlines())):
+        wanted = Requirement(line)
+        installed = _version(wanted.name)
+        if installed is None:
+            missing += [wanted.name] * (canonicalize_name(wanted.name) in needed)
+        elif wanted.specifier.contains(installed, prereleases=True):
             same += 1
         else:
-            other.append(f"{requirement.name} {installed} (tested {requirement.specifier})")
+            other.append(f"{wanted.name} {installed} (tested {wanted.specifier})")
     if missing:
-        yield DoctorLine("fail", "versions", f"not installed: {', '.join(missing)}", REINSTALL)
+        yield _fail(f"not installed: {', '.join(missing)}", REINSTALL)
     if other:
-        yield DoctorLine("warn", "versions", f"other than tested: {', '.join(other)}", REINSTALL)
+        yield _warn(f"other than tested: {', '.join(other)}", REINSTALL)
     if not missing:
-        yield DoctorLine("ok", "versions", f"{same} packages as tested")
+        yield _ok(f"{same} packages as tested")
 
 
 def check_devices() -> Iterator[DoctorLine]:
@@ -124,11 +124,9 @@ def check_devices() -> Iterator[DoctorLine]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            yield DoctorLine(
-                "ok",
-                "gpu",
+            yield _ok(
                 f"{index}: {card.name}, {card.total_memory / _GIB:.0f} GiB, compute capability"
-                f" {card.major}.{card.minor}",
+                f" {card.major}.{card.minor}"
             )
     elif Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         built = torch.version.cuda or "none"
@@ -136,26 +134,17 @@ def check_devices() -> Iterator[DoctorLine]:
             f"a GPU driver is here, but torch {torch.__version__} cannot use it (built for CUDA"
             f" {built})"
         )
-        yield DoctorLine(
-            "fail",
-            "gpu",
-            what,
-            "nvidia-smi shows the driver's CUDA version; install the torch build for it",
-        )
+        remedy = "nvidia-smi shows the driver's CUDA version; install the torch build for it"
+        yield _fail(what, remedy)
     else:
-        what = (
+        yield _note(
             f"none; {cores} CPU cores: quickstart trains here, smollm2-135m-dolly too where it has"
             " its rows (the Hub, or data.source=dolly.jsonl), llama2-7b-dolly can be checked"
         )
-        yield DoctorLine("note", "gpu", what)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        yield DoctorLine(
-            "note",
-            "gpu",
-            f"CUDA_VISIBLE_DEVICES={visible!r} hides the others",
-            "unset CUDA_VISIBLE_DEVICES to use all",
-        )
+        what = f"CUDA_VISIBLE_DEVICES={visible!r} hides the others"
+        yield _note(what, "unset CUDA_VISIBLE_DEVICES to use all")
 
 
 def check_bf16() -> Iterator[DoctorLine]:
@@ -164,33 +153,20 @@ def check_bf16() -> Iterator[DoctorLine]:
 
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            yield DoctorLine("ok", "bf16", "supported by the GPU")
+            yield _ok("supported by the GPU")
         else:
-            yield DoctorLine(
-                "warn",
-                "bf16",
-                "this GPU is older than Ampere and has no bf16",
-                "train.bf16=false train.fp16=true model.dtype=float16",
-            )
+            remedy = "train.bf16=false train.fp16=true model.dtype=float16"
+            yield _warn("this GPU is older than Ampere and has no bf16", remedy)
         return
-    a = torch.ones(4, 4, dtype=torch.bfloat16)
-    works = bool(torch.isfinite(a @ a).all())
-    flags = (
-        set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-        if Path("/proc/cpuinfo").is_file()
-        else set()
-    )
-    fast = [flag for flag in FAST_BF16 if flag in flags]
-    what = (
-        "works on this CPU,"
-        f" {f'with {fast[0]} instructions' if fast else 'without instructions for it: float32 may be as fast'}"  # noqa: E501
-    )
-    yield DoctorLine(
-        "ok" if works else "fail",
-        "bf16",
-        what if works else "a product of two bf16 matrices is not finite",
-        "" if works else REINSTALL,
-    )
+    a, cpuinfo = torch.ones(4, 4, dtype=torch.bfloat16), Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
+    how = "without instructions for it: float32 may be as fast"
+    if fast := [flag for flag in FAST_BF16 if flag in flags]:
+        how = f"with {fast[0]} instructions"
+    if torch.isfinite(a @ a).all():
+        yield _ok(f"works on this CPU, {how}")
+    else:
+        yield _fail("a product of two bf16 matrices is not finite", REINSTALL)
 
 
 def check_attention() -> Iterator[DoctorLine]:
@@ -204,15 +180,12 @@ def check_attention() -> Iterator[DoctorLine]:
     if installed and wanted.specifier.contains(installed, prereleases=True):
         found.append("kernels")
     elif installed:
-        what = (
-            f"kernels {installed} is not taken by transformers, which wants {wanted.specifier}: no"
-            " kernels-community/ attention"
-        )
-        yield DoctorLine("warn", "attention", what, KERNELS)
+        what = f"kernels {installed} is not taken by transformers, which wants {wanted.specifier}"
+        yield _warn(f"{what}: no kernels-community/ attention", KERNELS)
     if found or not torch.cuda.is_available():
-        yield DoctorLine("ok", "attention", ", ".join(["sdpa", *found]))
+        yield _ok(", ".join(["sdpa", *found]))
     elif not installed:
-        yield DoctorLine("note", "attention", "sdpa; no flash attention", KERNELS)
+        yield _note("sdpa; no flash attention", KERNELS)
 
 
 def check_optional() -> Iterator[DoctorLine]:
@@ -222,12 +195,8 @@ def check_optional() -> Iterator[DoctorLine]:
     for extra, packages in OPTIONAL.items():
         missing = [f"{name} ({key})" for name, key in packages.items() if _version(name) is None]
         if missing and (extra != "gpu" or torch.cuda.is_available()):
-            yield DoctorLine(
-                "note",
-                "optional",
-                f"not installed: {', '.join(missing)}",
-                f"pip install -c constraints.txt -e '.[{extra}]'",
-            )
+            remedy = f"pip install -c constraints.txt -e '.[{extra}]'"
+            yield _note(f"not installed: {', '.join(missing)}", remedy)
 
 
 def _version(package: str) -> str | None:
@@ -240,9 +209,8 @@ def _version(package: str) -> str | None:
 
 def check_bitsandbytes() -> Iterator[DoctorLine]:
     """A 4-bit layer computes something close to what its weights say."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on a CPU it reports a faster kernel that it did not find
+    # on a CPU it reports a faster kernel that it did not find
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
     import torch
 
@@ -264,17 +232,11 @@ def check_bitsandbytes() -> Iterator[DoctorLine]:
     error = float((answer - exact).norm() / exact.norm())
     packed = layer.weight.numel() * layer.weight.element_size() < weight.numel()
     if packed and error < 0.3:
-        yield DoctorLine(
-            "ok",
-            "bitsandbytes",
-            f"{bitsandbytes.__version__}, an NF4 layer computes on the {device}",
-        )
+        yield _ok(f"{bitsandbytes.__version__}, an NF4 layer computes on the {device}")
     else:
-        what = (
-            f"an NF4 layer on the {device} is off by"
-            f" {error:.0%}{'' if packed else ' and was not quantized'}"
-        )
-        yield DoctorLine("fail", "bitsandbytes", what, f"QLoRA recipes will not work; {REINSTALL}")
+        what = f"an NF4 layer on the {device} is off by {error:.0%}"
+        what += "" if packed else " and was not quantized"
+        yield _fail(what, f"QLoRA recipes will not work; {REINSTALL}")
 
 
 def check_hub(environment: Mapping[str, str] = os.environ) -> Iterator[DoctorLine]:
@@ -282,26 +244,15 @@ def check_hub(environment: Mapping[str, str] = os.environ) -> Iterator[DoctorLin
     from huggingface_hub import get_token
 
     if get_token():
-        yield DoctorLine("ok", "hub", "a token is set")
+        yield _ok("a token is set")
     else:
-        yield DoctorLine(
-            "note",
-            "hub",
-            "no token: gated models such as llama2-7b-dolly's cannot be downloaded",
-            "hf auth login",
-        )
-    offline = [
-        name
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-        if _is_on(environment.get(name))
-    ]
-    if offline:
-        yield DoctorLine(
-            "note",
-            "hub",
-            f"offline ({', '.join(offline)}): only what is cached or local is found",
-            f"unset {' '.join(offline)}",
-        )
+        what = "no token: gated models such as llama2-7b-dolly's cannot be downloaded"
+        yield _note(what, "hf auth login")
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    yes = {"1", "ON", "YES", "TRUE"}  # as huggingface_hub reads them
+    if offline := [name for name in names if environment.get(name, "").upper() in yes]:
+        what = f"offline ({', '.join(offline)}): only what is cached or local is found"
+        yield _note(what, f"unset {' '.join(offline)}")
 
 
 def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[DoctorLine]:
@@ -311,43 +262,28 @@ def check_disk(folders: Mapping[str, tuple[Path, float]]) -> Iterator[DoctorLine
         folders: what lies there -> (folder, GiB below which it is said that space is short).
     """
     for name, (folder, enough) in folders.items():
-        place = next(
-            parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()
-        )
+        whole = folder.absolute()
+        place = next(parent for parent in (whole, *whole.parents) if parent.exists())
         free = shutil.disk_usage(place).free / _GIB
         if not os.access(place, os.W_OK):
-            yield DoctorLine(
-                "fail",
-                "disk",
-                f"{name}: {folder} cannot be written",
-                "choose another folder: RECIPES_RUNS_ROOT, HF_HOME",
-            )
+            remedy = "choose another folder: RECIPES_RUNS_ROOT, HF_HOME"
+            yield _fail(f"{name}: {folder} cannot be written", remedy)
         elif free < enough:
-            yield DoctorLine(
-                "warn",
-                "disk",
-                f"{name}: {free:.1f} GiB free, {enough:.0f} wanted",
-                f"free some, or move {folder}",
-            )
+            what = f"{name}: {free:.1f} GiB free, {enough:.0f} wanted"
+            yield _warn(what, f"free some, or move {folder}")
         else:
-            yield DoctorLine("ok", "disk", f"{name}: {free:.0f} GiB free")
+            yield _ok(f"{name}: {free:.0f} GiB free")
 
 
 def check_quickstart_model() -> Iterator[DoctorLine]:
     """Whether the quickstart's model is here already, or can be made."""
     for name, package in PACKAGED_MODELS.items():
         if packaged_folder(PREFIX + name):
-            yield DoctorLine("ok", "quickstart", f"{package.folder} is ready")
+            yield _ok(f"{package.folder} is ready")
         elif importlib.util.find_spec("gguf") is None:
-            yield DoctorLine(
-                "fail", "quickstart", f"{package.folder} cannot be read without gguf", REINSTALL
-            )
+            yield _fail(f"{package.folder} cannot be read without gguf", REINSTALL)
         else:
-            yield DoctorLine(
-                "note",
-                "quickstart",
-                f"{package.folder} ({package.download_mib} MiB) is fetched on first use",
-            )
+            yield _note(f"{package.folder} ({package.download_mib} MiB) is fetched on first use")
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> Iterator[DoctorLine]:
@@ -358,54 +294,25 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> Iterator[Doct
         name for name in environment if name in LAUNCH_VARIABLES or name.startswith(LAUNCH_PREFIXES)
     )
     if left:
-        yield DoctorLine(
-            "warn",
-            "launcher",
-            f"left in the environment, where they overrule a config: {', '.join(left)}",
-            f"unset {' '.join(left)}",
-        )
-    cores = os.cpu_count() or 1
-    threads = environment.get("OMP_NUM_THREADS", "")
+        what = f"left in the environment, where they overrule a config: {', '.join(left)}"
+        yield _warn(what, f"unset {' '.join(left)}")
+    cores, threads = os.cpu_count() or 1, environment.get("OMP_NUM_THREADS", "")
+    unset, set_to = "unset OMP_NUM_THREADS", f"OMP_NUM_THREADS={threads}"
     if threads and not threads.isdigit():
-        yield DoctorLine(
-            "warn", "launcher", f"OMP_NUM_THREADS={threads!r} is no number", "unset OMP_NUM_THREADS"
-        )
+        yield _warn(f"OMP_NUM_THREADS={threads!r} is no number", unset)
     elif threads and int(threads) > cores:
-        yield DoctorLine(
-            "warn",
-            "launcher",
-            f"OMP_NUM_THREADS={threads} on {cores} cores: threads will wait for each other",
-            "unset OMP_NUM_THREADS",
-        )
+        yield _warn(f"{set_to} on {cores} cores: threads will wait for each other", unset)
     elif threads and int(threads) < cores:
-        yield DoctorLine(
-            "note",
-            "launcher",
-            f"OMP_NUM_THREADS={threads} of {cores} cores: one process trains on that many",
-            "unset OMP_NUM_THREADS",
-        )
-    cache = Path(
-        environment.get("HF_HOME")
-        or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
-    default = [
-        path
-        for path in (
-            cache / "accelerate" / f"default_config.{ending}" for ending in ("yaml", "json")
-        )
-        if path.is_file()
-    ]
+        yield _note(f"{set_to} of {cores} cores: one process trains on that many", unset)
+    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    folder = Path(environment.get("HF_HOME") or cache) / "accelerate"
+    files = [folder / f"default_config.{ending}" for ending in ("yaml", "json")]
+    default = next((path for path in files if path.is_file()), None)
     if default:
-        yield DoctorLine(
-            "note",
-            "launcher",
-            f"accelerate launch without --config_file reads {default[0]}",
-            "always give --config_file; recipes train does",
-        )
+        what = f"accelerate launch without --config_file reads {default}"
+        yield _note(what, "always give --config_file; recipes train does")
     if not left and not threads and not default:
-        yield DoctorLine(
-            "ok", "launcher", "no variable and no default config that changes a launch"
-        )
+        yield _ok("no variable and no default config that changes a launch")
 
 
 def diagnose(checks: Mapping[str, Callable[[], Iterable[DoctorLine]]]) -> list[DoctorLine]:
@@ -417,15 +324,9 @@ def diagnose(checks: Mapping[str, Callable[[], Iterable[DoctorLine]]]) -> list[D
     findings: list[DoctorLine] = []
     for topic, check in checks.items():
         try:
-            findings.extend(check())
+            findings += (replace(line, topic=topic) for line in check())
         except Exception as error:
             summary = (str(error).strip().splitlines() or [""])[0]
-            findings.append(
-                DoctorLine("fail", topic, f"{type(error).__name__}: {summary}", REINSTALL)
-            )
+            what = f"{type(error).__name__}: {summary}"
+            findings.append(_fail(what, REINSTALL, topic))
     return findings
-
-
-def _is_on(value: str | None) -> bool:
-    """Whether a variable's value means yes, as huggingface_hub reads it."""
-    return (value or "").upper() in {"1", "ON", "YES", "TRUE"}

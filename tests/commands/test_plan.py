@@ -69,7 +69,7 @@ def test_every_shipped_recipe_has_a_sensible_plan(path: Path, plan: Plan) -> Non
     assert time["walltime_s"] >= 1.5 * time["train_total_s"] and time["walltime_s"] % 900 == 0
     assert time["total_s"] == pytest.approx(time["train_total_s"] + time["evaluation_s"], abs=0.1)
     assert 0 < time["mfu"] < 1.05
-    assert len(time["evaluations"]) == 3
+    assert len(time["evaluations"]) == (3 if on_cpu else 0)  # none was measured on a GPU
     assert steps["steps"] > 30 and 1 <= steps["padding_factor"] < 5
     assert len(memory["methods"]) == (3 if on_cpu else 21)
 

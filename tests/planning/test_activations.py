@@ -14,7 +14,7 @@ from recipes_lib.config.model_files import local_folder
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.models.known import known_shapes
 from recipes_lib.planning.activations import activations_of, reference_per_token
-from recipes_lib.planning.models import model_shape
+from recipes_lib.planning.plan import model_shape
 from recipes_lib.planning.settings import Adapter, Settings, settings_of
 
 MIB = 2**20

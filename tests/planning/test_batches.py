@@ -10,8 +10,7 @@ import yaml
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.planning.batches import validations
-from recipes_lib.planning.dolly_lengths import dolly_histogram, dolly_lengths
-from recipes_lib.planning.lengths import lengths_of
+from recipes_lib.planning.lengths import dolly_histogram, dolly_lengths, lengths_of
 from recipes_lib.planning.plan import Plan, plan_recipe
 
 

@@ -13,9 +13,9 @@ from recipes_lib.cli import main
 from recipes_lib.commands import train as train_verb
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import ExitCode
-from recipes_lib.planning import gate, machine
-from recipes_lib.planning.cards import Card, card_named, cards_here, devices_here
+from recipes_lib.core.errors import EnvironmentFault, ExitCode
+from recipes_lib.planning import gate
+from recipes_lib.planning.cards import Card, card_named, cards_here, cpu_card, devices_here
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def with_free_gib(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """A function that sets the memory this machine has."""
 
     def set_free(gib: float) -> None:
-        card = machine.cpu_card()
+        card = cpu_card()
         monkeypatch.setattr(gate, "cpu_card", lambda: replace(card, memory_gib=gib))
 
     return set_free
@@ -91,7 +91,7 @@ def test_the_card_that_is_there_is_the_one_that_counts(monkeypatch: pytest.Monke
     recipe = load_recipe("llama2-7b-dolly/lora-bf16-r32")
     plan = gate.plan_for_here(recipe, plan_launch(recipe.launch))
     assert plan is not None and plan.card == small
-    with pytest.raises(gate.EnvironmentFault) as caught:
+    with pytest.raises(EnvironmentFault) as caught:
         gate.refuse_what_cannot_fit(plan)
     text = str(caught.value)
     assert "weights 12.6" in text and "activations 29.5" in text and "there: 23.5 GiB" in text

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.planning.cards import CARDS, card_named
-from recipes_lib.planning.machine import cpu_card
+from recipes_lib.planning.cards import CARDS, card_named, cpu_card
 from recipes_lib.planning.memory import GIB, largest_tokens, memory_of, optimizer_bytes, weight_gib
 from recipes_lib.planning.plan import Plan, plan_recipe
 

@@ -11,7 +11,6 @@ from recipes_lib import diagnosis
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.diagnosis import DoctorLine
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; exit 5 when something cannot work."""
     del args
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    folders = {"runs": (runs_root(), 5), "Hub cache (Llama-2-7B takes 13)": (hub, 15)}
     findings = diagnosis.diagnose(
         {
             "python": diagnosis.check_python,
@@ -33,31 +33,15 @@ def run(args: argparse.Namespace) -> int:
             "bitsandbytes": diagnosis.check_bitsandbytes,
             "quickstart": diagnosis.check_quickstart_model,
             "hub": diagnosis.check_hub,
-            "disk": partial(
-                diagnosis.check_disk,
-                {"runs": (runs_root(), 5), "Hub cache (Llama-2-7B takes 13)": (hub, 15)},
-            ),
+            "disk": partial(diagnosis.check_disk, folders),
             "launcher": diagnosis.check_launcher,
         }
     )
     for finding in findings:
-        say(line(finding))
+        say(str(finding))
     broken = [finding for finding in findings if finding.level == "fail"]
     if broken:
         next_step(f"{broken[0].remedy or 'mend the first failure'}; then recipes doctor")
         return int(ExitCode.ENVIRONMENT)
     next_step("recipes ls")
     return int(ExitCode.DONE)
-
-
-def line(finding: DoctorLine) -> str:
-    """Return a finding as one line.
-
-    Example:
-        >>> line(DoctorLine("note", "hub", "no token", "hf auth login"))
-        'note  hub           no token -> hf auth login'
-    """
-    return (
-        f"{finding.level:<5} {finding.topic:<13}"
-        f" {finding.text}{f' -> {finding.remedy}' if finding.remedy else ''}"
-    )

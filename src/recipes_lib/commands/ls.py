@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Document, load_document
+from recipes_lib.config.recipe import recipe_from
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.project import project_root, shown_path
-from recipes_lib.core.terminal import next_step, say
-from recipes_lib.planning.cards import DEFAULT, card_named
-from recipes_lib.planning.plan_cache import quick_plans
+from recipes_lib.core.terminal import aligned, next_step, say
+from recipes_lib.models.known import known_shapes
+from recipes_lib.planning.cards import DEFAULT, card_named, cpu_card
+from recipes_lib.planning.plan import plan_launched
+from recipes_lib.planning.text import clock
 
 _START = "start-here"
+LARGEST_DATA = 300_000  # bytes; reading more would keep the list waiting
 _HEAD = ("recipe", "method", "model", "launch", "memory", "time", "tags")
 
 
@@ -32,37 +38,21 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per recipe; files that cannot be read are listed with the command that says
     why.
     """
-    rows = _rows(recipe_files())
-    rows = [
-        row for row in rows if all(word.lower() in " ".join(row).lower() for word in args.words)
-    ]
+    rows = [row for file in recipe_files() if (row := _row(file))]
+    words = [word.lower() for word in args.words]
+    rows = [row for row in rows if all(word in " ".join(row).lower() for word in words)]
     if not rows:
-        say(
-            "no recipes"
-            + (
-                f" match {' '.join(args.words)}"
-                if args.words
-                else f" in {project_root() / 'recipes'} or ./recipes"
-            )
-        )
-        next_step("recipes ls" if args.words else "recipes new my-first --from RECIPE")
+        where = f" in {project_root() / 'recipes'} or ./recipes"
+        say(f"no recipes{' match ' + ' '.join(args.words) if words else where}")
+        next_step("recipes ls" if words else "recipes new my-first --from RECIPE")
         return ExitCode.DONE
     rows.sort(key=lambda row: not row[-1].startswith("start here"))
-    widths = [max(len(row[column]) for row in (_HEAD, *rows)) for column in range(len(_HEAD) - 1)]
-    for row in (_HEAD, *rows):
-        say(
-            "  ".join(
-                [
-                    *(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True)),
-                    row[-1],
-                ]
-            ).rstrip()
-        )
+    for line in aligned([_HEAD, *rows]):
+        say(line)
     if any(row[4] != "-" for row in rows):
-        on = f"{card_named(DEFAULT).title} or this machine's CPU"
         say(
-            f"memory of one process and time are planned, for {on}; for other cards: recipes plan"
-            " RECIPE --gpu CARD"
+            f"memory of one process and time are planned, for {card_named(DEFAULT).title} or this"
+            " machine's CPU; for other cards: recipes plan RECIPE --gpu CARD"
         )
     next_step(f"recipes new my-first --from {rows[0][0]}")
     return ExitCode.DONE
@@ -85,64 +75,69 @@ def recipe_files() -> list[Path]:
     ]
 
 
-def _rows(files: list[Path]) -> list[tuple[str, ...]]:
-    """Return a line per recipe; a YAML of another kind has none."""
-    documents: dict[Path, Document] = {}
-    rows: dict[Path, tuple[str, ...]] = {}
-    for file in files:
-        try:
-            document = load_document(file)
-        except RecipesError:
-            rows[file] = (
-                _name(file),
-                "-",
-                "-",
-                "-",
-                "-",
-                "-",
-                f"cannot be read: recipes check {shown_path(file)}",
-            )
-            continue
-        if document.kind.name == "recipe":
-            documents[file] = document
-    for (file, document), needs in zip(
-        documents.items(), quick_plans(list(documents.values())), strict=True
-    ):
-        rows[file] = _row(_name(file), document, needs)
-    return [rows[file] for file in files if file in rows]
-
-
-def _row(name: str, document: Document, needs: tuple[str, str]) -> tuple[str, ...]:
-    """Return the line of a recipe; `needs` are planned memory and time."""
+def _row(file: Path) -> tuple[str, ...] | None:
+    """Return the line of a recipe; a YAML of another kind has none."""
+    try:
+        document = load_document(file)
+    except RecipesError:
+        return (_name(file), *"-----", f"cannot be read: recipes check {shown_path(file)}")
+    if document.kind.name != "recipe":
+        return None
     sections: dict[str, Any] = {
         key: value if isinstance(value, dict) else {} for key, value in document.values.items()
     }
     launch, tags = sections.get("launch", {}), sections.get("run", {}).get("tags") or []
     marks = ["start here"] * (_START in tags) + [str(tag) for tag in tags if tag != _START]
-    marks += ["rows from the Hub"] * _reads_the_hub(document)
+    sources = _sources(document)
+    marks += ["rows from the Hub"] * (None in sources)
     gpus = f" x{launch['gpus']}" if launch.get("gpus") else ""
     return (
-        name,
+        _name(file),
         method(document.values),
         str(sections.get("model", {}).get("name_or_path", "?")),
         f"{launch.get('accelerate', 'single_gpu')}{gpus}",
-        *needs,
+        *_planned(document, sources),
         ", ".join(marks),
     )
 
 
-def _reads_the_hub(document: Document) -> bool:
-    """Whether a source of the rows is no file or folder: not beside the YAML that names it, not
-    from the working directory.
+def _sources(document: Document) -> list[Path | None]:
+    """Return the rows' files and folders, looked for beside the YAML that names them and from the
+    working directory; None for those of the Hub.
     """
     source = document.values.get("data", {}).get("source")
     parts = source if isinstance(source, list) else [source]
     names = [part.get("source") if isinstance(part, dict) else part for part in parts]
     beside = Path(document.origin(("data", "source")).file).parent
-    return any(
-        isinstance(name, str) and not any((folder / name).exists() for folder in (beside, Path()))
+    return [
+        next((path for path in (beside / name, Path(name)) if path.exists()), None)
         for name in names
-    )
+        if isinstance(name, str)
+    ]
+
+
+def _planned(document: Document, sources: Sequence[Path | None]) -> tuple[str, str]:
+    """Return memory per process and time of a recipe's own launch, where they are had at once:
+    without a network, large files or a GPU query; else only `recipes plan` can say.
+
+    The document was not checked, which would take most of the time of the list: what cannot be
+    planned has no numbers.
+    """
+    small = all(path is None or _is_small(path) for path in sources)
+    try:
+        recipe = recipe_from(document)
+        if not small or recipe.model.name_or_path not in known_shapes():
+            return ("-", "-")
+        launch = plan_launch(recipe.launch)
+        card = cpu_card() if launch.config.use_cpu else card_named(DEFAULT)
+        plan = plan_launched(recipe, launch, card)
+        return f"{plan.memory.needed:.1f} GiB", clock(plan.duration.total)
+    except (RecipesError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+        return ("-", "-")
+
+
+def _is_small(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= LARGEST_DATA
 
 
 def method(values: dict[str, Any]) -> str:

@@ -5,22 +5,22 @@ cost, and which setting to change.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from recipes_lib.commands.show import launch_line
 from recipes_lib.compare.design import load_study, study_file
-from recipes_lib.config.launch import DEFAULT_PORT, plan_launch
+from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import at_least, next_step, say
+from recipes_lib.core.terminal import at_least, next_step, say, say_json
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
-from recipes_lib.planning.methods import method_rows
 from recipes_lib.planning.plan import plan_recipe
 from recipes_lib.planning.text import plan_lines
 from recipes_lib.study.hours import study_hours, study_json, study_lines
@@ -34,40 +34,21 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "recipe", metavar="RECIPE_OR_STUDY", help="path or name of a recipe, or a study file"
-    )
-    parser.add_argument(
-        "--gpu",
-        metavar="CARD",
-        help="h100-80gb, a100-40gb, l40s-48gb, rtx-4090-24gb, h100-mig-3g.40gb, ... or cpu",
-    )
-    parser.add_argument(
-        "--gpus",
-        type=at_least(1),
-        metavar="N",
-        help="processes on each machine; default: the recipe's launch",
-    )
-    parser.add_argument(
-        "--nodes", type=at_least(1), metavar="N", help="machines; default: the recipe's launch"
-    )
-    parser.add_argument(
-        "--accelerate",
-        metavar="NAME",
-        help="a file in accelerate_configs/ or a path; default: the recipe's",
-    )
-    parser.add_argument(
-        "--evals",
-        nargs="*",
-        metavar="EVAL",
-        help="eval recipes to count in; default: the project's three",
-    )
-    parser.add_argument(
-        "--price", type=_price, metavar="X", help="price of one card for one hour, in any currency"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object (schema/plan.schema.json)"
-    )
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE_OR_STUDY", help="path or name of a recipe, or a study file")
+    cards = "h100-80gb, a100-40gb, l40s-48gb, rtx-4090-24gb, h100-mig-3g.40gb, ... or cpu"
+    add("--gpu", metavar="CARD", help=cards)
+    processes = "processes on each machine; default: the recipe's launch"
+    add("--gpus", type=at_least(1), metavar="N", help=processes)
+    machines = "machines; default: the recipe's launch"
+    add("--nodes", type=at_least(1), metavar="N", help=machines)
+    config = "a file in accelerate_configs/ or a path; default: the recipe's"
+    add("--accelerate", metavar="NAME", help=config)
+    evals = "eval recipes to count in on a CPU; default: the project's three"
+    add("--evals", nargs="*", metavar="EVAL", help=evals)
+    price = "price of one card for one hour, in any currency"
+    add("--price", type=_price, metavar="X", help=price)
+    add("--json", action="store_true", help="print one JSON object (schema/plan.schema.json)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,75 +56,48 @@ def run(args: argparse.Namespace) -> int:
     study = study_file(args.recipe)
     if study is not None:
         return _study(args, study)
-
     recipe = load_recipe(args.recipe, args.overrides)
     for warning in recipe.warnings:
         print_error(warning)
     plan = plan_recipe(
         recipe, gpu=args.gpu, gpus=args.gpus, nodes=args.nodes, accelerate=args.accelerate
     )
-    recipes = (
-        usual_evals(plan.settings.device == "cpu") if args.evals is None else _evals(args.evals)
+    evals = (
+        usual_evals(plan.settings.device == "cpu")
+        if args.evals is None
+        else [load_eval(word) for word in args.evals]
     )
-    advice = advise(plan)
-    parts = (
-        plan,
-        eval_times(recipes, plan.settings.shape, plan.card),
-        method_rows(plan),
-        advice,
-        args.price,
-    )
+    times = eval_times(evals, plan.settings.shape, plan.card)
+    plan = replace(plan, evals=times, price=args.price)
     if args.json:
-        print(json.dumps(plan_json(*parts), indent=2, ensure_ascii=False))
-        return ExitCode.DONE
-    for line in plan_lines(*parts):
+        return say_json(plan_json(plan))
+    advice = advise(plan)
+    for line in plan_lines(plan, advice):
         say(line)
     say()
-    _closing(plan, advice, shown_path(recipe.path), args)
+    file = shown_path(recipe.path)
+    say(f"$ {launch_line(plan.launch, file, args.overrides)}")
+    next_step(shlex.join(_next(plan, advice, file, args)))
     return ExitCode.DONE
 
 
-def _closing(plan: Plan, advice: list[Advice], file: str, args: argparse.Namespace) -> None:
-    """Print the plain command (with several machines, machine 0's), and the next one to type: of
-    what fits, the training.
-    """
-    launch, own = plan.launch, plan_launch(plan.recipe.launch)
-    if launch.machines > 1:
-        launch = replace(
-            launch,
-            rank=0,
-            address="HOST_OF_RANK_0",
-            port=launch.config.main_process_port or DEFAULT_PORT,
-        )
-    script = shlex.join(["-m", "recipes_lib.train", file, *args.overrides])
-    say(f"$ accelerate launch {shlex.join(launch.launcher_words())} {script}")
-    words = []
-    if plan.launch.config.path != own.config.path:
-        words += ["--accelerate", args.accelerate or plan.launch.config.path.stem]
-    if plan.launch.per_machine != own.per_machine or (words and plan.launch.world_size > 1):
-        words += ["--gpus", str(plan.launch.per_machine)]
-    if plan.launch.machines != own.machines:
-        words += ["--nodes", str(plan.launch.machines)]
+def _next(plan: Plan, advice: Sequence[Advice], file: str, args: argparse.Namespace) -> list[str]:
+    """Return the next command: of what fits, the training; else the plan of the best proposal."""
+    launch, own, words = plan.launch, plan_launch(plan.recipe.launch), []
+    if launch.config.path != own.config.path:
+        words += ["--accelerate", args.accelerate or launch.config.path.stem]
+    if launch.per_machine != own.per_machine or (words and launch.world_size > 1):
+        words += ["--gpus", str(launch.per_machine)]
+    if launch.machines != own.machines:
+        words += ["--nodes", str(launch.machines)]
     if plan.fits:
-        next_step(shlex.join(["recipes", "train", file, *words, *args.overrides]))
-    elif advice:
-        card = ["--gpu", args.gpu] if args.gpu else []
-        words = [] if "launch." in advice[0].setting else words  # a flag would win over it
-        next_step(
-            shlex.join(
-                [
-                    "recipes",
-                    "plan",
-                    file,
-                    *card,
-                    *words,
-                    *args.overrides,
-                    *advice[0].setting.split(),
-                ]
-            )
-        )
-    else:
-        next_step("recipes ls")
+        return ["recipes", "train", file, *words, *args.overrides]
+    if not advice:
+        return ["recipes", "ls"]
+    best = advice[0].setting
+    card = ["--gpu", args.gpu] if args.gpu else []
+    words = [] if "launch." in best else words  # a flag would win over it
+    return ["recipes", "plan", file, *card, *words, *args.overrides, *best.split()]
 
 
 def _study(args: argparse.Namespace, path: Path) -> int:
@@ -154,18 +108,13 @@ def _study(args: argparse.Namespace, path: Path) -> int:
                 " evaluated",
                 file=shown_path(path),
             )
-    plan = study_hours(load_study(path, args.overrides), args.gpu)
+    plan = study_hours(load_study(path, args.overrides), args.gpu, args.price)
     if args.json:
-        print(json.dumps(study_json(plan, args.price), indent=2, ensure_ascii=False))
-        return ExitCode.DONE
-    for line in study_lines(plan, args.price):
+        return say_json(study_json(plan))
+    for line in study_lines(plan):
         say(line)
     next_step(f"recipes study run {shown_path(path)}")
     return ExitCode.DONE
-
-
-def _evals(words: list[str]) -> list[Any]:
-    return [load_eval(word) for word in words]
 
 
 def _price(text: str) -> float:

@@ -5,6 +5,7 @@ next command; numbers typed there.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -72,6 +73,14 @@ def say(text: str = "") -> None:
         print(printable(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_json(value: object) -> int:
+    """Print one JSON value, what `--json` asks for, and return the exit code of a verb that is
+    done.
+    """
+    say(json.dumps(value, indent=2))
+    return 0
 
 
 def warn(text: str) -> None:

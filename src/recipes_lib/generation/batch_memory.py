@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.planning.machine import available_gib
+from recipes_lib.planning.cards import available_gib
 
 if TYPE_CHECKING:
     import torch

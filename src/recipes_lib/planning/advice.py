@@ -1,22 +1,38 @@
-"""Which settings to change, ranked by what they gain. Each proposal is planned like the recipe
-itself, none is a rule of thumb.
+"""Which settings to change, ranked by what they gain, and the recipe beside other methods and
+numbers of cards. Each proposal is planned like the recipe itself, none is a rule of thumb.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from recipes_lib.planning.batches import validations
-from recipes_lib.planning.methods import divided
 from recipes_lib.planning.plan import Plan
-from recipes_lib.planning.settings import Settings
+from recipes_lib.planning.settings import Adapter, Settings
 
 WORTH_S, WORTH_SHARE = 5.0, 0.03
 VALIDATION_SHARE = 0.25  # of the training: above it, less often or on fewer rows is proposed
 _EVAL_SHARE = 0.2  # of the training between two validations
 FEW_ROWS = 500  # validation rows that tell a loss to a few hundredths
 LONGEST_MASKED_ROW = 4096
+METHODS = ("QLoRA", "LoRA bf16", "full")
+COUNTS = (1, 2, 4, 8)
+DEFAULT_RANK = 16
+
+_FOUR_BITS = (
+    "quantization.load_in_4bit=true quantization.bnb_4bit_quant_type=nf4"
+    " quantization.bnb_4bit_use_double_quant=true quantization.bnb_4bit_compute_dtype=bfloat16"
+    " quantization.bnb_4bit_quant_storage=bfloat16"
+)
+_KEYS = {  # field of the settings -> the recipe's key
+    "padding_free": "train.padding_free",
+    "checkpointing": "train.activation_checkpointing",
+    "max_tokens": "run.max_tokens_per_micro_batch",
+    "per_device": "train.per_device_train_batch_size",
+    "eval_per_device": "train.per_device_eval_batch_size",
+    "max_length": "train.max_length",
+}
 
 
 @dataclass(frozen=True)
@@ -42,70 +58,70 @@ class Advice:
 
 def advise(plan: Plan) -> list[Advice]:
     """Return proposals: what makes the training fit, or what makes it faster; the best first."""
-    if not plan.fits:
-        found = list(
-            {advice.setting: advice for advice in _to_fit(plan) if advice.makes_it_fit}.values()
-        )
+    if plan.fits:
+        least = max(WORTH_S, WORTH_SHARE * plan.duration.training)
+        found = [advice for advice in _to_be_faster(plan) if advice.saves_s > least]
         if plan.uncounted:
-            found = [replace(advice, makes_it_fit=False) for advice in found]
-        return sorted(found, key=lambda advice: (not advice.same_result, -advice.saves_s))
-    found = [
-        advice
-        for advice in _to_be_faster(plan)
-        if advice.saves_s > max(WORTH_S, WORTH_SHARE * plan.duration.training)
-    ]
-    if plan.uncounted:
-        found = [advice for advice in found if advice.memory_gib <= 0]
-    return sorted(found, key=lambda advice: -advice.saves_s)
+            found = [advice for advice in found if advice.memory_gib <= 0]
+        return sorted(found, key=lambda advice: -advice.saves_s)
+    proposed = {}
+    for why, same_result, changes in _to_fit(plan):
+        changed = plan.with_settings(**changes)
+        if changed.fits:
+            words = _words(plan.settings, changed.settings)
+            advice = _compare(plan, changed, words, why, same_result)
+            proposed[words] = replace(advice, makes_it_fit=not plan.uncounted)
+    return sorted(proposed.values(), key=lambda advice: (not advice.same_result, -advice.saves_s))
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one setting costs of a training: `setting` as it is, what it means, and its seconds."""
+def _words(old: Settings, new: Settings) -> str:
+    """Return what to type to get from one training to the other."""
+    words = []
+    if (new.sharded, new.world_size) != (old.sharded, old.world_size):
+        config = "fsdp_qlora" if new.bits else "fsdp"
+        words.append(f"launch.accelerate={config} launch.gpus={new.world_size}")
+    if new.bits != old.bits:
+        words.append(_FOUR_BITS)
+    if new.adapter != old.adapter:
+        words.append("lora.lora_dropout=0")
+    for field, key in _KEYS.items():
+        if (value := getattr(new, field)) != getattr(old, field):
+            words.append(f"{key}={str(value).lower()}")
+    return " ".join(words)
 
-    setting: str
-    why: str
-    seconds: float
+
+def _compare(before: Plan, after: Plan, words: str, why: str, same_result: bool = True) -> Advice:
+    old, new = before.duration, after.duration
+    saved = old.training + old.validation - new.training - new.validation
+    return Advice(words, why, saved, after.memory.peak - before.memory.peak, same_result)
 
 
-def largest_cost(plan: Plan) -> Cost | None:
-    """Return the setting that costs most time, beside the rows and the model themselves; None where
-    none costs a tenth of the whole.
-    """
-    train, batches, spent = plan.recipe.train, plan.batches, plan.duration.training
-    how_often = "eval_steps" if train.get("eval_strategy") == "steps" else "eval_strategy"
-    passes = validations(batches.steps, batches.steps_per_epoch, train)
-    recomputed = 1 / 4 if plan.settings.adapter is None else 1 / 3
-    validating = f"{passes:,} passes over {plan.lengths.validation:,} validation rows"
-    padding = 1 - 1 / batches.padding
-    costs = [
-        Cost(
-            f"train.{how_often} {train.get(how_often, 'absent')}",
-            validating,
-            plan.duration.validation,
-        ),
-        Cost(
-            "train.padding_free false",
-            f"padding is {padding:.0%} of the computed tokens",
-            spent * padding,
-        ),
-        Cost(
-            "train.activation_checkpointing true",
-            "every block is computed twice",
-            spent * recomputed * plan.settings.checkpointing,
-        ),
-    ]
-    if train.get("max_steps", -1) <= 0 and batches.epochs > 1:
-        words = f"{batches.epochs:g} passes over {plan.lengths.train:,} training rows"
-        costs.append(
-            Cost(
-                f"train.num_train_epochs {train.get('num_train_epochs', 3):g}",
-                words,
-                spent * (1 - 1 / batches.epochs),
-            )
-        )
-    most = max(costs, key=lambda cost: cost.seconds)
-    return most if most.seconds > plan.duration.total / 10 else None
+def _to_be_faster(plan: Plan) -> Iterator[Advice]:
+    yield from _validating(plan)
+    settings = plan.settings
+    if not settings.flattened and plan.batches.padding >= 1.05:
+        changes: dict[str, Any] = {"padding_free": True}
+        longest = settings.per_device * (settings.max_length or LONGEST_MASKED_ROW)
+        if settings.attention == "sdpa" and longest > LONGEST_MASKED_ROW:
+            cap = settings.max_tokens or LONGEST_MASKED_ROW
+            changes["max_tokens"] = min(cap, LONGEST_MASKED_ROW)
+        flat = plan.with_settings(**changes)
+        if flat.fits:
+            why = f"padding is {1 - 1 / plan.batches.padding:.0%} of the computed tokens"
+            yield _compare(plan, flat, _words(settings, flat.settings), why)
+    if settings.checkpointing:
+        off = plan.with_settings(checkpointing=False)
+        cap = plan.largest(checkpointing=False) // 256 * 256
+        if not (off.fits or settings.packing or cap < plan.longest):
+            cap = min(cap, settings.max_tokens or cap)
+            off = plan.with_settings(checkpointing=False, max_tokens=cap)
+        if off.fits:
+            why = "activations fit without computing them twice"
+            yield _compare(plan, off, _words(settings, off.settings), why)
+    if settings.sharded and (whole := plan.with_settings(sharded=False)).fits:
+        words = f"launch.accelerate={'ddp' if plan.launch.machines == 1 else 'ddp_multi_node'}"
+        why = "the model fits each GPU whole, so nothing has to be gathered"
+        yield _compare(plan, whole, words, why)
 
 
 def _validating(plan: Plan) -> Iterator[Advice]:
@@ -115,248 +131,143 @@ def _validating(plan: Plan) -> Iterator[Advice]:
         return
     share = plan.duration.validation / plan.duration.training
     times = f"{share:.1f} times as long as" if share >= 1 else f"{share:.0%} of the time of"
-    why = f"validation takes {times} training"
-    seldom = plan.with_train(eval_strategy="steps", eval_steps=_EVAL_SHARE)
+    values = {"eval_strategy": "steps", "eval_steps": _EVAL_SHARE}
+    seldom = replace(plan, recipe=replace(plan.recipe, train={**train, **values}))
     chooses = bool(train.get("load_best_model_at_end"))
-    words = [f"train.eval_steps={_EVAL_SHARE}"]
+    words = f"train.eval_steps={_EVAL_SHARE}"
     if train.get("eval_strategy") != "steps":
-        words.append("train.eval_strategy=steps")
-    if (
-        chooses and train.get("save_strategy") != "best"
-    ):  # the best model is chosen among checkpoints
-        words.append(f"train.save_strategy=steps train.save_steps={_EVAL_SHARE}")
-    yield replace(_compare(plan, seldom, " ".join(words), why), same_result=not chooses)
-    rows, split = plan.lengths.validation, plan.recipe.data.split
+        words += " train.eval_strategy=steps"
+    if chooses and train.get("save_strategy") != "best":  # the best is chosen among checkpoints
+        words += f" train.save_strategy=steps train.save_steps={_EVAL_SHARE}"
+    yield _compare(plan, seldom, words, f"validation takes {times} training", not chooses)
+    lengths, split = plan.lengths, plan.recipe.data.split
+    rows = lengths.validation
     if rows > 2 * FEW_ROWS and split.method == "hash":
         fewer = float(f"{split.validation * FEW_ROWS / rows:.2g}")
         kept = round(rows * fewer / split.validation)
-        less = _compare(
-            plan,
-            plan.with_rows(kept),
-            f"data.split.validation={fewer:g}",
-            f"{kept:,} validation rows, not {rows:,}",
-        )
-        yield replace(less, same_result=False)
+        held = replace(lengths, train=lengths.train + rows - kept, validation=kept)
+        words, why = f"data.split.validation={fewer:g}", f"{kept:,} validation rows, not {rows:,}"
+        yield _compare(plan, replace(plan, lengths=held), words, why, False)
 
 
-def _to_be_faster(plan: Plan) -> Iterator[Advice]:
-    yield from _validating(plan)
-    settings, base, words = plan.settings, plan, ""
-    if (free := _padding_free(plan)) is not None:
-        unpadded = plan.with_settings(free[0], plan.batches.accumulation)
-        if unpadded.fits:
-            base, words = unpadded, free[1]
-            yield _compare(
-                plan,
-                base,
-                words,
-                f"padding is {1 - 1 / plan.batches.padding:.0%} of the computed tokens",
-            )
-    if settings.checkpointing:
-        off, capped = _without_checkpointing(plan)
-        if off.fits:
-            yield _compare(
-                plan,
-                off,
-                f"train.activation_checkpointing=false{capped}",
-                "activations fit without computing them twice",
-            )
-    if settings.sharded:
-        whole = plan.with_settings(replace(settings, sharded=False), plan.batches.accumulation)
-        if whole.fits:
-            name = "ddp" if plan.launch.machines == 1 else "ddp_multi_node"
-            yield _compare(
-                plan,
-                whole,
-                f"launch.accelerate={name}",
-                "the model fits each GPU whole, so nothing has to be gathered",
-            )
-    larger = _larger(base)
-    if larger is not None:
-        size = f"train.per_device_train_batch_size={larger.settings.per_device}"
-        yield _compare(
-            plan,
-            larger,
-            f"{words} {size}".strip(),
-            "larger micro-batches: fewer passes, less waiting",
-        )
-
-
-def _without_checkpointing(plan: Plan) -> tuple[Plan, str]:
-    """Return the plan that keeps all activations, with a cap on the micro-batches where it would
-    not fit else, and the cap's words.
+def _to_fit(plan: Plan) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    """Yield changes that need less memory: why, whether the same thing is learnt, and the settings
+    they change.
     """
-    settings = replace(plan.settings, checkpointing=False)
-    off = plan.with_settings(settings, plan.batches.accumulation)
-    cap = plan.largest(checkpointing=False) // 256 * 256
-    longest = min(settings.max_length or max(plan.lengths.tokens), max(plan.lengths.tokens))
-    if off.fits or settings.packing or cap < longest:
-        return off, ""
-    cap = min(cap, settings.max_tokens or cap)
-    return (
-        plan.with_settings(replace(settings, max_tokens=cap), plan.batches.accumulation),
-        f" run.max_tokens_per_micro_batch={cap}",
-    )
+    settings, batches, memory = plan.settings, plan.batches, plan.memory
 
+    def cap(checkpointing: bool) -> dict[str, int]:
+        """A cap on the micro-batch where it cuts one."""
+        most = max(plan.longest, plan.largest(checkpointing=checkpointing) // 256 * 256)
+        return {"max_tokens": most} if not settings.packing and most < batches.largest else {}
 
-def _padding_free(plan: Plan) -> tuple[Settings, str] | None:
-    """Return the settings without padding and the words for it, where there is padding to drop."""
-    settings = plan.settings
-    if settings.flattened or plan.batches.padding < 1.05:
-        return None
-    changed, words = replace(settings, padding_free=True), "train.padding_free=true"
-    if (
-        settings.attention == "sdpa"
-        and settings.per_device * (settings.max_length or LONGEST_MASKED_ROW) > LONGEST_MASKED_ROW
-    ):
-        changed = replace(
-            changed, max_tokens=min(settings.max_tokens or LONGEST_MASKED_ROW, LONGEST_MASKED_ROW)
-        )
-        words += f" run.max_tokens_per_micro_batch={changed.max_tokens}"
-    return changed, words
-
-
-def _larger(plan: Plan) -> Plan | None:
-    """Return the fastest plan with larger micro-batches of the same examples per step that fits;
-    the smallest of those within 1%.
-    """
-    best = None
-    for factor in (2, 4, 8, 16):
-        size, rest = plan.settings.per_device * factor, plan.batches.accumulation % factor
-        if rest:
-            break
-        other = plan.with_settings(
-            replace(plan.settings, per_device=size), plan.batches.accumulation // factor
-        )
-        if other.fits and other.duration.training < 0.99 * (best or plan).duration.training:
-            best = other
-    return best
-
-
-def _to_fit(plan: Plan) -> Iterator[Advice]:
-    settings, accumulation = plan.settings, plan.batches.accumulation
-    longest = min(settings.max_length or max(plan.lengths.tokens), max(plan.lengths.tokens))
-
-    def proposal(
-        words: str,
-        why: str,
-        *,
-        same: bool = True,
-        accumulation: int = accumulation,
-        **changes: object,
-    ) -> Advice:
-        changed = plan.with_settings(replace(settings, **changes), accumulation)  # type: ignore[arg-type]
-        return replace(
-            _compare(plan, changed, words, why), same_result=same, makes_it_fit=changed.fits
-        )
-
-    cap = max(longest, plan.largest() // 256 * 256)
-    if not settings.packing and cap < plan.batches.largest:
-        yield proposal(
-            f"run.max_tokens_per_micro_batch={cap}",
-            "cuts only the micro-batches that are too large",
-            max_tokens=cap,
-        )
+    if capped := cap(settings.checkpointing):
+        yield "cuts only the micro-batches that are too large", True, capped
+    recomputed = {"checkpointing": True}
     if not settings.checkpointing:
-        words = "train.activation_checkpointing=true"
-        yield proposal(
-            words,
-            "keeps the blocks' inputs only, and computes each block twice",
-            checkpointing=True,
-        )
-        cap = max(longest, plan.largest(checkpointing=True) // 256 * 256)
-        if not settings.packing and cap < plan.batches.largest:
-            words += f" run.max_tokens_per_micro_batch={cap}"
-            yield proposal(words, "both of the above", checkpointing=True, max_tokens=cap)
-    if (
-        settings.eval_per_device > 1
-        and plan.memory.validation > plan.memory.activations + plan.memory.moment
-    ):
-        size = max(1, settings.eval_per_device // 4)
-        yield proposal(
-            f"train.per_device_eval_batch_size={size}",
-            "validation is what needs most",
-            eval_per_device=size,
-        )
+        yield "keeps the blocks' inputs only, and computes each block twice", True, recomputed
+        if capped := cap(True):
+            yield "both of the above", True, {**recomputed, **capped}
+    if settings.eval_per_device > 1 and memory.validation > memory.activations + memory.moment:
+        smaller = {"eval_per_device": max(1, settings.eval_per_device // 4)}
+        yield "validation is what needs most", True, smaller
     for size in (settings.per_device // 2, settings.per_device // 4, 1):
-        sizes = divided(plan.batches.examples_per_step, size, settings.world_size) if size else None
-        if sizes and sizes[0] < settings.per_device:
-            words = f"train.per_device_train_batch_size={sizes[0]}"
-            yield proposal(
-                words,
-                "smaller micro-batches of the same step",
-                accumulation=sizes[1],
-                per_device=sizes[0],
-            )
-    if settings.device == "gpu":
-        yield from _sharded(plan, proposal)
-    yield from _other_experiments(plan, proposal)
-
-
-def _sharded(plan: Plan, proposal: Callable[..., Advice]) -> Iterator[Advice]:
-    settings = plan.settings
-    for count in (2, 4, 8):
-        sizes = divided(plan.batches.examples_per_step, settings.per_device, count)
-        if (
-            sizes is None
-            or count < settings.world_size
-            or (count == settings.world_size and settings.sharded)
-        ):
-            continue
-        config = "fsdp_qlora" if settings.bits else "fsdp"
-        why = f"weights, gradients and optimizer shared out over {count} GPUs"
-        for checkpointing in {settings.checkpointing, True}:
-            words = f"launch.accelerate={config} launch.gpus={count}"
-            if checkpointing and not settings.checkpointing:
-                words += " train.activation_checkpointing=true"
-            if sizes[0] != settings.per_device:
-                words += f" train.per_device_train_batch_size={sizes[0]}"
-            changes = {
-                "world_size": count,
-                "per_machine": count,
-                "sharded": True,
-                "per_device": sizes[0],
-                "checkpointing": checkpointing,
-            }
-            changes["reshard"] = config == "fsdp"  # fsdp_qlora.yaml keeps what it gathered
-            yield proposal(words, why, accumulation=sizes[1], **changes)
-
-
-def _other_experiments(plan: Plan, proposal: Callable[..., Advice]) -> Iterator[Advice]:
-    """Changes of what is learnt."""
-    settings = plan.settings
-    if settings.adapter is not None and settings.adapter.dropout:
-        words = "lora.lora_dropout=0"
-        yield proposal(
-            words, "no masks to keep", same=False, adapter=replace(settings.adapter, dropout=0.0)
-        )
-    if settings.adapter is not None and settings.bits is None:
-        words = (
-            "quantization.load_in_4bit=true quantization.bnb_4bit_quant_type=nf4"
-            " quantization.bnb_4bit_use_double_quant=true"
-        )
-        words += (
-            " quantization.bnb_4bit_compute_dtype=bfloat16"
-            " quantization.bnb_4bit_quant_storage=bfloat16"
-        )
-        for checkpointing in sorted({settings.checkpointing, True}):
-            more = (
-                " train.activation_checkpointing=true"
-                if checkpointing and not settings.checkpointing
-                else ""
-            )
-            changes = {"bits": 4, "double_quantized": True, "checkpointing": checkpointing}
-            yield proposal(words + more, "the base in 4 bits", same=False, **changes)
+        sizes = divided(batches.examples_per_step, size, settings.world_size) if size else None
+        if sizes and sizes["per_device"] < settings.per_device:
+            yield "smaller micro-batches of the same step", True, sizes
+    for count in COUNTS[1:] if settings.device == "gpu" else ():
+        sizes = divided(batches.examples_per_step, settings.per_device, count)
+        if sizes and count >= settings.world_size + settings.sharded:
+            why = f"weights, gradients and optimizer shared out over {count} GPUs"
+            shared = {"world_size": count, "per_machine": count, "sharded": True, **sizes}
+            shared["reshard"] = settings.bits is None  # fsdp_qlora.yaml keeps what it gathered
+            for changes in ({}, recomputed):
+                yield why, True, {**shared, **changes}
+    adapter = settings.adapter
+    if adapter is not None and adapter.dropout:
+        yield "no masks to keep", False, {"adapter": replace(adapter, dropout=0.0)}
+    if adapter is not None and settings.bits is None:
+        for changes in ({}, recomputed):
+            quantized = {"bits": 4, "double_quantized": True, **changes}
+            yield "the base in 4 bits", False, quantized
     if settings.max_length is None or settings.max_length > 512:
-        words = "train.max_length=512"
-        yield proposal(words, "longer examples lose their tail", same=False, max_length=512)
+        yield "longer examples lose their tail", False, {"max_length": 512}
 
 
-def _compare(before: Plan, after: Plan, words: str, why: str) -> Advice:
-    saved = (
-        before.duration.training
-        + before.duration.validation
-        - after.duration.training
-        - after.duration.validation
+@dataclass(frozen=True)
+class MethodRow:
+    """The same training with another method, number of cards or way to share the model out.
+    `strategy` is `one`, `DDP` or `FSDP2`; `plan` is None where the examples per step cannot be
+    divided.
+    """
+
+    method: str
+    processes: int
+    strategy: str
+    is_the_recipe: bool
+    plan: Plan | None
+
+
+def method_rows(plan: Plan) -> list[MethodRow]:
+    """Return the table: every method on 1, 2, 4 and 8 cards under DDP and FSDP2; on a processor,
+    every method in one process.
+    """
+    rows = []
+    for method in METHODS:
+        changes = _as_method(plan.settings, method)
+        for count in COUNTS if plan.settings.device == "gpu" else (1,):
+            sizes = divided(plan.batches.examples_per_step, plan.settings.per_device, count)
+            for strategy in ("DDP", "FSDP2") if count > 1 else ("one",):
+                other = None
+                if sizes is not None:
+                    sharded = strategy == "FSDP2"
+                    spread = {"world_size": count, "per_machine": count, "sharded": sharded}
+                    other = plan.with_settings(**changes, **spread, **sizes)
+                    if sharded:
+                        other = other.with_settings(reshard=_resharding(plan, other))
+                same = other is not None and other.settings == plan.settings
+                rows.append(MethodRow(method, count, strategy, same, other))
+    return rows
+
+
+def _as_method(settings: Settings, method: str) -> dict[str, Any]:
+    """Return what changes with another method; the adapter stays the recipe's, or has rank 16 on
+    every linear layer.
+    """
+    shape = settings.shape
+    adapter = settings.adapter or Adapter(
+        rank=DEFAULT_RANK, dropout=0.0, targets=tuple(shape.linears()), layers=shape.layers
     )
-    return Advice(words, why, saved, after.memory.peak - before.memory.peak)
+    if method == "full":
+        return {"adapter": None, "bits": None}
+    if method == "QLoRA":
+        quantized = {"adapter": adapter, "bits": 4, "double_quantized": True}
+        return quantized if settings.bits != 4 else {}
+    dtype = "bfloat16" if settings.device == "gpu" else settings.dtype
+    return {"adapter": adapter, "bits": None, "dtype": dtype}
+
+
+def _resharding(plan: Plan, other: Plan) -> bool:
+    """Return whether FSDP2 frees gathered weights after the forward pass: as the plan's own launch
+    says, else as the shipped config does (fsdp.yaml frees them, fsdp_qlora.yaml keeps 4-bit
+    weights).
+    """
+    own, bits = plan.settings, other.settings.bits
+    return own.reshard if own.sharded and own.bits == bits else bits is None
+
+
+def divided(examples: int, per_device: int, processes: int) -> dict[str, int] | None:
+    """Return the largest micro-batch up to `per_device` that divides the examples per step, and its
+    accumulation; None if none does.
+
+    Example:
+        >>> divided(64, 4, 8)
+        {'per_device': 4, 'accumulation': 2}
+        >>> divided(8, 4, 3) is None
+        True
+    """
+    share, rest = divmod(examples, processes)
+    if rest or not share:
+        return None
+    size = next(size for size in range(min(per_device, share), 0, -1) if share % size == 0)
+    return {"per_device": size, "accumulation": share // size}

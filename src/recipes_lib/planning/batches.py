@@ -36,7 +36,6 @@ class Batches:
 
     steps: int
     steps_per_epoch: int
-    epochs: float
     accumulation: int
     examples_per_step: int
     forward_passes: float
@@ -46,6 +45,11 @@ class Batches:
     largest_row: int
     context: float
     rows: int
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the rows."""
+        return self.steps / self.steps_per_epoch
 
     @property
     def padding(self) -> float:
@@ -62,14 +66,19 @@ def batches_of(
         train: the recipe's `train` section.
         accumulation: micro-batches per step and process.
     """
-    cut = settings.max_length or max(lengths.tokens)
-    tokens = [min(length, cut) for length in lengths.tokens[:_MOST_ROWS]]
-    rows = lengths.train
+    tokens, rows = _cut(lengths.tokens, _MOST_ROWS, settings.max_length), lengths.train
     if settings.packing:
+        cut = settings.max_length or max(lengths.tokens)
         rows = max(1, math.ceil(sum(tokens) / len(tokens) * rows / (cut * PACKED)))
-        tokens = [cut]
-    examples = settings.per_device * accumulation * settings.world_size
-    drawn = draw(settings, tokens, settings.per_device)
+        tokens = (cut,)
+    drawn = _draw(
+        tokens,
+        settings.per_device,
+        settings.flattened,
+        settings.masked,
+        settings.grouped,
+        settings.max_tokens,
+    )
     per_epoch, steps = planned_steps(
         rows,
         per_device=settings.per_device,
@@ -80,15 +89,13 @@ def batches_of(
         drop_last=bool(train.get("dataloader_drop_last")),
     )
     scale = accumulation * settings.world_size
-    real = drawn.tokens * scale
     return Batches(
         steps=steps,
         steps_per_epoch=per_epoch,
-        epochs=steps / per_epoch,
         accumulation=accumulation,
-        examples_per_step=examples,
+        examples_per_step=settings.per_device * scale,
         forward_passes=drawn.passes * accumulation,
-        tokens=real * (PACKED if settings.packing else 1),
+        tokens=drawn.tokens * scale * (PACKED if settings.packing else 1),
         computed=drawn.computed * scale,
         largest=drawn.largest,
         largest_row=drawn.largest_row,
@@ -97,8 +104,39 @@ def batches_of(
     )
 
 
+def validation_tokens(settings: Settings, lengths: Lengths) -> tuple[int, float]:
+    """Return the tokens of the largest validation batch, and the computed tokens of one pass over
+    the validation rows.
+    """
+    size = settings.eval_per_device
+    if not size or not lengths.validation:
+        return 0, 0.0
+    drawn = _draw(_cut(lengths.tokens, 5000, settings.max_length), size, settings.padding_free)
+    largest = round(drawn.largest * min(lengths.validation, size) / size)
+    return largest, drawn.computed / size * lengths.validation
+
+
+def validations(steps: int, per_epoch: int, train: dict[str, Any]) -> int:
+    """Return how often the validation set is read: every `eval_steps`, or every epoch, and once at
+    the end.
+    """
+    strategy = train.get("eval_strategy", "no")
+    if strategy == "no":
+        return 0
+    written = train.get("eval_steps") or train.get("logging_steps") or 500
+    every: float = per_epoch if strategy == "epoch" else written
+    every = every * steps if every < 1 else every
+    return math.ceil(steps / max(every, 1)) + bool(train.get("eval_on_start"))
+
+
+@lru_cache(maxsize=16)
+def _cut(tokens: tuple[int, ...], rows: int, length: int | None) -> tuple[int, ...]:
+    """Return the lengths of the first rows, cut."""
+    return tuple(min(one, length or one) for one in tokens[:rows])
+
+
 @dataclass(frozen=True)
-class Drawn:
+class _Drawn:
     """Averages over the micro-batches that were drawn, and the largest forward pass among them."""
 
     tokens: float
@@ -109,40 +147,30 @@ class Drawn:
     context: float
 
 
-def draw(settings: Settings, lengths: Sequence[int], size: int) -> Drawn:
-    """Draw the micro-batches of an epoch (three times, as a training does) and measure them.
+@lru_cache(maxsize=256)
+def _draw(
+    lengths: tuple[int, ...],
+    size: int,
+    flattened: bool,
+    masked: bool = False,
+    grouped: bool = False,
+    cap: int | None = None,
+) -> _Drawn:
+    """Draw the micro-batches of an epoch (three times, as a training does) and measure them. Kept,
+    because a plan compares many settings with the same batches.
 
     Args:
         lengths: tokens per example, cut.
         size: examples per micro-batch.
+        cap: tokens above which a micro-batch is cut into pieces.
     """
-    return _draw(
-        settings.flattened,
-        settings.masked,
-        settings.grouped,
-        settings.max_tokens,
-        tuple(lengths),
-        size,
-    )
-
-
-@lru_cache(maxsize=256)
-def _draw(
-    flattened: bool,
-    masked: bool,
-    grouped: bool,
-    cap: int | None,
-    lengths: tuple[int, ...],
-    size: int,
-) -> Drawn:
-    """Draw for `draw`; a plan compares many settings with the same batches."""
     pool = list(lengths)
     while len(pool) < 4 * size:
         pool += pool
     order, generator = list(pool), random.Random(0)
     batches = real = computed = passes = squares = 0
     largest = largest_row = 0
-    for _ in range(3):
+    for _ in range(1 if grouped else 3):
         generator.shuffle(order)
         if grouped:
             order.sort()
@@ -151,13 +179,16 @@ def _draw(
             batches += 1
             real += sum(batch)
             for group in _groups(batch, cap, flattened):
-                cost, row, square = _computed(group, flattened, masked)
+                cost, row = _cost(group, flattened), max(group)
+                square = cost * row  # pairs of tokens that attention looks at, before the mask
+                if flattened and masked:
+                    row, square = cost, cost * cost
+                elif flattened:
+                    square = sum(length * length for length in group)
                 passes, computed, squares = passes + 1, computed + cost, squares + square
                 if cost > largest:
                     largest, largest_row = cost, row
-        if grouped:
-            break
-    return Drawn(
+    return _Drawn(
         real / batches,
         computed / batches,
         passes / batches,
@@ -171,43 +202,13 @@ def _groups(batch: Sequence[int], cap: int | None, flattened: bool) -> list[list
     """Return the examples of each forward pass of a micro-batch: all of them, or pieces where it
     exceeds the cap.
     """
-    groups: list[list[int]] = []
-    group: list[int] = []
+    groups: list[list[int]] = [[]]
     for length in batch:
-        if group and cap and _cost([*group, length], flattened) > cap:
-            groups.append(group)
-            group = []
-        group.append(length)
-    return [*groups, group]
-
-
-def _computed(group: Sequence[int], flattened: bool, masked: bool) -> tuple[int, int, int]:
-    """Return computed tokens, tokens of a row, and the pairs of tokens that attention looks at
-    (before half of them are masked).
-    """
-    cost, longest = _cost(group, flattened), max(group)
-    if not flattened:
-        return cost, longest, cost * longest
-    if masked:
-        return cost, cost, cost * cost
-    return cost, longest, sum(length * length for length in group)
+        if groups[-1] and cap and _cost([*groups[-1], length], flattened) > cap:
+            groups.append([])
+        groups[-1].append(length)
+    return groups
 
 
 def _cost(group: Sequence[int], flattened: bool) -> int:
     return sum(group) if flattened else max(group) * len(group)
-
-
-def validations(steps: int, per_epoch: int, train: dict[str, Any]) -> int:
-    """Return how often the validation set is read: every `eval_steps`, or every epoch, and once at
-    the end.
-    """
-    strategy = train.get("eval_strategy", "no")
-    if strategy == "no":
-        return 0
-    every: float = (
-        per_epoch
-        if strategy == "epoch"
-        else train.get("eval_steps") or train.get("logging_steps") or 500
-    )
-    every = every * steps if every < 1 else every
-    return math.ceil(steps / max(every, 1)) + bool(train.get("eval_on_start"))

@@ -1,11 +1,12 @@
-"""The cards a plan can be made for: memory, peak rate, bandwidth, links, and the share of the peak
-that training reaches.
+"""The cards a plan can be made for, this machine's own among them: memory, peak rate, bandwidth,
+links, and the share of the peak that training reaches.
 
-No speed here was measured by this project: every card is marked `assumed` until `benchmarks/` has a
+No GPU's speed was measured by this project: each is marked `assumed` until `benchmarks/` has a
 number for it. Peaks are the vendors' dense bf16 figures. The reached share (MFU, counted with 4N)
 follows the published 40% of a bf16 LoRA on one H100 (NeMo AutoModel, Llama-3-8B, sequence 4,096,
 402 TFLOP/s); links are what an all-gather is taken to reach. MIG slices have the original study's 7
-GB/s, the rate that explains its 449 tokens/s under FSDP without peer-to-peer access.
+GB/s, the rate that explains its 449 tokens/s under FSDP without peer-to-peer access. A processor's
+speed was measured per core, with SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError
@@ -82,6 +85,14 @@ _ALIASES = {
 }
 DEFAULT = "h100-80gb"
 
+# Tokens per CPU second of LoRA training, SmolLM2-135M, one thread of a server CPU with AVX512-BF16,
+# torch 2.13 (2026-11-24, n=1 each): 4bit counted over the steps, the others from whole runs less an
+# estimated start, so good to a fifth. As 4N operations per token. Another CPU, above all one
+# without bf16 instructions, is slower.
+_TOKENS_PER_CPU_SECOND = {"bf16": 400.0, "fp32": 155.0, "4bit": 305.0}
+MEASURED_PARAMETERS = 134_515_008  # SmolLM2-135M's
+SCALING = 0.85  # threads of one process share caches and memory
+
 
 def card_named(name: str) -> Card:
     """Return the card of that name or alias.
@@ -110,15 +121,12 @@ def cards_here() -> tuple[Card, ...]:
     nvidia-smi's, MIG slices in place of the card they are cut from, and of these what
     CUDA_VISIBLE_DEVICES leaves.
     """
-    found = _found_here()
     words = visible_words(os.environ)
-    if words is not None:
-        found = [
-            entry
-            for entry in found
-            if any(entry[0] == word or entry[1].startswith(word) for word in words)
-        ]
-    return tuple(sorted((card for _, _, card in found), key=lambda card: -card.tflops))
+    return tuple(
+        card
+        for number, uuid, card in _found_here()
+        if words is None or any(number == word or uuid.startswith(word) for word in words)
+    )
 
 
 def devices_here() -> list[str]:
@@ -126,11 +134,7 @@ def devices_here() -> list[str]:
     the identifiers that nvidia-smi lists, the fastest first.
     """
     words = visible_words(os.environ)
-    return (
-        [uuid for _, uuid, _ in sorted(_found_here(), key=lambda entry: -entry[2].tflops)]
-        if words is None
-        else words
-    )
+    return [uuid for _, uuid, _ in _found_here()] if words is None else words
 
 
 def visible_words(environment: Mapping[str, str]) -> list[str] | None:
@@ -151,37 +155,8 @@ def visible_words(environment: Mapping[str, str]) -> list[str] | None:
 
 
 def _found_here() -> list[tuple[str, str, Card]]:
-    """Return number, identifier and card of each GPU and MIG slice that nvidia-smi lists."""
-    found: list[tuple[str, str, Card]] = []
-    slices = _slices_here()
-    for line in _nvidia_smi(
-        "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"
-    ):
-        number, uuid, name, memory = (part.strip() for part in f"{line},,,".split(",")[:4])
-        if number in slices:
-            found += [
-                (number, own, recognised(f"{name} MIG {profile}", 0.0))
-                for profile, own in slices[number]
-            ]
-        elif memory.replace(".", "").isdigit():
-            found.append((number, uuid, recognised(name, float(memory))))
-    return found
-
-
-def _nvidia_smi(*arguments: str) -> list[str]:
-    """Return the lines that nvidia-smi prints; none where it is not there or fails."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.strip().splitlines()
-
-
-def _slices_here() -> dict[str, list[tuple[str, str]]]:
-    """Return MIG profiles and identifiers by number of their card: `nvidia-smi -L` alone tells
-    them, the query names the whole card.
+    """Return number, identifier and card of each GPU, the fastest first. MIG slices, which only
+    `nvidia-smi -L` tells, stand in place of the card they are cut from, which the query names.
     """
     slices: dict[str, list[tuple[str, str]]] = {}
     number = ""
@@ -190,7 +165,26 @@ def _slices_here() -> dict[str, list[tuple[str, str]]]:
         number = words[1].rstrip(":") if line.startswith("GPU ") else number
         if words[:1] == ["MIG"]:
             slices.setdefault(number, []).append((words[1], words[-1].rstrip(")")))
-    return slices
+    found = []
+    query = "--query-gpu=index,uuid,name,memory.total"
+    for line in _nvidia_smi(query, "--format=csv,noheader,nounits"):
+        number, uuid, name, memory = (part.strip() for part in f"{line},,,".split(",")[:4])
+        if number in slices:
+            for profile, own in slices[number]:
+                found.append((number, own, recognised(f"{name} MIG {profile}", 0.0)))
+        elif memory.replace(".", "").isdigit():
+            found.append((number, uuid, recognised(name, float(memory))))
+    return sorted(found, key=lambda entry: -entry[2].tflops)
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """Return the lines that nvidia-smi prints; none where it is not there or fails."""
+    command = ["nvidia-smi", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.strip().splitlines()
 
 
 def recognised(name: str, memory_mib: float) -> Card:
@@ -210,21 +204,73 @@ def recognised(name: str, memory_mib: float) -> Card:
         for card in CARDS
         if card.name.split("-")[0] in words or ("4090" in words and "4090" in card.name)
     ]
-    profile = re.search(r"\bMIG (?:\d+c\.)?(\d+g\.(\d+)gb)", name)
-    if profile:
-        known = next((card for card in like if card.name.endswith(f"-mig-{profile[1]}")), None)
-        return known or _guessed(name, 0.97 * float(profile[2]))
     gib = memory_mib / 1024
-    whole = [card for card in like if "mig" not in card.name]
-    near = min(
-        whole,
-        key=lambda card: (("pcie" in card.name) != ("pcie" in words), abs(card.memory_gib - gib)),
-        default=None,
+    if profile := re.search(r"\bMIG (?:\d+c\.)?(\d+g\.(\d+)gb)", name):
+        known = [card for card in like if card.name.endswith(f"-mig-{profile[1]}")]
+        guessed = 0.97 * float(profile[2])
+    else:
+        known = [
+            card for card in like if "mig" not in card.name and abs(card.memory_gib - gib) <= 3
+        ]
+        known.sort(key=lambda card: ("pcie" in card.name) != ("pcie" in words))
+        guessed = gib - 0.4
+    if not known:
+        title = f"{name} (not in the table: speed guessed)"
+        return Card(name, title, round(guessed, 1), 100, 600, 10)
+    return (
+        known[0]
+        if profile
+        else replace(known[0], memory_gib=round(min(known[0].memory_gib, gib), 1))
     )
-    if near is None or abs(near.memory_gib - gib) > 3:
-        return _guessed(name, gib - 0.4)
-    return replace(near, memory_gib=round(min(near.memory_gib, gib), 1))
 
 
-def _guessed(name: str, gib: float) -> Card:
-    return Card(name, f"{name} (not in the table: speed guessed)", round(gib, 1), 100, 600, 10)
+def cpu_card() -> Card:
+    """Return this machine's processor, with the cores that this process may use: OMP_NUM_THREADS
+    where it is set, else those it is allowed on.
+    """
+    written = os.environ.get("OMP_NUM_THREADS", "")
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if written.isdigit() and int(written) > 0:
+        cores = min(int(written), cores)
+    return Card(
+        "cpu",
+        f"this machine, {cores} core{'s' * (cores != 1)}",
+        round(available_gib(), 1),
+        tflops=cores**SCALING * core_tflops("bf16"),
+        bandwidth=10.0,
+        link=2.0,
+        mfu=1.0,
+        basis="measured with SmolLM2-135M on one core of another machine; elsewhere taken as"
+        " proportional",
+    )
+
+
+def available_gib() -> float:
+    """Return the memory that can be had now: what is free or can be freed, and no more than the
+    control group allows.
+    """
+    gib = _meminfo("MemAvailable")
+    cached = _meminfo("Cached")  # file cache, which a control group counts as used and gives back
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            free = int((group / limit).read_text()) - int((group / used).read_text())
+            gib = min(gib, free / 2**30 + cached)
+    return max(gib, 0.1)
+
+
+def _meminfo(key: str) -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 2**20
+    except (OSError, StopIteration, ValueError):
+        return 1024.0 if key == "MemAvailable" else 0.0  # not Linux: no opinion
+
+
+def core_tflops(kind: str) -> float:
+    """Return what one core reaches in a precision: bf16, fp32 or 4bit."""
+    return 4 * MEASURED_PARAMETERS * _TOKENS_PER_CPU_SECOND[kind] / 1e12

@@ -12,8 +12,7 @@ import math
 from dataclasses import dataclass
 
 from recipes_lib.planning.batches import Batches
-from recipes_lib.planning.cards import Card
-from recipes_lib.planning.machine import cpu_tflops
+from recipes_lib.planning.cards import Card, core_tflops
 from recipes_lib.planning.memory import GIB, weight_gib
 from recipes_lib.planning.settings import Settings
 
@@ -24,10 +23,8 @@ READ_GIB_PER_S = 0.7  # weights from disk
 NETWORK = 25.0  # GB/s per GPU between machines
 START_S, FINISH_S = 60.0, 45.0  # imports, data; saving, reloading and checking the weights
 CPU_START_S, CPU_FINISH_S = 15.0, 12.0
-CPU_LAYER_PASS_S, CPU_STEP_S = (
-    2e-3,
-    0.05,
-)  # interpreter and optimizer, as a two-layer model shows them
+# interpreter and optimizer, as a two-layer model shows them
+CPU_LAYER_PASS_S, CPU_STEP_S = 2e-3, 0.05
 BANDWIDTH_REACHED = 0.6
 
 
@@ -55,6 +52,27 @@ class Duration:
         return self.training + self.validation + self.around
 
 
+@dataclass(frozen=True)
+class EvalTime:
+    """Seconds of one evaluation of one model.
+
+    Args:
+        answering: the model's own work.
+        judging: the judge's.
+        unknown: what was never measured, tasks and judges; it is not in the sum.
+    """
+
+    name: str
+    answering: float
+    judging: float
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Everything."""
+        return self.answering + self.judging
+
+
 def operations_per_token(settings: Settings) -> float:
     """Return operations per computed token without attention: 4N, 6N or 8N as the module says, and
     the adapter's own 6 per weight.
@@ -74,41 +92,32 @@ def training_duration(
         validation_tokens: computed tokens of all passes over the validation set, over all
             processes.
     """
-    world = settings.world_size
-    speed = _speed(settings, card)
+    world, on_cpu = settings.world_size, settings.device == "cpu"
+    n, layers = settings.shape.active_parameters, settings.shape.layers
+    if on_cpu:  # the processes share the cores
+        kind = "4bit" if settings.bits else "bf16" if settings.compute_bytes == 2 else "fp32"
+        tflops = card.tflops * core_tflops(kind) / core_tflops("bf16") / settings.per_machine
+        launching = layers * CPU_LAYER_PASS_S
+    else:  # float32 goes without the half precision of tensor cores
+        tflops = card.tflops * card.mfu * (1.0 if settings.compute_bytes == 2 else 0.25)
+        launching = layers * LAYER_PASS_S * (1.0 if settings.adapter else 0.5)
+        launching *= 1.35 if settings.checkpointing else 1.0
+    speed = tflops * 1e12
     per_pass = batches.computed / batches.forward_passes / world
-    operations = per_pass * (operations_per_token(settings) + _attention(settings, batches.context))
-    one = max(operations / speed, _launching(settings)) + _dequantising(settings, card)
+    attention = _attention(settings, batches.context)
+    operations = per_pass * (operations_per_token(settings) + attention)
+    one = max(operations / speed, launching) + _dequantising(settings, card)
     moved = _moved_per_pass(settings, card)
     one = max(one, moved) + 0.1 * min(one, moved)
     step = one * batches.forward_passes + _per_step(settings, card)
-    training = step * batches.steps
-    validation = (
-        validation_tokens
-        / world
-        * (2 * settings.shape.active_parameters + _attention(settings, batches.context) / 3.5)
-        / speed
-    )
-    n = settings.shape.active_parameters * (6 if settings.adapter is None else 4)
+    counted = n * (6 if settings.adapter is None else 4)
     return Duration(
-        training=training,
-        validation=validation,
+        training=step * batches.steps,
+        validation=validation_tokens / world * (2 * n + attention / 3.5) / speed,
         around=_around(settings),
         tokens_per_second=batches.tokens / world / step,
-        mfu=batches.computed / world * n / step / (card.tflops * 1e12),
+        mfu=batches.computed / world * counted / step / (card.tflops * 1e12),
     )
-
-
-def _speed(settings: Settings, card: Card) -> float:
-    """Operations per second of one process."""
-    if settings.device == "cpu":
-        return (
-            cpu_tflops(settings, card) * 1e12 / settings.per_machine
-        )  # the processes share the cores
-    slower = (
-        1.0 if settings.compute_bytes == 2 else 0.25
-    )  # float32 without tensor cores' half precision
-    return card.tflops * 1e12 * card.mfu * slower
 
 
 def _attention(settings: Settings, context: float) -> float:
@@ -120,24 +129,14 @@ def _attention(settings: Settings, context: float) -> float:
     return square * passes * settings.shape.query_width * settings.shape.layers * context
 
 
-def _launching(settings: Settings) -> float:
-    """Seconds below which a forward and backward pass cannot go, however few tokens it has."""
-    if settings.device == "cpu":
-        return settings.shape.layers * CPU_LAYER_PASS_S
-    kinds = 1.0 if settings.adapter else 0.5
-    return settings.shape.layers * LAYER_PASS_S * kinds * (1.35 if settings.checkpointing else 1.0)
-
-
 def _dequantising(settings: Settings, card: Card) -> float:
     """Seconds per pass to write the 4-bit weights out as bf16 and read them again, forward and
     backward.
     """
     if not settings.bits or settings.device == "cpu":
         return 0.0
-    passes = 3 if settings.checkpointing else 2
-    return (
-        passes * 4.5 * settings.shape.linear_parameters / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
-    )
+    moved = (3 if settings.checkpointing else 2) * 4.5 * settings.shape.linear_parameters
+    return moved / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
 
 
 def _moved_per_pass(settings: Settings, card: Card) -> float:
@@ -160,9 +159,8 @@ def _per_step(settings: Settings, card: Card) -> float:
     if settings.sharded or settings.world_size == 1:
         return update
     share = 2 * (settings.world_size - 1) / settings.world_size
-    return update + settings.trained_parameters * settings.trained_bytes * share / (
-        _link(settings, card) * 1e9
-    )
+    moved = settings.trained_parameters * settings.trained_bytes * share
+    return update + moved / (_link(settings, card) * 1e9)
 
 
 def _link(settings: Settings, card: Card) -> float:
@@ -174,12 +172,9 @@ def _around(settings: Settings) -> float:
     weights = settings.shape.parameters * settings.weight_bytes / GIB
     if settings.device == "cpu":
         return CPU_START_S * settings.per_machine**0.5 + CPU_FINISH_S + 3 * weights
-    saved = (
-        settings.trained_parameters * settings.trained_bytes / GIB
-        if settings.adapter is None
-        else 0.0
-    )
-    return START_S + FINISH_S + 2 * weights / READ_GIB_PER_S + saved / READ_GIB_PER_S
+    saved = settings.trained_parameters * settings.trained_bytes / GIB
+    moved = 2 * weights + (saved if settings.adapter is None else 0.0)
+    return START_S + FINISH_S + moved / READ_GIB_PER_S
 
 
 def walltime(seconds: float) -> int:

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.config.accelerate_config import AccelerateConfig
 from recipes_lib.config.launch import Active, Launch
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.errors import EnvironmentFault, RecipesError
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.planning.advice import advise
-from recipes_lib.planning.as_json import fits_json
-from recipes_lib.planning.cards import cards_here
+from recipes_lib.planning.cards import cards_here, cpu_card
 from recipes_lib.planning.lengths import Lengths
-from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.plan import Plan, plan_launched
-from recipes_lib.planning.text import clock, refusal_lines
+from recipes_lib.planning.text import gain, refusal_lines
 
 if TYPE_CHECKING:
     from recipes_lib.data.preparation import PreparedData
@@ -61,15 +59,22 @@ def plan_of_active(recipe: Recipe, active: Active, data: PreparedData) -> dict[s
     validation = len(data.validation) if data.validation is not None else 0
     lengths = Lengths(tokens, len(data.train), validation, "the rows themselves", counted=True)
     try:
-        return planned_facts(
-            plan_launched(recipe, launch, cards[0] if cards else cpu_card(), lengths)
-        )
-    except (
-        Exception
-    ) as error:  # a plan is a note beside the run; whatever it trips over, the training goes on
-        return {
-            "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        plan = plan_launched(recipe, launch, cards[0] if cards else cpu_card(), lengths)
+        memory, duration = plan.memory, plan.duration
+        speed = duration.tokens_per_second * plan.settings.world_size
+        return {  # named as what is measured is; on a CPU that is resident memory with libraries
+            "card": plan.card.name,
+            "basis": plan.card.basis,
+            "peak_memory_gib": round(memory.needed if on_cpu else memory.peak, 2),
+            "needed_gib": round(memory.needed, 2),
+            "seconds": round(duration.training + duration.validation, 1),
+            "total_s": round(duration.total, 1),
+            "tokens_per_second": round(speed, 1),
+            "fits": plan.certain,
         }
+    except Exception as error:  # a plan is a note beside the run; the training goes on
+        said = str(error).splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {said[0]}"}
 
 
 def refuse_what_cannot_fit(plan: Plan) -> str | None:
@@ -85,42 +90,17 @@ def refuse_what_cannot_fit(plan: Plan) -> str | None:
     """
     if plan.fits:
         return None
-    if plan.verdict != "no":
+    there = plan.card.memory_gib
+    if plan.certain is None:
         return (
-            f"warning: by an estimate this needs {plan.memory.needed * plan.sharing:.1f} GiB; there"
-            f" are {plan.card.memory_gib:.1f} GiB"
+            f"warning: by an estimate this needs {plan.needed:.1f} GiB; there are {there:.1f} GiB"
         )
-    if plan.settings.device == "cpu" and plan.memory.peak * plan.sharing <= plan.card.memory_gib:
-        needed = plan.memory.needed * plan.sharing
-        free = f"{plan.card.memory_gib:.1f} are free now"
+    if plan.settings.device == "cpu" and plan.memory.peak * plan.sharing <= there:
         return (
-            f"warning: the plan needs about {needed:.1f} GiB, and {free} (recipes plan says what"
-            " saves some)"
+            f"warning: the plan needs about {plan.needed:.1f} GiB, and {there:.1f} are free now"
+            " (recipes plan says what saves some)"
         )
     what, largest = refusal_lines(plan)
-    hints = [
-        f"{item.setting}   ({'costs' if item.saves_s < 0 else 'saves'} {clock(abs(item.saves_s))})"
-        for item in advise(plan)[:3]
-    ]
-    origin = plan.recipe.origin_of("train.per_device_train_batch_size")
-    raise EnvironmentFault(
-        what, largest, *hints, "or insist with --no-plan", file=origin.file, line=origin.line
-    )
-
-
-def planned_facts(plan: Plan) -> dict[str, Any]:
-    """Return what run.json keeps of the plan, named as what is measured is (on a CPU that is
-    resident memory, libraries included).
-    """
-    return {
-        "card": plan.card.name,
-        "basis": plan.card.basis,
-        "peak_memory_gib": round(
-            plan.memory.needed if plan.settings.device == "cpu" else plan.memory.peak, 2
-        ),
-        "needed_gib": round(plan.memory.needed, 2),
-        "seconds": round(plan.duration.training + plan.duration.validation, 1),
-        "total_s": round(plan.duration.total, 1),
-        "tokens_per_second": round(plan.duration.tokens_per_second * plan.settings.world_size, 1),
-        "fits": fits_json(plan),
-    }
+    hints = [f"{item.setting}   ({gain(item)})" for item in advise(plan)[:3]]
+    key = "train.per_device_train_batch_size"
+    raise plan.recipe.fault(key, what, largest, *hints, "or insist with --no-plan")

@@ -1,17 +1,19 @@
 """How long a recipe's examples are, and how many there are: counted in local data, else taken from
-an earlier run or from Dolly.
+an earlier run or from databricks-dolly-15k.
 
 Counting reads the rows and, where the model's tokenizer.json is here, tokenises up to `COUNTED` of
-them: a second, no torch.
+them: a second, no torch. Dolly's histogram was counted over all 15,011 rows in the `dolly` prompt
+format with the tokenizer of SmolLM2 (49,152 entries), prompt, completion and end token together,
+nothing cut.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -27,16 +29,32 @@ from recipes_lib.data.prompts import prompt_and_completion
 from recipes_lib.data.rows import first_in_hash_order, read_data
 from recipes_lib.data.sources import find_path, is_on_hub, listed_sources, source_files
 from recipes_lib.data.splits import split_rows
-from recipes_lib.planning.dolly_lengths import characters_per_token, dolly_lengths
 
 if TYPE_CHECKING:
-    from recipes_lib.data.examples import Example
     from recipes_lib.data.rows import Rows
 
 COUNTED = 2000
 LARGEST_FILE = 20_000_000  # bytes; of larger data, the first rows are read and the others counted
 DOLLY_DATASET = "databricks/databricks-dolly-15k"
 TEMPLATE_TOKENS = 31  # what a chat template puts around one exchange
+
+# Entries of a vocabulary -> mean tokens of a row: the tokenizers of Mistral-7B-v0.1 (Llama-2's is
+# of the same kind and size), SmolLM2 and Mistral-Nemo. The original study's logs have 205 tokens a
+# row for Llama-2 cut at 1,024; the first of these gives 199.
+_MEAN_TOKENS = {32_000: 210.9, 49_152: 194.8, 131_072: 188.0}
+_MEAN_CHARACTERS = 820.3
+
+# Dolly's mean length x rows, one entry per bin
+_BINS = """
+14x2 18x28 22x161 26x345 29x357 34x455 37x600 41x445 45x365 49x341 53x293 58x281 62x312 65x310
+69x315 73x280 77x312 82x316 86x316 90x268 94x224 97x232 101x236 105x221 110x241 114x217 118x205
+122x199 125x185 131x338 139x309 148x270 156x281 164x238 172x235 180x251 187x198 195x255 203x234
+211x214 219x204 228x176 235x165 243x143 252x154 264x275 279x229 296x236 311x220 327x169 344x169
+359x147 375x145 391x116 408x113 423x114 439x81 455x79 472x56 488x68 503x59 527x117 560x110 590x88
+624x71 653x61 687x45 720x49 749x45 783x40 813x33 848x28 880x23 911x28 938x13 977x11 1008x17 1076x57
+1211x43 1334x27 1467x18 1609x10 1718x10 1862x19 1986x6 2167x13 2753x11 3290x2 3826x3 4537x4 5398x2
+5840x2 6271x1 8768x1
+"""
 
 
 @dataclass(frozen=True)
@@ -70,43 +88,28 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
         RecipeError: a file or folder of the data is not here.
         DataError: the data are here and cannot be used, for example an empty folder.
     """
+    folders = (recipe.base_dir,)
     try:
-        _check_files(recipe)
+        for source in listed_sources(recipe.data):
+            if not is_on_hub(source, folders) and find_path(source.source, folders) is None:
+                hint = f"a relative path is meant from {recipe.base_dir}"
+                raise recipe.error("data.source", f"no such file or folder: {source.source}", hint)
         local = _counted(recipe, vocabulary)
     except DataError as error:
         raise place(recipe, error) from None
     if local is not None:
         return local
     tokens = dolly_lengths(vocabulary)
-    if recipe.data.source == DOLLY_DATASET:
-        return _split(
-            recipe,
-            tokens,
-            len(tokens),
-            f"Dolly's length histogram ({len(tokens):,} rows)",
-            counted=True,
-        )
-    earlier = _from_run(recipe, tokens)
-    if earlier is not None:
+    dolly = recipe.data.source == DOLLY_DATASET
+    if not dolly and (earlier := _from_run(recipe, tokens)):
         return earlier
     named = recipe.data.source if isinstance(recipe.data.source, str) else "the mixture"
-    return _split(
-        recipe,
-        tokens,
-        len(tokens),
-        f"assumed as long and as many as Dolly's: {named} is not on this machine",
-        counted=False,
+    source_text = (
+        f"Dolly's length histogram ({len(tokens):,} rows)"
+        if dolly
+        else f"assumed as long and as many as Dolly's: {named} is not on this machine"
     )
-
-
-def _check_files(recipe: Recipe) -> None:
-    for source in listed_sources(recipe.data):
-        if (
-            not is_on_hub(source, (recipe.base_dir,))
-            and find_path(source.source, (recipe.base_dir,)) is None
-        ):
-            hint = f"a relative path is meant from {recipe.base_dir}"
-            raise recipe.error("data.source", f"no such file or folder: {source.source}", hint)
+    return _split(recipe, tokens, len(tokens), source_text, counted=dolly)
 
 
 def _split(
@@ -118,50 +121,41 @@ def _split(
         kept = [length for length in tokens if length <= limit] or [min(tokens)]
         rows, tokens = round(rows * len(kept) / len(tokens)), kept
     rows = min(rows, recipe.data.max_examples or rows)
-    if split.method == "none":
-        train, validation = rows, 0
-    elif split.method == "published":
-        train = rows - math.ceil(rows * (split.validation + split.test) - 1e-9)
+    train, validation = rows, 0
+    if split.method != "none":
         validation = round(rows * split.validation)
-    else:
-        train, validation = (
-            round(rows * (1 - split.validation - split.test)),
-            round(rows * split.validation),
-        )
+        train = round(rows * (1 - split.validation - split.test))
+    if split.method == "published":
+        train = rows - math.ceil(rows * (split.validation + split.test) - 1e-9)
     return Lengths(tuple(tokens), max(train, 1), validation, source, counted)
 
 
 def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     """Count the rows of local data; None where a source is not a local file or folder."""
-    section = recipe.data
-    paths = [find_path(source.source, (recipe.base_dir,)) for source in listed_sources(section)]
-    if None in paths:
+    section, folders = recipe.data, (recipe.base_dir,)
+    sources = listed_sources(section)
+    if any(find_path(source.source, folders) is None for source in sources):
         return None
-    large = sum(_size(path) for path in paths if path) > LARGEST_FILE
+    files = [source_files(source, folders) for source in sources]
+    large = sum(file.stat().st_size for some in files for file in some) > LARGEST_FILE
     bad = BadRows()
-    rows = read_data(section, (recipe.base_dir,), bad, max_rows=COUNTED if large else None)
+    rows = read_data(section, folders, bad, max_rows=COUNTED if large else None)
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
-    if section.filters.categories:
-        rows = rows.take(
-            [
-                index
-                for index, kind in enumerate(rows.categories)
-                if kind in section.filters.categories
-            ]
-        )
+    if kept := section.filters.categories:
+        rows = rows.take([index for index, kind in enumerate(rows.categories) if kind in kept])
     some = rows.take(first_in_hash_order(rows, COUNTED, section.split.seed))
     tokens, how = _tokens(recipe, vocabulary, some)
-    if large:
-        total = round(
-            _rows_in_files(recipe) * len(rows) / rows.num_read
-        )  # as many filtered and skipped as among the first
-        return _split(
-            recipe, tokens, total, f"{how} in {len(some):,} of about {total:,} rows", counted=True
+    total, about = len(rows), ""
+    if large:  # as many are filtered and skipped as among the first
+        in_files = sum(
+            min(sum(map(count_rows, one)), source.max_examples or math.inf)
+            for source, one in zip(sources, files, strict=True)
         )
-    source_text = f"{how} in {len(some):,} of {len(rows):,} rows"
-    if section.filters.max_tokens is not None:
-        return _split(recipe, tokens, len(rows), source_text, counted=True)
+        total, about = round(in_files * len(rows) / rows.num_read), "about "
+    source_text = f"{how} in {len(some):,} of {about}{total:,} rows"
+    if large or section.filters.max_tokens is not None:
+        return _split(recipe, tokens, total, source_text, counted=True)
     rows = rows.take(first_in_hash_order(rows, section.max_examples, section.split.seed))
     sides = split_rows(rows, section.split).rows
     return Lengths(
@@ -184,53 +178,30 @@ def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int |
 
 
 def _tokens(recipe: Recipe, vocabulary: int, rows: Rows) -> tuple[list[int], str]:
-    """Return the length of each row as the loss will see it, and how it was counted."""
-    count, how = _counter(recipe, vocabulary)
-    prompt_format = recipe.data.prompt_format
-    tokens = count([_text(example, prompt_format) for example in rows.examples()])
-    return [length + (TEMPLATE_TOKENS if prompt_format == "chat" else 1) for length in tokens], how
-
-
-def _rows_in_files(recipe: Recipe) -> int:
-    """The rows of all local sources, counted as lines where a format has one row per line."""
-    total = 0
-    for source in listed_sources(recipe.data):
-        rows = sum(map(count_rows, source_files(source, (recipe.base_dir,))))
-        total += min(rows, source.max_examples or rows)
-    return total
-
-
-def _size(path: Path) -> int:
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-    )
-
-
-def _text(example: Example, prompt_format: str) -> str:
-    if prompt_format == "chat":
-        return "\n".join(str(message["content"]) for message in conversation_of(example, None))
-    prompt, completion = prompt_and_completion(example, prompt_format)
-    return (prompt or "") + completion
-
-
-def _counter(recipe: Recipe, vocabulary: int) -> tuple[Callable[[list[str]], list[int]], str]:
-    """Return how texts are counted: by the model's tokenizer.json where it is here, else by their
-    characters.
+    """Return the length of each row as the loss will see it, and how it was counted: by the model's
+    tokenizer.json where it is here, else by characters.
     """
+    chat = recipe.data.prompt_format == "chat"
+    texts = [
+        "\n".join(str(message["content"]) for message in conversation_of(example, None))
+        if chat
+        else "".join(
+            part or "" for part in prompt_and_completion(example, recipe.data.prompt_format)
+        )
+        for example in rows.examples()
+    ]
     folder = local_folder(recipe)
     if folder is not None and (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return lambda texts: [
-            len(item.ids) for item in tokenizer.encode_batch(texts, add_special_tokens=True)
-        ], "tokens counted"
-    size = characters_per_token(vocabulary)
-    return lambda texts: [
-        max(1, round(len(text) / size)) for text in texts
-    ], "tokens estimated from characters"
+        encoded = tokenizer.encode_batch(texts, add_special_tokens=True)
+        tokens, how = [len(item.ids) for item in encoded], "tokens counted"
+    else:
+        size = characters_per_token(vocabulary)
+        tokens = [max(1, round(len(text) / size)) for text in texts]
+        how = "tokens estimated from characters"
+    return [length + (TEMPLATE_TOKENS if chat else 1) for length in tokens], how
 
 
 def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
@@ -239,28 +210,53 @@ def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
     """
     run = runs_root() / recipe.name
     try:
-        if (
-            yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))["data"]
-            != recipe.to_dict()["data"]
-        ):
+        resolved = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))
+        if resolved["data"] != recipe.to_dict()["data"]:
             return None
         audit = json.loads((run / "supervision.json").read_text(encoding="utf-8"))
-        used, total, longest = (
-            audit["rows"]["used"],
-            audit["tokens"]["total"],
-            audit["tokens"]["max"],
-        )
-        train, validation = audit["rows"]["trained"], audit["rows"]["validation"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        rows, found = audit["rows"], audit["tokens"]
+        factor = found["total"] / rows["used"] / (sum(tokens) / len(tokens))
+        scaled = [min(max(1, round(length * factor)), found["max"]) for length in tokens]
+        source = f"rows and mean length of the earlier run {recipe.name}"
+        return Lengths(tuple(scaled), rows["trained"], rows["validation"], source, counted=True)
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, yaml.YAMLError):
         return None
-    if not used or not total:
-        return None
-    factor = total / used / (sum(tokens) / len(tokens))
-    scaled = tuple(min(max(1, round(length * factor)), longest) for length in tokens)
-    return Lengths(
-        scaled,
-        train,
-        validation,
-        f"rows and mean length of the earlier run {recipe.name}",
-        counted=True,
-    )
+
+
+def dolly_histogram() -> list[tuple[int, int]]:
+    """Return (tokens, rows) per bin, shortest first.
+
+    Example:
+        >>> sum(rows for _, rows in dolly_histogram())
+        15011
+    """
+    pairs = (entry.split("x") for entry in _BINS.split())
+    return [(int(tokens), int(rows)) for tokens, rows in pairs]
+
+
+@lru_cache(maxsize=4)
+def dolly_lengths(vocabulary: int = 49_152) -> tuple[int, ...]:
+    """Return one length per row, shortest first, as a tokenizer with about that many entries makes
+    it.
+
+    Example:
+        >>> sum(dolly_lengths(32_000)) / sum(dolly_lengths()) > 1.08
+        True
+    """
+    factor = _mean_tokens(vocabulary) / _MEAN_TOKENS[49_152]
+    return tuple(round(tokens * factor) for tokens, rows in dolly_histogram() for _ in range(rows))
+
+
+def characters_per_token(vocabulary: int) -> float:
+    """Return the characters of Dolly's text that become one token.
+
+    Example:
+        >>> [round(characters_per_token(size), 1) for size in (32_000, 49_152, 151_936)]
+        [3.9, 4.2, 4.4]
+    """
+    return _MEAN_CHARACTERS / _mean_tokens(vocabulary)
+
+
+def _mean_tokens(vocabulary: int) -> float:
+    """Return the mean of the vocabulary that is nearest in size, in ratio."""
+    return _MEAN_TOKENS[min(_MEAN_TOKENS, key=lambda size: abs(math.log(vocabulary / size)))]

@@ -1,33 +1,45 @@
-"""The plan of one recipe on one kind of card: memory, batches, time and advice, put together."""
+"""The plan of one recipe on one kind of card: memory, batches and time, put together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.launch import Launch, plan_launch
+from recipes_lib.config.model_files import local_folder
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.planning.batches import Batches, batches_of, draw, validations
-from recipes_lib.planning.cards import DEFAULT, Card, card_named, cards_here
-from recipes_lib.planning.duration import Duration, training_duration, walltime
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.json_files import object_or_none
+from recipes_lib.data.sources import hub_answers, offline_by_environment
+from recipes_lib.models.known import known_shapes
+from recipes_lib.models.shapes import ModelShape, shape_of_config
+from recipes_lib.planning.batches import Batches, batches_of, validation_tokens, validations
+from recipes_lib.planning.cards import DEFAULT, Card, card_named, cards_here, cpu_card
+from recipes_lib.planning.duration import Duration, EvalTime, training_duration, walltime
 from recipes_lib.planning.lengths import Lengths, lengths_of
-from recipes_lib.planning.machine import cpu_card
 from recipes_lib.planning.memory import Memory, largest_tokens, memory_of
-from recipes_lib.planning.models import model_shape
-from recipes_lib.planning.settings import Settings, settings_of
-from recipes_lib.planning.uncounted import uncounted
+from recipes_lib.planning.settings import Settings, settings_of, uncounted
+
+_MODEL_KEY = "model.name_or_path"
+# A launch on CPUs and its twin on GPUs.
+_TWINS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training needs.
+    """What a training needs. With other values (`dataclasses.replace`) it is another plan.
 
     Args:
-        launch: how it is started.
-        eval_tokens: tokens of the largest validation batch.
-        validation_tokens: computed tokens of all passes over the validation set.
-        recipe_settings: the recipe's own settings, where this plan has others.
+        launch: how it is started. It stays the recipe's own where a plan with other settings is
+            compared.
+        accumulation: micro-batches per step and process.
+        evals: the time of evaluations that are counted in, one of each.
+        price: of one card for one hour, in any currency; None for no cost.
     """
 
     recipe: Recipe
@@ -35,33 +47,71 @@ class Plan:
     card: Card
     settings: Settings
     lengths: Lengths
-    batches: Batches
-    memory: Memory
-    eval_tokens: int
-    validation_tokens: float
-    duration: Duration
-    recipe_settings: Settings
+    accumulation: int
+    evals: Sequence[EvalTime] = ()
+    price: float | None = None
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Steps and micro-batches."""
+        return batches_of(self.settings, self.lengths, self.recipe.train, self.accumulation)
+
+    @cached_property
+    def _validation(self) -> tuple[int, float]:
+        return validation_tokens(self.settings, self.lengths)
+
+    @property
+    def eval_tokens(self) -> int:
+        """Tokens of the largest validation batch."""
+        return self._validation[0]
+
+    @cached_property
+    def _accumulating(self) -> Settings:
+        """The settings with what only the batches tell."""
+        return replace(self.settings, accumulates=self.batches.forward_passes > 1)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """GiB of one process."""
+        batches = self.batches
+        return memory_of(self._accumulating, batches.largest, batches.largest_row, self.eval_tokens)
+
+    @cached_property
+    def duration(self) -> Duration:
+        """Seconds of the training."""
+        batches = self.batches
+        passes = validations(batches.steps, batches.steps_per_epoch, self.recipe.train)
+        tokens = self._validation[1] * passes
+        return training_duration(self.settings, batches, self.card, tokens)
+
+    @property
+    def needed(self) -> float:
+        """GiB that the card must have; processes without a GPU share the machine's memory."""
+        return self.memory.needed * self.sharing
 
     @property
     def fits(self) -> bool:
-        """Whether what is counted of the worst micro-batch fits, see `verdict`; processes without a
-        GPU share the machine's memory.
-        """
-        return self.memory.needed * self.sharing <= self.card.memory_gib
+        """Whether what is counted of the worst micro-batch fits, see `verdict`."""
+        return self.needed <= self.card.memory_gib
 
-    @property
+    @cached_property
     def uncounted(self) -> tuple[str, ...]:
         """What needs memory and is not in the sum, in words."""
         return uncounted(self.recipe, self.settings)
 
     @property
-    def verdict(self) -> str:
-        """`yes`, `no`, or `?` where something is not counted: a sum that leaves something out
+    def certain(self) -> bool | None:
+        """Whether it fits, or None where something is not counted: a sum that leaves something out
         cannot say that it fits, nor, for a family that it was not made for, that it does not.
         """
         if not self.fits:
-            return "no" if self.settings.shape.known else "?"
-        return "?" if self.uncounted else "yes"
+            return False if self.settings.shape.known else None
+        return None if self.uncounted else True
+
+    @property
+    def verdict(self) -> str:
+        """`certain` in a word."""
+        return {True: "yes", False: "no", None: "?"}[self.certain]
 
     @property
     def sharing(self) -> int:
@@ -71,76 +121,40 @@ class Plan:
         return self.settings.per_machine if self.settings.device == "cpu" else 1
 
     @property
-    def gpu_hours(self) -> float:
-        """Hours times processes (machine hours where there is no GPU)."""
+    def evaluation(self) -> float:
+        """Seconds of the evaluations."""
+        return sum(item.total for item in self.evals)
+
+    @property
+    def card_hours(self) -> float:
+        """Hours times processes (machine hours where there is no GPU), evaluations on one card."""
         cards = 1 if self.settings.device == "cpu" else self.settings.world_size
-        return self.duration.total * cards / 3600
+        return (self.duration.total * cards + self.evaluation) / 3600
 
     @property
     def walltime(self) -> int:
         """Seconds to ask a scheduler for."""
         return walltime(self.duration.total)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, as it is cut."""
+        longest = max(self.lengths.tokens)
+        return min(self.settings.max_length or longest, longest)
+
     def largest(self, *, checkpointing: bool | None = None) -> int:
         """Return the largest micro-batch in tokens that fits the card."""
-        settings = (
-            self.settings
-            if checkpointing is None
-            else replace(self.settings, checkpointing=checkpointing)
-        )
-        row = self.settings.max_length or max(self.lengths.tokens)
-        return largest_tokens(
-            settings,
-            replace(self.card, memory_gib=self.card.memory_gib / self.sharing),
-            row,
-            self.eval_tokens,
-        )
+        settings = self._accumulating
+        if checkpointing is not None:
+            settings = replace(settings, checkpointing=checkpointing)
+        card = replace(self.card, memory_gib=self.card.memory_gib / self.sharing)
+        row = settings.max_length or max(self.lengths.tokens)
+        return largest_tokens(settings, card, row, self.eval_tokens)
 
-    def with_train(self, **values: Any) -> Plan:
-        """Return the plan with other values of the recipe's `train` that the settings do not hold,
-        such as how often is validated.
-        """
-        recipe = replace(self.recipe, train={**self.recipe.train, **values})
-        return _plan(
-            recipe,
-            self.launch,
-            self.card,
-            self.settings,
-            self.lengths,
-            self.batches.accumulation,
-            self.recipe_settings,
-        )
-
-    def with_rows(self, validation: int) -> Plan:
-        """Return the plan with fewer rows held out for validation; the others are trained on."""
-        lengths = replace(
-            self.lengths,
-            train=self.lengths.train + self.lengths.validation - validation,
-            validation=validation,
-        )
-        return _plan(
-            self.recipe,
-            self.launch,
-            self.card,
-            self.settings,
-            lengths,
-            self.batches.accumulation,
-            self.recipe_settings,
-        )
-
-    def with_settings(self, settings: Settings, accumulation: int) -> Plan:
-        """Return the plan with other settings. The launch stays the recipe's: only numbers are
-        compared.
-        """
-        return _plan(
-            self.recipe,
-            self.launch,
-            self.card,
-            settings,
-            self.lengths,
-            accumulation,
-            self.recipe_settings,
-        )
+    def with_settings(self, accumulation: int | None = None, **changes: Any) -> Plan:
+        """Return the plan with other settings."""
+        settings = replace(self.settings, **changes)
+        return replace(self, settings=settings, accumulation=accumulation or self.accumulation)
 
 
 def plan_recipe(
@@ -150,20 +164,18 @@ def plan_recipe(
     gpus: int | None = None,
     accelerate: str | None = None,
     nodes: int | None = None,
-    lengths: Lengths | None = None,
 ) -> Plan:
     """Return the plan of a recipe.
 
     Args:
         gpu: a card's name, or `cpu`; absent: as `card_for` chooses.
         gpus: processes on each machine; absent, the recipe's.
-        lengths: the data's, where the caller has them.
 
     Raises:
         RecipeError: unknown card or model, a batch that cannot be divided, a launch that cannot be.
     """
     launch = _launch(recipe, gpu, gpus, accelerate, nodes)
-    return plan_launched(recipe, launch, card_for(launch, gpu), lengths)
+    return plan_launched(recipe, launch, card_for(launch, gpu))
 
 
 def card_for(launch: Launch, gpu: str | None) -> Card:
@@ -175,17 +187,18 @@ def card_for(launch: Launch, gpu: str | None) -> Card:
     """
     if gpu == "cpu" or (gpu is None and launch.config.use_cpu):
         return cpu_card()
-    return (
-        card_named(gpu)
-        if gpu
-        else next(iter(cards_here()), replace(card_named(DEFAULT), stands_in=True))
-    )
+    if gpu:
+        return card_named(gpu)
+    return next(iter(cards_here()), replace(card_named(DEFAULT), stands_in=True))
 
 
 def plan_launched(
     recipe: Recipe, launch: Launch, card: Card, lengths: Lengths | None = None
 ) -> Plan:
     """Return the plan of a recipe under a launch, on a card.
+
+    Args:
+        lengths: the data's, where the caller has them.
 
     Raises:
         RecipeError: an unknown architecture, or a batch that cannot be divided.
@@ -194,9 +207,8 @@ def plan_launched(
     shape = model_shape(recipe)
     settings = settings_of(recipe, launch, shape, on_cpu=card.name == "cpu")
     lengths = lengths or lengths_of(recipe, shape.vocabulary)
-    return _plan(
-        recipe, launch, card, settings, lengths, accumulation_steps(recipe, launch.world_size)
-    )
+    accumulation = accumulation_steps(recipe, launch.world_size)
+    return Plan(recipe, launch, card, settings, lengths, accumulation)
 
 
 def _launch(
@@ -205,70 +217,65 @@ def _launch(
     """Return the launch; several GPUs for a recipe of one process mean DDP, and a card means that a
     CPU launch is not wanted.
     """
-    chosen = accelerate or recipe.launch.accelerate
+    own = recipe.launch
+    chosen = accelerate or own.accelerate
     if accelerate is None:
-        several = (gpus or 1) * (nodes or 1) > 1
-        if gpu not in (None, "cpu") and chosen in ("cpu", "ddp_cpu", "fsdp_cpu"):
-            chosen = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}[chosen]
+        if gpu not in (None, "cpu"):
+            chosen = _TWINS.get(chosen, chosen)
         elif gpu == "cpu" and not chosen.endswith("cpu"):
-            chosen = {"single_gpu": "cpu", "fsdp": "fsdp_cpu", "fsdp_qlora": "fsdp_cpu"}.get(
-                chosen, "ddp_cpu"
-            )
-        if several and chosen in ("cpu", "single_gpu"):
-            chosen = {"cpu": "ddp_cpu", "single_gpu": "ddp"}[chosen]
-        if (
-            gpus == 1
-            and (nodes or recipe.launch.nodes) == 1
-            and chosen not in ("cpu", "single_gpu")
-        ):
-            return plan_launch(
-                recipe.launch, "cpu" if chosen.endswith("cpu") else "single_gpu", 1, None
-            )
-    if chosen == recipe.launch.accelerate:
-        return plan_launch(recipe.launch, None, gpus, nodes)
-    return plan_launch(recipe.launch, chosen, gpus or recipe.launch.gpus, nodes)
+            twins = {on_gpu: on_cpu for on_cpu, on_gpu in _TWINS.items()}
+            chosen = {**twins, "fsdp_qlora": "fsdp_cpu"}.get(chosen, "ddp_cpu")
+        if (gpus or 1) * (nodes or 1) > 1:
+            chosen = {"cpu": "ddp_cpu", "single_gpu": "ddp"}.get(chosen, chosen)
+        elif gpus == 1 and (nodes or own.nodes) == 1 and chosen not in ("cpu", "single_gpu"):
+            return plan_launch(own, "cpu" if chosen.endswith("cpu") else "single_gpu", 1, None)
+    if chosen == own.accelerate:
+        return plan_launch(own, None, gpus, nodes)
+    return plan_launch(own, chosen, gpus or own.gpus, nodes)
 
 
-def _plan(
-    recipe: Recipe,
-    launch: Launch,
-    card: Card,
-    settings: Settings,
-    lengths: Lengths,
-    accumulation: int,
-    own: Settings | None = None,
-) -> Plan:
-    batches = batches_of(settings, lengths, recipe.train, accumulation)
-    settings = replace(settings, accumulates=batches.forward_passes > 1)
-    eval_tokens, per_pass = _validation(settings, lengths)
-    validation = per_pass * validations(batches.steps, batches.steps_per_epoch, recipe.train)
-    return Plan(
-        recipe=recipe,
-        launch=launch,
-        card=card,
-        settings=settings,
-        lengths=lengths,
-        batches=batches,
-        memory=memory_of(settings, batches.largest, batches.largest_row, eval_tokens),
-        eval_tokens=eval_tokens,
-        validation_tokens=validation,
-        duration=training_duration(settings, batches, card, validation),
-        recipe_settings=own or settings,
-    )
+def model_shape(recipe: Recipe) -> ModelShape:
+    """Return the shape of a recipe's model: of its files here, the table of known models, or its
+    config.json on the Hub.
 
-
-def _validation(settings: Settings, lengths: Lengths) -> tuple[int, float]:
-    """Return the tokens of the largest validation batch, and the computed tokens of one pass over
-    the validation rows.
+    Raises:
+        RecipeError: the name is a path and there is no model, or an architecture that the planner
+            does not know.
+        EnvironmentFault: a Hub name that is neither here nor in the table, and the Hub does not
+            answer.
     """
-    if not settings.eval_per_device or not lengths.validation:
-        return 0, 0.0
-    cut = settings.max_length or max(lengths.tokens)
-    uncapped = replace(settings, max_tokens=None, packing=False, grouped=False)
-    drawn = draw(
-        uncapped, [min(length, cut) for length in lengths.tokens[:5000]], settings.eval_per_device
+    name, known = recipe.model.name_or_path, known_shapes()
+    if name in known and not Path(name).is_dir():
+        return known[name]
+    hint = (
+        f"online, or after: hf download {name} config.json; known without it: {len(known)} names"
+        " such as meta-llama/Llama-3.1-8B"
     )
-    rows = min(lengths.validation, settings.eval_per_device)
-    return round(
-        drawn.largest * rows / settings.eval_per_device
-    ), drawn.computed / settings.eval_per_device * lengths.validation
+    what = (
+        f"'{name}' is not on this machine, not among the known models, and the Hub does not answer"
+    )
+    folder, config = local_folder(recipe), None
+    if folder is not None:
+        config = object_or_none(folder / "config.json")
+        if config is None:
+            raise recipe.error(
+                _MODEL_KEY,
+                f"{folder} has no readable config.json",
+                "a model is a folder with config.json, safetensors and a tokenizer",
+            )
+    elif not (name.startswith("package:") or offline_by_environment() or not hub_answers()):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download(name, "config.json", revision=recipe.model.revision)
+            config = object_or_none(Path(file))
+        except Exception as error:  # gated, no such model or revision: each has its own message
+            said = str(error).strip().splitlines()[0]
+            what, hint = f"the Hub gives no config.json of '{name}': {said}", ""
+    if config is not None:
+        try:
+            return shape_of_config(config, name)
+        except RecipeError as error:
+            raise recipe.error(_MODEL_KEY, error.what, *error.hints) from None
+    hints = [*did_you_mean(name, known), *([hint] if hint else [])]
+    raise recipe.fault(_MODEL_KEY, f"no plan: {what}", *hints)

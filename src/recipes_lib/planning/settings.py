@@ -18,14 +18,16 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.models.shapes import ModelShape
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-_BLOCK = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "qkv_proj": "self_attn",
+_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"}
+_COUNTED_MODULES = ("lm_head", "embed_tokens")
+_UNCOUNTED_LORA = {
+    "use_dora": "DoRA's copies of weights",
+    "rank_pattern": "ranks of single layers (lora.rank_pattern)",
+    "target_parameters": "adapters on parameters (lora.target_parameters)",
+    "trainable_token_indices": "trained tokens (lora.trainable_token_indices)",
+    "layer_replication": "repeated layers (lora.layer_replication)",
+    "arrow_config": "routing between adapters (lora.arrow_config)",
 }
-COUNTED_MODULES = ("lm_head", "embed_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,64 +153,46 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     Args:
         on_cpu: whether no GPU will be used.
     """
-    train = recipe.train
+    train, fsdp = recipe.train, launch.config.fsdp
     quantization = recipe.quantization or {}
-    bits = (
-        4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None
-    )
-    dtype = shape_dtype(shape, recipe.model.dtype)
-    half = "fp16" if train.get("fp16") else "bf16" if train.get("bf16", True) else None
-    sharded = launch.distributed_type == "FSDP" and launch.world_size > 1
+    bits = {"load_in_4bit": 4, "load_in_8bit": 8}
+    written = recipe.model.dtype  # auto is the checkpoint's own; bf16 where the plan cannot see it
+    dtype = next((name for name in (written, shape.dtype) if name in BYTES), "bfloat16")
+    half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
     attention = _attention(recipe, on_cpu)
     per_device = int(train.get("per_device_train_batch_size", 8))
     packing = bool(train.get("packing", False))
-    free = bool(
-        train.get(
-            "padding_free", attention in ("flash", "documents") and not packing and per_device > 1
-        )
-    )
+    flat_by_itself = attention in ("flash", "documents") and not packing and per_device > 1
+    validates = train.get("eval_strategy", "no") != "no"
     return Settings(
         shape=shape,
         dtype=dtype,
-        bits=bits,
+        bits=next((bits[key] for key in bits if quantization.get(key)), None),
         double_quantized=bool(quantization.get("bnb_4bit_use_double_quant", False)),
         autocast=2 if half else None,
-        autocast_matches=not half
-        or {"fp16": "float16", "bf16": "bfloat16"}[half] == dtype
-        or BYTES[dtype] != 2,
-        scaled=half == "fp16",
+        autocast_matches=half in (None, dtype) or BYTES[dtype] != 2,
+        scaled=half == "float16",
         adapter=_adapter(recipe, shape),
         optimizer=str(train.get("optim", "adamw_torch_fused")),
         attention=attention,
-        checkpointing=_checkpointing(train)
-        or bool(launch.config.fsdp.get("fsdp_activation_checkpointing")),
+        checkpointing=bool(
+            train.get("activation_checkpointing", train.get("gradient_checkpointing"))
+            or fsdp.get("fsdp_activation_checkpointing")
+        ),
         per_device=per_device,
-        eval_per_device=int(train.get("per_device_eval_batch_size", 8))
-        if train.get("eval_strategy", "no") != "no"
-        else 0,
+        eval_per_device=int(train.get("per_device_eval_batch_size", 8)) if validates else 0,
         max_length=train.get("max_length", MAX_LENGTH),
         max_tokens=recipe.run.max_tokens_per_micro_batch,
-        padding_free=free,
+        padding_free=bool(train.get("padding_free", flat_by_itself)),
         packing=packing,
         grouped=train.get("train_sampling_strategy") == "group_by_length",
         world_size=launch.world_size,
         per_machine=launch.per_machine,
-        sharded=sharded,
+        sharded=launch.distributed_type == "FSDP" and launch.world_size > 1,
         sync_each_batch=written_sync(recipe),
-        reshard=bool(launch.config.fsdp.get("fsdp_reshard_after_forward", True)),
+        reshard=bool(fsdp.get("fsdp_reshard_after_forward", True)),
         device="cpu" if on_cpu else "gpu",
     )
-
-
-def shape_dtype(shape: ModelShape, written: str) -> str:
-    """Return the precision that `model.dtype` means; auto is the checkpoint's own, bf16 where the
-    plan cannot see it.
-    """
-    return written if written in BYTES else shape.dtype if shape.dtype in BYTES else "bfloat16"
-
-
-def _checkpointing(train: dict[str, Any]) -> bool:
-    return bool(train.get("activation_checkpointing", train.get("gradient_checkpointing", False)))
 
 
 def _attention(recipe: Recipe, on_cpu: bool) -> str:
@@ -218,12 +202,10 @@ def _attention(recipe: Recipe, on_cpu: bool) -> str:
     name = recipe.model.attn_implementation or "sdpa"
     if "flash" in name or name == "eager":
         return "flash" if "flash" in name else "eager"
-    wrapped = recipe.train.get("packing") and recipe.train.get("packing_strategy") == "wrapped"
-    return (
-        "documents"
-        if on_cpu and recipe.train.get("padding_free") is not False and not wrapped
-        else "sdpa"
-    )
+    train = recipe.train
+    wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
+    apart = on_cpu and train.get("padding_free") is not False and not wrapped
+    return "documents" if apart else "sdpa"
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
@@ -245,7 +227,7 @@ def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
         )
     layers = lora.get("layers_to_transform")
     count = shape.layers if layers is None else 1 if isinstance(layers, int) else len(layers)
-    saved = [name for name in lora.get("modules_to_save") or () if name in COUNTED_MODULES]
+    saved = [name for name in lora.get("modules_to_save") or () if name in _COUNTED_MODULES]
     return Adapter(
         rank=int(lora.get("r", 8)),
         dropout=float(lora.get("lora_dropout", 0.0)),
@@ -265,8 +247,34 @@ def targets_in(written: Any, shape: ModelShape) -> tuple[str, ...]:
     if written == "all-linear":
         return tuple(names)
     if isinstance(written, str):
-        paths = {name: f"model.layers.0.{_BLOCK.get(name, 'mlp')}.{name}" for name in names}
+        blocks = {name: "self_attn" if name in _IN_ATTENTION else "mlp" for name in names}
+        paths = {name: f"model.layers.0.{block}.{name}" for name, block in blocks.items()}
         return tuple(name for name, path in paths.items() if re.fullmatch(written, path))
-    return tuple(
-        name for name in names if any(name == str(given).rpartition(".")[2] for given in written)
-    )
+    given = {str(one).rpartition(".")[2] for one in written}
+    return tuple(name for name in names if name in given)
+
+
+def uncounted(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
+    """Return what of the model and of the recipe needs memory and is not counted, in words: with
+    any of it a sum may be too small, so that the plan does not say that the training fits.
+    """
+    shape, adapter, lora = settings.shape, settings.adapter, recipe.lora or {}
+    found = list(shape.uncounted)
+    if adapter is not None:
+        if shape.experts > 1 and not {"gate_proj", "up_proj", "down_proj"}.isdisjoint(
+            adapter.targets
+        ):
+            found.append("adapters on experts")
+        found += [words for key, words in _UNCOUNTED_LORA.items() if lora.get(key)]
+        saved = [str(name) for name in lora.get("modules_to_save") or []]
+        if others := [name for name in saved if name not in _COUNTED_MODULES]:
+            found.append(f"{', '.join(others)} (lora.modules_to_save)")
+        targets = lora.get("target_modules")
+        if isinstance(targets, list) and shape.known:
+            named = [str(name) for name in targets]
+            linears = shape.linears()
+            if others := [name for name in named if name.rpartition(".")[2] not in linears]:
+                found.append(f"adapters on {', '.join(others)}")
+    if recipe.train.get("torch_compile"):
+        found.append("what torch.compile keeps")
+    return tuple(found)

@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from recipes_lib.config.schedule import WITHOUT_WARMUP
 from recipes_lib.planning.activations import activations_of
-from recipes_lib.planning.advice import Advice, largest_cost
+from recipes_lib.planning.advice import Advice, method_rows
 from recipes_lib.planning.cards import Card
-from recipes_lib.planning.evaluations import EvalTime
 from recipes_lib.planning.memory import MIB
-from recipes_lib.planning.methods import MethodRow
 from recipes_lib.planning.plan import Plan
-from recipes_lib.planning.settings import Settings
 
 # the quickstart's training took the planned time on idle cores, and 168 s for 50 on two cores that
 # others used too
@@ -20,43 +17,26 @@ CPU_SLOWER = 4
 MOST_ADVICE, MOST_OTHERS = 4, 2
 
 
-def plan_lines(
-    plan: Plan,
-    evals: Sequence[EvalTime],
-    rows: Sequence[MethodRow],
-    advice: Sequence[Advice],
-    price: float | None,
-) -> Iterator[str]:
+def plan_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     """Yield the lines of a plan."""
-    yield f"{plan.recipe.name} on {card_words(plan)}"
-    if plan.card.stands_in:
-        yield stand_in(plan.card)
-    yield ""
-    yield from _steps(plan)
-    yield ""
-    yield from _memory(plan)
-    yield ""
-    yield from _time(plan, evals, price)
-    yield ""
-    yield from _methods(rows, plan)
+    settings, card = plan.settings, plan.card
+    speed = f"speed: {card.basis}"
+    if settings.device == "cpu":
+        several = settings.world_size > 1
+        title = f"{card.title}{f', {settings.world_size} processes' if several else ''}"
+    else:
+        machines = f" on {plan.launch.machines} machines" if plan.launch.machines > 1 else ""
+        title = f"{settings.world_size} x {card.title}{machines}"
+        if card.basis == "assumed":
+            speed = "speed assumed, nobody has measured it here"
+    yield f"{plan.recipe.name} on {title} ({speed})"
+    if card.stands_in:
+        yield stand_in(card)
+    for part in (_steps, _memory, _time, _methods):
+        yield ""
+        yield from part(plan)
     yield ""
     yield from _advice(plan, advice)
-
-
-def card_words(plan: Plan) -> str:
-    """Return the cards in words, and what is known of their speed."""
-    if plan.settings.device == "cpu":
-        processes = (
-            f", {plan.settings.world_size} processes" if plan.settings.world_size > 1 else ""
-        )
-        return f"{plan.card.title}{processes} (speed: {plan.card.basis})"
-    machines = f" on {plan.launch.machines} machines" if plan.launch.machines > 1 else ""
-    speed = (
-        "speed assumed, nobody has measured it here"
-        if plan.card.basis == "assumed"
-        else f"speed: {plan.card.basis}"
-    )
-    return f"{plan.settings.world_size} x {plan.card.title}{machines} ({speed})"
 
 
 def stand_in(card: Card) -> str:
@@ -69,31 +49,14 @@ def stand_in(card: Card) -> str:
 
 def refusal_lines(plan: Plan) -> list[str]:
     """Return the arithmetic of a plan that does not fit, in one line and a few hints."""
-    memory = plan.memory
-    parts = [
-        ("weights", memory.weights),
-        ("adapter", memory.adapter),
-        ("gradients", memory.gradients),
-        ("optimizer", memory.optimizer),
-        ("gathered layers", memory.gathered),
-        ("activations", memory.activations),
-        ("logits or one block", memory.moment),
-        ("outside the allocator", memory.outside),
-    ]
-    if memory.validation > memory.activations + memory.moment:
-        parts[5:7] = [("validation", memory.validation)]
-    words = " + ".join(f"{name} {gib:.1f}" for name, gib in parts if gib >= 0.05)
-    times = f" x {plan.sharing} processes" if plan.sharing > 1 else ""
-    need = (
-        f"({words}){times} = {memory.needed * plan.sharing:.1f} GiB"
-        if times
-        else f"{words} = {memory.needed:.1f} GiB"
-    )
+    words = " + ".join(f"{name} {gib:.1f}" for name, _, gib in _parts(plan) if gib >= 0.05)
+    if plan.sharing > 1:
+        words = f"({words}) x {plan.sharing} processes"
     free = "free now" if plan.settings.device == "cpu" else "there"
     return [
         (
-            f"the plan says it cannot fit {plan.card.title}: {need}, {free}:"
-            f" {plan.card.memory_gib:.1f} GiB"
+            f"the plan says it cannot fit {plan.card.title}: {words} = {plan.needed:.1f} GiB,"
+            f" {free}: {plan.card.memory_gib:.1f} GiB"
         ),
         (
             f"the largest micro-batch has {plan.batches.largest:,} tokens; {plan.largest():,}"
@@ -102,8 +65,40 @@ def refusal_lines(plan: Plan) -> list[str]:
     ]
 
 
+def _parts(plan: Plan) -> list[tuple[str, str, float]]:
+    """Return what the needed memory is made of: in short, in full, and in GiB."""
+    memory, settings = plan.memory, plan.settings
+    kinds = {4: "NF4 linear layers", 8: "8-bit linear layers", None: settings.dtype}
+    precision = f"{kinds[settings.bits]}{', shard' * settings.sharded}"
+    trained = {2: "bf16", 4: "float32"}[settings.trained_bytes]
+    rank = f"r={settings.adapter.rank}, " if settings.adapter else ""
+    kept, how = activations_of(settings), ", checkpointed" if settings.checkpointing else ""
+    per_token = (kept.checkpointed if settings.checkpointing else kept.per_token) / MIB
+    if memory.validation > memory.activations + memory.moment:
+        what = f"validation batch of {plan.eval_tokens:,} tokens, more than training needs"
+        at_work = [("validation", what, memory.validation)]
+    else:
+        what = f"activations: {plan.batches.largest:,} tokens x {per_token:.2f} MiB{how}"
+        at_work = [
+            ("activations", what, memory.activations),
+            ("logits or one block", "logits of a tile, or one block at work", memory.moment),
+        ]
+    adapter = f"adapter ({rank}{settings.trained_parameters:,} parameters in {trained})"
+    on_cpu = settings.device == "cpu"
+    outside = "Python and libraries" if on_cpu else "CUDA context, communication, gaps"
+    return [
+        ("weights", f"base weights ({precision})", memory.weights),
+        ("adapter", adapter, memory.adapter),
+        ("gradients", "gradients", memory.gradients),
+        ("optimizer", f"optimizer ({settings.optimizer})", memory.optimizer),
+        ("gathered layers", "layers gathered from the shards", memory.gathered),
+        *at_work,
+        ("outside the allocator", outside, memory.outside),
+    ]
+
+
 def _steps(plan: Plan) -> Iterator[str]:
-    batches, lengths, settings = plan.batches, plan.lengths, plan.settings
+    batches, settings, train = plan.batches, plan.settings, plan.recipe.train
     ranks = f"{settings.world_size} process{'es' * (settings.world_size > 1)}"
     what = "packed rows" if settings.packing else "examples"
     yield (
@@ -111,76 +106,37 @@ def _steps(plan: Plan) -> Iterator[str]:
         f" = {batches.examples_per_step} {what} per step; {batches.rows:,} {what} ->"
         f" {batches.steps_per_epoch:,} steps per epoch, {batches.steps:,} steps"
     )
-    mean = batches.tokens / batches.examples_per_step
-    form = (
-        "packed"
-        if settings.packing
-        else (
-            "padding-free"
-            if settings.padding_free
-            else f"padding makes {batches.padding:.2f} of each"
-        )
-    )
-    longest = min(settings.max_length or max(lengths.tokens), max(lengths.tokens))
-    if longest > settings.shape.positions:
+    if plan.longest > settings.shape.positions:
         yield (
-            f"note    rows of {longest:,} tokens are longer than the {settings.shape.positions:,}"
-            f" that {settings.shape.name} was made for"
+            f"note    rows of {plan.longest:,} tokens are longer than the"
+            f" {settings.shape.positions:,} that {settings.shape.name} was made for"
         )
-    warmup = float(plan.recipe.train.get("warmup_steps") or 0)
-    if (
-        warmup >= max(batches.steps, 1)
-        and plan.recipe.train.get("lr_scheduler_type") not in WITHOUT_WARMUP
-    ):
+    warmup = float(train.get("warmup_steps") or 0)
+    if warmup >= max(batches.steps, 1) and train.get("lr_scheduler_type") not in WITHOUT_WARMUP:
         yield (
             f"note    train.warmup_steps {warmup:g} is not less than the {batches.steps:,} steps:"
             " train.learning_rate is never reached"
         )
+    form = (
+        "padding-free" if settings.padding_free else f"padding makes {batches.padding:.2f} of each"
+    )
     yield (
-        f"tokens  {batches.tokens * batches.steps:,.0f} in all, {mean:,.0f} per {what[:-1]}; {form}"
-        f" ({lengths.source})"
+        f"tokens  {batches.tokens * batches.steps:,.0f} in all,"
+        f" {batches.tokens / batches.examples_per_step:,.0f} per {what[:-1]};"
+        f" {'packed' if settings.packing else form} ({plan.lengths.source})"
     )
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    memory, settings = plan.memory, plan.settings
-    one = "one process" if settings.device == "cpu" else "one GPU"
-    precision = {4: "NF4 linear layers", 8: "8-bit linear layers", None: settings.dtype}[
-        settings.bits
-    ]
-    kept = activations_of(settings)
-    per_token = (kept.checkpointed if settings.checkpointing else kept.per_token) / MIB
-    how = ", checkpointed" if settings.checkpointing else ""
-    lines = [
-        (f"base weights ({precision}{', shard' * settings.sharded})", memory.weights),
-        (f"adapter ({_count(settings)})", memory.adapter),
-        ("gradients", memory.gradients),
-        (f"optimizer ({settings.optimizer})", memory.optimizer),
-        ("layers gathered from the shards", memory.gathered),
-        (
-            f"activations: {plan.batches.largest:,} tokens x {per_token:.2f} MiB{how}",
-            memory.activations,
-        ),
-        ("logits of a tile, or one block at work", memory.moment),
-    ]
-    if memory.validation > memory.activations + memory.moment:
-        lines[5:7] = [
-            (
-                f"validation batch of {plan.eval_tokens:,} tokens, more than training needs",
-                memory.validation,
-            )
-        ]
-    lines += [("allocated at the worst moment", memory.peak)]
-    outside = (
-        "Python and libraries" if settings.device == "cpu" else "CUDA context, communication, gaps"
-    )
-    lines += [(outside, memory.outside), ("needed", memory.needed)]
-    yield f"{f'memory of {one}':<62} GiB"
-    for name, gib in lines:
-        if gib or name == "needed":
-            yield f"  {name:<58} {gib:>7.2f}"
-    verdict = {"yes": "fits", "no": "DOES NOT FIT", "?": "NOT CERTAIN"}[plan.verdict]
-    free = "free now" if settings.device == "cpu" else "on the card"
+    memory, on_cpu = plan.memory, plan.settings.device == "cpu"
+    *allocated, (_, outside, beside) = _parts(plan)
+    lines = [(label, gib) for _, label, gib in allocated]
+    lines += [("allocated at the worst moment", memory.peak), (outside, beside)]
+    yield f"{'memory of one process' if on_cpu else 'memory of one GPU':<62} GiB"
+    for label, gib in [*(line for line in lines if line[1]), ("needed", memory.needed)]:
+        yield f"  {label:<58} {gib:>7.2f}"
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "NOT CERTAIN"}[plan.certain]
+    free = "free now" if on_cpu else "on the card"
     sharing = f" for {plan.sharing} processes" if plan.sharing > 1 else ""
     yield f"  {verdict}: {plan.card.memory_gib:.1f} GiB {free}{sharing}"
     with_, without = plan.largest(checkpointing=True), plan.largest(checkpointing=False)
@@ -193,111 +149,82 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"  not counted: {'; '.join(plan.uncounted)}"
 
 
-def _count(settings: Settings) -> str:
-    precision = {2: "bf16", 4: "float32"}[settings.trained_bytes]
-    rank = f"r={settings.adapter.rank}, " if settings.adapter else ""
-    return f"{rank}{settings.trained_parameters:,} parameters in {precision}"
-
-
-def _time(plan: Plan, evals: Sequence[EvalTime], price: float | None) -> Iterator[str]:
+def _time(plan: Plan) -> Iterator[str]:
     duration, settings = plan.duration, plan.settings
-    full = 6 if settings.adapter is None else 4
-    operations = f"{full + 2 * settings.checkpointing}N operations per token"
-    reached = (
-        "" if settings.device == "cpu" else f", {duration.mfu:.0%} of the peak counted with {full}N"
-    )
-    training, total = (
-        spread(seconds, settings.device) for seconds in (duration.training, duration.total)
-    )
+    device, full = settings.device, 6 if settings.adapter is None else 4
+    reached = "" if device == "cpu" else f", {duration.mfu:.0%} of the peak counted with {full}N"
     yield (
-        f"time    {training} training ({duration.tokens_per_second:,.0f} tokens/s per process,"
-        f" {operations}{reached})"
+        f"time    {spread(duration.training, device)} training"
+        f" ({duration.tokens_per_second:,.0f} tokens/s per process,"
+        f" {full + 2 * settings.checkpointing}N operations per token{reached})"
     )
     yield (
         f"        {clock(duration.validation)} validation, {clock(duration.around)} start and end:"
-        f" {total} in all"
+        f" {spread(duration.total, device)} in all"
     )
-    if settings.device == "cpu":
+    if device == "cpu":
         yield (
             "        the longer time is that of an older processor, or one that has other work:"
             f" {CPU_SLOWER} times the first"
-        )
-    if most := largest_cost(plan):
-        yield (
-            f"        costs most: {most.setting}: {most.why}, {clock(most.seconds)} of"
-            f" {clock(duration.total)}"
         )
     yield (
         f"        ask a scheduler for {clock(plan.walltime)} (half as long again, in quarters of an"
         " hour)"
     )
-    for item in evals:
-        where = "a server" if item.remote else settings.device
-        judging = (
-            f" + {spread(item.judging, where)} judging{' (behind a URL)' if item.remote else ''}"
-            if item.judging
-            else ""
-        )
+    for item in plan.evals:
+        judging = f" + {spread(item.judging, device)} judging" if item.judging else ""
         unknown = f"; not estimated: {', '.join(item.unknown)}" if item.unknown else ""
-        yield (
-            f"        {item.name}: {spread(item.answering, settings.device)}"
-            f" answering{judging}{unknown}"
-        )
-    hours = plan.gpu_hours + sum(item.total for item in evals) / 3600
-    unit = "hours of this machine" if settings.device == "cpu" else "GPU hours"
-    cost = f", {price * hours:,.2f} at {price:g} an hour" if price is not None else ""
-    also = " with one evaluation of each" if evals else ""
-    yield f"        {hours:.2f} {unit}{also}{cost}"
+        yield f"        {item.name}: {spread(item.answering, device)} answering{judging}{unknown}"
+    unit = "hours of this machine" if device == "cpu" else "GPU hours"
+    also = " with one evaluation of each" if plan.evals else " without evaluations"
+    yield f"        {plan.card_hours:.2f} {unit}{also}{cost(plan.card_hours, plan.price)}"
 
 
-def _methods(rows: Sequence[MethodRow], plan: Plan) -> Iterator[str]:
+def cost(hours: float, price: float | None) -> str:
+    """Return what the hours cost, to be put behind them; nothing without a price."""
+    return "" if price is None else f", {price * hours:,.2f} at {price:g} an hour"
+
+
+def _methods(plan: Plan) -> Iterator[str]:
     unit = "processes" if plan.settings.device == "cpu" else "GPUs"
     yield (
         f"{'method':<10} {unit:>9}  {'shared':<7} {'needs GiB':>9}  {'fits':<4}"
         f" {'largest micro-batch':>19}  {'training':>9}"
     )
-    for row in rows:
+    for row in method_rows(plan):
         start = f"{row.method:<10} {row.processes:>9}  {row.strategy:<7}"
-        if row.plan is None:
+        if (other := row.plan) is None:
             yield f"{start} {plan.batches.examples_per_step} examples per step cannot be divided"
             continue
-        mark = "  <- this recipe" * row.is_the_recipe
-        size = f"{row.plan.largest():,} tokens"
+        size = f"{other.largest():,} tokens"
         yield (
-            f"{start} {row.plan.memory.needed:>9.1f}  {row.plan.verdict:<4} {size:>19} "
-            f" {clock(row.plan.duration.total):>9}{mark}"
+            f"{start} {other.memory.needed:>9.1f}  {other.verdict:<4} {size:>19} "
+            f" {clock(other.duration.total):>9}{'  <- this recipe' * row.is_the_recipe}"
         )
 
 
 def _advice(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
-    if not advice:
-        yield (
-            "no setting is known to be better"
-            if plan.fits and not plan.uncounted
-            else (
-                "no advice on memory: not everything is counted"
-                if plan.uncounted
-                else (
-                    "nothing that the planner knows makes it fit: take a smaller model or more GPUs"
-                )
-            )
-        )
-        return
-    needs_less = (
-        "what needs less, best first (not everything is counted)"
-        if plan.uncounted
-        else "what makes it fit, best first"
-    )
-    yield "to try, best first" if plan.fits else needs_less
+    if plan.uncounted:
+        none = "no advice on memory: not everything is counted"
+        head = "what needs less, best first (not everything is counted)"
+    else:
+        none = "nothing that the planner knows makes it fit: take a smaller model or more GPUs"
+        head = "what makes it fit, best first"
+    if plan.fits:
+        head = "to try, best first"
+        none = none if plan.uncounted else "no setting is known to be better"
+    yield head if advice else none
     same = [item for item in advice if item.same_result][:MOST_ADVICE]
     for item in [*same, *[item for item in advice if not item.same_result][:MOST_OTHERS]]:
-        gain = (
-            f"saves {clock(item.saves_s)}" if item.saves_s >= 0 else f"costs {clock(-item.saves_s)}"
-        )
         memory = f", peak {item.memory_gib:+.1f} GiB" if abs(item.memory_gib) >= 0.05 else ""
         other = "" if item.same_result else "; another experiment"
         yield f"  {item.setting}"
-        yield f"      {gain}{memory}: {item.why}{other}"
+        yield f"      {gain(item)}{memory}: {item.why}{other}"
+
+
+def gain(advice: Advice) -> str:
+    """Return what a proposal saves or costs in time."""
+    return f"{'costs' if advice.saves_s < 0 else 'saves'} {clock(abs(advice.saves_s))}"
 
 
 def spread(seconds: float, device: str) -> str:
@@ -307,9 +234,8 @@ def spread(seconds: float, device: str) -> str:
         >>> spread(42, "cpu"), spread(42, "cuda")
         ('42 s to 3 min', '42 s')
     """
-    return (
-        f"{clock(seconds)} to {clock(CPU_SLOWER * seconds)}" if device == "cpu" else clock(seconds)
-    )
+    until = f" to {clock(CPU_SLOWER * seconds)}" if device == "cpu" else ""
+    return f"{clock(seconds)}{until}"
 
 
 def clock(seconds: float) -> str:
