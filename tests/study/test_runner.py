@@ -552,7 +552,7 @@ def test_the_plan_reads_questions_and_data_as_often_for_many_arms_as_for_two(
     arms: int, study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from recipes_lib.planning import plan as planning
-    from recipes_lib.study import plan as shown
+    from recipes_lib.study import status as shown
 
     text = study.path.read_text(encoding="utf-8").replace(
         "  r4: r4.yaml\n  r8: r8.yaml\n",
@@ -645,6 +645,32 @@ def test_status_tells_waiting_from_failed(
     assert rows["check.r4"] == ("waiting", "train.r4 failed")
     assert rows["train.r8"][0] == "fresh"
     assert rows["check.r8"][0] == "missing"
+
+
+def test_watching_ends_where_a_step_failed_that_all_others_need_and_nobody_works_on_it(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAIL", "r4")
+    run_study(study, lambda line: None)
+    graph = build_graph(study)
+    for step in graph:
+        if step.arm in ("base", "r8") and "r4" not in step.name:
+            graph.finish(step, "r", [])
+    waited: list[float] = []
+
+    def ends(seconds: float) -> None:
+        assert not waited, "it waits for ever"
+        waited.append(seconds)
+        busy.__exit__(None, None, None)
+
+    monkeypatch.setattr("recipes_lib.commands.study.time.sleep", ends)
+    busy = study_lock(study)
+    busy.__enter__()
+    assert main(["study", "status", str(study.path), "--watch"]) == ExitCode.DONE
+    said = capsys.readouterr().out
+    assert len(waited) == 1  # as long as somebody did something
+    assert "nothing goes on by itself: train.r4 failed; steps to do: 11" in said
+    assert "next: recipes study run" in said
 
 
 def test_nothing_is_evaluated_while_an_arm_is_trained(

@@ -18,9 +18,16 @@ from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import aligned, next_step, say
 from recipes_lib.study.arms import study_folder
-from recipes_lib.study.plan import study_plan_lines, study_plan_object
-from recipes_lib.study.runner import check_imported, run_study, study_lock, wanted_steps
-from recipes_lib.study.status import diff_rows, status_lines, step_rows, summary_line
+from recipes_lib.study.runner import check_imported, run_study, study_lock
+from recipes_lib.study.status import (
+    diff_rows,
+    standstill,
+    status_lines,
+    step_rows,
+    study_plan_lines,
+    study_plan_object,
+    summary_line,
+)
 from recipes_lib.study.steps import build_graph
 
 _ACTIONS = {
@@ -51,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "--watch",
                 action="store_true",
-                help="show it again every two seconds until everything is done",
+                help="show it again every two seconds until everything is done, or nothing goes on",
             )
         if name == "run":
             action.add_argument(
@@ -102,7 +109,7 @@ def typed(study: Study) -> str:
 def _plan(study: Study, args: argparse.Namespace) -> int:
     check_imported(study)
     graph = build_graph(study)
-    steps = wanted_steps(graph, args.only)
+    steps = graph.wanted(args.only)
     if args.json:
         print(
             json.dumps(
@@ -176,7 +183,8 @@ def _answer(study: Study) -> list[str]:
 def _status(study: Study, args: argparse.Namespace) -> int:
     shown = ""
     while True:
-        rows = step_rows(study, build_graph(study))
+        graph = build_graph(study)
+        rows = step_rows(study, graph)
         if args.json:
             print(
                 json.dumps(
@@ -197,10 +205,13 @@ def _status(study: Study, args: argparse.Namespace) -> int:
         if (summary := summary_line(rows)) != shown or terminal:
             say(summary)
         shown = summary
-        if not args.watch or all(row.state in ("fresh", "failed") for row in rows):
+        done = all(row.state == "fresh" for row in rows)
+        if not args.watch or done:
+            break
+        if still := standstill(study, graph):
+            say(still)
             break
         time.sleep(WATCH_S)
-    done = all(row.state == "fresh" for row in rows)
     next_step(f"recipes study {'report' if done else 'run'} {typed(study)}")
     return int(ExitCode.DONE)
 

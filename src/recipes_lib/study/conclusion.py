@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Study
@@ -21,7 +21,7 @@ from recipes_lib.core.atomic_files import publish, write_json
 from recipes_lib.core.project import runs_root
 from recipes_lib.report.study_report import write_study_report
 from recipes_lib.study.arms import base_run, run_names, study_folder
-from recipes_lib.study.graph import Freshness, Graph, digest_of
+from recipes_lib.study.graph import Freshness, Graph, Step, digest_of
 
 if TYPE_CHECKING:
     from recipes_lib.compare.claims import Comparison
@@ -41,18 +41,13 @@ def measured_runs(study: Study, graph: Graph) -> dict[str, list[Path]]:
     """Return arm -> folders of the runs whose training is done; what an earlier state of the study
     left is not among them.
     """
-    state = graph.survey()
-    trained = {step.run: state[step.name].fresh for step in graph.of_kind("train")}
-    names = {
-        arm: [name for name in runs if trained.get(name, True)]
+    todo = {step.run for step in graph.todo() if step.kind == "train"}
+    published = {arm.name for arm in study.arms if arm.published_only}  # shown, with no run to read
+    measured = {
+        arm: [runs_root() / name for name in runs if name not in todo]
         for arm, runs in run_names(study).items()
     }
-    published = {arm.name for arm in study.arms if arm.published_only}  # shown, with no run to read
-    return {
-        arm: [runs_root() / name for name in runs]
-        for arm, runs in names.items()
-        if runs or arm in published
-    }
+    return {arm: runs for arm, runs in measured.items() if runs or arm in published}
 
 
 def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurements:
@@ -65,28 +60,23 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
     to_base = {recipe.name for recipe in study.evals if recipe.metrics.against == BASE_ARM}
     results: dict[tuple[str, str, str], bool] = {}
     for step in graph.of_kind("judgments", "lm_eval", "comparison"):
-        against = (
-            base_run(study) or BASE_ARM
-            if step.kind == "judgments" and step.eval in to_base
-            else step.against
-        )
+        against = step.against
+        if step.kind == "judgments" and step.eval in to_base:
+            against = base_run(study) or BASE_ARM
         results[step.run, step.eval, against] = known[step.name].fresh
     imported = {arm.imported for arm in study.arms if arm.imported}
 
     def kept(run: RunMeasurements) -> RunMeasurements:
         if run.name in imported:
             return run
-        evals = [
-            one
-            for one in run.evals
-            if results.get(
-                (run.name, one.eval, "" if one.against in (None, "reference") else one.against)
-            )
-        ]
-        stale = [
-            name for (owner, name, _), fresh in results.items() if owner == run.name and not fresh
-        ]
-        return dataclasses.replace(run, evals=tuple(evals), unfinished=tuple(dict.fromkeys(stale)))
+        evals = []
+        for one in run.evals:
+            against = "" if one.against in (None, "reference") else str(one.against)
+            if results.get((run.name, one.eval, against)):
+                evals.append(one)
+        mine = [(name, fresh) for (owner, name, _), fresh in results.items() if owner == run.name]
+        stale = dict.fromkeys(name for name, fresh in mine if not fresh)
+        return dataclasses.replace(run, evals=tuple(evals), unfinished=tuple(stale))
 
     arms = {
         name: dataclasses.replace(arm, runs=tuple(map(kept, arm.runs)))
@@ -104,6 +94,12 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     Raises:
         RecipesError: an evaluation's files are damaged.
     """
+
+    def done(step: Step, output: Any, files: list[Path], started: float) -> None:
+        if complete:
+            seconds = round(time.monotonic() - started, 2)
+            graph.finish(step, digest_of(output), files, seconds=seconds)
+
     started = time.monotonic()
     known = graph.survey()
     statistics, report = graph.steps["statistics"], graph.steps["report"]
@@ -113,41 +109,24 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     record = graph.folder / "statistics" / "comparison.json"
     if not known[statistics.name].fresh:
         write_json(record, comparison.to_dict())
-        if complete:
-            graph.finish(
-                statistics,
-                digest_of(comparison.to_dict()),
-                [record],
-                seconds=round(time.monotonic() - started, 2),
-            )
+        done(statistics, comparison.to_dict(), [record], started)
     started = time.monotonic()
     folder = study_folder(study) / "report"
     scratch = folder.with_name(".report.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    write_study_report(
-        scratch, comparison, measurements, study, not_up_to_date(statistics.upstream, known)
-    )
+    behind = not_up_to_date(statistics.upstream, known)
+    write_study_report(scratch, comparison, measurements, study, behind)
     publish(scratch, folder)
-    if complete:
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        graph.finish(
-            report,
-            digest_of([file.name for file in files]),
-            files,
-            seconds=round(time.monotonic() - started, 2),
-        )
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    done(report, [file.name for file in files], files, started)
     return Conclusion(comparison, folder, complete)
 
 
 def not_up_to_date(names: Sequence[str], known: Mapping[str, Freshness]) -> list[str]:
     """Return the line that stands above a report while steps are missing or stale."""
     behind = [f"{name} ({known[name].state})" for name in names if not known[name].fresh]
+    if not behind:
+        return []
     more = f" and {len(behind) - 6} more" if len(behind) > 6 else ""
-    return (
-        [
-            f"Not up to date: {', '.join(behind[:6])}{more}. What follows is what was measured"
-            " before."
-        ]
-        if behind
-        else []
-    )
+    names = ", ".join(behind[:6])
+    return [f"Not up to date: {names}{more}. What follows is what was measured before."]

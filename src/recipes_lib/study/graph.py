@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import write_json
-from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.json_files import read_object
 
 _FORMAT_VERSION = 1
@@ -29,23 +30,12 @@ FOLLOWS = ("is stale", "is not done")  # how a reason ends that is another step'
 _State = Literal["fresh", "stale", "missing"]
 # Keys of a recipe that change how fast a step is, and no result.
 ONLY_SPEED = {
-    "batch_tokens",
-    "base_url",
-    "api_key_variable",
-    "concurrency",
-    "timeout_s",
-    "max_retries",
-    "max_consecutive_failures",
+    *("batch_tokens", "concurrency", "timeout_s", "max_retries", "max_consecutive_failures"),
+    *("base_url", "api_key_variable"),
 }
 # What differs between two writings of one result.
 _VOLATILE = {
-    "written",
-    "command",
-    "git",
-    "libraries",
-    "file",
-    "generated_now",
-    "lm_eval_command",
+    *("written", "command", "git", "libraries", "file", "generated_now", "lm_eval_command"),
     *ONLY_SPEED,
 }
 # What a result says of its judge because of the runs that were evaluated beside it: whose pairs the
@@ -111,6 +101,29 @@ class Graph:
         """Return the steps of these kinds, in order."""
         return [step for step in self if step.kind in kinds]
 
+    def wanted(self, only: Sequence[str] = ()) -> list[Step]:
+        """Return the steps whose names are or begin with one of these words; without words all.
+
+        Raises:
+            RecipeError: a word fits no step.
+        """
+        found: dict[str, Step] = {}
+        for word in only:
+            fitting = {name: self.steps[name] for name in self.steps if _fits(name, word)}
+            if not fitting:
+                raise RecipeError(
+                    f"--only {word}: no such step",
+                    *did_you_mean(word, list(self.steps)),
+                    "all steps: recipes study plan",
+                )
+            found |= fitting
+        return [step for step in self if not only or step.name in found]
+
+    def todo(self, only: Sequence[str] = ()) -> list[Step]:
+        """Return the wanted steps that are not fresh."""
+        state = self.survey()
+        return [step for step in self.wanted(only) if not state[step.name].fresh]
+
     def read(self, name: str, file: str) -> dict[str, Any] | None:
         """Return a JSON file in a step's folder, or None where there is none."""
         return _read(self.folder / name / file)
@@ -119,7 +132,7 @@ class Graph:
         """Return done.json of a step, or None where it was never done by this version of the
         format.
         """
-        found = _read(self.folder / name / "done.json")
+        found = self.read(name, "done.json")
         return found if found and found.get("format_version") == _FORMAT_VERSION else None
 
     def output(self, name: str) -> str | None:
@@ -139,11 +152,10 @@ class Graph:
         return found
 
     def _judge(self, step: Step, known: Mapping[str, Freshness]) -> Freshness:
-        failure = _read(self.folder / step.name / "failed.json")
-        record = self.record(step.name)
-        waiting = tuple(f"{name} is not done" for name in step.upstream if not known[name].fresh)
+        failure, record = self.read(step.name, "failed.json"), self.record(step.name)
         if record is None:
-            return Freshness("missing", waiting, failure)
+            waiting = [name for name in step.upstream if not known[name].fresh]
+            return Freshness("missing", tuple(f"{name} is not done" for name in waiting), failure)
         reasons = [*changed_inputs(record["inputs"], step.inputs)]
         if record["version"] != step.version:
             reasons.append(
@@ -175,8 +187,11 @@ class Graph:
             "inputs": dict(step.inputs),
             "upstream": {name: self.output(name) for name in step.upstream},
             "output": output,
-            "files": {_relative(path, root): file_record(path) for path in files},
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "files": {
+                path.resolve().relative_to(root.resolve()).as_posix(): file_record(path)
+                for path in files
+            },
+            "finished": _now(),
             **facts,
         }
         write_json(self.folder / step.name / "done.json", record)
@@ -188,11 +203,16 @@ class Graph:
 
     def fail(self, step: Step, error: str, exit_code: int) -> None:
         """Note that a step failed; an earlier result stays what it is."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(
-            self.folder / step.name / "failed.json",
-            {"error": error, "exit_code": exit_code, "at": now},
-        )
+        record = {"error": error, "exit_code": exit_code, "at": _now()}
+        write_json(self.folder / step.name / "failed.json", record)
+
+
+def _fits(name: str, word: str) -> bool:
+    return f"{name}.".startswith(f"{word}.")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -208,11 +228,10 @@ def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         old, new = before.get(key), plain.get(key)
         if old == new or (key.startswith(CONTENT) and None in (old, new)):
             continue
-        phrases.append(
-            f"{key.removeprefix(CONTENT)} changed"
-            if key.startswith(CONTENT)
-            else f"{key} {_shown(old)} -> {_shown(new)}"
-        )
+        if key.startswith(CONTENT):
+            phrases.append(f"{key.removeprefix(CONTENT)} changed")
+        else:
+            phrases.append(f"{key} {_shown(old)} -> {_shown(new)}")
     return phrases
 
 
@@ -274,12 +293,12 @@ def content_of(path: Path) -> str | None:
     is nothing.
     """
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and not any(part.startswith((".", "__")) for part in file.parts[-2:])
+        files = [file for file in path.rglob("*") if file.is_file()]
+        hidden = (".", "__")
+        return digest_of_files(
+            path,
+            [file for file in files if not any(p.startswith(hidden) for p in file.parts[-2:])],
         )
-        return digest_of([[file.relative_to(path).as_posix(), content_of(file)] for file in files])
     if not path.is_file():
         return None
     with path.open("rb") as stream:
@@ -288,13 +307,14 @@ def content_of(path: Path) -> str | None:
 
 def digest_of(value: Any) -> str:
     """Return the SHA-256 of a JSON-ready value."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
-    ).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _relative(path: Path, root: Path) -> str:
-    return path.resolve().relative_to(root.resolve()).as_posix()
+def digest_of_files(folder: Path, files: Sequence[Path]) -> str:
+    """Return the SHA-256 of files with their names below a folder."""
+    pairs = [[file.relative_to(folder).as_posix(), content_of(file)] for file in sorted(files)]
+    return digest_of(pairs)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,9 +1,10 @@
-"""What `recipes study plan`, `status` and `diff` print: steps with their state, reason and cost;
-arms side by side. Reads files only.
+"""What `recipes study plan`, `status` and `diff` print: steps with their state, reason and cost
+(counted, or measured last time); arms side by side. Reads files only.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,13 +12,20 @@ from itertools import islice
 from typing import Any
 
 from recipes_lib.compare.design import Study
+from recipes_lib.compare.wording import question_text
 from recipes_lib.config.yaml_text import value_text
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import rows_from_the_end
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned
-from recipes_lib.study.arms import study_folder
+from recipes_lib.study.arms import launch_words, study_folder, train_words
 from recipes_lib.study.graph import Freshness, Graph, Step
+from recipes_lib.suites.questions import load_questions
+from recipes_lib.suites.recipe import EvalRecipe
+
+STATES = ("fresh", "running", "stale", "missing", "waiting", "failed")
+_REASON_WIDTH = 72
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,8 @@ class StepRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row for --json."""
-        return {
-            "step": self.name,
-            "state": self.state,
-            "detail": self.detail,
-            "seconds": self.seconds,
-        }
+        facts = {"state": self.state, "detail": self.detail, "seconds": self.seconds}
+        return {"step": self.name, **facts}
 
 
 def step_rows(study: Study, graph: Graph) -> list[StepRow]:
@@ -48,92 +52,85 @@ def step_rows(study: Study, graph: Graph) -> list[StepRow]:
         if not known[step.name].fresh and is_held(RunDirectory(step.run).path)
     }
     evaluating = not training and is_held(study_folder(study))
-    return [_row(step, known, graph, training, evaluating) for step in graph]
+    rows = []
+    for step in graph:
+        record = graph.record(step.name) or {}
+        if step.kind == "train" and step.run in training:
+            state, detail = "running", _reached(step.run)
+            detail += describe_holder(RunDirectory(step.run).path / "lock.json")
+        else:
+            state, detail = _state(step, known, record, evaluating)
+        rows.append(StepRow(step.name, state, detail, record.get("seconds")))
+    return rows
 
 
-def _row(
-    step: Step, known: Mapping[str, Freshness], graph: Graph, training: set[str], evaluating: bool
-) -> StepRow:
-    state, record = known[step.name], graph.record(step.name)
-    seconds = record.get("seconds") if record else None
+def _state(
+    step: Step, known: Mapping[str, Freshness], record: Mapping[str, Any], evaluating: bool
+) -> tuple[str, str]:
+    """Return the state of a step that is not being trained, and the reason."""
+    state = known[step.name]
     if state.fresh:
-        return StepRow(
-            step.name,
-            "fresh",
-            f"done {record['finished'].removesuffix('+00:00')}" if record else "",
-            seconds,
-        )
-    if step.kind == "train" and step.run in training:
-        return StepRow(step.name, "running", progress_of(step.run), seconds)
-    waits = [name for name in step.upstream if not known[name].fresh]
+        return "fresh", f"done {record['finished'].removesuffix('+00:00')}" if record else ""
     if state.failure:
-        return StepRow(step.name, "failed", str(state.failure["error"]).splitlines()[0], seconds)
-    if state.state == "missing":
-        failed = next((name for name in waits if known[name].failure), None)
-        after = (
-            f"after {waits[0]}" + (f" and {len(waits) - 1} more" if len(waits) > 1 else "")
-            if waits
-            else ""
-        )
-        detail = (
-            f"{failed} failed"
-            if failed
-            else after or (_begun(step.run) if step.kind == "train" else "")
-        )
-        return StepRow(
-            step.name,
-            "waiting" if waits else "running" if evaluating and step.kind != "train" else "missing",
-            detail,
-            seconds,
-        )
-    return StepRow(step.name, "stale", state.why, seconds)
-
-
-def progress_of(run_name: str) -> str:
-    """Return how far a training is, and who does it."""
-    return _reached(run_name) + describe_holder(RunDirectory(run_name).path / "lock.json")
-
-
-def _begun(run_name: str) -> str:
-    """How far a training came that somebody or something stopped."""
-    run = RunDirectory(run_name)
-    return (
-        f"stopped ({_reached(run_name)}): the same command continues it"
-        if run.exists() and run.metrics.is_file()
-        else ""
-    )
+        return "failed", str(state.failure["error"]).splitlines()[0]
+    if state.state == "stale":
+        return "stale", state.why
+    waits = [name for name in step.upstream if not known[name].fresh]
+    if failed := [name for name in waits if known[name].failure]:
+        return "waiting", f"{failed[0]} failed"
+    if waits:
+        more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
+        return "waiting", f"after {waits[0]}{more}"
+    if step.kind != "train":
+        return "running" if evaluating else "missing", ""
+    run = RunDirectory(step.run)
+    if run.exists() and run.metrics.is_file():
+        return "missing", f"stopped ({_reached(step.run)}): the same command continues it"
+    return "missing", ""
 
 
 def _reached(run_name: str) -> str:
     """The last step and loss that a training wrote."""
-    run = RunDirectory(run_name)
     step, loss = "starting", ""
     with suppress(OSError):
-        lines = [
-            row for _, row in islice(rows_from_the_end(run.metrics), 2)
-        ]  # the last one may be a validation
+        # the last line may be a validation
+        lines = [row for _, row in islice(rows_from_the_end(RunDirectory(run_name).metrics), 2)]
         step = f"step {lines[0]['step']}" if lines else step
-        loss = next(
-            (f", loss {row['loss']:.3f}" for row in lines if isinstance(row.get("loss"), float)), ""
-        )
+        losses = [row["loss"] for row in lines if isinstance(row.get("loss"), float)]
+        loss = f", loss {losses[0]:.3f}" if losses else ""
     return f"{step}{loss}"
+
+
+def standstill(study: Study, graph: Graph) -> str | None:
+    """Return why nothing more will be done by itself; None while something can be, or where all is
+    done: steps that are not done failed or need one that did, and no process works on them.
+    """
+    known = graph.survey()
+    todo = [step for step in graph if not known[step.name].fresh]
+    failed = [step for step in todo if known[step.name].failure]
+    stuck = {step.name for step in failed}
+    for step in todo:
+        if stuck.intersection(step.upstream):
+            stuck.add(step.name)
+    busy = [study_folder(study), *(graph.folder / step.name for step in failed)]
+    busy += [RunDirectory(step.run).path for step in failed if step.kind == "train"]
+    if not failed or len(stuck) < len(todo) or any(map(is_held, busy)):
+        return None
+    names = ", ".join(step.name for step in failed[:3])
+    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+    return f"nothing goes on by itself: {names}{more} failed; steps to do: {len(todo)}"
 
 
 def status_lines(rows: Sequence[StepRow], width: int) -> list[str]:
     """Return the status table, each line cut to the terminal's width."""
-    head = ("step", "state", "took", "")
-    lines = aligned(
-        [head, *((row.name, row.state, seconds_text(row.seconds), row.detail) for row in rows)]
-    )
-    return [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines]
+    cells = [(row.name, row.state, seconds_text(row.seconds), row.detail) for row in rows]
+    return [_cut(line, width) for line in aligned([("step", "state", "took", ""), *cells])]
 
 
 def summary_line(rows: Sequence[StepRow]) -> str:
     """Return how many steps are in which state."""
-    states = dict.fromkeys(("fresh", "running", "stale", "missing", "waiting", "failed"), 0)
-    for row in rows:
-        states[row.state] += 1
-    return ", ".join(f"{count} {state}" for state, count in states.items() if count)
+    counts = Counter(row.state for row in rows)
+    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -157,8 +154,143 @@ def diff_rows(study: Study) -> Iterator[tuple[str, list[str], str]]:
     """
     arms = [arm.name for arm in study.arms if arm.recipe is not None]
     for key, values in study.differing().items():
-        yield (
-            key,
-            ["-" if values[name] is None else value_text(values[name]) for name in arms],
-            study.factor_of(key) or "",
-        )
+        shown = ["-" if values[name] is None else value_text(values[name]) for name in arms]
+        yield key, shown, study.factor_of(key) or ""
+
+
+# ---- The plan ----
+
+
+def study_plan_object(
+    study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the plan for --json; `estimates` says per arm what one training takes."""
+    rows, costs = _rows_and_costs(study, graph, steps, estimates)
+    todo = [name for name, row in rows.items() if row.state != "fresh"]
+    return {
+        "study": study.name,
+        "question": study.question,
+        "steps": [
+            {
+                **rows[step.name].to_dict(),
+                "arm": step.arm,
+                "run": step.run,
+                "cost": costs[step.name],
+            }
+            for step in steps
+        ],
+        "todo": todo,
+        "seconds_measured": sum(rows[name].seconds or 0.0 for name in todo),
+    }
+
+
+def study_plan_lines(
+    study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield the plan as text: the arms, then every step that would be done with its reason and
+    cost.
+
+    Args:
+        estimates: per arm, what one training takes.
+    """
+    rows, costs = _rows_and_costs(study, graph, steps, estimates)
+    todo = [step for step in steps if rows[step.name].state != "fresh"]
+    base = " and their base" if study.include_base else ""
+    yield question_text(study.question)
+    yield (
+        f"{len(study.arms)} arms{base}; {len(study.evals)} evals; seeds"
+        f" {', '.join(map(str, study.seeds))}"
+    )
+    yield ""
+    if not todo:
+        yield f"nothing to do: all {len(steps)} steps are fresh"
+        return
+    table = [("step", "because", "cost", "took before")]
+    for step in todo:
+        row = rows[step.name]
+        because = {
+            "waiting": "never done",
+            "missing": "never done",
+            "failed": f"failed: {row.detail}",
+            "running": f"running: {row.detail}",
+        }.get(row.state, row.detail)
+        # the whole reason stands in `status` and in --json
+        because = _cut(because, _REASON_WIDTH)
+        table.append((step.name, because, costs[step.name], seconds_text(row.seconds)))
+    yield from aligned(table)
+    yield ""
+    yield f"{len(todo)} of {len(steps)} steps to do"
+    for step in todo:
+        if step.kind == "train":
+            arm = study.arm(step.arm)
+            words = [*train_words(study, arm, step.seed or 0), *launch_words(arm)]
+            yield f"$ recipes train {' '.join(words)}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _rows_and_costs(
+    study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
+) -> tuple[dict[str, StepRow], dict[str, str]]:
+    """Return the rows of steps by name, and what each takes, counted from its inputs."""
+    wanted = {step.name for step in steps}
+    rows = {row.name: row for row in step_rows(study, graph) if row.name in wanted}
+    evals = {recipe.name: recipe for recipe in study.evals}
+    turns = {name: _count_turns(recipe) for name, recipe in evals.items()}
+    costs = {}
+    for step in steps:
+        if step.kind == "train":
+            estimate = estimates.get(step.arm)
+            costs[step.name] = _training_cost(study, step) + (f": {estimate}" if estimate else "")
+        elif step.eval in evals:
+            costs[step.name] = _eval_cost(step.kind, evals[step.eval], turns[step.eval])
+        else:
+            costs[step.name] = "loads the adapter" if step.kind == "check" else "seconds"
+    return rows, costs
+
+
+def _eval_cost(kind: str, recipe: EvalRecipe, turns: int | None) -> str:
+    """Return what a step of an eval takes.
+
+    Args:
+        turns: how many answers the eval asks for; None where that is not known here.
+    """
+    if kind == "lm_eval":
+        limit = f", {recipe.suite.limit} items each" if recipe.suite.limit else ""
+        return f"{', '.join(recipe.suite.tasks or [])}{limit}"
+    if turns is None:
+        unknown = "answers, as many as there are questions (not on this machine yet)"
+        return unknown if kind == "answers" else "judgments"
+    if kind == "answers":
+        return f"{turns:,} answers of at most {recipe.generation.max_new_tokens:,} tokens"
+    if kind == "judgments" and recipe.suite.name == "mt_bench":
+        return f"{turns:,} judgments"
+    absolute = turns if recipe.metrics.absolute and kind == "judgments" else 0
+    probes = 12 * recipe.metrics.probe_pairs if kind == "judgments" else 0
+    more = f" and at most {probes:,} probes" if probes else ""
+    return f"{2 * turns + absolute:,} judgments{more}"
+
+
+def _count_turns(recipe: EvalRecipe) -> int | None:
+    """Return how many answers an eval asks for, or None where its questions are not on this
+    machine.
+    """
+    if recipe.suite.name == "lm_eval":
+        return None
+    named = {"data.questions": recipe.data.questions, "data.references": recipe.data.references}
+    if all(recipe.resolve(key, name).is_file() for key, name in named.items() if name):
+        with suppress(RecipesError):
+            return sum(len(question.turns) for question in load_questions(recipe).questions)
+    return None
+
+
+def _training_cost(study: Study, step: Step) -> str:
+    """Return the processes of a training and its length."""
+    arm = study.arm(step.arm)
+    assert arm.recipe is not None
+    steps = arm.recipe.train.get("max_steps", -1)
+    epochs = arm.recipe.train.get("num_train_epochs", 3)
+    length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epoch{'s' * (epochs != 1)}"
+    return f"{length} on {arm.world_size} process{'es' * (arm.world_size > 1)} ({arm.accelerate})"

@@ -11,10 +11,10 @@ checkout lies is one.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,15 @@ from recipes_lib.core.project import runs_root
 from recipes_lib.data.sources import data_files, find_path, listed_sources
 from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, REQUIREMENT
 from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
-from recipes_lib.study.graph import CONTENT, ONLY_SPEED, Graph, Step, content_of, digest_of
+from recipes_lib.study.graph import (
+    CONTENT,
+    ONLY_SPEED,
+    Graph,
+    Step,
+    content_of,
+    digest_of,
+    digest_of_files,
+)
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.training.resume_guard import flatten, guarded_values
 from recipes_lib.weights.base import base_fingerprint, fingerprint
@@ -37,185 +45,113 @@ from recipes_lib.weights.base import base_fingerprint, fingerprint
 # their source itself is the version.
 VERSIONS = {"train": 1, "check": 1, "answers": 1, "judgments": 1, "comparison": 1, "lm_eval": 1}
 _SOURCES = (".py", ".html", ".jinja", ".j2", ".css", ".js", ".tex", ".md")
-_JUDGE_FILES = (
-    "relative_prompt",
-    "absolute_prompt",
-    "rubric",
-    "reference_rubric",
-)  # known by their content, whatever they are called
+# known by their content, whatever they are called
+_JUDGE_FILES = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")
 
 
 def build_graph(study: Study) -> Graph:
     """Return the steps of a study, upstream first."""
-    return Graph(study_folder(study) / "steps", list(_Builder(study).steps()))
+    return Graph(study_folder(study) / "steps", list(_steps(study)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Subject:
-    """What is evaluated: one seed of an arm, or the base."""
+    """What is evaluated: one seed of an arm, or the base. `inputs` are those of its answers."""
 
     word: str
     arm: str
     seed: int | None
     run: str
-    upstream: tuple[str, ...]
-    inputs: Mapping[str, Any]
+    upstream: tuple[str, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def step(
+        self,
+        kind: str,
+        inputs: Mapping[str, Any],
+        upstream: tuple[str, ...] = (),
+        eval: str = "",
+        other: _Subject | None = None,
+    ) -> Step:
+        """Return a step about it, against another subject where the step compares two."""
+        word = f"{self.word}-vs-{other.word}" if other else self.word
+        name = ".".join(filter(None, (kind, eval, word)))
+        against = (other.run or other.word) if other else ""
+        about = (self.arm, self.seed, self.run, eval, against)
+        return Step(name, kind, inputs, upstream, VERSIONS[kind], *about)
 
 
-class _Builder:
-    def __init__(self, study: Study) -> None:
-        self.study = study
-        self.subjects: list[_Subject] = []
-        self.contents: dict[
-            tuple[str, ...], dict[str, str | None]
-        ] = {}  # of files that many arms share, read once
-
-    def steps(self) -> Iterator[Step]:
-        """Yield every step."""
-        for arm in self.study.arms:
-            if arm.trained:
-                yield from self._trained(arm)
-        if self.study.include_base and (model := base_arm(self.study)):
-            assert model.recipe is not None
-            self.subjects.insert(
-                0,
-                _Subject(
-                    BASE_ARM,
-                    BASE_ARM,
-                    None,
-                    base_run(self.study) or "",
-                    (),
-                    base_inputs(model.recipe),
-                ),
-            )
-        last: list[Step] = []
-        for recipe in self.study.evals:
-            last += (
-                self._harness(recipe) if recipe.suite.name == "lm_eval" else self._judged(recipe)
-            )
-        yield from last
-        yield from self._report(last)
-
-    def _trained(self, arm: Arm) -> Iterator[Step]:
-        """Training and check of each seed."""
-        assert arm.recipe is not None
+def _steps(study: Study) -> Iterator[Step]:
+    subjects: list[_Subject] = []
+    contents: dict[tuple[str, ...], dict[str, str | None]] = {}  # many arms share files: read once
+    trained: list[str] = []
+    for arm in study.arms:
+        if not arm.trained:
+            continue
+        recipe = arm.recipe
+        assert recipe is not None
+        key = (str(recipe.data), str(recipe.model), str(recipe.base_dir))
+        if key not in contents:
+            contents[key] = {**data_contents(recipe), **_base_content(recipe)}
         for seed in arm.seeds:
             word = arm.name if seed == arm.own_seed else f"{arm.name}.seed{seed}"
-            run = arm_run(self.study, arm, seed)
-            facts: dict[str, Any] = {"arm": arm.name, "seed": seed, "run": run}
-            train = Step(
-                f"train.{word}",
-                "train",
-                training_inputs(arm, seed, self._contents(arm.recipe)),
-                version=VERSIONS["train"],
-                **facts,
-            )
-            check = Step(
-                f"check.{word}", "check", {}, (train.name,), version=VERSIONS["check"], **facts
-            )
-            self.subjects.append(_Subject(word, arm.name, seed, run, (check.name,), {}))
+            subject = _Subject(word, arm.name, seed, arm_run(study, arm, seed))
+            train = subject.step("train", training_inputs(arm, seed, contents[key]))
+            check = subject.step("check", {}, (train.name,))
             yield train
             yield check
+            trained.append(train.name)
+            subjects.append(replace(subject, upstream=(check.name,)))
+    if study.include_base and (model := base_arm(study)):
+        assert model.recipe is not None
+        asked = base_inputs(model.recipe)
+        base = _Subject(BASE_ARM, BASE_ARM, None, base_run(study) or "", inputs=asked)
+        subjects.insert(0, base)
+    measured: list[Step] = []
+    for one in study.evals:
+        of_eval = list(_evaluations(one, subjects))
+        yield from of_eval
+        measured += of_eval
+    upstream = (*trained, *(step.name for step in measured if step.kind != "answers"))
+    version = source_version("compare", "foreign", "statistics", "study")
+    yield Step("statistics", "statistics", report_inputs(study), upstream, version)
+    version = source_version("compare", "foreign", "report", "study")
+    yield Step("report", "report", {}, ("statistics",), version)
 
-    def _contents(self, recipe: Recipe) -> dict[str, str | None]:
-        key = (str(recipe.data), str(recipe.model), str(recipe.base_dir))
-        if key not in self.contents:
-            self.contents[key] = {**data_contents(recipe), **_base_content(recipe)}
-        return self.contents[key]
 
-    def _judged(self, recipe: EvalRecipe) -> Iterator[Step]:
-        """Answers and judgments of everyone, and the comparisons of AlpacaEval."""
-        answering, judging = answer_inputs(recipe), judgment_inputs(recipe)
-        found: list[tuple[_Subject, Step]] = []
-        for subject in self.subjects:
-            facts = _facts(subject, recipe)
-            name = f"answers.{recipe.name}.{subject.word}"
-            step = Step(
-                name,
-                "answers",
-                {**subject.inputs, **answering},
-                subject.upstream,
-                VERSIONS["answers"],
-                **facts,
-            )
-            found.append((subject, step))
-            yield step
-        against_base = (
-            [step.name for subject, step in found if subject.arm == BASE_ARM]
-            if recipe.metrics.against == BASE_ARM
-            else []
-        )
-        for subject, step in found:
-            if against_base and subject.arm == BASE_ARM:
-                continue
-            upstream = (step.name, *against_base)
-            name = f"judgments.{recipe.name}.{subject.word}"
-            yield Step(
-                name,
-                "judgments",
-                judging,
-                upstream,
-                version=VERSIONS["judgments"],
-                **_facts(subject, recipe),
-            )
-        if recipe.suite.name == "alpaca_eval":
-            yield from self._comparisons(recipe, found, judging)
-
-    def _comparisons(
-        self, recipe: EvalRecipe, found: list[tuple[_Subject, Step]], judging: Mapping[str, Any]
-    ) -> Iterator[Step]:
-        """Head to head in both orders: every arm against every other and the base, seed by seed."""
-        by_arm: dict[str, list[tuple[_Subject, Step]]] = {}
-        for subject, step in found:
-            by_arm.setdefault(subject.arm, []).append((subject, step))
-        for first, second in itertools.combinations(by_arm.values(), 2):
-            for number in range(max(len(first), len(second))):
-                (one, one_step), (other, other_step) = (
-                    first[number % len(first)],
-                    second[number % len(second)],
-                )
-                name = f"comparison.{recipe.name}.{other.word}-vs-{one.word}"
-                facts = {**_facts(other, recipe), "against": one.run or one.word}
-                yield Step(
-                    name,
-                    "comparison",
-                    judging,
-                    (one_step.name, other_step.name),
-                    version=VERSIONS["comparison"],
-                    **facts,
-                )
-
-    def _harness(self, recipe: EvalRecipe) -> Iterator[Step]:
+def _evaluations(recipe: EvalRecipe, subjects: Sequence[_Subject]) -> Iterator[Step]:
+    """Yield lm-eval's numbers of everyone, or everyone's answers and judgments, and the comparisons
+    of AlpacaEval: head to head in both orders, every arm against every other and the base, seed by
+    seed.
+    """
+    if recipe.suite.name == "lm_eval":
         inputs = harness_inputs(recipe)
-        for subject in self.subjects:
-            name = f"lm_eval.{recipe.name}.{subject.word}"
+        for subject in subjects:
             values = {**subject.inputs, **inputs}
-            yield Step(
-                name,
-                "lm_eval",
-                values,
-                subject.upstream,
-                VERSIONS["lm_eval"],
-                **_facts(subject, recipe),
-            )
-
-    def _report(self, last: list[Step]) -> Iterator[Step]:
-        """Statistics over everything that was measured, and the report."""
-        trained = [f"train.{subject.word}" for subject in self.subjects if subject.arm != BASE_ARM]
-        upstream = (*trained, *(step.name for step in last if step.kind != "answers"))
-        version = source_version("compare", "foreign", "statistics", "study")
-        yield Step("statistics", "statistics", report_inputs(self.study), upstream, version=version)
-        yield Step(
-            "report",
-            "report",
-            {},
-            ("statistics",),
-            version=source_version("compare", "foreign", "report", "study"),
-        )
-
-
-def _facts(subject: _Subject, recipe: EvalRecipe) -> dict[str, Any]:
-    return {"arm": subject.arm, "seed": subject.seed, "run": subject.run, "eval": recipe.name}
+            yield subject.step("lm_eval", values, subject.upstream, recipe.name)
+        return
+    answering, judging = answer_inputs(recipe), judgment_inputs(recipe)
+    answers: dict[str, str] = {}
+    for subject in subjects:
+        values = {**subject.inputs, **answering}
+        step = subject.step("answers", values, subject.upstream, recipe.name)
+        answers[subject.word] = step.name
+        yield step
+    to_base = recipe.metrics.against == BASE_ARM and BASE_ARM in answers
+    for subject in subjects:
+        if not (to_base and subject.arm == BASE_ARM):
+            needed = (answers[subject.word], *([answers[BASE_ARM]] if to_base else []))
+            yield subject.step("judgments", judging, needed, recipe.name)
+    if recipe.suite.name != "alpaca_eval":
+        return
+    by_arm: dict[str, list[_Subject]] = {}
+    for subject in subjects:
+        by_arm.setdefault(subject.arm, []).append(subject)
+    for first, second in itertools.combinations(by_arm.values(), 2):
+        for number in range(max(len(first), len(second))):
+            one, other = first[number % len(first)], second[number % len(second)]
+            needed = (answers[one.word], answers[other.word])
+            yield other.step("comparison", judging, needed, recipe.name, one)
 
 
 # ---- Inputs ----
@@ -230,17 +166,20 @@ def training_inputs(arm: Arm, seed: int, contents: Mapping[str, str | None]) -> 
     """
     recipe = arm.recipe
     assert recipe is not None
-    launch = {key: value for key, value in arm.resolved().items() if key in _LAUNCH}
+    resolved = arm.resolved()
+    launch = (f"launch.{key}" for key in ("distributed_type", "world_size", "mixed_precision"))
     values = guarded_values(recipe, "", arm.world_size, "", {})
     values = {
         key: value
         for key, value in values.items()
         if not key.startswith(("launch.", "data_fingerprint"))
     }
-    return {**values, **launch, "train.seed": seed, **contents}
-
-
-_LAUNCH = ("launch.distributed_type", "launch.world_size", "launch.mixed_precision")
+    return {
+        **values,
+        **{key: resolved[key] for key in launch},
+        "train.seed": seed,
+        **contents,
+    }
 
 
 def data_contents(recipe: Recipe) -> dict[str, str | None]:
@@ -251,14 +190,9 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
     with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
         for source in listed_sources(recipe.data):
             path = find_path(source.source, [recipe.base_dir])
-            files = (
-                [path]
-                if path and path.is_file()
-                else data_files(path, source.source_split)
-                if path
-                else []
-            )
-            for file in files:
+            if path is None:
+                continue
+            for file in [path] if path.is_file() else data_files(path, source.source_split):
                 key, alike = f"{CONTENT}data {file.name}", 1
                 while key in contents:  # a/rows.jsonl and b/rows.jsonl
                     alike += 1
@@ -266,48 +200,33 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
                 contents[key] = content_of(file)
     template = recipe.data.chat_template
     if template and template.endswith(".jinja"):
-        contents[f"{CONTENT}chat template"] = content_of(
-            recipe.folder_of("data.chat_template") / template
-        )
+        folder = recipe.folder_of("data.chat_template")
+        contents[f"{CONTENT}chat template"] = content_of(folder / template)
     return contents
 
 
 def _base_content(recipe: Recipe) -> dict[str, str | None]:
-    fingerprint = None
-    with suppress(
-        RecipesError
-    ):  # a model that is not there is the training's error, of this arm alone
-        fingerprint = base_fingerprint(recipe)
-    return {f"{CONTENT}base model": fingerprint}
-
-
-def _weights_content(folder: Path) -> str:
-    return fingerprint(folder)
+    known = None
+    with suppress(RecipesError):  # a model that is not there is the training's error, of one arm
+        known = base_fingerprint(recipe)
+    return {f"{CONTENT}base model": known}
 
 
 def base_inputs(recipe: Recipe) -> dict[str, Any]:
     """Return what the base's answers depend on: its weights, precision and the prompt format it is
     asked in.
     """
-    data = {
-        key: getattr(recipe.data, key)
-        for key in ("prompt_format", "chat_template", "system_prompt")
-    }
-    values = flatten(
-        {
-            "model": dataclasses.asdict(recipe.model),
-            "quantization": recipe.quantization,
-            "data": data,
-        }
-    )
-    return {**values, **_base_content(recipe)}
+    keys = ("prompt_format", "chat_template", "system_prompt")
+    data = {key: getattr(recipe.data, key) for key in keys}
+    model = {"model": asdict(recipe.model), "quantization": recipe.quantization, "data": data}
+    return {**flatten(model), **_base_content(recipe)}
 
 
 def answer_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     """Return what a model's answers depend on beside the model."""
     values = {
         f"generation.{key}": value
-        for key, value in dataclasses.asdict(recipe.generation).items()
+        for key, value in asdict(recipe.generation).items()
         if key not in ONLY_SPEED
     }
     return {
@@ -323,47 +242,33 @@ def judgment_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     judge = recipe.judge.judge
     values = {
         f"judge.{key}": value
-        for key, value in dataclasses.asdict(judge).items()
+        for key, value in asdict(judge).items()
         if key not in (*ONLY_SPEED, *_JUDGE_FILES)
     }
-    values |= flatten(
-        {
-            "thresholds": dataclasses.asdict(recipe.judge.thresholds),
-            "metrics": dataclasses.asdict(recipe.metrics),
-        }
-    )
+    thresholds, metrics = asdict(recipe.judge.thresholds), asdict(recipe.metrics)
+    values |= flatten({"thresholds": thresholds, "metrics": metrics})
     for key in _JUDGE_FILES:
         name = getattr(judge, key)
-        content = (
-            REQUIREMENT
-            if name == PROMETHEUS_PACKAGE
-            else content_of(recipe.judge.path.parent / name)
-        )
+        packaged = name == PROMETHEUS_PACKAGE
+        content = REQUIREMENT if packaged else content_of(recipe.judge.path.parent / name)
         values[f"{CONTENT}judge {key.replace('_', ' ')}"] = content
     weights = Path(judge.model)
     local = judge.engine == "transformers" and any(weights.glob("*.safetensors"))
-    return {
-        **values,
-        f"{CONTENT}judge model": _weights_content(weights) if local else None,
-        **_question_files(recipe, "references"),
-    }
+    values[f"{CONTENT}judge model"] = fingerprint(weights) if local else None
+    return {**values, **_question_files(recipe, "references")}
 
 
 def harness_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     """Return what lm-eval's numbers depend on beside the model: options, and the task files and
     data that lie here.
     """
-    values = flatten({"suite": dataclasses.asdict(recipe.suite)}) | {
-        "generation.dtype": recipe.generation.dtype
-    }
-    if recipe.data.include_path:
-        values[f"{CONTENT}tasks {recipe.data.include_path}"] = content_of(
-            recipe.resolve("data.include_path", recipe.data.include_path)
-        )
-    elif recipe.data.folder:
-        values[f"{CONTENT}data {recipe.data.folder}"] = content_of(
-            recipe.resolve("data.folder", recipe.data.folder)
-        )
+    values = flatten({"suite": asdict(recipe.suite)})
+    values["generation.dtype"] = recipe.generation.dtype
+    tasks, data = recipe.data.include_path, recipe.data.folder
+    if tasks:
+        values[f"{CONTENT}tasks {tasks}"] = content_of(recipe.resolve("data.include_path", tasks))
+    elif data:
+        values[f"{CONTENT}data {data}"] = content_of(recipe.resolve("data.folder", data))
     return values
 
 
@@ -404,29 +309,16 @@ def _imported_content(folder: Path) -> str | None:
     """What an imported run holds; when and by which command it was imported is not part of it."""
     if not folder.is_dir():
         return None
-    state = {
-        key: value
-        for key, value in read_object(folder / "run.json").items()
-        if key not in ("created", "updated")
-    }
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and file.name not in ("run.json", "command.txt", ".lock")
-    )
-    return digest_of(
-        [state, *([file.relative_to(folder).as_posix(), content_of(file)] for file in files)]
-    )
+    state = read_object(folder / "run.json")
+    state = {key: value for key, value in state.items() if key not in ("created", "updated")}
+    left_out = ("run.json", "command.txt", ".lock")
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in left_out]
+    return digest_of([state, digest_of_files(folder, files)])
 
 
 @lru_cache(maxsize=4)
 def source_version(*packages: str) -> str:
     """Return a hash of the source files of packages."""
     here = Path(__file__).parents[1]
-    files = sorted(
-        file
-        for package in packages
-        for file in (here / package).rglob("*")
-        if file.suffix in _SOURCES
-    )
-    return digest_of([[file.relative_to(here).as_posix(), content_of(file)] for file in files])[:16]
+    found = [file for package in packages for file in (here / package).rglob("*")]
+    return digest_of_files(here, [file for file in found if file.suffix in _SOURCES])[:16]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from recipes_lib.compare.design import Study
 from recipes_lib.config.recipe import load_recipe
@@ -35,7 +35,6 @@ from recipes_lib.weights.base import weight_hashes
 from recipes_lib.weights.check import read_check
 
 _POLL_S = 0.2
-PREEMPTED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
 
 
 @dataclass
@@ -69,13 +68,8 @@ class Trainings:
         say: Callable[[str], None],
         flags: Sequence[str] = (),
     ) -> None:
-        self.study, self.graph, self.jobs, self.say, self.flags = (
-            study,
-            graph,
-            jobs,
-            say,
-            list(flags),
-        )
+        self.study, self.graph, self.jobs, self.say = study, graph, jobs, say
+        self.flags = list(flags)
         self.failed: dict[str, tuple[str, int]] = {}
         self.stopped: int | None = None
         self.signals: list[int] = []
@@ -90,24 +84,11 @@ class Trainings:
         somebody asked to stop.
         """
         waiting = list(steps)
-        before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._stop) for number in signals}
         try:
             while (waiting and self.stopped is None) or self.running:
-                while (
-                    self.stopped is None
-                    and len(self.running) < self.jobs
-                    and (step := self._next(waiting)) is not None
-                ):
-                    taken = [device for training in self.running for device in training.devices]
-                    devices = free_devices(self.devices, taken, self._wanted(step))
-                    if (
-                        devices is None
-                    ):  # the next one to start, so that many small ones do not keep a large one waiting  # noqa: E501
-                        break
-                    waiting.remove(step)
-                    self._start(step, devices)
+                self._start_next(waiting)
                 time.sleep(_POLL_S)
                 while self.signals:
                     number = self.signals.pop(0)
@@ -119,6 +100,22 @@ class Trainings:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _start_next(self, waiting: list[Step]) -> None:
+        """Start the trainings that there is room for, in order: many small ones do not keep a large
+        one waiting.
+        """
+        while (
+            self.stopped is None
+            and len(self.running) < self.jobs
+            and (step := self._next(waiting)) is not None
+        ):
+            taken = [device for training in self.running for device in training.devices]
+            devices = free_devices(self.devices, taken, self._wanted(step))
+            if devices is None:
+                break
+            waiting.remove(step)
+            self._start(step, devices)
 
     def _next(self, waiting: Sequence[Step]) -> Step | None:
         """The first run that nobody else is training."""
@@ -137,12 +134,8 @@ class Trainings:
     def _wanted(self, step: Step) -> int:
         """How many GPUs a training takes; a launch for the CPU takes none."""
         launch = self.study.arm(step.arm).launch
-        on_cpu = launch.config.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-            "1",
-            "true",
-            "yes",
-        )
-        return 0 if on_cpu else launch.per_machine
+        said = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return 0 if launch.config.use_cpu or said else launch.per_machine
 
     def _stop(self, number: int, frame: object) -> None:
         """Note a signal, which `run` hands on, each once: `recipes train` checkpoints and ends, and
@@ -170,26 +163,28 @@ class Trainings:
         arm = self.study.arm(step.arm)
         assert step.seed is not None
         words = [*train_words(self.study, arm, step.seed), *launch_words(arm), *self.flags]
-        if (
-            self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1
-        ):  # two launchers that start together would both take the usual port
+        if self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1:
+            # two launchers that start together would both take the usual port
             words += ["--main-process-port", str(free_port())]
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-        log = study_folder(self.study) / "logs" / f"{step.run}.log" if self.jobs > 1 else None
-        if log is not None:
+        environment, shown = dict(os.environ), " ".join(["recipes", "train", *words])
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+            shown = f"CUDA_VISIBLE_DEVICES={','.join(devices)} {shown}"
+        log, stream = None, None
+        if self.jobs > 1:
+            log = study_folder(self.study) / "logs" / f"{step.run}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-        stream = log.open("ab") if log else None
-        shown = "".join(f"{key}={value} " for key, value in environment.items())
-        self.say(
-            f"\n$ {shown}recipes train {' '.join(words)}" + (f"   # output: {log}" if log else "")
-        )
-        options: dict[str, Any] = {"stdout": stream, "stderr": stream} if stream else {}
-        options["env"] = {**os.environ, **environment}
-        # In a session of its own, so that a terminal's Ctrl-C reaches it through us alone and not
-        # twice.
-        tied = functools.partial(_die_with_parent, os.getpid())
+            stream = log.open("ab")
+            shown += f"   # output: {log}"
+        self.say(f"\n$ {shown}")
         process = subprocess.Popen(
-            train_command(words), preexec_fn=tied, start_new_session=True, **options
+            train_command(words),
+            env=environment,
+            stdout=stream,
+            stderr=stream,
+            preexec_fn=functools.partial(_die_with_parent, os.getpid()),
+            # so that a terminal's Ctrl-C reaches it through us alone and not twice
+            start_new_session=True,
         )
         self.running.append(_Training(step, process, time.monotonic(), log, stream, devices))
 
@@ -202,6 +197,7 @@ class Trainings:
         """
         note = self.graph.folder / step.name / "started.json"
         if run.exists():
+            other: list[str] = []
             begun = self.graph.read(step.name, "started.json")
             state = run.read_state()
             if state["state"] == "imported":
@@ -213,25 +209,18 @@ class Trainings:
                 other = changed_inputs(begun["inputs"], step.inputs)
                 if (before := begun.get("version", 1)) != step.version:
                     other.append(f"code {before} -> {step.version}")
-            else:  # trained by hand, or by a cluster's job
-                guard = state.get("guard")
-                other = list(recipe_differences(self._recipe(step), guard)) if guard else []
+            elif guard := state.get("guard"):  # trained by hand, or by a cluster's job
+                path, *words = train_words(self.study, self.study.arm(step.arm), step.seed or 0)
+                other = list(recipe_differences(load_recipe(path, words), guard))
             if state["state"] == "finished" and _weights(run) is None:
                 other.append("its weights are gone")
             if other:
                 away = free_name(study_folder(self.study) / "replaced" / run.name)
                 away.parent.mkdir(parents=True, exist_ok=True)
                 run.path.rename(away)
-                self.say(
-                    f"{step.run} is out of date ({', '.join(other[:3])}): moved to"
-                    f" {shown_path(away)}"
-                )
+                why = ", ".join(other[:3])
+                self.say(f"{step.run} is out of date ({why}): moved to {shown_path(away)}")
         write_json(note, {"inputs": dict(step.inputs), "version": step.version})
-
-    def _recipe(self, step: Step) -> Any:
-        assert step.seed is not None
-        path, *words = train_words(self.study, self.study.arm(step.arm), step.seed)
-        return load_recipe(path, words)
 
     def _ended(self, training: _Training) -> None:
         """Record how a training ended."""
@@ -241,7 +230,7 @@ class Trainings:
         run = RunDirectory(step.run)
         if code == ExitCode.DONE and run.exists() and run.read_state()["state"] == "finished":
             self._finish(step, run, time.monotonic() - training.started)
-        elif code in PREEMPTED or self.stopped is not None:
+        elif code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED) or self.stopped is not None:
             self.stopped = self.stopped or code
         else:
             recorded = run.read_state().get("error") if run.exists() else None
@@ -254,11 +243,14 @@ class Trainings:
         """Record a finished training: its result is the hash of its weights and of the prompt
         format it was trained in.
         """
-        state = run.read_state()
+        state, folder = run.read_state(), _weights(run)
+        assert folder is not None
         took = seconds or float((state.get("summary") or {}).get("seconds") or 0)
-        self.graph.finish(
-            step, weights_digest(run, state), weight_files(run), seconds=round(took, 1)
-        )
+        check, prompts = read_check(folder), state.get("guard", {}).get("prompt_format_hash")
+        result = digest_of([check.sha256 if check else weight_hashes(folder), prompts])
+        curves = [run.metrics] if run.metrics.is_file() else []
+        files = [*sorted(folder.glob("*.safetensors")), *curves]
+        self.graph.finish(step, result, files, seconds=round(took, 1))
         self.say(f"{step.run}: trained" + ("" if seconds else " before"))
 
     def _fail(self, step: Step, error: str, code: int) -> None:
@@ -296,41 +288,12 @@ def train_command(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "recipes_lib.cli", "train", *words]
 
 
-def weights_digest(run: RunDirectory, state: dict[str, Any]) -> str:
-    """Return a hash of a finished run's weights and prompt format."""
-    folder = _weights(run)
-    assert folder is not None
-    check = read_check(folder)
-    return digest_of(
-        [
-            check.sha256 if check else weight_hashes(folder),
-            state.get("guard", {}).get("prompt_format_hash"),
-        ]
-    )
-
-
-def weight_files(run: RunDirectory) -> list[Path]:
-    """Return the files that hold a finished run's weights, and its curves."""
-    folder = _weights(run)
-    assert folder is not None
-    return [
-        *sorted(folder.glob("*.safetensors")),
-        *([run.metrics] if run.metrics.is_file() else []),
-    ]
-
-
 def _weights(run: RunDirectory) -> Path | None:
     """The folder of a finished run's weights, its adapter or its model; None where somebody removed
     it.
     """
-    return next(
-        (
-            folder
-            for folder in (run.weights(False), run.weights(True))
-            if any(folder.glob("*.safetensors"))
-        ),
-        None,
-    )
+    folders = (run.weights(False), run.weights(True))
+    return next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
 
 
 def _die_with_parent(parent: int) -> None:
