@@ -34,7 +34,7 @@ from recipes_lib.study.trainings import Trainings
 
 Say = Callable[[str], None]
 # Step -> why it failed, and the exit code.
-Failures = dict[str, tuple[str, int]]
+StepErrors = dict[str, tuple[str, int]]
 _COPY = "# a copy of "
 
 
@@ -80,7 +80,7 @@ def run_study(
         say(f"study '{study.name}': {len(todo)} of {len(graph.wanted(only))} steps to do")
         _say_stale(todo, graph.survey(), say)
         trainings = Trainings(study, graph, jobs, say, flags)
-        failed: Failures = trainings.failed
+        failed: StepErrors = trainings.failed
         stopped = None
         try:
             with _terminated():
@@ -148,7 +148,7 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _left_over(study: Study, only: Sequence[str], failed: Failures) -> Failures:
+def _left_over(study: Study, only: Sequence[str], failed: StepErrors) -> StepErrors:
     """Return the steps that could not be done: those asked for by name because others come first,
     and any that nothing explains.
     """
@@ -244,7 +244,7 @@ def _anything_trained(study: Study) -> bool:
 
 def _evaluate(
     study: Study, only: Sequence[str], say: Say, debug: bool, remote_code: bool
-) -> Failures:
+) -> StepErrors:
     """Evaluate what is trained; return the failures."""
     from recipes_lib.study.evaluation import EVALUATION_STEPS, Evaluation, record_base_run
 
@@ -265,7 +265,7 @@ def _evaluate(
     return Evaluation(study, graph, todo(graph), say, debug, remote_code).run().found
 
 
-def _conclude(study: Study, only: Sequence[str], say: Say) -> Failures:
+def _conclude(study: Study, only: Sequence[str], say: Say) -> StepErrors:
     """Write the report, also of what there is where something failed."""
     from recipes_lib.study.conclusion import conclude
 
