@@ -68,7 +68,7 @@ def test_colours_are_for_a_terminal_only(recipe_file, capsys, monkeypatch):
 def test_it_prints_on_an_ascii_terminal(recipe_file, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    run(recipe_file, show=1)
+    assert main(["data", str(recipe_file), "--show", "1"]) == 0
     stream.seek(0)
     assert "\\xfcnd." in stream.read()
 

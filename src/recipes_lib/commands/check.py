@@ -32,20 +32,14 @@ _SKIPPED_FOLDERS = {"runs", "node_modules"}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "paths",
-        metavar="PATH",
-        nargs="+",
-        help="YAML files, names of recipes, or folders with YAML files of any kind",
+    add = parser.add_argument
+    paths = "YAML files, names of recipes, or folders with YAML files of any kind"
+    add("paths", metavar="PATH", nargs="+", help=paths)
+    full = (
+        "also build TRL's, PEFT's and bitsandbytes' objects, read the model's config and all local"
+        " rows"
     )
-    parser.add_argument(
-        "--full",
-        action="store_true",
-        help=(
-            "also build TRL's, PEFT's and bitsandbytes' objects, read the model's config and all"
-            " local rows"
-        ),
-    )
+    add("--full", action="store_true", help=full)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,21 +68,13 @@ def run(args: argparse.Namespace) -> int:
     if errors:
         for one in in_order(errors.values()):
             print_error(one)
-        print(
-            f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {_count(files)}",
-            file=sys.stderr,
-        )
-        return (
-            ExitCode.DATA
-            if all(isinstance(error, DataError) for error in errors.values())
-            else ExitCode.USAGE
-        )
+        what = f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {_count(files)}"
+        print(what, file=sys.stderr)
+        of_data = all(isinstance(error, DataError) for error in errors.values())
+        return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{_count(files)} ok")
-    next_step(
-        f"recipes data {shown_path(files[0])} --show 3"
-        if len(files) == 1 and document.kind.name == "recipe"
-        else "recipes ls"
-    )
+    alone = len(files) == 1 and document.kind.name == "recipe"
+    next_step(f"recipes data {shown_path(files[0])} --show 3" if alone else "recipes ls")
     return ExitCode.DONE
 
 
@@ -96,13 +82,11 @@ def _data_errors(document: Document, full: bool) -> list[RecipesError]:
     """Return what is wrong with the recipe's local data: a missing or damaged file, columns, rows
     that cannot be used.
     """
-    recipe = recipe_from(document)
+    recipe, most = recipe_from(document), None if full else NUM_CHECKED
     try:
-        for file in check_local_rows(recipe.data, [recipe.base_dir], None if full else NUM_CHECKED):
-            say(
-                f"note: only the first {NUM_CHECKED:,} rows of {file} were looked at; --full"
-                " reads all"
-            )
+        for file in check_local_rows(recipe.data, [recipe.base_dir], most):
+            looked = f"only the first {NUM_CHECKED:,} rows of {file} were looked at"
+            say(f"note: {looked}; --full reads all")
     except DataError as error:
         return [place(recipe, error)]
     return []
@@ -119,15 +103,13 @@ def _files(path: Path) -> Iterable[Path]:
         if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path, str(path))
         return [path]
+
+    def left_out(file: Path) -> bool:
+        folders = file.relative_to(path).parts[:-1]
+        return any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in folders)
+
     files = sorted(file for file in path.rglob("*.y*ml") if file.suffix in (".yaml", ".yml"))
-    files = [
-        file
-        for file in files
-        if not any(
-            part.startswith(".") or part in _SKIPPED_FOLDERS
-            for part in file.relative_to(path).parts[:-1]
-        )
-    ]
+    files = [file for file in files if not left_out(file)]
     if not files:
         raise RecipeError("holds no YAML file", file=path)
     return files
@@ -135,16 +117,15 @@ def _files(path: Path) -> Iterable[Path]:
 
 def _print_remarks(remarks: list[RecipeError]) -> None:
     """Print warnings once each; equal notes are counted instead of repeated."""
-    places: dict[str, list[RecipeError]] = {}
-    for remark in remarks:
-        places.setdefault(
-            remark.what if remark.what.startswith("note:") else str(remark), []
-        ).append(remark)
-    for same in places.values():
-        more = f" ({len(same)} files)" if len(same) > 1 and same[0].what.startswith("note:") else ""
-        print_error(
-            RecipeError(same[0].what + more, *same[0].hints, file=same[0].file, line=same[0].line)
-        )
+    by_text: dict[str, list[RecipeError]] = {}
+    for one in remarks:
+        text = one.what if one.what.startswith("note:") else str(one)
+        by_text.setdefault(text, []).append(one)
+    for first, *more in by_text.values():
+        what = first.what
+        if more and what.startswith("note:"):
+            what += f" ({1 + len(more)} files)"
+        print_error(RecipeError(what, *first.hints, file=first.file, line=first.line))
 
 
 def _count(files: list[Path]) -> str:

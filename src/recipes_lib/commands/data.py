@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.terminal import next_step, printable, use_color
+from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.weights.base import load_tokenizer
 
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
@@ -28,15 +27,11 @@ TOKEN_ROWS = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `recipes data`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
-    parser.add_argument(
-        "--show",
-        type=_count,
-        default=3,
-        metavar="N",
-        help="print N training rows as the model sees them (default: 3)",
-    )
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="path of a recipe")
+    rows = "print N training rows as the model sees them (default: 3)"
+    add("--show", type=_count, default=3, metavar="N", help=rows)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,26 +47,23 @@ def run(args: argparse.Namespace) -> int:
     try:
         data = prepare_data(recipe, tokenizer)
     except DataError as error:
-        for line in data_summary(getattr(error, "audit", None)):
-            write(line)
+        if (audit := getattr(error, "audit", None)) is not None:
+            say("\n".join(_summary(audit)))
         raise
-    for line in data_summary(data.audit, data.splits["method"]):
-        write(line)
+    say("\n".join(_summary(data.audit, data.splits["method"])))
     places = {example["id"]: example["place"] for example in data.audit["examples"]}
     for index in range(min(args.show, len(data.train))):
         row = data.train[index]
-        show_example(row, tokenizer, places.get(row["example_id"]), color=use_color())
-    write()
+        _show_example(row, tokenizer, places.get(row["example_id"]), color=use_color())
+    say()
     next_step(shlex.join(["recipes", "train", str(args.recipe), *args.overrides]))
     return 0
 
 
-def data_summary(audit: Mapping[str, Any] | None, method: str | None = None) -> list[str]:
-    """The audit as lines for the terminal; nothing when there is no audit."""
+def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
+    """Return the audit as lines for the terminal."""
     from recipes_lib.data.audit import warnings_of
 
-    if audit is None:
-        return []
     rows = audit["rows"]
     filtered = "".join(f", {count} filtered by {name}" for name, count in rows["filtered"].items())
     split = f" (split: {method})" if method else ""
@@ -90,14 +82,15 @@ def data_summary(audit: Mapping[str, Any] | None, method: str | None = None) -> 
     ]
     for title, key in TOKEN_ROWS:
         numbers = audit[key]
-        lines.append(
-            f"{title:<18}{numbers['total']:>12,}{numbers['p5']:>8}{numbers['p50']:>8}{numbers['p95']:>8}{numbers['max']:>8}"
-        )
+        columns = "".join(f"{numbers[name]:>8}" for name in ("p5", "p50", "p95", "max"))
+        lines.append(f"{title:<18}{numbers['total']:>12,}{columns}")
     notes = warnings_of(audit)
     return [*lines, *([""] if notes else []), *(f"note: {note}" for note in notes)]
 
 
-def show_example(row: Mapping[str, Any], tokenizer: Any, place: str | None, *, color: bool) -> None:
+def _show_example(
+    row: Mapping[str, Any], tokenizer: Any, place: str | None, *, color: bool
+) -> None:
     """Print one training row: prompt grey, text with loss green (or in [[...]]), the end token
     marked.
     """
@@ -105,16 +98,12 @@ def show_example(row: Mapping[str, Any], tokenizer: Any, place: str | None, *, c
 
     num_supervised = sum(label != IGNORED for label in row["labels"])
     source = f" ({place})" if place else ""
-    write()
-    write(
-        f"-- {row['example_id']}{source}: {len(row['input_ids'])} tokens, {num_supervised} with"
-        " loss"
-    )
+    head = f"-- {row['example_id']}{source}: {len(row['input_ids'])} tokens"
+    say(f"\n{head}, {num_supervised} with loss")
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
     if not spans[-1]["text"].strip():
         spans.pop()  # a newline that the template puts after the last turn
-    pieces = [_painted(span, color) for span in spans]
-    write("".join(pieces), raw=True)
+    print("".join(_painted(span, color) for span in spans), flush=True)
 
 
 def _painted(span: Mapping[str, Any], color: bool) -> str:
@@ -126,13 +115,6 @@ def _painted(span: Mapping[str, Any], color: bool) -> str:
     if color:
         return f"{GREEN}{text}{REVERSE}{end}{RESET}"
     return f"[[{text}]]" + (f"<EOS {end}>" if end else "")
-
-
-def write(text: str = "", *, raw: bool = False) -> None:
-    """Print a line on any terminal: what its encoding lacks is written as an escape."""
-    text = text if raw else printable(text)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _count(text: str) -> int:

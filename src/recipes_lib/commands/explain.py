@@ -27,12 +27,8 @@ _CLASS = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "key",
-        metavar="KEY",
-        nargs="?",
-        help="train.learning_rate, a section such as train, or nothing for the sections",
-    )
+    what = "train.learning_rate, a section such as train, or nothing for the sections"
+    parser.add_argument("key", metavar="KEY", nargs="?", help=what)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,11 +66,8 @@ def _full_name(key: str) -> str:
     section, _, name = plain.rpartition(".")
     if name in RENAMES:
         rename = RENAMES[name]
-        raise RecipeError(
-            rename.message(key),
-            *([rename.note] if rename.note else []),
-            *([f"recipes explain {rename.new}"] if rename.new else []),
-        )
+        now = f"recipes explain {rename.new}" if rename.new else ""
+        raise RecipeError(rename.message(key), *filter(None, (rename.note, now)))
     reasons = [
         f"{home}.{name}: {words[name]}"
         for home, words in NOT_IN_RECIPES.items()
@@ -85,18 +78,11 @@ def _full_name(key: str) -> str:
     near = dotted_names(name) if not section or section not in SECTIONS else []
     if not section and len(near) == 1 and near[0].rpartition(".")[2] == name:
         return near[0]
-    hints = (
-        [f"did you mean {' or '.join(near)}?"]
-        if near
-        else did_you_mean(name, section_keys(*section.split(".")), f"{section}.")
-        if section
-        else []
-    )
-    raise RecipeError(
-        f"there is no key '{key}'",
-        *hints,
-        f"all keys: recipes explain {section if section in SECTIONS else ''}".rstrip(),
-    )
+    hints = [f"did you mean {' or '.join(near)}?"] if near else []
+    if section and not near:
+        hints = did_you_mean(name, section_keys(*section.split(".")), f"{section}.")
+    known = f"all keys: recipes explain {section if section in SECTIONS else ''}".rstrip()
+    raise RecipeError(f"there is no key '{key}'", *hints, known)
 
 
 def _list(prefix: str, keys: list[str]) -> None:
@@ -104,11 +90,9 @@ def _list(prefix: str, keys: list[str]) -> None:
     width = max(len(key) for key in keys)
     room = max(30, shutil.get_terminal_size().columns - width - 5)
     for key in keys:
-        schema = subschema(*f"{prefix}{key}".split(".")) or {}
-        say(
-            f"  {key:<{width}} "
-            f" {textwrap.shorten(schema.get('description', ''), room, placeholder=' ...')}".rstrip()
-        )
+        text = (subschema(*f"{prefix}{key}".split(".")) or {}).get("description", "")
+        short = textwrap.shorten(text, room, placeholder=" ...")
+        say(f"  {key:<{width}}  {short}".rstrip())
 
 
 def _explain(key: str, schema: dict[str, Any]) -> None:
@@ -120,22 +104,16 @@ def _explain(key: str, schema: dict[str, Any]) -> None:
         _wrapped(", ".join(str(choice) for choice in choices if choice is not None))
     default = TRAIN_DEFAULTS.get(name) if section == "train" else None
     if default:
-        _wrapped(
-            f"default {value_text(default.value)} (project default, not TRL's: {default.reason})"
-        )
+        why = f"project default, not TRL's: {default.reason}"
+        _wrapped(f"default {value_text(default.value)} ({why})")
     elif "default" in schema:
-        _wrapped(
-            f"default {value_text(schema['default'])}"
-            + (f" ({_CLASS[section]})" if section in _CLASS else "")
-        )
+        upstream = f" ({_CLASS[section]})" if section in _CLASS else ""
+        _wrapped(f"default {value_text(schema['default'])}{upstream}")
     _wrapped(schema.get("description", "no documentation upstream"))
 
 
 def _wrapped(text: str) -> None:
     """Print an indented paragraph that fits the terminal."""
     width = min(120, max(40, shutil.get_terminal_size().columns))
-    say(
-        textwrap.fill(
-            text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
-        )
-    )
+    lines = textwrap.wrap(text, width - 2, break_on_hyphens=False)
+    say("\n".join(f"  {line}" for line in lines))

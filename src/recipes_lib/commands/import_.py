@@ -5,64 +5,39 @@ run of ours.
 from __future__ import annotations
 
 import argparse
-import json
 
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import next_step, say, say_json
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILE",
-        help=(
-            "judgments (original study, FastChat, alpaca_eval), answers, lm_eval results and"
-            " samples, trainer logs, adapter_config.json"
-        ),
+    add = parser.add_argument
+    files = (
+        "judgments (original study, FastChat, alpaca_eval), answers, lm_eval results and samples,"
+        " trainer logs, adapter_config.json"
     )
-    parser.add_argument(
-        "--as", dest="name", required=True, metavar="RUN", help="name of the run to make"
-    )
-    parser.add_argument(
-        "--recipe",
-        dest="trained",
-        metavar="R",
-        help="the recipe that says what was trained, so that its differences can be listed",
-    )
-    parser.add_argument(
-        "--model", metavar="NAME", help="whose rows are meant, where a file holds several models"
-    )
-    parser.add_argument(
-        "--against", metavar="NAME", help="the opponent, where a file compares with several"
-    )
-    parser.add_argument("--replace", action="store_true", help="write an imported run anew")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add("files", nargs="+", metavar="FILE", help=files)
+    add("--as", dest="name", required=True, metavar="RUN", help="name of the run to make")
+    recipe = "the recipe that says what was trained, so that its differences can be listed"
+    add("--recipe", dest="trained", metavar="R", help=recipe)
+    model = "whose rows are meant, where a file holds several models"
+    add("--model", metavar="NAME", help=model)
+    against = "the opponent, where a file compares with several"
+    add("--against", metavar="NAME", help=against)
+    add("--replace", action="store_true", help="write an imported run anew")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Import the files, and say what became of each and what they do not hold."""
     from recipes_lib.foreign.run import import_run
 
-    done = import_run(
-        args.files,
-        args.name,
-        args.trained,
-        model=args.model,
-        against=args.against,
-        replace=args.replace,
-    )
+    named = {"model": args.model, "against": args.against, "replace": args.replace}
+    done = import_run(args.files, args.name, args.trained, **named)
     if args.json:
-        shown = {
-            "run": done.name,
-            "files": done.files,
-            "lacks": done.lacks,
-            "warnings": done.warnings,
-            "there_already": done.there_already,
-        }
-        print(json.dumps(shown, indent=2))
-        return int(ExitCode.DONE)
+        keys = ("files", "lacks", "warnings", "there_already")
+        return say_json({"run": done.name, **{key: getattr(done, key) for key in keys}})
     if done.there_already:
         say(f"run '{done.name}' was imported from these files already: nothing to do")
     else:

@@ -8,14 +8,14 @@ judge about pairs that people labelled.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.core import atomic_files
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError
 from recipes_lib.core.libraries import quiet_libraries
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import next_step, say, say_json
 from recipes_lib.judging.judge_file import Thresholds, load_judge_file
 from recipes_lib.judging.store import stored_rows
 
@@ -23,73 +23,31 @@ from recipes_lib.judging.store import stored_rows
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's two actions."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="replay|audit")
-    replay = actions.add_parser(
-        "replay",
-        help="recompute foreign judgments and name what is wrong with them",
-        allow_abbrev=False,
+    what = "recompute foreign judgments and name what is wrong with them"
+    add = actions.add_parser("replay", help=what, allow_abbrev=False).add_argument
+    files = "original study's CSV or JSONL, alpaca_eval annotations.json, FastChat gpt-4_*.jsonl"
+    add("files", nargs="+", metavar="FILE", help=files)
+    as_json = "print one JSON object (schema/judge_replay.schema.json)"
+    add("--json", action="store_true", help=as_json)
+    what = "scorecard of the judge behind stored judgments"
+    add = actions.add_parser("audit", help=what, allow_abbrev=False).add_argument
+    judgments = "a judgments.jsonl; without it the judge is asked about --labels"
+    add("judgments", nargs="?", metavar="JUDGMENTS", help=judgments)
+    add("--judge", metavar="JUDGE.yaml", help="judge file: who is asked, and the thresholds")
+    labels = "pairs with human labels: PandaLM or LLMBar JSON"
+    add("--labels", nargs="+", metavar="FILE", help=labels)
+    limit = "ask about N labelled pairs; a larger N later keeps what was judged"
+    add("--limit", type=int, metavar="N", help=limit)
+    probes = "pairs for the degenerate probes, 12 judgments each (default 10)"
+    add("--probe-pairs", type=int, default=10, metavar="N", help=probes)
+    modes = "ask about N pairs in the judge's other verdict mode too"
+    add("--both-modes", type=int, default=0, metavar="N", help=modes)
+    output = (
+        "where judge_audit.md and judge_audit.json go (and the judgments, when the judge is asked)"
     )
-    replay.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILE",
-        help="original study's CSV or JSONL, alpaca_eval annotations.json, FastChat gpt-4_*.jsonl",
-    )
-    replay.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object (schema/judge_replay.schema.json)",
-    )
-    audit = actions.add_parser(
-        "audit", help="scorecard of the judge behind stored judgments", allow_abbrev=False
-    )
-    audit.add_argument(
-        "judgments",
-        nargs="?",
-        metavar="JUDGMENTS",
-        help="a judgments.jsonl; without it the judge is asked about --labels",
-    )
-    audit.add_argument(
-        "--judge", metavar="JUDGE.yaml", help="judge file: who is asked, and the thresholds"
-    )
-    audit.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="FILE",
-        help="pairs with human labels: PandaLM or LLMBar JSON",
-    )
-    audit.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="ask about N labelled pairs; a larger N later keeps what was judged",
-    )
-    audit.add_argument(
-        "--probe-pairs",
-        type=int,
-        default=10,
-        metavar="N",
-        help="pairs for the degenerate probes, 12 judgments each (default 10)",
-    )
-    audit.add_argument(
-        "--both-modes",
-        type=int,
-        default=0,
-        metavar="N",
-        help="ask about N pairs in the judge's other verdict mode too",
-    )
-    audit.add_argument(
-        "--output",
-        metavar="DIR",
-        help=(
-            "where judge_audit.md and judge_audit.json go (and the judgments, when the judge is"
-            " asked)"
-        ),
-    )
-    audit.add_argument(
-        "--json",
-        action="store_true",
-        help="print the scorecard as JSON (schema/judge_audit.schema.json)",
-    )
+    add("--output", metavar="DIR", help=output)
+    as_json = "print the scorecard as JSON (schema/judge_audit.schema.json)"
+    add("--json", action="store_true", help=as_json)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,8 +61,7 @@ def _replay(args: argparse.Namespace) -> int:
 
     report = replay_files(args.files)
     if args.json:
-        print(json.dumps(report, indent=2))
-        return int(ExitCode.DONE)
+        return say_json(report)
     for line in report_lines(report):
         say(line)
     next_step(f"recipes judge replay {args.files[0]} --json")
@@ -122,23 +79,19 @@ def _audit(args: argparse.Namespace) -> int:
             )
     card = _stored_card(args) if args.judgments else _asked_card(args)
     if args.json:
-        print(json.dumps(card, indent=2))
-        return int(ExitCode.DONE)
+        return say_json(card)
     say(scorecard_markdown(card))
+    words, more = str(args.judgments), "--json"
     if not args.judgments:
         say(f"kept in {card['folder']}")
         words = shlex.join(["--judge", args.judge, "--labels", *args.labels])
-        more = f" --limit {2 * card['labels']['pairs']}" if card["labels"]["subset"] else " --json"
-        next_step(f"recipes judge audit {words}{more}")
-    else:
-        next_step(f"recipes judge audit {args.judgments} --json")
+        more = f"--limit {2 * card['labels']['pairs']}" if card["labels"]["subset"] else more
+    next_step(f"recipes judge audit {words} {more}")
     return int(ExitCode.DONE)
 
 
 def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
     """The scorecard of stored judgments."""
-    from pathlib import Path
-
     from recipes_lib.judging.audit import audit, scorecard_markdown
     from recipes_lib.judging.human_labels import load_labels
 
@@ -166,12 +119,8 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
         raise
     judge = load_judge_file(args.judge) if args.judge else None
     labels = load_labels(args.labels) if args.labels else None
-    card = audit(
-        rows,
-        judge.thresholds if judge else Thresholds(),
-        labels,
-        judge.judge.weak if judge else None,
-    )
+    thresholds, weak = (judge.thresholds, judge.judge.weak) if judge else (Thresholds(), None)
+    card = audit(rows, thresholds, labels, weak)
     if args.output:
         atomic_files.write_json(Path(args.output) / "judge_audit.json", card)
         atomic_files.write_text(Path(args.output) / "judge_audit.md", scorecard_markdown(card))
@@ -180,8 +129,6 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
 
 def _asked_card(args: argparse.Namespace) -> dict[str, Any]:
     """The scorecard of a judge on labelled pairs."""
-    from pathlib import Path
-
     from recipes_lib.suites.judge_audit import audit_on_labels
 
     if not (args.judge and args.labels):
@@ -191,13 +138,6 @@ def _asked_card(args: argparse.Namespace) -> dict[str, Any]:
             "a judge on labelled pairs: recipes judge audit --judge evals/judges/quickstart.yaml"
             " --labels FILE --limit 50",
         )
-    file = load_judge_file(args.judge)
+    file, output = load_judge_file(args.judge), Path(args.output) if args.output else None
     quiet_libraries()
-    return audit_on_labels(
-        file,
-        args.labels,
-        args.limit,
-        args.probe_pairs,
-        Path(args.output) if args.output else None,
-        args.both_modes,
-    )
+    return audit_on_labels(file, args.labels, args.limit, args.probe_pairs, output, args.both_modes)

@@ -20,13 +20,11 @@ _ROUNDS = 5
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "config",
-        metavar="IN",
-        help="a flat TRL YAML: trl sft --config, alignment handbook, open-r1",
-    )
-    parser.add_argument("--output", metavar="OUT", required=True, help="the recipe to write")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    add = parser.add_argument
+    flat = "a flat TRL YAML: trl sft --config, alignment handbook, open-r1"
+    add("config", metavar="IN", help=flat)
+    add("--output", metavar="OUT", required=True, help="the recipe to write")
+    add("--force", action="store_true", help="replace OUT if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,9 +39,8 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(
             "exists already", "add --force to replace it, or choose another --output", file=output
         )
-    schema = Path(
-        os.path.relpath(project_root() / "schema" / "recipe.schema.json", output.resolve().parent)
-    ).as_posix()
+    file = project_root() / "schema" / "recipe.schema.json"
+    schema = Path(os.path.relpath(file, output.resolve().parent)).as_posix()
     rejected: dict[str, str] = {}
     for _ in range(_ROUNDS):
         migration = migrate(source, schema, rejected)
@@ -60,12 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if errors:
         raise RecipeErrors(errors)
     lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
-    say(
-        f"{output}: {len(migration.changes)} changes, {lost} of them not carried over (comments at"
-        " its end)"
-        if lost
-        else f"{output}: nothing was lost"
-    )
+    changes = f"{len(migration.changes)} changes, {lost} of them not carried over"
+    say(f"{output}: {f'{changes} (comments at its end)' if lost else 'nothing was lost'}")
     next_step(f"recipes check --full {output}")
     return 0
 

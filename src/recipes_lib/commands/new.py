@@ -18,45 +18,28 @@ from recipes_lib.data.rows import check_local_rows
 from recipes_lib.models.known import named_shape
 from recipes_lib.planning.lengths import needed_length
 
+# fmt: off
 _CHANGED = (
-    *(
-        "name_or_path:",
-        "source:",
-        "r:",
-        "learning_rate:",
-        "num_train_epochs:",
-        "max_steps:",
-        "max_length:",
-        "eval_steps:",
-        "save_steps:",
-    ),
-    "global_batch_size:",
+    "name_or_path:", "source:", "r:", "learning_rate:", "num_train_epochs:", "max_steps:",
+    "max_length:", "eval_steps:", "save_steps:", "global_batch_size:",
 )
+# fmt: on
 VOCABULARY, POSITIONS = 50_000, 4096  # where nothing is known of the model
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("name", metavar="NAME", help="name of the recipe and of its run")
-    parser.add_argument(
-        "--from",
-        dest="origin",
-        metavar="RECIPE",
-        required=True,
-        help="the recipe to start from, for example quickstart/lora-r8",
+    add = parser.add_argument
+    add("name", metavar="NAME", help="name of the recipe and of its run")
+    origin = "the recipe to start from, for example quickstart/lora-r8"
+    add("--from", dest="origin", metavar="RECIPE", required=True, help=origin)
+    data = (
+        "your rows: jsonl, json, csv, tsv, parquet, arrow, or a folder of them; the first row says"
+        " how they are read"
     )
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        type=Path,
-        help=(
-            "your rows: jsonl, json, csv, tsv, parquet, arrow, or a folder of them; the first row"
-            " says how they are read"
-        ),
-    )
-    parser.add_argument(
-        "--output", metavar="PATH", type=Path, help="where to write it; default recipes/NAME.yaml"
-    )
+    add("--data", metavar="FILE", type=Path, help=data)
+    output = "where to write it; default recipes/NAME.yaml"
+    add("--output", metavar="PATH", type=Path, help=output)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,25 +30,15 @@ _EVAL_SECTIONS = ("suite", "generation", "judge", "metrics")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="RECIPE|STUDY|EVAL",
-        help="what will run on nodes without a network",
-    )
-    parser.add_argument(
-        "--profile", metavar="P", help="the site: its directories hub and cache are filled"
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="fetch nothing; only look whether everything is here (exit 5 if not)",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow code of lm-eval tasks, if the eval recipe asks for it too",
-    )
+    add = parser.add_argument
+    what = "what will run on nodes without a network"
+    add("words", nargs="+", metavar="RECIPE|STUDY|EVAL", help=what)
+    profile = "the site: its directories hub and cache are filled"
+    add("--profile", metavar="P", help=profile)
+    check = "fetch nothing; only look whether everything is here (exit 5 if not)"
+    add("--check", action="store_true", help=check)
+    trust = "allow code of lm-eval tasks, if the eval recipe asks for it too"
+    add("--trust-remote-code", action="store_true", help=trust)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,37 +58,27 @@ def run(args: argparse.Namespace) -> int:
         os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
     from recipes_lib.slurm.prefetching import prefetch_needs
 
-    found = (
-        need
-        for word in words
-        for need in prefetch_needs(word, _meant_for(word, words, overrides), args.trust_remote_code)
-    )
-    needs = list(dict.fromkeys(found))
+    needs: dict[Need, None] = {}
+    for word in words:
+        meant = _meant_for(word, words, overrides)
+        needs |= dict.fromkeys(prefetch_needs(word, meant, args.trust_remote_code))
+    action = _look if args.check else _fetch
+    missing = sum(not _done(action, need) for need in needs)
+    there = f"{len(needs) - missing} of {len(needs)}"
     if args.check:
-        missing = _failures(
-            needs, lambda need: say(f"here: {need.kind} {need.name}: {need.check()}")
-        )
-        here = (
-            f"{len(needs) - missing} of {len(needs)} here, found"
-            if missing
-            else f"all {len(needs)} here,"
-        )
+        here = f"{there} here, found" if missing else f"all {len(needs)} here,"
         say(f"{here} without a network")
+    elif missing:
+        say(f"{there} fetched")
+    if missing or args.check:
         return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
-    missing = _failures(needs, _fetch)
-    if missing:
-        say(f"{len(needs) - missing} of {len(needs)} fetched")
-        return ExitCode.ENVIRONMENT
     command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *words, *overrides, "--check"]
     command += ["--trust-remote-code"] if args.trust_remote_code else []
     code = subprocess.run(command, env={**os.environ, **OFFLINE}).returncode
     if code == ExitCode.DONE:
         first = next((word for word in words if not _is_eval(word)), None)
-        next_step(
-            f"recipes launch {first} --profile {args.profile or 'P'}"
-            if first
-            else f"recipes eval {' '.join(words)} RUN"
-        )
+        launch = f"recipes launch {first} --profile {args.profile or 'P'}"
+        next_step(launch if first else f"recipes eval {' '.join(words)} RUN")
     return code
 
 
@@ -108,11 +88,12 @@ def _meant_for(word: str, words: Sequence[str], overrides: Sequence[str]) -> lis
     """
     if len({_is_eval(one) for one in words}) == 1:
         return list(overrides)
+    sections = [override.removeprefix("--").partition(".")[0] for override in overrides]
     own = _is_eval(word)
     return [
         override
-        for override in overrides
-        if (override.removeprefix("--").partition(".")[0] in _EVAL_SECTIONS) == own
+        for override, section in zip(overrides, sections, strict=True)
+        if (section in _EVAL_SECTIONS) == own
     ]
 
 
@@ -120,27 +101,24 @@ def _is_eval(word: str) -> bool:
     return Path(word).is_file() and load_document(word).kind.name == "eval"
 
 
+def _look(need: Need) -> None:
+    say(f"here: {need.kind} {need.name}: {need.check()}")
+
+
 def _fetch(need: Need) -> None:
     say(f"{need.kind} {need.name}")
     need.fetch()
 
 
-def _failures(needs: Sequence[Need], action: Callable[[Need], object]) -> int:
-    """Do something with every need, say what fails in a line each, and return how many did."""
-    failures = 0
-    for need in needs:
-        try:
-            action(need)
-        except RecipesError as error:
-            failures += 1
-            print_error(error)
-        except Exception as error:  # datasets and lm-eval have exceptions of their own
-            failures += 1
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            print_error(
-                RecipesError(
-                    f"missing: {need.kind} {need.name}: {lines[0]}",
-                    "where there is a network: recipes prefetch",
-                )
-            )
-    return failures
+def _done(action: Callable[[Need], None], need: Need) -> bool:
+    """Do something with a need, and return whether it could be done; say in a line why not."""
+    try:
+        action(need)
+        return True
+    except RecipesError as error:
+        print_error(error)
+    except Exception as error:  # datasets and lm-eval have exceptions of their own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        what = f"missing: {need.kind} {need.name}: {lines[0]}"
+        print_error(RecipesError(what, "where there is a network: recipes prefetch"))
+    return False

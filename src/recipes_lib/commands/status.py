@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import islice
 from typing import Any
 
@@ -12,7 +11,7 @@ from recipes_lib.core.json_files import rows_from_the_end
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
 from recipes_lib.core.run_lock import describe_holder, is_held
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import aligned, next_step, say, say_json
 
 NEWEST = 10_000  # lines of metrics.jsonl to look for the newest value of each metric in
 _COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
@@ -20,10 +19,9 @@ _COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name; default: all runs")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object (a list without RUN)"
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", nargs="?", help="a run's name; default: all runs")
+    add("--json", action="store_true", help="print one JSON object (a list without RUN)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,27 +30,22 @@ def run(args: argparse.Namespace) -> int:
         return _show_one(open_run(args.run), args.json)
     runs = all_runs()
     if args.json:
-        say(json.dumps([_row(one) for one in runs], indent=2))
-        return ExitCode.DONE
+        return say_json([_row(one) for one in runs])
     if not runs:
         say(f"no runs in {runs_root()}")
         next_step("recipes train recipes/quickstart/lora-r8.yaml")
         return ExitCode.DONE
-    rows = [_COLUMNS, *(tuple(str(value) for value in _row(one).values()) for one in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    newest = max(rows[1:], key=lambda row: row[-1])
-    next_step(f"recipes status {newest[0]}")
+    rows = [[str(value) for value in _row(one).values()] for one in runs]
+    for line in aligned([_COLUMNS, *rows]):
+        say(line)
+    next_step(f"recipes status {max(rows, key=lambda row: row[-1])[0]}")
     return ExitCode.DONE
 
 
 def true_state(one: RunDirectory, state: dict[str, Any]) -> str:
     """Return the state, or `died` for a run that says `running` while no process holds its lock."""
-    if state["state"] != "running":
-        return state["state"]
-
-    return "running" if is_held(one.path) else "died"
+    died = state["state"] == "running" and not is_held(one.path)
+    return "died" if died else state["state"]
 
 
 def _row(one: RunDirectory) -> dict[str, Any]:
@@ -88,8 +81,7 @@ def _show_one(one: RunDirectory, as_json: bool) -> int:
     state = {**one.read_state(), "last": _last_values(one)}
     now = true_state(one, state)
     if as_json:
-        say(json.dumps({**state, "state": now}, indent=2))
-        return ExitCode.DONE
+        return say_json({**state, "state": now})
     holder = describe_holder(one.path / "lock.json") if now == "running" else ""
     say(f"{one.name}: {now}{holder}")
     for key in ("exit_code", "error", "launch", "attempts"):
