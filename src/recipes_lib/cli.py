@@ -2,7 +2,7 @@
 and an exit code.
 
 A verb is a module in `commands/` with `configure(parser)` and `run(args) -> int`, and one line in
-`VERBS`.
+`_GROUPS`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import keyword
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from recipes_lib import __version__
 from recipes_lib.config.suggestions import did_you_mean, near_names
@@ -39,7 +39,7 @@ class Verb:
     name: str
     group: str
     help: str
-    overrides: bool = False
+    overrides: bool
 
     @property
     def module(self) -> str:
@@ -49,58 +49,50 @@ class Verb:
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
-VERBS = (
-    Verb("ls", "recipes", "list recipes: method, model, launch, planned memory and time, tags"),
-    Verb("new", "recipes", "start a recipe of your own from an existing one"),
-    Verb(
-        "show",
-        "recipes",
-        "a resolved recipe, with the file and line of every value",
-        overrides=True,
-    ),
-    Verb("diff", "recipes", "what differs between two recipes"),
-    Verb("check", "recipes", "check recipes and configs, files or folders"),
-    Verb("explain", "recipes", "what a key means, its type and default"),
-    Verb("migrate", "recipes", "turn a flat TRL config into a recipe"),
-    Verb("doctor", "machine", "versions, devices, disk, token: what is missing and what to do"),
-    Verb("data", "training", "what the model reads and what the loss sees", overrides=True),
-    Verb(
-        "plan",
-        "training",
-        "what a training or a study needs: memory, steps, time, cost, and what to change",
-        overrides=True,
-    ),
-    Verb("train", "training", "train a recipe, or continue it", overrides=True),
-    Verb("status", "training", "the state of runs"),
-    Verb("chat", "training", "talk to runs beside their base model"),
-    Verb("merge", "weights", "fold an adapter into its base model"),
-    Verb(
-        "verify",
-        "weights",
-        "compare the weights on disk with what was trained, and a merged model with its adapter",
-    ),
-    Verb("export", "weights", "a folder to give away: weights, tokenizer, model card"),
-    Verb("eval", "evaluation", "answer, judge and benchmark runs and models", overrides=True),
-    Verb("judge", "evaluation", "replay foreign judgments, or audit a judge"),
-    Verb(
-        "import",
-        "evaluation",
-        "make a run from another program's answers, judgments, benchmarks and logs",
-    ),
-    Verb("study", "studies", "compare variants: plan, run, status, report, diff", overrides=True),
-    Verb("compare", "studies", "the tested table for any runs, outside a study"),
-    Verb(
-        "prefetch",
-        "clusters",
-        "fetch and verify models, data and judges for nodes without a network",
-        overrides=True,
-    ),
-    Verb(
-        "launch",
-        "clusters",
-        "submit a recipe or a study as Slurm jobs; status, cancel, logs",
-        overrides=True,
-    ),
+_GROUPS = {
+    "recipes": {
+        "ls": "list recipes: method, model, launch, planned memory and time, tags",
+        "new": "start a recipe of your own from an existing one",
+        "show": "a resolved recipe, with the file and line of every value",
+        "diff": "what differs between two recipes",
+        "check": "check recipes and configs, files or folders",
+        "explain": "what a key means, its type and default",
+        "migrate": "turn a flat TRL config into a recipe",
+    },
+    "machine": {"doctor": "versions, devices, disk, token: what is missing and what to do"},
+    "training": {
+        "data": "what the model reads and what the loss sees",
+        "plan": "what a training or a study needs: memory, steps, time, cost, and what to change",
+        "train": "train a recipe, or continue it",
+        "status": "the state of runs",
+        "chat": "talk to runs beside their base model",
+    },
+    "weights": {
+        "merge": "fold an adapter into its base model",
+        "verify": (
+            "compare the weights on disk with what was trained, and a merged model with its adapter"
+        ),
+        "export": "a folder to give away: weights, tokenizer, model card",
+    },
+    "evaluation": {
+        "eval": "answer, judge and benchmark runs and models",
+        "judge": "replay foreign judgments, or audit a judge",
+        "import": "make a run from another program's answers, judgments, benchmarks and logs",
+    },
+    "studies": {
+        "study": "compare variants: plan, run, status, report, diff",
+        "compare": "the tested table for any runs, outside a study",
+    },
+    "clusters": {
+        "prefetch": "fetch and verify models, data and judges for nodes without a network",
+        "launch": "submit a recipe or a study as Slurm jobs; status, cancel, logs",
+    },
+}
+_TAKE_OVERRIDES = ("show", "data", "plan", "train", "eval", "study", "prefetch", "launch")
+VERBS = tuple(
+    Verb(name, group, text, name in _TAKE_OVERRIDES)
+    for group, verbs in _GROUPS.items()
+    for name, text in verbs.items()
 )
 
 
@@ -109,9 +101,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the usage error instead of printing and exiting."""
-        raise RecipeError(
-            f"{self.prog}: {message}", f"{self.format_usage().strip()}", f"more: {self.prog} --help"
-        )
+        usage = self.format_usage().strip()
+        raise RecipeError(f"{self.prog}: {message}", usage, f"more: {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,39 +125,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
-    except (
-        BrokenPipeError
-    ):  # the reader went away (`| head`): nothing to say, and nobody to say it to
+    except BrokenPipeError:  # `| head` went away: nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.DONE)
     except Exception as error:
         if debug:
             raise
-        plain = (
-            PermissionError,
-            FileExistsError,
-            IsADirectoryError,
-            NotADirectoryError,
-        )  # nothing here that a training could resume
-        fault = None if isinstance(error, plain) else explain_fault(error)
-        if fault:
-            print_error(fault)
-            return int(fault.exit_code)
-        if isinstance(error, OSError) and error.strerror:  # a folder in the way, no permission
-            place = error.filename2 or error.filename
-            what = f"cannot read or write {place}" if place else "cannot write the output"
-            print_error(
-                EnvironmentFault(f"{what}: {error.strerror.lower()}", "--debug shows where")
-            )
-            return int(ExitCode.ENVIRONMENT)
-        summary = str(error).strip().splitlines() or [""]
-        print_error(
-            RecipesError(
-                f"internal error: {type(error).__name__}: {summary[0]}",
-                "this is a bug; --debug shows where",
-            )
-        )
-        return int(ExitCode.FAILED)
+        told = _in_our_words(error)
+        print_error(told)
+        return int(told.exit_code)
+
+
+def _in_our_words(error: Exception) -> RecipesError:
+    """Return what went wrong as one of our errors: a fault of the machine, or a bug."""
+    # nothing here that a training could resume
+    plain = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+    fault = None if isinstance(error, plain) else explain_fault(error)
+    if fault:
+        return fault
+    if isinstance(error, OSError) and error.strerror:  # a folder in the way, no permission
+        place = error.filename2 or error.filename
+        what = f"cannot read or write {place}" if place else "cannot write the output"
+        return EnvironmentFault(f"{what}: {error.strerror.lower()}", "--debug shows where")
+    summary = str(error).strip().splitlines() or [""]
+    what = f"internal error: {type(error).__name__}: {summary[0]}"
+    return RecipesError(what, "this is a bug; --debug shows where")
 
 
 def _dispatch(words: list[str], debug: bool) -> int:
@@ -179,11 +162,8 @@ def _dispatch(words: list[str], debug: bool) -> int:
         return int(ExitCode.DONE)
     verb = _find_verb(words[0])
     module = importlib.import_module(f"recipes_lib.commands.{verb.module}")
-    parser = _Parser(
-        prog=f"recipes {verb.name}",
-        description=f"{verb.help[0].upper()}{verb.help[1:]}.",
-        allow_abbrev=False,
-    )
+    description = f"{verb.help[0].upper()}{verb.help[1:]}."
+    parser = _Parser(prog=f"recipes {verb.name}", description=description, allow_abbrev=False)
     if verb.overrides:
         parser.epilog = (
             "section.key=value words after it override values of the recipe, for example"
@@ -201,54 +181,36 @@ def _dispatch(words: list[str], debug: bool) -> int:
 
 def _find_verb(word: str) -> Verb:
     """Return the verb of that name."""
-    verb = next((verb for verb in VERBS if verb.name == word), None)
-    if verb is None:
-        raise RecipeError(
-            f"recipes: there is no verb '{word}'",
-            *did_you_mean(word, [verb.name for verb in VERBS], "recipes "),
-            "all verbs: recipes",
-        )
-    if not _exists(verb):
-        raise RecipeError(f"recipes {word} is not part of this version", "all verbs: recipes")
-    return verb
-
-
-def _exists(verb: Verb) -> bool:
-    return (Path(__file__).parent / "commands" / f"{verb.module}.py").is_file()
+    for verb in VERBS:
+        if verb.name == word:
+            return verb
+    near = did_you_mean(word, [verb.name for verb in VERBS], "recipes ")
+    raise RecipeError(f"recipes: there is no verb '{word}'", *near, "all verbs: recipes")
 
 
 def _overrides(verb: Verb, parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
     """Return the words that override recipe values; any other word left over is an error."""
+    options = [
+        option
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    ]
     for word in rest:
         name = word.partition("=")[0]
-        near = (
-            near_names(name, _options(parser)) if name.startswith("-") and "." not in name else []
-        )
+        near = near_names(name, options) if name.startswith("-") and "." not in name else []
         if near or not verb.overrides:
             kind = "option" if word.startswith("-") else "argument"
-            parser.error(
-                f"unknown {kind} '{name}'" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            meant = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"unknown {kind} '{name}'{meant}")
     return rest
-
-
-def _options(parser: Any) -> Iterator[str]:
-    """Yield the long options of a parser."""
-    for action in parser._actions:
-        yield from (option for option in action.option_strings if option.startswith("--"))
 
 
 def overview() -> str:
     """Return the grouped table of verbs."""
     lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
-    group = ""
-    for verb in VERBS:
-        if not _exists(verb):
-            continue
-        if verb.group != group:
-            group = verb.group
-            lines += ["", group]
-        lines.append(f"  {verb.name:<9} {verb.help}")
+    for group, verbs in _GROUPS.items():
+        lines += ["", group, *(f"  {name:<9} {text}" for name, text in verbs.items())]
     return "\n".join([*lines, "", "one verb in full: recipes VERB --help", "next: recipes ls"])
 
 

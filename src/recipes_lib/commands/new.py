@@ -18,12 +18,18 @@ from recipes_lib.data.rows import check_local_rows
 from recipes_lib.models.known import named_shape
 from recipes_lib.planning.lengths import needed_length
 
-# fmt: off
 _CHANGED = (
-    "name_or_path:", "source:", "r:", "learning_rate:", "num_train_epochs:", "max_steps:",
-    "max_length:", "eval_steps:", "save_steps:", "global_batch_size:",
+    "name_or_path:",
+    "source:",
+    "r:",
+    "learning_rate:",
+    "num_train_epochs:",
+    "max_steps:",
+    "max_length:",
+    "eval_steps:",
+    "save_steps:",
+    "global_batch_size:",
 )
-# fmt: on
 VOCABULARY, POSITIONS = 50_000, 4096  # where nothing is known of the model
 
 

@@ -16,19 +16,15 @@ from dataclasses import dataclass
 
 from recipes_lib.planning.settings import Settings
 
+_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 _INPUTS = {
-    "q_proj": "attention",
-    "k_proj": "attention",
-    "v_proj": "attention",
-    "qkv_proj": "attention",
+    **dict.fromkeys(_ATTENTION_INPUTS, "attention"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "mlp"),
     "o_proj": "output",
+    "down_proj": "inner",
 }
-_INPUTS |= {"gate_proj": "mlp", "up_proj": "mlp", "gate_up_proj": "mlp", "down_proj": "inner"}
-CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = (
-    32768,
-    4096,
-    128,
-)  # tiles of TRL's fused LM head, and of `training.cpu.loss`
+# tiles of TRL's fused LM head, and of `training.cpu.loss`
+CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128
 
 
 @dataclass(frozen=True)
@@ -71,34 +67,22 @@ class Activations:
 def activations_of(settings: Settings) -> Activations:
     """Return what the forward pass of these settings keeps."""
     shape, s, w = settings.shape, settings.compute_bytes, settings.weight_bytes
-    norms = 4 + shape.hidden * (
-        4 if settings.adapter else 4 + w
-    )  # and the root mean square of each token
-    experts = shape.active_experts
-    block = (
-        2 * norms
-        + _attention(settings)
-        + 3 * s * shape.intermediate * experts
-        + _linear_inputs(settings)
-    )
-    row = (
-        (shape.heads * s if settings.attention == "eager" else s)
-        if settings.masked or settings.attention == "eager"
-        else 0
-    )
+    adapter = settings.adapter
+    # of each RMSNorm its input and the root mean square of each token
+    norms = 4 + shape.hidden * (4 if adapter else 4 + w)
+    mlp = 3 * s * shape.intermediate * shape.active_experts
+    block = 2 * norms + _attention(settings) + mlp + _linear_inputs(settings)
+    eager, row = settings.attention == "eager", 0
+    if settings.masked or eager:
+        row = shape.heads * s if eager else s
     first = 0.0
-    if (
-        settings.adapter and not settings.checkpointing
-    ):  # nothing before the first block is trained: its norm and masks are not kept
-        noisy = sum(
-            name in settings.adapter.targets for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")
-        )
-        first = shape.hidden * (
-            4 + (noisy * _noise_bytes(settings) if settings.adapter.dropout else 0)
-        )
-    head = norms + (
-        shape.hidden * w if settings.device == "gpu" else 0
-    )  # on a CPU the gradient is made beside the loss
+    if adapter and not settings.checkpointing:
+        # nothing before the first block is trained: its norm and masks are not kept
+        noisy = sum(name in adapter.targets for name in _ATTENTION_INPUTS)
+        noise = noisy * _noise_bytes(settings) if adapter.dropout else 0
+        first = shape.hidden * (4 + noise)
+    # on a CPU the gradient of the head is made beside the loss
+    head = norms + (shape.hidden * w if settings.device == "gpu" else 0)
     return Activations(
         per_token=shape.layers * block - first + head,
         per_token_and_row=shape.layers * row,
@@ -115,14 +99,10 @@ def reference_per_token(settings: Settings) -> float:
     dropout's mask as a number. For comparing models and settings on any machine.
     """
     shape, w, adapter = settings.shape, settings.weight_bytes, settings.adapter
-    q = shape.query_width
-    block = 2 * 4 * shape.hidden + 3 * 4 * q + 3 * w * shape.intermediate * shape.active_experts
+    q, inner = shape.query_width, shape.intermediate * shape.active_experts
+    block = 2 * 4 * shape.hidden + 3 * 4 * q + 3 * w * inner
     if adapter is None:
-        return shape.layers * (
-            block
-            + 2 * w * shape.hidden
-            + w * (2 * shape.hidden + q + shape.intermediate * shape.active_experts)
-        )
+        return shape.layers * (block + w * (4 * shape.hidden + q + inner))
     widths = [shape.linears()[name][0] for name in adapter.targets]
     if adapter.dropout:
         inputs = 2 * w * sum(widths)
@@ -147,38 +127,26 @@ def _linear_inputs(settings: Settings) -> float:
     first matrix.
     """
     shape, s, adapter = settings.shape, settings.compute_bytes, settings.adapter
-    widths = {name: inputs for name, (inputs, _) in shape.linears().items()}
+    experts = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.active_experts)
+    widths = {name: experts.get(name, 1) * inputs for name, (inputs, _) in shape.linears().items()}
     casts = settings.autocast is not None and settings.weight_bytes != settings.autocast
-    times = {
-        name: shape.active_experts if name in ("gate_proj", "up_proj", "down_proj") else 1
-        for name in widths
-    }
-    copied = (
-        settings.attention == "documents"
-    )  # example by example, and put together again; else attention's output is kept already
-    kept = {name: width for name, width in widths.items() if copied or _INPUTS[name] != "output"}
+    # example by example, and put together again; else attention's output is kept already
+    copied = settings.attention == "documents"
     if adapter is None:
         # each layer casts its own copy; what attention and MLP made is in the autocast type already
-        if casts:
-            return s * sum(times[name] * width for name, width in kept.items())
-        return s * sum(
-            {_INPUTS[name]: times[name] * width for name, width in kept.items()}.values()
-        )
+        kept = {name: width for name, width in widths.items() if copied or name != "o_proj"}
+        shared = {_INPUTS[name]: width for name, width in kept.items()}
+        return s * sum((kept if casts else shared).values())
     share = adapter.layers / shape.layers
-    targets = {name: times[name] * widths[name] for name in adapter.targets}
-    ranks = s * adapter.rank * sum(times[name] for name in adapter.targets)
+    targets = {name: widths[name] for name in adapter.targets}
+    ranks = s * adapter.rank * sum(experts.get(name, 1) for name in adapter.targets)
     if adapter.dropout:
         return share * (ranks + sum(targets.values()) * (s + _noise_bytes(settings)))
-    if (
-        settings.trained_bytes != s or casts or not settings.autocast_matches
-    ):  # cast to the adapter's type and back: a copy for each layer
-        return share * (ranks + s * sum(targets.values()))
-    shared = {
-        _INPUTS[name]: width
-        for name, width in targets.items()
-        if copied or _INPUTS[name] != "output"
-    }
-    return share * (ranks + s * sum(shared.values()))
+    if settings.trained_bytes == s and settings.autocast_matches and not casts:
+        kept = {name: width for name, width in targets.items() if copied or name != "o_proj"}
+        targets = {_INPUTS[name]: width for name, width in kept.items()}
+    # else cast to the adapter's type and back: a copy for each layer
+    return share * (ranks + s * sum(targets.values()))
 
 
 def _noise_bytes(settings: Settings) -> int:
@@ -194,11 +162,8 @@ def _autocast_copies(settings: Settings) -> float:
     """
     if settings.autocast is None:
         return 0.0
-    copies = (
-        settings.shape.linear_parameters
-        if settings.weight_bytes != settings.autocast and not settings.bits
-        else 0
-    )
+    cast = settings.weight_bytes != settings.autocast and not settings.bits
+    copies = settings.shape.linear_parameters if cast else 0
     if settings.adapter is not None and settings.trained_bytes != settings.autocast:
         copies += settings.trained_parameters - settings.adapter.extra_parameters
     return float(settings.autocast * copies)
@@ -211,25 +176,20 @@ def head_bytes(settings: Settings, tokens: int) -> float:
     Full fine-tuning also holds the head's gradient in float32 there (counted with the gathered
     layers under FSDP2).
     """
+    shape, rows = settings.shape, tokens
+    if settings.adapter is None and not settings.sharded:
+        rows += shape.vocabulary
     if settings.device == "cpu":
-        tile = CPU_TILE * settings.shape.vocabulary * (settings.compute_bytes + 8)
+        tile = CPU_TILE * shape.vocabulary * (settings.compute_bytes + 8)
     else:
         tile = min(tokens, CHUNK_TOKENS) * CHUNK_VOCABULARY * settings.compute_bytes
-    trained = (
-        settings.shape.vocabulary * settings.shape.hidden * 4
-        if settings.adapter is None and not settings.sharded
-        else 0
-    )
-    return tile + tokens * settings.shape.hidden * 4 + trained
+    return tile + 4 * rows * shape.hidden
 
 
 def backward_bytes(settings: Settings, tokens: int) -> float:
     """Return the gradients that are alive at once inside one block: those of the MLP's inner
     tensors and of the residual stream.
     """
-    shape, s = settings.shape, settings.compute_bytes
-    return tokens * (
-        3 * s * shape.intermediate * shape.active_experts
-        + 4 * shape.hidden
-        + 2 * settings.weight_bytes * shape.hidden
-    )
+    shape = settings.shape
+    inner = 3 * settings.compute_bytes * shape.intermediate * shape.active_experts
+    return tokens * (inner + (4 + 2 * settings.weight_bytes) * shape.hidden)

@@ -15,9 +15,8 @@ from recipes_lib.planning.settings import Settings
 
 GIB, MIB = 2**30, 2**20
 CONTEXT_GIB, NCCL_GIB, GAPS = 0.6, 0.5, 0.05
-CPU_PROCESS_GIB = (
-    0.8  # Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
-)
+# Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
+CPU_PROCESS_GIB = 0.8
 BLOCK_4BIT, NESTED_BLOCK = 64, 256
 
 
@@ -69,28 +68,37 @@ def memory_of(settings: Settings, tokens: int, row: int, eval_tokens: int = 0) -
     Args:
         eval_tokens: tokens of the largest validation batch, padding counted.
     """
-    steady = _steady(settings)
+    trained, width = settings.trained_parameters, settings.trained_bytes
+    shards = settings.world_size if settings.sharded else 1
+    weights = weight_gib(settings)
+    if settings.adapter is None and settings.bits is None:
+        weights = weights * width / settings.weight_bytes
+    gradients: float = trained * width / shards
+    if settings.sharded and settings.accumulates and not settings.shares_each_batch:
+        # whole, until the last backward pass of the step shares them out
+        gradients += trained * (4 if settings.autocast else width)
+    if not settings.sharded and settings.world_size > 1:
+        gradients *= 2  # DDP's buckets hold a copy
     kept = activations_of(settings)
-    moment = max(
-        head_bytes(settings, tokens), backward_bytes(settings, tokens) + _dequantised(settings)
-    )
+    at_work = backward_bytes(settings, tokens) + _dequantised(settings)
     if settings.checkpointing:
-        block = (
-            kept.recomputed(tokens, row) + backward_bytes(settings, tokens) + _dequantised(settings)
-        )
-        moment = max(head_bytes(settings, tokens), block)
-    forward = (
-        backward_bytes(settings, eval_tokens) + head_bytes(settings, eval_tokens)
-        if eval_tokens
-        else 0.0
-    )
-    inside = replace(
-        steady,
+        at_work += kept.recomputed(tokens, row)
+    forward = backward_bytes(settings, eval_tokens) + head_bytes(settings, eval_tokens)
+    memory = Memory(
+        weights=weights / shards,
+        adapter=trained * width / GIB / shards if settings.adapter is not None else 0.0,
+        gradients=gradients / GIB,
+        optimizer=trained * optimizer_bytes(settings.optimizer, width) / shards / GIB,
+        gathered=_gathered(settings) / GIB,
         activations=kept.saved(tokens, row, settings.checkpointing) / GIB,
-        moment=moment / GIB,
-        validation=forward / GIB,
+        moment=max(head_bytes(settings, tokens), at_work) / GIB,
+        validation=forward / GIB if eval_tokens else 0.0,
+        outside=CPU_PROCESS_GIB,
     )
-    return replace(inside, outside=_outside(settings, inside.peak))
+    if settings.device == "cpu":
+        return memory
+    nccl = NCCL_GIB if settings.world_size > 1 else 0.0
+    return replace(memory, outside=CONTEXT_GIB + nccl + GAPS * memory.peak)
 
 
 def largest_tokens(settings: Settings, card: Card, row: int, eval_tokens: int = 0) -> int:
@@ -114,20 +122,17 @@ def largest_tokens(settings: Settings, card: Card, row: int, eval_tokens: int = 
 
 def weight_gib(settings: Settings) -> float:
     """Return the base weights in GiB, whole."""
-    shape = settings.shape
-    quantized = (
-        shape.linear_parameters - shape.expert_parameters
-    )  # bitsandbytes takes linear layers alone
-    rest = shape.parameters - quantized
-    if settings.bits is None:
-        return shape.parameters * settings.weight_bytes / GIB
+    shape, per_weight = settings.shape, float(settings.weight_bytes)
     if settings.bits == 8:
         per_weight = 1.0
-    else:
+    elif settings.bits == 4:
         # half a byte, and the scale of each block of 64: a float32, or a byte and a float32 for 256
         # scales
         scale = 1 + 4 / NESTED_BLOCK if settings.double_quantized else 4
         per_weight = 0.5 + scale / BLOCK_4BIT
+    # bitsandbytes takes linear layers alone
+    quantized = shape.linear_parameters - shape.expert_parameters
+    rest = shape.parameters - quantized
     return (quantized * per_weight + rest * settings.weight_bytes) / GIB
 
 
@@ -136,9 +141,9 @@ def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:
     own precision; an unknown name counts as AdamW.
 
     Example:
-        >>> optimizer_bytes("adamw_torch_fused", 4), optimizer_bytes("paged_adamw_32bit", 2), optimizer_bytes("adamw_8bit", 4)
-        (8, 8, 2.1)
-    """  # noqa: E501
+        >>> optimizer_bytes("adamw_torch_fused", 4), optimizer_bytes("adamw_8bit", 4)
+        (8, 2.1)
+    """
     name = optimizer.lower()
     if "sgd" in name or "adafactor" in name:
         return 0.1
@@ -148,35 +153,6 @@ def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:
     if "4bit" in name:
         return 0.55 * moments
     return moments * (4 if "bnb" in name or "paged" in name or "32bit" in name else trained_bytes)
-
-
-def _steady(settings: Settings) -> Memory:
-    trained, width = settings.trained_parameters, settings.trained_bytes
-    shards = settings.world_size if settings.sharded else 1
-    whole = weight_gib(settings)
-    adapter = 0.0
-    if settings.adapter is not None:
-        adapter = trained * width / GIB
-    elif settings.bits is None:
-        whole = whole * width / settings.weight_bytes
-    gradients: float = trained * width / shards
-    if settings.sharded and settings.accumulates and not settings.shares_each_batch:
-        gradients += trained * (
-            4 if settings.autocast else width
-        )  # whole, until the last backward pass of the step shares them out
-    if not settings.sharded and settings.world_size > 1:
-        gradients *= 2  # DDP's buckets hold a copy
-    return Memory(
-        weights=whole / shards,
-        adapter=adapter / shards,
-        gradients=gradients / GIB,
-        optimizer=trained * optimizer_bytes(settings.optimizer, width) / shards / GIB,
-        gathered=_gathered(settings) / GIB,
-        activations=0.0,
-        moment=0.0,
-        validation=0.0,
-        outside=0.0,
-    )
 
 
 def _gathered(settings: Settings) -> float:
@@ -189,21 +165,13 @@ def _gathered(settings: Settings) -> float:
     if not settings.sharded:
         return 0.0
     shape = settings.shape
-    blocks = (
-        weight_gib(settings) * GIB
-        - (shape.parameters - shape.linear_parameters) * settings.weight_bytes
-    )
-    block = blocks / shape.layers
-    trained = (
-        (settings.trained_parameters / shape.layers + shape.embedding_parameters) * 4
-        if settings.adapter is None
-        else 0
-    )
-    return (
-        shape.embedding_parameters * settings.weight_bytes
-        + (2 * block if settings.reshard else blocks)
-        + trained
-    )
+    others = (shape.parameters - shape.linear_parameters) * settings.weight_bytes
+    blocks = weight_gib(settings) * GIB - others
+    gathered: float = shape.embedding_parameters * settings.weight_bytes
+    gathered += 2 * blocks / shape.layers if settings.reshard else blocks
+    if settings.adapter is None:
+        gathered += 4 * (settings.trained_parameters / shape.layers + shape.embedding_parameters)
+    return gathered
 
 
 def _dequantised(settings: Settings) -> float:
@@ -211,9 +179,3 @@ def _dequantised(settings: Settings) -> float:
     if not settings.bits:
         return 0.0
     return 2.0 * max(a * b for a, b in settings.shape.linears().values())
-
-
-def _outside(settings: Settings, peak: float) -> float:
-    if settings.device == "cpu":
-        return CPU_PROCESS_GIB
-    return CONTEXT_GIB + (NCCL_GIB if settings.world_size > 1 else 0.0) + GAPS * peak
