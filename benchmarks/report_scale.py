@@ -23,8 +23,8 @@ from synthetic_runs import write_alpaca_eval, write_run
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.validity import check_validity
-from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
+from recipes_lib.report.documents import write_report
 
 
 def short_text(who: str, question: str) -> str:

@@ -154,6 +154,11 @@ class EvalLog:
     measures: tuple[Measure, ...] = ()
 
     @property
+    def place(self) -> str:
+        """The result file inside the runs folder: <run>/evals/<eval>/result.json."""
+        return "/".join(self.file.parts[-4:])
+
+    @property
     def imported(self) -> bool:
         """Whether the log was made of another program's files."""
         return self.result.get("measures") is not None

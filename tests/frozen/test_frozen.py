@@ -23,8 +23,8 @@ from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
+from recipes_lib.report.documents import write_report
 from recipes_lib.training.resume_guard import guarded_values
 
 PROJECT = Path(__file__).resolve().parents[2]

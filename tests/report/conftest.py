@@ -14,8 +14,8 @@ import pytest
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.measurements import read_measurements
-from recipes_lib.report.build import write_report
 from recipes_lib.report.content import Content, gather
+from recipes_lib.report.documents import write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

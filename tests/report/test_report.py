@@ -22,12 +22,17 @@ from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.published import Published, PublishedNumber
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.project import project_root
-from recipes_lib.report.build import write_report
 from recipes_lib.report.content import gather
+from recipes_lib.report.documents import (
+    markdown,
+    report_html,
+    report_latex,
+    report_markdown,
+    samples_json,
+    tex,
+    write_report,
+)
 from recipes_lib.report.figures import COLORS, draw_comparison
-from recipes_lib.report.html import report_html, samples_json
-from recipes_lib.report.latex import report_latex, tex
-from recipes_lib.report.markdown import escaped, report_markdown
 from recipes_lib.report.numbers import number_rows, numbers_csv, numbers_json
 from recipes_lib.report.provenance import commands
 from recipes_lib.report.samples import MAX_CHARACTERS, SampleSet
@@ -76,7 +81,7 @@ def test_figures_of_an_earlier_report_are_removed(make_content, tmp_path):
 
 def test_every_number_has_n_and_a_file(make_content):
     for row in number_rows(make_content()):
-        if row["kind"] in (
+        if row.kind in (
             "score",
             "comparison",
             "by category",
@@ -84,7 +89,7 @@ def test_every_number_has_n_and_a_file(make_content):
             "judge audit",
             "noise floor",
         ):
-            assert row["n"] is not None and row["file"], row
+            assert row.n is not None and row.file, row
 
 
 def test_numbers_agree_between_csv_and_json(make_content):
@@ -176,7 +181,7 @@ def test_errors_are_open_and_stop_the_claim_on_the_page(make_content):
 
 
 def test_markdown_escapes_what_would_be_markup():
-    assert escaped("<b>|x|*y*\n# z") == r"\<b\>\|x\|\*y\* \# z"
+    assert markdown("<b>|x|*y*\n# z") == r"\<b\>\|x\|\*y\* \# z"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +275,9 @@ def test_three_arms_with_805_questions_are_written_in_seconds(make_content, tmp_
 def test_unresolved_items_are_shown_with_their_bounds(make_content):
     content = make_content()
     score = next(
-        score for score in content.scores if score.metric == "mt_bench/grade" and score.arm == "r32"
+        score
+        for score in content.comparison.scores
+        if score.metric == "mt_bench/grade" and score.arm == "r32"
     )
     assert score.unresolved == 1 and score.lowest < score.value < score.highest
     assert f"({score.lowest:.2f} .. {score.highest:.2f})" in report_html(content, ())
@@ -396,12 +403,13 @@ def test_a_number_means_the_same_in_the_table_and_in_the_csv(make_content):
     (cells,) = (
         cells
         for cells in number_rows(content)
-        if cells["kind"] == "comparison" and cells["against"] == "head to head"
+        if cells.kind == "comparison" and cells.against == "head to head"
     )
-    assert cells["value"] == row.first_value and cells["unit"] == "share"
-    assert (cells["low"], cells["high"]) == (row.tested.low + 0.5, row.tested.high + 0.5) and cells[
-        "low"
-    ] < cells["value"] < cells["high"]
+    assert cells.value == row.first_value and cells.unit == "share"
+    assert (cells.low, cells.high) == (
+        row.tested.low + 0.5,
+        row.tested.high + 0.5,
+    ) and cells.low < cells.value < cells.high
     number = PublishedNumber(
         "r8",
         "t",
@@ -419,11 +427,11 @@ def test_a_number_means_the_same_in_the_table_and_in_the_csv(make_content):
     ours, other = (
         cells
         for cells in number_rows(replace(content, published=told))
-        if cells["kind"] == "published"
+        if cells.kind == "published"
     )
-    assert (ours["value"], ours["low"], ours["high"]) == pytest.approx(
+    assert (ours.value, ours.low, ours.high) == pytest.approx(
         (0.85, 0.82, 0.88)
-    ) and other["value"] == 85.0
+    ) and other.value == 85.0
 
 
 def test_a_spread_between_seeds_is_in_points_and_no_percentage(tmp_path):

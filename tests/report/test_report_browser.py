@@ -101,7 +101,7 @@ def needs_a_browser_alone(monkeypatch):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(
             "no Chromium: apt-get install chromium"
         )
-    monkeypatch.setattr("recipes_lib.report.build.compile_pdf", lambda folder: None)
+    monkeypatch.setattr("recipes_lib.report.documents.compile_pdf", lambda folder: None)
 
 
 def test_nothing_that_a_model_wrote_runs(written):

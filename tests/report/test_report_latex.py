@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from recipes_lib.report.latex import compile_pdf
+from recipes_lib.report.documents import compile_pdf
 
 pytestmark = pytest.mark.latex
 

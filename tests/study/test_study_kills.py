@@ -22,7 +22,8 @@ from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import Measurements, read_measurements
 from recipes_lib.compare.validity import check_validity
-from recipes_lib.report.study_report import write_study_report
+from recipes_lib.report.content import gather
+from recipes_lib.report.documents import write_report
 from recipes_lib.study.conclusion import measured_runs, of_study
 from recipes_lib.study.steps import build_graph
 
@@ -111,7 +112,7 @@ def report_bytes(study: Path, root: Path, place: Path) -> dict[str, bytes]:
         measurements = of_study(read_measurements(measured_runs(loaded, graph)), loaded, graph)
         for name, measured in (("as-it-is", measurements), ("timeless", timeless(measurements))):
             comparison = compare_arms(measured, check_validity(loaded, measured), loaded)
-            write_study_report(place / name, comparison, measured, loaded)
+            write_report(place / name, gather(loaded.name, measured, comparison, loaded))
     assert tree(place / "as-it-is") == tree(root / "tiny" / "report")
     return tree(place / "timeless")
 

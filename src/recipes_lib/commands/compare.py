@@ -136,8 +136,8 @@ def _write_html(
 ) -> None:
     """Write the report as one file."""
     from recipes_lib.report.content import gather
+    from recipes_lib.report.documents import report_html
     from recipes_lib.report.figures import draw_comparison
-    from recipes_lib.report.html import report_html
 
     content = gather("comparison", measurements, comparison)
     if path.is_dir():

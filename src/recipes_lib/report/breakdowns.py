@@ -3,94 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.table import scale_of, source_of
 from recipes_lib.eval_log import Measure, Sample
+from recipes_lib.report.numbers import Number
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
 
 MAX_CATEGORIES = 12
 LENGTHS = ("under half", "half to 0.8", "0.8 to 1.25", "1.25 to 2", "over twice")
 _EDGES = (0.5, 0.8, 1.25, 2.0)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm in one group."""
-
-    arm: str
-    group: str
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    unresolved: int
-    file: str
+_OTHERS = "all others"
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One metric by category, or by how long the answer is beside its opponent's."""
+    """One metric by category, or by how long the answer is beside its opponent's; one number for
+    each arm and group that has an item.
+    """
 
     kind: str  # "category" or "length"
-    metric: str
     title: str
     unit: str
     groups: tuple[str, ...]
     arms: tuple[str, ...]
-    cells: tuple[Cell, ...]
-
-    def cell(self, arm: str, group: str) -> Cell | None:
-        """Return one arm in one group, or None where it has no item."""
-        return next((cell for cell in self.cells if cell.arm == arm and cell.group == group), None)
+    cells: tuple[Number, ...]
 
 
 def breakdowns(measurements: Measurements) -> list[Breakdown]:
     """Return every metric whose items have several categories, and win rates by length."""
-    groups: dict[tuple[str, str | None], dict[str, list[Measure]]] = {}
+    by_metric: dict[tuple[str, str | None], dict[str, list[Measure]]] = {}
     for name, arm in measurements.arms.items():
-        for run in arm.runs:
-            for measure in run.measures():
-                if measure.samples and measure.suite != "lm_eval":
-                    opponent = measurements.opponent_name(measure.opponent)
-                    groups.setdefault((measure.name, opponent), {}).setdefault(name, []).append(
-                        measure
-                    )
+        for measure in (measure for run in arm.runs for measure in run.measures()):
+            if measure.samples and measure.suite != "lm_eval":
+                key = (measure.name, measurements.opponent_name(measure.opponent))
+                by_metric.setdefault(key, {}).setdefault(name, []).append(measure)
     found = []
-    for (_, opponent), arms in groups.items():
+    for (_, opponent), arms in by_metric.items():
         one = next(iter(arms.values()))[0]
         title = f"{one.label} against {opponent}" if opponent else one.label
-        categories = _ranked(
+        counts = Counter(
             item.category
             for measures in arms.values()
             for measure in measures
             for item in measure.samples
         )
+        categories = sorted(counts, key=lambda name: (-counts[name], name))
         if len(categories) > 1:
-            keep = set(categories[:MAX_CATEGORIES])
-            names = [
-                *categories[:MAX_CATEGORIES],
-                *(["all others"] if len(categories) > MAX_CATEGORIES else []),
-            ]
-            found.append(_breakdown("category", title, one, names, arms, partial(_kept, keep=keep)))
+            names = categories[:MAX_CATEGORIES]
+            groups = names if names == categories else [*names, _OTHERS]
+            found.append(_breakdown("category", title, groups, arms, partial(_kept, names=names)))
         if one.metric == "win_rate" and any(len(item.lengths) == 2 for item in one.samples):
-            found.append(_breakdown("length", title, one, list(LENGTHS), arms, length_group))
+            found.append(_breakdown("length", title, LENGTHS, arms, length_group))
     return found
 
 
-def _kept(item: Sample, *, keep: set[str]) -> str:
-    return item.category if item.category in keep else "all others"
-
-
-def _ranked(categories: Iterable[str]) -> list[str]:
-    """Categories, the most frequent first; those equally frequent by name."""
-    counts: dict[str, int] = {}
-    for category in categories:
-        counts[category] = counts.get(category, 0) + 1
-    return sorted(counts, key=lambda name: (-counts[name], name))
+def _kept(item: Sample, names: list[str]) -> str:
+    return item.category if item.category in names else _OTHERS
 
 
 def length_group(item: Sample) -> str:
@@ -98,9 +71,10 @@ def length_group(item: Sample) -> str:
     where one is empty or unknown.
 
     Example:
-        >>> length_group(Sample("q", 1, "c", 1.0, "win", lengths=(100, 100))), length_group(Sample("q", 1, "c", 1.0, "win", lengths=(0, 9)))
+        >>> one = Sample("q", 1, "c", 1.0, "win", lengths=(100, 100))
+        >>> length_group(one), length_group(Sample("q", 1, "c", 1.0, "win", lengths=(0, 9)))
         ('0.8 to 1.25', '')
-    """  # noqa: E501
+    """
     if len(item.lengths) != 2 or min(item.lengths) == 0:
         return ""
     ratio = item.lengths[0] / item.lengths[1]
@@ -110,39 +84,36 @@ def length_group(item: Sample) -> str:
 def _breakdown(
     kind: str,
     title: str,
-    one: Measure,
-    groups: list[str],
+    groups: list[str] | tuple[str, ...],
     arms: dict[str, list[Measure]],
     group_of: Callable[[Sample], str],
 ) -> Breakdown:
-    cells = []
+    one = next(iter(arms.values()))[0]
     scale = scale_of(one.metric, one.unit) or (-math.inf, math.inf)
+    cells = []
     for arm, measures in arms.items():
         by_group: dict[str, list[Sample]] = {}
-        for measure in measures:
-            for item in measure.samples:
-                by_group.setdefault(group_of(item), []).append(item)
-        cells += [
-            _cell(arm, group, by_group[group], source_of(measures[0]), scale)
-            for group in groups
-            if group in by_group
-        ]
-    return Breakdown(kind, one.name, title, one.unit, tuple(groups), tuple(arms), tuple(cells))
-
-
-def _cell(arm: str, group: str, items: list[Sample], file: str, scale: tuple[float, float]) -> Cell:
-    known = [item for item in items if item.value is not None]
-    interval = _interval(known).within(*scale)
-    return Cell(
-        arm,
-        group,
-        interval.estimate,
-        interval.low,
-        interval.high,
-        len(items),
-        len(items) - len(known),
-        file,
-    )
+        for item in (item for measure in measures for item in measure.samples):
+            by_group.setdefault(group_of(item), []).append(item)
+        for group in (group for group in groups if group in by_group):
+            known = [item for item in by_group[group] if item.value is not None]
+            interval = _interval(known).within(*scale)
+            cells.append(
+                Number(
+                    kind=f"by {kind}",
+                    metric=one.name,
+                    arm=arm,
+                    group=group,
+                    unit=one.unit,
+                    value=interval.estimate,
+                    low=interval.low,
+                    high=interval.high,
+                    n=len(by_group[group]),
+                    unresolved=len(by_group[group]) - len(known),
+                    file=source_of(measures[0]),
+                )
+            )
+    return Breakdown(kind, title, one.unit, tuple(groups), tuple(arms), tuple(cells))
 
 
 def _interval(items: list[Sample]) -> Interval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ from recipes_lib.report.content import CURVES
 
 if TYPE_CHECKING:
     from recipes_lib.report.breakdowns import Breakdown
-    from recipes_lib.report.content import Content, NoiseFloor
+    from recipes_lib.report.content import Content
+    from recipes_lib.report.numbers import Number
 
 COLORS = ("#0b6e99", "#c4511b", "#4b7f3a", "#7b4fa3", "#a8872c", "#8a8a8a", "#b03a6a", "#2f4f7f")
 _MARKERS = "os^Dv<>P"
@@ -29,19 +31,20 @@ _STYLE = {
     "text.parse_math": False,
 }
 GROUPED = {"category": "category", "length": "length of the answer beside the opponent's"}
-_FORMATS = (
-    "svg",
-    "png",
-)  # PNG for LaTeX: embedding fonts in fourteen PDFs takes longer than everything else
+# PNG for LaTeX: embedding fonts in fourteen PDFs takes longer than everything else.
+_FORMATS = ("svg", "png")
 
 
+@dataclass(frozen=True)
 class Figure:
     """One figure: its name as a file, its title, what it shows in words, and its bytes by
     format.
     """
 
-    def __init__(self, name: str, title: str, caption: str, files: dict[str, bytes]) -> None:
-        self.name, self.title, self.caption, self.files = name, title, caption, files
+    name: str
+    title: str
+    caption: str
+    files: dict[str, bytes]
 
 
 def draw_comparison(content: Content, formats: Sequence[str] = _FORMATS) -> list[Figure]:
@@ -80,7 +83,7 @@ def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
 def _places(content: Content) -> dict[str, int]:
     """The number of each arm, which gives it one colour and marker in every figure."""
     names = [
-        *(score.arm for score in content.scores),
+        *(score.arm for score in content.comparison.scores),
         *(arm for series in content.curves.values() for arm in series),
     ]
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
@@ -130,8 +133,8 @@ def _curves(
             steps,
             values,
             line,
-            color=_color(places[arm]),
-            marker=_marker(places[arm]),
+            color=COLORS[places[arm] % len(COLORS)],
+            marker=_MARKERS[places[arm] % len(_MARKERS)],
             markersize=4,
             markevery=every,
             linewidth=1.2 + 0.7 * min(3, len(arms) - 1 - arms.index(arm)),
@@ -142,12 +145,11 @@ def _curves(
     return _saved(figure, formats)
 
 
-def _color(place: int) -> str:
-    return COLORS[place % len(COLORS)]
-
-
-def _marker(place: int) -> str:
-    return _MARKERS[place % len(_MARKERS)]
+def _bars(one: Number, factor: float) -> tuple[float, float]:
+    """How far the interval reaches below and above the value."""
+    value = one.value or 0.0
+    low, high = (value if limit is None else limit for limit in (one.low, one.high))
+    return max(0.0, factor * (value - low)), max(0.0, factor * (high - value))
 
 
 def _breakdown(
@@ -160,23 +162,18 @@ def _breakdown(
     for number, arm in enumerate(arms):
         shift = (number - (len(arms) - 1) / 2) * 0.7 / max(1, len(arms))
         rows, values, errors = [], [], []
-        for row, group in enumerate(groups):
-            cell = breakdown.cell(arm, group)
-            if cell is None or cell.value is None:
-                continue
-            rows.append(row + shift)
-            values.append(factor * cell.value)
-            low, high = (cell.value if limit is None else limit for limit in (cell.low, cell.high))
-            errors.append(
-                (max(0.0, factor * (cell.value - low)), max(0.0, factor * (high - cell.value)))
-            )
+        for one in breakdown.cells:
+            if one.arm == arm and one.value is not None:
+                rows.append(groups.index(str(one.group)) + shift)
+                values.append(factor * one.value)
+                errors.append(_bars(one, factor))
         if rows:
             axes.errorbar(
                 values,
                 rows,
                 xerr=list(zip(*errors, strict=True)),
-                fmt=_marker(places[arm]),
-                color=_color(places[arm]),
+                fmt=_MARKERS[places[arm] % len(_MARKERS)],
+                color=COLORS[places[arm] % len(COLORS)],
                 markersize=4,
                 linewidth=1.1,
                 label=short_label(arm),
@@ -202,22 +199,20 @@ def _legend(figure: Any, entries: int) -> None:
     )
 
 
-def _floor(floors: Sequence[NoiseFloor], formats: Sequence[str]) -> dict[str, bytes]:
+def _floor(floors: Sequence[Number], formats: Sequence[str]) -> dict[str, bytes]:
     figure, axes = _new(0.8 + 0.42 * len(floors))
     for row, floor in enumerate(floors):
-        value = 100 * (floor.value or 0)
-        low, high = (value if limit is None else 100 * limit for limit in (floor.low, floor.high))
         axes.errorbar(
-            [value],
+            [100 * (floor.value or 0)],
             [row],
-            xerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+            xerr=[[bar] for bar in _bars(floor, 100)],
             fmt="o",
             color=COLORS[0],
             markersize=5,
         )
     axes.set_yticks(
         range(len(floors)),
-        [f"{short_label(floor.what, 52)}\n{short_label(floor.where, 52)}" for floor in floors],
+        [f"{short_label(one.metric, 52)}\n{short_label(one.group or '', 52)}" for one in floors],
         fontsize=8,
     )
     axes.set_xlim(-2, 102)

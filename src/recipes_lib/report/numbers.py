@@ -10,7 +10,8 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
 
 from recipes_lib.compare.table import HALF, json_value
 
@@ -18,206 +19,158 @@ if TYPE_CHECKING:
     from recipes_lib.report.content import Content
 
 _FORMAT_VERSION = 1
-_COLUMNS = (
-    "kind",
-    "metric",
-    "arm",
-    "other_arm",
-    "against",
-    "group",
-    "unit",
-    "value",
-    "low",
-    "high",
-    "n",
-    "questions",
-    "seeds",
-    "unresolved",
-    "lowest",
-    "highest",
-    "p",
-    "p_holm",
-    "mde",
-    "verdict",
-    "claim_stopped",
-    "test",
-    "interval",
-    "file",
-)
-_OF_TEST = (
-    "low",
-    "high",
-    "p",
-    "n",
-    "questions",
-    "seeds",
-    "unresolved",
-    "lowest",
-    "highest",
-    "test",
-)
-_OF_TRAINING = (
-    "steps",
-    "train_loss",
-    "validation_loss",
-    "best_validation_loss",
-    "perplexity",
-    "tokens_per_second",
-    "peak_memory_gib",
-)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
 
 
-def number_rows(content: Content) -> Iterator[dict[str, Any]]:
-    """Yield every number with the columns that apply to it."""
-    for score in content.scores:
-        yield {
-            "kind": "score",
-            "metric": score.metric,
-            "arm": score.arm,
-            "against": score.opponent,
-            "unit": score.unit,
-            "value": score.value,
-            "low": score.low,
-            "high": score.high,
-            "n": score.n,
-            "seeds": score.seeds,
-            "unresolved": score.unresolved,
-            "lowest": score.lowest,
-            "highest": score.highest,
-            "interval": score.method,
-            "file": " ".join(score.files),
-        }
-    for row in content.comparison.rows:
-        facts = row.tested.to_dict() if row.tested else {}
-        shift = HALF if row.head_to_head else 0.0  # as in the table, a win rate and no difference
-        shifted = {
-            name: facts[name] + shift
-            for name in ("low", "high", "lowest", "highest")
-            if facts.get(name) is not None
-        }
-        kept = {name: facts.get(name) for name in _OF_TEST} | shifted
-        yield {
-            "kind": "comparison",
-            "metric": row.metric,
-            "arm": row.first,
-            "other_arm": row.second,
-            "against": "head to head" if row.head_to_head else row.opponent,
-            "unit": row.unit,
-            "value": row.first_value if row.head_to_head else row.difference,
-            **kept,
-            "p_holm": row.p_holm,
-            "mde": row.mde,
-            "verdict": row.verdict,
-            "claim_stopped": bool(row.stopped),
-            "interval": facts.get("interval_method"),
-            "file": " ".join(row.files),
-        }
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """One number; each field is a column, None where it does not apply."""
+
+    kind: str
+    metric: str
+    arm: str | None = None
+    other_arm: str | None = None
+    against: str | None = None
+    group: str | None = None
+    unit: str | None = None
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None
+    questions: int | None = None
+    seeds: int | None = None
+    unresolved: int | None = None
+    lowest: float | None = None
+    highest: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    mde: float | None = None
+    verdict: str | None = None
+    claim_stopped: bool | None = None
+    test: str | None = None
+    interval: str | None = None
+    file: str
+
+
+def number_rows(content: Content) -> Iterator[Number]:
+    """Yield every number."""
+    yield from _of_comparison(content)
     for breakdown in content.breakdowns:
-        for cell in breakdown.cells:
-            yield {
-                "kind": f"by {breakdown.kind}",
-                "metric": breakdown.metric,
-                "arm": cell.arm,
-                "group": cell.group,
-                "unit": breakdown.unit,
-                "value": cell.value,
-                "low": cell.low,
-                "high": cell.high,
-                "n": cell.n,
-                "unresolved": cell.unresolved,
-                "file": cell.file,
-            }
+        yield from breakdown.cells
     yield from _of_runs(content)
-    yield from _of_judges(content)
-    if content.published is not None:
-        for number in content.published.numbers:
-            ours = (
-                number.beside is not None
-            )  # then in the unit of our metric, as everywhere under its name
-            low, high = (number.our_interval if ours else number.interval) or (None, None)
-            yield {
-                "kind": "published",
-                "metric": number.beside or f"{number.table}/{number.metric}",
-                "arm": number.arm,
-                "value": number.ours if ours else number.value,
-                "group": number.label,
-                "low": low,
-                "high": high,
-                "n": number.n,
-                "file": content.published.path.name,
-            }
-
-
-def _of_runs(content: Content) -> Iterator[dict[str, Any]]:
-    """Trainings and costs; one run each, so n is 1 and there is no interval."""
-    for one in content.trainings:
-        for name in _OF_TRAINING:
-            if (value := getattr(one, name)) is not None:
-                yield {
-                    "kind": "training",
-                    "metric": name,
-                    "arm": one.arm,
-                    "group": one.run,
-                    "value": value,
-                    "n": 1,
-                    "file": one.file,
-                }
-    for cost in content.costs:
-        for name in ("seconds", "device_hours", "tokens", "tokens_per_second"):
-            if (value := getattr(cost, name)) is not None:
-                group = f"{cost.run}, {cost.what}"
-                yield {
-                    "kind": "cost",
-                    "metric": name,
-                    "arm": cost.arm,
-                    "group": group,
-                    "value": value,
-                    "n": 1,
-                    "file": cost.file,
-                }
-
-
-def _of_judges(content: Content) -> Iterator[dict[str, Any]]:
     for audit in content.audits:
-        for what, interval in audit.measured:
-            limits = {
-                "value": interval["estimate"],
-                "low": interval["low"],
-                "high": interval["high"],
-                "n": interval["n"],
-            }
-            yield {
-                "kind": "judge audit",
-                "metric": what,
-                "group": f"{audit.eval}, {audit.judge}",
-                "unit": "share",
-                **limits,
-                "file": audit.file,
-            }
-    for floor in content.floor:
-        limits = {"value": floor.value, "low": floor.low, "high": floor.high, "n": floor.n}
-        yield {
-            "kind": "noise floor",
-            "metric": floor.what,
-            "group": floor.where,
-            "unit": floor.unit,
-            **limits,
-            "file": floor.file,
-        }
+        yield from audit.measured
+    yield from content.floor
+    for one in content.published.numbers if content.published else ():
+        ours = (
+            one.beside is not None
+        )  # then in the unit of our metric, as everywhere under its name
+        low, high = (one.our_interval if ours else one.interval) or (None, None)
+        yield Number(
+            kind="published",
+            metric=one.beside or f"{one.table}/{one.metric}",
+            arm=one.arm,
+            group=one.label,
+            value=one.ours if ours else one.value,
+            low=low,
+            high=high,
+            n=one.n,
+            file=content.published.path.name if content.published else "",
+        )
+
+
+def _of_comparison(content: Content) -> Iterator[Number]:
+    for score in content.comparison.scores:
+        yield Number(
+            kind="score",
+            metric=score.metric,
+            arm=score.arm,
+            against=score.opponent,
+            unit=score.unit,
+            value=score.value,
+            low=score.low,
+            high=score.high,
+            n=score.n,
+            seeds=score.seeds,
+            unresolved=score.unresolved,
+            lowest=score.lowest,
+            highest=score.highest,
+            interval=score.method,
+            file=" ".join(score.files),
+        )
+    for row in content.comparison.rows:
+        tested = row.tested
+        low, high, lowest, highest = (
+            # As in the table, a win rate and no difference.
+            HALF + limit if row.head_to_head and limit is not None else limit
+            for limit in (
+                (tested.low, tested.high, tested.lowest, tested.highest) if tested else (None,) * 4
+            )
+        )
+        yield Number(
+            kind="comparison",
+            metric=row.metric,
+            arm=row.first,
+            other_arm=row.second,
+            against="head to head" if row.head_to_head else row.opponent,
+            unit=row.unit,
+            value=row.first_value if row.head_to_head else row.difference,
+            low=low,
+            high=high,
+            n=tested.n if tested else None,
+            questions=tested.questions if tested else None,
+            seeds=tested.seeds if tested else None,
+            unresolved=tested.unresolved if tested else None,
+            lowest=lowest,
+            highest=highest,
+            p=tested.p if tested else None,
+            p_holm=row.p_holm,
+            mde=row.mde,
+            verdict=row.verdict,
+            claim_stopped=bool(row.stopped),
+            test=tested.test if tested else None,
+            interval=tested.interval_method if tested else None,
+            file=" ".join(row.files),
+        )
+
+
+def _of_runs(content: Content) -> Iterator[Number]:
+    """Trainings and costs; one run each, so n is 1 and there is no interval."""
+    training = (
+        *("steps", "train_loss", "validation_loss", "best_validation_loss", "perplexity"),
+        *("tokens_per_second", "peak_memory_gib"),
+    )
+    cost = ("seconds", "device_hours", "tokens", "tokens_per_second")
+    for kind, names, rows in (
+        ("training", training, [(one, one.run) for one in content.trainings]),
+        ("cost", cost, [(one, f"{one.run}, {one.what}") for one in content.costs]),
+    ):
+        for one, group in rows:
+            for name in names:
+                if (value := getattr(one, name)) is not None:
+                    yield Number(
+                        kind=kind,
+                        metric=name,
+                        arm=one.arm,
+                        group=group,
+                        value=value,
+                        n=1,
+                        file=one.file,
+                    )
 
 
 def numbers_csv(content: Content) -> str:
     """Return the CSV."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, _COLUMNS, lineterminator="\n")
+    columns = [field.name for field in fields(Number)]
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
-    for row in number_rows(content):
-        writer.writerow({key: cell(row.get(key)) for key in _COLUMNS})
+    for number in number_rows(content):
+        writer.writerow({key: cell(value) for key, value in asdict(number).items()})
     return stream.getvalue()
 
 
-def cell(value: Any) -> Any:
+def cell(value: object) -> object:
     """Return a cell: numbers as they are, text that a spreadsheet would run made text.
 
     Example:
@@ -237,13 +190,9 @@ def cell(value: Any) -> Any:
 def numbers_json(content: Content) -> str:
     """Return the JSON: question, answer, findings, and all numbers."""
     numbers = [
-        {key: json_value(item) for key, item in row.items() if item is not None}
-        for row in number_rows(content)
+        {key: json_value(item) for key, item in asdict(number).items() if item is not None}
+        for number in number_rows(content)
     ]
-    value = {
-        "format_version": _FORMAT_VERSION,
-        "name": content.name,
-        **content.comparison.to_dict(),
-        "numbers": numbers,
-    }
+    head = {"format_version": _FORMAT_VERSION, "name": content.name}
+    value = {**head, **content.comparison.to_dict(), "numbers": numbers}
     return json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n"

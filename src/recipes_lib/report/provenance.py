@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
 from recipes_lib.core.project import project_root, runs_root
@@ -28,43 +29,24 @@ def commands(
     runs = [run for arm in measurements.arms.values() for run in arm.runs]
     if study is None:
         return [("This table", (f"recipes compare {shlex.join(run.name for run in runs)}",))]
-    words = shlex.join(study.words)
-    found: list[tuple[str, tuple[str, ...]]] = [
-        (
-            "Everything",
-            (f"recipes study run {_study_file(study)}" + (f" {words}" if words else ""),),
-        )
-    ]
-    training = [line for run in runs if (line := _training_command(run))]
-    if training:
-        found.append(("Trainings, as they were started", tuple(training)))
-    evaluating = dict.fromkeys(
-        portable_command(str(result.result["command"]))
-        for run in runs
-        for result in run.evals
-        if result.result.get("command")
-    )
-    plain = dict.fromkeys(
-        portable_command(str(result.result["lm_eval_command"]))
-        for run in runs
-        for result in run.evals
-        if result.result.get("lm_eval_command")
-    )
-    if evaluating:
-        found.append(("Evaluations, as they were started", tuple(evaluating)))
-    if plain:
-        found.append(("lm-eval alone, the same numbers", tuple(plain)))
-    return found
-
-
-def _study_file(study: Study) -> str:
     path = study.path.resolve()
-    return shlex.quote(
-        str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else path.name
-    )
+    inside = path.is_relative_to(project_root())
+    place = str(path.relative_to(project_root())) if inside else path.name
+
+    def recorded(key: str) -> list[str]:
+        lines = [str(log.result[key]) for run in runs for log in run.evals if log.result.get(key)]
+        return list(dict.fromkeys(map(portable_command, lines)))
+
+    found = {
+        "Everything": [f"recipes study run {shlex.join([place, *study.words])}"],
+        "Trainings, as they were started": [line for run in runs if (line := _training(run))],
+        "Evaluations, as they were started": recorded("command"),
+        "lm-eval alone, the same numbers": recorded("lm_eval_command"),
+    }
+    return [(title, tuple(lines)) for title, lines in found.items() if lines]
 
 
-def _training_command(run: RunMeasurements) -> str:
+def _training(run: RunMeasurements) -> str:
     path = run.folder / "command.txt"
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
     return portable_command(text.splitlines()[-1]) if text else ""
@@ -75,9 +57,9 @@ def portable_command(command: str) -> str:
     `runs/...`, else the last name alone.
 
     Example:
-        >>> portable_command("/opt/venv/bin/python -m recipes_lib.cli eval /somewhere/else/my.yaml r8")
+        >>> portable_command("/opt/bin/python -m recipes_lib.cli eval /somewhere/else/my.yaml r8")
         'recipes eval .../my.yaml r8'
-    """  # noqa: E501
+    """
     text = _PYTHON.sub(
         lambda found: "recipes" if found[1].endswith("cli") else f"python -m {found[1]}", command
     )
@@ -96,58 +78,38 @@ def provenance(
         if value not in (None, "", {}):
             lines.setdefault(name, {})[str(value)] = None
 
+    def add_code(name: str, git: Mapping[str, Any] | None) -> None:
+        if git and git.get("commit"):
+            add(name, f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}")
+
     for arm, measured in measurements.arms.items():
         for run in measured.runs:
-            git = run.environment.get("git") or {}
-            if git.get("commit"):
-                add(
-                    "code at training",
-                    f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}",
-                )
-            libraries = run.environment.get("libraries") or {}
+            add_code("code at training", run.environment.get("git"))
+            libraries = (run.environment.get("libraries") or {}).items()
             add(
                 "libraries",
-                ", ".join(f"{name} {version}" for name, version in libraries.items() if version),
+                ", ".join(f"{name} {version}" for name, version in libraries if version),
             )
             add("devices", ", ".join(dict.fromkeys(run.environment.get("devices") or [])))
             add("python", run.environment.get("python"))
             guard = run.state.get("guard") or {}
-            if guard.get("data_fingerprint"):
-                add("data, sha256", str(guard["data_fingerprint"])[:16])
+            add("data, sha256", str(guard.get("data_fingerprint") or "")[:16])
             add("runs", f"{arm}: {run.name} ({run.state.get('state', 'no run.json')})")
-            for result in run.evals:
-                _evaluation(result.result, add)
+            for log in run.evals:
+                add_code("code at evaluation", log.result.get("git"))
+                if judge := log.result.get("judge"):
+                    model = portable_command(str(judge.get("model")))
+                    weights = str(judge.get("fingerprint"))[:12]
+                    add("judges", f"{judge.get('name')} ({model}, {judge.get('mode')}, {weights})")
+                answers = log.result.get("answers") or {}
+                if answers.get("prompt_format_hash"):
+                    prompt = answers["prompt_format_hash"][:12]
+                    add("prompt formats", f"{answers.get('prompt_format')} {prompt}")
+                add("imported from", log.result.get("source"))
     if study is not None:
         add("study", study.path.name)
-        add(
-            "declared factors",
-            "; ".join(f"{name}: {', '.join(keys)}" for name, keys in study.factors.items()),
-        )
+        factors = [f"{name}: {', '.join(keys)}" for name, keys in study.factors.items()]
+        add("declared factors", "; ".join(factors))
     if published is not None:
         add("published numbers", f"{published.publication}, {published.source}")
     return [(name, "; ".join(values)) for name, values in lines.items()]
-
-
-def _evaluation(result: object, add: object) -> None:
-    """The lines of one evaluation."""
-    assert isinstance(result, dict) and callable(add)
-    git = result.get("git") or {}
-    if git.get("commit"):
-        add(
-            "code at evaluation",
-            f"{git['commit'][:12]}{' with changes' if git.get('dirty') else ''}",
-        )
-    judge = result.get("judge")
-    if judge:
-        add(
-            "judges",
-            f"{judge.get('name')} ({portable_command(str(judge.get('model')))},"
-            f" {judge.get('mode')}, {str(judge.get('fingerprint'))[:12]})",
-        )
-    answers = result.get("answers") or {}
-    if answers.get("prompt_format_hash"):
-        add(
-            "prompt formats", f"{answers.get('prompt_format')} {answers['prompt_format_hash'][:12]}"
-        )
-    if result.get("source"):
-        add("imported from", result["source"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from recipes_lib.compare.measurements import Measurements, RunMeasurements
+from recipes_lib.compare.measurements import Measurements
 from recipes_lib.eval_log import ORDERS, EvalLog, Sample
 
 MAX_SAMPLES = 6_000
@@ -70,64 +70,56 @@ def collect_samples(measurements: Measurements) -> SampleSet:
     """Return the samples of every judged evaluation, comparisons between arms first."""
     found = SampleSet()
     pages = [
-        (name, run, result)
+        (name, run, log)
         for name, arm in measurements.arms.items()
         for run in arm.runs
-        for result in run.evals
-        if result.suite in ("alpaca_eval", "mt_bench")
+        for log in run.evals
+        if log.suite in ("alpaca_eval", "mt_bench")
     ]
-    between = [
-        page for page in pages if measurements.opponent_name(page[2].against) in measurements.arms
-    ]
-    judged = sum(len(measure.samples) for _, _, result in pages for measure in result.measures[:1])
+    pages.sort(
+        key=lambda page: measurements.opponent_name(page[2].against) not in measurements.arms
+    )
+    judged = sum(len(measure.samples) for _, _, log in pages for measure in log.measures[:1])
     step = max(1, -(-judged // MAX_SAMPLES))
-    for name, run, result in [*between, *(page for page in pages if page not in between)]:
-        _add(found, measurements, name, run, result, step)
+    for name, run, log in pages:
+        several = len(measurements.arms[name].runs) > 1
+        title = f"{log.eval}: {name}{f', seed {run.seed}' if several else ''}"
+        _add(found, log, name, title, measurements.opponent_name(log.against) or "", step)
     return found
 
 
-def _add(
-    found: SampleSet,
-    measurements: Measurements,
-    arm: str,
-    run: RunMeasurements,
-    log: EvalLog,
-    step: int,
-) -> None:
+def _add(found: SampleSet, log: EvalLog, arm: str, title: str, opponent: str, step: int) -> None:
     """Add every `step`-th of one evaluation's samples."""
     samples = _shown(log)
     found.total += len(samples)
     if not samples or found.is_full():
         return
-    opponent = measurements.opponent_name(log.against)
-    seed = f", seed {run.seed}" if len(measurements.arms[arm].runs) > 1 else ""
     group = len(found.groups)
-    title = f"{log.eval}: {arm}{seed}" + (f" against {opponent}" if opponent else ", graded")
+    title += f" against {opponent}" if opponent else ", graded"
     folder = "/".join(log.file.parent.parts[-3:])
-    found.groups.append({"title": title, "arm": arm, "opponent": opponent or "", "folder": folder})
+    found.groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
     turns = log.imported or log.suite == "mt_bench"
     for one in samples[::step]:
         if found.is_full():
             return
         place = f"{one.id}, turn {one.turn}" if turns else one.id
         orders = ORDERS if one.opponent is not None else ("grade",)
-        said = zip(orders, one.verdicts, one.raws, strict=False)
         verdicts = tuple(
-            (order, word, None if raw is None else found.text(raw)) for order, word, raw in said
+            (order, word, None if raw is None else found.text(raw))
+            for order, word, raw in zip(orders, one.verdicts, one.raws, strict=False)
         )
-        opponent_text = None if one.opponent is None else found.text(one.opponent)
+        theirs = None if one.opponent is None else found.text(one.opponent)
         asked = one.input if one.input is not None else "" if log.imported else f"question {place}"
-        outcome = f"grade {one.value:g}" if one.outcome == "graded" else one.outcome
         found.samples.append(
             Shown(
                 group,
                 place,
                 one.category,
-                outcome,
+                f"grade {one.value:g}" if one.outcome == "graded" else one.outcome,
                 one.flip,
                 found.text(asked),
                 found.text(one.answer or ""),
-                opponent_text,
+                theirs,
                 verdicts,
             )
         )

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.claims import compare_arms
-from recipes_lib.compare.design import Study
-from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.compare.design import BASE_ARM, Study
 from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.atomic_files import publish, write_json
 from recipes_lib.core.project import runs_root
-from recipes_lib.report.study_report import write_study_report
+from recipes_lib.report.content import gather
+from recipes_lib.report.documents import write_report
 from recipes_lib.study.arms import base_run, run_names, study_folder
 from recipes_lib.study.graph import Freshness, Graph, Step, digest_of
 
@@ -114,8 +114,8 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     folder = study_folder(study) / "report"
     scratch = folder.with_name(".report.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    behind = not_up_to_date(statistics.upstream, known)
-    write_study_report(scratch, comparison, measurements, study, behind)
+    banners = not_up_to_date(statistics.upstream, known)
+    write_report(scratch, gather(study.name, measurements, comparison, study, banners))
     publish(scratch, folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     done(report, [file.name for file in files], files, started)
