@@ -1,27 +1,21 @@
-"""A study file as an object: its arms with their recipes resolved, the declared factors, seeds and
-evals. Needs no torch.
+"""A study file as an object: its keys, its arms with their recipes resolved, the declared factors,
+seeds and evals. Needs no torch.
 
 `load_study` is the only way in. What is wrong with a study, and with every recipe and eval it
-names, is reported at once.
+names, is reported at once. As in `config.sections`, each field of a section is a key and each
+`help` its documentation; the JSON Schema and the checks are generated from here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from recipes_lib.compare.design_check import (
-    between_keys,
-    check_eval_names,
-    check_levels,
-    check_overrides,
-    with_whole_arms,
-)
-from recipes_lib.compare.design_sections import BASE_ARM, ArmSection
 from recipes_lib.compare.published import load_published
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.check import check_upstream
@@ -29,21 +23,115 @@ from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.loader import COMMAND_LINE, Document, Origin, load_document
 from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.config.sections import LaunchSection
+from recipes_lib.config.schema import fields_of, file_schema
+from recipes_lib.config.sections import LaunchSection, key
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import KindRules, describe, load, shown
+from recipes_lib.config.vocabulary import dotted_names, subschema
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.core.project import project_root, recipe_path, shown_path
+from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
 from recipes_lib.suites.recipe import EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
 
+Read = TypeVar("Read")
+BASE_ARM = "base"
 # Values that follow from the accelerate config: a factor that may change the one may change the
 # others.
 _OF_ACCELERATE = ("launch.distributed_type", "launch.mixed_precision")
+_MADE_BY_LAUNCH = (*_OF_ACCELERATE, "launch.world_size")
+_LAUNCH = ("accelerate", "gpus", "nodes")
+# What a study gives to every training itself.
+_GIVEN = {
+    "train.seed": (
+        "the seeds of a study stand under its own key: seeds: [1, 2], on the command line"
+        " 'seeds=[1, 2]'"
+    ),
+    "run.name": "a run of a study is named after the study, its arm and its seed",
+}
+_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchKeys:
+    """How arms are launched; the study's values are the defaults of its arms."""
+
+    accelerate: str | None = key(
+        "Name of a file in accelerate_configs/, without .yaml. Absent: the recipe's"
+        " launch.accelerate."
+    )
+    gpus: int | None = key(
+        "Processes per node. Absent: the recipe's launch.gpus, else what the accelerate config"
+        " says.",
+        minimum=1,
+    )
+    nodes: int | None = key("Machines. Absent: the recipe's launch.nodes.", minimum=1)
+    seeds: list[int] | None = key(
+        "Values of train.seed; each is a training of its own, and the variance between them enters"
+        " the intervals. Absent: the recipe's."
+    )
+    overrides: list[str] = key(
+        "`section.key=value` words, as after `recipes train RECIPE`.", factory=list
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSection(LaunchKeys):
+    """One variant. A bare path is short for `{recipe: path}`."""
+
+    recipe: str | None = key("The arm's recipe, relative to the study file.")
+    cell: dict[str, str] = key(
+        "The arm's level of each factor; with one factor it may be absent.", factory=dict
+    )
+    imported: str | None = key(
+        "Name of a run made by `recipes import`: its answers and judgments stand for the arm, and"
+        " nothing is trained. A recipe beside it says what was trained, for the list of"
+        " differences."
+    )
+    published_only: bool = key(
+        "Nothing but the published numbers stands for this arm: nothing is run, and nothing can be"
+        " tested.",
+        False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySection(LaunchKeys):
+    """A study: a question, the arms that answer it, and how they are evaluated."""
+
+    question: str = field(
+        metadata={"help": "What the study is to answer, as one question. It heads the report."}
+    )
+    factors: dict[str, list[str]] = key(
+        "Factor -> the keys it may change (`lora.r`, `quantization`, ...). Every other difference"
+        " between arms is listed as a confound. Several factors make a factorial.",
+        factory=dict,
+    )
+    include_base: bool = key(
+        "Evaluate the arms' base model too, as the arm `base`; once, however many arms there are.",
+        True,
+    )
+    evals: list[str] = key("Eval recipes, relative to the study file.", factory=list)
+    published: str | None = key(
+        "Numbers published elsewhere, shown beside ours with their protocol."
+    )
+
+
+def study_schema() -> dict[str, Any]:
+    """Return the schema of a study file; an arm is a path or a mapping."""
+    keys = fields_of(StudySection)
+    arm = {"type": "object", "additionalProperties": False, "properties": fields_of(ArmSection)}
+    arms = {
+        "type": "object",
+        "description": "Name -> arm. A bare path is short for {recipe: path}.",
+        "minProperties": 1,
+        "additionalProperties": {"anyOf": [{"type": "string"}, arm]},
+    }
+    properties = {name: keys.pop(name) for name in ("question", "factors")} | {"arms": arms} | keys
+    return file_schema("study", "A study", required=["question", "arms"], properties=properties)
 
 
 @dataclass(frozen=True)
@@ -102,21 +190,17 @@ class Arm:
         if self.recipe is None:
             return {}
         values = flatten(self.recipe.to_dict())
-        for key in ("run.name", "run.notes", "run.tags"):
-            values.pop(key, None)
-        launch = {
-            "accelerate": self.accelerate,
-            "gpus": self.gpus,
-            "nodes": self.nodes,
-            "distributed_type": self.launch.distributed_type,
-            "world_size": self.world_size,
-            "mixed_precision": self.launch.config.mixed_precision,
-        }
-        seeds: Any = list(self.seeds)
+        for name in ("run.name", "run.notes", "run.tags"):
+            values.pop(name, None)
         return {
             **values,
-            "train.seed": seeds[0] if len(seeds) == 1 else seeds,
-            **{f"launch.{key}": value for key, value in launch.items()},
+            "train.seed": self.seeds[0] if len(self.seeds) == 1 else list(self.seeds),
+            "launch.accelerate": self.accelerate,
+            "launch.gpus": self.gpus,
+            "launch.nodes": self.nodes,
+            "launch.distributed_type": self.launch.distributed_type,
+            "launch.world_size": self.world_size,
+            "launch.mixed_precision": self.launch.config.mixed_precision,
         }
 
 
@@ -145,15 +229,14 @@ class Study:
         Raises:
             RecipeError: there is none; the arms are listed.
         """
-        found = next((arm for arm in self.arms if arm.name == name), None)
-        if found is None:
-            names = [arm.name for arm in self.arms]
+        arms = {arm.name: arm for arm in self.arms}
+        if name not in arms:
             raise RecipeError(
                 f"study '{self.name}' has no arm '{name}'",
-                *did_you_mean(name, names),
-                f"arms: {', '.join(names)}",
+                *did_you_mean(name, arms),
+                f"arms: {', '.join(arms)}",
             )
-        return found
+        return arms[name]
 
     def factor_of(self, key: str) -> str | None:
         """Return the declared factor that may change a dotted key, or None: a difference there is a
@@ -161,11 +244,8 @@ class Study:
         """
         for factor, prefixes in self.factors.items():
             for prefix in prefixes:
-                if (
-                    key == prefix
-                    or key.startswith(f"{prefix}.")
-                    or (prefix == "launch.accelerate" and key in _OF_ACCELERATE)
-                ):
+                made = prefix == "launch.accelerate" and key in _OF_ACCELERATE
+                if key == prefix or key.startswith(f"{prefix}.") or made:
                     return factor
         return None
 
@@ -207,23 +287,16 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    words = [
-        word
-        for word in overrides
-        if word.removeprefix("--").partition("=")[0].partition(".")[0] in SECTIONS
-    ]
+    words = [word for word in overrides if _key_of(word).partition(".")[0] in SECTIONS]
     file = study_path(path)
     if not file.exists() and file.suffix not in (".yaml", ".yml"):
-        shipped = sorted(
-            file.stem for file in (project_root() / "recipes" / "studies").glob("*.yaml")
-        )
+        shipped = sorted(one.stem for one in (project_root() / "recipes/studies").glob("*.yaml"))
         raise RecipeError(
             f"there is no study '{path}'",
             f"studies: {', '.join(shipped)}, or the path of a study file",
         )
-    study, errors = _read(
-        load(file, "study", [word for word in overrides if word not in words]), words
-    )
+    document = load(file, "study", [word for word in overrides if word not in words])
+    study, errors = _Reader(document, words).study()
     if errors:
         raise RecipeErrors(errors)
     return dataclasses.replace(study, words=tuple(overrides))
@@ -234,9 +307,7 @@ def study_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
-    places = [
-        folder / "recipes" / "studies" / f"{path.name}.yaml" for folder in (Path(), project_root())
-    ]
+    places = [top / f"recipes/studies/{path.name}.yaml" for top in (Path(), project_root())]
     return next((place for place in places if place.is_file()), path)
 
 
@@ -248,11 +319,8 @@ def study_file(word: str) -> Path | None:
     if path.is_dir():
         return None
     path = path if path.is_file() else study_path(word)
-    return (
-        path
-        if path.is_file() and load_document(path, keep_going=True).kind.name == "study"
-        else None
-    )
+    known = path.is_file() and load_document(path, keep_going=True).kind.name == "study"
+    return path if known else None
 
 
 class StudyRules(KindRules):
@@ -260,7 +328,15 @@ class StudyRules(KindRules):
 
     def whole(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the values with every bare path of an arm written as `{recipe: path}`."""
-        return with_whole_arms(values)
+        arms = values.get("arms")
+        if not isinstance(arms, dict):
+            return values
+        return {
+            **values,
+            "arms": {
+                name: {"recipe": arm} if isinstance(arm, str) else arm for name, arm in arms.items()
+            },
+        }
 
     def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
         """Return the error for a key that does not exist here."""
@@ -283,7 +359,15 @@ class StudyRules(KindRules):
 
     def between_keys(self, document: Document) -> Iterator[RecipeError]:
         """Yield what is wrong between the study's own values."""
-        return between_keys(document)
+        study, arms = _sections(document)
+        yield from _wrong_names(document, study, arms)
+        for name, arm in arms.items():
+            yield from _wrong_arm(document, study, name, arm)
+        yield from _wrong_factors(document, study, arms)
+        if study.published:
+            path = document.folder(("published",)) / study.published
+            if not path.is_file():
+                yield document.error(("published",), f"published: no such file: {shown_path(path)}")
 
     def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
         """Return what is wrong with the recipes and evals it names; `full` adds stage 2 for every
@@ -291,141 +375,260 @@ class StudyRules(KindRules):
         """
         if not sound:
             return []
-        study, errors = _read(document, [])
+        study, errors = _Reader(document, []).study()
         if errors or not full:
             return errors
-        found = {
-            str(error): error
-            for arm in study.arms
-            if arm.recipe
-            for error in check_upstream(arm.recipe, notes=[])
-        }
-        return list(found.values())
+        recipes = [arm.recipe for arm in study.arms if arm.recipe]
+        return _once(error for recipe in recipes for error in check_upstream(recipe, notes=[]))
 
 
-def _read(document: Document, words: Sequence[str]) -> tuple[Study, list[RecipeError]]:
-    """Return the study of a document whose own values are sound, and what is wrong with the files
-    it names.
+def _sections(document: Document) -> tuple[StudySection, dict[str, ArmSection]]:
+    """The study's own keys and its arms, of a document that the schema accepts."""
+    values = dict(StudyRules().whole(document.values))
+    arms = {name: ArmSection(**arm) for name, arm in values.pop("arms").items()}
+    return StudySection(**values), arms
+
+
+def _key_of(word: str) -> str:
+    return word.removeprefix("--").partition("=")[0]
+
+
+def _once(errors: Iterable[RecipeError]) -> list[RecipeError]:
+    return list({str(error): error for error in errors}.values())
+
+
+def _wrong_names(
+    document: Document, study: StudySection, arms: Mapping[str, ArmSection]
+) -> Iterator[RecipeError]:
+    """The study's question, names and seeds."""
+    if not study.question.strip():
+        yield document.error(
+            ("question",),
+            "question is empty",
+            "it heads the report, for example: Does rank 32 beat rank 8?",
+        )
+    for name in arms:
+        place = ("arms", name)
+        if not _ARM_NAME.match(name) or name.endswith("."):
+            what = f"arm name {name!r} cannot be part of a folder name"
+            yield document.error(place, what, "use 1 to 60 letters, digits, '.', '_' or '-'")
+            continue
+        try:
+            check_run_name(f"{document.path.stem}--{name}--seed0000")
+        except RecipeError as error:
+            what = f"arm '{name}': {error.what.replace('run.name', 'its run')}"
+            yield document.error(place, what, *error.hints)
+    lists: dict[KeyPath, list[int] | None] = {("seeds",): study.seeds}
+    lists |= {("arms", name, "seeds"): arm.seeds for name, arm in arms.items()}
+    for path, seeds in lists.items():
+        where = ".".join(map(str, path))
+        if seeds == []:
+            what = f"{where} is empty"
+            yield document.error(path, what, "name at least one seed, or remove the key")
+        for seed in dict.fromkeys(seeds or []):
+            if seed < 0:
+                yield document.error(path, f"{where}: seed {seed} must be a whole number >= 0")
+            elif (seeds or []).count(seed) > 1:
+                what = "stands there twice: the same training twice tells nothing"
+                yield document.error(path, f"{where}: seed {seed} {what}")
+
+
+def _wrong_arm(
+    document: Document, study: StudySection, name: str, arm: ArmSection
+) -> Iterator[RecipeError]:
+    """What stands for an arm: exactly one of a recipe to train, an imported run, published
+    numbers.
     """
-    values = document.values
-    reader = _Reader(document, words)
-    arms = tuple(filter(None, (reader.arm(name, value) for name, value in values["arms"].items())))
-    evals = tuple(
-        filter(None, (reader.eval(position) for position in range(len(values.get("evals") or []))))
-    )
-    factors = {name: tuple(keys) for name, keys in (values.get("factors") or {}).items()}
-    own_base = any(arm.name == BASE_ARM for arm in arms)
-    study = Study(
-        path=document.path,
-        name=document.path.stem,
-        question=values["question"],
-        factors=factors,
-        arms=arms,
-        seeds=tuple(dict.fromkeys(seed for arm in arms for seed in arm.seeds)),
-        include_base=values.get("include_base", True)
-        and not own_base
-        and any(arm.trained for arm in arms),
-        evals=evals,
-        published=(
-            document.folder(("published",)) / values["published"]
-            if values.get("published")
-            else None
-        ),
-        origins=document.origins,
-        warnings=tuple(document.warnings),
-    )
-    reader.published(study.published)
-    reader.check_words(arms)
-    problems = list({str(error): error for error in reader.errors}.values()) or check_eval_names(
-        document, [one.name for one in evals]
-    )
-    if not problems:
-        problems = [*reader.one_base(study), *check_levels(document, study)]
-    return dataclasses.replace(study, warnings=tuple(document.warnings)), problems
+    path, trained = ("arms", name), not arm.imported and not arm.published_only
+    alone = (*path, "published_only")
+    if arm.imported and arm.published_only:
+        yield document.error(alone, f"arm '{name}' is imported and published_only; one of them")
+    if not arm.recipe and trained:
+        hint = "name one, or `imported: RUN`, or `published_only: true`"
+        yield document.error(path, f"arm '{name}' has no recipe", hint)
+    if arm.published_only and not study.published:
+        what = f"arm '{name}' is published_only, and the study names no published file"
+        yield document.error(alone, what)
+    if name == BASE_ARM and trained:
+        what = f"'{BASE_ARM}' is the name of the base model's own arm"
+        yield document.error(path, what, "choose another name")
+    idle = [key for key in ("seeds", *_LAUNCH) if getattr(arm, key) and not arm.recipe]
+    if idle:
+        what = f"arm '{name}': {idle[0]} has no meaning without a recipe"
+        yield document.error((*path, idle[0]), what)
 
 
-def _alike(path: Path) -> list[str]:
-    """Which file of that folder was meant."""
-    return did_you_mean(path.name, [file.name for file in path.parent.glob("[!_]*.yaml")])
+def _wrong_factors(
+    document: Document, study: StudySection, arms: Mapping[str, ArmSection]
+) -> Iterator[RecipeError]:
+    """Factors name keys that exist, and every arm says where it stands."""
+    factors = study.factors
+    for factor, prefixes in factors.items():
+        path: KeyPath = ("factors", factor)
+        if not prefixes:
+            hint = "name what it may change, for example [lora.r]"
+            yield document.error(path, f"factor '{factor}' names no key", hint)
+        for position, prefix in enumerate(prefixes):
+            if not _exists(prefix):
+                near = [f"did you mean {name}?" for name in dotted_names(prefix)[:1]]
+                yield document.error(
+                    (*path, position),
+                    f"factor '{factor}': there is no key '{prefix}'",
+                    *near,
+                    "all keys: recipes explain",
+                )
+    cells: dict[tuple[str, ...], str] = {}
+    for name, arm in arms.items():
+        cell, place = arm.cell, ("arms", name, "cell")
+        for factor in cell:
+            if factor not in factors:
+                yield document.error(
+                    (*place, factor),
+                    f"arm '{name}': no factor '{factor}'",
+                    *did_you_mean(factor, factors),
+                    f"factors: {_list(factors)}",
+                )
+        asked = factors if cell or len(factors) > 1 else ()
+        missing = [factor for factor in asked if factor not in cell]
+        if missing and name != BASE_ARM:
+            what = f"arm '{name}': its cell does not say {_list(missing)}"
+            yield document.error(place, what, f"cell: {{{missing[0]}: LEVEL, ...}}")
+        if cell and not missing:
+            twin = cells.setdefault(tuple(cell[factor] for factor in factors), name)
+            if twin != name:
+                what = f"arms '{twin}' and '{name}' are in the same cell"
+                yield document.error(place, what, "several seeds of one cell: seeds: [1, 2, 3]")
+
+
+def _exists(key: str) -> bool:
+    """Whether a dotted key, or a section, can be written in a recipe."""
+    if key in _MADE_BY_LAUNCH:
+        return True
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        schema = subschema(*parts[:length])
+        if schema is not None:
+            return length == len(parts) or "properties" not in schema
+    return False
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 class _Reader:
-    """Reads what a study names, collecting errors instead of stopping."""
+    """Reads what a study names, of a document whose own values are sound, collecting errors instead
+    of stopping.
+    """
 
     def __init__(self, document: Document, words: Sequence[str]) -> None:
         self.document, self.words = document, list(words)
+        self.own, self.sections = _sections(document)
         self.errors: list[RecipeError] = []
 
-    def arm(self, name: str, value: Any) -> Arm | None:
+    def study(self) -> tuple[Study, list[RecipeError]]:
+        """Return the study, and what is wrong with the files it names."""
+        document, own = self.document, self.own
+        arms = tuple(filter(None, (self._arm(*item) for item in self.sections.items())))
+        evals = tuple(filter(None, map(self._eval, range(len(own.evals)))))
+        published = None
+        if own.published:
+            published = document.folder(("published",)) / own.published
+            self._try(load_published, published)
+        trained = any(arm.trained for arm in arms)
+        if self.words and arms and not trained:
+            what = f"{self.words[0]} changes nothing: no arm of this study is trained here"
+            hint = "what was trained elsewhere is as its recipe says"
+            self.errors.append(RecipeError(what, hint, file=COMMAND_LINE))
+        own_base = any(arm.name == BASE_ARM for arm in arms)
+        study = Study(
+            path=document.path,
+            name=document.path.stem,
+            question=own.question,
+            factors={name: tuple(keys) for name, keys in own.factors.items()},
+            arms=arms,
+            seeds=tuple(dict.fromkeys(seed for arm in arms for seed in arm.seeds)),
+            include_base=own.include_base and not own_base and trained,
+            evals=evals,
+            published=published,
+            origins=document.origins,
+        )
+        problems = _once(self.errors) or self._twice([one.name for one in evals])
+        if not problems:
+            problems = self._bases(study)
+            self._warn_of_levels(study)
+        return dataclasses.replace(study, warnings=tuple(document.warnings)), problems
+
+    def _try(self, read: Callable[[Path], Read], path: Path) -> Read | None:
+        """What a function reads, or None where it raises; its errors are kept."""
+        try:
+            return read(path)
+        except RecipeError as error:
+            self.errors += error.errors
+            return None
+
+    def _arm(self, name: str, section: ArmSection) -> Arm | None:
         """Return an arm, or None where its recipe or launch cannot be had."""
-        section = ArmSection(**({"recipe": value} if isinstance(value, str) else value))
-        study = self._shared(section)
-        self._check_reach(name, section)
-        own = [*(study.get("overrides") or []), *section.overrides, *(self.words if study else [])]
-        self.errors += [self._at_override(name, error) for error in check_overrides(own)]
-        recipe = self._recipe(name, section, own)
+        trained = section.imported is None and not section.published_only
+        # What the study says for all arms; of one that was trained elsewhere it changes nothing, or
+        # its differences could be hidden.
+        study = self.own if trained else LaunchKeys()
+        for one in (*_LAUNCH, "seeds"):
+            own, word = getattr(section, one), getattr(study, one)
+            if own and word and own != word and self.document.origin((one,)).file == COMMAND_LINE:
+                # It would change the other arms and not this one, which has a value of its own.
+                what = (
+                    f"arm '{name}' has its own {one}: {own}, so {one}={word} on the command line"
+                    " does not reach it"
+                )
+                hint = "change the study file, or leave that word away"
+                self.errors.append(self.document.error(("arms", name, one), what, hint))
+        words = [*study.overrides, *section.overrides, *(self.words if trained else [])]
+        for given in dict.fromkeys(map(_key_of, words)):
+            if given in _GIVEN:
+                what = f"{given} cannot be overridden in a study"
+                error = RecipeError(what, _GIVEN[given], file=COMMAND_LINE)
+                self.errors.append(self._at_override(name, error))
+        recipe = self._recipe(name, section, words)
         if recipe is None and section.recipe is not None:
             return None
-        launch = self._launch(name, section, recipe)
+        launch = self._launch(name, section, study, recipe)
         if launch is None:
             return None
         arm = Arm(
             name=name,
             recipe=recipe,
-            overrides=tuple(own),
+            overrides=tuple(words),
             launch=launch,
-            seeds=(),
+            seeds=tuple(section.seeds or study.seeds or ()),
             cell=dict(section.cell),
             imported=section.imported,
             published_only=section.published_only,
         )
-        return dataclasses.replace(
-            arm, seeds=tuple(section.seeds or study.get("seeds") or [arm.own_seed])
-        )
+        return arm if arm.seeds else dataclasses.replace(arm, seeds=(arm.own_seed,))
 
-    def _shared(self, section: ArmSection) -> dict[str, Any]:
-        """What the study says for all arms; of one that was trained elsewhere it changes nothing,
-        or its differences could be hidden.
-        """
-        return (
-            self.document.values if section.imported is None and not section.published_only else {}
-        )
-
-    def _check_reach(self, name: str, section: ArmSection) -> None:
-        """Refuse words of the command line that would change the other arms and not this one, which
-        has a value of its own.
-        """
-        for key in ("accelerate", "gpus", "nodes", "seeds"):
-            own, word = getattr(section, key), self._shared(section).get(key)
-            if own and word and own != word and self.document.origin((key,)).file == COMMAND_LINE:
-                what = (
-                    f"arm '{name}' has its own {key}: {own}, so {key}={word} on the command line"
-                    " does not reach it"
-                )
-                self.errors.append(
-                    self.document.error(
-                        ("arms", name, key), what, "change the study file, or leave that word away"
-                    )
-                )
-
-    def _launch(self, name: str, section: ArmSection, recipe: Recipe | None) -> Launch | None:
+    def _launch(
+        self, name: str, section: ArmSection, study: LaunchKeys, recipe: Recipe | None
+    ) -> Launch | None:
         """Return the arm's launch, once it can work: a config that exists, processes that it
         starts, a batch that can be divided.
         """
         if recipe is None:  # nothing is launched
             return plan_launch(LaunchSection(), "single_gpu")
-        study = self._shared(section)
-        options = {
-            key: getattr(section, key) or study.get(key) for key in ("accelerate", "gpus", "nodes")
-        }
         try:
-            launch = plan_launch(recipe.launch, **options)
-            if study:
+            launch = plan_launch(
+                recipe.launch,
+                **{key: getattr(section, key) or getattr(study, key) for key in _LAUNCH},
+            )
+            if study is self.own:
                 accumulation_steps(recipe, launch.world_size)
         except RecipeErrors as several:
             self.errors += several.errors
         except RecipeError as error:
-            where = self.document.origin(self._launch_key(name))
+            # Where the launch is written: at the arm, or for all arms.
+            own: list[KeyPath] = [("arms", name, one) for one in _LAUNCH if getattr(section, one)]
+            shared: list[KeyPath] = [(one,) for one in _LAUNCH if getattr(self.own, one)]
+            where = self.document.origin([*own, *shared, ("arms", name)][0])
             file, line = (error.file, error.line) if error.file else (where.file, where.line)
             self.errors.append(
                 RecipeError(f"arm '{name}': {error.what}", *error.hints, file=file, line=line)
@@ -434,93 +637,56 @@ class _Reader:
             return launch
         return None
 
-    def _launch_key(self, name: str) -> KeyPath:
-        """Where the arm's launch is written: at the arm, or for all arms."""
-        own = [key for key in ("accelerate", "gpus", "nodes") if self._of_arm(name).get(key)]
-        shared = [key for key in ("accelerate", "gpus", "nodes") if self.document.values.get(key)]
-        return ("arms", name, own[0]) if own else (shared[0],) if shared else ("arms", name)
+    def _file(self, key: KeyPath, name: str, what: str) -> Path | None:
+        """The file that a key names."""
+        path = self.document.folder(key) / name
+        if path.is_file():
+            return path
+        near = did_you_mean(path.name, [file.name for file in path.parent.glob("[!_]*.yaml")])
+        self.errors.append(self.document.error(key, f"{what}: {shown_path(path)}", *near))
+        return None
 
     def _recipe(self, name: str, section: ArmSection, words: Sequence[str]) -> Recipe | None:
         if section.recipe is None:
             return None
-        key = ("arms", name, "recipe")
-        path = self.document.folder(key) / section.recipe
-        if not path.is_file():
-            self.errors.append(
-                self.document.error(
-                    key, f"arm '{name}': no such recipe: {shown_path(path)}", *_alike(path)
-                )
-            )
+        path = self._file(("arms", name, "recipe"), section.recipe, f"arm '{name}': no such recipe")
+        if path is None or self._try(load_recipe, path) is None:
             return None
-        plain: Recipe | None = None
         try:
-            plain = load_recipe(path)
             return load_recipe(path, words)
         except RecipeError as error:
-            self.errors += (
-                error.errors
-                if plain is None
-                else [self._at_override(name, one) for one in error.errors]
-            )
+            self.errors += [self._at_override(name, one) for one in error.errors]
         return None
 
     def _at_override(self, name: str, error: RecipeError) -> RecipeError:
         """Place an error that an override of the study makes where the override is written."""
-        lists = {
-            ("arms", name, "overrides"): self._of_arm(name).get("overrides"),
-            ("overrides",): self.document.values.get("overrides"),
+        what = f"arm '{name}': {error.what}"
+        lists: dict[KeyPath, list[str]] = {
+            ("arms", name, "overrides"): self.sections[name].overrides,
+            ("overrides",): self.own.overrides,
         }
         for path, words in lists.items():
-            for position, word in enumerate(words or []):
-                key = word.removeprefix("--").partition("=")[0]
-                if key in error.what or word in error.what:
-                    return self.document.error(
-                        (*path, position), f"arm '{name}': {error.what}", *error.hints
-                    )
-        return (
-            error
-            if error.file
-            else self.document.error(("arms", name), f"arm '{name}': {error.what}", *error.hints)
-        )
+            for position, word in enumerate(words):
+                if _key_of(word) in error.what or word in error.what:
+                    return self.document.error((*path, position), what, *error.hints)
+        return error if error.file else self.document.error(("arms", name), what, *error.hints)
 
-    def _of_arm(self, name: str) -> dict[str, Any]:
-        value = self.document.values["arms"][name]
-        return value if isinstance(value, dict) else {}
-
-    def eval(self, position: int) -> EvalRecipe | None:
+    def _eval(self, position: int) -> EvalRecipe | None:
         """Return one of the study's eval recipes."""
         key = ("evals", position)
-        path = self.document.folder(key) / self.document.values["evals"][position]
-        if not path.is_file():
-            self.errors.append(
-                self.document.error(key, f"no such eval recipe: {shown_path(path)}", *_alike(path))
-            )
-            return None
-        try:
-            return load_eval(path)
-        except RecipeError as error:
-            self.errors += error.errors
-        return None
+        path = self._file(key, self.own.evals[position], "no such eval recipe")
+        return self._try(load_eval, path) if path else None
 
-    def check_words(self, arms: Sequence[Arm]) -> None:
-        """Refuse words for the arms' recipes where no arm is trained."""
-        if self.words and arms and not any(arm.trained for arm in arms):
-            what = f"{self.words[0]} changes nothing: no arm of this study is trained here"
-            self.errors.append(
-                RecipeError(
-                    what, "what was trained elsewhere is as its recipe says", file=COMMAND_LINE
-                )
-            )
+    def _twice(self, names: Sequence[str]) -> list[RecipeError]:
+        """Every eval whose results would lie in the folder of one before it."""
+        hint = "name it once; another eval of that name needs another file name"
+        return [
+            self.document.error(("evals", position), f"evals: '{name}' stands there twice", hint)
+            for position, name in enumerate(names)
+            if name in names[:position]
+        ]
 
-    def published(self, path: Path | None) -> None:
-        """Read the file of published numbers, for what is wrong in it."""
-        try:
-            if path is not None:
-                load_published(path)
-        except RecipeError as error:
-            self.errors += error.errors
-
-    def one_base(self, study: Study) -> list[RecipeError]:
+    def _bases(self, study: Study) -> list[RecipeError]:
         """Return an error where `include_base` does not mean one model."""
         models = {
             (arm.recipe.model.name_or_path, arm.recipe.model.revision)
@@ -533,10 +699,43 @@ class _Reader:
         what = (
             f"include_base: the arms have different base models ({names}), so there is no one base"
         )
-        return [
-            self.document.error(
-                ("include_base",),
-                what,
-                "set include_base: false, or give each base a study of its own",
-            )
-        ]
+        hint = "set include_base: false, or give each base a study of its own"
+        return [self.document.error(("include_base",), what, hint)]
+
+    def _warn_of_levels(self, study: Study) -> None:
+        """Add warnings where the declared levels and the recipes do not fit together; nothing here
+        stops a study.
+        """
+
+        def warn(path: KeyPath, what: str, *hints: str) -> None:
+            self.document.warnings.append(self.document.error(path, f"warning: {what}", *hints))
+
+        known = [arm for arm in study.arms if arm.recipe is not None]
+        varying = study.differing()
+        for factor, prefixes in study.factors.items():
+            keys = [key for key in varying if study.factor_of(key) == factor]
+            if len(known) > 1 and not keys:
+                what = f"{_list(prefixes)} has one value in all arms"
+                warn(("factors", factor), f"factor '{factor}' changes nothing: {what}")
+                continue
+            for one, other in itertools.combinations(known, 2):
+                if factor not in one.cell or factor not in other.cell:
+                    continue
+                # The config's name may differ inside one strategy (fsdp, fsdp_qlora); what it does
+                # is launch.distributed_type.
+                changed = [
+                    key
+                    for key in keys
+                    if key != "launch.accelerate"
+                    and varying[key][one.name] != varying[key][other.name]
+                ]
+                if one.cell[factor] == other.cell[factor] and changed:
+                    warn(
+                        ("arms", other.name),
+                        f"arms '{one.name}' and '{other.name}' are both {factor}:"
+                        f" {one.cell[factor]}, but {changed[0]} differs",
+                    )
+        for cell in study.missing_cells():
+            levels = ", ".join(f"{factor}: {level}" for factor, level in cell.items())
+            hint = "an effect of one factor cannot be told apart there"
+            warn(("factors",), f"no arm has the cell {levels}", hint)

@@ -8,13 +8,15 @@ with nothing. Needs no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.loader import Document
+from recipes_lib.config.schema import file_schema
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import KindRules, load
 from recipes_lib.config.yaml_source import KeyPath
@@ -23,6 +25,7 @@ from recipes_lib.core.errors import RecipeError
 if TYPE_CHECKING:
     from jsonschema import ValidationError
 
+Schema = dict[str, Any]
 _BESIDE = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9.,_-]+){1,2}\Z")
 
 
@@ -91,11 +94,6 @@ class Published:
             None,
         )
 
-    @property
-    def arms(self) -> list[str]:
-        """The arms that have a number."""
-        return list(dict.fromkeys(number.arm for number in self.numbers))
-
 
 def load_published(path: str | Path) -> Published:
     """Load and check a file of published numbers.
@@ -104,24 +102,18 @@ def load_published(path: str | Path) -> Published:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
     document = load(path, "published")
-    values = document.values
+    values, circumstances = document.values, defaultdict[str, dict[str, str]](dict)
+    for table in values["tables"].values():
+        for arm, told in table.get("circumstances", {}).items():
+            circumstances[arm] |= told
     return Published(
         path=document.path,
         publication=values["publication"],
         source=values["source"],
         numbers=tuple(_numbers(document)),
         titles={name: table["title"] for name, table in values["tables"].items()},
-        circumstances=_circumstances(values["tables"].values()),
+        circumstances=dict(circumstances),
     )
-
-
-def _circumstances(tables: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """The circumstances of each arm, of all tables together."""
-    found: dict[str, dict[str, str]] = {}
-    for table in tables:
-        for arm, told in (table.get("circumstances") or {}).items():
-            found.setdefault(arm, {}).update(told)
-    return found
 
 
 class PublishedRules(KindRules):
@@ -138,14 +130,8 @@ class PublishedRules(KindRules):
         for table in tables.values() if isinstance(tables, dict) else ():
             arms = table.get("arms") if isinstance(table, dict) else None
             for row in arms.values() if isinstance(arms, dict) else ():
-                if isinstance(row, dict):
-                    row.update(
-                        {
-                            name: {"value": value}
-                            for name, value in row.items()
-                            if not isinstance(value, dict)
-                        }
-                    )
+                for name, value in row.items() if isinstance(row, dict) else ():
+                    row[name] = value if isinstance(value, dict) else {"value": value}
         return copy
 
     def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
@@ -156,65 +142,58 @@ class PublishedRules(KindRules):
 
     def between_keys(self, document: Document) -> Iterator[RecipeError]:
         """Yield what the schema cannot say."""
-        yield from [*_metrics(document), *_rows(document)] or _twice(document)
+        errors = [
+            error
+            for check in (_wrong_columns, _wrong_rows)
+            for name, table in document.values["tables"].items()
+            for error in check(document, name, table)
+        ]
+        yield from errors or _twice(document)
 
 
-def _metrics(document: Document) -> Iterator[RecipeError]:
+def _wrong_columns(
+    document: Document, name: str, table: Mapping[str, Any]
+) -> Iterator[RecipeError]:
     """Columns beside metrics that cannot be ours."""
-    for name, table in document.values["tables"].items():
-        for key, metric in table["metrics"].items():
-            beside = metric.get("beside")
-            if beside is not None and not _BESIDE.match(beside):
-                place: KeyPath = ("tables", name, "metrics", key, "beside")
-                yield document.error(
-                    place,
-                    f"beside {beside!r} is no metric of ours",
-                    "for example alpaca_eval/win_rate",
-                )
+    for key, metric in table["metrics"].items():
+        beside = metric.get("beside")
+        if beside is not None and not _BESIDE.match(beside):
+            place = ("tables", name, "metrics", key, "beside")
+            what = f"beside {beside!r} is no metric of ours"
+            yield document.error(place, what, "for example alpaca_eval/win_rate")
 
 
-def _rows(document: Document) -> Iterator[RecipeError]:
+def _wrong_rows(document: Document, name: str, table: Mapping[str, Any]) -> Iterator[RecipeError]:
     """Arms without a row, numbers without a column, and values outside their interval."""
-    for name, table in document.values["tables"].items():
-        for arm in (arm for arm in table.get("circumstances") or {} if arm not in table["arms"]):
-            near = did_you_mean(arm, table["arms"])
-            yield document.error(
-                ("tables", name, "circumstances", arm), f"table '{name}' has no arm '{arm}'", *near
-            )
-        for arm, row in table["arms"].items():
-            for key, number in row.items():
-                place: KeyPath = ("tables", name, "arms", arm, key)
-                if key not in table["metrics"]:
-                    near = did_you_mean(key, table["metrics"])
-                    yield document.error(
-                        place,
-                        f"table '{name}' has no metric '{key}'",
-                        *near,
-                        f"metrics: {', '.join(table['metrics'])}",
-                    )
-                elif isinstance(number, dict) and "interval" in number:
-                    low, high = number["interval"]
-                    if not low <= number["value"] <= high:
-                        yield document.error(
-                            place,
-                            f"{number['value']:g} is not within its interval [{low:g}, {high:g}]",
-                        )
+    for arm in table.get("circumstances", {}):
+        if arm not in table["arms"]:
+            near, what = did_you_mean(arm, table["arms"]), f"table '{name}' has no arm '{arm}'"
+            yield document.error(("tables", name, "circumstances", arm), what, *near)
+    metrics = table["metrics"]
+    for arm, row in table["arms"].items():
+        for key, number in row.items():
+            place = ("tables", name, "arms", arm, key)
+            if key not in metrics:
+                near, what = did_you_mean(key, metrics), f"table '{name}' has no metric '{key}'"
+                yield document.error(place, what, *near, f"metrics: {', '.join(metrics)}")
+            elif isinstance(number, dict) and "interval" in number:
+                value, (low, high) = number["value"], number["interval"]
+                if not low <= value <= high:
+                    what = f"{value:g} is not within its interval [{low:g}, {high:g}]"
+                    yield document.error(place, what)
 
 
 def _twice(document: Document) -> Iterator[RecipeError]:
     """Two numbers of one arm beside the same metric of ours: which one would be shown?"""
     seen: dict[tuple[str, str], PublishedNumber] = {}
     for number in _numbers(document):
-        if (
-            number.beside is not None
-            and (first := seen.setdefault((number.arm, number.beside), number)) is not number
-        ):
-            what = (
-                f"arm '{number.arm}' has two numbers beside {number.beside}: {first.shown} and"
-                f" {number.shown}"
-            )
+        if number.beside is None:
+            continue
+        first = seen.setdefault((number.arm, number.beside), number)
+        if first is not number:
+            both = f"beside {number.beside}: {first.shown} and {number.shown}"
             yield RecipeError(
-                what,
+                f"arm '{number.arm}' has two numbers {both}",
                 "name one of them, or give it an arm of its own",
                 file=number.file,
                 line=number.line,
@@ -247,3 +226,99 @@ def _numbers(document: Document) -> Iterator[PublishedNumber]:
                     file=origin.file,
                     line=origin.line,
                 )
+
+
+def published_schema() -> dict[str, Any]:
+    """Return the schema; a bare number in a table is short for `{value: number}`."""
+    text = {"type": "string"}
+
+    def n(description: str) -> Schema:
+        return {"type": "integer", "minimum": 1, "description": description}
+
+    def keys(description: str, required: list[str], **properties: Schema) -> Schema:
+        return {
+            "type": "object",
+            "description": description,
+            "additionalProperties": False,
+            "required": required,
+            "properties": properties,
+        }
+
+    def names(values: Schema, description: str) -> Schema:
+        """A mapping of names to values, at least one."""
+        return {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": values,
+            "description": description,
+        }
+
+    number = keys(
+        "One published number.",
+        ["value"],
+        value={"type": "number", "description": "As it was published."},
+        interval={
+            "type": "array",
+            "items": {"type": "number"},
+            "minItems": 2,
+            "maxItems": 2,
+            "description": "[low, high], where one was published.",
+        },
+        n=n("Items behind it, where they are not the table's n."),
+        note={**text, "description": "What must be known about this number."},
+    )
+    metric = keys(
+        "One column of the table.",
+        ["label"],
+        label={**text, "description": "The name it was published under."},
+        beside={
+            **text,
+            "description": (
+                "Our metric it stands beside: EVAL/METRIC, or EVAL/TASK/METRIC for lm-eval."
+            ),
+        },
+        factor={
+            "type": "number",
+            "description": "Our metric's value is this times the published one. Absent: 1.",
+            "default": 1,
+        },
+        places={
+            "type": "integer",
+            "minimum": 0,
+            "description": "Decimal places it was published with.",
+        },
+        n=n("Items behind each number, where they are not the table's n."),
+        note={**text, "description": "How the metric differs from ours."},
+    )
+    row = {"type": "object", "additionalProperties": {"anyOf": [{"type": "number"}, number]}}
+    table = keys(
+        "One table of the publication.",
+        ["title", "metrics", "arms"],
+        title={**text, "description": "What was measured."},
+        n=n("Items behind each number; absent where it was not published."),
+        protocol={
+            "type": "array",
+            "items": text,
+            "description": "How it was measured, a note each: shown as flags beside the numbers.",
+        },
+        circumstances={
+            "type": "object",
+            "additionalProperties": {"type": "object", "additionalProperties": text},
+            "description": (
+                "Arm -> what -> how it was there, where no recipe can say it (hardware). Arms that"
+                " differ are confounded."
+            ),
+        },
+        metrics=names(metric, "Columns by short name."),
+        arms=names(
+            row, "Rows by arm, as studies call the arm: short name of the metric -> number."
+        ),
+    )
+    properties = {
+        "publication": {**text, "description": "What was published."},
+        "source": {**text, "description": "Where."},
+        "tables": names(table, "Tables by short name."),
+    }
+    return file_schema(
+        "published", "Published numbers", required=list(properties), properties=properties
+    )

@@ -32,8 +32,8 @@ _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", typ
 _ELSEWHERE = {
     "eval": "recipes_lib.suites.sections",
     "judge": "recipes_lib.suites.sections",
-    "study": "recipes_lib.compare.design_sections",
-    "published": "recipes_lib.compare.published_schema",
+    "study": "recipes_lib.compare.design",
+    "published": "recipes_lib.compare.published",
     "profile": "recipes_lib.slurm.profile",
 }
 _SECTION_HELP = {

@@ -7,8 +7,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from recipes_lib.compare.design import Arm, Study
-from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.compare.design import BASE_ARM, Arm, Study
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root, shown_path

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.design import Study
-from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.compare.design import BASE_ARM, Study
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.json_files import read_object

@@ -19,8 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.compare.design import Arm, Study
-from recipes_lib.compare.design_sections import BASE_ARM
+from recipes_lib.compare.design import BASE_ARM, Arm, Study
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
