@@ -206,7 +206,8 @@ def test_two_numbers_beside_one_metric_are_refused(tmp_path):
     text = MINIMAL.replace("    arms:", "    arms:\n      b: {win: 4}").replace(
         "metrics: {win:", "metrics: {again: {label: w, beside: alpaca_eval/win_rate}, win:"
     )
-    assert load_published(written(tmp_path, text)).arms == ["b", "a"]
+    published = load_published(written(tmp_path, text))
+    assert [number.arm for number in published.numbers] == ["b", "a"]
     with pytest.raises(RecipeErrors, match="two numbers beside alpaca_eval/win_rate"):
         load_published(written(tmp_path, text.replace("a: {win: 50}", "a: {win: 50, again: 51}")))
 
