@@ -10,7 +10,7 @@ and so on, so that a busy machine slows all alike; the first step of each is thr
 tokens of the examples (no padding) per CPU second (user + system of the process) from the end of
 one step to the end of the next; a ratio is the median over the steps of ours / theirs at the same
 step. Rows: Dolly from RECIPES_SHARED_DATA or ../shared/data where it is there, else the
-quickstart's rows. Peers are installed by `peers.py`.
+quickstart's rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -229,12 +230,71 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A peer's Python, or the reason why there is none."""
+
+    name: str
+    python: Path | None
+    reason: str = ""
+
+
+def install(package: str, version: str, folder: Path, without: tuple[str, ...] = ()) -> Peer:
+    """Return the peer, installed once from the package index alone, in an environment of its own
+    under `<folder>/<package>-<version>`; one that does not install is reported as such.
+
+    Args:
+        package: its name on the package index.
+        version: its exact version.
+        folder: where environments go.
+        without: dependencies to take out again that text training does not use and that may not
+            load beside a CPU build of torch.
+    """
+    name, home = f"{package} {version}", folder / f"{package}-{version}"
+    python = home / "bin" / "python"
+    if not _imports(python, package):
+        print(f"installing {name} into {home} ...", flush=True)
+        try:
+            subprocess.run(
+                [sys.executable, "-m", "venv", "--clear", str(home)],
+                check=True,
+                capture_output=True,
+            )
+            command = [str(python), "-m", "pip", "install", "-q", f"{package}=={version}"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
+            if without:
+                subprocess.run(
+                    [str(python), "-m", "pip", "uninstall", "-q", "-y", *without],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
+        except subprocess.CalledProcessError as error:
+            return Peer(
+                name,
+                None,
+                "does not install:"
+                f" {(str(error.stderr or error).strip().splitlines() or ['?'])[-1]}",
+            )
+        except (subprocess.TimeoutExpired, OSError) as error:
+            return Peer(name, None, f"does not install: {error}")
+        if not _imports(python, package):
+            return Peer(name, None, "installs, but does not import")
+    return Peer(name, python)
+
+
+def _imports(python: Path, package: str) -> bool:
+    return (
+        python.exists()
+        and subprocess.run([str(python), "-c", f"import {package}"], capture_output=True).returncode
+        == 0
+    )
+
+
 def run_group(names: list[str], options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """Start the ways or levers of a list beside ours, let them take turns, and return
     their rows.
     """
-    from peers import install
-
     from recipes_lib.weights.base import materialise
 
     rows, lost = scratch / "rows.jsonl", []

@@ -127,7 +127,7 @@ def test_a_peer_that_does_not_install_is_reported_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    peer = load("peers", monkeypatch).install("llamafactory", "0.0.0", tmp_path)
+    peer = load("train_cpu", monkeypatch).install("llamafactory", "0.0.0", tmp_path)
     assert peer.python is None and peer.reason.startswith("does not install")
 
 

@@ -198,13 +198,15 @@ def _draw(
     )
 
 
-def _groups(batch: Sequence[int], cap: int | None, flattened: bool) -> list[list[int]]:
+def _groups(batch: list[int], cap: int | None, flattened: bool) -> list[list[int]]:
     """Return the examples of each forward pass of a micro-batch: all of them, or pieces where it
     exceeds the cap.
     """
+    if cap is None:
+        return [batch]
     groups: list[list[int]] = [[]]
     for length in batch:
-        if groups[-1] and cap and _cost([*groups[-1], length], flattened) > cap:
+        if groups[-1] and _cost([*groups[-1], length], flattened) > cap:
             groups.append([])
         groups[-1].append(length)
     return groups
