@@ -322,7 +322,7 @@ def settings_of_case(
         shape=shape_of(config),
         dtype="bfloat16",
         bits=case.bits,
-        autocast=2,
+        half="bfloat16",
         adapter=None if full else adapter,
         optimizer="adamw_torch_fused",
         attention=kinds.get(case.attention, case.attention),

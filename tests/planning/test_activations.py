@@ -164,7 +164,7 @@ def llama(**changes: Any) -> Settings:
         "shape": shape,
         "dtype": "bfloat16",
         "bits": None,
-        "autocast": 2,
+        "half": "bfloat16",
         "adapter": adapter,
         "optimizer": "adamw_torch_fused",
         "attention": "sdpa",

@@ -129,7 +129,7 @@ def _linear_inputs(settings: Settings) -> float:
     shape, s, adapter = settings.shape, settings.compute_bytes, settings.adapter
     experts = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.active_experts)
     widths = {name: experts.get(name, 1) * inputs for name, (inputs, _) in shape.linears().items()}
-    casts = settings.autocast is not None and settings.weight_bytes != settings.autocast
+    casts = settings.half is not None and settings.weight_bytes != 2
     # example by example, and put together again; else attention's output is kept already
     copied = settings.attention == "documents"
     if adapter is None:
@@ -142,7 +142,8 @@ def _linear_inputs(settings: Settings) -> float:
     ranks = s * adapter.rank * sum(experts.get(name, 1) for name in adapter.targets)
     if adapter.dropout:
         return share * (ranks + sum(targets.values()) * (s + _noise_bytes(settings)))
-    if settings.trained_bytes == s and settings.autocast_matches and not casts:
+    other_half = settings.weight_bytes == 2 and settings.half not in (None, settings.dtype)
+    if settings.trained_bytes == s and not casts and not other_half:
         kept = {name: width for name, width in targets.items() if copied or name != "o_proj"}
         targets = {_INPUTS[name]: width for name, width in kept.items()}
     # else cast to the adapter's type and back: a copy for each layer
@@ -160,13 +161,13 @@ def _autocast_copies(settings: Settings) -> float:
     """Half-precision copies of float32 weights that the backward pass needs: every linear layer's,
     or the adapter's alone.
     """
-    if settings.autocast is None:
+    if settings.half is None:
         return 0.0
-    cast = settings.weight_bytes != settings.autocast and not settings.bits
+    cast = settings.weight_bytes != 2 and not settings.bits
     copies = settings.shape.linear_parameters if cast else 0
-    if settings.adapter is not None and settings.trained_bytes != settings.autocast:
+    if settings.adapter is not None and settings.trained_bytes != 2:
         copies += settings.trained_parameters - settings.adapter.extra_parameters
-    return float(settings.autocast * copies)
+    return 2.0 * copies
 
 
 def head_bytes(settings: Settings, tokens: int) -> float:

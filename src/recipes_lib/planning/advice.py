@@ -58,28 +58,31 @@ class Advice:
 
 def advise(plan: Plan) -> list[Advice]:
     """Return proposals: what makes the training fit, or what makes it faster; the best first."""
-    if plan.fits:
-        least = max(WORTH_S, WORTH_SHARE * plan.duration.training)
-        found = [advice for advice in _to_be_faster(plan) if advice.saves_s > least]
-        if plan.uncounted:
-            found = [advice for advice in found if advice.memory_gib <= 0]
-        return sorted(found, key=lambda advice: -advice.saves_s)
-    proposed = {}
-    for why, same_result, changes in _to_fit(plan):
+    found = {}
+    for why, same_result, changes in _to_be_faster(plan) if plan.fits else _to_fit(plan):
         changed = plan.with_settings(**changes)
         if changed.fits:
             words = _words(plan.settings, changed.settings)
-            advice = _compare(plan, changed, words, why, same_result)
-            proposed[words] = replace(advice, makes_it_fit=not plan.uncounted)
-    return sorted(proposed.values(), key=lambda advice: (not advice.same_result, -advice.saves_s))
+            found[words] = _compare(plan, changed, words, why, same_result)
+    if not plan.fits:
+        helps = [replace(item, makes_it_fit=not plan.uncounted) for item in found.values()]
+        return sorted(helps, key=lambda item: (not item.same_result, -item.saves_s))
+    least = max(WORTH_S, WORTH_SHARE * plan.duration.training)
+    worth = [item for item in (*_validating(plan), *found.values()) if item.saves_s > least]
+    if plan.uncounted:
+        worth = [item for item in worth if item.memory_gib <= 0]
+    return sorted(worth, key=lambda item: -item.saves_s)
 
 
 def _words(old: Settings, new: Settings) -> str:
     """Return what to type to get from one training to the other."""
     words = []
-    if (new.sharded, new.world_size) != (old.sharded, old.world_size):
+    if new.sharded and (not old.sharded or new.world_size != old.world_size):
         config = "fsdp_qlora" if new.bits else "fsdp"
         words.append(f"launch.accelerate={config} launch.gpus={new.world_size}")
+    elif old.sharded and not new.sharded:
+        several = new.world_size > new.per_machine
+        words.append(f"launch.accelerate={'ddp_multi_node' if several else 'ddp'}")
     if new.bits != old.bits:
         words.append(_FOUR_BITS)
     if new.adapter != old.adapter:
@@ -90,38 +93,35 @@ def _words(old: Settings, new: Settings) -> str:
     return " ".join(words)
 
 
-def _compare(before: Plan, after: Plan, words: str, why: str, same_result: bool = True) -> Advice:
+def _compare(before: Plan, after: Plan, words: str, why: str, same_result: bool) -> Advice:
     old, new = before.duration, after.duration
     saved = old.training + old.validation - new.training - new.validation
     return Advice(words, why, saved, after.memory.peak - before.memory.peak, same_result)
 
 
-def _to_be_faster(plan: Plan) -> Iterator[Advice]:
-    yield from _validating(plan)
-    settings = plan.settings
-    if not settings.flattened and plan.batches.padding >= 1.05:
-        changes: dict[str, Any] = {"padding_free": True}
+# What is changed: why, whether the same thing is learnt, and the settings with their new values.
+_Lever = tuple[str, bool, dict[str, Any]]
+
+
+def _to_be_faster(plan: Plan) -> Iterator[_Lever]:
+    settings, padding = plan.settings, plan.batches.padding
+    if not settings.flattened and padding >= 1.05:
+        flat: dict[str, Any] = {"padding_free": True}
         longest = settings.per_device * (settings.max_length or LONGEST_MASKED_ROW)
         if settings.attention == "sdpa" and longest > LONGEST_MASKED_ROW:
             cap = settings.max_tokens or LONGEST_MASKED_ROW
-            changes["max_tokens"] = min(cap, LONGEST_MASKED_ROW)
-        flat = plan.with_settings(**changes)
-        if flat.fits:
-            why = f"padding is {1 - 1 / plan.batches.padding:.0%} of the computed tokens"
-            yield _compare(plan, flat, _words(settings, flat.settings), why)
+            flat["max_tokens"] = min(cap, LONGEST_MASKED_ROW)
+        yield f"padding is {1 - 1 / padding:.0%} of the computed tokens", True, flat
     if settings.checkpointing:
-        off = plan.with_settings(checkpointing=False)
+        kept: dict[str, Any] = {"checkpointing": False}
         cap = plan.largest(checkpointing=False) // 256 * 256
-        if not (off.fits or settings.packing or cap < plan.longest):
-            cap = min(cap, settings.max_tokens or cap)
-            off = plan.with_settings(checkpointing=False, max_tokens=cap)
-        if off.fits:
-            why = "activations fit without computing them twice"
-            yield _compare(plan, off, _words(settings, off.settings), why)
-    if settings.sharded and (whole := plan.with_settings(sharded=False)).fits:
-        words = f"launch.accelerate={'ddp' if plan.launch.machines == 1 else 'ddp_multi_node'}"
+        whole = plan.with_settings(**kept).fits or settings.packing
+        if not whole and cap >= plan.longest:
+            kept["max_tokens"] = min(cap, settings.max_tokens or cap)
+        yield "activations fit without computing them twice", True, kept
+    if settings.sharded:
         why = "the model fits each GPU whole, so nothing has to be gathered"
-        yield _compare(plan, whole, words, why)
+        yield why, True, {"sharded": False}
 
 
 def _validating(plan: Plan) -> Iterator[Advice]:
@@ -150,10 +150,7 @@ def _validating(plan: Plan) -> Iterator[Advice]:
         yield _compare(plan, replace(plan, lengths=held), words, why, False)
 
 
-def _to_fit(plan: Plan) -> Iterator[tuple[str, bool, dict[str, Any]]]:
-    """Yield changes that need less memory: why, whether the same thing is learnt, and the settings
-    they change.
-    """
+def _to_fit(plan: Plan) -> Iterator[_Lever]:
     settings, batches, memory = plan.settings, plan.batches, plan.memory
 
     def cap(checkpointing: bool) -> dict[str, int]:

@@ -56,10 +56,7 @@ class Settings:
     Args:
         dtype: precision of the base weights in memory.
         bits: 4 or 8 for quantized linear layers, None for none.
-        autocast: bytes of the autocast type (2), or None without autocast.
-        autocast_matches: whether the autocast type is the type of half-precision weights (fp16
-            autocast over bf16 weights is not).
-        scaled: whether the loss is scaled (fp16), for which trained weights are float32.
+        half: the autocast type, float16 (which scales the loss) or bfloat16; None for no autocast.
         adapter: None for full fine-tuning.
         attention: sdpa, flash, eager, or documents (sdpa example by example, on a CPU).
         per_device: examples per micro-batch and process.
@@ -76,9 +73,7 @@ class Settings:
     dtype: str
     bits: int | None
     double_quantized: bool = True
-    autocast: int | None
-    autocast_matches: bool = True
-    scaled: bool = False
+    half: str | None
     adapter: Adapter | None
     optimizer: str
     attention: str
@@ -106,23 +101,22 @@ class Settings:
     @property
     def compute_bytes(self) -> int:
         """Bytes of an activation that a matrix product makes."""
-        return self.autocast or self.weight_bytes
+        return 2 if self.half else self.weight_bytes
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a trained weight: adapters are float32 on a plain base, bf16 on a 4-bit one
-        unless scaled; FSDP2 raises full ones.
+        """Bytes of a trained weight: adapters are float32 on a plain base and under a scaled loss,
+        else bf16 on a 4-bit one; FSDP2 raises full ones.
         """
         if self.adapter is not None:
-            return 2 if self.bits and not self.scaled else 4
-        return 4 if self.sharded and self.autocast else self.weight_bytes
+            return 2 if self.bits and self.half != "float16" else 4
+        return 4 if self.sharded and self.half else self.weight_bytes
 
     @property
     def trained_parameters(self) -> int:
         """How many parameters are trained."""
-        return (
-            self.shape.parameters if self.adapter is None else self.adapter.parameters(self.shape)
-        )
+        shape, adapter = self.shape, self.adapter
+        return shape.parameters if adapter is None else adapter.parameters(shape)
 
     @property
     def shares_each_batch(self) -> bool:
@@ -137,9 +131,7 @@ class Settings:
         """Whether sdpa gets a mask of row x row, and with it keys and values repeated for every
         query head.
         """
-        return self.attention in ("sdpa", "eager") and (
-            self.padding_free or self.packing or self.per_device > 1
-        )
+        return self.attention in ("sdpa", "eager") and (self.flattened or self.per_device > 1)
 
     @property
     def flattened(self) -> bool:
@@ -169,9 +161,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
         dtype=dtype,
         bits=next((bits[key] for key in bits if quantization.get(key)), None),
         double_quantized=bool(quantization.get("bnb_4bit_use_double_quant", False)),
-        autocast=2 if half else None,
-        autocast_matches=half in (None, dtype) or BYTES[dtype] != 2,
-        scaled=half == "float16",
+        half=half,
         adapter=_adapter(recipe, shape),
         optimizer=str(train.get("optim", "adamw_torch_fused")),
         attention=attention,
@@ -222,9 +212,8 @@ def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
         targets = tuple(shape.linears())
     if not targets:
         what = f"lora.target_modules names no linear layer of {shape.name}"
-        raise recipe.error(
-            "lora.target_modules", what, f"its blocks have {', '.join(shape.linears())}"
-        )
+        hint = f"its blocks have {', '.join(shape.linears())}"
+        raise recipe.error("lora.target_modules", what, hint)
     layers = lora.get("layers_to_transform")
     count = shape.layers if layers is None else 1 if isinstance(layers, int) else len(layers)
     saved = [name for name in lora.get("modules_to_save") or () if name in _COUNTED_MODULES]
@@ -261,9 +250,8 @@ def uncounted(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
     shape, adapter, lora = settings.shape, settings.adapter, recipe.lora or {}
     found = list(shape.uncounted)
     if adapter is not None:
-        if shape.experts > 1 and not {"gate_proj", "up_proj", "down_proj"}.isdisjoint(
-            adapter.targets
-        ):
+        on_experts = {"gate_proj", "up_proj", "down_proj"} & {*adapter.targets}
+        if shape.experts > 1 and on_experts:
             found.append("adapters on experts")
         found += [words for key, words in _UNCOUNTED_LORA.items() if lora.get(key)]
         saved = [str(name) for name in lora.get("modules_to_save") or []]
