@@ -5,7 +5,7 @@ what is written, shown or sent.
 from __future__ import annotations
 
 from recipes_lib.config.vocabulary import section_keys
-from recipes_lib.training.resume_guard import FREE_KEYS
+from recipes_lib.training.resume_guard import FREE_KEYS, differences
 
 FREE = {
     "dataloader_num_workers",
@@ -51,3 +51,13 @@ def test_exactly_the_keys_that_change_no_result_may_change_between_attempts() ->
     assert "weight_decay" in keys
     free = {key for key in keys if FREE_KEYS.match(key)}
     assert free <= FREE, free - FREE
+
+
+def test_a_run_of_a_release_without_a_key_resumes_with_its_default_and_with_nothing_else() -> None:
+    """`data.encoding` came later; a run begun before it read its files as utf-8."""
+    assert (
+        differences({"data.format": "dolly"}, {"data.format": "dolly", "data.encoding": "utf-8"})
+        == {}
+    )
+    changed = differences({}, {"data.encoding": "latin-1", "train.seed": 1})
+    assert changed == {"data.encoding": ("utf-8", "latin-1"), "train.seed": (None, 1)}

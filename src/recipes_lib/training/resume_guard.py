@@ -4,9 +4,18 @@ began.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.config.sections import (
+    DataSection,
+    FiltersSection,
+    ModelSection,
+    RunSection,
+    SplitSection,
+)
 from recipes_lib.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -61,6 +70,22 @@ def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     return flatten(relevant)
 
 
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of our own sections, by dotted key."""
+    ours = (("model", ModelSection), ("data", DataSection), ("run", RunSection))
+    flat: dict[str, Any] = {}
+    for name, section in ours:
+        for one in dataclasses.fields(section):
+            factory = one.default_factory
+            default = one.default if factory is dataclasses.MISSING else factory()
+            if isinstance(default, SplitSection | FiltersSection):
+                default = dataclasses.asdict(default)
+            if default is not dataclasses.MISSING:
+                flat |= flatten(default, f"{name}.{one.name}")
+    return flat
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one mapping with dotted keys.
 
@@ -78,8 +103,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return {key: (before, now)} of the keys that differ; a key missing on one side counts as
-    None.
+    None, and in `before` as our default: an earlier release did not have the key.
     """
+    before = {key: value for key, value in _defaults().items() if key in now} | before
     keys = sorted(before.keys() | now.keys())
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
