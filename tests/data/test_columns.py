@@ -31,7 +31,7 @@ def named(write_jsonl):
 @pytest.fixture
 def read(named):
     """Write rows and read them as examples."""
-    return lambda *args, **keys: list(named(*args, **keys).examples())
+    return lambda *args, **keys: list(named(*args, **keys).with_texts())
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_missing_context_is_an_empty_one(named):
             {"instruction": "a", "context": "", "response": "b"},
         ]
     )
-    assert next(rows.examples()).fields["context"] == "" and rows.content(0) == rows.content(1)
+    assert next(rows.with_texts()).fields["context"] == "" and rows[0].content == rows[1].content
 
 
 def test_a_lone_surrogate_names_line_and_position(write_jsonl):
@@ -207,7 +207,7 @@ def test_exact_duplicates_share_content_but_not_the_id(named):
     rows = named(
         [{"instruction": "a ", "response": "b\r\nc"}, {"instruction": "a", "response": "b\nc"}]
     )
-    assert rows.content(0) == rows.content(1) and rows.ids[1] == f"{rows.ids[0]}#2"
+    assert rows[0].content == rows[1].content and rows[1].id == f"{rows[0].id}#2"
 
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -299,7 +299,7 @@ def test_rows_that_differ_in_the_system_column_or_a_weight_are_no_duplicates(nam
         {"messages": TURNS * 2, "system": "Be brief."},
         {"messages": silent},
     ]
-    assert len(set(named(rows, "chat").contents())) == 3
+    assert len({example.content for example in named(rows, "chat").examples}) == 3
 
 
 def test_columns_that_nothing_reads_are_listed(named):
@@ -349,7 +349,7 @@ def test_ids_of_another_type_than_the_first_are_each_named_and_skipped(write_jso
     path = write_jsonl([{"id": id, **TASK} for id in (1, "a", 2, "b")])
     rows = read_data(DataSection(source=str(path)), [], bad)
     assert (
-        rows.ids == ["1", "2"]
+        [example.id for example in rows.examples] == ["1", "2"]
         and [example.line for example, _ in bad.found] == [2, 4]
         and rows.num_read == 4
     )

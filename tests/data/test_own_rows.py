@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.data.own_rows import look_at
+from recipes_lib.data.columns import look_at
 
 
 @pytest.mark.parametrize(

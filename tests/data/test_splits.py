@@ -6,31 +6,27 @@ from hypothesis import strategies as st
 
 from recipes_lib.config.sections import SplitSection
 from recipes_lib.data.examples import BadRows, Example, SettingError
-from recipes_lib.data.rows import Rows, first_in_hash_order
+from recipes_lib.data.rows import first_in_hash_order, identify, named_uniquely
 from recipes_lib.data.splits import SPLITS, split_rows
 
 
-def rows_of(texts: list[str], ids: list[str] | None = None) -> Rows:
-    rows = Rows()
+def rows_of(texts: list[str], ids: list[str] | None = None) -> list[Example]:
+    examples = []
     for i, text in enumerate(texts):
-        example = Example(
-            "f",
-            i + 1,
-            i + 1,
-            {"instruction": text, "response": "r"},
-            explicit_id=ids[i] if ids else None,
-        )
-        rows.add(example, 0)
-    return rows.name_uniquely(BadRows())
+        fields = {"instruction": text, "response": "r"}
+        explicit = ids[i] if ids else None
+        examples.append(Example("f", i + 1, i + 1, fields, explicit_id=explicit))
+        identify(examples[-1], 0)
+    return named_uniquely(examples, BadRows())
 
 
-def contents(rows: Rows, indices) -> set[str]:
-    return {rows.content(index) for index in indices}
+def contents(rows: list[Example], indices) -> set[bytes]:
+    return {rows[index].content for index in indices}
 
 
-def sides(rows: Rows, **keys) -> dict[str, str]:
+def sides(rows: list[Example], **keys) -> dict[str, str]:
     splits = split_rows(rows, SplitSection(**keys))
-    return {rows.ids[index]: name for name in SPLITS for index in splits.rows[name]}
+    return {rows[index].id: name for name in SPLITS for index in splits.rows[name]}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +89,7 @@ def test_the_hash_split_does_not_depend_on_order(texts):
 
 def test_the_hash_split_of_a_row_does_not_depend_on_other_rows():
     many = rows_of([f"{i}" for i in range(400)], [f"{i}" for i in range(400)])
-    whole, part = sides(many), sides(many.take(range(0, 400, 2)))
+    whole, part = sides(many), sides(many[::2])
     assert all(part[name] == whole[name] for name in part)
     assert 20 < sum(side == "validation" for side in whole.values()) < 60
 
@@ -123,7 +119,7 @@ def test_duplicates_with_different_ids_are_moved_into_training():
     assert splits.across and splits.moved
     train = contents(many, splits.rows["train"])
     assert not train & contents(many, splits.rows["validation"])
-    assert {many.ids[index] for index in splits.rows["train"]} >= set(splits.moved)
+    assert {many[index].id for index in splits.rows["train"]} >= set(splits.moved)
 
 
 def test_the_published_split_only_reports_duplicates():
@@ -165,5 +161,6 @@ def test_the_first_rows_in_hash_order_fall_on_all_sides():
     assert contents(backwards, first_in_hash_order(backwards, 400, seed=42)) == contents(
         many, chosen
     )
-    assert 20 < len(split_rows(many.take(chosen), SplitSection()).rows["validation"]) < 70
+    some = [many[index] for index in chosen]
+    assert 20 < len(split_rows(some, SplitSection()).rows["validation"]) < 70
     assert len(first_in_hash_order(many, None, seed=42)) == 2_000

@@ -12,8 +12,8 @@ from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError
 from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
+from recipes_lib.data.columns import look_at
 from recipes_lib.data.examples import place
-from recipes_lib.data.own_rows import look_at
 from recipes_lib.data.rows import check_local_rows
 from recipes_lib.models.known import named_shape
 from recipes_lib.planning.lengths import needed_length

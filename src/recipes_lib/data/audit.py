@@ -1,30 +1,84 @@
 """The audit of supervision.json and the gate before step 1: what was read, what was cut, and what
 the loss sees.
 
-Everything that would otherwise happen silently is counted here and its rows are named by id.
+Everything that would otherwise happen silently is counted here and its rows are named by id. A row
+whose text contains `</s>` or `### Response:` can end a turn or open a false one: special tokens are
+disarmed in the plain formats (`data.special_tokens: text`), and all of them are counted.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from recipes_lib.data.examples import BadRows, SettingError, listed
-from recipes_lib.data.injections import Found, Injections
+from recipes_lib.data.examples import BadRows, Example, SettingError, listed
+from recipes_lib.data.prompts import HEADINGS
 from recipes_lib.data.rows import Rows
 from recipes_lib.data.splits import SPLITS, TRAIN, VALIDATION, Splits
 from recipes_lib.data.supervision import Supervision, decoded_spans
 
 NUM_REASONS = 10
+NUM_SHOWN = 3
 PERCENTILES = (5, 50, 95)
+FOREIGN_MARKERS = (
+    *("[INST]", "[/INST]", "<<SYS>>"),
+    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>"),
+)
+Found = dict[str, dict[str, int]]
+
+
+class Injections:
+    """Counts what the texts contain of special tokens and of template markers, batch by batch.
+
+    Args:
+        special_tokens, markers: what was found, id of a row -> text -> occurrences.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_format: str) -> None:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = dict.fromkeys(
+            [
+                *tokenizer.all_special_tokens,
+                *(str(token) for token in added if getattr(token, "special", False)),
+            ]
+        )
+        headings = re.findall(r"### \w+:", HEADINGS.get(prompt_format, ("", ""))[1])
+        self._special = [name for name in special if len(name) > 1]
+        self._markers = [name for name in [*headings, *FOREIGN_MARKERS] if name not in special]
+        self.special_tokens: Found = {}
+        self.markers: Found = {}
+
+    def search(self, batch: Sequence[Example]) -> None:
+        """Look for all of them, first by their common beginnings in all texts at once: most data
+        has none.
+        """
+        texts = [_texts_of(example) for example in batch]
+        whole = "\0".join(texts)
+        for needles, found in (
+            (self._special, self.special_tokens),
+            (self._markers, self.markers),
+        ):
+            present = [needle for needle in needles if needle[:3] in whole and needle in whole]
+            for example, text in zip(batch, texts, strict=True) if present else ():
+                if here := {needle: times for needle in present if (times := text.count(needle))}:
+                    found[example.id] = here
+
+
+def _texts_of(example: Example) -> str:
+    """All texts of an example, joined by NUL."""
+    parts: list[str] = []
+    for value in example.fields.values():
+        parts += [value] if isinstance(value, str) else [message["content"] for message in value]
+    return "\0".join(parts)
 
 
 def audit_rows(
     rows: Rows,
-    tokens: Mapping[str, np.ndarray],
+    tokens: np.ndarray,
     splits: Splits,
     settings: Supervision,
     tokenizer: Any,
@@ -32,20 +86,37 @@ def audit_rows(
     filtered: Mapping[str, int],
     skipped: BadRows,
     injections: Injections,
-    shown: Sequence[tuple[int, Any, Any]],
+    encoded: Any,
 ) -> dict[str, Any]:
     """Count and name; the result is plain JSON.
 
     Args:
         rows: those used, before rows without supervised tokens are dropped.
-        tokens: `Tokens.numbers` of these rows.
+        tokens: `preparation.TOKEN_NUMBERS` of these rows.
         filtered: name of a filter -> number of rows it left out.
-        shown: position, token ids and labels of the rows to show.
+        encoded: their ids and labels by position.
     """
-    cut, bare = tokens["lengths"] < tokens["tokens_before"], tokens["supervised"] == 0
-    trained = int((tokens["supervised"][splits.rows[TRAIN]] > 0).sum())
+
+    def named(mask: np.ndarray) -> dict[str, Any]:
+        """The rows that a mask names, split by split."""
+        chosen = [rows[i] for name in SPLITS for i in splits.rows[name] if mask[i]]
+        return {
+            "count": len(chosen),
+            "fraction": len(chosen) / len(rows) if len(rows) else 0.0,
+            "ids": [example.id for example in chosen],
+            "places": [example.place for example in chosen],
+        }
+
+    cut, bare = tokens["length"] < tokens["tokens_before"], tokens["supervised"] == 0
+    empty = named(np.array([example.empty for example in rows.examples], dtype=bool))
+    ending, num_ending = np.unique(
+        tokens["end_token"][tokens["end_token"] >= 0], return_counts=True
+    )
+    ids = {example.id for example in rows.examples}
+    section = settings.section
+    as_text = section.prompt_format != "chat" and section.special_tokens == "text"
     return {
-        "prompt_format": settings.section.prompt_format,
+        "prompt_format": section.prompt_format,
         "loss_on": "whole text" if settings.whole else "completion",
         "max_length": settings.max_length,
         "truncation_mode": "keep_end" if settings.keep_end else "keep_start",
@@ -56,26 +127,31 @@ def audit_rows(
             "filtered": dict(filtered),
             "used": len(rows),
             **{name: len(splits.rows[name]) for name in SPLITS},
-            "trained": trained,
+            "trained": int((~bare[splits.rows[TRAIN]]).sum()),
         },
         "bad_rows": skipped.record(),
         "unused_columns": rows.unused_columns(),
         "unread_files": rows.unread,
-        "tokens": _distribution(tokens["lengths"]),
+        "tokens": _distribution(tokens["length"]),
         "supervised_tokens": _distribution(tokens["supervised"]),
         "prompt_tokens": _distribution(tokens["prompt_tokens"]),
         "completion_tokens": _distribution(tokens["tokens_before"] - tokens["prompt_tokens"]),
-        "tokens_per_split": {name: _totals(tokens, splits.rows[name]) for name in SPLITS},
-        "truncated": (
-            _named(rows, splits, cut) | {"lost_end_token": int((cut & (tokens["ends"] == 0)).sum())}
-        ),
-        "no_supervised_tokens": _named(rows, splits, bare),
-        "changed_by_template": _named(rows, splits, tokens["changed"] == 1),
-        "empty_completions": _empty(rows, splits),
-        "special_token_injections": (
-            {"treated_as": _treatment(settings)} | _injection(injections.special_tokens)
-        ),
-        "template_markers": _injection(injections.markers),
+        "tokens_per_split": {
+            name: {
+                "tokens": int(tokens["length"][splits.rows[name]].sum()),
+                "supervised": int(tokens["supervised"][splits.rows[name]].sum()),
+            }
+            for name in SPLITS
+        },
+        "truncated": named(cut) | {"lost_end_token": int((cut & (tokens["ends"] == 0)).sum())},
+        "no_supervised_tokens": named(bare),
+        "changed_by_template": named(tokens["changed"] == 1),
+        "empty_completions": {"count": empty["count"], "ids": empty["ids"]},
+        "special_token_injections": {
+            "treated_as": "text" if as_text else "special tokens",
+            **_injection(injections.special_tokens, ids),
+        },
+        "template_markers": _injection(injections.markers, ids),
         "duplicates": {
             "exact_groups": splits.exact_groups,
             "exact_rows": sum(map(len, splits.exact_groups)) - len(splits.exact_groups),
@@ -83,14 +159,46 @@ def audit_rows(
             "moved_to_train": splits.moved,
             "near_groups": splits.near_groups,
         },
-        "boundary_merges": int(tokens["boundary_merges"].sum()),
+        "boundary_merges": int(tokens["boundary_merge"].sum()),
         "end_token_supervised": {
             "untruncated_rows": int((~cut).sum()),
             "of_which_supervised": int((~cut & (tokens["ends"] == 1)).sum()),
         },
-        "end_tokens": _end_tokens(tokens["end_tokens"], tokenizer),
-        "examples": [_shown(rows, tokenizer, *row) for row in shown],
+        "end_tokens": {
+            str(tokenizer.convert_ids_to_tokens(token)): num
+            for token, num in zip(ending.tolist(), num_ending.tolist(), strict=True)
+        },
+        "examples": [
+            {
+                "id": rows[i].id,
+                "place": rows[i].place,
+                "spans": decoded_spans(tokenizer, encoded[i]["input_ids"], encoded[i]["labels"]),
+            }
+            for i in splits.rows[TRAIN][:NUM_SHOWN]
+        ],
     }
+
+
+def _injection(found: Found, ids: Collection[str]) -> dict[str, Any]:
+    """What was found in the rows that are used."""
+    found = {id: texts for id, texts in found.items() if id in ids}
+    count = Counter[str]()
+    for texts in found.values():
+        count.update(texts)
+    return {
+        "num_rows": len(found),
+        "count": dict(sorted(count.items())),
+        "rows": {id: sorted(texts) for id, texts in found.items()},
+    }
+
+
+def _distribution(lengths: np.ndarray) -> dict[str, int]:
+    """Total, and per row the percentiles and the maximum, as whole tokens."""
+    if not len(lengths):
+        lengths = np.zeros(1, dtype=int)
+    ranks = np.percentile(lengths, PERCENTILES, method="nearest")
+    percentiles = {f"p{p}": int(rank) for p, rank in zip(PERCENTILES, ranks, strict=True)}
+    return {"total": int(lengths.sum()), **percentiles, "max": int(lengths.max())}
 
 
 def check_audit(
@@ -105,225 +213,136 @@ def check_audit(
         SettingError: no or too few rows with supervised tokens, only empty rows, EOS without loss,
             or nothing to validate on. It carries the `audit`.
     """
-    try:
-        _gate(audit, max_unsupervised_fraction)
-        if evaluates and not audit["tokens_per_split"][VALIDATION]["supervised"]:
-            what = (
-                "train.eval_strategy asks for a validation loss, but none of"
-                f" {audit['rows']['used']} rows is held out"
-            )
-            raise SettingError(
-                "data.split.validation",
-                what,
-                "add rows, raise data.split.validation, or set train.eval_strategy: 'no'",
-            )
-    except SettingError as error:
+    if refusal := _refusal(audit, max_unsupervised_fraction, evaluates):
+        error = SettingError(*refusal)
         error.audit = audit
-        raise
+        raise error
 
 
-def _gate(audit: Mapping[str, Any], max_unsupervised_fraction: float) -> None:
+def _refusal(
+    audit: Mapping[str, Any], max_unsupervised_fraction: float, evaluates: bool
+) -> tuple[str, ...]:
+    """The key to blame, what is wrong, and hints; nothing where the data can teach."""
     used, bare = audit["rows"]["used"], audit["no_supervised_tokens"]
     limit, p95 = audit["max_length"], audit["prompt_tokens"]["p95"]
     if audit["empty_completions"]["count"] == used:
-        raise SettingError(
-            "data.source",
-            f"{used}/{used} rows have an empty completion: there is nothing to learn",
-            "check data.columns",
+        what = f"{used}/{used} rows have an empty completion: there is nothing to learn"
+        return "data.source", what, "check data.columns"
+    num = bare["count"]
+    if num > max_unsupervised_fraction * used or num == used or not audit["rows"]["trained"]:
+        bare_rows = f"{num}/{used} rows have no supervised token at max_length={limit}"
+        what = f"{bare_rows}; p95 prompt is {p95}"
+        longer = f"raise train.max_length above {p95}"
+        if num == used:
+            return "train.max_length", what, longer
+        accepted = (
+            f"at most {max_unsupervised_fraction:.0%} are accepted (data.max_unsupervised_fraction)"
         )
-    if (
-        bare["count"] > max_unsupervised_fraction * used
-        or bare["count"] == used
-        or not audit["rows"]["trained"]
-    ):
-        hints = [f"raise train.max_length above {p95}"]
-        if bare["count"] < used:
-            accepted = (
-                f"at most {max_unsupervised_fraction:.0%} are accepted"
-                " (data.max_unsupervised_fraction)"
-            )
-            drop = f"{hints[0]}, or leave long rows out with data.filters.max_tokens: {limit}"
-            hints = [f"{accepted}; rows {listed(bare['ids'], 5)}", drop]
-        what = (
-            f"{bare['count']}/{used} rows have no supervised token at max_length={limit}; p95"
-            f" prompt is {p95}"
+        return (
+            "train.max_length",
+            what,
+            f"{accepted}; rows {listed(bare['ids'], 5)}",
+            f"{longer}, or leave long rows out with data.filters.max_tokens: {limit}",
         )
-        raise SettingError("train.max_length", what, *hints)
     end = audit["end_token_supervised"]
-    if end["of_which_supervised"] < end["untruncated_rows"]:
-        missing = end["untruncated_rows"] - end["of_which_supervised"]
-        what = (
+    if missing := end["untruncated_rows"] - end["of_which_supervised"]:
+        return (
+            "data.chat_template",
             f"{missing}/{used} rows do not end with a supervised end token: the model would not"
-            " learn to stop"
-        )
-        hint = (
+            " learn to stop",
             "the template must end an assistant turn with a special token, inside {% generation %}"
-            " if it has that"
+            " if it has that",
         )
-        raise SettingError("data.chat_template", what, hint)
+    if evaluates and not audit["tokens_per_split"][VALIDATION]["supervised"]:
+        return (
+            "data.split.validation",
+            f"train.eval_strategy asks for a validation loss, but none of {used} rows is held out",
+            "add rows, raise data.split.validation, or set train.eval_strategy: 'no'",
+        )
+    return ()
 
 
 def warnings_of(audit: Mapping[str, Any]) -> list[str]:
     """What the user should know before training, one line each; empty when all is well."""
-    truncated, bare, empty = (
-        audit["truncated"],
-        audit["no_supervised_tokens"],
-        audit["empty_completions"],
-    )
-    lines = []
-    if bad := audit["bad_rows"]["count"]:
-        lines.append(
-            f"{bad} of {audit['rows']['read']} rows cannot be used and are left out"
-            " (data.on_bad_row: skip):"
-        )
-        lines += [
-            f"  {count} x {reason}"
-            for reason, count in list(audit["bad_rows"]["reasons"].items())[:NUM_REASONS]
-        ]
-    for file, columns in audit["unused_columns"].items():
-        lines.append(f"columns that are not used: {listed(columns)} (in {file})")
-    for folder, files in audit["unread_files"].items():
-        lines.append(f"files that are not read: {listed(files)} (in {folder})")
-    if truncated["count"]:
-        cut = (
-            f"{truncated['count']} rows ({truncated['fraction']:.1%}) are cut at"
-            f" max_length={audit['max_length']}"
-        )
-        lines.append(f"{cut}, {truncated['lost_end_token']} lose their end token")
-    if bare["count"]:
-        lines.append(
-            f"{bare['count']} rows have no supervised token and are left out:"
-            f" {listed(bare['ids'], 5)}"
-        )
-    if empty["count"]:
-        lines.append(
-            f"{empty['count']} rows have an empty completion and teach only the end token"
-            " (data.filters.drop_empty_completions)"
-        )
-    if changed := audit["changed_by_template"]["count"]:
-        where = listed(audit["changed_by_template"]["places"], 3)
-        lines.append(
-            f"{changed} rows have a message of which the chat template leaves out or changes"
-            f" something: {where}"
-        )
+    cut, bare, bad = audit["truncated"], audit["no_supervised_tokens"], audit["bad_rows"]
+    empty, changed = audit["empty_completions"]["count"], audit["changed_by_template"]
     injected, markers = audit["special_token_injections"], audit["template_markers"]
-    if injected["num_rows"]:
-        acts = "read as text" if injected["treated_as"] == "text" else "ACTING as special tokens"
-        lines.append(
-            f"{injected['num_rows']} rows contain special tokens, {acts}: {_found(injected)}"
-        )
-    if markers["num_rows"]:
-        lines.append(f"{markers['num_rows']} rows contain template markers: {_found(markers)}")
-    duplicates = audit["duplicates"]
-    if duplicates["exact_rows"] or duplicates["near_groups"]:
-        near = f"{len(duplicates['near_groups'])} groups that differ only in case or white space"
-        lines.append(f"{duplicates['exact_rows']} exact duplicates, {near}")
-    if duplicates["moved_to_train"]:
-        lines.append(
-            f"{len(duplicates['moved_to_train'])} held-out rows moved into training, because an"
-            " exact duplicate is there"
-        )
-    elif duplicates["across_splits"]:
-        lines.append(
-            f"{len(duplicates['across_splits'])} groups of exact duplicates lie in more than one"
-            " split: reported, not moved"
-        )
-    if audit["boundary_merges"]:
-        merged = (
-            f"{audit['boundary_merges']} rows have a token that holds the prompt's end and the"
-            " completion's start"
-        )
-        lines.append(f"{merged}: it counts as completion, and generation starts from other tokens")
-    if audit["end_tokens"] and audit["eos_token"] not in audit["end_tokens"]:
-        turn_end = listed(audit["end_tokens"], 3)
-        lines.append(
-            f"turns end with {turn_end}, but generation stops at {audit['eos_token']}: set"
-            " train.eos_token to the turn's end"
-        )
-    if not audit["rows"]["validation"]:
-        lines.append("no validation rows")
-    return lines
+    duplicates, merged = audit["duplicates"], audit["boundary_merges"]
+    moved, across = len(duplicates["moved_to_train"]), len(duplicates["across_splits"])
+    acts = "read as text" if injected["treated_as"] == "text" else "ACTING as special tokens"
 
+    def found(injection: Mapping[str, Any]) -> str:
+        return f"{listed(injection['count'], 5)}; rows {listed(injection['rows'], 5)}"
 
-def _found(injection: Mapping[str, Any]) -> str:
-    return f"{listed(injection['count'], 5)}; rows {listed(injection['rows'], 5)}"
-
-
-def _treatment(settings: Supervision) -> str:
-    return (
-        "text"
-        if settings.section.prompt_format != "chat" and settings.section.special_tokens == "text"
-        else "special tokens"
-    )
-
-
-def _injection(found: Found) -> dict[str, Any]:
-    count = Counter[str]()
-    for texts in found.values():
-        count.update(texts)
-    return {
-        "num_rows": len(found),
-        "count": dict(sorted(count.items())),
-        "rows": {id: sorted(texts) for id, texts in found.items()},
-    }
-
-
-def _shown(
-    rows: Rows, tokenizer: Any, index: int, ids: np.ndarray, labels: np.ndarray
-) -> dict[str, Any]:
-    return {
-        "id": rows.ids[index],
-        "place": rows.place(index),
-        "spans": decoded_spans(tokenizer, ids.tolist(), labels.tolist()),
-    }
-
-
-def _ordered(splits: Splits, mask: np.ndarray) -> list[int]:
-    """The positions that a mask names, split by split."""
-    return (
-        [index for name in SPLITS for index in splits.rows[name] if mask[index]]
-        if mask.any()
-        else []
-    )
-
-
-def _empty(rows: Rows, splits: Splits) -> dict[str, Any]:
-    indices = _ordered(splits, np.frombuffer(rows.empty, dtype=np.bool_))
-    return {"count": len(indices), "ids": [rows.ids[index] for index in indices]}
-
-
-def _named(rows: Rows, splits: Splits, mask: np.ndarray) -> dict[str, Any]:
-    indices = _ordered(splits, mask)
-    return {
-        "count": len(indices),
-        "fraction": len(indices) / len(rows) if len(rows) else 0.0,
-        "ids": [rows.ids[index] for index in indices],
-        "places": [rows.place(index) for index in indices],
-    }
-
-
-def _end_tokens(tokens: np.ndarray, tokenizer: Any) -> dict[str, int]:
-    """The tokens that end the answers of rows that were not cut, and how many rows each of them
-    ends.
-    """
-    found, counts = np.unique(tokens[tokens >= 0], return_counts=True)
-    return {
-        str(tokenizer.convert_ids_to_tokens(int(index))): int(rows)
-        for index, rows in zip(found, counts, strict=True)
-    }
-
-
-def _totals(tokens: Mapping[str, np.ndarray], indices: Sequence[int]) -> dict[str, int]:
-    return {
-        name: int(tokens[column][indices].sum())
-        for name, column in (("tokens", "lengths"), ("supervised", "supervised"))
-    }
-
-
-def _distribution(lengths: np.ndarray) -> dict[str, int]:
-    """Total, and per row the percentiles and the maximum, as whole tokens."""
-    if not len(lengths):
-        return {"total": 0, **{f"p{p}": 0 for p in PERCENTILES}, "max": 0}
-    ranks = np.percentile(lengths, PERCENTILES, method="nearest")
-    percentiles = {f"p{p}": int(rank) for p, rank in zip(PERCENTILES, ranks, strict=True)}
-    return {"total": int(lengths.sum()), **percentiles, "max": int(lengths.max())}
+    notes: list[tuple[Any, str]] = [
+        (
+            bad["count"],
+            f"{bad['count']} of {audit['rows']['read']} rows cannot be used and are left out"
+            " (data.on_bad_row: skip):",
+        ),
+        *(
+            (True, f"  {count} x {reason}")
+            for reason, count in list(bad["reasons"].items())[:NUM_REASONS]
+        ),
+        *(
+            (True, f"columns that are not used: {listed(columns)} (in {file})")
+            for file, columns in audit["unused_columns"].items()
+        ),
+        *(
+            (True, f"files that are not read: {listed(files)} (in {folder})")
+            for folder, files in audit["unread_files"].items()
+        ),
+        (
+            cut["count"],
+            f"{cut['count']} rows ({cut['fraction']:.1%}) are cut at"
+            f" max_length={audit['max_length']}, {cut['lost_end_token']} lose their end token",
+        ),
+        (
+            bare["count"],
+            f"{bare['count']} rows have no supervised token and are left out:"
+            f" {listed(bare['ids'], 5)}",
+        ),
+        (
+            empty,
+            f"{empty} rows have an empty completion and teach only the end token"
+            " (data.filters.drop_empty_completions)",
+        ),
+        (
+            changed["count"],
+            f"{changed['count']} rows have a message of which the chat template leaves out or"
+            f" changes something: {listed(changed['places'], 3)}",
+        ),
+        (
+            injected["num_rows"],
+            f"{injected['num_rows']} rows contain special tokens, {acts}: {found(injected)}",
+        ),
+        (
+            markers["num_rows"],
+            f"{markers['num_rows']} rows contain template markers: {found(markers)}",
+        ),
+        (
+            duplicates["exact_rows"] or duplicates["near_groups"],
+            f"{duplicates['exact_rows']} exact duplicates, {len(duplicates['near_groups'])} groups"
+            " that differ only in case or white space",
+        ),
+        (
+            moved,
+            f"{moved} held-out rows moved into training, because an exact duplicate is there",
+        ),
+        (
+            across and not moved,
+            f"{across} groups of exact duplicates lie in more than one split: reported, not moved",
+        ),
+        (
+            merged,
+            f"{merged} rows have a token that holds the prompt's end and the completion's start: it"
+            " counts as completion, and generation starts from other tokens",
+        ),
+        (
+            audit["end_tokens"] and audit["eos_token"] not in audit["end_tokens"],
+            f"turns end with {listed(audit['end_tokens'], 3)}, but generation stops at"
+            f" {audit['eos_token']}: set train.eos_token to the turn's end",
+        ),
+        (not audit["rows"]["validation"], "no validation rows"),
+    ]
+    return [line for applies, line in notes if applies]

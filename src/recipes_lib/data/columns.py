@@ -2,16 +2,21 @@
 
 A prompt format reads a fixed set of fields (`FORMATS`); `data.columns` says which column of the
 file each one is. Every value is checked here once, so that nothing after this module meets None, a
-number or a lone surrogate where text should be.
+number or a lone surrogate where text should be. `recipes new --data` asks here too what the first
+row of somebody's file tells, and its damage is refused in the same words.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.new_recipe import OwnRows
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.data.conversations import (
     MESSAGE_KEYS,
     check_roles,
@@ -20,48 +25,44 @@ from recipes_lib.data.conversations import (
     read_messages,
     unread_keys,
 )
-from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, listed, type_name
-from recipes_lib.data.files import Table
+from recipes_lib.data.examples import (
+    BadRow,
+    BadRows,
+    Example,
+    SettingError,
+    listed,
+    lone_surrogate,
+    shown_real_path,
+    type_name,
+)
+from recipes_lib.data.files import Table, data_format, guessed_delimiter, read_file
+from recipes_lib.data.sources import data_files
 
 IDS_HINT = "set data.columns.id to '' to name rows by a hash of their content instead"
 
 OUR_NAMES = (
-    "id",
-    "instruction",
-    "context",
-    "response",
-    "category",
-    "prompt",
-    "completion",
-    "text",
-    "messages",
-    "system",
+    *("id", "instruction", "context", "response", "category"),
+    *("prompt", "completion", "text", "messages", "system"),
 )
 ALIASES = {
-    "context": ("input",),
-    "response": ("output",),
-    "messages": ("conversations",),
-    "system": ("system_prompt",),
+    "context": "input",
+    "response": "output",
+    "messages": "conversations",
+    "system": "system_prompt",
 }
 # Columns that other programs put into what the model reads or learns. Where they say something,
 # leaving them out makes other rows.
-MEANINGFUL = (
-    "system",
-    "system_prompt",
-    "history",
-    "tools",
-    "functions",
-    "chat_template_kwargs",
-    "documents",
-    "image",
-    "images",
-    "audio",
-    "audios",
-    "video",
-    "videos",
-    "weight",
-    "rejected",
-)
+MEANINGFUL = {
+    *("system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs"),
+    *("documents", "image", "images", "audio", "audios", "video", "videos", "weight", "rejected"),
+}
+# Names that files use for ours, best first; `input` is the question where nothing else is, and the
+# context beside an instruction.
+_SYNONYMS = {
+    "instruction": ("instruction", "question", "query", "input_text", "input"),
+    "response": ("response", "output", "answer", "completion", "target"),
+    "context": ("context", "input"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ class FieldShape:
 TASK = FieldShape(("instruction", "response"), ("context",))
 PAIR = FieldShape(("prompt", "completion"))
 TEXT = FieldShape(("text",))
+CHAT = FieldShape(("messages",), ("system",))
 FORMATS: dict[str, tuple[FieldShape, ...]] = {
     "dolly": (TASK,),
     "alpaca": (TASK,),
     "chat": (
-        FieldShape(("messages",), ("system",)),
+        CHAT,
         FieldShape(("prompt", "completion"), ("system",)),
         FieldShape(("instruction", "response"), ("context", "system")),
     ),
@@ -129,17 +131,27 @@ class Reading:
         """
         found = next((table.columns for table in tables if table.columns), [])
         if not found:
-            if (bad := _bad_lines(tables)).found:
+            bad = BadRows()  # the lines that are not rows, in files without a single row
+            for table in tables:
+                for number, (line, row) in enumerate(table, 1):
+                    if isinstance(row, BadRow):
+                        bad.add(Example(table.file, line, number, {}), row)
+            if bad.found:
                 raise bad.error()
             raise SettingError("data.source", f"0 rows in {listed(table.file for table in tables)}")
-        _check_dropped(dropped)
+        for name in dropped:
+            if name.startswith("messages.") and name.removeprefix("messages.") in MESSAGE_KEYS:
+                what = (
+                    f"data.drop_columns: {name} cannot be left out: it says who speaks, what, or"
+                    " whether it carries loss"
+                )
+                raise SettingError("data.drop_columns", what)
         _check_mapping(columns, found)
         found = [name for name in found if name not in dropped]
         shape, names = _choose_shape(prompt_format, columns, found)
         category, identity = _column("category", columns, found), _column("id", columns, found)
         rest = [name for name in found if name not in (*names.values(), category, identity)]
         meaningful = tuple(name for name in rest if name in MEANINGFUL and columns.get(name) != "")
-        unused = tuple(name for name in rest if name not in meaningful)
         return cls(
             prompt_format,
             names,
@@ -147,8 +159,8 @@ class Reading:
             category,
             identity,
             meaningful,
-            unused,
-            tuple(dropped),
+            unused=tuple(name for name in rest if name not in meaningful),
+            dropped=tuple(dropped),
         )
 
     def examples(self, table: Table, bad: BadRows) -> Iterator[Example]:
@@ -160,18 +172,17 @@ class Reading:
                     raise row
                 self._fill(example, row)
             except BadRow as reason:
-                bad.add(example, reason.with_traceback(None))
-                continue
-            yield example
+                bad.add(example, reason)
+            else:
+                yield example
 
     def _fill(self, example: Example, row: Mapping[str, Any]) -> None:
         """Put the row's values into the example."""
         unread = [name for name in self.meaningful if not is_blank(row.get(name))]
-        if self.prompt_format == "chat":
-            for name in ("messages", "prompt", "completion"):
-                unread += unread_keys(row.get(self.names.get(name, "")), self.dropped)
-        if unread:
-            unread = list(dict.fromkeys(unread))
+        chat, fields = self.prompt_format == "chat", example.fields
+        for name in ("messages", "prompt", "completion") if chat else ():
+            unread += unread_keys(row.get(self.names.get(name, "")), self.dropped)
+        if unread := list(dict.fromkeys(unread)):
             what = (
                 f"{', '.join(unread)}: not supported, and the row would be another one without"
                 f" {'it' if len(unread) == 1 else 'them'}"
@@ -180,115 +191,73 @@ class Reading:
         for name, column in self.names.items():
             value = row.get(column)
             if name == "messages" or (
-                name in ("prompt", "completion")
-                and isinstance(value, list)
-                and self.prompt_format == "chat"
+                chat and name in ("prompt", "completion") and isinstance(value, list)
             ):
-                example.fields[name] = read_messages(value, column)
+                fields[name] = read_messages(value, column)
                 continue
             if value is None and name in self.optional:
                 value = ""
             if not isinstance(value, str):
                 missing = "" if column in row else " (the column is missing in this row)"
                 raise BadRow(f"column '{column}': expected text, found {type_name(value)}{missing}")
-            if not value.isascii():
-                try:
-                    value.encode()
-                except UnicodeEncodeError as error:
-                    what = (
-                        f"lone surrogate {value[error.start]!r} at character {error.start}, which"
-                        " has no UTF-8 form"
-                    )
-                    raise BadRow(f"column '{column}': {what}") from None
-            example.fields[name] = value
-        if isinstance(example.fields.get("prompt"), list) != isinstance(
-            example.fields.get("completion"), list
-        ):
+            if what := lone_surrogate(value):
+                raise BadRow(f"column '{column}': {what}, which has no UTF-8 form")
+            fields[name] = value
+        if isinstance(fields.get("prompt"), list) != isinstance(fields.get("completion"), list):
             raise BadRow("prompt and completion: one is text, the other a list of messages")
-        if self.prompt_format == "chat":
-            self._check_conversation(example)
+        if chat:
+            messages = conversation_of(example, None)
+            if (system := fields.get("system")) and messages[0]["content"] != system:
+                column = self.names["system"]
+                raise BadRow(f"a system message and another text in column '{column}'")
+            check_roles(messages)
         kind = row.get(self.category) if self.category else None
-        example.category = kind if kind is None or isinstance(kind, str) else str(kind)
+        example.category = kind if kind is None else str(kind)
         if self.identity:
             example.explicit_id = value = row.get(self.identity)
             if value is None or value == "" or isinstance(value, (float, bool, list, dict)):
-                what = (
-                    f"column '{self.identity}': no usable id, found"
-                    f" {type_name(value) if value != '' else 'empty text'}"
-                )
-                raise BadRow(what, IDS_HINT)
-
-    def _check_conversation(self, example: Example) -> None:
-        system = example.fields.get("system")
-        messages = conversation_of(example, None)
-        if system and messages[0] != {"role": "system", "content": system}:
-            raise BadRow(f"a system message and another text in column '{self.names['system']}'")
-        check_roles(messages)
+                found = "empty text" if value == "" else type_name(value)
+                raise BadRow(f"column '{self.identity}': no usable id, found {found}", IDS_HINT)
 
 
-def _bad_lines(tables: Sequence[Table]) -> BadRows:
-    """The lines that are no row, of files in which no line is one."""
-    bad = BadRows()
-    for table in tables:
-        for number, (line, row) in enumerate(table, 1):
-            if isinstance(row, BadRow):
-                bad.add(Example(table.file, line, number, {}), row)
-    return bad
+def look_at(data: Path) -> OwnRows:
+    """Guess from the first row of a file (of a folder: of its first training file) how to read the
+    rows.
 
-
-def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str | None:
-    """The file's column for one of our names: mapped, or of the same name, or a well-known other
-    name.
+    Raises:
+        DataError: no such file, no row, damaged, or columns that mean nothing to us.
     """
-    if name in columns:
-        return columns[name] or None
-    return next(
-        (candidate for candidate in (name, *ALIASES.get(name, ())) if candidate in found), None
-    )
-
-
-def _choose_shape(
-    prompt_format: str, columns: Mapping[str, str], found: Sequence[str]
-) -> tuple[FieldShape, dict[str, str]]:
-    """The first set of fields of the format that the columns can fill, and the column of each
-    field.
-    """
-    for shape in FORMATS[prompt_format]:
-        names = {name: _column(name, columns, found) for name in (*shape.required, *shape.optional)}
-        if all(names[name] for name in shape.required):
-            return shape, {name: column for name, column in names.items() if column}
-    expected = " / ".join("+".join(shape.required) for shape in FORMATS[prompt_format])
-    what = f"columns are {', '.join(found)}; expected {expected} for prompt_format {prompt_format}"
-    raise SettingError("data.prompt_format", what, *_suggestions(prompt_format, columns, found))
-
-
-def _suggestions(prompt_format: str, columns: Mapping[str, str], found: Sequence[str]) -> list[str]:
-    fitting = []
-    for name, shapes in (
-        ("alpaca" if "input" in found else "dolly", (TASK,)),
-        ("chat", FORMATS["chat"][:1]),
-        ("raw", (PAIR, TEXT)),
-    ):
-        if name != prompt_format and any(
-            all(_column(field, columns, found) for field in shape.required) for shape in shapes
-        ):
-            fitting.append(f"`data.prompt_format: {name}`")
-    mapping = "or name them: data.columns: {<our name>: <your column>}"
-    return (
-        [f"try {' or '.join(fitting)}", mapping]
-        if fitting
-        else [f"name them: {mapping.removeprefix('or name them: ')}"]
-    )
-
-
-def _check_dropped(dropped: Sequence[str]) -> None:
-    for name in dropped:
-        if (key := name.removeprefix("messages.")) != name and key in MESSAGE_KEYS:
-            what = (
-                f"data.drop_columns: {name} cannot be left out: it says who speaks, what, or"
-                " whether it carries loss"
-            )
-            raise SettingError("data.drop_columns", what)
+    shown = shown_real_path(data)
+    if not data.exists():
+        hint = "for a data set on the Hub: start without --data and set data.source"
+        raise DataError("no such file", hint, file=shown)
+    refuse_pipe(data, shown)
+    if data.is_file() and data_format(data) is None:
+        read_file(data)  # says which endings are known
+    file = data_files(data, "train")[0] if data.is_dir() else data
+    delimiter = guessed_delimiter(file)
+    rows = read_file(file, max_rows=1, delimiter=delimiter).rows
+    names = list(rows[0]) if rows else []
+    if not names:
+        raise DataError("has no row with named columns", file=shown_real_path(file))
+    for shape, prompt_formats in ((CHAT, ("chat",)), (PAIR, ("raw", "chat")), (TEXT, ("raw",))):
+        if {*shape.required} <= {*names} and "response" not in names:
+            return OwnRows(data, prompt_formats, whole_text=shape is TEXT, delimiter=delimiter)
+    if "conversations" in names:
+        return OwnRows(data, ("chat",), {"messages": "conversations"}, delimiter=delimiter)
+    columns = {
+        ours: next((name for name in synonyms if name in names), "")
+        for ours, synonyms in _SYNONYMS.items()
+    }
+    if not columns["instruction"] or not columns["response"]:
+        what = f"columns {', '.join(names)} are not understood"
+        hint = "rename them, or start without --data and set data.source and data.columns yourself"
+        raise DataError(what, hint, file=shown_real_path(file), line=1)
+    if columns["context"] == columns["instruction"]:  # one column is not two
+        columns["context"] = ""
+    else:
+        columns = {ours: name for ours, name in columns.items() if name and name != ours}
+    return OwnRows(data, ("dolly", "alpaca", "chat"), columns, delimiter=delimiter)
 
 
 def check_dropped_are_there(dropped: Sequence[str], found: Collection[str]) -> None:
@@ -300,26 +269,57 @@ def check_dropped_are_there(dropped: Sequence[str], found: Collection[str]) -> N
     """
     for name in dropped:
         if not name.startswith("messages.") and name not in found:
-            near = difflib.get_close_matches(name, found, 1)
-            hint = (
-                f"did you mean {near[0]}?"
-                if near
-                else f"columns are {', '.join(found)}; keys of messages are written messages.KEY"
-            )
+            columns = f"columns are {', '.join(found)}; keys of messages are written messages.KEY"
             raise SettingError(
-                "data.drop_columns", f"data.drop_columns: the data has no column '{name}'", hint
+                "data.drop_columns",
+                f"data.drop_columns: the data has no column '{name}'",
+                *(did_you_mean(name, found) or [columns]),
             )
 
 
 def _check_mapping(columns: Mapping[str, str], found: Sequence[str]) -> None:
     for name, column in columns.items():
         if name not in OUR_NAMES:
-            near = difflib.get_close_matches(name, OUR_NAMES, 1)
-            hint = f"did you mean {near[0]}?" if near else f"names: {', '.join(OUR_NAMES)}"
-            raise SettingError("data.columns", f"unknown name '{name}' in data.columns", hint)
+            hints = did_you_mean(name, OUR_NAMES) or [f"names: {', '.join(OUR_NAMES)}"]
+            raise SettingError("data.columns", f"unknown name '{name}' in data.columns", *hints)
         if column and column not in found:
-            near = difflib.get_close_matches(column, found, 1)
-            hint = f"did you mean {near[0]}?" if near else f"columns are {', '.join(found)}"
-            raise SettingError(
-                "data.columns", f"data.columns.{name}: the data has no column '{column}'", hint
-            )
+            hints = did_you_mean(column, found) or [f"columns are {', '.join(found)}"]
+            what = f"data.columns.{name}: the data has no column '{column}'"
+            raise SettingError("data.columns", what, *hints)
+
+
+def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str | None:
+    """The file's column for one of our names: mapped, or of the same name, or a well-known other
+    name.
+    """
+    if name in columns:
+        return columns[name] or None
+    return next((known for known in (name, ALIASES.get(name, name)) if known in found), None)
+
+
+def _choose_shape(
+    prompt_format: str, columns: Mapping[str, str], found: Sequence[str]
+) -> tuple[FieldShape, dict[str, str]]:
+    """The first set of fields of the format that the columns can fill, and the column of each
+    field.
+    """
+
+    def can_fill(shape: FieldShape) -> bool:
+        return all(_column(name, columns, found) for name in shape.required)
+
+    for shape in filter(can_fill, FORMATS[prompt_format]):
+        names = {name: _column(name, columns, found) for name in (*shape.required, *shape.optional)}
+        return shape, {name: column for name, column in names.items() if column}
+    expected = " / ".join("+".join(shape.required) for shape in FORMATS[prompt_format])
+    task = "alpaca" if "input" in found else "dolly"
+    fitting = [
+        f"`data.prompt_format: {name}`"
+        for name, shapes in ((task, (TASK,)), ("chat", (CHAT,)), ("raw", (PAIR, TEXT)))
+        if name != prompt_format and any(map(can_fill, shapes))
+    ]
+    mapping = "name them: data.columns: {<our name>: <your column>}"
+    raise SettingError(
+        "data.prompt_format",
+        f"columns are {', '.join(found)}; expected {expected} for prompt_format {prompt_format}",
+        *([f"try {' or '.join(fitting)}", f"or {mapping}"] if fitting else [mapping]),
+    )

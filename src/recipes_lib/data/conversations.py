@@ -10,26 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from recipes_lib.data.examples import BadRow, Example, type_name
+from recipes_lib.data.examples import BadRow, Example, lone_surrogate, type_name
 
 Message = dict[str, Any]
 
 # ShareGPT's names for the roles, as its `from` key has them.
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
+ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
 KNOWN_ROLES = ("system", "user", "assistant")
 MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "weight"))
-BLANK_TEXTS = (
-    "",
-    "[]",
-    "{}",
-    "null",
-)  # what a list or an object that says nothing becomes as JSON in a text column
+# What a list or an object that says nothing becomes as JSON in a text column.
+BLANK_TEXTS = ("", "[]", "{}", "null")
 
 
 def is_blank(value: Any) -> bool:
@@ -65,47 +55,40 @@ def read_messages(value: Any, column: str) -> list[Message]:
     """
     if not isinstance(value, list):
         raise BadRow(f"column '{column}': expected a list of messages, found {type_name(value)}")
-    messages = []
-    for index, message in enumerate(value):
-        place = f"column '{column}', message {index}"
-        if not isinstance(message, dict):
-            raise BadRow(f"{place}: expected {{role, content}}, found {type_name(message)}")
-        role = message.get("role") or message.get("from")
-        role = ROLES.get(role, role) if isinstance(role, str) else role
-        if role in ("tool", "function", "function_call", "observation"):
-            raise BadRow(f"{place}: role {role!r}: tool calls are not supported")
-        if role not in KNOWN_ROLES:
-            raise BadRow(f"{place}: unknown role {role!r}; roles are {', '.join(KNOWN_ROLES)}")
-        content = message["content"] if message.get("content") is not None else message.get("value")
-        for key, other in (("from", "role"), ("value", "content")):
-            if (
-                message.get(key) is not None
-                and message.get(other) is not None
-                and message[key] != message[other]
-            ):
-                raise BadRow(f"{place}: both {other} and {key}, and they differ")
-        if isinstance(content, list):
-            content = _joined(content, place)
-        if not isinstance(content, str):
-            raise BadRow(f"{place} ({role}): expected text, found {type_name(content)}")
-        if not content.isascii():
-            try:
-                content.encode()
-            except UnicodeEncodeError as error:
-                raise BadRow(
-                    f"{place} ({role}): lone surrogate {content[error.start]!r} at character"
-                    f" {error.start}"
-                ) from None
-        messages.append({"role": role, "content": content})
-        weight = message.get("weight")
-        if weight is not None and (weight not in (0, 1) or (weight == 1 and role != "assistant")):
-            raise BadRow(
-                f"{place} ({role}): weight {weight!r} is not supported: an assistant turn may have"
-                " 0 (no loss) or 1"
-            )
-        if weight == 0 and role == "assistant":
-            messages[-1]["weight"] = 0
-    return messages
+    return [
+        _read_message(message, f"column '{column}', message {index}")
+        for index, message in enumerate(value)
+    ]
+
+
+def _read_message(message: Any, place: str) -> Message:
+    if not isinstance(message, dict):
+        raise BadRow(f"{place}: expected {{role, content}}, found {type_name(message)}")
+    role = message.get("role") or message.get("from")
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    if role in ("tool", "function", "function_call", "observation"):
+        raise BadRow(f"{place}: role {role!r}: tool calls are not supported")
+    if role not in KNOWN_ROLES:
+        raise BadRow(f"{place}: unknown role {role!r}; roles are {', '.join(KNOWN_ROLES)}")
+    content = message["content"] if message.get("content") is not None else message.get("value")
+    for key, other in (("from", "role"), ("value", "content")):
+        both = message.get(key), message.get(other)
+        if None not in both and both[0] != both[1]:
+            raise BadRow(f"{place}: both {other} and {key}, and they differ")
+    if isinstance(content, list):
+        content = _joined(content, place)
+    if not isinstance(content, str):
+        raise BadRow(f"{place} ({role}): expected text, found {type_name(content)}")
+    if what := lone_surrogate(content):
+        raise BadRow(f"{place} ({role}): {what}")
+    weight = message.get("weight")
+    if weight is not None and (weight not in (0, 1) or (weight == 1 and role != "assistant")):
+        raise BadRow(
+            f"{place} ({role}): weight {weight!r} is not supported: an assistant turn may have 0"
+            " (no loss) or 1"
+        )
+    unlearned = {"weight": 0} if weight == 0 and role == "assistant" else {}
+    return {"role": role, "content": content, **unlearned}
 
 
 def _joined(parts: list[Any], place: str) -> str:
@@ -128,19 +111,18 @@ def conversation_of(example: Example, system_prompt: str | None) -> list[Message
     """
     fields = example.fields
     if "messages" in fields:
-        messages = list(fields["messages"])
+        messages = fields["messages"]
     elif "prompt" in fields and isinstance(fields["prompt"], list):
         messages = [*fields["prompt"], *fields["completion"]]
-    elif "prompt" in fields:
-        messages = [
-            {"role": "user", "content": fields["prompt"]},
-            {"role": "assistant", "content": fields["completion"]},
-        ]
     else:
+        question, answer = fields.get("prompt"), fields.get("completion")
+        if question is None:
+            question = user_turn(fields["instruction"], fields.get("context", ""))
+            answer = fields["response"]
         messages = [
-            {"role": "user", "content": user_turn(fields["instruction"], fields.get("context", ""))}
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
         ]
-        messages.append({"role": "assistant", "content": fields["response"]})
     return with_system_prompt(messages, fields.get("system") or system_prompt)
 
 
@@ -163,24 +145,20 @@ def check_roles(messages: Sequence[Message]) -> None:
     Raises:
         BadRow: it is another order.
     """
-    turns = list(messages)
-    if turns and turns[0]["role"] == "system":
-        turns = turns[1:]
-    if not turns:
-        raise BadRow("only a system message" if messages else "no messages")
-    if not any(message["role"] == "assistant" for message in turns):
+    roles = [message["role"] for message in messages]
+    first = 1 if roles[:1] == ["system"] else 0
+    if not roles[first:]:
+        raise BadRow("only a system message" if roles else "no messages")
+    if "assistant" not in roles:
         raise BadRow("no assistant turn")
-    offset = len(messages) - len(turns)
-    for index, message in enumerate(turns):
+    for index, role in enumerate(roles[first:]):
         expected = ("user", "assistant")[index % 2]
-        if message["role"] != expected:
-            raise BadRow(
-                f"roles out of order: message {index + offset} is {message['role']}, expected"
-                f" {expected}"
-            )
-    if turns[-1]["role"] != "assistant":
+        if role != expected:
+            what = f"roles out of order: message {index + first} is {role}, expected {expected}"
+            raise BadRow(what)
+    if roles[-1] != "assistant":
         what = (
-            f"the last message is not the assistant's: message {len(messages) - 1} is the user's,"
+            f"the last message is not the assistant's: message {len(roles) - 1} is the user's,"
             " and nothing answers it"
         )
         raise BadRow(what, "cut the conversation after its last assistant turn")

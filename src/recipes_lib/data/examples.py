@@ -7,10 +7,7 @@ recipe by `place`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +23,19 @@ NUM_LISTED = 10
 
 @dataclass(slots=True)
 class Example:
-    """One row: where it stands, its mapped fields, and its identity.
+    """One row: where it stands, its texts while they are needed, and its identity.
 
     Args:
         file: path or Hub id, as the user would type it.
         line: line in a text file, counted from 1; None where the format has no lines.
         row: position in the file, counted from 1.
         fields: our names -> text (or a list of messages under `messages`).
-        id: unique name in splits.json and supervision.json, once `rows` has given it.
+        explicit_id: what the id column holds, None without one.
+        table: number of the file among those read.
+        id: unique name in splits.json and supervision.json.
+        content: a sha256 of the normalised texts.
+        loose: a hash of the texts without case and white space.
+        empty: whether the text that the row should teach is empty.
     """
 
     file: str
@@ -42,14 +44,21 @@ class Example:
     fields: dict[str, Any]
     category: str | None = None
     explicit_id: Any = None
+    table: int = 0
     id: str = ""
+    content: bytes = b""
+    loose: bytes = b""
+    empty: bool = False
 
     @property
     def place(self) -> str:
         """`file:line`, or `file row N` where the format has no lines."""
-        return (
-            f"{self.file}:{self.line}" if self.line is not None else f"{self.file} row {self.row}"
-        )
+        return f"{self.file} row {self.row}" if self.line is None else f"{self.file}:{self.line}"
+
+    @property
+    def split_key(self) -> str:
+        """What the hash split looks at: the explicit id, else the content."""
+        return self.content.hex() if self.explicit_id is None else str(self.explicit_id)
 
 
 class SettingError(DataError):
@@ -98,7 +107,7 @@ class BadRows:
     def add(self, example: Example, reason: BadRow) -> None:
         """Note a row; its texts are not kept."""
         example.fields = {}
-        self.found.append((example, reason))
+        self.found.append((example, reason.with_traceback(None)))
 
     def error(self, num_rows: int | None = None) -> DataError:
         """One error for all of them: the first at its file and line, then the others by what is
@@ -108,21 +117,14 @@ class BadRows:
             num_rows: rows read, for the reader; None where that is not known.
         """
         first, reason = self.found[0]
-        kinds = list(self._kinds().values())
-        own = next(kind for kind in kinds if kind[0][0] is first)
-        lines = (
-            []
-            if len(own) == 1
-            else [f"{len(own) - 1} more: {listed(example.place for example, _ in own[1:])}"]
-        )
-        others = [kind for kind in kinds if kind is not own]
+        own, *others = self._kinds()
+        lines = []
+        if len(own) > 1:
+            lines.append(f"{len(own) - 1} more: {listed(example.place for example, _ in own[1:])}")
         for kind in others[:NUM_LISTED]:
-            places = (
-                f"{kind[0][0].place}"
-                if len(kind) == 1
-                else f"{len(kind)} rows, {listed((e.place for e, _ in kind), 3)}"
-            )
-            lines.append(f"{places}: {kind[0][1].what}")
+            places = listed((example.place for example, _ in kind), 3)
+            rows = places if len(kind) == 1 else f"{len(kind)} rows, {places}"
+            lines.append(f"{rows}: {kind[0][1].what}")
         if rest := others[NUM_LISTED:]:
             lines.append(f"{sum(map(len, rest))} more rows with {len(rest)} other problems")
         lines += dict.fromkeys(bad.hint for _, bad in self.found if bad.hint)
@@ -137,21 +139,19 @@ class BadRows:
 
     def record(self) -> dict[str, Any]:
         """What the audit says about skipped rows: how many, which, and why."""
-        reasons = {kind[0][1].what: len(kind) for kind in self._kinds().values()}
         return {
             "count": len(self.found),
             "places": [example.place for example, _ in self.found],
-            "reasons": reasons,
+            "reasons": {kind[0][1].what: len(kind) for kind in self._kinds()},
         }
 
-    def _kinds(self) -> dict[str, list[tuple[Example, BadRow]]]:
+    def _kinds(self) -> list[list[tuple[Example, BadRow]]]:
         """The rows by what is wrong, numbers in the words left aside."""
         kinds: dict[str, list[tuple[Example, BadRow]]] = {}
-        for example, bad in self.found:
-            kinds.setdefault(re.sub(r"0x\w+|\d+|\\u\w{4}", "#", bad.what), []).append(
-                (example, bad)
-            )
-        return kinds
+        for found in self.found:
+            words = re.sub(r"0x\w+|\d+|\\u\w{4}", "#", found[1].what)
+            kinds.setdefault(words, []).append(found)
+        return list(kinds.values())
 
 
 def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
@@ -170,56 +170,24 @@ def type_name(value: Any) -> str:
     """The type of a value in a user's words: `None`, `nan`, `int`, `list`."""
     if value is None:
         return "None"
-    if isinstance(value, float) and value != value:
-        return "float nan"
-    return type(value).__name__
+    return "float nan" if isinstance(value, float) and value != value else type(value).__name__
+
+
+def lone_surrogate(text: str) -> str:
+    """Where a text has half of a UTF-16 pair, which no UTF-8 file can hold; empty where it has
+    none.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"lone surrogate {text[error.start]!r} at character {error.start}"
+    return ""
 
 
 def shown_real_path(path: Path) -> str:
-    """A path as the user would type it: relative when it lies under the working directory."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
-        return str(path)
-
-
-def normalised(text: str) -> str:
-    """Text as compared for exact duplicates: Unicode NFC, newlines as \\n, no white space around
-    it.
+    """A path as the user would type it, symbolic links followed: relative when it lies under the
+    working directory.
     """
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text.strip()
-
-
-def content_hash(fields: dict[str, Any]) -> bytes:
-    """sha256 of the normalised fields; independent of the prompt format, of the order of rows and
-    of column order.
-
-    Example:
-        >>> content_hash({"instruction": "Say hi. ", "response": "Hi"}) == content_hash({"response": "Hi", "instruction": "Say hi."})
-        True
-    """  # noqa: E501
-    return hashlib.sha256(json.dumps(canonical(fields), ensure_ascii=False).encode()).digest()
-
-
-def canonical(fields: dict[str, Any]) -> list[Any]:
-    """The normalised fields as a sorted list; empty optional fields leave no trace."""
-    parts: list[Any] = []
-    for name in sorted(fields):
-        value = fields[name]
-        if isinstance(value, list):
-            turns = [
-                [
-                    message["role"],
-                    normalised(message["content"]),
-                    *([0] if "weight" in message else []),
-                ]
-                for message in value
-            ]
-            parts.append([name, turns])
-        elif value := normalised(value):
-            parts.append([name, value])
-    return parts
+    real, here = path.resolve(), Path.cwd().resolve()
+    return str(real.relative_to(here)) if real.is_relative_to(here) else str(path)

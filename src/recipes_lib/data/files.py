@@ -13,9 +13,11 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -28,23 +30,21 @@ from recipes_lib.data.examples import BadRow, shown_real_path, type_name
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
-BOM = b"\xef\xbb\xbf"
 COLUMNAR_ROWS = 10_000
 BLOCK_BYTES = 1 << 20
 ENCODING_HINT = (
     "set data.encoding to what the file is (utf-8, latin-1, cp1252, utf-16, ...), or convert it"
     " with iconv"
 )
-
-
 Numbered = Iterator[tuple[int | None, Row | BadRow]]
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Table:
     """The rows of one file, read anew each time they are iterated: pairs of a line (None without
     lines) and a row.
 
-    A line that is no row stands there as the reason.
+    A line that is not a row stands there as the reason.
 
     Args:
         file: the path as the user would type it, or a Hub id.
@@ -65,29 +65,18 @@ class Table:
     @cached_property
     def columns(self) -> list[str]:
         """All column names, in the order of first appearance."""
-        return (
-            columns_of(row for _, row in self if not isinstance(row, BadRow))
-            if self._columns is None
-            else self._columns
-        )
+        if self._columns is not None:
+            return self._columns
+        rows = (row for _, row in self if not isinstance(row, BadRow))
+        return list(dict.fromkeys(name for row in rows for name in row))
 
     @cached_property
-    def rows(self) -> list[Row]:
-        """All rows at once.
+    def numbered_rows(self) -> list[tuple[int | None, Row]]:
+        """All rows at once, each with its line.
 
         Raises:
-            DataError: a line is no row.
+            DataError: a line is not a row.
         """
-        return [row for _, row in self._whole]
-
-    @cached_property
-    def lines(self) -> list[int] | None:
-        """The line of each row, counted from 1; None where the format has no lines."""
-        lines = [line for line, _ in self._whole]
-        return None if None in lines else lines  # type: ignore[return-value]
-
-    @cached_property
-    def _whole(self) -> list[tuple[int | None, Row]]:
         whole = []
         for line, row in self:
             if isinstance(row, BadRow):
@@ -95,15 +84,20 @@ class Table:
             whole.append((line, row))
         return whole
 
+    @property
+    def rows(self) -> list[Row]:
+        """All rows at once, as `numbered_rows`."""
+        return [row for _, row in self.numbered_rows]
+
 
 def data_format(path: Path) -> str | None:
     """The format's extension (`.jsonl`, ...), looking through .gz; None if it is not a
     data file.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] == ".gz":
-        return suffixes[0] if len(suffixes) == 2 and suffixes[0] in TEXT_FORMATS else None
-    return suffixes[-1] if suffixes and suffixes[-1] in DATA_FORMATS else None
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]] or [""]
+    if suffixes[-1] == ".gz":
+        return suffixes[0] if suffixes[0] in TEXT_FORMATS else None
+    return suffixes[-1] if suffixes[-1] in DATA_FORMATS else None
 
 
 def read_file(
@@ -133,15 +127,25 @@ def read_file(
         )
     refuse_pipe(path, file)
     if kind in (".parquet", ".arrow"):
-        return _columnar(path, kind, file, max_rows)
+        with _opened_columnar(path, kind, file) as (names, _):
+            _check_once(names, file)
 
-    def text() -> Numbered:
-        reader: Any = _read_json if kind == ".json" else _read_jsonl
-        if kind in (".csv", ".tsv"):
-            reader = partial(_read_csv, delimiter=delimiter or ("\t" if kind == ".tsv" else ","))
+        def read() -> Numbered:
+            size = min(COLUMNAR_ROWS, max_rows or COLUMNAR_ROWS)
+            with _opened_columnar(path, kind, file, size) as (_, batches):
+                rows = ((None, row) for batch in batches for row in batch.to_pylist())
+                yield from islice(rows, max_rows)
+
+        return Table(file, read, names)
+
+    reader: Any = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}.get(kind, _read_jsonl)
+    if reader is _read_csv:
+        reader = partial(_read_csv, delimiter=delimiter or _own_delimiter(kind))
+
+    def read_text() -> Numbered:
         last = 0
         try:
-            with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            with _open(path) as stream:
                 for last, row in islice(reader(stream, file, encoding), max_rows):
                     yield last, row
         except EOFError:
@@ -153,7 +157,7 @@ def read_file(
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror or error}", file=file) from None
 
-    return Table(file, text)
+    return Table(file, read_text)
 
 
 def count_rows(path: Path) -> int:
@@ -168,56 +172,44 @@ def count_rows(path: Path) -> int:
         from pyarrow.parquet import read_metadata
 
         return int(read_metadata(path).num_rows)
-    if kind not in TEXT_FORMATS or kind == ".json":
+    if kind in (".json", ".arrow"):
         return sum(1 for _ in read_file(path))
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+    with _open(path) as stream:
         lines, last = 0, b"\n"
         while block := stream.read(BLOCK_BYTES):
             lines, last = lines + block.count(b"\n"), block[-1:]
     return lines + (last != b"\n") - (kind in (".csv", ".tsv"))
 
 
-def columns_of(rows: Iterable[Row]) -> list[str]:
-    """All column names of the rows, in the order of first appearance."""
-    columns: dict[str, None] = {}
-    previous = None
-    for row in rows:
-        if (keys := row.keys()) != previous:
-            columns.update(dict.fromkeys(keys))
-            previous = keys
-    return list(columns)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> Row:
-    """An object whose keys are all different: of equal ones, all but the last would be lost."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice in"
-            " one object"
-        )
-    return row
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong with a JSON text, in a few words."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+def guessed_delimiter(path: Path) -> str | None:
+    """The sign that separates the columns of a .csv or .tsv file where it is not the
+    ending's own.
+    """
+    if (kind := data_format(path)) not in (".csv", ".tsv"):
+        return None
+    with _open(path) as stream:
+        try:
+            header = stream.readline(100_000).decode("utf-8", "replace").rstrip("\r\n")
+        except (EOFError, gzip.BadGzipFile, zlib.error):  # reading the rows says what is wrong
+            return None
     return (
-        "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
-    )  # behind it, advice for programmers
-
-
-def _not_json(error: Exception, file: str, line: int = 1) -> DataError:
-    return DataError(
-        f"not JSON: {_reason(error)}",
-        file=file,
-        line=error.lineno if isinstance(error, json.JSONDecodeError) else line,
+        _other_delimiter(next(csv.reader([header], delimiter=_own_delimiter(kind)), [""])) or None
     )
+
+
+def _own_delimiter(kind: str) -> str:
+    return "\t" if kind == ".tsv" else ","
+
+
+def _other_delimiter(header: list[str]) -> str:
+    """The sign that separates the columns of a header that was read as one column; empty where
+    there is none.
+    """
+    return next((sign for sign in ";\t|," if sign in header[0]), "") if len(header) == 1 else ""
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _lines(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | BadRow]]:
@@ -234,8 +226,8 @@ def _lines(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | BadRow]
             yield number + 1, BadRow(f"not {encoding}: {str(error).splitlines()[0]}", ENCODING_HINT)
         return
     for number, line in enumerate(stream, 1):
-        if number == 1 and line.startswith(BOM):
-            line, offset = line[len(BOM) :], len(BOM)
+        if number == 1 and line.startswith(codecs.BOM_UTF8):
+            line, offset = line.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         try:
             yield number, codec.decode(line)[0]
         except UnicodeDecodeError as error:
@@ -253,6 +245,38 @@ def _decoded(stream: BinaryIO, file: str, encoding: str) -> Iterator[tuple[int, 
         yield number, line
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> Row:
+    """An object whose keys are all different: of equal ones, all but the last would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice in one object")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a JSON text, in a few words."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    # behind a semicolon, advice for programmers
+    return "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+
+
+def _not_json(error: Exception, file: str, line: int = 1) -> DataError:
+    line = error.lineno if isinstance(error, json.JSONDecodeError) else line
+    return DataError(f"not JSON: {_reason(error)}", file=file, line=line)
+
+
+def _object(row: Any) -> Row | BadRow:
+    if isinstance(row, dict):
+        return row
+    return BadRow(f"expected an object with columns, found {type_name(row)}")
+
+
 def _read_jsonl(stream: BinaryIO, file: str, encoding: str) -> Numbered:
     del file
     for number, line in _lines(stream, encoding):
@@ -260,18 +284,10 @@ def _read_jsonl(stream: BinaryIO, file: str, encoding: str) -> Numbered:
             yield number, line
         elif line.strip():
             try:
-                row = _DECODER.decode(line)
+                row = _object(_DECODER.decode(line))
             except (ValueError, RecursionError) as error:
-                yield number, BadRow(f"not a JSON object: {_reason(error)}")
-                continue
-            yield (
-                number,
-                (
-                    row
-                    if isinstance(row, dict)
-                    else BadRow(f"expected an object with columns, found {type_name(row)}")
-                ),
-            )
+                row = BadRow(f"not a JSON object: {_reason(error)}")
+            yield number, row
 
 
 def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
@@ -279,8 +295,13 @@ def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
     .json.
     """
     text = "".join(line for _, line in _decoded(stream, file, encoding))
-    start = _skip_space(text, 0)
-    if text.startswith("{", start):
+    body = text.lstrip(" \t\r\n")
+    if body.startswith("["):
+        yield from _json_items(text, len(text) - len(body) + 1, file)
+    elif not body.startswith("{"):
+        if text.strip():
+            raise DataError("expected a list of objects", file=file, line=1)
+    else:
         try:
             whole = _DECODER.decode(text)
         except (ValueError, RecursionError) as error:
@@ -288,56 +309,44 @@ def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
                 raise _not_json(error, file) from None
             yield from _read_jsonl(io.BytesIO(text.encode()), file, "utf-8")
             return
-        tables = [
-            value
-            for value in whole.values()
+        lists = [
+            name
+            for name, value in whole.items()
             if isinstance(value, list) and value and isinstance(value[0], dict)
         ]
-        if "\n" not in text.strip() and not (len(tables) == 1 and len(whole) == 1):
+        if "\n" not in text.strip() and not len(lists) == len(whole) == 1:
             yield 1, whole  # one line: JSON Lines with a single row
-        elif len(tables) == 1:
-            if beside := [
-                name
-                for name, value in whole.items()
-                if value is not tables[0] and not is_blank(value)
-            ]:
-                name = next(name for name, value in whole.items() if value is tables[0])
-                what = (
-                    f"beside the list '{name}' there is {', '.join(beside)}, which would be ignored"
-                )
-                raise DataError(
-                    what, f"keep the list alone: jq .{name} {file} > rows.json", file=file, line=1
-                )
-            for row in tables[0]:
-                yield None, _object(row)
-        else:
+            return
+        if len(lists) != 1:
+            what = "expected a list of objects, or one object with a list of objects in it"
+            raise DataError(what, file=file, line=1)
+        rows = whole.pop(lists[0])
+        if beside := [name for name, value in whole.items() if not is_blank(value)]:
             raise DataError(
-                "expected a list of objects, or one object with a list of objects in it",
+                f"beside the list '{lists[0]}' there is {', '.join(beside)}, which would be"
+                " ignored",
+                f"keep the list alone: jq .{lists[0]} {file} > rows.json",
                 file=file,
                 line=1,
             )
-        return
-    if not text.startswith("[", start):
-        if text.strip():
-            raise DataError("expected a list of objects", file=file, line=1)
-        return
-    yield from _json_items(text, start + 1, file)
+        yield from ((None, _object(row)) for row in rows)
 
 
 def _json_items(text: str, position: int, file: str) -> Numbered:
     """The items of a JSON list one by one, so that each has its line."""
     line, counted = 1, 0
-    while True:
-        position = _skip_space(text, position)
+
+    def skip_space(position: int) -> int:
+        return _SPACE.match(text, position).end()  # type: ignore[union-attr]
+
+    while not text.startswith("]", position := skip_space(position)):
         line, counted = line + text.count("\n", counted, position), position
-        if text.startswith("]", position):
-            return
         try:
             row, position = _DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise _not_json(error, file, line) from None
         yield line, _object(row)
-        position = _skip_space(text, position)
+        position = skip_space(position)
         if text.startswith(",", position):
             position += 1
         elif not text.startswith("]", position):
@@ -348,30 +357,15 @@ def _json_items(text: str, position: int, file: str) -> Numbered:
             )
 
 
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _object(row: Any) -> Row | BadRow:
-    return (
-        row
-        if isinstance(row, dict)
-        else BadRow(f"expected an object with columns, found {type_name(row)}")
-    )
-
-
 def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Numbered:
     def lines() -> Iterator[str]:
         for number, line in _decoded(stream, file, encoding):
             if "\0" in line:
-                raise DataError(
+                what, hint = (
                     "the line contains a NUL character",
                     "is it UTF-16? save the file as UTF-8",
-                    file=file,
-                    line=number,
                 )
+                raise DataError(what, hint, file=file, line=number)
             yield line
 
     csv.field_size_limit(sys.maxsize)
@@ -383,10 +377,9 @@ def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Num
             return
         if other := _other_delimiter(header):
             what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
-            raise DataError(
-                what, f'say so: data.delimiter: "{other}"'.replace("\t", "\\t"), file=file, line=1
-            )
-        _once(header, file, 1)
+            hint = f'say so: data.delimiter: "{other}"'.replace("\t", "\\t")
+            raise DataError(what, hint, file=file, line=1)
+        _check_once(header, file, 1)
         start = reader.line_num + 1
         for values in reader:
             if len(values) == len(header):
@@ -398,88 +391,37 @@ def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Num
         raise DataError(f"not CSV: {error}", file=file, line=start) from None
 
 
-def _once(names: list[str], file: str, line: int | None = None) -> list[str]:
-    """Column names, each of which stands there once: of equal ones, all but the last
-    would be lost.
-    """
+def _check_once(names: list[str], file: str, line: int | None = None) -> None:
+    """Refuse column names of which two are equal: all but the last would be lost."""
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"column names appear twice: {', '.join(repeated)}", file=file, line=line)
-    return names
 
 
-def _other_delimiter(header: list[str]) -> str:
-    """The sign that separates the columns of a header that was read as one column; empty where
-    there is none.
+@contextmanager
+def _opened_columnar(
+    path: Path, kind: str, file: str, size: int = COLUMNAR_ROWS
+) -> Iterator[tuple[list[str], Iterable[Any]]]:
+    """The column names of a Parquet or Arrow file, and its rows in parts of at most `size`.
+
+    An Arrow file is mapped, not copied; it may be a stream too, as `datasets` writes it.
     """
-    return next((sign for sign in ";\t|," if sign in header[0]), "") if len(header) == 1 else ""
-
-
-def guessed_delimiter(path: Path) -> str | None:
-    """The sign that separates the columns of a .csv or .tsv file where it is not the
-    ending's own.
-    """
-    if data_format(path) not in (".csv", ".tsv"):
-        return None
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-        try:
-            header = stream.readline(100_000).decode("utf-8", "replace").rstrip("\r\n")
-        except (EOFError, gzip.BadGzipFile, zlib.error):  # reading the rows says what is wrong
-            return None
-    own = "\t" if data_format(path) == ".tsv" else ","
-    return _other_delimiter(next(csv.reader([header], delimiter=own), [""])) or None
-
-
-def _columnar(path: Path, kind: str, file: str, max_rows: int | None) -> Table:
     import pyarrow
+    from pyarrow.parquet import ParquetFile
 
-    def batches() -> Iterator[pyarrow.RecordBatch]:
+    try:
         if kind == ".parquet":
-            from pyarrow.parquet import ParquetFile
-
             with ParquetFile(path) as parquet:
-                yield from parquet.iter_batches(COLUMNAR_ROWS)
+                yield list(parquet.schema_arrow.names), parquet.iter_batches(size)
             return
         with pyarrow.memory_map(str(path)) as stream:
             try:
                 reader = pyarrow.ipc.open_file(stream)
-                yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
             except pyarrow.ArrowInvalid:
                 stream.seek(0)
-                yield from pyarrow.ipc.open_stream(stream)
-
-    def rows() -> Numbered:
-        left = max_rows
-        try:
-            for batch in batches():
-                for start in range(0, len(batch), COLUMNAR_ROWS):
-                    part = batch.slice(
-                        start, COLUMNAR_ROWS if left is None else min(left, COLUMNAR_ROWS)
-                    )
-                    yield from ((None, row) for row in part.to_pylist())
-                    left = None if left is None else left - len(part)
-                    if left == 0:
-                        return
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file
-            ) from None
-
-    try:
-        if kind == ".parquet":
-            from pyarrow.parquet import read_schema
-
-            return Table(file, rows, _once(list(read_schema(path).names), file))
-        with pyarrow.memory_map(str(path)) as stream:
-            try:
-                return Table(
-                    file, rows, _once(list(pyarrow.ipc.open_file(stream).schema.names), file)
-                )
-            except pyarrow.ArrowInvalid:
-                stream.seek(0)
-                return Table(
-                    file, rows, _once(list(pyarrow.ipc.open_stream(stream).schema.names), file)
-                )
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}", file=file
-        ) from None
+                reader = pyarrow.ipc.open_stream(stream)
+            table = reader.read_all()
+            starts = range(0, table.num_rows, size)
+            yield list(table.schema.names), (table.slice(start, size) for start in starts)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}"
+        raise DataError(what, file=file) from None

@@ -33,22 +33,6 @@ ALPACA_WITH_CONTEXT = (
     " Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
 )
 HEADINGS = {"dolly": (DOLLY, DOLLY_WITH_CONTEXT), "alpaca": (ALPACA, ALPACA_WITH_CONTEXT)}
-MARKERS = {
-    "dolly": ("### Instruction:", "### Context:", "### Response:"),
-    "alpaca": ("### Instruction:", "### Input:", "### Response:"),
-    "raw": (),
-    "chat": (),
-}
-FOREIGN_MARKERS = (
-    "[INST]",
-    "[/INST]",
-    "<<SYS>>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|endoftext|>",
-    "</s>",
-)
 
 
 def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
@@ -59,23 +43,17 @@ def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
         >>> task_prompt("dolly", "Say hi.")
         '### Instruction:\\nSay hi.\\n\\n### Response:\\n'
     """
-    without, with_context = HEADINGS[prompt_format]
-    if context.strip():
-        return with_context.format(instruction=instruction, context=context)
-    return without.format(instruction=instruction)
+    heading = HEADINGS[prompt_format][1 if context.strip() else 0]
+    return heading.format(instruction=instruction, context=context)
 
 
 def prompt_and_completion(example: Example, prompt_format: str) -> tuple[str | None, str]:
     """The two texts of an example in a plain format; the prompt is None for a text without one."""
     fields = example.fields
     if prompt_format in HEADINGS:
-        return (
-            task_prompt(prompt_format, fields["instruction"], fields.get("context", "")),
-            fields["response"],
-        )
-    if "text" in fields:
-        return None, fields["text"]
-    return fields["prompt"], fields["completion"]
+        prompt = task_prompt(prompt_format, fields["instruction"], fields.get("context", ""))
+        return prompt, fields["response"]
+    return (None, fields["text"]) if "text" in fields else (fields["prompt"], fields["completion"])
 
 
 def generation_prompt(
@@ -101,31 +79,30 @@ def generation_prompt(
     """
     if (instruction is None) == (messages is None):
         raise ValueError("give either an instruction or messages")
+    prompt_format = section.prompt_format
     if messages is None:
+        if prompt_format in HEADINGS:
+            return task_prompt(prompt_format, instruction or "", context)
         messages = [{"role": "user", "content": user_turn(instruction or "", context)}]
-        if section.prompt_format in HEADINGS:
-            return task_prompt(section.prompt_format, instruction or "", context)
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("a conversation to be continued must end with a user turn")
-    if section.prompt_format == "chat":
+    if prompt_format == "chat":
         template = chat_template(section, tokenizer, folders)
-        conversation = with_system_prompt(messages, section.system_prompt)
+        messages = with_system_prompt(messages, section.system_prompt)
         return str(
             tokenizer.apply_chat_template(
-                conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         )
     parts: list[str] = []
     for message in messages:
+        text = message["content"]
         if message["role"] == "assistant":
-            parts[-1] += message["content"]
+            parts[-1] += text
+        elif prompt_format == "raw" or message["role"] == "system":
+            parts.append(text)
         else:
-            plain = section.prompt_format == "raw" or message["role"] == "system"
-            parts.append(
-                message["content"]
-                if plain
-                else task_prompt(section.prompt_format, message["content"])
-            )
+            parts.append(task_prompt(prompt_format, text))
     return "\n\n".join(parts)
 
 
@@ -153,18 +130,13 @@ def chat_template(section: DataSection, tokenizer: Any, folders: Sequence[Path] 
         return given
     path = find_path(given, folders)
     if path is None or not path.is_file():
-        raise SettingError(
-            "data.chat_template",
-            f"no such file: {given}",
-            "give a .jinja file, or the template itself",
-        )
+        hint = "give a .jinja file, or the template itself"
+        raise SettingError("data.chat_template", f"no such file: {given}", hint)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        what = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise SettingError(
-            "data.chat_template", f"{given} cannot be read: {what}", "save it as UTF-8"
-        ) from None
+        what = f"{given} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+        raise SettingError("data.chat_template", what, "save it as UTF-8") from None
 
 
 def format_hash(

@@ -8,84 +8,52 @@ row, and again, batch by batch, for the rows that are used.
 from __future__ import annotations
 
 import hashlib
-from array import array
+import json
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.columns import IDS_HINT, Reading
-from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, content_hash
+from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError
 from recipes_lib.data.files import Table
 from recipes_lib.data.sources import is_on_hub, listed_sources, load_tables, unread_files
 
 NUM_CHECKED = 20_000
-CONTENT_BYTES, LOOSE_BYTES = 32, 16
 
 
+@dataclass
 class Rows:
-    """The usable rows of all sources in file order, as columns.
+    """The usable rows of all sources in file order.
 
     Args:
-        ids: unique names, for splits.json and supervision.json.
-        split_keys: what the hash split looks at, where that is not the content: the explicit id.
-            Empty without explicit ids.
-        categories: of each row, or None.
+        examples: without their texts; their ids are unique.
+        tables: each file, how it is read, and the position of its source in the mixture.
         num_read: rows in the files, those that cannot be used included.
         unread: files of the sources' folders that are not read, per folder.
     """
 
-    def __init__(self) -> None:
-        self.tables: list[tuple[Table, Reading, int]] = []
-        self.ids: list[str] = []
-        self.split_keys: list[str | None] = []
-        self.categories: list[str | None] = []
-        self._table, self._row, self._line = array("i"), array("q"), array("q")
-        self._contents, self._looses, self._empty = bytearray(), bytearray(), bytearray()
-        self.num_read = 0
-        self.unread: dict[str, list[str]] = {}
+    examples: list[Example] = field(default_factory=list)
+    tables: list[tuple[Table, Reading, int]] = field(default_factory=list)
+    num_read: int = 0
+    unread: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self.examples)
 
-    def contents(self) -> Iterator[bytes]:
-        """A sha256 of each row's normalised texts."""
-        return _digests(self._contents, CONTENT_BYTES)
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
 
-    def looses(self) -> Iterator[bytes]:
-        """A hash of each row's texts without case and white space."""
-        return _digests(self._looses, LOOSE_BYTES)
+    def take(self, indices: Sequence[int]) -> Rows:
+        """Some of the rows, in the order given."""
+        return replace(self, examples=[self.examples[index] for index in indices])
 
-    @property
-    def empty(self) -> bytearray:
-        """Whether the text that a row should teach is empty, 0 or 1 for each."""
-        return self._empty
-
-    @property
     def num_texts(self) -> int:
         """Rows that are one text each."""
-        return sum("text" in self.tables[number][1].names for number in self._table)
-
-    def content(self, index: int) -> str:
-        """The hexadecimal sha256 of a row's texts."""
-        return self._contents[CONTENT_BYTES * index : CONTENT_BYTES * (index + 1)].hex()
-
-    def split_key(self, index: int) -> str:
-        """What the hash split looks at: the explicit id, else the content."""
-        return (self.split_keys[index] if self.split_keys else None) or self.content(index)
-
-    def place(self, index: int) -> str:
-        """`file:line`, or `file row N` where the format has no lines."""
-        return self._example(index).place
-
-    def _example(self, index: int) -> Example:
-        line = self._line[index]
-        return Example(
-            self.tables[self._table[index]][0].file,
-            None if line < 0 else line,
-            self._row[index],
-            {},
-        )
+        return sum("text" in self.tables[example.table][1].names for example in self.examples)
 
     def unused_columns(self) -> dict[str, list[str]]:
         """The columns that nothing reads, per file that has one."""
@@ -93,113 +61,12 @@ class Rows:
         for table, reading, _ in self.tables:
             if reading.unused:
                 found.setdefault(reading.unused, []).append(table.file)
-        shown = {
-            names: files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+        return {
+            files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more": list(names)
             for names, files in found.items()
         }
-        return {files: list(names) for names, files in shown.items()}
 
-    def files_longer_than(self, num_rows: int) -> list[str]:
-        """The files with a row that stands behind so many others."""
-        longer = {
-            table: None for table, row in zip(self._table, self._row, strict=True) if row > num_rows
-        }
-        return [self.tables[number][0].file for number in longer]
-
-    def add(self, example: Example, table: int) -> None:
-        """Append a row; its id is the explicit one or a hash of its texts, not yet unique."""
-        content = content_hash(example.fields)
-        explicit = None if example.explicit_id is None else str(example.explicit_id)
-        self.ids.append(content[:8].hex() if explicit is None else explicit)
-        if explicit is not None or self.split_keys:
-            self.split_keys += [None] * (len(self) - len(self.split_keys))
-            self.split_keys.append(explicit)
-        self.categories.append(example.category)
-        self._contents += content
-        self._looses += hashlib.blake2b(
-            _loose_text(example).encode(), digest_size=LOOSE_BYTES
-        ).digest()
-        self._empty.append(is_empty(example))
-        self._table.append(table)
-        self._line.append(-1 if example.line is None else example.line)
-        self._row.append(example.row)
-
-    def take(self, indices: Sequence[int]) -> Rows:
-        """Some of the rows, in the order given."""
-        if len(indices) == len(self):
-            return self
-        some = Rows()
-        some.tables, some.num_read, some.unread = self.tables, self.num_read, self.unread
-        for name in ("ids", "split_keys", "categories"):
-            values = getattr(self, name)
-            setattr(some, name, [values[index] for index in indices] if values else [])
-        for name in ("_table", "_row", "_line"):
-            column = getattr(self, name)
-            getattr(some, name).extend(column[index] for index in indices)
-        for name, size in (("_contents", CONTENT_BYTES), ("_looses", LOOSE_BYTES), ("_empty", 1)):
-            whole = getattr(self, name)
-            setattr(
-                some,
-                name,
-                bytearray().join(whole[size * index : size * (index + 1)] for index in indices),
-            )
-        return some
-
-    def extend(self, other: Rows) -> None:
-        """Append the rows of another source."""
-        shift = len(self.tables)
-        if other.split_keys or self.split_keys:
-            self.split_keys += [None] * (len(self) - len(self.split_keys))
-            self.split_keys += other.split_keys + [None] * (len(other) - len(other.split_keys))
-        self.tables += other.tables
-        self.ids += other.ids
-        self.categories += other.categories
-        self._table.extend(number + shift for number in other._table)
-        self._row += other._row
-        self._line += other._line
-        self._contents += other._contents
-        self._looses += other._looses
-        self._empty += other._empty
-        self.num_read += other.num_read
-
-    def name_uniquely(self, bad: BadRows) -> Rows:
-        """Give rows of equal texts different ids; rows of equal explicit ids are bad. Return those
-        that are left.
-        """
-        first: dict[str, int] = {}
-        times: dict[str, int] = {}
-        repeated = set()
-        for index, name in enumerate(self.ids):
-            if (earlier := first.setdefault(name, index)) == index:
-                continue
-            if self.split_keys and self.split_keys[index] is not None:
-                bad.add(
-                    self._example(index),
-                    BadRow(f"id {name!r} appears again (first at {self.place(earlier)})", IDS_HINT),
-                )
-                repeated.add(index)
-            else:
-                times[name] = times.get(name, 1) + 1
-                self.ids[index] = f"{name}#{times[name]}"
-        return (
-            self.take([index for index in range(len(self)) if index not in repeated])
-            if repeated
-            else self
-        )
-
-    def name_apart(self) -> None:
-        """Make ids unique over a mixture: explicit ids carry the position of their source, other
-        rows are told apart by content.
-        """
-        seen: dict[str, int] = {}
-        for index, earlier in enumerate(self.ids):
-            name = earlier.partition("#")[0]
-            if self.split_keys and self.split_keys[index] is not None:
-                self.split_keys[index] = name = f"{self.tables[self._table[index]][2]}:{earlier}"
-            times = seen[name] = seen.get(name, 0) + 1
-            self.ids[index] = name if times == 1 else f"{name}#{times}"
-
-    def examples(self) -> Iterator[Example]:
+    def with_texts(self) -> Iterator[Example]:
         """The rows with their texts, read from the files again.
 
         Raises:
@@ -207,14 +74,14 @@ class Rows:
         """
         index, ignored = 0, BadRows()
         while index < len(self):
-            number = self._table[index]
+            number = self[index].table
             table, reading, _ = self.tables[number]
-            for example in reading.examples(table, ignored):
-                if example.row == self._row[index]:
-                    example.id = self.ids[index]
-                    yield example
+            for found in reading.examples(table, ignored):
+                if found.row == self[index].row:
+                    found.id = self[index].id
+                    yield found
                     index += 1
-                    if index == len(self) or self._table[index] != number:
+                    if index == len(self) or self[index].table != number:
                         break
             else:
                 raise SettingError(
@@ -222,11 +89,6 @@ class Rows:
                     f"{table.file} changed while it was read",
                     "run the command again",
                 )
-
-
-def _digests(column: bytearray, size: int) -> Iterator[bytes]:
-    whole = bytes(column)
-    return (whole[start : start + size] for start in range(0, len(whole), size))
 
 
 def read_data(
@@ -246,33 +108,73 @@ def read_data(
     for number, source in enumerate(sources):
         tables = load_tables(source, folders, max_rows)
         reading = Reading.of(tables, section.prompt_format, source.columns, section.drop_columns)
-        own = Rows()
+        examples: list[Example] = []
         before = len(bad.found)
         first: tuple[str, str] | None = None  # the type of the first id, and where it stands
         for table in tables:
-            own.tables.append((table, reading, number))
+            rows.tables.append((table, reading, number))
             for example in reading.examples(table, bad):
-                if (id := example.explicit_id) is not None:
-                    first = first or (type(id).__name__, example.place)
-                    if type(id).__name__ != first[0]:
-                        bad.add(
-                            example,
-                            BadRow(
-                                f"ids of mixed types: {type(id).__name__} here, {first[0]} at"
-                                f" {first[1]}",
-                                IDS_HINT,
-                            ),
-                        )
+                if example.explicit_id is not None:
+                    kind = type(example.explicit_id).__name__
+                    first = first or (kind, example.place)
+                    if kind != first[0]:
+                        what = f"ids of mixed types: {kind} here, {first[0]} at {first[1]}"
+                        bad.add(example, BadRow(what, IDS_HINT))
                         continue
-                own.add(example, len(own.tables) - 1)
-        own.num_read = len(own) + len(bad.found) - before
-        own = own.name_uniquely(bad)
+                identify(example, len(rows.tables) - 1)
+                examples.append(example)
+        rows.num_read += len(examples) + len(bad.found) - before
+        examples = named_uniquely(examples, bad)
         if unread := unread_files(source, folders):
             rows.unread[source.source] = unread
-        rows.extend(own.take(first_in_hash_order(own, source.max_examples, section.split.seed)))
+        chosen = first_in_hash_order(examples, source.max_examples, section.split.seed)
+        rows.examples += [examples[index] for index in chosen]
     if len(sources) > 1:
-        rows.name_apart()
+        _name_apart(rows)
     return rows
+
+
+def identify(example: Example, table: int) -> None:
+    """Hash the texts and let them go. The id is the explicit one or a hash, not yet unique."""
+    fields, example.fields = example.fields, {}
+    normal = _normalised_fields(fields)
+    example.table, example.empty = table, _is_empty(fields)
+    example.content = hashlib.sha256(json.dumps(normal, ensure_ascii=False).encode()).digest()
+    example.loose = hashlib.blake2b(_loose_text(fields).encode(), digest_size=16).digest()
+    explicit = example.explicit_id
+    example.id = example.content[:8].hex() if explicit is None else str(explicit)
+
+
+def named_uniquely(examples: Sequence[Example], bad: BadRows) -> list[Example]:
+    """Give rows of equal texts different ids; rows of equal explicit ids are bad. Return those that
+    are left.
+    """
+    first: dict[str, Example] = {}
+    times = Counter[str]()
+    kept = []
+    for example in examples:
+        if (earlier := first.setdefault(example.id, example)) is not example:
+            if example.explicit_id is not None:
+                what = f"id {example.id!r} appears again (first at {earlier.place})"
+                bad.add(example, BadRow(what, IDS_HINT))
+                continue
+            times[example.id] += 1
+            example.id += f"#{times[example.id] + 1}"
+        kept.append(example)
+    return kept
+
+
+def _name_apart(rows: Rows) -> None:
+    """Make ids unique over a mixture: explicit ids carry the position of their source, other rows
+    are told apart by content.
+    """
+    times = Counter[str]()
+    for example in rows.examples:
+        name = example.id.partition("#")[0]
+        if example.explicit_id is not None:
+            example.explicit_id = name = f"{rows.tables[example.table][2]}:{example.id}"
+        times[name] += 1
+        example.id = name if times[name] == 1 else f"{name}#{times[name]}"
 
 
 def check_local_rows(
@@ -291,69 +193,84 @@ def check_local_rows(
         DataError: a file is missing or damaged, or one of its rows cannot be used.
     """
     entries = [section.source] if isinstance(section.source, str) else section.source
-    local = [
-        entry
-        for entry, source in zip(entries, listed_sources(section), strict=True)
-        if not is_on_hub(source, folders)
-    ]
+    sources = zip(entries, listed_sources(section), strict=True)
+    local = [entry for entry, source in sources if not is_on_hub(source, folders)]
     if not local:
         return []
-    bad = BadRows()
-    rows = read_data(
-        replace(section, source=local),
-        folders,
-        bad,
-        max_rows=None if max_rows is None else max_rows + 1,
-    )
+    bad, limit = BadRows(), None if max_rows is None else max_rows + 1
+    rows = read_data(replace(section, source=local), folders, bad, max_rows=limit)
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
-    return [] if max_rows is None else rows.files_longer_than(max_rows)
+    longer = {example.table for example in rows.examples if example.row == limit}
+    return [rows.tables[number][0].file for number in sorted(longer)]
 
 
 def unit_interval(key: str, salt: str) -> float:
     """A number in [0, 1) that depends on the key and the salt alone.
 
     Example:
-        >>> 0 <= unit_interval("row-1", "42") < 1 and unit_interval("row-1", "42") == unit_interval("row-1", "42")
-        True
-    """  # noqa: E501
+        >>> round(unit_interval("row-1", "42"), 3), round(unit_interval("row-1", "43"), 3)
+        (0.501, 0.853)
+    """
     return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
-def first_in_hash_order(rows: Rows, limit: int | None, seed: int) -> Sequence[int]:
+def first_in_hash_order(rows: Sequence[Example], limit: int | None, seed: int) -> Sequence[int]:
     """Positions of the `limit` rows that come first in hash order, in file order.
 
     The salt differs from the split's, so that the chosen rows fall on all sides.
     """
     if limit is None or len(rows) <= limit:
         return range(len(rows))
-    order = sorted(
-        range(len(rows)),
-        key=lambda i: (unit_interval(rows.split_key(i), f"order:{seed}"), rows.ids[i]),
-    )
-    return sorted(order[:limit])
+
+    def order(index: int) -> tuple[float, str]:
+        return unit_interval(rows[index].split_key, f"order:{seed}"), rows[index].id
+
+    return sorted(sorted(range(len(rows)), key=order)[:limit])
 
 
-def is_empty(example: Example) -> bool:
-    """Whether the text that the example should teach is empty."""
-    fields = example.fields
+def _is_empty(fields: dict[str, Any]) -> bool:
+    """Whether the text that the fields should teach is empty."""
     for name in ("response", "completion", "text"):
         if isinstance(fields.get(name), str):
             return not fields[name].strip()
     messages = fields.get("messages") or fields.get("completion") or []
-    return not any(
-        message["content"].strip() for message in messages if message["role"] == "assistant"
-    )
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    return not any(map(str.strip, answers))
 
 
-def _loose_text(example: Example) -> str:
-    """Text as compared for near duplicates: no case, one space between words."""
+def _loose_text(fields: dict[str, Any]) -> str:
+    """Texts as compared for near duplicates: no case, one space between words."""
     parts = []
-    for name, value in example.fields.items():
-        text = (
-            value
-            if isinstance(value, str)
-            else "\n".join(f"{m['role']}: {m['content']}" for m in value)
-        )
-        parts.append(f"{name} {text}")
+    for name, value in fields.items():
+        if not isinstance(value, str):
+            value = "\n".join(f"{m['role']}: {m['content']}" for m in value)
+        parts.append(f"{name} {value}")
     return " ".join("\n".join(parts).casefold().split())
+
+
+def _normalised_fields(fields: dict[str, Any]) -> list[Any]:
+    """What the content hash sees: independent of the prompt format, of the order of rows and of
+    column order; empty optional fields leave no trace.
+    """
+    parts: list[Any] = []
+    for name in sorted(fields):
+        value = fields[name]
+        if isinstance(value, list):
+            turns = [
+                [m["role"], _normalised(m["content"]), *([0] if "weight" in m else [])]
+                for m in value
+            ]
+            parts.append([name, turns])
+        elif value := _normalised(value):
+            parts.append([name, value])
+    return parts
+
+
+def _normalised(text: str) -> str:
+    """Text as compared for exact duplicates: Unicode NFC, newlines as \\n, no white space around
+    it.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.sections import DataSection
+from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.data.examples import SettingError, listed, shown_real_path, type_name
@@ -58,29 +59,27 @@ class Source:
     max_examples: int | None = None
 
 
+# What an entry of a mixture may say, and of which type; what it leaves out comes from `data`.
+_TEXTS = ("source", "subset", "source_split", "revision", "encoding", "delimiter")
+_TYPES: dict[str, type] = {**dict.fromkeys(_TEXTS, str), "columns": dict, "max_examples": int}
+
+
 def listed_sources(section: DataSection) -> list[Source]:
     """The sources that `data.source` names.
 
     Raises:
-        SettingError: an entry of a mixture has an unknown key or a value of the wrong type.
+        SettingError: an entry of a mixture has an unknown key or a value of the wrong type, or a
+            key that only `chat` reads is set beside another prompt format.
     """
-    shared = ("subset", "source_split", "revision", "columns", "encoding", "delimiter")
-    whole = Source(source="", **{name: getattr(section, name) for name in shared})
     if not section.source:
-        raise SettingError(
-            "data.source",
-            "the mixture is empty: list at least one source"
-            if section.source == []
-            else "is empty",
-        )
-    settings = {"chat_template": section.chat_template, "system_prompt": section.system_prompt}
-    for key, value in {
-        **settings,
-        "chat_loss": None if section.chat_loss == "all" else section.chat_loss,
-    }.items():
-        if value is not None and section.prompt_format != "chat":
+        empty = "the mixture is empty: list at least one source"
+        raise SettingError("data.source", empty if section.source == [] else "is empty")
+    for key, absent in (("chat_template", None), ("system_prompt", None), ("chat_loss", "all")):
+        if getattr(section, key) != absent and section.prompt_format != "chat":
             what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
             raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
+    shared = [name for name in _TYPES if name not in ("source", "max_examples")]
+    whole = Source(source="", **{name: getattr(section, name) for name in shared})
     entries = [section.source] if isinstance(section.source, str) else section.source
     sources = [_mixture_entry(entry, index, whole) for index, entry in enumerate(entries)]
     for source in sources:
@@ -88,14 +87,11 @@ def listed_sources(section: DataSection) -> list[Source]:
             "".encode(source.encoding)
         except (LookupError, ValueError):
             what = f"data.encoding: Python knows no text encoding {source.encoding!r}"
-            raise SettingError(
-                "data.encoding", what, "common ones: utf-8, latin-1, cp1252, utf-16"
-            ) from None
+            hint = "common ones: utf-8, latin-1, cp1252, utf-16"
+            raise SettingError("data.encoding", what, hint) from None
         if source.delimiter is not None and len(source.delimiter) != 1:
-            raise SettingError(
-                "data.delimiter",
-                f"data.delimiter: expected one character, found {source.delimiter!r}",
-            )
+            what = f"data.delimiter: expected one character, found {source.delimiter!r}"
+            raise SettingError("data.delimiter", what)
     return sources
 
 
@@ -104,26 +100,17 @@ def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
     if isinstance(entry, str):
         return replace(whole, source=entry)
     if not isinstance(entry, Mapping):
-        raise SettingError(
-            "data.source", f"{key}: expected a mapping with `source`, found {type_name(entry)}"
-        )
-    types: dict[str, type] = dict.fromkeys(
-        ("source", "subset", "source_split", "revision", "encoding", "delimiter"), str
-    )
-    types |= {"columns": dict, "max_examples": int}
+        what = f"{key}: expected a mapping with `source`, found {type_name(entry)}"
+        raise SettingError("data.source", what)
     for name, value in entry.items():
-        if name not in types:
-            near = difflib.get_close_matches(str(name), types, 1)
-            hint = f"did you mean {near[0]}?" if near else f"keys: {', '.join(types)}"
-            raise SettingError("data.source", f"unknown key '{name}' in {key}", hint)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, types[name])
-            or (isinstance(value, int) and value < 1)
-        ):
-            raise SettingError(
-                "data.source", f"{key}.{name}: expected {types[name].__name__}, found {value!r}"
-            )
+        if name not in _TYPES:
+            hints = did_you_mean(str(name), _TYPES) or [f"keys: {', '.join(_TYPES)}"]
+            raise SettingError("data.source", f"unknown key '{name}' in {key}", *hints)
+        wanted = _TYPES[name]
+        right = isinstance(value, wanted) and not isinstance(value, bool)
+        if not right or (wanted is int and value < 1):
+            what = f"{key}.{name}: expected {wanted.__name__}, found {value!r}"
+            raise SettingError("data.source", what)
     if "source" not in entry:
         raise SettingError("data.source", f"{key} names no `source`")
     return replace(whole, **{**entry, "columns": {**whole.columns, **entry.get("columns", {})}})
@@ -150,11 +137,10 @@ def load_tables(
         DataError: the file, folder or data set is missing, damaged or mixed.
     """
     if is_on_hub(source, folders):
-        return [load_from_hub(source)]
-    files = source_files(source, folders)
+        return [_load_from_hub(source)]
     tables = [
         read_file(file, max_rows, encoding=source.encoding, delimiter=source.delimiter)
-        for file in files
+        for file in source_files(source, folders)
     ]
     for table in tables[1:]:
         _check_same_columns(tables[0], table)
@@ -167,14 +153,15 @@ def source_files(source: Source, folders: Sequence[Path]) -> list[Path]:
     Raises:
         DataError: there is nothing of this name, or no data file of the split in the folder.
     """
-    path = find_path(source.source, folders)
-    if path is None:
-        raise SettingError(
-            "data.source",
-            f"no such file or folder: {source.source}",
-            *_similar(source.source, folders),
-        )
-    return [path] if path.is_file() else data_files(path, source.source_split)
+    if (path := find_path(source.source, folders)) is not None:
+        return [path] if path.is_file() else data_files(path, source.source_split)
+    path = Path(source.source).expanduser()
+    parents = {(folder / path).parent.resolve() for folder in (*folders, Path.cwd())}
+    names = {entry.name for parent in parents if parent.is_dir() for entry in parent.iterdir()}
+    hints = [f"looked in {', '.join(sorted(map(shown_real_path, parents)))}"]
+    if near := difflib.get_close_matches(path.name, sorted(names), 1):
+        hints.insert(0, f"did you mean {path.with_name(near[0])}?")
+    raise SettingError("data.source", f"no such file or folder: {source.source}", *hints)
 
 
 def find_path(name: str, folders: Sequence[Path]) -> Path | None:
@@ -182,7 +169,7 @@ def find_path(name: str, folders: Sequence[Path]) -> Path | None:
     directory.
     """
     path = Path(name).expanduser()
-    places = [path] if path.is_absolute() else [folder / path for folder in (*folders, Path.cwd())]
+    places = (folder / path for folder in (*folders, Path.cwd()))  # an absolute path stays
     return next((place for place in places if place.exists()), None)
 
 
@@ -193,32 +180,26 @@ def data_files(folder: Path, split: str) -> list[Path]:
     Raises:
         DataError: the folder has no data file, or none of this split.
     """
-    refuse_pipe(folder, shown_real_path(folder))
+    shown = shown_real_path(folder)
+    refuse_pipe(folder, shown)
+    files: list[Path] = []
     for place in (folder, folder / split, folder / "data"):
-        files = [
-            path
-            for path in sorted(place.glob("[!.]*"))
-            if data_format(path) and path.name not in NOT_DATA
-        ]
-        if files:
-            break
-    else:
-        raise DataError(
-            f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}",
-            file=shown_real_path(folder),
-        )
-    named = {
-        path: match.group(1) for path in files if (match := SPLIT_IN_NAME.search(path.name.lower()))
+        found = sorted(place.glob("[!.]*"))
+        files = files or [path for path in found if data_format(path) and path.name not in NOT_DATA]
+    if not files:
+        what = f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}"
+        raise DataError(what, file=shown)
+    splits = {
+        path: SPLIT_NAMES.get(match.group(1), match.group(1))
+        for path in files
+        if (match := SPLIT_IN_NAME.search(path.name.lower()))
     }
-    named = {path: SPLIT_NAMES.get(name, name) for path, name in named.items()}
-    wanted = [path for path in files if named.get(path) == SPLIT_NAMES.get(split, split)]
-    rest = [path for path in files if path not in named]
+    wanted = [path for path in files if splits.get(path) == SPLIT_NAMES.get(split, split)]
+    rest = [path for path in files if path not in splits]
     if not wanted and not rest:
-        splits = listed(sorted(set(named.values())))
-        raise SettingError(
-            "data.source_split",
-            f"{shown_real_path(folder)} has no file of the split '{split}'; splits: {splits}",
-        )
+        have = listed(sorted(set(splits.values())))
+        what = f"{shown} has no file of the split '{split}'; splits: {have}"
+        raise SettingError("data.source_split", what)
     return wanted or rest
 
 
@@ -231,89 +212,71 @@ def unread_files(source: Source, folders: Sequence[Path]) -> list[str]:
         return []
     read = set(data_files(folder, source.source_split))
     others = (
-        path
+        path.relative_to(folder)
         for path in folder.rglob("*")
-        if path not in read and path.name not in NOT_DATA and path.suffix.lower() not in NOTES
+        if path not in read
+        and path.name not in NOT_DATA
+        and path.suffix.lower() not in NOTES
+        and path.is_file()
     )
-    names = (path.relative_to(folder) for path in others if path.is_file())
-    return sorted(
-        str(name)
-        for name in islice(names, MOST_UNREAD)
-        if not any(part.startswith(".") for part in name.parts)
-    )
+    names = islice(others, MOST_UNREAD)
+    return sorted(str(name) for name in names if not any(part[0] == "." for part in name.parts))
 
 
 def _check_same_columns(first: Table, other: Table) -> None:
+    if not (first.columns and other.columns):
+        return
     for column in other.columns:
-        if column not in first.columns and first.columns:
+        if column not in first.columns:
             hint = f"there the columns are {', '.join(first.columns)}"
             raise DataError(f"column '{column}' is not in {first.file}", hint, file=other.file)
     for column in first.columns:
-        if column not in other.columns and other.columns:
+        if column not in other.columns:
             hint = f"here the columns are {', '.join(other.columns)}"
             raise DataError(f"column '{column}' of {first.file} is missing", hint, file=other.file)
 
 
-def _similar(name: str, folders: Sequence[Path]) -> list[str]:
-    """Hints that name files like the one that was not found, and the folders that were searched."""
-    path = Path(name).expanduser()
-    parents = {(folder / path).parent.resolve() for folder in (*folders, Path.cwd())}
-    names = {entry.name for parent in parents if parent.is_dir() for entry in parent.iterdir()}
-    near = difflib.get_close_matches(path.name, sorted(names), 3)
-    looked = f"looked in {', '.join(sorted(shown_real_path(parent) for parent in parents))}"
-    return [*([f"did you mean {path.with_name(near[0])}?"] if near else []), looked]
-
-
-def load_from_hub(source: Source) -> Table:
+def _load_from_hub(source: Source) -> Table:
     """Read a Hub data set through `datasets`, from its cache when the machine is offline.
 
     Raises:
         DataError: offline and not cached, no such data set, configuration or split, or access
             refused.
     """
+    name = source.source
+    not_here = SettingError(
+        "data.source",
+        f"offline: put a file at {name}/train.jsonl or set data.source to a path",
+        f"'{name}' is neither a file or folder here nor in the cache of Hub data sets",
+    )
     offline = offline_by_environment()
-    if offline and not _perhaps_cached(source.source):
-        raise _offline_error(source.source)
+    if offline and not _perhaps_cached(name):
+        raise not_here
     import datasets
 
     offline = offline or not hub_answers()
     try:
         with _offline_mode(offline):
             dataset = datasets.load_dataset(
-                source.source, source.subset, split=source.source_split, revision=source.revision
+                name, source.subset, split=source.source_split, revision=source.revision
             )
     except Exception as error:
         # the Hub client has many exception types; each becomes one line with the client's own words
         if offline and not isinstance(error, ValueError):
-            raise _offline_error(source.source) from error
-        if "Repository Not Found" in str(error) or isinstance(
-            error, datasets.exceptions.DatasetNotFoundError
-        ):
+            raise not_here from error
+        missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)
+        if missing or "Repository Not Found" in str(error):
+            what = f"the Hub has no data set '{name}', or it is not open to you"
             hint = "check the name; for a private or gated data set: hf auth login"
-            raise SettingError(
-                "data.source",
-                f"the Hub has no data set '{source.source}', or it is not open to you",
-                hint,
-            ) from error
+            raise SettingError("data.source", what, hint) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SettingError(
-            "data.source", f"cannot load '{source.source}' from the Hub: {reason}"
-        ) from error
+        raise SettingError("data.source", f"cannot load '{name}' from the Hub: {reason}") from error
 
     def rows() -> Numbered:
         for batch in dataset.with_format("arrow").iter(COLUMNAR_ROWS):
             yield from ((None, row) for row in batch.to_pylist())
 
-    return Table(source.source, rows, dataset.column_names)
-
-
-def _offline_error(name: str) -> SettingError:
-    what = f"offline: put a file at {name}/train.jsonl or set data.source to a path"
-    return SettingError(
-        "data.source",
-        what,
-        f"'{name}' is neither a file or folder here nor in the cache of Hub data sets",
-    )
+    return Table(name, rows, dataset.column_names)
 
 
 def offline_by_environment() -> bool:
@@ -326,15 +289,15 @@ def _perhaps_cached(name: str) -> bool:
     """Whether a cache folder of this data set exists, found without importing `datasets` (which
     takes a second).
     """
-    home = Path(
-        os.environ.get("HF_HOME")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
     downloaded = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    return (prepared / name.replace("/", "___")).exists() or (
-        downloaded / f"datasets--{name.replace('/', '--')}"
-    ).exists()
+    names = (
+        prepared / name.replace("/", "___"),
+        downloaded / f"datasets--{name.replace('/', '--')}",
+    )
+    return any(folder.exists() for folder in names)
 
 
 def hub_answers() -> bool:
@@ -345,9 +308,7 @@ def hub_answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
-    except (
-        Exception
-    ):  # any failure to connect means the same: use the cache, or say that we are offline
+    except Exception:  # whatever failed: use the cache, or say that we are offline
         return False
     return True
 
@@ -359,10 +320,8 @@ def _offline_mode(offline: bool) -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = (
-        before[0] or offline,
-        before[1] or offline,
-    )
+    if offline:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:

@@ -8,13 +8,13 @@ else in the recipe than fractions and seed.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from recipes_lib.config.sections import SplitSection
-from recipes_lib.data.examples import SettingError
-from recipes_lib.data.rows import Rows, unit_interval
+from recipes_lib.data.examples import Example, SettingError
+from recipes_lib.data.rows import unit_interval
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 
@@ -38,7 +38,7 @@ class Splits:
     near_groups: list[list[str]]
 
 
-def split_rows(rows: Rows, section: SplitSection) -> Splits:
+def split_rows(examples: Sequence[Example], section: SplitSection) -> Splits:
     """Divide the rows, and keep exact duplicates on one side.
 
     Duplicates with different ids that the hash split separates are moved into training. The
@@ -53,69 +53,58 @@ def split_rows(rows: Rows, section: SplitSection) -> Splits:
             " sum must be below 1"
         )
         raise SettingError("data.split", what)
-    sides = {
-        "hash": _by_hash,
-        "published": _as_published,
-        "none": lambda rows, _: [TRAIN] * len(rows),
-    }[section.method](rows, section)
-    groups = _groups(rows.contents())
+    groups = _groups([example.content for example in examples])
+    sides = [TRAIN] * len(examples)
+    if section.method == "published":
+        _publish(sides, section)
+    positions: list[float] = []
+    if section.method == "hash":
+        positions = [unit_interval(example.split_key, str(section.seed)) for example in examples]
+        held_out = section.test + section.validation
+        sides = [
+            TEST if position < section.test else VALIDATION if position < held_out else TRAIN
+            for position in positions
+        ]
     across = [group for group in groups if len({sides[i] for i in group}) > 1]
     moved = []
     if section.method == "hash":
         for group in across:
-            moved += [rows.ids[i] for i in group if sides[i] != TRAIN]
+            moved += [examples[i].id for i in group if sides[i] != TRAIN]
             for i in group:
                 sides[i] = TRAIN
-        _fill_empty(sides, rows, groups, section)
-    divided: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for index, side in enumerate(sides):
-        divided[side].append(index)
+        _fill_empty(sides, positions, groups, section)
+    divided = {name: [i for i, side in enumerate(sides) if side == name] for name in SPLITS}
     if not divided[TRAIN]:
+        what = f"the split leaves 0 of {len(examples)} rows for training"
         hint = "lower data.split.validation and test, or use data.split.method none"
-        raise SettingError(
-            "data.split", f"the split leaves 0 of {len(rows)} rows for training", hint
-        )
+        raise SettingError("data.split", what, hint)
 
-    def ids(indices: Sequence[int]) -> list[str]:
-        return [rows.ids[i] for i in indices]
+    def ids(groups: Iterable[Sequence[int]]) -> list[list[str]]:
+        return [[examples[i].id for i in group] for group in groups]
 
-    near = [group for group in _groups(rows.looses()) if len({rows.content(i) for i in group}) > 1]
-    return Splits(
-        divided, list(map(ids, groups)), list(map(ids, across)), moved, list(map(ids, near))
-    )
-
-
-def _by_hash(rows: Rows, section: SplitSection) -> list[str]:
-    sides = []
-    for index in range(len(rows)):
-        position = unit_interval(rows.split_key(index), str(section.seed))
-        sides.append(
-            TEST
-            if position < section.test
-            else VALIDATION
-            if position < section.test + section.validation
-            else TRAIN
-        )
-    return sides
+    near = _groups([example.loose for example in examples])
+    near = [group for group in near if len({examples[i].content for i in group}) > 1]
+    return Splits(divided, ids(groups), ids(across), moved, ids(near))
 
 
 def _fill_empty(
-    sides: list[str], rows: Rows, groups: Sequence[Sequence[int]], section: SplitSection
+    sides: list[str],
+    positions: Sequence[float],
+    groups: Sequence[Sequence[int]],
+    section: SplitSection,
 ) -> None:
     """A small data set may have no row below the threshold: then the training row nearest to it is
     taken.
     """
     repeated = {i for group in groups for i in group}
     for name, fraction in ((VALIDATION, section.validation), (TEST, section.test)):
-        if fraction > 0 and name not in sides and len(rows) - len(repeated) + len(groups) > 2:
+        if fraction > 0 and name not in sides and len(sides) - len(repeated) + len(groups) > 2:
             alone = [i for i, side in enumerate(sides) if side == TRAIN and i not in repeated]
             if alone:
-                sides[
-                    min(alone, key=lambda i: unit_interval(rows.split_key(i), str(section.seed)))
-                ] = name
+                sides[min(alone, key=positions.__getitem__)] = name
 
 
-def _as_published(examples: Rows, section: SplitSection) -> list[str]:
+def _publish(sides: list[str], section: SplitSection) -> None:
     """Two calls of `train_test_split` with one seed: first validation and test together, then
     divided.
 
@@ -123,38 +112,32 @@ def _as_published(examples: Rows, section: SplitSection) -> list[str]:
     """
     import datasets
 
-    sides = [TRAIN] * len(examples)
     held_out = section.validation + section.test
     if not held_out:
-        return sides
-    rows = datasets.Dataset.from_dict({"index": range(len(examples))})
-    rest = rows.train_test_split(test_size=_rows_up(len(rows), held_out), seed=section.seed)["test"]
-    parts: dict[str, Any] = {VALIDATION: rest} if not section.test else {TEST: rest}
+        return
+
+    def part(rows: datasets.Dataset, fraction: float) -> datasets.DatasetDict:
+        # a fraction of the rows is rounded up; a sum like 0.1 + 0.2 must not add a row to that
+        size = math.ceil(round(len(rows) * fraction, 6))
+        return rows.train_test_split(test_size=size, seed=section.seed)
+
+    rows = datasets.Dataset.from_dict({"index": range(len(sides))})
+    rest = part(rows, held_out)["test"]
+    parts = {TEST if section.test else VALIDATION: rest}
     if section.test and section.validation:
-        both = rest.train_test_split(
-            test_size=_rows_up(len(rest), section.test / held_out), seed=section.seed
-        )
+        both = part(rest, section.test / held_out)
         parts = {VALIDATION: both["train"], TEST: both["test"]}
-    for name, part in parts.items():
-        for index in part["index"]:
+    for name, rows in parts.items():
+        for index in rows["index"]:
             sides[index] = name
-    return sides
 
 
-def _rows_up(rows: int, fraction: float) -> int:
-    """`train_test_split` rounds a fraction of the rows up; a sum like 0.1 + 0.2 must not add a row
-    to that.
-    """
-    return math.ceil(round(rows * fraction, 6))
-
-
-def _groups(keys: Iterable[bytes]) -> list[list[int]]:
+def _groups(keys: Sequence[bytes]) -> list[list[int]]:
     """Positions that share a key, for keys that appear more than once, in the order of their first
     positions.
     """
-    first: dict[bytes, int] = {}
-    groups: dict[int, list[int]] = {}
+    groups: dict[bytes, list[int]] = {key: [] for key, n in Counter(keys).items() if n > 1}
     for index, key in enumerate(keys):
-        if (earlier := first.setdefault(key, index)) != index:
-            groups.setdefault(earlier, [earlier]).append(index)
-    return [groups[index] for index in sorted(groups)]
+        if key in groups:
+            groups[key].append(index)
+    return list(groups.values())

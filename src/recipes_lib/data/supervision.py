@@ -3,27 +3,33 @@
 Prompt and completion are tokenised once and together, as TRL does, and the tokenizer's own
 character offsets tell where the completion starts. A token that holds characters of both belongs to
 the completion (TRL masks the same way). Padding, batching and packing are TRL's business.
+
+In conversations, a chat template with `{% generation %}` markers says itself what the assistant
+wrote. For any other, the conversation is rendered up to each assistant turn and compared with the
+whole: where a rendering is a prefix of the next one, the text between is the turn.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from recipes_lib.config.sections import DataSection
-from recipes_lib.data.conversations import conversation_of
+from recipes_lib.data.conversations import Message, conversation_of
 from recipes_lib.data.examples import BadRow, Example, SettingError
 from recipes_lib.data.prompts import prompt_and_completion
-from recipes_lib.data.templates import encode_conversations, special_ids
 
 BATCH_ROWS = 1000
 IGNORED = -100  # labels with this value carry no loss
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -41,19 +47,22 @@ class Encoded:
         tokens_before: number of tokens before truncation.
         prompt_tokens: number of tokens outside the completion (or the assistant's turns) before
             truncation.
-        answer_end: index behind the last token of the last answer before truncation, its end token
-            included; a template may put white space behind that, which carries loss only where the
-            whole text does.
+        end_token: the token that ends the answer of an example that was not cut, else -1.
     """
 
     ids: np.ndarray
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
     ends: bool
     boundary_merge: bool = False
     changed: bool = False
     tokens_before: int = 0
     prompt_tokens: int = 0
-    answer_end: int = 0
+    end_token: int = -1
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
 
     @property
     def supervised(self) -> int:
@@ -67,77 +76,6 @@ class Encoded:
         for start, end in self.spans:
             labels[start:end] = self.ids[start:end]
         return labels
-
-
-class Tokens:
-    """The tokens of many examples as columns: ids and labels per batch, and numbers per example."""
-
-    NUMBERS = (
-        "lengths",
-        "supervised",
-        "tokens_before",
-        "prompt_tokens",
-        "ends",
-        "boundary_merges",
-        "changed",
-        "end_tokens",
-    )
-
-    def __init__(self) -> None:
-        self._starts = [0]  # of each batch, in examples
-        self._batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # offsets, ids, labels
-        self._numbers: list[np.ndarray] = []
-
-    def add(self, encoded: Sequence[Encoded]) -> None:
-        """Append a batch of examples."""
-        if not encoded:
-            return
-        offsets = np.cumsum([0, *(len(item.ids) for item in encoded)], dtype=np.int32)
-        self._batches.append(
-            (
-                offsets,
-                np.concatenate([item.ids for item in encoded]),
-                np.concatenate([item.labels for item in encoded]),
-            )
-        )
-        self._starts.append(self._starts[-1] + len(encoded))
-        end_tokens = [
-            (
-                int(item.ids[item.answer_end - 1])
-                if item.ends and len(item.ids) == item.tokens_before
-                else -1
-            )
-            for item in encoded
-        ]
-        columns = [
-            [getattr(item, name) for item in encoded]
-            for name in ("supervised", "tokens_before", "prompt_tokens", "ends")
-        ]
-        columns += [[item.boundary_merge for item in encoded], [item.changed for item in encoded]]
-        self._numbers.append(np.array([np.diff(offsets), *columns, end_tokens], dtype=np.int32))
-
-    def numbers(self) -> dict[str, np.ndarray]:
-        """The columns `NUMBERS`; `end_tokens` has the token that ends the answer of an example that
-        was not cut, else -1.
-        """
-        whole = (
-            np.concatenate(self._numbers, axis=1)
-            if self._numbers
-            else np.zeros((len(self.NUMBERS), 0), dtype=np.int32)
-        )
-        return dict(zip(self.NUMBERS, whole, strict=True))
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels of one example."""
-        batch = bisect_right(self._starts, index) - 1
-        offsets, ids, labels = self._batches[batch]
-        start, end = offsets[index - self._starts[batch]], offsets[index - self._starts[batch] + 1]
-        return ids[start:end], labels[start:end]
-
-    def batches(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
-        """First and last example (exclusive), offsets, ids and labels of each batch."""
-        for (first, last), columns in zip(pairwise(self._starts), self._batches, strict=True):
-            yield first, last, *columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +100,10 @@ class Supervision:
         here.
         """
         splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
+        whole = train.get("completion_only_loss") is False
         return cls(
             section=section,
-            whole=train.get("completion_only_loss") is False
-            and not train.get("assistant_only_loss"),
+            whole=whole and not train.get("assistant_only_loss"),
             max_length=None if splits_itself else train.get("max_length", 1024),
             keep_end=train.get("truncation_mode", "keep_start") == "keep_end",
             eos_token=train.get("eos_token") or tokenizer.eos_token,
@@ -184,6 +122,7 @@ def check_settings(
         SettingError: a loss setting that these rows cannot honour, or a tokenizer without an end
             token or without offsets.
     """
+    chat = section.prompt_format == "chat"
     if train.get("completion_only_loss") is True and num_texts:
         what = (
             f"train.completion_only_loss: true needs prompt and completion, but {num_texts} rows"
@@ -191,19 +130,17 @@ def check_settings(
         )
         hint = "remove the key (loss on the whole text), or name a prompt and a completion column"
         raise SettingError("train.completion_only_loss", what, hint)
-    if train.get("assistant_only_loss") and section.prompt_format != "chat":
-        what = (
-            f"train.assistant_only_loss: true needs prompt_format chat, not {section.prompt_format}"
-        )
-        raise SettingError(
-            "train.assistant_only_loss", what, "loss on the completion alone is the default already"
-        )
+    if train.get("assistant_only_loss") and not chat:
+        what = f"needs prompt_format chat, not {section.prompt_format}"
+        hint = "loss on the completion alone is the default already"
+        key = "train.assistant_only_loss"
+        raise SettingError(key, f"{key}: true {what}", hint)
     if not getattr(tokenizer, "is_fast", False):
-        raise SettingError(
-            "model.name_or_path",
-            "the tokenizer has no fast version (tokenizer.json), so the loss mask cannot be placed",
+        what = (
+            "the tokenizer has no fast version (tokenizer.json), so the loss mask cannot be placed"
         )
-    if section.prompt_format != "chat" and not (train.get("eos_token") or tokenizer.eos_token):
+        raise SettingError("model.name_or_path", what)
+    if not chat and not (train.get("eos_token") or tokenizer.eos_token):
         what = "the tokenizer has no EOS token: the model would never learn to stop"
         raise SettingError("model.name_or_path", what, "set train.eos_token")
 
@@ -219,8 +156,9 @@ def encode(
     Args:
         examples: as many as may be tokenised together; long data is given in batches of
             `BATCH_ROWS`.
+        template: of the `chat` format.
     """
-    encoded = (
+    encoded: Iterator[Encoded | BadRow] = (
         _encode_plain(examples, settings, tokenizer)
         if template is None
         else _encode_chat(examples, settings, tokenizer, template)
@@ -229,12 +167,24 @@ def encode(
         if isinstance(item, BadRow):
             yield item
             continue
-        item.tokens_before = len(item.ids)
-        item.prompt_tokens = item.tokens_before - item.supervised
-        item.answer_end = item.spans[-1][1] if item.spans else 0
+        length = item.tokens_before = len(item.ids)
+        item.prompt_tokens = length - item.supervised
+        # a template may put white space behind the answer, which carries loss only where the whole
+        # text does
+        answer_end = item.spans[-1][1] if item.spans else 0
         if settings.whole:
-            item.spans = ((0, item.tokens_before),)
-        yield _truncated(item, settings)
+            item.spans = ((0, length),)
+        limit = settings.max_length
+        if limit is not None and length > limit:
+            first = length - limit if settings.keep_end else 0
+            last = item.spans[-1][1] if item.spans else 0
+            item.ids = item.ids[first : first + limit]
+            item.ends = item.ends and last <= first + limit
+            moved = ((max(start - first, 0), min(end - first, limit)) for start, end in item.spans)
+            item.spans = tuple((start, end) for start, end in moved if start < end)
+        elif item.ends:
+            item.end_token = int(item.ids[answer_end - 1])
+        yield item
 
 
 def _encode_plain(
@@ -244,56 +194,40 @@ def _encode_plain(
     eos = tokenizer.convert_tokens_to_ids(settings.eos_token)
     prompt_format = settings.section.prompt_format
     with plain_backend(tokenizer, split_special=settings.section.special_tokens == "text"):
-        exact = _offsets_are_exact(backend)
         pairs = [prompt_and_completion(example, prompt_format) for example in examples]
         texts = [(prompt or "") + completion for prompt, completion in pairs]
-        alone = None if exact else backend.encode_batch([prompt or "" for prompt, _ in pairs])
-        for index, encoding in enumerate(backend.encode_batch(texts)):
-            prompt, ids = pairs[index][0], encoding.ids
-            if not ids or ids[-1] != eos:
-                ids.append(eos)
-            if prompt is None:
-                first, merged = 0, False
-            elif alone is None:
-                first, merged = _completion_start(encoding, texts[index], len(prompt), len(ids))
-            else:
-                first, merged = _divergence(alone[index].ids, ids)
-            yield Encoded(
-                np.array(ids, dtype=np.int32), ((first, len(ids)),), ids[-1] == eos, merged
-            )
+        prompts: list[Any] = [None] * len(pairs)
+        if not _offsets_are_exact(backend):
+            prompts = backend.encode_batch([prompt or "" for prompt, _ in pairs])
+        encodings = backend.encode_batch(texts)
+    for (prompt, _), text, alone, encoding in zip(pairs, texts, prompts, encodings, strict=True):
+        ids = encoding.ids
+        if not ids or ids[-1] != eos:
+            ids.append(eos)
+        first, merged = 0, False
+        if prompt is not None and alone is None:
+            token = _token_at(encoding, text, len(prompt))
+            first = len(ids) - 1 if token is None else token  # an empty completion has EOS alone
+            merged = token is not None and encoding.token_to_chars(token)[0] < len(prompt)
+        elif prompt is not None:  # offsets leave characters out: see where the ids part
+            pairs_of_ids = zip(alone.ids, ids, strict=False)
+            common = sum(1 for _ in takewhile(lambda two: two[0] == two[1], pairs_of_ids))
+            first, merged = min(common, len(ids) - 1), common < len(alone.ids)
+        span = (first, len(ids))
+        yield Encoded(np.array(ids, dtype=np.int32), (span,), ids[-1] == eos, merged)
 
 
-def _completion_start(encoding: Any, text: str, boundary: int, length: int) -> tuple[int, bool]:
-    """Index of the first token that holds a character at or after `boundary`, and whether it also
-    holds one before.
-    """
-    for position in range(boundary, len(text)):
-        token = encoding.char_to_token(position)
-        if token is not None:
-            return token, encoding.token_to_chars(token)[0] < boundary
-    return length - 1, False  # an empty completion: only EOS is left
-
-
-def _divergence(prompt_ids: Sequence[int], ids: Sequence[int]) -> tuple[int, bool]:
-    """The same by comparing with the prompt tokenised alone, for tokenizers whose offsets leave
-    characters out.
-    """
-    first = next(
-        (i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b),
-        min(len(prompt_ids), len(ids)),
-    )
-    return min(first, len(ids) - 1), first < len(prompt_ids)
+def _token_at(encoding: Any, text: str, position: int) -> int | None:
+    """Index of the first token with a character at or after a position."""
+    tokens = (encoding.char_to_token(place) for place in range(position, len(text)))
+    return next((token for token in tokens if token is not None), None)
 
 
 def _offsets_are_exact(backend: Any) -> bool:
     """Whether offsets cover white space (post-processors with `trim_offsets` leave it out)."""
     text = "a:\n\nb  c"
-    covered = {
-        position
-        for start, end in backend.encode(text, add_special_tokens=False).offsets
-        for position in range(start, end)
-    }
-    return covered == set(range(len(text)))
+    offsets = backend.encode(text, add_special_tokens=False).offsets
+    return {place for span in offsets for place in range(*span)} == set(range(len(text)))
 
 
 @contextmanager
@@ -335,34 +269,162 @@ def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
 def _encode_chat(
     examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str
 ) -> Iterator[Encoded | BadRow]:
-    section = settings.section
-    conversations = [conversation_of(example, section.system_prompt) for example in examples]
-    weighted = "weight 0: with train.completion_only_loss: false, the loss is on the whole text"
+    special = special_ids(tokenizer)
+    found = [render_turns(example, settings.section, tokenizer, template) for example in examples]
+    texts = [item[0] for item in found if not isinstance(item, BadRow)]
     with plain_backend(tokenizer, split_special=False):
-        rows = encode_conversations(
-            conversations, tokenizer, template, last_only=section.chat_loss == "last"
+        encodings = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+    for example, item in zip(examples, found, strict=True):
+        if isinstance(item, BadRow):
+            yield item
+            continue
+        messages = conversation_of(example, settings.section.system_prompt)
+        try:
+            yield _supervise_turns(next(encodings), *item, messages, settings, special)
+        except BadRow as reason:
+            yield reason
+
+
+def render_turns(
+    example: Example, section: DataSection, tokenizer: Any, template: str
+) -> tuple[str, list[Span]] | BadRow:
+    """A conversation as text with the character spans of the assistant's turns, or why it cannot be
+    rendered.
+
+    Raises:
+        SettingError: the template is not Jinja.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    marked = bool(GENERATION.search(template))
+    messages = [
+        {"role": message["role"], "content": message["content"]}
+        for message in conversation_of(example, section.system_prompt)
+    ]
+
+    def render(some: list[Message], prompt: bool = False) -> tuple[str, list[Span]]:
+        texts, spans = render_jinja_template(
+            [some],
+            chat_template=template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=marked,
+            **tokenizer.special_tokens_map,
         )
-        for messages, row in zip(conversations, rows, strict=True):
-            if isinstance(row, BadRow):
-                yield row
-            elif settings.whole and any("weight" in message for message in messages):
-                yield BadRow(weighted)
+        return texts[0], spans[0] if marked else []
+
+    try:
+        whole, spans = render(messages)
+        answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
+        for index in () if marked else answers:
+            start, _ = render(messages[:index], True)
+            end, _ = render(messages[: index + 1]) if index != answers[-1] else (whole, [])
+            if not (whole.startswith(start) and whole.startswith(end) and len(start) <= len(end)):
+                return BadRow(
+                    "the chat template renders the first messages differently when message"
+                    f" {index} follows: no loss mask possible",
+                    "mark the assistant's text in the template with {% generation %} ... {%"
+                    " endgeneration %}",
+                )
+            spans.append((len(start), len(end)))
+    except jinja2.TemplateSyntaxError as error:
+        what = f"line {error.lineno} of the chat template is not Jinja: {error.message}"
+        raise SettingError("data.chat_template", what) from None
+    except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return BadRow(f"the chat template refuses the conversation: {reason}")
+    return whole, spans
+
+
+def _supervise_turns(
+    encoding: Any,
+    text: str,
+    turns: Sequence[Span],
+    messages: Sequence[Message],
+    settings: Supervision,
+    special: frozenset[int],
+) -> Encoded:
+    """Put loss on the assistant's turns; a turn of weight 0 has none.
+
+    Raises:
+        BadRow: the template does not show what the assistant says, or which turn is which.
+    """
+    ids = encoding.ids
+    found: list[list[Span]] = []  # some templates mark the text and the end token of a turn apart
+    behind = 0
+    for turn in turns:
+        if span := _token_span(encoding, text, turn, special):
+            if found and not text[behind : turn[0]].strip():
+                found[-1].append(span)
             else:
-                ids, spans, ends, changed = row
-                yield Encoded(np.array(ids, dtype=np.int32), spans, ends, changed=changed)
+                found.append([span])
+            behind = turn[1]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    weights = [message.get("weight", 1) for message in answers]
+    if (
+        found
+        and any(answer["content"].strip() for answer in answers)
+        and not any(
+            ids[index] not in special and _chars_of(encoding, text, index).strip()
+            for spans in found
+            for span in spans
+            for index in range(*span)
+        )
+    ):
+        raise BadRow(
+            "the chat template renders nothing of what the assistant says",
+            "choose a template for plain text messages",
+        )
+    if 0 in weights and len(weights) != len(found):
+        raise BadRow(
+            "weight 0: the chat template does not render every assistant turn, so the turns"
+            " cannot be told apart"
+        )
+    if settings.whole and 0 in weights:
+        raise BadRow(
+            "weight 0: with train.completion_only_loss: false, the loss is on the whole text"
+        )
+    if settings.section.chat_loss == "last":
+        found, weights = found[-1:], weights[-1:]
+    ends = bool(found) and ids[found[-1][-1][1] - 1] in special
+    if 0 in weights:
+        found = [spans for spans, weight in zip(found, weights, strict=True) if weight]
+    return Encoded(
+        np.array(ids, dtype=np.int32),
+        tuple(span for spans in found for span in spans),
+        ends,
+        changed=not all(message["content"].strip() in text for message in messages),
+    )
 
 
-def _truncated(item: Encoded, settings: Supervision) -> Encoded:
-    length, limit = len(item.ids), settings.max_length
-    if limit is None or length <= limit:
-        return item
-    first = length - limit if settings.keep_end else 0
-    moved = ((max(start - first, 0), min(end - first, limit)) for start, end in item.spans)
-    last = item.spans[-1][1] if item.spans else 0
-    item.ids = item.ids[first : first + limit]
-    item.ends = item.ends and last <= first + limit
-    item.spans = tuple((start, end) for start, end in moved if start < end)
-    return item
+def _token_span(encoding: Any, text: str, turn: Span, special: frozenset[int]) -> Span | None:
+    """The tokens of a turn up to its end-of-turn token; None for a turn without text.
+
+    White space that the template puts after that token carries no loss, inside the generation block
+    or not: at generation, nothing is written after the end of the turn.
+    """
+    ids = encoding.ids
+    first, last = (_token_at(encoding, text, place) for place in turn)
+    first, last = (len(ids) if token is None else token for token in (first, last))
+    for kept in range(last, first, -1):
+        if ids[kept - 1] in special:
+            return first, kept
+        if _chars_of(encoding, text, kept - 1).strip():
+            break
+    return (first, last) if first < last else None
+
+
+def _chars_of(encoding: Any, text: str, index: int) -> str:
+    """The characters of a token."""
+    start, end = encoding.token_to_chars(index) or (0, 0)
+    return text[start:end]
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of all special tokens, those a model adds beside bos, eos, unk and pad included."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {
+        index for index, token in added.items() if getattr(token, "special", False)
+    }
 
 
 def decoded_spans(
@@ -379,7 +441,7 @@ def decoded_spans(
     cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
     spans = []
     for start, end in pairwise(cuts):
-        piece = [int(token) for token in ids[start:end]]
+        piece = list(ids[start:end])
         span = {
             "text": tokenizer.decode(piece, clean_up_tokenization_spaces=False),
             "supervised": bool(mask[start]),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -143,8 +143,8 @@ def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     if kept := section.filters.categories:
-        rows = rows.take([index for index, kind in enumerate(rows.categories) if kind in kept])
-    some = rows.take(first_in_hash_order(rows, COUNTED, section.split.seed))
+        rows = replace(rows, examples=[one for one in rows.examples if one.category in kept])
+    some = rows.take(first_in_hash_order(rows.examples, COUNTED, section.split.seed))
     tokens, how = _tokens(recipe, vocabulary, some)
     total, about = len(rows), ""
     if large:  # as many are filtered and skipped as among the first
@@ -156,8 +156,8 @@ def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     source_text = f"{how} in {len(some):,} of {about}{total:,} rows"
     if large or section.filters.max_tokens is not None:
         return _split(recipe, tokens, total, source_text, counted=True)
-    rows = rows.take(first_in_hash_order(rows, section.max_examples, section.split.seed))
-    sides = split_rows(rows, section.split).rows
+    rows = rows.take(first_in_hash_order(rows.examples, section.max_examples, section.split.seed))
+    sides = split_rows(rows.examples, section.split).rows
     return Lengths(
         tuple(tokens), len(sides["train"]), len(sides["validation"]), source_text, counted=True
     )
@@ -188,7 +188,7 @@ def _tokens(recipe: Recipe, vocabulary: int, rows: Rows) -> tuple[list[int], str
         else "".join(
             part or "" for part in prompt_and_completion(example, recipe.data.prompt_format)
         )
-        for example in rows.examples()
+        for example in rows.with_texts()
     ]
     folder = local_folder(recipe)
     if folder is not None and (folder / "tokenizer.json").is_file():

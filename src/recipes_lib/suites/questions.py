@@ -244,7 +244,7 @@ def _with_reference(question: Question, references: dict[str, tuple[str, ...]]) 
 
 
 def _line(table: Table, number: int) -> int | None:
-    return table.lines[number] if table.lines else None
+    return table.numbered_rows[number][0]
 
 
 class ForeignAnswers(dict[tuple[str, int], str]):
