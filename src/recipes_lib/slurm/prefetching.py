@@ -16,10 +16,11 @@ from recipes_lib.config.loader import load_document
 from recipes_lib.config.model_files import TOKENIZER_FILES
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.sections import ModelSection
-from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import recipe_path
 from recipes_lib.core.terminal import say
+from recipes_lib.data.files import BadRow
 from recipes_lib.data.sources import (
     Source,
     hub_answers,
@@ -42,6 +43,7 @@ from recipes_lib.weights.base import (
     packaged_folder,
 )
 
+_FETCH_IT = "where there is a network: recipes prefetch"
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
 
@@ -69,20 +71,16 @@ def prefetch_needs(
     Raises:
         RecipeErrors: what is wrong with the file.
     """
-    path, file = recipe_path(word), study_file(word)
-    if file is not None:
+    if file := study_file(word):
         study = load_study(file, overrides)
-        found = [
-            need
-            for arm in study.arms
-            if arm.trained and arm.recipe
-            for need in _of_recipe(arm.recipe)
-        ]
-        found += [need for one in study.evals for need in _of_eval(one, remote_code)]
-    elif path.is_file() and load_document(path).kind.name == "eval":
-        found = list(_of_eval(load_eval(path, overrides), remote_code))
+        recipes = [arm.recipe for arm in study.arms if arm.trained and arm.recipe]
+        evals: Sequence[EvalRecipe] = study.evals
+    elif (path := recipe_path(word)).is_file() and load_document(path).kind.name == "eval":
+        recipes, evals = [], [load_eval(path, overrides)]
     else:
-        found = list(_of_recipe(load_recipe(word, overrides)))
+        recipes, evals = [load_recipe(word, overrides)], []
+    found = [need for recipe in recipes for need in _of_recipe(recipe)]
+    found += [need for one in evals for need in _of_eval(one, remote_code)]
     return list(dict.fromkeys(found))
 
 
@@ -93,70 +91,16 @@ def _of_recipe(recipe: Recipe) -> Iterator[Need]:
         yield _data(source, folders)
 
 
-def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
-    if judge_model(recipe):
-        yield _model(judge_model(recipe)[0], "judge")
-    if recipe.judge is not None and PROMETHEUS_PACKAGE in (
-        recipe.judge.judge.relative_prompt,
-        recipe.judge.judge.absolute_prompt,
-    ):
-
-        def prompts() -> str:
-            return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
-
-        yield Need(
-            "prompts",
-            PROMETHEUS_PACKAGE,
-            prompts,
-            lambda: _already(PROMETHEUS_PACKAGE, prometheus_is_here(), prompts),
-        )
-    if recipe.suite.name == "lm_eval":
-
-        def tasks() -> str:
-            from recipes_lib.suites.harness import (
-                load_tasks,
-            )  # numpy and scipy, which `recipes launch --help` does without
-
-            return f"{load_tasks(recipe, remote_code):,} items"
-
-        yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
-        return
-
-    def questions() -> str:
-        return f"{len(load_questions(recipe).questions)} questions"
-
-    def check() -> str:
-        packaged = MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references)
-        return _already(MT_BENCH_PACKAGE, not packaged or mt_bench_is_here(), questions)
-
-    yield Need("questions", str(recipe.data.questions), questions, check)
-
-
-def _already(name: str, here: bool, look: Callable[[], str]) -> str:
-    """Look at what a wheel brought; a check does not fetch it."""
-    if not here:
-        raise EnvironmentFault(
-            f"{name} is not on this machine", "where there is a network: recipes prefetch"
-        )
-    return look()
-
-
-def judge_model(recipe: EvalRecipe) -> list[ModelSection]:
-    """Return the judge of an eval as a model, where a job needs its weights: by itself, or by the
-    server beside it.
-    """
-    if recipe.judge is None:
-        return []
-    judge = recipe.judge.judge
-    here = judge.engine == "transformers" or (
-        judge.served_here and "/" in judge.model
-    )  # else only a name that a server goes by
-    return [ModelSection(name_or_path=judge.model, revision=judge.revision)] if here else []
-
-
 def _data(source: Source, folders: list[Path]) -> Need:
     def check() -> str:
-        return f"{sum(len(table.rows) for table in load_tables(source, folders)):,} rows"
+        rows = 0
+        for table in load_tables(source, folders):
+            for line, row in table:  # one at a time: a data set may be larger than the memory
+                if isinstance(row, BadRow):
+                    hints = filter(None, [row.hint])
+                    raise DataError(row.what, *hints, file=table.file, line=line)
+                rows += 1
+        return f"{rows:,} rows"
 
     return Need("data", source.source, check, check)
 
@@ -164,6 +108,60 @@ def _data(source: Source, folders: list[Path]) -> Need:
 def _model(section: ModelSection, kind: str = "model") -> Need:
     name = section.name_or_path + (f" at {section.revision}" if section.revision else "")
     return Need(kind, name, lambda: fetch_model(section), lambda: check_model(section))
+
+
+def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
+    for judge in judge_model(recipe):
+        yield _model(judge, "judge")
+
+    def prompts() -> str:
+        return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
+
+    def tasks() -> str:
+        # numpy and scipy, which `recipes launch --help` does without
+        from recipes_lib.suites.harness import load_tasks
+
+        return f"{load_tasks(recipe, remote_code):,} items"
+
+    def questions() -> str:
+        return f"{len(load_questions(recipe).questions)} questions"
+
+    judging = recipe.judge.judge if recipe.judge else None
+    if judging and PROMETHEUS_PACKAGE in (judging.relative_prompt, judging.absolute_prompt):
+        check = _unless_missing(PROMETHEUS_PACKAGE, prometheus_is_here, prompts)
+        yield Need("prompts", PROMETHEUS_PACKAGE, prompts, check)
+    if recipe.suite.name == "lm_eval":
+        yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
+    elif MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references):
+        check = _unless_missing(MT_BENCH_PACKAGE, mt_bench_is_here, questions)
+        yield Need("questions", str(recipe.data.questions), questions, check)
+    else:
+        yield Need("questions", str(recipe.data.questions), questions, questions)
+
+
+def _unless_missing(
+    package: str, is_here: Callable[[], bool], look: Callable[[], str]
+) -> Callable[[], str]:
+    """Return a check of what a wheel brought, which does not fetch it as looking at it would."""
+
+    def check() -> str:
+        if not is_here():
+            raise EnvironmentFault(f"{package} is not on this machine", _FETCH_IT)
+        return look()
+
+    return check
+
+
+def judge_model(recipe: EvalRecipe) -> list[ModelSection]:
+    """Return the judge of an eval as a model, where a job needs its weights: by itself, or by the
+    server beside it.
+    """
+    judge = recipe.judge.judge if recipe.judge else None
+    if judge is None:
+        return []
+    # a name without a slash is one that a server goes by
+    here = judge.engine == "transformers" or (judge.served_here and "/" in judge.model)
+    return [ModelSection(name_or_path=judge.model, revision=judge.revision)] if here else []
 
 
 def fetch_model(section: ModelSection) -> None:
@@ -213,33 +211,24 @@ def check_model(section: ModelSection) -> str:
         config = try_to_load_from_cache(name, "config.json", revision=section.revision)
         folder = Path(config).parent if isinstance(config, str) else None
     if folder is None or not (folder / "config.json").is_file():
-        raise EnvironmentFault(
-            f"'{name}' is not on this machine", "where there is a network: recipes prefetch"
-        )
+        raise EnvironmentFault(f"'{name}' is not on this machine", _FETCH_IT)
+    again = "fetch it again: recipes prefetch"
     if object_or_none(folder / "config.json") is None:
-        raise EnvironmentFault(
-            f"'{name}' has no readable config.json in {folder}",
-            "remove it, then fetch it again: recipes prefetch",
-        )
-    shards = sorted(folder.glob("*.safetensors"))
+        what = f"'{name}' has no readable config.json in {folder}"
+        raise EnvironmentFault(what, f"remove it, then {again}")
     try:
         check_whole(folder)
     except EnvironmentFault as error:
-        raise EnvironmentFault(
-            f"'{name}': {error.what}",
-            "remove a damaged file first, then fetch it again: recipes prefetch",
-        ) from None
+        what = f"'{name}': {error.what}"
+        raise EnvironmentFault(what, f"remove a damaged file first, then {again}") from None
+    shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        hint = "fetch it again: recipes prefetch; other weight files are not read"
-        raise EnvironmentFault(f"'{name}' has no *.safetensors in {folder}", hint)
+        what = f"'{name}' has no *.safetensors in {folder}"
+        raise EnvironmentFault(what, f"{again}; other weight files are not read")
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise EnvironmentFault(
-            f"'{name}' has no tokenizer files in {folder}", "fetch it again: recipes prefetch"
-        )
-    size = sum(shard.stat().st_size for shard in shards)
-    return (
-        f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size / 2**30:.2f} GiB, whole"
-    )
+        raise EnvironmentFault(f"'{name}' has no tokenizer files in {folder}", again)
+    size = sum(shard.stat().st_size for shard in shards) / 2**30
+    return f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size:.2f} GiB, whole"
 
 
 def _is_folder(name: str) -> bool:
@@ -260,10 +249,10 @@ def _is_folder(name: str) -> bool:
 
 def missing_models(sections: Iterable[ModelSection]) -> list[str]:
     """Return the names of models that are not whole on this machine."""
-    missing = []
+    missing: dict[str, None] = {}
     for section in sections:
         try:
             check_model(section)
         except EnvironmentFault:
-            missing.append(section.name_or_path)
-    return list(dict.fromkeys(missing))
+            missing[section.name_or_path] = None
+    return list(missing)

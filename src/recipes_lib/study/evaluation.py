@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evaluate import Done, evaluate
 from recipes_lib.generation.subjects import loaded
 from recipes_lib.generation.targets import Asking, Target, base_target, find_targets, record_base
-from recipes_lib.study.adapter_check import check_loaded, check_weight_files
 from recipes_lib.study.arms import base_arm, base_record, base_run, free_name, study_folder
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
 from recipes_lib.suites.judged_suite import JudgedSuite
@@ -33,6 +32,7 @@ from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.registry import SUITES
 from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.verify import check_answers_as_trained, check_weight_files
 
 if TYPE_CHECKING:
     from recipes_lib.generation.subjects import Subject
@@ -149,7 +149,11 @@ class _AdapterChecks(Asker):
         Raises:
             RecipesError: the model is not the one that was trained.
         """
-        self.facts[subject.name] = check_loaded(subject)
+        trained, model = subject.target.trained, subject.model
+        assert trained is not None
+        with subject.using() if subject.using else nullcontext():
+            facts = check_answers_as_trained(trained, model) if model is not None else {}
+        self.facts[subject.name] = facts
         return []
 
 

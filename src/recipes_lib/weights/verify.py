@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.weights.base import adapter_config, check_whole
+from recipes_lib.weights.base import adapter_config, check_whole, weight_hashes
 from recipes_lib.weights.check import (
     EXACT_TOLERANCE,
     RecordedCheck,
@@ -27,7 +27,13 @@ from recipes_lib.weights.check import (
     real_prompts,
     rerouted_share,
 )
-from recipes_lib.weights.finished_run import Family, TrainedRun, check_base_of, weights_damage
+from recipes_lib.weights.finished_run import (
+    Family,
+    TrainedRun,
+    check_base_of,
+    check_weights,
+    weights_damage,
+)
 from recipes_lib.weights.merge import (
     FOLD_TOLERANCE,
     adapter_logits,
@@ -40,7 +46,7 @@ from recipes_lib.weights.merge import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -102,17 +108,9 @@ def _check_weights(trained: TrainedRun, result: Verification) -> None:
     """The files: whole, finite, as many tensors as were recorded, and byte for byte those of the
     end of the training.
     """
-    folder = trained.weights
-    if trained.full:
-        check_whole(folder)
-    else:
-        check_base_of(trained)
+    folder, base = trained.weights, _check_complete(trained)
     try:
-        found = check_files(
-            folder,
-            trained.full,
-            "" if trained.full else adapter_config(folder)["base_model_name_or_path"],
-        )
+        found = check_files(folder, trained.full, base)
     except RecipesError as error:
         result.problems.append(error.what)
         return
@@ -135,21 +133,62 @@ def _check_weights(trained: TrainedRun, result: Verification) -> None:
         result.facts.append(f"{folder.name}/: sha256 as recorded at the end of the training")
 
 
+def _check_complete(trained: TrainedRun) -> str:
+    """Refuse weights that are not whole or of another base; return the base of an adapter."""
+    if trained.full:
+        check_whole(trained.weights)
+        return ""
+    check_base_of(trained)
+    return str(adapter_config(trained.weights)["base_model_name_or_path"])
+
+
+def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
+    """Return what the files of a finished run hold, without a model: {tensors, parameters, sha256}.
+
+    Raises:
+        RecipesError: a file is missing, truncated or changed since the training; a tensor is not
+            finite; an adapter that changes nothing.
+    """
+    found = check_files(trained.weights, trained.full, _check_complete(trained))
+    check_weights(trained)
+    return {**found, "sha256": weight_hashes(trained.weights)}
+
+
+def check_answers_as_trained(trained: TrainedRun, model: PreTrainedModel) -> dict[str, Any]:
+    """Return how far a loaded model's logits are from those recorded at the end of its training;
+    empty where none were recorded.
+
+    Raises:
+        RecipesError: it does not answer as it did when it was trained.
+    """
+    check = read_check(trained.weights)
+    if check is None:
+        return {}
+    found = difference_from_record(trained, check, model)
+    largest, allowed = found.largest, found.allowed
+    if not largest <= allowed:
+        raise RecipesError(
+            f"run '{trained.run.name}' does not answer as it did when it was trained",
+            f"logits differ by {largest:.3g} where {allowed:.3g} is allowed",
+            f"more: recipes verify {trained.run.name}",
+        )
+    return {"positions": len(check.top_tokens), "largest_difference": largest, "allowed": allowed}
+
+
 def _check_as_trained(trained: TrainedRun, family: Family, result: Verification) -> None:
     """The model that the files make gives the logits that the trained model gave."""
     check = read_check(trained.weights)
     if check is None:
         return
-    reload = trained.run.read_state()["weights_check"]["reload"]
-    tolerance = EXACT_TOLERANCE if reload["tolerance"] <= EXACT_TOLERANCE else FOLD_TOLERANCE
-    largest, same_top = _differences_from_record(trained, family, check)
-    allowed = tolerance * check.largest_logit
+    with family.using(trained.run.name) as model:
+        found = difference_from_record(trained, check, model)
+    largest, allowed = found.largest, found.allowed
     result.numbers["as_trained"] = {
         "positions": len(check.top_tokens),
         "largest": largest,
         "scale": check.largest_logit,
-        "tolerance": tolerance,
-        "same_top_token": same_top,
+        "tolerance": found.tolerance,
+        "same_top_token": found.same_top,
         "agrees": largest <= allowed,
     }
     if largest > allowed:
@@ -164,23 +203,39 @@ def _check_as_trained(trained: TrainedRun, family: Family, result: Verification)
         )
 
 
-def _differences_from_record(
-    trained: TrainedRun, family: Family, check: RecordedCheck
-) -> tuple[float, float]:
-    """Return the largest difference from the recorded top logits, and the share of positions with
-    the same top token.
+@dataclass(frozen=True)
+class RecordDifference:
+    """How far a model is from the logits recorded at the end of its training.
+
+    Args:
+        largest: of all recorded positions.
+        allowed: the most it may be, `tolerance` times the largest recorded logit: exact where the
+            reload at the end of the training was, half precision's rounding otherwise.
+        same_top: share of positions with the same most likely token.
     """
+
+    largest: float
+    allowed: float
+    tolerance: float
+    same_top: float
+
+
+def difference_from_record(
+    trained: TrainedRun, check: RecordedCheck, model: PreTrainedModel
+) -> RecordDifference:
+    """Return how far the loaded model of a finished run is from what its training recorded."""
     import torch
 
-    half = check.autocast == "bfloat16", check.autocast == "float16"
-    with family.using(trained.run.name) as model, autocast(*half, model.device.type):
+    reload = trained.run.read_state().get("weights_check", {}).get("reload", {})
+    exact = reload.get("tolerance", 1.0) <= EXACT_TOLERANCE
+    tolerance = EXACT_TOLERANCE if exact else FOLD_TOLERANCE
+    with autocast(check.autocast == "bfloat16", check.autocast == "float16", model.device.type):
         logits = logits_on(model, check.tokens)
-    top = torch.tensor(check.top_tokens)
-    recorded = torch.tensor(check.top_logits)
+    top, recorded = torch.tensor(check.top_tokens), torch.tensor(check.top_logits)
     found = logits.gather(1, top[:, None]).squeeze(1)
-    return largest_difference((found - recorded).abs(), rerouted_share(model)), float(
-        (logits.argmax(-1) == top).float().mean()
-    )
+    largest = largest_difference((found - recorded).abs(), rerouted_share(model))
+    same_top = float((logits.argmax(-1) == top).float().mean())
+    return RecordDifference(largest, tolerance * check.largest_logit, tolerance, same_top)
 
 
 def _check_folded(
