@@ -16,8 +16,9 @@ in the table either way.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import (
@@ -33,18 +34,17 @@ from recipes_lib.compare.published import load_published
 from recipes_lib.compare.published_rows import with_published
 from recipes_lib.compare.table import (
     ALPHA,
-    HALF,
     Score,
     TableRow,
     TestVerdict,
     build_rows,
     build_scores,
     corrected,
-    json_value,
-    largest_possible,
+    json_object,
     pairs_of,
     with_flags,
 )
+from recipes_lib.compare.table_lines import effect_interval, effect_value
 from recipes_lib.compare.validity.case import (
     Case,
     changed,
@@ -54,9 +54,9 @@ from recipes_lib.compare.validity.case import (
 )
 from recipes_lib.compare.validity.noise import noise_floors
 from recipes_lib.compare.wording import (
+    NONE,
     count,
     difference_text,
-    interval_text,
     metric_text,
     p_text,
     question_text,
@@ -68,6 +68,34 @@ if TYPE_CHECKING:
     from recipes_lib.compare.published import Published
     from recipes_lib.compare.validity.noise import Floor
 
+# The verdict that a row gets, or what takes its place: its sentence. No template, no claim.
+TEMPLATES = {
+    "difference": "{first} is {verdict} than {second} on {where}: {numbers}.{cause}",
+    "no difference shown": (
+        "No difference shown between {first} and {second} on {where}: {numbers}.{power}"
+    ),
+    "cannot be tested": "{first} and {second} cannot be compared on {where}: {because}.",
+    "stopped": "No claim about {first} and {second} on {where}: {because}.",
+    # Of a judge whose audit is not whole: what it preferred, and no claim about the answers.
+    "preference": (
+        "The judge preferred {first} {more} than {second} on {where}: {numbers}. No claim about the"
+        " answers follows: {because}."
+    ),
+    "no preference": (
+        "The judge showed no preference between {first} and {second} on {where}: {numbers}. No"
+        " claim about the answers follows: {because}."
+    ),
+    # Of a shown difference whose cause cannot be told.
+    "association": (
+        "{first} scored {higher} than {second} on {where}: {numbers}. This is an association, not"
+        " an effect: {because}."
+    ),
+    # Of a shown difference between trainings of one recipe: neither is better for a reason.
+    "one recipe": (
+        "{first} came out {higher} than {second} on {where}: {numbers}. No effect is claimed:"
+        " {because}."
+    ),
+}
 ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
 MOST_VALUES = 4  # of more keys that differ a sentence gives the names alone
 
@@ -93,9 +121,9 @@ class Comparison:
             "answer": list(self.answer),
             "alpha": self.alpha,
             "tests": self.tests,
-            "findings": [json_value(dataclasses.asdict(finding)) for finding in self.findings],
+            "findings": [json_object(dataclasses.asdict(finding)) for finding in self.findings],
             "rows": [row.to_dict() for row in self.rows],
-            "scores": [json_value(dataclasses.asdict(score)) for score in self.scores],
+            "scores": [json_object(dataclasses.asdict(score)) for score in self.scores],
         }
 
     def between(self, first: str, second: str) -> list[TableRow]:
@@ -130,19 +158,11 @@ def compare_arms(
             with_published(rows, scores, measurements, published),
             key=lambda row: place[frozenset(row.arms)],
         )
-    one_model = [
-        dataclasses.replace(row, reason=_one_model(row, known) or row.reason) for row in rows
-    ]
+    one_model = [replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
     tested = corrected(one_model)
     tests = sum(row.p_holm is not None for row in tested)
     case = Case(study, measurements)
-    causes = Causes(
-        study,
-        case.values,
-        noise_floors(case),
-        ALPHA / max(1, tests),
-        tuple(base),
-    )
+    causes = Causes(case, noise_floors(case), ALPHA / max(1, tests), tuple(base))
     judged = [judge_row(with_flags(row, measurements), known, causes) for row in tested]
     question = (
         question_text(study.question)
@@ -155,97 +175,85 @@ def compare_arms(
 
 def _one_model(row: TableRow, findings: Sequence[Finding]) -> str:
     """Why the two arms of a row are the same thing under two names, or nothing."""
-    same = [
-        finding
-        for finding in findings
-        if finding.code.startswith(ONE_MODEL) and finding.severity == "error"
-    ]
-    titles = [
-        finding.title
-        for finding in same
-        if len(set(finding.arms) & set(row.arms)) == 2 and finding.touches(row.arms, row.metric)
-    ]
-    return _lower(titles[0]).rstrip(".") if titles else ""
+    for one in findings:
+        same = one.code.startswith(ONE_MODEL) and one.severity == "error"
+        if same and set(row.arms) <= set(one.arms) and one.touches(row.arms, row.metric):
+            return _reasons([one])
+    return ""
 
 
-def verdict_of(row: TableRow) -> TestVerdict:
-    """Return what the test of a row shows."""
+def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> TableRow:
+    """Return a row with its verdict, the findings that stop its claim, and its sentence."""
+    row = replace(row, verdict=_verdict(row))
+    mine = [one for one in findings if one.touches(row.arms, row.metric)]
+    errors = [one for one in mine if one.severity == "error"]
+    unaudited = [one for one in errors if one.code == NOT_AUDITED]
+    confounds = [one for one in mine if one.code.startswith(CONFOUNDED)]
+    stops = [one for one in errors if one not in unaudited and one not in confounds]
+    because = stopped = ""
+    if row.verdict == "cannot be tested":
+        template, because = "cannot be tested", row.reason
+    elif stops:
+        template, because = "stopped", _reasons(stops)
+    elif unaudited:
+        shown = "preference" if row.verdict in ("better", "worse") else "no preference"
+        template, because = shown, _reasons(unaudited)
+    elif row.verdict == "no difference shown":
+        template = row.verdict
+    elif errors:
+        template, because = "association", _reasons([one for one in errors if one in confounds])
+    elif causes.one_recipe(row) and not confounds:
+        template, because, stopped = "one recipe", ONE_RECIPE, ONE_RECIPE
+    else:
+        template = "difference"
+    sentence = TEMPLATES[template].format(
+        first=row.first,
+        second=row.second,
+        where=_where(row),
+        numbers=numbers_text(row) if row.tested else "",
+        verdict=row.verdict,
+        more="more" if row.verdict == "better" else "less",
+        higher="higher" if (row.difference or 0) > 0 else "lower",
+        because=because,
+        power=_power_text(row),
+        cause=causes.sentence(row, mine) if template == "difference" else "",
+    )
+    titles = (stopped,) if stopped else tuple(one.title for one in errors)
+    return replace(row, sentence=sentence, because=because, stopped=titles)
+
+
+def _verdict(row: TableRow) -> TestVerdict:
+    """What the test of a row shows."""
     if row.tested is None or row.reason or row.difference is None:
         return "cannot be tested"
+    # Bootstrap and permutation test may disagree at the edge: both must agree.
     low, high = row.tested.low, row.tested.high
-    with_zero = (
-        low is None or high is None or low <= 0 <= high
-    )  # bootstrap and permutation test may disagree at the edge: both must agree
+    with_zero = low is None or high is None or low <= 0 <= high
     if row.p_holm is None or row.p_holm > ALPHA or row.difference == 0 or with_zero:
         return "no difference shown"
     return "better" if (row.difference > 0) == row.higher_is_better else "worse"
 
 
-def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> TableRow:
-    """Return a row with its verdict, the findings that stop its claim, and its sentence."""
-    row = dataclasses.replace(row, verdict=verdict_of(row))
-    mine = [finding for finding in findings if finding.touches(row.arms, row.metric)]
-    errors = [finding for finding in mine if finding.severity == "error"]
-    unaudited = [finding for finding in errors if finding.code == NOT_AUDITED]
-    stops = [
-        finding
-        for finding in errors
-        if not finding.code.startswith(CONFOUNDED) and finding not in unaudited
-    ]
-    confounds = [finding for finding in mine if finding.code.startswith(CONFOUNDED)]
-    row = dataclasses.replace(row, stopped=tuple(finding.title for finding in errors))
-    because = ""
-    if row.verdict == "cannot be tested":
-        sentence, because = untestable_sentence(row), row.reason
-    elif stops:
-        because = _reasons(stops)
-        sentence = stopped_sentence(row, because)
-    elif unaudited:
-        because = _reasons(unaudited)
-        sentence = preference_sentence(row, because)
-    elif row.verdict == "no difference shown":
-        sentence = no_difference_sentence(row)
-    elif errors:
-        because = _reasons([finding for finding in confounds if finding in errors])
-        sentence = association_sentence(row, because)
-    elif causes.one_recipe(row) and not confounds:
-        row, because = dataclasses.replace(row, stopped=(ONE_RECIPE,)), ONE_RECIPE
-        sentence = chance_sentence(row)
-    else:
-        sentence = difference_sentence(row) + causes.sentence(row, mine)
-    return dataclasses.replace(row, sentence=sentence, because=because)
-
-
-# ---- Templates ----
+# ---- Parts of sentences ----
 
 
 def numbers_text(row: TableRow) -> str:
-    """The numbers of a tested row: effect, interval, p and n, and the unresolved items where there
-    are any.
+    """Return the numbers of a tested row: effect, interval, p and n, and the unresolved items where
+    there are any.
     """
     tested = row.tested
     assert tested is not None
-    if row.head_to_head:
-        low, high = (None if limit is None else HALF + limit for limit in (tested.low, tested.high))
-        effect = (
-            f"win rate {metric_text(row.first_value, 'share')}"
-            f" {interval_text(low, high, 'share', signed=False)}"
-        )
-    else:
-        values = (
-            f"{metric_text(row.first_value, row.unit)} against"
-            f" {metric_text(row.second_value, row.unit)}"
-        )
-        effect = (
-            f"{values}, difference {difference_text(row.difference, row.unit)}"
-            f" {interval_text(tested.low, tested.high, row.unit)}"
-        )
-    size = (
-        count(tested.questions, "question")
-        if tested.questions == tested.n
-        else f"{tested.n:,} items of {tested.questions:,} questions"
-    )
-    parts = [effect.replace(" n/a", ""), f"{p_text(row.p_holm)} (Holm)", f"n = {size}"]
+    first, second = (metric_text(value, row.unit) for value in (row.first_value, row.second_value))
+    limits = effect_interval(row)
+    effect = f"{effect_value(row)}{'' if limits == NONE else f' {limits}'}"
+    items = count(tested.questions, "question")
+    if tested.questions != tested.n:
+        items = f"{tested.n:,} items of {tested.questions:,} questions"
+    parts = [
+        f"{'win rate' if row.head_to_head else f'{first} against {second}, difference'} {effect}",
+        f"{p_text(row.p_holm)} (Holm)",
+        f"n = {items}",
+    ]
     if tested.seeds > 1:
         parts.append(f"{tested.seeds} seeds")
     if tested.unresolved:
@@ -259,74 +267,17 @@ def _where(row: TableRow) -> str:
     return f"{row.label}, head to head" if row.head_to_head else f"{row.label}{against}"
 
 
-def difference_sentence(row: TableRow) -> str:
-    """Template of a shown difference."""
-    return f"{row.first} is {row.verdict} than {row.second} on {_where(row)}: {numbers_text(row)}."
-
-
-def chance_sentence(row: TableRow) -> str:
-    """Template of a shown difference between trainings of one recipe, of which neither is better
-    for a reason.
-    """
-    higher = "higher" if (row.difference or 0) > 0 else "lower"
-    return (
-        f"{row.first} came out {higher} than {row.second} on {_where(row)}: {numbers_text(row)}. No"
-        f" effect is claimed: {ONE_RECIPE}."
-    )
-
-
-def no_difference_sentence(row: TableRow) -> str:
-    """Template of a difference that was not shown, with what would have been."""
-    power = ""
+def _power_text(row: TableRow) -> str:
+    """What difference would have been found, and how many questions the observed one would need."""
+    power = needed = ""
     if row.mde is not None:
-        power = (
-            f" A true difference of {_size(row.mde, row.unit)} would have been found with 80%"
-            " probability."
-        )
-        if row.mde > largest_possible(row):
-            power = " No difference, however large, would have been found with 80% probability."
-    needed = ""
+        size = "No difference, however large,"
+        if row.mde <= row.largest:
+            size = f"A true difference of {_size(row.mde, row.unit)}"
+        power = f" {size} would have been found with 80% probability."
     if row.needed and row.tested and row.needed > row.tested.questions:
         needed = f" The observed one would need about {count(row.needed, 'question')}."
-    return (
-        f"No difference shown between {row.first} and {row.second} on {_where(row)}:"
-        f" {numbers_text(row)}.{power}{needed}"
-    )
-
-
-def untestable_sentence(row: TableRow) -> str:
-    """Template of a comparison that cannot be made."""
-    return f"{row.first} and {row.second} cannot be compared on {_where(row)}: {row.reason}."
-
-
-def stopped_sentence(row: TableRow, because: str) -> str:
-    """Template of a claim that an error stopped."""
-    return f"No claim about {row.first} and {row.second} on {_where(row)}: {because}."
-
-
-def preference_sentence(row: TableRow, because: str) -> str:
-    """Template of what a judge says whose audit is not whole: its preference, and no claim about
-    the answers.
-    """
-    more = {"better": "more", "worse": "less"}.get(row.verdict)
-    said = (
-        f"preferred {row.first} {more} than {row.second}"
-        if more
-        else f"showed no preference between {row.first} and {row.second}"
-    )
-    return (
-        f"The judge {said} on {_where(row)}: {numbers_text(row)}. No claim about the answers"
-        f" follows: {because}."
-    )
-
-
-def association_sentence(row: TableRow, because: str) -> str:
-    """Template of a shown difference whose cause cannot be told."""
-    higher = "higher" if (row.difference or 0) > 0 else "lower"
-    return (
-        f"{row.first} scored {higher} than {row.second} on {_where(row)}: {numbers_text(row)}. "
-        f"This is an association, not an effect: {because}."
-    )
+    return power + needed
 
 
 @dataclass(frozen=True)
@@ -334,33 +285,33 @@ class Causes:
     """What may be said about the cause of a shown difference; the only place that says it.
 
     Args:
-        study: None where no factor is declared.
-        values: the resolved values of every arm.
-        floors: noise floors by metric and opponent.
         alpha: level at which a difference must exceed its noise floor: 5% over all tests of the
             table.
         base: arms without a training.
     """
 
-    study: Study | None
-    values: Mapping[str, Mapping[str, Any]]
+    case: Case
     floors: Mapping[tuple[str, str | None], Floor]
     alpha: float
     base: tuple[str, ...] = ()
+
+    def _keys(self, row: TableRow) -> dict[str, str | None] | None:
+        """Every key that can have made the difference, with its factor; None where not all is known
+        that differs: the study did not train both arms.
+        """
+        study, values = self.case.study, self.case.values
+        known = values.keys() - set(self.base)
+        if study is not None:
+            known &= {arm.name for arm in study.arms if arm.trained}
+        if not known >= set(row.arms):
+            return None
+        return changed(study, values[row.first], values[row.second])
 
     def one_recipe(self, row: TableRow) -> bool:
         """Whether both arms are trainings of one recipe (an A/A pair), as the study says or,
         without one, as both runs recorded it.
         """
-        known = (
-            self._knows(row) if self.study else set(row.arms) <= self.values.keys() - set(self.base)
-        )
-        return known and not changed(self.study, self.values[row.first], self.values[row.second])
-
-    def _knows(self, row: TableRow) -> bool:
-        """Whether the study trained both arms, and so knows all that differs between them."""
-        trained = {arm.name for arm in self.study.arms if arm.trained} if self.study else set()
-        return set(row.arms) <= (trained - set(self.base)) & self.values.keys()
+        return self._keys(row) == {}
 
     def sentence(self, row: TableRow, findings: Sequence[Finding]) -> str:
         """Return the template that fits, or nothing between arms of which a study did not train
@@ -369,47 +320,40 @@ class Causes:
         Args:
             findings: those that touch the row, without errors.
         """
-        if not self._knows(row):
+        keys = self._keys(row)
+        if self.case.study is None or keys is None:
             return ""
-        keys = changed(self.study, self.values[row.first], self.values[row.second])
-        confounds = [finding for finding in findings if finding.code.startswith(CONFOUNDED)]
-        inside = [finding for finding in findings if finding.code == INSIDE_NOISE]
+        confounds = [one for one in findings if one.code.startswith(CONFOUNDED)]
+        inside = [one for one in findings if one.code == INSIDE_NOISE]
         undeclared = [key for key, factor in keys.items() if factor is None]
         if confounds or undeclared:
-            return (
-                " No cause is named:"
-                f" {_reasons(confounds) or f'no factor declares {sentence_list(undeclared)}'}."
-            )
+            none = f"no factor declares {sentence_list(undeclared)}"
+            return f" No cause is named: {_reasons(confounds) or none}."
         if inside:
             return f" No cause is named: {_reasons(inside)}."
-        differ, their = (
-            ("differs", "its effect") if len(keys) == 1 else ("differ", "their joint effect")
-        )
-        only = (
-            f" Only {sentence_list(self._with_values(row, list(keys)))} {differ} between them, so"
-            f" this is {their}"
-        )
+        named = self._with_values(row, list(keys))
+        differ, their = ("differs", "its") if len(keys) == 1 else ("differ", "their joint")
+        only = f" Only {sentence_list(named)} {differ} between them, so this is {their} effect"
         if row.tested and row.tested.seeds > 1:
             return f"{only} over {row.tested.seeds} training seeds."
         floor = None if row.head_to_head else self.floors.get((row.metric, row.opponent))
-        limit = floor.limit(1, 1, self.alpha) if floor else None
-        if limit is not None and abs(row.difference or 0.0) > limit:
-            chance = f"(estimated from {floor}, at 5% over all tests of this table)"
+        limit = floor.limit(1, 1, self.alpha) if floor else math.inf
+        if abs(row.difference or 0.0) > limit:
             return (
                 f"{only}: two trainings of one recipe differ by no more than"
-                f" {_size(limit, row.unit)} {chance}."
+                f" {_size(limit, row.unit)} (estimated from {floor}, at 5% over all tests of this"
+                " table)."
             )
-        kept_apart = sentence_list([*self._with_values(row, list(keys)), "chance"])
         return (
-            f" These two trainings differ, one of each arm; which of {kept_apart} is the cause, two"
-            " trainings cannot tell."
+            f" These two trainings differ, one of each arm; which of"
+            f" {sentence_list([*named, 'chance'])} is the cause, two trainings cannot tell."
         )
 
     def _with_values(self, row: TableRow, keys: Sequence[str]) -> list[str]:
         """Every key that differs, with both values where they are few enough to read."""
         if len(keys) > MOST_VALUES:
             return list(keys)
-        one, other = with_derived_values(self.values[row.first], self.values[row.second])
+        one, other = with_derived_values(*(self.case.values[name] for name in row.arms))
         return [
             f"{key} ({setting_text(effective(key, one))} against"
             f" {setting_text(effective(key, other))})"
@@ -421,31 +365,26 @@ def answer_paragraph(rows: Sequence[TableRow], base: Sequence[str] = ()) -> tupl
     """Return the answer: for each pair of arms what the table holds for it, with the sentence of
     its first comparison.
     """
-    pairs = list(dict.fromkeys(row.arms for row in rows))
-    own = [pair for pair in pairs if not set(pair) & set(base)]
+    by_pair: dict[tuple[str, str], list[TableRow]] = {}
+    for row in rows:
+        by_pair.setdefault(row.arms, []).append(row)
+    own = [pair for pair in by_pair if not set(pair) & set(base)]
     sentences: list[str] = []
-    given: set[str] = set()  # reasons that were given
-    for pair in own or pairs:
-        mine = [row for row in rows if row.arms == pair]
-        chosen = [mine[0], *[row for row in mine[1:] if row.verdict in ("better", "worse")][:3]]
+    given = {""}  # reasons that were given
+    for pair in own or by_pair:
+        mine = by_pair[pair]
         sentences.append(summary_sentence(mine))
-        for row in chosen:
-            if row.because not in given:
+        for row in [mine[0], *[one for one in mine[1:] if one.verdict in ("better", "worse")][:3]]:
+            if not row.because or row.because not in given:
                 sentences.append(row.sentence)
             elif row.verdict != "cannot be tested" and not row.sentence.startswith(
                 "No claim about"
             ):
-                sentences.append(
-                    f"{_without_reasons(row)}, for the reasons above."
-                )  # it holds numbers besides
-            given |= {row.because} - {""}
-    if own:
-        sentences += [
-            summary_sentence([row for row in rows if row.arms == pair])
-            for pair in pairs
-            if pair not in own
-        ]
-    return tuple(sentences)
+                # It holds numbers besides.
+                sentences.append(f"{_without_reasons(row)}, for the reasons above.")
+            given.add(row.because)
+    others = [pair for pair in by_pair if own and pair not in own]
+    return (*sentences, *(summary_sentence(by_pair[pair]) for pair in others))
 
 
 def _without_reasons(row: TableRow) -> str:
@@ -484,11 +423,8 @@ def nothing_compared(measurements: Measurements, findings: Sequence[Finding]) ->
     sentences = ["Nothing can be compared: no two arms have a metric in common."]
     for position, second in enumerate(names):
         for first in names[:position]:
-            errors = [
-                one
-                for one in findings
-                if one.severity == "error" and {first, second} <= set(one.arms)
-            ]
+            errors = [one for one in findings if {first, second} <= set(one.arms)]
+            errors = [one for one in errors if one.severity == "error"]
             if errors:
                 sentences.append(
                     f"Losses and times of {first} and {second} are no comparison either:"
@@ -498,33 +434,32 @@ def nothing_compared(measurements: Measurements, findings: Sequence[Finding]) ->
 
 
 def summary_sentence(rows: Sequence[TableRow]) -> str:
-    """Template that counts the verdicts of one pair of arms; a claim that an error stopped is
-    counted as stopped.
+    """Return the sentence that counts the verdicts of one pair of arms; a claim that an error
+    stopped is counted as stopped.
     """
     first, second = rows[0].arms
-    stopped = [row for row in rows if row.stopped and row.verdict != "cannot be tested"]
-    one_recipe = sum(row.because == ONE_RECIPE for row in rows)
-    counts = {
-        "better on": sum(row.verdict == "better" and not row.stopped for row in rows),
-        "worse on": sum(row.verdict == "worse" and not row.stopped for row in rows),
-        "no difference shown on": sum(
-            row.verdict == "no difference shown" and not row.stopped for row in rows
+    said = dict.fromkeys(
+        (
+            *("better on", "worse on", "no difference shown on"),
+            *("no claim (an error was found) on", "no claim (one recipe, trained twice) on"),
+            "cannot be tested on",
         ),
-        "no claim (an error was found) on": len(stopped) - one_recipe,
-        "no claim (one recipe, trained twice) on": one_recipe,
-        "cannot be tested on": sum(row.verdict == "cannot be tested" for row in rows),
-    }
-    said = [(words, n) for words, n in counts.items() if n]
-    if len(rows) == 1:
-        return f"{first} against {second}, 1 comparison: {said[0][0].removesuffix(' on')}."
-    if len(said) == 1:
-        every = "all" if said[0][0] in ("better on", "worse on") else "any of the"
-        return f"{first} against {second}: {said[0][0]} {every} {len(rows)} comparisons."
-    said_first = f"{said[0][0]} {said[0][1]} of {len(rows)} comparisons"
-    return (
-        f"{first} against {second}:"
-        f" {', '.join([said_first, *(f'{words} {n}' for words, n in said[1:])])}."
+        0,
     )
+    for row in rows:
+        words: str = row.verdict
+        if row.stopped and row.verdict != "cannot be tested":
+            twice = row.because == ONE_RECIPE
+            words = f"no claim ({'one recipe, trained twice' if twice else 'an error was found'})"
+        said[f"{words} on"] += 1
+    (most, n), *more = [(words, n) for words, n in said.items() if n]
+    if len(rows) == 1:
+        return f"{first} against {second}, 1 comparison: {most.removesuffix(' on')}."
+    if not more:
+        every = "all" if most in ("better on", "worse on") else "any of the"
+        return f"{first} against {second}: {most} {every} {n} comparisons."
+    parts = [f"{most} {n} of {len(rows)} comparisons", *(f"{words} {n}" for words, n in more)]
+    return f"{first} against {second}: {', '.join(parts)}."
 
 
 def _reasons(findings: Sequence[Finding]) -> str:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes_lib.compare.measurements import ArmMeasurements, Measurements
+from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.wording import count
-from recipes_lib.eval_log import Measure, Sample
+from recipes_lib.eval_log import EvalLog, Measure
 from recipes_lib.statistics.corrections import holm
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
 from recipes_lib.statistics.seeds import crossed_interval, question_means
@@ -30,12 +30,10 @@ TestVerdict = Literal["better", "worse", "no difference shown", "cannot be teste
 ALPHA = 0.05
 FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
 DIRECTION_UNKNOWN = "direction unknown, its files do not say whether more or less of it is better"
+_NOT_WRITTEN = ("measures", "tested", "because")
 HALF = 0.5  # a win rate against the other arm itself that favours nobody
-_SCALES = {
-    "share": (0.0, 1.0),
-    "grade": (1.0, 5.0),
-    "grade_1_10": (1.0, 10.0),
-}  # by the last word of a metric, else by its unit
+# By the last word of a metric, else by its unit.
+_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0), "grade_1_10": (1.0, 10.0)}
 
 
 @dataclass(frozen=True)
@@ -113,28 +111,46 @@ class TableRow:
         return self.tested.n if self.tested else 0
 
     @property
+    def effect(self) -> tuple[float | None, float | None, float | None]:
+        """What is shown of the effect, with its limits: head to head the first arm's win rate, else
+        the difference.
+        """
+        shift = HALF if self.head_to_head else 0.0
+        low, high = (self.tested.low, self.tested.high) if self.tested else (None, None)
+        return (
+            self.first_value if self.head_to_head else self.difference,
+            None if low is None else low + shift,
+            None if high is None else high + shift,
+        )
+
+    @property
+    def largest(self) -> float:
+        """The largest difference that the metric's scale allows; of a plain number, any."""
+        low, high = scale_of(self.metric, self.unit) or (0.0, math.inf)
+        return HALF if self.head_to_head else high - low
+
+    @property
     def arms(self) -> tuple[str, str]:
         """Both arms."""
         return self.first, self.second
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values, without the items behind it."""
-        names = [
-            item.name
-            for item in dataclasses.fields(self)
-            if item.name not in ("measures", "tested", "because")
-        ]
+        names = [item.name for item in dataclasses.fields(self)]
+        values = {name: getattr(self, name) for name in names if name not in _NOT_WRITTEN}
         tested = self.tested.to_dict() if self.tested else None
-        return {name: json_value(getattr(self, name)) for name in names} | {
-            "difference": json_value(self.difference),
-            "tested": json_value(tested),
-        }
+        return json_object(values | {"difference": self.difference, "tested": tested})
+
+
+def json_object(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by name as JSON has them."""
+    return {name: json_value(value) for name, value in values.items()}
 
 
 def json_value(value: Any) -> Any:
     """Return a value that JSON has: lists for tuples, nothing for what is not finite."""
     if isinstance(value, dict):
-        return {key: json_value(item) for key, item in value.items()}
+        return json_object(value)
     if isinstance(value, list | tuple):
         return [json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -155,18 +171,13 @@ def filling_of(metric: str, unit: str, values: NDArray[np.float64]) -> tuple[flo
     return min(low, seen[0]), max(high, seen[1])
 
 
-def largest_possible(row: TableRow) -> float:
-    """Return the largest difference that the metric's scale allows; of a plain number, any."""
-    low, high = scale_of(row.metric, row.unit) or (0.0, math.inf)
-    return HALF if row.head_to_head else high - low
-
-
 def pairs_of(measurements: Measurements, base: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Return the pairs of arms, the later one first; pairs with a base model come last."""
-    names = list(measurements.arms)
-    pairs = [(second, first) for first, second in itertools.combinations(names, 2)]
-    json_value = [(second, first) if first in base else (first, second) for first, second in pairs]
-    return sorted(json_value, key=lambda pair: any(name in base for name in pair))
+    pairs = [
+        (first, second) if second in base else (second, first)
+        for first, second in itertools.combinations(measurements.arms, 2)
+    ]
+    return sorted(pairs, key=lambda pair: any(name in base for name in pair))
 
 
 def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[TableRow]:
@@ -176,12 +187,14 @@ def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[Tab
     Args:
         base: names of the arms that are base models.
     """
-    rows = [
-        row
-        for first, second in pairs_of(measurements, base)
-        for row in _pair_rows(measurements, first, second)
-    ]
-    return corrected(rows)
+    return corrected(
+        [
+            row
+            for pair in pairs_of(measurements, base)
+            for rows_of in ROW_KINDS
+            for row in rows_of(measurements, *pair)
+        ]
+    )
 
 
 def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
@@ -189,13 +202,13 @@ def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
     is held to.
     """
     adjusted = holm([_p(row) for row in rows])
-    family = max(1, sum(p is not None for p in adjusted))
+    level = ALPHA / max(1, sum(p is not None for p in adjusted))
     return [
-        dataclasses.replace(
+        replace(
             row,
             p_holm=p,
-            mde=row.tested.mde(ALPHA / family) if row.tested else None,
-            needed=row.tested.questions_needed(ALPHA / family) if row.tested else None,
+            mde=row.tested.mde(level) if row.tested else None,
+            needed=row.tested.questions_needed(level) if row.tested else None,
         )
         for row, p in zip(rows, adjusted, strict=True)
     ]
@@ -210,79 +223,188 @@ def _p(row: TableRow) -> float | None:
     return 1.0 if row.tested.p is None else row.tested.p
 
 
-def with_honest_limits(tested: Tested, largest: float) -> Tested:
-    """Return the comparison with limits that can be: none of an interval of no width (items that
-    all agree say nothing about the next one), and no difference that is larger than the scale
-    allows. Neither moves zero into the interval or out of it.
+# ---- Kinds of rows ----
+
+
+def head_to_head(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
+    """Yield the comparisons in which one arm's answers were judged against the other's, a measure
+    per seed.
     """
+    seen = set()
+    for arms in ((first, second), (second, first)):
+        for (key, opponent), measures in _by_metric(measurements, arms[0]).items():
+            if opponent != arms[1] or key in seen:
+                continue
+            seen.add(key)
+            kept = _judged_once(measures, measurements, arms)
+            values, keys = _values(kept)
+            values = values if arms[0] == first else 1 - values
+            tested = _tested(values, np.full((1, len(keys)), HALF), keys, "share", HALF)
+            rate = None if tested.effect is None else HALF + tested.effect
+            seeds = f"{count(len(kept), 'seed')} of {len(measures)}"
+            yield TableRow(
+                metric=kept[0].name,
+                label=kept[0].label,
+                first=first,
+                second=second,
+                unit="share",
+                head_to_head=True,
+                opponent=None,
+                higher_is_better=True,
+                first_value=rate,
+                second_value=None if rate is None else 1 - rate,
+                tested=tested,
+                reason=too_few(tested),
+                flags=(seeds,) if len(kept) < len(measures) else (),
+                files=_files(kept),
+                measures=tuple(kept),
+            )
+
+
+def side_by_side(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
+    """Yield the comparisons of the same items of both arms, paired; a turn that only one arm has is
+    unresolved where the question is in both.
+    """
+    ours, theirs = (_by_metric(measurements, name) for name in (first, second))
+    direct = {key for key, opponent in ours if opponent == second}
+    direct |= {key for key, opponent in theirs if opponent == first}
+    trained = not any(measurements.arms[name].is_base for name in (first, second))
+    for (key, opponent), mine in ours.items():
+        other = theirs.get((key, opponent))
+        through_an_arm = opponent in measurements.arms
+        if other and not (through_an_arm and (key in direct or opponent in (first, second))):
+            yield _side_by_side(first, second, opponent, mine, other, trained)
+
+
+ROW_KINDS = (head_to_head, side_by_side)
+
+
+def _side_by_side(
+    first: str,
+    second: str,
+    opponent: str | None,
+    mine: Sequence[Measure],
+    other: Sequence[Measure],
+    trained: bool,
+) -> TableRow:
+    unpaired = ""
+    if len(mine) != len(other) and (trained or 1 not in (len(mine), len(other))):
+        # One training repeated beside several would hide how much another of its seeds would have
+        # differed. A base has no seeds to differ.
+        fewer = min(len(mine), len(other))
+        unpaired = f"{count(fewer, 'seed')} of {len(mine)} and {len(other)}"
+        mine, other = mine[:fewer], other[:fewer]
+    one, measures = mine[0], (*mine, *other)
+    unit = one.unit if {measure.unit for measure in measures} == {one.unit} else "number"
+    asked = [{item.key for measure in arm for item in measure.samples} for arm in (mine, other)]
+    questions = {key[0] for key in asked[0]} & {key[0] for key in asked[1]}
+    (a, keys), (b, _) = (_values(arm, measures, questions) for arm in (mine, other))
+    low, high = scale_of(one.metric, unit) or (0.0, math.inf)
+    tested = _tested(a, b, keys, one.metric, high - low, unit) if keys else None
+    # The values that the difference is of; `Score` has each arm's own.
+    both = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))
+    values = [
+        _mean(table[:, both]) if keys else _reported(arm) for table, arm in ((a, mine), (b, other))
+    ]
+    if tested:
+        reason = too_few(tested)
+    elif all(asked):
+        reason = "the two arms answered different questions"
+    else:
+        reason = "only totals are known, not the items behind them"
+    directions = {measure.higher_is_better for measure in measures}
+    direction = directions.pop() if len(directions) == 1 else None
+    most = max(map(len, asked))
+    flags = {
+        "every item differs by the same: no interval, so no claim": bool(
+            tested and tested.effect and tested.low is None
+        ),
+        f"{len(keys)} common items of {most}": 0 < len(keys) < most,
+        unpaired: bool(unpaired),
+    }
+    return TableRow(
+        metric=one.name,
+        label=one.label,
+        first=first,
+        second=second,
+        unit=unit,
+        head_to_head=False,
+        opponent=opponent,
+        higher_is_better=direction,
+        first_value=values[0],
+        second_value=values[1],
+        tested=tested,
+        reason=reason or (DIRECTION_UNKNOWN if direction is None else ""),
+        flags=tuple(flag for flag, holds in flags.items() if holds),
+        files=_files(measures),
+        measures=measures,
+    )
+
+
+def _by_metric(
+    measurements: Measurements, arm: str
+) -> dict[tuple[tuple[str, str, str], str | None], list[Measure]]:
+    """The arm's measures by metric and opponent, one per run that has it."""
+    found: dict[tuple[tuple[str, str, str], str | None], list[Measure]] = {}
+    for run in measurements.arms[arm].runs:
+        for measure in run.measures():
+            key = (measure.key, measurements.opponent_name(measure.opponent))
+            found.setdefault(key, []).append(measure)
+    return found
+
+
+def _values(
+    measures: Sequence[Measure],
+    beside: Sequence[Measure] = (),
+    questions: Container[str] | None = None,
+) -> tuple[NDArray[np.float64], list[tuple[str, int]]]:
+    """Values by seed and item, NaN where there is none, and the keys of the items.
+
+    Args:
+        beside: all measures whose items are asked for; None for those of `measures`.
+        questions: the only ones that are asked for.
+    """
+    items = (item for measure in beside or measures for item in measure.samples)
+    place: dict[tuple[str, int], int] = {}
+    for item in items:
+        if questions is None or item.id in questions:
+            place.setdefault(item.key, len(place))
+    values = np.full((len(measures), len(place)), np.nan)
+    for row, measure in enumerate(measures):
+        for item in measure.samples:
+            if item.value is not None and item.key in place:
+                values[row, place[item.key]] = item.value
+    return values, list(place)
+
+
+def _tested(
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    keys: Sequence[tuple[str, int]],
+    metric: str,
+    largest: float,
+    unit: str = "share",
+) -> Tested:
+    """The test, with limits that can be: none of an interval of no width (items that all agree say
+    nothing about the next one), and no difference that is larger than the scale allows. Neither
+    moves zero into the interval or out of it.
+    """
+    scale = filling_of(metric, unit, np.concatenate([a.ravel(), b.ravel()]))
+    tested = compare(a, b, [key[0] for key in keys], scale=scale)
     if tested.interval_method == "zero variance":
-        return dataclasses.replace(tested, low=None, high=None)
+        return replace(tested, low=None, high=None)
     low, high = (
         None if limit is None else min(max(limit, -largest), largest)
         for limit in (tested.low, tested.high)
     )
-    return dataclasses.replace(tested, low=low, high=high)
-
-
-def _by_metric(
-    arm: ArmMeasurements, measurements: Measurements
-) -> dict[tuple[tuple[str, str, str], str | None], list[Measure]]:
-    """The arm's measures by metric and opponent, one per run that has it."""
-    found: dict[tuple[tuple[str, str, str], str | None], list[Measure]] = {}
-    for run in arm.runs:
-        for measure in run.measures():
-            found.setdefault(
-                (measure.key, measurements.opponent_name(measure.opponent)), []
-            ).append(measure)
-    return found
-
-
-def _pair_rows(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
-    """All comparisons of two arms: head to head first, then metric by metric."""
-    ours, theirs = (_by_metric(measurements.arms[name], measurements) for name in (first, second))
-    direct = set()
-    for (key, opponent), measures in ours.items():
-        if opponent == second:
-            direct.add(key)
-            yield _head_to_head(
-                first, second, *_judged_once(measures, measurements, (first, second)), flipped=False
-            )
-    for (key, opponent), measures in theirs.items():
-        if opponent == first and key not in direct:
-            direct.add(key)
-            yield _head_to_head(
-                first, second, *_judged_once(measures, measurements, (second, first)), flipped=True
-            )
-    for (key, opponent), mine in ours.items():
-        other = theirs.get((key, opponent))
-        through_an_arm = opponent in measurements.arms
-        if other is None or (through_an_arm and (key in direct or opponent in (first, second))):
-            continue
-        trained = not any(measurements.arms[name].is_base for name in (first, second))
-        yield _side_by_side(first, second, opponent, *_seeds_in_line(mine, other, trained))
-
-
-def _table(measures: Sequence[Measure], keys: Sequence[tuple[str, int]]) -> NDArray[np.float64]:
-    """Values by seed and item, NaN where there is none."""
-    place = {key: number for number, key in enumerate(keys)}
-    values = np.full((len(measures), len(keys)), np.nan)
-    for row, measure in enumerate(measures):
-        for item in measure.samples:
-            column = place.get(item.key)
-            if column is not None and item.value is not None:
-                values[row, column] = item.value
-    return values
-
-
-def _keys(measures: Sequence[Measure]) -> dict[tuple[str, int], Sample]:
-    return {item.key: item for measure in measures for item in measure.samples}
+    return replace(tested, low=low, high=high)
 
 
 def _judged_once(
     measures: Sequence[Measure], measurements: Measurements, arms: tuple[str, str]
-) -> tuple[Sequence[Measure], str]:
-    """The measures in which no training stands twice, and what was left out: two seeds against one
-    training are not two pairs of seeds.
+) -> list[Measure]:
+    """The measures in which no training stands twice: two seeds against one training are not two
+    pairs of seeds.
 
     Args:
         arms: the arm whose answers were judged, and its opponent.
@@ -299,116 +421,7 @@ def _judged_once(
         if not trained & seen:
             seen |= trained
             kept.append(measure)
-    return kept, (
-        "" if len(kept) == len(measures) else f"{count(len(kept), 'seed')} of {len(measures)}"
-    )
-
-
-def _head_to_head(
-    first: str, second: str, measures: Sequence[Measure], left_out: str, flipped: bool
-) -> TableRow:
-    """The first arm's answers judged against the second's, one measure per seed."""
-    keys = list(_keys(measures))
-    values = _table(measures, keys)
-    values = 1 - values if flipped else values
-    tested = with_honest_limits(
-        compare(values, np.full((1, len(keys)), HALF), [key[0] for key in keys]), HALF
-    )
-    one = measures[0]
-    rate = None if tested.effect is None else HALF + tested.effect
-    return TableRow(
-        metric=one.name,
-        label=one.label,
-        first=first,
-        second=second,
-        unit="share",
-        head_to_head=True,
-        opponent=None,
-        higher_is_better=True,
-        first_value=rate,
-        second_value=None if rate is None else 1 - rate,
-        tested=tested,
-        reason=too_few(tested),
-        flags=(left_out,) if left_out else (),
-        files=_files(measures),
-        measures=tuple(measures),
-    )
-
-
-def _side_by_side(
-    first: str,
-    second: str,
-    opponent: str | None,
-    mine: Sequence[Measure],
-    other: Sequence[Measure],
-    unpaired: str,
-) -> TableRow:
-    """The same items of both arms, paired; a turn that only one arm has is unresolved where the
-    question is in both.
-    """
-    one = mine[0]
-    unit = one.unit if {measure.unit for measure in (*mine, *other)} == {one.unit} else "number"
-    my_keys, other_keys = _keys(mine), _keys(other)
-    questions = {key[0] for key in my_keys} & {key[0] for key in other_keys}
-    keys = [key for key in {**my_keys, **other_keys} if key[0] in questions]
-    a, b = _table(mine, keys), _table(other, keys)
-    scale = filling_of(one.metric, unit, np.concatenate([a.ravel(), b.ravel()]))
-    lowest, highest = scale_of(one.metric, unit) or (0.0, math.inf)
-    tested = (
-        with_honest_limits(compare(a, b, [key[0] for key in keys], scale=scale), highest - lowest)
-        if keys
-        else None
-    )
-    both = ~(
-        np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0)
-    )  # the values that the difference is of; `Score` has each arm's own
-    values = [
-        _mean(table[:, both]) if keys else _reported(measures)
-        for table, measures in ((a, mine), (b, other))
-    ]
-    directions = {measure.higher_is_better for measure in (*mine, *other)}
-    direction = directions.pop() if len(directions) == 1 else None
-    reason = too_few(tested) if tested else _no_items(my_keys, other_keys)
-    flags = []
-    asked = max(len(my_keys), len(other_keys))
-    if tested and tested.effect and tested.low is None:
-        flags.append("every item differs by the same: no interval, so no claim")
-    if keys and len(keys) < asked:
-        flags.append(f"{len(keys)} common items of {asked}")
-    if unpaired:
-        flags.append(unpaired)
-    return TableRow(
-        metric=one.name,
-        label=one.label,
-        first=first,
-        second=second,
-        unit=unit,
-        head_to_head=False,
-        opponent=opponent,
-        higher_is_better=direction,
-        first_value=values[0],
-        second_value=values[1],
-        tested=tested,
-        reason=reason or (DIRECTION_UNKNOWN if direction is None else ""),
-        flags=tuple(flags),
-        files=_files([*mine, *other]),
-        measures=(*mine, *other),
-    )
-
-
-def _seeds_in_line(
-    mine: Sequence[Measure], other: Sequence[Measure], trained: bool
-) -> tuple[Sequence[Measure], Sequence[Measure], str]:
-    """Two trained arms with different numbers of seeds are compared on as many as both have; the
-    rest is named.
-
-    One training repeated beside several would hide how much another of its seeds would have
-    differed. A base has no seeds to differ.
-    """
-    if len(mine) == len(other) or (not trained and 1 in (len(mine), len(other))):
-        return mine, other, ""
-    fewer = min(len(mine), len(other))
-    return mine[:fewer], other[:fewer], f"{count(fewer, 'seed')} of {len(mine)} and {len(other)}"
+    return kept
 
 
 def _mean(table: NDArray[np.float64]) -> float | None:
@@ -423,14 +436,6 @@ def _reported(measures: Sequence[Measure]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _no_items(
-    mine: Mapping[tuple[str, int], Sample], other: Mapping[tuple[str, int], Sample]
-) -> str:
-    if not mine or not other:
-        return "only totals are known, not the items behind them"
-    return "the two arms answered different questions"
-
-
 def too_few(tested: Tested) -> str:
     """Return why a test cannot show anything, or nothing."""
     if tested.questions == 0:
@@ -439,8 +444,7 @@ def too_few(tested: Tested) -> str:
         return "no item has a verdict"
     if tested.questions < FEWEST_QUESTIONS:
         return (
-            f"{tested.questions} question{'s' if tested.questions > 1 else ''} cannot reach p <="
-            f" {ALPHA:g}, whatever they say"
+            f"{count(tested.questions, 'question')} cannot reach p <= {ALPHA:g}, whatever they say"
         )
     return ""
 
@@ -455,47 +459,46 @@ def source_of(measure: Measure) -> str:
     return "/".join(measure.file.parts[-4:])
 
 
+# ---- Scores ----
+
+
 def build_scores(measurements: Measurements) -> list[Score]:
     """Return every arm's score on every metric, with intervals over questions and, where there are
     several, seeds.
     """
     return [
         _score(name, opponent, measures)
-        for name, arm in measurements.arms.items()
-        for (_, opponent), measures in _by_metric(arm, measurements).items()
+        for name in measurements.arms
+        for (_, opponent), measures in _by_metric(measurements, name).items()
     ]
 
 
 def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score:
     one = measures[0]
-    keys = list(_keys(measures))
-    table = _table(measures, keys)
-    open_items = np.isnan(table).any(axis=0) if keys else np.zeros(0, dtype=bool)
-    low, high = filling_of(one.metric, one.unit, table)
+    table, keys = _values(measures)
+    known = ~np.isnan(table).any(axis=0)
     interval = _score_interval(
-        table[:, ~open_items],
-        [key[0] for key, left in zip(keys, open_items, strict=True) if not left],
+        table[:, known], [key[0] for key, there in zip(keys, known, strict=True) if there]
+    ).within(*(scale_of(one.metric, one.unit) or (-math.inf, math.inf)))
+    lowest, highest = (
+        float(np.where(np.isnan(table), end, table).mean()) if keys else None
+        for end in filling_of(one.metric, one.unit, table)
     )
-    value = interval.estimate if keys else _reported(measures)
-    filled = [
-        float(np.where(np.isnan(table), end, table).mean()) if keys else None for end in (low, high)
-    ]
-    within = interval.within(*(scale_of(one.metric, one.unit) or (-math.inf, math.inf)))
-    limits = [None, None] if interval.method == "zero variance" else [within.low, within.high]
+    flat = interval.method == "zero variance"
     return Score(
         arm,
         one.name,
         one.label,
         opponent,
         one.unit,
-        value,
-        limits[0],
-        limits[1],
+        interval.estimate if keys else _reported(measures),
+        None if flat else interval.low,
+        None if flat else interval.high,
         len(keys) or int(one.reported_n or 0),
         len(measures),
-        int(open_items.sum()),
-        filled[0],
-        filled[1],
+        int((~known).sum()),
+        lowest,
+        highest,
         interval.method if keys else "reported",
         one.higher_is_better,
         _files(measures),
@@ -514,50 +517,30 @@ def _score_interval(table: NDArray[np.float64], questions: Sequence[str]) -> Int
     return mean_interval(values, np.asarray(questions) if len(values) else None)
 
 
+# ---- Flags ----
+
+
 def with_flags(row: TableRow, measurements: Measurements) -> TableRow:
     """Return the row with flags about how its numbers came to be."""
     flags = list(row.flags)
-    for name in row.arms:
-        arm = measurements.arms.get(name)
-        if arm is not None and arm.imported:
-            flags.append(f"{name} imported")
+    arms = [measurements.arms[name] for name in row.arms if name in measurements.arms]
+    flags += [f"{arm.name} imported" for arm in arms if arm.imported]
+    logs = {log.file: log for arm in measurements.arms.values() for log in arm.logs}
     for measure in row.measures:
-        flags += _of_measure(measure, measurements)
-    return dataclasses.replace(row, flags=tuple(dict.fromkeys(flags)))
+        if measure.file in logs:
+            flags += _flags_of(measure, logs[measure.file])
+    return replace(row, flags=tuple(dict.fromkeys(flags)))
 
 
-def _of_measure(measure: Measure, measurements: Measurements) -> list[str]:
+def _flags_of(measure: Measure, log: EvalLog) -> Iterator[str]:
     """Flags of one measure: subset, judge, orders, few-shot."""
-    run = next(
-        (
-            run
-            for arm in measurements.arms.values()
-            for run in arm.runs
-            if run.folder == measure.file.parents[2]
-        ),
-        None,
-    )
-    found = (
-        next((result for result in run.evals if result.file == measure.file), None) if run else None
-    )
-    if found is None:
-        return []
-    result, flags = found.result, []
-    if result.get("subset"):
-        flags.append(f"n = {measure.reported_n}, a subset" if measure.reported_n else "a subset")
-    judge = result.get("judge") or {}
-    if judge.get("weak"):
-        flags.append("weak judge")
-    flags += [str(flag) for flag in result.get("flags") or ()]
-    for row in result.get("tasks") or ():
-        if (
-            row["task"] == measure.task
-            and row.get("num_fewshot") is not None
-            and measure.label.endswith(_shown_metric(row))
-        ):
-            flags.append(f"{row['num_fewshot']}-shot")
-    return list(dict.fromkeys(flags))
-
-
-def _shown_metric(row: dict[str, str]) -> str:
-    return row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
+    if log.result.get("subset"):
+        yield f"n = {measure.reported_n}, a subset" if measure.reported_n else "a subset"
+    if (log.result.get("judge") or {}).get("weak"):
+        yield "weak judge"
+    yield from map(str, log.result.get("flags") or ())
+    for task in log.result.get("tasks") or ():
+        chosen = "" if task["filter"] == "none" else f", {task['filter']}"
+        mine = task["task"] == measure.task and measure.label.endswith(task["metric"] + chosen)
+        if mine and task.get("num_fewshot") is not None:
+            yield f"{task['num_fewshot']}-shot"

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.table import HALF, Score, TableRow
+from recipes_lib.compare.table import Score, TableRow
 from recipes_lib.compare.wording import NONE, difference_text, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import aligned
 
@@ -54,21 +54,13 @@ def pair_lines(rows: Sequence[TableRow]) -> list[str]:
 
 def effect_value(row: TableRow) -> str:
     """Return a row's effect: a win rate head to head, else the difference."""
-    return (
-        metric_text(row.first_value, "share")
-        if row.head_to_head
-        else difference_text(row.difference, row.unit)
-    )
+    text = metric_text if row.head_to_head else difference_text
+    return text(row.effect[0], row.unit)
 
 
 def effect_interval(row: TableRow) -> str:
     """Return the interval of a row's effect."""
-    if row.tested is None or row.tested.low is None or row.tested.high is None:
-        return NONE
-    shift = HALF if row.head_to_head else 0.0
-    return interval_text(
-        row.tested.low + shift, row.tested.high + shift, row.unit, signed=not row.head_to_head
-    )
+    return interval_text(*row.effect[1:], row.unit, signed=not row.head_to_head)
 
 
 def score_lines(scores: Sequence[Score]) -> list[str]:
