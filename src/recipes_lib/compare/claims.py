@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from recipes_lib.compare.validity.noise import Floor
 
 # The verdict that a row gets, or what takes its place: its sentence. No template, no claim.
-TEMPLATES = {
+SENTENCES = {
     "difference": "{first} is {verdict} than {second} on {where}: {numbers}.{cause}",
     "no difference shown": (
         "No difference shown between {first} and {second} on {where}: {numbers}.{power}"
@@ -206,7 +206,7 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
         template, because, stopped = "one recipe", ONE_RECIPE, ONE_RECIPE
     else:
         template = "difference"
-    sentence = TEMPLATES[template].format(
+    sentence = SENTENCES[template].format(
         first=row.first,
         second=row.second,
         where=_where(row),

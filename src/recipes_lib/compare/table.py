@@ -226,7 +226,7 @@ def _p(row: TableRow) -> float | None:
 # ---- Kinds of rows ----
 
 
-def head_to_head(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
+def head_to_head_rows(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
     """Yield the comparisons in which one arm's answers were judged against the other's, a measure
     per seed.
     """
@@ -261,7 +261,7 @@ def head_to_head(measurements: Measurements, first: str, second: str) -> Iterato
             )
 
 
-def side_by_side(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
+def paired_rows(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
     """Yield the comparisons of the same items of both arms, paired; a turn that only one arm has is
     unresolved where the question is in both.
     """
@@ -273,13 +273,13 @@ def side_by_side(measurements: Measurements, first: str, second: str) -> Iterato
         other = theirs.get((key, opponent))
         through_an_arm = opponent in measurements.arms
         if other and not (through_an_arm and (key in direct or opponent in (first, second))):
-            yield _side_by_side(first, second, opponent, mine, other, trained)
+            yield _paired_row(first, second, opponent, mine, other, trained)
 
 
-ROW_KINDS = (head_to_head, side_by_side)
+ROW_KINDS = (head_to_head_rows, paired_rows)
 
 
-def _side_by_side(
+def _paired_row(
     first: str,
     second: str,
     opponent: str | None,
