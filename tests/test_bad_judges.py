@@ -20,9 +20,9 @@ from tests.judging.fake_judges import FakeJudge, always_a, bodies, obeys_answers
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
+from recipes_lib.judging.audit import probe_requests, probe_results
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, ask, judge_items
 from recipes_lib.judging.outcomes import pair_samples, summarise
-from recipes_lib.judging.probes import probe_requests, probe_results
 from recipes_lib.judging.prometheus import load_rubric, load_template
 from recipes_lib.judging.store import JudgmentStore
 
@@ -70,7 +70,7 @@ def test_a_verdict_that_is_none_is_never_a_tie_and_never_dropped(case: str, tmp_
     assert [(row["status"], row["value"]) for row in store] == [(status, None)] * 2
     summary = summarise(pair_samples(store.rows()))
     assert (summary.n, summary.unresolved, summary.tie) == (1, 1, 0)
-    assert [bound.estimate for bound in summary.score_bounds] == [0.0, 1.0]
+    assert [bound.estimate for bound in summary.score_bounds.values()] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("verdict", ["0", "6", "4.5", "four", "45", "４"])

@@ -66,7 +66,10 @@ def test_unresolved_items_stay_in_n_and_widen_the_bounds() -> None:
     )
     assert (summary.win_bounds.all_lost, summary.win_bounds.all_won) == (0.6, 0.8)
     assert summary.win_rate.estimate == 0.75 and summary.win_rate.n == 8
-    assert summary.score_bounds[0].estimate == 0.6 and summary.score_bounds[1].estimate == 0.8
+    assert (
+        summary.score_bounds["all_lost"].estimate == 0.6
+        and summary.score_bounds["all_won"].estimate == 0.8
+    )
     assert summary.statuses == {"ok": 18, "unparsed": 1, "error": 1}
     json.dumps(summary.to_dict())
 

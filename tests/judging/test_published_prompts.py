@@ -13,9 +13,11 @@ import pytest
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.project import cache_root
 from recipes_lib.judging.judge_file import load_judge_file
-from recipes_lib.judging.prometheus import Rubric, Template, build_prompt
-from recipes_lib.judging.published_prompts import (
+from recipes_lib.judging.prometheus import (
     PROMETHEUS_PACKAGE,
+    Rubric,
+    Template,
+    build_prompt,
     prometheus_is_here,
     published_template,
     template_of,

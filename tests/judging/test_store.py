@@ -119,7 +119,7 @@ def test_reading_leaves_the_torn_tail_alone_and_writing_cuts_it(tmp_path: Path) 
     before = path.read_bytes()
     assert len(stored_rows(path)) == 1
     assert path.read_bytes() == before
-    assert JudgmentStore(path).torn_bytes_cut == 13
+    assert len(JudgmentStore(path)) == 1
     assert path.read_bytes() == before[:-13]
 
 
@@ -139,8 +139,7 @@ def test_two_stores_on_one_file_see_each_other(tmp_path: Path) -> None:
     assert first.append(_row(1))
     assert not second.append(_row(1))
     assert second.append(_row(2))
-    first.refresh()
-    assert len(first) == len(second) == 2
+    assert not first.append(_row(2)) and len(first) == len(second) == 2
 
 
 def test_a_full_disk_leaves_nothing_half_written(

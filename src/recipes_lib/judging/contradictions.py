@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from recipes_lib.statistics.intervals import Interval, wilson
 
@@ -82,21 +81,6 @@ class Contradictions:
     interval: Interval
     direction: str | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a JSON-ready dictionary."""
-        return asdict(self)
-
-
-def _named(sentence: str) -> set[str]:
-    """The responses that a sentence calls the better one."""
-    other = {"a": "b", "b": "a"}
-    named = {match.group(1).lower() for pattern in _UPWARD for match in pattern.finditer(sentence)}
-    return named | {
-        other[match.group(1).lower()]
-        for pattern in _DOWNWARD
-        for match in pattern.finditer(sentence)
-    }
-
 
 def stated_winner(text: str) -> str | None:
     """Return the response ("A" or "B") that a judge's own words call the better one, or None if
@@ -109,9 +93,11 @@ def stated_winner(text: str) -> str | None:
     for sentence in reversed(_SENTENCE.split(text)):
         if _UNDECIDED.search(sentence):
             continue
-        named = _named(sentence)
-        if len(named) == 1:
-            return named.pop().upper()
+        better = {one[1].upper() for form in _UPWARD for one in form.finditer(sentence)}
+        worse = {one[1].upper() for form in _DOWNWARD for one in form.finditer(sentence)}
+        better |= {"B" if one == "A" else "A" for one in worse}
+        if len(better) == 1:
+            return better.pop()
     return None
 
 
@@ -145,28 +131,12 @@ def find_contradictions(rows: Iterable[tuple[str, str | int | None]]) -> Contrad
             for_first += words == "B" and verdict == "A"
         decidable += words is not None
         count += words is not None and words != verdict
-    interval = wilson(count, decidable)
-    return Contradictions(
-        n,
-        decidable,
-        count,
-        for_first,
-        interval.estimate,
-        interval,
-        _direction(count, for_first, graded > 0),
-    )
-
-
-def _direction(count: int, for_first: int, graded: bool) -> str | None:
-    """Whom the contradictions favour, in words."""
-    if not count:
-        return None
-    names = (
-        ("a higher score than the words", "a lower score than the words")
-        if graded
-        else ("Response A", "Response B")
-    )
-    favoured, times = (
-        (names[0], for_first) if 2 * for_first >= count else (names[1], count - for_first)
-    )
-    return f"{times} of {count} favour {favoured}"
+    interval, direction = wilson(count, decidable), None
+    if count:
+        first, second = "Response A", "Response B"
+        if graded:
+            first, second = "a higher score than the words", "a lower score than the words"
+        most = max(for_first, count - for_first)
+        direction = f"{most} of {count} favour {first if most == for_first else second}"
+    rate = interval.estimate
+    return Contradictions(n, decidable, count, for_first, rate, interval, direction)

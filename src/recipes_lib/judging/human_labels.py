@@ -10,10 +10,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import refuse_pipe
+from recipes_lib.core.json_files import Row, refuse_pipe
 from recipes_lib.eval_log import Sample
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.store import text_hash
@@ -44,11 +43,10 @@ def load_labelled_pairs(path: str | Path) -> list[tuple[Item, str]]:
     pairs = []
     for number, row in enumerate(rows, 1):
         try:
-            pairs.append(_llmbar(row) if "label" in row else _pandalm(row))
+            pairs.append(_pair(row))
         except (KeyError, TypeError) as fault:
-            raise DataError(
-                f"row {number} is neither PandaLM nor LLMBar: {fault}", file=path
-            ) from None
+            what = f"row {number} is neither PandaLM nor LLMBar: {fault}"
+            raise DataError(what, file=path) from None
     return pairs
 
 
@@ -62,11 +60,8 @@ def pairs_by_id(paths: Sequence[str | Path]) -> dict[str, tuple[Item, str]]:
     for path in paths:
         for item, label in load_labelled_pairs(path):
             if pairs.get(item.question_id, (item, label))[1] != label:
-                raise DataError(
-                    f"a pair has two labels: {item.instruction[:60]!r}",
-                    "remove one of the rows",
-                    file=path,
-                )
+                what = f"a pair has two labels: {item.instruction[:60]!r}"
+                raise DataError(what, "remove one of the rows", file=path)
             pairs[item.question_id] = item, label
     return pairs
 
@@ -76,36 +71,24 @@ def load_labels(paths: Sequence[str | Path]) -> dict[str, str]:
     return {name: label for name, (_, label) in pairs_by_id(paths).items()}
 
 
-def _item(instruction: str, first: str, second: str, source: str) -> Item:
-    """A pair whose id is a hash of its texts."""
-    return Item(
-        f"{source}:{text_hash(chr(0).join((instruction, first, second)))[:16]}",
-        instruction,
-        first,
-        second,
-    )
+def _pair(row: Row) -> tuple[Item, str]:
+    """An LLMBar row, or a PandaLM row with the label that at least two of three annotators gave;
+    its id is a hash of its texts.
+    """
+    if "label" in row:
+        source, label = "llmbar", {1: "win", 2: "loss"}[row["label"]]
+        texts = row["input"], row["output_1"], row["output_2"]
+    else:
+        asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+        votes = Counter(_LABELS[row[f"annotator{number}"]] for number in (1, 2, 3))
+        label, most = votes.most_common(1)[0]
+        source, label = "pandalm", label if most > 1 else "tie"
+        # one response of the published file is the JSON value false instead of a text
+        texts = asked, str(row["response1"]), str(row["response2"])
+    return Item(f"{source}:{text_hash(chr(0).join(texts))[:16]}", *texts), label
 
 
-def _llmbar(row: Mapping[str, Any]) -> tuple[Item, str]:
-    """One LLMBar row."""
-    return _item(row["input"], row["output_1"], row["output_2"], "llmbar"), {1: "win", 2: "loss"}[
-        row["label"]
-    ]
-
-
-def _pandalm(row: Mapping[str, Any]) -> tuple[Item, str]:
-    """One PandaLM row: the label that at least two of three annotators gave."""
-    instruction = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-    label, votes = Counter(_LABELS[row[f"annotator{number}"]] for number in (1, 2, 3)).most_common(
-        1
-    )[0]
-    # one response of the published file is the JSON value false instead of a text
-    return _item(
-        instruction, str(row["response1"]), str(row["response2"]), "pandalm"
-    ), label if votes > 1 else "tie"
-
-
-def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> dict[str, Any]:
+def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Row:
     """Return how far a judge's outcomes agree with labels.
 
     `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` is chance-corrected.
@@ -113,24 +96,22 @@ def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> dict[str
     half whatever the judge's position bias, because each pair is seen in both orders; its interval
     is clustered by pair and answers "above chance".
     """
-    labelled = [(item, labels[item.id]) for item in outcomes if item.id in labels]
-    resolved = [(item, label) for item, label in labelled if item.resolved]
-    said, truth = [item.outcome for item, _ in resolved], [label for _, label in resolved]
-    right = sum(outcome == label for outcome, label in zip(said, truth, strict=True))
+    labelled = [item for item in outcomes if item.id in labels]
+    resolved = [item for item in labelled if item.resolved]
+    said, truth = [item.outcome for item in resolved], [labels[item.id] for item in resolved]
+    right = sum(map(str.__eq__, said, truth))
     meaning = {"win": ("A", "B"), "loss": ("B", "A")}
     verdicts = [
         sum(map(str.__eq__, item.verdicts, meaning[label])) / 2
-        for item, label in resolved
+        for item, label in zip(resolved, truth, strict=True)
         if label != "tie" and not item.by_rule
     ]
-    interval = mean_interval(verdicts)
+    interval, unresolved = mean_interval(verdicts), len(labelled) - len(resolved)
     return {
         "n": len(labelled),
-        "unresolved": len(labelled) - len(resolved),
+        "unresolved": unresolved,
         "outcome_accuracy": accuracy(said, truth).to_dict(),
-        "outcome_accuracy_bounds": rate_bounds(
-            right, len(labelled), len(labelled) - len(resolved)
-        ).to_dict(),
+        "outcome_accuracy_bounds": rate_bounds(right, len(labelled), unresolved).to_dict(),
         "kappa": cohens_kappa(said, truth).to_dict(),
         "verdict_accuracy": interval.to_dict(),
         "above_chance": None if interval.low is None else interval.low > 0.5,

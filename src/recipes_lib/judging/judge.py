@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.json_files import Row
 from recipes_lib.judging.prometheus import (
     CountTokens,
     JudgePrompt,
@@ -32,6 +33,7 @@ from recipes_lib.judging.verdicts import Status, Verdict, parse_absolute, parse_
 
 # verdicts that need no judge are stored together: syncing each would take longer than finding it
 DECIDED_AT_ONCE = 1000
+REASK_TEMPERATURE = 0.7
 ALLOWED = {"relative": ("A", "B"), "absolute": ("1", "2", "3", "4", "5")}
 
 
@@ -101,6 +103,9 @@ class JudgeReply:
     refused: bool = False
 
 
+_Asked = tuple[JudgeRequest, list[Row]]  # a request, and its attempts so far
+
+
 class Judge(Protocol):
     """A judge. `fingerprint` names weights (or served model), decoding settings and
     verdict mode.
@@ -124,7 +129,6 @@ class JudgePlan:
     rubric: Rubric
     seed: int = 0
     max_reasks: int = 2
-    reask_temperature: float = 0.7
     max_consecutive_failures: int = 20
     batch_size: int = 32
     count_tokens: CountTokens | None = None
@@ -166,12 +170,12 @@ class Failures:
 
     def remedy(self) -> str:
         """Return what to do about them."""
-        if self.refused == self.total:
-            return (
-                "the server refuses them as they are: change the recipe or the server, then run the"
-                " same command to ask again"
-            )
-        return "run the same command to continue"
+        if self.refused < self.total:
+            return "run the same command to continue"
+        return (
+            "the server refuses them as they are: change the recipe or the server, then run the"
+            " same command to ask again"
+        )
 
 
 @dataclass
@@ -193,9 +197,8 @@ class JudgeRun:
             EvaluationIncomplete: with each reason and how often it was given.
         """
         if self.failed.total:
-            raise EvaluationIncomplete(
-                f"{self.failed.total} judgments are missing: {self.failed}", self.failed.remedy()
-            )
+            what = f"{self.failed.total} judgments are missing: {self.failed}"
+            raise EvaluationIncomplete(what, self.failed.remedy())
 
 
 def build_requests(
@@ -210,17 +213,16 @@ def build_requests(
         answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
         code = nonce(item.question_id, answers, str(plan.seed))
         for order in ("single",) if item.opponent is None else ("AB", "BA"):
-            shown = tuple(reversed(answers)) if order == "BA" else answers
+            shown = answers[::-1] if order == "BA" else answers
             yield make_request(item, order, shown, plan, fingerprint, code)
 
 
 def make_request(
-    item: Item, order: str, shown: Sequence[str], plan: JudgePlan, fingerprint: str, code: str
+    item: Item, order: str, shown: tuple[str, ...], plan: JudgePlan, fingerprint: str, code: str
 ) -> JudgeRequest:
     """Return one request for answers in the prompt's order."""
-    decided = (
-        plan.rules and rule_verdict(plan.kind, shown) is not None
-    )  # such a prompt is not sent, so it needs not fit
+    # a prompt that a rule decides is not sent, so it needs not fit
+    decided = plan.rules and rule_verdict(plan.kind, shown) is not None
     prompt = build_prompt(
         plan.template,
         plan.rubric,
@@ -231,19 +233,10 @@ def make_request(
         count_tokens=None if decided else plan.count_tokens,
         max_tokens=plan.max_prompt_tokens,
     )
-    key = judgment_key(
-        item.question_id, order, fingerprint, prompt.hash, [text_hash(answer) for answer in shown]
-    )
+    question, hashes = str(item.question_id), list(map(text_hash, shown))
+    key = judgment_key(question, order, fingerprint, prompt.hash, hashes)
     return JudgeRequest(
-        key,
-        plan.kind,
-        str(item.question_id),
-        order,
-        prompt,
-        tuple(shown),
-        ALLOWED[plan.kind],
-        item.meta,
-        seed=plan.seed,
+        key, plan.kind, question, order, prompt, shown, ALLOWED[plan.kind], item.meta, plan.seed
     )
 
 
@@ -251,13 +244,13 @@ def rule_verdict(kind: str, answers: Sequence[str]) -> Verdict | None:
     """Return the verdict that needs no judge: an empty answer loses (score 1), identical answers
     tie; None otherwise.
     """
-    empty = [not answer.strip() for answer in answers]
+    first, *others = (answer.strip() for answer in answers)
     if kind == "absolute":
-        return Verdict(Status.OK, 1, "empty answer") if empty[0] else None
-    if answers[0].strip() == answers[1].strip():
+        return None if first else Verdict(Status.OK, 1, "empty answer")
+    if first == others[0]:
         return Verdict(Status.OK, "tie", "identical answers")
-    if any(empty):
-        return Verdict(Status.OK, "B" if empty[0] else "A", "empty answer")
+    if not (first and others[0]):
+        return Verdict(Status.OK, "A" if first else "B", "empty answer")
     return None
 
 
@@ -265,41 +258,24 @@ def read_reply(request: JudgeRequest, reply: JudgeReply) -> Verdict:
     """Return the verdict of a reply, from its probabilities where it has them, else from
     its text.
     """
-    if reply.probabilities is None:
-        parse = parse_relative if request.kind == "relative" else parse_absolute
-        return parse(reply.text, reply.finish_reason)
-    if not all(map(math.isfinite, reply.probabilities.values())):
+    relative, shares = request.kind == "relative", reply.probabilities
+    if shares is None:
+        return (parse_relative if relative else parse_absolute)(reply.text, reply.finish_reason)
+    if not all(map(math.isfinite, shares.values())):
         return Verdict(Status.UNPARSED, reason="the judge's probabilities are not finite")
-    ranked = sorted(request.allowed, key=lambda token: -reply.probabilities.get(token, 0.0))  # type: ignore[union-attr]
-    best, second = (reply.probabilities.get(token, 0.0) for token in ranked[:2])
-    if best <= second:
+    best, second, *_ = sorted(request.allowed, key=lambda token: -shares.get(token, 0.0))
+    if shares.get(best, 0.0) <= shares.get(second, 0.0):
         return Verdict(Status.UNPARSED, reason="the two likeliest verdicts are equally likely")
-    return Verdict(Status.OK, ranked[0] if request.kind == "relative" else int(ranked[0]))
+    return Verdict(Status.OK, best if relative else int(best))
 
 
 def judge_items(
-    items: Iterable[Item],
-    judge: Judge,
-    store: JudgmentStore,
-    plan: JudgePlan,
-    progress: Callable[[JudgeRun], None] | None = None,
+    items: Iterable[Item], judge: Judge, store: JudgmentStore, plan: JudgePlan
 ) -> JudgeRun:
-    """Judge every item and store the verdicts.
-
-    Args:
-        items: pairs for a relative prompt, single answers for an absolute one.
-        judge: who answers.
-        store: where judgments go and what has been judged already.
-        plan: prompt, rubric, budget and limits.
-        progress: called after each batch.
-
-    Returns:
-        What was done; `check_complete` raises if something is missing.
-
-    Raises:
-        EvaluationIncomplete: after `max_consecutive_failures` failures in a row.
+    """Judge every item as `ask` does: pairs for a relative prompt, single answers for an absolute
+    one.
     """
-    return ask(build_requests(items, plan, judge.fingerprint), judge, store, plan, progress)
+    return ask(build_requests(items, plan, judge.fingerprint), judge, store, plan)
 
 
 def ask(
@@ -307,11 +283,24 @@ def ask(
     judge: Judge,
     store: JudgmentStore,
     plan: JudgePlan,
-    progress: Callable[[JudgeRun], None] | None = None,
+    progress: Callable[[JudgeRun], None] = lambda run: None,
 ) -> JudgeRun:
-    """Ask requests that are already built (the audit's probes are), as `judge_items` does."""
-    run = JudgeRun()
-    source, retries = iter(requests), deque[tuple[JudgeRequest, list[dict[str, Any]]]]()
+    """Put requests before a judge and store the verdicts.
+
+    Args:
+        requests: what is asked.
+        judge: who answers.
+        store: where judgments go and what has been judged already.
+        plan: budget and limits.
+        progress: called after each reply.
+
+    Returns:
+        What was done; `check_complete` raises if something is missing.
+
+    Raises:
+        EvaluationIncomplete: after `max_consecutive_failures` failures in a row.
+    """
+    run, source, retries = JudgeRun(), iter(requests), deque[_Asked]()
     while waiting := _next_batch(source, retries, store, plan, judge.fingerprint, run):
         with closing(judge.complete([request for request, _ in waiting.values()])) as replies:
             for key, reply in replies:
@@ -327,59 +316,55 @@ def ask(
                     continue
                 run.failed.in_a_row = 0
                 verdict = read_reply(request, reply)
-                malformed = (
-                    verdict.status in (Status.UNPARSED, Status.EMPTY)
-                    and reply.probabilities is None
-                )
-                if malformed and request.attempt <= plan.max_reasks:
-                    attempts.append(
-                        {"seed": request.seed, "status": verdict.status.value, "raw": reply.text}
+                malformed = verdict.status in (Status.UNPARSED, Status.EMPTY)
+                if malformed and reply.probabilities is None and request.attempt <= plan.max_reasks:
+                    status = verdict.status.value
+                    attempt = {"seed": request.seed, "status": status, "raw": reply.text}
+                    # a new seed, at a temperature where the seed matters
+                    seeded = text_hash(f"{request.seed}:{request.attempt}:{key}")
+                    again = replace(
+                        request,
+                        seed=int(seeded[:8], 16),
+                        temperature=REASK_TEMPERATURE,
+                        attempt=request.attempt + 1,
                     )
-                    retries.append((_reask(request, plan), attempts))
+                    retries.append((again, [*attempts, attempt]))
                     run.reasked += 1
                 else:
-                    run.asked += store.append(
-                        _row(request, verdict, judge.fingerprint, "judge", reply, attempts)
-                    )
-                if progress:
-                    progress(run)
+                    row = _row(request, verdict, judge.fingerprint, "judge", reply, attempts)
+                    run.asked += store.append(row)
+                progress(run)
         if waiting:
             raise ValueError(f"the judge left {len(waiting)} requests without a reply")
-    if progress:
-        progress(run)
+    progress(run)
     return run
 
 
 def _next_batch(
     source: Iterator[JudgeRequest],
-    retries: deque[tuple[JudgeRequest, list[dict[str, Any]]]],
+    retries: deque[_Asked],
     store: JudgmentStore,
     plan: JudgePlan,
     fingerprint: str,
     run: JudgeRun,
-) -> dict[str, tuple[JudgeRequest, list[dict[str, Any]]]]:
+) -> dict[str, _Asked]:
     """Up to a batch of requests that the judge must answer, by key; the others are counted, or
     stored together on the way.
     """
-    batch: dict[str, tuple[JudgeRequest, list[dict[str, Any]]]] = {}
-    decided: list[dict[str, Any]] = []
+    batch: dict[str, _Asked] = {}
+    decided: list[Row] = []
     while retries and len(batch) < plan.batch_size:
-        request, attempts = retries.popleft()
-        batch[request.key] = request, attempts
-    while len(batch) < plan.batch_size:
-        if (following := next(source, None)) is None:
-            break
-        request = following
+        again = retries.popleft()
+        batch[again[0].key] = again
+    while len(batch) < plan.batch_size and (request := next(source, None)):
         if request.key in store or request.key in batch:
             run.stored_before += 1
         elif plan.rules and (verdict := rule_verdict(request.kind, request.answers)):
             decided.append(_row(request, verdict, fingerprint, "rule"))
             run.by_rule += 1
         elif not request.prompt.fits:
-            verdict = Verdict(
-                Status.TRUNCATED,
-                reason="the prompt does not fit the judge, even with its answers cut",
-            )
+            reason = "the prompt does not fit the judge, even with its answers cut"
+            verdict = Verdict(Status.TRUNCATED, reason=reason)
             decided.append(_row(request, verdict, fingerprint, "limit"))
             run.asked += 1
         else:
@@ -391,46 +376,30 @@ def _next_batch(
     return batch
 
 
-def _reask(request: JudgeRequest, plan: JudgePlan) -> JudgeRequest:
-    """The request with a new seed, at a temperature where the seed matters."""
-    seed = int(text_hash(f"{request.seed}:{request.attempt}:{request.key}")[:8], 16)
-    return replace(
-        request, seed=seed, temperature=plan.reask_temperature, attempt=request.attempt + 1
-    )
-
-
 def _row(
     request: JudgeRequest,
     verdict: Verdict,
     fingerprint: str,
     source: str,
     reply: JudgeReply | None = None,
-    attempts: Sequence[Any] = (),
-) -> dict[str, Any]:
+    attempts: Sequence[Row] = (),
+) -> Row:
     """The stored line. `lengths` are characters of the answers in the prompt's order."""
-    row: dict[str, Any] = {
+    row = {
         "key": request.key,
         "kind": request.kind,
         "question_id": request.question_id,
         "order": request.order,
-    }
-    row |= {
         "status": verdict.status.value,
         "value": verdict.value,
         "reason": verdict.reason,
         "source": source,
         "judge": fingerprint,
-    }
-    row |= {
         "prompt_hash": request.prompt.hash,
-        "answer_hashes": [text_hash(answer) for answer in request.answers],
-    }
-    row |= {
-        "lengths": [len(answer) for answer in request.answers],
+        "answer_hashes": list(map(text_hash, request.answers)),
+        "lengths": list(map(len, request.answers)),
         "marker_in_answer": request.prompt.marker_in_answer,
         "cut": request.prompt.cut,
-    }
-    row |= {
         "seed": request.seed,
         "temperature": request.temperature,
         "attempts": list(attempts),
@@ -438,12 +407,8 @@ def _row(
     }
     if reply is not None:
         row |= {"raw": reply.text, "finish_reason": reply.finish_reason}
-        if reply.probabilities is not None:
-            finite = {
-                token: share for token, share in reply.probabilities.items() if math.isfinite(share)
-            }
-            row |= {
-                "probabilities": finite,
-                "mass": sum(finite.get(token, 0.0) for token in request.allowed),
-            }
+        if (shares := reply.probabilities) is not None:
+            finite = {token: share for token, share in shares.items() if math.isfinite(share)}
+            mass = sum(finite.get(token, 0.0) for token in request.allowed)
+            row |= {"probabilities": finite, "mass": mass}
     return row

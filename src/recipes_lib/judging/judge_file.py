@@ -19,8 +19,14 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import KindRules, PlacedError, dotted, load
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.judging.prometheus import Rubric, Template, load_rubric, load_template
-from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, published_template
+from recipes_lib.judging.prometheus import (
+    PROMETHEUS_PACKAGE,
+    Rubric,
+    Template,
+    load_rubric,
+    load_template,
+    published_template,
+)
 from recipes_lib.judging.store import text_hash
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from recipes_lib.core.json_files import Row
 from recipes_lib.eval_log import ORDERS, SCORE, Sample
 from recipes_lib.statistics.intervals import (
     Interval,
@@ -25,8 +26,11 @@ from recipes_lib.statistics.intervals import (
 
 @dataclass(frozen=True)
 class PairSummary:
-    """A comparison's rates. `score` counts a tie as half a win; `first_position` is the share of
-    verdicts for Response A.
+    """A comparison's rates.
+
+    `score` counts a tie as half a win. `swap_consistency` is the share of judged pairs where both
+    orders name the same answer (or both say tie); `first_position` the share of verdicts for
+    Response A over pairs that the judge answered in both orders, 0.5 without position bias.
     """
 
     n: int
@@ -39,25 +43,13 @@ class PairSummary:
     win_rate: Interval
     score: Interval
     win_bounds: RateBounds
-    score_bounds: tuple[Interval, Interval]
     swap_consistency: Interval
     first_position: Interval
+    score_bounds: dict[str, Interval]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Row:
         """Return the fields as a JSON-ready dictionary."""
-        counts = {
-            name: getattr(self, name)
-            for name in ("n", "win", "loss", "tie", "unresolved", "by_rule", "statuses")
-        }
-        intervals = {
-            name: getattr(self, name).to_dict()
-            for name in ("win_rate", "score", "win_bounds", "swap_consistency", "first_position")
-        }
-        bounds = {
-            "all_lost": self.score_bounds[0].to_dict(),
-            "all_won": self.score_bounds[1].to_dict(),
-        }
-        return counts | intervals | {"score_bounds": bounds}
+        return asdict(self)
 
 
 def pair_sample(
@@ -76,23 +68,20 @@ def pair_sample(
         'win'
     """  # noqa: E501
     rows = [verdicts.get(order) for order in ORDERS]
+    given = [row for row in rows if row is not None]
     said = tuple("missing" if row is None else _said(row) for row in rows)
     outcome = "unresolved"
-    if all(row is not None and row["status"] == "ok" for row in rows):
-        winners = (
-            {"A": "win", "B": "loss"}.get(said[0], "tie"),
-            {"A": "loss", "B": "win"}.get(said[1], "tie"),
-        )
-        outcome = winners[0] if winners[0] == winners[1] else "tie"
-    by_rule = any(row is not None and row.get("source") == "rule" for row in rows)
-    raws = tuple(None if row is None else _raw(row) for row in rows)
+    if len([row for row in given if row["status"] == "ok"]) == len(ORDERS):
+        first = {"A": "win", "B": "loss"}.get(said[0], "tie")
+        second = {"A": "loss", "B": "win"}.get(said[1], "tie")
+        outcome = first if first == second else "tie"
     return Sample(
         question_id,
         value=SCORE.get(outcome),
         outcome=outcome,
         verdicts=said,
-        by_rule=by_rule,
-        raws=raws,
+        by_rule=any(row.get("source") == "rule" for row in given),
+        raws=tuple(None if row is None else _raw(row) for row in rows),
         **known,
     )
 
@@ -100,13 +89,12 @@ def pair_sample(
 def grade_sample(question_id: str, row: Mapping[str, Any], **known: Any) -> Sample:
     """Return a grade as a sample; arguments as for `pair_sample`."""
     value = float(row["value"]) if row["status"] == "ok" else None
-    outcome, by_rule = "unresolved" if value is None else "graded", row.get("source") == "rule"
     return Sample(
         question_id,
         value=value,
-        outcome=outcome,
+        outcome="unresolved" if value is None else "graded",
         verdicts=(_said(row),),
-        by_rule=by_rule,
+        by_rule=row.get("source") == "rule",
         raws=(_raw(row),),
         **known,
     )
@@ -126,15 +114,12 @@ def _raw(row: Mapping[str, Any]) -> str | None:
         return f"decided without the judge: {row.get('reason') or 'by rule'}"
     if row.get("probabilities"):
         return ", ".join(f"{token} {value:.4f}" for token, value in row["probabilities"].items())
-    return (
-        f"probability mass on the verdicts {row['mass']:.4f}"
-        if row.get("mass") is not None
-        else None
-    )
+    mass = row.get("mass")
+    return None if mass is None else f"probability mass on the verdicts {mass:.4f}"
 
 
 def pair_samples(
-    rows: Iterable[Mapping[str, Any]], question_ids: Sequence[str] | None = None
+    rows: Iterable[Mapping[str, Any]], question_ids: Sequence[str] = ()
 ) -> list[Sample]:
     """Return every question's comparison, in the order of their first row.
 
@@ -143,33 +128,11 @@ def pair_samples(
             out. The last row of a question and order counts, which is the newest.
         question_ids: all questions that should be there; one without any row is unresolved too.
     """
-    by_question: dict[str, dict[str, Mapping[str, Any]]] = {
-        question_id: {} for question_id in question_ids or ()
-    }
+    by_question: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in question_ids}
     for row in rows:
         if row.get("kind", "relative") == "relative":
             by_question.setdefault(str(row["question_id"]), {})[row["order"]] = row
     return [pair_sample(question_id, verdicts) for question_id, verdicts in by_question.items()]
-
-
-def _first_position(samples: Sequence[Sample]) -> Interval:
-    """Share of verdicts for Response A over pairs that the judge answered in both orders; 0.5 for a
-    judge without position bias.
-    """
-    share = {"A": 1.0, "B": 0.0}
-    values = [
-        sum(share.get(said, 0.5) for said in one.verdicts) / 2
-        for one in samples
-        if one.resolved and not one.by_rule
-    ]
-    return mean_interval(values).within(0, 1)
-
-
-def swap_consistency(samples: Sequence[Sample]) -> Interval:
-    """Return the share of judged pairs where both orders name the same answer (or both say tie)."""
-    judged = [one for one in samples if one.resolved and not one.by_rule]
-    same = sum(set(one.verdicts) in ({"A", "B"}, {"tie"}) for one in judged)
-    return wilson(same, len(judged))
 
 
 def summarise(
@@ -182,16 +145,19 @@ def summarise(
         cluster_of: the cluster of a sample, where several belong to one question (turns, seeds).
     """
     counts = Counter(one.outcome for one in samples)
-    statuses = Counter(
-        "ok" if said in ("A", "B", "tie") else said for one in samples for said in one.verdicts
-    )
+    said = (said for one in samples for said in one.verdicts)
+    statuses = Counter("ok" if one in ("A", "B", "tie") else one for one in said)
     resolved = [one for one in samples if one.resolved]
+    judged = [one for one in resolved if not one.by_rule]
+    # the same answer named in both orders, or a tie in both
+    consistent = sum(set(one.verdicts) in ({"A", "B"}, {"tie"}) for one in judged)
+    place = {"A": 1.0, "B": 0.0}
+    first = [sum(place.get(said, 0.5) for said in one.verdicts) / 2 for one in judged]
 
-    def interval(some: Sequence[Sample], missing: float) -> Interval:
+    def score(some: Sequence[Sample], missing: float) -> Interval:
         clusters = None if cluster_of is None else [cluster_of(one) for one in some]
-        return mean_interval(
-            [missing if one.value is None else one.value for one in some], clusters
-        ).within(0, 1)
+        values = [missing if one.value is None else one.value for one in some]
+        return mean_interval(values, clusters).within(0, 1)
 
     return PairSummary(
         n=len(samples),
@@ -202,9 +168,9 @@ def summarise(
         by_rule=sum(one.by_rule for one in samples),
         statuses=dict(statuses),
         win_rate=wilson(counts["win"], len(resolved)),
-        score=interval(resolved, 0.5),
+        score=score(resolved, 0.5),
         win_bounds=rate_bounds(counts["win"], len(samples), counts["unresolved"]),
-        score_bounds=(interval(samples, 0.0), interval(samples, 1.0)),
-        swap_consistency=swap_consistency(samples),
-        first_position=_first_position(samples),
+        swap_consistency=wilson(consistent, len(judged)),
+        first_position=mean_interval(first).within(0, 1),
+        score_bounds={"all_lost": score(samples, 0.0), "all_won": score(samples, 1.0)},
     )

@@ -15,11 +15,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from recipes_lib.core.atomic_files import sync
 from recipes_lib.core.errors import DataError, EnvironmentFault
@@ -65,20 +63,15 @@ def stored_rows(path: str | Path) -> list[Row]:
     Raises:
         DataError: for a damaged line or a repeated key, with the line number.
     """
-    path = Path(path)
-    rows: dict[str, Row] = {}
+    path, rows = Path(path), dict[str, Row]()
     if path.exists():
         with path.open("rb") as stream:
-            _take_rows(stream, path, 0, rows)
+            _take_rows(stream, path, 0, rows, "judgment")
     return list(rows.values())
 
 
 def _take_rows(
-    lines: Iterable[bytes],
-    path: Path,
-    lines_before: int,
-    rows: dict[str, Row],
-    what: str = "judgment",
+    lines: Iterable[bytes], path: Path, lines_before: int, rows: dict[str, Row], what: str
 ) -> tuple[int, int]:
     """Add the rows of whole lines to `rows`; return the number of the last line that holds one, and
     its end in bytes.
@@ -87,20 +80,16 @@ def _take_rows(
         "the file is damaged in its middle, which no killed writer does: restore it, or delete this"
         " line to have it made again"
     )
-    number, end = lines_before, 0
+    number, end, first = lines_before, 0, lines_before + 1
     for number, end, row in numbered_rows(  # noqa: B007 - the last ones are returned
-        lines, path, lines_before + 1, f"a stored {what}", remedy, appended=True
+        lines, path, first, f"a stored {what}", remedy, appended=True
     ):
         key = row.get("key")
         if not isinstance(key, str):
             raise DataError(f"this line is not a stored {what}", remedy, file=path, line=number)
         if key in rows:
-            raise DataError(
-                f"{what} {key[:12]} occurs twice",
-                "keep one of the two lines",
-                file=path,
-                line=number,
-            )
+            twice = f"{what} {key[:12]} occurs twice"
+            raise DataError(twice, "keep one of the two lines", file=path, line=number)
         if row.get("status") != "error":
             rows[key] = row
     return number, end
@@ -123,23 +112,18 @@ class JudgmentStore:
         self.path = Path(path)
         self._lock = FileLock(self.path.with_name(self.path.name + ".lock"), timeout=lock_timeout_s)
         self._rows: dict[str, Row] = {}
-        self._size = 0
-        self._lines = 0
-        self.torn_bytes_cut = 0
+        self._size = self._lines = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._catch_up()
 
-    def _locked(self) -> AbstractContextManager[Any]:
+    def _locked(self) -> AcquireReturnProxy:
         """Take the file's lock, as a context manager."""
         try:
             return self._lock.acquire()
         except Timeout:
-            raise EnvironmentFault(
-                "another process holds the lock of this store",
-                "wait for it, or end it",
-                file=self.path,
-            ) from None
+            what = "another process holds the lock of this store"
+            raise EnvironmentFault(what, "wait for it, or end it", file=self.path) from None
 
     def _catch_up(self) -> None:
         """Read what others appended and cut what a crash left at the end; the lock is held."""
@@ -160,23 +144,17 @@ class JudgmentStore:
             if whole < found:
                 file.truncate(self._size)
                 os.fsync(file.fileno())
-                self.torn_bytes_cut += found - whole
 
     def append(self, row: Row) -> bool:
-        """Append one judgment; return False, and write nothing, if its key is already there.
-
-        Args:
-            row: JSON-ready fields; `key` comes from `judgment_key`.
-
-        Raises:
-            EnvironmentFault: if the disk is full (nothing of the row is left behind) or the lock
-                cannot be had.
-        """
+        """Append one judgment as `append_all` does; return False if its key is already there."""
         return self.append_all([row]) == 1
 
     def append_all(self, rows: Sequence[Row]) -> int:
         """Append judgments that arrived together, each with a write of its own, and sync them once;
         return how many were new.
+
+        Args:
+            rows: JSON-ready fields; `key` comes from `judgment_key`.
 
         Raises:
             EnvironmentFault: if the disk is full (whole rows stay, nothing of the failed one is
@@ -214,20 +192,13 @@ class JudgmentStore:
                 error = str(fault)
             if error:
                 os.ftruncate(descriptor, self._size)
-                raise EnvironmentFault(
-                    f"a {self.what} could not be stored: {error}",
-                    "free some disk and run the same command",
-                    file=self.path,
-                )
+                what = f"a {self.what} could not be stored: {error}"
+                hint = "free some disk and run the same command"
+                raise EnvironmentFault(what, hint, file=self.path)
         finally:
             os.close(descriptor)
         if new:
             sync(self.path.parent)
-
-    def refresh(self) -> None:
-        """Read what other processes appended since."""
-        with self._locked():
-            self._catch_up()
 
     def get(self, key: str) -> Row | None:
         """Return the row with this key, or None."""
@@ -249,10 +220,8 @@ class JudgmentStore:
 
 def _line(row: Row) -> bytes:
     """One JSON line; text that is not valid Unicode (lone surrogates) is escaped."""
+    text = json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     try:
-        return (
-            json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-            + b"\n"
-        )
+        return text.encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n"

@@ -70,27 +70,28 @@ class Verdict:
     reason: str | None = None
 
 
-def _without_verdict(text: str | None, finish_reason: str | None) -> Verdict | None:
-    """The verdicts that need no look at the text's end: cut off, or empty."""
+def _parse(
+    text: str | None,
+    finish_reason: str | None,
+    end: re.Pattern[str],
+    line: re.Pattern[str],
+    anywhere: re.Pattern[str],
+) -> Verdict:
+    """The verdict at the end of a text, as it is written there (upper case)."""
     if finish_reason == "length":
         return Verdict(Status.TRUNCATED, reason="the judge's text ended at its token limit")
     if text is None or not text.strip():
         return Verdict(Status.EMPTY, reason="the judge wrote nothing")
-    return None
-
-
-def _unparsed(text: str) -> Verdict:
-    """A refusal where the text opens like one, otherwise unparsed."""
-    if _REFUSAL.match(text):
-        return Verdict(Status.REFUSED, reason="the judge declined")
-    return Verdict(Status.UNPARSED, reason="no verdict at the end of the text")
-
-
-def _conflict(value: str, others: set[str]) -> Verdict | None:
-    """The verdict of a text that gives several different ones."""
-    if others - {value}:
-        return Verdict(Status.UNPARSED, reason=f"conflict: {', '.join(sorted(others | {value}))}")
-    return None
+    match = end.search(text)
+    if not match or match[1].upper() not in ("1", "2", "3", "4", "5", "A", "B"):
+        if _REFUSAL.match(text):
+            return Verdict(Status.REFUSED, reason="the judge declined")
+        return Verdict(Status.UNPARSED, reason="no verdict at the end of the text")
+    lines = filter(None, map(line.fullmatch, text.splitlines()))
+    given = {found[1].upper() for found in (match, *anywhere.finditer(text), *lines)}
+    if len(given) > 1:
+        return Verdict(Status.UNPARSED, reason=f"conflict: {', '.join(sorted(given))}")
+    return Verdict(Status.OK, given.pop())
 
 
 def parse_absolute(text: str | None, finish_reason: str | None = None) -> Verdict:
@@ -107,26 +108,12 @@ def parse_absolute(text: str | None, finish_reason: str | None = None) -> Verdic
         >>> parse_absolute("So the overall score is 4").status.value
         'unparsed'
     """
-    early = _without_verdict(text, finish_reason)
-    if early or text is None:
-        return early or Verdict(Status.EMPTY)
-    match = _ABSOLUTE.search(text)
-    if not match or match.group(1) not in "12345" or len(match.group(1)) != 1:
-        return _unparsed(text)
-    others = {found.group(1) for found in _ANY_ABSOLUTE.finditer(text)}
-    others |= {
-        found.group(1) for line in text.splitlines() if (found := _ABSOLUTE_LINE.fullmatch(line))
-    }
-    return _conflict(match.group(1), others) or Verdict(Status.OK, int(match.group(1)))
+    found = _parse(text, finish_reason, _ABSOLUTE, _ABSOLUTE_LINE, _ANY_ABSOLUTE)
+    return found if found.value is None else Verdict(Status.OK, int(found.value))
 
 
 def parse_relative(text: str | None, finish_reason: str | None = None) -> Verdict:
-    """Return the A/B verdict at the end of a judge's text.
-
-    Args:
-        text: what the judge wrote after the prompt, nothing of the prompt.
-        finish_reason: "length" if the judge was cut off at its token limit; such a text has no
-            verdict, whatever it ends with.
+    """Return the A/B verdict at the end of a judge's text; arguments as for `parse_absolute`.
 
     Example:
         >>> parse_relative("A names both causes. [RESULT] A.").value
@@ -134,17 +121,4 @@ def parse_relative(text: str | None, finish_reason: str | None = None) -> Verdic
         >>> parse_relative("[RESULT] B was tempting. Final: [RESULT] A").reason
         'conflict: A, B'
     """
-    early = _without_verdict(text, finish_reason)
-    if early or text is None:
-        return early or Verdict(Status.EMPTY)
-    match = _RELATIVE.search(text)
-    if not match:
-        return _unparsed(text)
-    value = match.group(1).upper()
-    others = {found.group(1).upper() for found in _ANY_RELATIVE.finditer(text)}
-    others |= {
-        found.group(1).upper()
-        for line in text.splitlines()
-        if (found := _RELATIVE_LINE.fullmatch(line))
-    }
-    return _conflict(value, others) or Verdict(Status.OK, value)
+    return _parse(text, finish_reason, _RELATIVE, _RELATIVE_LINE, _ANY_RELATIVE)

@@ -28,7 +28,7 @@ from recipes_lib.data.sources import (
     load_tables,
     offline_by_environment,
 )
-from recipes_lib.judging.published_prompts import (
+from recipes_lib.judging.prometheus import (
     PROMETHEUS_PACKAGE,
     prometheus_is_here,
     published_template,

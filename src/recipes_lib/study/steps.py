@@ -25,7 +25,7 @@ from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root
 from recipes_lib.data.sources import data_files, find_path, listed_sources
-from recipes_lib.judging.published_prompts import PROMETHEUS_PACKAGE, REQUIREMENT
+from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE, REQUIREMENT
 from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
 from recipes_lib.study.graph import (
     CONTENT,

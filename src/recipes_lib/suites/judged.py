@@ -17,9 +17,8 @@ from recipes_lib.core.terminal import warn
 from recipes_lib.eval_log import REFERENCE
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.progress import Progress
-from recipes_lib.judging.audit import audit, self_judged
+from recipes_lib.judging.audit import audit, probe_requests, self_judged
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRun, ask, build_requests
-from recipes_lib.judging.probes import probe_requests
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.answering import AnswerSet
