@@ -279,6 +279,28 @@ def test_audit_command_prints_and_writes_the_scorecard(
     assert main(["judge", "audit", str(tmp_path / "none.jsonl")]) == 4
 
 
+def test_probes_that_were_asked_with_another_target_are_those_of_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One target's judgments hold the probes; the results of all of them quote what they gave."""
+    asked = _card(tmp_path / "one", obeys_answers)
+    path = tmp_path / "two" / "judgments.jsonl"
+    judge_items(_items(), FakeJudge(obeys_answers), JudgmentStore(path), JudgePlan(**PLAN))
+    result = path.with_name("result.json")
+    result.write_text(json.dumps({"audit": asked}))
+    assert main(["judge", "audit", str(path), "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert card["probes"] == asked["probes"] and card["checks"] == asked["checks"]
+    assert card["banner"] == asked["banner"] is not None
+    assert main(["judge", "audit", str(path)]) == 0
+    assert "probes: asked with another target, as result.json has them" in capsys.readouterr().out
+    for audited in ({**asked, "judge": "another"}, None):
+        result.write_text(json.dumps({"audit": audited}))
+        assert main(["judge", "audit", str(path), "--json"]) == 0
+        card = json.loads(capsys.readouterr().out)
+        assert card["probes"] == {} and _result(card, "empty answer loses") == "not measured"
+
+
 @pytest.mark.parametrize(
     "path", sorted((EVALS / "judges").glob("*.yaml")), ids=lambda path: path.stem
 )

@@ -120,7 +120,7 @@ def _stored_card(args: argparse.Namespace) -> dict[str, Any]:
     judge = load_judge_file(args.judge) if args.judge else None
     labels = load_labels(args.labels) if args.labels else None
     thresholds, weak = (judge.thresholds, judge.judge.weak) if judge else (Thresholds(), None)
-    card = audit(rows, thresholds, labels, weak)
+    card = audit(rows, thresholds, labels, weak, results=Path(args.judgments).parent)
     if args.output:
         atomic_files.write_json(Path(args.output) / "judge_audit.json", card)
         atomic_files.write_text(Path(args.output) / "judge_audit.md", scorecard_markdown(card))

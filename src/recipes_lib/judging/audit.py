@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import Row
+from recipes_lib.core.json_files import Row, object_or_none
 from recipes_lib.judging.contradictions import find_contradictions
 from recipes_lib.judging.human_labels import agreement
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, make_request
@@ -136,7 +137,7 @@ def audit(
     thresholds: Thresholds | None = None,
     labels: Mapping[str, str] | None = None,
     weak: str | None = None,
-    probes: Mapping[str, Row] | None = None,
+    results: Path | None = None,
 ) -> Row:
     """Return a judge's scorecard.
 
@@ -146,7 +147,8 @@ def audit(
         thresholds: what the judge must reach; None for the defaults.
         labels: human labels by question id (`human_labels.load_labels`).
         weak: why this judge's numbers mean little, from its file; part of the banner.
-        probes: results of probes that were asked elsewhere, where `rows` hold none.
+        results: folder with the results that rest on `rows`. Probes are asked once for all targets,
+            so that the rows of most targets hold none: what their results say of them counts then.
 
     Raises:
         DataError: if a row lacks a field, or the rows are of several judges.
@@ -192,9 +194,13 @@ def audit(
         "first_position": asdict(summary.first_position),
         "length": {"longer_wins": wilson(sum(longer), len(longer)).to_dict()},
         "contradictions": asdict(find_contradictions(texts)),
-        "probes": probe_results(rows) or dict(probes or {}),
+        "probes": probe_results(rows),
         "human": agreement(outcomes, labels) if labels else None,
     }
+    for path in sorted(results.glob("result*.json")) if results and not card["probes"] else ():
+        found = (object_or_none(path) or {}).get("audit") or {}
+        if found.get("judge") == card["judge"] and found.get("probes"):
+            card |= {"probes": found["probes"], "probes_from": path.name}
     card["checks"] = _checks(card, thresholds or Thresholds())
     failed = "; ".join(failures(card))
     banner = f"This judge failed its audit: {failed}. Its verdicts are not evidence."
@@ -286,10 +292,12 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
         ]
     statuses = ", ".join(f"{name} {count}" for name, count in card["statuses"].items()) or "none"
     asked = f"{card['asked']} asked ({statuses})"
+    told = card.get("probes_from")
     marked = f"{card['marker_in_answer']} with text addressed to the judge"
     lines += [
         f"{card['judgments']} judgments, {asked}, {card['by_rule']} decided by rule,",
         f"{card['reasked']} asked again, {marked}, {card['cut']} cut to fit.",
+        *([f"probes: asked with another target, as {told} has them"] if told else []),
         "",
         "| check | value | needs | result |",
         "|---|---|---|---|",

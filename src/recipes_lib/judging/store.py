@@ -192,7 +192,8 @@ class JudgmentStore:
                 error = str(fault)
             if error:
                 os.ftruncate(descriptor, self._size)
-                what = f"a {self.what} could not be stored: {error}"
+                a_row = f"{'an' if self.what == 'answer' else 'a'} {self.what}"
+                what = f"{a_row} could not be stored: {error}"
                 hint = "free some disk and run the same command"
                 raise EnvironmentFault(what, hint, file=self.path)
         finally:
