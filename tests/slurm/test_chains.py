@@ -172,7 +172,7 @@ def stage(cluster, request):
     folder.mkdir()
     command = f"echo began >> {folder}/began; [ $(wc -l < {folder}/began) -gt 1 ] || sleep 100"
     script = script_of(Job("eval", "eval", (Task((), ("bash", "-c", command)),)), folder, None)
-    (folder / "eval.sbatch").write_text(script.text())
+    (folder / "eval.sbatch").write_text(script)
     return folder, ("--parsable", "-t", "5", "--signal=B:USR2@60", str(folder / "eval.sbatch"))
 
 

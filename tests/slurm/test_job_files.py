@@ -133,7 +133,7 @@ def test_the_environment_is_quoted_and_in_order(
             )
         )
     )
-    script = script_of(Job("report", "report", (Task(("true",), ()),)), tmp_path, profile).text()
+    script = script_of(Job("report", "report", (Task(("true",), ()),)), tmp_path, profile)
     lines = script.splitlines()
     first = lines.index("module load cuda/12.4 || environment_failed")
     assert "MAX_REQUEUES=3" in script.partition("source ")[0]

@@ -17,7 +17,7 @@ from tests.study.study_files import write_tiny_study
 from recipes_lib import cli
 from recipes_lib.slurm.jobs import Job, JobSize, Task
 from recipes_lib.slurm.profile import load_profile
-from recipes_lib.slurm.submission import Script, script_of
+from recipes_lib.slurm.submission import directives, script_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -114,7 +114,7 @@ def job(tmp_path: Path, profile_file):
             distributed_type="MULTI_GPU" if processes > 1 else "NO",
         )
         script = script_of(Job(stage, stage, (Task((), words, check),), shape), tmp_path, profile)
-        (tmp_path / f"{stage}.sbatch").write_text(script.text())
+        (tmp_path / f"{stage}.sbatch").write_text(script)
         plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         argv = ["bash", str(tmp_path / f"{stage}.sbatch")]
         done = subprocess.run(
@@ -157,24 +157,22 @@ def test_the_script_of_a_training_is_what_one_would_write(
     )
     job = Job("train", "train", (task,), JobSize(2, 8, True, "FSDP"))
     profile = load_profile(str(profile_file("extra_sbatch: ['--constraint=a&b']")))
-    text = (
-        script_of(job, Path("/scratch/runs/mine/slurm"), profile)
-        .text()
-        .replace(str(LAUNCH), "LAUNCH")
-    )
+    text = script_of(job, Path("/scratch/runs/mine/slurm"), profile).replace(str(LAUNCH), "LAUNCH")
     golden = Path(__file__).parent / "golden" / "train.sbatch"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)
     assert text == golden.read_text()
 
 
-def test_slurm_reads_a_directive_as_it_was_meant() -> None:
+def test_slurm_reads_a_directive_as_it_was_meant(profile_file) -> None:
     """Quotes as in bash, but a backslash takes the next character as it is, within quotes too."""
-    words = ("--output=/a b/it's #1.log", r"--comment=back\slash")
-    (line,) = Script(Job("", "", ()), "", (words,), (), ()).directives
-    assert line.startswith("#SBATCH ") and shlex.split(
-        line.removeprefix("#SBATCH ").replace("\\\\", "\\")
-    ) == list(words)
+    profile = load_profile(str(profile_file(r"extra_sbatch: ['--comment=back\slash']")))
+    task = Task(("true",), ())
+    lines = directives(Job("report", "report", (task,)), Path("/a b/it's #1"), profile)
+    assert all(line.startswith("#SBATCH ") for line in lines)
+    words = [shlex.split(line.removeprefix("#SBATCH ").replace("\\\\", "\\")) for line in lines]
+    assert words[2][-1:] == [r"--comment=back\slash"]
+    assert words[-1] == ["--output=/a b/it's #1/report.log"]
 
 
 def test_a_node_that_does_not_see_the_folder_of_the_runs_is_exit_5(job, tmp_path: Path) -> None:

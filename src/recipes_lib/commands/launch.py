@@ -211,13 +211,13 @@ def _show(plan: JobPlan, profile: SiteProfile, typed: str, warnings: list[str]) 
         say(f"# {warning}")
     say("# bash takes these lines as they are; the first one writes the scripts")
     say(typed.replace(" --dry-run", " --prepare"))
-    for line, script in submission.dry_run(plan, profile):
-        job, size = script.job, script.job.shape
-        unit = "GPU" if size.gpus and profile.values.gres else "process"
+    for job, line in submission.dry_run(plan):
+        unit = "GPU" if job.shape.gpus and profile.values.gres else "process"
         arms = f"{len(job.tasks)} arms, each " if job.is_array else ""
-        say(f"# {job.label}: {arms}{size.nodes} node x {size.processes} {unit}")
+        say(f"# {job.label}: {arms}{job.shape.nodes} node x {job.shape.processes} {unit}")
         say(line)
-        work = "\n".join(text for text in script.commands if not text.startswith("#"))
-        for text in [*script.directives, *work.split("\n")]:
+        work = [text for text in submission.job_commands(job, profile) if not text.startswith("#")]
+        shown = [*submission.directives(job, plan.path, profile), *work, "finish"]
+        for text in "\n".join(shown).split("\n"):
             say(f"#     {text}")
     say(f"# next: {typed.replace(' --dry-run', '')}   (submits; --test-only asks Slurm first)")

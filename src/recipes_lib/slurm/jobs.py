@@ -121,8 +121,17 @@ class JobPlan:
 
 
 def jobs_folder(name: str) -> Path:
-    """Return the folder of what is launched under the name of a run or study."""
-    return runs_root().resolve() / name / "slurm"
+    """Return the folder of what is launched under the name of a run or study.
+
+    Raises:
+        RecipeError: its path holds a line break, which no #SBATCH line can.
+    """
+    folder = runs_root().resolve() / name / "slurm"
+    if "\n" in str(folder):
+        raise RecipeError(
+            f"a folder whose name holds a line break cannot be launched from: {str(folder)!r}"
+        )
+    return folder
 
 
 def plan_target(

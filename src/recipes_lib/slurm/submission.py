@@ -25,7 +25,13 @@ from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import cache_root, project_root, runs_root
 from recipes_lib.core.terminal import warn
 from recipes_lib.slurm.jobs import Job, JobPlan, Task
-from recipes_lib.slurm.profile import Profile, SiteProfile, seconds_of, time_of
+from recipes_lib.slurm.profile import (
+    EnvironmentSection,
+    Profile,
+    SiteProfile,
+    seconds_of,
+    time_of,
+)
 
 TIMEOUT_S = 90
 WIDTH = 110
@@ -140,11 +146,12 @@ class LaunchFolder:
         content = {"format_version": _FORMAT_VERSION, "profile": profile, "jobs": rows}
         write_json(self.jobs_file, content)
 
-    def write_scripts(self, scripts: Sequence[Script]) -> None:
+    def write_scripts(self, jobs: Sequence[Job], profile: SiteProfile | None) -> None:
         """Write the scripts of all jobs in place of what an earlier submission left; logs stay.
 
         `order` names them for launch/local.sh: a job a line, or a task of an array.
         """
+        scripts = {job.label: script_of(job, self.path, profile) for job in jobs}
         self.path.mkdir(parents=True, exist_ok=True)
         for stale in self.path.iterdir():
             if stale.suffix in (".sbatch", ".exit_code", ".job"):
@@ -152,10 +159,10 @@ class LaunchFolder:
             elif stale.suffix == ".errors":
                 shutil.rmtree(stale)
         order = []
-        for script in scripts:
-            write_text(self.script(script.job.label), script.text())
-            numbers = range(len(script.job.tasks)) if script.job.is_array else [""]
-            order += [f"{script.job.label} {number}".rstrip() + "\n" for number in numbers]
+        for job in jobs:
+            write_text(self.script(job.label), scripts[job.label])
+            numbers = range(len(job.tasks)) if job.is_array else [""]
+            order += [f"{job.label} {number}".rstrip() + "\n" for number in numbers]
         write_text(self.path / "order", "".join(order))
 
 
@@ -176,87 +183,84 @@ def _was_launched(folder: LaunchFolder) -> bool:
 # ---- The script of a job ----
 
 
-@dataclass(frozen=True)
-class Script:
-    """A job's script in three parts.
-
-    Args:
-        flags: words for sbatch, those of one line together.
-        setup: the lines before the commands.
-        commands: the lines that do the work.
-    """
-
-    job: Job
-    title: str
-    flags: tuple[tuple[str, ...], ...]
-    setup: tuple[str, ...]
-    commands: tuple[str, ...]
-
-    @property
-    def directives(self) -> list[str]:
-        """The #SBATCH lines. Slurm reads quotes as bash does, but a backslash is one even within
-        quotes.
-        """
-        return [f"#SBATCH {shlex.join(words)}".replace("\\", "\\\\") for words in self.flags]
-
-    def text(self) -> str:
-        """Return the file's content."""
-        head = (
-            f"#!/bin/bash\n# {self.title}, written by `recipes launch`. With sbatch this file is a"
-            " job, with bash it runs here."
-        )
-        return "\n".join([head, *self.directives, "", *self.setup, "", *self.commands, ""])
-
-
-def script_of(job: Job, folder: Path, profile: SiteProfile | None) -> Script:
-    """Return the script of a job.
+def script_of(job: Job, folder: Path, profile: SiteProfile | None) -> str:
+    """Return the script of a job, launch/job.sbatch.jinja filled in.
 
     Args:
         folder: where it will lie, beside its log and its exit code.
         profile: the site; without one the script asks for nothing that is the site's, and sbatch is
             given it by hand.
-
-    Raises:
-        RecipeError: the folder's name holds a line break, which no #SBATCH line can.
     """
-    if "\n" in str(folder):
-        raise RecipeError(
-            f"a folder whose name holds a line break cannot be launched from: {str(folder)!r}"
-        )
-    shape = job.shape
-    requeues = profile.values.max_requeues if profile else Profile.max_requeues
-    shared = shlex.quote(str(project_root() / "launch" / "job.sh"))
-    setup = (
-        f"cd {shlex.quote(str(Path.cwd()))} || exit 5",
-        f"FOLDER={shlex.quote(str(folder))} JOB={job.label}",
-        f"NODES={shape.nodes} PROCESSES={shape.processes} MAX_REQUEUES={requeues}",
-        f"source {shared} || exit 5   # run, check, finish: signals, requeues, exit codes",
-        "",
-        *_environment(profile),
+    from jinja2 import Environment, StrictUndefined
+
+    templates = Environment(
+        trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
     )
-    commands: list[str] = []
+    templates.filters["quote"] = lambda value: shlex.quote(str(value))
+    templates.filters["quote_with_job_id"] = _quoted_with_job_id
+    launch = project_root() / "launch"
+    text = (launch / "job.sbatch.jinja").read_text(encoding="utf-8")
+    environment = profile.values.environment if profile else EnvironmentSection()
+    activate = Path(environment.venv or "").expanduser() / "bin" / "activate"
+    return templates.from_string(text).render(
+        job=job,
+        folder=folder,
+        directives=directives(job, folder, profile),
+        here=Path.cwd(),
+        max_requeues=profile.values.max_requeues if profile else Profile.max_requeues,
+        shared=launch / "job.sh",
+        environment=environment,
+        activate=activate if environment.venv else None,
+        variables=_variables(profile),
+        makes_temporary=profile is not None and profile.values.directories.temporary,
+        commands=job_commands(job, profile),
+    )
+
+
+def _variables(profile: SiteProfile | None) -> dict[str, str]:
+    """Return what every job of a site exports."""
+    runs, cache = str(runs_root().resolve()), str(cache_root().resolve())
+    variables = {"RECIPES_RUNS_ROOT": runs, "RECIPES_CACHE": cache}
+    if profile is not None:
+        for key, variable in (("hub", "HF_HOME"), ("temporary", "TMPDIR")):
+            if place := profile.directory(key):
+                variables[variable] = place
+        if profile.values.offline:
+            variables["HF_HUB_OFFLINE"] = "1"
+        if profile.values.vllm:
+            variables["VLLM"] = str(Path(profile.values.vllm).expanduser())
+        variables |= profile.values.variables
+    return variables
+
+
+def _quoted_with_job_id(value: str) -> str:
+    """Quote for bash; `{job}` becomes the job's id."""
+    parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
+    return '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
+
+
+def job_commands(job: Job, profile: SiteProfile | None) -> list[str]:
+    """Return the lines of a script that do the work."""
+    srun = ("srun", *(profile.values.environment.srun if profile else ()))
+    lines: list[str] = []
     if job.stage == "train":
-        world, kind = shape.nodes * shape.processes, shape.distributed_type
+        world, kind = job.shape.nodes * job.shape.processes, job.shape.distributed_type
         expected = json.dumps({"world_size": world, "distributed_type": kind})
-        commands = [
+        lines = [
             f"export RECIPES_EXPECT='{expected}'   # training refuses to be anything else",
             "# Each node ignores USR2 until its training listens, and leaves its exit code in a"
             " file: launchers lose it.",
         ]
-    srun = ("srun", *(profile.values.environment.srun if profile else ()))
-    if job.is_array:
-        commands.append("case $SLURM_ARRAY_TASK_ID in")
-        for index, task in enumerate(job.tasks):
-            lines = (f"  {line}" for line in _commands(job, task, srun))
-            commands += [f"{index})   # {task.what}", *lines, "  ;;"]
-        commands.append("esac")
-    else:
-        commands += _commands(job, job.tasks[0], srun)
-    title = f"{folder.parent.name}: {job.label}"
-    return Script(job, title, _flags(job, folder, profile), setup, (*commands, "finish"))
+    if not job.is_array:
+        return lines + _task_commands(job, job.tasks[0], srun)
+    lines.append("case $SLURM_ARRAY_TASK_ID in")
+    for index, task in enumerate(job.tasks):
+        inner = (f"  {line}" for line in _task_commands(job, task, srun))
+        lines += [f"{index})   # {task.what}", *inner, "  ;;"]
+    return [*lines, "esac"]
 
 
-def _commands(job: Job, task: Task, srun: tuple[str, ...]) -> list[str]:
+def _task_commands(job: Job, task: Task, srun: tuple[str, ...]) -> list[str]:
     """Return the lines of one task: its command, and what must succeed after it."""
     launcher = [*map(shlex.quote, task.launcher), *(_MEETING_FLAGS if job.shape.nodes > 1 else ())]
     start, args = f"run {shlex.join(srun)}", list(map(shlex.quote, task.args))
@@ -293,7 +297,15 @@ def _folded(first: str, words: Iterable[str]) -> list[str]:
     return lines
 
 
-def _flags(job: Job, folder: Path, profile: SiteProfile | None) -> tuple[tuple[str, ...], ...]:
+def directives(job: Job, folder: Path, profile: SiteProfile | None) -> list[str]:
+    """Return the #SBATCH lines. Slurm reads quotes as bash does, but a backslash is one even within
+    quotes.
+    """
+    lines = _flags(job, folder, profile)
+    return [f"#SBATCH {shlex.join(words)}".replace("\\", "\\\\") for words in lines]
+
+
+def _flags(job: Job, folder: Path, profile: SiteProfile | None) -> list[list[str]]:
     """Return what sbatch is asked for, the words of a line together."""
     shape, size = job.shape, max(1, job.shape.processes)
     ask, site = [f"--nodes={shape.nodes}", "--ntasks-per-node=1"], []
@@ -326,7 +338,7 @@ def _flags(job: Job, folder: Path, profile: SiteProfile | None) -> tuple[tuple[s
         [f"--output={log}"],
         array,
     )
-    return tuple(tuple(line) for line in lines if line)
+    return [line for line in lines if line]
 
 
 def _time_limit(job: Job, profile: SiteProfile) -> str | None:
@@ -340,44 +352,6 @@ def _time_limit(job: Job, profile: SiteProfile) -> str | None:
     return allowed if allowed is not None and seconds_of(allowed) <= planned else time_of(planned)
 
 
-def _environment(profile: SiteProfile | None) -> list[str]:
-    """Return the lines that make the site's environment; one that fails ends the job. Values are
-    quoted.
-    """
-    runs, cache = str(runs_root().resolve()), str(cache_root().resolve())
-    variables = {"RECIPES_RUNS_ROOT": runs, "RECIPES_CACHE": cache}
-    before: list[str] = []
-    after: list[str] = []
-    if profile is not None:
-        values, environment = profile.values, profile.values.environment
-        before += [f"module load {shlex.quote(name)}" for name in environment.modules]
-        if environment.conda:
-            before.append('eval "$("${CONDA_EXE:-conda}" shell.bash hook)"')
-            before.append(f"conda activate {shlex.quote(environment.conda)}")
-        if environment.venv:
-            activate = Path(environment.venv).expanduser() / "bin" / "activate"
-            before.append(f"source {shlex.quote(str(activate))}")
-        for key, variable in (("hub", "HF_HOME"), ("temporary", "TMPDIR")):
-            if place := profile.directory(key):
-                variables[variable] = place
-        if values.offline:
-            variables["HF_HUB_OFFLINE"] = "1"
-        if values.vllm:
-            variables["VLLM"] = str(Path(values.vllm).expanduser())
-        variables |= values.variables
-        after = ['mkdir -p "$TMPDIR"'] if values.directories.temporary else []
-        after += environment.setup
-    exports = [f"export {name}={_quoted(value)}" for name, value in variables.items()]
-    must = [f"{line} || environment_failed" for line in before]
-    return [*must, *exports, *(f"{line} || environment_failed" for line in after)]
-
-
-def _quoted(value: str) -> str:
-    """Quote for bash; `{job}` becomes the job's id."""
-    parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
-    return '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
-
-
 # ---- Slurm ----
 
 
@@ -388,14 +362,14 @@ def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
         RecipesError: Slurm refused a job; those before it are cancelled, or named where that failed
             too.
     """
-    folder, scripts = LaunchFolder(plan.path), prepare(plan, profile)
+    folder = prepare(plan, profile)
     ids: dict[str, str] = {}
     try:
-        for script in scripts:
-            job = script.job
-            done = run_slurm(_sbatch(job, folder, ids), without=_overruled(script))
+        for job in plan.jobs:
+            flags = [word for line in _flags(job, plan.path, profile) for word in line]
+            done = run_slurm(_sbatch(job, folder, ids), without=_overruled(flags))
             if done.returncode:
-                raise _refusal(done.stderr, profile, script)
+                raise _refusal(done.stderr, profile, job.stage, flags)
             # --parsable prints ID or ID;cluster
             ids[job.label] = done.stdout.strip().splitlines()[-1].split(";")[0]
             folder.write_jobs(plan.jobs, ids, profile.name)
@@ -419,16 +393,13 @@ def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
     return ids
 
 
-def prepare(plan: JobPlan, profile: SiteProfile | None) -> list[Script]:
-    """Write the jobs' scripts and what they read, note which jobs there will be, and return the
-    scripts.
-    """
+def prepare(plan: JobPlan, profile: SiteProfile | None) -> LaunchFolder:
+    """Write the jobs' scripts and what they read, and note which jobs there will be."""
     folder = LaunchFolder(plan.path)
-    scripts = [script_of(job, plan.path, profile) for job in plan.jobs]
-    folder.write_scripts(scripts)
+    folder.write_scripts(plan.jobs, profile)
     folder.write_jobs(plan.jobs, {}, profile.name if profile else None)
     plan.snapshot.write()
-    return scripts
+    return folder
 
 
 def _sbatch(job: Job, folder: LaunchFolder, ids: Mapping[str, str]) -> list[str]:
@@ -450,8 +421,8 @@ def _sbatch(job: Job, folder: LaunchFolder, ids: Mapping[str, str]) -> list[str]
     return ["sbatch", "--parsable", *dependency, str(folder.script(job.label))]
 
 
-def dry_run(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, Script]]:
-    """Yield the exact sbatch line of each job, as bash takes it, and its script.
+def dry_run(plan: JobPlan) -> Iterator[tuple[Job, str]]:
+    """Yield each job and its exact sbatch line, as bash takes it.
 
     A variable keeps the job's id for the lines of those that wait for it, a file keeps it for
     `recipes launch status`.
@@ -465,8 +436,7 @@ def dry_run(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, Script]]
             for word in _sbatch(job, folder, ids)
         )
         noted = shlex.quote(str(folder.job_file(job.label)))
-        script = script_of(job, plan.path, profile)
-        yield f"{names[job.label]}=$({line} | tee {noted})", script
+        yield job, f"{names[job.label]}=$({line} | tee {noted})"
 
 
 def test_chain(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, str]]:
@@ -478,12 +448,13 @@ def test_chain(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, str]]
     """
     refused: dict[str, RecipeError] = {}
     for job in plan.jobs:
+        flags = [word for line in _flags(job, plan.path, profile) for word in line]
         script = script_of(job, plan.path, profile)
-        done = run_slurm(["sbatch", "--test-only"], stdin=script.text(), without=_overruled(script))
+        done = run_slurm(["sbatch", "--test-only"], stdin=script, without=_overruled(flags))
         if done.returncode == 0:  # --test-only answers on stderr
             yield job.label, done.stderr.strip().removeprefix("sbatch: ")
             continue
-        error = _refusal(done.stderr, profile, script)
+        error = _refusal(done.stderr, profile, job.stage, flags)
         if not isinstance(error, RecipeError):
             raise error
         refused.setdefault(str(error), error)
@@ -491,13 +462,13 @@ def test_chain(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, str]]
         raise RecipeErrors(refused.values())
 
 
-def _overruled(script: Script) -> set[str]:
+def _overruled(flags: Sequence[str]) -> set[str]:
     """Return the variables with which a shell would overrule what the script asks for: sbatch takes
     them before #SBATCH lines.
     """
-    flags = [word.partition("=")[0].removeprefix("--") for words in script.flags for word in words]
+    names = [word.partition("=")[0].removeprefix("--") for word in flags]
     others = {"time": "timelimit", "mem": "mem-per-node", "array": "array-inx"}
-    return {f"SBATCH_{others.get(flag, flag).upper().replace('-', '_')}" for flag in flags}
+    return {f"SBATCH_{others.get(name, name).upper().replace('-', '_')}" for name in names}
 
 
 def run_slurm(
@@ -546,7 +517,7 @@ def run_slurm(
         ) from None
 
 
-def _refusal(text: str, profile: SiteProfile, script: Script) -> RecipesError:
+def _refusal(text: str, profile: SiteProfile, stage: str, flags: Sequence[str]) -> RecipesError:
     """Return Slurm's error in one line, with the profile's line and the remedy."""
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.strip().splitlines()]
     failed = "Batch job submission failed: "
@@ -555,7 +526,6 @@ def _refusal(text: str, profile: SiteProfile, script: Script) -> RecipesError:
     what = told[0] if told else "no reason given"
     if is_unreachable(text):
         return _no_controller(what)
-    stage = script.job.stage
     refuses = f"Slurm refuses the stage {stage}: {what}"
     for pattern, key, hint in _REFUSALS:
         if re.search(pattern, text, re.I):
@@ -567,8 +537,8 @@ def _refusal(text: str, profile: SiteProfile, script: Script) -> RecipesError:
             return profile.error(key, f"{refuses}; {key} is {value}", hint)
     if re.search("node configuration|node count", text, re.I):
         # Slurm does not say which of them is too much
-        flags = ("--nodes=", "--gres=", "--cpus-per-task=", "--mem=", "--partition=")
-        asked = [word for line in script.flags for word in line if word.startswith(flags)]
+        sizes = ("--nodes=", "--gres=", "--cpus-per-task=", "--mem=", "--partition=")
+        asked = [word for word in flags if word.startswith(sizes)]
         key = "gres" if any(word.startswith("--gres=") for word in asked) else "memory_gib_per_gpu"
         hint = "what nodes have: sinfo -o '%P %D nodes, %c cores, %m MB, %G'"
         return profile.error(key, f"{refuses}: no node has {' '.join(asked)} at once", hint)
