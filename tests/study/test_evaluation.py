@@ -69,7 +69,7 @@ def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) ->
     assert run_study(load_study(trained), said.append) == ExitCode.FAILED
     state = build_graph(load_study(trained)).survey()
     failure = state["check.r4"].failure
-    assert failure is not None and "not finite" in failure["error"], failure
+    assert failure is not None and "not finite" in failure.error, failure
     done = {name for name, one in state.items() if one.fresh}
     assert {
         "judgments.study--mt_bench.r8",

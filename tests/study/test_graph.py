@@ -14,7 +14,7 @@ import pytest
 from tests.study.study_files import PROJECT
 
 from recipes_lib.compare.design import load_study
-from recipes_lib.study.graph import Graph, Step, content_of, file_record, result_digest
+from recipes_lib.study.graph import Failure, Graph, Step, content_of, file_record, result_digest
 from recipes_lib.study.steps import build_graph
 
 
@@ -120,8 +120,8 @@ def test_a_result_written_again_is_the_same_result(tmp_path: Path) -> None:
     for name, value in (("result.json", result), ("result.against-x.json", again)):
         (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
     assert (
-        file_record(tmp_path / "result.json")["sha256"]
-        == file_record(tmp_path / "result.against-x.json")["sha256"]
+        file_record(tmp_path / "result.json").sha256
+        == file_record(tmp_path / "result.against-x.json").sha256
     )
 
 
@@ -151,9 +151,8 @@ def test_a_failure_is_remembered_until_the_step_is_done_and_takes_no_earlier_res
     graph.fail(graph.steps["first"], "out of memory", 5)
     assert graph.freshness("first").fresh
     changed = chain(tmp_path, x=2)
-    assert changed.freshness("first").failure == json.loads(
-        (graph.folder / "first" / "failed.json").read_text(encoding="utf-8")
-    )
+    noted = json.loads((graph.folder / "first" / "failed.json").read_text(encoding="utf-8"))
+    assert changed.freshness("first").failure == Failure(**noted)
     changed.finish(changed.steps["first"], "r", [])
     assert not (graph.folder / "first" / "failed.json").exists()
 

@@ -86,7 +86,7 @@ def test_a_failing_arm_stops_no_other_and_the_end_lists_it(
     assert states(study) == {"train.r4": "missing", "train.r8": "fresh"}
     assert any("train.r4 (exit code 1): out of memory" in line for line in said)
     failure = build_graph(study).freshness("train.r4").failure
-    assert failure is not None and failure["error"] == "out of memory"
+    assert failure is not None and failure.error == "out of memory"
     monkeypatch.delenv("FAIL")
     run_study(study, said.append, only=["train"])
     assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}

@@ -98,11 +98,11 @@ def set_results_aside(study: Study, graph: Graph, step: Step, say: Report) -> No
     record = graph.record(step.name)
     if (
         record is None
-        or record["version"] == step.version
+        or record.version == step.version
         or step.kind not in ("answers", "judgments", "comparison")
     ):
         return
-    for name in record["files"]:
+    for name in record.files:
         file = runs_root() / name
         store = (
             file

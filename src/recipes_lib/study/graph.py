@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,12 +66,43 @@ class Step:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """A file that a step made."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DoneRecord:
+    """What a step was made of and what it gave: done.json, without the facts that nobody reads."""
+
+    version: int | str
+    inputs: Mapping[str, Any]
+    upstream: Mapping[str, str | None]
+    output: str
+    files: Mapping[str, FileRecord]
+    finished: str
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a step failed the last time: failed.json."""
+
+    error: str
+    exit_code: int
+    at: str
+
+
+@dataclass(frozen=True)
 class Freshness:
     """Whether a step is done, and if not why."""
 
     state: _State
     reasons: tuple[str, ...] = ()
-    failure: Mapping[str, Any] | None = None
+    failure: Failure | None = None
 
     @property
     def fresh(self) -> bool:
@@ -128,17 +159,21 @@ class Graph:
         """Return a JSON file in a step's folder, or None where there is none."""
         return _read(self.folder / name / file)
 
-    def record(self, name: str) -> dict[str, Any] | None:
-        """Return done.json of a step, or None where it was never done by this version of the
+    def record(self, name: str) -> DoneRecord | None:
+        """Return what is recorded of a step; None where it was never done by this version of the
         format.
         """
         found = self.read(name, "done.json")
-        return found if found and found.get("format_version") == _FORMAT_VERSION else None
+        if found is None or found.get("format_version") != _FORMAT_VERSION:
+            return None
+        known: dict[str, Any] = {one.name: found.get(one.name) for one in fields(DoneRecord)}
+        known["files"] = {name: FileRecord(**file) for name, file in found["files"].items()}
+        return DoneRecord(**known)
 
     def output(self, name: str) -> str | None:
         """Return the hash of a step's result, or None where it was never done."""
         record = self.record(name)
-        return str(record["output"]) if record else None
+        return record.output if record else None
 
     def freshness(self, name: str) -> Freshness:
         """Return whether a step is done, with reasons that name what changed."""
@@ -148,27 +183,29 @@ class Graph:
         """Return the freshness of every step."""
         found: dict[str, Freshness] = {}
         for step in self:
-            found[step.name] = self._judge(step, found)
+            failed = self.read(step.name, "failed.json")
+            failure = Failure(**failed) if failed else None
+            found[step.name] = self._judge(step, found, failure)
         return found
 
-    def _judge(self, step: Step, known: Mapping[str, Freshness]) -> Freshness:
-        failure, record = self.read(step.name, "failed.json"), self.record(step.name)
+    def _judge(
+        self, step: Step, known: Mapping[str, Freshness], failure: Failure | None
+    ) -> Freshness:
+        record = self.record(step.name)
         if record is None:
             waiting = [name for name in step.upstream if not known[name].fresh]
             return Freshness("missing", tuple(f"{name} is not done" for name in waiting), failure)
-        reasons = [*changed_inputs(record["inputs"], step.inputs)]
-        if record["version"] != step.version:
-            reasons.append(
-                "the code of this step changed"
-                if isinstance(step.version, str)
-                else f"code {record['version']} -> {step.version}"
-            )
+        reasons = changed_inputs(record.inputs, step.inputs)
+        if record.version != step.version:
+            of_source = isinstance(step.version, str)
+            change = f"code {record.version} -> {step.version}"
+            reasons.append("the code of this step changed" if of_source else change)
         for name in step.upstream:
             if not known[name].fresh:
                 reasons.append(f"{name} {FOLLOWS[known[name].state == 'missing']}")
-            elif record["upstream"].get(name) != self.output(name):
+            elif record.upstream.get(name) != self.output(name):
                 reasons.append(f"{name} gave another result")
-        reasons += changed_outputs(record["files"], self.folder.parent.parent)
+        reasons += changed_outputs(record.files, self.folder.parent.parent)
         return Freshness("stale", tuple(reasons), failure) if reasons else Freshness("fresh")
 
     def finish(self, step: Step, output: str, files: Sequence[Path], **facts: Any) -> None:
@@ -179,22 +216,19 @@ class Graph:
             files: what it made; the step is stale once one of them changes.
             facts: anything worth keeping (seconds, numbers).
         """
-        root = self.folder.parent.parent
-        record = {
-            "format_version": _FORMAT_VERSION,
-            "step": step.name,
-            "version": step.version,
-            "inputs": dict(step.inputs),
-            "upstream": {name: self.output(name) for name in step.upstream},
-            "output": output,
-            "files": {
-                path.resolve().relative_to(root.resolve()).as_posix(): file_record(path)
-                for path in files
-            },
-            "finished": _now(),
-            **facts,
-        }
-        write_json(self.folder / step.name / "done.json", record)
+        root = self.folder.parent.parent.resolve()
+        names = {path.resolve().relative_to(root).as_posix(): path for path in files}
+        record = DoneRecord(
+            version=step.version,
+            inputs=dict(step.inputs),
+            upstream={name: self.output(name) for name in step.upstream},
+            output=output,
+            files={name: file_record(path) for name, path in names.items()},
+            finished=_now(),
+        )
+        values = {"format_version": _FORMAT_VERSION, "step": step.name, **asdict(record)}
+        del values["seconds"]  # one of the facts, where it is known
+        write_json(self.folder / step.name / "done.json", values | facts)
         (self.folder / step.name / "failed.json").unlink(missing_ok=True)
 
     def forget(self, name: str) -> None:
@@ -203,8 +237,8 @@ class Graph:
 
     def fail(self, step: Step, error: str, exit_code: int) -> None:
         """Note that a step failed; an earlier result stays what it is."""
-        record = {"error": error, "exit_code": exit_code, "at": _now()}
-        write_json(self.folder / step.name / "failed.json", record)
+        failure = Failure(error, exit_code, _now())
+        write_json(self.folder / step.name / "failed.json", asdict(failure))
 
 
 def _fits(name: str, word: str) -> bool:
@@ -235,7 +269,7 @@ def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     return phrases
 
 
-def changed_outputs(records: Mapping[str, Mapping[str, Any]], root: Path) -> list[str]:
+def changed_outputs(records: Mapping[str, FileRecord], root: Path) -> list[str]:
     """Return one phrase per recorded file that is gone or holds something else; a file that only
     grew by lines is the same.
     """
@@ -245,14 +279,14 @@ def changed_outputs(records: Mapping[str, Mapping[str, Any]], root: Path) -> lis
         if not path.is_file():
             phrases.append(f"{name} is gone")
         elif (
-            path.stat().st_mtime_ns != record["mtime_ns"]
-            and file_record(path, record["size"])["sha256"] != record["sha256"]
+            path.stat().st_mtime_ns != record.mtime_ns
+            and file_record(path, record.size).sha256 != record.sha256
         ):
             phrases.append(f"{name} changed")
     return phrases
 
 
-def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
+def file_record(path: Path, first: int | None = None) -> FileRecord:
     """Return size, time and hash of a file.
 
     No change are lines that were appended to a .jsonl store later, and in a result file the time
@@ -272,7 +306,7 @@ def file_record(path: Path, first: int | None = None) -> dict[str, Any]:
             ).hexdigest()
     else:
         digest = content_of(path) or ""
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+    return FileRecord(stat.st_size, stat.st_mtime_ns, digest)
 
 
 def result_digest(result: Mapping[str, Any], without: Set[str] = _VOLATILE) -> str:

@@ -20,7 +20,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned
 from recipes_lib.study.arms import launch_words, study_folder, train_words
-from recipes_lib.study.graph import Freshness, Graph, Step
+from recipes_lib.study.graph import DoneRecord, Freshness, Graph, Step
 from recipes_lib.suites.questions import load_questions
 from recipes_lib.suites.recipe import EvalRecipe
 
@@ -54,25 +54,25 @@ def step_rows(study: Study, graph: Graph) -> list[StepRow]:
     evaluating = not training and is_held(study_folder(study))
     rows = []
     for step in graph:
-        record = graph.record(step.name) or {}
+        record = graph.record(step.name)
         if step.kind == "train" and step.run in training:
             state, detail = "running", _reached(step.run)
             detail += describe_holder(RunDirectory(step.run).path / "lock.json")
         else:
             state, detail = _state(step, known, record, evaluating)
-        rows.append(StepRow(step.name, state, detail, record.get("seconds")))
+        rows.append(StepRow(step.name, state, detail, record.seconds if record else None))
     return rows
 
 
 def _state(
-    step: Step, known: Mapping[str, Freshness], record: Mapping[str, Any], evaluating: bool
+    step: Step, known: Mapping[str, Freshness], record: DoneRecord | None, evaluating: bool
 ) -> tuple[str, str]:
     """Return the state of a step that is not being trained, and the reason."""
     state = known[step.name]
     if state.fresh:
-        return "fresh", f"done {record['finished'].removesuffix('+00:00')}" if record else ""
+        return "fresh", f"done {record.finished.removesuffix('+00:00')}" if record else ""
     if state.failure:
-        return "failed", str(state.failure["error"]).splitlines()[0]
+        return "failed", state.failure.error.splitlines()[0]
     if state.state == "stale":
         return "stale", state.why
     waits = [name for name in step.upstream if not known[name].fresh]
