@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 
 from recipes_lib.statistics import paired
 from recipes_lib.statistics import seeds as over_seeds
-from recipes_lib.statistics.corrections import holm
 from recipes_lib.statistics.intervals import Interval, bca, wilson
+from recipes_lib.statistics.paired import holm
 from recipes_lib.statistics.unresolved import Tested, compare
 
 Array = NDArray[np.float64]

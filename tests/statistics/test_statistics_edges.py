@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recipes_lib.statistics.agreement import accuracy, cohens_kappa
 from recipes_lib.statistics.intervals import (
+    accuracy,
     bca,
+    cohens_kappa,
     mean_interval,
     rate_bounds,
     standard_error,
@@ -15,7 +16,7 @@ from recipes_lib.statistics.intervals import (
     wilson,
 )
 from recipes_lib.statistics.paired import mcnemar_p, paired_test, sign_flip_p
-from recipes_lib.statistics.power import Spread, items_needed
+from recipes_lib.statistics.power import Spread
 
 MEANS = [bca, studentised, mean_interval]
 
@@ -77,10 +78,8 @@ def test_pairs_of_different_length_are_refused() -> None:
         paired_test([1, 0, 1], [1, 0])
 
 
-def test_power_without_spread_or_effect_is_unknown() -> None:
+def test_power_without_spread_is_unknown() -> None:
     assert Spread(0.0).mde() is None
-    assert items_needed(0.0, 1.0) is None
-    assert items_needed(None, 1.0) is None
 
 
 def test_agreement_of_nothing_one_and_one_label() -> None:

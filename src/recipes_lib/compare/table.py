@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.wording import count
 from recipes_lib.eval_log import EvalLog, Measure
-from recipes_lib.statistics.corrections import holm
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
+from recipes_lib.statistics.paired import holm
 from recipes_lib.statistics.seeds import crossed_interval, question_means
 from recipes_lib.statistics.unresolved import Tested, compare
 

@@ -16,8 +16,7 @@ from recipes_lib.core.json_files import Row, refuse_pipe
 from recipes_lib.eval_log import Sample
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.store import text_hash
-from recipes_lib.statistics.agreement import accuracy, cohens_kappa
-from recipes_lib.statistics.intervals import mean_interval, rate_bounds
+from recipes_lib.statistics.intervals import accuracy, cohens_kappa, mean_interval, rate_bounds
 
 _LABELS = {0: "tie", 1: "win", 2: "loss"}
 

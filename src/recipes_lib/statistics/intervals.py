@@ -1,4 +1,5 @@
-"""Confidence intervals for rates and means, clustered where one question gave several values.
+"""Confidence intervals for rates, means and agreement, clustered where one question gave several
+values.
 
 The estimate is always the plain one (a share, or the mean over all items); only the interval knows
 about clusters. Random resampling is seeded, so the same numbers give the same interval.
@@ -7,6 +8,7 @@ about clusters. Random resampling is seeded, so the same numbers give the same i
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+LEVEL = 0.95
+TAILS = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
+Z = float(special.ndtri(TAILS[1]))
 MAX_BOOTSTRAP_CLUSTERS = 10_000
 STUDENTISED_BELOW = 100
 _CHUNK = 2_000_000  # resampled indices held in memory at once
@@ -29,7 +34,7 @@ class Interval:
     high: float | None
     n: int
     method: str
-    level: float = 0.95
+    level: float = LEVEL
 
     def within(self, lowest: float, highest: float) -> Interval:
         """Return the interval without what lies outside the scale, where the truth cannot be: its
@@ -64,14 +69,14 @@ class RateBounds:
     high: float | None
     n: int
     unresolved: int
-    level: float = 0.95
+    level: float = LEVEL
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-ready dictionary."""
         return asdict(self)
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+def wilson(successes: int, n: int) -> Interval:
     """Return a share with its Wilson score interval.
 
     Raises:
@@ -87,24 +92,18 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} is not a share")
     if n == 0:
-        return Interval(None, None, None, 0, "wilson", level)
-    z = float(special.ndtri(0.5 + level / 2))
+        return Interval(None, None, None, 0, "wilson")
     share = successes / n
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    center = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
     low = 0.0 if successes == 0 else max(0.0, center - half)
     high = 1.0 if successes == n else min(1.0, center + half)
-    return Interval(share, low, high, n, "wilson", level)
+    return Interval(share, low, high, n, "wilson")
 
 
-def rate_bounds(successes: int, n: int, unresolved: int, level: float = 0.95) -> RateBounds:
-    """Return a rate's bounds when `unresolved` of the `n` items have no outcome.
-
-    Args:
-        successes: resolved items that count as a success.
-        n: all items, unresolved ones included.
-        unresolved: items without an outcome; they are first all counted as failures, then all as
-            successes.
+def rate_bounds(successes: int, n: int, unresolved: int) -> RateBounds:
+    """Return a rate's bounds when `unresolved` of the `n` items have no outcome: they are first all
+    counted as failures, then all as successes.
 
     Raises:
         ValueError: if the counts do not fit.
@@ -116,8 +115,8 @@ def rate_bounds(successes: int, n: int, unresolved: int, level: float = 0.95) ->
     """
     if unresolved < 0 or successes + unresolved > n:
         raise ValueError(f"{successes} successes and {unresolved} unresolved do not fit into {n}")
-    lost, won = wilson(successes, n, level), wilson(successes + unresolved, n, level)
-    return RateBounds(lost.estimate, won.estimate, lost.low, won.high, n, unresolved, level)
+    lost, won = wilson(successes, n), wilson(successes + unresolved, n)
+    return RateBounds(lost.estimate, won.estimate, lost.low, won.high, n, unresolved)
 
 
 def cluster_sums(
@@ -197,12 +196,7 @@ def standard_error(values: ArrayLike, clusters: ArrayLike | None = None) -> floa
 
 
 def bca(
-    values: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Return the mean with a bias-corrected and accelerated bootstrap interval over clusters.
 
@@ -211,19 +205,15 @@ def bca(
 
     Source: Efron (1987), Journal of the American Statistical Association 82.
     """
-    array = _finite(values)
-    n = len(array)
-    if n == 0:
-        return Interval(None, None, None, 0, "bca", level)
-    estimate = float(array.mean())
-    rng = np.random.default_rng(seed)
+    array, rng = _finite(values), np.random.default_rng(seed)
+    n, estimate = len(array), float(array.mean()) if len(array) else None
     sums, sizes = _fold(*cluster_sums(array, clusters), rng)
-    if len(sums) < 2:
-        return Interval(estimate, None, None, n, "bca", level)
+    if estimate is None or len(sums) < 2:
+        return Interval(estimate, None, None, n, "bca")
     means = np.sort(_resample(sums, sizes, resamples, rng)[0])
     tolerance = 1e-12 * max(1.0, abs(estimate))
     if means[-1] - means[0] <= tolerance:
-        return Interval(estimate, estimate, estimate, n, "zero variance", level)
+        return Interval(estimate, estimate, estimate, n, "zero variance")
     below = (
         np.count_nonzero(means < estimate - tolerance)
         + 0.5 * np.count_nonzero(np.abs(means - estimate) <= tolerance)
@@ -233,20 +223,13 @@ def bca(
     deviation = left_out.mean() - left_out
     spread = float((deviation**2).sum())
     acceleration = 0.0 if spread == 0 else float((deviation**3).sum() / (6 * spread**1.5))
-    tail = np.array([0.5 - level / 2, 0.5 + level / 2])
-    z = bias + special.ndtri(tail)
-    shares = special.ndtr(bias + z / (1 - acceleration * z))
-    low, high = np.quantile(means, shares)
-    return Interval(estimate, float(low), float(high), n, "bca", level)
+    z = bias + special.ndtri(TAILS)
+    low, high = np.quantile(means, special.ndtr(bias + z / (1 - acceleration * z)))
+    return Interval(estimate, float(low), float(high), n, "bca")
 
 
 def studentised(
-    values: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Return the mean with a bootstrap-t interval over clusters; it keeps its coverage where n is
     small and values are skewed.
@@ -255,41 +238,84 @@ def studentised(
     repeats, that one covers better (benchmarks/statistics_simulation.py). Where more than 1% of the
     resamples have no spread (few distinct values), Student's t interval is used and named.
     """
-    array = _finite(values)
-    n = len(array)
-    if n == 0:
-        return Interval(None, None, None, 0, "studentised", level)
-    estimate = float(array.mean())
-    rng = np.random.default_rng(seed)
+    array, rng = _finite(values), np.random.default_rng(seed)
+    n, estimate = len(array), float(array.mean()) if len(array) else None
     sums, sizes = _fold(*cluster_sums(array, clusters), rng)
     error = standard_error(sums, None) if clusters is None else standard_error(array, clusters)
-    if error is None:
-        return Interval(estimate, None, None, n, "studentised", level)
+    if estimate is None or error is None:
+        return Interval(estimate, None, None, n, "studentised")
     if error <= 1e-12 * max(1.0, abs(estimate)):
-        return Interval(estimate, estimate, estimate, n, "zero variance", level)
+        return Interval(estimate, estimate, estimate, n, "zero variance")
     means, errors = _resample(sums, sizes, resamples, rng)
-    half = float(special.stdtrit(len(sums) - 1, 0.5 + level / 2)) * error
+    half = float(special.stdtrit(len(sums) - 1, TAILS[1])) * error
     usable = errors > 1e-9 * error
     if usable.mean() < 0.99:
-        return Interval(estimate, estimate - half, estimate + half, n, "student t", level)
-    scores = (means[usable] - estimate) / errors[usable]
-    lower, upper = np.quantile(scores, [0.5 - level / 2, 0.5 + level / 2])
+        return Interval(estimate, estimate - half, estimate + half, n, "student t")
+    lower, upper = np.quantile((means[usable] - estimate) / errors[usable], TAILS)
     low, high = min(float(-upper * error), -half), max(float(-lower * error), half)
-    return Interval(estimate, estimate + low, estimate + high, n, "studentised", level)
+    return Interval(estimate, estimate + low, estimate + high, n, "studentised")
 
 
 def mean_interval(
-    values: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Return the mean with the interval this project uses: studentised below 100 clusters, BCa from
     there on.
     """
-    array = _finite(values)
-    count = len(array) if clusters is None else len(np.unique(np.asarray(clusters)))
+    count = len(np.unique(np.asarray(clusters))) if clusters is not None else np.size(values)
     method = studentised if count < STUDENTISED_BELOW else bca
-    return method(array, clusters, resamples=resamples, seed=seed, level=level)
+    return method(values, clusters, resamples=resamples, seed=seed)
+
+
+# ---- Agreement of two raters ----
+
+
+def accuracy(predicted: Sequence[Hashable], truth: Sequence[Hashable]) -> Interval:
+    """Return the share of items where both say the same, with its Wilson interval.
+
+    Example:
+        >>> accuracy(["A", "B"], ["A", "A"]).estimate
+        0.5
+    """
+    return wilson(sum(a == b for a, b in zip(predicted, truth, strict=True)), len(truth))
+
+
+def _kappa(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Kappa of confusion tables of shape (..., labels, labels); NaN where only one label occurs."""
+    total = table.sum(axis=(-1, -2))
+    observed = np.trace(table, axis1=-2, axis2=-1) / total
+    expected = (table.sum(axis=-1) * table.sum(axis=-2)).sum(axis=-1) / total**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(expected < 1 - 1e-12, (observed - expected) / (1 - expected), np.nan)
+
+
+def cohens_kappa(
+    first: Sequence[Hashable], second: Sequence[Hashable], *, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Return Cohen's kappa with a percentile bootstrap interval; None where only one label occurs
+    (kappa is undefined).
+
+    Example:
+        >>> cohens_kappa(list("AABB"), list("AABB")).estimate
+        1.0
+
+    Source: Cohen (1960), Educational and Psychological Measurement 20.
+    """
+    pairs = list(zip(first, second, strict=True))
+    labels = list(dict.fromkeys(label for pair in pairs for label in pair))
+    n = len(pairs)
+    if n == 0:
+        return Interval(None, None, None, 0, "bootstrap")
+    table = np.zeros((len(labels), len(labels)))
+    for a, b in pairs:
+        table[labels.index(a), labels.index(b)] += 1
+    estimate = float(_kappa(table))
+    if np.isnan(estimate):
+        return Interval(None, None, None, n, "undefined: one label")
+    if n == 1:
+        return Interval(estimate, None, None, n, "bootstrap")
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(n, (table / n).reshape(-1), size=resamples)
+    kappas = _kappa(drawn.reshape(resamples, *table.shape).astype(float))
+    low, high = np.quantile(kappas[~np.isnan(kappas)], TAILS)
+    return Interval(estimate, float(low), float(high), n, "bootstrap")

@@ -1,5 +1,5 @@
 """Paired comparisons of two arms on the same items: exact McNemar, sign-flip permutation, clustered
-bootstrap of the difference.
+bootstrap of the difference; and their correction for many tests.
 
 Positive effects favour the first arm. The tests are two-sided.
 """
@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from recipes_lib.statistics.intervals import Interval, cluster_sums, mean_interval
+from recipes_lib.statistics.intervals import Interval, Z, cluster_sums, mean_interval
 
 EXACT_SIGN_FLIPS = 14  # up to 2**14 sign patterns are enumerated
-NORMAL_SIGN_FLIPS = (
-    2_000  # clusters above which the permutation distribution is normal to all digits that matter
-)
+# Clusters above which the permutation distribution is normal to all digits that matter.
+NORMAL_SIGN_FLIPS = 2_000
 MAX_LATTICE = 20_000  # sum of the whole numbers up to which the distribution is computed exactly
 _CHUNK = 2_000_000
 
@@ -36,11 +35,6 @@ class PairedResult:
     n: int
     test: str
     interval_method: str
-    level: float = 0.95
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a JSON-ready dictionary."""
-        return asdict(self)
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float | None:
@@ -58,18 +52,6 @@ def mcnemar_p(only_first: int, only_second: int) -> float | None:
     if discordant == 0:
         return None
     return float(min(1.0, 2 * special.bdtr(min(only_first, only_second), discordant, 0.5)))
-
-
-def paired_differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
-    """Return first minus second.
-
-    Raises:
-        ValueError: if the arms have different numbers of items.
-    """
-    a, b = np.asarray(first, dtype=float).reshape(-1), np.asarray(second, dtype=float).reshape(-1)
-    if len(a) != len(b):
-        raise ValueError(f"paired arms need the same items: {len(a)} and {len(b)} values")
-    return a - b
 
 
 def sign_flip_p(
@@ -93,9 +75,8 @@ def sign_flip_p(
     count = len(sums)
     if count == 0:
         return None
-    observed = (
-        abs(sums.sum()) - 1e-6 * np.abs(sums).sum()
-    )  # single precision is enough to rank sums
+    # Single precision is enough to rank sums.
+    observed = abs(sums.sum()) - 1e-6 * np.abs(sums).sum()
     steps = _lattice(sums)
     if steps is not None:
         return _exact_sign_flip_p(steps)
@@ -108,14 +89,9 @@ def sign_flip_p(
     hits, total, step = 0, sums.sum(), max(1, _CHUNK // count)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        flips = np.unpackbits(
-            np.frombuffer(rng.bytes(-(-rows * count // 8)), dtype=np.uint8), count=rows * count
-        ).reshape(rows, count)
-        hits += int(
-            (
-                np.abs(2 * (flips.astype(np.float32) @ sums.astype(np.float32)) - total) >= observed
-            ).sum()
-        )
+        bits = np.frombuffer(rng.bytes(-(-rows * count // 8)), dtype=np.uint8)
+        flips = np.unpackbits(bits, count=rows * count).reshape(rows, count).astype(np.float32)
+        hits += int((np.abs(2 * (flips @ sums.astype(np.float32)) - total) >= observed).sum())
     return (hits + 1) / (resamples + 1)
 
 
@@ -143,9 +119,8 @@ def _exact_sign_flip_p(steps: NDArray[np.int64]) -> float:
     for size, count in zip(sizes, counts, strict=True):
         one = np.zeros(2 * int(size) * int(count) + 1)
         one[:: 2 * int(size)] = _fair_coins(int(count))
-        chances = np.convolve(
-            chances, one
-        )  # positive terms only: the small chances at the ends keep their digits
+        # Positive terms only: the small chances at the ends keep their digits.
+        chances = np.convolve(chances, one)
     total = int((sizes * counts).sum())
     observed = abs(int(steps.sum()))
     upper = float(chances[total + observed :].sum())  # index i stands for the sum i - total
@@ -164,9 +139,7 @@ def _fair_coins(count: int) -> NDArray[np.float64]:
     return np.asarray(np.exp(logarithms))
 
 
-def paired_binary_interval(
-    only_first: int, only_second: int, n: int, level: float = 0.95
-) -> Interval:
+def paired_binary_interval(only_first: int, only_second: int, n: int) -> Interval:
     """Return the difference of two paired shares with the adjusted Wald interval; it holds with few
     or no discordant pairs.
 
@@ -183,64 +156,69 @@ def paired_binary_interval(
     Source: Bonett and Price (2012), Journal of Educational and Behavioral Statistics 37.
     """
     if n == 0:
-        return Interval(None, None, None, 0, "adjusted wald", level)
-    z = float(special.ndtri(0.5 + level / 2))
+        return Interval(None, None, None, 0, "adjusted wald")
     first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
-    center, half = first - second, z * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
+    center, half = first - second, Z * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
     return Interval(
         (only_first - only_second) / n,
         max(-1.0, center - half),
         min(1.0, center + half),
         n,
         "adjusted wald",
-        level,
     )
 
 
 def paired_test(
-    first: ArrayLike,
-    second: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    seed: int = 0,
-    level: float = 0.95,
+    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, *, seed: int = 0
 ) -> PairedResult:
     """Compare two arms item by item: effect, interval and p.
 
     McNemar's exact test and the adjusted Wald interval where the differences are wins and losses of
     one size (two arms of 0/1 outcomes, or pairs won, lost and tied) and no cluster has two items;
     the sign-flip permutation test and the bootstrap otherwise.
+
+    Raises:
+        ValueError: if the arms have different numbers of items.
     """
-    differences = paired_differences(first, second)
-    n = len(differences)
-    size = _one_size(differences, first, second)
-    clustered = clusters is not None and len(np.unique(np.asarray(clusters))) < n
-    if size is not None and not clustered:
+    a, b = (np.asarray(values, dtype=float).reshape(-1) for values in (first, second))
+    if len(a) != len(b):
+        raise ValueError(f"paired arms need the same items: {len(a)} and {len(b)} values")
+    differences, n = a - b, len(a)
+    # The size that every difference other than zero must have, where there is one.
+    size = None
+    if np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all():
+        size = 1.0
+    elif np.isin(a, (0.0, 0.5, 1.0)).all() and (b == 0.5).all():
+        size = 0.5
+    if size is None or (clusters is not None and len(np.unique(np.asarray(clusters))) < n):
+        interval = mean_interval(differences, clusters, seed=seed)
+        p, test = sign_flip_p(differences, clusters, seed=seed), "sign flip"
+    else:
         won, lost = int((differences > 0).sum()), int((differences < 0).sum())
-        interval = paired_binary_interval(won, lost, n, level)
+        interval = paired_binary_interval(won, lost, n)
         low, high = (
             None if limit is None else limit * size for limit in (interval.low, interval.high)
         )
         effect = float(differences.mean()) if n else None
-        return PairedResult(
-            effect, low, high, mcnemar_p(won, lost), n, "mcnemar exact", interval.method, level
-        )
-    interval = mean_interval(differences, clusters, seed=seed, level=level)
-    p = sign_flip_p(differences, clusters, seed=seed)
-    return PairedResult(
-        interval.estimate, interval.low, interval.high, p, n, "sign flip", interval.method, level
-    )
+        interval = replace(interval, estimate=effect, low=low, high=high)
+        p, test = mcnemar_p(won, lost), "mcnemar exact"
+    return PairedResult(interval.estimate, interval.low, interval.high, p, n, test, interval.method)
 
 
-def _one_size(
-    differences: NDArray[np.float64], first: ArrayLike, second: ArrayLike
-) -> float | None:
-    """Return the size that every difference other than zero has and must have: 1 for two arms of
-    0/1, 0.5 for outcomes against a half.
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return Holm-adjusted p values in the given order; a None (no test possible) stays None and
+    does not count.
+
+    Example:
+        >>> holm([0.01, None, 0.04])
+        [0.02, None, 0.04]
+
+    Source: Holm (1979), Scandinavian Journal of Statistics 6.
     """
-    a, b = np.asarray(first, dtype=float).reshape(-1), np.asarray(second, dtype=float).reshape(-1)
-    if np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all():
-        return 1.0
-    if np.isin(a, (0.0, 0.5, 1.0)).all() and (b == 0.5).all():
-        return 0.5
-    return None
+    order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        adjusted[index] = largest
+    return adjusted

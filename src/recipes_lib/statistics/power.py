@@ -14,11 +14,6 @@ import numpy as np
 from scipy import special
 
 
-def _multiplier(alpha: float, power: float) -> float:
-    """Standard errors between no effect and an effect found with probability `power`."""
-    return float(special.ndtri(1 - alpha / 2) + special.ndtri(power))
-
-
 @dataclass(frozen=True)
 class Spread:
     """What the power of a comparison rests on: the variance of its effect, by source, and how well
@@ -137,25 +132,3 @@ def _quantile(freedom: float, alpha: float) -> float:
         if math.isinf(freedom)
         else special.stdtrit(freedom, 1 - alpha / 2)
     )
-
-
-def items_needed(
-    effect: float | None,
-    standard_deviation: float | None,
-    *,
-    alpha: float = 0.05,
-    power: float = 0.8,
-) -> int | None:
-    """Return how many items would find `effect`; None for no effect or an unknown spread.
-
-    Args:
-        effect: mean difference to be found.
-        standard_deviation: of the per-item differences.
-
-    Example:
-        >>> items_needed(0.1, 1.0)
-        785
-    """
-    if not effect or standard_deviation is None:
-        return None
-    return max(2, math.ceil((_multiplier(alpha, power) * standard_deviation / effect) ** 2))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from recipes_lib.statistics.intervals import Interval, mean_interval
+from recipes_lib.statistics.intervals import LEVEL, Interval, mean_interval
 from recipes_lib.statistics.paired import PairedResult, sign_flip_p
 from recipes_lib.statistics.power import Spread
 
@@ -57,7 +57,7 @@ def _mean_squares(table: NDArray[np.float64]) -> tuple[float, float, float]:
     return seed_square, question_square, float((rest**2).sum()) / ((seeds - 1) * (questions - 1))
 
 
-def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, float | None]:
+def crossed_interval(table: ArrayLike, level: float = LEVEL) -> tuple[Interval, float | None]:
     """Return the mean of a (seeds x questions) table with an interval over both, and the two-sided
     p against zero.
 
@@ -90,7 +90,7 @@ def crossed_interval(table: ArrayLike, level: float = 0.95) -> tuple[Interval, f
         )
         return math.sqrt(first**2 * by_seed + second**2 * excess)
 
-    wide, over_questions = half(1 - level), mean_interval(values.mean(axis=0), level=level)
+    wide, over_questions = half(1 - level), mean_interval(values.mean(axis=0))
     low, high = estimate - wide, estimate + wide
     if over_questions.low is not None and over_questions.high is not None:
         low, high = min(low, over_questions.low), max(high, over_questions.high)
@@ -124,7 +124,7 @@ def _touching(half: Callable[[float], float], distance: float) -> float:
 
 
 def seeds_test(
-    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95
+    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None
 ) -> PairedResult:
     """Compare two arms with several seeds item by item; seeds that both arms have are paired in the
     order given.
@@ -138,52 +138,30 @@ def seeds_test(
     Raises:
         ValueError: the arms have different numbers of seeds (above one) or of items.
     """
-    a, b = (
-        np.atleast_2d(np.asarray(first, dtype=float)),
-        np.atleast_2d(np.asarray(second, dtype=float)),
-    )
+    a, b = (np.atleast_2d(np.asarray(values, dtype=float)) for values in (first, second))
     if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
         raise ValueError(
             f"arms of {a.shape[0]} x {a.shape[1]} and {b.shape[0]} x {b.shape[1]} seeds x items"
             " cannot be paired"
         )
-    differences = a - b
-    interval, p = crossed_interval(question_means(differences, clusters), level)
+    interval, p = crossed_interval(question_means(a - b, clusters))
     return PairedResult(
-        interval.estimate,
-        interval.low,
-        interval.high,
-        p,
-        differences.shape[1],
-        "crossed t",
-        interval.method,
-        level,
+        interval.estimate, interval.low, interval.high, p, a.shape[1], "crossed t", interval.method
     )
 
 
-def seeds_spread(
-    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None
-) -> Spread | None:
+def seeds_spread(differences: NDArray[np.float64], clusters: ArrayLike) -> Spread | None:
     """Return what the power of a comparison over seeds and questions rests on.
 
     None below two of either, and where all seeds have one and the same mean: that is chance, and no
     measure of how much seeds differ.
     """
-    a, b = (
-        np.atleast_2d(np.asarray(first, dtype=float)),
-        np.atleast_2d(np.asarray(second, dtype=float)),
-    )
-    table = question_means(a - b, clusters)
+    table = question_means(differences, clusters)
     if min(table.shape) < 2:
         return None
     by_seed, by_question, rest = (square / table.size for square in _mean_squares(table))
     if by_seed <= 1e-24:
         return None
     by_seed += _rounding(table) / len(table)
-    return Spread(
-        max(by_question - rest, 0.0),
-        table.shape[1] - 1,
-        by_seed,
-        table.shape[0] - 1,
-        flips=by_question,
-    )
+    excess, (seeds, questions) = max(by_question - rest, 0.0), table.shape
+    return Spread(excess, questions - 1, by_seed, seeds - 1, flips=by_question)

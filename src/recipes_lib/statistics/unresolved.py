@@ -89,68 +89,56 @@ def compare(
     Raises:
         ValueError: the shapes do not fit.
     """
-    a, b = (
-        np.atleast_2d(np.asarray(first, dtype=float)),
-        np.atleast_2d(np.asarray(second, dtype=float)),
-    )
+    a, b = (np.atleast_2d(np.asarray(values, dtype=float)) for values in (first, second))
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"paired arms need the same items: {a.shape[1]} and {b.shape[1]} values")
     labels = np.arange(a.shape[1]) if clusters is None else np.asarray(clusters)
-    open_items = np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0)
-    low, high = scale
-    known = ~open_items
+    known = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))
     complete = _test(a[:, known], b[:, known], labels[known])
-    seeds = max(a.shape[0], b.shape[0])
-    facts = (a.shape[1], len(np.unique(labels)), seeds, int(open_items.sum()))
-    if not open_items.any():
+    every, spread, (low, high) = [complete], None, scale
+    if known.all():
         spread = _spread(complete, a, b, labels)
-        limits = (complete.low, complete.high)
-        same = (complete.effect, complete.effect)
-        return Tested(complete.effect, *limits, complete.p, *facts, *same, *_how(complete), spread)
-    filled = [
-        (np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b))
-        for mine, theirs in ((low, high), (high, low))
-    ]
-    extremes = [_test(*values, labels) for values in filled]
-    every = [complete, *extremes]
-    worst, best = extremes[0].effect, extremes[1].effect
-    lows, highs = (
-        [one.low for one in every if one.low is not None],
-        [one.high for one in every if one.high is not None],
-    )
-    p = (
-        None
-        if all(one.p is None for one in every)
-        else max(1.0 if one.p is None else one.p for one in every)
-    )
+    else:
+        filled = [
+            (np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b))
+            for mine, theirs in ((low, high), (high, low))
+        ]
+        every += [_test(*values, labels) for values in filled]
+        spreads = [
+            _spread(one, *values, labels) for one, values in zip(every[1:], filled, strict=True)
+        ]
+        resolved = 1 - float((np.isnan(a) | np.isnan(b)).mean())
+        spread = _worst_spread(complete.effect, every[1:], spreads, resolved)
+    worst, best = every[1:] or (complete, complete)
+    limits = [(one.low, one.high) for one in every]
     effects = [one.effect for one in every if one.effect is not None]
-    if p is not None and min(effects) <= 0 <= max(effects):
+    p = max((1.0 if one.p is None else one.p for one in every), default=None)
+    if all(one.p is None for one in every):
+        p = None
+    elif len(every) > 1 and min(effects) <= 0 <= max(effects):
         p = 1.0
     return Tested(
-        complete.effect,
-        min(lows, default=None),
-        max(highs, default=None),
-        p,
-        *facts,
-        worst,
-        best,
-        *_how(complete),
-        _worst_spread(
-            complete,
-            extremes,
-            [_spread(one, *values, labels) for one, values in zip(extremes, filled, strict=True)],
-            a,
-            b,
-        ),
+        effect=complete.effect,
+        low=min((low for low, _ in limits if low is not None), default=None),
+        high=max((high for _, high in limits if high is not None), default=None),
+        p=p,
+        n=a.shape[1],
+        questions=len(np.unique(labels)),
+        seeds=max(a.shape[0], b.shape[0]),
+        unresolved=int((~known).sum()),
+        lowest=worst.effect,
+        highest=best.effect,
+        test=complete.test,
+        interval_method=complete.interval_method,
+        spread=spread,
     )
 
 
 def _worst_spread(
-    complete: PairedResult,
+    effect: float | None,
     extremes: Sequence[PairedResult],
     spreads: Sequence[Spread | None],
-    a: NDArray[np.float64],
-    b: NDArray[np.float64],
+    resolved: float,
 ) -> Spread | None:
     """What power rests on where items are open: a difference must be found with all of them against
     it, whichever arm it favours.
@@ -158,18 +146,13 @@ def _worst_spread(
     With a share f of the values open, the tested effect is 1 - f times that over resolved items,
     less what the open ones count against it; that is read from the effects here.
     """
-    resolved = 1 - float((np.isnan(a) | np.isnan(b)).mean())
     found = []
     for one, spread, sign in zip(extremes, spreads, (1, -1), strict=True):
-        if spread is None or one.effect is None or complete.effect is None:
+        if spread is None or one.effect is None or effect is None:
             return None
-        against = sign * (resolved * complete.effect - one.effect)
-        found.append(dataclasses.replace(spread, against=max(against, 0.0), resolved=resolved))
+        against = max(sign * (resolved * effect - one.effect), 0.0)
+        found.append(dataclasses.replace(spread, against=against, resolved=resolved))
     return max(found, key=lambda spread: spread.mde() or math.inf)
-
-
-def _how(result: PairedResult) -> tuple[str, str]:
-    return result.test, result.interval_method
 
 
 def _test(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) -> PairedResult:
@@ -186,7 +169,7 @@ def _spread(
     if a.shape[1] == 0:
         return None
     if max(a.shape[0], b.shape[0]) > 1:
-        return seeds_spread(a, b, labels)
+        return seeds_spread(a - b, labels)
     error = standard_error(a[0] - b[0], labels)
     if not error:
         return None
