@@ -32,19 +32,15 @@ from recipes_lib.compare.findings import (
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.published_rows import with_published
+from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, json_object
 from recipes_lib.compare.table import (
-    ALPHA,
     Score,
-    TableRow,
-    TestVerdict,
     build_rows,
     build_scores,
     corrected,
-    json_object,
     pairs_of,
     with_flags,
 )
-from recipes_lib.compare.table_lines import effect_interval, effect_value
 from recipes_lib.compare.validity.case import (
     Case,
     changed,
@@ -57,7 +53,6 @@ from recipes_lib.compare.wording import (
     NONE,
     count,
     difference_text,
-    metric_text,
     p_text,
     question_text,
     sentence_list,
@@ -209,7 +204,7 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
     sentence = SENTENCES[template].format(
         first=row.first,
         second=row.second,
-        where=_where(row),
+        where=row.where,
         numbers=numbers_text(row) if row.tested else "",
         verdict=row.verdict,
         more="more" if row.verdict == "better" else "less",
@@ -243,14 +238,12 @@ def numbers_text(row: TableRow) -> str:
     """
     tested = row.tested
     assert tested is not None
-    first, second = (metric_text(value, row.unit) for value in (row.first_value, row.second_value))
-    limits = effect_interval(row)
-    effect = f"{effect_value(row)}{'' if limits == NONE else f' {limits}'}"
     items = count(tested.questions, "question")
     if tested.questions != tested.n:
         items = f"{tested.n:,} items of {tested.questions:,} questions"
+    limits = "" if row.limits == NONE else f" {row.limits}"
     parts = [
-        f"{'win rate' if row.head_to_head else f'{first} against {second}, difference'} {effect}",
+        f"{row.words} {row.effect}{limits}",
         f"{p_text(row.p_holm)} (Holm)",
         f"n = {items}",
     ]
@@ -259,12 +252,6 @@ def numbers_text(row: TableRow) -> str:
     if tested.unresolved:
         parts.append(f"{tested.unresolved:,} without a verdict counted both ways")
     return ", ".join(parts)
-
-
-def _where(row: TableRow) -> str:
-    """The metric of a row, in a sentence."""
-    against = f" against {row.opponent}" if row.opponent else ""
-    return f"{row.label}, head to head" if row.head_to_head else f"{row.label}{against}"
 
 
 def _power_text(row: TableRow) -> str:
@@ -448,7 +435,7 @@ def summary_sentence(rows: Sequence[TableRow]) -> str:
     )
     for row in rows:
         words: str = row.verdict
-        if row.stopped and row.verdict != "cannot be tested":
+        if not row.claimed:
             twice = row.because == ONE_RECIPE
             words = f"no claim ({'one recipe, trained twice' if twice else 'an error was found'})"
         said[f"{words} on"] += 1

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.table import Score, TableRow
-from recipes_lib.compare.wording import NONE, difference_text, interval_text, metric_text, p_text
+from recipes_lib.compare.row import TableRow
+from recipes_lib.compare.table import Score
+from recipes_lib.compare.wording import NONE, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import aligned
 
 HEAD = ("metric", "effect [95%]", "p (Holm)", "n", "verdict")
@@ -19,48 +20,21 @@ def pair_lines(rows: Sequence[TableRow]) -> list[str]:
     first, second = rows[0].arms
     table = [(HEAD[0], first, second, *HEAD[1:], "flags")]
     for row in rows:
-        opponent = (
-            " head to head"
-            if row.head_to_head
-            else f" against {row.opponent}"
-            if row.opponent
-            else ""
-        )
-        values = (metric_text(row.first_value, row.unit), metric_text(row.second_value, row.unit))
-        open_items = (
-            f" ({row.tested.unresolved} open)" if row.tested and row.tested.unresolved else ""
-        )
-        verdict = (
-            f"{row.verdict} (no claim)"
-            if row.stopped and row.verdict != "cannot be tested"
-            else row.verdict
-        )
-        n = f"{row.n:,}{open_items}" if row.tested else NONE
-        limits = effect_interval(row)
-        effect = effect_value(row) + (f" {limits}" if limits != NONE else "")
+        unresolved = row.tested.unresolved if row.tested else 0
+        open_items = f" ({unresolved} open)" if unresolved else ""
         table.append(
             (
-                row.label + opponent,
-                *values,
-                effect,
+                f"{row.label} {row.against}".rstrip(),
+                metric_text(row.first_value, row.unit),
+                metric_text(row.second_value, row.unit),
+                row.effect + (f" {row.limits}" if row.limits != NONE else ""),
                 p_text(row.p_holm).removeprefix("p ").removeprefix("= "),
-                n,
-                verdict,
+                f"{row.n:,}{open_items}" if row.tested else NONE,
+                row.verdict if row.claimed else f"{row.verdict} (no claim)",
                 ", ".join(row.flags),
             )
         )
     return [f"{first} against {second}", *(f"  {line}" for line in aligned(table))]
-
-
-def effect_value(row: TableRow) -> str:
-    """Return a row's effect: a win rate head to head, else the difference."""
-    text = metric_text if row.head_to_head else difference_text
-    return text(row.effect[0], row.unit)
-
-
-def effect_interval(row: TableRow) -> str:
-    """Return the interval of a row's effect."""
-    return interval_text(*row.effect[1:], row.unit, signed=not row.head_to_head)
 
 
 def score_lines(scores: Sequence[Score]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from recipes_lib.compare.measurements import Measurements
-from recipes_lib.compare.table import scale_of, source_of
+from recipes_lib.compare.row import scale_of, source_of
 from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.report.numbers import Number
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson

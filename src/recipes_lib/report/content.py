@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.claims import remaining_sentences
 from recipes_lib.compare.published import load_published
-from recipes_lib.compare.table import Score, TableRow
+from recipes_lib.compare.row import TableRow
+from recipes_lib.compare.table import Score
 from recipes_lib.compare.wording import count
 from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.numbers import Number

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare import wording
-from recipes_lib.compare.table_lines import effect_interval, effect_value
 from recipes_lib.core.atomic_files import write_bytes, write_text
 from recipes_lib.core.terminal import printable, say
 from recipes_lib.report.figures import draw_comparison
@@ -169,8 +168,6 @@ def _templates(form: str) -> Environment:
         "number": wording.plain_number,
         "interval": interval_of,
         "shown": visible,
-        "effect": effect_value,
-        "effect_interval": effect_interval,
         "md": markdown,
         "code": code,
         "ours": Tex,

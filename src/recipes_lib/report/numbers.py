@@ -11,9 +11,9 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.table import HALF, json_value
+from recipes_lib.compare.row import json_value
 
 if TYPE_CHECKING:
     from recipes_lib.report.content import Content
@@ -81,57 +81,40 @@ def number_rows(content: Content) -> Iterator[Number]:
 
 def _of_comparison(content: Content) -> Iterator[Number]:
     for score in content.comparison.scores:
-        yield Number(
+        yield _like(
+            score,
             kind="score",
-            metric=score.metric,
-            arm=score.arm,
             against=score.opponent,
-            unit=score.unit,
-            value=score.value,
-            low=score.low,
-            high=score.high,
-            n=score.n,
-            seeds=score.seeds,
-            unresolved=score.unresolved,
-            lowest=score.lowest,
-            highest=score.highest,
             interval=score.method,
             file=" ".join(score.files),
         )
     for row in content.comparison.rows:
         tested = row.tested
-        low, high, lowest, highest = (
-            # As in the table, a win rate and no difference.
-            HALF + limit if row.head_to_head and limit is not None else limit
-            for limit in (
-                (tested.low, tested.high, tested.lowest, tested.highest) if tested else (None,) * 4
-            )
-        )
-        yield Number(
+        limits = ("low", "high", "lowest", "highest")
+        yield _like(
+            tested,
             kind="comparison",
             metric=row.metric,
             arm=row.first,
             other_arm=row.second,
             against="head to head" if row.head_to_head else row.opponent,
             unit=row.unit,
-            value=row.first_value if row.head_to_head else row.difference,
-            low=low,
-            high=high,
+            value=row.shown(row.difference),
+            **{name: row.shown(getattr(tested, name, None)) for name in limits},
             n=tested.n if tested else None,
-            questions=tested.questions if tested else None,
-            seeds=tested.seeds if tested else None,
-            unresolved=tested.unresolved if tested else None,
-            lowest=lowest,
-            highest=highest,
-            p=tested.p if tested else None,
             p_holm=row.p_holm,
             mde=row.mde,
             verdict=row.verdict,
             claim_stopped=bool(row.stopped),
-            test=tested.test if tested else None,
             interval=tested.interval_method if tested else None,
             file=" ".join(row.files),
         )
+
+
+def _like(one: object, **own: Any) -> Number:
+    """A number with the columns that an object has by the same name, and its own."""
+    names = [field.name for field in fields(Number) if hasattr(one, field.name)]
+    return Number(**{name: getattr(one, name) for name in names} | own)
 
 
 def _of_runs(content: Content) -> Iterator[Number]:

@@ -1,0 +1,252 @@
+"""One comparison of two arms, and how measures become its numbers.
+
+A kind of rows is a function that yields them (`table.ROW_KINDS`); where its effect is no difference
+of two values it has a subclass of `TableRow` that says how the effect is shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipes_lib.compare.measurements import Measurements
+from recipes_lib.compare.wording import count, difference_text, interval_text, metric_text
+from recipes_lib.eval_log import Measure
+from recipes_lib.statistics.unresolved import Tested, compare
+
+TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested"]
+ItemValues: TypeAlias = NDArray[np.float64]  # by seed and item, NaN where there is none
+Items = Sequence[tuple[str, int]]  # question and turn
+ALPHA = 0.05
+FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
+# By the last word of a metric, else by its unit.
+_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0), "grade_1_10": (1.0, 10.0)}
+_NOT_WRITTEN = ("measures", "tested", "because")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One comparison: `difference` is first minus second in the metric's own direction, so positive
+    favours the first arm only where `higher_is_better` (None: not known, so nothing is ranked).
+
+    `verdict` and `sentence` come from `claims`; `stopped` holds the titles of the findings that
+    stop the claim, `because` the clause of the sentence that gives the reasons, so that a page can
+    give them once.
+    """
+
+    metric: str
+    label: str
+    first: str
+    second: str
+    unit: str
+    head_to_head: bool = False
+    opponent: str | None = None
+    higher_is_better: bool | None = True
+    first_value: float | None
+    second_value: float | None
+    p_holm: float | None = None
+    mde: float | None = None
+    needed: int | None = None
+    reason: str = ""
+    verdict: TestVerdict = "cannot be tested"
+    sentence: str = ""
+    because: str = ""
+    stopped: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    published_first: str | None = None
+    published_second: str | None = None
+    files: tuple[str, ...] = ()
+    tested: Tested | None = None
+    measures: tuple[Measure, ...] = field(default=(), repr=False)
+
+    @property
+    def arms(self) -> tuple[str, str]:
+        """Both arms."""
+        return self.first, self.second
+
+    @property
+    def difference(self) -> float | None:
+        """The observed difference."""
+        if self.tested is not None:
+            return self.tested.effect
+        if self.first_value is None or self.second_value is None:
+            return None
+        return self.first_value - self.second_value
+
+    @property
+    def n(self) -> int:
+        """Items compared."""
+        return self.tested.n if self.tested else 0
+
+    @property
+    def claimed(self) -> bool:
+        """Whether its test stands: it could be made, and no finding stops it."""
+        return not self.stopped or self.verdict == "cannot be tested"
+
+    # How the effect is shown. A kind of rows whose effect is another one overrides these.
+
+    @property
+    def against(self) -> str:
+        """What stands behind the metric's label: its opponent."""
+        return f"against {self.opponent}" if self.opponent else ""
+
+    @property
+    def where(self) -> str:
+        """The metric, in a sentence."""
+        return f"{self.label} {self.against}".rstrip()
+
+    @property
+    def largest(self) -> float:
+        """The largest difference that the metric's scale allows; of a plain number, any."""
+        low, high = scale_of(self.metric, self.unit) or (0.0, math.inf)
+        return high - low
+
+    def shown(self, effect: float | None) -> float | None:
+        """Return a tested effect, or one of its limits, as it is shown."""
+        return effect
+
+    @property
+    def effect(self) -> str:
+        """The effect as text."""
+        return difference_text(self.difference, self.unit)
+
+    @property
+    def limits(self) -> str:
+        """Its interval as text."""
+        return self._limits(signed=True)
+
+    def _limits(self, signed: bool) -> str:
+        tested = self.tested
+        low, high = (tested.low, tested.high) if tested else (None, None)
+        return interval_text(self.shown(low), self.shown(high), self.unit, signed)
+
+    @property
+    def words(self) -> str:
+        """What stands before the effect in a sentence."""
+        first, second = (
+            metric_text(value, self.unit) for value in (self.first_value, self.second_value)
+        )
+        return f"{first} against {second}, difference"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain values, without the items behind it."""
+        names = [item.name for item in dataclasses.fields(self)]
+        values = {name: getattr(self, name) for name in names if name not in _NOT_WRITTEN}
+        tested = self.tested.to_dict() if self.tested else None
+        return json_object(values | {"difference": self.difference, "tested": tested})
+
+
+def json_object(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by name as JSON has them."""
+    return {name: json_value(value) for name, value in values.items()}
+
+
+def json_value(value: Any) -> Any:
+    """Return a value that JSON has: lists for tuples, nothing for what is not finite."""
+    if isinstance(value, dict):
+        return json_object(value)
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def scale_of(metric: str, unit: str) -> tuple[float, float] | None:
+    """Return the ends of a metric's scale; a plain number has none."""
+    return _SCALES.get(metric.rpartition("/")[2]) or _SCALES.get(unit)
+
+
+def filling_of(metric: str, unit: str, values: ItemValues) -> tuple[float, float]:
+    """Return what unresolved items are filled with: the ends of the metric's scale, of a plain
+    number those of the values seen.
+    """
+    known = values[~np.isnan(values)]
+    seen = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    low, high = scale_of(metric, unit) or seen
+    return min(low, seen[0]), max(high, seen[1])
+
+
+def measures_of(
+    measurements: Measurements, arm: str
+) -> dict[tuple[tuple[str, str, str], str | None], list[Measure]]:
+    """Return an arm's measures by metric and opponent, one per run that has it."""
+    found: dict[tuple[tuple[str, str, str], str | None], list[Measure]] = {}
+    for run in measurements.arms[arm].runs:
+        for measure in run.measures():
+            key = (measure.key, measurements.opponent_name(measure.opponent))
+            found.setdefault(key, []).append(measure)
+    return found
+
+
+def values_of(
+    measures: Sequence[Measure],
+    items_of: Sequence[Measure],
+    questions: Container[str] | None = None,
+) -> tuple[ItemValues, Items]:
+    """Return the values of measures, and the keys of the items.
+
+    Args:
+        items_of: the measures whose items are asked for.
+        questions: the only ones that are asked for; None for all.
+    """
+    place: dict[tuple[str, int], int] = {}
+    for item in (item for measure in items_of for item in measure.samples):
+        if questions is None or item.id in questions:
+            place.setdefault(item.key, len(place))
+    values = np.full((len(measures), len(place)), np.nan)
+    for row, measure in enumerate(measures):
+        for item in measure.samples:
+            if item.value is not None and item.key in place:
+                values[row, place[item.key]] = item.value
+    return values, list(place)
+
+
+def tested_items(
+    a: ItemValues, b: ItemValues, items: Items, scale: tuple[float, float], largest: float
+) -> Tested:
+    """Return the test of two arms on the same items, with limits that can be: none of an interval
+    of no width (items that all agree say nothing about the next one), and no difference above the
+    largest possible. Neither moves zero into the interval or out of it.
+    """
+    tested = compare(a, b, [key[0] for key in items], scale=scale)
+    if tested.interval_method == "zero variance":
+        return replace(tested, low=None, high=None)
+    low, high = (
+        None if limit is None else min(max(limit, -largest), largest)
+        for limit in (tested.low, tested.high)
+    )
+    return replace(tested, low=low, high=high)
+
+
+def too_few(tested: Tested) -> str:
+    """Return why a test cannot show anything, or nothing."""
+    if tested.questions == 0:
+        return "there is no item to compare"
+    if tested.unresolved == tested.n:
+        return "no item has a verdict"
+    if tested.questions < FEWEST_QUESTIONS:
+        return (
+            f"{count(tested.questions, 'question')} cannot reach p <= {ALPHA:g}, whatever they say"
+        )
+    return ""
+
+
+def reported(measures: Sequence[Measure]) -> float | None:
+    """Return the mean of the values that evaluations reported, where there are no items."""
+    values = [measure.reported for measure in measures if measure.reported is not None]
+    return sum(values) / len(values) if values else None
+
+
+def files_of(measures: Sequence[Measure]) -> tuple[str, ...]:
+    """Return the result files behind a number, as paths inside the runs folder."""
+    return tuple(dict.fromkeys(map(source_of, measures)))
+
+
+def source_of(measure: Measure) -> str:
+    """Return the result file of a measure: <run>/evals/<eval>/result.json."""
+    return "/".join(measure.file.parts[-4:])
