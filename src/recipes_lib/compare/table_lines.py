@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recipes_lib.compare.claims import Comparison
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.row import TableRow
 from recipes_lib.compare.table import Score
@@ -13,6 +14,17 @@ from recipes_lib.compare.wording import NONE, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import aligned
 
 HEAD = ("metric", "effect [95%]", "p (Holm)", "n", "verdict")
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Return what the terminal shows: the answer, the table by pairs of arms, the scores of a
+    single run, the findings.
+    """
+    rows = comparison.rows
+    lines = list(comparison.answer) if rows else score_lines(comparison.scores)
+    for pair in dict.fromkeys(row.arms for row in rows):
+        lines += ["", *pair_lines([row for row in rows if row.arms == pair])]
+    return [*lines, *finding_lines(comparison.findings)]
 
 
 def pair_lines(rows: Sequence[TableRow]) -> list[str]:
@@ -40,24 +52,20 @@ def pair_lines(rows: Sequence[TableRow]) -> list[str]:
 def score_lines(scores: Sequence[Score]) -> list[str]:
     """Return the scores of arms that have nothing to be compared with."""
     table = [("run", "metric", "value [95%]", "n", "without a verdict")]
-    for score in scores:
-        opponent = f" against {score.opponent}" if score.opponent else ""
-        limits = interval_text(score.low, score.high, score.unit, signed=False)
-        value = f"{metric_text(score.value, score.unit)} {limits}"
-        table.append(
-            (score.arm, score.label + opponent, value, f"{score.n:,}", str(score.unresolved))
-        )
+    for one in scores:
+        opponent = f" against {one.opponent}" if one.opponent else ""
+        limits = interval_text(one.low, one.high, one.unit, signed=False)
+        value = f"{metric_text(one.value, one.unit)} {limits}"
+        table.append((one.arm, one.label + opponent, value, f"{one.n:,}", str(one.unresolved)))
     return aligned(table)
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:
     """Return the findings, errors first; the evidence is in the report and in --json."""
     lines = [""] if findings else []
-    for finding in findings:
-        lines.append(
-            f"{finding.severity}: {finding.title}"
-            + (f" ({', '.join(finding.arms)})" if finding.arms else "")
-        )
-        if finding.severity != "note" and finding.remedy:
-            lines.append(f"  {finding.remedy}")
+    for one in findings:
+        arms = f" ({', '.join(one.arms)})" if one.arms else ""
+        lines.append(f"{one.severity}: {one.title}{arms}")
+        if one.severity != "note" and one.remedy:
+            lines.append(f"  {one.remedy}")
     return lines

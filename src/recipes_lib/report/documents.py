@@ -225,20 +225,7 @@ def samples_json(found: SampleSet) -> str:
     value = {
         "groups": found.groups,
         "texts": [visible(text) for text in found.texts],
-        "samples": [
-            [
-                one.group,
-                visible(one.question),
-                visible(one.category),
-                one.outcome,
-                int(one.flip),
-                one.instruction,
-                one.answer,
-                one.opponent,
-                one.verdicts,
-            ]
-            for one in found.samples
-        ],
+        "samples": found.samples,
         "total": found.total,
     }
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))

@@ -145,47 +145,51 @@ def _curves(
     return _saved(figure, formats)
 
 
-def _bars(one: Number, factor: float) -> tuple[float, float]:
-    """How far the interval reaches below and above the value."""
-    value = one.value or 0.0
-    low, high = (value if limit is None else limit for limit in (one.low, one.high))
-    return max(0.0, factor * (value - low)), max(0.0, factor * (high - value))
-
-
 def _breakdown(
     breakdown: Breakdown, places: dict[str, int], formats: Sequence[str]
 ) -> dict[str, bytes]:
     """Groups downwards, one point with its interval per arm."""
-    arms, groups = breakdown.arms, breakdown.groups
+    arms, groups, share = breakdown.arms, breakdown.groups, breakdown.unit == "share"
     figure, axes = _new(0.9 + len(groups) * max(0.3, 0.16 * len(arms)))
-    factor = 100 if breakdown.unit == "share" else 1
     for number, arm in enumerate(arms):
         shift = (number - (len(arms) - 1) / 2) * 0.7 / max(1, len(arms))
-        rows, values, errors = [], [], []
-        for one in breakdown.cells:
-            if one.arm == arm and one.value is not None:
-                rows.append(groups.index(str(one.group)) + shift)
-                values.append(factor * one.value)
-                errors.append(_bars(one, factor))
-        if rows:
-            axes.errorbar(
-                values,
-                rows,
-                xerr=list(zip(*errors, strict=True)),
-                fmt=_MARKERS[places[arm] % len(_MARKERS)],
-                color=COLORS[places[arm] % len(COLORS)],
-                markersize=4,
-                linewidth=1.1,
-                label=short_label(arm),
-            )
-    if breakdown.unit == "share":
+        mine = [one for one in breakdown.cells if one.arm == arm and one.value is not None]
+        _points(
+            axes,
+            mine,
+            [groups.index(str(one.group)) + shift for one in mine],
+            100 if share else 1,
+            fmt=_MARKERS[places[arm] % len(_MARKERS)],
+            color=COLORS[places[arm] % len(COLORS)],
+            markersize=4,
+            linewidth=1.1,
+            label=short_label(arm),
+        )
+    if share:
         axes.axvline(50, color="#888888", linewidth=0.8, linestyle="--")
         axes.set_xlim(-2, 102)
     axes.set_yticks(range(len(groups)), [short_label(group, 30) for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlabel("win rate, %, a tie counts half" if breakdown.unit == "share" else "mean grade")
+    axes.set_xlabel("win rate, %, a tie counts half" if share else "mean grade")
     _legend(figure, len(arms))
     return _saved(figure, formats)
+
+
+def _points(
+    axes: Any, numbers: Sequence[Number], rows: Sequence[float], factor: float, **style: Any
+) -> None:
+    """Numbers with their intervals, each in its row."""
+    values = [factor * (one.value or 0.0) for one in numbers]
+    limits = [
+        [value if limit is None else factor * limit for limit in (one.low, one.high)]
+        for value, one in zip(values, numbers, strict=True)
+    ]
+    if numbers:
+        bars = [
+            [max(0.0, value - low) for value, (low, _) in zip(values, limits, strict=True)],
+            [max(0.0, high - value) for value, (_, high) in zip(values, limits, strict=True)],
+        ]
+        axes.errorbar(values, rows, xerr=bars, **style)
 
 
 def _legend(figure: Any, entries: int) -> None:
@@ -202,19 +206,9 @@ def _legend(figure: Any, entries: int) -> None:
 def _floor(floors: Sequence[Number], formats: Sequence[str]) -> dict[str, bytes]:
     figure, axes = _new(0.8 + 0.42 * len(floors))
     for row, floor in enumerate(floors):
-        axes.errorbar(
-            [100 * (floor.value or 0)],
-            [row],
-            xerr=[[bar] for bar in _bars(floor, 100)],
-            fmt="o",
-            color=COLORS[0],
-            markersize=5,
-        )
-    axes.set_yticks(
-        range(len(floors)),
-        [f"{short_label(one.metric, 52)}\n{short_label(one.group or '', 52)}" for one in floors],
-        fontsize=8,
-    )
+        _points(axes, [floor], [row], 100, fmt="o", color=COLORS[0], markersize=5)
+    names = [f"{short_label(one.metric, 52)}\n{short_label(one.group or '', 52)}" for one in floors]
+    axes.set_yticks(range(len(floors)), names, fontsize=8)
     axes.set_xlim(-2, 102)
     axes.set_ylim(len(floors) - 0.5, -0.5)
     axes.set_xlabel("%")

@@ -8,8 +8,10 @@ out is counted, and all of it is in the runs' own files.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from recipes_lib.compare.measurements import Measurements
+from recipes_lib.core.terminal import printable
 from recipes_lib.eval_log import ORDERS, EvalLog, Sample
 
 MAX_SAMPLES = 6_000
@@ -17,17 +19,16 @@ MAX_CHARACTERS = 8_000
 MAX_TOTAL_CHARACTERS = 12_000_000
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """One judged question: texts as numbers into `SampleSet.texts`. `verdicts` are (order, what was
-    said, raw text).
+    said, raw text), `flip` is 1 where the verdict turns with the order.
     """
 
     group: int
     question: str
     category: str
     outcome: str
-    flip: bool
+    flip: int
     instruction: int
     answer: int
     opponent: int | None
@@ -113,10 +114,10 @@ def _add(found: SampleSet, log: EvalLog, arm: str, title: str, opponent: str, st
         found.samples.append(
             Shown(
                 group,
-                place,
-                one.category,
+                printable(place),
+                printable(one.category),
                 f"grade {one.value:g}" if one.outcome == "graded" else one.outcome,
-                one.flip,
+                int(one.flip),
                 found.text(asked),
                 found.text(one.answer or ""),
                 theirs,
