@@ -14,7 +14,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import Recipe, handed_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import RunDirectory
@@ -42,7 +42,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     from recipes_lib.core.manifest import library_versions
     from recipes_lib.core.ranks import keep_alive, meet, on_main_rank, say_once
     from recipes_lib.data.audit import warnings_of
-    from recipes_lib.data.preparation import data_folders, prepare_data
+    from recipes_lib.data.preparation import prepare_data
     from recipes_lib.data.prompts import chat_template
     from recipes_lib.planning.gate import plan_of_active
     from recipes_lib.training import launch_check
@@ -88,7 +88,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         if (
             recipe.data.prompt_format == "chat"
         ):  # so that the tokenizer beside the weights carries the template they were trained with
-            tokenizer.chat_template = chat_template(recipe.data, tokenizer, data_folders(recipe))
+            tokenizer.chat_template = chat_template(recipe.data, tokenizer)
         for line in (
             *map(str, recipe.warnings),
             *(f"warning: {warning}" for warning in warnings_of(data.audit)),
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = None
     try:
         with ending_at_once():
-            recipe = load_recipe(options.recipe, overrides)
+            recipe = handed_recipe(options.recipe, overrides)
             code = train(recipe, RunDirectory(recipe.name), options)
     except Exception as error:
         if options.debug:

@@ -52,6 +52,41 @@ def test_where_no_stop_file_can_be_written_each_rank_gets_the_signal_and_the_lau
         child.stdout.close()
 
 
+HOOK = """import os, sys
+def note(event, args):
+    if event == "open" and str(args[0]).endswith((".yaml", ".yml")):
+        with open(os.environ["OPENED"], "a") as log:
+            log.write(f"{'recipes_lib.train' in sys.orig_argv} {args[0]}\\n")
+sys.addaudithook(note)
+"""
+
+
+@pytest.mark.parametrize("launch", ["cpu", "ddp_cpu"])
+def test_a_training_opens_no_yaml_of_its_recipe(
+    tiny_recipe: Path, tmp_path: Path, launch: str
+) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {tiny_recipe.name}\nrun: {{name: child}}\n")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    places = [str(tmp_path / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(places),
+        "OPENED": str(tmp_path / "opened"),
+    }
+    words = ["train", str(child), "train.max_steps=1", "--accelerate", launch]
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes_lib.cli", *words], env=environment, check=False
+    )
+    assert done.returncode == 0
+    opened = [line.split(" ", 1) for line in (tmp_path / "opened").read_text().splitlines()]
+    recipes = [(who, Path(path)) for who, path in opened if Path(path).parent == tmp_path]
+    assert ("False", child) in recipes
+    assert [path.name for who, path in recipes if who == "True"] == []
+    assert (tmp_path / "runs" / "child" / "recipe.yaml").read_text() == child.read_text()
+
+
 def test_a_stop_file_is_whole_when_a_rank_sees_it(tmp_path: Path) -> None:
     run = RunDirectory("one", tmp_path)
     run.path.mkdir()

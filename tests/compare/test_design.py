@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.compare.design import load_study
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.study.arms import launch_words, run_names, train_words
+from recipes_lib.study.arms import arm_recipe, launch_words, run_names, train_words
 from recipes_lib.study.steps import build_graph
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -262,6 +264,8 @@ def test_words_of_the_command_line_change_the_study_or_every_arm(study_folder: P
     words = train_words(study, study.arm("r4"), 2)
     assert words[1:] == ["train.max_steps=3", "run.name=tiny--r4--seed2", "train.seed=2"]
     assert launch_words(study.arm("r4")) == ["--accelerate", "cpu"]
+    resolved, loaded = arm_recipe(study, study.arm("r4"), 2), load_recipe(words[0], words[1:])
+    assert resolved == dataclasses.replace(loaded, path=resolved.path)
 
 
 @pytest.mark.parametrize(

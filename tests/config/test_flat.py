@@ -73,6 +73,6 @@ def test_trl_itself_takes_the_flat_file(name, tmp_path):
     assert not model.model_name_or_path.startswith("package:"), (
         "a name of ours that TRL would look for on the Hub"
     )
-    assert script.dataset_name == recipe.data.source
+    assert script.dataset_name == recipe.to_dict()["data"]["source"]
     assert args.learning_rate == recipe.train["learning_rate"]
     assert model.use_peft == (recipe.lora is not None)

@@ -21,7 +21,7 @@ def test_a_recipe_with_two_levels_above_it_is_copied_and_not_extended(write):
     copied = load_recipe(target)
     assert "extends" not in target.read_text()
     assert (copied.model.name_or_path, copied.lora["r"], copied.train["seed"]) == ("a", 4, 9)
-    assert copied.data.source == "../rows.jsonl"
+    assert copied.as_written["source"] == "../rows.jsonl"
 
 
 @pytest.mark.parametrize(

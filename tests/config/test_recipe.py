@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, load_recipe
+from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.json_files import DamagedFile
 from recipes_lib.core.project import project_root
 
 SHIPPED = sorted(
@@ -41,10 +42,78 @@ def test_values_have_their_origin_down_to_the_line(write):
 def test_relative_data_paths_are_meant_from_the_file_that_wrote_them(write):
     write("model: {name_or_path: a/b}\ndata: {source: rows.jsonl}\n", "base/_b.yaml")
     write("extends: base/_b.yaml\ndata: {chat_template: t.jinja}\n")
+    Path("base/rows.jsonl").write_text("")
+    recipe, here = load_recipe("r.yaml"), Path.cwd()
+    assert recipe.data.source == str(here / "base/rows.jsonl")
+    assert recipe.data.chat_template == str(here / "t.jinja")
+    assert recipe.to_dict()["data"]["source"] == "rows.jsonl"
+    assert recipe.to_dict()["data"]["chat_template"] == "t.jinja"
+    other = load_recipe("r.yaml", ["data.source=other.jsonl"])
+    assert other.data.source == str(here / "other.jsonl")
+
+
+def test_data_beside_the_recipe_comes_before_data_of_the_working_directory(write):
+    write(
+        "model: {name_or_path: a/b}\ndata: {source: [{source: rows}, {source: more.csv}]}\n",
+        "sub/r.yaml",
+    )
+    Path("rows").mkdir()
+    here = Path.cwd()
+    missing = str(here / "sub/more.csv")
+    assert load_recipe("sub/r.yaml").data.source == [
+        {"source": str(here / "rows")},
+        {"source": missing},
+    ]
+    Path("sub/rows").mkdir()
+    found = str(here / "sub/rows")
+    assert load_recipe("sub/r.yaml").data.source == [{"source": found}, {"source": missing}]
+    written = load_recipe("sub/r.yaml").to_dict()["data"]["source"]
+    assert written == [{"source": "rows"}, {"source": "more.csv"}]
+
+
+def test_a_hub_id_and_an_inline_template_are_no_paths(write):
+    template = "{{ messages }}"
+    write(
+        "model: {name_or_path: a/b}\n"
+        f"data: {{source: org/rows-v1.5, prompt_format: chat, chat_template: '{template}'}}\n"
+    )
     recipe = load_recipe("r.yaml")
-    assert recipe.base_dir == Path("base")
-    assert recipe.folder_of("data.chat_template") == Path()
-    assert load_recipe("r.yaml", ["data.source=other.jsonl"]).base_dir == Path.cwd()
+    assert (recipe.data.source, recipe.data.chat_template) == ("org/rows-v1.5", template)
+    assert recipe.as_written == {}
+
+
+def test_a_path_through_a_link_names_the_same_file(write):
+    Path("far/away").mkdir(parents=True)
+    Path("far/rows.jsonl").write_text("{}\n")
+    write("model: {name_or_path: a/b}\ndata: {source: ../rows.jsonl}\n", "far/away/r.yaml")
+    Path("link").symlink_to("far/away")
+    assert Path(load_recipe("link/r.yaml").data.source).samefile("far/rows.jsonl")
+
+
+def test_a_recipe_that_another_process_reads_is_the_same(write, tmp_path, monkeypatch):
+    write("model: {name_or_path: a/b}\ndata: {source: rows.jsonl}\nlora: {}\n", "base/_b.yaml")
+    write("extends: base/_b.yaml\ntrain: {warmup_steps: 010}\ndata: {split: {method: none}}\n")
+    recipe = load_recipe("r.yaml", ["train.seed=3", "model.kwargs={a: {b: 1}}"])
+    assert recipe.warnings
+    recipe.write(tmp_path / "recipe.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = Recipe.read(tmp_path / "recipe.json")
+    assert again.to_dict() == recipe.to_dict()
+    assert again.data == recipe.data
+    assert again.written_values() == recipe.written_values()
+    assert str(again.origin_of("train.seed")) == "command line"
+    assert str(again.error("train.warmup_steps", "bad")) == "r.yaml:2: bad"
+    assert str(again.error("data.source", "bad")) == "base/_b.yaml:2: bad"
+    assert list(map(str, again.warnings)) == list(map(str, recipe.warnings))
+    assert again.text.startswith("extends: base")
+
+
+def test_a_damaged_record_of_a_recipe_is_one_line(tmp_path):
+    for content in ("{", "[]", "{}", '{"values": 3}'):
+        (tmp_path / "recipe.json").write_text(content)
+        with pytest.raises(DamagedFile, match=r"damaged|not an object"):
+            Recipe.read(tmp_path / "recipe.json")
 
 
 def test_project_defaults_fill_what_the_recipe_leaves_open(write_with):

@@ -27,9 +27,6 @@ class DataRecipe:
             what, *hints, file="recipe.yaml", line=1 + list(LINES).index(key.split(".")[0])
         )
 
-    def folder_of(self, key: str) -> Path:
-        return Path()
-
 
 LINES = ("data", "train", "model")
 

@@ -14,7 +14,6 @@ def named_rows(path, prompt_format="dolly", columns=None, **keys):
     bad = BadRows()
     rows = read_data(
         DataSection(source=str(path), prompt_format=prompt_format, columns=columns or {}, **keys),
-        [],
         bad,
     )
     if bad.found:
@@ -347,7 +346,7 @@ def test_all_bad_rows_are_named_at_once_and_counted_by_what_is_wrong(named):
 def test_ids_of_another_type_than_the_first_are_each_named_and_skipped(write_jsonl):
     bad = BadRows()
     path = write_jsonl([{"id": id, **TASK} for id in (1, "a", 2, "b")])
-    rows = read_data(DataSection(source=str(path)), [], bad)
+    rows = read_data(DataSection(source=str(path)), bad)
     assert (
         [example.id for example in rows.examples] == ["1", "2"]
         and [example.line for example, _ in bad.found] == [2, 4]

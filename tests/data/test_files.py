@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recipes_lib.config.sections import data_format
 from recipes_lib.core.errors import DataError, ExitCode
-from recipes_lib.data.files import count_rows, data_format, read_file
+from recipes_lib.data.files import count_rows, read_file
 
 ROWS = [{"instruction": "a", "response": 'é, "b"\nc'}, {"instruction": "d", "response": "e"}]
 

@@ -81,14 +81,14 @@ def test_chat_without_a_template_names_the_keys(tiny_tokenizer, monkeypatch):
 
 
 def test_a_template_may_be_inline_or_a_file_beside_the_recipe(tiny_tokenizer, tmp_path):
-    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
     assert (
-        chat_template(section("chat", chat_template="mine.jinja"), tiny_tokenizer, [tmp_path])
-        == "{{ messages }}"
+        chat_template(section("chat", chat_template=str(file)), tiny_tokenizer) == "{{ messages }}"
     )
     assert chat_template(section("chat", chat_template="{{ m }}"), tiny_tokenizer) == "{{ m }}"
     with pytest.raises(SettingError, match=r"no such file: other\.jinja"):
-        chat_template(section("chat", chat_template="other.jinja"), tiny_tokenizer, [tmp_path])
+        chat_template(section("chat", chat_template="other.jinja"), tiny_tokenizer)
 
 
 def test_the_format_hash_changes_with_everything_that_shapes_a_prompt(tiny_tokenizer):

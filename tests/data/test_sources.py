@@ -20,7 +20,7 @@ def test_a_folder_is_read_in_name_order(write_jsonl, tmp_path):
     write_jsonl([{"x": "2"}], "d/b.jsonl")
     write_jsonl([{"x": "1"}], "d/a.jsonl")
     (tmp_path / "d" / "README.md").write_text("x")
-    tables = load_tables(source(tmp_path / "d"), [])
+    tables = load_tables(source(tmp_path / "d"))
     assert [row["x"] for table in tables for row in table.rows] == ["1", "2"]
 
 
@@ -41,7 +41,7 @@ def test_mixed_schemas_name_the_first_differing_file_and_column(write_jsonl, tmp
     write_jsonl([{"x": "1"}], "d/b.jsonl")
     path = write_jsonl([{"x": "1", "output": "2"}], "d/c.jsonl")
     with pytest.raises(DataError, match=r"column 'output' is not in .*a\.jsonl") as caught:
-        load_tables(source(tmp_path / "d"), [])
+        load_tables(source(tmp_path / "d"))
     assert caught.value.file.endswith(path.name)
 
 
@@ -49,7 +49,7 @@ def test_a_missing_column_in_a_later_file_is_named(write_jsonl, tmp_path):
     write_jsonl([{"x": "1", "y": "1"}], "d/a.jsonl")
     write_jsonl([{"x": "1"}], "d/b.jsonl")
     with pytest.raises(DataError, match=r"column 'y' of .*a\.jsonl is missing"):
-        load_tables(source(tmp_path / "d"), [])
+        load_tables(source(tmp_path / "d"))
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -63,7 +63,7 @@ def test_offline_is_one_line_within_a_second(monkeypatch, tmp_path, offline):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     start = time.monotonic()
     with pytest.raises(SettingError) as caught:
-        load_tables(source("databricks/databricks-dolly-15k"), [])
+        load_tables(source("databricks/databricks-dolly-15k"))
     assert time.monotonic() - start < 1
     assert (
         caught.value.what
@@ -75,29 +75,22 @@ def test_offline_is_one_line_within_a_second(monkeypatch, tmp_path, offline):
 def test_a_relative_folder_named_like_a_hub_id_wins(write_jsonl, tmp_path, monkeypatch):
     write_jsonl([{"x": "1"}], "databricks/databricks-dolly-15k/train.jsonl")
     monkeypatch.chdir(tmp_path)
-    tables = load_tables(source("databricks/databricks-dolly-15k"), [])
+    tables = load_tables(source("databricks/databricks-dolly-15k"))
     assert tables[0].rows == [{"x": "1"}]
 
 
-def test_paths_are_looked_for_beside_the_recipe_first(write_jsonl, tmp_path, monkeypatch):
-    write_jsonl([{"x": "recipe"}], "recipes/rows.jsonl")
-    write_jsonl([{"x": "cwd"}], "rows.jsonl")
-    monkeypatch.chdir(tmp_path)
-    assert load_tables(source("rows.jsonl"), [tmp_path / "recipes"])[0].rows == [{"x": "recipe"}]
-    assert load_tables(source("rows.jsonl"), [])[0].rows == [{"x": "cwd"}]
-
-
-def test_a_missing_file_names_a_similar_one(write_jsonl, tmp_path):
+def test_a_missing_file_names_a_similar_one(write_jsonl, tmp_path, monkeypatch):
     write_jsonl([{"x": "1"}], "instructions.jsonl")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingError) as caught:
-        load_tables(source("instruction.jsonl"), [tmp_path])
+        load_tables(source(tmp_path / "instruction.jsonl"))
     assert "no such file or folder: instruction.jsonl" in caught.value.what
     assert "did you mean instructions.jsonl?" in caught.value.hints
 
 
 def test_a_folder_without_data_says_which_endings_count(tmp_path):
     with pytest.raises(DataError, match=r"no data file in this folder; known endings: \.jsonl"):
-        load_tables(source(tmp_path), [])
+        load_tables(source(tmp_path))
 
 
 def test_a_cached_hub_data_set_is_used_offline(monkeypatch, tmp_path):
@@ -113,7 +106,7 @@ def test_a_cached_hub_data_set_is_used_offline(monkeypatch, tmp_path):
         return datasets.Dataset.from_list([{"x": "1"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    table = load_tables(source("someone/something", subset="en", revision="abc"), [])[0]
+    table = load_tables(source("someone/something", subset="en", revision="abc"))[0]
     assert table.rows == [{"x": "1"}] and table.file == "someone/something"
     assert seen == {
         "path": "someone/something",
@@ -160,7 +153,7 @@ def test_an_empty_mixture_is_refused():
 def test_fifteen_thousand_rows_load_in_well_under_a_second(shared_data):
     parts = sorted((shared_data / "dolly").glob("*.part*.jsonl"))
     start = time.process_time()
-    tables = [table for part in parts for table in load_tables(source(part), [])]
+    tables = [table for part in parts for table in load_tables(source(part))]
     assert sum(len(table.rows) for table in tables) == 15_011
     assert time.process_time() - start < 1.0
 
@@ -168,7 +161,7 @@ def test_fifteen_thousand_rows_load_in_well_under_a_second(shared_data):
 def test_json_lines_with_numbers_keep_them_as_numbers(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"x": 1, "y": float("nan")}))
-    assert load_tables(source(path), [])[0].rows[0]["x"] == 1
+    assert load_tables(source(path))[0].rows[0]["x"] == 1
 
 
 def test_files_of_a_folder_that_are_not_read_are_listed(write_jsonl, tmp_path):
@@ -182,15 +175,13 @@ def test_files_of_a_folder_that_are_not_read_are_listed(write_jsonl, tmp_path):
         write_jsonl([{"instruction": "a", "response": "b"}], name)
     for name in ("README.md", "LICENSE", "part2.jsonl.zst", "dataset_info.json"):
         (tmp_path / "all" / name).write_text("x")
-    rows = read_data(DataSection(source=str(tmp_path / "all")), [], BadRows())
+    rows = read_data(DataSection(source=str(tmp_path / "all")), BadRows())
     [files] = rows.unread.values()
     assert (
         files == ["extra.jsonl", "more/train-2.jsonl", "part2.jsonl.zst", "test.jsonl"]
         and len(rows) == 1
     )
-    assert (
-        read_data(DataSection(source=str(tmp_path / "all/train.jsonl")), [], BadRows()).unread == {}
-    )
+    assert read_data(DataSection(source=str(tmp_path / "all/train.jsonl")), BadRows()).unread == {}
 
 
 @pytest.mark.parametrize("encoding", ["latin-7x", "rot13", "hex", "", "a\0"])

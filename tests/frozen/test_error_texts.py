@@ -24,7 +24,7 @@ TESTS = Path(__file__).resolve().parents[1]
 PROJECT = TESTS.parent
 sys.path[:0] = [
     str(TESTS / folder)
-    for folder in ("", "config", "suites", "launching", "compare", "study", "frozen")
+    for folder in ("", "config", "suites", "slurm", "compare", "study", "frozen")
 ]
 
 import study_files
@@ -38,7 +38,7 @@ import test_profile
 import test_published
 
 good_with = runpy.run_path(str(TESTS / "config" / "conftest.py"))["good_with"]
-profile_with = runpy.run_path(str(TESTS / "launching" / "conftest.py"))["profile_with"]
+profile_with = runpy.run_path(str(TESTS / "slurm" / "conftest.py"))["profile_with"]
 OVERRIDES = [
     "max_steps=1",
     "train.max_steps",

@@ -203,7 +203,7 @@ def test_the_acceptance_run_is_60_steps_of_16_in_fp32_without_anything_that_depe
 
 def test_the_quickstart_reads_its_own_data_and_says_where_to_start():
     one = recipe("quickstart/lora-r8")
-    assert (one.base_dir / one.data.source).is_file()
+    assert Path(one.data.source).is_file()
     assert "start-here" in one.run.tags
 
 

@@ -43,7 +43,7 @@ def test_a_copied_recipe_means_the_same_and_later_edits_do_not_reach_it(
     after = load_recipe(snapshot.place(path))
     assert (after.name, after.to_dict()) == (before.name, before.to_dict())
     assert load_recipe(path).train["learning_rate"] == 9e-3
-    data = after.base_dir / str(after.data.source)
+    data = Path(str(after.data.source))
     assert (
         data.is_file()
         and data.resolve() == (tmp_path / "recipes/quickstart/data/instructions.jsonl").resolve()

@@ -20,6 +20,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.compare.design import Study, load_study
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import run_lock
@@ -31,11 +32,12 @@ from recipes_lib.study.steps import build_graph
 # What `recipes train` leaves behind, in a hundredth of its time. Its words are those of the real
 # one.
 TRAIN = textwrap.dedent("""
-    import os, pathlib, sys, time
+    import os, pathlib, shutil, sys, time
     from recipes_lib.core.run_directory import RunDirectory
     name = next(word for word in sys.argv if word.startswith("run.name=")).partition("=")[2]
     run = RunDirectory(name)
     run.write_state("running")
+    shutil.copy(os.environ["RECIPES_HANDED_RECIPE"], run.path / "recipe.json")
     print("training", name, flush=True)
     time.sleep(float(os.environ.get("TRAIN_SECONDS", "0")))
     failing = os.environ.get("FAIL", "")
@@ -75,6 +77,17 @@ def test_every_arm_is_trained_once(study: Study) -> None:
     said.clear()
     assert run_study(study, said.append, only=["train"]) == ExitCode.DONE
     assert said == []
+
+
+def test_a_training_gets_the_recipe_that_the_study_resolved_whatever_its_file_says_now(
+    study: Study, study_folder: Path
+) -> None:
+    for file in study_folder.glob("*.yaml"):
+        file.write_text("edited: since\n")
+    run_study(study, lambda line: None, only=["train"])
+    handed = Recipe.read(RunDirectory("tiny--r4").path / "recipe.json")
+    resolved = study.arm("r4").recipe
+    assert resolved and (handed.name, handed.lora) == ("tiny--r4", resolved.lora)
 
 
 def test_a_failing_arm_stops_no_other_and_the_end_lists_it(

@@ -256,9 +256,11 @@ def test_damaged_settings_of_a_finished_run_are_named_and_training_it_again_writ
     content: bytes,
     tmp_path: Path,
 ) -> None:
-    whole = (run / "resolved.yaml").read_bytes()
+    settings = [run / "recipe.json", run / "resolved.yaml"]
+    whole = [file.read_bytes() for file in settings]
     (run / "command.txt").write_text(f"python -m recipes_lib.train {trained[0]}\n")
-    (run / "resolved.yaml").write_bytes(content)
+    for file in settings:
+        file.write_bytes(content)
     for words in (
         ["export", "tiny", "--to", tmp_path / "given"],
         ["chat", "tiny", "--prompt", "hi"],
@@ -267,7 +269,7 @@ def test_damaged_settings_of_a_finished_run_are_named_and_training_it_again_writ
         code, _, err = recipes(*words)
         assert (
             code == ExitCode.ENVIRONMENT
-            and "resolved.yaml" in err
+            and "recipe.json" in err
             and f"recipes train {trained[0]}" in err
         )
     code, _, err = recipes("compare", "tiny")
@@ -277,7 +279,7 @@ def test_damaged_settings_of_a_finished_run_are_named_and_training_it_again_writ
         and "writes it anew" in err
     )
     assert main([str(trained[0])]) == 0
-    assert (run / "resolved.yaml").read_bytes() == whole
+    assert [file.read_bytes() for file in settings] == whole
     assert recipes("compare", "tiny")[2].find("resolved.yaml") == -1
 
 
@@ -412,7 +414,7 @@ def test_metrics_of_a_million_lines_cost_a_resume_no_time_and_no_memory(tmp_path
         assert stream.read().endswith(b'{"step": 999000, "loss": 1.5, "tokens": 9990000}\n')
 
 
-@pytest.mark.parametrize("name", ["run.json", "resolved.yaml"])
+@pytest.mark.parametrize("name", ["run.json", "recipe.json", "resolved.yaml"])
 def test_a_folder_in_the_place_of_a_file_is_named_and_is_no_bug(
     killed: Path, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

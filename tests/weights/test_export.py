@@ -172,8 +172,8 @@ def test_the_bases_licence_travels_along(runs: Runs, recipes: Verb, tmp_path: Pa
     (base / "README.md").write_text("---\nlicense: llama2\n---\n# A model\n")
     (base / "LICENSE.txt").write_text("the terms")
     (base / "USE_POLICY.md").write_text("the policy")
-    (run / "resolved.yaml").write_text(
-        (run / "resolved.yaml").read_text().replace(base_of(run), str(base))
+    (run / "recipe.json").write_text(
+        (run / "recipe.json").read_text().replace(base_of(run), str(base))
     )
     assert recipes("export", "lora", "--to", tmp_path / "out")[0] == 0
     notice = (tmp_path / "out" / "NOTICE").read_text()

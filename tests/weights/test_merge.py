@@ -51,7 +51,7 @@ def base_of(run: Path, tmp_path: Path) -> Path:
     )
     copy = tmp_path / "base" / original.name
     shutil.copytree(original, copy)
-    for file in (run / "resolved.yaml", run / "adapter" / "adapter_config.json"):
+    for file in (run / "recipe.json", run / "adapter" / "adapter_config.json"):
         file.write_text(file.read_text().replace(str(original), str(copy)))
     return copy
 
@@ -269,9 +269,9 @@ def test_an_unfinished_run_has_no_weights_to_merge(runs: Runs, recipes: Verb) ->
 def test_code_that_ships_with_a_model_runs_only_if_the_command_line_says_so_too(
     runs: Runs, recipes: Verb, verb: list[str]
 ) -> None:
-    resolved = runs("lora") / "resolved.yaml"
-    resolved.write_text(
-        resolved.read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    recipe = runs("lora") / "recipe.json"
+    recipe.write_text(
+        recipe.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true')
     )
     code, _, err = recipes(verb[0], "lora", *verb[1:])
     assert code == ExitCode.USAGE and "pass --trust-remote-code" in err
@@ -494,7 +494,9 @@ def test_without_its_data_a_run_is_verified_on_the_rows_it_recorded(
     runs: Runs, recipes: Verb, tmp_path: Path
 ) -> None:
     run = runs("lora")
-    edit_json(run / "run.json", data_folders=[str(tmp_path)])
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["values"]["data"]["source"] = str(tmp_path / "gone.jsonl")
+    edit_json(run / "recipe.json", values=recipe["values"])
     code, out, _ = recipes("verify", "lora")
     assert code == 0 and "recorded validation rows; the data is not readable now" in out
     forget_check(run)

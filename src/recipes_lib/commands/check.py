@@ -84,7 +84,7 @@ def _data_errors(document: Document, full: bool) -> list[RecipesError]:
     """
     recipe, most = recipe_from(document), None if full else NUM_CHECKED
     try:
-        for file in check_local_rows(recipe.data, [recipe.base_dir], most):
+        for file in check_local_rows(recipe.data, most):
             looked = f"only the first {NUM_CHECKED:,} rows of {file} were looked at"
             say(f"note: {looked}; --full reads all")
     except DataError as error:

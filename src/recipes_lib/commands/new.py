@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.data:
         recipe = load_recipe(target)
         try:
-            check_local_rows(recipe.data, [recipe.base_dir])
+            check_local_rows(recipe.data)
         except DataError as error:
             raise place(recipe, error) from None
     next_step(f"recipes check {file}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from recipes_lib.config.launch import Launch, place_machine, plan_launch_of
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import HANDED, RECORD, Recipe, handed_recipe
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.ranks import SEEN, STAGE_FILE
@@ -105,7 +105,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Launch, wait, and return the training's own exit code."""
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = handed_recipe(args.recipe, args.overrides)
     launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
     place = (args.machine_rank, args.main_process_ip, args.main_process_port)
     launch = place_machine(launch, *place, typed=typed_command(args, OPTIONS))
@@ -179,7 +179,9 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "exit_code"
         stage_file = Path(folder) / "stage"
+        recipe.write(Path(folder) / RECORD)
         environment = {**os.environ, EXIT_CODE_FILE: str(report), STAGE_FILE: str(stage_file)}
+        environment[HANDED] = str(Path(folder) / RECORD)
         environment["RECIPES_EXPECT"] = json.dumps(expected)
         if launch.config.use_cpu:
             environment["ACCELERATE_USE_CPU"] = (

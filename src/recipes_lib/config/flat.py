@@ -65,10 +65,11 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     ):  # a name of ours: TRL gets the folder, where it was made already
         lost["model.name_or_path"] = recipe.model.name_or_path
         flat["model_name_or_path"] = str(local_folder(recipe) or "FOLDER")
-    if isinstance(recipe.data.source, str):
-        flat["dataset_name"] = recipe.data.source
+    source = values["data"]["source"]
+    if isinstance(source, str):
+        flat["dataset_name"] = source
     else:
-        lost["data.source"] = recipe.data.source
+        lost["data.source"] = source
     if recipe.lora is not None:
         flat["use_peft"] = True
     flat |= recipe.train

@@ -34,6 +34,12 @@ class Origin:
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
+    @classmethod
+    def of(cls, text: str) -> Origin:
+        """Return the origin that `str` wrote."""
+        file, _, line = text.rpartition(":")
+        return cls(file, int(line)) if file and line.isdigit() else cls(text)
+
 
 @dataclass
 class Document:
@@ -68,18 +74,13 @@ class Document:
         return RecipeError(what, *hints, file=origin.file, line=origin.line)
 
     def folder(self, path: KeyPath) -> Path:
-        """Return the folder that a relative path at `path` is meant from."""
-        return folder_of(self.origins, self.path, path)
-
-
-def folder_of(origins: Mapping[KeyPath, Origin], path: Path, key: KeyPath) -> Path:
-    """Return the folder of the file that wrote `key`; the working directory for the command line,
-    where nobody wrote it that of `path`.
-    """
-    origin = origins.get(key)
-    if origin is None:
-        return path.parent
-    return Path.cwd() if origin.file == COMMAND_LINE else Path(origin.file).parent
+        """Return the folder that a relative path at `path` is meant from: that of the file that
+        wrote it; the working directory for the command line.
+        """
+        origin = self.origins.get(path)
+        if origin is None:
+            return self.path.parent
+        return Path.cwd() if origin.file == COMMAND_LINE else Path(origin.file).parent
 
 
 def nearest_origin(origins: Mapping[KeyPath, Origin], path: KeyPath, file: str) -> Origin:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.defaults import MAX_LENGTH
+from recipes_lib.config.loader import load_document
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.yaml_text import join_lines, yaml_lines
 from recipes_lib.core.project import project_root, shown_path
@@ -153,7 +154,7 @@ def _scaled(train: dict[str, Any], rows: OwnRows | None) -> dict[str, Any]:
 
 def _may_be_extended(origin: Recipe) -> bool:
     """Whether another level of `extends` is allowed: the origin itself uses at most one."""
-    return origin.levels < 2
+    return load_document(origin.path).levels < 2
 
 
 def _source(target: Path, origin: Recipe, rows: OwnRows | None) -> Any:
@@ -163,12 +164,6 @@ def _source(target: Path, origin: Recipe, rows: OwnRows | None) -> Any:
     if rows is not None:
         return Path(os.path.relpath(rows.file.resolve(), target.resolve().parent)).as_posix()
     source = origin.data.source
-    if (
-        isinstance(source, str)
-        and (origin.base_dir / source).exists()
-        and not Path(source).is_absolute()
-    ):
-        return Path(
-            os.path.relpath((origin.base_dir / source).resolve(), target.resolve().parent)
-        ).as_posix()
-    return source
+    if isinstance(source, str) and Path(source).exists() and "source" in origin.as_written:
+        return Path(os.path.relpath(Path(source).resolve(), target.resolve().parent)).as_posix()
+    return origin.as_written.get("source", source)

@@ -7,30 +7,39 @@ own objects.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.defaults import TRAIN_DEFAULTS
-from recipes_lib.config.loader import Document, Origin, folder_of, nearest_origin, run_name
+from recipes_lib.config.loader import Document, Origin, nearest_origin, run_name
 from recipes_lib.config.sections import (
+    HUB_ID,
     DataSection,
     FiltersSection,
     LaunchSection,
     ModelSection,
     RunSection,
     SplitSection,
+    data_format,
+    is_inline,
 )
 from recipes_lib.config.validation import load
 from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import recipe_path
 
+RECORD = "recipe.json"
+HANDED = "RECIPES_HANDED_RECIPE"  # the file in which a process finds the recipe of its command line
 PROJECT_DEFAULT = Origin("project default")
 UPSTREAM_DEFAULT = Origin("default")
 _UNCHOSEN = object()
 _FREE_MAPPINGS = {("model", "kwargs"), ("data", "columns")}
+_PATHS = ("source", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,9 @@ class Recipe:
     """A resolved recipe.
 
     `train` holds what goes to `SFTConfig`: the recipe's keys and the project's defaults. `name` is
-    the run's name. `base_dir` is the folder that relative data paths mean: the one of the file that
-    wrote `data.source`, or the working directory for an override. `levels` counts the levels of
-    `extends` above it.
+    the run's name, `text` the recipe's file. The paths of `data` are absolute; `as_written` holds
+    those keys of `data` whose paths were written otherwise, for what is shown, recorded and
+    compared.
     """
 
     path: Path
@@ -54,25 +63,69 @@ class Recipe:
     quantization: dict[str, Any] | None
     origins: Mapping[KeyPath, Origin]
     warnings: tuple[RecipeError, ...]
-    base_dir: Path
-    levels: int = 0
+    as_written: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all resolved sections as plain nested values, our sections with their defaults."""
-        ours = {
-            name: dataclasses.asdict(getattr(self, name))
-            for name in ("model", "data", "run", "launch")
-        }
-        ours["run"]["name"] = self.name
+        """Return all resolved sections as plain nested values: paths as they were written, our
+        sections with their defaults.
+        """
+        values = self._values()
+        values["data"] |= self.as_written
+        return values
+
+    def _values(self) -> dict[str, Any]:
         return {
-            "model": ours["model"],
+            "model": dataclasses.asdict(self.model),
             "quantization": self.quantization,
             "lora": self.lora,
-            "data": ours["data"],
+            "data": dataclasses.asdict(self.data),
             "train": dict(self.train),
-            "run": ours["run"],
-            "launch": ours["launch"],
+            "run": {**dataclasses.asdict(self.run), "name": self.name},
+            "launch": dataclasses.asdict(self.launch),
         }
+
+    def write(self, path: Path) -> None:
+        """Write the recipe for another process: values, and as text where each was written."""
+        write_json(
+            path,
+            {
+                "path": str(self.path),
+                "values": self._values(),
+                "as_written": dict(self.as_written),
+                "origins": {".".join(map(str, key)): str(at) for key, at in self.origins.items()},
+                "warnings": [
+                    [one.what, one.hints, str(Origin(str(one.file), one.line))]
+                    for one in self.warnings
+                ],
+                "text": self.text,
+            },
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Return the recipe that `write` wrote.
+
+        Raises:
+            DamagedFile: the file is not what was written.
+        """
+        stored = read_object(path)
+        try:
+            return _recipe_of(
+                stored["values"],
+                path=Path(stored["path"]),
+                name=stored["values"]["run"]["name"],
+                origins={_key_path(key): Origin.of(at) for key, at in stored["origins"].items()},
+                warnings=tuple(
+                    RecipeError(what, *hints, file=Origin.of(at).file, line=Origin.of(at).line)
+                    for what, hints, at in stored["warnings"]
+                ),
+                as_written=stored["as_written"],
+                text=stored["text"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"is damaged, or of another version: {type(error).__name__}: {error}"
+            raise DamagedFile(what, file=path) from None
 
     def written_values(self) -> dict[str, Any]:
         """Return the sections with the values somebody chose (a file, the command line, the
@@ -111,10 +164,6 @@ class Recipe:
         origin = self.origin_of(key)
         return EnvironmentFault(what, *hints, file=origin.file, line=origin.line)
 
-    def folder_of(self, key: str) -> Path:
-        """Return the folder that a relative path under `key` is meant from."""
-        return folder_of(self.origins, self.path, tuple(key.split(".")))
-
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load and check a recipe (stage 1: no torch).
@@ -128,15 +177,36 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from(load(recipe_path(path), "recipe", overrides))
 
 
+def handed_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe as the process that started this one resolved it; where none did, as
+    `load_recipe`.
+    """
+    handed = os.environ.get(HANDED)
+    return Recipe.read(Path(handed)) if handed else load_recipe(path, overrides)
+
+
 def recipe_from(document: Document) -> Recipe:
     """Return the recipe of a document that passed `validate`."""
     values = document.values
+    written = {key: value for key, value in values["data"].items() if key in _PATHS}
+    absolute = _absolute_paths(document, written)
+    return _recipe_of(
+        {**values, "data": {**values["data"], **absolute}},
+        path=document.path,
+        name=run_name(document),
+        origins=document.origins,
+        warnings=tuple(document.warnings),
+        as_written={key: value for key, value in written.items() if value != absolute[key]},
+        text=document.text,
+    )
+
+
+def _recipe_of(values: Mapping[str, Any], **facts: Any) -> Recipe:
+    """Return a recipe with the sections that `values` holds."""
     data = dict(values["data"])
     data["split"] = SplitSection(**data.get("split", {}))
     data["filters"] = FiltersSection(**data.get("filters", {}))
     return Recipe(
-        path=document.path,
-        name=run_name(document),
         model=ModelSection(**values["model"]),
         data=DataSection(**data),
         run=RunSection(**values.get("run", {})),
@@ -147,11 +217,51 @@ def recipe_from(document: Document) -> Recipe:
         },
         lora=values.get("lora"),
         quantization=values.get("quantization"),
-        origins=document.origins,
-        warnings=tuple(document.warnings),
-        levels=document.levels,
-        base_dir=document.folder(("data", "source")),
+        **facts,
     )
+
+
+def _absolute_paths(document: Document, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the paths of `data` made absolute: looked for beside the file that wrote them, then in
+    the working directory. Hub ids and inline templates stay.
+    """
+    beside = {key: document.folder(("data", key)) for key in _PATHS}
+
+    def source(entry: Any) -> Any:
+        if isinstance(entry, Mapping):
+            return {**entry, "source": source(entry["source"])} if "source" in entry else entry
+        if not isinstance(entry, str) or not entry:
+            return entry
+        is_file = data_format(Path(entry)) or not HUB_ID.fullmatch(entry)
+        return _absolute(entry, (beside["source"],), keep_missing=not is_file)
+
+    paths = dict(written)
+    if "source" in written:
+        given = written["source"]
+        paths["source"] = (
+            [source(one) for one in given] if isinstance(given, list) else source(given)
+        )
+    template = written.get("chat_template")
+    if isinstance(template, str) and template and not is_inline(template):
+        places = (beside["chat_template"], beside["source"])
+        paths["chat_template"] = _absolute(template, places)
+    return paths
+
+
+def _absolute(name: str, folders: Sequence[Path], *, keep_missing: bool = False) -> str:
+    """Return the absolute path of what `name` means in the first folder that has it; links in it
+    are kept.
+    """
+    path = Path(name).expanduser()
+    places = [folder / path for folder in (*folders, Path.cwd())]
+    found = next(filter(os.path.exists, places), None)
+    if found is None and keep_missing:
+        return name
+    place = found or places[0]
+    normal = Path(os.path.abspath(place))  # noqa: PTH100 (resolve would follow links)
+    if found is not None and not (normal.exists() and normal.samefile(place)):
+        return str(place.absolute())  # a/link/.. need not be a
+    return str(normal)
 
 
 def _key_path(key: str) -> KeyPath:

@@ -8,8 +8,29 @@ Each class is a section, each field a key, each `help` the key's documentation: 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
+
+
+def data_format(path: Path) -> str | None:
+    """The format's extension (`.jsonl`, ...), looking through .gz; None if it is not a
+    data file.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]] or [""]
+    if suffixes[-1] == ".gz":
+        return suffixes[0] if suffixes[0] in TEXT_FORMATS else None
+    return suffixes[-1] if suffixes[-1] in DATA_FORMATS else None
+
+
+def is_inline(template: str) -> bool:
+    """Whether `data.chat_template` is the template itself, not the path of one."""
+    return "{%" in template or "{{" in template or "\n" in template
 
 
 def key(

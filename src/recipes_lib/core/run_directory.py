@@ -1,9 +1,9 @@
 """One run, one folder: where each file lies, and the state in run.json.
 
     runs/<name>/
-      recipe.yaml  resolved.yaml  command.txt  environment.json  splits.json  supervision.json
-      metrics.jsonl  figures/  checkpoints/checkpoint-N/  adapter/ or model/  merged/  evals/
-      run.json
+      recipe.yaml  recipe.json  resolved.yaml  command.txt  environment.json  splits.json
+      supervision.json  metrics.jsonl  figures/  checkpoints/checkpoint-N/  adapter/ or model/
+      merged/  evals/  run.json
 
 run.json is the only truth about how a run ended: exit codes do not survive `accelerate launch`.
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.new_recipe import OwnRows
+from recipes_lib.config.sections import data_format
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import refuse_pipe
@@ -35,7 +36,7 @@ from recipes_lib.data.examples import (
     shown_real_path,
     type_name,
 )
-from recipes_lib.data.files import Table, data_format, guessed_delimiter, read_file
+from recipes_lib.data.files import Table, guessed_delimiter, read_file
 from recipes_lib.data.sources import data_files
 
 IDS_HINT = "set data.columns.id to '' to name rows by a hash of their content instead"

@@ -23,13 +23,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from recipes_lib.config.sections import DATA_FORMATS, data_format
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import Row, refuse_pipe
 from recipes_lib.data.conversations import is_blank
 from recipes_lib.data.examples import BadRow, shown_real_path, type_name
 
-TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
 COLUMNAR_ROWS = 10_000
 BLOCK_BYTES = 1 << 20
 ENCODING_HINT = (
@@ -88,16 +87,6 @@ class Table:
     def rows(self) -> list[Row]:
         """All rows at once, as `numbered_rows`."""
         return [row for _, row in self.numbered_rows]
-
-
-def data_format(path: Path) -> str | None:
-    """The format's extension (`.jsonl`, ...), looking through .gz; None if it is not a
-    data file.
-    """
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]] or [""]
-    if suffixes[-1] == ".gz":
-        return suffixes[0] if suffixes[0] in TEXT_FORMATS else None
-    return suffixes[-1] if suffixes[-1] in DATA_FORMATS else None
 
 
 def read_file(

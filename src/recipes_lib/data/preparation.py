@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,14 +102,14 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
 
 
 def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
-    section, folders, bad = recipe.data, data_folders(recipe), BadRows()
-    rows = read_data(section, folders, bad)
+    section, bad = recipe.data, BadRows()
+    rows = read_data(section, bad)
     columns = dict.fromkeys(name for table, _, _ in rows.tables for name in table.columns)
     check_dropped_are_there(section.drop_columns, list(columns))
     num_usable = len(rows)
     if bad.found and section.on_bad_row == "error":
         if section.prompt_format == "chat":  # name those too that the template alone refuses
-            template = chat_template(section, tokenizer, folders)
+            template = chat_template(section, tokenizer)
             for example in rows.with_texts():
                 if isinstance(found := render_turns(example, section, tokenizer, template), BadRow):
                     bad.add(example, found)
@@ -120,7 +119,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     check_settings(rows.num_texts(), section, recipe.train, tokenizer)
     settings = Supervision.of(section, recipe.train, tokenizer)
     chat = section.prompt_format == "chat"
-    chosen_template = chat_template(section, tokenizer, folders) if chat else None
+    chosen_template = chat_template(section, tokenizer) if chat else None
     _progress(f"{len(rows):,} of {num_usable:,} rows, tokenising", len(rows))
 
     parts, numbers, usable = [], [np.empty(0, TOKEN_NUMBERS)], []
@@ -178,16 +177,8 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
         audit=audit,
         splits=_split_record(rows, splits, section, audit),
         fingerprint=_fingerprint(rows, splits),
-        prompt_format_hash=format_hash(section, tokenizer, folders, eos_token=settings.eos_token),
+        prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
     )
-
-
-def data_folders(recipe: Recipe) -> list[Path]:
-    """Where relative data and template paths are looked for: beside the file that wrote them,
-    before the working directory.
-    """
-    folders = [recipe.folder_of("data.source"), recipe.folder_of("data.chat_template")]
-    return list(dict.fromkeys(folders))
 
 
 def _filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:

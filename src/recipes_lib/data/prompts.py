@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.sections import DataSection, is_inline
+from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import Message, user_turn, with_system_prompt
 from recipes_lib.data.examples import Example, SettingError
-from recipes_lib.data.sources import find_path
 
 # Source: the training script of the original study (Llama-2-Finetuning-DDP-and-FSDP).
 DOLLY = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -63,7 +63,6 @@ def generation_prompt(
     instruction: str | None = None,
     context: str = "",
     messages: Sequence[Message] | None = None,
-    folders: Sequence[Path] = (),
 ) -> str:
     """The prompt alone, up to where the model must start to write, exactly as in training.
 
@@ -71,7 +70,6 @@ def generation_prompt(
         instruction: a single task; give either this or `messages`.
         messages: a conversation that ends with a user turn. Plain formats repeat their headings for
             each turn.
-        folders: where a relative `data.chat_template` is looked for.
 
     Raises:
         ValueError: neither or both of `instruction` and `messages`, or a conversation that ends
@@ -87,7 +85,7 @@ def generation_prompt(
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("a conversation to be continued must end with a user turn")
     if prompt_format == "chat":
-        template = chat_template(section, tokenizer, folders)
+        template = chat_template(section, tokenizer)
         messages = with_system_prompt(messages, section.system_prompt)
         return str(
             tokenizer.apply_chat_template(
@@ -106,7 +104,7 @@ def generation_prompt(
     return "\n\n".join(parts)
 
 
-def chat_template(section: DataSection, tokenizer: Any, folders: Sequence[Path] = ()) -> str:
+def chat_template(section: DataSection, tokenizer: Any) -> str:
     """The template of the `chat` format: the given one (inline or a file), else the tokenizer's
     own.
 
@@ -126,22 +124,21 @@ def chat_template(section: DataSection, tokenizer: Any, folders: Sequence[Path] 
                 " or raw",
             )
         return str(own)
-    if "{%" in given or "{{" in given or "\n" in given:
+    if is_inline(given):
         return given
-    path = find_path(given, folders)
-    if path is None or not path.is_file():
+    path = Path(given).expanduser()
+    if not path.is_file():
         hint = "give a .jinja file, or the template itself"
-        raise SettingError("data.chat_template", f"no such file: {given}", hint)
+        raise SettingError("data.chat_template", f"no such file: {shown_path(path)}", hint)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        what = f"{given} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        what = f"{shown_path(path)} cannot be read: {why}"
         raise SettingError("data.chat_template", what, "save it as UTF-8") from None
 
 
-def format_hash(
-    section: DataSection, tokenizer: Any, folders: Sequence[Path] = (), eos_token: str | None = None
-) -> str:
+def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = None) -> str:
     """What identifies the prompt format: its headings or template, the system prompt, and the
     tokens at both ends.
 
@@ -151,11 +148,10 @@ def format_hash(
         section: the recipe's `data` section.
         tokenizer: the base model's, or the one saved with a run: TRL writes `train.eos_token` into
             that.
-        folders: where a relative `data.chat_template` is looked for.
         eos_token: `train.eos_token` where it is set and the tokenizer does not know it yet.
     """
     form: Any = HEADINGS.get(section.prompt_format, "")
     if section.prompt_format == "chat":
-        form = [chat_template(section, tokenizer, folders), section.system_prompt]
+        form = [chat_template(section, tokenizer), section.system_prompt]
     identity = [section.prompt_format, form, tokenizer.bos_token, eos_token or tokenizer.eos_token]
     return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()

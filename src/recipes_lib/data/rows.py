@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.sections import DataSection
+from recipes_lib.core.project import shown_path
 from recipes_lib.data.columns import IDS_HINT, Reading
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError
 from recipes_lib.data.files import Table
@@ -91,13 +92,10 @@ class Rows:
                 )
 
 
-def read_data(
-    section: DataSection, folders: Sequence[Path], bad: BadRows, *, max_rows: int | None = None
-) -> Rows:
+def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None) -> Rows:
     """Read, check and name the rows of all sources; rows that cannot be used are added to `bad`.
 
     Args:
-        folders: where a relative path is looked for.
         max_rows: no more than these of each file.
 
     Raises:
@@ -106,7 +104,7 @@ def read_data(
     sources = listed_sources(section)
     rows = Rows()
     for number, source in enumerate(sources):
-        tables = load_tables(source, folders, max_rows)
+        tables = load_tables(source, max_rows)
         reading = Reading.of(tables, section.prompt_format, source.columns, section.drop_columns)
         examples: list[Example] = []
         before = len(bad.found)
@@ -125,8 +123,8 @@ def read_data(
                 examples.append(example)
         rows.num_read += len(examples) + len(bad.found) - before
         examples = named_uniquely(examples, bad)
-        if unread := unread_files(source, folders):
-            rows.unread[source.source] = unread
+        if unread := unread_files(source):
+            rows.unread[shown_path(Path(source.source))] = unread
         chosen = first_in_hash_order(examples, source.max_examples, section.split.seed)
         rows.examples += [examples[index] for index in chosen]
     if len(sources) > 1:
@@ -177,9 +175,7 @@ def _name_apart(rows: Rows) -> None:
         example.id = name if times[name] == 1 else f"{name}#{times[name]}"
 
 
-def check_local_rows(
-    section: DataSection, folders: Sequence[Path], max_rows: int | None = NUM_CHECKED
-) -> list[str]:
+def check_local_rows(section: DataSection, max_rows: int | None = NUM_CHECKED) -> list[str]:
     """Read local files as training would, without a tokenizer; data sets on the Hub are not looked
     at.
 
@@ -194,11 +190,11 @@ def check_local_rows(
     """
     entries = [section.source] if isinstance(section.source, str) else section.source
     sources = zip(entries, listed_sources(section), strict=True)
-    local = [entry for entry, source in sources if not is_on_hub(source, folders)]
+    local = [entry for entry, source in sources if not is_on_hub(source)]
     if not local:
         return []
     bad, limit = BadRows(), None if max_rows is None else max_rows + 1
-    rows = read_data(replace(section, source=local), folders, bad, max_rows=limit)
+    rows = read_data(replace(section, source=local), bad, max_rows=limit)
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     longer = {example.table for example in rows.examples if example.row == limit}

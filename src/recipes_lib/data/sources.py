@@ -9,28 +9,26 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import refuse_pipe
+from recipes_lib.core.project import shown_path
 from recipes_lib.data.examples import SettingError, listed, shown_real_path, type_name
 from recipes_lib.data.files import (
     COLUMNAR_ROWS,
-    DATA_FORMATS,
     Numbered,
     Table,
-    data_format,
     read_file,
 )
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SPLIT_IN_NAME = re.compile(
     r"(?:^|[-_.])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_.]|$)"
 )
@@ -116,61 +114,55 @@ def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
     return replace(whole, **{**entry, "columns": {**whole.columns, **entry.get("columns", {})}})
 
 
-def is_on_hub(source: Source, folders: Sequence[Path]) -> bool:
+def is_on_hub(source: Source) -> bool:
     """Whether a source can only be a data set on the Hub: nothing here has its name, and it is not
     named like a file.
     """
-    here = find_path(source.source, folders) is not None or data_format(Path(source.source))
+    here = find_path(source.source) is not None or data_format(Path(source.source))
     return not here and bool(HUB_ID.fullmatch(source.source))
 
 
-def load_tables(
-    source: Source, folders: Sequence[Path], max_rows: int | None = None
-) -> list[Table]:
+def load_tables(source: Source, max_rows: int | None = None) -> list[Table]:
     """The rows of one source, one table per file, all with the same columns.
 
     Args:
-        folders: where a relative path is looked for, in this order.
         max_rows: no more than these of each file.
 
     Raises:
         DataError: the file, folder or data set is missing, damaged or mixed.
     """
-    if is_on_hub(source, folders):
+    if is_on_hub(source):
         return [_load_from_hub(source)]
     tables = [
         read_file(file, max_rows, encoding=source.encoding, delimiter=source.delimiter)
-        for file in source_files(source, folders)
+        for file in source_files(source)
     ]
     for table in tables[1:]:
         _check_same_columns(tables[0], table)
     return tables
 
 
-def source_files(source: Source, folders: Sequence[Path]) -> list[Path]:
+def source_files(source: Source) -> list[Path]:
     """The files of a local source.
 
     Raises:
         DataError: there is nothing of this name, or no data file of the split in the folder.
     """
-    if (path := find_path(source.source, folders)) is not None:
+    if (path := find_path(source.source)) is not None:
         return [path] if path.is_file() else data_files(path, source.source_split)
     path = Path(source.source).expanduser()
-    parents = {(folder / path).parent.resolve() for folder in (*folders, Path.cwd())}
-    names = {entry.name for parent in parents if parent.is_dir() for entry in parent.iterdir()}
-    hints = [f"looked in {', '.join(sorted(map(shown_real_path, parents)))}"]
-    if near := difflib.get_close_matches(path.name, sorted(names), 1):
-        hints.insert(0, f"did you mean {path.with_name(near[0])}?")
-    raise SettingError("data.source", f"no such file or folder: {source.source}", *hints)
+    parent = path.parent.resolve()
+    names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+    hints = [f"looked in {shown_real_path(parent)}"]
+    if near := difflib.get_close_matches(path.name, names, 1):
+        hints.insert(0, f"did you mean {shown_path(path.with_name(near[0]))}?")
+    raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
 
 
-def find_path(name: str, folders: Sequence[Path]) -> Path | None:
-    """The existing file or folder that `name` means, looked for in `folders` and the working
-    directory.
-    """
+def find_path(name: str) -> Path | None:
+    """The file or folder `name`; None where there is none, as for a Hub id."""
     path = Path(name).expanduser()
-    places = (folder / path for folder in (*folders, Path.cwd()))  # an absolute path stays
-    return next((place for place in places if place.exists()), None)
+    return path if path.exists() else None
 
 
 def data_files(folder: Path, split: str) -> list[Path]:
@@ -203,11 +195,11 @@ def data_files(folder: Path, split: str) -> list[Path]:
     return wanted or rest
 
 
-def unread_files(source: Source, folders: Sequence[Path]) -> list[str]:
+def unread_files(source: Source) -> list[str]:
     """What else lies in the folder of a source: files of other splits, of unknown formats, in
     folders below. Notes are left out.
     """
-    folder = None if is_on_hub(source, folders) else find_path(source.source, folders)
+    folder = None if is_on_hub(source) else find_path(source.source)
     if folder is None or folder.is_file():
         return []
     read = set(data_files(folder, source.source_split))

@@ -63,16 +63,14 @@ class PromptFormat:
     format.
     """
 
-    def __init__(self, section: DataSection, tokenizer: Any, folder: Path) -> None:
-        self.section, self.tokenizer, self.folders = section, tokenizer, [folder]
+    def __init__(self, section: DataSection, tokenizer: Any) -> None:
+        self.section, self.tokenizer = section, tokenizer
         self.name = section.prompt_format
-        self.hash = format_hash(section, tokenizer, self.folders)
+        self.hash = format_hash(section, tokenizer)
 
     def render(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
         """Return the prompt's text and token ids."""
-        text = generation_prompt(
-            self.section, self.tokenizer, messages=list(messages), folders=self.folders
-        )
+        text = generation_prompt(self.section, self.tokenizer, messages=list(messages))
         return text, tuple(prompt_ids(self.section, self.tokenizer, text))
 
 
@@ -232,7 +230,7 @@ def _subject(target: Target, tokenizer: Any, model: Any, using: Any) -> Subject:
     section = recipe.data
     if recipe.name == "auto" and not getattr(tokenizer, "chat_template", None):
         section = dataclasses.replace(section, prompt_format="dolly")
-    prompts = PromptFormat(section, tokenizer, recipe.base_dir)
+    prompts = PromptFormat(section, tokenizer)
     precision = [recipe.model.dtype, recipe.quantization]
     if target.trained and recipe.lora is None:
         fingerprint = hash_of(folder_fingerprint(target.trained.weights), precision)

@@ -223,7 +223,6 @@ def stand_in_recipe(
         quantization=None,
         origins={},
         warnings=(),
-        base_dir=Path.cwd(),
     )
 
 
@@ -243,7 +242,6 @@ def record_base(run: RunDirectory, recipe: Recipe, fingerprint: str, prompts: An
             },
         },
         "quantization": recipe.quantization,
-        "folder": str(recipe.base_dir),
     }
     stand_in["data"]["prompt_format"] = prompts.name
     run.write_state(
@@ -264,10 +262,4 @@ def stored_recipe(run: RunDirectory) -> Recipe | None:
         return None
     recipe = stand_in_recipe(stored["model"]["name_or_path"], stored["data"]["prompt_format"])
     model, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
-    return dataclasses.replace(
-        recipe,
-        model=model,
-        data=data,
-        quantization=stored["quantization"],
-        base_dir=Path(stored["folder"]),
-    )
+    return dataclasses.replace(recipe, model=model, data=data, quantization=stored["quantization"])

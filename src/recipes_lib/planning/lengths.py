@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -21,7 +22,7 @@ import yaml
 from recipes_lib.config.model_files import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.project import runs_root
+from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRows, place
 from recipes_lib.data.files import count_rows
@@ -88,12 +89,13 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
         RecipeError: a file or folder of the data is not here.
         DataError: the data are here and cannot be used, for example an empty folder.
     """
-    folders = (recipe.base_dir,)
     try:
         for source in listed_sources(recipe.data):
-            if not is_on_hub(source, folders) and find_path(source.source, folders) is None:
-                hint = f"a relative path is meant from {recipe.base_dir}"
-                raise recipe.error("data.source", f"no such file or folder: {source.source}", hint)
+            if not is_on_hub(source) and find_path(source.source) is None:
+                path = Path(source.source)
+                hint = f"a relative path is meant from {path.parent}"
+                what = f"no such file or folder: {shown_path(path)}"
+                raise recipe.error("data.source", what, hint)
         local = _counted(recipe, vocabulary)
     except DataError as error:
         raise place(recipe, error) from None
@@ -103,7 +105,8 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
     dolly = recipe.data.source == DOLLY_DATASET
     if not dolly and (earlier := _from_run(recipe, tokens)):
         return earlier
-    named = recipe.data.source if isinstance(recipe.data.source, str) else "the mixture"
+    written = recipe.to_dict()["data"]["source"]
+    named = written if isinstance(written, str) else "the mixture"
     source_text = (
         f"Dolly's length histogram ({len(tokens):,} rows)"
         if dolly
@@ -132,14 +135,14 @@ def _split(
 
 def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     """Count the rows of local data; None where a source is not a local file or folder."""
-    section, folders = recipe.data, (recipe.base_dir,)
+    section = recipe.data
     sources = listed_sources(section)
-    if any(find_path(source.source, folders) is None for source in sources):
+    if any(find_path(source.source) is None for source in sources):
         return None
-    files = [source_files(source, folders) for source in sources]
+    files = [source_files(source) for source in sources]
     large = sum(file.stat().st_size for some in files for file in some) > LARGEST_FILE
     bad = BadRows()
-    rows = read_data(section, folders, bad, max_rows=COUNTED if large else None)
+    rows = read_data(section, bad, max_rows=COUNTED if large else None)
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     if kept := section.filters.categories:
@@ -170,7 +173,7 @@ def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int |
     Args:
         share: of the rows that are to stay whole.
     """
-    rows = read_data(recipe.data, (recipe.base_dir,), BadRows(), max_rows=COUNTED)
+    rows = read_data(recipe.data, BadRows(), max_rows=COUNTED)
     if not len(rows):
         return None
     tokens, _ = _tokens(recipe, vocabulary, rows)

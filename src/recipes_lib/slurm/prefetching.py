@@ -18,7 +18,7 @@ from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.json_files import object_or_none
-from recipes_lib.core.project import recipe_path
+from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import say
 from recipes_lib.data.files import BadRow
 from recipes_lib.data.sources import (
@@ -86,15 +86,14 @@ def prefetch_needs(
 
 def _of_recipe(recipe: Recipe) -> Iterator[Need]:
     yield _model(recipe.model)
-    folders = [recipe.folder_of("data.source")]
     for source in listed_sources(recipe.data):
-        yield _data(source, folders)
+        yield _data(source)
 
 
-def _data(source: Source, folders: list[Path]) -> Need:
+def _data(source: Source) -> Need:
     def check() -> str:
         rows = 0
-        for table in load_tables(source, folders):
+        for table in load_tables(source):
             for line, row in table:  # one at a time: a data set may be larger than the memory
                 if isinstance(row, BadRow):
                     hints = filter(None, [row.hint])
@@ -102,7 +101,7 @@ def _data(source: Source, folders: list[Path]) -> Need:
                 rows += 1
         return f"{rows:,} rows"
 
-    return Need("data", source.source, check, check)
+    return Need("data", shown_path(Path(source.source)), check, check)
 
 
 def _model(section: ModelSection, kind: str = "model") -> Need:

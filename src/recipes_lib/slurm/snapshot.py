@@ -41,12 +41,14 @@ class Snapshot:
             _absolute(recipe.path),
             *map(_absolute, _written_in(recipe.origins.values())),
         }
-        places = [source.source for source in listed_sources(recipe.data)]
-        self.links |= _beside(recipe.folder_of("data.source"), places)
-        if recipe.data.chat_template and "\n" not in recipe.data.chat_template:
-            self.copies |= _beside(
-                recipe.folder_of("data.chat_template"), [recipe.data.chat_template]
-            )
+        if "source" in recipe.as_written:
+            self.links |= {
+                Path(source.source)
+                for source in listed_sources(recipe.data)
+                if Path(source.source).exists()
+            }
+        if "chat_template" in recipe.as_written:
+            self.copies.add(Path(str(recipe.data.chat_template)))
 
     def add_eval(self, recipe: EvalRecipe) -> None:
         """Add an eval recipe, its judge with prompts and rubrics, and links to its questions."""

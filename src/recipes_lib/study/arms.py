@@ -4,10 +4,13 @@ torch.
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 from pathlib import Path
 
 from recipes_lib.compare.design import BASE_ARM, Arm, Study
+from recipes_lib.config.loader import COMMAND_LINE, Origin
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root, shown_path
@@ -92,6 +95,19 @@ def train_words(study: Study, arm: Arm, seed: int) -> list[str]:
         f"run.name={arm_run(study, arm, seed)}",
         f"train.seed={seed}",
     ]
+
+
+def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
+    """Return the recipe of one arm and one seed, which `train_words` would make again."""
+    assert arm.recipe is not None
+    name, word = arm_run(study, arm, seed), Origin(COMMAND_LINE)
+    return dataclasses.replace(
+        arm.recipe,
+        name=name,
+        run=dataclasses.replace(arm.recipe.run, name=name),
+        train={**arm.recipe.train, "seed": seed},
+        origins={**arm.recipe.origins, ("run", "name"): word, ("train", "seed"): word},
+    )
 
 
 def launch_words(arm: Arm) -> list[str]:

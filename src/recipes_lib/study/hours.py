@@ -82,7 +82,7 @@ def study_hours(study: Study, gpu: str | None = None, price: float | None = None
             elsewhere.append(arm.name)
             continue
         card = card_for(arm.launch, gpu)
-        data = (str(arm.recipe.data), str(arm.recipe.model), str(arm.recipe.base_dir))
+        data = (str(arm.recipe.data), str(arm.recipe.model))
         try:
             plan = plan_launched(arm.recipe, arm.launch, card, counted.get(data))
         except EnvironmentFault as fault:  # the model is not here and the Hub gives no config

@@ -89,7 +89,7 @@ def _steps(study: Study) -> Iterator[Step]:
             continue
         recipe = arm.recipe
         assert recipe is not None
-        key = (str(recipe.data), str(recipe.model), str(recipe.base_dir))
+        key = (str(recipe.data), str(recipe.model))
         if key not in contents:
             contents[key] = {**data_contents(recipe), **_base_content(recipe)}
         for seed in arm.seeds:
@@ -188,7 +188,7 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
     contents: dict[str, str | None] = {}
     with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
         for source in listed_sources(recipe.data):
-            path = find_path(source.source, [recipe.base_dir])
+            path = find_path(source.source)
             if path is None:
                 continue
             for file in [path] if path.is_file() else data_files(path, source.source_split):
@@ -199,8 +199,7 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
                 contents[key] = content_of(file)
     template = recipe.data.chat_template
     if template and template.endswith(".jinja"):
-        folder = recipe.folder_of("data.chat_template")
-        contents[f"{CONTENT}chat template"] = content_of(folder / template)
+        contents[f"{CONTENT}chat template"] = content_of(Path(template))
     return contents
 
 
@@ -216,7 +215,8 @@ def base_inputs(recipe: Recipe) -> dict[str, Any]:
     asked in.
     """
     keys = ("prompt_format", "chat_template", "system_prompt")
-    data = {key: getattr(recipe.data, key) for key in keys}
+    written = recipe.to_dict()["data"]
+    data = {key: written[key] for key in keys}
     model = {"model": asdict(recipe.model), "quantization": recipe.quantization, "data": data}
     return {**flatten(model), **_base_content(recipe)}
 

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import IO
 
 from recipes_lib.compare.design import Study
-from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.recipe import HANDED, RECORD
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.planning.cards import devices_here
-from recipes_lib.study.arms import free_name, launch_words, study_folder, train_words
+from recipes_lib.study.arms import arm_recipe, free_name, launch_words, study_folder, train_words
 from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
 from recipes_lib.training.resume_guard import recipe_differences
 from recipes_lib.weights.base import weight_hashes
@@ -166,7 +166,10 @@ class Trainings:
         if self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1:
             # two launchers that start together would both take the usual port
             words += ["--main-process-port", str(free_port())]
-        environment, shown = dict(os.environ), " ".join(["recipes", "train", *words])
+        recipe = self.graph.folder / step.name / RECORD
+        arm_recipe(self.study, arm, step.seed).write(recipe)
+        environment = {**os.environ, HANDED: str(recipe)}
+        shown = " ".join(["recipes", "train", *words])
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
             shown = f"CUDA_VISIBLE_DEVICES={','.join(devices)} {shown}"
@@ -210,8 +213,8 @@ class Trainings:
                 if (before := begun.get("version", 1)) != step.version:
                     other.append(f"code {before} -> {step.version}")
             elif guard := state.get("guard"):  # trained by hand, or by a cluster's job
-                path, *words = train_words(self.study, self.study.arm(step.arm), step.seed or 0)
-                other = list(recipe_differences(load_recipe(path, words), guard))
+                recipe = arm_recipe(self.study, self.study.arm(step.arm), step.seed or 0)
+                other = list(recipe_differences(recipe, guard))
             if state["state"] == "finished" and _weights(run) is None:
                 other.append("its weights are gone")
             if other:

@@ -13,16 +13,17 @@ from typing import Any
 import yaml
 
 from recipes_lib.config.launch import Active
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import RECORD, Recipe, load_recipe
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipesError
 from recipes_lib.core.faults import explain_fault
+from recipes_lib.core.json_files import DamagedFile
 from recipes_lib.core.manifest import command_line, environment
 from recipes_lib.core.ranks import leave_together, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, State
 from recipes_lib.core.run_lock import run_lock
 from recipes_lib.core.terminal import say
-from recipes_lib.data.preparation import PreparedData, data_folders
+from recipes_lib.data.preparation import PreparedData
 from recipes_lib.training import checkpoints, metrics
 from recipes_lib.training.resume_guard import check_resume, recipe_differences
 from recipes_lib.training.stopping import StopRequest
@@ -181,8 +182,7 @@ class Attempt:
             checkpoints.set_aside(weights, ".damaged")
         write_json(self.run.path / "supervision.json", data.audit)
         write_json(self.run.path / "splits.json", data.splits)
-        folders = [str(folder.resolve()) for folder in data_folders(self.recipe)]
-        self.run.write_state("running", exit_code=None, error=None, data_folders=folders, **fields)
+        self.run.write_state("running", exit_code=None, error=None, **fields)
         self.is_ours = True
 
     def record_failure(self, code: int, error: str) -> None:
@@ -253,14 +253,18 @@ def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
     """
     try:
         load_recipe(run.path / "resolved.yaml")
-    except RecipeError as error:
+        Recipe.read(run.path / RECORD)
+    except (RecipeError, DamagedFile) as error:
         say(f"{error}; written again")
         write_provenance(run, recipe)
 
 
 def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
-    """Write recipe.yaml (as it was), resolved.yaml, command.txt and environment.json."""
-    write_text(run.path / "recipe.yaml", recipe.path.read_text(encoding="utf-8-sig"))
+    """Write recipe.yaml (as it was), recipe.json, resolved.yaml, command.txt and
+    environment.json.
+    """
+    write_text(run.path / "recipe.yaml", recipe.text)
+    recipe.write(run.path / RECORD)
     write_text(
         run.path / "resolved.yaml",
         yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True),

@@ -48,9 +48,8 @@ def card_text(
         header["base_model"] = base
     revision = f" (revision `{recipe.model.revision}`)" if recipe.model.revision else ""
     rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in summary.items())
-    source = (
-        recipe.data.source if isinstance(recipe.data.source, str) else "a mixture, see the recipe"
-    )
+    written = recipe.to_dict()["data"]["source"]
+    source = written if isinstance(written, str) else "a mixture, see the recipe"
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {recipe.name}\n\n"
         f"{_method(recipe)} of `{base}`{revision} on `{source}`, prompt format"

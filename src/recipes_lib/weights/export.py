@@ -154,7 +154,7 @@ def portable(recipe: Recipe) -> Recipe:
         recipe.data, **{key: values["data"][key] for key in ("source", "chat_template", "columns")}
     )
     return dataclasses.replace(
-        recipe, **sections, data=data, train=values["train"], lora=values["lora"]
+        recipe, **sections, data=data, train=values["train"], lora=values["lora"], as_written={}
     )
 
 

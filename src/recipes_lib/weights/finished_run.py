@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.loader import Origin
-from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.recipe import RECORD, Recipe, recipe_from
 from recipes_lib.config.upstream import build_quantization_config
-from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.config.validation import load
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.run_directory import RunDirectory
@@ -36,7 +36,6 @@ from recipes_lib.weights.check import autocast, keep_saved_precision, read_check
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from recipes_lib.config.recipe import Recipe
     from recipes_lib.config.sections import DataSection
 
 BASE = "base"
@@ -93,8 +92,9 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         what = f"run '{run.name}' is {recorded['state']}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     try:
-        recipe = load_recipe(run.path / "resolved.yaml")
-    except RecipeError as error:
+        recorded_by = run.path / RECORD
+        recipe = Recipe.read(recorded_by) if recorded_by.exists() else _recipe_before_json(run)
+    except (RecipeError, DamagedFile) as error:
         what = f"the settings of run '{run.name}' are damaged: {str(error).splitlines()[0]}"
         raise EnvironmentFault(what, f"write them again: {run.train_command()}") from None
     if recipe.model.trust_remote_code and not remote_code:
@@ -102,24 +102,21 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
             f"the model of run '{run.name}' runs code that ships with it",
             "pass --trust-remote-code, as its training did",
         )
-    folders = recorded.get("data_folders")
-    if (
-        folders
-    ):  # relative paths mean the folder of the recipe that was trained, not of its copy in the run
-        source, template = (
-            Origin(str(Path(folder) / recipe.path.name)) for folder in (folders[0], folders[-1])
-        )
-        placed: dict[KeyPath, Origin] = {
-            ("data", "source"): source,
-            ("data", "chat_template"): template,
-        }
-        recipe = dataclasses.replace(
-            recipe, origins={**recipe.origins, **placed}, base_dir=Path(folders[0])
-        )
     trained = TrainedRun(run, recipe)
     if not trained.weights.is_dir():
         raise _lost(run, f"{trained.weights.name}/ is gone")
     return trained
+
+
+def _recipe_before_json(run: RunDirectory) -> Recipe:
+    """Return the recipe of a run that recorded none but resolved.yaml, whose relative paths mean
+    the folders in run.json.
+    """
+    document = load(run.path / "resolved.yaml", "recipe")
+    folders = run.read_state().get("data_folders") or []
+    for key, folder in zip(("source", "chat_template"), folders[:1] + folders[-1:], strict=False):
+        document.origins["data", key] = Origin(str(Path(folder) / "recipe.yaml"))
+    return recipe_from(document)
 
 
 def weights_damage(run: RunDirectory, full: bool) -> str | None:
