@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from recipes_lib.config.launch import Launch, place_machine, plan_launch_of
-from recipes_lib.config.recipe import HANDED, RECORD, Recipe, handed_recipe
+from recipes_lib.config.recipe import HANDED, RECIPE_FILE, Recipe, handed_recipe
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.ranks import SEEN, STAGE_FILE
@@ -179,9 +179,9 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "exit_code"
         stage_file = Path(folder) / "stage"
-        recipe.write(Path(folder) / RECORD)
+        recipe.write(Path(folder) / RECIPE_FILE)
         environment = {**os.environ, EXIT_CODE_FILE: str(report), STAGE_FILE: str(stage_file)}
-        environment[HANDED] = str(Path(folder) / RECORD)
+        environment[HANDED] = str(Path(folder) / RECIPE_FILE)
         environment["RECIPES_EXPECT"] = json.dumps(expected)
         if launch.config.use_cpu:
             environment["ACCELERATE_USE_CPU"] = (

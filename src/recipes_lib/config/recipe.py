@@ -33,7 +33,7 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import recipe_path
 
-RECORD = "recipe.json"
+RECIPE_FILE = "recipe.json"
 HANDED = "RECIPES_HANDED_RECIPE"  # the file in which a process finds the recipe of its command line
 PROJECT_DEFAULT = Origin("project default")
 UPSTREAM_DEFAULT = Origin("default")

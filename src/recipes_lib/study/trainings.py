@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from recipes_lib.compare.design import Study
-from recipes_lib.config.recipe import HANDED, RECORD
+from recipes_lib.config.recipe import HANDED, RECIPE_FILE
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.project import shown_path
@@ -166,7 +166,7 @@ class Trainings:
         if self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1:
             # two launchers that start together would both take the usual port
             words += ["--main-process-port", str(free_port())]
-        recipe = self.graph.folder / step.name / RECORD
+        recipe = self.graph.folder / step.name / RECIPE_FILE
         arm_recipe(self.study, arm, step.seed).write(recipe)
         environment = {**os.environ, HANDED: str(recipe)}
         shown = " ".join(["recipes", "train", *words])

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from recipes_lib.config.launch import Active
-from recipes_lib.config.recipe import RECORD, Recipe, load_recipe
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipesError
 from recipes_lib.core.faults import explain_fault
@@ -253,7 +253,7 @@ def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
     """
     try:
         load_recipe(run.path / "resolved.yaml")
-        Recipe.read(run.path / RECORD)
+        Recipe.read(run.path / RECIPE_FILE)
     except (RecipeError, DamagedFile) as error:
         say(f"{error}; written again")
         write_provenance(run, recipe)
@@ -264,7 +264,7 @@ def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
     environment.json.
     """
     write_text(run.path / "recipe.yaml", recipe.text)
-    recipe.write(run.path / RECORD)
+    recipe.write(run.path / RECIPE_FILE)
     write_text(
         run.path / "resolved.yaml",
         yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True),

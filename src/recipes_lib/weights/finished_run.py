@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.loader import Origin
-from recipes_lib.config.recipe import RECORD, Recipe, recipe_from
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe, recipe_from
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.config.validation import load
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
@@ -92,7 +92,7 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         what = f"run '{run.name}' is {recorded['state']}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     try:
-        recorded_by = run.path / RECORD
+        recorded_by = run.path / RECIPE_FILE
         recipe = Recipe.read(recorded_by) if recorded_by.exists() else _recipe_before_json(run)
     except (RecipeError, DamagedFile) as error:
         what = f"the settings of run '{run.name}' are damaged: {str(error).splitlines()[0]}"
