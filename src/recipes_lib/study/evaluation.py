@@ -41,36 +41,41 @@ EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", "lm_eval")
 Report = Callable[[str], None]
 
 
-@dataclass
 class FailedSteps:
-    """Steps that failed in this attempt: name -> (error, exit code)."""
+    """Steps that failed in this attempt: `found` is name -> (error, exit code).
 
-    found: dict[str, tuple[str, int]] = field(default_factory=dict)
+    Args:
+        debug: raise what is not one of our errors.
+    """
+
+    def __init__(self, graph: Graph, debug: bool) -> None:
+        self.graph, self.debug = graph, debug
+        self.found: dict[str, tuple[str, int]] = {}
 
     @contextmanager
-    def noted(self, graph: Graph, steps: Sequence[Step], debug: bool = False) -> Iterator[None]:
+    def noted(self, steps: Sequence[Step]) -> Iterator[None]:
         """Record an error as a failure of these steps, and go on."""
         try:
             yield
         except Exception as error:
-            self.note(graph, steps, error, debug)
+            self.note(steps, error)
 
-    def note(self, graph: Graph, steps: Sequence[Step], error: Exception, debug: bool) -> None:
-        """Note an error as a failure of steps; one of a library is raised for debugging, but must
-        not take the other arms along otherwise.
+    def note(self, steps: Sequence[Step], error: Exception) -> None:
+        """Note an error as a failure of steps; one of a library must not take the other arms along
+        either.
         """
         if isinstance(error, RecipesError):
-            self.add(graph, steps, str(error), int(error.exit_code))
+            self.add(steps, str(error), int(error.exit_code))
             return
-        if debug:
+        if self.debug:
             raise error
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        self.add(graph, steps, f"{type(error).__name__}: {lines[0]}", int(ExitCode.FAILED))
+        self.add(steps, f"{type(error).__name__}: {lines[0]}", int(ExitCode.FAILED))
 
-    def add(self, graph: Graph, steps: Sequence[Step], error: str, exit_code: int) -> None:
+    def add(self, steps: Sequence[Step], error: str, exit_code: int) -> None:
         """Note a failure of steps."""
         for step in steps:
-            graph.fail(step, error, exit_code)
+            self.graph.fail(step, error, exit_code)
             self.found[step.name] = (error, exit_code)
 
 
@@ -86,9 +91,8 @@ def record_base_run(study: Study) -> None:
         subject = subjects[0]
         record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
     if base_run(study) != subject.name:
-        write_json(
-            base_record(study), {"run": subject.name, "model": arm.recipe.model.name_or_path}
-        )
+        known = {"run": subject.name, "model": arm.recipe.model.name_or_path}
+        write_json(base_record(study), known)
 
 
 def set_results_aside(study: Study, graph: Graph, step: Step, say: Report) -> None:
@@ -96,19 +100,14 @@ def set_results_aside(study: Study, graph: Graph, step: Step, say: Report) -> No
     stored is not asked again.
     """
     record = graph.record(step.name)
-    if (
-        record is None
-        or record.version == step.version
-        or step.kind not in ("answers", "judgments", "comparison")
-    ):
+    if record is None or record.version == step.version:
+        return
+    if step.kind not in ("answers", "judgments", "comparison"):
         return
     for name in record.files:
-        file = runs_root() / name
-        store = (
-            file
-            if file.suffix == ".jsonl"
-            else file.with_name(f"{file.stem.replace('result', 'judgments', 1)}.jsonl")
-        )
+        store = runs_root() / name
+        if store.suffix != ".jsonl":
+            store = store.with_name(f"{store.stem.replace('result', 'judgments', 1)}.jsonl")
         if store.is_file():
             away = free_name(study_folder(study) / "replaced" / store.relative_to(runs_root()))
             away.parent.mkdir(parents=True, exist_ok=True)
@@ -177,14 +176,8 @@ class Evaluation:
         debug: bool = False,
         remote_code: bool = False,
     ) -> None:
-        self.study, self.graph, self.say, self.debug, self.remote_code = (
-            study,
-            graph,
-            say,
-            debug,
-            remote_code,
-        )
-        self.failures = FailedSteps()
+        self.study, self.graph, self.say, self.remote_code = study, graph, say, remote_code
+        self.failures = FailedSteps(graph, debug)
         self.todo = {step.name: step for step in todo}
         self.fresh = {name for name, state in graph.survey().items() if state.fresh}
         self.jobs: list[_Job] = []
@@ -202,38 +195,32 @@ class Evaluation:
 
     def _mine(self, kind: str, recipe: EvalRecipe | None = None) -> list[Step]:
         """The steps of a kind that are to be done and did not fail, nor what they need."""
-        steps = [
-            step
-            for step in self.todo.values()
-            if step.kind == kind and (recipe is None or step.eval == recipe.name)
-        ]
         return [
             step
-            for step in steps
-            if step.name not in self.failures.found and not self._blocked(step)
+            for step in self.todo.values()
+            if step.kind == kind
+            and (recipe is None or step.eval == recipe.name)
+            and step.name not in self.failures.found
+            and not self._blocked(step)
         ]
 
     def _blocked(self, step: Step) -> bool:
         """Whether a step above this one failed or was never done."""
-        for name in step.upstream:
-            above = self.graph.steps[name]
-            if name in self.failures.found or (name in self.todo and self._blocked(above)):
-                return True
-            if name not in self.todo and name not in self.fresh:
-                return True
-        return False
+        return any(
+            name in self.failures.found
+            or (self._blocked(self.todo[name]) if name in self.todo else name not in self.fresh)
+            for name in step.upstream
+        )
 
     def _plan_checks(self) -> None:
         """Check the files of trained runs, and open the check of their loaded models."""
         self.files: dict[str, dict[str, Any]] = {}
-        steps = {step.run: step for step in self._mine("check")}
-        for run, step in steps.items():
-            with self.failures.noted(self.graph, [step], self.debug):
-                self.files[run] = check_weight_files(
-                    finished_run(RunDirectory(run), self.remote_code)
-                )
-        left = {step.run: step for step in self._mine("check")}
-        with self.failures.noted(self.graph, list(left.values()), self.debug):
+        for step in self._mine("check"):
+            with self.failures.noted([step]):
+                run = finished_run(RunDirectory(step.run), self.remote_code)
+                self.files[step.run] = check_weight_files(run)
+        left = _by_run(self._mine("check"))
+        with self.failures.noted(list(left.values())):
             if left:
                 self.jobs.append(_Job(_AdapterChecks(left, self.remote_code), answers=left))
 
@@ -242,18 +229,18 @@ class Evaluation:
         suite_of = partial(SUITES[recipe.suite.name], remote_code=self.remote_code)
         if recipe.suite.name == "lm_eval":
             steps = self._mine("lm_eval", recipe)
-            with self.failures.noted(self.graph, steps, self.debug):
+            with self.failures.noted(steps):
                 if steps:
-                    suite = suite_of(recipe, self._words(steps), None)
-                    self.jobs.append(_Job(suite, results={step.run: step for step in steps}))
+                    suite = suite_of(recipe, list(_by_run(steps)), None)
+                    self.jobs.append(_Job(suite, results=_by_run(steps)))
             return
         answers, judgments = self._mine("answers", recipe), self._mine("judgments", recipe)
-        with self.failures.noted(self.graph, [*answers, *judgments], self.debug):
+        with self.failures.noted([*answers, *judgments]):
             if answers or judgments:
                 # Everyone takes part, also whose results are fresh: the judge's probes and its
                 # audit are then what they would have been in one go, wherever an earlier attempt
                 # ended. What is stored is not asked again.
-                suite = suite_of(recipe, self._words(self._available(recipe)), None)
+                suite = suite_of(recipe, list(_by_run(self._available(recipe))), None)
                 self._add(suite, answers, judgments, self._stored_cards(recipe, but=recipe.name))
         # The judge's probes belong to its audit above; asking them again for every pair would tell
         # nothing new.
@@ -261,7 +248,7 @@ class Evaluation:
             recipe, metrics=dataclasses.replace(recipe.metrics, probe_pairs=0)
         )
         for step in self._mine("comparison", recipe):
-            with self.failures.noted(self.graph, [step], self.debug):
+            with self.failures.noted([step]):
                 against = base_run(self.study) if step.against == BASE_ARM else step.against
                 suite = suite_of(plain, [step.run], against)
                 self._add(suite, [], [step], self._stored_cards(recipe), counts_elsewhere=False)
@@ -278,21 +265,16 @@ class Evaluation:
         assert isinstance(suite, JudgedSuite)
         suite.wanted = {step.run for step in results}
         suite.cards_elsewhere, suite.counts_elsewhere = cards, counts_elsewhere
-        self.jobs.append(
-            _Job(suite, {step.run: step for step in answers}, {step.run: step for step in results})
-        )
+        self.jobs.append(_Job(suite, _by_run(answers), _by_run(results)))
 
     def _available(self, recipe: EvalRecipe) -> list[Step]:
         """The answers of an eval that are there or can be made."""
-        steps = [step for step in self.graph.of_kind("answers") if step.eval == recipe.name]
         return [
             step
-            for step in steps
-            if step.name in self.fresh or (step.name in self.todo and not self._blocked(step))
+            for step in self.graph.of_kind("answers")
+            if step.eval == recipe.name
+            and (step.name in self.fresh or (step.name in self.todo and not self._blocked(step)))
         ]
-
-    def _words(self, steps: Sequence[Step]) -> list[str]:
-        return list(dict.fromkeys(step.run for step in steps))
 
     def _stored_cards(self, recipe: EvalRecipe, but: str = "") -> dict[str, list[dict[str, Any]]]:
         """The scorecards of this eval's judge that fresh results of the study hold, by eval."""
@@ -317,11 +299,11 @@ class Evaluation:
         steps = [step for run in runs for step in job.steps(run)]
         if done.error is not None:
             concerned = steps if runs else list(job.results.values())
-            self.failures.note(self.graph, concerned, done.error, self.debug)
+            self.failures.note(concerned, done.error)
             for target, run in zip(done.targets, runs, strict=True):
                 self._leave_out(target, run, job)
             return
-        suite = job.suite
+        suite, seconds = job.suite, round(done.seconds, 2)
         for step in steps:
             if isinstance(suite, _AdapterChecks):
                 facts = {**self.files[step.run], "as_trained": suite.facts[step.run]}
@@ -332,23 +314,14 @@ class Evaluation:
                 )
             elif isinstance(suite, JudgedSuite) and step.kind == "answers":
                 answers = suite.answers_of(done.targets[0])
-                self.graph.finish(
-                    step,
-                    answers.digest,
-                    [answers.folder(suite.recipe.name) / "generations.jsonl"],
-                    seconds=round(done.seconds, 2),
-                    tokens=answers.tokens,
-                )
+                files = [answers.folder(suite.recipe.name) / "generations.jsonl"]
+                facts = {"seconds": seconds, "tokens": answers.tokens}
+                self.graph.finish(step, answers.digest, files, **facts)
         for result in done.results:
-            if result["target"] in job.results:
-                step = job.results[result["target"]]
-                folder = runs_root() / step.run / "evals" / suite.recipe.name
-                self.graph.finish(
-                    step,
-                    result_digest(result),
-                    [folder / Path(result["file"]).name],
-                    seconds=round(done.seconds, 2),
-                )
+            if finished := job.results.get(result["target"]):
+                folder = runs_root() / finished.run / "evals" / suite.recipe.name
+                files = [folder / Path(result["file"]).name]
+                self.graph.finish(finished, result_digest(result), files, seconds=seconds)
 
     def _leave_out(self, target: Target, run: str, failed: _Job) -> None:
         """Give up what a target that failed was to have: everything after a failed check, else what
@@ -358,10 +331,12 @@ class Evaluation:
             if job is failed or isinstance(failed.suite, _AdapterChecks):
                 step = job.results.pop(run, None)
                 if step and step.name not in self.failures.found:
-                    self.failures.add(
-                        self.graph, [step], "its model failed above", int(ExitCode.FAILED)
-                    )
+                    self.failures.add([step], "its model failed above", int(ExitCode.FAILED))
             elif not isinstance(job.suite, _AdapterChecks) and (
                 job.suite.recipe.name == failed.suite.recipe.name
             ):
                 job.suite.drop(target)
+
+
+def _by_run(steps: Sequence[Step]) -> dict[str, Step]:
+    return {step.run: step for step in steps}

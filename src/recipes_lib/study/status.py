@@ -32,7 +32,7 @@ _REASON_WIDTH = 72
 class StepRow:
     """One step as the tables show it; `seconds` is what it took last time."""
 
-    name: str
+    step: Step
     state: str
     detail: str
     seconds: float | None
@@ -40,7 +40,7 @@ class StepRow:
     def to_dict(self) -> dict[str, Any]:
         """Return the row for --json."""
         facts = {"state": self.state, "detail": self.detail, "seconds": self.seconds}
-        return {"step": self.name, **facts}
+        return {"step": self.step.name, **facts}
 
 
 def step_rows(study: Study, graph: Graph) -> list[StepRow]:
@@ -60,7 +60,7 @@ def step_rows(study: Study, graph: Graph) -> list[StepRow]:
             detail += describe_holder(RunDirectory(step.run).path / "lock.json")
         else:
             state, detail = _state(step, known, record, evaluating)
-        rows.append(StepRow(step.name, state, detail, record.seconds if record else None))
+        rows.append(StepRow(step, state, detail, record.seconds if record else None))
     return rows
 
 
@@ -123,7 +123,7 @@ def standstill(study: Study, graph: Graph) -> str | None:
 
 def status_lines(rows: Sequence[StepRow], width: int) -> list[str]:
     """Return the status table, each line cut to the terminal's width."""
-    cells = [(row.name, row.state, seconds_text(row.seconds), row.detail) for row in rows]
+    cells = [(row.step.name, row.state, seconds_text(row.seconds), row.detail) for row in rows]
     return [_cut(line, width) for line in aligned([("step", "state", "took", ""), *cells])]
 
 
@@ -165,22 +165,17 @@ def study_plan_object(
     study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the plan for --json; `estimates` says per arm what one training takes."""
-    rows, costs = _rows_and_costs(study, graph, steps, estimates)
-    todo = [name for name, row in rows.items() if row.state != "fresh"]
+    rows = _with_costs(study, graph, steps, estimates)
+    todo = [row for row, _ in rows if row.state != "fresh"]
     return {
         "study": study.name,
         "question": study.question,
         "steps": [
-            {
-                **rows[step.name].to_dict(),
-                "arm": step.arm,
-                "run": step.run,
-                "cost": costs[step.name],
-            }
-            for step in steps
+            {**row.to_dict(), "arm": row.step.arm, "run": row.step.run, "cost": cost}
+            for row, cost in rows
         ],
-        "todo": todo,
-        "seconds_measured": sum(rows[name].seconds or 0.0 for name in todo),
+        "todo": [row.step.name for row in todo],
+        "seconds_measured": sum(row.seconds or 0.0 for row in todo),
     }
 
 
@@ -193,62 +188,55 @@ def study_plan_lines(
     Args:
         estimates: per arm, what one training takes.
     """
-    rows, costs = _rows_and_costs(study, graph, steps, estimates)
-    todo = [step for step in steps if rows[step.name].state != "fresh"]
-    base = " and their base" if study.include_base else ""
+    rows = _with_costs(study, graph, steps, estimates)
+    todo = [(row, cost) for row, cost in rows if row.state != "fresh"]
+    arms = f"{len(study.arms)} arms{' and their base' if study.include_base else ''}"
     yield question_text(study.question)
-    yield (
-        f"{len(study.arms)} arms{base}; {len(study.evals)} evals; seeds"
-        f" {', '.join(map(str, study.seeds))}"
-    )
+    yield f"{arms}; {len(study.evals)} evals; seeds {', '.join(map(str, study.seeds))}"
     yield ""
     if not todo:
         yield f"nothing to do: all {len(steps)} steps are fresh"
         return
     table = [("step", "because", "cost", "took before")]
-    for step in todo:
-        row = rows[step.name]
-        because = {
-            "waiting": "never done",
-            "missing": "never done",
-            "failed": f"failed: {row.detail}",
-            "running": f"running: {row.detail}",
-        }.get(row.state, row.detail)
-        # the whole reason stands in `status` and in --json
-        because = _cut(because, _REASON_WIDTH)
-        table.append((step.name, because, costs[step.name], seconds_text(row.seconds)))
+    for row, cost in todo:
+        because = "never done"
+        if row.state not in ("waiting", "missing"):
+            told = f"{row.state}: " if row.state in ("failed", "running") else ""
+            # the whole reason stands in `status` and in --json
+            because = _cut(f"{told}{row.detail}", _REASON_WIDTH)
+        table.append((row.step.name, because, cost, seconds_text(row.seconds)))
     yield from aligned(table)
     yield ""
     yield f"{len(todo)} of {len(steps)} steps to do"
-    for step in todo:
-        if step.kind == "train":
-            arm = study.arm(step.arm)
-            words = [*train_words(study, arm, step.seed or 0), *launch_words(arm)]
-            yield f"$ recipes train {' '.join(words)}"
+    for step in (row.step for row, _ in todo if row.step.kind == "train"):
+        arm = study.arm(step.arm)
+        words = [*train_words(study, arm, step.seed or 0), *launch_words(arm)]
+        yield f"$ recipes train {' '.join(words)}"
 
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
-def _rows_and_costs(
+def _with_costs(
     study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
-) -> tuple[dict[str, StepRow], dict[str, str]]:
-    """Return the rows of steps by name, and what each takes, counted from its inputs."""
-    wanted = {step.name for step in steps}
-    rows = {row.name: row for row in step_rows(study, graph) if row.name in wanted}
-    evals = {recipe.name: recipe for recipe in study.evals}
-    turns = {name: _count_turns(recipe) for name, recipe in evals.items()}
-    costs = {}
-    for step in steps:
+) -> list[tuple[StepRow, str]]:
+    """Return the rows of steps, and what each step takes, counted from its inputs."""
+    evals = {recipe.name: (recipe, _count_turns(recipe)) for recipe in study.evals}
+    found = []
+    for row in step_rows(study, graph):
+        step, cost = row.step, "seconds"
+        if step not in steps:
+            continue
         if step.kind == "train":
             estimate = estimates.get(step.arm)
-            costs[step.name] = _training_cost(study, step) + (f": {estimate}" if estimate else "")
+            cost = _training_cost(study, step) + (f": {estimate}" if estimate else "")
         elif step.eval in evals:
-            costs[step.name] = _eval_cost(step.kind, evals[step.eval], turns[step.eval])
-        else:
-            costs[step.name] = "loads the adapter" if step.kind == "check" else "seconds"
-    return rows, costs
+            cost = _eval_cost(step.kind, *evals[step.eval])
+        elif step.kind == "check":
+            cost = "loads the adapter"
+        found.append((row, cost))
+    return found
 
 
 def _eval_cost(kind: str, recipe: EvalRecipe, turns: int | None) -> str:
