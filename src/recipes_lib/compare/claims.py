@@ -121,10 +121,6 @@ class Comparison:
             "scores": [json_object(dataclasses.asdict(score)) for score in self.scores],
         }
 
-    def between(self, first: str, second: str) -> list[TableRow]:
-        """Return the rows of one pair of arms."""
-        return [row for row in self.rows if {row.first, row.second} == {first, second}]
-
 
 def compare_arms(
     measurements: Measurements,
@@ -201,7 +197,7 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
         template, because, stopped = "one recipe", ONE_RECIPE, ONE_RECIPE
     else:
         template = "difference"
-    sentence = SENTENCES[template].format(
+    sentence = (row.sentences.get(template) or SENTENCES[template]).format(
         first=row.first,
         second=row.second,
         where=row.where,

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,9 @@ class TableRow:
         """Whether its test stands: it could be made, and no finding stops it."""
         return not self.stopped or self.verdict == "cannot be tested"
 
-    # How the effect is shown. A kind of rows whose effect is another one overrides these.
+    # How the effect is said. A kind of rows whose effect is another one overrides these.
+
+    sentences: ClassVar[Mapping[str, str]] = {}  # in place of those in `claims.SENTENCES`
 
     @property
     def against(self) -> str:
