@@ -27,7 +27,7 @@ from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.ranks import SEEN, STAGE_FILE
 from recipes_lib.core.run_directory import RunDirectory, State
 from recipes_lib.core.run_lock import is_held
-from recipes_lib.core.terminal import at_least, next_step, say, show_command
+from recipes_lib.core.terminal import at_least, next_step, say
 from recipes_lib.planning.cards import cards_here
 from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         launch.config.use_cpu and launch.world_size == 1 and cards_here()
     ):  # `python -m` alone would take the GPU
         command = ["env", "ACCELERATE_USE_CPU=true", *command]
-    show_command(command)
+    say(f"$ {shlex.join(command)}")
     if args.dry_run:
         for warning in recipe.warnings:  # a training says them itself
             print_error(warning)

@@ -1,1 +1,1 @@
-"""The run directory: its layout, states, lock, and the record of how a run came to be."""
+"""What every other package may use: errors, files, the terminal, and where runs lie."""

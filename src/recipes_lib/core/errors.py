@@ -12,7 +12,7 @@ import enum
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 from recipes_lib.core.redaction import mask_secrets
 from recipes_lib.core.terminal import printable
@@ -56,16 +56,9 @@ class RecipesError(Exception):
         self.line = line
 
     def __str__(self) -> str:
-        place = (
-            ""
-            if self.file is None
-            else f"{self.file}:"
-            if self.line is None
-            else f"{self.file}:{self.line}:"
-        )
-        return mask_secrets(
-            "\n".join([f"{place} {self.what}".strip(), *(f"  {hint}" for hint in self.hints)])
-        )
+        places = [str(place) for place in (self.file, self.line) if place is not None]
+        first = ": ".join([":".join(places), self.what]) if self.file is not None else self.what
+        return mask_secrets("\n  ".join([first.strip(), *self.hints]))
 
 
 AnyError = TypeVar("AnyError", bound=RecipesError)
@@ -145,8 +138,8 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def print_error(error: BaseException, stream: TextIO | None = None) -> None:
+def print_error(error: BaseException) -> None:
     """Print an error for the user: its message on stderr, no traceback, no terminal control
     characters.
     """
-    print(printable(str(error)), file=stream or sys.stderr, flush=True)
+    print(printable(str(error)), file=sys.stderr, flush=True)

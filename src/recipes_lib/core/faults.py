@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.core.terminal import shown_size
@@ -22,54 +23,74 @@ RESUME = (
     " nothing that was complete is lost"
 )
 SPARE = 1.2  # free space asked for, as a multiple of what is written
-FULL, LIMIT, READ_ONLY, REFUSED, BROKEN, MEMORY, LOOP, IN_THE_WAY = range(8)
-NUMBERS = {
-    errno.ENOSPC: FULL,
-    errno.EDQUOT: FULL,
-    errno.EFBIG: LIMIT,
-    errno.EROFS: READ_ONLY,
-    errno.EACCES: REFUSED,
-    errno.EPERM: REFUSED,
-    errno.ESTALE: REFUSED,  # an NFS server that forgot the file
-    errno.EISDIR: IN_THE_WAY,
-    errno.ENOTDIR: IN_THE_WAY,
-    errno.EEXIST: IN_THE_WAY,
-    errno.ENOTEMPTY: IN_THE_WAY,
-    errno.EIO: BROKEN,
-    errno.ENOMEM: MEMORY,
-    errno.ELOOP: LOOP,
-}
-SIGNS = {
-    FULL: (
-        r"No space left on device|Disk quota exceeded|unexpected pos \d+|PytorchStreamWriter"
-        r" failed|StorageFull|not enough (disk )?space"
+
+
+class Fault(NamedTuple):
+    """One kind of fault: numbers of an OSError, words in other errors, what it is, what to do."""
+
+    numbers: tuple[int, ...]
+    words: str
+    what: str
+    remedy: str
+
+
+FULL = Fault(
+    (errno.ENOSPC, errno.EDQUOT),
+    r"No space left on device|Disk quota exceeded|unexpected pos \d+|PytorchStreamWriter failed|"
+    r"StorageFull|not enough (disk )?space",
+    "disk full",
+    "free some space",
+)
+LIMIT = Fault(
+    (errno.EFBIG,),
+    r"File too large",
+    "the limit on the size of a file is reached",
+    "raise it (ulimit -f unlimited)",
+)
+REFUSED = Fault(
+    (errno.EACCES, errno.EPERM, errno.ESTALE),  # the last: an NFS server that forgot the file
+    "",
+    "cannot read or write",
+    "make it accessible again",
+)
+IN_THE_WAY = Fault(
+    (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+    "",
+    "a file or folder is in the way",
+    "move it away",
+)
+MEMORY = Fault(
+    (errno.ENOMEM,),
+    r"Cannot allocate memory|can't allocate memory|not enough memory|bad_alloc|could not allocate|"
+    r"failed to map segment|can't start new thread|Unable to allocate|failed to create thread",
+    "out of memory",
+    "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
+)
+FAULTS = (
+    FULL,
+    LIMIT,
+    REFUSED,
+    IN_THE_WAY,
+    Fault(
+        (errno.EROFS,),
+        r"Read-only file system",
+        "the file system is read-only",
+        "make it writable again",
     ),
-    LIMIT: r"File too large",
-    READ_ONLY: r"Read-only file system",
-    BROKEN: r"Input/output error",
-    LOOP: r"^Symlink loop from",  # a RuntimeError of pathlib before Python 3.13
-    MEMORY: (
-        r"Cannot allocate memory|can't allocate memory|not enough memory|bad_alloc|failed to map"
-        r" segment|can't start new thread|"
-        r"could not allocate|Unable to allocate|failed to create thread"
-    ),
-}
-WORDS = {
-    FULL: ("disk full", "free some space"),
-    LIMIT: ("the limit on the size of a file is reached", "raise it (ulimit -f unlimited)"),
-    READ_ONLY: ("the file system is read-only", "make it writable again"),
-    REFUSED: ("cannot read or write", "make it accessible again"),
-    IN_THE_WAY: ("a file or folder is in the way", "move it away"),
-    BROKEN: (
+    Fault(
+        (errno.EIO,),
+        r"Input/output error",
         "the disk does not read or write",
         "see the system's log (dmesg), or move to another disk",
     ),
-    LOOP: ("a symbolic link leads to itself", "remove it"),
-    MEMORY: (
-        "out of memory",
-        "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
+    Fault(
+        (errno.ELOOP,),
+        r"^Symlink loop from",  # a RuntimeError of pathlib before Python 3.13
+        "a symbolic link leads to itself",
+        "remove it",
     ),
-}
+    MEMORY,
+)
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
@@ -84,44 +105,41 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
                 " doubles)",
                 "or set train.activation_checkpointing: true, or use a QLoRA recipe",
             )
-        kind = fault_kind(one)
-        if kind is None or (
-            kind in (REFUSED, IN_THE_WAY) and one is not error
-        ):  # what was tried before something else failed
+        fault = fault_of(one)
+        # these two may be what was tried before something else failed
+        if fault is None or (fault in (REFUSED, IN_THE_WAY) and one is not error):
             continue
-        what, remedy = WORDS[kind]
+        what, remedy = fault.what, fault.remedy
         place = getattr(one, "filename2", None) or getattr(one, "filename", None)
-        if kind == FULL and place and _has_no_inodes(Path(os.fsdecode(place))):
-            what, remedy = (
-                "the disk has no inodes left",
-                "delete some files (df -i shows how many are used)",
-            )
-        reason = (
-            getattr(one, "strerror", None)
-            or (str(one).strip().splitlines() or [type(one).__name__])[0]
-        )
-        return EnvironmentFault(
-            f"{what}: {reason}{f' ({place})' if place else ''}", f"{remedy}, then {RESUME}"
-        )
+        if fault == FULL and place and _has_no_inodes(Path(os.fsdecode(place))):
+            what = "the disk has no inodes left"
+            remedy = "delete some files (df -i shows how many are used)"
+        first = (str(one).strip().splitlines() or [type(one).__name__])[0]
+        reason = getattr(one, "strerror", None) or first
+        where = f" ({place})" if place else ""
+        return EnvironmentFault(f"{what}: {reason}{where}", f"{remedy}, then {RESUME}")
     return None
 
 
-def fault_kind(error: BaseException) -> int | None:
-    """Return the kind of fault that one error is, whatever it was raised from; None when it is
-    another error.
+def fault_of(error: BaseException) -> Fault | None:
+    """Return the fault that one error is, whatever it was raised from; None when it is another
+    error.
     """
     if isinstance(error, RecipesError):  # it says itself what to do
         return None
     if isinstance(error, MemoryError):
         return MEMORY
-    if isinstance(error, OSError) and error.errno in NUMBERS:
-        return NUMBERS[error.errno]
-    return next((kind for kind, sign in SIGNS.items() if re.search(sign, str(error))), None)
+    if isinstance(error, OSError):
+        for fault in FAULTS:
+            if error.errno in fault.numbers:
+                return fault
+    text = str(error)
+    return next((one for one in FAULTS if one.words and re.search(one.words, text)), None)
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that a disk, a quota or a file's limit is full."""
-    return fault_kind(error) in (FULL, LIMIT)
+    return fault_of(error) in (FULL, LIMIT)
 
 
 def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:

@@ -16,37 +16,8 @@ def quiet_libraries() -> None:
     torch is imported.
 
     Raises:
-        EnvironmentFault: a limit on memory that the libraries alone go over.
-    """
-    check_address_space()
-    import datasets
-    import transformers
-
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\."
-    )
-    # PEFT doubles the rank for the experts' two fused matrices, and then looks for the pattern
-    # among modules, where no parameter is
-    warnings.filterwarnings(
-        "ignore",
-        message=(
-            r"The following (rank|alpha)_pattern keys did not match .*: \['\.\*.*\.gate_up_proj'\]"
-        ),
-    )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-
-
-def check_address_space() -> None:
-    """Refuse a limit on memory (`ulimit -v`) that the libraries alone go over: OpenBLAS waits for
-    ever for memory it does not get.
-
-    Call it before torch is imported.
-
-    Raises:
-        EnvironmentFault: the limit, and how to raise it.
+        EnvironmentFault: a limit on memory (`ulimit -v`) that the libraries alone go over: OpenBLAS
+            waits for ever for memory it does not get.
     """
     import resource  # not on every system
 
@@ -57,3 +28,17 @@ def check_address_space() -> None:
             f" libraries alone take {LIBRARIES_GIB} GiB",
             "raise it: ulimit -v unlimited",
         )
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", "", FutureWarning, r"(transformers|trl|peft|torch)\.")
+    # PEFT doubles the rank for the experts' two fused matrices, and then looks for the pattern
+    # among modules, where no parameter is
+    experts = (
+        r"The following (rank|alpha)_pattern keys did not match .*: \['\.\*.*\.gate_up_proj'\]"
+    )
+    warnings.filterwarnings("ignore", experts)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

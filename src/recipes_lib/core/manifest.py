@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from recipes_lib.core.project import project_root
@@ -38,27 +38,25 @@ def library_versions() -> dict[str, str | None]:
     """Return the installed version of each library that can change a result; None where one is
     absent. Imports none of them.
     """
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return versions
 
 
-def git_state(folder: Path | None = None) -> dict[str, Any]:
-    """Return {commit, dirty} of the checkout, with None where it is no git checkout."""
-    folder = folder or project_root()
+def git_state() -> dict[str, Any]:
+    """Return {commit, dirty} of the checkout, with None where it is not a git checkout."""
 
-    def git(*arguments: str) -> str | None:
+    def git(*words: str) -> str | None:
+        words = ("git", *words)
         try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10
+            run = subprocess.run(
+                words, cwd=project_root(), capture_output=True, text=True, timeout=10
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return run.stdout.strip() if run.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
@@ -80,9 +78,7 @@ def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Return what environment.json holds. Variables are taken from an allow-list, and secrets among
     them masked.
     """
-    recorded = masked(
-        {name: value for name, value in sorted(variables.items()) if RECORDED_VARIABLES.match(name)}
-    )
+    names = filter(RECORDED_VARIABLES.match, sorted(variables))
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -90,7 +86,7 @@ def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "libraries": library_versions(),
         "git": git_state(),
         "devices": describe_devices(),
-        "variables": recorded,
+        "variables": masked({name: variables[name] for name in names}),
     }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -53,14 +52,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def use_color(stream: object = None) -> bool:
+def use_color() -> bool:
     """Whether colour escapes may be written: a terminal, and NO_COLOR is not set (no-color.org)."""
-    stream = stream or sys.stdout
-    return (
-        not os.environ.get("NO_COLOR")
-        and os.environ.get("TERM") != "dumb"
-        and bool(getattr(stream, "isatty", lambda: False)())
-    )
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not plain and sys.stdout.isatty()
 
 
 def say(text: str = "") -> None:
@@ -86,11 +81,6 @@ def say_json(value: object) -> int:
 def warn(text: str) -> None:
     """Print a warning on stderr, where it does not get into what --json prints."""
     print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
-
-
-def show_command(argv: Sequence[str]) -> None:
-    """Print the plain command a verb stands for, ready to paste."""
-    say(f"$ {shlex.join(argv)}")
 
 
 def next_step(command: str) -> None:
