@@ -126,11 +126,7 @@ def _write_judged(folder: Path, target: str, parts: Sequence[Part]) -> Row:
 
 
 def _answers(parts: Sequence[Part]) -> Answers:
-    """All answers by question and turn; what stands in two files must be the same.
-
-    Raises:
-        DataError: files answer the same questions differently, or different questions.
-    """
+    """All answers by question and turn; what stands in two files must be the same."""
     known: Answers = {}
     source: Part | None = None
     for part in (part for part in parts if part.answers):
@@ -218,11 +214,7 @@ def _subset(part: Part) -> str | None:
 
 
 def _lines(rows: Iterable[Row]) -> str:
-    """JSON lines; text that is not valid Unicode is escaped.
-
-    Raises:
-        DataError: a number that is not finite.
-    """
+    """JSON lines; text that is not valid Unicode is escaped."""
     lines = []
     for row in rows:
         try:

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -194,7 +195,6 @@ def _json_rows(text: str, path: Path, shown: str, known: Sequence[str]) -> tuple
 
 
 def _object_format(row: Row) -> str | None:
-    """The format of a file that is one object."""
     results = row.get("results")
     if isinstance(row.get("log_history"), list):
         return "trainer-state"
@@ -216,3 +216,9 @@ def _rows_format(rows: ForeignRows) -> str | None:
     if fields & _LOG_KEYS and "question_id" not in fields:
         return "trainer-log"
     return next((name for name, needed in _FORMATS if needed <= fields), None)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a finite number; a bool is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)

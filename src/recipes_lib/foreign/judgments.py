@@ -43,6 +43,11 @@ class Record(Sample):
     flipped: bool | None = None
     strict: bool | None = None
 
+    @property
+    def conversation(self) -> tuple[str, str, str]:
+        """What the turns of one conversation have in common."""
+        return self.model, self.against, self.id
+
 
 @dataclass(frozen=True)
 class Judgments:
@@ -211,6 +216,15 @@ _READERS: dict[str | None, Callable[[Row], Record]] = {
     "fastchat-single": _fastchat_single,
     "fastchat-pair": _fastchat_pair,
 }
+
+
+def missing_turns(records: Sequence[Record]) -> list[tuple[str, int]]:
+    """Return question and turn of each turn that others have and this conversation lacks."""
+    turns: dict[tuple[str, str, str], set[int]] = {}
+    for record in records:
+        turns.setdefault(record.conversation, set()).add(record.turn)
+    every = sorted(set().union(*turns.values()))
+    return [(item[2], turn) for item, seen in turns.items() for turn in every if turn not in seen]
 
 
 def _swapped_pairs(records: Sequence[Record]) -> bool:

@@ -4,16 +4,14 @@ line per row.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from recipes_lib.core.json_files import Row
-from recipes_lib.foreign.files import Foreign
+from recipes_lib.foreign.files import Foreign, is_number
 
 _KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 _OURS = ("tokens_per_second", "peak_memory_gib")  # in our own metrics.jsonl
 _SUMMARY = (
-    "train_runtime",
     "train_samples_per_second",
     "train_steps_per_second",
     "train_loss",
@@ -27,11 +25,8 @@ def read_logs(file: Foreign) -> tuple[list[Row], Row, list[str]]:
     Raises:
         DataError: no line holds a loss, or steps go backwards.
     """
-    history = (
-        file.rows[0][1]["log_history"]
-        if file.format == "trainer-state"
-        else [row for _, row in file.rows]
-    )
+    state = file.rows[0][1] if file.format == "trainer-state" else {}
+    history = state["log_history"] if state else [row for _, row in file.rows]
     lines: list[Row] = []
     last_step = -1
     for number, log in enumerate(history, 1):
@@ -40,17 +35,24 @@ def read_logs(file: Foreign) -> tuple[list[Row], Row, list[str]]:
         if "loss" not in log and "eval_loss" not in log:
             continue
         step = log.get("step")
-        if isinstance(step, int) and step < last_step:
-            raise file.error(
-                f"log entry {number} is of step {step}, after step {last_step}",
-                "logs of two trainings in one file? import each",
-            )
-        last_step = step if isinstance(step, int) else last_step
+        if isinstance(step, int):
+            if step < last_step:
+                what = f"log entry {number} is of step {step}, after step {last_step}"
+                raise file.error(what, "logs of two trainings in one file? import each")
+            last_step = step
         lines.append(_line(log))
     if not lines:
         raise file.error("no entry holds a loss or eval_loss")
-    summary = _summary(history, lines, file.rows[0][1] if file.format == "trainer-state" else {})
-    return lines, summary, _lacks(lines)
+    lacks = {
+        "tokens per second and peak memory are not in the logs": not any(
+            key in line for key in _OURS for line in lines
+        ),
+        "step numbers are not in the logs, only epochs": any("step" not in line for line in lines),
+        "some values are not finite: they are null": any(None in line.values() for line in lines),
+        "no validation loss was logged": not any("eval_loss" in line for line in lines),
+    }
+    summary = _summary(history, lines, state)
+    return lines, summary, [lack for lack, holds in lacks.items() if holds]
 
 
 def _line(log: Row) -> Row:
@@ -71,44 +73,27 @@ def _line(log: Row) -> Row:
 
 def _summary(history: list[Row], lines: list[Row], state: Row) -> Row:
     """What run.json says about a training, in its own words where they fit."""
-    end: Row = next(
-        (log for log in reversed(history) if isinstance(log, dict) and "train_runtime" in log), {}
+    ends = (log for log in reversed(history) if isinstance(log, dict) and "train_runtime" in log)
+    end: Row = next(ends, {})
+    trained, checked = (
+        [line[name] for line in lines if line.get(name) is not None] or [None]
+        for name in ("loss", "eval_loss")
     )
-    trained = [line["loss"] for line in lines if line.get("loss") is not None]
-    checked = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
     steps = [line["step"] for line in lines if "step" in line]
     last = end.get("step") if isinstance(end.get("step"), int) else state.get("global_step")
-    summary: Row = {
+    tokens, best = _finite(end.get("num_tokens")), state.get("best_global_step")
+    return {
         "steps": last if isinstance(last, int) else max(steps, default=None),
-        "first_training_loss": trained[0] if trained else None,
-        "last_training_loss": trained[-1] if trained else None,
-        "first_validation_loss": checked[0] if checked else None,
-        "last_validation_loss": checked[-1] if checked else None,
-        "tokens": int(end["num_tokens"]) if _finite(end.get("num_tokens")) is not None else None,
+        "first_training_loss": trained[0],
+        "last_training_loss": trained[-1],
+        "first_validation_loss": checked[0],
+        "last_validation_loss": checked[-1],
+        "tokens": None if tokens is None else int(tokens),
         "seconds": _finite(end.get("train_runtime")),
+        **{key: _finite(end[key]) for key in _SUMMARY if key in end},
+        **({"best_step": best} if isinstance(best, int) else {}),
     }
-    summary |= {key: _finite(end[key]) for key in _SUMMARY if key in end and key != "train_runtime"}
-    best = state.get("best_global_step")
-    return {**summary, **({"best_step": best} if isinstance(best, int) else {})}
-
-
-def _lacks(lines: list[Row]) -> list[str]:
-    """What log lines of ours have and these do not."""
-    lacks = (
-        []
-        if any(key in line for key in _OURS for line in lines)
-        else ["tokens per second and peak memory are not in the logs"]
-    )
-    if any("step" not in line for line in lines):
-        lacks.append("step numbers are not in the logs, only epochs")
-    if any(value is None for line in lines for value in line.values()):
-        lacks.append("some values are not finite: they are null")
-    if not any("eval_loss" in line for line in lines):
-        lacks.append("no validation loss was logged")
-    return lacks
 
 
 def _finite(value: Any) -> float | None:
-    """A number, or None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    return float(value) if is_number(value) else None

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +14,18 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import Row
 from recipes_lib.eval_log import REFERENCE, Measure, Sample
-from recipes_lib.foreign.files import Foreign
-from recipes_lib.foreign.judgments import Judgments, Record, graded_fields, read_judgments
+from recipes_lib.foreign.files import Foreign, is_number
+from recipes_lib.foreign.judgments import (
+    Judgments,
+    Record,
+    graded_fields,
+    missing_turns,
+    read_judgments,
+)
 from recipes_lib.foreign.replay import report_of
 from recipes_lib.judging.store import judgment_key, text_hash
 from recipes_lib.suites.harness import metric_direction
 
-# FastChat's 80 questions: ten ids to a category.
 _CATEGORIES = (
     *("writing", "roleplay", "reasoning", "math"),
     *("coding", "extraction", "stem", "humanities"),
@@ -104,12 +108,7 @@ def _question_id(instruction: str) -> str:
 
 
 def _one_model(file: Foreign, names: Sequence[str], wanted: str | None) -> str:
-    """The model whose rows are meant.
-
-    Raises:
-        DataError: the file holds several and none was named.
-        RecipeError: the one that was named is not there.
-    """
+    """The model whose rows are meant."""
     found = list(dict.fromkeys(names))
     listed = ", ".join(found[:8])
     if wanted is None:
@@ -128,11 +127,7 @@ def _one_model(file: Foreign, names: Sequence[str], wanted: str | None) -> str:
 
 
 def _unique(file: Foreign, keys: Sequence[tuple[str, int]], rows: Sequence[Any]) -> list[Any]:
-    """The rows without exact repetitions.
-
-    Raises:
-        DataError: two different rows stand under one question and turn; the ids are listed.
-    """
+    """The rows without exact repetitions; two different ones under one key are refused."""
     seen: dict[tuple[str, int], Any] = {}
     twice = [key for key, row in zip(keys, rows, strict=True) if seen.setdefault(key, row) != row]
     if twice:
@@ -172,19 +167,11 @@ def judged_part(file: Foreign, model: str | None, against: str | None) -> Part:
         )
         for record in records
     ]
-    turns: dict[str, set[int]] = {}
-    for one in samples:
-        turns.setdefault(one.id, set()).add(one.turn)
-    every = set().union(*turns.values())
-    missing = [
-        {"question_id": question, "turn": turn}
-        for question, seen in turns.items()
-        for turn in sorted(every - seen)
-    ]
+    missing = missing_turns(samples)
+    absent = (f"question {question} turn {turn}: no judgment" for question, turn in missing[:20])
     answers = []
     if form == "original-alpaca-eval-csv":
         answers = [_answer(one.id, 1, one.answer or "", name, one.input or "") for one in samples]
-    absent = (f"question {turn['question_id']} turn {turn['turn']}" for turn in missing[:20])
     sides = {side for one in judgments.records for side in (one.model, one.against)} - {""}
     report = report_of(dataclasses.replace(judgments, records=records))
     return Part(
@@ -197,19 +184,16 @@ def judged_part(file: Foreign, model: str | None, against: str | None) -> Part:
         opponent=opponent,
         rows_of=name if len(sides) > 1 else None,
         flags=_FLAGS.get(form, ()),
-        lacks=(
-            *_LACKS.get(form, (_NO_ANSWERS,)),
-            *(f"{turn}: no judgment" for turn in absent),
-        ),
+        lacks=(*_LACKS.get(form, (_NO_ANSWERS,)), *absent),
         judge=judge,
         judge_name=judge_name,
-        missing=missing,
+        missing=[{"question_id": question, "turn": turn} for question, turn in missing],
         report={**report, "file": file.path.name},
     )
 
 
 def _category(question: str) -> str:
-    """The category of one of MT-Bench's 80 questions; "all" for any other question."""
+    """The category of one of MT-Bench's 80 questions, ten ids each; "all" for any other."""
     place = (int(question) - 81) // 10 if question.isdigit() else -1
     return _CATEGORIES[place] if 0 <= place < len(_CATEGORIES) else "all"
 
@@ -450,10 +434,10 @@ def _task_rows(file: Foreign, found: Row, task: str, metrics: Row) -> Iterator[R
         metric, _, chosen = name.partition(",")
         if not chosen or metric.endswith("_stderr") or isinstance(value, str):
             continue
-        if not _is_number(value):
+        if not is_number(value):
             raise file.error(f"{task}: {name} is {value!r}, which is no finite number")
         error = metrics.get(f"{metric}_stderr,{chosen}")
-        error = error if _is_number(error) else None
+        error = error if is_number(error) else None
         yield {
             "task": task,
             "metric": metric,
@@ -470,17 +454,8 @@ def _task_rows(file: Foreign, found: Row, task: str, metrics: Row) -> Iterator[R
         }
 
 
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
 def _check_samples(sample: Foreign, rows: Sequence[Row]) -> None:
-    """Compare samples with the results they are said to be behind.
-
-    Raises:
-        DataError: there is no such task, or numbers differ.
-    """
+    """Compare samples with the results they are said to be behind."""
     if not rows:
         what = f"samples of task '{sample.task}', which the results do not have"
         raise sample.error(what, "name the results file of the same evaluation")

@@ -22,7 +22,13 @@ import numpy as np
 
 from recipes_lib.core.json_files import Row
 from recipes_lib.foreign.files import read_foreign
-from recipes_lib.foreign.judgments import KNOWN_JUDGMENTS, Judgments, Record, read_judgments
+from recipes_lib.foreign.judgments import (
+    KNOWN_JUDGMENTS,
+    Judgments,
+    Record,
+    missing_turns,
+    read_judgments,
+)
 from recipes_lib.judging.contradictions import Contradictions, find_contradictions
 from recipes_lib.judging.store import text_hash
 from recipes_lib.statistics.intervals import mean_interval, wilson
@@ -140,7 +146,6 @@ def _recorded(judgments: Judgments, records: Sequence[Record]) -> Row:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean of what is there."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -259,8 +264,12 @@ def _findings(judgments: Judgments, contradictions: Contradictions) -> Iterator[
     yield from found("empty-answer-wins", empty_wins, "empty answers were counted as wins")
     message = "second turns were judged without the first turn of their conversation"
     yield from found("turn-without-context", list(_without_context(records)), message)
-    yield from _missing_turns(records)
-    judged = [(*_conversation(one), one.turn, one.answer, one.opponent) for one in records]
+    if missing := [f"question {name} turn {turn}" for name, turn in missing_turns(records)]:
+        one = len(missing) == 1
+        have = "turn has no judgment and vanishes" if one else "turns have no judgment and vanish"
+        message = f"{len(missing)} {have} from the mean: {', '.join(missing[:5])}"
+        yield ReplayFinding("missing-turn", message, len(missing), missing[:20])
+    judged = [(*one.conversation, one.turn, one.answer, one.opponent) for one in records]
     counts = Counter(judged)
     repeated = [one for one, key in zip(records, judged, strict=True) if counts[key] > 1]
     message = "judgments are of a question that was judged twice"
@@ -275,39 +284,16 @@ def _findings(judgments: Judgments, contradictions: Contradictions) -> Iterator[
     yield from found("not-in-the-judges-format", loose, message)
 
 
-def _conversation(record: Record) -> tuple[str, str, str]:
-    """What the turns of one conversation have in common."""
-    return record.model, record.against, record.id
-
-
 def _without_context(records: Sequence[Record]) -> Iterator[Record]:
     """Later turns that were judged without the first turn in front of the judge."""
-    first = {_conversation(one): one.input for one in records if one.turn == 1 and one.input}
+    first = {one.conversation: one.input for one in records if one.turn == 1 and one.input}
     for record in records:
-        start = first.get(_conversation(record))
+        start = first.get(record.conversation)
         if record.turn > 1 and record.input is not None and start:
             # the text itself, or the part between FastChat's headings
             after = start.split("[Question]\n")[-1].split("[User Question]\n")[-1]
             if after.split("\n\n[The Start of")[0].strip()[:60] not in record.input:
                 yield record
-
-
-def _missing_turns(records: Sequence[Record]) -> Iterator[ReplayFinding]:
-    """Turns that others have and this question lacks, so that its mean rests on fewer."""
-    turns: dict[tuple[str, str, str], set[int]] = defaultdict(set)
-    for record in records:
-        turns[_conversation(record)].add(record.turn)
-    expected = set().union(*turns.values())
-    missing = [
-        f"question {item[2]} turn {turn}"
-        for item, seen in turns.items()
-        for turn in sorted(expected - seen)
-    ]
-    if missing:
-        one = len(missing) == 1
-        have = "turn has no judgment and vanishes" if one else "turns have no judgment and vanish"
-        message = f"{len(missing)} {have} from the mean: {', '.join(missing[:5])}"
-        yield ReplayFinding("missing-turn", message, len(missing), missing[:20])
 
 
 def _together(files: Sequence[Judgments]) -> list[ReplayFinding]:

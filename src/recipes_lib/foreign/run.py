@@ -195,9 +195,6 @@ def _read(files: Sequence[Foreign], model: str | None, against: str | None) -> _
 def _check_summary(file: Foreign, parts: Sequence[Part]) -> None:
     """Check the original study's summary against the judgments it sums up; it is no evaluation of
     its own.
-
-    Raises:
-        DataError: it says other numbers, or stands alone.
     """
     row = file.rows[0][1]
     judged = [part for part in parts if part.file.format == "original-alpaca-eval-csv"]
@@ -214,11 +211,6 @@ def _check_summary(file: Foreign, parts: Sequence[Part]) -> None:
 
 
 def _check_adapter(recipe: Recipe, adapter: Row) -> None:
-    """Compare a recipe with the adapter's config.
-
-    Raises:
-        RecipeError: they differ.
-    """
     if recipe.lora is None:
         what = "lora is null, and there is an adapter's config among the files"
         raise recipe.error("lora", what, "name its own recipe")

@@ -34,7 +34,6 @@ from recipes_lib.judging.verdicts import Status, Verdict, parse_absolute, parse_
 # verdicts that need no judge are stored together: syncing each would take longer than finding it
 DECIDED_AT_ONCE = 1000
 REASK_TEMPERATURE = 0.7
-ALLOWED = {"relative": ("A", "B"), "absolute": ("1", "2", "3", "4", "5")}
 
 
 class EvaluationIncomplete(RecipesError):
@@ -64,8 +63,7 @@ class JudgeRequest:
     """One question to the judge.
 
     `order` is "AB" when the candidate is Response A, "BA" when it is Response B, and "single" in
-    absolute grading. `allowed` are the verdict tokens for a judge that reads probabilities. `seed`
-    and `temperature` change with each attempt.
+    absolute grading. `seed` and `temperature` change with each attempt.
     """
 
     key: str
@@ -74,11 +72,15 @@ class JudgeRequest:
     order: str
     prompt: JudgePrompt
     answers: tuple[str, ...]
-    allowed: tuple[str, ...]
     meta: Mapping[str, Any]
     seed: int = 0
     temperature: float = 0.0
     attempt: int = 1
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The verdict tokens, for a judge that reads probabilities."""
+        return ("A", "B") if self.kind == "relative" else ("1", "2", "3", "4", "5")
 
 
 @dataclass(frozen=True)
@@ -210,17 +212,15 @@ def build_requests(
             raise ValueError(
                 f"item {item.question_id} does not fit the {plan.kind} prompt {plan.template.name}"
             )
-        answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
-        code = nonce(item.question_id, answers, str(plan.seed))
         for order in ("single",) if item.opponent is None else ("AB", "BA"):
-            shown = answers[::-1] if order == "BA" else answers
-            yield make_request(item, order, shown, plan, fingerprint, code)
+            yield make_request(item, order, plan, fingerprint)
 
 
-def make_request(
-    item: Item, order: str, shown: tuple[str, ...], plan: JudgePlan, fingerprint: str, code: str
-) -> JudgeRequest:
-    """Return one request for answers in the prompt's order."""
+def make_request(item: Item, order: str, plan: JudgePlan, fingerprint: str) -> JudgeRequest:
+    """Return one request."""
+    answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
+    shown = answers[::-1] if order == "BA" else answers
+    question, hashes = str(item.question_id), list(map(text_hash, shown))
     # a prompt that a rule decides is not sent, so it needs not fit
     decided = plan.rules and rule_verdict(plan.kind, shown) is not None
     prompt = build_prompt(
@@ -229,15 +229,12 @@ def make_request(
         item.instruction,
         shown,
         item.reference,
-        code=code,
+        code=nonce(question, shown, str(plan.seed)),
         count_tokens=None if decided else plan.count_tokens,
         max_tokens=plan.max_prompt_tokens,
     )
-    question, hashes = str(item.question_id), list(map(text_hash, shown))
     key = judgment_key(question, order, fingerprint, prompt.hash, hashes)
-    return JudgeRequest(
-        key, plan.kind, question, order, prompt, shown, ALLOWED[plan.kind], item.meta, plan.seed
-    )
+    return JudgeRequest(key, plan.kind, question, order, prompt, shown, item.meta, plan.seed)
 
 
 def rule_verdict(kind: str, answers: Sequence[str]) -> Verdict | None:

