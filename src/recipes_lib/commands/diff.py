@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe, load_recipe
@@ -52,7 +52,7 @@ def _cell(recipe: Recipe, key: str, value: Any) -> str:
     return "-" if value is _MISSING else f"{value_text(value)}  ({recipe.origin_of(key)})"
 
 
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield dotted keys with their values; an absent section has none."""
     for key, value in values.items():
         if isinstance(value, dict) and value:

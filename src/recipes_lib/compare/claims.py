@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes_lib.compare.findings import (
     CONFOUNDED,
@@ -109,7 +109,7 @@ class Comparison:
     tests: int
     alpha: float = ALPHA
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return everything as plain values, for JSON."""
         return {
             "question": self.question,

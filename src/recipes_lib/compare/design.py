@@ -120,7 +120,7 @@ class StudySection(LaunchKeys):
     )
 
 
-def study_schema() -> dict[str, Any]:
+def study_schema() -> Mapping[str, Any]:
     """Return the schema of a study file; an arm is a path or a mapping."""
     keys = fields_of(StudySection)
     arm = {"type": "object", "additionalProperties": False, "properties": fields_of(ArmSection)}
@@ -181,7 +181,7 @@ class Arm:
         """Processes of a training of this arm."""
         return self.launch.world_size
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Mapping[str, Any]:
         """Return every resolved value by dotted key, the launch as it will be among them.
 
         The run's name and notes are left out; `train.seed` is a list where the arm has several.
@@ -262,7 +262,7 @@ class Study:
         )
         return [cell for cell in every if cell not in cells]
 
-    def differing(self) -> dict[str, dict[str, Any]]:
+    def differing(self) -> dict[str, Mapping[str, Any]]:
         """Return {dotted key: {arm: value}} of the keys whose resolved values differ between arms;
         arms without a recipe are left out.
         """

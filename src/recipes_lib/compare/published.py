@@ -25,7 +25,7 @@ from recipes_lib.core.errors import RecipeError
 if TYPE_CHECKING:
     from jsonschema import ValidationError
 
-Schema = dict[str, Any]
+Schema = Mapping[str, Any]
 _BESIDE = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9.,_-]+){1,2}\Z")
 
 
@@ -228,7 +228,7 @@ def _numbers(document: Document) -> Iterator[PublishedNumber]:
                 )
 
 
-def published_schema() -> dict[str, Any]:
+def published_schema() -> Schema:
     """Return the schema; a bare number in a table is short for `{value: number}`."""
     text = {"type": "string"}
 

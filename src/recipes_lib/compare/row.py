@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,7 +136,7 @@ class TableRow:
         )
         return f"{first} against {second}, difference"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the row as plain values, without the items behind it."""
         names = [item.name for item in dataclasses.fields(self)]
         values = {name: getattr(self, name) for name in names if name not in _NOT_WRITTEN}
@@ -144,12 +144,12 @@ class TableRow:
         return json_object(values | {"difference": self.difference, "tested": tested})
 
 
-def json_object(values: Mapping[str, Any]) -> dict[str, Any]:
+def json_object(values: Mapping[str, object]) -> dict[str, object]:
     """Return values by name as JSON has them."""
     return {name: json_value(value) for name, value in values.items()}
 
 
-def json_value(value: Any) -> Any:
+def json_value(value: object) -> object:
     """Return a value that JSON has: lists for tuples, nothing for what is not finite."""
     if isinstance(value, dict):
         return json_object(value)

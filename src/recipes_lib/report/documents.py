@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +141,7 @@ def _templates(form: str) -> Environment:
     """The templates of a form: every value escaped, a misspelt name an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    options: dict[str, dict[str, Any]] = {
+    options: Mapping[str, Mapping[str, Any]] = {
         "html": {"autoescape": True},
         "md": {"finalize": lambda value: "" if value is None else value},
         "tex": {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,7 +49,7 @@ class Interval:
         ]
         return replace(self, low=limits[0], high=limits[1])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the fields as a JSON-ready dictionary."""
         return asdict(self)
 
@@ -71,7 +70,7 @@ class RateBounds:
     unresolved: int
     level: float = LEVEL
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the fields as a JSON-ready dictionary."""
         return asdict(self)
 

@@ -64,7 +64,7 @@ class Tested:
         )
         return None if factor is None else max(2, math.ceil(factor * self.questions))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the fields as a JSON-ready dictionary."""
         return asdict(self)
 
