@@ -48,45 +48,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
     for name, help in _ACTIONS.items():
-        action = actions.add_parser(name, help=help, allow_abbrev=False)
-        action.add_argument(
-            "study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/"
-        )
+        add = actions.add_parser(name, help=help, allow_abbrev=False).add_argument
+        add("study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/")
         if name in ("plan", "status"):
-            action.add_argument("--json", action="store_true", help="print one JSON object")
+            add("--json", action="store_true", help="print one JSON object")
         if name == "status":
-            action.add_argument(
-                "--watch",
-                action="store_true",
-                help="show it again every two seconds until everything is done, or nothing goes on",
-            )
+            watch = "show it again every two seconds until everything is done, or nothing goes on"
+            add("--watch", action="store_true", help=watch)
         if name == "run":
-            action.add_argument(
-                "--jobs",
-                type=int,
-                default=1,
-                metavar="N",
-                help="trainings at the same time (default 1)",
-            )
-            action.add_argument(
-                "--no-plan",
-                action="store_true",
-                help="train also what the plan says cannot fit this machine",
-            )
-            action.add_argument(
-                "--trust-remote-code",
-                action="store_true",
-                help="allow code that ships with a model, if the recipe asks for it",
-            )
-            action.add_argument("--dry-run", action="store_true", help="the same as plan")
+            jobs = "trainings at the same time (default 1)"
+            add("--jobs", type=int, default=1, metavar="N", help=jobs)
+            anyway = "train also what the plan says cannot fit this machine"
+            add("--no-plan", action="store_true", help=anyway)
+            trust = "allow code that ships with a model, if the recipe asks for it"
+            add("--trust-remote-code", action="store_true", help=trust)
+            add("--dry-run", action="store_true", help="the same as plan")
         if name in ("run", "plan"):
-            action.add_argument(
-                "--only",
-                nargs="+",
-                default=[],
-                metavar="STEP",
-                help="these steps alone, by name or its beginning: train",
-            )
+            only = "these steps alone, by name or its beginning: train"
+            add("--only", nargs="+", default=[], metavar="STEP", help=only)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,9 +75,13 @@ def run(args: argparse.Namespace) -> int:
         print_error(warning)
     if args.action == "run" and args.dry_run:
         args.action, args.json = "plan", False
-    return {"plan": _plan, "run": _run, "status": _status, "report": _report, "diff": _diff}[
-        args.action
-    ](study, args)
+    actions = {"plan": _plan, "run": _run, "status": _status, "report": _report, "diff": _diff}
+    return actions[args.action](study, args)
+
+
+def _print_json(value: object) -> int:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+    return ExitCode.DONE
 
 
 def typed(study: Study) -> str:
@@ -111,19 +94,12 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
     graph = build_graph(study)
     steps = graph.wanted(args.only)
     if args.json:
-        print(
-            json.dumps(
-                study_plan_object(study, graph, steps, _estimates(study)),
-                indent=2,
-                ensure_ascii=False,
-            )
-        )
-        return int(ExitCode.DONE)
+        return _print_json(study_plan_object(study, graph, steps, _estimates(study)))
     for line in study_plan_lines(study, graph, steps, _estimates(study)):
         say(line)
     say("estimated times and memory, and where they come from: recipes plan " + typed(study))
     next_step(f"recipes study run {typed(study)}")
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _estimates(study: Study) -> dict[str, str]:
@@ -157,27 +133,19 @@ def _run(study: Study, args: argparse.Namespace) -> int:
     if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         next_step(f"recipes study run {typed(study)}")
         return code
-    seconds = time.monotonic() - started
+    took = f"{time.monotonic() - started:.0f} s"
     say(
-        f"\nstudy '{study.name}' took {seconds:.0f} s"
-        if code
-        else f"\nstudy '{study.name}': every step is fresh ({seconds:.0f} s)"
+        f"\nstudy '{study.name}'" + (f" took {took}" if code else f": every step is fresh ({took})")
     )
     report = study_folder(study) / "report" / "report.html"
-    for sentence in _answer(study) if report.is_file() else ():
-        say(sentence)
     if report.is_file():
+        # The report's answer, as it was written.
+        comparison = study_folder(study) / "steps" / "statistics" / "comparison.json"
+        for sentence in read_object(comparison).get("answer", []):
+            say(sentence)
         say(f"report: {shown_path(report)}")
-    next_step(
-        f"recipes study status {typed(study)}" if code else f"recipes study diff {typed(study)}"
-    )
+    next_step(f"recipes study {'status' if code else 'diff'} {typed(study)}")
     return code
-
-
-def _answer(study: Study) -> list[str]:
-    """The report's answer, as it was written."""
-    file = study_folder(study) / "steps" / "statistics" / "comparison.json"
-    return list(read_object(file).get("answer", []))
 
 
 def _status(study: Study, args: argparse.Namespace) -> int:
@@ -186,21 +154,13 @@ def _status(study: Study, args: argparse.Namespace) -> int:
         graph = build_graph(study)
         rows = step_rows(study, graph)
         if args.json:
-            print(
-                json.dumps(
-                    {"study": study.name, "steps": [row.to_dict() for row in rows]},
-                    indent=2,
-                    ensure_ascii=False,
-                )
-            )
-            return int(ExitCode.DONE)
+            return _print_json({"study": study.name, "steps": [row.to_dict() for row in rows]})
         terminal = sys.stdout.isatty()
         if args.watch and terminal:
             print("\x1b[H\x1b[2J", end="")
         if terminal or not shown:
-            for line in status_lines(
-                rows, shutil.get_terminal_size((160, 24)).columns if terminal else 10_000
-            ):
+            width = shutil.get_terminal_size((160, 24)).columns if terminal else 10_000
+            for line in status_lines(rows, width):
                 say(line)
         if (summary := summary_line(rows)) != shown or terminal:
             say(summary)
@@ -213,7 +173,7 @@ def _status(study: Study, args: argparse.Namespace) -> int:
             break
         time.sleep(WATCH_S)
     next_step(f"recipes study {'report' if done else 'run'} {typed(study)}")
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _report(study: Study, args: argparse.Namespace) -> int:
@@ -228,33 +188,20 @@ def _report(study: Study, args: argparse.Namespace) -> int:
         say("not everything is measured yet: the report holds what there is")
     say(f"\nreport: {shown_path(conclusion.folder / 'report.html')}")
     next_step(f"recipes study {'diff' if conclusion.complete else 'run'} {typed(study)}")
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _diff(study: Study, args: argparse.Namespace) -> int:
     arms = [arm.name for arm in study.arms if arm.recipe is not None]
     rows = list(diff_rows(study))
     without = [arm.name for arm in study.arms if arm.recipe is None]
-    if not rows:
-        say(
-            "no difference: every resolved value is the same in all arms"
-            if len(arms) > 1
-            else "there are no two arms with a recipe"
-        )
+    if rows:
+        lines = [(key, *values, factor or "none declared") for key, values, factor in rows]
+        say("\n".join(aligned([("key", *arms, "factor"), *lines])))
+    elif len(arms) > 1:
+        say("no difference: every resolved value is the same in all arms")
     else:
-        say(
-            "\n".join(
-                aligned(
-                    [
-                        ("key", *arms, "factor"),
-                        *(
-                            (key, *values, factor or "none declared")
-                            for key, values, factor in rows
-                        ),
-                    ]
-                )
-            )
-        )
+        say("there are no two arms with a recipe")
     confounds = [key for key, _, factor in rows if not factor]
     if confounds:
         say(
@@ -264,4 +211,4 @@ def _diff(study: Study, args: argparse.Namespace) -> int:
     if without:
         say(f"without a recipe, so nothing is known of how they were made: {', '.join(without)}")
     next_step(f"recipes study plan {typed(study)}")
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
