@@ -5,6 +5,7 @@ tested where it lives.
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -72,9 +73,15 @@ def test_the_style_is_asked_again_only_when_the_weights_changed(
 def test_the_last_line_can_be_typed_where_no_environment_is_active(
     path: str, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("prepare_model", "style_check", "show_style", "show_results"):
-        monkeypatch.setattr(quickstart, name, lambda *_: None)
-    monkeypatch.setattr(quickstart, "recipes", lambda _: 0)
+    found = {
+        "packaged_folder": PROJECT,
+        "style_check": {"prompt": "?"},
+        "read_object": {"question": "?", "answer": []},
+        "tables": "",
+        "recipes": 0,
+    }
+    for name, value in found.items():
+        monkeypatch.setattr(quickstart, name, lambda *_, value=value: copy(value))
     monkeypatch.setattr(quickstart.shutil, "which", lambda _: path or None)
     assert quickstart.main() == 0
     line = capsys.readouterr().out.splitlines()[-1]
