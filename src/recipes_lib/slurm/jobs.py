@@ -334,7 +334,7 @@ def _plan_recipe(
     jobs: list[Job] = []
     warnings = _judges_nobody_starts(evals, profile)
     if "train" in stages:
-        snapshot.add_file(launch.config.path)
+        snapshot.add_files(launch.config.path)
         launcher = _launcher(python, launch, snapshot.shown(launch.config.path))
         script = (*TRAIN_MODULE, snapshot.shown(recipe.path), *words)
         check = (*python, *CLI_MODULE, "verify", recipe.name, *allowed)
@@ -392,7 +392,7 @@ class _StudyPlanner:
         self.launches = {arm.name: arm.launch for arm in study.arms if arm.trained}
         for launch in self.launches.values():
             _check_gpus(launch, profile)
-            self.snapshot.add_file(launch.config.path)
+            self.snapshot.add_files(launch.config.path)
         self.uses_gpus = not all(launch.config.use_cpu for launch in self.launches.values())
         self.graph = build_graph(study)
         self.state = self.graph.survey()

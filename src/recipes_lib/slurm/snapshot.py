@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 from recipes_lib.compare.design import Study
-from recipes_lib.config.loader import COMMAND_LINE
+from recipes_lib.config.loader import COMMAND_LINE, Origin
 from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.sources import listed_sources
-from recipes_lib.judging.judge_file import JudgeFile
 from recipes_lib.suites.recipe import EvalRecipe
 
 
@@ -37,78 +37,52 @@ class Snapshot:
 
     def add_recipe(self, recipe: Recipe) -> None:
         """Add a recipe, what it extends, its chat template, and links to its data."""
-        self.copies |= {
-            _absolute(recipe.path),
-            *map(_absolute, _written_in(recipe.origins.values())),
-        }
+        self.add_files(recipe.path, *_written_in(recipe.origins))
         if "source" in recipe.as_written:
-            self.links |= {
-                Path(source.source)
-                for source in listed_sources(recipe.data)
-                if Path(source.source).exists()
-            }
+            places = (Path(source.source) for source in listed_sources(recipe.data))
+            self.links |= {place for place in places if place.exists()}
         if "chat_template" in recipe.as_written:
-            self.copies.add(Path(str(recipe.data.chat_template)))
+            self.add_files(Path(str(recipe.data.chat_template)))
 
     def add_eval(self, recipe: EvalRecipe) -> None:
         """Add an eval recipe, its judge with prompts and rubrics, and links to its questions."""
-        self.copies |= {
-            _absolute(recipe.path),
-            *map(_absolute, _written_in(recipe.document.origins.values())),
-        }
-        data = recipe.data
+        document = recipe.document
+        self.add_files(recipe.path, *_written_in(document.origins))
         for key in ("questions", "references", "include_path", "folder"):
-            if getattr(data, key):
-                self.links |= _beside(recipe.document.folder(("data", key)), [getattr(data, key)])
+            if name := getattr(recipe.data, key):
+                self.links |= _beside(document.folder(("data", key)), name)
         if recipe.judge is not None:
-            self.add_judge(recipe.judge)
-
-    def add_judge(self, judge: JudgeFile) -> None:
-        """Add a judge file, its prompts and rubrics."""
-        section = judge.judge
-        files = (
-            section.relative_prompt,
-            section.absolute_prompt,
-            section.rubric,
-            section.reference_rubric,
-        )
-        self.copies |= {
-            path for path in _beside(judge.path.parent, [judge.path.name, *files]) if path.is_file()
-        }
+            judge, folder = recipe.judge.judge, recipe.judge.path.parent
+            prompts = (judge.relative_prompt, judge.absolute_prompt)
+            files = _beside(folder, *prompts, judge.rubric, judge.reference_rubric)
+            self.add_files(recipe.judge.path, *(path for path in files if path.is_file()))
 
     def add_study(self, study: Study) -> None:
         """Add a study, the recipes of its arms, its evals and the published numbers."""
-        self.copies |= {_absolute(study.path)} | (
-            {_absolute(study.published)} if study.published else set()
-        )
+        self.add_files(study.path, *([study.published] if study.published else []))
         for arm in study.arms:
             if arm.recipe is not None:
                 self.add_recipe(arm.recipe)
         for one in study.evals:
             self.add_eval(one)
 
-    def add_file(self, path: Path) -> None:
-        """Add one file."""
-        self.copies.add(_absolute(path))
+    def add_files(self, *paths: Path) -> None:
+        """Add single files."""
+        self.copies |= set(map(_absolute, paths))
+
+    def _around(self) -> set[Path]:
+        """Return the links that other files lie below: they come to be as folders."""
+        above = {parent for path in (*self.copies, *self.links) for parent in path.parents}
+        return self.links & above
 
     @property
     def root(self) -> Path:
         """The folder above all files and their own folders: those give runs and evals
         their names.
         """
-        return Path(
-            os.path.commonpath(
-                [
-                    path if path in self._around() else path.parent
-                    for path in (*self.copies, *self.links)
-                ]
-            )
-        ).parent
-
-    def _around(self) -> set[Path]:
-        """Return the links that other files lie below: they come to be as folders."""
-        files = (*self.copies, *self.links)
-        return {link for link in self.links if any(link in path.parents for path in files)}
+        around = self._around()
+        paths = (*self.copies, *self.links)
+        return Path(os.path.commonpath([p if p in around else p.parent for p in paths])).parent
 
     def place(self, path: Path) -> Path:
         """Return where the copy of a file will lie."""
@@ -133,24 +107,18 @@ class Snapshot:
                 place.symlink_to(path)
 
 
-def _absolute(path: str | Path) -> Path:
+def _absolute(path: Path) -> Path:
     """The path with the links in it kept: two recipes beside each other stay beside each other."""
     return Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
 
 
-def _written_in(origins: Iterable[object]) -> Iterator[str]:
-    """Yield the files in which values were written."""
-    yield from {
-        file
-        for file in (getattr(origin, "file", None) for origin in origins)
-        if file and file != COMMAND_LINE and Path(file).is_file()
-    }
+def _written_in(origins: Mapping[KeyPath, Origin]) -> set[Path]:
+    """Return the files in which values were written."""
+    files = {Path(origin.file) for origin in origins.values() if origin.file != COMMAND_LINE}
+    return {file for file in files if file.is_file()}
 
 
-def _beside(folder: Path, names: Iterable[str]) -> set[Path]:
+def _beside(folder: Path, *names: str) -> set[Path]:
     """Return what lies at relative names in a folder; absolute paths and Hub ids need nothing."""
-    return {
-        _absolute(folder / name)
-        for name in names
-        if not Path(name).is_absolute() and (folder / name).exists()
-    }
+    relative = (folder / name for name in names if not Path(name).is_absolute())
+    return {_absolute(path) for path in relative if path.exists()}
