@@ -5,6 +5,7 @@ torch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,12 +22,16 @@ def study_folder(study: Study) -> Path:
     return runs_root() / study.name
 
 
-def free_name(path: Path) -> Path:
-    """Return `path`, or with a number where it is taken: what is moved away never replaces what was
-    moved before.
+def move_aside(study: Study, path: Path) -> str:
+    """Move what is out of date into the study's folder and return where it lies now; what was moved
+    there before is never replaced.
     """
-    taken = (path.with_name(f"{path.name}--{number}") for number in range(2, 10_000))
-    return path if not path.exists() else next(name for name in taken if not name.exists())
+    place = study_folder(study) / "replaced" / path.relative_to(runs_root())
+    others = (place.with_name(f"{place.name}--{number}") for number in range(2, 10_000))
+    away = next(name for name in itertools.chain([place], others) if not name.exists())
+    away.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(away)
+    return shown_path(away)
 
 
 def arm_run(study: Study, arm: Arm, seed: int | None = None) -> str:

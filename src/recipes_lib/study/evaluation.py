@@ -20,12 +20,12 @@ from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.libraries import quiet_libraries
-from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evaluate import Done, evaluate
 from recipes_lib.generation.subjects import loaded
 from recipes_lib.generation.targets import Asking, Target, base_target, find_targets, record_base
-from recipes_lib.study.arms import base_arm, base_record, base_run, free_name, study_folder
+from recipes_lib.study.arms import base_arm, base_record, base_run, move_aside
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
 from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.recipe import EvalRecipe
@@ -109,10 +109,7 @@ def set_results_aside(study: Study, graph: Graph, step: Step, say: Report) -> No
         if store.suffix != ".jsonl":
             store = store.with_name(f"{store.stem.replace('result', 'judgments', 1)}.jsonl")
         if store.is_file():
-            away = free_name(study_folder(study) / "replaced" / store.relative_to(runs_root()))
-            away.parent.mkdir(parents=True, exist_ok=True)
-            store.rename(away)
-            say(f"{step.name}: made by older code, moved to {shown_path(away)}")
+            say(f"{step.name}: made by older code, moved to {move_aside(study, store)}")
     graph.forget(step.name)  # or an attempt that is killed would lose what it made anew
 
 

@@ -24,11 +24,10 @@ from recipes_lib.compare.design import Study
 from recipes_lib.config.recipe import HANDED, RECIPE_FILE
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
-from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.planning.cards import devices_here
-from recipes_lib.study.arms import arm_recipe, free_name, launch_words, study_folder, train_words
+from recipes_lib.study.arms import arm_recipe, launch_words, move_aside, study_folder, train_words
 from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
 from recipes_lib.training.resume_guard import recipe_differences
 from recipes_lib.weights.base import weight_hashes
@@ -165,7 +164,9 @@ class Trainings:
         words = [*train_words(self.study, arm, step.seed), *launch_words(arm), *self.flags]
         if self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1:
             # two launchers that start together would both take the usual port
-            words += ["--main-process-port", str(free_port())]
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                words += ["--main-process-port", str(free.getsockname()[1])]
         recipe = self.graph.folder / step.name / RECIPE_FILE
         arm_recipe(self.study, arm, step.seed).write(recipe)
         environment = {**os.environ, HANDED: str(recipe)}
@@ -218,11 +219,8 @@ class Trainings:
             if state["state"] == "finished" and _weights(run) is None:
                 other.append("its weights are gone")
             if other:
-                away = free_name(study_folder(self.study) / "replaced" / run.name)
-                away.parent.mkdir(parents=True, exist_ok=True)
-                run.path.rename(away)
-                why = ", ".join(other[:3])
-                self.say(f"{step.run} is out of date ({why}): moved to {shown_path(away)}")
+                why, away = ", ".join(other[:3]), move_aside(self.study, run.path)
+                self.say(f"{step.run} is out of date ({why}): moved to {away}")
         write_json(note, {"inputs": dict(step.inputs), "version": step.version})
 
     def _ended(self, training: _Training) -> None:
@@ -277,13 +275,6 @@ def free_devices(
     wanted = min(wanted, len(devices))
     free = [device for device in devices if device not in taken]
     return tuple(free[:wanted]) if len(free) >= wanted else None
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def train_command(words: Sequence[str]) -> list[str]:
