@@ -173,9 +173,7 @@ def _with_answer(one: Sample, answers: Mapping[tuple[str, int], Row]) -> Sample:
 
 
 def _answer_facts(target: str, parts: Sequence[Part], answers: Answers) -> Row:
-    """What result.json says about the answers; their fingerprint is one of their texts, because no
-    weights are there.
-    """
+    """What result.json says about the answers; without weights, their fingerprint is of texts."""
     texts = sorted([*key, row["answer"]] for key, row in answers.items())
     items = [one for part in parts for one in part.items]
     given = {one.key: one.answer for one in items if one.answer is not None and not one.shortened}

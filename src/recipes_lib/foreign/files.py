@@ -62,7 +62,7 @@ _OTHER_KINDS = (
 
 @dataclass(frozen=True)
 class Foreign:
-    """One file as read: its objects with their lines; `format` is None where it is not known."""
+    """One file as read: its objects with their lines; an unknown `format` is None."""
 
     path: Path
     format: str | None
@@ -72,7 +72,7 @@ class Foreign:
 
     @property
     def task(self) -> str:
-        """The task of a file of lm-eval samples, which only its name tells."""
+        """The task of lm-eval's samples, which only the file's name tells."""
         match = _SAMPLES.match(self.path.name)
         return match.group(1) if match else ""
 
@@ -81,9 +81,7 @@ class Foreign:
         return DataError(what, *hints, file=shown_path(self.path), line=line)
 
     def unknown(self, wanted: str, *known: str) -> DataError:
-        """Return the error for a file that is something else than `wanted`: what it is, where its
-        fields tell.
-        """
+        """Return the error for a file that is not `wanted`: what its fields say it is."""
         fields = set(self.rows[0][1])
         for needed, what, use in _OTHER_KINDS:
             if needed <= fields:
@@ -98,8 +96,7 @@ def read_files(names: Sequence[str | Path]) -> list[Foreign]:
     """Return all files, each of a known format.
 
     Raises:
-        DataError: a file cannot be read, is damaged, unknown, or named twice (itself, or a copy of
-            it).
+        DataError: a file cannot be read, is damaged or unknown, or it (or a copy) is named twice.
     """
     files: dict[str, Foreign] = {}
     for name in names:
@@ -149,7 +146,7 @@ def read_foreign(name: str | Path, *known: str) -> Foreign:
 
 
 def _csv_rows(text: str, shown: str) -> ForeignRows:
-    """The rows of the original study's CSV; one that ends inside a quoted text was cut off."""
+    """The rows of the original study's CSV, which must not end inside a quoted text."""
     csv.field_size_limit(10_000_000)
     reader = csv.DictReader(io.StringIO(text.replace("\0", "")), strict=True)
     columns = reader.fieldnames or ()
@@ -164,7 +161,7 @@ def _csv_rows(text: str, shown: str) -> ForeignRows:
 
 
 def _json_rows(text: str, path: Path, shown: str, known: Sequence[str]) -> tuple[ForeignRows, bool]:
-    """The objects of a JSON array, of JSON lines, or the one that the whole file is (then True)."""
+    """The objects of a JSON array or of JSON lines, or one object and True."""
     values: list[tuple[int | None, Any]] = []
     line: int | None = None
     hints: Sequence[str] = ()
@@ -207,7 +204,6 @@ def _object_format(row: Row) -> str | None:
 
 
 def _rows_format(rows: ForeignRows) -> str | None:
-    """The format of rows, by the fields of the first."""
     fields = rows[0][1].keys() if rows else set()
     if {"instruction", "output"} <= fields and "preference" not in fields:
         return "alpaca-eval-outputs"

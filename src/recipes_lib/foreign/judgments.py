@@ -28,12 +28,12 @@ _OUTCOMES = {"A": "win", "B": "loss", "Tie": "tie"}
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Sample):
-    """One judgment of a foreign file: a sample, unresolved where the judge's text holds no verdict
-    by the study's own rule.
+    """One judgment of a foreign file, unresolved where the judge's text holds no verdict by the
+    study's own rule.
 
-    `recorded` is the outcome the study counted (win, loss, tie; None in grading) and `score` the
-    number it averaged (None if it has none). `strict` says whether our parser finds a verdict too
-    (None: not our format). `input` is what the judge was shown.
+    `recorded` is the outcome the study counted (None in grading), `score` the number it averaged.
+    `strict` says whether our parser finds a verdict too (None: not our format). `input` is what the
+    judge was shown.
     """
 
     model: str = ""
@@ -51,9 +51,7 @@ class Record(Sample):
 
 @dataclass(frozen=True)
 class Judgments:
-    """The judgments of one file: whether they compare (`pairs`) or grade, the orders judged, and
-    the highest grade.
-    """
+    """The judgments of one file, which compare (`pairs`) or grade up to `highest`."""
 
     file: Foreign
     records: list[Record] = field(repr=False)
@@ -63,7 +61,7 @@ class Judgments:
 
     @property
     def suite(self) -> str:
-        """The suite that they are of."""
+        """Our suite of the same questions."""
         return "alpaca_eval" if "alpaca" in str(self.file.format) else "mt_bench"
 
 
@@ -71,7 +69,7 @@ def read_judgments(file: Foreign) -> Judgments:
     """Return the judgments of a file.
 
     Raises:
-        DataError: it holds something else, none, or a row that is not one of its format.
+        DataError: it holds something else or nothing, or a row does not fit its format.
     """
     if not file.rows:
         raise file.error("0 judgments")

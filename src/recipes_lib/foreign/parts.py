@@ -251,10 +251,8 @@ def _id(record: Record) -> str:
 def _measures(
     judgments: Judgments, opponent: str | None, samples: Sequence[Record]
 ) -> Iterator[Measure]:
-    """The metrics of a file: a win rate, and for the original study its comparison score; or grades
-    on their own scale.
-
-    FastChat's grades of 1-10 are another metric than ours of 1-5, which we write in its format too.
+    """A win rate, and for the original study its comparison score; or grades, FastChat's of 1-10 as
+    another metric than ours of 1-5, which we write in its format too.
     """
     suite, path = judgments.suite, judgments.file.path
 
@@ -278,9 +276,7 @@ def _measures(
 
 
 def _judgment_rows(record: Record, judgments: Judgments, judge: str) -> Iterator[Row]:
-    """Rows of judgments.jsonl: one per verdict that was asked for, none for an order that
-    was not.
-    """
+    """Rows of judgments.jsonl, one per verdict; an order that was not judged has none."""
     pair = judgments.pairs
     orders = ("AB", "BA") if pair else ("single",)
     if judgments.file.format == "alpaca-eval-annotations":

@@ -38,9 +38,7 @@ ADAPTER_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
 @dataclass
 class Imported:
-    """What an import made: the run, what became of each file, what the files do not hold, and
-    warnings.
-    """
+    """What an import made: the run, what became of each file, and what the files do not hold."""
 
     name: str
     files: list[Row] = field(default_factory=list)
@@ -244,9 +242,7 @@ def _twins(run: str, files: Sequence[Row]) -> Iterator[str]:
 
 
 def same_rows(source: Row) -> tuple[str, str]:
-    """Return what two sources share that are the same rows of the same file: its hash, and the
-    model they are of.
-    """
+    """Return what two sources of the same rows share: the file's hash, and the rows' model."""
     return str(source.get("sha256")), str(source.get("rows_of") or "")
 
 
@@ -259,9 +255,7 @@ def imported_files(state: Mapping[str, Any]) -> list[Row]:
 def _same_import(
     target: RunDirectory, state: Row, files: Sequence[Foreign], asked: Mapping[str, str | None]
 ) -> bool:
-    """Whether a run was imported from exactly these files, asked for in the same words, with the
-    recipe as it is now.
-    """
+    """Whether a run was imported from exactly these files and words, and the recipe as it is."""
     sources = {source.get("sha256") for source in imported_files(state)}
     if sources != {file.sha256 for file in files} or any(
         state.get(key) != value for key, value in asked.items()

@@ -58,13 +58,9 @@ def _can_carry(item: Item) -> bool:
 def probe_requests(
     items: Iterable[Item], plan: JudgePlan, fingerprint: str
 ) -> Iterator[JudgeRequest]:
-    """Yield both orders of every probe of each pair, for `judge.ask`.
+    """Yield both orders of every probe of each pair that can carry them.
 
-    Args:
-        items: 20-50 pairs; those that cannot carry probes are left out.
-        plan: how the judge is asked; must be of the relative kind, and `ask` needs the same plan
-            with `rules=False`.
-        fingerprint: the judge's.
+    `judge.ask` needs the same plan, which must be relative, with `rules=False`.
     """
     for item in filter(_can_carry, items):
         whole, second = item.answer, item.opponent or ""
@@ -142,13 +138,11 @@ def audit(
     """Return a judge's scorecard.
 
     Args:
-        rows: stored judgments, probes included where they were asked. Rows of several judges must
-            not be mixed.
-        thresholds: what the judge must reach; None for the defaults.
+        rows: stored judgments of one judge, probes included where they were asked.
         labels: human labels by question id (`human_labels.load_labels`).
-        weak: why this judge's numbers mean little, from its file; part of the banner.
-        results: folder with the results that rest on `rows`. Probes are asked once for all targets,
-            so that the rows of most targets hold none: what their results say of them counts then.
+        weak: why this judge's numbers mean little; part of the banner.
+        results: folder of the results that rest on `rows`. Probes are asked with one target only:
+            where `rows` hold none, those that the results quote count.
 
     Raises:
         DataError: if a row lacks a field, or the rows are of several judges.
@@ -256,12 +250,11 @@ def failures(card: Mapping[str, Any]) -> list[str]:
 
 
 def self_judged(judge_model: str, candidates: Sequence[str]) -> str | None:
-    """Return a warning if the judge grades its own answers (or those of a model fine-tuned from
-    it), else None.
+    """Return a warning if the judge grades its own answers, else None.
 
     Args:
         judge_model: model id or path of the judge.
-        candidates: model ids, base models included.
+        candidates: model ids, base models included: a model fine-tuned from the judge counts too.
     """
     judge = judge_model.rstrip("/").lower()
     same = [name for name in candidates if name.rstrip("/").lower() == judge]

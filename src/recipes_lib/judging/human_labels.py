@@ -90,10 +90,10 @@ def _pair(row: Row) -> tuple[Item, str]:
 def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Row:
     """Return how far a judge's outcomes agree with labels.
 
-    `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` is chance-corrected.
-    `verdict_accuracy` looks at single verdicts on pairs that people decided, where chance is one
-    half whatever the judge's position bias, because each pair is seen in both orders; its interval
-    is clustered by pair and answers "above chance".
+    `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` takes chance off.
+    `verdict_accuracy` is of single verdicts on pairs that people decided: because each pair is seen
+    in both orders, chance is one half whatever the position bias. Its interval, clustered by pair,
+    answers "above chance".
     """
     labelled = [item for item in outcomes if item.id in labels]
     resolved = [item for item in labelled if item.resolved]

@@ -1,12 +1,9 @@
-"""Asking the judge: the protocol that every judge answers to, and the loop that asks in both orders
-over a store.
+"""Asking the judge in both orders, over a store.
 
-A judge is anything with a `fingerprint` and `complete(requests)`; models, servers and the fakes of
-the tests are all that. Each reply is stored as it arrives. What has been stored is not asked again,
-so the same command continues an evaluation that ended early. A malformed verdict is asked again a
-bounded number of times with a new seed, and every attempt is stored. Only a reply of the judge is a
-verdict: a request that failed or was refused is not stored. It is missing, and the evaluation says
-so.
+Each reply is stored as it arrives, and what is stored is not asked again, so the same command
+continues an evaluation that ended early. A malformed verdict is asked again a bounded number of
+times with a new seed, and every attempt is stored. A request that failed or was refused is not
+stored: it is missing, and the evaluation says so.
 """
 
 from __future__ import annotations
@@ -44,10 +41,9 @@ class EvaluationIncomplete(RecipesError):
 
 @dataclass(frozen=True)
 class Item:
-    """What is to be judged: one answer (absolute), or the candidate's and its opponent's
-    (relative).
+    """One answer to grade (absolute), or a candidate's and its opponent's to compare (relative).
 
-    `meta` is stored with each judgment as it is (category, turn, probe).
+    `meta` is stored with each judgment (category, turn, probe).
     """
 
     question_id: str
@@ -88,14 +84,10 @@ class JudgeReply:
     """What came back: text, or probabilities of the allowed tokens, or an error.
 
     Args:
-        text: what the judge wrote after the prompt.
-        finish_reason: "stop", or "length" when it was cut off.
-        probabilities: next-token probability of each allowed token (not normalised: their sum is
-            the mass).
-        error: why there is no reply; None if there is one. Such a judgment is missing, and is asked
-            again by the next run.
-        refused: the server refused the request as it is, so that something has to be changed before
-            it can be answered.
+        finish_reason: "stop", or "length" when the text was cut off.
+        probabilities: next-token probability of each allowed token; their sum is the mass.
+        error: why there is no reply. The judgment is missing, and the next run asks again.
+        refused: the server will refuse the same request again.
     """
 
     text: str | None = None
@@ -109,13 +101,13 @@ _Asked = tuple[JudgeRequest, list[Row]]  # a request, and its attempts so far
 
 
 class Judge(Protocol):
-    """A judge. `fingerprint` names weights (or served model), decoding settings and
-    verdict mode.
-    """
+    """A judge: a model, a server, or a test's fake."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash that changes whenever the same prompt could get another verdict."""
+        """Hash of weights (or served model), decoding and verdict mode: it changes whenever the
+        same prompt could get another verdict.
+        """
 
     def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
         """Yield each request's key with its reply as it arrives, in any order; transport errors are
@@ -145,9 +137,7 @@ class JudgePlan:
 
 @dataclass
 class Failures:
-    """Requests without a reply: how often each reason was given, how many the server refused as
-    they are, how many came in a row.
-    """
+    """Requests without a reply: by reason, refused by the server as they are, and in a row."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     refused: int = 0
@@ -161,7 +151,7 @@ class Failures:
 
     @property
     def total(self) -> int:
-        """How many there were."""
+        """All of them."""
         return self.reasons.total()
 
     def __str__(self) -> str:
@@ -182,8 +172,8 @@ class Failures:
 
 @dataclass
 class JudgeRun:
-    """What a run did: judgments asked and stored, decided by rule, already there, re-asked, and
-    failed (missing).
+    """How many judgments were asked and stored, decided by rule, already there, asked again, and
+    are missing (failed).
     """
 
     asked: int = 0
@@ -193,7 +183,7 @@ class JudgeRun:
     failed: Failures = field(default_factory=Failures)
 
     def check_complete(self) -> None:
-        """Raise if a judgment is missing.
+        """Refuse a run with missing judgments.
 
         Raises:
             EvaluationIncomplete: with each reason and how often it was given.
@@ -221,7 +211,7 @@ def make_request(item: Item, order: str, plan: JudgePlan, fingerprint: str) -> J
     answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
     shown = answers[::-1] if order == "BA" else answers
     question, hashes = str(item.question_id), list(map(text_hash, shown))
-    # a prompt that a rule decides is not sent, so it needs not fit
+    # what a rule decides is not sent, so its prompt may be too long
     decided = plan.rules and rule_verdict(plan.kind, shown) is not None
     prompt = build_prompt(
         plan.template,
@@ -269,9 +259,7 @@ def read_reply(request: JudgeRequest, reply: JudgeReply) -> Verdict:
 def judge_items(
     items: Iterable[Item], judge: Judge, store: JudgmentStore, plan: JudgePlan
 ) -> JudgeRun:
-    """Judge every item as `ask` does: pairs for a relative prompt, single answers for an absolute
-    one.
-    """
+    """Judge every item as `ask` does."""
     return ask(build_requests(items, plan, judge.fingerprint), judge, store, plan)
 
 
@@ -282,17 +270,10 @@ def ask(
     plan: JudgePlan,
     progress: Callable[[JudgeRun], None] = lambda run: None,
 ) -> JudgeRun:
-    """Put requests before a judge and store the verdicts.
+    """Put requests before a judge and store the verdicts; what the store holds is not asked.
 
     Args:
-        requests: what is asked.
-        judge: who answers.
-        store: where judgments go and what has been judged already.
-        plan: budget and limits.
         progress: called after each reply.
-
-    Returns:
-        What was done; `check_complete` raises if something is missing.
 
     Raises:
         EvaluationIncomplete: after `max_consecutive_failures` failures in a row.
@@ -345,8 +326,8 @@ def _next_batch(
     fingerprint: str,
     run: JudgeRun,
 ) -> dict[str, _Asked]:
-    """Up to a batch of requests that the judge must answer, by key; the others are counted, or
-    stored together on the way.
+    """Up to a batch of requests for the judge, by key; others are counted, or decided and stored
+    together on the way.
     """
     batch: dict[str, _Asked] = {}
     decided: list[Row] = []

@@ -124,9 +124,9 @@ def pair_samples(
     """Return every question's comparison, in the order of their first row.
 
     Args:
-        rows: stored judgments of one comparison; those of another kind than "relative" are left
-            out. The last row of a question and order counts, which is the newest.
-        question_ids: all questions that should be there; one without any row is unresolved too.
+        rows: stored judgments of one comparison; grades are left out, and of each question and
+            order the newest row counts.
+        question_ids: questions that should be there; one without any row is unresolved.
     """
     by_question: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in question_ids}
     for row in rows:

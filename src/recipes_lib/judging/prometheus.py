@@ -1,18 +1,17 @@
 """The prompts of the Prometheus 2 judge formats: absolute grading (1-5) and relative comparison
 (A/B).
 
-The format's facts - the order and the headings of the sections, the criterion in brackets, the
-`Score n:` lines, the output line with `[RESULT]`, the closing `###Feedback:` - are those the
-published judge models were trained on; the wording is in text files under evals/prompts/ and the
-rubrics under evals/rubrics/, so that another judge can have other files. An answer cannot speak to
-the judge: it stands between two lines with a code that it cannot know, and strings that mean
-something to the judge or to its parser are rewritten in it and reported.
+The order and the headings of the sections, the criterion in brackets, the `Score n:` lines, the
+output line with `[RESULT]` and the closing `###Feedback:` are those the published judge models were
+trained on; the wording stands in evals/prompts/ and evals/rubrics/, so that another judge can have
+other files. An answer cannot speak to the judge: it stands between two lines with a code that it
+cannot know, and strings that mean something to the judge or to its parser are rewritten in it and
+reported.
 
-A judge that was trained on certain sentences is another judge under a paraphrase, and the agreement
-with people that was published for it holds for those sentences. They are not ours, so they do not
-stand in this repository: `judge.relative_prompt: package:prometheus-eval` reads them from the
-authors' wheel (20 KB, fetched once, not installed: it would bring packages that this project must
-not have). One line is added, the fence's.
+A judge that was trained on certain sentences is another judge under a paraphrase, and its published
+agreement with people holds for those sentences. They are not ours, so `judge.relative_prompt:
+package:prometheus-eval` reads them from the authors' wheel (20 KB, fetched once; installing it
+would bring packages that this project must not have). One line is added, the fence's.
 
 Source: Kim et al. (2024), "Prometheus 2: An Open Source Language Model Specialized in Evaluating
 Other Language Models", and the format section of the model card of
@@ -76,9 +75,7 @@ _FENCE = (
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt file: the system text, the user text with fields, and the two pieces that only a
-    reference answer brings in.
-    """
+    """A prompt file; its two reference pieces are used only where there is a reference answer."""
 
     name: str
     system: str
@@ -88,7 +85,7 @@ class Template:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the wording, for records; the key of a judgment uses the whole prompt."""
+        """Hash of the wording; the key of a judgment uses the whole prompt."""
         return text_hash(
             "\0".join((self.system, self.user, self.reference_mention, self.reference_section))
         )
@@ -105,10 +102,8 @@ class Rubric:
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A prompt ready to send.
-
-    `fits` is False if even the shortest cut of the answers is too long; such a prompt must not be
-    sent (status truncated).
+    """A prompt ready to send, unless it does not fit: even the shortest cut of the answers is too
+    long then (status truncated).
     """
 
     system: str
@@ -123,9 +118,7 @@ class JudgePrompt:
         return text_hash(f"{self.system}\0{self.user}")
 
     def instruct_text(self) -> str:
-        """Return the prompt in the judge model's chat format, without the tokenizer's own start
-        token.
-        """
+        """Return the prompt in the judge model's chat format, without a start token."""
         return f"[INST] {self.system}\n{self.user} [/INST]"
 
 
@@ -179,7 +172,7 @@ def _read(path: str | Path) -> str:
 
 @lru_cache(maxsize=8)  # an item's texts stand in two prompts, one per order
 def neutralise(text: str) -> tuple[str, bool]:
-    """Return a text without strings that mean something to the judge or its parser, and whether
+    """Rewrite strings that mean something to the judge or its parser; return the text, and whether
     there were any.
 
     Example:
@@ -193,8 +186,8 @@ def neutralise(text: str) -> tuple[str, bool]:
 
 
 def nonce(question_id: str | int, answers: Sequence[str], salt: str = "") -> str:
-    """Return the code of an item's fence: the same in both orders, and not to be foreseen by an
-    answer, on which it depends.
+    """Return the code of an item's fence: the same in both orders, and unknown to an answer because
+    it depends on it.
     """
     return text_hash("\0".join([salt, str(question_id), *sorted(map(text_hash, answers))]))[:12]
 
@@ -210,17 +203,13 @@ def build_prompt(
     count_tokens: CountTokens | None = None,
     max_tokens: int | None = None,
 ) -> JudgePrompt:
-    """Return the prompt for one answer (absolute) or two (relative), cut to fit where a budget is
-    given.
+    """Return the prompt for one answer (absolute) or two (relative), cut to fit.
 
     Both answers get the same limit; the instruction, the reference and the rubric are never cut.
 
     Args:
-        template: the prompt file, which must have as many answer fields as there are answers.
-        rubric: criterion and scores.
         instruction: what was asked; for a later turn, the conversation so far.
         answers: in the prompt's order.
-        reference: a reference answer; None leaves its section out.
         code: the fence's code, from `nonce`.
         count_tokens: tokens of a text for the judge; None means no budget.
         max_tokens: what the whole prompt may take.
@@ -280,9 +269,7 @@ def build_prompt(
 
 
 def _cut(text: str, limit: int, count_tokens: CountTokens) -> str:
-    """The start of a text with the mark, in about `limit` tokens; the whole text if it is no longer
-    than that.
-    """
+    """The start of a text with the mark, in about `limit` tokens, or the whole of a shorter one."""
     if count_tokens(text) <= limit:
         return text
     end = _largest(len(text), lambda end: count_tokens(text[:end] + CUT_MARK) <= limit)

@@ -1,12 +1,11 @@
 """The store of judgments: one JSONL file, one line per judgment, appended once and never changed.
 
 A line is written by a single `os.write` on an O_APPEND descriptor and synced before `append`
-returns; lines that arrived together are synced together. Its key is a hash of everything that makes
-it this judgment, and each key occurs once. A kill or a power cut leaves at most a damaged end,
-which the next writer cuts; a damaged line anywhere else is an error that names it. Several
-processes may append to one file: each append takes the file's lock and first reads what the others
-wrote. A line with status `error`, as earlier versions stored where a server refused a request, is
-no judgment: it is passed over, and asked again.
+returns; lines that arrived together are synced together. Each key, a hash of everything that makes
+a judgment, occurs once. A kill or a power cut leaves at most a damaged end, which the next writer
+cuts; a damaged line anywhere else is an error that names it. Several processes may append to one
+file: each append takes the file's lock and first reads what the others wrote. A line with status
+`error`, which earlier versions stored for a refused request, is passed over and asked again.
 """
 
 from __future__ import annotations
@@ -44,10 +43,8 @@ def judgment_key(
     """Return the unique key of a judgment.
 
     Args:
-        question_id: id of the question; 81 and "81" are the same question.
-        order: which answer stood first, or which one was graded (`judge.JudgeRequest.order`).
-        judge_fingerprint: of the judge's weights or served name, its decoding settings and its
-            verdict mode.
+        question_id: 81 and "81" are the same question.
+        order: as in `judge.JudgeRequest`.
         prompt_hash: of the prompt as sent.
         answer_hashes: of the answers before truncation, in the prompt's order.
     """
@@ -57,8 +54,8 @@ def judgment_key(
 
 
 def stored_rows(path: str | Path) -> list[Row]:
-    """Return the stored rows without taking the lock or changing the file; lines that a crash
-    damaged at its end are left out.
+    """Return the stored rows, lines that a crash damaged at the end left out; takes no lock and
+    changes nothing.
 
     Raises:
         DataError: for a damaged line or a repeated key, with the line number.
@@ -103,7 +100,7 @@ class JudgmentStore:
         lock_timeout_s: how long to wait for another process's append.
 
     Raises:
-        DataError: when the file holds a damaged line or a repeated key.
+        DataError: for a damaged line or a repeated key.
     """
 
     what = "judgment"  # what a line holds, for messages
@@ -118,7 +115,6 @@ class JudgmentStore:
             self._catch_up()
 
     def _locked(self) -> AcquireReturnProxy:
-        """Take the file's lock, as a context manager."""
         try:
             return self._lock.acquire()
         except Timeout:

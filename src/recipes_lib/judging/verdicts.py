@@ -1,8 +1,7 @@
 """The verdict in a judge's text, or the reason why there is none.
 
-A verdict stands at the very end of the text. A verdict's status is separate from its value: a text
-without a verdict is never a tie and never dropped, it has a status of its own and widens the
-interval later.
+A verdict stands at the very end of the text. A text without one is never a tie and never dropped:
+it has a status of its own and widens the interval later.
 
 The forms are those that the end-anchored parser of prometheus-eval takes (`[RESULT] 4`, `[RESULT]
 (4)`, `4/5`, `score of 3 out of 5`, `[Final Score: 4]`; `[RESULT] A`, `[RESULT] Response A`,
@@ -61,9 +60,7 @@ class Status(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict: 1-5 in absolute grading, "A" or "B" in a comparison; `reason` says why there is
-    none.
-    """
+    """1-5 in absolute grading, "A" or "B" in a comparison; `reason` says why there is none."""
 
     status: Status
     value: int | str | None = None
