@@ -47,7 +47,7 @@ def test_a_sample_is_read_as_it_was_written(sample: Sample) -> None:
 
 def test_every_field_of_a_sample_is_in_its_schema() -> None:
     names = {"id": "question_id", "input": "instruction", "opponent": "opponent_answer"}
-    expected = {names.get(one.name, one.name) for one in fields(Sample)} | {"metric"}
+    expected = {names.get(one.name, one.name) for one in fields(Sample)} | {"metric", "task"}
     assert SCHEMA["$defs"]["sample"]["properties"].keys() == expected
 
 

@@ -4,6 +4,7 @@ of a model only when allowed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.generation.conftest import (
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.eval_files import read_evals
 from recipes_lib.evaluate import evaluate_all, split_words
 from recipes_lib.generation.targets import find_targets
 from recipes_lib.suites.recipe import load_eval
@@ -75,6 +77,20 @@ def loads(monkeypatch):
     return found
 
 
+def texts_and_values(logs):
+    """What logs say, whatever the order of their samples: stores are in the order of replies."""
+    return [
+        (
+            (log.answers, log.judge),
+            [
+                (dataclasses.replace(one, samples=()), sorted(one.samples, key=lambda it: it.key))
+                for one in log.measures
+            ],
+        )
+        for log in logs
+    ]
+
+
 def test_three_suites_on_two_runs_and_their_base_load_the_base_once_and_the_judge_once(
     three_suites,
     make_run,  # noqa: F811
@@ -93,6 +109,13 @@ def test_three_suites_on_two_runs_and_their_base_load_the_base_once_and_the_judg
     ]
     run = Path(results[0]["file"]).resolve().parents[2]
     assert (run / "evals" / results[0]["eval"] / "figures/grades.svg").is_file()
+    logs, _ = read_evals(run)
+    assert {log.suite for log in logs} == {"mt_bench", "lm_eval", "alpaca_eval"}
+    for log in logs:
+        result = json.loads(log.file.read_text())
+        del result["measures"]  # as the release before this one wrote it
+        log.file.write_text(json.dumps(result))
+    assert texts_and_values(read_evals(run)[0]) == texts_and_values(logs)
     evaluate_all(recipes, targets)
     assert loads == ["tiny-llama", "tiny-judge", "tiny-llama"], "stored judgments need no judge"
 

@@ -22,6 +22,7 @@ ORDER = (
     ("training",),
     ("eval_log",),
     ("judging",),
+    ("eval_files",),
     ("generation",),
     ("suites",),
     ("evaluate", "train"),

@@ -1,19 +1,21 @@
-"""The evaluation log: what an evaluation of one target says, sample by sample.
+"""The evaluation log: what an evaluation of one target says about who answered, who judged and
+every sample.
 
-Suites and the readers of other programs' files make samples; comparison, validity checks, reports
-and replay read them. How a log lies on disk is known to `studies.eval_files` alone.
+Suites and the readers of other programs' files make logs; comparison, validity checks, reports and
+replay read nothing else. How a log lies on disk is known to `eval_files` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
+_FORMAT_VERSION = 1
 # the opponent of a result that was judged against the questions' own reference answers
 REFERENCE = "reference"
 
@@ -61,13 +63,12 @@ class Sample:
         """
         return not self.by_rule and self.verdicts in (("A", "A"), ("B", "B"))
 
-    def to_dict(self, metric: str) -> dict[str, Any]:
-        """Return the sample as a line of items.jsonl, the file of an imported evaluation;
-        `from_dict` reads it.
-        """
+    def to_dict(self, metric: str, task: str = "") -> dict[str, Any]:
+        """Return the sample of a metric as a line of items.jsonl; `from_dict` reads it."""
         texts = {"instruction": self.input, "answer": self.answer, "opponent_answer": self.opponent}
         return {
             "metric": metric,
+            **({"task": task} if task else {}),
             "value": self.value,
             "outcome": self.outcome,
             "question_id": self.id,
@@ -125,6 +126,18 @@ class Measure:
     reported: float | None = None
     reported_n: int | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what result.json says about the metric, whose samples stand in items.jsonl; what
+        has its usual value is left out.
+        """
+        known = {
+            name: getattr(self, name)
+            for name in ("opponent", "task", "reported", "reported_n")
+            if getattr(self, name) not in (None, "")
+        }
+        direction = {} if self.higher_is_better else {"higher_is_better": self.higher_is_better}
+        return {"metric": self.metric, "label": self.label, "unit": self.unit} | known | direction
+
     @property
     def key(self) -> tuple[str, str, str]:
         """What the same metric of another arm has too; the opponent is left out because it may be
@@ -140,18 +153,186 @@ class Measure:
         return "/".join(part for part in self.key if part)
 
 
-@dataclass(frozen=True)
-class EvalLog:
-    """One evaluation of one target. `against` is None for a suite without an opponent; `result` is
-    what its result file says.
+@dataclass(frozen=True, kw_only=True)
+class Identical:
+    """How many questions got the most frequent answer, where that is more than one."""
+
+    count: int = 0
+    share: float = 0.0
+    text: str | None = None
+    flagged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFaults:
+    """What is wrong with answers taken together; `cut` is None where a file does not tell."""
+
+    n: int = 0
+    empty: int = 0
+    cut: int | None = None
+    identical: Identical = field(default_factory=Identical)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What the last command answered anew."""
+
+    new_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFacts:
+    """Who answered and how. `models` are the names of the weights behind the answers,
+    `fingerprint` their hash; `tokens` are those of all answers, also of earlier commands.
     """
 
-    eval: str
+    name: str | None = None
+    models: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
+    prompt_format: str | None = None
+    prompt_format_hash: str | None = None
+    decoding: dict[str, Any] | None = None
+    dtype: str | None = None
+    quantized: bool | None = None
+    imported_from: str | None = None
+    answers: AnswerFaults | None = None
+    generated_now: Speed | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any] | None) -> AnswerFacts | None:
+        """Return what result.json says about answers."""
+        if row is None:
+            return None
+        known = _known(cls, row)
+        if faults := row.get("answers"):
+            identical = Identical(**_known(Identical, faults.get("identical") or {}))
+            known["answers"] = AnswerFaults(
+                **_known(AnswerFaults, faults) | {"identical": identical}
+            )
+        if speed := row.get("generated_now"):
+            known["generated_now"] = Speed(**_known(Speed, speed))
+        return cls(**known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeFacts:
+    """Who judged. `weak` is why its numbers mean little; `weights` the hash of its weights where
+    they were here, `run` ours that it was merged from.
+    """
+
+    name: str | None = None
+    fingerprint: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    engine: str | None = None
+    mode: str | None = None
+    prompt_style: str | None = None
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    max_context_tokens: int | None = None
+    weak: str | None = None
+    weights: str | None = None
+    run: str | None = None
+
+
+class Check(TypedDict):
+    """One check of a judge's audit; `result` is pass, fail or not measured."""
+
+    check: str
+    value: float | None
+    needs: str
+    result: str
+
+
+class Scorecard(TypedDict, total=False):
+    """A judge's scorecard as `judging.audit` makes it (schema/judge_audit.schema.json)."""
+
+    judge: str | None
+    asked: int
+    statuses: dict[str, int]
+    unparsed: dict[str, Any]
+    mean_mass: float | None
+    swap_consistency: dict[str, Any]
+    first_position: dict[str, Any]
+    length: dict[str, Any]
+    contradictions: dict[str, Any]
+    probes: dict[str, Any]
+    human: dict[str, Any] | None
+    checks: list[Check]
+    banner: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """One metric of one task (or group) of lm-eval."""
+
+    task: str
+    metric: str
+    filter: str = "none"
+    value: float | None = None
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    interval: str | None = None
+    n: int | None = None
+    num_fewshot: int | None = None
+    version: Any = None
+    higher_is_better: bool | None = None
+
+    @property
+    def shown(self) -> str:
+        """The metric, with its filter where there is one."""
+        return self.metric if self.filter == "none" else f"{self.metric}, {self.filter}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedFile:
+    """A file of another program that an evaluation was made of."""
+
+    file: str
+    sha256: str
+    format: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalLog:
+    """One evaluation of one target.
+
+    `against` is None for a suite without an opponent. `numbers` are the suite's own; `tasks` and
+    `protocol` are lm-eval's. `banners` must be read before the numbers, heaviest first. `replays`
+    are what `recipes judge replay` says about imported files of judgments, `lacks` what they do
+    not hold, `flags` how they were judged. `file` is result.json.
+    """
+
     suite: str
-    against: str | None
-    file: Path
-    result: Mapping[str, Any] = field(repr=False)
+    eval: str
+    target: str = ""
+    against: str | None = None
+    n: int | None = None
+    subset: str | None = None
+    banners: list[str] = field(default_factory=list)
+    answers: AnswerFacts = field(default_factory=AnswerFacts)
+    opponent: AnswerFacts | None = None
+    judge: JudgeFacts | None = None
+    audit: Scorecard | None = None
+    missing_references: list[str] = field(default_factory=list)
+    numbers: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    tasks: tuple[TaskScore, ...] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    lm_eval_command: str | None = None
     measures: tuple[Measure, ...] = ()
+    imported: tuple[ImportedFile, ...] = ()
+    flags: list[str] = field(default_factory=list)
+    lacks: list[str] = field(default_factory=list)
+    replays: list[dict[str, Any]] = field(default_factory=list)
+    recipe: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    written: str | None = None
+    command: str | None = None
+    git: Mapping[str, Any] = field(default_factory=dict)
+    libraries: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    file: Path
 
     @property
     def place(self) -> str:
@@ -159,6 +340,78 @@ class EvalLog:
         return "/".join(self.file.parts[-4:])
 
     @property
-    def imported(self) -> bool:
+    def is_imported(self) -> bool:
         """Whether the log was made of another program's files."""
-        return self.result.get("measures") is not None
+        return bool(self.imported)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return result.json: of a suite without a judge, no judge; the suite's numbers among the
+        other keys.
+        """
+        mine = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.judge is None:
+            for name in ("n", "opponent", "judge", "audit", "missing_references"):
+                del mine[name]
+        for name in ("file", "numbers", "imported", "flags", "lacks", "replays"):
+            mine.pop(name)
+        if self.suite != "lm_eval":
+            for name in ("tasks", "protocol", "lm_eval_command"):
+                del mine[name]
+        mine["answers"] = _without_unknown(self.answers)
+        if self.opponent is not None:
+            mine["opponent"] = _without_unknown(self.opponent)
+        if self.judge is not None:
+            mine["judge"] = asdict(self.judge)
+        if self.tasks:
+            mine["tasks"] = [asdict(task) for task in self.tasks]
+        mine["measures"] = [measure.to_dict() for measure in self.measures]
+        return {"format_version": _FORMAT_VERSION, **mine, **self.numbers}
+
+    @classmethod
+    def from_dict(
+        cls, row: Mapping[str, Any], eval: str, file: Path, measures: Sequence[Measure] = ()
+    ) -> EvalLog:
+        """Return the log of a result file, also of an earlier release, with its measures."""
+        known = _known(cls, row)
+        known |= {
+            "eval": eval,
+            "answers": AnswerFacts.from_dict(row.get("answers")) or AnswerFacts(),
+            "opponent": AnswerFacts.from_dict(row.get("opponent")),
+            "judge": JudgeFacts(**_known(JudgeFacts, row["judge"])) if row.get("judge") else None,
+            "tasks": tuple(TaskScore(**_known(TaskScore, one)) for one in row.get("tasks") or ()),
+            "imported": tuple(
+                ImportedFile(**_known(ImportedFile, one)) for one in row.get("imported") or ()
+            ),
+            "numbers": {name: value for name, value in row.items() if name not in known},
+            "measures": tuple(measures),
+            "file": file,
+        }
+        return cls(**known)
+
+
+def _known(cls: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields; null where a list or mapping belongs is left out."""
+    return {
+        one.name: row[one.name]
+        for one in fields(cls)
+        if one.name in row and (row[one.name] is not None or one.default is None)
+    }
+
+
+def _without_unknown(answers: AnswerFacts) -> dict[str, Any]:
+    optional = ("decoding", "dtype", "quantized", "imported_from", "tokens")
+    return {
+        name: value
+        for name, value in asdict(answers).items()
+        if value is not None or name not in optional
+    }
+
+
+def no_reference(missing: Sequence[str]) -> list[str]:
+    """Return the line about questions that should be graded against a reference and have none."""
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} questions need a reference answer and have none, so they are graded"
+        f" without: {', '.join(missing[:8])}"
+    ]

@@ -21,25 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.loader import load_document
-from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.faults import explain_fault
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.manifest import command_line, git_state, library_versions
-from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.core.project import shown_path
 from recipes_lib.core.ranks import leave_together
 from recipes_lib.core.redaction import masked
+from recipes_lib.eval_files import write_log
+from recipes_lib.eval_log import EvalLog
 from recipes_lib.generation.judges import OpenJudge, opened
 from recipes_lib.generation.subjects import Subject, grouped, loaded
 from recipes_lib.generation.targets import Target, distinct
-from recipes_lib.suites.judged_suite import JudgedSuite
+from recipes_lib.suites.judged import JudgedSuite
 from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.suites.registry import SUITES, say_results
 from recipes_lib.suites.suite import Asker
 from recipes_lib.training.process import end_process
-
-_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -205,23 +204,16 @@ def evaluate_all(
     )
 
 
-def write_result(recipe: EvalRecipe, result: dict[str, Any]) -> dict[str, Any]:
-    """Complete a result and write it into its run."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    head = {"format_version": _FORMAT_VERSION, "suite": recipe.suite.name, "eval": recipe.name}
-    tail = {
+def write_result(recipe: EvalRecipe, log: EvalLog) -> dict[str, Any]:
+    """Complete a log and write it into its run; return result.json, with its place."""
+    words = {
         "recipe": recipe.to_dict(),
-        "written": now,
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command_line(),
         "git": git_state(),
         "libraries": library_versions(),
     }
-    against = result["against"]
-    name = "result.json" if against in (None, "reference") else f"result.against-{against}.json"
-    path = runs_root() / result["target"] / "evals" / recipe.name / name
-    whole = {**head, **result, **masked(tail)}
-    write_json(path, whole)
-    return {**whole, "file": shown_path(path)}
+    return {**write_log(log, masked(words)), "file": shown_path(log.file)}
 
 
 def main(argv: list[str] | None = None) -> int:

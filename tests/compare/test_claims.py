@@ -32,7 +32,14 @@ def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
             for one in mine
         ]
         results = tuple(
-            EvalLog(one.eval, one.suite, one.opponent, one.file, {}, (one,)) for one in placed
+            EvalLog(
+                eval=one.eval,
+                suite=one.suite,
+                against=one.opponent,
+                file=one.file,
+                measures=(one,),
+            )
+            for one in placed
         )
         resolved = (
             {"lora": {**rank, **lora}, "train": {"seed": 42 + number}} if rank or lora else {}

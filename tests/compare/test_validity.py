@@ -82,7 +82,8 @@ def evaluated(
         suite, suite, metric, metric, made, file, "reference" if metric == "win_rate" else None
     )
     told = {"judge": {"fingerprint": "j", "name": "judge", "weak": None}, "audit": PASSED, **facts}
-    return EvalLog(suite, suite, measure.opponent, file, told, (measure,))
+    told |= {"suite": suite, "against": measure.opponent}
+    return EvalLog.from_dict(told, suite, file, (measure,))
 
 
 def run(
@@ -517,14 +518,18 @@ def answers(model: str, *texts: str) -> list[dict[str, Any]]:
     ]
 
 
+def said(*texts: str, raw: str | None = None) -> tuple[Sample, ...]:
+    """Comparisons with these answers, or with what a judge wrote of answers that are not there."""
+    return tuple(
+        dataclasses.replace(one, answer=None if raw else text, raws=(raw,) if raw else ())
+        for one, text in zip(items((1.0, 0.0)), texts, strict=True)
+    )
+
+
 def test_identical_answers_under_two_names_are_an_error(root):
-    for name, model in (("a", "wa"), ("b", "wb"), ("c", "wc")):
-        written(
-            root / name, "generations.jsonl", answers(model, "x", "same" if name != "c" else "else")
-        )
     made = {
-        name: run(root, name, evaluated(root / name, answers={"fingerprint": f"w{name}"}))
-        for name in "abc"
+        name: run(root, name, evaluated(root / name, items=said("x", text)))
+        for name, text in (("a", "same"), ("b", "same"), ("c", "else"))
     }
     finding = found(check_validity(None, arms(**made)), "identical-answers")
     assert (
@@ -534,25 +539,31 @@ def test_identical_answers_under_two_names_are_an_error(root):
     )
 
 
-def test_answers_of_earlier_weights_in_the_same_file_do_not_count(root):
+def test_answers_of_earlier_weights_in_the_store_do_not_count(root):
     written(root / "a", "generations.jsonl", [*answers("old", "x", "y"), *answers("wa", "x", "z")])
     written(root / "b", "generations.jsonl", answers("wb", "x", "y"))
     made = {
-        name: run(root, name, evaluated(root / name, answers={"fingerprint": f"w{name}"}))
-        for name in "ab"
+        name: run(
+            root,
+            name,
+            evaluated(root / name, answers={"fingerprint": f"w{name}"}, items=said("x", text)),
+        )
+        for name, text in (("a", "z"), ("b", "y"))
     }
     assert "identical-answers" not in codes(check_validity(None, arms(**made)))
 
 
 def test_identical_judgments_are_an_error_where_the_answers_are_not_there(root):
-    for name in "ab":
-        written(
-            root / name,
-            "judgments.jsonl",
-            [{"key": "k", "question_id": "0", "order": "AB", "raw": "Good. [RESULT] A"}],
-        )
-    made = {name: run(root, name, evaluated(root / name)) for name in "ab"}
+    samples = said("", "", raw="Good. [RESULT] A")
+    made = {name: run(root, name, evaluated(root / name, items=samples)) for name in "ab"}
     assert found(check_validity(None, arms(**made)), "identical-judgments").arms == ("a", "b")
+    judge = {"fingerprint": "j", "mode": "logits"}
+    made = {
+        name: run(root, name, evaluated(root / name, items=samples, judge=judge)) for name in "ab"
+    }
+    assert "identical-judgments" not in codes(check_validity(None, arms(**made))), (
+        "probabilities that are shown alike are not one judgment"
+    )
 
 
 def test_identical_adapters_under_two_names_are_an_error(root):
@@ -859,7 +870,7 @@ def test_a_judge_without_any_audit_was_not_audited_and_one_that_writes_nothing_h
     ],
 )
 def test_a_judge_that_is_an_arm_or_its_base_stops_the_sentence(root, judge, whose):
-    from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of
+    from recipes_lib.core.fingerprints import folder_fingerprint, hash_of
 
     for name in ("adapter", "merged"):
         (root / "a" / name).mkdir(parents=True)

@@ -110,7 +110,7 @@ def test_empty_cut_and_identical_answers_are_counted():
         {"answer": "x", "finish_reason": "length"},
     ]
     faults = answer_faults(rows, 0.5)
-    assert (faults["n"], faults["empty"], faults["cut"]) == (5, 1, 1)
-    assert faults["identical"]["count"] == 3 and faults["identical"]["flagged"]
-    assert not answer_faults(rows[2:], 0.5)["identical"]["flagged"]
-    assert answer_faults([])["identical"]["share"] == 0.0
+    assert (faults.n, faults.empty, faults.cut) == (5, 1, 1)
+    assert faults.identical.count == 3 and faults.identical.flagged
+    assert not answer_faults(rows[2:], 0.5).identical.flagged
+    assert answer_faults([]).identical.share == 0.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.generation.fingerprints import folder_fingerprint
+from recipes_lib.core.fingerprints import folder_fingerprint
 
 
 def test_the_order_of_an_adapters_module_names_means_nothing(tmp_path: Path) -> None:

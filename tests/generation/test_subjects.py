@@ -118,7 +118,7 @@ def test_a_word_that_is_neither_run_nor_model_lists_similar_runs(make_run):
 def test_fingerprints_do_not_depend_on_the_folder_but_on_every_weight(make_run, tmp_path):
     import shutil
 
-    from recipes_lib.generation.fingerprints import folder_fingerprint
+    from recipes_lib.core.fingerprints import folder_fingerprint
 
     adapter = make_run("one", 1) / "adapter"
     copy = tmp_path / "elsewhere"

@@ -33,7 +33,7 @@ def measured(runs: int) -> Measurements:
                 {},
                 {},
                 (),
-                (EvalLog("ev", "x", None, file, {}, (measure,)),),
+                (EvalLog(eval="ev", suite="x", file=file, measures=(measure,)),),
             )
         )
     return Measurements({"r": ArmMeasurements("r", tuple(made))})

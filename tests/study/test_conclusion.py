@@ -18,7 +18,8 @@ from recipes_lib.study.steps import build_graph
 
 def measured(name: str, *evals: tuple[str, str | None]) -> ArmMeasurements:
     results = tuple(
-        EvalLog(eval, "alpaca_eval", against, Path("result.json"), {}) for eval, against in evals
+        EvalLog(eval=eval, suite="alpaca_eval", against=against, file=Path("result.json"))
+        for eval, against in evals
     )
     run = RunMeasurements(name, Path(name), {"state": "finished"}, {}, {}, {}, {}, (), results)
     return ArmMeasurements(name, (run,))

@@ -84,8 +84,8 @@ def timeless(measurements: Measurements) -> Measurements:
     def run(one: Any) -> Any:
         evals = []
         for result in one.evals:
-            answers = {**(result.result.get("answers") or {}), "generated_now": None}
-            evals.append(dataclasses.replace(result, result={**result.result, "answers": answers}))
+            answers = dataclasses.replace(result.answers, generated_now=None)
+            evals.append(dataclasses.replace(result, answers=answers))
         curves = tuple(without_times(line) for line in one.curves)
         state = {
             **without_times(one.state),

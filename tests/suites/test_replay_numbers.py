@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.outcomes import pair_samples, summarise
-from recipes_lib.suites.replay_numbers import replay_numbers
+from recipes_lib.suites.judged import replay_numbers
 
 
 def rows(verdicts):
@@ -30,19 +30,14 @@ def rows(verdicts):
     ]
 
 
-def result(verdicts, **more):
+def numbers_of(verdicts):
     stored = rows(verdicts)
-    return {
-        "audit": audit(stored),
-        "pairs": summarise(pair_samples(stored)).to_dict(),
-        "mean_score": None,
-    } | more
+    pairs = summarise(pair_samples(stored)).to_dict()
+    return replay_numbers({"pairs": pairs, "mean_score": None}, audit(stored))
 
 
 def test_pairs_are_percent_of_what_is_resolved_and_the_bounds_are_of_all():
-    numbers = replay_numbers(
-        result({"1": "AB", "2": "BA", "3": "AA", "4": ("A", "unparsed")}), "alpaca_eval"
-    )
+    numbers = numbers_of({"1": "AB", "2": "BA", "3": "AA", "4": ("A", "unparsed")})
     third = 100 / 3
     assert [round(numbers["recorded"][name], 6) for name in ("win", "loss", "tie")] == [
         round(third, 6)
@@ -60,7 +55,7 @@ def test_grades_have_their_mean_and_no_order():
         "n": 9,
         "bounds": {"all_1": 3.25, "all_5": 3.75},
     }
-    numbers = replay_numbers({"audit": audit([]), "pairs": None, "score": grade}, "mt_bench")
+    numbers = replay_numbers({"pairs": None, "score": grade}, audit([]))
     assert (
         numbers["recorded"]["mean_score"] == 3.5
         and numbers["recorded"]["n"] == 9
@@ -71,6 +66,6 @@ def test_grades_have_their_mean_and_no_order():
 
 
 def test_nothing_resolved_gives_no_percentage():
-    numbers = replay_numbers(result({"1": ("empty", "A")}), "alpaca_eval")
+    numbers = numbers_of({"1": ("empty", "A")})
     assert numbers["recorded"]["win"] is None and numbers["recorded"]["n"] == 0
     assert numbers["bounds"] == {"of": "win percent", "all_lost": 0.0, "all_won": 100.0}

@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.compare.eval_files import read_evals, read_lines
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.run_directory import read_resolved
+from recipes_lib.eval_files import read_evals, read_lines
 from recipes_lib.eval_log import REFERENCE, EvalLog, Measure
 
 

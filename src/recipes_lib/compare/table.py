@@ -190,13 +190,12 @@ def with_flags(row: TableRow, measurements: Measurements) -> TableRow:
 
 def _flags_of(measure: Measure, log: EvalLog) -> Iterator[str]:
     """Flags of one measure: subset, judge, orders, few-shot."""
-    if log.result.get("subset"):
+    if log.subset:
         yield f"n = {measure.reported_n}, a subset" if measure.reported_n else "a subset"
-    if (log.result.get("judge") or {}).get("weak"):
+    if log.judge and log.judge.weak:
         yield "weak judge"
-    yield from map(str, log.result.get("flags") or ())
-    for task in log.result.get("tasks") or ():
-        chosen = "" if task["filter"] == "none" else f", {task['filter']}"
-        mine = task["task"] == measure.task and measure.label.endswith(task["metric"] + chosen)
-        if mine and task.get("num_fewshot") is not None:
-            yield f"{task['num_fewshot']}-shot"
+    yield from log.flags
+    for task in log.tasks:
+        mine = task.task == measure.task and measure.label.endswith(task.shown)
+        if mine and task.num_fewshot is not None:
+            yield f"{task.num_fewshot}-shot"

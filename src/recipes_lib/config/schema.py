@@ -32,6 +32,7 @@ _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", typ
 _ELSEWHERE = {
     "eval": "recipes_lib.suites.sections",
     "judge": "recipes_lib.suites.sections",
+    "eval_result": "recipes_lib.suites.registry",
     "study": "recipes_lib.compare.design",
     "published": "recipes_lib.compare.published",
     "profile": "recipes_lib.slurm.profile",

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.data.conversations import Message
+from recipes_lib.eval_log import AnswerFaults, Identical
 from recipes_lib.generation.engine import Decoding, Engine, Request
-from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Format
 from recipes_lib.judging.judge import Failures
@@ -150,27 +151,21 @@ class Writer:
 
 def answer_faults(
     rows: Iterable[dict[str, Any]], max_identical_fraction: float = 0.1
-) -> dict[str, Any]:
-    """Return what is wrong with answers taken together: empty, cut, identical ones.
-
-    Returns:
-        {n, empty, cut, identical: {count, share, text, flagged}}; `count` is the number of
-        questions with the most frequent answer, if that answer occurs more than once; two alike are
-        not flagged, however few the questions are.
+) -> AnswerFaults:
+    """Return what is wrong with answers taken together: empty, cut, identical ones; two alike are
+    not flagged, however few the questions are.
     """
     rows = list(rows)
     texts = Counter(row["answer"].strip() for row in rows)
     text, most = texts.most_common(1)[0] if texts else ("", 0)
-    count = most if most > 1 else 0
-    share = count / len(rows) if rows else 0.0
-    return {
-        "n": len(rows),
-        "empty": sum(not row["answer"].strip() for row in rows),
-        "cut": sum(row["finish_reason"] != "stop" for row in rows),
-        "identical": {
-            "count": count,
-            "share": share,
-            "text": text[:200] if count else None,
-            "flagged": share > max_identical_fraction and count > 2,
-        },
-    }
+    identical = Identical()
+    if most > 1:
+        share = most / len(rows)
+        flagged = share > max_identical_fraction and most > 2
+        identical = Identical(count=most, share=share, text=text[:200], flagged=flagged)
+    return AnswerFaults(
+        n=len(rows),
+        empty=texts[""],
+        cut=sum(row["finish_reason"] != "stop" for row in rows),
+        identical=identical,
+    )

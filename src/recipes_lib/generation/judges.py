@@ -20,9 +20,9 @@ from typing import Any
 
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.fingerprints import hash_of, model_fingerprint
 from recipes_lib.data.conversations import Message
 from recipes_lib.generation.engine import Completion, Decoding, Engine, Request
-from recipes_lib.generation.fingerprints import hash_of, model_fingerprint
 from recipes_lib.generation.next_token import NextToken, verdict_tokens
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.targets import stand_in_recipe
@@ -158,7 +158,7 @@ class _LocalJudge:
             )
         except OSError as error:
             raise explain_load_failure(self.model_section, error) from None
-        self.weights: str | None = model_fingerprint(self.model_section, self.path)
+        self.weights: str | None = model_fingerprint(self.path, section.revision)
         self.fingerprint = file.fingerprint(
             hash_of(self.weights, section.dtype, section.prompt_style, section.lead_in)
         )

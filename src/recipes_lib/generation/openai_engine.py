@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipesError
+from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.json_files import valid_text
 from recipes_lib.generation.engine import Completion, Decoding, Request
-from recipes_lib.generation.fingerprints import hash_of
 
 MAX_PAUSE_S = 120.0
 MAX_REPLY_BYTES = 4 << 20  # an answer takes kilobytes

@@ -20,11 +20,11 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import DataSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.fingerprints import folder_fingerprint, hash_of, model_fingerprint
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.supervision import prompt_ids
-from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of, model_fingerprint
 from recipes_lib.generation.targets import Target
 from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.weights.base import load_model, load_tokenizer, model_path
@@ -235,7 +235,7 @@ def _subject(target: Target, tokenizer: Any, model: Any, using: Any) -> Subject:
     if target.trained and recipe.lora is None:
         fingerprint = hash_of(folder_fingerprint(target.trained.weights), precision)
     else:
-        base = model_fingerprint(recipe.model, model_path(recipe.model))
+        base = model_fingerprint(model_path(recipe.model), recipe.model.revision)
         fingerprint = hash_of(
             base, precision, folder_fingerprint(target.trained.weights) if target.trained else None
         )

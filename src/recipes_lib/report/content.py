@@ -5,28 +5,27 @@ comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes_lib.compare.claims import remaining_sentences
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.row import TableRow
 from recipes_lib.compare.table import Score
 from recipes_lib.compare.wording import count
+from recipes_lib.eval_log import Check, EvalLog, JudgeFacts, Scorecard, no_reference
 from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.numbers import Number
 from recipes_lib.report.provenance import commands, provenance
 from recipes_lib.report.runs import RunCost, Training, costs, trainings
 from recipes_lib.report.samples import SampleSet, collect_samples
-from recipes_lib.suites.questions import no_reference
 
 if TYPE_CHECKING:
     from recipes_lib.compare.claims import Comparison
     from recipes_lib.compare.design import Study
     from recipes_lib.compare.measurements import Measurements
     from recipes_lib.compare.published import Published
-    from recipes_lib.eval_log import EvalLog
 
 # Points (step, value) by curve, arm and seed.
 Curves = dict[str, dict[str, dict[int | None, list[tuple[float, float]]]]]
@@ -47,7 +46,7 @@ class Audit:
     eval: str
     judge: str
     model: str
-    checks: Sequence[Mapping[str, Any]]
+    checks: Sequence[Check]
     measured: tuple[Number, ...]
 
 
@@ -141,16 +140,16 @@ def _audits(measurements: Measurements) -> list[Audit]:
     """
     best: dict[tuple[str, str], tuple[tuple[bool, int], Audit]] = {}
     for log in (log for arm in measurements.arms.values() for log in arm.logs):
-        card, judge = log.result.get("audit"), log.result.get("judge")
+        card, judge = log.audit, log.judge
         if card and judge:
-            key = (log.eval, str(judge.get("fingerprint")))
+            key = (log.eval, str(judge.fingerprint))
             weight = (bool(card.get("probes")), int(card.get("asked", 0)))
             if key not in best or weight > best[key][0]:
                 best[key] = weight, _audit(log, judge, card)
     return [audit for _, audit in best.values()]
 
 
-def _audit(log: EvalLog, judge: Mapping[str, Any], card: Mapping[str, Any]) -> Audit:
+def _audit(log: EvalLog, judge: JudgeFacts, card: Scorecard) -> Audit:
     measured = {
         _SWAPPED: card["swap_consistency"],
         "verdicts for the first position (0.5 is fair)": card["first_position"],
@@ -160,13 +159,13 @@ def _audit(log: EvalLog, judge: Mapping[str, Any], card: Mapping[str, Any]) -> A
     }
     for probe, result in (card.get("probes") or {}).items():
         measured[_PROBES.get(probe, probe)] = result["share"]
-    if card.get("human"):
-        measured["agreement with human labels"] = card["human"]["verdict_accuracy"]
+    if human := card.get("human"):
+        measured["agreement with human labels"] = human["verdict_accuracy"]
     numbers = tuple(
         Number(
             kind="judge audit",
             metric=what,
-            group=f"{log.eval}, {judge.get('name')}",
+            group=f"{log.eval}, {judge.name}",
             unit="share",
             value=interval["estimate"],
             low=interval["low"],
@@ -176,8 +175,8 @@ def _audit(log: EvalLog, judge: Mapping[str, Any], card: Mapping[str, Any]) -> A
         )
         for what, interval in measured.items()
     )
-    mode = f"{judge.get('model')}, {judge.get('mode')}"
-    return Audit(log.eval, str(judge.get("name")), mode, card["checks"], numbers)
+    mode = f"{judge.model}, {judge.mode}"
+    return Audit(log.eval, str(judge.name), mode, card["checks"], numbers)
 
 
 def _floor(
@@ -240,7 +239,7 @@ def _banners(measurements: Measurements) -> list[str]:
         f"{log.eval}: {line}"
         for run in runs
         for log in run.evals
-        for line in no_reference(log.result.get("missing_references") or ())
+        for line in no_reference(log.missing_references)
     )
     unfinished = [
         f"{run.name} is {run.state['state']}, not finished."

@@ -34,7 +34,8 @@ def commands(
     place = str(path.relative_to(project_root())) if inside else path.name
 
     def recorded(key: str) -> list[str]:
-        lines = [str(log.result[key]) for run in runs for log in run.evals if log.result.get(key)]
+        found = [getattr(log, key) for run in runs for log in run.evals]
+        lines = [line for line in found if line]
         return list(dict.fromkeys(map(portable_command, lines)))
 
     found = {
@@ -96,16 +97,13 @@ def provenance(
             add("data, sha256", str(guard.get("data_fingerprint") or "")[:16])
             add("runs", f"{arm}: {run.name} ({run.state.get('state', 'no run.json')})")
             for log in run.evals:
-                add_code("code at evaluation", log.result.get("git"))
-                if judge := log.result.get("judge"):
-                    model = portable_command(str(judge.get("model")))
-                    weights = str(judge.get("fingerprint"))[:12]
-                    add("judges", f"{judge.get('name')} ({model}, {judge.get('mode')}, {weights})")
-                answers = log.result.get("answers") or {}
-                if answers.get("prompt_format_hash"):
-                    prompt = answers["prompt_format_hash"][:12]
-                    add("prompt formats", f"{answers.get('prompt_format')} {prompt}")
-                add("imported from", log.result.get("source"))
+                add_code("code at evaluation", log.git)
+                if judge := log.judge:
+                    model = portable_command(str(judge.model))
+                    weights = str(judge.fingerprint)[:12]
+                    add("judges", f"{judge.name} ({model}, {judge.mode}, {weights})")
+                if prompt := log.answers.prompt_format_hash:
+                    add("prompt formats", f"{log.answers.prompt_format} {prompt[:12]}")
     if study is not None:
         add("study", study.path.name)
         factors = [f"{name}: {', '.join(keys)}" for name, keys in study.factors.items()]

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from recipes_lib.compare.eval_files import read_lines
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
-from recipes_lib.eval_log import EvalLog
+from recipes_lib.eval_files import stored_tokens
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,9 @@ def _costs(arm: str, run: RunMeasurements) -> Iterator[RunCost]:
             f"{run.name}/run.json",
         )
     for log in run.evals:
-        facts = (log.result.get("answers") or {}).get("generated_now")
-        if facts and facts.get("seconds"):
-            tokens, seconds, every = int(facts["new_tokens"]), float(facts["seconds"]), _tokens(log)
+        speed = log.answers.generated_now
+        if speed and speed.seconds:
+            tokens, seconds, every = speed.new_tokens, speed.seconds, stored_tokens(log)
             part = f", the last {tokens:,} of {every:,} tokens" if every > tokens else ""
             yield RunCost(
                 arm,
@@ -136,12 +135,3 @@ def _costs(arm: str, run: RunMeasurements) -> Iterator[RunCost]:
                 tokens / seconds,
                 log.place,
             )
-
-
-def _tokens(log: EvalLog) -> int:
-    """The tokens of all answers behind a result; those of one command may be fewer, where an
-    evaluation was stopped and went on.
-    """
-    fingerprint = (log.result.get("answers") or {}).get("fingerprint")
-    rows = read_lines(log.file.with_name("generations.jsonl"))
-    return sum(int(row.get("tokens") or 0) for row in rows if row.get("model") == fingerprint)

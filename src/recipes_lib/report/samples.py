@@ -99,7 +99,7 @@ def _add(found: SampleSet, log: EvalLog, arm: str, title: str, opponent: str, st
     title += f" against {opponent}" if opponent else ", graded"
     folder = "/".join(log.file.parent.parts[-3:])
     found.groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
-    turns = log.imported or log.suite == "mt_bench"
+    turns = log.is_imported or log.suite == "mt_bench"
     for one in samples[::step]:
         if found.is_full():
             return
@@ -110,7 +110,8 @@ def _add(found: SampleSet, log: EvalLog, arm: str, title: str, opponent: str, st
             for order, word, raw in zip(orders, one.verdicts, one.raws, strict=False)
         )
         theirs = None if one.opponent is None else found.text(one.opponent)
-        asked = one.input if one.input is not None else "" if log.imported else f"question {place}"
+        unknown = "" if log.is_imported else f"question {place}"
+        asked = unknown if one.input is None else one.input
         found.samples.append(
             Shown(
                 group,
@@ -130,7 +131,7 @@ def _shown(log: EvalLog) -> list[Sample]:
     """The samples to read: those that hold a text of a foreign evaluation, the comparisons of our
     own, or its grades.
     """
-    if log.imported:
+    if log.is_imported:
         return [
             one for measure in log.measures for one in measure.samples if one.answer or one.raws
         ]

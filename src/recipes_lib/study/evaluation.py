@@ -27,7 +27,7 @@ from recipes_lib.generation.subjects import loaded
 from recipes_lib.generation.targets import Asking, Target, base_target, find_targets, record_base
 from recipes_lib.study.arms import base_arm, base_record, base_run, move_aside
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
-from recipes_lib.suites.judged_suite import JudgedSuite
+from recipes_lib.suites.judged import JudgedSuite
 from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.registry import SUITES
 from recipes_lib.suites.suite import Asker
@@ -35,6 +35,7 @@ from recipes_lib.weights.finished_run import finished_run
 from recipes_lib.weights.verify import check_answers_as_trained, check_weight_files
 
 if TYPE_CHECKING:
+    from recipes_lib.eval_log import EvalLog
     from recipes_lib.generation.subjects import Subject
 
 EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", "lm_eval")
@@ -139,7 +140,7 @@ class _AdapterChecks(Asker):
         super().__init__(find_targets(list(steps), Asking(remote_code=remote_code)))
         self.facts: dict[str, dict[str, Any]] = {}
 
-    def visit(self, subject: Subject) -> list[dict[str, Any]]:
+    def visit(self, subject: Subject) -> list[EvalLog]:
         """Check one loaded run.
 
         Raises:

@@ -8,15 +8,17 @@ grading, where it is asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.atomic_files import write_text
-from recipes_lib.eval_log import REFERENCE, Sample
-from recipes_lib.generation.fingerprints import hash_of
+from recipes_lib.core.fingerprints import hash_of
+from recipes_lib.eval_files import alpaca_measures, alpaca_samples, write_lines
+from recipes_lib.eval_log import REFERENCE, Measure, Sample
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
-from recipes_lib.judging.outcomes import pair_sample, summarise
+from recipes_lib.judging.outcomes import summarise
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.alpaca_library import (
@@ -27,22 +29,30 @@ from recipes_lib.suites.alpaca_library import (
 )
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.judged import (
+    JUDGED_NUMBERS,
     Judged,
+    JudgedSuite,
     judge_all,
     judgments_file,
     sample_file,
     within_scale,
-    write_lines,
 )
-from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.questions import Question, QuestionSet
 from recipes_lib.suites.recipe import EvalRecipe
-from recipes_lib.suites.replay_numbers import replay_numbers
 from recipes_lib.suites.suite import footer, grid, interval, percent, percent_interval
 
 
 class AlpacaEval(JudgedSuite):
     """AlpacaEval for the targets of one eval recipe."""
+
+    NUMBERS = JUDGED_NUMBERS | {
+        "pairs": {"$ref": "#/$defs/pairs"},
+        "alpaca_eval": {"type": "object", "required": ["win_rate", "n", "n_total", "by_order"]},
+        "length_controlled": {},
+        "mean_score": {},
+        "mean_length": {},
+        "by_category": {},
+    }
 
     def opponent(self, against: str | None) -> str | None:
         """Return who is compared with: without a word the recipe's, which is the reference unless
@@ -107,43 +117,41 @@ class AlpacaEval(JudgedSuite):
 
     def numbers(
         self,
-        result: Mapping[str, Any],
         answers: AnswerSet,
         opponent: AnswerSet | None,
         judge: OpenJudge,
         rows: Sequence[Row],
-    ) -> dict[str, Any]:
+        file: Path,
+    ) -> tuple[dict[str, Any], list[Measure]]:
         """Return win rate, bounds and grades; samples, model_outputs.json and annotations.json are
         written.
         """
         assert opponent is not None
-        questions, metrics = self.chosen.questions, self.recipe.metrics
-        lines = samples(questions, answers, opponent, rows)
-        write_lines(sample_file(answers.folder(self.recipe.name), "samples.jsonl", opponent), lines)
-        compared = _compared(questions, answers, opponent, rows)
-        library = _library(self.recipe, compared, answers, opponent, judge)
-        scores = [
-            row["value"] for row in rows if row["kind"] == "absolute" and row["status"] == "ok"
-        ]
-        whole = {
-            **result,
-            "pairs": summarise(compared).to_dict(),
+        recipe, metrics = self.recipe, self.recipe.metrics
+        lines = samples(self.chosen.questions, answers, opponent, rows)
+        write_lines(sample_file(file.parent, "samples.jsonl", opponent), lines)
+        pairs, grades = alpaca_samples(lines)
+        library = _library(recipe, pairs, answers, opponent, judge)
+        scores = [one.value for one in grades if one.value is not None]
+        numbers = {
+            "pairs": summarise(pairs).to_dict(),
             "alpaca_eval": library | {"n": library["n_total"]},
             "length_controlled": (
-                own_length_controlled(compared) if metrics.length_controlled != "none" else None
+                own_length_controlled(pairs) if metrics.length_controlled != "none" else None
             ),
             "mean_score": (
-                {**within_scale(mean_interval(scores)), "questions": len(questions)}
+                {**within_scale(mean_interval(scores)), "questions": len(pairs)}
                 if metrics.absolute
                 else None
             ),
             "mean_length": {
-                "answers": _mean([one.lengths[0] for one in compared]),
-                "opponent": _mean([one.lengths[1] for one in compared]),
+                "answers": _mean([one.lengths[0] for one in pairs]),
+                "opponent": _mean([one.lengths[1] for one in pairs]),
             },
-            "by_category": _by_category(compared),
+            "by_category": _by_category(pairs),
         }
-        return whole | replay_numbers(whole, "alpaca_eval")
+        told = {**numbers, "against": opponent.name}
+        return numbers, list(alpaca_measures(recipe.name, file, told, pairs, grades))
 
     @staticmethod
     def table(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -207,31 +215,6 @@ def single_items(questions: Sequence[Question], answers: AnswerSet) -> list[Item
         )
         for question in questions
     ]
-
-
-def _compared(
-    questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]
-) -> list[Sample]:
-    """One comparison per question, with what was asked and both answers."""
-    verdicts: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        if row["kind"] == "relative":
-            verdicts.setdefault(row["question_id"], {})[row["order"]] = row
-    found = []
-    for question in questions:
-        sides = answers.text(question.id), opponent.text(question.id)
-        texts = {
-            "input": question.turns[0],
-            "answer": sides[0],
-            "opponent": sides[1],
-            "lengths": tuple(map(len, sides)),
-        }
-        found.append(
-            pair_sample(
-                question.id, verdicts.get(question.id, {}), category=question.category, **texts
-            )
-        )
-    return found
 
 
 def samples(

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.eval_log import ORDERS, Sample
-from recipes_lib.generation.fingerprints import hash_of
 
 # hash of AlpacaEval's 805, in their order
 _INSTRUCTIONS = "3e053e0aef9e138ba0c5b5a6e773a1a1750d96dfea70852f892a637a92c34179"

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.data.conversations import Message
-from recipes_lib.eval_log import REFERENCE
+from recipes_lib.eval_log import REFERENCE, AnswerFacts, Speed
 from recipes_lib.generation.answers import Prompt, Writer, answer_faults
 from recipes_lib.generation.engine import Decoding, Engine
-from recipes_lib.generation.fingerprints import hash_of
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, record_base
@@ -61,25 +61,20 @@ class AnswerSet:
         assert self.run is not None
         return self.run.path / "evals" / eval_name
 
-    def to_dict(self, max_identical_fraction: float) -> dict[str, Any]:
-        """Return what result.json says about the answers."""
-        faults = answer_faults(self.rows.values(), max_identical_fraction)
-        speed = (
-            {"new_tokens": self.tokens, "seconds": round(self.seconds, 1)} if self.tokens else None
-        )
-        weights = {
-            "fingerprint": self.fingerprint,
-            "prompt_format": self.prompt_format,
-            "prompt_format_hash": self.prompt_format_hash,
-        }
-        return {
-            "name": self.name,
-            "models": list(self.models),
-            **weights,
+    def facts(self, max_identical_fraction: float) -> AnswerFacts:
+        """Return what a log says about the answers."""
+        speed = Speed(new_tokens=self.tokens, seconds=round(self.seconds, 1))
+        return AnswerFacts(
+            name=self.name,
+            models=list(self.models),
+            fingerprint=self.fingerprint,
+            prompt_format=self.prompt_format,
+            prompt_format_hash=self.prompt_format_hash,
+            answers=answer_faults(self.rows.values(), max_identical_fraction),
+            generated_now=speed if self.tokens else None,
+            tokens=sum(row["tokens"] for row in self.rows.values()),
             **self.details,
-            "answers": faults,
-            "generated_now": speed,
-        }
+        )
 
 
 @dataclass(frozen=True)

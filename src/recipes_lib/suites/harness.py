@@ -11,20 +11,23 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
+from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_lock import waiting_lock
-from recipes_lib.generation.fingerprints import hash_of
+from recipes_lib.eval_files import lm_eval_measures, log_file
+from recipes_lib.eval_log import AnswerFacts, EvalLog, TaskScore
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
 from recipes_lib.statistics.intervals import mean_interval, wilson
@@ -82,6 +85,13 @@ class Harness(Asker):
         EnvironmentFault: the processes of a launch do not find each other.
     """
 
+    NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
+        "tasks": {},
+        "protocol": {},
+        "lm_eval_command": {},
+        "lm_eval_results": {},
+    }
+
     def __init__(
         self,
         recipe: EvalRecipe,
@@ -100,8 +110,8 @@ class Harness(Asker):
         check_allowed(recipe, remote_code)
         self._together = None if alone() else _joined()
 
-    def visit(self, subject: Subject) -> list[dict[str, Any]]:
-        """Evaluate one of `targets`, and return its result; nothing on other ranks than the first.
+    def visit(self, subject: Subject) -> list[EvalLog]:
+        """Evaluate one of `targets`, and return its log; nothing on other ranks than the first.
 
         Raises:
             RecipeError: an unknown task or option.
@@ -314,8 +324,8 @@ def _tied_as_trained(model: Any) -> Iterator[None]:
         del model.__dict__["tie_weights"]
 
 
-def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | None:
-    """Evaluate one subject, keep lm-eval's files and return our result; None on other ranks than
+def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> EvalLog | None:
+    """Evaluate one subject, keep lm-eval's files and return our log; None on other ranks than
     the first.
     """
     suite = recipe.suite
@@ -369,8 +379,8 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> dict[str, Any] | N
 
 def _keep(
     recipe: EvalRecipe, subject: Subject, found: dict[str, Any], folder: Path, command: str
-) -> dict[str, Any]:
-    """Write lm-eval's own results and samples as they are, and return ours."""
+) -> EvalLog:
+    """Write lm-eval's own results and samples as they are, and return our log."""
     from lm_eval.utils import handle_non_serializable
 
     samples = found.pop("samples", {})
@@ -390,26 +400,41 @@ def _keep(
         if limited
         else None
     )
-    return {
-        "target": subject.name,
-        "against": None,
-        "subset": subset,
-        "answers": {
-            "name": subject.name,
-            "models": [subject.target.recipe.model.name_or_path],
-            "fingerprint": subject.fingerprint,
-            "dtype": subject.target.recipe.model.dtype,
-            "quantized": subject.target.recipe.quantization is not None,
-        },
-        "banners": [subset] if subset else [],
-        "tasks": _tasks(found, samples),
-        "protocol": (
+    file, tasks = log_file(subject.run.path, recipe.name, None), _tasks(found, samples)
+    measures = lm_eval_measures(
+        recipe.name, file, tasks, lambda task: map(_plain, samples.get(task, ()))
+    )
+    return EvalLog(
+        suite="lm_eval",
+        eval=recipe.name,
+        target=subject.name,
+        subset=subset,
+        banners=[subset] if subset else [],
+        answers=AnswerFacts(
+            name=subject.name,
+            models=[subject.target.recipe.model.name_or_path],
+            fingerprint=subject.fingerprint,
+            dtype=subject.target.recipe.model.dtype,
+            quantized=subject.target.recipe.quantization is not None,
+        ),
+        tasks=tuple(TaskScore(**task) for task in tasks),
+        protocol=(
             {name: getattr(recipe.suite, name) for name in _PASSED}
             | {"batch_size": _batch_size(recipe)}
             | recipe.suite.options
         ),
-        "lm_eval_command": command,
-        "lm_eval_results": "lm_eval_results.json",
+        lm_eval_command=command,
+        numbers={"lm_eval_results": "lm_eval_results.json"},
+        measures=tuple(measures),
+        file=file,
+    )
+
+
+def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample without numbers that are not finite."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in sample.items()
     }
 
 

@@ -71,7 +71,7 @@ def audit_on_labels(
             {name: label for name, (_, label) in chosen.items()},
             file.judge.weak,
         )
-        facts = judge_facts(judge)
+        facts = dataclasses.asdict(judge_facts(judge))
     subset = (
         None
         if len(chosen) == len(pairs)

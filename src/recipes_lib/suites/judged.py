@@ -1,28 +1,320 @@
-"""What the two judged suites share: asking one judge for all targets, its audit with probes, and
-the banner above every result.
+"""What suites that a judge decides share, from the words to the logs: answers first, then one judge
+for all of them, its audit with probes, and the banners above every result.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import runs_root
+from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.core.terminal import warn
-from recipes_lib.eval_log import REFERENCE
+from recipes_lib.eval_files import log_file
+from recipes_lib.eval_log import (
+    REFERENCE,
+    AnswerFaults,
+    EvalLog,
+    JudgeFacts,
+    Measure,
+    Scorecard,
+    no_reference,
+)
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.progress import Progress
+from recipes_lib.generation.subjects import Subject
+from recipes_lib.generation.targets import Target, base_target, distinct, targets_by_word
 from recipes_lib.judging.audit import audit, probe_requests, self_judged
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRun, ask, build_requests
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import Interval
-from recipes_lib.suites.answering import AnswerSet
+from recipes_lib.suites.answering import (
+    AnswerSet,
+    Pairing,
+    answer_questions,
+    answers_in_file,
+    asking_of,
+    is_answer_file,
+    reference_answers,
+)
+from recipes_lib.suites.questions import QuestionSet, load_questions
+from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.merge import RECORD as MERGE_RECORD
+
+_BASE = "base"
+JUDGED_NUMBERS: dict[str, dict[str, Any]] = {  # key of a result -> its schema
+    name: {}
+    for name in ("n", "judge", "audit", "recorded", "unparsed", "contradictions", "order", "bounds")
+}
+_SAME_ANSWERS = "{} and {} gave the same answers: they are one model here and cannot be ranked"
+
+
+class JudgedSuite(Asker, ABC):
+    """The targets of one eval recipe: `visit` lets each answer, `judge` has them judged, `conclude`
+    returns the results.
+
+    `wanted` are the targets whose results are made; None for all. `cards` are the judge's
+    scorecards by target; `cards_elsewhere` those of the same judge in other evals.
+    `counts_elsewhere` says whether other evals tell that the judge failed its audit here.
+
+    Args:
+        words: targets as typed: runs, models, `base`, or files with answers.
+        against: `reference`, `base`, another target, or None for the suite's own choice.
+        remote_code: whether the command line allowed code that ships with a model.
+
+    Raises:
+        RecipeError: a word is no target, the suite has no such opponent, or several processes were
+            launched.
+        DataError: questions or answers in a file cannot be used.
+    """
+
+    def __init__(
+        self,
+        recipe: EvalRecipe,
+        words: Sequence[str],
+        against: str | None,
+        allow_format_differences: bool = False,
+        remote_code: bool = False,
+    ) -> None:
+        assert recipe.judge is not None
+        self.recipe, self.judge_file = recipe, recipe.judge
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RecipeError(
+                f"{recipe.suite.name} runs in one process",
+                "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai",
+            )
+        self.against = against = self.opponent(against)
+        self.words = list(dict.fromkeys(words))
+        asked = [*self.words, *([against] if against else [])]
+        asking = asking_of(recipe, remote_code)
+        files = [word for word in asked if is_answer_file(word)]
+        named = [word for word in asked if word not in files and word != REFERENCE]
+        # before questions are fetched
+        targets_by_word([word for word in named if word != _BASE], asking)
+        self.chosen = self.questions()
+        questions = self.chosen.questions
+        self._from_files = {word: answers_in_file(Path(word), questions) for word in files}
+        others = [word for word in self.words if word not in files]
+        opponent = [against] if against in named and against != _BASE else []
+        found = targets_by_word([*others, *opponent], asking)
+        self._named = {word: found[word] for word in others}
+        self._opponent_of: dict[str, Target] = {}
+        if against == _BASE:
+            self._opponent_of = {word: _base_of(word, self._named) for word in others}
+        elif opponent:
+            self._opponent_of = dict.fromkeys(others, found[opponent[0]])
+        self._reference = reference_answers(questions) if against == REFERENCE else None
+        super().__init__(distinct([*self._named.values(), *self._opponent_of.values()]))
+        self.served = recipe.generation.engine == "openai"
+        self.allow_format_differences = allow_format_differences
+        self.wanted: set[str] | None = None
+        self.cards: dict[str, dict[str, Any]] = {}
+        self.cards_elsewhere: dict[str, list[dict[str, Any]]] = {}
+        self.counts_elsewhere = True
+        self._done: dict[str, AnswerSet] = {}
+
+    @abstractmethod
+    def opponent(self, against: str | None) -> str | None:
+        """Return who is compared with, given what the command line names.
+
+        Raises:
+            RecipeError: the suite has no such opponent.
+        """
+
+    def questions(self) -> QuestionSet:
+        """Return the questions of the recipe."""
+        return load_questions(self.recipe)
+
+    @abstractmethod
+    def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
+        """Return what is to be compared."""
+
+    @abstractmethod
+    def judge_answers(
+        self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
+    ) -> Judged:
+        """Ask for all verdicts about one target."""
+
+    @abstractmethod
+    def numbers(
+        self,
+        answers: AnswerSet,
+        opponent: AnswerSet | None,
+        judge: OpenJudge,
+        rows: Sequence[Row],
+        file: Path,
+    ) -> tuple[dict[str, Any], list[Measure]]:
+        """Return the suite's numbers for one target with the samples behind them, and write its
+        files for reading.
+
+        Args:
+            rows: the judgments of this target.
+            file: where the result will be.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def table(results: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the lines of a table of results."""
+
+    def visit(self, subject: Subject) -> list[EvalLog]:
+        """Let one of `targets` answer what is missing.
+
+        Raises:
+            GenerationIncomplete: answers are missing.
+        """
+        answers = answer_questions(self.recipe, subject, self.chosen.questions)
+        self._done[str(subject.target.identity)] = answers
+        return []
+
+    def drop(self, target: Target) -> None:
+        """Leave a target out, and those that were to be compared with it."""
+        super().drop(target)
+        pairs = {word: (self._named.get(word), self._opponent_of.get(word)) for word in self.words}
+        self.words = [
+            word
+            for word, pair in pairs.items()
+            if not any(one and str(one.identity) == str(target.identity) for one in pair)
+        ]
+
+    def answers_of(self, target: Target) -> AnswerSet:
+        """Return the answers of a target that was visited."""
+        return self._done[str(target.identity)]
+
+    def pairing(self) -> Pairing:
+        """Return the answers of all targets and of their opponents.
+
+        Raises:
+            RecipeError: a file of answers is to be compared with its base.
+        """
+        targets: dict[str, AnswerSet] = {}
+        opponents: dict[str, AnswerSet] = {}
+        for word in self.words:
+            answers = self._from_files.get(word) or self.answers_of(self._named[word])
+            targets[answers.name] = answers
+            if self._reference:
+                opponents[answers.name] = self._reference
+            elif self.against in self._from_files:
+                opponents[answers.name] = self._from_files[self.against]
+            elif word in self._opponent_of:
+                opponents[answers.name] = self.answers_of(self._opponent_of[word])
+            elif self.against:
+                raise RecipeError(
+                    f"'{word}' is a file of answers and has no base",
+                    "name the opponent: --against RUN",
+                )
+        return Pairing(list(targets.values()), opponents)
+
+    def judge(self, judge: OpenJudge) -> None:
+        """Ask for every verdict that is missing, and audit the judge on them.
+
+        Raises:
+            RecipeError: models that were asked in different prompt formats would be compared.
+            EvaluationIncomplete: judgments are missing.
+        """
+        self._pairing = self.pairing()
+        if not self.allow_format_differences:
+            check_formats(self._pairing)
+        self._verdicts = self._judged(self._pairing, judge)
+        self.cards = {
+            name: audit(
+                [*mine.rows, *mine.probes], judge.file.thresholds, None, judge.file.judge.weak
+            )
+            for name, mine in self._verdicts.items()
+        }
+
+    def conclude(self, judge: OpenJudge, others: Sequence[JudgedSuite] = ()) -> list[EvalLog]:
+        """Return the logs that are wanted, the files for reading written.
+
+        Args:
+            others: suites that the same judge judged: where it failed its audit there, its results
+                here say so.
+        """
+        elsewhere = self.cards_elsewhere | {
+            other.recipe.name: list(other.cards.values())
+            for other in others
+            if other.counts_elsewhere
+        }
+        return [
+            self._log(answers, judge, elsewhere)
+            for answers in self._pairing.targets
+            if self.wanted is None or answers.name in self.wanted
+        ]
+
+    def _judged(self, pairing: Pairing, judge: OpenJudge) -> dict[str, Judged]:
+        """All verdicts, and the probes of the first pair of models with each of them."""
+        judged: dict[str, Judged] = {}
+        probes: list[Any] = []
+        for answers in pairing.targets:
+            opponent = pairing.opponents.get(answers.name)
+            folder = answers.folder(self.recipe.name)
+            with waiting_lock(folder):
+                judged[answers.name] = self.judge_answers(answers, opponent, judge)
+                if opponent is not None and not probes:
+                    pairs = self.pair_items(answers, opponent)
+                    store = JudgmentStore(judgments_file(folder, opponent.name))
+                    probes = ask_probes(pairs, judge, store, self.recipe.metrics.probe_pairs)
+        for mine in judged.values():
+            mine.probes = probes
+        return judged
+
+    def _log(
+        self,
+        answers: AnswerSet,
+        judge: OpenJudge,
+        elsewhere: Mapping[str, Sequence[dict[str, Any]]],
+    ) -> EvalLog:
+        """Return one target's log, its files for reading written."""
+        recipe, card = self.recipe, self.cards[answers.name]
+        opponent = self._pairing.opponents.get(answers.name)
+        facts, theirs = (
+            one.facts(recipe.metrics.max_identical_fraction) if one else None
+            for one in (answers, opponent)
+        )
+        assert facts is not None and facts.answers is not None and answers.run is not None
+        against = opponent.name if opponent else None
+        file = log_file(answers.run.path, recipe.name, against)
+        rows = self._verdicts[answers.name].rows
+        numbers, measures = self.numbers(answers, opponent, judge, rows, file)
+        twins = [
+            other.name
+            for other in self._pairing.targets
+            if other.name != answers.name and other.digest == answers.digest
+        ]
+        models = [*answers.models, *(opponent.models if opponent else ())]
+        banners = [
+            card["banner"],
+            self_judged(judge.file.judge.model, models),
+            *answer_banners(answers, opponent, facts.answers),
+            self.chosen.subset,
+            *failed_elsewhere(answers, judge, card, self.cards, elsewhere, recipe.name),
+            *(_SAME_ANSWERS.format(answers.name, twin) for twin in twins[:1]),
+            *no_reference(self.chosen.missing_references),
+        ]
+        return EvalLog(
+            suite=recipe.suite.name,
+            eval=recipe.name,
+            target=answers.name,
+            against=against,
+            n=len(self.chosen.questions),
+            subset=self.chosen.subset,
+            banners=[line for line in banners if line],
+            answers=facts,
+            opponent=theirs,
+            judge=judge_facts(judge),
+            audit=cast(Scorecard, card),
+            missing_references=list(self.chosen.missing_references),
+            numbers=numbers | replay_numbers(numbers, card),
+            measures=tuple(measures),
+            file=file,
+        )
 
 
 @dataclass
@@ -109,54 +401,25 @@ def sample_file(folder: Path, name: str, opponent: AnswerSet | None) -> Path:
     return path.with_name(f"{path.stem}.against-{opponent.name}{path.suffix}")
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def judge_facts(judge: OpenJudge) -> dict[str, Any]:
-    """Return what result.json says about the judge."""
+def judge_facts(judge: OpenJudge) -> JudgeFacts:
+    """Return what a log says about the judge."""
     section = judge.file.judge
-    names = (
-        "model",
-        "revision",
-        "engine",
-        "mode",
-        "prompt_style",
-        "temperature",
-        "max_new_tokens",
-        "max_context_tokens",
-        "weak",
-    )
-    facts = {
-        "name": judge.file.path.stem,
-        "fingerprint": judge.judge.fingerprint,
-        **{name: getattr(section, name) for name in names},
-    }
     merged = Path(section.model) / MERGE_RECORD  # a judge that is one of our runs, merged
-    return {**facts, "weights": judge.weights, "run": read_object(merged).get("run")}
-
-
-def scorecard(judge: OpenJudge, judged: Judged) -> dict[str, Any]:
-    """Return the judge's audit over one target's judgments and the probes."""
-    return audit([*judged.rows, *judged.probes], judge.file.thresholds, None, judge.file.judge.weak)
-
-
-def banners(
-    answers: AnswerSet,
-    opponent: AnswerSet | None,
-    judge: OpenJudge,
-    card: Mapping[str, Any],
-    subset: str | None,
-    faults: Mapping[str, Any],
-) -> list[str]:
-    """Return the lines that stand above a result, the heaviest first."""
-    lines = [card["banner"]] if card.get("banner") else []
-    models = [*answers.models, *(opponent.models if opponent else ())]
-    if warning := self_judged(judge.file.judge.model, models):
-        lines.append(warning)
-    lines += answer_banners(answers, opponent, faults)
-    return [*lines, *([subset] if subset else [])]
+    return JudgeFacts(
+        name=judge.file.path.stem,
+        fingerprint=judge.judge.fingerprint,
+        model=section.model,
+        revision=section.revision,
+        engine=section.engine,
+        mode=section.mode,
+        prompt_style=section.prompt_style,
+        temperature=section.temperature,
+        max_new_tokens=section.max_new_tokens,
+        max_context_tokens=section.max_context_tokens,
+        weak=section.weak,
+        weights=judge.weights,
+        run=read_object(merged).get("run"),
+    )
 
 
 def failed_elsewhere(
@@ -223,23 +486,22 @@ def _failures(card: Mapping[str, Any]) -> list[str]:
 
 
 def answer_banners(
-    answers: AnswerSet, opponent: AnswerSet | None, faults: Mapping[str, Any]
+    answers: AnswerSet, opponent: AnswerSet | None, faults: AnswerFaults
 ) -> list[str]:
     """Return the lines about the answers themselves: the same answers twice, one answer for many
     questions, cut and empty ones.
     """
     lines = []
     if opponent is not None and opponent.digest == answers.digest:
-        lines.append(
-            f"{answers.name} and {opponent.name} gave the same answers: they are one model here and"
-            " cannot be ranked"
-        )
-    same = faults["identical"]
-    if same["flagged"]:
-        lines.append(f"{same['count']} of {faults['n']} prompts got one and the same answer")
-    for what, text in (("empty", "are empty"), ("cut", "reached max_new_tokens and are cut")):
-        if faults[what] > 0.1 * faults["n"]:
-            lines.append(f"{faults[what]} of {faults['n']} answers {text}")
+        lines.append(_SAME_ANSWERS.format(answers.name, opponent.name))
+    if faults.identical.flagged:
+        lines.append(f"{faults.identical.count} of {faults.n} prompts got one and the same answer")
+    for count, text in (
+        (faults.empty, "are empty"),
+        (faults.cut or 0, "reached max_new_tokens and are cut"),
+    ):
+        if count > 0.1 * faults.n:
+            lines.append(f"{count} of {faults.n} answers {text}")
     return lines
 
 
@@ -250,9 +512,105 @@ def within_scale(interval: Interval) -> dict[str, Any]:
     return {**interval.within(1.0, 5.0).to_dict(), "scale": "1-5"}
 
 
-def statuses(rows: Iterable[Row]) -> dict[str, int]:
-    """Count the statuses of verdicts."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["status"]] = counts.get(row["status"], 0) + 1
-    return counts
+def check_formats(pairing: Pairing) -> None:
+    """Refuse to compare models that were asked in different prompt formats.
+
+    Raises:
+        RecipeError: naming the formats.
+    """
+    for answers in pairing.targets:
+        opponent = pairing.opponents.get(answers.name)
+        hashes = {
+            one.prompt_format_hash
+            for one in (answers, opponent)
+            if one is not None and one.prompt_format_hash
+        }
+        if opponent is not None and len(hashes) > 1:
+            raise RecipeError(
+                f"{answers.name} is asked in prompt format {answers.prompt_format}, {opponent.name}"
+                f" in {opponent.prompt_format}",
+                "the difference would be part of the result; insist with --allow-format-differences"
+                " (recorded)",
+            )
+
+
+def _base_of(word: str, named: Mapping[str, Target]) -> Target:
+    """The base that a target is compared with; the base itself beside its runs is compared with
+    itself, which is one half.
+
+    Raises:
+        RecipeError: the target is no adapter.
+    """
+    target = named[word]
+    if target.trained is not None and target.recipe.lora is not None:
+        return base_target(target.recipe)
+    bases = [
+        base_target(one.recipe)
+        for one in named.values()
+        if one.trained is not None and one.recipe.lora is not None
+    ]
+    if any(base.identity == target.identity for base in bases):
+        return target
+    raise RecipeError(
+        f"'{word}' has no base of its own to be compared with",
+        "name another run or model: --against OTHER",
+    )
+
+
+def replay_numbers(numbers: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded, unparsed, contradictions, order and bounds under the keys that `recipes
+    judge replay --json` uses, so that one program reads both.
+
+    `recorded` is in percent of the resolved pairs (n) for a comparison, and the mean grade (n
+    graded turns) for MT-Bench.
+    """
+    pairs, score = numbers["pairs"], numbers.get("score")
+    grade: Any = score or numbers.get("mean_score")
+    resolved = pairs["n"] - pairs["unresolved"] if pairs else 0
+    recorded: dict[str, Any] = {
+        name: 100 * pairs[name] / resolved if resolved else None for name in ("win", "loss", "tie")
+    }
+    recorded |= {
+        "n": resolved if score is None else score["n"],
+        "mean_score": grade["estimate"] if grade else None,
+        "mean_score_interval": [grade["low"], grade["high"]] if grade else None,
+        "scale": "1..5" if grade else None,
+    }
+    if score is None:
+        shares = pairs["win_bounds"]
+        bounds = {
+            "of": "win percent",
+            **{
+                name: None if shares[name] is None else 100 * shares[name]
+                for name in ("all_lost", "all_won")
+            },
+        }
+    else:
+        bounds = {
+            "of": "mean score",
+            "all_lost": score["bounds"]["all_1"],
+            "all_won": score["bounds"]["all_5"],
+        }
+    missing = card["asked"] - card["statuses"].get("ok", 0)
+    return {
+        "recorded": recorded,
+        "unparsed": {"count": missing, "share": missing / card["asked"] if card["asked"] else 0.0},
+        "contradictions": card["contradictions"],
+        "order": _order(pairs),
+        "bounds": bounds,
+    }
+
+
+def _order(pairs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """In which orders the judge was asked, and how often the second order changed the winner."""
+    if not pairs:
+        return {"judged": "single-answer", "flips": None, "flip_rate": None, "interval": None}
+    same = pairs["swap_consistency"]
+    if same["estimate"] is None:
+        return {"judged": "both", "flips": 0, "flip_rate": None, "interval": [None, None]}
+    return {
+        "judged": "both",
+        "flips": round(same["n"] * (1 - same["estimate"])),
+        "flip_rate": 1 - same["estimate"],
+        "interval": [1 - same["high"], 1 - same["low"]],
+    }

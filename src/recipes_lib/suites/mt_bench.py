@@ -10,11 +10,14 @@ once as 1 and once as 5. Files go out in FastChat's formats.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.eval_log import REFERENCE
+from recipes_lib.eval_files import mt_bench_measures, mt_bench_samples, write_lines
+from recipes_lib.eval_log import REFERENCE, Measure
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_samples, summarise
@@ -23,24 +26,30 @@ from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.judged import (
+    JUDGED_NUMBERS,
     Judged,
+    JudgedSuite,
     judge_all,
     judgments_file,
     sample_file,
-    statuses,
     within_scale,
-    write_lines,
 )
-from recipes_lib.suites.judged_suite import JudgedSuite
 from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import NEEDS_REFERENCE, Question
-from recipes_lib.suites.recipe import EvalRecipe
-from recipes_lib.suites.replay_numbers import replay_numbers
 from recipes_lib.suites.suite import footer, grid, interval, number, percent_interval
 
 
 class MTBench(JudgedSuite):
     """MT-Bench for the targets of one eval recipe."""
+
+    NUMBERS = JUDGED_NUMBERS | {
+        "score": {"required": ["estimate", "turns", "without_grade", "bounds", "doubled_2_10"]},
+        "by_turn": {"type": "object"},
+        "by_category": {"type": "object"},
+        "pairs": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/pairs"}]},
+        "statuses": {},
+        "judgment_keys": {},
+    }
 
     def opponent(self, against: str | None) -> str | None:
         """Return who is compared with.
@@ -86,25 +95,31 @@ class MTBench(JudgedSuite):
 
     def numbers(
         self,
-        result: Mapping[str, Any],
         answers: AnswerSet,
         opponent: AnswerSet | None,
         judge: OpenJudge,
         rows: Sequence[Row],
-    ) -> dict[str, Any]:
+        file: Path,
+    ) -> tuple[dict[str, Any], list[Measure]]:
         """Return mean grades and win rate; FastChat's files and a figure are written."""
         questions, name = self.chosen.questions, self.judge_file.path.stem
-        write_fastchat(self.recipe, questions, answers, opponent, rows, name)
-        found = summary(questions, rows)
-        folder = answers.folder(self.recipe.name)
-        draw_grades(
-            found,
-            folder / "figures" / "grades",
-            f"{answers.name}: {self.recipe.name}, judge {name}",
-        )
+        write_fastchat(file.parent, questions, answers, opponent, rows, name)
         # The store keeps every judgment there ever was; these are the ones behind the numbers.
-        whole = {**result, "judgment_keys": [row["key"] for row in rows], **found}
-        return whole | replay_numbers(whole, "mt_bench")
+        numbers = {"judgment_keys": [row["key"] for row in rows], **summary(questions, rows)}
+        figure = file.parent / "figures" / "grades"
+        draw_grades(numbers, figure, f"{answers.name}: {self.recipe.name}, judge {name}")
+        asked = {
+            (question.id, turn): text
+            for question in questions
+            for turn, text in enumerate(question.turns, 1)
+        }
+        mine, theirs = (
+            {key: str(row["answer"]) for key, row in one.rows.items()} if one else {}
+            for one in (answers, opponent)
+        )
+        told = {**numbers, "against": opponent.name if opponent else None}
+        found = mt_bench_samples(rows, asked, mine, theirs)
+        return numbers, list(mt_bench_measures(self.recipe.name, file, told, *found))
 
     @staticmethod
     def table(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -277,7 +292,7 @@ def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any
         },
         "by_category": cells,
         "pairs": comparison,
-        "statuses": statuses(row for row in rows if row["kind"] == "absolute"),
+        "statuses": dict(Counter(row["status"] for row in rows if row["kind"] == "absolute")),
         "with_reference": sum(uses_reference(question) for question in questions),
     }
 
@@ -310,7 +325,7 @@ def _mean(cells: Sequence[tuple[Question, int, Row | None]]) -> dict[str, Any]:
 
 
 def write_fastchat(
-    recipe: EvalRecipe,
+    folder: Path,
     questions: Sequence[Question],
     answers: AnswerSet,
     opponent: AnswerSet | None,
@@ -320,7 +335,6 @@ def write_fastchat(
     """Write samples/question.jsonl, model_answer.jsonl and single.jsonl (and pair.jsonl) in
     FastChat's formats.
     """
-    folder = answers.folder(recipe.name)
     now = time.time()
     lines = [
         {

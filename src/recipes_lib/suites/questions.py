@@ -309,13 +309,3 @@ def read_answer_file(path: Path, questions: Sequence[Question]) -> ForeignAnswer
         )
     found.generator = next(iter(names), path.stem)
     return found
-
-
-def no_reference(missing: Sequence[str]) -> list[str]:
-    """Return the line about questions that should be graded against a reference and have none."""
-    if not missing:
-        return []
-    return [
-        f"{len(missing)} questions need a reference answer and have none, so they are graded"
-        f" without: {', '.join(missing[:8])}"
-    ]

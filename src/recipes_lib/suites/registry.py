@@ -1,20 +1,24 @@
-"""The suites there are, by the name in `suite.name` of an eval recipe, and the tables of their
-results for the terminal.
+"""The suites there are, by the name in `suite.name` of an eval recipe; the tables of their results
+for the terminal, and the schema of result.json.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from recipes_lib.config.schema import fields_of, file_schema
 from recipes_lib.core.terminal import say
+from recipes_lib.eval_log import EvalLog, Measure, Sample
+from recipes_lib.judging.outcomes import PairSummary
+from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.alpaca_eval import AlpacaEval
 from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.mt_bench import MTBench
 
-# A suite is made of a recipe, words, an opponent and what the command line allows; it has
-# `targets`, `served`, `visit(subject)`, `results` and `table(results)`. A suite that a judge
-# decides is a `JudgedSuite`.
+# A suite is an `Asker` made of a recipe, words, an opponent and what the command line allows, with
+# `table(results)` and the keys of its `NUMBERS`. A suite that a judge decides is a `JudgedSuite`.
 SUITES: dict[str, type[AlpacaEval] | type[MTBench] | type[Harness]] = {
     "alpaca_eval": AlpacaEval,
     "mt_bench": MTBench,
@@ -56,3 +60,99 @@ def _what(result: dict[str, Any]) -> str:
         return "lm-eval"
     judge = result["judge"]
     return f"{result['n']} questions, judge {judge['name']} ({judge['model']}, {judge['mode']})"
+
+
+def eval_result_schema() -> dict[str, Any]:
+    """Return the schema of result.json and of a line of items.jsonl, from the dataclasses of the
+    log and the numbers that each suite names.
+    """
+    header = fields_of(EvalLog)
+    for name in ("file", "numbers"):
+        del header[name]
+    header |= {
+        "format_version": {"const": 1},
+        "suite": {"enum": list(SUITES)},
+        "audit": {"type": ["object", "null"], "required": ["checks", "banner"]},
+        "measures": {
+            "description": "Metrics, whose samples are in items.jsonl.",
+            "type": "array",
+            "items": _object(fields_of(Measure), ["metric", "label"], ("eval", "suite", "samples")),
+        },
+    }
+    always = ["format_version", "suite", "eval", "target", "against", "subset", "banners"]
+    place = {"description": "Where this result is kept; only in what is printed.", "type": "string"}
+    result = {
+        "type": "object",
+        "required": [*always, "answers", "recipe", "written", "command", "libraries", "measures"],
+        "properties": {**header, "file": place},
+        "allOf": [
+            {
+                "if": {"properties": {"suite": {"const": name}}},
+                "then": {"required": list(suite.NUMBERS), "properties": suite.NUMBERS},
+            }
+            for name, suite in SUITES.items()
+        ],
+    }
+    imported = {
+        "description": "An evaluation that `recipes import` made of another program's files.",
+        "type": "object",
+        "required": [*always, "imported", "flags", "lacks", "answers"],
+        "properties": {
+            name: header[name] for name in ("format_version", "suite", "imported", "flags", "lacks")
+        },
+        "not": {"required": ["written"]},
+    }
+    sample = fields_of(Sample)
+    names = {"id": "question_id", "input": "instruction", "opponent": "opponent_answer"}
+    sample = {names.get(name, name): schema for name, schema in sample.items()}
+    sample |= {"metric": {"type": "string"}, "task": {"type": "string"}}
+    schema = file_schema("eval_result", "recipes eval --json, and result.json of an evaluation")
+    del schema["type"], schema["additionalProperties"]
+    return schema | {
+        "description": (
+            "One result for one target; for several targets, their results in the order of the"
+            " command line. items.jsonl beside it has a `sample` a line."
+        ),
+        "oneOf": [
+            {"$ref": "#/$defs/result"},
+            {"$ref": "#/$defs/imported"},
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["results"],
+                "properties": {
+                    "results": {
+                        "type": "array",
+                        "minItems": 2,
+                        "items": {"$ref": "#/$defs/result"},
+                    }
+                },
+            },
+        ],
+        "$defs": {
+            "interval": _object(fields_of(Interval)),
+            "pairs": {
+                "description": PairSummary.__doc__.partition("\n")[0]
+                if PairSummary.__doc__
+                else "",
+                "type": "object",
+                "required": [one.name for one in dataclasses.fields(PairSummary)],
+            },
+            "sample": _object(sample, ["metric", "question_id", "value", "outcome"]),
+            "result": result,
+            "imported": imported,
+        },
+    }
+
+
+def _object(
+    properties: dict[str, Any], required: Sequence[str] = (), without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """An object of these properties alone; all of them are required unless some are named."""
+    known = {name: schema for name, schema in properties.items() if name not in without}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": list(required or known),
+        "properties": known,
+    }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.generation.targets import Target
 
 if TYPE_CHECKING:
+    from recipes_lib.eval_log import EvalLog
     from recipes_lib.generation.subjects import Subject
     from recipes_lib.suites.recipe import EvalRecipe
 
@@ -26,8 +27,8 @@ class Asker:
     def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = list(targets)
 
-    def visit(self, subject: Subject) -> list[dict[str, Any]]:
-        """Ask one of `targets`, and return the results that are there at once."""
+    def visit(self, subject: Subject) -> list[EvalLog]:
+        """Ask one of `targets`, and return the logs that are there at once."""
         raise NotImplementedError
 
     def has(self, target: Target) -> bool:

@@ -7,19 +7,15 @@ all items.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.compare.eval_files import read_lines
 from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.validity.case import Case, metrics_of, pairs, run_place
+from recipes_lib.core.fingerprints import folder_fingerprint
+from recipes_lib.eval_files import stored_weights
 from recipes_lib.foreign.run import imported_files, same_rows
-from recipes_lib.generation.fingerprints import folder_fingerprint
-from recipes_lib.judging.store import text_hash
 
 if TYPE_CHECKING:
     from recipes_lib.compare.measurements import ArmMeasurements
@@ -60,9 +56,7 @@ def _same_files(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Findin
                 continue
             name, theirs, sha256 = str(source["file"]), str(twin[1]["file"]), source["sha256"]
             metrics = metrics_of(
-                log
-                for log in run.evals
-                if any(file["sha256"] == sha256 for file in log.result.get("imported") or ())
+                log for log in run.evals if any(file.sha256 == sha256 for file in log.imported)
             )
             if metrics or str(source.get("becomes", "")).startswith("metrics"):
                 yield found(
@@ -118,9 +112,8 @@ def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
         twin = theirs.get((log.eval, log.against))
         if twin is None or log.suite == "lm_eval" or not _alike(log, twin):
             continue
-        for code, field in (("identical-answers", "answer"), ("identical-judgments", "raw")):
-            mine = _texts(log, field)
-            if mine is not None and mine == _texts(twin, field):
+        for code, texts in (("identical-answers", _answers), ("identical-judgments", _judgments)):
+            if (mine := texts(log)) and mine == texts(twin):
                 places = [run_place(log.file.parent), run_place(twin.file.parent)]
                 arms = (one.name, other.name)
                 yield found(code, places, arms, metrics_of((log, twin)), eval=log.eval)
@@ -144,28 +137,26 @@ def _alike(one: EvalLog, other: EvalLog) -> bool:
     return False
 
 
-def _texts(log: EvalLog, field: str) -> str | None:
-    """A hash of all answers, or of all that the judge wrote, of one result; None where there are
-    none.
-    """
-    file = "generations.jsonl" if field == "answer" else "judgments.jsonl"
-    fingerprint = None if log.result.get("imported") else answering_weights(log)
-    kept = [
-        [str(row.get("question_id")), str(row.get("turn") or row.get("order")), str(row[field])]
-        for row in read_lines(log.file.parent / file)
-        if row.get(field) is not None
-        and (field != "answer" or not fingerprint or row.get("model") == fingerprint)
-    ]
-    return text_hash(json.dumps(sorted(kept))) if kept else None
+def _answers(log: EvalLog) -> dict[tuple[str, int], str]:
+    """The answers by question and turn, as far as they are known."""
+    samples = (one for measure in log.measures for one in measure.samples)
+    return {one.key: one.answer for one in samples if one.answer is not None}
 
 
-def answering_weights(log: EvalLog) -> str | None:
-    """Return the fingerprint of the weights that answered."""
-    return (log.result.get("answers") or {}).get("fingerprint")
+def _judgments(log: EvalLog) -> list[tuple[str, str, int, tuple[str | None, ...]]]:
+    """What the judge wrote; nothing of a judge that gives probabilities, and of rules."""
+    if log.judge is not None and log.judge.mode == "logits":
+        return []
+    return sorted(
+        (measure.metric, one.id, one.turn, one.raws)
+        for measure in log.measures
+        for one in measure.samples
+        if any(one.raws) and not one.by_rule
+    )
 
 
 def _fingerprints(arm: ArmMeasurements) -> set[str]:
-    known = {str(print_) for log in arm.logs if (print_ := answering_weights(log))}
+    known = {log.answers.fingerprint or "" for log in arm.logs} - {""}
     return {print_ for print_ in known if not print_.startswith("imported:")}
 
 
@@ -180,9 +171,9 @@ def _same_weights(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
     )
     if shared and not mine & theirs:  # the same final weights are a finding of their own
         places = [
-            f"{run_place(log.file)}: weights {str(answering_weights(log))[:12]}"
+            f"{run_place(log.file)}: weights {str(log.answers.fingerprint)[:12]}"
             for log in (*one.logs, *other.logs)
-            if str(answering_weights(log)) in shared
+            if str(log.answers.fingerprint) in shared
         ]
         # Two arms without weights of their own are one base model.
         code = "answers-of-another-arm" if mine or theirs else "identical-models"
@@ -196,12 +187,10 @@ def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
     """Evaluations whose stored answers all come from the other arm's weights."""
     theirs = _fingerprints(other) - _fingerprints(arm)
     for log in arm.logs if theirs else ():
-        file = log.file.parent / "generations.jsonl"
-        if log.result.get("imported") or not file.is_file():
+        if log.is_imported:
             continue
-        stat = file.stat()
-        models = _models_in(file, stat.st_size, stat.st_mtime_ns)
-        own = str(answering_weights(log))
+        file, models = stored_weights(log)
+        own = str(log.answers.fingerprint)
         if own not in models and models & theirs:
             evidence = (
                 f"{run_place(file)}: weights {min(models & theirs)[:12]}",
@@ -217,9 +206,9 @@ def _former_opponent(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[F
     """
     runs = {run.name: run for run in other.runs}
     for log in (log for log in arm.logs if log.against in runs):
-        told = (log.result.get("opponent") or {}).get("fingerprint")
+        told = log.opponent.fingerprint if log.opponent else None
         own = [one for one in runs[str(log.against)].evals if one.eval == log.eval]
-        now = {weights for one in own if (weights := answering_weights(one))}
+        now = {weights for one in own if (weights := one.answers.fingerprint)}
         if told and now and told not in now:
             yield found(
                 "answers-of-another-arm/opponent",
@@ -233,15 +222,3 @@ def _former_opponent(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[F
                 run=log.file.parents[2].name,
                 against=log.against,
             )
-
-
-@lru_cache(maxsize=256)
-def _models_in(file: Path, size: int, changed: int) -> frozenset[str]:
-    """The weights that answers in a file are of, each file scanned once: in JSON no text holds an
-    unescaped quote.
-    """
-    del size, changed
-    return frozenset(
-        name.decode("utf-8", "replace")
-        for name in re.findall(rb'"model":\s*"([^"]*)"', file.read_bytes())
-    )

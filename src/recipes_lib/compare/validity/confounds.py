@@ -27,8 +27,8 @@ from recipes_lib.compare.validity.case import (
     settings_differ,
     with_derived_values,
 )
+from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.json_files import DamagedFile, read_object
-from recipes_lib.generation.fingerprints import hash_of
 
 if TYPE_CHECKING:
     from recipes_lib.compare.measurements import ArmMeasurements, RunMeasurements

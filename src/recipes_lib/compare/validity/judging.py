@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.compare.findings import NOT_AUDITED, Finding, found
 from recipes_lib.compare.validity.case import Case, metrics_of, run_place
 from recipes_lib.compare.wording import sentence_list
+from recipes_lib.core.fingerprints import folder_fingerprint, hash_of
 from recipes_lib.core.json_files import read_object
-from recipes_lib.generation.fingerprints import folder_fingerprint, hash_of
+from recipes_lib.eval_log import JudgeFacts
 
 if TYPE_CHECKING:
     from recipes_lib.compare.measurements import RunMeasurements
-    from recipes_lib.eval_log import EvalLog, Measure
+    from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure
 
 DEGENERATE = 0.2  # share of answers that are one text, empty or cut, above which nothing is said
 _OWN_WORDS = "verdicts against the judge's own words"
@@ -57,8 +58,8 @@ def check_judging(case: Case) -> Iterator[Finding]:
         yield from _replayed(mine)
 
 
-def _judge(log: EvalLog) -> Mapping[str, Any]:
-    return log.result.get("judge") or {}
+def _judge(log: EvalLog) -> JudgeFacts:
+    return log.judge or JudgeFacts()
 
 
 def _metrics(logs: Logs) -> tuple[str, ...]:
@@ -89,11 +90,11 @@ def _audits(logs: Logs, everything: Logs) -> Iterator[Finding]:
     """One finding per kind of failed check, with every arm's value; it concerns all that the same
     judge judged.
     """
-    judges = {_judge(log).get("fingerprint") for _, log in logs} - {None}
-    same = [one for one in everything if _judge(one[1]).get("fingerprint") in judges]
+    judges = {_judge(log).fingerprint for _, log in logs} - {None}
+    same = [one for one in everything if _judge(one[1]).fingerprint in judges]
     failed: dict[str, list[str]] = defaultdict(list)
     for name, log in logs:
-        for code, line in _failed(log.result.get("audit") or {}, name, log.file):
+        for code, line in _failed(log.audit or {}, name, log.file):
             failed[code].append(line)
     for code, lines in failed.items():
         yield found(code, lines, (), _metrics([*logs, *same]), eval=logs[0][1].eval)
@@ -104,7 +105,7 @@ def _audits_on_labels(case: Case, logs: Logs) -> Iterator[Finding]:
     failed.
     """
     for file, card in _labelled(case):
-        mine = [one for one in logs if (_judge(one[1]).get("fingerprint") or "") == card["judge"]]
+        mine = [one for one in logs if (_judge(one[1]).fingerprint or "") == card["judge"]]
         labels = file.parent.name
         lines = [line for _, line in _failed(card, labels, file)]
         if mine and lines:
@@ -128,19 +129,19 @@ def _not_audited(case: Case, logs: Logs) -> Iterator[Finding]:
     """
     judges: dict[str, Logs] = defaultdict(list)
     for name, log in logs:
-        if _judge(log):
+        if log.judge:
             unknown = f"unknown, of {log.eval}"
-            judges[_judge(log).get("fingerprint") or unknown].append((name, log))
+            judges[_judge(log).fingerprint or unknown].append((name, log))
     labelled = [card for _, card in _labelled(case)]
     for fingerprint, mine in judges.items():
         cards = [
-            *(log.result.get("audit") or {} for _, log in mine),
+            *(log.audit or {} for _, log in mine),
             *(card for card in labelled if card["judge"] == fingerprint),
         ]
         states: dict[str, set[str]] = defaultdict(set)
         for check in (check for card in cards for check in card.get("checks") or ()):
             states[check["check"]].add(check["result"])
-        if _judge(mine[0][1]).get("mode") == "logits":
+        if _judge(mine[0][1]).mode == "logits":
             states.pop(_OWN_WORDS, None)
         missing = [check for check, seen in states.items() if seen == {"not measured"}]
         if missing or not states:
@@ -172,7 +173,7 @@ def _of_itself(case: Case, logs: Logs) -> Iterator[Finding]:
     """
     runs = {log.file: run for arm in case.arms.values() for run in arm.runs for log in run.evals}
     lines = {
-        name: f"{name}: judged by {whose}, {_judge(log)['model']} ({run_place(log.file)})"
+        name: f"{name}: judged by {whose}, {_judge(log).model} ({run_place(log.file)})"
         for name, log in logs
         if (whose := _kinship(log, runs[log.file]))
     }
@@ -184,17 +185,16 @@ def _kinship(log: EvalLog, run: RunMeasurements) -> str:
     as files tell.
     """
     judge = _judge(log)
-    model, weights = str(judge.get("model") or "").rstrip("/"), judge.get("weights")
+    model, weights = (judge.model or "").rstrip("/"), judge.weights
     if not model:
         return ""
     path, home = Path(model), run.folder.resolve()
     if (path.is_absolute() or path.exists()) and path.resolve().is_relative_to(home):
         return "its own weights"
-    if model == run.name or judge.get("run") == run.name:
-        return "itself, merged" if judge.get("run") else "itself"
+    if model == run.name or judge.run == run.name:
+        return "itself, merged" if judge.run else "itself"
     section = run.resolved.get("model") or {}
-    answers = log.result.get("answers") or {}
-    names = (section.get("name_or_path"), *(answers.get("models") or ()))
+    names = (section.get("name_or_path"), *log.answers.models)
     if model.lower() in {str(name).rstrip("/").lower() for name in names if name}:
         return "itself" if run.is_base or run.imported else "its base"
     prints = {
@@ -206,7 +206,7 @@ def _kinship(log: EvalLog, run: RunMeasurements) -> str:
     if weights and weights in prints.values():
         return "its own weights"
     precision = [section.get("dtype"), run.resolved.get("quantization")]
-    if weights and answers.get("fingerprint") == hash_of(weights, precision, trained):
+    if weights and log.answers.fingerprint == hash_of(weights, precision, trained):
         return "its base" if trained else "itself"
     return ""
 
@@ -221,23 +221,24 @@ def _degenerate(case: Case, logs: Logs) -> Iterator[Finding]:
     told: dict[str, dict[tuple[str, str], tuple[float, str]]] = defaultdict(dict)
     for name, log in logs:
         opponent = case.measurements.opponent_name(log.against)
-        sides = [(name, log.result.get("answers"))]
+        sides: list[tuple[str, AnswerFacts | None]] = [(name, log.answers)]
         if opponent:
             arm = opponent if opponent in case.measurements.arms else name
-            sides.append((arm, log.result.get("opponent")))
+            sides.append((arm, log.opponent))
         for whose, facts in sides:
-            facts = facts if isinstance(facts, dict) else {}
-            answers, given = facts.get("answers") or {}, facts.get("name")
+            answers, given = (facts.answers, facts.name) if facts else (None, None)
+            if answers is None or not given:
+                continue
             counts = {
-                "are one and the same": (answers.get("identical") or {}).get("count"),
-                "are empty": answers.get("empty"),
-                "are cut": answers.get("cut"),
+                "are one and the same": answers.identical.count,
+                "are empty": answers.empty,
+                "are cut": answers.cut,
             }
             for what, count in counts.items():
-                if count and count > 2 and given:
-                    n, of = answers.get("n") or 0, "" if given == whose else f" of {given}"
-                    line = f"{count} of {n} answers{of} {what} ({run_place(log.file)})"
-                    told[whose].setdefault((given, what), (count / n, line))
+                if count and count > 2:
+                    of = "" if given == whose else f" of {given}"
+                    line = f"{count} of {answers.n} answers{of} {what} ({run_place(log.file)})"
+                    told[whose].setdefault((given, what), (count / answers.n, line))
     for kind, above, most in (
         ("degenerate-answers", DEGENERATE, 1.0),
         ("degenerate-answers/tenth", 0.1, DEGENERATE),
@@ -254,7 +255,7 @@ def _weak(logs: Logs) -> Iterator[Finding]:
     """Judges whose own file says that they are weak, each with the evaluations it judged."""
     reasons: dict[str, Logs] = defaultdict(list)
     for name, log in logs:
-        if reason := _judge(log).get("weak"):
+        if reason := _judge(log).weak:
             reasons[str(reason)].append((name, log))
     for reason, mine in reasons.items():
         yield found("weak-judge", [reason], (), _metrics(mine), eval=" and ".join(_evals(mine)))
@@ -266,8 +267,8 @@ def _different_judges(logs: Logs) -> Iterator[Finding]:
     for name, log in logs:
         judge = _judge(log)
         if log.suite != "lm_eval":  # a judge that is not recorded may be any other one
-            known = judge.get("name") or "a judge that is not recorded"
-            judges[f"{known} {str(judge.get('fingerprint') or '')[:12]}".strip()][name] = None
+            known = judge.name or "a judge that is not recorded"
+            judges[f"{known} {(judge.fingerprint or '')[:12]}".strip()][name] = None
     if len(judges) > 1:
         evidence = [f"{judge}: {', '.join(arms)}" for judge, arms in judges.items()]
         yield found("judges-differ", evidence, (), _metrics(logs), eval=logs[0][1].eval)
@@ -282,7 +283,7 @@ def _one_order(logs: Logs) -> Iterator[Finding]:
     for name, log, measure in measures:
         single = sum(len(item.verdicts) == 1 and not item.by_rule for item in measure.samples)
         if single and measure.metric == "win_rate":
-            fixed = any("always first" in flag for flag in log.result.get("flags") or ())
+            fixed = any("always first" in flag for flag in log.flags)
             lines[fixed][name] = (
                 f"{name}: {single} of {len(measure.samples)} comparisons have one verdict"
                 f" ({run_place(log.file)})"
@@ -325,7 +326,7 @@ def _replayed(logs: Logs) -> Iterator[Finding]:
     """What `recipes judge replay` found in the files that arms were imported from."""
     lines: dict[str, dict[str, str]] = defaultdict(dict)
     for name, log in logs:
-        for report in log.result.get("replays") or ():
+        for report in log.replays:
             for one in report.get("findings") or ():
                 lines[one["name"]][name] = f"{name}: {one['message']} ({run_place(log.file)})"
     for code, by_arm in lines.items():

@@ -91,7 +91,7 @@ def _texts_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Findi
     # Each against the other, or a seed of it, has no opponent in common.
     opponents = one.against == other.against
     # A foreign file holds what the judge was shown.
-    prompts = not one.imported and not other.imported
+    prompts = not one.is_imported and not other.is_imported
     theirs = {
         (measure.key, item.key): item for measure in other.measures for item in measure.samples
     }
@@ -125,27 +125,22 @@ def _differ(one: str | None, other: str | None) -> bool:
 
 def _settings(log: EvalLog) -> Mapping[str, Any]:
     """How an evaluation asked, by dotted key; what a foreign file does not tell is left out."""
-    told, answers = log.result, log.result.get("answers") or {}
     recipe = flatten(
-        {
-            key: value
-            for key, value in (told.get("recipe") or {}).items()
-            if key not in ("judge", "thresholds")
-        }
+        {key: value for key, value in log.recipe.items() if key not in ("judge", "thresholds")}
     )
     values = {key: value for key, value in recipe.items() if key not in _FREE}
-    for key, value in flatten({"decoding": answers.get("decoding")}).items():
+    for key, value in flatten({"decoding": log.answers.decoding}).items():
         values[f"answers.{key}"] = value
-    values["answers.prompt_format_hash"] = answers.get("prompt_format_hash")
-    for task in told.get("tasks") or ():
-        name = f"{task['task']}, {task['metric']}"
-        values[f"{name}: few-shot"] = task.get("num_fewshot")
-        values[f"{name}: task version"] = task.get("version")
-    for key, value in (told.get("protocol") or {}).items():
+    values["answers.prompt_format_hash"] = log.answers.prompt_format_hash
+    for task in log.tasks:
+        name = f"{task.task}, {task.metric}"
+        values[f"{name}: few-shot"] = task.num_fewshot
+        values[f"{name}: task version"] = task.version
+    for key, value in log.protocol.items():
         if key not in ("batch_size", "model_args"):
             values[f"protocol.{key}"] = value
     # In a result of ours a setting that is not there was left at its default.
-    kept = () if told.get("imported") else ("suite.", "data.", "protocol.")
+    kept = () if log.is_imported else ("suite.", "data.", "protocol.")
     known = {key: value for key, value in values.items() if value is not None}
     return known | {key: None for key in values if key.startswith(kept) and key not in known}
 
@@ -154,11 +149,11 @@ def _precision_differs(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> 
     """Answers given in other precisions, where precision is no factor."""
     if case.declares("quantization", "quantization.load_in_4bit", "model.dtype"):
         return None
-    mine, theirs = (log.result.get("answers") or {} for log in (one, other))
+    mine, theirs = (
+        {"dtype": log.answers.dtype, "quantized": log.answers.quantized} for log in (one, other)
+    )
     keys = [
-        key
-        for key in ("dtype", "quantized")
-        if mine.get(key) is not None and theirs.get(key) is not None and mine[key] != theirs[key]
+        key for key in mine if None not in (mine[key], theirs[key]) and mine[key] != theirs[key]
     ]
     evidence, metrics = settings_differ(keys, arms, mine, theirs), metrics_of((one, other))
     return found("precision-of-answers", evidence, arms, metrics) if keys else None
@@ -186,8 +181,8 @@ def _subsets(logs: Mapping[str, EvalLog]) -> Iterator[Finding]:
     """Results on some of the questions."""
     stamps: dict[str, list[str]] = defaultdict(list)
     for name, log in logs.items():
-        if log.result.get("subset"):
-            stamps[str(log.result["subset"])].append(name)
+        if log.subset:
+            stamps[log.subset].append(name)
     if stamps:
         evidence = [f"{', '.join(names)}: {stamp}" for stamp, names in stamps.items()]
         words = {"eval": next(iter(logs.values())).eval}

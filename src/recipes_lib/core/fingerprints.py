@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
@@ -60,19 +59,19 @@ def _in_order(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def model_fingerprint(section: ModelSection, path: str) -> str:
+def model_fingerprint(path: str, revision: str | None) -> str:
     """Return a hash of a base model: its files where they are local, else its Hub name and commit.
 
     Args:
-        section: the model as asked for.
         path: what `from_pretrained` took.
+        revision: as asked for.
     """
     if Path(path).is_dir():
         return folder_fingerprint(Path(path))
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(path, "config.json", revision=section.revision or "main")
-    return hash_of(path, Path(cached).parent.name if isinstance(cached, str) else section.revision)
+    cached = try_to_load_from_cache(path, "config.json", revision=revision or "main")
+    return hash_of(path, Path(cached).parent.name if isinstance(cached, str) else revision)
 
 
 def _digest(path: Path) -> str:

@@ -1,0 +1,495 @@
+"""The evaluation logs of a run on disk: result.json with the header, items.jsonl with the samples.
+
+Results of releases before items.jsonl, and lm-eval results that were imported, are read from the
+suites' own files. A stored judgment that belongs to other answers or another judge (the recipe was
+changed and run again) is not counted there: AlpacaEval's samples hold only current rows, MT-Bench's
+rows are chosen by judge and answer. The counts of the result file are the check.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.core.atomic_files import write_json, write_text
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
+from recipes_lib.eval_log import EvalLog, Measure, Sample
+from recipes_lib.judging.outcomes import grade_sample, pair_sample
+from recipes_lib.judging.store import stored_rows, text_hash
+
+_SHARE = re.compile(
+    r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$"
+)  # metrics of lm-eval between 0 and 1
+SUITE_TITLES = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench", "lm_eval": "lm-eval"}
+
+
+def read_evals(
+    run: Path, report: Callable[[DamagedFile], None] | None = None
+) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
+    """Return a run's finished evaluations, and the names of those that were begun and have no
+    result.
+
+    Args:
+        run: its folder.
+        report: is told of each result that is damaged, which is then left out; None to raise the
+            error.
+
+    Raises:
+        DataError: a file is damaged, or a result's numbers do not agree with its items.
+    """
+    folder = run / "evals"
+    results: list[EvalLog] = []
+    unfinished = []
+    for one in (
+        sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
+    ):
+        files = sorted(
+            one.glob("result*.json"), key=lambda path: (path.name != "result.json", path.name)
+        )
+        if not files and any(one.glob("*.jsonl")):
+            unfinished.append(one.name)
+        seen: set[tuple[Any, ...]] = set()
+        for file in files:
+            try:
+                results.append(_read_result(one.name, file, seen))
+            except DamagedFile as error:
+                if report is None:
+                    raise
+                report(error)
+                unfinished.append(one.name)
+    return tuple(results), tuple(unfinished)
+
+
+def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalLog:
+    """One result file; a grade that stands in several of them (one per opponent) is taken from the
+    first.
+    """
+    result = read_object(file)
+    suite = str(result.get("suite", ""))
+    older = {"alpaca_eval": _alpaca_eval, "mt_bench": _mt_bench, "lm_eval": _lm_eval}
+    reader = _items if result.get("measures") is not None else older.get(suite)
+    if reader is None:
+        raise DataError(
+            f"a result of an unknown suite: '{suite}'",
+            f"known: {', '.join(older)}",
+            file=file,
+        )
+    measures = []
+    try:
+        for measure in reader(name, file, result):
+            if (measure.key, measure.opponent) not in seen:
+                seen.add((measure.key, measure.opponent))
+                measures.append(measure)
+        return EvalLog.from_dict(result, name, file, measures)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"not a result of this version: {type(error).__name__} {error}",
+            "evaluate the run again",
+            file=file,
+        ) from None
+
+
+def log_file(run: Path, name: str, against: str | None) -> Path:
+    """Return where the result of an evaluation against an opponent lies in a run's folder."""
+    return _against_file(run / "evals" / name, "result", against, ".json")
+
+
+def write_log(log: EvalLog, words: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a log: first its samples, then result.json, which makes it one. Return result.json.
+
+    Args:
+        words: what stands in result.json instead of the log's own values.
+    """
+    rows = (
+        sample.to_dict(measure.metric, measure.task)
+        for measure in log.measures
+        for sample in measure.samples
+    )
+    write_lines(_items_file(log.file), rows)
+    result = {**log.to_dict(), **words}
+    write_json(log.file, result)
+    return result
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _items_file(result: Path) -> Path:
+    return result.with_name(result.name.replace("result", "items", 1) + "l")
+
+
+def stored_tokens(log: EvalLog) -> int:
+    """Return the tokens of all answers behind a log; those of one command may be fewer, where an
+    evaluation was stopped and went on.
+    """
+    if log.answers.tokens is not None:
+        return log.answers.tokens
+    rows = read_lines(log.file.with_name("generations.jsonl"))  # of an earlier release
+    mine = (row for row in rows if row.get("model") == log.answers.fingerprint)
+    return sum(int(row.get("tokens") or 0) for row in mine)
+
+
+def stored_weights(log: EvalLog) -> tuple[Path, frozenset[str]]:
+    """Return the file of answers beside a log, and the weights whose answers it holds."""
+    file = log.file.with_name("generations.jsonl")
+    if not file.is_file():
+        return file, frozenset()
+    stat = file.stat()
+    return file, _models_in(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _models_in(file: Path, size: int, changed: int) -> frozenset[str]:
+    """The weights that answers in a file are of, each file scanned once: in JSON no text holds an
+    unescaped quote.
+    """
+    del size, changed
+    return frozenset(
+        found.decode("utf-8", "replace")
+        for found in re.findall(rb'"model":\s*"([^"]*)"', file.read_bytes())
+    )
+
+
+def read_lines(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file as `json_files.read_rows` does; numbers that are not
+    finite become None.
+
+    Raises:
+        DataError: a line before the end is damaged, with its number.
+    """
+    for row in read_rows(path, skip_damaged):
+        yield {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+
+
+def _against_file(folder: Path, stem: str, against: str | None, suffix: str = ".jsonl") -> Path:
+    """The file of one opponent: `<stem>.jsonl`, with the opponent in its name unless that is the
+    reference.
+    """
+    return folder / (
+        f"{stem}{suffix}" if against in (None, "reference") else f"{stem}.against-{against}{suffix}"
+    )
+
+
+def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
+    """The measures that result.json names, with their samples from items.jsonl."""
+    rows = list(read_lines(_items_file(file)))
+    for told in result["measures"]:
+        metric, task = told["metric"], told.get("task") or ""
+        mine = (row for row in rows if row["metric"] == metric and (row.get("task") or "") == task)
+        yield Measure(
+            name,
+            str(result["suite"]),
+            metric,
+            told["label"],
+            tuple(map(Sample.from_dict, mine)),
+            file,
+            told.get("opponent"),
+            task,
+            told.get("higher_is_better", True),
+            told.get("unit", "share"),
+            told.get("reported"),
+            told.get("reported_n"),
+        )
+
+
+def alpaca_samples(lines: Iterable[Mapping[str, Any]]) -> tuple[list[Sample], list[Sample]]:
+    """Return the comparisons and the grades of the lines of AlpacaEval's samples.jsonl."""
+    pairs, grades = [], []
+    for row in lines:
+        verdicts = {verdict["order"]: verdict for verdict in row["verdicts"]}
+        answer, opponent = row["answer"], row["opponent_answer"]
+        known = {"category": row["category"], "input": row.get("instruction"), "answer": answer}
+        lengths = (len(answer), len(opponent))
+        pairs.append(
+            pair_sample(row["question_id"], verdicts, lengths=lengths, opponent=opponent, **known)
+        )
+        if grade := verdicts.get("single"):
+            grades.append(grade_sample(row["question_id"], grade, lengths=(len(answer),), **known))
+    return pairs, grades
+
+
+def alpaca_measures(
+    name: str, file: Path, result: Mapping[str, Any], pairs: Sequence[Sample], grades: Any
+) -> Iterator[Measure]:
+    """Yield AlpacaEval's win rate, and its mean grade where it was asked for."""
+    yield _pairs(name, "alpaca_eval", "AlpacaEval win rate", file, result, pairs)
+    if grades:
+        label = "AlpacaEval mean grade, 1-5"
+        yield _grades(name, "alpaca_eval", label, file, result["mean_score"], grades)
+
+
+def _alpaca_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
+    lines = read_lines(_against_file(file.parent / "samples", "samples", result["against"]))
+    yield from alpaca_measures(name, file, result, *alpaca_samples(lines))
+
+
+Texts = Mapping[tuple[str, int], str]
+
+
+def mt_bench_samples(
+    rows: Iterable[Mapping[str, Any]], asked: Texts, answers: Texts, theirs: Texts
+) -> tuple[list[Sample], list[Sample]]:
+    """Return the grades and the comparisons of stored judgments.
+
+    Args:
+        asked: questions by id and turn; so are the answers and the opponent's.
+    """
+    grades = {}
+    orders: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        question, _, turn = row["question_id"].rpartition(":")
+        key = question, int(turn)
+        if row["kind"] == "relative":
+            orders.setdefault(key, {})[row["order"]] = row
+            continue
+        answer = answers.get(key)
+        if answer is None or text_hash(answer) == row["answer_hashes"][0]:
+            grades[key] = grade_sample(
+                question,
+                row,
+                turn=key[1],
+                category=row["meta"]["category"],
+                lengths=tuple(row["lengths"]),
+                input=asked.get(key),
+                answer=answer,
+            )
+    pairs = []
+    for key, verdicts in orders.items():
+        one = next(iter(verdicts.values()))
+        pairs.append(
+            pair_sample(
+                key[0],
+                verdicts,
+                turn=key[1],
+                category=one["meta"]["category"],
+                lengths=tuple(one["lengths"] if one["order"] == "AB" else one["lengths"][::-1]),
+                input=asked.get(key),
+                answer=answers.get(key),
+                opponent=theirs.get(key, ""),
+            )
+        )
+    return list(grades.values()), pairs
+
+
+def mt_bench_measures(
+    name: str,
+    file: Path,
+    result: Mapping[str, Any],
+    grades: Sequence[Sample],
+    pairs: Sequence[Sample],
+) -> Iterator[Measure]:
+    """Yield MT-Bench's mean grade over all turns, and its win rate where there is an opponent.
+
+    Raises:
+        DataError: the result's mean is not that of the grades.
+    """
+    score = result["score"]
+    graded = [one.value for one in grades if one.value is not None]
+    if len(graded) != score["n"] or (
+        graded and abs(sum(graded) / len(graded) - score["estimate"]) > 1e-6
+    ):
+        raise DataError(
+            f"its mean is over {score['n']} grades, the stored ones are {len(graded)}",
+            "evaluate the run again: it asks nothing twice",
+            file=file,
+        )
+    yield _grades(name, "mt_bench", "MT-Bench mean grade, 1-5", file, score, grades)
+    if result.get("pairs"):
+        yield _pairs(name, "mt_bench", "MT-Bench win rate", file, result, pairs)
+
+
+def _mt_bench(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
+    folder, against = file.parent, result["against"]
+    asked, answers = (
+        _turns(folder / "samples" / f"{stem}.jsonl") for stem in ("question", "model_answer")
+    )
+    rows = [*_judged(folder / "judgments.jsonl", result, "absolute")]
+    theirs: Texts = {}
+    if result.get("pairs"):
+        rows += _judged(_against_file(folder, "judgments", against), result, "relative")
+        other = file.parents[3] / against / "evals" / name
+        theirs = _turns(other / "samples" / "model_answer.jsonl")
+    samples = mt_bench_samples(rows, asked, answers, theirs)
+    yield from mt_bench_measures(name, file, result, *samples)
+
+
+def _grades(
+    name: str,
+    suite: str,
+    label: str,
+    file: Path,
+    mean: Mapping[str, Any],
+    grades: Sequence[Sample],
+) -> Measure:
+    return Measure(
+        name,
+        suite,
+        "grade",
+        label,
+        tuple(grades),
+        file,
+        unit="grade",
+        reported=mean["estimate"],
+        reported_n=mean["n"],
+    )
+
+
+def _pairs(
+    name: str,
+    suite: str,
+    label: str,
+    file: Path,
+    result: Mapping[str, Any],
+    pairs: Sequence[Sample],
+) -> Measure:
+    """The win rate of a suite, its counts compared with the result's.
+
+    Raises:
+        DataError: they differ.
+    """
+    told: Mapping[str, Any] = result["pairs"]
+    counts = {
+        outcome: sum(one.outcome == outcome for one in pairs)
+        for outcome in ("win", "loss", "tie", "unresolved")
+    }
+    if shown := ", ".join(
+        f"{word} {told[word]} and {n}" for word, n in counts.items() if told[word] != n
+    ):
+        raise DataError(
+            f"its counts differ from the stored judgments: {shown}",
+            "evaluate the run again: it asks nothing twice",
+            file=file,
+        )
+    return Measure(
+        name,
+        suite,
+        "win_rate",
+        label,
+        tuple(pairs),
+        file,
+        result["against"],
+        reported=told["score"]["estimate"],
+        reported_n=told["n"],
+    )
+
+
+def _judged(path: Path, result: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
+    """Yield the stored judgments of one kind that a result rests on; the store keeps those of
+    earlier prompts and answers too.
+    """
+    keys = set(result.get("judgment_keys") or ())
+    for row in stored_rows(path):
+        mine = row["key"] in keys if keys else row["judge"] == result["judge"]["fingerprint"]
+        if mine and row["kind"] == kind and not row["meta"].get("probe"):
+            yield row
+
+
+def _turns(path: Path) -> dict[tuple[str, int], str]:
+    """Texts by question and turn, of FastChat's question or answer file."""
+    return {
+        (str(row["question_id"]), turn): text
+        for row in read_lines(path)
+        for turn, text in enumerate(
+            row["turns"] if "turns" in row else row["choices"][0]["turns"], 1
+        )
+    }
+
+
+def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
+    def samples_of(task: str) -> Iterator[dict[str, Any]]:
+        return read_lines(file.parent / "samples" / f"samples_{task}.jsonl")
+
+    yield from lm_eval_measures(name, file, result["tasks"], samples_of)
+
+
+def lm_eval_measures(
+    name: str,
+    file: Path,
+    tasks: Sequence[Mapping[str, Any]],
+    samples_of: Callable[[str], Iterable[Mapping[str, Any]]],
+) -> Iterator[Measure]:
+    """Yield one measure per task, metric and filter.
+
+    Args:
+        tasks: the rows of the result's table.
+        samples_of: gives the samples of a task as lm-eval writes them.
+
+    Raises:
+        DataError: a sample stands twice, or there are more or fewer than the table says.
+    """
+    samples: dict[str, list[Mapping[str, Any]]] = {}
+    for row in tasks:
+        task, metric, chosen = row["task"], row["metric"], row["filter"]
+        if task not in samples:
+            samples[task] = list(samples_of(task))
+        chosen_samples = (
+            sample for sample in samples[task] if sample.get("filter", "none") == chosen
+        )
+        items = [one for sample in chosen_samples if (one := _scored(sample, metric, task))]
+        _check_samples(file, task, row["n"], items)
+        values = [item.value for item in items if item.value is not None]
+        if values and abs(sum(values) / len(values) - row["value"]) > 1e-6:
+            items = []  # the metric is no mean of its samples (perplexities): nothing to pair
+        shown = metric if chosen == "none" else f"{metric}, {chosen}"
+        # By its name, not by what one arm's items happen to be: an error of 0 or 1 per item is no
+        # share.
+        share = bool(_SHARE.search(metric)) and all(
+            0 <= value <= 1 for value in (*values, row["value"])
+        )
+        direction = row.get("higher_is_better")
+        yield Measure(
+            name,
+            "lm_eval",
+            metric if chosen == "none" else f"{metric},{chosen}",
+            f"{task} {shown}",
+            tuple(items),
+            file,
+            task=task,
+            higher_is_better=direction if isinstance(direction, bool) else None,
+            unit="share" if share else "number",
+            reported=row["value"],
+            reported_n=row["n"],
+        )
+
+
+def _check_samples(file: Path, task: str, told: Any, items: Sequence[Sample]) -> None:
+    """Compare the number of samples with the result's.
+
+    Raises:
+        DataError: a sample stands twice, or there are more or fewer of them.
+    """
+    if (different := len({item.key for item in items})) != len(items):
+        raise DataError(
+            f"{task}: {len(items)} samples of {different} items: some stand twice",
+            "evaluate the run again",
+            file=file,
+        )
+    if items and isinstance(told, int) and told != len(items):
+        raise DataError(
+            f"{task}: its n is {told}, and there are {len(items)} samples",
+            "evaluate the run again",
+            file=file,
+        )
+
+
+def _scored(sample: Mapping[str, Any], metric: str, task: str) -> Sample | None:
+    value = sample.get(metric)
+    if not isinstance(value, int | float | bool):
+        return None
+    outcome = {1.0: "right", 0.0: "wrong"}.get(float(value), "scored")
+    doc = sample.get("doc") or {}
+    category = str(doc.get("subject") or doc.get("category") or task)
+    return Sample(
+        f"{sample['doc_id']}:{sample.get('doc_hash', '')[:12]}", 1, category, float(value), outcome
+    )
