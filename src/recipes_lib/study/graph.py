@@ -28,6 +28,8 @@ _FORMAT_VERSION = 1
 CONTENT = "content."
 FOLLOWS = ("is stale", "is not done")  # how a reason ends that is another step's
 _State = Literal["fresh", "stale", "missing"]
+# What a result depends on: dotted key -> plain value.
+Inputs = Mapping[str, object]
 # Keys of a recipe that change how fast a step is, and no result.
 ONLY_SPEED = {
     *("batch_tokens", "concurrency", "timeout_s", "max_retries", "max_consecutive_failures"),
@@ -49,13 +51,13 @@ _OF_COMPANY = {"banners", "banner", "checks", "probes", "probe_pairs"}
 class Step:
     """One step.
 
-    `inputs` are dotted key -> plain value; `upstream` names steps whose results are inputs too.
-    `version` is raised when a change of the code changes results.
+    `upstream` names steps whose results are inputs too. `version` is raised when a change of the
+    code changes results.
     """
 
     name: str
     kind: str
-    inputs: Mapping[str, Any] = field(repr=False)
+    inputs: Inputs = field(repr=False)
     upstream: tuple[str, ...] = ()
     version: int | str = 1
     arm: str = ""
@@ -79,7 +81,7 @@ class DoneRecord:
     """What a step was made of and what it gave: done.json, without the facts that nobody reads."""
 
     version: int | str
-    inputs: Mapping[str, Any]
+    inputs: Inputs
     upstream: Mapping[str, str | None]
     output: str
     files: Mapping[str, FileRecord]
@@ -249,7 +251,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed_inputs(before: Inputs, now: Inputs) -> list[str]:
     """Return one phrase per input that differs.
 
     Example:

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from recipes_lib.compare.design import BASE_ARM, Arm, Study
 from recipes_lib.config.recipe import Recipe
@@ -31,6 +30,7 @@ from recipes_lib.study.graph import (
     CONTENT,
     ONLY_SPEED,
     Graph,
+    Inputs,
     Step,
     content_of,
     digest_of,
@@ -62,12 +62,12 @@ class _Subject:
     seed: int | None
     run: str
     upstream: tuple[str, ...] = ()
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
 
     def step(
         self,
         kind: str,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         upstream: tuple[str, ...] = (),
         eval: str = "",
         other: _Subject | None = None,
@@ -156,7 +156,7 @@ def _evaluations(recipe: EvalRecipe, subjects: Sequence[_Subject]) -> Iterator[S
 # ---- Inputs ----
 
 
-def training_inputs(arm: Arm, seed: int, contents: Mapping[str, str | None]) -> dict[str, Any]:
+def training_inputs(arm: Arm, seed: int, contents: Mapping[str, str | None]) -> Inputs:
     """Return what the weights of an arm depend on: its recipe without logging and saving, how it is
     launched, its data and base.
 
@@ -210,7 +210,7 @@ def _base_content(recipe: Recipe) -> dict[str, str | None]:
     return {f"{CONTENT}base model": known}
 
 
-def base_inputs(recipe: Recipe) -> dict[str, Any]:
+def base_inputs(recipe: Recipe) -> Inputs:
     """Return what the base's answers depend on: its weights, precision and the prompt format it is
     asked in.
     """
@@ -221,7 +221,7 @@ def base_inputs(recipe: Recipe) -> dict[str, Any]:
     return {**flatten(model), **_base_content(recipe)}
 
 
-def answer_inputs(recipe: EvalRecipe) -> dict[str, Any]:
+def answer_inputs(recipe: EvalRecipe) -> Inputs:
     """Return what a model's answers depend on beside the model."""
     values = {
         f"generation.{key}": value
@@ -235,7 +235,7 @@ def answer_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     }
 
 
-def judgment_inputs(recipe: EvalRecipe) -> dict[str, Any]:
+def judgment_inputs(recipe: EvalRecipe) -> Inputs:
     """Return what judgments and their summary depend on beside the answers."""
     assert recipe.judge is not None
     judge = recipe.judge.judge
@@ -257,7 +257,7 @@ def judgment_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     return {**values, **_question_files(recipe, "references")}
 
 
-def harness_inputs(recipe: EvalRecipe) -> dict[str, Any]:
+def harness_inputs(recipe: EvalRecipe) -> Inputs:
     """Return what lm-eval's numbers depend on beside the model: options, and the task files and
     data that lie here.
     """
@@ -271,7 +271,7 @@ def harness_inputs(recipe: EvalRecipe) -> dict[str, Any]:
     return values
 
 
-def _question_files(recipe: EvalRecipe, key: str) -> dict[str, Any]:
+def _question_files(recipe: EvalRecipe, key: str) -> Inputs:
     name = getattr(recipe.data, key)
     path = recipe.resolve(f"data.{key}", name) if name else None
     local = path if path is not None and path.is_file() else None
@@ -281,11 +281,11 @@ def _question_files(recipe: EvalRecipe, key: str) -> dict[str, Any]:
     }
 
 
-def report_inputs(study: Study) -> dict[str, Any]:
+def report_inputs(study: Study) -> Inputs:
     """Return what the report says beside what was measured: the study's own words, published
     numbers, imported files.
     """
-    values: dict[str, Any] = {"question": study.question, "include_base": study.include_base}
+    values: dict[str, object] = {"question": study.question, "include_base": study.include_base}
     values |= {f"factors.{name}": list(keys) for name, keys in study.factors.items()}
     for arm in study.arms:
         values[f"arms.{arm.name}"] = {
