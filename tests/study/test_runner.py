@@ -682,7 +682,7 @@ def test_watching_ends_where_a_step_failed_that_all_others_need_and_nobody_works
     assert main(["study", "status", str(study.path), "--watch"]) == ExitCode.DONE
     said = capsys.readouterr().out
     assert len(waited) == 1  # as long as somebody did something
-    assert "nothing goes on by itself: train.r4 failed; steps to do: 11" in said
+    assert "train.r4 failed, what else is to do (10) needs that, and no process works" in said
     assert "next: recipes study run" in said
 
 

@@ -118,7 +118,9 @@ def standstill(study: Study, graph: Graph) -> str | None:
         return None
     names = ", ".join(step.name for step in failed[:3])
     more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
-    return f"nothing goes on by itself: {names}{more} failed; steps to do: {len(todo)}"
+    waiting = len(todo) - len(failed)
+    need = f", what else is to do ({waiting}) needs that" if waiting else ""
+    return f"{names}{more} failed{need}, and no process works on it"
 
 
 def status_lines(rows: Sequence[StepRow], width: int) -> list[str]:
