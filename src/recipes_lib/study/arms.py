@@ -52,17 +52,11 @@ def run_names(study: Study) -> dict[str, list[str]]:
     The base's run is named after its weights, so it is known once the base was evaluated; before
     that `base` is absent. Arms that published numbers alone stand for have no run.
     """
-    names: dict[str, list[str]] = {}
     base = base_run(study)
-    if study.include_base and base:
-        names[BASE_ARM] = [base]
+    names = {BASE_ARM: [base]} if study.include_base and base else {}
     for arm in study.arms:
-        if arm.published_only:
-            names[arm.name] = []
-        elif arm.imported:
-            names[arm.name] = [arm.imported]
-        else:
-            names[arm.name] = [arm_run(study, arm, seed) for seed in arm.seeds]
+        runs = dict.fromkeys(arm_run(study, arm, seed) for seed in arm.seeds)
+        names[arm.name] = [] if arm.published_only else list(runs)
     return names
 
 
@@ -118,11 +112,7 @@ def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
 def launch_words(arm: Arm) -> list[str]:
     """Return the options of `recipes train` that launch an arm as the study says."""
     config = arm.launch.config
-    words = [
-        "--accelerate",
-        arm.accelerate
-        if config.path.parent.name == "accelerate_configs"
-        else shown_path(config.path),
-    ]
+    shipped = config.path.parent.name == "accelerate_configs"
+    words = ["--accelerate", arm.accelerate if shipped else shown_path(config.path)]
     words += ["--gpus", str(arm.gpus)] if arm.gpus * arm.nodes != config.num_processes else []
     return words + (["--nodes", str(arm.nodes)] if arm.nodes != config.num_machines else [])

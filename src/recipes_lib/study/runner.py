@@ -171,18 +171,14 @@ def study_lock(study: Study) -> Iterator[None]:
         EnvironmentFault: another process runs it; host, process and time are named.
     """
     folder = study_folder(study)
-    lock = run_lock(folder)
-    try:
-        lock.__enter__()
-    except LockHeld:
-        what = f"study '{study.name}' is being run{describe_holder(folder / 'lock.json')}"
-        raise EnvironmentFault(
-            what, f"watch it: recipes study status {shown_path(study.path)} --watch"
-        ) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock(folder))
+        except LockHeld:
+            what = f"study '{study.name}' is being run{describe_holder(folder / 'lock.json')}"
+            watch = f"watch it: recipes study status {shown_path(study.path)} --watch"
+            raise EnvironmentFault(what, watch) from None
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def check_imported(study: Study) -> None:
