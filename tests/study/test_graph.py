@@ -14,6 +14,7 @@ import pytest
 from tests.study.study_files import PROJECT
 
 from recipes_lib.compare.design import load_study
+from recipes_lib.study import steps
 from recipes_lib.study.graph import Failure, Graph, Step, content_of, file_record, result_digest
 from recipes_lib.study.steps import build_graph
 
@@ -344,6 +345,22 @@ def test_a_new_seed_leaves_the_trainings_and_evaluations_of_the_first_as_they_ar
         all(".seed43" in name for name in missing)
         and {"train.r4.seed43", "train.r8.seed43"} <= missing
     )
+
+
+def test_the_code_that_reads_results_is_part_of_the_version_of_the_statistics(
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[str] = set()
+
+    def digest(folder: Path, files: list[Path]) -> str:
+        read.update(file.relative_to(folder).as_posix() for file in files)
+        return "0" * 64
+
+    monkeypatch.setattr(steps, "digest_of_files", digest)
+    steps.source_version.cache_clear()
+    build_graph(load_study(study_folder / "tiny.yaml"))
+    steps.source_version.cache_clear()
+    assert {"compare/claims.py", "eval_log.py", "eval_files.py", "study/conclusion.py"} <= read
 
 
 def test_moving_the_checkout_makes_nothing_stale(study_folder: Path, tmp_path: Path) -> None:

@@ -112,9 +112,10 @@ def _steps(study: Study) -> Iterator[Step]:
         yield from of_eval
         measured += of_eval
     upstream = (*trained, *(step.name for step in measured if step.kind != "answers"))
-    version = source_version("compare", "foreign", "statistics", "study")
+    readers = ("compare", "eval_files.py", "eval_log.py", "foreign", "study")
+    version = source_version(*readers, "statistics")
     yield Step("statistics", "statistics", report_inputs(study), upstream, version)
-    version = source_version("compare", "foreign", "report", "study")
+    version = source_version(*readers, "report")
     yield Step("report", "report", {}, ("statistics",), version)
 
 
@@ -317,7 +318,7 @@ def _imported_content(folder: Path) -> str | None:
 
 @lru_cache(maxsize=4)
 def source_version(*packages: str) -> str:
-    """Return a hash of the source files of packages."""
+    """Return a hash of the source files of packages and modules."""
     here = Path(__file__).parents[1]
-    found = [file for package in packages for file in (here / package).rglob("*")]
+    found = {file for name in packages for file in (here / name, *(here / name).rglob("*"))}
     return digest_of_files(here, [file for file in found if file.suffix in _SOURCES])[:16]
