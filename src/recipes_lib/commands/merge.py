@@ -5,14 +5,13 @@ in the run as `merged/`.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import next_step, say, say_json
 from recipes_lib.weights.finished_run import finished_run
 from recipes_lib.weights.merge import merge
 
@@ -48,12 +47,8 @@ def run(args: argparse.Namespace) -> int:
         quiet_libraries()
         done = merge(trained, args.dtype, report=say)
     if args.json:
-        say(
-            json.dumps(
-                {"folder": str(done.folder), "already": done.already, **done.record}, indent=2
-            )
-        )
-        return ExitCode.DONE
+        folder = str(done.folder)
+        return say_json({"folder": folder, "already": done.already, **done.record})
     what = "already merged, nothing to do" if done.already else "merged"
     say(f"{what}: {shown_path(done.folder)} ({done.record['dtype']})")
     say(merge_sentence(done.record["check"]))

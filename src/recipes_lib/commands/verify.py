@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 
 from recipes_lib.commands.merge import merge_sentence
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import next_step, say, say_json
 from recipes_lib.weights.finished_run import finished_run
 from recipes_lib.weights.verify import verify
 
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         result = verify(trained, args.prompts)
     code = ExitCode.DONE if result.passed else ExitCode.FAILED
     if args.json:
-        say(json.dumps(result.as_dict(), indent=2))
+        say_json(result.as_dict())
         return code
     say(f"{result.run}: {result.kind}")
     for fact in result.facts:

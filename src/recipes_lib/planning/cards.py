@@ -217,11 +217,8 @@ def recognised(name: str, memory_mib: float) -> Card:
     if not known:
         title = f"{name} (not in the table: speed guessed)"
         return Card(name, title, round(guessed, 1), 100, 600, 10)
-    return (
-        known[0]
-        if profile
-        else replace(known[0], memory_gib=round(min(known[0].memory_gib, gib), 1))
-    )
+    card = known[0]
+    return card if profile else replace(card, memory_gib=round(min(card.memory_gib, gib), 1))
 
 
 def cpu_card() -> Card:
