@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from recipes_lib.core.json_files import Row
 from recipes_lib.eval_log import SCORE, Sample
 from recipes_lib.foreign.files import Foreign
+from recipes_lib.judging.outcomes import outcome_of
 from recipes_lib.judging.prometheus import OUR_GRADING
 from recipes_lib.judging.verdicts import parse_absolute
 
@@ -187,23 +188,23 @@ def _fastchat_pair(row: Row) -> Record:
     games = (row["g1_winner"], row["g2_winner"])
     if not all(game in ("model_1", "model_2", "tie", "error") for game in games):
         raise ValueError(f"winners {games}")
-    parsed = "error" not in games
-    same = {"model_1": "win", "model_2": "loss"}.get(games[0], "tie")
-    outcome = None if not parsed else same if games[0] == games[1] else "tie"
-    letters = ({"model_1": "A", "model_2": "B"}, {"model_1": "B", "model_2": "A"})
-    none = "tie" if parsed else "unparsed"
+    # a tie beside a game without a verdict says nothing about the pair
+    none = "unparsed" if "error" in games else "tie"
+    first = {"model_1": "A", "model_2": "B"}.get(games[0], none)
+    second = {"model_1": "B", "model_2": "A"}.get(games[1], none)
+    outcome = outcome_of((first, second))
     return Record(
         id=str(row["question_id"]),
         turn=int(row.get("turn", 1)),
-        value=SCORE.get(outcome or ""),
-        outcome=outcome or "unresolved",
-        verdicts=tuple(names.get(game, none) for names, game in zip(letters, games, strict=True)),
+        value=SCORE.get(outcome),
+        outcome=outcome,
+        verdicts=(first, second),
         input=row.get("g1_user_prompt"),
         raws=(row.get("g1_judgment") or "", row.get("g2_judgment") or ""),
         model=str(row["model_1"]),
         against=str(row["model_2"]),
-        recorded=outcome,
-        flipped=parsed and games[0] != games[1],
+        recorded=None if outcome == "unresolved" else outcome,
+        flipped="error" not in games and games[0] != games[1],
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import Row
-from recipes_lib.eval_log import REFERENCE, Measure, Sample
+from recipes_lib.eval_log import REFERENCE, SCORE, Measure, Sample
 from recipes_lib.foreign.files import Foreign, is_number
 from recipes_lib.foreign.judgments import (
     Judgments,
@@ -23,6 +23,7 @@ from recipes_lib.foreign.judgments import (
     read_judgments,
 )
 from recipes_lib.foreign.replay import report_of
+from recipes_lib.judging.outcomes import outcome_of
 from recipes_lib.judging.store import judgment_key, text_hash
 from recipes_lib.suites.harness import metric_direction
 
@@ -30,7 +31,6 @@ _CATEGORIES = (
     *("writing", "roleplay", "reasoning", "math"),
     *("coding", "extraction", "stem", "humanities"),
 )
-_MIRROR: dict[str | None, Any] = {"win": "loss", "loss": "win"}
 # AlpacaEval's reference answers by any of the names they go under.
 _DAVINCI = ("text_davinci_003", "text-davinci-003", "")
 _NO_ANSWERS = "the answers are not in a file of judgments: import model_answer too"
@@ -230,14 +230,16 @@ def _seen_from(record: Record, name: str) -> Record:
     if record.model == name:
         return record
     # Game 1 shows model_1 first: seen from model_2 it is the game in which it stood second.
+    verdicts = record.verdicts[::-1]
+    outcome = outcome_of(verdicts)
     return dataclasses.replace(
         record,
         model=record.against,
         against=record.model,
-        recorded=_MIRROR.get(record.recorded, record.recorded),
-        value=None if record.value is None else 1 - record.value,
-        outcome=_MIRROR.get(record.outcome, record.outcome),
-        verdicts=record.verdicts[::-1],
+        recorded=None if record.recorded is None else outcome,
+        value=SCORE.get(outcome),
+        outcome=outcome,
+        verdicts=verdicts,
         raws=record.raws[::-1],
     )
 

@@ -52,6 +52,20 @@ class PairSummary:
         return asdict(self)
 
 
+def outcome_of(verdicts: Sequence[str]) -> str:
+    """Return the outcome of the verdicts in order AB and BA: win, loss, tie, or unresolved where
+    one of them is a status.
+
+    Example:
+        >>> outcome_of(("A", "B")), outcome_of(("A", "A")), outcome_of(("A", "empty"))
+        ('win', 'tie', 'unresolved')
+    """
+    if not set(verdicts) <= {"A", "B", "tie"}:
+        return "unresolved"
+    first, second = verdicts
+    return "tie" if first == second or "tie" in verdicts else "win" if first == "A" else "loss"
+
+
 def pair_sample(
     question_id: str, verdicts: Mapping[str, Mapping[str, Any]], **known: Any
 ) -> Sample:
@@ -68,19 +82,14 @@ def pair_sample(
         'win'
     """  # noqa: E501
     rows = [verdicts.get(order) for order in ORDERS]
-    given = [row for row in rows if row is not None]
     said = tuple("missing" if row is None else _said(row) for row in rows)
-    outcome = "unresolved"
-    if len([row for row in given if row["status"] == "ok"]) == len(ORDERS):
-        first = {"A": "win", "B": "loss"}.get(said[0], "tie")
-        second = {"A": "loss", "B": "win"}.get(said[1], "tie")
-        outcome = first if first == second else "tie"
+    outcome = outcome_of(said)
     return Sample(
         question_id,
         value=SCORE.get(outcome),
         outcome=outcome,
         verdicts=said,
-        by_rule=any(row.get("source") == "rule" for row in given),
+        by_rule=any(row is not None and row.get("source") == "rule" for row in rows),
         raws=tuple(None if row is None else _raw(row) for row in rows),
         **known,
     )
