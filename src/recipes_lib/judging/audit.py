@@ -49,8 +49,8 @@ _FIELDS = (
 )
 
 
-def _can_carry(item: Item) -> bool:
-    """Whether a pair has two different answers that are not empty."""
+def can_carry_probes(item: Item) -> bool:
+    """Return whether a pair has two different answers that are not empty."""
     answer, opponent = item.answer.strip(), (item.opponent or "").strip()
     return bool(answer and opponent) and answer != opponent
 
@@ -62,7 +62,7 @@ def probe_requests(
 
     `judge.ask` needs the same plan, which must be relative, with `rules=False`.
     """
-    for item in filter(_can_carry, items):
+    for item in filter(can_carry_probes, items):
         whole, second = item.answer, item.opponent or ""
         others = {"empty": "", "identical": whole, "truncated": whole[: max(1, len(whole) // 4)]}
         for probe in PROBES:

@@ -30,7 +30,7 @@ from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, base_target, distinct, targets_by_word
-from recipes_lib.judging.audit import audit, probe_requests, self_judged
+from recipes_lib.judging.audit import audit, can_carry_probes, failures, probe_requests, self_judged
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRun, ask, build_requests
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import Interval
@@ -360,13 +360,7 @@ def ask_probes(
 ) -> list[Row]:
     """Put the degenerate probes of a few pairs before the judge, and return their rows."""
     plan = replace(judge.plan("relative"), rules=False)
-    different = [
-        item
-        for item in items
-        if item.opponent
-        and item.answer.strip() not in ("", item.opponent.strip())
-        and item.opponent.strip()
-    ]
+    different = list(filter(can_carry_probes, items))
     requests = list(probe_requests(different[:number], plan, judge.judge.fingerprint))
     if not requests:
         return []
@@ -440,21 +434,21 @@ def failed_elsewhere(
             results of the run are read.
         eval_name: this evaluation's folder.
     """
-    if _failures(card):
+    if failures(card):
         return []
-    found = {f"on {name}": _failures(other) for name, other in targets.items()}
+    found = {f"on {name}": failures(other) for name, other in targets.items()}
     found |= {
-        f"in {name}": next(filter(None, map(_failures, cards)), []) for name, cards in evals.items()
+        f"in {name}": next(filter(None, map(failures, cards)), []) for name, cards in evals.items()
     }
     for path in sorted(answers.folder(eval_name).parent.glob("*/result*.json")):
         if path.parent.name != eval_name and f"in {path.parent.name}" not in found:
             stored = _earlier(path)
             if (stored.get("judge") or {}).get("fingerprint") == judge.judge.fingerprint:
-                found[f"in {path.parent.name}"] = _failures(stored["audit"])
+                found[f"in {path.parent.name}"] = failures(stored["audit"])
     for path in sorted(runs_root().glob("judge--*/*/judge_audit.json")):
         stored = _earlier(path)
         if stored.get("judge") == judge.judge.fingerprint:
-            found[f"on labelled pairs ({path.parent.name})"] = _failures(stored)
+            found[f"on labelled pairs ({path.parent.name})"] = failures(stored)
     failed = next(((where, checks) for where, checks in found.items() if checks), None)
     return (
         [
@@ -475,14 +469,6 @@ def _earlier(path: Path) -> dict[str, Any]:
     except DamagedFile as error:
         warn(f"{str(error).splitlines()[0]}; left out")
         return {}
-
-
-def _failures(card: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{check['check']} {check['value']:.2f} (needs {check['needs']})"
-        for check in card["checks"]
-        if check["result"] == "fail"
-    ]
 
 
 def answer_banners(
