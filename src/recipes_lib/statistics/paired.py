@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from recipes_lib.statistics.intervals import Interval, Z, cluster_sums, mean_interval
+from recipes_lib.statistics.intervals import (
+    Interval,
+    Z,
+    cluster_sums,
+    mean_interval,
+    standard_error,
+)
+from recipes_lib.statistics.power import Spread
 
 EXACT_SIGN_FLIPS = 14  # up to 2**14 sign patterns are enumerated
 # Clusters above which the permutation distribution is normal to all digits that matter.
@@ -26,7 +33,9 @@ _CHUNK = 2_000_000
 
 @dataclass(frozen=True)
 class PairedResult:
-    """The difference of two arms on the same items; `p` is None where no test can be made."""
+    """The difference of two arms on the same items; `p` is None where no test can be made. `spread`
+    is what its power rests on, None where nothing varies.
+    """
 
     effect: float | None
     low: float | None
@@ -35,6 +44,7 @@ class PairedResult:
     n: int
     test: str
     interval_method: str
+    spread: Spread | None
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float | None:
@@ -190,7 +200,10 @@ def paired_test(
         size = 1.0
     elif np.isin(a, (0.0, 0.5, 1.0)).all() and (b == 0.5).all():
         size = 0.5
-    if size is None or (clusters is not None and len(np.unique(np.asarray(clusters))) < n):
+    questions = n if clusters is None else len(np.unique(np.asarray(clusters)))
+    error = standard_error(differences, clusters)
+    spread = Spread(error**2, questions - 1) if error else None
+    if size is None or questions < n:
         interval = mean_interval(differences, clusters, seed=seed)
         p, test = sign_flip_p(differences, clusters, seed=seed), "sign flip"
     else:
@@ -202,7 +215,10 @@ def paired_test(
         effect = float(differences.mean()) if n else None
         interval = replace(interval, estimate=effect, low=low, high=high)
         p, test = mcnemar_p(won, lost), "mcnemar exact"
-    return PairedResult(interval.estimate, interval.low, interval.high, p, n, test, interval.method)
+        spread = Spread(error**2, step=size / n) if error else None
+    return PairedResult(
+        interval.estimate, interval.low, interval.high, p, n, test, interval.method, spread
+    )
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -144,19 +144,18 @@ def seeds_test(
             f"arms of {a.shape[0]} x {a.shape[1]} and {b.shape[0]} x {b.shape[1]} seeds x items"
             " cannot be paired"
         )
-    interval, p = crossed_interval(question_means(a - b, clusters))
-    return PairedResult(
-        interval.estimate, interval.low, interval.high, p, a.shape[1], "crossed t", interval.method
-    )
+    table = question_means(a - b, clusters)
+    interval, p = crossed_interval(table)
+    how = ("crossed t", interval.method, _spread(table))
+    return PairedResult(interval.estimate, interval.low, interval.high, p, a.shape[1], *how)
 
 
-def seeds_spread(differences: NDArray[np.float64], clusters: ArrayLike) -> Spread | None:
-    """Return what the power of a comparison over seeds and questions rests on.
+def _spread(table: NDArray[np.float64]) -> Spread | None:
+    """What the power of a comparison over seeds and questions rests on.
 
     None below two of either, and where all seeds have one and the same mean: that is chance, and no
     measure of how much seeds differ.
     """
-    table = question_means(differences, clusters)
     if min(table.shape) < 2:
         return None
     by_seed, by_question, rest = (square / table.size for square in _mean_squares(table))

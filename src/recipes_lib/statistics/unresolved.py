@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from recipes_lib.statistics.intervals import standard_error
 from recipes_lib.statistics.paired import PairedResult, paired_test
 from recipes_lib.statistics.power import Spread
-from recipes_lib.statistics.seeds import seeds_spread, seeds_test
+from recipes_lib.statistics.seeds import seeds_test
 
 
 @dataclass(frozen=True)
@@ -95,20 +94,13 @@ def compare(
     labels = np.arange(a.shape[1]) if clusters is None else np.asarray(clusters)
     known = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))
     complete = _test(a[:, known], b[:, known], labels[known])
-    every, spread, (low, high) = [complete], None, scale
-    if known.all():
-        spread = _spread(complete, a, b, labels)
-    else:
-        filled = [
-            (np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b))
-            for mine, theirs in ((low, high), (high, low))
-        ]
-        every += [_test(*values, labels) for values in filled]
-        spreads = [
-            _spread(one, *values, labels) for one, values in zip(every[1:], filled, strict=True)
-        ]
+    every, spread, (low, high) = [complete], complete.spread, scale
+    if not known.all():
+        for mine, theirs in ((low, high), (high, low)):
+            filled = np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b)
+            every.append(_test(*filled, labels))
         resolved = 1 - float((np.isnan(a) | np.isnan(b)).mean())
-        spread = _worst_spread(complete.effect, every[1:], spreads, resolved)
+        spread = _worst_spread(complete.effect, every[1:], resolved)
     worst, best = every[1:] or (complete, complete)
     limits = [(one.low, one.high) for one in every]
     effects = [one.effect for one in every if one.effect is not None]
@@ -135,10 +127,7 @@ def compare(
 
 
 def _worst_spread(
-    effect: float | None,
-    extremes: Sequence[PairedResult],
-    spreads: Sequence[Spread | None],
-    resolved: float,
+    effect: float | None, extremes: Sequence[PairedResult], resolved: float
 ) -> Spread | None:
     """What power rests on where items are open: a difference must be found with all of them against
     it, whichever arm it favours.
@@ -147,11 +136,11 @@ def _worst_spread(
     less what the open ones count against it; that is read from the effects here.
     """
     found = []
-    for one, spread, sign in zip(extremes, spreads, (1, -1), strict=True):
-        if spread is None or one.effect is None or effect is None:
+    for one, sign in zip(extremes, (1, -1), strict=True):
+        if one.spread is None or one.effect is None or effect is None:
             return None
         against = max(sign * (resolved * effect - one.effect), 0.0)
-        found.append(dataclasses.replace(spread, against=against, resolved=resolved))
+        found.append(dataclasses.replace(one.spread, against=against, resolved=resolved))
     return max(found, key=lambda spread: spread.mde() or math.inf)
 
 
@@ -160,19 +149,3 @@ def _test(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) 
     if max(a.shape[0], b.shape[0]) > 1:
         return seeds_test(a, b, labels)
     return paired_test(a[0], b[0], labels)
-
-
-def _spread(
-    result: PairedResult, a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]
-) -> Spread | None:
-    """What the power of the comparison rests on; None where nothing varies."""
-    if a.shape[1] == 0:
-        return None
-    if max(a.shape[0], b.shape[0]) > 1:
-        return seeds_spread(a - b, labels)
-    error = standard_error(a[0] - b[0], labels)
-    if not error:
-        return None
-    if result.test == "mcnemar exact":  # outcomes against a half move the effect by a half
-        return Spread(error**2, step=(0.5 if (b == 0.5).all() else 1.0) / result.n)
-    return Spread(error**2, len(np.unique(labels)) - 1)
