@@ -146,6 +146,7 @@ DTYPES = {
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 """TRL's defaults where PEFT's are others. Source: trl.ModelConfig."""
 
+NAMES_OF_DATA = {"dataset_name", "dataset_mixer", "dataset_mixture", "datasets"}
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 
 
@@ -195,22 +196,19 @@ def keys_behind(
         if above:
             section, key = max(above)[1][:2]
             keys.add(migration.origins.get(f"{section}.{key}", ""))
-    return keys - {
-        "",
-        "model_name_or_path",
-        "dataset_name",
-        "dataset_mixture",
-        "dataset_mixer",
-        "datasets",
-    }
+    return keys - {"", "model_name_or_path", *NAMES_OF_DATA}
 
 
 def _refuse_other_kinds(values: dict[str, Any], lines: dict[Any, int], path: Path) -> None:
     """Raise for what is not a flat supervised fine-tuning config."""
+
+    def refuse(what: str, *hints: str, key: str = "") -> RecipeError:
+        return RecipeError(what, *hints, file=path, line=lines.get((key,)))
+
     if foreign := foreign_kind(values):
-        raise RecipeError(f"is {foreign.title}, not a flat TRL config", foreign.use, file=path)
+        raise refuse(f"is {foreign.title}, not a flat TRL config", foreign.use)
     if {"model", "data", "train", "extends"} & values.keys():
-        raise RecipeError("is a recipe already", f"check it: recipes check {path}", file=path)
+        raise refuse("is a recipe already", f"check it: recipes check {path}")
     others = sorted(OTHER_TRAINERS & values.keys(), key=lambda key: lines.get((key,), 0))
     loss = values.get("loss_type")
     if isinstance(loss, list) or (isinstance(loss, str) and loss in OTHER_LOSSES):
@@ -220,9 +218,7 @@ def _refuse_other_kinds(values: dict[str, Any], lines: dict[Any, int], path: Pat
             f"'{others[0]}' belongs to preference tuning, reward models or reinforcement learning,"
             " which recipes do not describe"
         )
-        raise RecipeError(
-            what, "use TRL's own trainer for it", file=path, line=lines.get((others[0],))
-        )
+        raise refuse(what, "use TRL's own trainer for it", key=others[0])
     for key in ("output_dir", "run_name", "hub_model_id"):
         if named := OTHER_TRAINING.search(str(values.get(key, ""))):
             what = f"'{key}' says {named[1]}, and a recipe describes supervised fine-tuning alone"
@@ -230,14 +226,13 @@ def _refuse_other_kinds(values: dict[str, Any], lines: dict[Any, int], path: Pat
                 f"use TRL's own trainer for {named[1]}; if this is supervised fine-tuning, give it"
                 f" another {key} and run this again"
             )
-            raise RecipeError(what, hint, file=path, line=lines.get((key,)))
+            raise refuse(what, hint, key=key)
     if "model_name_or_path" not in values:
-        raise RecipeError("is not a flat TRL config: it has no model_name_or_path", file=path)
-    if not {"dataset_name", "dataset_mixer", "dataset_mixture", "datasets"} & values.keys():
-        raise RecipeError(
+        raise refuse("is not a flat TRL config: it has no model_name_or_path")
+    if not NAMES_OF_DATA & values.keys():
+        raise refuse(
             "names no data: dataset_name, dataset_mixture or dataset_mixer",
             "add dataset_name: and run this again",
-            file=path,
         )
 
 
@@ -301,61 +296,40 @@ def _move(migration: Migration, entry: Entry, dotted: str) -> None:
 
 
 def _complete(migration: Migration) -> None:
-    """Add what TRL fills in by itself where the class behind a section fills in something else."""
-    if migration.value("use_peft"):
-        for key, value in LORA_DEFAULTS.items():
-            if f"lora.{key}" not in migration.values:
-                migration.add(f"lora.{key}", value, "TRL's default; PEFT's is another")
-    if migration.values.get("quantization.load_in_4bit"):
-        if "quantization.bnb_4bit_quant_type" not in migration.values:
-            migration.add(
-                "quantization.bnb_4bit_quant_type", "nf4", "TRL's default; bitsandbytes' is fp4"
-            )
-        dtype = migration.values.get("model.dtype")
-        if "quantization.bnb_4bit_compute_dtype" not in migration.values and dtype not in (
-            None,
-            "auto",
-        ):
-            migration.add(
-                "quantization.bnb_4bit_compute_dtype", dtype, "TRL computes in the model's dtype"
-            )
-    _complete_data(migration)
-
-
-def _complete_data(migration: Migration) -> None:
-    """Add the prompt format and the split, which TRL reads off the columns and the evaluation
-    settings.
+    """Add what TRL fills in by itself where the class behind a section fills in something else, and
+    what it reads off the columns and the evaluation settings.
     """
+
+    def fill(dotted: str, value: Any, why: str) -> None:
+        if dotted not in migration.values:
+            migration.add(dotted, value, why)
+
+    values = migration.values
+    for key, value in LORA_DEFAULTS.items() if migration.value("use_peft") else ():
+        fill(f"lora.{key}", value, "TRL's default; PEFT's is another")
+    if values.get("quantization.load_in_4bit"):
+        fill("quantization.bnb_4bit_quant_type", "nf4", "TRL's default; bitsandbytes' is fp4")
+        if (dtype := values.get("model.dtype")) not in (None, "auto"):
+            why = "TRL computes in the model's dtype"
+            fill("quantization.bnb_4bit_compute_dtype", dtype, why)
     if "dataset_text_field" in migration.entries:
         migration.add("data.prompt_format", "raw", "the text stands in one column")
     else:
-        migration.add(
-            "data.prompt_format",
-            "chat",
+        why = (
             "rows with messages; raw for prompt + completion or text, dolly or alpaca for"
-            " instructions",
+            " instructions"
         )
-        answers_only = migration.value("completion_only_loss") or migration.value(
-            "assistant_only_loss"
-        )
-        if not answers_only and "train.completion_only_loss" not in migration.values:
-            migration.add(
-                "train.completion_only_loss",
-                False,
-                "TRL learns whole conversations unless told otherwise; true learns answers only",
-            )
-    strategy = migration.values.get("train.eval_strategy", "no")
-    share = migration.values.pop("validation", None)
-    if strategy in ("no", None) and share is None:
-        migration.add(
-            "data.split", {"method": "none"}, "no evaluation was asked for, so no row is held out"
-        )
+        migration.add("data.prompt_format", "chat", why)
+        if not (migration.value("completion_only_loss") or migration.value("assistant_only_loss")):
+            why = "TRL learns whole conversations unless told otherwise; true learns answers only"
+            fill("train.completion_only_loss", False, why)
+    share = values.pop("validation", None)
+    if values.get("train.eval_strategy", "no") in ("no", None) and share is None:
+        why = "no evaluation was asked for, so no row is held out"
+        migration.add("data.split", {"method": "none"}, why)
     else:
-        migration.add(
-            "data.split",
-            {"method": "hash", "validation": share or 0.1},
-            "rows held out for evaluation",
-        )
+        held_out = {"method": "hash", "validation": share or 0.1}
+        migration.add("data.split", held_out, "rows held out for evaluation")
 
 
 def _mixture(migration: Migration, entry: Entry) -> None:
@@ -364,18 +338,13 @@ def _mixture(migration: Migration, entry: Entry) -> None:
     if not sources:
         raise RecipeError(f"'{entry.key}' names no data set", file=migration.file, line=entry.line)
     splits = migration.value("dataset_splits")
-    if (
-        isinstance(splits, list)
-        and splits
-        and not any("source_split" in source for source in sources)
-    ):
+    named = any("source_split" in source for source in sources)
+    if isinstance(splits, list) and splits and not named:
         split = next((name for name in splits if "train" in str(name)), splits[0])
         sources = [{**source, "source_split": split} for source in sources]
-    note = (
-        "columns are found by name, and train.seed sets the order"
-        if re.search(r"^\s+-?\s*(columns|seed):", "\n".join(entry.text), re.MULTILINE)
-        else ""
-    )
+    text, note = "\n".join(entry.text), ""
+    if re.search(r"^\s+-?\s*(columns|seed):", text, re.MULTILINE):
+        note = "columns are found by name, and train.seed sets the order"
     if len(sources) == 1:
         migration.move(entry, "data.source", sources[0]["source"], note)
         for key in ("subset", "source_split"):
@@ -402,12 +371,8 @@ def _model_kwargs(migration: Migration, entry: Entry) -> None:
     said_elsewhere = {MOVES.get(key) for key in migration.entries}
     for key, dotted in own.items():
         if dotted not in said_elsewhere:
-            value = kwargs[key]
-            migration.add(
-                dotted,
-                dtype_name(value) if dotted == "model.dtype" else value,
-                f"from {entry.key}.{key}",
-            )
+            value = dtype_name(kwargs[key]) if dotted == "model.dtype" else kwargs[key]
+            migration.add(dotted, value, f"from {entry.key}.{key}")
     rest = {key: value for key, value in kwargs.items() if key not in own}
     if not own:
         migration.move(entry, "model.kwargs")
@@ -415,14 +380,6 @@ def _model_kwargs(migration: Migration, entry: Entry) -> None:
         migration.move(entry, "model.kwargs", rest)
     else:
         migration.drop(entry, "its keys stand in the model section")
-
-
-def _output_dir(migration: Migration, entry: Entry) -> None:
-    """The folder's name becomes the run's name, unless the run has one."""
-    if migration.value("run_name"):
-        migration.drop(entry, "runs lie in runs/<run.name>")
-    else:
-        _run_name(migration, entry)
 
 
 def _run_name(migration: Migration, entry: Entry) -> None:
@@ -433,111 +390,74 @@ def _run_name(migration: Migration, entry: Entry) -> None:
         migration.leave(entry, "runs lie in runs/<run.name>, and this is no name for a run")
 
 
-def _warmup_ratio(migration: Migration, entry: Entry) -> None:
-    """A fraction below 1 is written as warmup_steps today."""
-    if migration.value("warmup_steps"):
-        migration.drop(entry, "warmup_steps is set and wins")
-    else:
-        migration.move(
-            entry, "train.warmup_steps", note="a number below 1 is a fraction of all steps"
-        )
-
-
-def _warmup_steps(migration: Migration, entry: Entry) -> None:
-    """0 gives way to a warmup_ratio."""
-    if entry.value or "warmup_ratio" not in migration.entries:
-        migration.move(entry, "train.warmup_steps")
-    else:
-        migration.drop(entry, "0, so warmup_ratio holds")
-
-
-def _group_by_length(migration: Migration, entry: Entry) -> None:
-    if entry.value is True:
-        migration.move(entry, "train.train_sampling_strategy", "group_by_length")
-    else:
-        migration.drop(entry, "random order is the default")
-
-
-def _max_steps(migration: Migration, entry: Entry) -> None:
-    if isinstance(entry.value, int) and entry.value <= 0:
-        migration.drop(entry, "num_train_epochs decides")
-    else:
-        migration.move(entry, "train.max_steps")
-
-
-def _assistant_only_loss(migration: Migration, entry: Entry) -> None:
-    if entry.value:
-        migration.move(
-            entry, "data.chat_loss", "all", "loss on every assistant turn; any template will do"
-        )
-    else:
-        migration.drop(entry, "train.completion_only_loss says it")
-
-
-def _text_field(migration: Migration, entry: Entry) -> None:
-    migration.move(entry, "data.columns", {"text": entry.value})
+def _accelerate_config(migration: Migration, entry: Entry) -> None:
+    why = (
+        "no accelerate config of that kind here; name a file in accelerate_configs/ as"
+        " launch.accelerate"
+    )
+    name = ACCELERATE_NAMES.get(Path(str(entry.value)).stem)
+    migration.move(entry, "launch.accelerate", name) if name else migration.leave(entry, why)
 
 
 def _packing_strategy(migration: Migration, entry: Entry) -> None:
     renamed = {"ffd": "bfd", "bfd-requeue": "bfd_split"}.get(str(entry.value))
-    migration.move(
-        entry, "train.packing_strategy", *([renamed, "the name today"] if renamed else [])
-    )
+    today = (renamed, "the name today") if renamed else ()
+    migration.move(entry, "train.packing_strategy", *today)
 
 
-def _flash_attention(migration: Migration, entry: Entry) -> None:
-    if entry.value:
-        migration.move(entry, "model.attn_implementation", "flash_attention_2")
-    else:
-        migration.drop(entry, "the fastest kernel that is installed is taken")
-
-
-def _accelerate_config(migration: Migration, entry: Entry) -> None:
-    name = ACCELERATE_NAMES.get(Path(str(entry.value)).stem)
-    if name:
-        migration.move(entry, "launch.accelerate", name)
-    else:
-        migration.leave(
-            entry,
-            "no accelerate config of that kind here; name a file in accelerate_configs/ as"
-            " launch.accelerate",
-        )
-
-
-def _tokenizer(migration: Migration, entry: Entry) -> None:
-    if entry.value in (None, migration.value("model_name_or_path")):
-        migration.drop(entry, "the tokenizer is the model's")
-    else:
-        migration.leave(entry, NOT_CARRIED["tokenizer_name_or_path"])
-
-
+# Keys whose value decides what becomes of them; `m` is the migration, `e` the key's entry.
 _SPECIAL: dict[str, Callable[[Migration, Entry], None]] = {
-    "dataset_mixer": _mixture,
-    "dataset_mixture": _mixture,
-    "datasets": _mixture,
+    **dict.fromkeys(("dataset_mixer", "dataset_mixture", "datasets"), _mixture),
     "model_init_kwargs": _model_kwargs,
-    "output_dir": _output_dir,
-    "run_name": _run_name,
-    "warmup_ratio": _warmup_ratio,
-    "warmup_steps": _warmup_steps,
-    "group_by_length": _group_by_length,
-    "max_steps": _max_steps,
-    "assistant_only_loss": _assistant_only_loss,
-    "dataset_text_field": _text_field,
-    "packing_strategy": _packing_strategy,
-    "use_flash_attention_2": _flash_attention,
     "accelerate_config": _accelerate_config,
-    "tokenizer_name_or_path": _tokenizer,
+    "packing_strategy": _packing_strategy,
+    "run_name": _run_name,
+    "output_dir": lambda m, e: (
+        m.drop(e, "runs lie in runs/<run.name>") if m.value("run_name") else _run_name(m, e)
+    ),
+    "warmup_ratio": lambda m, e: (
+        m.drop(e, "warmup_steps is set and wins")
+        if m.value("warmup_steps")
+        else m.move(e, "train.warmup_steps", note="a number below 1 is a fraction of all steps")
+    ),
+    "warmup_steps": lambda m, e: (
+        m.move(e, "train.warmup_steps")
+        if e.value or "warmup_ratio" not in m.entries
+        else m.drop(e, "0, so warmup_ratio holds")
+    ),
+    "group_by_length": lambda m, e: (
+        m.move(e, "train.train_sampling_strategy", "group_by_length")
+        if e.value is True
+        else m.drop(e, "random order is the default")
+    ),
+    "max_steps": lambda m, e: (
+        m.drop(e, "num_train_epochs decides")
+        if isinstance(e.value, int) and e.value <= 0
+        else m.move(e, "train.max_steps")
+    ),
+    "assistant_only_loss": lambda m, e: (
+        m.move(e, "data.chat_loss", "all", "loss on every assistant turn; any template will do")
+        if e.value
+        else m.drop(e, "train.completion_only_loss says it")
+    ),
+    "dataset_text_field": lambda m, e: m.move(e, "data.columns", {"text": e.value}),
+    "use_flash_attention_2": lambda m, e: (
+        m.move(e, "model.attn_implementation", "flash_attention_2")
+        if e.value
+        else m.drop(e, "the fastest kernel that is installed is taken")
+    ),
+    "tokenizer_name_or_path": lambda m, e: (
+        m.drop(e, "the tokenizer is the model's")
+        if e.value in (None, m.value("model_name_or_path"))
+        else m.leave(e, NOT_CARRIED["tokenizer_name_or_path"])
+    ),
 }
 
 
 def dtype_name(value: Any) -> Any:
     """Return the full name of a dtype: bf16 -> bfloat16, torch.float16 -> float16."""
-    return (
-        DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch."))
-        if isinstance(value, str)
-        else value
-    )
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    return DTYPES.get(name, name) if isinstance(name, str) else name
 
 
 def target_modules(value: Any) -> Any:
@@ -576,17 +496,13 @@ def mixture_sources(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
         sources.append({key: text for key, text in entry.items() if text is not None})
         share = item.get("weight", item.get("fraction"))
         if share is not None and share != 1:
-            part = (
-                f"{name} ({item['split']})" if item.get("split") else name
-            )  # the parts of one data set differ by their split
-            lost.append(
-                f"{part}: {share} of its rows; give a number of rows instead (max_examples)"
-            )
-        lost.extend(
-            f"{name}: {key} {item[key]!r}"
-            for key in ("data_dir", "data_files")
-            if item.get(key) is not None and files is not None
-        )
+            # the parts of one data set differ by their split
+            part = f"{name} ({item['split']})" if item.get("split") else name
+            what = f"{part}: {share} of its rows; give a number of rows instead (max_examples)"
+            lost.append(what)
+        if files is not None:
+            kept = [key for key in ("data_dir", "data_files") if item.get(key) is not None]
+            lost += [f"{name}: {key} {item[key]!r}" for key in kept]
     return sources, lost
 
 
@@ -724,18 +640,14 @@ def cut_into_entries(text: str, values: dict[str, Any]) -> tuple[dict[str, Entry
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     assert isinstance(root, yaml.MappingNode), "anything else was refused before"
     pairs = root.value
-    aliases = any(
-        isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)
-    )
+    events = yaml.parse(text, Loader=yaml.SafeLoader)
     entries: dict[str, Entry] = {}
-    if (
-        root.flow_style or aliases
-    ):  # no line of its own, or text that would lose its anchor: write the values anew
+    # no line of its own, or text that would lose its anchor: write the values anew
+    if root.flow_style or any(isinstance(event, yaml.AliasEvent) for event in events):
         for key_node, _ in pairs:
             key = key_node.value
-            entries[key] = Entry(
-                key, values[key], key_node.start_mark.line + 1, _dump(key, values[key])
-            )
+            line = key_node.start_mark.line + 1
+            entries[key] = Entry(key, values[key], line, _dump(key, values[key]))
         return entries, [line for line in lines if line.startswith("#")]
     starts = [key_node.start_mark.line for key_node, _ in pairs] + [len(lines)]
     above = [line for line in lines[: starts[0]] if not line.startswith(("---", "%"))]
@@ -757,28 +669,20 @@ def cut_into_entries(text: str, values: dict[str, Any]) -> tuple[dict[str, Entry
 
 def _dump(key: str, value: Any, comment: str = "") -> list[str]:
     """Return `key: value` as YAML lines; mappings of scalars in one line."""
-    flow = isinstance(value, dict) and all(
-        not isinstance(item, (dict, list)) for item in value.values()
-    )
-    if flow:
-        lines = [
-            f"{key}:"
-            f" {yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()}"  # noqa: E501
-        ]
+    nested = (dict, list)
+    if isinstance(value, dict) and not any(isinstance(one, nested) for one in value.values()):
+        lines = [f"{key}: {_flow(value)}"]
     else:
-        lines = (
-            yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000)
-            .rstrip("\n")
-            .split("\n")
-        )
+        text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000)
+        lines = text.rstrip("\n").split("\n")
     return [f"{lines[0]}  {comment}", *lines[1:]] if comment and len(lines) == 1 else lines
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()
 
 
 def _short(value: Any) -> str:
     """Return a value for a line of the list of changes."""
-    text = (
-        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
-        .replace("\n...", "")
-        .strip()
-    )
+    text = _flow(value).replace("\n...", "")
     return text if len(text) <= 60 else f"{text[:57]}..."
