@@ -22,42 +22,19 @@ DISTRIBUTED_TYPES = ("NO", "MULTI_GPU", "FSDP")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 # Every key that `accelerate config` writes (accelerate.commands.config.config_args.ClusterConfig)
 # stands in one of these three.
-_KEYS = {
-    *(
-        "compute_environment",
-        "debug",
-        "distributed_type",
-        "dynamo_config",
-        "enable_cpu_affinity",
-        "fsdp_config",
-        "gpu_ids",
-    ),
-    *(
-        "machine_rank",
-        "main_process_ip",
-        "main_process_port",
-        "main_training_function",
-        "mixed_precision",
-        "num_machines",
-        "num_processes",
-    ),
-    *("rdzv_backend", "same_network", "use_cpu"),
-}
+_KEYS_TEXT = """
+    compute_environment debug distributed_type dynamo_config enable_cpu_affinity fsdp_config
+    gpu_ids machine_rank main_process_ip main_process_port main_training_function mixed_precision
+    num_machines num_processes rdzv_backend same_network use_cpu
+"""
+_KEYS = frozenset(_KEYS_TEXT.split())
 # Read for TPUs only, which no distributed_type here means; `accelerate config` writes some of them
 # into every file.
-_WITHOUT_EFFECT = {
-    *(
-        "tpu_name",
-        "tpu_zone",
-        "tpu_use_cluster",
-        "tpu_use_sudo",
-        "tpu_vm",
-        "tpu_env",
-        "command_file",
-        "commands",
-        "downcast_bf16",
-    ),
-}
+_TPU_KEYS = """
+    tpu_name tpu_zone tpu_use_cluster tpu_use_sudo tpu_vm tpu_env command_file commands
+    downcast_bf16
+"""
+_WITHOUT_EFFECT = frozenset(_TPU_KEYS.split())
 _REFUSED = {
     "deepspeed_config": (
         "DeepSpeed is not supported; use distributed_type: FSDP (accelerate_configs/fsdp.yaml)"
@@ -72,29 +49,15 @@ _REFUSED = {
         " (accelerate_configs/ddp_cpu.yaml)"
     ),
 }
-_FSDP_KEYS = {
-    *(
-        "fsdp_version",
-        "fsdp_auto_wrap_policy",
-        "fsdp_transformer_layer_cls_to_wrap",
-        "fsdp_min_num_params",
-        "fsdp_reshard_after_forward",
-    ),
-    *(
-        "fsdp_offload_params",
-        "fsdp_cpu_ram_efficient_loading",
-        "fsdp_state_dict_type",
-        "fsdp_activation_checkpointing",
-    ),
-    # of FSDP1, without effect under FSDP2
-    *(
-        "fsdp_backward_prefetch",
-        "fsdp_forward_prefetch",
-        "fsdp_use_orig_params",
-        "fsdp_sync_module_states",
-        "fsdp_sharding_strategy",
-    ),
-}
+# The last five are of FSDP1, without effect under FSDP2.
+_FSDP_TEXT = """
+    fsdp_version fsdp_auto_wrap_policy fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params
+    fsdp_reshard_after_forward fsdp_offload_params fsdp_cpu_ram_efficient_loading
+    fsdp_state_dict_type fsdp_activation_checkpointing
+    fsdp_backward_prefetch fsdp_forward_prefetch fsdp_use_orig_params fsdp_sync_module_states
+    fsdp_sharding_strategy
+"""
+_FSDP_KEYS = frozenset(_FSDP_TEXT.split())
 
 
 @dataclass(frozen=True)
@@ -174,27 +137,23 @@ def precision_conflict(train: Mapping[str, Any], asked: str, asked_by: str) -> l
     if asked.lower() in ("no", half):
         return []
     wanted = f"{half} (train.{half}: true)" if half else "none (train.bf16: false)"
+    hint = (
+        "leave it to the recipe: mixed_precision: 'no' in the accelerate config, no"
+        " --mixed_precision, no ACCELERATE_MIXED_PRECISION"
+    )
+    other = asked.lower() in MIXED_PRECISIONS
     return [
         f"{asked_by} asks for mixed_precision {asked}, but the recipe for {wanted}",
-        (
-            "leave it to the recipe: mixed_precision: 'no' in the accelerate config, no"
-            " --mixed_precision, no ACCELERATE_MIXED_PRECISION"
-        ),
-        *(
-            [f"or set train.{asked.lower()}: true in the recipe"]
-            if asked.lower() in MIXED_PRECISIONS
-            else []
-        ),
+        hint,
+        *([f"or set train.{asked.lower()}: true in the recipe"] if other else []),
     ]
 
 
 def processes_per_machine(config: AccelerateConfig) -> int:
     """Return how many processes the config starts on each machine."""
-    return (
-        max(config.num_processes // config.num_machines, 1)
-        if config.distributed_type != "NO"
-        else 1
-    )
+    if config.distributed_type == "NO":
+        return 1
+    return max(config.num_processes // config.num_machines, 1)
 
 
 class AccelerateRules(KindRules):
@@ -211,67 +170,50 @@ class AccelerateRules(KindRules):
             if values.get(key):
                 yield document.error((key,), f"{key} cannot be used here", why)
         for key in (key for key in values if key not in _KEYS | _WITHOUT_EFFECT | _REFUSED.keys()):
-            yield document.error(
-                (key,), f"unknown key '{key}' in an accelerate config", *did_you_mean(key, _KEYS)
-            )
+            what = f"unknown key '{key}' in an accelerate config"
+            yield document.error((key,), what, *did_you_mean(key, _KEYS))
         if not isinstance(fsdp, dict):
             yield document.error(("fsdp_config",), "fsdp_config must be a mapping")
             return
         for key in (key for key in fsdp if key not in _FSDP_KEYS):
-            yield document.error(
-                ("fsdp_config", key),
-                f"unknown key 'fsdp_config.{key}'",
-                *did_you_mean(key, _FSDP_KEYS),
-            )
-        yield from _wrong_values(document, values, fsdp)
+            what, near = f"unknown key 'fsdp_config.{key}'", did_you_mean(key, _FSDP_KEYS)
+            yield document.error(("fsdp_config", key), what, *near)
+        for path, what, *hints in _wrong_values(values, fsdp):
+            yield document.error(path, what, *hints)
 
 
-def _wrong_values(
-    document: Document, values: dict[str, Any], fsdp: dict[str, Any]
-) -> Iterator[RecipeError]:
-    """Yield errors about values."""
-    kind = values.get("distributed_type", "NO")
+def _wrong_values(values: dict[str, Any], fsdp: dict[str, Any]) -> Iterator[Any]:
+    """Yield the key, what is wrong with its value, and hints."""
+    kind, precision = values.get("distributed_type", "NO"), values.get("mixed_precision", "no")
     if kind is False:
-        yield document.error(
-            ("distributed_type",), "distributed_type NO is read as false; quote it: 'NO'"
-        )
+        yield ("distributed_type",), "distributed_type NO is read as false; quote it: 'NO'"
     elif kind not in DISTRIBUTED_TYPES:
         hint = did_you_mean(str(kind), DISTRIBUTED_TYPES)
         if kind == "MULTI_CPU":
             hint = ["MULTI_CPU starts one process; use MULTI_GPU with use_cpu: true"]
         what = f"distributed_type '{kind}' is not supported; one of {', '.join(DISTRIBUTED_TYPES)}"
-        yield document.error(("distributed_type",), what, *hint)
-    precision = values.get("mixed_precision", "no")
+        yield ("distributed_type",), what, *hint
     if precision is False:
-        yield document.error(
-            ("mixed_precision",), "mixed_precision no is read as false; quote it: 'no'"
-        )
+        yield ("mixed_precision",), "mixed_precision no is read as false; quote it: 'no'"
     elif precision == "fp8":
-        what = (
-            "mixed_precision fp8 is not supported: the training would compute in the recipe's"
-            " precision"
-        )
+        what = "the training would compute in the recipe's precision"
         hint = ["write mixed_precision: 'no'; the recipe decides (train.bf16, train.fp16)"]
-        yield document.error(("mixed_precision",), what, *hint)
+        yield ("mixed_precision",), f"mixed_precision fp8 is not supported: {what}", *hint
     elif precision not in MIXED_PRECISIONS:
         what = f"mixed_precision '{precision}' is none of {', '.join(MIXED_PRECISIONS)}"
-        yield document.error(("mixed_precision",), what)
+        yield ("mixed_precision",), what
     for key, least in (("num_processes", 1), ("num_machines", 1), ("main_process_port", 0)):
         number = values.get(key, least)
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            what = f"{key} must be a whole number >= {least}, got {number!r}"
-            yield document.error((key,), what)
+            yield (key,), f"{key} must be a whole number >= {least}, got {number!r}"
     if not isinstance(values.get("use_cpu", False), bool):
-        yield document.error(("use_cpu",), "use_cpu must be true or false")
-    if kind == "FSDP" and fsdp.get("fsdp_version") != 2:
+        yield ("use_cpu",), "use_cpu must be true or false"
+    if kind != "FSDP":
+        return
+    if fsdp.get("fsdp_version") != 2:
         what = "fsdp_config.fsdp_version must be 2: FSDP1 is deprecated upstream"
-        yield document.error(("fsdp_config", "fsdp_version"), what)
-    if (
-        kind == "FSDP"
-        and fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT") != "FULL_STATE_DICT"
-    ):
-        what = (
-            "fsdp_config.fsdp_state_dict_type must be FULL_STATE_DICT: a sharded final save writes"
-            " no adapter"
-        )
-        yield document.error(("fsdp_config", "fsdp_state_dict_type"), what)
+        yield ("fsdp_config", "fsdp_version"), what
+    if fsdp.get("fsdp_state_dict_type", "SHARDED_STATE_DICT") != "FULL_STATE_DICT":
+        what = "must be FULL_STATE_DICT: a sharded final save writes no adapter"
+        key = "fsdp_state_dict_type"
+        yield ("fsdp_config", key), f"fsdp_config.{key} {what}"

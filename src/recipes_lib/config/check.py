@@ -50,49 +50,32 @@ class RecipeRules(KindRules):
         """Return the error for a key that does not exist here: moved, renamed, misspelt, or in the
         wrong section.
         """
-        key, name = str(path[-1]), dotted(path)
+        key, name, section = str(path[-1]), dotted(path), dotted(path[:-1])
         plain = key.replace("-", "_")
-        section = str(path[0]) if len(path) > 1 else ""
-        reason = NOT_IN_RECIPES.get(section, {}).get(plain) if len(path) == 2 else None
-        if reason:
-            return document.error(path, f"'{name}' cannot be set in a recipe", reason)
+
+        def error(what: str, *hints: str) -> RecipeError:
+            return document.error(path, what, *hints)
+
+        if len(path) == 2 and (reason := NOT_IN_RECIPES.get(section, {}).get(plain)):
+            return error(f"'{name}' cannot be set in a recipe", reason)
         if plain in RENAMES and len(path) <= 2:
             rename = RENAMES[plain]
             migrate = "a whole old file: recipes migrate OLD.yaml --output NEW.yaml"
-            return document.error(
-                path, rename.message(name), *([rename.note] if rename.note else []), migrate
-            )
-        if len(path) == 1:
-            homes = [near for near in dotted_names(plain) if plain in near]
-            belongs = (
-                [f"it belongs to {homes[0].partition('.')[0]}: write {homes[0]}"]
-                if homes
-                else [f"sections: {', '.join(SECTIONS)}"]
-            )
-            return document.error(
-                path, f"unknown section '{key}'", *(did_you_mean(plain, SECTIONS) or belongs)
-            )
-        everything = f"all keys: recipes explain {dotted(path[:-1])}"
-        if plain in known or near_names(plain, known):
-            return document.error(
-                path,
-                f"unknown key '{name}'",
-                *did_you_mean(plain, known, f"{dotted(path[:-1])}."),
-                everything,
-            )
+            return error(rename.message(name), *filter(None, [rename.note]), migrate)
         elsewhere = dotted_names(plain)
+        if len(path) == 1:
+            home = next((near for near in elsewhere if plain in near), None)
+            belongs = f"sections: {', '.join(SECTIONS)}"
+            if home:
+                belongs = f"it belongs to {home.partition('.')[0]}: write {home}"
+            return error(f"unknown section '{key}'", *(did_you_mean(plain, SECTIONS) or [belongs]))
+        what, everything = f"unknown key '{name}'", f"all keys: recipes explain {section}"
+        if near_names(plain, known):
+            return error(what, *did_you_mean(plain, known, f"{section}."), everything)
         if any(near.rpartition(".")[2] == plain for near in elsewhere):
-            return document.error(
-                path,
-                f"unknown key '{name}'",
-                f"{plain} belongs to {elsewhere[0].partition('.')[0]}: write {elsewhere[0]}",
-            )
-        return document.error(
-            path,
-            f"unknown key '{name}'",
-            *(f"did you mean {near}?" for near in elsewhere[:1]),
-            everything,
-        )
+            home = elsewhere[0]
+            return error(what, f"{plain} belongs to {home.partition('.')[0]}: write {home}")
+        return error(what, *(f"did you mean {near}?" for near in elsewhere[:1]), everything)
 
     def inside_unknown(
         self, document: Document, path: KeyPath, value: Any
@@ -101,25 +84,19 @@ class RecipeRules(KindRules):
         in a second round.
         """
         rename = RENAMES.get(str(path[-1]))
-        schema = (
-            subschema(*rename.new.split("."))
-            if rename and rename.new and isinstance(value, dict)
-            else None
-        )
+        new = rename.new if rename else None
+        schema = subschema(*new.split(".")) if new and isinstance(value, dict) else None
         for problem in validator_of(schema).iter_errors(value) if schema else ():
             yield from translate(self, document, problem, path)
 
     def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
         """Return the error for a required key that nobody wrote."""
         needs = {"model": "model.name_or_path", "data": "data.source"}
-        what = (
-            f"section '{path[0]}' is missing; it needs {needs[str(path[0])]}"
-            if len(path) == 1
-            else f"{dotted(path)} is missing"
-        )
-        return document.error(
-            path, what, f"what it is: recipes explain {needs.get(str(path[-1]), dotted(path))}"
-        )
+        key = needs.get(str(path[-1]), dotted(path))
+        what = f"{dotted(path)} is missing"
+        if len(path) == 1:
+            what = f"section '{path[0]}' is missing; it needs {key}"
+        return document.error(path, what, f"what it is: recipes explain {key}")
 
     def at_once(self, document: Document) -> Iterator[PlacedError]:
         """Yield what is wrong between keys."""
@@ -163,9 +140,8 @@ def check_upstream(
             be loaded.
         notes: is given what could not be checked.
     """
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns about optional kernels as soon as PEFT imports it
+    # it warns about optional kernels as soon as PEFT imports it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     errors: list[RecipeError] = []
 
     def collect(build: Any) -> Any:
@@ -175,18 +151,13 @@ def check_upstream(
             errors.extend(error.errors)
             return None
 
-    launch = collect(lambda: plan_launch(recipe.launch)) or Launch(
-        AccelerateConfig(Path()), per_machine=1
-    )
-    accelerate = launch.config
-    collect(
-        lambda: build_sft_config(
-            _for_this_machine(recipe, accelerate, notes), "unused", launch.world_size
-        )
-    )
+    launch = collect(lambda: plan_launch(recipe.launch))
+    launch = launch or Launch(AccelerateConfig(Path()), per_machine=1)
+    here = _for_this_machine(recipe, launch.config, notes)
+    collect(lambda: build_sft_config(here, "unused", launch.world_size))
     collect(lambda: build_lora_config(recipe))
     collect(lambda: build_quantization_config(recipe))
-    errors += _check_sharded_quantization(recipe, accelerate)
+    errors += _check_sharded_quantization(recipe, launch.config)
     before = len(errors)
     folder = collect(lambda: local_folder(recipe))
     if folder is not None:
@@ -196,16 +167,13 @@ def check_upstream(
     absent = folder is None or lacks_tokenizer(recipe, folder)
     if folder is None or absent or recipe.model.trust_remote_code:
         why = "is not on this machine" if absent else "brings its own code"
+        what = f"note: model {recipe.model.name_or_path} {why}: names not checked"
         if notes is not None:
-            notes.append(
-                recipe.error(
-                    KEY, f"note: model {recipe.model.name_or_path} {why}: names not checked"
-                )
-            )
+            notes.append(recipe.error(KEY, what))
         return errors
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        errors += check_names(recipe, folder, accelerate)
+        errors += check_names(recipe, folder, launch.config)
     return errors
 
 
@@ -220,15 +188,10 @@ def _for_this_machine(
     judged_by_gpu = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
     if judged_by_gpu and notes is not None:
         keys = ", ".join(f"train.{key}" for key in judged_by_gpu)
-        notes.append(
-            recipe.error(
-                f"train.{judged_by_gpu[0]}", f"note: no GPU on this machine: {keys} not checked"
-            )
-        )
-    return dataclasses.replace(
-        recipe,
-        train={key: value for key, value in recipe.train.items() if key not in judged_by_gpu},
-    )
+        what = f"note: no GPU on this machine: {keys} not checked"
+        notes.append(recipe.error(f"train.{judged_by_gpu[0]}", what))
+    train = {key: value for key, value in recipe.train.items() if key not in judged_by_gpu}
+    return dataclasses.replace(recipe, train=train)
 
 
 def _check_sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> list[RecipeError]:
@@ -236,47 +199,30 @@ def _check_sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) ->
     adapter has, and be gathered in it.
     """
     quantization = recipe.quantization or {}
-    sharded = (
-        accelerate.distributed_type == "FSDP"
-        or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    )
-    if not (sharded and quantization):
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not quantization or not (asked or accelerate.distributed_type == "FSDP"):
         return []
     if quantization.get("load_in_8bit"):
         what = "8-bit weights cannot be sharded: FSDP would part them from their scales"
-        return [
-            recipe.error(
-                "quantization.load_in_8bit",
-                what,
-                "set load_in_4bit: true with bfloat16 storage, or launch with ddp",
-            )
-        ]
-    if recipe.train.get(
-        "fp16"
-    ):  # FSDP2 gathers every floating tensor in the compute type, packed 4-bit values too
+        hint = "set load_in_4bit: true with bfloat16 storage, or launch with ddp"
+        return [recipe.error("quantization.load_in_8bit", what, hint)]
+    # FSDP2 gathers every floating tensor in the compute type, packed 4-bit values too
+    if recipe.train.get("fp16"):
         what = (
             "QLoRA under FSDP cannot compute in fp16: 4-bit weights stored as bfloat16 would be"
             " rounded to float16, and be others"
         )
-        return [
-            recipe.error(
-                "train.fp16", what, "set train.bf16: true and train.fp16: false, or launch with ddp"
-            )
-        ]
-    storage, compute = (
-        quantization.get("bnb_4bit_quant_storage"),
-        quantization.get("bnb_4bit_compute_dtype"),
-    )
+        hint = "set train.bf16: true and train.fp16: false, or launch with ddp"
+        return [recipe.error("train.fp16", what, hint)]
+    storage = quantization.get("bnb_4bit_quant_storage")
+    compute = quantization.get("bnb_4bit_compute_dtype")
     if storage == compute == "bfloat16":
         return []
     key = "quantization.bnb_4bit_quant_storage" if storage else "quantization.load_in_4bit"
     found = f"storage is {storage or 'uint8'}, compute {compute or 'float32'}"
     what = f"QLoRA under FSDP needs 4-bit weights stored as bfloat16, the adapter's type: {found}"
-    return [
-        recipe.error(
-            key,
-            what,
-            "set bnb_4bit_quant_storage: bfloat16 and bnb_4bit_compute_dtype: bfloat16, or launch"
-            " with ddp",
-        )
-    ]
+    hint = (
+        "set bnb_4bit_quant_storage: bfloat16 and bnb_4bit_compute_dtype: bfloat16, or launch"
+        " with ddp"
+    )
+    return [recipe.error(key, what, hint)]

@@ -59,24 +59,16 @@ def no_model_at(name: str) -> tuple[str, ...] | None:
     if name.startswith("package:") or is_folder:
         return None
     if name.endswith(".gguf"):
-        return (
-            f"'{name}' is a GGUF file; quantized weights cannot be trained further",
-            "give the original model's folder or Hub id",
-        )
+        what = f"'{name}' is a GGUF file; quantized weights cannot be trained further"
+        return what, "give the original model's folder or Hub id"
     if is_file:
-        return (
-            (
-                f"'{name}' is a file; a model is a folder with config.json, safetensors and a"
-                " tokenizer"
-            ),
-        )
+        what = "a model is a folder with config.json, safetensors and a tokenizer"
+        return (f"'{name}' is a file; {what}",)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         return f"no such folder: {name}", "a relative folder is meant from the working directory"
     if not _HUB_ID.match(name) or "--" in name or ".." in name or name.endswith(".git"):
-        return (
-            f"{name!r} is no folder here, and cannot be a name on the Hub",
-            "the Hub's names are like meta-llama/Llama-3.1-8B",
-        )
+        what = f"{name!r} is no folder here, and cannot be a name on the Hub"
+        return what, "the Hub's names are like meta-llama/Llama-3.1-8B"
     return None
 
 
@@ -137,35 +129,26 @@ def check_model_files(
     """
     config = object_or_none(folder / "config.json")
     if config is None:
-        files = sorted(folder.glob("*.gguf"))
-        if files:
-            yield recipe.error(
-                KEY,
-                f"holds GGUF weights ({files[0].name}); quantized weights cannot be trained"
-                " further",
-                "give the original model",
-            )
+        if files := sorted(folder.glob("*.gguf")):
+            what = f"holds GGUF weights ({files[0].name}); quantized weights cannot be trained"
+            yield recipe.error(KEY, f"{what} further", "give the original model")
         else:
             yield _no_config(recipe, folder)
         return
-    architectures = config.get("architectures")
-    architectures = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    found = config.get("architectures")
+    architectures = [str(name) for name in found] if isinstance(found, list) else []
     if architectures and not any(name.endswith(_CAUSAL) for name in architectures):
         what = (
-            f"{', '.join(architectures)} is not a causal language model (…ForCausalLM), which is"
+            f"{', '.join(architectures)} is not a causal language model (...ForCausalLM), which is"
             " all that can be trained here"
         )
-        yield recipe.error(KEY, what.replace("…", "..."))
+        yield recipe.error(KEY, what)
     if "quantization_config" in config:
-        quantization = config["quantization_config"]
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
-        method = method or "a method of its own"
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        what = f"the model is already quantized ({method or 'a method of its own'})"
         yield recipe.error(
-            KEY,
-            f"the model is already quantized ({method})",
-            "give the original model; for QLoRA add a quantization section",
+            KEY, what, "give the original model; for QLoRA add a quantization section"
         )
     if "auto_map" in config and remote_code is not True:
         yield from _remote_code(recipe, remote_code)
@@ -176,17 +159,12 @@ def _remote_code(recipe: Recipe, allowed: bool | None) -> Iterator[RecipeError]:
     """Code that ships with a model runs only when recipe and command line both say so."""
     if not recipe.model.trust_remote_code:
         what = "the model needs Python code that ships with it"
-        yield recipe.error(
-            KEY,
-            what,
-            "read that code; then set model.trust_remote_code: true and pass --trust-remote-code",
-        )
+        hint = "read that code; then set model.trust_remote_code: true and pass --trust-remote-code"
+        yield recipe.error(KEY, what, hint)
     elif allowed is False:
-        yield recipe.error(
-            "model.trust_remote_code",
-            "the recipe asks to run the model's own code",
-            "pass --trust-remote-code as well",
-        )
+        what = "the recipe asks to run the model's own code"
+        hint = "pass --trust-remote-code as well"
+        yield recipe.error("model.trust_remote_code", what, hint)
 
 
 def _check_weights(recipe: Recipe, folder: Path, to_come: bool) -> Iterator[RecipeError]:
@@ -196,51 +174,32 @@ def _check_weights(recipe: Recipe, folder: Path, to_come: bool) -> Iterator[Reci
         to_come: whether the folder is the Hub's cache, where config and tokenizer lie before the
             weights are fetched.
     """
-    index = object_or_none(folder / "model.safetensors.index.json")
+    index, again = folder / "model.safetensors.index.json", "download the model again"
+    content = object_or_none(index)
     present = {path.name for path in folder.glob("*.safetensors")}
-    named = index.get("weight_map") if index else None
-    if index is not None and not isinstance(named, dict):
-        yield recipe.error(
-            KEY,
-            f"{folder / 'model.safetensors.index.json'} has no weight_map",
-            "download the model again",
-        )
-    shards = (
-        sorted({str(shard) for shard in named.values()})
-        if isinstance(named, dict)
-        else sorted(present)
-    )
+    named = content.get("weight_map") if content else None
+    if content is not None and not isinstance(named, dict):
+        yield recipe.error(KEY, f"{index} has no weight_map", again)
+    shards = sorted(set(map(str, named.values())) if isinstance(named, dict) else present)
     for shard in shards:
-        if shard not in present and to_come:
-            continue
         if shard not in present:
-            yield recipe.error(
-                KEY,
-                f"{folder / shard} is missing; model.safetensors.index.json names it",
-                "download the model again",
-            )
-            continue
-        problem = broken_shard(folder / shard)
-        if problem:
-            yield recipe.error(KEY, f"{folder / shard} {problem}", "download the model again")
-    if not shards and not to_come:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-        if pickles:
-            what = (
-                f"{pickles[0]} is a pickle, which can run code when it is loaded; only safetensors"
-                " are read"
-            )
-            yield recipe.error(
-                KEY, what, "convert the weights to safetensors, or choose a revision that has them"
-            )
-        elif any(folder.glob("*.gguf")):
-            yield recipe.error(
-                KEY,
-                "holds GGUF weights only; quantized weights cannot be trained further",
-                "give the original model",
-            )
-        else:
-            yield recipe.error(KEY, f"{folder} has no weights (*.safetensors)")
+            if not to_come:
+                what = f"{folder / shard} is missing; model.safetensors.index.json names it"
+                yield recipe.error(KEY, what, again)
+        elif problem := broken_shard(folder / shard):
+            yield recipe.error(KEY, f"{folder / shard} {problem}", again)
+    if shards or to_come:
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        what = f"{pickles[0]} is a pickle, which can run code when it is loaded; only safetensors"
+        hint = "convert the weights to safetensors, or choose a revision that has them"
+        yield recipe.error(KEY, f"{what} are read", hint)
+    elif any(folder.glob("*.gguf")):
+        what = "holds GGUF weights only; quantized weights cannot be trained further"
+        yield recipe.error(KEY, what, "give the original model")
+    else:
+        yield recipe.error(KEY, f"{folder} has no weights (*.safetensors)")
 
 
 def broken_shard(path: Path) -> str | None:

@@ -57,23 +57,14 @@ def check_names(
     wrapped = accelerate.fsdp.get("fsdp_transformer_layer_cls_to_wrap")
     if wrapped:
         classes = {type(module).__name__ for module in model.modules()}
-        layers = sorted(
-            {
-                type(child).__name__
-                for module in model.modules()
-                if type(module).__name__ == "ModuleList"
-                for child in module
-            }
-        )
+        stacks = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
+        layers = sorted({type(child).__name__ for stack in stacks for child in stack})
         for name in re.split(r"\s*,\s*", str(wrapped)):
             if name not in classes:
-                what = (
-                    f"fsdp_transformer_layer_cls_to_wrap '{name}' of {accelerate.path.name} is not"
-                    " in the model"
-                )
-                yield recipe.error(
-                    "launch.accelerate", what, f"its layer classes: {', '.join(layers)}"
-                )
+                key = "fsdp_transformer_layer_cls_to_wrap"
+                what = f"{key} '{name}' of {accelerate.path.name} is not in the model"
+                hint = f"its layer classes: {', '.join(layers)}"
+                yield recipe.error("launch.accelerate", what, hint)
     yield from _check_tokenizer(recipe, folder, model)
 
 
@@ -112,30 +103,22 @@ def _check_causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
             " that it should predict"
         )
         yield recipe.error(key, what, "choose a causal language model")
-    if (
-        model.config.model_type == "doge" and model.config.is_moe
-    ):  # transformers 5.24 modeling_doge.py says so itself
+    # transformers 5.24 modeling_doge.py says so itself
+    if model.config.model_type == "doge" and model.config.is_moe:
         what = f"{type(model).__name__} with experts routes each token by tokens that come after it"
-        yield recipe.error(
-            key, what, "choose a causal language model, or one of Doge without experts"
-        )
-    positions, longest = (
-        getattr(model.config, "max_position_embeddings", None),
-        recipe.train.get("max_length", 1024),
-    )
-    tables = [
-        module
+        hint = "choose a causal language model, or one of Doge without experts"
+        yield recipe.error(key, what, hint)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = recipe.train.get("max_length", 1024)
+    has_table = any(
+        isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
-    ]
-    if tables and positions and (longest is None or longest > positions):
+    )
+    if has_table and positions and (longest is None or longest > positions):
         what = f"train.max_length {longest:,}" if longest is not None else "train.max_length: null"
+        what += f": the model has a table of {positions:,} positions and fails beyond"
         hint = f"set train.max_length: {positions} or less"
-        yield recipe.error(
-            "train.max_length",
-            f"{what}: the model has a table of {positions:,} positions and fails beyond",
-            hint,
-        )
+        yield recipe.error("train.max_length", what, hint)
 
 
 def _check_attention(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
@@ -170,13 +153,9 @@ def _check_packing(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     """Yield an error where several examples would share a row of a model whose layers do not know
     where one ends.
     """
-    train = recipe.train
-    packs = (
-        "packing"
-        if train.get("packing") and train.get("packing_strategy") != "wrapped"
-        else "padding_free"
-    )
-    if train.get(packs) and (why := why_rows_apart(model)):
+    packed = recipe.train.get("packing") and recipe.train.get("packing_strategy") != "wrapped"
+    packs = "packing" if packed else "padding_free"
+    if recipe.train.get(packs) and (why := why_rows_apart(model)):
         what = f"train.{packs}: {type(model).__name__} {why}"
         yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
 
@@ -191,25 +170,19 @@ def _check_injection(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     try:
         config = build_lora_config(recipe)
         assert config is not None
-        start, config.init_lora_weights = (
-            config.init_lora_weights,
-            False,
-        )  # the initial values of some kinds need the weights
+        start = config.init_lora_weights
+        config.init_lora_weights = False  # the initial values of some kinds need the weights
         settled = settle_targets(config, model)
         with torch.device("meta"):
             get_peft_model(copy.deepcopy(model), settled)
-        if (
-            isinstance(start, str)
-            and start not in _STARTS_OF_PARAMETERS
-            and converted(settled, model).target_parameters
-        ):
+        needs_weights = isinstance(start, str) and start not in _STARTS_OF_PARAMETERS
+        if needs_weights and converted(settled, model).target_parameters:
+            key = "lora.init_lora_weights"
             what = (
-                f"lora.init_lora_weights: {start} starts from the weights of linear layers, and"
+                f"{key}: {start} starts from the weights of linear layers, and"
                 " these adapters are on parameters of experts"
             )
-            yield recipe.error(
-                "lora.init_lora_weights", what, "leave the key out", _ATTENTION_ALONE
-            )
+            yield recipe.error(key, what, "leave the key out", _ATTENTION_ALONE)
     except RecipeError:  # of the config itself, which is reported where it is built
         return
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -228,49 +201,30 @@ def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     lora = recipe.lora or {}
     modules = {name: module for name, module in model.named_modules() if name}
     yield from _unadaptable(recipe, model, modules)
-    linear = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in modules.items()
-            if isinstance(module, torch.nn.Linear)
-        }
-        - {"lm_head"}
-    )
-    for key, existing in (
-        ("target_modules", linear),
-        ("modules_to_save", sorted({name.rpartition(".")[2] for name in modules})),
-    ):
+    layers_of = {
+        name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)
+    }
+    linear = sorted({name.rpartition(".")[2] for name in layers_of} - {"lm_head"})
+    named = sorted({name.rpartition(".")[2] for name in modules})
+    for key, existing in (("target_modules", linear), ("modules_to_save", named)):
         given = lora.get(key)
         for name in _unmatched(given, modules):
             if key == "target_modules" and name in _former_layers(recipe, model):
                 continue
             place = f"lora.{key}.{given.index(name)}" if isinstance(given, list) else f"lora.{key}"
-            hint = [f"it has {', '.join(existing)}"] if key == "target_modules" else []
-            yield recipe.error(
-                place,
-                f"lora.{key}: the model has no module '{name}'",
-                *did_you_mean(name, existing),
-                *hint,
-            )
-    widest = max(
-        (
-            max(module.in_features, module.out_features)
-            for module in modules.values()
-            if isinstance(module, torch.nn.Linear)
-        ),
-        default=0,
-    )
-    if lora.get("r", 8) > widest > 0:
-        yield recipe.error("lora.r", *rank_too_large(lora["r"], widest))
+            hints = did_you_mean(name, existing)
+            if key == "target_modules":
+                hints.append(f"it has {', '.join(existing)}")
+            yield recipe.error(place, f"lora.{key}: the model has no module '{name}'", *hints)
+    widths = [max(module.in_features, module.out_features) for module in layers_of.values()]
+    if widths and lora.get("r", 8) > max(widths):
+        yield recipe.error("lora.r", *rank_too_large(lora["r"], max(widths)))
     layers = getattr(model.config, "num_hidden_layers", None)
     wanted = lora.get("layers_to_transform")
     for layer in [wanted] if isinstance(wanted, int) else wanted or []:
         if layers is not None and not 0 <= layer < layers:
-            yield recipe.error(
-                "lora.layers_to_transform",
-                f"lora.layers_to_transform: the model has no layer {layer}",
-                f"it has layers 0 to {layers - 1}",
-            )
+            key, count = "lora.layers_to_transform", f"it has layers 0 to {layers - 1}"
+            yield recipe.error(key, f"{key}: the model has no layer {layer}", count)
 
 
 def _unadaptable(recipe: Recipe, model: Any, modules: dict[str, Any]) -> Iterator[RecipeError]:
@@ -278,19 +232,15 @@ def _unadaptable(recipe: Recipe, model: Any, modules: dict[str, Any]) -> Iterato
     either case.
     """
     needs, given = needs_of(model), (recipe.lora or {}).get("target_modules")
+    num_given = len(given) if isinstance(given, list) else 1
     for name in needs.left_out:
         existing = [module for module in modules if module.rpartition(".")[2] == name]
-        if (
-            given == "all-linear"
-            or not existing
-            or len(_unmatched(given, dict.fromkeys(existing)))
-            == (len(given) if isinstance(given, list) else 1)
-        ):
+        missed = len(_unmatched(given, dict.fromkeys(existing)))
+        if given == "all-linear" or not existing or missed == num_given:
             continue
         what = f"lora.target_modules: '{name}' of this model takes no adapter: {needs.because}"
-        yield recipe.error(
-            "lora.target_modules", what, "leave it out, or say all-linear, which does"
-        )
+        hint = "leave it out, or say all-linear, which does"
+        yield recipe.error("lora.target_modules", what, hint)
 
 
 def _former_layers(recipe: Recipe, model: Any) -> set[str]:
