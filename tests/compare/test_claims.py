@@ -47,7 +47,7 @@ def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
         state = {"state": "imported" if imported else "finished"}
         made.append(
             RunMeasurements(
-                run, folder / run, state, resolved, {}, {}, {}, (), results, seed=42 + number
+                run, folder / run, state, resolved, {}, {}, (), results, seed=42 + number
             )
         )
     return ArmMeasurements(name, tuple(made))

@@ -84,7 +84,6 @@ def measurements() -> Measurements:
                         resolved={},
                         environment={},
                         splits={},
-                        supervision={},
                         curves=(),
                         evals=(),
                     ),

@@ -98,7 +98,6 @@ def run(
     known: dict[str, Any] = {
         "environment": ENVIRONMENT,
         "splits": SPLITS,
-        "supervision": {},
         "curves": (),
         **parts,
     }

@@ -31,7 +31,6 @@ def measured(runs: int) -> Measurements:
                 {},
                 {},
                 {},
-                {},
                 (),
                 (EvalLog(eval="ev", suite="x", file=file, measures=(measure,)),),
             )

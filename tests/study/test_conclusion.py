@@ -21,7 +21,7 @@ def measured(name: str, *evals: tuple[str, str | None]) -> ArmMeasurements:
         EvalLog(eval=eval, suite="alpaca_eval", against=against, file=Path("result.json"))
         for eval, against in evals
     )
-    run = RunMeasurements(name, Path(name), {"state": "finished"}, {}, {}, {}, {}, (), results)
+    run = RunMeasurements(name, Path(name), {"state": "finished"}, {}, {}, {}, (), results)
     return ArmMeasurements(name, (run,))
 
 

@@ -2,13 +2,8 @@
 facts about each run.
 
 Pure file reading: no model, no statistics, no sentence. `claims` compares what stands here,
-`validity` looks for reasons not to believe it, `report` shows it. The readers of the single file
-formats are in `eval_files`.
-
-An imported evaluation (`recipes import`) holds, instead of our judgments, `items.jsonl` beside its
-result.json, one `Sample` per line with the name of its metric, and in result.json `measures:
-[{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference", "unit": "share"}]`
-(`higher_is_better` is true and `task` empty unless given).
+`validity` looks for reasons not to believe it, `report` shows it. How an evaluation lies on disk is
+known to `eval_files`.
 """
 
 from __future__ import annotations
@@ -35,10 +30,8 @@ class RunMeasurements:
     resolved: Mapping[str, Any] = field(repr=False)  # resolved.yaml
     environment: Mapping[str, Any] = field(repr=False)  # environment.json
     splits: Mapping[str, Any] = field(repr=False)  # splits.json
-    supervision: Mapping[str, Any] = field(repr=False)  # supervision.json
-    curves: tuple[Mapping[str, Any], ...] = field(
-        repr=False
-    )  # metrics.jsonl, non-finite values left out
+    # metrics.jsonl, non-finite values left out
+    curves: tuple[Mapping[str, Any], ...] = field(repr=False)
     evals: tuple[EvalLog, ...] = field(repr=False)
     unfinished: tuple[str, ...] = ()  # evaluations with judgments or answers but no result
     seed: int | None = None
@@ -101,14 +94,9 @@ class Measurements:
             return None
         if opponent in self.arm_of_run and opponent != REFERENCE:
             return self.arm_of_run[opponent]
-        named_alike = opponent in self.arms or opponent in self.arm_of_run
-        return (
-            opponent
-            if not named_alike
-            else "the reference answers"
-            if opponent == REFERENCE
-            else f"another run, {opponent}"
-        )
+        if opponent not in self.arms and opponent not in self.arm_of_run:
+            return opponent
+        return "the reference answers" if opponent == REFERENCE else f"another run, {opponent}"
 
 
 def read_measurements(
@@ -125,11 +113,14 @@ def read_measurements(
     Raises:
         DataError: a file is damaged, or its numbers do not agree with its items.
     """
-    arms = {}
-    for name, folders in runs.items():
-        present = [Path(folder) for folder in folders if Path(folder).is_dir()]
-        arms[name] = ArmMeasurements(name, tuple(read_run(folder, report) for folder in present))
-    return Measurements(arms)
+    return Measurements(
+        {
+            name: ArmMeasurements(
+                name, tuple(read_run(folder, report) for folder in folders if folder.is_dir())
+            )
+            for name, folders in runs.items()
+        }
+    )
 
 
 def read_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) -> RunMeasurements:
@@ -149,7 +140,6 @@ def read_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) 
         resolved=resolved,
         environment=read_object(folder / "environment.json"),
         splits=read_object(folder / "splits.json"),
-        supervision=read_object(folder / "supervision.json"),
         curves=tuple(read_lines(folder / "metrics.jsonl", skip_damaged=True)),
         evals=evals,
         unfinished=unfinished,
