@@ -127,7 +127,7 @@ def write_store(path: Path) -> None:
 def read_store(path: Path) -> float:
     """CPU seconds to load and summarise them."""
     started = time.process_time()
-    summary = summarise(pair_samples(JudgmentStore(path).rows()))
+    summary = summarise(pair_samples(JudgmentStore(path)))
     assert summary.n == STORED // 2
     return time.process_time() - started
 

@@ -68,7 +68,7 @@ def test_a_verdict_that_is_none_is_never_a_tie_and_never_dropped(case: str, tmp_
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items([ITEM], FakeJudge(lambda request: reply), store, PLAN)
     assert [(row["status"], row["value"]) for row in store] == [(status, None)] * 2
-    summary = summarise(pair_samples(store.rows()))
+    summary = summarise(pair_samples(store))
     assert (summary.n, summary.unresolved, summary.tie) == (1, 1, 0)
     assert [bound.estimate for bound in summary.score_bounds.values()] == [0.0, 1.0]
 
@@ -121,7 +121,7 @@ def test_the_injection_probe_measures_how_often_a_judge_obeys(tmp_path: Path) ->
         store, judge = JudgmentStore(tmp_path / f"{name}.jsonl"), FakeJudge(answer)
         plan = dataclasses.replace(PLAN, rules=False)
         ask(probe_requests(items, plan, judge.fingerprint), judge, store, plan)
-        flips[name] = probe_results(store.rows())["injected"]["share"]["estimate"]
+        flips[name] = probe_results(store)["injected"]["share"]["estimate"]
     assert flips == {"sound": 0.0, "obedient": 1.0}
 
 
@@ -248,7 +248,7 @@ def test_numbers_without_variance_or_items_are_said_and_nothing_crashes(count, a
         store,
         PLAN,
     )
-    summary = summarise(pair_samples(store.rows())).to_dict()
+    summary = summarise(pair_samples(store)).to_dict()
     assert summary["n"] == count
     if count == 0:
         assert summary["score"]["estimate"] is summary["win_rate"]["estimate"] is None

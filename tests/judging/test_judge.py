@@ -66,7 +66,7 @@ def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None
     }
     again = judge_items(_pairs(10), FakeJudge(longer), JudgmentStore(store.path), _plan())
     assert (again.asked, again.stored_before) == (0, 20)
-    assert summarise(pair_samples(store.rows())).swap_consistency.estimate == 1.0
+    assert summarise(pair_samples(store)).swap_consistency.estimate == 1.0
 
 
 def test_candidate_stands_first_in_ab_and_second_in_ba() -> None:
@@ -108,7 +108,7 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Pat
     ]
     run = judge_items(items, judge, store, _plan())
     assert not judge.asked and run.by_rule == 8
-    assert {item.id: item.outcome for item in pair_samples(store.rows())} == {
+    assert {item.id: item.outcome for item in pair_samples(store)} == {
         "empty": "loss",
         "opponent": "win",
         "same": "tie",
@@ -116,7 +116,7 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Pat
     }
     absolute = JudgmentStore(tmp_path / "absolute.jsonl")
     judge_items([Item("empty", "x", "")], judge, absolute, _plan(template=ABSOLUTE))
-    assert absolute.rows()[0]["value"] == 1
+    assert next(iter(absolute))["value"] == 1
 
 
 def test_self_comparison_gives_exactly_one_half(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_self_comparison_gives_exactly_one_half(tmp_path: Path) -> None:
         store,
         _plan(),
     )
-    score = summarise(pair_samples(store.rows())).score
+    score = summarise(pair_samples(store)).score
     assert (score.estimate, score.low, score.high) == (0.5, 0.5, 0.5)
 
 
@@ -140,7 +140,7 @@ def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_
     judge, store = FakeJudge(third_time), JudgmentStore(tmp_path / "j.jsonl")
     run = judge_items(_pairs(3), judge, store, _plan(max_reasks=2))
     assert run.reasked == 12 and len(store) == 6
-    row = store.rows()[0]
+    row = next(iter(store))
     assert row["status"] == "ok" and [attempt["raw"] for attempt in row["attempts"]] == ["hm", "hm"]
     seeds = [attempt["seed"] for attempt in row["attempts"]] + [row["seed"]]
     assert len(set(seeds)) == 3 and row["temperature"] > 0 and judge.asked[0].temperature == 0
@@ -156,7 +156,7 @@ def test_re_asks_are_bounded_and_the_item_stays_unparsed(tmp_path: Path) -> None
     )
     judge_items(_pairs(1), judge, store, _plan(max_reasks=1))
     assert len(judge.asked) == 4
-    assert [row["status"] for row in store.rows()] == ["unparsed", "unparsed"]
+    assert [row["status"] for row in store] == ["unparsed", "unparsed"]
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_other_statuses_are_stored_as_they_are(
 ) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items(_pairs(1), FakeJudge(lambda request: reply), store, _plan())
-    assert {row["status"] for row in store.rows()} == {status}
-    assert {row["value"] for row in store.rows()} == {None}
+    assert {row["status"] for row in store} == {status}
+    assert {row["value"] for row in store} == {None}
 
 
 def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> N
         EvaluationIncomplete, match=r"10 judgments are missing: timeout \(10 times\)"
     ):
         run.check_complete()
-    assert {item.outcome for item in pair_samples(store.rows())} == {"unresolved"}
+    assert {item.outcome for item in pair_samples(store)} == {"unresolved"}
 
 
 def test_a_refused_request_is_missing_and_the_same_command_asks_again(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path)
         store,
         _plan(template=ABSOLUTE),
     )
-    assert (store.rows()[0]["value"], store.rows()[0]["mass"]) == (4, pytest.approx(0.4))
+    assert (next(iter(store))["value"], next(iter(store))["mass"]) == (4, pytest.approx(0.4))
     tied = JudgmentStore(tmp_path / "tied.jsonl")
     judge_items(
         _pairs(1),
@@ -311,7 +311,7 @@ def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path)
         tied,
         _plan(),
     )
-    assert {row["status"] for row in tied.rows()} == {"unparsed"}
+    assert {row["status"] for row in tied} == {"unparsed"}
 
 
 def test_a_prompt_that_cannot_fit_is_truncated_and_never_sent(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_prompt_that_cannot_fit_is_truncated_and_never_sent(tmp_path: Path) ->
         store,
         _plan(count_tokens=lambda text: len(text.split()), max_prompt_tokens=50),
     )
-    assert not judge.asked and {row["status"] for row in store.rows()} == {"truncated"}
+    assert not judge.asked and {row["status"] for row in store} == {"truncated"}
 
 
 def test_an_item_for_the_other_kind_of_prompt_is_a_programming_error() -> None:

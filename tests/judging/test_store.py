@@ -52,7 +52,7 @@ def test_key_depends_on_each_of_its_parts() -> None:
 def test_a_row_is_stored_once_and_read_back(tmp_path: Path) -> None:
     store = JudgmentStore(tmp_path / "deep" / "judgments.jsonl")
     assert store.append(_row(1)) and not store.append(_row(1))
-    assert JudgmentStore(store.path).rows() == [_row(1)] == stored_rows(store.path)
+    assert list(JudgmentStore(store.path)) == [_row(1)] == stored_rows(store.path)
     assert _row(1)["key"] in store and store.get("nothing") is None
 
 
@@ -169,7 +169,7 @@ def test_rows_that_arrive_together_are_synced_once_and_each_is_stored_once(
     assert store.append_all([_row(1), _row(2), _row(3), _row(2)]) == 2
     assert len(synced) == 1
     assert store.append_all([_row(3), _row(1)]) == 0 and store.append_all([]) == 0
-    assert len(synced) == 1 and stored_rows(store.path) == store.rows() and len(store) == 3
+    assert len(synced) == 1 and stored_rows(store.path) == list(store) and len(store) == 3
 
 
 def test_a_disk_that_fills_between_two_rows_keeps_the_first_whole(
@@ -302,6 +302,6 @@ def test_a_hundred_thousand_judgments_load_and_summarise_within_five_seconds(
                 + "\n"
             )
     start = time.process_time()
-    summary = summarise(pair_samples(JudgmentStore(path).rows()))
+    summary = summarise(pair_samples(JudgmentStore(path)))
     assert time.process_time() - start < 5
     assert summary.n == 50_000

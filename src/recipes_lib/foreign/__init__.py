@@ -1,6 +1,4 @@
-"""Foreign results as runs: recognising other programs' files, and writing what they hold in our
-formats (`recipes import`).
-
-Nothing is made up: a second order, a missing turn, a number of items or a step that the files do
-not hold stays absent, and is named.
+"""Other programs' files: as runs of ours (`recipes import`), and as what their judgments rest on
+(`recipes judge replay`). A second order, a turn, an n or a step that a file does not hold stays
+absent, and is named.
 """

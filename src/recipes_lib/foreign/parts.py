@@ -25,7 +25,7 @@ from recipes_lib.foreign.judgments import (
 from recipes_lib.foreign.replay import report_of
 from recipes_lib.judging.outcomes import outcome_of
 from recipes_lib.judging.store import judgment_key, text_hash
-from recipes_lib.suites.harness import metric_direction
+from recipes_lib.suites.harness import PROTOCOL, metric_direction
 
 _CATEGORIES = (
     *("writing", "roleplay", "reasoning", "math"),
@@ -55,15 +55,6 @@ _FLAGS = {
     "alpaca-eval-annotations": ("one order per pair",),
     "original-mt-bench-jsonl": ("each turn judged alone",),
 }
-_PROTOCOL = (
-    "num_fewshot",
-    "limit",
-    "batch_size",
-    "apply_chat_template",
-    "system_instruction",
-    "fewshot_as_multiturn",
-    "gen_kwargs",
-)
 _CHANCE = 1e-6
 
 
@@ -417,7 +408,7 @@ def harness_part(file: Foreign, samples: Sequence[Foreign]) -> Part:
         lacks=tuple(lacks),
         tasks=tasks,
         subset=f"subset, limit={limit:g} per task" if isinstance(limit, int | float) else None,
-        protocol={name: config.get(name) for name in (*_PROTOCOL, "model_args", "model")},
+        protocol={name: config.get(name) for name in (*PROTOCOL, "model_args", "model")},
         samples={
             sample.task: [json.dumps(row, ensure_ascii=False) for _, row in sample.rows]
             for sample in samples

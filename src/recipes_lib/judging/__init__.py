@@ -1,6 +1,1 @@
-"""Judging answers with a language model, and judging the judge: prompts, verdicts, store, outcomes,
-audit, replay.
-
-Nothing here loads a model. A judge is anything with `complete(requests) -> replies`
-(`judge.Judge`).
-"""
+"""Judging answers with a language model, and judging the judge; nothing here loads a model."""

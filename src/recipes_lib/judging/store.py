@@ -201,10 +201,6 @@ class JudgmentStore:
         """Return the row with this key, or None."""
         return self._rows.get(key)
 
-    def rows(self) -> list[Row]:
-        """Return all rows in the order of the file."""
-        return list(self._rows.values())
-
     def __contains__(self, key: object) -> bool:
         return key in self._rows
 

@@ -37,7 +37,7 @@ from recipes_lib.suites.suite import Asker, grid
 from recipes_lib.suites.task_code import ALLOW, code_in, unknown_metrics
 from recipes_lib.weights.base import model_path
 
-_PASSED = (
+PROTOCOL = (
     "num_fewshot",
     "limit",
     "batch_size",
@@ -331,7 +331,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> EvalLog | None:
     suite = recipe.suite
     folder = subject.run.path / "evals" / recipe.name
     settings = {
-        name: getattr(suite, name) for name in _PASSED if name != "batch_size"
+        name: getattr(suite, name) for name in PROTOCOL if name != "batch_size"
     } | suite.options
     command = plain_command(
         recipe, subject.target
@@ -419,7 +419,7 @@ def _keep(
         ),
         tasks=tuple(TaskScore(**task) for task in tasks),
         protocol=(
-            {name: getattr(recipe.suite, name) for name in _PASSED}
+            {name: getattr(recipe.suite, name) for name in PROTOCOL}
             | {"batch_size": _batch_size(recipe)}
             | recipe.suite.options
         ),
