@@ -15,17 +15,12 @@ from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import Row
 from recipes_lib.core.project import shown_path
 from recipes_lib.eval_log import Sample
+from recipes_lib.foreign.judgments import JUDGMENT_FORMATS
 from recipes_lib.foreign.parts import Part
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.store import text_hash
 
 _FORMAT_VERSION = 1
-_SIZES = {
-    "original-alpaca-eval-csv": 805,
-    "original-mt-bench-jsonl": 80,
-    "fastchat-single": 80,
-    "fastchat-pair": 80,
-}
 Answers = dict[tuple[str, int], Row]
 
 
@@ -206,7 +201,8 @@ def _answer_facts(target: str, parts: Sequence[Part], answers: Answers) -> Row:
 
 def _subset(part: Part) -> str | None:
     """The stamp of a known question set that is not whole."""
-    size, found = _SIZES.get(str(part.file.format), 0), len({one.id for one in part.items})
+    form, found = JUDGMENT_FORMATS.get(str(part.file.format)), len({one.id for one in part.items})
+    size = form.size if form else 0
     own = all(one.category != "all" for one in part.items) or part.eval == "alpaca_eval"
     return f"subset, n={found} of {size}" if own and found < size else None
 

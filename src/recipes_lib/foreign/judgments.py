@@ -51,14 +51,36 @@ class Record(Sample):
 
 
 @dataclass(frozen=True)
+class JudgmentFormat:
+    """How one program writes judgments: the reader of a row, whether they compare (`pairs`) or
+    grade, how many questions its set has, how they were judged, and what is not in the file.
+    """
+
+    read: Callable[[Row], Record]
+    pairs: bool = True
+    size: int = 0
+    flags: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Judgments:
-    """The judgments of one file, which compare (`pairs`) or grade up to `highest`."""
+    """The judgments of one file; grades go up to `highest`."""
 
     file: Foreign
     records: list[Record] = field(repr=False)
-    pairs: bool
     both_orders: bool
     highest: int
+
+    @property
+    def format(self) -> JudgmentFormat:
+        """What is known of all files of this format."""
+        return JUDGMENT_FORMATS[str(self.file.format)]
+
+    @property
+    def pairs(self) -> bool:
+        """Whether two answers are compared."""
+        return self.format.pairs
 
     @property
     def suite(self) -> str:
@@ -74,9 +96,9 @@ def read_judgments(file: Foreign) -> Judgments:
     """
     if not file.rows:
         raise file.error("0 judgments")
-    if file.format not in _READERS:
+    if file.format not in JUDGMENT_FORMATS:
         raise file.unknown("a known format of judgments", KNOWN_JUDGMENTS)
-    records, read = [], _READERS[file.format]
+    records, read = [], JUDGMENT_FORMATS[file.format].read
     for number, (line, row) in enumerate(file.rows, 1):
         try:
             records.append(read(row))
@@ -91,7 +113,6 @@ def read_judgments(file: Foreign) -> Judgments:
     return Judgments(
         file,
         records,
-        pairs=read not in (_fastchat_single, _original_mt_bench),
         both_orders=read is _fastchat_pair or seen or _swapped_pairs(records),
         highest=10 if ten else 5,
     )
@@ -208,12 +229,37 @@ def _fastchat_pair(row: Row) -> Record:
     )
 
 
-_READERS: dict[str | None, Callable[[Row], Record]] = {
-    "original-alpaca-eval-csv": _original_csv,
-    "original-mt-bench-jsonl": _original_mt_bench,
-    "alpaca-eval-annotations": _alpaca_eval,
-    "fastchat-single": _fastchat_single,
-    "fastchat-pair": _fastchat_pair,
+_NO_ANSWERS = "the answers are not in a file of judgments: import model_answer too"
+_SHORT_ANSWERS = "the answers: the file holds their first 200 characters"
+# what a file of answers beside the judgments makes good
+WITHOUT_ANSWERS = (_NO_ANSWERS, _SHORT_ANSWERS)
+JUDGMENT_FORMATS = {
+    "original-alpaca-eval-csv": JudgmentFormat(
+        _original_csv,
+        size=805,
+        flags=("one order, the model always first",),
+        lacks=(
+            "the second order was never judged",
+            "the prompt of the judge is not in the file",
+        ),
+    ),
+    "original-mt-bench-jsonl": JudgmentFormat(
+        _original_mt_bench,
+        pairs=False,
+        size=80,
+        flags=("each turn judged alone",),
+        lacks=(
+            _SHORT_ANSWERS,
+            "reference answers and the second turn's context were never shown to the judge",
+        ),
+    ),
+    "alpaca-eval-annotations": JudgmentFormat(
+        _alpaca_eval,
+        flags=("one order per pair",),
+        lacks=("which answer stood first is not in the file, and each pair was judged once",),
+    ),
+    "fastchat-single": JudgmentFormat(_fastchat_single, pairs=False, size=80, lacks=(_NO_ANSWERS,)),
+    "fastchat-pair": JudgmentFormat(_fastchat_pair, size=80, lacks=(_NO_ANSWERS,)),
 }
 
 

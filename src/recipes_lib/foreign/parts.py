@@ -33,28 +33,6 @@ _CATEGORIES = (
 )
 # AlpacaEval's reference answers by any of the names they go under.
 _DAVINCI = ("text_davinci_003", "text-davinci-003", "")
-_NO_ANSWERS = "the answers are not in a file of judgments: import model_answer too"
-_SHORT_ANSWERS = "the answers: the file holds their first 200 characters"
-# what a file of answers beside the judgments makes good
-WITHOUT_ANSWERS = (_NO_ANSWERS, _SHORT_ANSWERS)
-_LACKS = {
-    "original-alpaca-eval-csv": (
-        "the second order was never judged",
-        "the prompt of the judge is not in the file",
-    ),
-    "alpaca-eval-annotations": (
-        "which answer stood first is not in the file, and each pair was judged once",
-    ),
-    "original-mt-bench-jsonl": (
-        _SHORT_ANSWERS,
-        "reference answers and the second turn's context were never shown to the judge",
-    ),
-}
-_FLAGS = {
-    "original-alpaca-eval-csv": ("one order, the model always first",),
-    "alpaca-eval-annotations": ("one order per pair",),
-    "original-mt-bench-jsonl": ("each turn judged alone",),
-}
 _CHANCE = 1e-6
 
 
@@ -174,8 +152,8 @@ def judged_part(file: Foreign, model: str | None, against: str | None) -> Part:
         models=(name,) if name else (),
         opponent=opponent,
         rows_of=name if len(sides) > 1 else None,
-        flags=_FLAGS.get(form, ()),
-        lacks=(*_LACKS.get(form, (_NO_ANSWERS,)), *absent),
+        flags=judgments.format.flags,
+        lacks=(*judgments.format.lacks, *absent),
         judge=judge,
         judge_name=judge_name,
         missing=[{"question_id": question, "turn": turn} for question, turn in missing],

@@ -23,14 +23,9 @@ from recipes_lib.core.project import recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, all_runs, read_resolved
 from recipes_lib.foreign.evaluations import write_evaluation
 from recipes_lib.foreign.files import Foreign, read_files
+from recipes_lib.foreign.judgments import WITHOUT_ANSWERS
 from recipes_lib.foreign.logs import read_logs
-from recipes_lib.foreign.parts import (
-    WITHOUT_ANSWERS,
-    Part,
-    answers_part,
-    harness_part,
-    judged_part,
-)
+from recipes_lib.foreign.parts import Part, answers_part, harness_part, judged_part
 
 ANSWERS = ("fastchat-answers", "alpaca-eval-outputs")
 ADAPTER_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
