@@ -112,7 +112,7 @@ def test_the_exported_recipe_is_a_recipe_and_names_the_base_without_a_path(
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert (
         recipe.model.name_or_path == "./tiny-llama"
-        and recipe.data.source == "rows.jsonl"
+        and recipe.to_dict()["data"]["source"] == "rows.jsonl"
         and recipe.lora["r"] == 4
     )
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
