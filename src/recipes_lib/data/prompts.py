@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ ALPACA_WITH_CONTEXT = (
     " context. Write a response that appropriately completes the request.\n\n###"
     " Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
 )
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
 HEADINGS = {"dolly": (DOLLY, DOLLY_WITH_CONTEXT), "alpaca": (ALPACA, ALPACA_WITH_CONTEXT)}
 
 
@@ -85,13 +88,9 @@ def generation_prompt(
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("a conversation to be continued must end with a user turn")
     if prompt_format == "chat":
-        template = chat_template(section, tokenizer)
         messages = with_system_prompt(messages, section.system_prompt)
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        )
+        template = chat_template(section, tokenizer)
+        return render_chat(messages, tokenizer, template, prompt=True)[0]
     parts: list[str] = []
     for message in messages:
         text = message["content"]
@@ -102,6 +101,28 @@ def generation_prompt(
         else:
             parts.append(task_prompt(prompt_format, text))
     return "\n\n".join(parts)
+
+
+def render_chat(
+    messages: Sequence[Message], tokenizer: Any, template: str, *, prompt: bool = False
+) -> tuple[str, list[Span]]:
+    """A conversation as text, for training and generation alike, and the spans of characters that
+    `{% generation %}` marks, where the template has that.
+
+    Args:
+        prompt: end where the assistant must start to write.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    marked = bool(GENERATION.search(template))
+    texts, spans = render_jinja_template(
+        [list(messages)],
+        chat_template=template,
+        add_generation_prompt=prompt,
+        return_assistant_tokens_mask=marked,
+        **tokenizer.special_tokens_map,
+    )
+    return texts[0], spans[0] if marked else []
 
 
 def chat_template(section: DataSection, tokenizer: Any) -> str:

@@ -11,7 +11,6 @@ whole: where a rendering is a prefix of the next one, the text between is the tu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +23,10 @@ import numpy as np
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.conversations import Message, conversation_of
 from recipes_lib.data.examples import BadRow, Example, SettingError
-from recipes_lib.data.prompts import prompt_and_completion
+from recipes_lib.data.prompts import GENERATION, Span, prompt_and_completion, render_chat
 
 BATCH_ROWS = 1000
 IGNORED = -100  # labels with this value carry no loss
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Span = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -294,30 +291,16 @@ def render_turns(
     Raises:
         SettingError: the template is not Jinja.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    marked = bool(GENERATION.search(template))
     messages = [
         {"role": message["role"], "content": message["content"]}
         for message in conversation_of(example, section.system_prompt)
     ]
-
-    def render(some: list[Message], prompt: bool = False) -> tuple[str, list[Span]]:
-        texts, spans = render_jinja_template(
-            [some],
-            chat_template=template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=marked,
-            **tokenizer.special_tokens_map,
-        )
-        return texts[0], spans[0] if marked else []
-
     try:
-        whole, spans = render(messages)
+        whole, spans = render_chat(messages, tokenizer, template)
         answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
-        for index in () if marked else answers:
-            start, _ = render(messages[:index], True)
-            end, _ = render(messages[: index + 1]) if index != answers[-1] else (whole, [])
+        for index in () if GENERATION.search(template) else answers:
+            start, _ = render_chat(messages[:index], tokenizer, template, prompt=True)
+            end, _ = render_chat(messages[: index + 1], tokenizer, template)
             if not (whole.startswith(start) and whole.startswith(end) and len(start) <= len(end)):
                 return BadRow(
                     "the chat template renders the first messages differently when message"
