@@ -42,21 +42,11 @@ if TYPE_CHECKING:
 
 NUM_ROWS_WORTH_A_LINE = 20_000
 # What is kept of each tokenised example beside its tokens; see `Encoded`.
-TOKEN_NUMBERS = np.dtype(
-    [
-        (name, np.int32)
-        for name in (
-            "length",
-            "supervised",
-            "tokens_before",
-            "prompt_tokens",
-            "ends",
-            "boundary_merge",
-            "changed",
-            "end_token",
-        )
-    ]
+_KEPT = (
+    *("length", "supervised", "tokens_before", "prompt_tokens"),
+    *("ends", "boundary_merge", "changed", "end_token"),
 )
+TOKEN_NUMBERS = np.dtype([(name, np.int32) for name in _KEPT])
 
 
 @dataclass(frozen=True)
@@ -109,9 +99,9 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     num_usable = len(rows)
     if bad.found and section.on_bad_row == "error":
         if section.prompt_format == "chat":  # name those too that the template alone refuses
-            template = chat_template(section, tokenizer)
+            own = chat_template(section, tokenizer)
             for example in rows.with_texts():
-                if isinstance(found := render_turns(example, section, tokenizer, template), BadRow):
+                if isinstance(found := render_turns(example, section, tokenizer, own), BadRow):
                     bad.add(example, found)
         raise bad.error(rows.num_read)
     rows, filtered = _filter_rows(rows, section, bad)
@@ -119,7 +109,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     check_settings(rows.num_texts(), section, recipe.train, tokenizer)
     settings = Supervision.of(section, recipe.train, tokenizer)
     chat = section.prompt_format == "chat"
-    chosen_template = chat_template(section, tokenizer) if chat else None
+    template = chat_template(section, tokenizer) if chat else None
     _progress(f"{len(rows):,} of {num_usable:,} rows, tokenising", len(rows))
 
     parts, numbers, usable = [], [np.empty(0, TOKEN_NUMBERS)], []
@@ -128,7 +118,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     start = 0
     while batch := list(islice(texts, BATCH_ROWS)):
         good: list[tuple[Example, Encoded]] = []
-        items = encode(batch, settings, tokenizer, chosen_template)
+        items = encode(batch, settings, tokenizer, template)
         for index, (example, item) in enumerate(zip(batch, items, strict=True), start):
             if isinstance(item, BadRow):
                 bad.add(example, item)
@@ -144,8 +134,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
         raise bad.error(rows.num_read)
     rows, tokens, encoded = rows.take(usable), np.concatenate(numbers), _dataset(parts)
 
-    kept, limit = range(len(rows)), section.filters.max_tokens
-    if limit is not None:
+    if (limit := section.filters.max_tokens) is not None:
         kept = np.flatnonzero(tokens["tokens_before"] <= limit).tolist()
         filtered["max_tokens"] = len(rows) - len(kept)
         if not kept:
@@ -218,22 +207,17 @@ def _record_batch(examples: Sequence[tuple[Example, Encoded]]) -> pyarrow.Record
     """The tokens of some examples as columns."""
     import pyarrow
 
-    ends = np.cumsum([0, *(item.length for _, item in examples)], dtype=np.int32)
-
-    def tokens(rows: list[np.ndarray]) -> pyarrow.ListArray:
-        flat = np.concatenate([np.empty(0, np.int32), *rows])
-        return pyarrow.ListArray.from_arrays(pyarrow.array(ends), pyarrow.array(flat))
-
+    lists = pyarrow.list_(pyarrow.int32())
     columns = {
-        "input_ids": tokens([item.ids for _, item in examples]),
-        "labels": tokens([item.labels for _, item in examples]),
+        "input_ids": pyarrow.array([item.ids for _, item in examples], lists),
+        "labels": pyarrow.array([item.labels for _, item in examples], lists),
         "example_id": pyarrow.array([example.id for example, _ in examples], pyarrow.string()),
     }
     return pyarrow.RecordBatch.from_pydict(columns)
 
 
 def _dataset(parts: Sequence[pyarrow.RecordBatch]) -> Dataset:
-    """All tokenised rows as one data set, which takes over the arrays.
+    """All tokenised rows as one data set.
 
     Given a fingerprint, `datasets` need not pickle the whole table to name it, which takes three
     times the memory of the tokens.

