@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from recipes_lib.data.examples import BadRows, Example, SettingError, listed
-from recipes_lib.data.prompts import HEADINGS
+from recipes_lib.data.prompts import PROMPT_FORMATS
 from recipes_lib.data.rows import Rows
 from recipes_lib.data.splits import SPLITS, TRAIN, VALIDATION, Splits
 from recipes_lib.data.supervision import Supervision, decoded_spans
@@ -46,7 +46,7 @@ class Injections:
                 *(str(token) for token in added if getattr(token, "special", False)),
             ]
         )
-        headings = re.findall(r"### \w+:", HEADINGS.get(prompt_format, ("", ""))[1])
+        headings = re.findall(r"### \w+:", "".join(PROMPT_FORMATS[prompt_format].headings[1:]))
         self._special = [name for name in special if len(name) > 1]
         self._markers = [name for name in [*headings, *FOREIGN_MARKERS] if name not in special]
         self.special_tokens: Found = {}

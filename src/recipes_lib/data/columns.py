@@ -1,9 +1,9 @@
 """From the columns of a file to the fields of an example: mapping, and checks of every value.
 
-A prompt format reads a fixed set of fields (`FORMATS`); `data.columns` says which column of the
-file each one is. Every value is checked here once, so that nothing after this module meets None, a
-number or a lone surrogate where text should be. `recipes new --data` asks here too what the first
-row of somebody's file tells, and its damage is refused in the same words.
+A prompt format reads a fixed set of fields (`prompts.PROMPT_FORMATS`); `data.columns` says which
+column of the file each one is. Every value is checked here once, so that nothing after this module
+meets None, a number or a lone surrogate where text should be. `recipes new --data` asks here too
+what the first row of somebody's file tells, and its damage is refused in the same words.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from recipes_lib.data.examples import (
     type_name,
 )
 from recipes_lib.data.files import Table, guessed_delimiter, read_file
+from recipes_lib.data.prompts import CHAT, PAIR, PROMPT_FORMATS, TASK, TEXT, FieldShape
 from recipes_lib.data.sources import data_files
 
 IDS_HINT = "set data.columns.id to '' to name rows by a hash of their content instead"
@@ -63,30 +64,6 @@ _SYNONYMS = {
     "instruction": ("instruction", "question", "query", "input_text", "input"),
     "response": ("response", "output", "answer", "completion", "target"),
     "context": ("context", "input"),
-}
-
-
-@dataclass(frozen=True)
-class FieldShape:
-    """One set of fields a prompt format accepts."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-
-TASK = FieldShape(("instruction", "response"), ("context",))
-PAIR = FieldShape(("prompt", "completion"))
-TEXT = FieldShape(("text",))
-CHAT = FieldShape(("messages",), ("system",))
-FORMATS: dict[str, tuple[FieldShape, ...]] = {
-    "dolly": (TASK,),
-    "alpaca": (TASK,),
-    "chat": (
-        CHAT,
-        FieldShape(("prompt", "completion"), ("system",)),
-        FieldShape(("instruction", "response"), ("context", "system")),
-    ),
-    "raw": (PAIR, TEXT),
 }
 
 
@@ -308,15 +285,16 @@ def _choose_shape(
     def can_fill(shape: FieldShape) -> bool:
         return all(_column(name, columns, found) for name in shape.required)
 
-    for shape in filter(can_fill, FORMATS[prompt_format]):
+    for shape in filter(can_fill, PROMPT_FORMATS[prompt_format].shapes):
         names = {name: _column(name, columns, found) for name in (*shape.required, *shape.optional)}
         return shape, {name: column for name, column in names.items() if column}
-    expected = " / ".join("+".join(shape.required) for shape in FORMATS[prompt_format])
+    shapes = PROMPT_FORMATS[prompt_format].shapes
+    expected = " / ".join("+".join(shape.required) for shape in shapes)
     task = "alpaca" if "input" in found else "dolly"
     fitting = [
         f"`data.prompt_format: {name}`"
-        for name, shapes in ((task, (TASK,)), ("chat", (CHAT,)), ("raw", (PAIR, TEXT)))
-        if name != prompt_format and any(map(can_fill, shapes))
+        for name, some in ((task, [TASK]), ("chat", [CHAT]), ("raw", [PAIR, TEXT]))
+        if name != prompt_format and any(map(can_fill, some))
     ]
     mapping = "name them: data.columns: {<our name>: <your column>}"
     raise SettingError(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,44 @@ ALPACA_WITH_CONTEXT = (
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Span = tuple[int, int]
-HEADINGS = {"dolly": (DOLLY, DOLLY_WITH_CONTEXT), "alpaca": (ALPACA, ALPACA_WITH_CONTEXT)}
+
+
+@dataclass(frozen=True)
+class FieldShape:
+    """One set of fields a prompt format accepts."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+TASK = FieldShape(("instruction", "response"), ("context",))
+PAIR = FieldShape(("prompt", "completion"))
+TEXT = FieldShape(("text",))
+CHAT = FieldShape(("messages",), ("system",))
+CHAT_PAIR = FieldShape(("prompt", "completion"), ("system",))
+CHAT_TASK = FieldShape(("instruction", "response"), ("context", "system"))
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """All that is particular to one prompt format.
+
+    Args:
+        shapes: the fields it can read, the best first.
+        headings: the prompt of a task without and with context; empty where the rows or a chat
+            template bring it.
+    """
+
+    shapes: tuple[FieldShape, ...]
+    headings: tuple[str, ...] = ()
+
+
+PROMPT_FORMATS = {
+    "dolly": RowFormat((TASK,), (DOLLY, DOLLY_WITH_CONTEXT)),
+    "alpaca": RowFormat((TASK,), (ALPACA, ALPACA_WITH_CONTEXT)),
+    "chat": RowFormat((CHAT, CHAT_PAIR, CHAT_TASK)),
+    "raw": RowFormat((PAIR, TEXT)),
+}
 
 
 def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
@@ -46,14 +84,14 @@ def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
         >>> task_prompt("dolly", "Say hi.")
         '### Instruction:\\nSay hi.\\n\\n### Response:\\n'
     """
-    heading = HEADINGS[prompt_format][1 if context.strip() else 0]
+    heading = PROMPT_FORMATS[prompt_format].headings[1 if context.strip() else 0]
     return heading.format(instruction=instruction, context=context)
 
 
 def prompt_and_completion(example: Example, prompt_format: str) -> tuple[str | None, str]:
     """The two texts of an example in a plain format; the prompt is None for a text without one."""
     fields = example.fields
-    if prompt_format in HEADINGS:
+    if PROMPT_FORMATS[prompt_format].headings:
         prompt = task_prompt(prompt_format, fields["instruction"], fields.get("context", ""))
         return prompt, fields["response"]
     return (None, fields["text"]) if "text" in fields else (fields["prompt"], fields["completion"])
@@ -82,7 +120,7 @@ def generation_prompt(
         raise ValueError("give either an instruction or messages")
     prompt_format = section.prompt_format
     if messages is None:
-        if prompt_format in HEADINGS:
+        if PROMPT_FORMATS[prompt_format].headings:
             return task_prompt(prompt_format, instruction or "", context)
         messages = [{"role": "user", "content": user_turn(instruction or "", context)}]
     if not messages or messages[-1]["role"] != "user":
@@ -171,7 +209,7 @@ def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = No
             that.
         eos_token: `train.eos_token` where it is set and the tokenizer does not know it yet.
     """
-    form: Any = HEADINGS.get(section.prompt_format, "")
+    form: Any = PROMPT_FORMATS[section.prompt_format].headings or ""
     if section.prompt_format == "chat":
         form = [chat_template(section, tokenizer), section.system_prompt]
     identity = [section.prompt_format, form, tokenizer.bos_token, eos_token or tokenizer.eos_token]
