@@ -176,7 +176,7 @@ def test_ctrl_c_ends_with_130_and_one_line(failing, capsys):
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
-def test_a_closed_pipe_is_no_traceback():
+def test_a_closed_pipe_leads_to_no_traceback():
     reader, writer = os.pipe()
     os.close(reader)
     program = "import sys\nfrom recipes_lib.cli import main\nsys.exit(main(['explain', 'train']))"
@@ -194,7 +194,7 @@ def test_a_closed_pipe_is_no_traceback():
     assert done.returncode == 0
 
 
-def test_an_ascii_terminal_gets_escapes_and_no_crash(tmp_path):
+def test_an_ascii_terminal_gets_escapes_instead_of_a_crash(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
         "model: {name_or_path: a}\ndata: {source: b}\nrun: {notes: 'caf\u00e9 \u2192 \\e[31m'}\n",

@@ -68,7 +68,7 @@ def test_damage_before_the_end_is_named_by_its_line_or_left_out_where_asked(
 @pytest.mark.parametrize(
     "content", [b"some\nother\nfile\n", b'[1]\n{"step": 1}\n', b'{"step": 1}\n3\n']
 )
-def test_a_file_of_something_else_is_no_crash(tmp_path: Path, content: bytes) -> None:
+def test_a_file_of_something_else_does_not_crash_the_reader(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError):
         steps(write(tmp_path / "log.jsonl", content))
 

@@ -43,7 +43,7 @@ def test_ordinary_run_names_are_accepted(name):
         "a b",
     ],
 )
-def test_names_that_are_no_safe_folder_are_refused(name):
+def test_names_that_are_not_a_safe_folder_are_refused(name):
     with pytest.raises(RecipeError, match=r"run\.name"):
         check_run_name(name, "r.yaml", 3)
 

@@ -23,7 +23,7 @@ from recipes_lib.training.resume_guard import check_resume, differences
     "name",
     ["../../etc", "/tmp/x", "a/b", "", "a" * 101, "CON", "é", "run.", "a\nb", "-x", ".x", "🙂"],
 )
-def test_a_run_name_that_is_no_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_run_name_that_is_not_a_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         RunDirectory(name, tmp_path)
 

@@ -117,7 +117,7 @@ def test_no_rows(tmp_path):
 @pytest.mark.parametrize(
     ("prompt_format", "column"), [("dolly", "response"), ("chat", "response"), ("raw", "text")]
 )
-def test_a_value_that_is_no_text_names_line_column_and_type(
+def test_a_value_that_is_not_text_names_line_column_and_type(
     write_jsonl, value, type_name, prompt_format, column
 ):
     good = {"instruction": "a", "response": "b", "text": "c"}
@@ -291,7 +291,7 @@ def test_a_system_column_is_the_system_message(read):
         )
 
 
-def test_rows_that_differ_in_the_system_column_or_a_weight_are_no_duplicates(named):
+def test_rows_that_differ_in_the_system_column_or_a_weight_are_not_duplicates(named):
     silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]
     rows = [
         {"messages": TURNS * 2},

@@ -84,7 +84,7 @@ def test_a_corrupt_line_is_named(tmp_path):
     assert failure(path).line == 2
 
 
-def test_a_line_that_is_no_object_is_named(tmp_path):
+def test_a_line_that_is_not_an_object_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"x": "1"}\n[1]\n')
     error = failure(path)
@@ -127,7 +127,7 @@ def test_a_changed_byte_anywhere_in_a_gzip_is_the_files_fault(tmp_path):
     assert "not a gzip file, or damaged" in kinds
 
 
-def test_a_file_that_is_no_gzip_says_so(tmp_path):
+def test_a_file_that_is_not_gzip_is_reported_as_such(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_text('{"x": "1"}\n')
     assert "gzip" in failure(path).what

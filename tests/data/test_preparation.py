@@ -396,7 +396,7 @@ def test_unused_columns_and_texts_that_the_template_changes_are_notes(prepare, w
     )
 
 
-def test_a_name_in_drop_columns_that_is_no_column_is_refused(prepare, write_jsonl, tasks):
+def test_a_name_in_drop_columns_that_is_not_a_column_is_refused(prepare, write_jsonl, tasks):
     with pytest.raises(SettingError, match="the data has no column 'categry'") as caught:
         prepare(write_jsonl(tasks(9)), drop_columns=["categry"])
     assert caught.value.hints[0] == "did you mean category?"

@@ -116,9 +116,7 @@ def test_text_after_a_special_token_inside_a_turn_keeps_its_loss(tiny_tokenizer)
 
 
 @pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
-def test_a_template_that_is_no_jinja_is_the_template_s_fault_and_not_the_rows(
-    marked, tiny_tokenizer
-):
+def test_a_template_that_is_not_jinja_is_blamed_and_not_the_rows(marked, tiny_tokenizer):
     with pytest.raises(SettingError, match="line 2 of the chat template is not Jinja") as caught:
         encode_chat(
             [conversation()],
