@@ -228,96 +228,67 @@ def _numbers(document: Document) -> Iterator[PublishedNumber]:
                 )
 
 
+def _of(kind: str, description: str, **words: object) -> Schema:
+    return {"type": kind, **words, "description": description}
+
+
+def _keys(description: str, required: list[str], **properties: Schema) -> Schema:
+    """A mapping of these keys and no others."""
+    others = {"additionalProperties": False, "required": required, "properties": properties}
+    return {"type": "object", "description": description, **others}
+
+
+def _names(values: Schema, description: str) -> Schema:
+    """A mapping of names to values, at least one."""
+    return _of("object", description, minProperties=1, additionalProperties=values)
+
+
 def published_schema() -> Schema:
     """Return the schema; a bare number in a table is short for `{value: number}`."""
     text = {"type": "string"}
-
-    def n(description: str) -> Schema:
-        return {"type": "integer", "minimum": 1, "description": description}
-
-    def keys(description: str, required: list[str], **properties: Schema) -> Schema:
-        return {
-            "type": "object",
-            "description": description,
-            "additionalProperties": False,
-            "required": required,
-            "properties": properties,
-        }
-
-    def names(values: Schema, description: str) -> Schema:
-        """A mapping of names to values, at least one."""
-        return {
-            "type": "object",
-            "minProperties": 1,
-            "additionalProperties": values,
-            "description": description,
-        }
-
-    number = keys(
+    factor = "Our metric's value is this times the published one. Absent: 1."
+    beside = "Our metric it stands beside: EVAL/METRIC, or EVAL/TASK/METRIC for lm-eval."
+    protocol = "How it was measured, a note each: shown as flags beside the numbers."
+    circumstances = (
+        "Arm -> what -> how it was there, where no recipe can say it (hardware). Arms that differ"
+        " are confounded."
+    )
+    arms = "Rows by arm, as studies call the arm: short name of the metric -> number."
+    interval, number = "[low, high], where one was published.", {"type": "number"}
+    entry = _keys(
         "One published number.",
         ["value"],
-        value={"type": "number", "description": "As it was published."},
-        interval={
-            "type": "array",
-            "items": {"type": "number"},
-            "minItems": 2,
-            "maxItems": 2,
-            "description": "[low, high], where one was published.",
-        },
-        n=n("Items behind it, where they are not the table's n."),
-        note={**text, "description": "What must be known about this number."},
+        value=_of("number", "As it was published."),
+        interval=_of("array", interval, items=number, minItems=2, maxItems=2),
+        n=_of("integer", "Items behind it, where they are not the table's n.", minimum=1),
+        note=_of("string", "What must be known about this number."),
     )
-    metric = keys(
+    metric = _keys(
         "One column of the table.",
         ["label"],
-        label={**text, "description": "The name it was published under."},
-        beside={
-            **text,
-            "description": (
-                "Our metric it stands beside: EVAL/METRIC, or EVAL/TASK/METRIC for lm-eval."
-            ),
-        },
-        factor={
-            "type": "number",
-            "description": "Our metric's value is this times the published one. Absent: 1.",
-            "default": 1,
-        },
-        places={
-            "type": "integer",
-            "minimum": 0,
-            "description": "Decimal places it was published with.",
-        },
-        n=n("Items behind each number, where they are not the table's n."),
-        note={**text, "description": "How the metric differs from ours."},
+        label=_of("string", "The name it was published under."),
+        beside=_of("string", beside),
+        factor={**_of("number", factor), "default": 1},
+        places=_of("integer", "Decimal places it was published with.", minimum=0),
+        n=_of("integer", "Items behind each number, where they are not the table's n.", minimum=1),
+        note=_of("string", "How the metric differs from ours."),
     )
-    row = {"type": "object", "additionalProperties": {"anyOf": [{"type": "number"}, number]}}
-    table = keys(
+    named_texts = {"type": "object", "additionalProperties": text}
+    row = {"type": "object", "additionalProperties": {"anyOf": [number, entry]}}
+    table = _keys(
         "One table of the publication.",
         ["title", "metrics", "arms"],
-        title={**text, "description": "What was measured."},
-        n=n("Items behind each number; absent where it was not published."),
-        protocol={
-            "type": "array",
-            "items": text,
-            "description": "How it was measured, a note each: shown as flags beside the numbers.",
-        },
-        circumstances={
-            "type": "object",
-            "additionalProperties": {"type": "object", "additionalProperties": text},
-            "description": (
-                "Arm -> what -> how it was there, where no recipe can say it (hardware). Arms that"
-                " differ are confounded."
-            ),
-        },
-        metrics=names(metric, "Columns by short name."),
-        arms=names(
-            row, "Rows by arm, as studies call the arm: short name of the metric -> number."
-        ),
+        title=_of("string", "What was measured."),
+        n=_of("integer", "Items behind each number; absent where it was not published.", minimum=1),
+        protocol=_of("array", protocol, items=text),
+        circumstances=_of("object", circumstances, additionalProperties=named_texts),
+        metrics=_names(metric, "Columns by short name."),
+        arms=_names(row, arms),
     )
     properties = {
-        "publication": {**text, "description": "What was published."},
-        "source": {**text, "description": "Where."},
-        "tables": names(table, "Tables by short name."),
+        "publication": _of("string", "What was published."),
+        "source": _of("string", "Where."),
+        "tables": _names(table, "Tables by short name."),
     }
     return file_schema(
         "published", "Published numbers", required=list(properties), properties=properties
