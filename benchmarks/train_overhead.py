@@ -56,8 +56,8 @@ def main() -> None:
     from transformers import Trainer
 
     from recipes_lib.train import main as train
+    from recipes_lib.training.batches import RowTrackingCollator
     from recipes_lib.training.metrics import MetricsCallback
-    from recipes_lib.training.row_tracking import RowTrackingCollator
     from recipes_lib.training.stopping import StopCallback
 
     ours, loop = Stopwatch(), Stopwatch()

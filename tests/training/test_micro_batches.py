@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from recipes_lib.training.micro_batches import filler, split_batch
-from recipes_lib.training.row_tracking import ROW
+from recipes_lib.training.batches import ROW, filler, split_batch
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=12)
 

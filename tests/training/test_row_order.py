@@ -9,14 +9,15 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from recipes_lib.config.batch import rows_per_epoch
-from recipes_lib.training.row_order import (
+from recipes_lib.training.batches import (
+    ROW,
     EpochRows,
     LengthGroups,
     RebalancedRows,
+    RowTrackingCollator,
     with_fillers,
     with_training_filler,
 )
-from recipes_lib.training.row_tracking import ROW, RowTrackingCollator
 
 LENGTHS = [5, 9, 2, 7, 3, 8, 4, 6, 1, 11, 12, 10, 13]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from recipes_lib.training.token_counts import TokenCounts
+from recipes_lib.training.trainer import TokenCounts
 
 
 def test_counts_start_again_after_they_were_taken() -> None:

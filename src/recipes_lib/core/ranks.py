@@ -17,6 +17,7 @@ from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
+AnyError = TypeVar("AnyError", bound=Exception)
 STAGE_FILE = "RECIPES_STAGE_FILE"  # where `recipes train` reads how far the training is
 STEPS, CLOSING = "steps", "closing"
 SEEN = {  # what a first Ctrl-C is answered, by stage
@@ -75,8 +76,7 @@ def on_main_rank(work: Callable[[], T]) -> T:
         try:
             outcome: tuple[T | None, Exception | None] = (work(), None)
         except Exception as error:
-            error.on_every_rank = True  # type: ignore[attr-defined]
-            outcome = (None, error)
+            outcome = (None, of_every_rank(error))
         finally:
             _working_alone = False
         store.set(key, _pickled(outcome))
@@ -89,6 +89,12 @@ def on_main_rank(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def of_every_rank(error: AnyError) -> AnyError:
+    """Mark an error that every rank has, so that only rank 0 prints it, and return it."""
+    error.on_every_rank = True  # type: ignore[attr-defined]
+    return error
 
 
 def meet() -> None:
@@ -134,8 +140,7 @@ def _pickled(outcome: tuple[Any, Exception | None]) -> bytes:
         if error is None:
             raise
         text = RuntimeError(f"{type(error).__name__}: {error}")
-        text.on_every_rank = True  # type: ignore[attr-defined]
-        return pickle.dumps((None, text))
+        return pickle.dumps((None, of_every_rank(text)))
     return data
 
 

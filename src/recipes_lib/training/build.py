@@ -22,10 +22,9 @@ from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.preparation import PreparedData
 from recipes_lib.models.architectures import prepare_for_training, settle_targets, why_rows_apart
+from recipes_lib.training.batches import ROW, with_fillers
 from recipes_lib.training.cpu import attention as cpu_attention
 from recipes_lib.training.metrics import MetricsCallback
-from recipes_lib.training.row_order import with_fillers
-from recipes_lib.training.row_tracking import ROW
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 

@@ -1,26 +1,10 @@
-"""TRL's SFTTrainer with the promises of this project added; the loss, the loop and the data order
-stay TRL's.
+"""SFTTrainer with safe stop, exact resume and finite-loss checks; the loss, the loop and the data
+order stay TRL's.
 
-What is added, and why:
-- a checkpoint gets its completeness marker last, after every rank has written its part
-  (`checkpoints`);
-- a fully trained model is loaded from a checkpoint with its experts, which the Trainer passes over
-  (`load_whole`);
-- an epoch has the same rows in each step on any number of processes, and none twice (`row_order`);
-- a resumed run has the precision, the unlogged sums and the random state of the run it continues
-  (`resume_facts`);
-- a stop request ends in one agreed checkpoint, also out of an evaluation (`stopping`);
-- a gradient that is not finite stops the run and names its examples, instead of being logged as
-  0.0;
-- the validation loss is the sum of token losses over the number of tokens, so that it does not
-  depend on batch size or ranks;
-- token statistics are added up where they are and read once per log: TRL gathers and reads four of
-  them in every micro-batch; the entropy that nobody asked for is not computed;
-- without Triton (a CPU) only supervised positions are scored, in one pass (`cpu.loss`);
-- FSDP2 leaves outputs in the precision they were computed in and adds up gradients in float32, so
-  that it logs DDP's losses;
-- FSDP2 averages the gradient of a head that `lora.modules_to_save` trains (`gather_trained_head`);
-- no training_args.bin: nobody should unpickle one.
+Two additions have no method of their own: every loss is the sum of token losses over the number of
+tokens, the validation's too, so that it does not depend on batch size or ranks; and token
+statistics are added up on the device and read once per log, where TRL reads four of them in every
+micro-batch and computes an entropy that nobody asked for.
 """
 
 from __future__ import annotations
@@ -41,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerControl
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
@@ -52,37 +36,38 @@ from recipes_lib.config.batch import rows_per_epoch
 from recipes_lib.core.atomic_files import sync
 from recipes_lib.core.errors import EnvironmentFault, NumericsError
 from recipes_lib.core.faults import check_space, explain_fault
-from recipes_lib.core.ranks import agree_on_largest, meet, on_main_rank
+from recipes_lib.core.ranks import agree_on_largest, meet, of_every_rank, on_main_rank
 from recipes_lib.core.run_lock import end_if_taken_over
 from recipes_lib.models.architectures import lacks_experts, training_settings, with_settings
 from recipes_lib.training import checkpoints
-from recipes_lib.training.cpu.loss import add_token_loss, can_score_itself
-from recipes_lib.training.metrics import has_evaluation
-from recipes_lib.training.micro_batches import filler, split_batch
-from recipes_lib.training.resume_guard import differences
-from recipes_lib.training.row_order import (
+from recipes_lib.training.batches import (
+    ROW,
     EpochRows,
     LengthGroups,
     RebalancedRows,
+    RowTrackingCollator,
+    filler,
+    name_rows,
+    split_batch,
     with_training_filler,
 )
-from recipes_lib.training.row_tracking import ROW, RowTrackingCollator, name_rows
+from recipes_lib.training.cpu.loss import add_token_loss, can_score_itself
+from recipes_lib.training.metrics import has_evaluation
+from recipes_lib.training.resume_guard import differences
 from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
-from recipes_lib.training.token_counts import TokenCounts
 
 
 class RecipeTrainer(SFTTrainer):
-    """An SFTTrainer that can be stopped, killed and believed.
+    """SFTTrainer with safe stop, exact resume and finite-loss checks.
 
     Args:
         *args: as for `trl.SFTTrainer`.
         stop: the process's stop request.
         keep_checkpoints: complete checkpoints to keep; None keeps all.
-        flattens: whether each micro-batch becomes one row without padding, although
-            `args.padding_free` does not say so. It is decided here and not there because it depends
-            on the attention of the loaded model.
+        flattens: whether each micro-batch becomes one row without padding. `args.padding_free`
+            cannot say so: it depends on the attention of the loaded model.
         row_ids: example ids by row of the training set, to name examples in errors.
-        max_tokens: cap on the tokens of one forward pass (`micro_batches`); None for none.
+        max_tokens: cap on the tokens of one forward pass (`split_batch`); None for none.
         marker_facts: what each checkpoint's marker records besides step and sizes (fingerprint of
             the run).
         **kwargs: as for `trl.SFTTrainer`.
@@ -105,9 +90,8 @@ class RecipeTrainer(SFTTrainer):
         model = kwargs["model"]
         self.base_settings = training_settings(model)
         super().__init__(*args, **kwargs)
-        if lacks_experts(
-            model
-        ):  # its config has a coefficient all the same, and there is no auxiliary loss to weigh
+        if lacks_experts(model):
+            # its config has a coefficient all the same, and there is no auxiliary loss to weigh
             self.router_aux_loss_coef, self.aux_loss_enabled = 0.0, False
             model.config.get_text_config().update(
                 {"router_aux_loss_coef": 0.0, "output_router_logits": False}
@@ -123,9 +107,7 @@ class RecipeTrainer(SFTTrainer):
         if flattens:
             self.data_collator = dataclasses.replace(self.data_collator, padding_free=True)
         self.data_collator = RowTrackingCollator(self.data_collator)
-        self.recent_rows: deque[torch.Tensor] = deque(
-            maxlen=max(self.args.gradient_accumulation_steps, 1)
-        )
+        self.recent_rows = deque[torch.Tensor](maxlen=self.args.gradient_accumulation_steps)
         self.without_rows = False
         self.evaluation_due = False
         self._unlogged_before: dict[str, Any] | None = None
@@ -134,20 +116,12 @@ class RecipeTrainer(SFTTrainer):
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
         self._counts = {mode: TokenCounts(self.args.device) for mode in ("train", "eval")}
         self._set_up_loss()
-        self._leave_fsdp_outputs_alone()
-
-    def _leave_fsdp_outputs_alone(self) -> None:
-        """accelerate has FSDP2 cast the output of every layer to bf16, and with it the logged loss:
-        1716.97 and 1717.25 become 1720.
-
-        Cast to float32 instead, the layers would hand float32 to the head, whose products then use
-        no tensor cores.
-        """
+        # accelerate has FSDP2 cast the output of every layer to bf16, and with it the logged loss:
+        # 1716.97 and 1717.25 become 1720. Cast to float32 instead, the layers would hand float32 to
+        # the head, whose products then use no tensor cores.
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
         if self.is_fsdp_enabled and plugin is not None and policy is not None:
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=policy.param_dtype, reduce_dtype=torch.float32
             )
@@ -167,7 +141,7 @@ class RecipeTrainer(SFTTrainer):
         return super()._prepare_inputs(inputs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's, with the rows of `row_order`."""
+        """As the Trainer's, with the rows of `EpochRows`."""
         args, rows = self.args, self.train_dataset
         shape = {
             "per_device": self._train_batch_size,
@@ -182,41 +156,29 @@ class RecipeTrainer(SFTTrainer):
             sampler_fn=lambda _: self._get_train_sampler(rows),
             is_training=True,
         )
-        batches = getattr(
-            loader.batch_sampler, "batch_sampler", loader.batch_sampler
-        )  # of all processes
-        if isinstance(
-            batches, RebalancedRows
-        ):  # accelerate's wrapper does not hand the epoch on after a resume
+        of_this_rank = loader.batch_sampler
+        batches = getattr(of_this_rank, "batch_sampler", of_this_rank)  # of all processes
+        if isinstance(batches, RebalancedRows):
+            # accelerate's wrapper does not hand the epoch on after a resume
             loader.batch_sampler.set_epoch = batches.set_epoch
         else:
             loader.set_sampler(EpochRows(batches.sampler, length, filler=len(rows)))
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As the Trainer's, with groups of rows that depend on the seed, the epoch and the examples
-        of a step alone.
-        """
-        sampler = super()._get_train_sampler(train_dataset)
+        its = super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if isinstance(sampler, LengthGroupedSampler):
-            return LengthGroups(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
-        if isinstance(sampler, BatchRebalanceSampler):
-            shape = (
-                sampler.lengths,
-                sampler.effective_batch_size,
-                sampler.dp_size,
-                sampler.grad_accum,
-            )
-            return RebalancedRows(*shape, seed=seed, rank=sampler.rank, drop_last=sampler.drop_last)
-        return sampler
+        if isinstance(its, LengthGroupedSampler):
+            return LengthGroups(its.batch_size * self.args.world_size, its.lengths, seed)
+        if isinstance(its, BatchRebalanceSampler):
+            shape = (its.lengths, its.effective_batch_size, its.dp_size, its.grad_accum)
+            return RebalancedRows(*shape, seed=seed, rank=its.rank, drop_last=its.drop_last)
+        return its
 
     # ---- Numbers that are not finite ----
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """The norm is global, so every rank sees the same number and stops at the same step, before
-        the weights change.
-        """
+        """The norm is global: every rank stops at the same step, before the weights change."""
         norm = super()._get_grad_norm(model, grad_norm)
         loss_scaling_handles_it = self.accelerator.scaler is not None
         if not loss_scaling_handles_it and not math.isfinite(float(norm)):
@@ -224,8 +186,8 @@ class RecipeTrainer(SFTTrainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, unless the loss is not finite (fp16 reaches this point: its loss scaling may skip
-        steps with infinite gradients).
+        """Refuse a loss that is not finite: under fp16, whose loss scaling may skip steps with
+        infinite gradients, this is where it shows.
         """
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
@@ -241,30 +203,21 @@ class RecipeTrainer(SFTTrainer):
 
     def _numerics_error(self, what: str) -> NumericsError:
         rows = [int(row) for batch in self.recent_rows for row in batch.tolist()]
-        last = max(
-            (
-                int(path.name.split("-")[1])
-                for path in checkpoints.list_checkpoints(Path(self.args.output_dir))
-            ),
-            default=None,
+        saved = checkpoints.list_checkpoints(Path(self.args.output_dir))
+        # norm and logged loss are global numbers
+        return of_every_rank(
+            NumericsError(
+                f"{what} at step {self.state.global_step + 1}, learning rate"
+                f" {self._get_learning_rate():.3g}, {name_rows(rows, self.row_ids)}",
+                "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples"
+                " with: recipes data",
+                f"last good checkpoint: {saved[-1].name if saved else 'none yet'}",
+            )
         )
-        error = NumericsError(
-            f"{what} at step {self.state.global_step + 1}, learning rate"
-            f" {self._get_learning_rate():.3g}, {name_rows(rows, self.row_ids)}",
-            "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with:"
-            " recipes data",
-            f"last good checkpoint: {'none yet' if last is None else f'checkpoint-{last}'}",
-        )
-        error.on_every_rank = True  # type: ignore[attr-defined]  # norm and logged loss are global numbers
-        return error
-
-    # ---- Gradients of several backward passes ----
 
     @property
     def syncs_each_batch(self) -> bool:
-        """Whether FSDP2 shares out the gradients of every backward pass
-        (`recipe.batch.sync_each_batch`).
-        """
+        """Whether FSDP2 shares out the gradients of every backward pass."""
         return self.is_fsdp_enabled and bool(
             self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
         )
@@ -272,8 +225,8 @@ class RecipeTrainer(SFTTrainer):
     # ---- The loss, and what is counted beside it ----
 
     def _set_up_loss(self) -> None:
-        """Put the head that fits the device on the model, if the loss is TRL's `nll` with nothing
-        added.
+        """Put the head that fits the device on the model, if the loss is TRL's `nll` and nothing
+        else.
         """
         self.scored_here = (
             self.args.loss_type == "nll"
@@ -300,18 +253,11 @@ class RecipeTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """TRL's token loss: the sum over supervised tokens, divided by their number in the whole
-        step.
-        """
-        if (
-            not self.scored_here and self.without_rows
-        ):  # other losses are means over the micro-batch, and this one has no token
-            return (
-                model(**{key: value for key, value in inputs.items() if key != "labels"})
-                .logits.float()
-                .sum()
-                * 0
-            )
+        """The sum over supervised tokens, divided by their number in the whole step."""
+        if not self.scored_here and self.without_rows:
+            # other losses are means over the micro-batch, and this one has no token
+            del inputs["labels"]
+            return model(**inputs).logits.float().sum() * 0
         if not self.scored_here or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
@@ -319,31 +265,23 @@ class RecipeTrainer(SFTTrainer):
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         scale = 1 / torch.as_tensor(count, device=labels.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            scale = (
-                scale * self.accelerator.num_processes
-            )  # the count is over all ranks, and DDP averages gradients
+            # the count is over all ranks, and DDP averages gradients
+            scale = scale * self.accelerator.num_processes
         if self.scores_itself:
             loss, supervised, correct = model(**inputs, loss_scale=float(scale))
         else:
             outputs = model(**inputs, fused_lm_head=True)
-            loss, supervised, correct = (
-                -outputs.log_probs.sum() * scale,
-                outputs.label_mask.sum(),
-                outputs.is_top1.sum(),
-            )
+            loss = -outputs.log_probs.sum() * scale
+            supervised, correct = outputs.label_mask.sum(), outputs.is_top1.sum()
         if not self.without_rows:
-            tokens = (
-                inputs["attention_mask"].sum()
-                if "attention_mask" in inputs
-                else inputs["position_ids"].numel()
-            )
-            self._counts["train" if self.model.training else "eval"].add(
-                tokens, supervised, correct
-            )
+            padded = "attention_mask" in inputs
+            tokens = inputs["attention_mask"].sum() if padded else inputs["position_ids"].numel()
+            counts = self._counts["train" if self.model.training else "eval"]
+            counts.add(tokens, supervised, correct)
         return loss
 
     def _count_tokens(self) -> None:
-        """Bring the number of tokens seen by all ranks up to date; to be called by every rank."""
+        """Bring the number of tokens seen by all ranks up to date; every rank has to call."""
         self._total_train_tokens += self._counts["train"].take_tokens()
 
     # ---- Validation loss per token ----
@@ -351,7 +289,7 @@ class RecipeTrainer(SFTTrainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        """As TRL's, adding the batch to the sums of token losses and tokens."""
+        """As TRL's; the batch is added to the sums of token losses and tokens."""
         tokens = int((inputs["labels"][:, 1:] != -100).sum())
         result = super().prediction_step(model, inputs, *args, **kwargs)
         self._validation_sums += torch.tensor(
@@ -360,13 +298,12 @@ class RecipeTrainer(SFTTrainer):
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with the loss replaced by the mean over all tokens of all ranks."""
+        """As the Trainer's; the loss is the mean over all tokens of all ranks."""
         self._validation_sums.zero_()
         output = super().evaluation_loop(*args, **kwargs)
-        sums = self._validation_sums.to(
-            torch.float32 if self.args.device.type == "mps" else torch.float64
-        ).to(self.args.device)
+        sums = self._validation_sums
         if dist.is_initialized():
+            sums = sums.to(self.args.device)
             dist.all_reduce(sums)
         prefix = kwargs.get("metric_key_prefix", "eval")
         if sums[1] > 0:
@@ -376,13 +313,10 @@ class RecipeTrainer(SFTTrainer):
     # ---- Stopping and resuming ----
 
     def train_until_stop(self, checkpoint: Path | None) -> float:
-        """Train, from the beginning or from a checkpoint, until the planned end or an agreed stop;
-        return the seconds it took.
-        """
+        """Train until the planned end or an agreed stop; return the seconds it took."""
         started = time.monotonic()
-        with contextlib.suppress(
-            EvaluationStopped
-        ):  # in an evaluation that an earlier stop had put off: the old checkpoint still says so
+        # in an evaluation that an earlier stop had put off: the old checkpoint still says so
+        with contextlib.suppress(EvaluationStopped):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return time.monotonic() - started
 
@@ -396,28 +330,20 @@ class RecipeTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         last = self.state.global_step >= self.state.max_steps
-        if (
-            last and self.control.should_save and self.control.should_evaluate
-        ):  # the trained weights must not wait for a long validation
+        if last and self.control.should_save and self.control.should_evaluate:
+            # the trained weights must not wait for a long validation
             self.control.should_evaluate = False
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
             self.control.should_save, self.control.should_evaluate = False, True
-        with (
-            self._stopping_in_an_evaluation(model, trial)
-            if self.control.should_evaluate
-            else contextlib.nullcontext()
-        ):
+        due = self.control.should_evaluate
+        with self._stopping_in_an_evaluation(model) if due else contextlib.nullcontext():
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
             if last:
                 self._note_best_checkpoint()
 
     @contextlib.contextmanager
-    def _stopping_in_an_evaluation(
-        self, model: torch.nn.Module, trial: Any = None
-    ) -> Iterator[None]:
-        """Turn an evaluation that a stop request cuts short into a checkpoint that says it is still
-        due.
-        """
+    def _stopping_in_an_evaluation(self, model: torch.nn.Module) -> Iterator[None]:
+        """Turn an evaluation that a stop cuts short into a checkpoint that says it is still due."""
         random_state = _random_state()
         try:
             yield
@@ -425,14 +351,12 @@ class RecipeTrainer(SFTTrainer):
             _restore_random_state(random_state)
             self.stop_callback.evaluation_pending = True
             self.control.should_evaluate = False
-            self._save_checkpoint(model, trial)
+            self._save_checkpoint(model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self.control.should_training_stop = True
 
     def _note_best_checkpoint(self) -> None:
-        """Let the checkpoint of the last step, saved before its evaluation, be the best one if that
-        is what the evaluation found.
-        """
+        """Let the last checkpoint, saved before its evaluation, be the best one if it is."""
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if (
@@ -443,24 +367,16 @@ class RecipeTrainer(SFTTrainer):
             self.state.best_model_checkpoint = str(folder)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, after the evaluation of the last step where none was made: one that a
-        stop put off, or `train.eval_delay`.
-        """
-        step = self.state.global_step
-        if (
-            not self.stop.agreed
-            and self.eval_dataset is not None
-            and not has_evaluation(self.state.log_history, step)
-        ):
+        """Make up the evaluation of the last step: a stop put it off, or `train.eval_delay`."""
+        made = has_evaluation(self.state.log_history, self.state.global_step)
+        if not self.stop.agreed and self.eval_dataset is not None and not made:
             with self._stopping_in_an_evaluation(self.model_wrapped):
                 self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
                 self._note_best_checkpoint()
         return super()._finalize_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, which trains one step too many when it resumes from the checkpoint of
-        the last planned step.
-        """
+        """The Trainer trains one step too many when it resumes from the last planned step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -472,8 +388,7 @@ class RecipeTrainer(SFTTrainer):
         """As TRL's; after a resume it first takes over the sums for the next log, and makes up the
         evaluation that the stop put off.
 
-        This is the first point after the Trainer has restored the random state, so dropout goes on
-        as if never interrupted.
+        This is the first point after the Trainer has restored the random state.
         """
         if self._unlogged_before is not None:
             self._give_back_unlogged(self._unlogged_before)
@@ -493,41 +408,32 @@ class RecipeTrainer(SFTTrainer):
         num_items_in_batch: Any,
         max_tokens: int,
     ) -> torch.Tensor:
-        """One micro-batch in pieces of at most `max_tokens`; every rank makes as many pieces as the
-        rank that needs most.
+        """Every rank makes as many pieces as the rank that needs most.
 
-        Gradients are exchanged as for whole micro-batches: after every piece where
-        `sync_each_batch` says so, else after the last piece of the step. (Leaving accelerate's
-        `no_sync` turns FSDP2's exchange on, whatever was around it.)
+        Gradients are exchanged after every piece where `sync_each_batch` says so, else after the
+        last piece of the step. (Leaving accelerate's `no_sync` turns FSDP2's exchange on, whatever
+        was around it.)
         """
         rows = inputs.pop(ROW, None)
         if rows is not None and rows.numel():
             self.recent_rows.append(rows)
-        pieces = (
-            [filler(inputs)]
-            if rows is not None and not rows.numel()
-            else split_batch(inputs, max_tokens)
-        )
+        no_rows = rows is not None and not rows.numel()
+        pieces = [filler(inputs)] if no_rows else split_batch(inputs, max_tokens)
         pieces += [filler(inputs)] * (agree_on_largest(len(pieces)) - len(pieces))
         losses = []
         for number, piece in enumerate(pieces, 1):
             last = number == len(pieces) and self.accelerator.sync_gradients
-            with (
-                contextlib.nullcontext()
-                if last or self.syncs_each_batch
-                else self.accelerator.no_sync(model)
-            ):
+            exchange = last or self.syncs_each_batch
+            with contextlib.nullcontext() if exchange else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, dict(piece), num_items_in_batch))
         return torch.stack(losses).sum()
 
     def resume_facts(self, marker: dict[str, Any], exactly: bool) -> None:
-        """Take over from a checkpoint's marker what the Trainer does not restore: tokens seen, sums
-        not yet logged, an evaluation put off.
+        """Take over from a checkpoint's marker what the Trainer does not restore.
 
         Args:
-            marker: the checkpoint's.
-            exactly: whether to refuse weights or optimizer state of another precision than it was
-                saved from; false where the user insisted on another recipe or on a partial resume.
+            exactly: whether to refuse weights or optimizer state of another precision than they
+                were saved in
         """
         self._resumes = True
         self._total_train_tokens = marker.get("tokens", 0)
@@ -538,62 +444,54 @@ class RecipeTrainer(SFTTrainer):
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        """As the Trainer's, but for `train.eval_on_start` (which alone skips the scheduler): a
-        resumed run made it when it began.
-        """
+        """Leave out `train.eval_on_start` (which alone skips the scheduler) in a resumed run."""
         if skip_scheduler and self._resumes:
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with kept_precision(self.model):
-            if self._whole:
-                load_whole(self.model, Path(resume_from_checkpoint))
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        self._load_weights(resume_from_checkpoint, load)
 
     def _load_best_model(self) -> None:
         for module in self.model_wrapped.modules():
             if isinstance(module, FSDPModule):
                 # a validation leaves the root's weights gathered, and shards are what is loaded
                 module.reshard()
-        with kept_precision(self.model):
-            if self._whole:
-                load_whole(self.model, Path(str(self.state.best_model_checkpoint)))
-            else:
-                super()._load_best_model()
+        self._load_weights(str(self.state.best_model_checkpoint), super()._load_best_model)
 
-    @property
-    def _whole(self) -> bool:
-        """Whether a checkpoint holds the whole model in the files of `save_pretrained`."""
-        return not (is_peft_model(self.model) or self.is_fsdp_enabled)
+    def _load_weights(self, folder: str, load: Callable[[], None]) -> None:
+        """Load the weights of a checkpoint in the precision they are trained in, a whole model with
+        all its experts.
+        """
+        with kept_precision(self.model):
+            if is_peft_model(self.model) or self.is_fsdp_enabled:
+                load()
+            else:
+                load_whole(self.model, Path(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, which converts what it loads to the precision it finds; refused unless
-        that is the one it was saved in.
-        """
+        """The Trainer converts what it loads to the precision it finds; refuse that."""
         super()._load_optimizer_and_scheduler(checkpoint)
         now = precisions(self.model, self.optimizer)
         if checkpoint and self._saved_precisions is not None and now != self._saved_precisions:
-            changed = differences(self._saved_precisions, now)
             table = [
                 f"{what}: {before or 0} tensors when it was saved, {here or 0} now"
-                for what, (before, here) in changed.items()
+                for what, (before, here) in differences(self._saved_precisions, now).items()
             ]
-            error = EnvironmentFault(
-                f"{Path(checkpoint).name} would go on in another precision than it was saved in,"
-                " and end with other weights",
-                *table,
-                "start a new run with run.name=OTHER, or accept another result with"
-                " --allow-partial-resume",
+            raise of_every_rank(
+                EnvironmentFault(
+                    f"{Path(checkpoint).name} would go on in another precision than it was saved"
+                    " in, and end with other weights",
+                    *table,
+                    "start a new run with run.name=OTHER, or accept another result with"
+                    " --allow-partial-resume",
+                )
             )
-            error.on_every_rank = True  # type: ignore[attr-defined]  # every rank holds the same tensors
-            raise error
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. Persistent workers get a random state of their own: they draw a seed
-        from it when they start, which is at another time in a resumed run, and dropout must not
-        notice. (Rows are shuffled by the sampler, from the recipe's seed.)
+        """Give persistent workers a random state of their own: they draw a seed when they start,
+        which is at another time in a resumed run, and dropout must not notice.
         """
         loader = super()._get_dataloader(*args, **kwargs)
         if self.args.dataloader_persistent_workers:
@@ -605,20 +503,15 @@ class RecipeTrainer(SFTTrainer):
         return loader
 
     def _take_unlogged(self) -> dict[str, Any]:
-        """What the next log will average over, and the steps since the last one have added; to be
-        called by every rank.
-        """
-        losses = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
-        scored = self._counts["train"].scored()
+        """Return what the next log will average over; every rank has to call."""
         return {
             "since": self._globalstep_last_logged,
-            "loss_by_rank": losses,
-            "scored": scored,
+            "loss_by_rank": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+            "scored": self._counts["train"].scored(),
             "means": dict(self._metrics["train"]),
         }
 
     def _give_back_unlogged(self, unlogged: dict[str, Any]) -> None:
-        """The reverse of `_take_unlogged`, in the first step after a resume."""
         self._globalstep_last_logged = unlogged["since"]
         self._tr_loss += unlogged["loss_by_rank"][self.args.process_index]
         self._metrics["train"].update(unlogged["means"])
@@ -628,21 +521,18 @@ class RecipeTrainer(SFTTrainer):
     # ---- Checkpoints ----
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card is written once, beside the final weights, by `training.card`."""
+        """The card is written once, beside the final weights."""
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; the other ranks wait for rank 0, whose files may take longer than the
-        collective that would follow allows.
-        """
+        """The other ranks wait for rank 0, longer than the collective that follows would."""
         super().save_model(*args, **kwargs)
         meet()
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        with with_settings(
-            self.model, self.base_settings
-        ):  # the trainer turned the cache off and router logits on for itself
+        # the trainer turned the cache off and router logits on for itself
+        with with_settings(self.model, self.base_settings):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
@@ -671,10 +561,17 @@ class RecipeTrainer(SFTTrainer):
         on_main_rank(lambda: self._seal(root, folder, unlogged))
 
     def _check_place(self, root: Path) -> None:
-        """Rank 0, before a save: the run is still ours, and the disk has room."""
+        """Rank 0, before a save: the run is still ours, and the disk has room for a save as large
+        as the last one, else for the trained weights and two optimizer moments in float32.
+        """
         end_if_taken_over(root.parent)
+        if earlier := checkpoints.list_checkpoints(root):
+            needed = checkpoints.folder_size(earlier[-1])
+        else:
+            weights = (one.numel() for one in self.model.parameters() if one.requires_grad)
+            needed = 3 * 4 * sum(weights)
         remedy = " and run the same command again: it resumes from the newest complete checkpoint"
-        check_space(root, self._size_of_a_save(root), "a save", remedy)
+        check_space(root, needed, "a save", remedy)
 
     def _seal(self, root: Path, folder: Path, unlogged: dict[str, Any]) -> None:
         """Mark the checkpoint complete, once the lines logged up to it are on the disk: a run
@@ -700,61 +597,83 @@ class RecipeTrainer(SFTTrainer):
         checkpoints.rotate(root, self.keep_checkpoints, Path(best) if best else None)
 
     def _evaluation_follows(self) -> bool:
-        """Whether the evaluation of this step comes after its save: that of an epoch after its last
-        step, and that of the whole.
-        """
-        last_of_epoch = (
-            self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
-        )
-        last = self.eval_dataset is not None and self.state.global_step >= self.state.max_steps
-        return (last_of_epoch or last) and not has_evaluation(
-            self.state.log_history, self.state.global_step
-        )
+        """Whether this step is evaluated after its save: the last of an epoch, and of all."""
+        step, epoch = self.state.global_step, float(self.state.epoch or 0)
+        last_of_epoch = self.args.eval_strategy == "epoch" and epoch.is_integer()
+        last = self.eval_dataset is not None and step >= self.state.max_steps
+        return (last_of_epoch or last) and not has_evaluation(self.state.log_history, step)
 
-    def _size_of_a_save(self, root: Path) -> int:
-        """The last save's size, else three times the trained weights (weights and two optimizer
-        moments, in float32).
+
+class TokenCounts:
+    """Tokens seen, supervised and ranked first, counted on the device until somebody asks: reading
+    a count makes the processor wait for the GPU, and summing one for all ranks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._tokens = torch.zeros(1, dtype=torch.long, device=device)
+        self._scored = torch.zeros(2, dtype=torch.long, device=device)
+
+    def add(
+        self,
+        tokens: torch.Tensor | int,
+        supervised: torch.Tensor | int,
+        correct: torch.Tensor | int,
+    ) -> None:
+        """Count one micro-batch of this rank."""
+        self._tokens += tokens
+        self._scored[0] += supervised
+        self._scored[1] += correct
+
+    def take_tokens(self) -> int:
+        """Return the tokens of all ranks since the last call; every rank has to call."""
+        [tokens] = _sum_of_ranks(self._tokens)
+        self._tokens.zero_()
+        return tokens
+
+    def scored(self) -> list[int]:
+        """Return the supervised tokens of all ranks, and how many of them were ranked first, since
+        `take_accuracy`; every rank has to call.
         """
-        earlier = checkpoints.list_checkpoints(root)
-        if earlier:
-            return checkpoints.folder_size(earlier[-1])
-        return (
-            3
-            * 4
-            * sum(
-                parameter.numel()
-                for parameter in self.model.parameters()
-                if parameter.requires_grad
-            )
-        )
+        return _sum_of_ranks(self._scored)
+
+    def take_accuracy(self) -> float | None:
+        """Return the share of supervised tokens of all ranks that were ranked first since the last
+        call; every rank has to call.
+        """
+        supervised, correct = self.scored()
+        self._scored.zero_()
+        return correct / supervised if supervised else None
+
+
+def _sum_of_ranks(counts: torch.Tensor) -> list[int]:
+    total = counts.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return [int(value) for value in total.tolist()]
 
 
 def gather_trained_head(model: Any) -> None:
     """Let FSDP2 gather a trained head before the loss reads its weight, so that its gradient is
     averaged over the ranks.
 
-    The losses here and in TRL use the weight and never call the head. Where accelerate makes the
-    head a shard group of its own (`lora.modules_to_save`), nothing would gather it, and the
-    gradient of `full_tensor()` is each rank's own. To be called on the causal language model,
-    before or after it is wrapped.
+    The losses here and in TRL never call the head. Where accelerate makes it a shard group of its
+    own (`lora.modules_to_save`), nothing would gather it, and the gradient of `full_tensor()` is
+    each rank's own. To be called on the causal language model.
     """
 
     def gather(*_: Any) -> None:
         head = model.get_output_embeddings()
-        if isinstance(head, FSDPModule) and any(
-            parameter.requires_grad for parameter in head.parameters()
-        ):
+        if isinstance(head, FSDPModule) and any(one.requires_grad for one in head.parameters()):
             head.unshard()
 
     model.base_model.register_forward_hook(gather)
 
 
 def load_whole(model: Any, folder: Path) -> None:
-    """Load a fully trained model's weights from a checkpoint, all of them.
+    """Load all of a fully trained model's weights from a checkpoint.
 
-    The Trainer looks for the names of the model's parameters in the file and passes over those that
-    it does not find. Experts are one parameter in memory and a matrix each in the file, so that
-    they would stay those of the base without a word.
+    The Trainer passes over names that are not in the file. Experts are one parameter in memory and
+    a matrix each in the file: they would stay those of the base.
 
     Raises:
         EnvironmentFault: weights are missing in the checkpoint.
@@ -763,50 +682,38 @@ def load_whole(model: Any, folder: Path) -> None:
         folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
     )
     if lost := sorted(report["missing_keys"]):
-        error = EnvironmentFault(
-            f"{folder} lacks {len(lost)} weights of the model, {lost[0]} among them",
-            "remove it to go on from an earlier one",
+        raise of_every_rank(
+            EnvironmentFault(
+                f"{folder} lacks {len(lost)} weights of the model, {lost[0]} among them",
+                "remove it to go on from an earlier one",
+            )
         )
-        error.on_every_rank = True  # type: ignore[attr-defined]  # every rank reads the same files
-        raise error
     model.load_state_dict(saved.state_dict())
 
 
 @contextlib.contextmanager
 def kept_precision(model: torch.nn.Module) -> Iterator[None]:
-    """Give trained weights their precision back after a loading that changes it: PEFT makes every
-    adapter that it loads float32, also those that TRL trains in bfloat16 (of a quantized base).
+    """Undo what loading does to trained weights: PEFT makes every adapter float32, also those that
+    TRL trains in bfloat16 (of a quantized base).
     """
-    before = {
-        name: parameter.dtype
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    before = {name: one.dtype for name, one in model.named_parameters() if one.requires_grad}
     yield
     for name, parameter in model.named_parameters():
-        if parameter.dtype != before.get(name, parameter.dtype):
-            parameter.data = parameter.data.to(before[name])
+        parameter.data = parameter.data.to(before.get(name, parameter.dtype))
 
 
 def precisions(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
-    """Return how many tensors of each precision are trained, and how many the optimizer keeps, by
-    their name there.
-    """
-    found = Counter(
-        f"weights {parameter.dtype}" for parameter in model.parameters() if parameter.requires_grad
-    )
+    """Return how many tensors of each precision are trained, and kept by the optimizer."""
+    found = Counter(f"weights {one.dtype}" for one in model.parameters() if one.requires_grad)
     for state in optimizer.state.values():
-        found.update(
-            f"{name} {value.dtype}"
-            for name, value in state.items()
-            if isinstance(value, torch.Tensor)
-        )
+        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        found.update(f"{name} {value.dtype}" for name, value in tensors.items())
     return {name.replace("torch.", ""): number for name, number in sorted(found.items())}
 
 
 def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """Let a data worker leave SIGTERM to the training. Slurm sends it to every process of a step:
-    workers would end before the checkpoint, and the training with them. They end with the training.
+    """Let a data worker leave SIGTERM, which Slurm sends to every process, to the training: it
+    would end before the checkpoint. Workers end with the training.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
