@@ -47,14 +47,16 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     from recipes_lib.planning.gate import plan_of_active
     from recipes_lib.training import launch_check
     from recipes_lib.training.attempt import Insistence, attempt
-    from recipes_lib.training.build import build_trainer
+    from recipes_lib.training.build import build_trainer, check_trackers, start_up_lines
     from recipes_lib.training.cpu import fsdp
     from recipes_lib.training.cpu.attention import refuse_flex_attention
-    from recipes_lib.training.finish import record_finish, record_stop, save_and_check
+    from recipes_lib.training.finish import (
+        record_finish,
+        record_stop,
+        save_and_check,
+        summarise_training,
+    )
     from recipes_lib.training.resume_guard import guarded_values
-    from recipes_lib.training.start_up import start_up_lines
-    from recipes_lib.training.summary import summarise_training
-    from recipes_lib.training.trackers import check_trackers
     from recipes_lib.weights.base import load_checked_tokenizer, load_model
     from recipes_lib.weights.export import push_target
     from recipes_lib.weights.finished_run import check_base_run

@@ -14,7 +14,7 @@ from trl import SFTConfig
 import recipes_lib
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.train import main
-from recipes_lib.training.start_up import describe_trainable
+from recipes_lib.training.build import describe_trainable
 from recipes_lib.training.trainer import RecipeTrainer
 
 NF4 = (

@@ -9,8 +9,7 @@ import importlib.util
 import pytest
 import torch
 
-from recipes_lib.weights.base import _silence, default_attention
-from recipes_lib.weights.check import device_with_room
+from recipes_lib.weights.base import _silence, default_attention, device_with_room
 
 
 @pytest.mark.parametrize(

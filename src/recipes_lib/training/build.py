@@ -1,5 +1,5 @@
-"""Puts model, data and recipe together into a trainer. Every departure from TRL's own preparation
-is listed here.
+"""Puts model, data and recipe together into a trainer, and says what came out. Every departure from
+TRL's own preparation is listed here.
 
 TRL's dataset preparation is skipped: `data.preparation` has already tokenised, masked, truncated
 and audited the rows, so that nothing is dropped without being named. Packing is still TRL's
@@ -10,23 +10,55 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
 
-from recipes_lib.config.batch import sync_each_batch
+from recipes_lib.config.batch import (
+    describe_batch,
+    describe_last_step,
+    planned_steps,
+    sync_each_batch,
+)
 from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.schedule import describe_schedule
 from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.preparation import PreparedData
-from recipes_lib.models.architectures import prepare_for_training, settle_targets, why_rows_apart
+from recipes_lib.models.architectures import (
+    describe_targets,
+    prepare_for_training,
+    settle_targets,
+    why_rows_apart,
+)
 from recipes_lib.training.batches import ROW, with_fillers
 from recipes_lib.training.cpu import attention as cpu_attention
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
+
+NOT_ASKED = ("none", "all", "flyte")  # transformers does not say whether flyte is there
+
+
+def check_trackers(recipe: Recipe, args: SFTConfig) -> None:
+    """Refuse a tracker that is not installed; the Trainer would say so after the model was loaded.
+
+    Raises:
+        EnvironmentFault: with the way to install it.
+    """
+    missing = sorted(set(args.report_to) - {*NOT_ASKED, *get_available_reporting_integrations()})
+    if missing:
+        raise recipe.fault(
+            "train.report_to",
+            f"train.report_to: {', '.join(missing)} is not installed",
+            "pip install -c constraints.txt -e '.[tracking]' brings tensorboard, trackio and wandb;"
+            " or train.report_to=none",
+        )
 
 
 def build_trainer(
@@ -42,15 +74,26 @@ def build_trainer(
     """Return the trainer, with the adapter (if the recipe has one) already on the model.
 
     Args:
-        args: what `recipe.upstream.build_sft_config` returned.
+        args: what `config.upstream.build_sft_config` returned.
         marker_facts: recorded in every checkpoint's marker.
 
     Raises:
         RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than
             autocast's.
     """
-    check_half_precision(recipe, args, model)
-    attention = attention_of(recipe, args, model)
+    half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+    if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
+        found, wanted = _name(model.dtype), _name(half)
+        what = (
+            f"the checkpoint is {found} and autocast {wanted}: quantized layers would mix the two,"
+            " which torch refuses"
+        )
+        raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
+    whole_text_rows = args.packing and args.packing_strategy == "wrapped"
+    on_cpu, free = args.device.type == "cpu", recipe.train.get("padding_free") is not False
+    if on_cpu and free and not whole_text_rows:
+        cpu_attention.use_document_attention(model)
+    attention = str(getattr(model.config, "_attn_implementation", ""))
     prepare_for_training(model)
     lora = build_lora_config(recipe)
     trainer = RecipeTrainer(
@@ -69,54 +112,18 @@ def build_trainer(
         marker_facts=marker_facts,
     )
     if trainer.is_fsdp_enabled:
-        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = sync_each_batch(
-            recipe
-        )
+        kwargs = trainer.accelerator.gradient_state.plugin_kwargs
+        kwargs["sync_each_batch"] = sync_each_batch(recipe)
     if args.fp16:
-        raise_trained_weights(trainer.model)
+        # Loss scaling cannot undo the scale of gradients of fewer bits than float32. TRL makes the
+        # adapters of a quantized base bfloat16, whatever `train.fp16` says, and torch has no
+        # unscaling of bfloat16 gradients on a GPU: the first step would end in an error.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.float()
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def check_half_precision(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> None:
-    """Refuse what `recipe.combinations` cannot see: the precision that `model.dtype: auto` found in
-    the checkpoint.
-    """
-    half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
-    if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
-        found, wanted = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, half))
-        what = (
-            f"the checkpoint is {found} and autocast {wanted}: quantized layers would mix the two,"
-            " which torch refuses"
-        )
-        raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
-
-
-def raise_trained_weights(model: Any) -> None:
-    """Give the trained weights float32, as fp16 training needs: its loss scaling cannot undo the
-    scale of gradients of fewer bits.
-
-    TRL makes the adapters of a quantized base bfloat16, whatever `train.fp16` says, and torch has
-    no unscaling of bfloat16 gradients on a GPU: the first step would end in an error.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-
-
-def attention_of(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> str:
-    """Return the name of the model's attention, after switching it to document attention where that
-    is the fastest (a CPU).
-    """
-    whole_text_rows = args.packing and args.packing_strategy == "wrapped"
-    if (
-        args.device.type == "cpu"
-        and recipe.train.get("padding_free") is not False
-        and not whole_text_rows
-    ):
-        cpu_attention.use_document_attention(model)
-    return str(getattr(model.config, "_attn_implementation", ""))
 
 
 def padding_costs_nothing_to_drop(
@@ -128,14 +135,10 @@ def padding_costs_nothing_to_drop(
     That is flash attention on a GPU and `cpu.attention` on a CPU, in a model that has no other
     layers over tokens. A recipe that says `padding_free` itself, or packs, is left alone.
     """
-    undecided = (
-        "padding_free" not in recipe.train and not args.packing and not why_rows_apart(model)
-    )
-    return (
-        undecided
-        and ("flash" in attention or attention == cpu_attention.NAME)
-        and args.per_device_train_batch_size > 1
-    )
+    decided = "padding_free" in recipe.train or args.packing
+    apart = "flash" in attention or attention == cpu_attention.NAME
+    several = args.per_device_train_batch_size > 1
+    return not decided and apart and several and not why_rows_apart(model)
 
 
 def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
@@ -150,27 +153,104 @@ def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
         )
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.dataloader_drop_last and len(rows) < step:
-        what = (
-            f"train.dataloader_drop_last leaves nothing to train: {len(rows)} examples do not fill"
-            f" a step of {step}"
-        )
         raise recipe.error(
             "train.dataloader_drop_last",
-            what,
+            f"train.dataloader_drop_last leaves nothing to train: {len(rows)} examples do not fill"
+            f" a step of {step}",
             "set it to false, or make run.global_batch_size smaller",
         )
     return rows
 
 
 def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | None:
-    """The validation rows, filled up with rows that carry no loss so that every rank gets the same
-    number of full batches.
-
-    Otherwise accelerate repeats the first rows in the last batch, and the validation loss depends
-    on the number of ranks.
+    """The validation rows, filled up so that every rank gets the same number of full batches:
+    accelerate would repeat the first rows, and the loss depend on the number of ranks.
     """
     if validation is None or not len(validation) or args.eval_strategy == "no":
         return None
     rows = validation.select_columns(["input_ids", "labels"])
     missing = -len(rows) % (args.per_device_eval_batch_size * args.world_size)
     return with_fillers(rows, missing) if missing else rows
+
+
+# ---- What a training says before its first step ----
+
+
+def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
+    """Return the batch arithmetic, what is trained, and what is really active.
+
+    Args:
+        launch_line: what `launch_check.check_launch` returned.
+    """
+    args, model = trainer.args, trainer.model
+    flat = args.padding_free or trainer.flattens
+    padding = ", padding-free" if flat else ", packed" if args.packing else ""
+    precision = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else _name(model.dtype)
+    attention = getattr(model.config, "_attn_implementation", "unknown")
+    shape = {
+        "per_device": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "world_size": args.world_size,
+    }
+    rows, drop_last = len(trainer.train_dataset), args.dataloader_drop_last
+    per_epoch, total = steps = planned_steps(
+        rows,
+        **shape,
+        epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        drop_last=drop_last,
+    )
+    scheduler = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    lines = [
+        f"launch: {launch_line}; precision {precision}; attention {attention}{padding}; seed"
+        f" {args.seed}",
+        f"batch: {describe_batch(rows, steps, **shape)}",
+    ]
+    last = describe_last_step(rows, **shape, drop_last=drop_last)
+    if last and total >= per_epoch:
+        lines.append(f"epoch: {last}")
+    schedule = describe_schedule(scheduler, args.learning_rate, args.warmup_steps, total)
+    raised = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
+    lines += [f"schedule: {schedule}", f"trains: {describe_trainable(model, raised=raised)}"]
+    if isinstance(model, PeftModel):
+        lines.append(describe_targets(model))
+    several = args.gradient_accumulation_steps > 1 or trainer.max_tokens is not None
+    if trainer.is_fsdp_enabled and several:
+        kept = sum(one.numel() for one in model.parameters() if one.requires_grad) * 4 / 2**20
+        lines.append(
+            "gradients: shared out after every backward pass (sync_each_batch), each rank keeps its"
+            " share"
+            if trainer.syncs_each_batch
+            else "gradients: shared out once per step, each rank keeps all of them until then:"
+            f" {kept:,.1f} MiB"
+        )
+    return lines
+
+
+def count_quantized(model: Any) -> int:
+    """Return the number of 4-bit weight matrices; under FSDP they are shards of another type, known
+    by their layer.
+    """
+    return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+
+
+def describe_trainable(model: Any, *, raised: bool = False) -> str:
+    """Return how many parameters are trained, and where they sit.
+
+    Args:
+        raised: whether FSDP2 will keep those of half precision in float32, as it does under mixed
+            precision.
+    """
+    parameters, quantized = list(model.parameters()), count_quantized(model)
+    trained = [one for one in parameters if one.requires_grad]
+    count, total = (sum(one.numel() for one in some) for some in (trained, parameters))
+    precision = ", ".join(sorted({_name(one.dtype) for one in trained}))
+    if raised and not quantized and precision != "float32":
+        precision = f"float32 (FSDP2 keeps the {precision} weights so)"
+    frozen = {_name(one.dtype) for one in parameters if not one.requires_grad} - {"uint8"}
+    kind = f"NF4 in {quantized} layers" if quantized else ", ".join(sorted(frozen))
+    return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {kind}" if kind else "")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

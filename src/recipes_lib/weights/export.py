@@ -28,10 +28,14 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.core.faults import check_space
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.redaction import holds_secret
-from recipes_lib.weights.base import adapter_config, check_whole, is_packaged
+from recipes_lib.weights.base import is_packaged
 from recipes_lib.weights.card import is_hub_id, write_card
-from recipes_lib.weights.check import check_files
-from recipes_lib.weights.finished_run import check_base_of, check_weights, finished_run
+from recipes_lib.weights.finished_run import (
+    check_base_of,
+    check_tensors,
+    check_weights,
+    finished_run,
+)
 from recipes_lib.weights.merge import merge_record, why_stale
 
 if TYPE_CHECKING:
@@ -82,7 +86,10 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     to = to.expanduser()
     target = to.resolve()
     check_target(to, trained)
-    _check_tensors(trained, source)
+    if not trained.full:
+        check_base_of(trained)
+    check_weights(trained)
+    check_tensors(trained, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(file.stat().st_size for file in _taken(source))
     remedy = ", or export to another disk; nothing was written"
@@ -195,26 +202,12 @@ def _source(trained: TrainedRun, merged: bool) -> Path:
     record = merge_record(trained)
     if record is None:
         raise RecipeError(f"run '{name}' has no merged/", f"recipes merge {name}")
-    stale = why_stale(trained, record, contents=True)
+    stale = why_stale(trained, record)
     if stale:
         raise RecipeError(
             f"merged/ of run '{name}' is out of date: {stale}", f"recipes merge {name}"
         )
     return trained.merged
-
-
-def _check_tensors(trained: TrainedRun, source: Path) -> None:
-    """The weights are whole and finite, and an adapter's base is the one it was trained on."""
-    if not trained.full:
-        check_base_of(trained)
-    check_weights(trained)
-    check_whole(source)
-    full = trained.full or source == trained.merged
-    check_files(
-        source,
-        full,
-        base="" if full else adapter_config(source)["base_model_name_or_path"],
-    )
 
 
 def _taken(source: Path) -> list[Path]:

@@ -14,24 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.loader import Origin
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, recipe_from
-from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.config.validation import load
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.weights.base import (
+    adapter_config,
+    attach,
+    base_fingerprint,
     changed_files,
     check_adapter_files,
-    check_base,
-    check_content,
-    check_shapes,
     check_whole,
-    explain_peft_failure,
-    load_model,
+    load_base,
     model_path,
 )
-from recipes_lib.weights.check import autocast, keep_saved_precision, read_check, reload
+from recipes_lib.weights.check import autocast, check_files, read_check, reload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -201,6 +199,8 @@ class Family:
     """
 
     def __init__(self, runs: Sequence[TrainedRun]) -> None:
+        from transformers import AutoTokenizer
+
         self.runs = list(runs)
         for one in self.runs:
             if not one.full:
@@ -209,13 +209,16 @@ class Family:
         first = self.runs[0]
         self.recipe = first.recipe
         self.full = first.full
-        self.tokenizers = {one.run.name: _tokenizer_of(one) for one in self.runs}
+        self.tokenizers = {
+            one.run.name: AutoTokenizer.from_pretrained(one.weights) for one in self.runs
+        }
         self.tokenizer = self.tokenizers[first.run.name]
-        self.model = (
-            _load_full(first, self.tokenizer)
-            if self.full
-            else _load_adapters(self.runs, self.tokenizer)
-        )
+        if self.full:
+            model = reload(first.weights, self.recipe, self.full, self.tokenizer)
+        else:
+            adapters = {self._adapter_of(one.run.name): one.weights for one in self.runs}
+            model = attach(load_base(self.recipe, self.tokenizer), adapters)
+        self.model = ready_to_answer(model)
 
     @property
     def names(self) -> list[str]:
@@ -225,7 +228,7 @@ class Family:
         return [*([] if self.full else [BASE]), *(one.run.name for one in self.runs)]
 
     def prompting(self, name: str) -> tuple[DataSection, PreTrainedTokenizerBase]:
-        """Return how `name` is to be asked: as it was trained; the base as the first run was."""
+        """Return how `name` is asked: as it was trained; the base as the first run was."""
         one = next((one for one in self.runs if one.run.name == name), self.runs[0])
         return one.prompt_section, self.tokenizers[one.run.name]
 
@@ -243,21 +246,18 @@ class Family:
 
     @contextlib.contextmanager
     def answering(self, name: str) -> Iterator[PreTrainedModel]:
-        """As `using`, in the precision that the run was trained in: mixed-precision training
-        computes in half precision beside float32 weights, and without it the float32 adapters of a
-        bf16 base would compute in float32. The base answers as it is loaded.
+        """As `using`, in the precision that the run was trained in: without autocast the float32
+        adapters of a bf16 base would compute in float32. The base answers as it is loaded.
         """
         weights = next((one.weights for one in self.runs if one.run.name == name), None)
         check = read_check(weights) if weights else None
         half = check.autocast if check else None
-        with (
-            self.using(name) as model,
-            autocast(half == "bfloat16", half == "float16", model.device.type),
-        ):
+        with self.using(name) as model, autocast(half, model.device.type):
             yield model
 
     def _adapter_of(self, name: str) -> str:
-        return adapter_name([one.run.name for one in self.runs].index(name))
+        """PEFT's name for it: a module's name must not contain the dots that a run's may."""
+        return f"run{[one.run.name for one in self.runs].index(name)}"
 
 
 def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
@@ -271,68 +271,48 @@ def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
     return list(groups.values())
 
 
-def adapter_name(position: int) -> str:
-    """Return PEFT's name for the n-th run of a family: a module's name must not contain the dots
-    that a run's may.
+def check_tensors(trained: TrainedRun, folder: Path) -> dict[str, Any]:
+    """Return {tensors, parameters} of a run's weights, or of its merged model, whole and finite, an
+    adapter's base the one it was trained on.
+
+    Raises:
+        RecipesError: a tensor is not finite, an adapter changes nothing, or its base is another.
+        EnvironmentFault: a file is missing or truncated.
     """
-    return f"run{position}"
-
-
-def _tokenizer_of(one: TrainedRun) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(one.weights)
-
-
-def _load_full(one: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return ready_to_answer(
-        reload(one.weights, one.recipe, full_finetuning=True, tokenizer=tokenizer)
+    if not trained.full:
+        check_base_of(trained)
+    check_whole(folder)
+    full = trained.full or folder == trained.merged
+    return check_files(
+        folder, full, "" if full else adapter_config(folder)["base_model_name_or_path"]
     )
 
 
-def _load_adapters(runs: Sequence[TrainedRun], tokenizer: PreTrainedTokenizerBase) -> Any:
-    from peft import PeftModel
-
-    base = load_base(runs[0].recipe, tokenizer)
-    for one in runs:
-        check_shapes(one.weights, base)
-    model: Any = None
-    for position, one in enumerate(runs):
-        try:
-            if model is None:
-                model = PeftModel.from_pretrained(
-                    base, str(one.weights), adapter_name=adapter_name(position)
-                )
-            else:
-                model.load_adapter(str(one.weights), adapter_name(position))
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise explain_peft_failure(one.weights, error) from error
-        keep_saved_precision(model, one.weights, adapter_name(position))
-    return ready_to_answer(model)
-
-
-def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the base as the run was trained on it: quantized where its recipe says so, on the GPU
-    where there is one.
-    """
-    import torch
-
-    base = load_model(recipe, tokenizer, build_quantization_config(recipe))
-    return base.to("cuda") if torch.cuda.is_available() and recipe.quantization is None else base
-
-
 def check_base_of(one: TrainedRun) -> None:
-    """Refuse a run whose adapter is damaged, or whose base is not the one it was trained on; loads
-    no model.
+    """Refuse a run whose adapter is damaged, or whose base is another; loads no model.
 
     Raises:
         RecipeError: another base, by name or by the content of its files; or pickled weights.
         EnvironmentFault: a file of the adapter is missing or truncated.
     """
+    adapter, recipe = one.weights, one.recipe
+    name = recipe.model.name_or_path
     try:
-        check_adapter_files(one.weights)
-        check_base(one.weights, one.recipe.model.name_or_path, model_path(one.recipe.model))
-        recorded = read_check(one.weights)
+        check_adapter_files(adapter)
+        trained_on, check = adapter_config(adapter)["base_model_name_or_path"], read_check(adapter)
     except (DamagedFile, EnvironmentFault) as error:
         raise _lost(one.run, str(error).splitlines()[0]) from None
-    check_content(one.run.name, recorded.base_fingerprint if recorded else None, one.recipe)
+    if Path(trained_on).name not in {Path(name).name, Path(model_path(recipe.model)).name}:
+        raise RecipeError(
+            f"{adapter} was trained on '{trained_on}', not on '{name}'", "load it on its own base"
+        )
+    before, now = check.base_fingerprint if check else None, base_fingerprint(recipe)
+    if before and now and before != now:
+        revision = f" at revision '{recipe.model.revision}'" if recipe.model.revision else ""
+        raise RecipeError(
+            f"the base '{name}'{revision} is not the one that run '{one.run.name}' was trained on:"
+            " its weights differ",
+            f"recorded {before[:12]}, found {now[:12]}",
+            "restore the base, or set model.revision to the commit it was; an adapter means nothing"
+            " on another base",
+        )

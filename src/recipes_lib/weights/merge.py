@@ -9,7 +9,6 @@ may repack 4-bit weights in place, and dequantising the repacked ones gives nois
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -25,17 +24,20 @@ from recipes_lib.core.run_lock import run_lock
 from recipes_lib.core.terminal import shown_size
 from recipes_lib.weights.base import (
     ADAPTER_WEIGHTS,
+    attach,
     changed_files,
-    explain_peft_failure,
+    load_base,
     recorded_hashes,
     weight_hashes,
 )
 from recipes_lib.weights.card import quantized_bits, write_card
 from recipes_lib.weights.check import (
     EXACT_TOLERANCE,
+    FOLD_TOLERANCE,
     LogitsComparison,
     Prompts,
     compare_logits,
+    free_memory,
     logits_on,
     real_prompts,
     reload,
@@ -47,7 +49,6 @@ from recipes_lib.weights.finished_run import (
     TrainedRun,
     check_base_of,
     check_weights,
-    load_base,
 )
 
 if TYPE_CHECKING:
@@ -55,13 +56,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the effect on average and 4-6%
-# of the largest logit at most, of which the arithmetic in bfloat16 alone is 3%; a 4-bit adapter
-# merged into the original 16-bit base is 32% and 39% off.
+# Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the effect on average; a 4-bit
+# adapter merged into the original 16-bit base is 32% off.
 LOST_LIMIT = 0.25
-FOLD_TOLERANCE = 0.15
 RECORD = "merge.json"
-REJECTED = "merged.rejected"
 SHARD = "5GB"
 
 
@@ -71,16 +69,12 @@ def merge_record(trained: TrainedRun) -> dict[str, Any] | None:
     return read_object(file, f"make it again: recipes merge {trained.run.name}") or None
 
 
-def why_stale(
-    trained: TrainedRun, record: dict[str, Any], dtype: str | None = None, contents: bool = False
-) -> str | None:
+def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = None) -> str | None:
     """Return why `merged/` is not what merging would give now, or None when it is.
 
     Args:
-        trained: the run.
         record: what `merge_record` returned.
         dtype: the precision asked for; None for any.
-        contents: whether to read the files and compare their hashes, not only their sizes.
     """
     if record["adapter_sha256"] != weight_hashes(trained.weights).get(ADAPTER_WEIGHTS):
         return "it was made from another adapter"
@@ -90,7 +84,7 @@ def why_stale(
     damaged = [name for name, size in record["files"].items() if found.get(name) != size]
     if damaged:
         return f"{damaged[0]} in it is missing or damaged"
-    changed = changed_files(trained.merged, record["sha256"]) if contents else []
+    changed = changed_files(trained.merged, record["sha256"])
     return f"{changed[0]} in it was changed" if changed else None
 
 
@@ -98,25 +92,17 @@ def fold(trained: TrainedRun, family: Family, dtype: torch.dtype | None = None) 
     """Fold the adapter of the family's only run into its base, using up the family's model.
 
     Args:
-        trained: the run.
-        family: it, loaded; its model must not be used afterwards.
         dtype: precision of the result; None for that of the base in memory.
-
-    Returns:
-        A plain model, on the family's device.
     """
-    wanted = dtype or family.model.dtype
-    if trained.recipe.quantization is None:
-        model = family.model
-        family.model = None
-    else:
-        family.model = None
+    wanted, model = dtype or family.model.dtype, family.model
+    family.model = None
+    if trained.recipe.quantization is not None:
+        del model
         free_memory()
-        model = _on_plain_base(trained, family.tokenizer, wanted)
+        model = _on_plain_base(trained, wanted)
     if model.dtype.itemsize < wanted.itemsize:
         model = model.to(wanted)
-    merged = with_transposed_layers(model.merge_and_unload(safe_merge=True))
-    return merged if merged.dtype == wanted else merged.to(wanted)
+    return with_transposed_layers(model.merge_and_unload(safe_merge=True)).to(wanted)
 
 
 def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
@@ -131,10 +117,8 @@ def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in plain.named_modules():
         found = model.get_submodule(name)
         if isinstance(layer, Conv1D) and isinstance(found, torch.nn.Linear):
-            layer.weight, layer.bias = (
-                torch.nn.Parameter(found.weight.data.T.contiguous()),
-                found.bias,
-            )
+            layer.weight = torch.nn.Parameter(found.weight.data.T.contiguous())
+            layer.bias = found.bias
             model.set_submodule(name, layer)
     return model
 
@@ -145,53 +129,28 @@ def load_merged(
     """Load a merged model from its files alone."""
     recipe = trained.recipe
     section = dataclasses.replace(recipe.model, dtype=dtype, resize_embeddings=False)  # type: ignore[arg-type]
-    return reload(
-        folder,
-        dataclasses.replace(recipe, model=section),
-        full_finetuning=True,
-        tokenizer=tokenizer,
-    ).eval()
+    recipe = dataclasses.replace(recipe, model=section)
+    return reload(folder, recipe, full_finetuning=True, tokenizer=tokenizer).eval()
 
 
-def unfolded_float32(trained: TrainedRun) -> Any:
-    """Load the adapter on its base, dequantised where it is quantized, with all arithmetic in
-    float32.
+def _on_plain_base(trained: TrainedRun, dtype: torch.dtype) -> Any:
+    """Return the adapter in float32 on a fresh copy of its base, which is dequantised to `dtype`
+    where it is quantized.
     """
-    import torch
     from transformers import AutoTokenizer
 
-    model = _on_plain_base(trained, AutoTokenizer.from_pretrained(trained.weights), torch.float32)
-    return model.float().eval()
-
-
-def free_memory() -> None:
-    """Give memory of models that nobody refers to any more back."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _on_plain_base(
-    trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> Any:
-    """Return the adapter on a fresh copy of its base, which is dequantised to `dtype` where it is
-    quantized.
-    """
-    from peft import PeftModel
-
-    base: Any = load_base(trained.recipe, tokenizer)
+    base: Any = load_base(trained.recipe, AutoTokenizer.from_pretrained(trained.weights))
     if trained.recipe.quantization is not None:
         states = [getattr(parameter, "quant_state", None) for parameter in base.parameters()]
         assert not any(getattr(state, "packing_format_for_cpu", False) for state in states), (
             "repacked by a forward pass"
         )
         base = base.dequantize(dtype=dtype)
-    try:
-        return PeftModel.from_pretrained(base, str(trained.weights)).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise explain_peft_failure(trained.weights, error) from error
+    model = attach(base, {"default": trained.weights})
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model.eval()
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -209,14 +168,7 @@ class AdapterLogits:
 
 @dataclass(frozen=True)
 class FoldComparison:
-    """A folded adapter against the adapter on its base.
-
-    Args:
-        prompts: what both were asked.
-        difference: folded against adapter.
-        effect: adapter against bare base: what the adapter does.
-        computed_in: precision of the arithmetic on both sides.
-    """
+    """A folded adapter against the adapter on its base, and that against the bare base."""
 
     prompts: str
     difference: LogitsComparison
@@ -248,15 +200,13 @@ class FoldComparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers for a record or for --json."""
+        effect = dataclasses.asdict(self.effect)
+        del effect["tolerance"]
         return {
             "prompts": self.prompts,
             "computed_in": self.computed_in,
             "difference": self.difference.as_dict(),
-            "adapter_effect": {
-                key: value
-                for key, value in dataclasses.asdict(self.effect).items()
-                if key != "tolerance"
-            },
+            "adapter_effect": effect,
             "lost_share": self.lost,
             "lost_limit": LOST_LIMIT,
             "agrees": not self.problems,
@@ -265,11 +215,10 @@ class FoldComparison:
 
 def adapter_logits(family: Family, trained: TrainedRun, prompts: Prompts) -> AdapterLogits:
     """Return the logits of the bare base and of the adapter on it."""
-    logits = []
-    for name in (BASE, trained.run.name):
-        with family.using(name) as model:
-            logits.append(logits_on(model, prompts.rows))
-    return AdapterLogits(*logits)
+    with family.using(BASE) as model:
+        base = logits_on(model, prompts.rows)
+    with family.using(trained.run.name) as model:
+        return AdapterLogits(base, logits_on(model, prompts.rows))
 
 
 def compare_folded(
@@ -281,48 +230,40 @@ def compare_folded(
 ) -> FoldComparison:
     """Compare a folded model with the adapter on its base.
 
+    Two yardsticks decide: the largest difference as a share of the largest logit (rounding), and
+    the mean difference as a share of the adapter's own effect on the base. The second is what a
+    merge that lost a weak adapter would fail, while passing the first. Where the effect is too
+    small to be told from the rounding of half precision, both sides are computed again in float32.
+
     Args:
-        trained: the run.
-        logits: of base and adapter.
+        logits: of base and adapter, on the prompts.
         folded: the folded model; it may be turned into float32.
-        prompts: what `logits` were computed on.
-        precision: of the base in memory when they were.
+        precision: of the base in memory when `logits` were computed.
     """
-    written = str(folded.dtype).removeprefix("torch.")
+    import torch
+
+    written, rerouted = _dtype(folded), rerouted_share(folded)
+
+    def compare(logits: AdapterLogits, again: Any, exact: bool, precision: str) -> FoldComparison:
+        tolerance = EXACT_TOLERANCE if exact else FOLD_TOLERANCE
+        return FoldComparison(
+            str(prompts),
+            compare_logits(logits.adapter, again, tolerance, rerouted),
+            compare_logits(logits.base, logits.adapter, 0.0),
+            precision,
+        )
+
     exact = trained.recipe.quantization is None and {precision, written} == {"float32"}
-    rerouted = rerouted_share(folded)
-    first = _compare(logits, logits_on(folded, prompts.rows), prompts, exact, precision, rerouted)
+    first = compare(logits, logits_on(folded, prompts.rows), exact, precision)
     if exact or first.lost <= LOST_LIMIT:
         return first
     free_memory()
     again = logits_on(folded.float(), prompts.rows)
-    model = unfolded_float32(trained)
+    model = _on_plain_base(trained, torch.float32).float().eval()
     with model.disable_adapter():
         base = logits_on(model, prompts.rows)
-    return _compare(
-        AdapterLogits(base, logits_on(model, prompts.rows)),
-        again,
-        prompts,
-        written == "float32",
-        "float32",
-        rerouted,
-    )
-
-
-def _compare(
-    logits: AdapterLogits,
-    folded: torch.Tensor,
-    prompts: Prompts,
-    exact: bool,
-    precision: str,
-    rerouted: float,
-) -> FoldComparison:
-    difference = compare_logits(
-        logits.adapter, folded, EXACT_TOLERANCE if exact else FOLD_TOLERANCE, rerouted
-    )
-    return FoldComparison(
-        str(prompts), difference, compare_logits(logits.base, logits.adapter, 0.0), precision
-    )
+    precise = AdapterLogits(base, logits_on(model, prompts.rows))
+    return compare(precise, again, written == "float32", "float32")
 
 
 @dataclass(frozen=True)
@@ -360,7 +301,7 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
     with run_lock(trained.run.path):
         record = merge_record(trained)
         if record is not None:
-            stale = why_stale(trained, record, dtype, contents=True)
+            stale = why_stale(trained, record, dtype)
             if stale is None:
                 return Merge(trained.merged, record, already=True)
             report(f"making merged/ again: {stale}")
@@ -370,24 +311,26 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
 def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]) -> Merge:
     import torch
 
-    scratch = trained.run.path / "merged.unchecked"
+    recipe, scratch = trained.recipe, trained.run.path / "merged.unchecked"
+    rejected = scratch.with_name("merged.rejected")
     shutil.rmtree(scratch, ignore_errors=True)
-    report(f"loading {trained.recipe.model.name_or_path} and the adapter ...")
+    report(f"loading {recipe.model.name_or_path} and the adapter ...")
     family = Family([trained])
     tokenizer = family.tokenizer
     prompts = real_prompts(trained, tokenizer)
     logits = adapter_logits(family, trained, prompts)
-    before, precision = (
-        _size(family.model.get_base_model()),
-        str(family.model.dtype).removeprefix("torch."),
-    )
+    before, precision = _size(family.model.get_base_model()), _dtype(family.model)
     model = fold(trained, family, getattr(torch, dtype) if dtype else None)
-    written = str(model.dtype).removeprefix("torch.")
-    if trained.recipe.quantization is not None:
-        report(_dequantisation_note(trained, before, _size(model), written))
+    written, size = _dtype(model), _size(model)
+    if recipe.quantization is not None:
+        report(
+            f"dequantised the {quantized_bits(recipe)}-bit base first: {shown_size(before)}"
+            f" became {shown_size(size)} in {written}\nwhat quantization took from the original"
+            " weights stays lost: the adapter was trained on what was left"
+        )
     remedy = " and run the same command again; nothing was written"
-    check_space(trained.run.path, _size(model), "the merged model", remedy)
-    report(f"writing {shown_size(_size(model))} in {written} ...")
+    check_space(trained.run.path, size, "the merged model", remedy)
+    report(f"writing {shown_size(size)} in {written} ...")
     _save(model, tokenizer, scratch)
     del model
     free_memory()
@@ -396,44 +339,34 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     comparison = compare_folded(trained, logits, again, prompts, precision)
     del again
     free_memory()
-    record = _record(trained, written, comparison)
     if comparison.problems:
-        rejected = _set_aside(scratch)
+        shutil.rmtree(rejected, ignore_errors=True)
+        os.replace(scratch, rejected)
         raise RecipesError(
             f"the merged model is not the adapter on its base: {comparison.problems[0]}",
             f"it is kept in {rejected}",
         )
-    write_card(
-        scratch, trained.recipe, trained.run.read_state().get("summary") or {}, merged=record
-    )
-    write_json(
-        scratch / RECORD,
-        {**record, "files": file_sizes(scratch), "sha256": recorded_hashes(scratch)},
-    )
+    record = {
+        "run": trained.run.name,
+        "base": recipe.model.name_or_path,
+        "adapter_sha256": weight_hashes(trained.weights)[ADAPTER_WEIGHTS],
+        "dtype": written,
+        "dequantised": recipe.quantization is not None,
+        "check": comparison.as_dict(),
+    }
+    write_card(scratch, recipe, trained.run.read_state().get("summary") or {}, merged=record)
+    record |= {"files": file_sizes(scratch), "sha256": recorded_hashes(scratch)}
+    write_json(scratch / RECORD, record)
     publish(scratch, trained.merged)
-    shutil.rmtree(trained.merged.with_name(REJECTED), ignore_errors=True)
-    return Merge(trained.merged, merge_record(trained) or record, already=False)
-
-
-def _dequantisation_note(trained: TrainedRun, before: int, after: int, dtype: str) -> str:
-    """Return what dequantising costs and what it cannot bring back."""
-    return (
-        f"dequantised the {quantized_bits(trained.recipe)}-bit base first: {shown_size(before)}"
-        f" became {shown_size(after)} in {dtype}\nwhat quantization took from the original weights"
-        " stays lost: the adapter was trained on what was left"
-    )
+    shutil.rmtree(rejected, ignore_errors=True)
+    return Merge(trained.merged, record, already=False)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     settings = model.generation_config
-    if (
-        settings is not None
-        and not settings.do_sample
-        and (settings.temperature not in (None, 1.0) or settings.top_p not in (None, 1.0))
-    ):
-        settings.do_sample = (
-            True  # as Llama-2's file has it; upstream refuses to save sampling values without it
-        )
+    if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
+        # as Llama-2's file has them; upstream refuses to save sampling values without it
+        settings.do_sample = True
     try:
         model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
@@ -446,22 +379,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         ) from error
 
 
-def _record(trained: TrainedRun, dtype: str, comparison: FoldComparison) -> dict[str, Any]:
-    return {
-        "run": trained.run.name,
-        "base": trained.recipe.model.name_or_path,
-        "adapter_sha256": weight_hashes(trained.weights)[ADAPTER_WEIGHTS],
-        "dtype": dtype,
-        "dequantised": trained.recipe.quantization is not None,
-        "check": comparison.as_dict(),
-    }
-
-
-def _set_aside(scratch: Path) -> Path:
-    rejected = scratch.with_name(REJECTED)
-    shutil.rmtree(rejected, ignore_errors=True)
-    os.replace(scratch, rejected)
-    return rejected
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _size(model: PreTrainedModel) -> int:

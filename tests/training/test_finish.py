@@ -11,7 +11,7 @@ import torch
 
 from recipes_lib.config.launch import Active
 from recipes_lib.training.attempt import Resumption
-from recipes_lib.training.summary import beside_the_plan, summarise_training
+from recipes_lib.training.finish import beside_the_plan, summarise_training
 
 
 @pytest.mark.parametrize(
