@@ -31,7 +31,7 @@ from recipes_lib.core.terminal import at_least, next_step, say
 from recipes_lib.planning.cards import cards_here
 from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
-from recipes_lib.training.process import EXIT_CODE_FILE
+from recipes_lib.training.process import EXIT_CODE_FILE, handling
 
 LETTING_GO_S = 5.0
 OPTIONS = ("accelerate", "gpus", "nodes")
@@ -212,18 +212,11 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
                 _ask_to_stop(run, number, report)
             say(SEEN[stage])
 
-        before = {
-            number: signal.signal(number, forward)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-        }
-        try:
+        with handling(forward):
             child = subprocess.Popen(command, env=environment, start_new_session=True)
             if asked:  # while it was being started
                 answer(child, asked[-1])
             child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
         _kill_all(child.pid, report)  # no rank outlives its launcher
         reported = _reported(report)
     code = child.returncode if reported is None else reported

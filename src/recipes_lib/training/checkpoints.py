@@ -27,12 +27,11 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 def mark_complete(checkpoint: Path, **facts: Any) -> None:
     """Flush every file of a checkpoint to the disk, then write its marker.
 
-    The files are read once more for their hashes: 0.7 s for 500 MB that are still in memory,
-    several files at a time.
+    The files are read once more for their hashes: 0.7 s for 500 MB that are still in memory.
 
     Args:
         checkpoint: folder of a finished save; every rank must have written its part.
-        **facts: what the marker records beside the sizes: step, world size, fingerprint, tokens.
+        **facts: what the marker records beside sizes and hashes.
     """
     names = sorted(
         str(file.relative_to(checkpoint))
@@ -52,15 +51,12 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Return why a checkpoint cannot be used, going by the sizes of its files, or None when it is
-    complete.
-    """
+    """Return why a checkpoint cannot be used, by the sizes of its files; None for a whole one."""
     try:
         marker = read_marker(checkpoint)
         files = dict(marker["files"])
-        if "guard" in marker and set(marker["sha256"]) != set(
-            files
-        ):  # versions without hashes recorded no guard either
+        # versions without hashes recorded no guard either
+        if "guard" in marker and set(marker["sha256"]) != set(files):
             return f"{MARKER} is damaged"
     except FileNotFoundError:
         return f"no {MARKER}: the save was interrupted"
@@ -76,17 +72,15 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 
 def what_is_damaged(checkpoint: Path) -> str | None:
-    """Return which file of a complete checkpoint changed after it was written, or None; a marker
-    without hashes cannot tell.
+    """Return which files of a complete checkpoint changed since; None where its marker has no
+    hashes.
     """
     recorded = read_marker(checkpoint).get("sha256", {})
     found = file_hashes(checkpoint, recorded)
     changed = [name for name, sha256 in recorded.items() if found[name] != sha256]
-    return (
-        f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)"
-        if changed
-        else None
-    )
+    if not changed:
+        return None
+    return f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -100,20 +94,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_complete(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """Return the newest whole checkpoint, or None; incomplete and damaged ones are renamed out of
-    the way.
+    """Return the newest whole checkpoint; incomplete and damaged ones are renamed out of the way.
 
     Hashes are compared from the newest backwards, until one is whole: older ones are not read.
 
     Args:
-        folder: the run's checkpoints/.
         report: called with one line for each checkpoint that is set aside.
     """
     whole: Path | None = None
     for checkpoint in reversed(list_checkpoints(folder)):
-        reason = what_is_missing(checkpoint) or (
-            what_is_damaged(checkpoint) if whole is None else None
-        )
+        reason = what_is_missing(checkpoint)
+        if reason is None and whole is None:
+            reason = what_is_damaged(checkpoint)
         if reason is None:
             whole = whole or checkpoint
             continue
@@ -130,17 +122,11 @@ def check_resumable(checkpoint: Path, world_size: int, allow_partial: bool) -> l
     Raises:
         EnvironmentFault: optimizer, scheduler or random-number state is missing.
     """
-    rng = (
-        ["rng_state.pth"]
-        if world_size == 1
-        else [f"rng_state_{rank}.pth" for rank in range(world_size)]
-    )
-    missing = [name for name in (*STATE_FILES, *rng) if not (checkpoint / name).is_file()]
-    if not (
-        (checkpoint / "optimizer.pt").is_file()
-        or (checkpoint / "optimizer.bin").is_file()
-        or any(checkpoint.glob("optimizer_*"))
-    ):
+    rngs = ["rng_state.pth"]
+    if world_size > 1:
+        rngs = [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    missing = [name for name in (*STATE_FILES, *rngs) if not (checkpoint / name).is_file()]
+    if not any(re.match(r"optimizer(\.pt$|\.bin$|_)", file.name) for file in checkpoint.iterdir()):
         missing.append("optimizer.pt")
     if missing and not allow_partial:
         raise EnvironmentFault(
@@ -154,8 +140,8 @@ def check_resumable(checkpoint: Path, world_size: int, allow_partial: bool) -> l
 
 
 def rotate(folder: Path, keep: int | None, best: Path | None) -> None:
-    """Delete the oldest complete checkpoints beyond `keep`; never the newest, never the best, never
-    an incomplete one.
+    """Delete the oldest complete checkpoints beyond `keep`; never the newest, the best or an
+    incomplete one.
     """
     if keep is None:
         return
@@ -172,8 +158,8 @@ def folder_size(folder: Path) -> int:
 
 
 def set_aside(folder: Path, ending: str) -> Path:
-    """Rename a folder that cannot be used to its name with `ending`, and a number where that
-    exists; return the new path.
+    """Rename a folder to its name with `ending`, and a number where that exists; return the new
+    path.
     """
     aside, number = folder.with_name(folder.name + ending), 2
     while aside.exists():

@@ -42,7 +42,6 @@ def what_was_asked(
     """Return what the launcher was asked for.
 
     Args:
-        environment: the process's variables.
         parent: the launcher's command line; default: that of the parent process, where /proc tells.
     """
     if EXPECT_VARIABLE in environment:
@@ -90,8 +89,7 @@ def what_will_run() -> Active:
 
 
 def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Check that every process of this machine has a GPU of its own, where there are GPUs and the
-    launcher means them.
+    """Check that each process of this machine has a GPU of its own, where the launcher means GPUs.
 
     Args:
         num_gpus: how many this process can see.
@@ -100,10 +98,8 @@ def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> No
         RecipeError: there are more processes than GPUs.
     """
     processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if (
-        0 < num_gpus < processes
-        and environment.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    ):
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if 0 < num_gpus < processes and not on_cpu:
         seen = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
         raise RecipeError(
             f"{processes} processes on this machine, but each of them sees {seen}; a process needs"
@@ -116,10 +112,9 @@ def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> No
 
 def check_precision(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
     """Check that the launcher asks for no other mixed precision than the recipe; its word would
-    win, and no line would say so.
+    win.
 
-    accelerate hands it on in a variable, whether it was written in a config file or on the command
-    line.
+    accelerate hands it on in a variable, wherever it was written.
 
     Raises:
         RecipeError: it asks for another one.
@@ -138,7 +133,9 @@ def check_launch(asked: Asked, active: Active) -> str:
         RecipeError: another number of processes, or another distribution, than asked is running.
     """
     described = f"{active.distributed_type}, world size {active.world_size}, {active.device}"
-    if asked.world_size is not None and asked.world_size != active.world_size:
+    if asked.world_size is None:
+        described += f" (not checked: {asked.source})"
+    elif asked.world_size != active.world_size:
         raise RecipeError(
             f"{asked.source} asked for {asked.world_size} processes, but {active.world_size} is"
             " training",
@@ -151,37 +148,30 @@ def check_launch(asked: Asked, active: Active) -> str:
             f"the launcher started {started} processes, but each of them would train alone",
             "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml",
         )
-    if (
-        asked.distributed_type == "FSDP"
-        and active.distributed_type != "FSDP"
-        and active.world_size > 1
-    ):
+    sharded = active.distributed_type == "FSDP"
+    if asked.distributed_type == "FSDP" and not sharded and active.world_size > 1:
         raise RecipeError(
             f"{asked.source} asked for FSDP, but {active.distributed_type} is active",
             "set fsdp_version: 2 in the accelerate config; on a machine without GPUs use"
             " accelerate_configs/fsdp_cpu.yaml",
         )
-    if asked.distributed_type in {"MULTI_GPU", "NO"} and active.distributed_type == "FSDP":
+    if asked.distributed_type in {"MULTI_GPU", "NO"} and sharded:
         raise RecipeError(
             f"{asked.source} asked for {asked.distributed_type}, but FSDP is active",
             "unset ACCELERATE_USE_FSDP",
         )
-    return (
-        described if asked.world_size is not None else f"{described} (not checked: {asked.source})"
-    )
+    return described
 
 
 def leave_gpus_out(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Hide the GPUs from a launch for the CPU, so that no library takes one; to be called before
-    torch is imported.
-    """
+    """Hide the GPUs from a launch for the CPU; call it before torch is imported."""
     if environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
         environment["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def what_runs(state: Any) -> Active:
-    """Name what an Accelerator, or accelerate's PartialState, reports in the words of our
-    documents: one process, DDP, FSDP.
+    """Name what an Accelerator, or accelerate's PartialState, reports in our words: one process,
+    DDP, FSDP.
     """
     kind = str(getattr(state.distributed_type, "value", state.distributed_type))
     words = {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,18 @@ from recipes_lib.core.ranks import rank
 
 # where `recipes train` and a cluster job read the exit code, which launchers lose
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM, SIGUSR2 and SIGINT until the block ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
@@ -46,23 +58,16 @@ def ending_at_once() -> Iterator[None]:
             os.write(2, line.encode())
         os._exit(exit_status(int(code), on_every_rank=True))
 
-    before = {
-        number: signal.signal(number, end)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    }
-    try:
+    with handling(end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def report(error: Exception, run: Path | None) -> int:
     """Say what stopped this process and return its exit status.
 
     What stops all ranks is said by rank 0 alone: refusals of recipe and data, which every rank
-    finds in the same files, and errors that carry `on_every_rank` (`ranks.on_main_rank`, numbers
-    that are global). A defect of one rank is said by that rank.
+    finds in the same files, and errors of `ranks.of_every_rank`. A defect of one rank is said by
+    that rank.
 
     Args:
         run: the run's folder, for the traceback of a defect.
@@ -84,8 +89,8 @@ def report(error: Exception, run: Path | None) -> int:
 
 
 def as_message(error: Exception, run: Path | None) -> RecipesError:
-    """Return a defect, of this project or of a library, as one message, and write its traceback
-    into the run's folder where that exists: a rerun with --debug may take days.
+    """Return a defect as one message, its traceback in the run's folder: a rerun with --debug may
+    take days.
     """
     summary = (str(error).strip().splitlines() or [""])[0]
     where = "--debug shows where"
@@ -103,8 +108,7 @@ def note_error(error: BaseException) -> None:
     """Leave what stopped this rank, named by its time, in the folder RECIPES_RANK_ERRORS where a
     cluster job asks for it.
 
-    The launcher ends the other ranks, and what they say then hides the cause: the job shows the
-    earliest note first.
+    The launcher ends the other ranks, and what they say then hides the cause.
     """
     folder = os.environ.get("RECIPES_RANK_ERRORS")
     if folder and getattr(error, "exit_code", 1) not in (75, 130):
@@ -119,11 +123,10 @@ def note_error(error: BaseException) -> None:
 
 
 def exit_status(code: int, on_every_rank: bool) -> int:
-    """Hand the exit code to `recipes train`, which the launcher cannot do: it turns every code into
-    1 and adds a traceback.
+    """Hand the exit code to `recipes train`: the launcher turns every code into 1 and adds a
+    traceback.
 
-    Where every rank ends for the same reason the launcher is told 0, so that it stays silent;
-    `recipes train` returns `code`.
+    Where every rank ends for the same reason the launcher is told 0, so that it stays silent.
     """
     file = os.environ.get(EXIT_CODE_FILE)
     if file is None:
@@ -141,9 +144,7 @@ def exit_status(code: int, on_every_rank: bool) -> int:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process: as usual alone; as one of several ranks without taking the process group
-    apart.
-    """
+    """End this process; one of several ranks without taking the process group apart."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()  # trackers send their last lines there
         sys.stdout.flush()

@@ -31,6 +31,7 @@ from recipes_lib.core.ranks import (
     rank,
     tell_stage,
 )
+from recipes_lib.training.process import handling
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
@@ -41,12 +42,11 @@ class EvaluationStopped(Exception):
 
 
 class StopRequest:
-    """What this process was asked to do, set by signal handlers; `agreed` is what all ranks
-    decided.
+    """What this process was asked to do; `agreed` is what all ranks decided.
 
-    Before the first step there is nothing to save, so a signal ends the process at once;
-    `wait_for_step` begins the time in which a signal waits for the end of the step, `close` that in
-    which the weights are saved and checked, which a first signal does not stop.
+    Before the first step a signal ends the process at once: there is nothing to save.
+    `wait_for_step` begins the time in which it waits for the end of the step, `close` that in which
+    the weights are saved and checked, which a first signal does not stop.
     """
 
     def __init__(self, stop_file: Path) -> None:
@@ -76,58 +76,36 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle SIGTERM, SIGUSR2 and SIGINT until the block ends."""
-        handlers = {
-            signal.SIGTERM: self._on_preempt,
-            signal.SIGUSR2: self._on_preempt,
-            signal.SIGINT: self._on_interrupt,
-        }
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
+        with handling(self._on_signal):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
-    def _in_a_worker(self, code: ExitCode) -> bool:
-        """Whether this is a process forked from the training, which gets signals of its own from a
-        terminal and from Slurm.
-
-        One that prepares data ends; one that loads data goes on, because the training needs its
-        rows for the step that it finishes.
-        """
-        if os.getpid() != self.process and not self.stage:
-            os._exit(code)
-        return os.getpid() != self.process
-
-    def _on_preempt(self, number: int, frame: FrameType | None) -> None:
-        if self._in_a_worker(ExitCode.PREEMPTED):
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        request = INTERRUPT if number == signal.SIGINT else PREEMPT
+        if os.getpid() != self.process:
+            # A worker that was forked from the training gets signals of its own from a terminal and
+            # from Slurm. One that prepares data ends; one that loads data goes on, because the
+            # training needs its rows for the step that it finishes.
+            if not self.stage:
+                os._exit(EXIT_CODES[request])
             return
-        self.requested = max(self.requested, PREEMPT)
-        if not self.stage:
-            raise before_first_step(PREEMPT)
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._in_a_worker(ExitCode.INTERRUPTED):
-            return
-        if self.requested == INTERRUPT:
+        if self.requested == request == INTERRUPT:
             os._exit(ExitCode.INTERRUPTED)
-        self.requested = INTERRUPT
+        self.requested = max(self.requested, request)
         if not self.stage:
-            raise before_first_step(INTERRUPT)
-        if rank() == 0 and STAGE_FILE not in os.environ:  # else `recipes train` says it
+            raise before_first_step(request)
+        # else `recipes train` says it
+        if request == INTERRUPT and rank() == 0 and STAGE_FILE not in os.environ:
             os.write(2, f"{SEEN[self.stage]}\n".encode())  # print may be in the middle of a line
 
     def agree(self) -> int:
-        """Return what all ranks do: the largest request of any rank. Every rank must call this at
-        the same point.
-        """
+        """Return the largest request of any rank; every rank must call this at the same point."""
         if self.agreed == NOTHING:
             self.agreed = agree_on_largest(max(self.requested, self._asked_by_file()))
         return self.agreed
 
     def _asked_by_file(self) -> int:
-        """An empty STOP file asks for preemption; one that says INT (written by `recipes train` on
-        Ctrl-C) for an interrupt.
+        """An empty STOP file asks for preemption; one that says INT (`recipes train`) for an
+        interrupt.
         """
         try:
             return INTERRUPT if self.stop_file.read_bytes().strip() == b"INT" else PREEMPT

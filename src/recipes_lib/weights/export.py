@@ -29,7 +29,7 @@ from recipes_lib.core.faults import check_space
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.redaction import holds_secret
 from recipes_lib.weights.base import is_packaged
-from recipes_lib.weights.card import is_hub_id, write_card
+from recipes_lib.weights.card import is_hub_id, recipe_yaml, write_card
 from recipes_lib.weights.finished_run import (
     check_base_of,
     check_tensors,
@@ -62,19 +62,17 @@ TAKEN = (
     "chat_template.jinja",
 )
 WRITTEN = (".md", ".yaml", ".json", ".jinja")
+TERMS = re.compile(r"^(licen[sc]e|notice|use_policy|copying)([._-].*)?$", re.IGNORECASE)
+COPIES = "base_license"
 UNSEARCHED = {"tokenizer.json", "vocab.json"}  # pieces of words, megabytes of them
 
 
 def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
-    """Write the run's weights into a new folder.
+    """Write the run's weights into a new folder; return the files, by name.
 
     Args:
-        trained: a finished run.
         to: the folder; it must not exist, or be empty.
         merged: the adapter folded into its base instead of the adapter alone.
-
-    Returns:
-        The files, by name.
 
     Raises:
         RecipeError: the folder has something in it, there is no merged model, or the base is not
@@ -91,13 +89,16 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     check_weights(trained)
     check_tensors(trained, source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(file.stat().st_size for file in _taken(source))
+    taken = sorted({file for pattern in TAKEN for file in source.glob(pattern)})
+    needed = sum(file.stat().st_size for file in taken)
     remedy = ", or export to another disk; nothing was written"
     check_space(target.parent, needed, "the export", remedy)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir()
-        _fill(scratch, source, trained, merged)
+        for file in taken:
+            shutil.copyfile(file, scratch / file.name)
+        _explain(scratch, trained, merged)
         refuse_secrets(scratch)
         publish(scratch, target, replace=False)
     except OSError as error:
@@ -154,23 +155,24 @@ def portable(recipe: Recipe) -> Recipe:
     if not is_packaged(base) and not is_hub_id(base):
         values["model"]["name_or_path"] = f"./{Path(base).name}"
     sections = {
-        name: dataclasses.replace(getattr(recipe, name), **_fields(values[name]))
+        name: dataclasses.replace(
+            getattr(recipe, name),
+            **{key: value for key, value in values[name].items() if isinstance(value, str)},
+        )
         for name in ("model", "run", "launch")
     }
-    data = dataclasses.replace(
-        recipe.data, **{key: values["data"][key] for key in ("source", "chat_template", "columns")}
-    )
+    paths = {key: values["data"][key] for key in ("source", "chat_template", "columns")}
+    data = dataclasses.replace(recipe.data, **paths)
     return dataclasses.replace(
         recipe, **sections, data=data, train=values["train"], lora=values["lora"], as_written={}
     )
 
 
 def refuse_secrets(folder: Path) -> None:
-    """Refuse to give away a text file with what looks like a token in it; the value is not
-    repeated.
+    """Refuse to give away a text file with what looks like a token in it.
 
     Raises:
-        RecipesError: the file and the line.
+        RecipesError: the file and the line, without the value.
     """
     for file in sorted(folder.rglob("*")):
         if file.suffix not in WRITTEN or file.name in UNSEARCHED:
@@ -183,10 +185,6 @@ def refuse_secrets(folder: Path) -> None:
                     f"{file.name}:{number}: this looks like a secret; nothing was exported",
                     "remove it from the recipe or the tokenizer",
                 )
-
-
-def _fields(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if isinstance(value, str)}
 
 
 def _source(trained: TrainedRun, merged: bool) -> Path:
@@ -210,73 +208,52 @@ def _source(trained: TrainedRun, merged: bool) -> Path:
     return trained.merged
 
 
-def _taken(source: Path) -> list[Path]:
-    return sorted({file for pattern in TAKEN for file in source.glob(pattern)})
-
-
-def _fill(folder: Path, source: Path, trained: TrainedRun, merged: bool) -> None:
-    """Copy the weights and the tokenizer, and write what explains them."""
-    for file in _taken(source):
-        shutil.copyfile(file, folder / file.name)
+def _explain(folder: Path, trained: TrainedRun, merged: bool) -> None:
+    """Take this machine's paths out of the copies, and write card, recipe and NOTICE."""
     recipe = portable(trained.recipe)
+    base = recipe.model.name_or_path
     for name in ("adapter_config.json", "config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            _rewrite(folder / name, recipe)
+        file = folder / name
+        if not file.is_file():
+            continue
+        values = read_object(file)
+        if name == "adapter_config.json":
+            values["base_model_name_or_path"] = base
+            values["revision"] = recipe.model.revision if is_hub_id(base) else None
+        templates = {key: values.pop(key) for key in ("chat_template",) if key in values}
+        text = json.dumps(
+            {**without_machine_paths(values), **templates}, indent=2, ensure_ascii=False
+        )
+        file.write_text(text + "\n", encoding="utf-8")
     state, record = trained.run.read_state(), merge_record(trained) if merged else None
     write_card(folder, recipe, state.get("summary") or {}, merged=record)
-    (folder / "recipe.yaml").write_text(_recipe_text(recipe, state), encoding="utf-8")
-    write_notice(
-        folder, trained.recipe, recipe.model.name_or_path, holds_base=trained.full or merged
-    )
-
-
-def _rewrite(file: Path, recipe: Recipe) -> None:
-    """Take this machine's paths out of a JSON file, and name an adapter's base as the
-    recipe does.
-    """
-    values = read_object(file)
-    if file.name == "adapter_config.json":
-        values["base_model_name_or_path"] = recipe.model.name_or_path
-        values["revision"] = recipe.model.revision if is_hub_id(recipe.model.name_or_path) else None
-    templates = {key: values.pop(key) for key in ("chat_template",) if key in values}
-    cleaned = {**without_machine_paths(values), **templates}
-    file.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _recipe_text(recipe: Recipe, state: dict[str, Any]) -> str:
-    versions = {
-        key.partition(".")[2]: value
-        for key, value in state.get("guard", {}).items()
-        if key.startswith("version.")
-    }
-    with_versions = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     head = (
         "# The recipe this was trained with, every value resolved. Paths are cut to their last"
         " part.\n"
     )
-    head += f"# Versions: {with_versions}\n" if with_versions else ""
-    return head + yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-TERMS = re.compile(r"^(licen[sc]e|notice|use_policy|copying)([._-].*)?$", re.IGNORECASE)
-COPIES = "base_license"
+    guard = state.get("guard", {}).items()
+    versions = {key.partition(".")[2]: one for key, one in guard if key.startswith("version.")}
+    if known := ", ".join(f"{name} {version}" for name, version in versions.items() if version):
+        head += f"# Versions: {known}\n"
+    (folder / "recipe.yaml").write_text(head + recipe_yaml(recipe), encoding="utf-8")
+    write_notice(folder, trained.recipe, base, holds_base=trained.full or merged)
 
 
 def write_notice(folder: Path, recipe: Recipe, name: str, holds_base: bool) -> None:
-    """Write NOTICE, and copy the base's licence files into `base_license/`.
+    """Write NOTICE: whose model this was made from, and under which terms, as far as the base's own
+    files say, which are copied into `base_license/`.
 
     Args:
-        folder: the export.
         recipe: the run's recipe, to find the base's files on this machine.
         name: what to call the base.
         holds_base: whether the exported weights contain the base's, not only a difference to them.
     """
-    base = _base_folder(recipe)
-    terms = (
-        [file for file in sorted(base.iterdir()) if file.is_file() and TERMS.match(file.name)]
-        if base
-        else []
-    )
+    try:
+        base = local_folder(recipe)
+    except RecipesError:
+        base = None
+    files = sorted(file for file in base.iterdir() if file.is_file()) if base else []
+    terms = [file for file in files if TERMS.match(file.name)]
     for file in terms:
         (folder / COPIES).mkdir(exist_ok=True)
         shutil.copyfile(file, folder / COPIES / file.name)
@@ -290,14 +267,10 @@ def write_notice(folder: Path, recipe: Recipe, name: str, holds_base: bool) -> N
     lines = [
         f"Made from the base model {name}{revision}.",
         f"These weights {contents}.",
-        (
-            f"Licence of the base, as its model card states it: {licence}."
-            if licence
-            else (
-                "The base's files on the training machine state no licence: read it on the model's"
-                " page before you pass this on."
-            )
-        ),
+        f"Licence of the base, as its model card states it: {licence}."
+        if licence
+        else "The base's files on the training machine state no licence: read it on the model's"
+        " page before you pass this on.",
     ]
     if terms:
         lines.append(f"Its own terms are in {COPIES}/: {', '.join(file.name for file in terms)}.")
@@ -307,28 +280,15 @@ def write_notice(folder: Path, recipe: Recipe, name: str, holds_base: bool) -> N
     (folder / "NOTICE").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _base_folder(recipe: Recipe) -> Path | None:
-    try:
-        return local_folder(recipe)
-    except RecipesError:
-        return None
-
-
 def _stated_licence(base: Path | None) -> str | None:
     """Return the `license` of the base's model card."""
-    card = base / "README.md" if base else None
-    if card is None or not card.is_file():
-        return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
+    from huggingface_hub import metadata_load
+
     try:
-        header = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        card = (metadata_load(base / "README.md") if base else None) or {}
+    except (OSError, ValueError, yaml.YAMLError):
         return None
-    found = (
-        header.get("license_name") or header.get("license") if isinstance(header, dict) else None
-    )
+    found = card.get("license_name") or card.get("license")
     return str(found) if found else None
 
 
