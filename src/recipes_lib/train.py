@@ -87,14 +87,11 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         check_packages(recipe)
         tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
         data = prepare_data(recipe, tokenizer)
-        if (
-            recipe.data.prompt_format == "chat"
-        ):  # so that the tokenizer beside the weights carries the template they were trained with
+        if recipe.data.prompt_format == "chat":
+            # so that the tokenizer beside the weights carries the template they were trained with
             tokenizer.chat_template = chat_template(recipe.data, tokenizer)
-        for line in (
-            *map(str, recipe.warnings),
-            *(f"warning: {warning}" for warning in warnings_of(data.audit)),
-        ):
+        audited = (f"warning: {warning}" for warning in warnings_of(data.audit))
+        for line in (*map(str, recipe.warnings), *audited):
             say_once(line)
 
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a
@@ -103,9 +100,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions()
         )
         guard["prompt_format_hash"] = data.prompt_format_hash
-        planned = on_main_rank(
-            lambda: plan_of_active(recipe, active, data)
-        )  # to stand beside what is measured
+        # to stand beside what is measured
+        planned = on_main_rank(lambda: plan_of_active(recipe, active, data))
         insist = Insistence(anyway=options.resume_anyway, partially=options.allow_partial_resume)
         resumption = on_main_rank(
             lambda: this.continue_or_start(
@@ -118,11 +114,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         refuse_flex_attention(recipe, active)
         model = load_model(recipe, tokenizer, build_quantization_config(recipe))
         meet()  # each rank reads the weights itself, and a slow share serves one after the other
-        facts = {
-            "run": run.name,
-            "data_fingerprint": data.fingerprint,
-            "guard": guard,
-        }  # what every checkpoint's marker records
+        # what every checkpoint's marker records
+        facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}
         trainer = build_trainer(recipe, args, model, tokenizer, data, run, this.stop, facts)
         # the trainer lets go of it before the saved weights are reloaded, and they need its memory
         del model
@@ -181,25 +174,15 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     parser = argparse.ArgumentParser(
         prog="recipes_lib.train", description="Fine-tune a model from a recipe.", allow_abbrev=False
     )
-    parser.add_argument(
-        "recipe", help="a recipe YAML; any `section.key=value` after it overrides a value"
-    )
-    parser.add_argument(
-        "--resume-anyway",
-        action="store_true",
-        help="continue a run although settings that change its result differ",
-    )
-    parser.add_argument(
-        "--allow-partial-resume",
-        action="store_true",
-        help="continue from a checkpoint that lacks optimizer or random state",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow code that ships with the model, if the recipe asks for it too",
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add = parser.add_argument
+    add("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
+    anyway = "continue a run although settings that change its result differ"
+    add("--resume-anyway", action="store_true", help=anyway)
+    partial = "continue from a checkpoint that lacks optimizer or random state"
+    add("--allow-partial-resume", action="store_true", help=partial)
+    trust = "allow code that ships with the model, if the recipe asks for it too"
+    add("--trust-remote-code", action="store_true", help=trust)
+    add("--debug", action="store_true", help="show tracebacks")
     return parser.parse_known_args(argv)
 
 

@@ -25,27 +25,18 @@ GAP = "  |  "
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs")
-    parser.add_argument("--prompt", help="answer this and stop, instead of asking for questions")
-    parser.add_argument(
-        "--context", default="", help="text the question is about (prompt formats dolly and alpaca)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="longest answer (default 200)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0 is greedy and repeatable (default)",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow code that ships with the model, if the run's recipe asks for it too",
-    )
-    parser.add_argument("--no-base", action="store_true", help="leave the base's answer out")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="finished runs")
+    add("--prompt", help="answer this and stop, instead of asking for questions")
+    context = "text the question is about (prompt formats dolly and alpaca)"
+    add("--context", default="", help=context)
+    longest = "longest answer (default 200)"
+    add("--max-new-tokens", type=int, default=200, metavar="N", help=longest)
+    greedy = "0 is greedy and repeatable (default)"
+    add("--temperature", type=float, default=0.0, metavar="T", help=greedy)
+    trust = "allow code that ships with the model, if the run's recipe asks for it too"
+    add("--trust-remote-code", action="store_true", help=trust)
+    add("--no-base", action="store_true", help="leave the base's answer out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
             for name in family.names:
                 if name == BASE and args.no_base:
                     continue
-                text = answer(
-                    family, name, question, args.context, args.max_new_tokens, args.temperature
-                )
+                words = (question, args.context, args.max_new_tokens, args.temperature)
+                text = answer(family, name, *words)
                 answers.append((_title(family, name, alone=len(loaded) == 1), text))
         _print_answers(answers)
     next_step(f"recipes verify {args.runs[0]}")
@@ -92,14 +82,9 @@ def answer(
     from recipes_lib.data.supervision import prompt_ids
 
     section, tokenizer = family.prompting(name)
-    ids = prompt_ids(
-        section,
-        tokenizer,
-        generation_prompt(section, tokenizer, instruction=instruction, context=context),
-    )
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
+    prompt = generation_prompt(section, tokenizer, instruction=instruction, context=context)
+    ids = prompt_ids(section, tokenizer, prompt)
+    sampling = {"temperature": temperature} if temperature > 0 else {}
     with family.answering(name) as model, torch.no_grad():
         tokens = torch.tensor([ids], device=model.device)
         written = model.generate(
@@ -107,6 +92,7 @@ def answer(
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
+            do_sample=temperature > 0,
             **sampling,
         )
     return tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True).strip()

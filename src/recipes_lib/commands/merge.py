@@ -5,6 +5,8 @@ in the run as `merged/`.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from typing import Any
 
 from recipes_lib.core.errors import ExitCode
@@ -18,37 +20,24 @@ from recipes_lib.weights.merge import merge
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("run", metavar="RUN", help="a finished LoRA or QLoRA run")
-    choices = ("float32", "bfloat16", "float16")
-    parser.add_argument(
-        "--dtype",
-        choices=choices,
-        help="precision of the merged weights (default: the base's, as it was trained on)",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow code that ships with the model, if the run's recipe asks for it too",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object; what happens meanwhile goes to stderr",
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a finished LoRA or QLoRA run")
+    dtype = "precision of the merged weights (default: the base's, as it was trained on)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=dtype)
+    trust = "allow code that ships with the model, if the run's recipe asks for it too"
+    add("--trust-remote-code", action="store_true", help=trust)
+    printed = "print one JSON object; what happens meanwhile goes to stderr"
+    add("--json", action="store_true", help=printed)
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge, or say that it was done."""
-    import contextlib
-    import sys
-
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         trained = finished_run(open_run(args.run), args.trust_remote_code)
         quiet_libraries()
         done = merge(trained, args.dtype, report=say)
     if args.json:
-        folder = str(done.folder)
-        return say_json({"folder": folder, "already": done.already, **done.record})
+        return say_json({"folder": str(done.folder), "already": done.already, **done.record})
     what = "already merged, nothing to do" if done.already else "merged"
     say(f"{what}: {shown_path(done.folder)} ({done.record['dtype']})")
     say(merge_sentence(done.record["check"]))
@@ -56,27 +45,21 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _left_out(difference: dict[str, Any]) -> str:
-    if not difference.get("left_out"):
-        return ""
-    return (
-        f"; the {difference['left_out']} positions furthest apart left out, where rounding may have"
-        " chosen other experts"
-    )
-
-
 def merge_sentence(check: dict[str, Any]) -> str:
     """Return the lines that say how a folded adapter compares with the adapter on its base."""
     difference, effect = check["difference"], check["adapter_effect"]
-    largest = (
-        f"{difference['largest']:.3g} at most (allowed"
-        f" {difference['tolerance'] * difference['scale']:.3g} = "
+    allowed = difference["tolerance"] * difference["scale"]
+    left_out = difference.get("left_out")
+    others = (
+        f"; the {left_out} positions furthest apart left out, where rounding may have chosen other"
+        " experts"
     )
     return (
         f"on {check['prompts']}, computed in {check['computed_in']}:\n  the adapter moves the"
         f" base's logits by {effect['mean']:.3g} on average, {effect['largest']:.3g} at most\n "
         f" merging moves them by {difference['mean']:.3g} on average ({check['lost_share']:.1%} of"
-        f" that; allowed {check['lost_limit']:.0%}), {largest}{difference['tolerance']:g} of the"
-        f" largest logit){_left_out(difference)}\n  the most likely next token is the same at"
+        f" that; allowed {check['lost_limit']:.0%}), {difference['largest']:.3g} at most (allowed"
+        f" {allowed:.3g} = {difference['tolerance']:g} of the largest logit)"
+        f"{others if left_out else ''}\n  the most likely next token is the same at"
         f" {difference['same_top_token']:.1%} of the positions"
     )

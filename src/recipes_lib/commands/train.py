@@ -41,66 +41,30 @@ FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code", "debug")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "recipe",
-        metavar="RECIPE",
-        help="path or name of a recipe; any `section.key=value` after it overrides a value",
-    )
-    parser.add_argument(
-        "--accelerate",
-        metavar="NAME",
-        help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate",
-    )
-    parser.add_argument(
-        "--gpus",
-        type=at_least(1),
-        metavar="N",
-        help="processes on each machine; default: launch.gpus, else the accelerate config's",
-    )
-    parser.add_argument(
-        "--nodes",
-        type=at_least(1),
-        metavar="N",
-        help="machines; default: launch.nodes, else the accelerate config's. Run this on each",
-    )
-    parser.add_argument(
-        "--machine-rank",
-        type=at_least(0),
-        metavar="N",
-        help="with several machines: the number of this one, from 0",
-    )
-    parser.add_argument(
-        "--main-process-ip",
-        metavar="HOST",
-        help="with several machines: name or address of machine 0",
-    )
-    parser.add_argument(
-        "--main-process-port",
-        type=at_least(1),
-        metavar="PORT",
-        help="with several machines: a free port of machine 0; default: the config's",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
-    parser.add_argument(
-        "--no-plan",
-        action="store_true",
-        help="start although the plan says that memory will not do (see: recipes plan)",
-    )
-    parser.add_argument(
-        "--resume-anyway",
-        action="store_true",
-        help="continue a run although settings that change its result differ",
-    )
-    parser.add_argument(
-        "--allow-partial-resume",
-        action="store_true",
-        help="continue from a checkpoint that lacks optimizer or random state",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow code that ships with the model, if the recipe asks for it too",
-    )
+    add = parser.add_argument
+    recipe = "path or name of a recipe; any `section.key=value` after it overrides a value"
+    add("recipe", metavar="RECIPE", help=recipe)
+    config = "a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
+    add("--accelerate", metavar="NAME", help=config)
+    gpus = "processes on each machine; default: launch.gpus, else the accelerate config's"
+    add("--gpus", type=at_least(1), metavar="N", help=gpus)
+    nodes = "machines; default: launch.nodes, else the accelerate config's. Run this on each"
+    add("--nodes", type=at_least(1), metavar="N", help=nodes)
+    rank = "with several machines: the number of this one, from 0"
+    add("--machine-rank", type=at_least(0), metavar="N", help=rank)
+    host = "with several machines: name or address of machine 0"
+    add("--main-process-ip", metavar="HOST", help=host)
+    port = "with several machines: a free port of machine 0; default: the config's"
+    add("--main-process-port", type=at_least(1), metavar="PORT", help=port)
+    add("--dry-run", action="store_true", help="print the command and do nothing")
+    no_plan = "start although the plan says that memory will not do (see: recipes plan)"
+    add("--no-plan", action="store_true", help=no_plan)
+    anyway = "continue a run although settings that change its result differ"
+    add("--resume-anyway", action="store_true", help=anyway)
+    partial = "continue from a checkpoint that lacks optimizer or random state"
+    add("--allow-partial-resume", action="store_true", help=partial)
+    trust = "allow code that ships with the model, if the recipe asks for it too"
+    add("--trust-remote-code", action="store_true", help=trust)
 
 
 def run(args: argparse.Namespace) -> int:

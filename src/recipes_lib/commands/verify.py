@@ -13,32 +13,21 @@ from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say, say_json
+from recipes_lib.weights.check import NUM_PROMPTS
 from recipes_lib.weights.finished_run import finished_run
 from recipes_lib.weights.verify import verify
-
-_NUM_PROMPTS = 8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning"
-    )
-    parser.add_argument(
-        "--prompts",
-        type=int,
-        default=_NUM_PROMPTS,
-        metavar="N",
-        help=f"rows to compare on (default {_NUM_PROMPTS})",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow code that ships with the model, if the run's recipe asks for it too",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object; everything else goes to stderr"
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning")
+    rows = f"rows to compare on (default {NUM_PROMPTS})"
+    add("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=rows)
+    trust = "allow code that ships with the model, if the run's recipe asks for it too"
+    add("--trust-remote-code", action="store_true", help=trust)
+    printed = "print one JSON object; everything else goes to stderr"
+    add("--json", action="store_true", help=printed)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,16 +47,12 @@ def run(args: argparse.Namespace) -> int:
         say(f"  {fact}")
     merged = result.numbers.get("merged")
     if merged:
-        say(
-            f"adapter on its base, against {merged['compared']} in {merged['dtype']},"
-            f" {merge_sentence(merged)}"
-        )
+        against = f"against {merged['compared']} in {merged['dtype']}"
+        say(f"adapter on its base, {against}, {merge_sentence(merged)}")
     for problem in result.problems:
         say(f"FAILED: {problem}")
     if result.passed:
-        say(
-            "verified: these are the trained weights"
-            + (", and merging keeps what they do" if merged else "")
-        )
+        keeps = ", and merging keeps what they do" if merged else ""
+        say(f"verified: these are the trained weights{keeps}")
         next_step(f"recipes export {args.run} --to DIR")
     return code
