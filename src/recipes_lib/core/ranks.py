@@ -38,7 +38,7 @@ _kept: list[object] = []
 
 
 def rank() -> int:
-    """This process's rank as the launcher set it; 0 without a launcher. Needs no torch."""
+    """Return this process's rank as the launcher set it; 0 without one. Needs no torch."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -57,10 +57,9 @@ def tell_stage(stage: str) -> None:
 def on_main_rank(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result on every rank, however long it takes.
 
-    The result goes through the store that the processes met in, not through a collective:
-    `train.ddp_timeout` ends a collective, and hashing or reloading the weights of a large model may
-    take longer. Inside `work` a further call just runs: the other ranks wait for the outer result
-    and would take the inner one for it.
+    The result goes through the store that the processes met in: `train.ddp_timeout` would end a
+    collective while a large model is hashed or reloaded. Inside `work` a further call just runs:
+    the other ranks wait for the outer result.
 
     Raises:
         Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set.
@@ -110,8 +109,8 @@ def meet() -> None:
 
 
 def _meeting() -> tuple[Any, str]:
-    """Return the store that all processes share, and the name of this meeting there: every rank
-    counts its calls.
+    """Return the store that all processes share, and this meeting's name: every rank counts its
+    calls.
     """
     from torch.distributed.distributed_c10d import _get_default_store
 
@@ -119,9 +118,7 @@ def _meeting() -> tuple[Any, str]:
 
 
 def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
-    """Ask again and again, so that signals are handled meanwhile. A store that is gone raises; a
-    rank that is gone ends its launcher.
-    """
+    """Ask again and again, so that signals are handled meanwhile."""
     end, pause = time.monotonic() + seconds, 0.001
     while not arrived() and time.monotonic() < end:
         time.sleep(pause)
@@ -129,8 +126,8 @@ def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
 
 
 def _pickled(outcome: tuple[Any, Exception | None]) -> bytes:
-    """Return what the other ranks can read: an error that cannot be made again there (some
-    libraries' cannot) becomes its text.
+    """Return what the other ranks can read: an error that cannot be made again there becomes its
+    text.
     """
     error = outcome[1]
     try:
@@ -161,8 +158,7 @@ def keep_alive(trainer: object) -> None:
     """Keep what holds the model from ever being freed, where there are several ranks.
 
     Freeing a DDP model takes its gloo process group apart, which waits for ever when the other rank
-    was faster (seen in one of three stops on two ranks). `process.end_process` ends the process
-    without it.
+    was faster (seen in one of three stops on two ranks). `process.end_process` ends without it.
     """
     import torch.distributed as dist
 

@@ -35,7 +35,6 @@ class Resumption:
     """The checkpoint that an attempt goes on from.
 
     Args:
-        checkpoint: its folder.
         marker: the content of its marker, read at once: the rotation may delete the checkpoint
             later.
         changes: {key: [before, now]} of the guarded values that differ and that the user insisted
@@ -66,11 +65,10 @@ class Attempt:
 
     Args:
         earlier: run.json as an earlier attempt left it; empty where there was none, and on other
-            ranks than 0.
+            ranks.
         finished: whether the run is finished and its weights are whole.
-        is_ours: rank 0: whether run.json is this attempt's to write. It is once a new run was begun
-            or an earlier one taken over; an attempt that was refused before leaves every record as
-            it was.
+        is_ours: rank 0: whether run.json is this attempt's to write: once a new run was begun or an
+            earlier one taken over. A refused attempt leaves every record as it was.
     """
 
     run: RunDirectory
@@ -81,8 +79,8 @@ class Attempt:
     is_ours: bool = False
 
     def begin(self) -> bool:
-        """Rank 0, under the lock: look at what an earlier attempt recorded, begin the record of a
-        new run; return `finished`.
+        """Rank 0, under the lock: look at what an earlier attempt recorded, or begin the record of
+        a new run; return `finished`.
         """
         self.run.check_inside()
         self.earlier = self.run.read_state() if self.run.exists() else {}
@@ -97,19 +95,17 @@ class Attempt:
             if damage is None:
                 restore_settings(self.run, self.recipe)
                 return True
-            what = (
-                "going on from its newest whole checkpoint, or from the beginning where there is"
-                " none"
+            say(
+                f"run '{self.run.name}' is finished, but {damage}; going on from its newest whole"
+                " checkpoint, or from the beginning where there is none"
             )
-            say(f"run '{self.run.name}' is finished, but {damage}; {what}")
         if self.earlier.get("state") == "imported":
             raise RecipeError(
                 f"run '{self.run.name}' was imported and cannot be trained",
                 "start a new run with run.name=OTHER",
             )
-        self.run.stop_file.unlink(
-            missing_ok=True
-        )  # one that nobody took away asked an attempt that is over
+        # one that nobody took away asked an attempt that is over
+        self.run.stop_file.unlink(missing_ok=True)
         if not self.earlier:
             self.run.write_state("running", attempts=1, exit_code=None, error=None)
             write_provenance(self.run, self.recipe)
@@ -124,17 +120,13 @@ class Attempt:
         insist: Insistence,
         **recorded: Any,
     ) -> Resumption | None:
-        """Rank 0: choose the newest complete checkpoint, refuse to continue it with other settings,
-        and make run.json this attempt's.
+        """Rank 0: choose the newest complete checkpoint, or None; refuse to continue it with other
+        settings, and make run.json this attempt's.
 
         Args:
-            data: the rows, for what run.json and the files beside it say of them.
             guard: every value that a resumed run must share with its beginning.
             active: the launch as it is.
             **recorded: further fields of run.json.
-
-        Returns:
-            None where training starts from the beginning.
 
         Raises:
             RecipeError: guarded values differ.
@@ -161,12 +153,9 @@ class Attempt:
         metrics.forget_after(run.metrics, step, evaluated=not pending)
         self._take_over(data, guard=guard, resumed=resumed, **recorded)
         if resumption is not None:
-            changed = len(resumption.changes)
-            how = (
-                "recipe, data, versions unchanged"
-                if not changed
-                else f"--resume-anyway over {changed} changes"
-            )
+            how = "recipe, data, versions unchanged"
+            if resumption.changes:
+                how = f"--resume-anyway over {len(resumption.changes)} changes"
             say(f"resuming {resumption.checkpoint.name} ({how})")
         return resumption
 
@@ -175,10 +164,8 @@ class Attempt:
         if self.earlier:
             fields["attempts"] = self.earlier.get("attempts", 0) + 1
             write_provenance(self.run, self.recipe)
-        if (
-            self.earlier.get("state") == "finished"
-            and (weights := self.run.weights(self.recipe.lora is None)).is_dir()
-        ):
+        weights = self.run.weights(self.recipe.lora is None)
+        if self.earlier.get("state") == "finished" and weights.is_dir():
             checkpoints.set_aside(weights, ".damaged")
         write_json(self.run.path / "supervision.json", data.audit)
         write_json(self.run.path / "splits.json", data.splits)
@@ -186,27 +173,22 @@ class Attempt:
         self.is_ours = True
 
     def record_failure(self, code: int, error: str) -> None:
-        """Note in run.json how this attempt ended, where run.json is its to write.
-
-        On a full disk the note may be lost; the error itself must not be, so it is not replaced by
-        one about the note.
+        """Note in run.json how this attempt ended. On a full disk the note may be lost, the error
+        itself must not be.
         """
         if rank() != 0 or not self.is_ours:
             return
         with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
-                state: State = (
-                    "preempted" if code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED} else "failed"
-                )
+                stopped = code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED}
+                state: State = "preempted" if stopped else "failed"
                 self.run.write_state(state, exit_code=code, error=error)
 
 
 @contextmanager
 def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
     """Hold a run for one attempt: signals are listened to, rank 0 has the lock, an error is
-    recorded, and all ranks leave together.
-
-    The lock is released last: a failure is noted while the run is still ours.
+    recorded while the run is still ours, and all ranks leave together.
 
     Raises:
         RecipeError: the run is finished with other settings, or was imported.
@@ -217,6 +199,9 @@ def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
         stack.enter_context(this.stop.listening())
 
         def begin() -> bool:
+            """Rank 0, under the lock: look at what an earlier attempt recorded, or begin the record
+            of a new run; return `finished`.
+            """
             stack.enter_context(run_lock(run.path))
             return this.begin()
 
@@ -248,9 +233,7 @@ def stop_behind(error: BaseException | None) -> RecipesError | None:
 
 
 def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
-    """Write the settings of a finished run again where a disk damaged them; they were compared with
-    the recipe's.
-    """
+    """Write the settings of a finished run again where a disk damaged them."""
     try:
         load_recipe(run.path / "resolved.yaml")
         Recipe.read(run.path / RECIPE_FILE)
@@ -260,7 +243,7 @@ def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
 
 
 def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
-    """Write recipe.yaml (as it was), recipe.json, resolved.yaml, command.txt and
+    """Write what a run was made of: recipe.yaml as it was, recipe.json, resolved.yaml, command.txt,
     environment.json.
     """
     write_text(run.path / "recipe.yaml", recipe.text)

@@ -63,8 +63,8 @@ class TrainedRun:
 
     @property
     def prompt_section(self) -> DataSection:
-        """The recipe's data section for asking the run: its chat template is the one that was saved
-        with its tokenizer.
+        """The recipe's data section for asking the run: its chat template was saved with its
+        tokenizer.
         """
         return dataclasses.replace(self.recipe.data, chat_template=None)
 
@@ -118,10 +118,8 @@ def _recipe_before_json(run: RunDirectory) -> Recipe:
 
 
 def weights_damage(run: RunDirectory, full: bool) -> str | None:
-    """Return what is wrong with a finished run's weights, or None where they are what was trained,
-    byte for byte.
-
-    A run of a version that recorded no hashes is looked at for missing and truncated files.
+    """Return what is wrong with a finished run's weights, or None where they are what was trained;
+    without recorded hashes only missing and truncated files are found.
     """
     folder = run.weights(full)
     if not folder.is_dir():
@@ -158,11 +156,10 @@ def check_weights(trained: TrainedRun) -> None:
 
 
 def check_base_run(name_or_path: str) -> None:
-    """Refuse to train on weights of a run (`runs/NAME/model` or `merged`) that are not what was
-    trained.
+    """Refuse to train on damaged weights of a run (`runs/NAME/model` or `merged`).
 
     Raises:
-        EnvironmentFault: as for `check_weights`, or the file of `merged/` that changed.
+        EnvironmentFault: which file, and the command that makes it again.
     """
     folder = Path(name_or_path).expanduser()
     if folder.name not in ("model", "merged") or not (folder.parent / "run.json").is_file():
@@ -222,9 +219,7 @@ class Family:
 
     @property
     def names(self) -> list[str]:
-        """What can be asked to answer: the base (unless it was fine-tuned as a whole) and
-        the runs.
-        """
+        """What can answer: the base (unless it was fine-tuned as a whole) and the runs."""
         return [*([] if self.full else [BASE]), *(one.run.name for one in self.runs)]
 
     def prompting(self, name: str) -> tuple[DataSection, PreTrainedTokenizerBase]:

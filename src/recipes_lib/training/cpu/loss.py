@@ -41,9 +41,9 @@ class TokenLoss(NamedTuple):
 
 class ScaledTokenLoss(torch.autograd.Function):
     """`scale * sum(-log p(target))` of `hidden @ weight.T`; the gradient is made beside the loss,
-    tile by tile of tokens.
+    tile by tile of tokens, whose logits exist one tile at a time.
 
-    Shapes: N supervised tokens, H hidden, V vocabulary. The logits of one tile exist at a time.
+    Shapes: N supervised tokens, H hidden, V vocabulary.
     """
 
     @staticmethod
@@ -123,9 +123,7 @@ class ScaledTokenLoss(torch.autograd.Function):
 
 
 def can_score_itself(model: Any) -> bool:
-    """Return whether the loss here is the model's own: a plain head, and no router whose loss would
-    be added.
-    """
+    """Whether the loss here is the model's own: a plain head, and no router loss to add."""
     return (
         has_plain_head(model)
         and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is None
@@ -133,12 +131,11 @@ def can_score_itself(model: Any) -> bool:
 
 
 def add_token_loss(model: Any) -> None:
-    """Let `model(..., labels=labels, loss_scale=scale)` return a `TokenLoss`; without `loss_scale`
-    the forward pass is as before.
+    """Let `model(..., labels=labels, loss_scale=scale)` return a `TokenLoss`.
 
     To be called on the causal language model inside a PEFT wrapper, before it is wrapped for
-    several processes. The scale is a number and not a tensor, because FSDP2 rounds tensors that
-    enter a module to its compute type.
+    several processes. The scale is a number, because FSDP2 rounds tensors that enter a module to
+    its compute type.
     """
     original = model.forward
 
