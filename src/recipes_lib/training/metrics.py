@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from recipes_lib.core.json_files import read_rows, rows_from_the_end
 from recipes_lib.core.terminal import say
@@ -78,9 +78,7 @@ class MetricsCallback(TrainerCallback):
         self._started = (time.monotonic(), 0)
         self._validation = (0, self._started[0], self._started[0])  # batches done, begun, last said
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the clock, and the bar on a terminal."""
         self._started = (time.monotonic(), state.global_step)
         self._last = (time.monotonic(), _tokens_at(self.path, state.global_step))
@@ -91,20 +89,18 @@ class MetricsCallback(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Write one line, flushed at once."""
         logs, now = logs or {}, time.monotonic()
@@ -128,12 +124,7 @@ class MetricsCallback(TrainerCallback):
         self._show(line, state)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **_: Any
     ) -> None:
         """Say now and then how far a validation is: that of a large set takes minutes."""
         (done, begun, said), now = self._validation, time.monotonic()
@@ -151,9 +142,7 @@ class MetricsCallback(TrainerCallback):
         else:
             say(f"step {state.global_step}/{state.max_steps}  {text}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()

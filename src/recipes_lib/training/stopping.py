@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from recipes_lib.core.errors import ExitCode, Interrupted, Preempted
 from recipes_lib.core.ranks import (
@@ -133,8 +133,8 @@ class StopCallback(TrainerCallback):
         self.evaluation_pending = False
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Agree with the other ranks; on a request, save now and stop."""
         planned_end = state.global_step >= state.max_steps
         if not planned_end and self.request.agree() != NOTHING:
@@ -142,18 +142,14 @@ class StopCallback(TrainerCallback):
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
-        return control
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A request that arrived during a save needs no second checkpoint."""
         if state.global_step < state.max_steps and self.request.agree() != NOTHING:
             control.should_training_stop = True
-        return control
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
         """A request during an evaluation cuts it short, that of the last step too."""
         if self.request.agree() != NOTHING:

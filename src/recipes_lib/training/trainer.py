@@ -699,7 +699,8 @@ def kept_precision(model: torch.nn.Module) -> Iterator[None]:
     before = {name: one.dtype for name, one in model.named_parameters() if one.requires_grad}
     yield
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(before.get(name, parameter.dtype))
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
 
 
 def precisions(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
