@@ -46,7 +46,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     from recipes_lib.data.prompts import chat_template
     from recipes_lib.planning.gate import plan_of_active
     from recipes_lib.training import launch_check
-    from recipes_lib.training.attempt import Insistence, attempt
+    from recipes_lib.training.attempt import attempt
     from recipes_lib.training.build import build_trainer, check_trackers, start_up_lines
     from recipes_lib.training.cpu import fsdp
     from recipes_lib.training.cpu.attention import refuse_flex_attention
@@ -102,10 +102,9 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         guard["prompt_format_hash"] = data.prompt_format_hash
         # to stand beside what is measured
         planned = on_main_rank(lambda: plan_of_active(recipe, active, data))
-        insist = Insistence(anyway=options.resume_anyway, partially=options.allow_partial_resume)
         resumption = on_main_rank(
             lambda: this.continue_or_start(
-                data, guard, active, insist, launch=launch_line, planned=planned
+                data, guard, active, options, launch=launch_line, planned=planned
             )
         )
 
@@ -124,9 +123,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             asked, launch_check.what_runs(trainer.accelerator)
         )  # what was promised before the model was loaded
         if resumption is not None:
-            trainer.resume_facts(
-                resumption.marker, exactly=not (resumption.changes or insist.partially)
-            )
+            accepted = resumption.changes or options.allow_partial_resume
+            trainer.resume_facts(resumption.marker, exactly=not accepted)
         say_once(f"run {run.path}")
         for line in start_up_lines(trainer, launch_line):
             say_once(line)

@@ -76,9 +76,8 @@ def run(args: argparse.Namespace) -> int:
     script = ["-m", "recipes_lib.train", args.recipe, *args.overrides]
     script += [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name, False)]
     command = launch.command(script)
-    if (
-        launch.config.use_cpu and launch.world_size == 1 and cards_here()
-    ):  # `python -m` alone would take the GPU
+    if launch.config.use_cpu and launch.world_size == 1 and cards_here():
+        # `python -m` alone would take the GPU
         command = ["env", "ACCELERATE_USE_CPU=true", *command]
     say(f"$ {shlex.join(command)}")
     if args.dry_run:
@@ -97,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_plan(recipe: Recipe, launch: Launch) -> None:
-    """Stop here if the plan says that the training cannot fit the card that is there; a run that is
-    finished needs no plan.
+    """Stop here if the plan says that the training cannot fit the card that is there.
 
     Raises:
         EnvironmentFault: with the arithmetic.
@@ -120,16 +118,8 @@ def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
     for name in options:
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return shlex.join(
-        [
-            *words,
-            *(
-                f"--{name.replace('_', '-')}"
-                for name in (*FLAGS, "no_plan")
-                if getattr(args, name, False)
-            ),
-        ]
-    )
+    flags = [name for name in (*FLAGS, "no_plan") if getattr(args, name, False)]
+    return shlex.join([*words, *(f"--{name.replace('_', '-')}" for name in flags)])
 
 
 def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
@@ -148,9 +138,8 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
         environment[HANDED] = str(Path(folder) / RECIPE_FILE)
         environment["RECIPES_EXPECT"] = json.dumps(expected)
         if launch.config.use_cpu:
-            environment["ACCELERATE_USE_CPU"] = (
-                "true"  # one process is started without accelerate launch, which would say it
-            )
+            # one process is started without accelerate launch, which would say it
+            environment["ACCELERATE_USE_CPU"] = "true"
         child: subprocess.Popen[bytes] | None = None
         asked: list[int] = []
         at_once = ""
@@ -202,9 +191,7 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
 
 def note_end(run: RunDirectory, state: State, code: ExitCode, error: str) -> bool:
     """Record how a training that was killed ended, which left run.json `running`; return whether it
-    had.
-
-    A run that another process holds is that one's; a killed rank takes a moment to let go.
+    had. A run that another process holds is that one's; a killed rank takes a moment to let go.
     """
     end = time.monotonic() + LETTING_GO_S
     while is_held(run.path) and time.monotonic() < end:
@@ -216,9 +203,7 @@ def note_end(run: RunDirectory, state: State, code: ExitCode, error: str) -> boo
 
 
 def how_to_go_on(run: RunDirectory) -> str:
-    """Return what the same command will do: go on from the newest complete checkpoint, or begin
-    where there is none.
-    """
+    """Return what the same command will do."""
     complete = [path for path in list_checkpoints(run.checkpoints) if what_is_missing(path) is None]
     if complete:
         return f"run the same command again to resume from {complete[-1].name}"
@@ -226,7 +211,6 @@ def how_to_go_on(run: RunDirectory) -> str:
 
 
 def _read_stage(file: Path) -> str | None:
-    """Return how far the training is (`ranks.tell_stage`), or None before its first step."""
     try:
         return file.read_text(encoding="utf-8") or None
     except FileNotFoundError:
@@ -242,8 +226,8 @@ def _reported(report: Path) -> int | None:
 
 
 def _ask_to_stop(run: RunDirectory, number: int, report: Path) -> None:
-    """Ask all ranks through the STOP file; where the disk does not take one, ask each of this
-    machine with the signal itself.
+    """Ask all ranks through the STOP file; where the disk does not take one, each with the signal
+    itself.
     """
     try:
         if not run.path.is_dir():
@@ -257,8 +241,7 @@ def _ask_to_stop(run: RunDirectory, number: int, report: Path) -> None:
 
 def _kill_all(launcher: int, report: Path) -> None:
     """End the launcher and every rank at once. torch's launcher gives each rank a session of its
-    own, so the launcher's process group does not hold them: they are known by the report file in
-    their environment.
+    own: they are known by the report file in their environment.
     """
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(launcher, signal.SIGKILL)
@@ -268,7 +251,6 @@ def _kill_all(launcher: int, report: Path) -> None:
 
 
 def _processes_of(report: Path) -> Iterator[tuple[int, list[bytes]]]:
-    """Yield id and environment of each process that reports to this file."""
     mark = f"{EXIT_CODE_FILE}={report}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -4,6 +4,7 @@ line of `train.py`.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -44,19 +45,6 @@ class Resumption:
     checkpoint: Path
     marker: dict[str, Any]
     changes: dict[str, list[Any]]
-
-
-@dataclass(frozen=True)
-class Insistence:
-    """What the user accepts of a resumption.
-
-    Args:
-        anyway: guarded values that differ (--resume-anyway).
-        partially: a checkpoint that lacks files of the training state (--allow-partial-resume).
-    """
-
-    anyway: bool
-    partially: bool
 
 
 @dataclass
@@ -117,7 +105,7 @@ class Attempt:
         data: PreparedData,
         guard: dict[str, Any],
         active: Active,
-        insist: Insistence,
+        options: argparse.Namespace,
         **recorded: Any,
     ) -> Resumption | None:
         """Rank 0: choose the newest complete checkpoint, or None; refuse to continue it with other
@@ -126,6 +114,7 @@ class Attempt:
         Args:
             guard: every value that a resumed run must share with its beginning.
             active: the launch as it is.
+            options: of the command line, for what it accepts of a resumption.
             **recorded: further fields of run.json.
 
         Raises:
@@ -141,13 +130,13 @@ class Attempt:
                 run.name,
                 self.earlier.get("guard") or marker.get("guard", guard),
                 guard,
-                insist.anyway,
+                options.resume_anyway,
             )
-            checkpoints.check_resumable(found, active.world_size, insist.partially)
+            checkpoints.check_resumable(found, active.world_size, options.allow_partial_resume)
             resumption, step = Resumption(found, marker, changes), int(found.name.split("-")[1])
             resumed = [
                 *resumed,
-                {"from": found.name, "changed": changes, "partial": insist.partially},
+                {"from": found.name, "changed": changes, "partial": options.allow_partial_resume},
             ]
         pending = resumption is not None and resumption.marker.get("evaluation_pending", False)
         metrics.forget_after(run.metrics, step, evaluated=not pending)
