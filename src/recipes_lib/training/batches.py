@@ -23,6 +23,8 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
+Batch = dict[str, Any]
+"""What a collator makes of examples, or one example: tensors or lists by name."""
 ROW = "example_row"
 FILLER = -1
 """The row number of a row without loss."""
@@ -123,10 +125,10 @@ class RowTrackingCollator:
     shape (examples,), so that a loss that is not finite can name its examples.
     """
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+    def __init__(self, collate: Callable[[list[Batch]], Batch]) -> None:
         self.collate = collate
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: list[Batch]) -> Batch:
         """Collate, without fillers where there are other rows; packed rows carry no row number, and
         a batch of a filler an empty list.
         """
@@ -159,7 +161,7 @@ def name_rows(rows: Sequence[int], ids: Sequence[str], at_most: int = 12) -> str
 # ---- Pieces of a micro-batch ----
 
 
-def split_batch(batch: dict[str, Any], max_tokens: int) -> list[dict[str, Any]]:
+def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
     """Cut a collated batch into pieces of at most `max_tokens` computed tokens, padding counted; a
     single longer example stays whole.
 
@@ -187,7 +189,7 @@ def split_batch(batch: dict[str, Any], max_tokens: int) -> list[dict[str, Any]]:
     return pieces
 
 
-def filler(like: dict[str, Any]) -> dict[str, Any]:
+def filler(like: Batch) -> Batch:
     """Return a piece of two tokens without loss and without rows, for a rank that has fewer pieces
     than another: collectives must meet.
     """
@@ -219,7 +221,7 @@ def _bounds(position_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([starts, end]).to(torch.int32)
 
 
-def _for_kernels(position_ids: torch.Tensor) -> dict[str, Any]:
+def _for_kernels(position_ids: torch.Tensor) -> Batch:
     """Return what the variable-length attention kernels need beside the tokens, as TRL's collator
     gives it.
     """

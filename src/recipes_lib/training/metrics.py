@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from recipes_lib.core.json_files import read_rows, rows_from_the_end
+from recipes_lib.core.json_files import Row, read_rows, rows_from_the_end
 from recipes_lib.core.terminal import say
 
 SAY_EVERY_S = 10.0
@@ -39,7 +39,7 @@ def first_and_last(path: Path, key: str) -> tuple[float | None, float | None]:
     return first, next((row[key] for _, row in rows_from_the_end(path) if key in row), None)
 
 
-def has_evaluation(lines: list[dict[str, Any]], step: int) -> bool:
+def has_evaluation(lines: list[Row], step: int) -> bool:
     """Whether lines of metrics.jsonl, or of a Trainer's history, hold the evaluation of a step."""
     return any(line["step"] == step and "eval_loss" in line for line in lines)
 
@@ -57,7 +57,7 @@ def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
     if not path.is_file():
         return
 
-    def stays(row: dict[str, Any]) -> bool:
+    def stays(row: Row) -> bool:
         before = row.get("step", 0) - step
         return before < 0 or (before == 0 and (evaluated or "eval_loss" not in row))
 
@@ -99,14 +99,14 @@ class MetricsCallback(TrainerCallback):
         args: Any,
         state: TrainerState,
         control: Any,
-        logs: dict[str, Any] | None = None,
+        logs: Row | None = None,
         **_: Any,
     ) -> None:
         """Write one line, flushed at once."""
         logs, now = logs or {}, time.monotonic()
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
-        line: dict[str, Any] = {
+        line: Row = {
             "step": state.global_step,
             "epoch": round(float(state.epoch or 0), 6),
         }
@@ -147,7 +147,7 @@ class MetricsCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
 
-    def _show(self, line: dict[str, Any], state: TrainerState) -> None:
+    def _show(self, line: Row, state: TrainerState) -> None:
         if self.quiet:
             return
         if "eval_loss" in line:

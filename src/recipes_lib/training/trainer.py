@@ -42,6 +42,7 @@ from recipes_lib.models.architectures import lacks_experts, training_settings, w
 from recipes_lib.training import checkpoints
 from recipes_lib.training.batches import (
     ROW,
+    Batch,
     EpochRows,
     LengthGroups,
     RebalancedRows,
@@ -110,7 +111,7 @@ class RecipeTrainer(SFTTrainer):
         self.recent_rows = deque[torch.Tensor](maxlen=self.args.gradient_accumulation_steps)
         self.without_rows = False
         self.evaluation_due = False
-        self._unlogged_before: dict[str, Any] | None = None
+        self._unlogged_before: Unlogged | None = None
         self._saved_precisions: dict[str, int] | None = None
         self._resumes = False
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
@@ -133,7 +134,7 @@ class RecipeTrainer(SFTTrainer):
         if ROW not in self._signature_columns:
             self._signature_columns.append(ROW)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: Batch) -> dict[str, Any]:
         rows = inputs.pop(ROW, None)
         self.without_rows = rows is not None and not rows.numel()
         if rows is not None and rows.numel() and self.model.training:
@@ -249,7 +250,7 @@ class RecipeTrainer(SFTTrainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -287,7 +288,7 @@ class RecipeTrainer(SFTTrainer):
     # ---- Validation loss per token ----
 
     def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self, model: torch.nn.Module, inputs: Batch, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
         """As TRL's; the batch is added to the sums of token losses and tokens."""
         tokens = int((inputs["labels"][:, 1:] != -100).sum())
@@ -383,7 +384,7 @@ class RecipeTrainer(SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """As TRL's; after a resume it first takes over the sums for the next log, and makes up the
         evaluation that the stop put off.
@@ -391,7 +392,7 @@ class RecipeTrainer(SFTTrainer):
         This is the first point after the Trainer has restored the random state.
         """
         if self._unlogged_before is not None:
-            self._give_back_unlogged(self._unlogged_before)
+            self._give_back(self._unlogged_before)
             self._unlogged_before = None
         if self.evaluation_due:
             metrics = self._evaluate(None, None)
@@ -404,7 +405,7 @@ class RecipeTrainer(SFTTrainer):
     def _training_step_in_pieces(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         num_items_in_batch: Any,
         max_tokens: int,
     ) -> torch.Tensor:
@@ -438,7 +439,8 @@ class RecipeTrainer(SFTTrainer):
         self._resumes = True
         self._total_train_tokens = marker.get("tokens", 0)
         self.evaluation_due = marker.get("evaluation_pending", False)
-        self._unlogged_before = marker.get("unlogged")
+        unlogged = marker.get("unlogged")
+        self._unlogged_before = Unlogged(**unlogged) if unlogged else None
         self._saved_precisions = marker.get("precisions") if exactly else None
 
     def _evaluate(
@@ -502,21 +504,21 @@ class RecipeTrainer(SFTTrainer):
             )
         return loader
 
-    def _take_unlogged(self) -> dict[str, Any]:
+    def _take_unlogged(self) -> Unlogged:
         """Return what the next log will average over; every rank has to call."""
-        return {
-            "since": self._globalstep_last_logged,
-            "loss_by_rank": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
-            "scored": self._counts["train"].scored(),
-            "means": dict(self._metrics["train"]),
-        }
+        return Unlogged(
+            since=self._globalstep_last_logged,
+            loss_by_rank=self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+            scored=self._counts["train"].scored(),
+            means=dict(self._metrics["train"]),
+        )
 
-    def _give_back_unlogged(self, unlogged: dict[str, Any]) -> None:
-        self._globalstep_last_logged = unlogged["since"]
-        self._tr_loss += unlogged["loss_by_rank"][self.args.process_index]
-        self._metrics["train"].update(unlogged["means"])
+    def _give_back(self, unlogged: Unlogged) -> None:
+        self._globalstep_last_logged = unlogged.since
+        self._tr_loss += unlogged.loss_by_rank[self.args.process_index]
+        self._metrics["train"].update(unlogged.means)
         if self.args.process_index == 0:  # they are sums over all ranks
-            self._counts["train"].add(0, *unlogged["scored"])
+            self._counts["train"].add(0, *unlogged.scored)
 
     # ---- Checkpoints ----
 
@@ -573,7 +575,7 @@ class RecipeTrainer(SFTTrainer):
         remedy = " and run the same command again: it resumes from the newest complete checkpoint"
         check_space(root, needed, "a save", remedy)
 
-    def _seal(self, root: Path, folder: Path, unlogged: dict[str, Any]) -> None:
+    def _seal(self, root: Path, folder: Path, unlogged: Unlogged) -> None:
         """Mark the checkpoint complete, once the lines logged up to it are on the disk: a run
         resumed from it never writes them again.
         """
@@ -589,7 +591,7 @@ class RecipeTrainer(SFTTrainer):
             evaluation_pending=self.stop_callback.evaluation_pending
             or self.evaluation_due
             or self._evaluation_follows(),
-            unlogged=unlogged,
+            unlogged=dataclasses.asdict(unlogged),
             precisions=precisions(self.model, self.optimizer),
             **self.marker_facts,
         )
@@ -602,6 +604,23 @@ class RecipeTrainer(SFTTrainer):
         last_of_epoch = self.args.eval_strategy == "epoch" and epoch.is_integer()
         last = self.eval_dataset is not None and step >= self.state.max_steps
         return (last_of_epoch or last) and not has_evaluation(self.state.log_history, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlogged:
+    """The sums of the steps since the last log, as a checkpoint's marker keeps them.
+
+    Args:
+        since: the step of that log.
+        loss_by_rank: sums of losses.
+        scored: supervised tokens of all ranks, and those ranked first.
+        means: what TRL will average.
+    """
+
+    since: int
+    loss_by_rank: list[float]
+    scored: list[int]
+    means: dict[str, list[float]]
 
 
 class TokenCounts:
