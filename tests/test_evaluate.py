@@ -26,8 +26,8 @@ from tests.generation.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.eval_recipe import load_eval
 from recipes_lib.evaluate import evaluate_all, split_words
-from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[1]
 

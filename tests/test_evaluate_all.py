@@ -20,9 +20,9 @@ from tests.generation.conftest import (
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_files import read_evals
+from recipes_lib.eval_recipe import load_eval
 from recipes_lib.evaluate import evaluate_all, split_words
 from recipes_lib.generation.targets import find_targets
-from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUICKSTART = PROJECT / "evals/quickstart"

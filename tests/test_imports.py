@@ -22,7 +22,7 @@ ORDER = (
     ("training",),
     ("eval_log",),
     ("judging",),
-    ("eval_files",),
+    ("eval_files", "eval_recipe"),
     ("generation",),
     ("suites",),
     ("evaluate", "train"),

@@ -26,7 +26,6 @@ from recipes_lib.judging.store import stored_rows, text_hash
 _SHARE = re.compile(
     r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$"
 )  # metrics of lm-eval between 0 and 1
-SUITE_TITLES = {"alpaca_eval": "AlpacaEval", "mt_bench": "MT-Bench", "lm_eval": "lm-eval"}
 
 
 def read_evals(

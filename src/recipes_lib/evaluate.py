@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.lm_eval import add_flags, overrides_of
 from recipes_lib.config.loader import load_document
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.faults import explain_fault
@@ -30,12 +31,11 @@ from recipes_lib.core.ranks import leave_together
 from recipes_lib.core.redaction import masked
 from recipes_lib.eval_files import write_log
 from recipes_lib.eval_log import EvalLog
+from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.generation.judges import OpenJudge, opened
 from recipes_lib.generation.subjects import Subject, grouped, loaded
 from recipes_lib.generation.targets import Target, distinct
 from recipes_lib.suites.judged import JudgedSuite
-from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
-from recipes_lib.suites.recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.suites.registry import SUITES, say_results
 from recipes_lib.suites.suite import Asker
 from recipes_lib.training.process import end_process

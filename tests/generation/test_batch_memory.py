@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recipes_lib.generation import batch_memory
-from recipes_lib.generation.batch_memory import (
+from recipes_lib.generation import transformers_engine
+from recipes_lib.generation.transformers_engine import (
     LEAST_TOKENS,
     MOST_TOKENS,
     USUAL_TOKENS,
@@ -75,9 +75,9 @@ def test_what_torch_holds_unused_is_free(card):
 
 
 def test_a_processor_gets_no_more_than_the_usual_batch_and_less_where_memory_is_short(monkeypatch):
-    monkeypatch.setattr(batch_memory, "available_gib", lambda: 64.0)
+    monkeypatch.setattr(transformers_engine, "available_gib", lambda: 64.0)
     assert tokens_for(model_of_7b("cpu")) == USUAL_TOKENS
-    monkeypatch.setattr(batch_memory, "available_gib", lambda: 2.0)
+    monkeypatch.setattr(transformers_engine, "available_gib", lambda: 2.0)
     assert LEAST_TOKENS < tokens_for(model_of_7b("cpu")) < USUAL_TOKENS
 
 

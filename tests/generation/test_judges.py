@@ -8,8 +8,7 @@ import pytest
 from tests.generation.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.generation.judges import judge_ids, opened
-from recipes_lib.generation.next_token import verdict_tokens
+from recipes_lib.generation.judges import judge_ids, opened, verdict_tokens
 from recipes_lib.generation.openai_engine import ServerFault
 from recipes_lib.judging.judge import Item, build_requests, judge_items
 from recipes_lib.judging.store import JudgmentStore

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from recipes_lib.generation.next_token import NextToken, common_prefix
+from recipes_lib.generation.judges import NextToken, common_prefix
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_a_good_recipe_is_left_alone() -> None:
 def test_evaluations_count_answers_and_verdicts_and_name_what_they_do_not_know(
     tmp_path: Path,
 ) -> None:
-    from recipes_lib.suites.recipe import load_eval
+    from recipes_lib.eval_recipe import load_eval
 
     shape, card = named_shape("meta-llama/Llama-2-7b-hf"), cpu_card()
     assert shape is not None

@@ -18,12 +18,12 @@ from tests.study.study_files import write_tiny_study
 from recipes_lib import cli
 from recipes_lib.compare.design import load_study
 from recipes_lib.config.recipe import load_recipe
+from recipes_lib.eval_recipe import load_eval
 from recipes_lib.slurm.jobs import Job, Task
 from recipes_lib.slurm.profile import load_profile
 from recipes_lib.slurm.snapshot import Snapshot
 from recipes_lib.slurm.submission import all_launches, script_of
 from recipes_lib.suites.harness import load_tasks
-from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -13,14 +13,14 @@ import pytest
 
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_log import Sample
-from recipes_lib.suites.alpaca_eval import AlpacaEval
-from recipes_lib.suites.alpaca_library import (
+from recipes_lib.eval_recipe import load_eval
+from recipes_lib.suites.alpaca_eval import (
+    AlpacaEval,
     annotations_text,
     is_alpaca_eval,
     library_numbers,
     own_length_controlled,
 )
-from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
 

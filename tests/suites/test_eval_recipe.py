@@ -10,7 +10,7 @@ import pytest
 from recipes_lib.cli import main
 from recipes_lib.config.loader import load_document
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.suites.recipe import load_eval
+from recipes_lib.eval_recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
 EVALS = sorted(

@@ -18,12 +18,12 @@ from types import SimpleNamespace
 import pytest
 
 from recipes_lib.cli import main
+from recipes_lib.config.lm_eval import add_flags, overrides_of
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.eval_recipe import load_eval
 from recipes_lib.evaluate import evaluate_all
 from recipes_lib.generation.targets import find_targets
 from recipes_lib.suites.harness import plain_command
-from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
-from recipes_lib.suites.recipe import load_eval
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -101,8 +101,8 @@ def test_an_audit_that_failed_stands_above_the_results_of_the_same_judge(
     labels,
     tmp_path,  # noqa: F811, RUF100
 ):  # noqa: F811, RUF100
+    from recipes_lib.eval_recipe import load_eval
     from recipes_lib.evaluate import evaluate_all
-    from recipes_lib.suites.recipe import load_eval
 
     file = judge_file()
     card = audit_on_labels(file, labels[:1], probe_pairs=1)

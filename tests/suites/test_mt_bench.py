@@ -11,11 +11,11 @@ from recipes_lib.suites.mt_bench import (
     _pairs,
     _single,
     conversation,
+    draw_grades,
     grading_items,
     pair_items,
     summary,
 )
-from recipes_lib.suites.mt_bench_figure import draw_grades
 from recipes_lib.suites.questions import Question
 
 MATH = Question("7", ("Add 2 and 2.", "Add 1."), "math", ("4", "5"))

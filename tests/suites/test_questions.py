@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.core.errors import DataError
+from recipes_lib.eval_recipe import load_eval
 from recipes_lib.suites.answering import answers_in_file
 from recipes_lib.suites.questions import Question, load_questions, read_answer_file
-from recipes_lib.suites.recipe import load_eval
 
 QUICK = Path(__file__).resolve().parents[2] / "evals/quickstart"
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from recipes_lib.config.lm_eval import add_flags, overrides_of
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.terminal import next_step
-from recipes_lib.suites.lm_eval_flags import add_flags, overrides_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

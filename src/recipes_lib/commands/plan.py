@@ -19,13 +19,13 @@ from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import at_least, next_step, say, say_json
+from recipes_lib.eval_recipe import load_eval
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.plan import plan_recipe
 from recipes_lib.planning.text import plan_lines
 from recipes_lib.study.hours import study_hours, study_json, study_lines
 from recipes_lib.suites.eval_times import eval_times, usual_evals
-from recipes_lib.suites.recipe import load_eval
 
 if TYPE_CHECKING:
     from recipes_lib.planning.advice import Advice

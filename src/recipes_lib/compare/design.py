@@ -31,7 +31,7 @@ from recipes_lib.config.vocabulary import dotted_names, subschema
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
-from recipes_lib.suites.recipe import EvalRecipe, load_eval
+from recipes_lib.eval_recipe import EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
 
 if TYPE_CHECKING:

@@ -69,7 +69,7 @@ KINDS = (
         "an eval recipe",
         "suite generation metrics",
         "run it: recipes eval EVAL RUN",
-        "suites.recipe:EvalRules",
+        "eval_recipe:EvalRules",
     ),
     _kind(
         "study",
@@ -104,7 +104,7 @@ KINDS = (
         "a task of lm-eval",
         "task dataset_path output_type doc_to_text doc_to_target",
         "name it in an eval recipe's suite.tasks",
-        "suites.recipe:TaskRules",
+        "eval_recipe:TaskRules",
     ),
     RECIPE,
     _BASE,

@@ -30,8 +30,8 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 # Kinds whose sections belong to a package above this one: module with a function <kind>_schema.
 _ELSEWHERE = {
-    "eval": "recipes_lib.suites.sections",
-    "judge": "recipes_lib.suites.sections",
+    "eval": "recipes_lib.suites.registry",
+    "judge": "recipes_lib.eval_recipe",
     "eval_result": "recipes_lib.suites.registry",
     "study": "recipes_lib.compare.design",
     "published": "recipes_lib.compare.published",

@@ -8,10 +8,9 @@ weights, precision and prompt format: the same model asked in another format is 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +28,7 @@ from recipes_lib.generation.targets import Target
 from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.weights.base import load_model, load_tokenizer, model_path
 from recipes_lib.weights.finished_run import BASE, Family, TrainedRun, check_weights, families
+from recipes_lib.weights.merge import free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,8 +110,7 @@ def loaded(targets: Sequence[Target], weights: bool = True) -> Iterator[list[Sub
     finally:
         for subject in subjects:
             subject.model = subject.using = None
-        gc.collect()
-        _empty_cache()
+        free_memory()
 
 
 def grouped(targets: Sequence[Target]) -> list[list[Target]]:
@@ -145,76 +144,50 @@ def _load_group(targets: Sequence[Target], weights: bool) -> list[Subject]:
     trained = [target.trained for target in targets if target.trained]
     if trained and weights:
         family = Family(trained)
-        return [
-            _subject(target, _tokenizer_for(family, target), family.model, _user_of(family, target))
-            for target in targets
-        ]
-    subjects = []
-    for target in targets:
-        if target.is_stand_in and not weights:
-            subjects.append(_served(target))
-            continue
-        if target.trained:
-            from transformers import AutoTokenizer
-
-            check_weights(target.trained)
-            subjects.append(
-                _subject(target, AutoTokenizer.from_pretrained(target.trained.weights), None, None)
-            )
-            continue
-        try:
-            model_path(target.recipe.model)
-            tokenizer = load_tokenizer(target.recipe)
-            subjects.append(
-                _subject(
-                    target,
-                    tokenizer,
-                    _load_bare(target.recipe, tokenizer) if weights else None,
-                    None,
-                )
-            )
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-            hint = (
-                "read that code; then set generation.trust_remote_code=true and pass"
-                " --trust-remote-code"
-            )
-            raise RecipeError(
-                f"'{target.word}' needs Python code that ships with it", hint
-            ) from None
-    return subjects
+        return [_of_family(family, target) for target in targets]
+    return [_alone(target, weights) for target in targets]
 
 
-def _served(target: Target) -> Subject:
-    """A model that only a server has: its name stands for its weights, its server renders the
-    prompts.
+def _of_family(family: Family, target: Target) -> Subject:
+    """One of the models that a loaded base serves; a base is asked with the tokenizer of the first
+    run.
     """
-    prompts = ServerFormat()
-    fingerprint = hash_of("served", target.word)
-    return Subject(
-        target, _base_directory(target.word, fingerprint, prompts.hash), fingerprint, prompts
-    )
+    name = target.trained.run.name if target.trained else BASE
+    tokenizer = family.tokenizers[name] if target.trained else family.tokenizer
+    return _subject(target, tokenizer, family.model, lambda: family.answering(name))
+
+
+def _alone(target: Target, weights: bool) -> Subject:
+    """A model without a run, or a target whose weights a server has."""
+    if target.is_stand_in and not weights:
+        # Only the server has it: its name stands for its weights, its server renders the prompts.
+        prompts, fingerprint = ServerFormat(), hash_of("served", target.word)
+        run = _base_directory(target.word, fingerprint, prompts.hash)
+        return Subject(target, run, fingerprint, prompts)
+    if target.trained:
+        from transformers import AutoTokenizer
+
+        check_weights(target.trained)
+        return _subject(target, AutoTokenizer.from_pretrained(target.trained.weights), None, None)
+    try:
+        model_path(target.recipe.model)
+        tokenizer = load_tokenizer(target.recipe)
+        model = _load_bare(target.recipe, tokenizer) if weights else None
+        return _subject(target, tokenizer, model, None)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        hint = (
+            "read that code; then set generation.trust_remote_code=true and pass"
+            " --trust-remote-code"
+        )
+        raise RecipeError(f"'{target.word}' needs Python code that ships with it", hint) from None
 
 
 def _base_directory(path: str, fingerprint: str, format_hash: str) -> RunDirectory:
     """The run directory of a model without a run."""
     short = _NOT_IN_NAMES.sub("-", Path(path).name).strip("-.")[:60]
     return RunDirectory(f"base--{short}--{hash_of(fingerprint, format_hash)[:8]}")
-
-
-def _tokenizer_for(family: Family, target: Target) -> Any:
-    """The tokenizer that was saved with a run; a base is asked with that of the first run."""
-    return family.tokenizers[target.trained.run.name] if target.trained else family.tokenizer
-
-
-def _user_of(family: Family, target: Target) -> Any:
-    name = target.trained.run.name if target.trained else BASE
-
-    def using() -> AbstractContextManager[Any]:
-        return family.answering(name)
-
-    return using
 
 
 def _load_bare(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
@@ -260,10 +233,3 @@ def check_format(one: TrainedRun, prompts: PromptFormat) -> None:
             "the chat template, the system prompt or the end token changed since: restore it, or"
             " train the run again",
         )
-
-
-def _empty_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

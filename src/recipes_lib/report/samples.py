@@ -75,7 +75,7 @@ def collect_samples(measurements: Measurements) -> SampleSet:
         for name, arm in measurements.arms.items()
         for run in arm.runs
         for log in run.evals
-        if log.suite in ("alpaca_eval", "mt_bench")
+        if log.suite != "lm_eval"
     ]
     pages.sort(
         key=lambda page: measurements.opponent_name(page[2].against) not in measurements.arms

@@ -21,6 +21,7 @@ from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.eval_recipe import EvalRecipe, load_eval
 from recipes_lib.planning.cards import card_named
 from recipes_lib.planning.plan import plan_launched
 from recipes_lib.slurm.prefetching import judge_model
@@ -29,7 +30,6 @@ from recipes_lib.slurm.snapshot import Snapshot
 from recipes_lib.study.arms import arm_run, train_words
 from recipes_lib.study.graph import Step
 from recipes_lib.study.steps import build_graph
-from recipes_lib.suites.recipe import EvalRecipe, load_eval
 
 DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
 TRAIN_MODULE, CLI_MODULE = ("-m", "recipes_lib.train"), ("-m", "recipes_lib.cli")

@@ -28,13 +28,13 @@ from recipes_lib.data.sources import (
     load_tables,
     offline_by_environment,
 )
+from recipes_lib.eval_recipe import EvalRecipe, load_eval
 from recipes_lib.judging.prometheus import (
     PROMETHEUS_PACKAGE,
     prometheus_is_here,
     published_template,
 )
 from recipes_lib.suites.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
-from recipes_lib.suites.recipe import EvalRecipe, load_eval
 from recipes_lib.weights.base import (
     check_whole,
     explain_load_failure,

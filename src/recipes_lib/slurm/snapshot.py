@@ -20,7 +20,7 @@ from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.sources import listed_sources
-from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.eval_recipe import EvalRecipe
 
 
 class Snapshot:

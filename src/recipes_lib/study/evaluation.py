@@ -22,13 +22,13 @@ from recipes_lib.core.json_files import read_object
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.evaluate import Done, evaluate
 from recipes_lib.generation.subjects import loaded
 from recipes_lib.generation.targets import Asking, Target, base_target, find_targets, record_base
 from recipes_lib.study.arms import base_arm, base_record, base_run, move_aside
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
 from recipes_lib.suites.judged import JudgedSuite
-from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.registry import SUITES
 from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.finished_run import finished_run

@@ -19,10 +19,10 @@ from recipes_lib.core.json_files import rows_from_the_end
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned
+from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.study.arms import launch_words, study_folder, train_words
 from recipes_lib.study.graph import DoneRecord, Freshness, Graph, Step
 from recipes_lib.suites.questions import load_questions
-from recipes_lib.suites.recipe import EvalRecipe
 
 STATES = ("fresh", "running", "stale", "missing", "waiting", "failed")
 _REASON_WIDTH = 72

@@ -24,6 +24,7 @@ from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root
 from recipes_lib.data.sources import data_files, find_path, listed_sources
+from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE, REQUIREMENT
 from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
 from recipes_lib.study.graph import (
@@ -36,7 +37,6 @@ from recipes_lib.study.graph import (
     digest_of,
     digest_of_files,
 )
-from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.training.resume_guard import flatten, guarded_values
 from recipes_lib.weights.base import base_fingerprint, fingerprint
 

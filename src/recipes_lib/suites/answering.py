@@ -18,6 +18,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.data.conversations import Message
 from recipes_lib.eval_log import REFERENCE, AnswerFacts, Speed
+from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.answers import Prompt, Writer, answer_faults
 from recipes_lib.generation.engine import Decoding, Engine
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
@@ -25,7 +26,6 @@ from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, record_base
 from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.suites.questions import Question, read_answer_file
-from recipes_lib.suites.recipe import EvalRecipe
 
 
 @dataclass

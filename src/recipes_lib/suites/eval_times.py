@@ -9,11 +9,11 @@ import json
 from collections.abc import Sequence
 
 from recipes_lib.core.project import project_root
+from recipes_lib.eval_recipe import EvalRecipe, load_eval
 from recipes_lib.models.known import named_shape
 from recipes_lib.models.shapes import ModelShape
 from recipes_lib.planning.cards import MEASURED_PARAMETERS, SCALING, Card, core_tflops
 from recipes_lib.planning.duration import EvalTime
-from recipes_lib.suites.recipe import EvalRecipe, load_eval
 
 GENERATED_TOKENS_PER_SECOND = 95.0  # SmolLM2-135M, batched, two idle threads: 75-116
 JUDGED_TOKENS_PER_SECOND = 774.0  # the same, prompts of 480 tokens in 0.62 s

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from recipes_lib.config.lm_eval import ALLOW, code_in, unknown_metrics
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
@@ -28,13 +29,12 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.eval_files import lm_eval_measures, log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, TaskScore
+from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
 from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.answering import asking_of
-from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.suite import Asker, grid
-from recipes_lib.suites.task_code import ALLOW, code_in, unknown_metrics
 from recipes_lib.weights.base import model_path
 
 PROTOCOL = (
@@ -85,6 +85,7 @@ class Harness(Asker):
         EnvironmentFault: the processes of a launch do not find each other.
     """
 
+    HELP = "tasks of the harness."
     NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
         "tasks": {},
         "protocol": {},
@@ -215,39 +216,38 @@ def _batch_size(recipe: EvalRecipe) -> Any:
 
 def plain_command(recipe: EvalRecipe, target: Target) -> str:
     """Return the `lm_eval` line that gives the same numbers."""
-    names, values = _named_arguments(target), recipe.suite
-    words = [
-        "lm_eval",
-        "run",
-        "--model",
-        "hf",
-        "--model_args",
-        ",".join(f"{key}={value}" for key, value in names.items()),
-    ]
-    words += ["--tasks", ",".join(values.tasks or []), "--batch_size", str(_batch_size(recipe))]
-    for name in ("num_fewshot", "limit", "system_instruction"):
-        if getattr(values, name) is not None:
-            words += [f"--{name}", str(getattr(values, name))]
-    words += ["--apply_chat_template"] if values.apply_chat_template else []
-    words += (
-        ["--fewshot_as_multiturn", "false"]
-        if values.apply_chat_template and not values.fewshot_as_multiturn
-        else []
-    )
-    words += (
-        ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in values.gen_kwargs.items())]
-        if values.gen_kwargs
-        else []
-    )
-    words += ["--include_path", str(_include_path(recipe))] if recipe.data.include_path else []
-    line = shlex.join([*words, *_option_words(values.options)])
-    place = (
-        os.path.relpath(recipe.resolve("data.folder", recipe.data.folder))
-        if recipe.data.folder
-        else "."
-    )
-    line = line if place == "." else f"(cd {shlex.quote(place)} && {line})"
-    without = [name for name in values.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
+    suite = recipe.suite
+    flags: dict[str, Any] = {  # True stands for a flag without a value
+        "model": "hf",
+        "model_args": _pairs(_named_arguments(target)),
+        "tasks": ",".join(suite.tasks or []),
+        "batch_size": _batch_size(recipe),
+        "num_fewshot": suite.num_fewshot,
+        "limit": suite.limit,
+        "system_instruction": suite.system_instruction,
+        "apply_chat_template": suite.apply_chat_template,
+        "fewshot_as_multiturn": (
+            "false" if suite.apply_chat_template and not suite.fewshot_as_multiturn else None
+        ),
+        "gen_kwargs": _pairs(suite.gen_kwargs or {}) or None,
+        "include_path": _include_path(recipe),
+        **{
+            name: value
+            for name, value in suite.options.items()
+            if name in _CLI_OPTIONS and value not in (None, False)
+        },
+    }
+    if any(name in suite.options for name in _SEEDS):
+        seeds = (suite.options.get(name, default) for name, default in _SEEDS.items())
+        flags["seed"] = ",".join(map(str, seeds))
+    words = ["lm_eval", "run"]
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    line, folder = shlex.join(words), recipe.data.folder
+    if folder and (place := os.path.relpath(recipe.resolve("data.folder", folder))) != ".":
+        line = f"(cd {shlex.quote(place)} && {line})"
+    without = [name for name in suite.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
     notes = [f"lm_eval has no flag for {', '.join(without)}"] if without else []
     if target.trained and (target.recipe.lora or {}).get("modules_to_save"):
         notes.append(
@@ -257,18 +257,8 @@ def plain_command(recipe: EvalRecipe, target: Target) -> str:
     return f"{line}  # {'; '.join(notes)}" if notes else line
 
 
-def _option_words(options: Mapping[str, Any]) -> list[str]:
-    """The flags of lm_eval's command line for `suite.options`."""
-    words: list[str] = []
-    for name, value in options.items():
-        if name in _CLI_OPTIONS and value not in (None, False):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    if any(name in options for name in _SEEDS):
-        words += [
-            "--seed",
-            ",".join(str(options.get(name, default)) for name, default in _SEEDS.items()),
-        ]
-    return words
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ",".join(f"{key}={value}" for key, value in values.items())
 
 
 def _named_arguments(target: Target) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def audit_on_labels(
     with opened(file) as judge:
         rows = judge_all(
             items, judge, judge.plan("relative"), store, f"on {len(items)} labelled pairs"
-        ).rows
+        )
         probes = ask_probes(items, judge, store, probe_pairs)
         card = audit(
             [*rows, *probes],
@@ -96,7 +96,7 @@ def _other_mode(
     other = dataclasses.replace(file, judge=dataclasses.replace(file.judge, mode=mode))
     store = JudgmentStore(folder / f"judgments.{mode}.jsonl")
     with opened(other) as judge:
-        again = judge_all(items, judge, judge.plan("relative"), store, f"in mode {mode}").rows
+        again = judge_all(items, judge, judge.plan("relative"), store, f"in mode {mode}")
     first = {(row["question_id"], row["order"]): row for row in rows}
     pairs = [
         (first[row["question_id"], row["order"]], row) for row in again if row["source"] != "rule"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +26,13 @@ from recipes_lib.eval_log import (
     Scorecard,
     no_reference,
 )
+from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, base_target, distinct, targets_by_word
 from recipes_lib.judging.audit import audit, can_carry_probes, failures, probe_requests, self_judged
-from recipes_lib.judging.judge import Item, JudgePlan, JudgeRun, ask, build_requests
+from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, JudgeRun, ask, build_requests
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.answering import (
@@ -44,7 +45,6 @@ from recipes_lib.suites.answering import (
     reference_answers,
 )
 from recipes_lib.suites.questions import QuestionSet, load_questions
-from recipes_lib.suites.recipe import EvalRecipe
 from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.merge import RECORD as MERGE_RECORD
 
@@ -139,7 +139,7 @@ class JudgedSuite(Asker, ABC):
     @abstractmethod
     def judge_answers(
         self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
-    ) -> Judged:
+    ) -> list[Row]:
         """Ask for all verdicts about one target."""
 
     @abstractmethod
@@ -222,12 +222,10 @@ class JudgedSuite(Asker, ABC):
         self._pairing = self.pairing()
         if not self.allow_format_differences:
             check_formats(self._pairing)
-        self._verdicts = self._judged(self._pairing, judge)
+        self._rows, probes = self._judged(self._pairing, judge)
         self.cards = {
-            name: audit(
-                [*mine.rows, *mine.probes], judge.file.thresholds, None, judge.file.judge.weak
-            )
-            for name, mine in self._verdicts.items()
+            name: audit([*rows, *probes], judge.file.thresholds, None, judge.file.judge.weak)
+            for name, rows in self._rows.items()
         }
 
     def conclude(self, judge: OpenJudge, others: Sequence[JudgedSuite] = ()) -> list[EvalLog]:
@@ -248,10 +246,10 @@ class JudgedSuite(Asker, ABC):
             if self.wanted is None or answers.name in self.wanted
         ]
 
-    def _judged(self, pairing: Pairing, judge: OpenJudge) -> dict[str, Judged]:
-        """All verdicts, and the probes of the first pair of models with each of them."""
-        judged: dict[str, Judged] = {}
-        probes: list[Any] = []
+    def _judged(self, pairing: Pairing, judge: OpenJudge) -> tuple[dict[str, list[Row]], list[Row]]:
+        """All verdicts by target, and the probes of the first pair of models."""
+        judged: dict[str, list[Row]] = {}
+        probes: list[Row] = []
         for answers in pairing.targets:
             opponent = pairing.opponents.get(answers.name)
             folder = answers.folder(self.recipe.name)
@@ -261,9 +259,7 @@ class JudgedSuite(Asker, ABC):
                     pairs = self.pair_items(answers, opponent)
                     store = JudgmentStore(judgments_file(folder, opponent.name))
                     probes = ask_probes(pairs, judge, store, self.recipe.metrics.probe_pairs)
-        for mine in judged.values():
-            mine.probes = probes
-        return judged
+        return judged, probes
 
     def _log(
         self,
@@ -281,7 +277,7 @@ class JudgedSuite(Asker, ABC):
         assert facts is not None and facts.answers is not None and answers.run is not None
         against = opponent.name if opponent else None
         file = log_file(answers.run.path, recipe.name, against)
-        rows = self._verdicts[answers.name].rows
+        rows = self._rows[answers.name]
         numbers, measures = self.numbers(answers, opponent, judge, rows, file)
         twins = [
             other.name
@@ -317,42 +313,16 @@ class JudgedSuite(Asker, ABC):
         )
 
 
-@dataclass
-class Judged:
-    """One target's judgments: the rows of each kind in the order of the requests, and what asking
-    them took.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    probes: list[Row] = field(default_factory=list)
-    runs: list[JudgeRun] = field(default_factory=list)
-
-    def add(self, other: Judged) -> None:
-        """Take the rows of another batch."""
-        self.rows += other.rows
-        self.runs += other.runs
-
-
 def judge_all(
     items: Sequence[Item], judge: OpenJudge, plan: JudgePlan, store: JudgmentStore, name: str
-) -> Judged:
+) -> list[Row]:
     """Ask what is missing and return all rows of these items.
 
     Raises:
         EvaluationIncomplete: judgments are missing; the same command continues.
     """
     requests = list(build_requests(items, plan, judge.judge.fingerprint))
-    progress = Progress(f"judgments {name}", sum(request.key not in store for request in requests))
-
-    def count(run: JudgeRun) -> None:
-        progress.add(run.asked + run.by_rule + run.failed.total - progress.done)
-
-    try:
-        run = ask(iter(requests), judge.judge, store, plan, count)
-    finally:
-        progress.close()
-    run.check_complete()
-    return Judged([row for request in requests if (row := store.get(request.key))], [], [run])
+    return _ask_all(requests, judge, plan, store, f"judgments {name}")
 
 
 def ask_probes(
@@ -362,17 +332,28 @@ def ask_probes(
     plan = replace(judge.plan("relative"), rules=False)
     different = list(filter(can_carry_probes, items))
     requests = list(probe_requests(different[:number], plan, judge.judge.fingerprint))
-    if not requests:
-        return []
-    progress = Progress("probes", sum(request.key not in store for request in requests))
+    return _ask_all(requests, judge, plan, store, "probes") if requests else []
+
+
+def _ask_all(
+    requests: Sequence[JudgeRequest],
+    judge: OpenJudge,
+    plan: JudgePlan,
+    store: JudgmentStore,
+    what: str,
+) -> list[Row]:
+    """Ask what is missing, with progress, and return the rows of the requests.
+
+    Raises:
+        EvaluationIncomplete: judgments are missing; the same command continues.
+    """
+    progress = Progress(what, sum(request.key not in store for request in requests))
+
+    def count(run: JudgeRun) -> None:
+        progress.add(run.asked + run.by_rule + run.failed.total - progress.done)
+
     try:
-        ask(
-            iter(requests),
-            judge.judge,
-            store,
-            plan,
-            lambda run: progress.add(run.asked - progress.done),
-        ).check_complete()
+        ask(iter(requests), judge.judge, store, plan, count).check_complete()
     finally:
         progress.close()
     return [row for request in requests if (row := store.get(request.key))]

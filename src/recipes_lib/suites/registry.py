@@ -8,17 +8,26 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from recipes_lib.config.schema import fields_of, file_schema
+from recipes_lib.config.schema import fields_of, file_schema, sections_schema
 from recipes_lib.core.terminal import say
 from recipes_lib.eval_log import EvalLog, Measure, Sample
+from recipes_lib.eval_recipe import (
+    EvalDataSection,
+    GenerationSection,
+    MetricsSection,
+    SuiteSection,
+)
+from recipes_lib.judging.judge_file import JudgeSection
 from recipes_lib.judging.outcomes import PairSummary
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.alpaca_eval import AlpacaEval
 from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.mt_bench import MTBench
 
+# A new suite is a file with one class, and a line here; then `make schema`.
 # A suite is an `Asker` made of a recipe, words, an opponent and what the command line allows, with
-# `table(results)` and the keys of its `NUMBERS`. A suite that a judge decides is a `JudgedSuite`.
+# `table(results)` and what the schemas say of
+# it (`HELP`, `NUMBERS`). A suite that a judge decides is a `JudgedSuite`.
 SUITES: dict[str, type[AlpacaEval] | type[MTBench] | type[Harness]] = {
     "alpaca_eval": AlpacaEval,
     "mt_bench": MTBench,
@@ -56,10 +65,39 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _what(result: dict[str, Any]) -> str:
-    if result["suite"] == "lm_eval":
-        return "lm-eval"
-    judge = result["judge"]
+    judge = result.get("judge")
+    if not judge:
+        return "lm-eval" if result["suite"] == "lm_eval" else result["suite"]
     return f"{result['n']} questions, judge {judge['name']} ({judge['model']}, {judge['mode']})"
+
+
+_JUDGE_FILE_HELP = (
+    "A judge file, relative to the eval recipe (judges/prometheus-7b-v2.yaml). Keys beside it"
+    " replace the file's."
+)
+
+
+def eval_schema() -> dict[str, Any]:
+    """Return the schema of an eval recipe; its section judge has the keys of a judge file, and
+    `file`.
+    """
+    classes = {
+        "suite": SuiteSection,
+        "data": EvalDataSection,
+        "generation": GenerationSection,
+        "judge": JudgeSection,
+        "metrics": MetricsSection,
+    }
+    properties = sections_schema(classes)
+    names = " ".join(f"{name}: {suite.HELP}" for name, suite in SUITES.items())
+    properties["suite"]["properties"]["name"] = {"description": names, "enum": list(SUITES)}
+    properties["suite"]["required"] = ["name"]
+    judge = properties["judge"]
+    judge["properties"] = {
+        "file": {"type": "string", "description": _JUDGE_FILE_HELP},
+        **judge["properties"],
+    }
+    return file_schema("eval", "An eval recipe", properties=properties, required=["suite"])
 
 
 def eval_result_schema() -> dict[str, Any]:

@@ -9,8 +9,8 @@ from recipes_lib.generation.targets import Target
 
 if TYPE_CHECKING:
     from recipes_lib.eval_log import EvalLog
+    from recipes_lib.eval_recipe import EvalRecipe
     from recipes_lib.generation.subjects import Subject
-    from recipes_lib.suites.recipe import EvalRecipe
 
 
 class Asker:

@@ -1,25 +1,98 @@
-"""What in an eval recipe, and in the lm-eval task files it brings, would run Python code. Reads the
-files; runs nothing of them.
+"""What our recipes and command lines take of lm-eval, read without importing it: the names of its
+tasks, code that task files would run, and its flags.
+
+Names of tasks, groups and tags are read off the task files as text: half a second, where lm-eval's
+own index takes ten. There may be a few names too many, never one too few.
 
 lm-eval imports what a task file names with `!function`, loads a metric that it does not know from a
 folder or the Hub, and fills templates with an interpreter that can reach the whole process. A
 generation setting can name code too. All of that runs only if the eval recipe
 (`generation.trust_remote_code`) and the command line (`--trust-remote-code`) allow it; templates of
-such a folder are filled in a sandbox until then (`harness`).
+such a folder are filled in a sandbox until then (`suites.harness`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import fnmatch
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from recipes_lib.config.loader import Document
+from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import shown_path
-from recipes_lib.suites.task_names import lm_eval_folder
+
+_NOT_TASKS = (
+    ".py",
+    ".pyc",
+    ".md",
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".csv",
+)  # tasks are .yaml files, and what they include has any name
+_LARGEST = 1 << 20  # bytes: a folder of one's own may hold data and weights too
+_KEY = re.compile(r"^[\"']?(?:task|group|tag)[\"']?[ \t]*:(.*(?:\n[ \t]*-[ \t].*)*)", re.MULTILINE)
+_DASH = re.compile(r"^\s*-\s+")
+_NAME = re.compile(r"[^\s,\[\]\"'#](?:[^,\[\]\"'#]*[^\s,\[\]\"'#])?")
+
+
+def lm_eval_folder() -> Path | None:
+    """Return where lm-eval lies, without importing it; None where it is not installed."""
+    spec = importlib.util.find_spec("lm_eval")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(places[0]).resolve() if places else None
+
+
+def unknown_tasks(tasks: Sequence[str], own: Path | None = None) -> dict[str, list[str]]:
+    """Return the tasks that neither lm-eval nor a folder has, each with what to do; none where
+    lm-eval is not installed.
+
+    Args:
+        tasks: names or patterns (`mmlu_*`).
+        own: folder with further task files.
+    """
+    known = _names_in(own) if own else set()
+    library = lm_eval_folder()
+    if library is None or all(map(known.__contains__, tasks)):
+        return {}
+    known |= _own_names_of(library)
+    unknown = [task for task in tasks if task not in known and not fnmatch.filter(known, task)]
+    return {
+        task: [*did_you_mean(task, sorted(known)), "all tasks: lm_eval ls tasks"]
+        for task in unknown
+    }
+
+
+@lru_cache(maxsize=1)
+def _own_names_of(library: Path) -> frozenset[str]:
+    """The names that come with lm-eval; its files do not change while a command runs."""
+    return frozenset(_names_in(library / "tasks"))
+
+
+def _names_in(folder: Path) -> set[str]:
+    """The names in the files of a folder that may be task files."""
+    names: set[str] = set()
+    for path in folder.rglob("*"):
+        try:
+            if path.suffix in _NOT_TASKS or not path.is_file() or path.stat().st_size > _LARGEST:
+                continue
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue  # lm-eval cannot read it either
+        for value in _KEY.findall(text):
+            for line in value.split("\n"):
+                names.update(_NAME.findall(_DASH.sub("", line).partition("#")[0]))
+    return names
+
 
 ALLOW = "read that code; then set generation.trust_remote_code: true and pass --trust-remote-code"
 _PLAIN_TAG = "tag:yaml.org,2002:"
@@ -141,3 +214,53 @@ def _in_file(path: Path, seen: set[Path]) -> Iterator[RecipeError]:
                 for name in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if isinstance(name, yaml.ScalarNode):
                         yield from _in_file(path.parent / name.value, seen)
+
+
+_FLAGS = (
+    "tasks",
+    "limit",
+    "num_fewshot",
+    "batch_size",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "system_instruction",
+    "gen_kwargs",
+)
+_TOP_LEVEL_COMMA = re.compile(r""",(?=(?:[^\[\]{}"']|"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\})*$)""")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare lm_eval's flags."""
+    group = parser.add_argument_group("lm_eval", "options under lm_eval's own names")
+    for name in _FLAGS:
+        if name == "apply_chat_template":
+            group.add_argument(f"--{name}", action="store_true", default=None)
+        else:
+            group.add_argument(
+                f"--{name}", metavar="true|false" if name == "fewshot_as_multiturn" else "X"
+            )
+
+
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """Return `section.key=value` words for the flags that were given.
+
+    Example:
+        >>> overrides_of(argparse.Namespace(tasks="arc_easy,gsm8k", limit="20", apply_chat_template=True, gen_kwargs=None))
+        ['suite.tasks=[arc_easy, gsm8k]', 'suite.limit=20', 'suite.apply_chat_template=true']
+    """  # noqa: E501
+    words = []
+    for name in _FLAGS:
+        value = getattr(args, name, None)
+        if value is None or value is False:
+            continue
+        if name == "tasks":
+            value = f"[{', '.join(part.strip() for part in value.split(','))}]"
+        elif name == "gen_kwargs" and not value.startswith("{"):
+            pairs = (part.strip().partition("=") for part in _TOP_LEVEL_COMMA.split(value))
+            value = "{" + ", ".join(f"{key}: {text}" for key, _, text in pairs) + "}"
+        elif name == "system_instruction":
+            value = json.dumps(
+                value
+            )  # a text stays that text, whatever YAML makes of `:`, `#` or `yes`
+        words.append(f"suite.{name}={'true' if value is True else value}")
+    return words

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.suites.task_names import unknown_tasks
+from recipes_lib.config.lm_eval import unknown_tasks
 
 
 @pytest.mark.slow
