@@ -423,8 +423,11 @@ def summary_sentence(rows: Sequence[TableRow]) -> str:
     first, second = rows[0].arms
     said = dict.fromkeys(
         (
-            *("better on", "worse on", "no difference shown on"),
-            *("no claim (an error was found) on", "no claim (one recipe, trained twice) on"),
+            "better on",
+            "worse on",
+            "no difference shown on",
+            "no claim (an error was found) on",
+            "no claim (one recipe, trained twice) on",
             "cannot be tested on",
         ),
         0,

@@ -120,8 +120,13 @@ def _like(one: object, **own: Any) -> Number:
 def _of_runs(content: Content) -> Iterator[Number]:
     """Trainings and costs; one run each, so n is 1 and there is no interval."""
     training = (
-        *("steps", "train_loss", "validation_loss", "best_validation_loss", "perplexity"),
-        *("tokens_per_second", "peak_memory_gib"),
+        "steps",
+        "train_loss",
+        "validation_loss",
+        "best_validation_loss",
+        "perplexity",
+        "tokens_per_second",
+        "peak_memory_gib",
     )
     cost = ("seconds", "device_hours", "tokens", "tokens_per_second")
     for kind, names, rows in (

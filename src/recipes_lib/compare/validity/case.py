@@ -25,11 +25,17 @@ Values = Mapping[str, Any]  # by dotted key
 # They decide how the same mathematics is cut into pieces, or where a job runs: rounding aside, the
 # result stays.
 _CUT = (
-    *("train.activation_checkpointing", "train.gradient_checkpointing"),
-    *("train.gradient_checkpointing_kwargs", "train.per_device_train_batch_size"),
-    *("train.per_device_eval_batch_size", "train.gradient_accumulation_steps"),
-    *("train.eval_accumulation_steps", "train.ddp_find_unused_parameters"),
-    *("launch.accelerate", "launch.gpus", "launch.nodes"),
+    "train.activation_checkpointing",
+    "train.gradient_checkpointing",
+    "train.gradient_checkpointing_kwargs",
+    "train.per_device_train_batch_size",
+    "train.per_device_eval_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.eval_accumulation_steps",
+    "train.ddp_find_unused_parameters",
+    "launch.accelerate",
+    "launch.gpus",
+    "launch.nodes",
 )
 EXAMPLES_PER_STEP = "launch.examples_per_step"
 _TRAINED_DTYPE = "launch.trained_dtype"

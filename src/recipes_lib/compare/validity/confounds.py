@@ -140,9 +140,15 @@ def _code(run: RunMeasurements) -> Mapping[str, Any]:
 
 _DATA = ("data", "data.source", "data.split", "data.max_examples", "data.filters")
 _OF_STEPS = (
-    *("train.num_train_epochs", "train.max_steps", "train.max_length", "train.packing"),
-    *("train.dataloader_drop_last", "train.per_device_train_batch_size"),
-    *("train.gradient_accumulation_steps", "run.global_batch_size", "launch.world_size"),
+    "train.num_train_epochs",
+    "train.max_steps",
+    "train.max_length",
+    "train.packing",
+    "train.dataloader_drop_last",
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "run.global_batch_size",
+    "launch.world_size",
 )
 # Code: what runs recorded, and the keys of which a factor may declare it.
 CIRCUMSTANCES: dict[str, tuple[_Recorded, tuple[str, ...]]] = {
@@ -259,15 +265,34 @@ def check_factors(case: Case) -> Iterator[Finding]:
 # ---- Validation losses ----
 
 _TOKENS = (  # they decide which tokens the mean is over
-    *("model.name_or_path", "data.source", "data.subset", "data.revision", "data.source_split"),
-    *("data.prompt_format", "data.chat_template", "data.system_prompt", "data.chat_loss"),
-    *("data.split.method", "data.split.validation", "data.split.test", "data.split.seed"),
-    *("data.max_examples", "data.special_tokens", "train.max_length"),
-    *("train.completion_only_loss", "train.assistant_only_loss", "train.packing"),
-    *("train.eval_packing", "train.truncation_mode"),
+    "model.name_or_path",
+    "data.source",
+    "data.subset",
+    "data.revision",
+    "data.source_split",
+    "data.prompt_format",
+    "data.chat_template",
+    "data.system_prompt",
+    "data.chat_loss",
+    "data.split.method",
+    "data.split.validation",
+    "data.split.test",
+    "data.split.seed",
+    "data.max_examples",
+    "data.special_tokens",
+    "train.max_length",
+    "train.completion_only_loss",
+    "train.assistant_only_loss",
+    "train.packing",
+    "train.eval_packing",
+    "train.truncation_mode",
 )
 _PRECISION = (  # they decide in which arithmetic it is computed
-    *("model.dtype", "train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
+    "model.dtype",
+    "train.bf16",
+    "train.fp16",
+    "train.bf16_full_eval",
+    "train.fp16_full_eval",
     "launch.mixed_precision",
 )
 

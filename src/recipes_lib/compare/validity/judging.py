@@ -30,8 +30,13 @@ _CHECKS = {
 }
 # Findings of `recipes judge replay` that are said here too.
 _REPLAYED = (
-    *("unparsed-as-tie", "unparsed-left-out", "empty-answer-wins", "turn-without-context"),
-    *("repeated-judgments", "constant-answer", "not-in-the-judges-format"),
+    "unparsed-as-tie",
+    "unparsed-left-out",
+    "empty-answer-wins",
+    "turn-without-context",
+    "repeated-judgments",
+    "constant-answer",
+    "not-in-the-judges-format",
 )
 Logs = list[tuple[str, "EvalLog"]]  # with their arms
 

@@ -31,10 +31,18 @@ if TYPE_CHECKING:
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
 _FREE = (
-    *("name", "generation.engine", "generation.batch_tokens", "generation.base_url"),
-    *("generation.served_name", "generation.api_key_variable", "generation.concurrency"),
-    *("generation.timeout_s", "generation.max_retries", "suite.batch_size"),
-    *("metrics.against", "metrics.probe_pairs"),
+    "name",
+    "generation.engine",
+    "generation.batch_tokens",
+    "generation.base_url",
+    "generation.served_name",
+    "generation.api_key_variable",
+    "generation.concurrency",
+    "generation.timeout_s",
+    "generation.max_retries",
+    "suite.batch_size",
+    "metrics.against",
+    "metrics.probe_pairs",
 )
 Arms = tuple[str, str]
 _PairCheck = Callable[[Case, Arms, "EvalLog", "EvalLog"], Finding | None]
