@@ -138,9 +138,9 @@ def _alike(one: EvalLog, other: EvalLog) -> bool:
 
 
 def _answers(log: EvalLog) -> dict[tuple[str, int], str]:
-    """The answers by question and turn, as far as they are known."""
+    """The answers by question and turn, as far as they are known whole."""
     samples = (one for measure in log.measures for one in measure.samples)
-    return {one.key: one.answer for one in samples if one.answer is not None}
+    return {one.key: one.answer for one in samples if one.answer is not None and not one.shortened}
 
 
 def _judgments(log: EvalLog) -> list[tuple[str, str, int, tuple[str | None, ...]]]:
