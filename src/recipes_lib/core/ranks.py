@@ -17,7 +17,7 @@ from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
-AnyError = TypeVar("AnyError", bound=Exception)
+E = TypeVar("E", bound=Exception)
 STAGE_FILE = "RECIPES_STAGE_FILE"  # where `recipes train` reads how far the training is
 STEPS, CLOSING = "steps", "closing"
 SEEN = {  # what a first Ctrl-C is answered, by stage
@@ -90,7 +90,7 @@ def on_main_rank(work: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
-def of_every_rank(error: AnyError) -> AnyError:
+def of_every_rank(error: E) -> E:
     """Mark an error that every rank has, so that only rank 0 prints it, and return it."""
     error.on_every_rank = True  # type: ignore[attr-defined]
     return error
