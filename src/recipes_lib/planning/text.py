@@ -177,6 +177,7 @@ def _time(plan: Plan) -> Iterator[str]:
         yield f"        {item.name}: {spread(item.answering, device)} answering{judging}{unknown}"
     unit = "hours of this machine" if device == "cpu" else "GPU hours"
     also = " with one evaluation of each" if plan.evals else " without evaluations"
+    also += "" if device == "cpu" else " (none was measured on a GPU)"
     yield f"        {plan.card_hours:.2f} {unit}{also}{cost(plan.card_hours, plan.price)}"
 
 
