@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.config.batch import planned_steps, rows_per_epoch
-from recipes_lib.config.schedule import describe_schedule, warmup_steps
+from recipes_lib.config.batch import describe_schedule, planned_steps, rows_per_epoch, warmup_steps
 
 
 @pytest.mark.parametrize("value", [0, 0.03, 0.1, 0.5, 1, 7])

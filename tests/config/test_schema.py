@@ -8,9 +8,8 @@ from jsonschema import Draft202012Validator
 
 from recipes_lib.config import schema
 from recipes_lib.config.constraints import NOT_IN_RECIPES, TIGHTENINGS
-from recipes_lib.config.defaults import TRAIN_DEFAULTS
-from recipes_lib.config.renames import RENAMES
-from recipes_lib.config.vocabulary import load_schema, section_keys, subschema
+from recipes_lib.config.sections import TRAIN_DEFAULTS
+from recipes_lib.config.vocabulary import RENAMES, load_schema, section_keys, subschema
 from recipes_lib.core.project import project_root
 
 

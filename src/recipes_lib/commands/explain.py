@@ -8,12 +8,11 @@ import textwrap
 from typing import Any
 
 from recipes_lib.config.constraints import NOT_IN_RECIPES
-from recipes_lib.config.defaults import TRAIN_DEFAULTS
 from recipes_lib.config.kinds import SECTIONS
-from recipes_lib.config.renames import RENAMES
+from recipes_lib.config.sections import TRAIN_DEFAULTS
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import describe
-from recipes_lib.config.vocabulary import dotted_names, section_keys, subschema
+from recipes_lib.config.vocabulary import RENAMES, dotted_names, section_keys, subschema
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say

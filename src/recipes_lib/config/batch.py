@@ -1,4 +1,6 @@
-"""The batch arithmetic: examples per optimizer step = per device x accumulation x processes."""
+"""The arithmetic of steps: examples per optimizer step = per device x accumulation x processes, and
+how many steps warm the learning rate up.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,10 @@ from recipes_lib.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
+
+
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+FEW_STEPS = 20
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
@@ -39,12 +45,9 @@ def sync_each_batch(recipe: Recipe) -> bool:
     is 4 bytes per parameter on every GPU, however many share the rest. A recipe decides itself with
     `train.accelerator_config.gradient_accumulation_kwargs.sync_each_batch`.
     """
-    written = written_sync(recipe)
-    return (
-        recipe.lora is None or bool(recipe.lora.get("modules_to_save"))
-        if written is None
-        else written
-    )
+    if (written := written_sync(recipe)) is not None:
+        return written
+    return recipe.lora is None or bool(recipe.lora.get("modules_to_save"))
 
 
 def written_sync(recipe: Recipe) -> bool | None:
@@ -92,10 +95,8 @@ def _legal_values(global_batch_size: int, per_device: int, world_size: int) -> l
     if rest == 0 and share > 0:
         divisors = [size for size in range(1, share + 1) if share % size == 0]
         near = sorted(sorted(divisors, key=lambda size: abs(size - per_device))[:8])
-        hints.append(
-            f"keep {global_batch_size}: train.per_device_train_batch_size"
-            f" {', '.join(map(str, near))}"
-        )
+        sizes = ", ".join(map(str, near))
+        hints.append(f"keep {global_batch_size}: train.per_device_train_batch_size {sizes}")
     micro_batch = per_device * world_size
     below = global_batch_size // micro_batch * micro_batch
     legal = [str(size) for size in (below, below + micro_batch) if size]
@@ -192,3 +193,40 @@ def describe_last_step(
             " any number of processes"
         )
     return f"the last step has {examples}; none is repeated to fill it, on any number of processes"
+
+
+def warmup_steps(value: float, steps: int) -> int:
+    """Return the warm-up steps of a run; a value below 1 is a fraction of all steps, rounded up as
+    transformers does.
+
+    Example:
+        >>> warmup_steps(0.03, 2), warmup_steps(0.1, 60), warmup_steps(5, 60)
+        (1, 6, 5)
+    """
+    return int(value) if value >= 1 else math.ceil(steps * value)
+
+
+def describe_schedule(scheduler: str, learning_rate: float, warmup: float, steps: int) -> str:
+    """Return the schedule of the start-up lines. A warm-up begins at 0, so its first step moves no
+    weight.
+
+    Example:
+        >>> describe_schedule("cosine", 1e-3, 0.1, 39)
+        'cosine, learning rate 0.001, warmup 4 of 39 steps (step 1 has learning rate 0)'
+        >>> describe_schedule("cosine", 1e-3, 0.03, 2)
+        'cosine, learning rate 0.001, warmup 1 of 2 steps (step 1 has learning rate 0 and trains nothing; none: train.warmup_steps=0)'
+        >>> describe_schedule("linear", 1e-3, 0, 60)
+        'linear, learning rate 0.001, no warmup'
+        >>> describe_schedule("linear", 1e-3, 500, 60)
+        'linear, learning rate 0.001, never reached: warmup takes 500 steps, and the run has 60'
+    """  # noqa: E501
+    number = 0 if scheduler in WITHOUT_WARMUP else warmup_steps(warmup, steps)
+    head = f"{scheduler}, learning rate {learning_rate:g}, "
+    if not number:
+        return head + "no warmup"
+    if number >= steps:
+        return f"{head}never reached: warmup takes {number:,} steps, and the run has {steps:,}"
+    first = "step 1 has learning rate 0" + (
+        " and trains nothing; none: train.warmup_steps=0" if steps <= FEW_STEPS else ""
+    )
+    return f"{head}warmup {number:,} of {steps:,} steps ({first})"

@@ -21,7 +21,6 @@ from recipes_lib.config.loader import Document
 from recipes_lib.config.model_files import KEY, check_model_files, lacks_tokenizer, local_folder
 from recipes_lib.config.model_names import check_names
 from recipes_lib.config.recipe import Recipe, recipe_from
-from recipes_lib.config.renames import RENAMES
 from recipes_lib.config.suggestions import did_you_mean, near_names
 from recipes_lib.config.upstream import (
     build_lora_config,
@@ -38,7 +37,7 @@ from recipes_lib.config.validation import (
     validator_of,
     wrong_kind,
 )
-from recipes_lib.config.vocabulary import dotted_names, subschema
+from recipes_lib.config.vocabulary import RENAMES, dotted_names, subschema
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 

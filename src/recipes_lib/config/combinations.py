@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from recipes_lib.config.accelerate_config import load_accelerate_config, precision_conflict
-from recipes_lib.config.batch import solve_batch
+from recipes_lib.config.batch import WITHOUT_WARMUP, solve_batch
 from recipes_lib.config.constraints import NOT_IN_MODEL_KWARGS
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Document, run_name
 from recipes_lib.config.model_files import no_model_at
-from recipes_lib.config.schedule import WITHOUT_WARMUP
 from recipes_lib.config.sections import LaunchSection
 from recipes_lib.config.validation import PlacedError
 from recipes_lib.core.errors import RecipeError

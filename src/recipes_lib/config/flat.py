@@ -54,15 +54,10 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             if key in _FLAGS:
                 if value is not None:
                     flat[_FLAGS[key]] = value
-            elif (
-                value not in (None, {}, [], False)
-                and value != _IMPLIED.get(key)
-                and key != "data.source"
-            ):
+            elif value not in (None, {}, [], False, _IMPLIED.get(key)) and key != "data.source":
                 lost[key] = value
-    if recipe.model.name_or_path.startswith(
-        "package:"
-    ):  # a name of ours: TRL gets the folder, where it was made already
+    # a name of ours: TRL gets the folder, where it was made already
+    if recipe.model.name_or_path.startswith("package:"):
         lost["model.name_or_path"] = recipe.model.name_or_path
         flat["model_name_or_path"] = str(local_folder(recipe) or "FOLDER")
     source = values["data"]["source"]
@@ -74,9 +69,8 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         flat["use_peft"] = True
     flat |= recipe.train
     flat["output_dir"] = f"trl-{recipe.name}"
-    flat["gradient_accumulation_steps"] = accumulation_steps(
-        recipe, plan_launch(recipe.launch).world_size
-    )
+    world_size = plan_launch(recipe.launch).world_size
+    flat["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
     if flat.get("padding_free") and not flat.get("packing"):
         lost["train.max_length"] = flat.pop("max_length", None)
         flat["max_length"] = None

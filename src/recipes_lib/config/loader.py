@@ -152,20 +152,15 @@ def _with_parents(path: Path, source: YamlSource) -> tuple[list[YamlSource], int
         stack = (*stack, _real(path))
         for name, line in _parents(source):
             parent = Path(os.path.normpath(path.parent / name))
+            way = " -> ".join(step.name for step in (*stack, parent))
             if _real(parent) in stack:
-                chain = [*stack[stack.index(_real(parent)) :], _real(parent)]
-                raise RecipeError(
-                    f"extends goes in a circle: {' -> '.join(step.name for step in chain)}",
-                    file=source.file,
-                    line=line,
-                )
+                steps = (*stack[stack.index(_real(parent)) :], _real(parent))
+                circle = " -> ".join(step.name for step in steps)
+                what = f"extends goes in a circle: {circle}"
+                raise RecipeError(what, file=source.file, line=line)
             if len(stack) > MAX_LEVELS:
-                names = [step.name for step in (*stack, parent)]
-                raise RecipeError(
-                    f"extends goes deeper than {MAX_LEVELS} levels: {' -> '.join(names)}",
-                    file=source.file,
-                    line=line,
-                )
+                what = f"extends goes deeper than {MAX_LEVELS} levels: {way}"
+                raise RecipeError(what, file=source.file, line=line)
             visit(parent, _read_parent(parent, name, source, line), stack)
         ordered.setdefault(_real(path), source)
 
@@ -196,13 +191,8 @@ def _read_parent(parent: Path, name: str, child: YamlSource, line: int | None) -
     child's line.
     """
     if not parent.is_file():
-        missing = no_such_file(parent, name)
-        raise RecipeError(
-            f"extends a file that does not exist: {shown_path(parent)}",
-            *missing.hints,
-            file=child.file,
-            line=line,
-        )
+        what = f"extends a file that does not exist: {shown_path(parent)}"
+        raise RecipeError(what, *no_such_file(parent, name).hints, file=child.file, line=line)
     source = read_yaml(parent, shown_path(parent), keep_going=True)
     kind = kinds.kind_of(source.values, source.text, source.file)
     if kind.name not in ("recipe", "base"):
@@ -233,11 +223,8 @@ def _merge(document: Document, source: YamlSource) -> None:
                     document.origins[known] = Origin(source.file, line)
             document.origins.setdefault(here, Origin(source.file))
 
-    write(
-        document.values,
-        {key: value for key, value in source.values.items() if key != "extends"},
-        (),
-    )
+    values = {key: value for key, value in source.values.items() if key != "extends"}
+    write(document.values, values, ())
 
 
 def _parse_override(word: str, plain_keys: Collection[str] = ()) -> YamlSource:
@@ -248,34 +235,22 @@ def _parse_override(word: str, plain_keys: Collection[str] = ()) -> YamlSource:
     """
     name, separator, text = word.removeprefix("--").partition("=")
     keys = name.split(".")
+    what = ""
     if not separator or not all(keys):
-        raise RecipeError(
-            f"'{word}' is not section.key=value",
-            *_dotted_form(name, text or "VALUE"),
-            file=COMMAND_LINE,
-        )
-    if len(keys) == 1 and name not in (*kinds.SECTIONS, *plain_keys):
-        raise RecipeError(
-            f"'{name}' needs its section", *_dotted_form(name, text), file=COMMAND_LINE
-        )
+        what, text = f"'{word}' is not section.key=value", text or "VALUE"
+    elif len(keys) == 1 and name not in (*kinds.SECTIONS, *plain_keys):
+        what = f"'{name}' needs its section"
+    if what:  # the dotted form of a bare TRL flag such as learning_rate is a hint
+        near = " or ".join(f"{dotted}={text}" for dotted in dotted_names(name))
+        raise RecipeError(what, *([f"write {near}"] if near else []), file=COMMAND_LINE)
     source = parse_yaml(text, COMMAND_LINE, numbered=False, keep_going=True)
     value = source.values
     for key in reversed(keys):
         value = {key: value}
     lines: dict[KeyPath, Any] = {tuple(keys[:length]): None for length in range(1, len(keys) + 1)}
     lines |= {(*keys, *path): None for path in source.lines}
-    warnings = [
-        RecipeError(f"{warning.what} ({name})", *warning.hints, file=COMMAND_LINE)
-        for warning in source.warnings
-    ]
-    problems = [
-        RecipeError(f"{name}: {problem.what}", *problem.hints, file=COMMAND_LINE)
-        for problem in source.problems
-    ]
-    return YamlSource(COMMAND_LINE, text, value, lines, warnings, problems)
-
-
-def _dotted_form(name: str, text: str) -> list[str]:
-    """Return the hint that names the dotted form of a bare TRL flag such as `learning_rate`."""
-    near = dotted_names(name)
-    return [f"write {' or '.join(f'{dotted}={text}' for dotted in near)}"] if near else []
+    for warning in source.warnings:
+        warning.what = f"{warning.what} ({name})"
+    for problem in source.problems:
+        problem.what = f"{name}: {problem.what}"
+    return YamlSource(COMMAND_LINE, text, value, lines, source.warnings, source.problems)

@@ -20,8 +20,7 @@ import yaml
 
 from recipes_lib.config.constraints import NOT_IN_RECIPES
 from recipes_lib.config.kinds import SECTIONS, foreign_kind
-from recipes_lib.config.renames import RENAMES
-from recipes_lib.config.vocabulary import FLAT_NAMES, section_keys
+from recipes_lib.config.vocabulary import FLAT_NAMES, RENAMES, section_keys
 from recipes_lib.config.yaml_source import read_yaml
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import check_run_name

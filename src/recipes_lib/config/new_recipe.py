@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.defaults import MAX_LENGTH
 from recipes_lib.config.loader import load_document
 from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.config.yaml_text import join_lines, yaml_lines
 from recipes_lib.core.project import project_root, shown_path
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.defaults import TRAIN_DEFAULTS
 from recipes_lib.config.loader import Document, Origin, nearest_origin, run_name
 from recipes_lib.config.sections import (
     HUB_ID,
+    TRAIN_DEFAULTS,
     DataSection,
     FiltersSection,
     LaunchSection,

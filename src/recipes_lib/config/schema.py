@@ -23,7 +23,7 @@ from typing import Any
 
 from recipes_lib.config import sections
 from recipes_lib.config.constraints import NOT_IN_RECIPES, TIGHTENINGS
-from recipes_lib.config.renames import RENAMES
+from recipes_lib.config.vocabulary import RENAMES
 from recipes_lib.core.project import project_root, shown_path
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

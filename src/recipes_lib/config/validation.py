@@ -8,18 +8,18 @@ person can act on. A kind adds words and rules (`KindRules`), and no parser.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.credentials import find_credentials
 from recipes_lib.config.kinds import KINDS, kind_named
 from recipes_lib.config.loader import Document, load_document
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.config.vocabulary import load_schema
+from recipes_lib.config.vocabulary import load_schema, subschema
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.core.redaction import holds_secret, is_secret_name, mask_secrets
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator, ValidationError
@@ -32,6 +32,7 @@ _TYPES = {
     "string": "text",
     "array": "a list",
     "object": "a mapping",
+    "null": "null",
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _SHORT_NAMES = {
@@ -42,6 +43,10 @@ _SHORT_NAMES = {
     "float": "float32",
 }
 _MOST_CHOICES = 16
+_SECRET_HINT = (
+    "log in with 'hf auth login' or export the variable in the shell; if this was committed, revoke"
+    " the token"
+)
 
 
 class KindRules:
@@ -133,9 +138,8 @@ def _validate(document: Document) -> tuple[list[RecipeError], bool]:
     for path, translated in rules.at_once(document):
         if not any(known[: len(path)] == path for known in found):
             found[path] = translated
-    unread = [
-        problem.what for problem in document.problems
-    ]  # a value that could not be read: its stand-in says nothing
+    # of a value that could not be read its stand-in says nothing
+    unread = [problem.what for problem in document.problems]
     errors = [
         error
         for path, error in found.items()
@@ -156,16 +160,12 @@ def check(document: Document, full: bool) -> list[RecipeError]:
 
 def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
-    title, wanted = document.kind.title, kind_named(expected)
-    plain = wanted is None or (
-        expected == "recipe" and title.endswith("recipe")
-    )  # the title says it
+    what, wanted = f"is {document.kind.title}", kind_named(expected)
+    title_says_it = expected == "recipe" and what.endswith("recipe")
+    if wanted is not None and not title_says_it:
+        what += f", not {wanted.title}"
     use = [document.kind.use] if expected != "accelerate" else []
-    return RecipeError(
-        f"is {title}" if plain or wanted is None else f"is {title}, not {wanted.title}",
-        *use,
-        file=document.file,
-    )
+    return RecipeError(what, *use, file=document.file)
 
 
 @lru_cache(maxsize=len(KINDS))
@@ -179,14 +179,12 @@ def _validator(kind: str) -> Draft202012Validator:
         return isinstance(value, int) and not isinstance(value, bool)
 
     def is_number(_: Any, value: Any) -> bool:
-        return (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
+        is_one = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_one and math.isfinite(value)
 
     schema = load_schema()["$defs"]["document"] if kind == "base" else load_schema(kind)
-    checker = Draft202012Validator.TYPE_CHECKER.redefine_many(
-        {"integer": is_integer, "number": is_number}
-    )
+    types = {"integer": is_integer, "number": is_number}
+    checker = Draft202012Validator.TYPE_CHECKER.redefine_many(types)
     return validators.extend(Draft202012Validator, type_checker=checker)(schema)
 
 
@@ -213,25 +211,21 @@ def translate(
     elif error.validator == "required":
         for key in (key for key in error.validator_value if key not in error.instance):
             yield (*path, key), rules.missing(document, (*path, key), error.schema)
-    elif inner := [
-        one
-        for one in error.context or ()
-        if len(one.absolute_path) > len(error.absolute_path) or _is_mapping(error, one)
-    ]:
+    elif inner := [one for one in error.context or () if _says_more(error, one)]:
         for one in inner:
             yield from translate(rules, document, one, above)
     else:
         yield path, rules.wrong(document, path, error)
 
 
-def _is_mapping(error: ValidationError, context: ValidationError) -> bool:
-    """Whether the value is a mapping, and `context` says what the alternative with named keys has
-    against it.
+def _says_more(error: ValidationError, context: ValidationError) -> bool:
+    """Whether an alternative's error is about a part of the value; of a mapping, also what the
+    alternative with named keys has against it.
     """
-    return (
-        isinstance(error.instance, dict)
-        and "properties" in error.schema[error.validator][context.schema_path[0]]
-    )
+    if len(context.absolute_path) > len(error.absolute_path):
+        return True
+    alternative = error.schema[error.validator][context.schema_path[0]]
+    return isinstance(error.instance, dict) and "properties" in alternative
 
 
 def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
@@ -240,33 +234,26 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
     if not path:
         return RecipeError("holds no mapping", file=document.file)
     if len(path) == 1:
-        return document.error(
-            path,
-            f"section '{path[0]}' must be a mapping of keys, got {shown(value)}",
-            f"all keys: recipes explain {path[0]}",
-        )
-    choices = _choices(schema)
+        what = f"section '{path[0]}' must be a mapping of keys, got {shown(value)}"
+        return document.error(path, what, f"all keys: recipes explain {path[0]}")
+    choices, name = _choices(schema), dotted(path)
     hints = []
     if isinstance(value, str):
         short = _SHORT_NAMES.get(value)
-        hints = (
-            [f"use {short}"]
-            if short in choices
-            else did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
-        )
+        hints = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+        if short in choices:
+            hints = [f"use {short}"]
         if _is_quoted_number(value, schema):
             hints = [f"remove the quotes: {value}"]
     spelling = {False: "no", True: "yes"}.get(value) if isinstance(value, bool) else None
     if spelling in choices:
         hints.append(
             f'a plain {spelling} is read as {shown(value)}; quote it: "{spelling}" (on the command'
-            f" line: {dotted(path)}='\"{spelling}\"')"
+            f" line: {name}='\"{spelling}\"')"
         )
     if len(choices) > _MOST_CHOICES:
-        hints.append(f"all {len(choices)} choices: recipes explain {dotted(path)}")
-    return document.error(
-        path, f"{dotted(path)} must be {describe(schema)}, got {shown(value)}", *hints
-    )
+        hints.append(f"all {len(choices)} choices: recipes explain {name}")
+    return document.error(path, f"{name} must be {describe(schema)}, got {shown(value)}", *hints)
 
 
 def _is_quoted_number(text: str, schema: dict[str, Any]) -> bool:
@@ -298,9 +285,8 @@ def describe(schema: dict[str, Any]) -> str:
         choices = schema["enum"]
         if len(choices) > _MOST_CHOICES:
             return f"one of {len(choices)} choices"
-        return ("one of " if len(choices) > 1 else "") + ", ".join(
-            str(shown(choice)).strip("'") for choice in choices
-        )
+        names = ", ".join(shown(choice).strip("'") for choice in choices)
+        return f"one of {names}" if len(choices) > 1 else names
     types = schema.get("type", [])
     types = [types] if isinstance(types, str) else types
     bounds = " and ".join(
@@ -308,12 +294,8 @@ def describe(schema: dict[str, Any]) -> str:
     )
     words = []
     for name in types:
-        word = "null" if name == "null" else _TYPES[name]
-        if (
-            name == "array"
-            and isinstance(schema.get("items"), dict)
-            and schema["items"].get("type") == "string"
-        ):
+        word, items = _TYPES[name], schema.get("items")
+        if name == "array" and isinstance(items, dict) and items.get("type") == "string":
             word = "a list of names"
         if name == "array" and schema.get("minItems"):
             word += " that is not empty"
@@ -342,3 +324,34 @@ def _choices(schema: dict[str, Any]) -> list[Any]:
 def dotted(path: KeyPath) -> str:
     """Return a key path as it is written on the command line."""
     return ".".join(map(str, path))
+
+
+def find_credentials(document: Document) -> dict[KeyPath, RecipeError]:
+    """Return an error for every key or value that looks like a secret; the value is never repeated
+    in the message.
+    """
+    errors: dict[KeyPath, RecipeError] = {}
+    for path, value in _walk(document.values, ()):
+        key = str(path[-1]).replace("-", "_")
+        holds = value not in (None, "") and not isinstance(value, dict | list | bool)
+        # the schema has train.eos_token
+        named = is_secret_name(key) and holds and subschema(*map(str, path)) is None
+        if named or (isinstance(value, str) and holds_secret(value)):
+            what = f"'{mask_secrets(dotted(path))}' looks like a secret; a recipe must not hold one"
+            errors[path] = document.error(path, what, _SECRET_HINT)
+    lines = {(found.file, found.line) for found in errors.values()}
+    what, file = "this line holds what looks like a secret", document.file
+    for number, line in enumerate(document.text.split("\n"), start=1):
+        if holds_secret(line) and (file, number) not in lines:
+            errors["", number] = RecipeError(what, _SECRET_HINT, file=file, line=number)
+    return errors
+
+
+def _walk(values: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield every key path with its value."""
+    items: Iterable[tuple[str | int, Any]] = enumerate(values if isinstance(values, list) else ())
+    if isinstance(values, dict):
+        items = values.items()
+    for key, value in items:
+        yield (*path, key), value
+        yield from _walk(value, (*path, key))

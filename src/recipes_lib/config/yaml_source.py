@@ -117,24 +117,16 @@ def no_such_file(path: Path, file: str) -> RecipeError:
     """
     folder = path.parent
     if path.suffix == "" and (recipes := _recipes_like(str(path))):
-        return RecipeError(
-            "no such file or recipe",
-            f"did you mean {' or '.join(recipes)}?",
-            "all recipes: recipes ls",
-            file=file,
-        )
+        near = f"did you mean {' or '.join(recipes)}?"
+        return RecipeError("no such file or recipe", near, "all recipes: recipes ls", file=file)
     if path.is_symlink():
         return RecipeError("is a link that leads nowhere", file=file)
     if not folder.is_dir():
         return RecipeError("no such file", f"the folder {folder} does not exist", file=file)
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = (
-        [f"did you mean {' or '.join(str(Path(file).parent / name) for name in near)}?"]
-        if near
-        else []
-    )
-    return RecipeError("no such file", *hint, file=file)
+    found = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    alike = " or ".join(str(Path(file).parent / name) for name in found)
+    return RecipeError("no such file", *([f"did you mean {alike}?"] if alike else []), file=file)
 
 
 def _recipes_like(name: str) -> list[str]:
@@ -142,15 +134,10 @@ def _recipes_like(name: str) -> list[str]:
     near to it.
     """
     folder = project_root() / "recipes"
-    files = [*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]
-    names = [
-        file.relative_to(folder).with_suffix("").as_posix()
-        for file in files
-        if not file.name.startswith("_")
-    ]
-    return sorted(full for full in names if full.endswith(f"/{name}")) or difflib.get_close_matches(
-        name, names, n=3, cutoff=0.6
-    )
+    files = [*folder.glob("[!_]*.yaml"), *folder.glob("*/[!_]*.yaml")]
+    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+    ending = sorted(full for full in names if full.endswith(f"/{name}"))
+    return ending or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
 
 
 def _read_text(path: Path, file: str) -> str:
@@ -159,40 +146,30 @@ def _read_text(path: Path, file: str) -> str:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             raise RecipeError("is a folder, not a YAML file", file=file)
-        if not stat.S_ISREG(
-            found.st_mode
-        ):  # reading a pipe or a device may never end, and every process reads the file again
-            raise RecipeError(
-                "is a pipe or a device, not a file", "write the text to a file first", file=file
-            )
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device may never end
+            what = "is a pipe or a device, not a file"
+            raise RecipeError(what, "write the text to a file first", file=file)
         if found.st_size > _MAX_BYTES:
             raise RecipeError("is larger than 1 MB: not a recipe", file=file)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise no_such_file(path, file) from None
     except OSError as error:
-        raise RecipeError(
-            f"cannot be read: {(error.strerror or str(error)).lower()}", file=file
-        ) from None
+        what = f"cannot be read: {(error.strerror or str(error)).lower()}"
+        raise RecipeError(what, file=file) from None
     except ValueError as error:  # a NUL byte in the name
         raise RecipeError(f"cannot be a file name: {error}", file=file) from None
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise RecipeError("is UTF-16 text; save it as UTF-8", file=file)
     if b"\0" in raw:
-        raise RecipeError(
-            "contains NUL bytes: not a text file",
-            file=file,
-            line=raw[: raw.index(b"\0")].count(b"\n") + 1,
-        )
+        line = raw[: raw.index(b"\0")].count(b"\n") + 1
+        raise RecipeError("contains NUL bytes: not a text file", file=file, line=line)
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise RecipeError(
-            f"is not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8",
-            file=file,
-            line=line,
-        ) from None
+        what = f"is not UTF-8 text (byte 0x{raw[error.start]:02x}); save it as UTF-8"
+        raise RecipeError(what, file=file, line=line) from None
 
 
 def _syntax_error(error: yaml.YAMLError, text: str, file: str, numbered: bool) -> RecipeError:
@@ -200,19 +177,14 @@ def _syntax_error(error: yaml.YAMLError, text: str, file: str, numbered: bool) -
     if not isinstance(error, yaml.MarkedYAMLError):
         what = getattr(error, "reason", None) or str(error).splitlines()[0]
         position = getattr(error, "position", None)
-        return RecipeError(
-            f"YAML: {what}",
-            file=file,
-            line=text[:position].count("\n") + 1 if isinstance(position, int) else None,
-        )
+        line = text[:position].count("\n") + 1 if isinstance(position, int) else None
+        return RecipeError(f"YAML: {what}", file=file, line=line)
     problem, context, mark = error.problem or "", error.context or "", error.problem_mark
     if "quoted scalar" in context:
         problem, mark = "this quote is never closed", error.context_mark
     elif "flow" in context:
-        problem, mark = (
-            f"this bracket is never closed, or a comma is missing ({problem})",
-            error.context_mark,
-        )
+        problem = f"this bracket is never closed, or a comma is missing ({problem})"
+        mark = error.context_mark
     elif r"'\t'" in problem:
         problem = "a tab cannot indent; use spaces"
     elif "mapping values are not allowed" in problem:
@@ -229,15 +201,9 @@ def _syntax_error(error: yaml.YAMLError, text: str, file: str, numbered: bool) -
         return RecipeError(problem, file=file)
     lines = text.split("\n")
     excerpt = lines[mark.line].replace("\t", " ") if mark.line < len(lines) else ""
-    start = max(0, mark.column - 60)
+    start, line = max(0, mark.column - 60), mark.line + 1 if numbered else None
     caret = " " * (mark.column - start) + "^"
-    return RecipeError(
-        problem,
-        excerpt[start : start + 100],
-        caret,
-        file=file,
-        line=mark.line + 1 if numbered else None,
-    )
+    return RecipeError(problem, excerpt[start : start + 100], caret, file=file, line=line)
 
 
 class _Builder:
@@ -282,15 +248,11 @@ class _Builder:
             key, line = key_node.value, key_node.start_mark.line + 1
             dotted = ".".join(map(str, (*path, key)))
             if key == "<<":
-                self.problems.append(
-                    self.error(
-                        key_node, "merge keys (<<) are not allowed; use 'extends' to share values"
-                    )
-                )
+                what = "merge keys (<<) are not allowed; use 'extends' to share values"
+                self.problems.append(self.error(key_node, what))
             elif key in value:
-                self.problems.append(
-                    self.error(key_node, f"duplicate key '{dotted}': lines {first[key]} and {line}")
-                )
+                what = f"duplicate key '{dotted}': lines {first[key]} and {line}"
+                self.problems.append(self.error(key_node, what))
             first.setdefault(key, line)
             self.source.lines[*path, key] = line
             value[key] = self.build(value_node, (*path, key))
@@ -326,45 +288,31 @@ class _Builder:
         """Return a number; base 60 and octal are read as YAML 1.1 does and warned about."""
         text = node.value
         loader = yaml.SafeLoader("")
+        construct = loader.construct_yaml_int if tag == "int" else loader.construct_yaml_float
         try:
-            value = (
-                loader.construct_yaml_int(node)
-                if tag == "int"
-                else loader.construct_yaml_float(node)
-            )
-        except (
-            ValueError,
-            OverflowError,
-        ):  # thousands of digits, or a form such as 0x_ that has none
+            value = construct(node)
+        except (ValueError, OverflowError):  # thousands of digits, or a form such as 0x_ without
             value = _MAX_INTEGER + 1
         if isinstance(value, int) and abs(value) > _MAX_INTEGER:
             shown = text if len(text) <= 40 else f"{text[:20]}... ({len(text):,} characters)"
-            self.problems.append(
-                self.error(node, f"{_prefix(path)}{shown} is not a number that fits in 64 bits")
-            )
+            what = f"{_prefix(path)}{shown} is not a number that fits in 64 bits"
+            self.problems.append(self.error(node, what))
             return 0
-        digits = text.lstrip("+-")
-        if ":" in text or (
-            tag == "int" and len(digits) > 1 and digits.startswith("0") and digits[1].isdigit()
-        ):
+        octal = tag == "int" and re.match(r"[-+]*0\d", text)
+        if ":" in text or octal:
             self.warn(node, path, text, str(value))
         return value
 
     def warn(self, node: yaml.Node, path: KeyPath, text: str, read_as: str) -> None:
         """Record that a plain value is not read the way it looks."""
+        what = f"warning: {_prefix(path)}{text} is read as {read_as}"
         quote = f'if it is text, quote it: "{text}"'
-        self.source.warnings.append(
-            self.error(node, f"warning: {_prefix(path)}{text} is read as {read_as}", quote)
-        )
+        self.source.warnings.append(self.error(node, what, quote))
 
     def error(self, node: yaml.Node, what: str, *hints: str) -> RecipeError:
         """Return an error at the node's place."""
-        return RecipeError(
-            what,
-            *hints,
-            file=self.source.file,
-            line=node.start_mark.line + 1 if self.numbered else None,
-        )
+        line = node.start_mark.line + 1 if self.numbered else None
+        return RecipeError(what, *hints, file=self.source.file, line=line)
 
 
 def _prefix(path: KeyPath) -> str:

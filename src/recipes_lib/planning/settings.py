@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes_lib.config.batch import written_sync
-from recipes_lib.config.defaults import MAX_LENGTH
 from recipes_lib.config.launch import Launch
 from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.models.shapes import ModelShape
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from recipes_lib.config.schedule import WITHOUT_WARMUP
+from recipes_lib.config.batch import WITHOUT_WARMUP
 from recipes_lib.planning.activations import activations_of
 from recipes_lib.planning.advice import Advice, method_rows
 from recipes_lib.planning.cards import Card

@@ -22,11 +22,11 @@ from trl import SFTConfig, pack_dataset
 from recipes_lib.config.batch import (
     describe_batch,
     describe_last_step,
+    describe_schedule,
     planned_steps,
     sync_each_batch,
 )
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.schedule import describe_schedule
 from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.preparation import PreparedData
