@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.generation.answers import GenerationIncomplete, Prompt, Writer, answer_faults
+from recipes_lib.generation.answers import GenerationIncomplete, Writer, answer_faults
 from recipes_lib.generation.engine import Completion, Decoding
 
 
@@ -31,7 +31,7 @@ class FakeFormat:
 
 
 def prompts(*words):
-    return [Prompt(word, ({"role": "user", "content": word},)) for word in words]
+    return {(word, 1): ({"role": "user", "content": word},) for word in words}
 
 
 def test_a_second_run_asks_only_what_is_missing(tmp_path):
@@ -40,6 +40,7 @@ def test_a_second_run_asks_only_what_is_missing(tmp_path):
     Writer(path, first, Decoding(), FakeFormat(), "m").answer(prompts("a", "b"))
     second = FakeEngine()
     rows = Writer(path, second, Decoding(), FakeFormat(), "m").answer(prompts("c", "a", "b"))
+    rows = list(rows.values())
     assert [request.messages[-1]["content"] for request in second.asked] == ["c"]
     assert [row["answer"] for row in rows] == ["answer to c", "answer to a", "answer to b"]
     assert len(path.read_text().splitlines()) == 3

@@ -8,8 +8,7 @@ is the judgments' kind of store: one line, one write, synced; a torn tail is cut
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,8 @@ class AnswerStore(JudgmentStore):
     what = "answer"
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked: a conversation that ends with the user's turn `turn` (counted from 1)."""
-
-    question_id: str
-    messages: tuple[Message, ...]
-    turn: int = 1
+# what is asked, by question and turn: a conversation that ends with the user's turn
+Conversations = Mapping[tuple[str, int], tuple[Message, ...]]
 
 
 class Writer:
@@ -76,45 +70,42 @@ class Writer:
                     "move the file away, or restore the prompt format",
                 )
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Return one stored row per prompt, in order; those that are missing are asked and
+    def answer(self, asked: Conversations) -> dict[tuple[str, int], dict[str, Any]]:
+        """Return the stored row of each conversation; those that are missing are asked and
         appended.
 
         Raises:
             GenerationIncomplete: requests failed; what was answered is stored.
         """
-        requests = [self._request(prompt) for prompt in prompts]
-        pairs = zip(prompts, requests, strict=True)
+        requests = {turn: self._request(*turn, messages) for turn, messages in asked.items()}
         missing = {
-            request.key: (prompt, request)
-            for prompt, request in pairs
+            request.key: (turn, request)
+            for turn, request in requests.items()
             if request.key not in self.store
         }
         if missing:
             self._ask(missing)
-        return [self.store.get(request.key) or {} for request in requests]
+        return {turn: self.store.get(request.key) or {} for turn, request in requests.items()}
 
-    def _request(self, prompt: Prompt) -> Request:
-        text, ids = self.prompts.render(prompt.messages)
-        identity = [
-            prompt.question_id,
-            prompt.turn,
-            text if text is not None else prompt.messages,
+    def _request(self, question: str, turn: int, messages: tuple[Message, ...]) -> Request:
+        text, ids = self.prompts.render(messages)
+        key = hash_of(
+            question,
+            turn,
+            text if text is not None else messages,
             self.decoding.to_dict(),
             self.engine.fingerprint,
             self.prompts.hash,
-        ]
-        key = hash_of(*identity)
-        seed = int(hash_of(self.decoding.seed, prompt.question_id, prompt.turn)[:15], 16)
-        return Request(key=key, prompt=text, ids=ids, messages=prompt.messages, seed=seed)
+        )
+        seed = int(hash_of(self.decoding.seed, question, turn)[:15], 16)
+        return Request(key=key, prompt=text, ids=ids, messages=messages, seed=seed)
 
-    def _ask(self, missing: dict[str, tuple[Prompt, Request]]) -> None:
+    def _ask(self, missing: dict[str, tuple[tuple[str, int], Request]]) -> None:
         progress = Progress(f"answers {self.name}", len(missing))
         failed, answered = Failures(), 0
-        for completion in self.engine.complete(
-            [request for _, request in missing.values()], self.decoding
-        ):
-            prompt, request = missing[completion.key]
+        requests = [request for _, request in missing.values()]
+        for completion in self.engine.complete(requests, self.decoding):
+            (question, turn), request = missing[completion.key]
             if completion.error is not None:
                 failed.add(completion.error, completion.refused)
                 if failed.in_a_row >= MAX_CONSECUTIVE_FAILURES:
@@ -122,22 +113,20 @@ class Writer:
                 continue
             failed.in_a_row = 0
             answered += 1
-            row: dict[str, Any] = {
-                "key": completion.key,
-                "question_id": prompt.question_id,
-                "turn": prompt.turn,
-            }
-            row |= {
-                "answer": completion.text,
-                "finish_reason": completion.finish_reason,
-                "tokens": completion.num_tokens,
-            }
-            row |= {
-                "seed": request.seed if self.decoding.temperature > 0 else None,
-                "decoding": self.decoding.to_dict(),
-            }
-            row |= {"model": self.engine.fingerprint, "prompt_format_hash": self.prompts.hash}
-            self.store.append(row)
+            self.store.append(
+                {
+                    "key": completion.key,
+                    "question_id": question,
+                    "turn": turn,
+                    "answer": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "tokens": completion.num_tokens,
+                    "seed": request.seed if self.decoding.temperature > 0 else None,
+                    "decoding": self.decoding.to_dict(),
+                    "model": self.engine.fingerprint,
+                    "prompt_format_hash": self.prompts.hash,
+                }
+            )
             self.tokens += completion.num_tokens
             progress.add(tokens=completion.num_tokens)
         self.seconds += progress.close()

@@ -19,7 +19,7 @@ from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.data.conversations import Message
 from recipes_lib.eval_log import REFERENCE, AnswerFacts, Speed
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.generation.answers import Prompt, Writer, answer_faults
+from recipes_lib.generation.answers import Writer, answer_faults
 from recipes_lib.generation.engine import Decoding, Engine
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
@@ -126,11 +126,7 @@ def answer_questions(
         )
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
             asked = [question for question in questions if len(question.turns) >= turn]
-            prompts = [
-                Prompt(question.id, _conversation(question, turn, rows), turn) for question in asked
-            ]
-            for question, row in zip(asked, writer.answer(prompts), strict=True):
-                rows[question.id, turn] = row
+            rows |= writer.answer({(one.id, turn): _conversation(one, turn, rows) for one in asked})
     model = subject.target.recipe.model
     return AnswerSet(
         name=subject.name,
