@@ -344,3 +344,19 @@ def test_what_a_job_needs_for_its_evaluation_is_fetched_by_the_command_that_is_s
         cli.main(["prefetch", "--check", *shown, "train.max_steps=1"]) == 5
     )  # each override reaches the file that has its section
     assert "'nobody/no-such-model' is not on this machine" in capsys.readouterr().err
+
+
+def test_data_of_elsewhere_is_not_linked_into_the_copy_of_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("far/rows.jsonl", "here/rows.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('{"instruction": "a", "response": "b"}\n')
+    mixture = f"[{{source: rows.jsonl}}, {{source: {tmp_path}/far/rows.jsonl}}]"
+    (tmp_path / "here/r.yaml").write_text(
+        f"model: {{name_or_path: a/b}}\ndata: {{source: {mixture}}}\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    snapshot = Snapshot(tmp_path / "copy")
+    snapshot.add_recipe(load_recipe("r.yaml"))
+    assert snapshot.links == {tmp_path / "here/rows.jsonl"}

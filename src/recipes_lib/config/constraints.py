@@ -27,18 +27,10 @@ _CHECKPOINTING = {
         "offload": {"type": "boolean"},
     },
 }
+_KERNELS = "sdpa eager flash_attention_2 flash_attention_3 flash_attention_4 flex_attention"
 _ATTENTION = {
     "anyOf": [
-        {
-            "enum": [
-                "sdpa",
-                "eager",
-                "flash_attention_2",
-                "flash_attention_3",
-                "flash_attention_4",
-                "flex_attention",
-            ]
-        },
+        {"enum": _KERNELS.split()},
         {
             "type": "string",
             "pattern": "^[^/]+/[^/]+$",
@@ -47,22 +39,11 @@ _ATTENTION = {
         {"type": "null"},
     ]
 }
-_COLUMN_NAMES = (
-    "id",
-    "instruction",
-    "context",
-    "response",
-    "category",
-    "prompt",
-    "completion",
-    "text",
-    "messages",
-    "system",
-)
+_COLUMN_NAMES = "id instruction context response category prompt completion text messages system"
 _COLUMNS = {
     "type": "object",
     "additionalProperties": False,
-    "properties": {name: {"type": "string"} for name in _COLUMN_NAMES},
+    "properties": {name: {"type": "string"} for name in _COLUMN_NAMES.split()},
 }
 _MIXTURE_PART = {
     "type": "object",
@@ -76,53 +57,30 @@ _MIXTURE_PART = {
     },
 }
 
+_COUNTS = """
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_length
+    save_total_limit eval_accumulation_steps torch_empty_cache_steps dataset_num_proc
+    dataloader_prefetch_factor
+"""
+_AMOUNTS = "learning_rate num_train_epochs adam_epsilon logging_steps eval_steps save_steps"
+_AMOUNTS_OR_0 = """
+    warmup_steps weight_decay max_grad_norm eval_delay neftune_noise_alpha dataloader_num_workers
+    seed data_seed router_aux_loss_coef
+"""
+_STARTS = "gaussian eva olora pissa corda loftq orthogonal mica"
+
 # section -> key -> JSON Schema words that are added to what upstream's annotation says (they win).
 TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
     "model": {"attn_implementation": _ATTENTION},
     "train": {
-        **dict.fromkeys(
-            (
-                "per_device_train_batch_size",
-                "per_device_eval_batch_size",
-                "gradient_accumulation_steps",
-                "max_length",
-                "save_total_limit",
-            ),
-            _AT_LEAST_1,
-        ),
-        **dict.fromkeys(
-            (
-                "eval_accumulation_steps",
-                "torch_empty_cache_steps",
-                "dataset_num_proc",
-                "dataloader_prefetch_factor",
-            ),
-            _AT_LEAST_1,
-        ),
-        **dict.fromkeys(
-            (
-                "learning_rate",
-                "num_train_epochs",
-                "adam_epsilon",
-                "logging_steps",
-                "eval_steps",
-                "save_steps",
-            ),
-            _POSITIVE,
-        ),
-        **dict.fromkeys(
-            ("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "neftune_noise_alpha"),
-            _NOT_NEGATIVE,
-        ),
-        **dict.fromkeys(
-            ("dataloader_num_workers", "seed", "data_seed", "router_aux_loss_coef"), _NOT_NEGATIVE
-        ),
+        **dict.fromkeys(_COUNTS.split(), _AT_LEAST_1),
+        **dict.fromkeys(_AMOUNTS.split(), _POSITIVE),
+        **dict.fromkeys(_AMOUNTS_OR_0.split(), _NOT_NEGATIVE),
         **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _PROBABILITY),
         "max_steps": {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1}]},
         "include_num_input_tokens_seen": {"enum": [True, False, "all", "non_padding", "no"]},
-        "logging_nan_inf_filter": {
-            "enum": [False]
-        },  # true hides the step on which the loss stopped being a number
+        # true hides the step on which the loss stopped being a number
+        "logging_nan_inf_filter": {"enum": [False]},
         "activation_checkpointing_kwargs": _CHECKPOINTING,
         "metric_for_best_model": {"type": ["string", "null"]},
     },
@@ -134,18 +92,7 @@ TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
         "init_lora_weights": {
             "anyOf": [
                 {"type": "boolean"},
-                {
-                    "enum": [
-                        "gaussian",
-                        "eva",
-                        "olora",
-                        "pissa",
-                        "corda",
-                        "loftq",
-                        "orthogonal",
-                        "mica",
-                    ]
-                },
+                {"enum": _STARTS.split()},
                 {"type": "string", "pattern": "^pissa_niter_[0-9]+$"},
             ]
         },

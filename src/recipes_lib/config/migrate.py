@@ -145,6 +145,7 @@ DTYPES = {
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 """TRL's defaults where PEFT's are others. Source: trl.ModelConfig."""
 
+OF_CONVERSATIONS = ("data.chat_template", "data.system_prompt")
 NAMES_OF_DATA = {"dataset_name", "dataset_mixer", "dataset_mixture", "datasets"}
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 
@@ -187,11 +188,8 @@ def keys_behind(
     """
     keys = set()
     for error in errors:
-        above = [
-            (line, path)
-            for path, line in lines.items()
-            if len(path) >= 2 and line <= (error.line or 0)
-        ]
+        last = error.line or 0
+        above = [(at, path) for path, at in lines.items() if len(path) >= 2 and at <= last]
         if above:
             section, key = max(above)[1][:2]
             keys.add(migration.origins.get(f"{section}.{key}", ""))
@@ -241,21 +239,17 @@ def _place(migration: Migration, entry: Entry, rejected: Mapping[str, str]) -> N
     if key in rejected:
         migration.leave(entry, rejected[key])
     elif is_secret_name(key):
-        migration.leave(
-            entry, "a secret does not belong in a recipe; use hf auth login or the tool's own login"
-        )
+        why = "a secret does not belong in a recipe; use hf auth login or the tool's own login"
+        migration.leave(entry, why)
     elif key in _SPECIAL:
         _SPECIAL[key](migration, entry)
     elif key in WITHOUT_EFFECT:
         migration.drop(entry, WITHOUT_EFFECT[key])
-    elif (
-        MOVES.get(key) in ("data.chat_template", "data.system_prompt")
-        and "dataset_text_field" in migration.entries
-    ):
-        migration.leave(
-            entry,
-            "it acts on conversations alone, and dataset_text_field says that each row is one text",
+    elif MOVES.get(key) in OF_CONVERSATIONS and "dataset_text_field" in migration.entries:
+        why = (
+            "it acts on conversations alone, and dataset_text_field says that each row is one text"
         )
+        migration.leave(entry, why)
     elif MOVES.get(key, "").startswith("lora.") and not migration.value("use_peft"):
         migration.leave(entry, "without use_peft: true TRL ignores it and trains all weights")
     elif key in MOVES:
@@ -286,11 +280,8 @@ def _move(migration: Migration, entry: Entry, dotted: str) -> None:
     elif dotted.startswith("quantization.bnb") and not migration.value("load_in_4bit"):
         migration.drop(entry, "the base is not loaded in 4 bits")
     else:
-        note = (
-            "also needs --trust-remote-code on the command line"
-            if dotted == "model.trust_remote_code" and value
-            else ""
-        )
+        trusting = dotted == "model.trust_remote_code" and value
+        note = "also needs --trust-remote-code on the command line" if trusting else ""
         migration.move(entry, dotted, note=note)
 
 
@@ -558,20 +549,17 @@ class Migration:
         lines = [line for line in (*self.waiting_comments, *entry.comments_above) if line.strip()]
         self.waiting_comments, entry.comments_above = [], []
         if value is _AS_WRITTEN:
-            lines += [
-                re.sub(r"^(['\"]?)" + re.escape(entry.key) + r"\1(?=\s*:)", key, entry.text[0]),
-                *entry.text[1:],
-            ]
+            written = r"^(['\"]?)" + re.escape(entry.key) + r"\1(?=\s*:)"
+            lines += [re.sub(written, key, entry.text[0]), *entry.text[1:]]
         else:
             lines += _dump(key, value, entry.comment_beside)
         self._place(dotted, lines, entry.value if value is _AS_WRITTEN else value)
         self.origins[dotted] = entry.key
         renamed = "" if key == entry.key else " (renamed)"
         changed = "" if value is _AS_WRITTEN else f": {_short(entry.value)} -> {_short(value)}"
-        self.changes.append(
-            f"{self.file}:{entry.line}: {entry.key} ->"
-            f" {dotted}{renamed}{changed}{f'; {note}' if note else ''}"
-        )
+        note = f"; {note}" if note else ""
+        new = f"{dotted}{renamed}{changed}{note}"
+        self.changes.append(f"{self.file}:{entry.line}: {entry.key} -> {new}")
 
     def add(self, dotted: str, value: Any, why: str) -> None:
         """Add a key that the flat file did not have."""
@@ -592,11 +580,9 @@ class Migration:
             *(f"#   {detail}" for detail in details),
             *(f"#     {line}".rstrip() for line in text),
         ]
-        for what in details or ("",):
-            self.changes.append(
-                f"{self.file}:{entry.line}: {entry.key} NOT CARRIED"
-                f" OVER{f' ({what})' if what else ''}; {why}"
-            )
+        for what in [f" ({detail})" for detail in details] or [""]:
+            line = f"{self.file}:{entry.line}: {entry.key} NOT CARRIED OVER{what}; {why}"
+            self.changes.append(line)
 
     def text(self) -> str:
         """Return the recipe as YAML text."""

@@ -176,9 +176,8 @@ def _tighten(schema: dict[str, Any], words: dict[str, Any]) -> dict[str, Any]:
     if "enum" in words:
         nullable = None in schema.get("enum", []) or "null" in schema.get("type", [])
         schema = {key: value for key, value in schema.items() if key not in ("type", "anyOf")}
-        words = {
-            "enum": [*words["enum"], *([None] if nullable and None not in words["enum"] else [])]
-        }
+        null = [None] if nullable and None not in words["enum"] else []
+        words = {"enum": [*words["enum"], *null]}
     return {**schema, **words}
 
 
@@ -297,16 +296,9 @@ def _documented_arguments(cls: Any) -> dict[str, dict[str, Any]]:
     """Return the schema of a class that is no dataclass, from its signature and the types in its
     docstring.
     """
-    types_of = {
-        "bool": "boolean",
-        "float": "number",
-        "int": "integer",
-        "str": "string",
-        "list[str]": "array",
-    }
-    entries = re.findall(
-        r"^ {4}(\w+) \(`([^`]+)`.*\):\n((?: {8,}.+\n)+)", inspect.getdoc(cls) or "", re.MULTILINE
-    )
+    types_of = {kind.__name__: name for kind, name in _SCALARS.items()} | {"list[str]": "array"}
+    entry = r"^ {4}(\w+) \(`([^`]+)`.*\):\n((?: {8,}.+\n)+)"
+    entries = re.findall(entry, inspect.getdoc(cls) or "", re.MULTILINE)
     documented = {name: (kind, text) for name, kind, text in entries}
     result = {}
     for name, parameter in inspect.signature(cls).parameters.items():

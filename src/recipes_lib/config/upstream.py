@@ -49,24 +49,20 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
         )
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
     if values.get("assistant_only_loss"):
-        values["assistant_only_loss"] = (
-            False  # the labels say it already; TRL looks for conversations in the rows
-        )
+        # the labels say it already; TRL looks for conversations in the rows
+        values["assistant_only_loss"] = False
     if values.get("padding_free") and not values.get("packing"):
-        values["max_length"] = (
-            None  # rows arrive truncated; TRL refuses a limit that it would not apply
-        )
+        # rows arrive truncated; TRL refuses a limit that it would not apply
+        values["max_length"] = None
     values |= {
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "output_dir": str(output_dir),
         "run_name": recipe.name,
+        # our own rotation keeps that many; it never deletes the last complete checkpoint
+        "save_total_limit": None,
+        # only checked weights are pushed (`training.hub`), never a checkpoint
+        "push_to_hub": False,
     }
-    values["save_total_limit"] = (
-        None  # our own rotation keeps that many; it never deletes the last complete checkpoint
-    )
-    values["push_to_hub"] = (
-        False  # only checked weights are pushed (`training.hub`), never a checkpoint
-    )
     try:
         config = SFTConfig(**values)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -92,12 +88,9 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     hints = typing.get_type_hints(LoraConfig)
     try:
         for key, value in values.items():
-            kinds = [
-                kind
-                for kind in (hints[key], *typing.get_args(hints[key]))
-                if dataclasses.is_dataclass(kind)
-            ]
-            if isinstance(value, dict) and kinds and dict not in typing.get_args(hints[key]):
+            members = typing.get_args(hints[key])
+            kinds = [kind for kind in (hints[key], *members) if dataclasses.is_dataclass(kind)]
+            if isinstance(value, dict) and kinds and dict not in members:
                 values[key] = kinds[0](**value)  # type: ignore[operator]
         return LoraConfig(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -135,23 +128,20 @@ def check_packages(recipe: Recipe) -> None:
     from transformers.utils import is_kernels_available, is_liger_kernel_available
 
     if recipe.train.get("use_liger_kernel") and not is_liger_kernel_available():
-        what, hint = (
-            "train.use_liger_kernel: liger-kernel is not installed",
-            "pip install -c constraints.txt -e '.[gpu]' brings it; or train.use_liger_kernel=false",
-        )
-        raise recipe.fault("train.use_liger_kernel", what, hint)
+        key = "train.use_liger_kernel"
+        hint = f"pip install -c constraints.txt -e '.[gpu]' brings it; or {key}=false"
+        raise recipe.fault(key, f"{key}: liger-kernel is not installed", hint)
     if "/" in (recipe.model.attn_implementation or "") and not is_kernels_available():
+        key = "model.attn_implementation"
         what = (
-            f"model.attn_implementation {recipe.model.attn_implementation} is fetched by the"
-            " package kernels"
+            f"{key} {recipe.model.attn_implementation} is fetched by the package kernels;"
+            f" {wanted_kernels()} is not installed"
         )
         hint = (
             "pip install -c constraints.txt -e '.[kernels]'; or leave the key out for the fastest"
             " attention that is installed"
         )
-        raise recipe.fault(
-            "model.attn_implementation", f"{what}; {wanted_kernels()} is not installed", hint
-        )
+        raise recipe.fault(key, what, hint)
 
 
 def wanted_kernels() -> str:
@@ -176,11 +166,8 @@ def refused(recipe: Recipe, section: str, error: Exception, *hints: str) -> Reci
         import torch
 
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "this device"
-        return recipe.error(
-            "train.bf16",
-            f"train.bf16: {name} has no bfloat16",
-            "set train.bf16: false (and train.fp16: true on a GPU)",
-        )
+        what, hint = "has no bfloat16", "set train.bf16: false (and train.fp16: true on a GPU)"
+        return recipe.error("train.bf16", f"train.bf16: {name} {what}", hint)
     values = getattr(recipe, section) or {}
     named = [key for key in values if re.search(rf"\b{re.escape(key)}\b", message)]
     key = f"{section}.{max(named, key=len)}" if named else section

@@ -8,6 +8,7 @@ refuses rows that changed.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -38,11 +39,14 @@ class Snapshot:
     def add_recipe(self, recipe: Recipe) -> None:
         """Add a recipe, what it extends, its chat template, and links to its data."""
         self.add_files(recipe.path, *_written_in(recipe.origins))
-        if "source" in recipe.as_written:
-            places = (Path(source.source) for source in listed_sources(recipe.data))
-            self.links |= {place for place in places if place.exists()}
-        if "chat_template" in recipe.as_written:
-            self.add_files(Path(str(recipe.data.chat_template)))
+        written = dataclasses.replace(recipe.data, **recipe.as_written)
+        pairs = zip(listed_sources(written), listed_sources(recipe.data), strict=True)
+        for name, place in ((one.source, Path(other.source)) for one, other in pairs):
+            if _is_relative(name) and place.exists():
+                self.links.add(place)
+        template = Path(recipe.data.chat_template or "")
+        if _is_relative(recipe.as_written.get("chat_template", "/")) and template.is_file():
+            self.add_files(template)
 
     def add_eval(self, recipe: EvalRecipe) -> None:
         """Add an eval recipe, its judge with prompts and rubrics, and links to its questions."""
@@ -122,3 +126,8 @@ def _beside(folder: Path, *names: str) -> set[Path]:
     """Return what lies at relative names in a folder; absolute paths and Hub ids need nothing."""
     relative = (folder / name for name in names if not Path(name).is_absolute())
     return {_absolute(path) for path in relative if path.exists()}
+
+
+def _is_relative(name: str) -> bool:
+    """Whether a copied recipe would look for this path beside itself."""
+    return not name.startswith("~") and not Path(name).is_absolute()
