@@ -1,5 +1,5 @@
 """What our recipes and command lines take of lm-eval, read without importing it: the names of its
-tasks, code that task files would run, and its flags.
+tasks, code that task files would run, its flags, and what its results say.
 
 Names of tasks, groups and tags are read off the task files as text: half a second, where lm-eval's
 own index takes ten. There may be a few names too many, never one too few.
@@ -18,7 +18,7 @@ import fnmatch
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,16 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import shown_path
 
+# the options of `simple_evaluate` that decide how items are asked
+PROTOCOL = (
+    "num_fewshot",
+    "limit",
+    "batch_size",
+    "apply_chat_template",
+    "system_instruction",
+    "fewshot_as_multiturn",
+    "gen_kwargs",
+)
 _NOT_TASKS = (
     ".py",
     ".pyc",
@@ -264,3 +274,21 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
             )  # a text stays that text, whatever YAML makes of `:`, `#` or `yes`
         words.append(f"suite.{name}={'true' if value is True else value}")
     return words
+
+
+def metric_direction(found: Mapping[str, Any], task: str, metric: str) -> bool | None:
+    """Return whether more of a metric is better, as lm-eval's results say it; None where they do
+    not.
+
+    Args:
+        found: lm-eval's results: their own table of directions counts, then the metric list of the
+            task's config.
+    """
+    known = [((found.get("higher_is_better") or {}).get(task) or {}).get(metric)]
+    listed = ((found.get("configs") or {}).get(task) or {}).get("metric_list") or ()
+    known += [
+        one.get("higher_is_better")
+        for one in listed
+        if isinstance(one, Mapping) and one.get("metric") == metric
+    ]
+    return next((direction for direction in known if isinstance(direction, bool)), None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from recipes_lib.config.lm_eval import PROTOCOL, metric_direction
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import Row
@@ -25,7 +26,6 @@ from recipes_lib.foreign.judgments import (
 from recipes_lib.foreign.replay import report_of
 from recipes_lib.judging.outcomes import outcome_of
 from recipes_lib.judging.store import judgment_key, text_hash
-from recipes_lib.suites.harness import PROTOCOL, metric_direction
 
 _CATEGORIES = (
     *("writing", "roleplay", "reasoning", "math"),

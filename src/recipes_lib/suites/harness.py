@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from recipes_lib.config.lm_eval import ALLOW, code_in, unknown_metrics
+from recipes_lib.config.lm_eval import ALLOW, PROTOCOL, code_in, metric_direction, unknown_metrics
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
@@ -37,15 +37,6 @@ from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.suite import Asker, grid
 from recipes_lib.weights.base import model_path
 
-PROTOCOL = (
-    "num_fewshot",
-    "limit",
-    "batch_size",
-    "apply_chat_template",
-    "system_instruction",
-    "fewshot_as_multiturn",
-    "gen_kwargs",
-)
 _CLI_OPTIONS = (
     "max_batch_size",
     "device",
@@ -459,24 +450,6 @@ def _tasks(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> l
                 }
             )
     return rows
-
-
-def metric_direction(found: Mapping[str, Any], task: str, metric: str) -> bool | None:
-    """Return whether more of a metric is better, as lm-eval's results say it; None where they do
-    not.
-
-    Args:
-        found: lm-eval's results: their own table of directions counts, then the metric list of the
-            task's config.
-    """
-    known = [((found.get("higher_is_better") or {}).get(task) or {}).get(metric)]
-    listed = ((found.get("configs") or {}).get(task) or {}).get("metric_list") or ()
-    known += [
-        one.get("higher_is_better")
-        for one in listed
-        if isinstance(one, Mapping) and one.get("metric") == metric
-    ]
-    return next((direction for direction in known if isinstance(direction, bool)), None)
 
 
 def _interval(value: float, error: Any, scores: Sequence[float]) -> dict[str, Any]:
