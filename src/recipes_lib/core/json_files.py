@@ -96,7 +96,7 @@ def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
             where a line less changes no result.
 
     Raises:
-        DamagedFile: a line before the end is damaged, or a line is no object.
+        DamagedFile: a line before the end is damaged, or a line is not an object.
     """
     if not path.is_file():
         return

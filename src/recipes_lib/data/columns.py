@@ -59,7 +59,7 @@ MEANINGFUL = {
     *("documents", "image", "images", "audio", "audios", "video", "videos", "weight", "rejected"),
 }
 # Names that files use for ours, best first; `input` is the question where nothing else is, and the
-# context beside an instruction.
+# context of an instruction.
 _SYNONYMS = {
     "instruction": ("instruction", "question", "query", "input_text", "input"),
     "response": ("response", "output", "answer", "completion", "target"),

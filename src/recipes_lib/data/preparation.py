@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
 
 NUM_ROWS_WORTH_A_LINE = 20_000
-# What is kept of each tokenised example beside its tokens; see `Encoded`.
+# Numbers that are kept of each tokenised example; see `Encoded`.
 _KEPT = (
     *("length", "supervised", "tokens_before", "prompt_tokens"),
     *("ends", "boundary_merge", "changed", "end_token"),

@@ -67,7 +67,7 @@ def listed_sources(section: DataSection) -> list[Source]:
 
     Raises:
         SettingError: an entry of a mixture has an unknown key or a value of the wrong type, or a
-            key that only `chat` reads is set beside another prompt format.
+            key that only `chat` reads is set with another prompt format.
     """
     if not section.source:
         empty = "the mixture is empty: list at least one source"

@@ -403,7 +403,7 @@ def _chars_of(encoding: Any, text: str, index: int) -> str:
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of all special tokens, those a model adds beside bos, eos, unk and pad included."""
+    """Ids of all special tokens: bos, eos, unk, pad, and those that a model adds."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {
         index for index, token in added.items() if getattr(token, "special", False)
