@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,6 @@ def audit_rows(
     ending, num_ending = np.unique(
         tokens["end_token"][tokens["end_token"] >= 0], return_counts=True
     )
-    ids = {example.id for example in rows.examples}
     section = settings.section
     as_text = section.prompt_format != "chat" and section.special_tokens == "text"
     return {
@@ -149,9 +148,9 @@ def audit_rows(
         "empty_completions": {"count": empty["count"], "ids": empty["ids"]},
         "special_token_injections": {
             "treated_as": "text" if as_text else "special tokens",
-            **_injection(injections.special_tokens, ids),
+            **_injection(injections.special_tokens, rows),
         },
-        "template_markers": _injection(injections.markers, ids),
+        "template_markers": _injection(injections.markers, rows),
         "duplicates": {
             "exact_groups": splits.exact_groups,
             "exact_rows": sum(map(len, splits.exact_groups)) - len(splits.exact_groups),
@@ -179,9 +178,10 @@ def audit_rows(
     }
 
 
-def _injection(found: Found, ids: Collection[str]) -> dict[str, Any]:
+def _injection(found: Found, rows: Rows) -> dict[str, Any]:
     """What was found in the rows that are used."""
-    found = {id: texts for id, texts in found.items() if id in ids}
+    used = {example.id for example in rows.examples} if found else ()
+    found = {id: texts for id, texts in found.items() if id in used}
     count = Counter[str]()
     for texts in found.values():
         count.update(texts)

@@ -207,10 +207,16 @@ def _record_batch(examples: Sequence[tuple[Example, Encoded]]) -> pyarrow.Record
     """The tokens of some examples as columns."""
     import pyarrow
 
-    lists = pyarrow.list_(pyarrow.int32())
+    ends = np.cumsum([0, *(item.length for _, item in examples)], dtype=np.int32)
+
+    def tokens(rows: list[np.ndarray]) -> pyarrow.ListArray:
+        # not built by Arrow, whose buffers may be twice as large as what is in them
+        flat = np.concatenate([np.empty(0, np.int32), *rows])
+        return pyarrow.ListArray.from_arrays(pyarrow.array(ends), pyarrow.array(flat))
+
     columns = {
-        "input_ids": pyarrow.array([item.ids for _, item in examples], lists),
-        "labels": pyarrow.array([item.labels for _, item in examples], lists),
+        "input_ids": tokens([item.ids for _, item in examples]),
+        "labels": tokens([item.labels for _, item in examples]),
         "example_id": pyarrow.array([example.id for example, _ in examples], pyarrow.string()),
     }
     return pyarrow.RecordBatch.from_pydict(columns)
