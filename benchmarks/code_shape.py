@@ -1,7 +1,8 @@
 """Measure the shape of the code: its size, its imports and its names.
 
-    python benchmarks/code_shape.py [FOLDER]      FOLDER is src/recipes_lib of any commit; this
-    one's without it
+    python benchmarks/code_shape.py [FOLDER]
+
+FOLDER is src/recipes_lib of any commit, by default of this one.
 
 Nothing is imported, only parsed, so that two commits can be measured by one script.
 """

@@ -4,8 +4,8 @@ same rows.
 Both start from the files and end with token ids and labels; ours also splits, looks for duplicates
 and injections, and audits. One process, one thread, alternating, so that both see the same machine.
 
-    python benchmarks/data_prep.py --source DIR_OR_FILES... [--model NAME] [--repeats 3] [--json
-    FILE]
+    python benchmarks/data_prep.py --source DIR_OR_FILES...
+        [--model NAME] [--repeats 3] [--json FILE]
 
 Rows whose answer lies beyond the limit are dropped by both, silently by TRL; ours must name every
 one of them.
@@ -37,7 +37,7 @@ LIMIT = 1.5
 
 def main() -> int:
     """Measure and print; return 1 where the limit is missed or the two keep different rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     shared = Path(
         os.environ.get(
             "RECIPES_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"

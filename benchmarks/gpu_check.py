@@ -1,9 +1,8 @@
 """One command that says how fast and how large training is on this GPU: Llama-2-7B at full size
 with random weights, Dolly's lengths.
 
-    python -m benchmarks.gpu_check [--minutes 8] [--json benchmarks/results/gpu_check.json] python
-    -m benchmarks.gpu_check --tiny          # the same code on a CPU with a tiny model, so that it
-    cannot rot
+    python -m benchmarks.gpu_check [--minutes 8] [--json benchmarks/results/gpu_check.json]
+    python -m benchmarks.gpu_check --tiny    # the same code on a CPU with a tiny model
 
 No network, no weights, no data: the lengths are the histogram in `recipes_lib.planning`. Every
 number is of one training step without a trainer: forward, backward, clipping, fused AdamW, LoRA of

@@ -1,11 +1,12 @@
 """Where one training step goes: torch.profiler over the second optimizer step, its costs grouped
 and the three largest named.
 
-    python benchmarks/profile_step.py [RECIPE] [section.key=value ...] [--json FILE]     # through
-    the real training script, CPU or GPU python benchmarks/profile_step.py --without trl-loss ...
-    # with one of this project's levers taken back (names: train_cpu_worker.py) python
-    benchmarks/profile_step.py --random-7b               # on a GPU: Llama-2-7B with random weights,
-    no download
+    # through the real training script, CPU or GPU
+    python benchmarks/profile_step.py [RECIPE] [section.key=value ...] [--json FILE]
+    # with one of this project's levers taken back (names: train_cpu_worker.py)
+    python benchmarks/profile_step.py --without trl-loss ...
+    # on a GPU: Llama-2-7B with random weights, no download
+    python benchmarks/profile_step.py --random-7b
 
 RECIPE is the quickstart's lora-r8 if none is given. Times are the operators' own (without what they
 call), on the CPU or, where there is one, on the GPU. One thread on a CPU.

@@ -1,7 +1,7 @@
 """What a stop and a resume cost, and what a checkpoint costs.
 
-    python benchmarks/resume_overhead.py [--repeats 5] [--json FILE] [RECIPE] [section.key=value
-    ...]
+    python benchmarks/resume_overhead.py [--repeats 5] [--json FILE]
+        [RECIPE] [section.key=value ...]
 
 A run of 6 steps without a stop, beside the same run stopped after step 3 (a STOP file; exit code
 75) and continued by the same command. The adapters must come out byte for byte the same. CPU

@@ -1,8 +1,8 @@
 """Do the tests and intervals keep what they promise? Simulated studies with a known truth, through
 the functions the reports use.
 
-    python benchmarks/statistics_simulation.py [--studies 10000] [--only NAME] [--json
-    benchmarks/results/statistics_simulation.json]
+    python benchmarks/statistics_simulation.py [--studies 10000] [--only NAME]
+        [--json benchmarks/results/statistics_simulation.json]
 
 For every kind of comparison and size: how often an arm that is no better is called "better"
 (promised: <= 5%), how often the 95% interval holds the true difference (promised: 94-96% at n =

@@ -1,9 +1,10 @@
 """Training SmolLM2-135M with LoRA r=8 on a CPU: this project beside a bare loop, plain TRL, the
 original study's way and LLaMA-Factory.
 
-    python benchmarks/train_cpu.py [--steps 8] [--ways ours,bare,...] [--json
-    benchmarks/results/train_cpu.json] python benchmarks/train_cpu.py --levers [--json FILE]    #
-    every setting that could be faster, against ours; goes on where FILE ends
+    python benchmarks/train_cpu.py [--steps 8] [--ways ours,bare,...]
+        [--json benchmarks/results/train_cpu.json]
+    # every setting that could be faster, against ours; continues where FILE ends
+    python benchmarks/train_cpu.py --levers [--json FILE]
 
 Each way is a process with one thread. They take turns: optimizer step k of one, step k of the next,
 and so on, so that a busy machine slows all alike; the first step of each is thrown away. Speed is

@@ -46,7 +46,7 @@ class Stopwatch:
 
 def main() -> None:
     """Train a few steps and print the share."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "recipe", nargs="?", default=str(PROJECT / "recipes" / "quickstart" / "lora-r8.yaml")
     )

@@ -1,8 +1,9 @@
 """THE evaluation script: eval recipes and runs (or models) -> answers, judgments and result.json in
 each run.
 
-    python -m recipes_lib.evaluate evals/quickstart/alpaca_eval.yaml my-run accelerate launch -m
-    recipes_lib.evaluate evals/lm_eval.yaml my-run        # lm-eval on several GPUs
+    python -m recipes_lib.evaluate evals/quickstart/alpaca_eval.yaml my-run
+    # lm-eval on several GPUs
+    accelerate launch -m recipes_lib.evaluate evals/lm_eval.yaml my-run
 
 `recipes eval` calls the same function and prints tables. Everything is kept as it arrives: the same
 command continues.

@@ -1,7 +1,7 @@
 """THE training script: recipe -> SFTTrainer -> run directory.
 
-    accelerate launch --config_file accelerate_configs/single_gpu.yaml -m recipes_lib.train RECIPE
-    [section.key=value ...]
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml
+        -m recipes_lib.train RECIPE [section.key=value ...]
 
 The same line trains on a laptop's CPU, one GPU, several (DDP, FSDP2) or several machines: only the
 accelerate config differs. Run it again after any interruption and it continues from the newest
