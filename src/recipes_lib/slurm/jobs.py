@@ -413,7 +413,7 @@ class _StudyPlanner:
         jobs = self._trainings(throttle) if "train" in stages else []
         if "eval" in stages:
             asked: dict[str, list[str]] = {}  # of each arm and seed, and of the base
-            for step in self._open("answers", "lm_eval"):
+            for step in self._open("answers", "lm_eval", "checks"):
                 word = step.name.removeprefix(f"{step.kind}.{step.eval}.")
                 asked.setdefault(f"eval-{word}", []).append(step.name)
             jobs += [self._steps_job(label, names) for label, names in asked.items()]

@@ -59,7 +59,7 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
     known = graph.survey()
     to_base = {recipe.name for recipe in study.evals if recipe.metrics.against == BASE_ARM}
     results: dict[tuple[str, str, str], bool] = {}
-    for step in graph.of_kind("judgments", "lm_eval", "comparison"):
+    for step in graph.of_kind("judgments", "lm_eval", "checks", "comparison"):
         against = step.against
         if step.kind == "judgments" and step.eval in to_base:
             against = base_run(study) or BASE_ARM

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from recipes_lib.eval_log import EvalLog
     from recipes_lib.generation.subjects import Subject
 
-EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", "lm_eval")
+EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", "lm_eval", "checks")
 Report = Callable[[str], None]
 
 
@@ -225,8 +225,8 @@ class Evaluation:
     def _plan(self, recipe: EvalRecipe) -> None:
         """Open the suites of one eval: everyone's own results, and the comparisons."""
         suite_of = partial(SUITES[recipe.suite.name], remote_code=self.remote_code)
-        if recipe.suite.name == "lm_eval":
-            steps = self._mine("lm_eval", recipe)
+        if not recipe.is_judged:
+            steps = self._mine(recipe.suite.name, recipe)
             with self.failures.noted(steps):
                 if steps:
                     suite = suite_of(recipe, list(_by_run(steps)), None)

@@ -253,7 +253,7 @@ def _eval_cost(kind: str, recipe: EvalRecipe, turns: int | None) -> str:
     if turns is None:
         unknown = "answers, as many as there are questions (not on this machine yet)"
         return unknown if kind == "answers" else "judgments"
-    if kind == "answers":
+    if kind in ("answers", "checks"):
         return f"{turns:,} answers of at most {recipe.generation.max_new_tokens:,} tokens"
     if kind == "judgments" and recipe.suite.name == "mt_bench":
         return f"{turns:,} judgments"

@@ -42,7 +42,8 @@ from recipes_lib.weights.base import base_fingerprint, fingerprint
 
 # Raised by whoever changes what the code of a step computes. Statistics and report take seconds:
 # their source itself is the version.
-VERSIONS = {"train": 1, "check": 1, "answers": 1, "judgments": 1, "comparison": 1, "lm_eval": 1}
+_VERSIONED = ("train", "check", "answers", "judgments", "comparison", "lm_eval", "checks")
+VERSIONS = dict.fromkeys(_VERSIONED, 1)
 _SOURCES = (".py", ".html", ".jinja", ".j2", ".css", ".js", ".tex", ".md")
 # known by their content, whatever they are called
 _JUDGE_FILES = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")
@@ -120,15 +121,16 @@ def _steps(study: Study) -> Iterator[Step]:
 
 
 def _evaluations(recipe: EvalRecipe, subjects: Sequence[_Subject]) -> Iterator[Step]:
-    """Yield lm-eval's numbers of everyone, or everyone's answers and judgments, and the comparisons
-    of AlpacaEval: head to head in both orders, every arm against every other and the base, seed by
-    seed.
+    """Yield everyone's numbers where no judge decides, or everyone's answers and judgments, and the
+    comparisons of AlpacaEval: head to head in both orders, every arm against every other and the
+    base, seed by seed.
     """
-    if recipe.suite.name == "lm_eval":
-        inputs = harness_inputs(recipe)
+    kind = recipe.suite.name
+    if not recipe.is_judged:
+        inputs = harness_inputs(recipe) if kind == "lm_eval" else answer_inputs(recipe)
         for subject in subjects:
             values = {**subject.inputs, **inputs}
-            yield subject.step("lm_eval", values, subject.upstream, recipe.name)
+            yield subject.step(kind, values, subject.upstream, recipe.name)
         return
     answering, judging = answer_inputs(recipe), judgment_inputs(recipe)
     answers: dict[str, str] = {}

