@@ -75,8 +75,7 @@ def test_nothing_else_renames_what_others_read() -> None:
         and file.name != "atomic_files.py"
     }
     assert found == {
-        "study/evaluation.py: store.rename(away)",
-        "study/trainings.py: run.path.rename(away)",
+        "study/arms.py: path.rename(away)",
         "weights/merge.py: os.replace(scratch, rejected)",
         "training/checkpoints.py: folder.rename(aside)",
         "training/finish.py: os.replace(scratch, rejected)",

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from recipes_lib.compare.claims import Comparison, compare_arms
-from recipes_lib.compare.measurements import Measurements, read_measurements
-from recipes_lib.compare.table_lines import comparison_lines
-from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
 from recipes_lib.core.terminal import next_step, say, say_json, warn
-from recipes_lib.report.content import gather
-from recipes_lib.report.documents import report_html
-from recipes_lib.report.figures import draw_comparison
+
+if TYPE_CHECKING:
+    from recipes_lib.compare.claims import Comparison
+    from recipes_lib.compare.measurements import Measurements
 
 _BASE = "base"
 
@@ -36,6 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print."""
+    # numpy, which `recipes compare --help` does without
+    from recipes_lib.compare.claims import compare_arms
+    from recipes_lib.compare.measurements import read_measurements
+    from recipes_lib.compare.table_lines import comparison_lines
+    from recipes_lib.compare.validity import check_validity
+
     folders = run_folders(args.runs)
     damaged: list[DamagedFile] = []
     measurements = read_measurements(
@@ -124,6 +128,10 @@ def _bases_of(run: RunDirectory) -> list[RunDirectory]:
 
 
 def _write_html(path: Path, comparison: Comparison, measurements: Measurements) -> None:
+    from recipes_lib.report.content import gather
+    from recipes_lib.report.documents import report_html
+    from recipes_lib.report.figures import draw_comparison
+
     content = gather("comparison", measurements, comparison)
     if path.is_dir():
         raise RecipeError(
