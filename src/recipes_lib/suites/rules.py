@@ -20,8 +20,8 @@ _FENCED = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Check:
-    """One rule: the name of a check in CHECKS, what is expected, and how strictly."""
+class Rule:
+    """One rule: the name of a check in RULES, what is expected, and how strictly."""
 
     name: str
     expected: Any
@@ -30,12 +30,12 @@ class Check:
 
     def passes(self, answer: str, cut: bool = False) -> bool | None:
         """Whether an answer passes; None where it was cut and more text could change that."""
-        passed = CHECKS[self.name].passes(self, answer.strip())
-        return None if cut and CHECKS[self.name].settled is not passed else passed
+        passed = RULES[self.name].passes(self, answer.strip())
+        return None if cut and RULES[self.name].settled is not passed else passed
 
 
 @dataclass(frozen=True)
-class CheckKind:
+class RuleKind:
     """What a check wants under `expected` (checked when the rows are read), and its rule.
 
     `settled` is the result that no further text of the answer can change; None if every can.
@@ -43,20 +43,20 @@ class CheckKind:
 
     wants: str
     fits: Callable[[Any], bool]
-    passes: Callable[[Check, str], bool]
+    passes: Callable[[Rule, str], bool]
     settled: bool | None = None
 
 
-def _folded(check: Check, text: str) -> str:
+def _folded(check: Rule, text: str) -> str:
     return text.casefold() if check.ignore_case else text
 
 
-def _texts(check: Check) -> list[str]:
+def _texts(check: Rule) -> list[str]:
     expected = check.expected if isinstance(check.expected, list) else [check.expected]
     return [_folded(check, text.strip()) for text in expected]
 
 
-def _number(check: Check, answer: str) -> bool:
+def _number(check: Rule, answer: str) -> bool:
     """The last number of the answer is the expected one, within the tolerance."""
     found = _NUMBER.findall(answer)
     if not found:
@@ -64,7 +64,7 @@ def _number(check: Check, answer: str) -> bool:
     return abs(float(found[-1].replace(",", "")) - float(check.expected)) <= check.tolerance
 
 
-def _choice(check: Check, answer: str) -> bool:
+def _choice(check: Rule, answer: str) -> bool:
     """The answer names the expected letter, alone, before a mark or after "answer is"; no other."""
     first = re.match(r"\W*([A-Za-z])(?:[).:,]|\s*$|\s*\n)", answer)
     named = re.findall(r"(?:answer|choice|option)\s*(?:is|:)?\s*\(?([A-Za-z])\b", answer, re.I)
@@ -72,7 +72,7 @@ def _choice(check: Check, answer: str) -> bool:
     return found == {check.expected.upper()}
 
 
-def _json(check: Check, answer: str) -> bool:
+def _json(check: Rule, answer: str) -> bool:
     """The answer, or the one fenced block in it, is JSON that the expected schema accepts."""
     fenced = _FENCED.findall(answer)
     try:
@@ -115,45 +115,45 @@ def _is_schema(value: Any) -> bool:
     return isinstance(value, dict | bool)
 
 
-CHECKS: Mapping[str, CheckKind] = {
-    "exact": CheckKind(
+RULES: Mapping[str, RuleKind] = {
+    "exact": RuleKind(
         "a text, or a list of which one must be the answer",
         _is_texts,
         lambda check, answer: _folded(check, answer) in _texts(check),
     ),
-    "contains": CheckKind(
+    "contains": RuleKind(
         "a text, or a list of which all must occur",
         _is_texts,
         lambda check, answer: all(text in _folded(check, answer) for text in _texts(check)),
         settled=True,
     ),
-    "excludes": CheckKind(
+    "excludes": RuleKind(
         "a text, or a list of which none may occur",
         _is_texts,
         lambda check, answer: not any(text in _folded(check, answer) for text in _texts(check)),
         settled=False,
     ),
-    "regex": CheckKind(
+    "regex": RuleKind(
         "a regular expression",
         _is_pattern,
         lambda check, answer: bool(
             re.search(check.expected, answer, re.IGNORECASE if check.ignore_case else 0)
         ),
     ),
-    "number": CheckKind("a number", _is_number, _number),
-    "choice": CheckKind(
+    "number": RuleKind("a number", _is_number, _number),
+    "choice": RuleKind(
         "a letter",
         lambda value: isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z]", value)),
         _choice,
     ),
-    "json": CheckKind("a JSON Schema ({} accepts any JSON)", _is_schema, _json),
-    "max_words": CheckKind(
+    "json": RuleKind("a JSON Schema ({} accepts any JSON)", _is_schema, _json),
+    "max_words": RuleKind(
         "a count",
         _is_count,
         lambda check, answer: len(answer.split()) <= check.expected,
         settled=False,
     ),
-    "min_words": CheckKind(
+    "min_words": RuleKind(
         "a count",
         _is_count,
         lambda check, answer: len(answer.split()) >= check.expected,
