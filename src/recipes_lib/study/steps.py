@@ -24,7 +24,7 @@ from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root
 from recipes_lib.data.sources import data_files, find_path, listed_sources
-from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.eval_recipe import UNJUDGED, EvalRecipe
 from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE, REQUIREMENT
 from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
 from recipes_lib.study.graph import (
@@ -42,7 +42,7 @@ from recipes_lib.weights.base import base_fingerprint, fingerprint
 
 # Raised by whoever changes what the code of a step computes. Statistics and report take seconds:
 # their source itself is the version.
-_VERSIONED = ("train", "check", "answers", "judgments", "comparison", "lm_eval", "checks")
+_VERSIONED = ("train", "check", "answers", "judgments", "comparison", *UNJUDGED)
 VERSIONS = dict.fromkeys(_VERSIONED, 1)
 _SOURCES = (".py", ".html", ".jinja", ".j2", ".css", ".js", ".tex", ".md")
 # known by their content, whatever they are called
@@ -107,9 +107,10 @@ def _steps(study: Study) -> Iterator[Step]:
         asked = base_inputs(model.recipe)
         base = _Subject(BASE_ARM, BASE_ARM, None, base_run(study) or "", inputs=asked)
         subjects.insert(0, base)
+    held_out = dict(next(iter(contents.values()), {}))
     measured: list[Step] = []
     for one in study.evals:
-        of_eval = list(_evaluations(one, subjects))
+        of_eval = list(_evaluations(one, subjects, held_out))
         yield from of_eval
         measured += of_eval
     upstream = (*trained, *(step.name for step in measured if step.kind != "answers"))
@@ -120,14 +121,20 @@ def _steps(study: Study) -> Iterator[Step]:
     yield Step("report", "report", {}, ("statistics",), version)
 
 
-def _evaluations(recipe: EvalRecipe, subjects: Sequence[_Subject]) -> Iterator[Step]:
+def _evaluations(
+    recipe: EvalRecipe, subjects: Sequence[_Subject], held_out: Inputs
+) -> Iterator[Step]:
     """Yield everyone's numbers where no judge decides, or everyone's answers and judgments, and the
     comparisons of AlpacaEval: head to head in both orders, every arm against every other and the
     base, seed by seed.
+
+    Args:
+        held_out: contents that the base's held-out rows come from; an arm's are its training's.
     """
     kind = recipe.suite.name
     if not recipe.is_judged:
         inputs = harness_inputs(recipe) if kind == "lm_eval" else answer_inputs(recipe)
+        inputs = {**inputs, **(held_out if kind == "heldout_loss" else {})}
         for subject in subjects:
             values = {**subject.inputs, **inputs}
             yield subject.step(kind, values, subject.upstream, recipe.name)

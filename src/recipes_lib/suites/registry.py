@@ -23,17 +23,21 @@ from recipes_lib.statistics.intervals import Interval
 from recipes_lib.suites.alpaca_eval import AlpacaEval
 from recipes_lib.suites.checks import Checks
 from recipes_lib.suites.harness import Harness
+from recipes_lib.suites.heldout_loss import HeldoutLoss
 from recipes_lib.suites.mt_bench import MTBench
 
 # A new suite is a file with one class, and a line here; then `make schema`.
 # A suite is an `Asker` made of a recipe, words, an opponent and what the command line allows, with
 # `table(results)` and what the schemas say of
 # it (`HELP`, `NUMBERS`). A suite that a judge decides is a `JudgedSuite`.
-SUITES: dict[str, type[AlpacaEval] | type[MTBench] | type[Harness] | type[Checks]] = {
+SUITES: dict[
+    str, type[AlpacaEval] | type[MTBench] | type[Harness] | type[Checks] | type[HeldoutLoss]
+] = {
     "alpaca_eval": AlpacaEval,
     "mt_bench": MTBench,
     "lm_eval": Harness,
     "checks": Checks,
+    "heldout_loss": HeldoutLoss,
 }
 
 

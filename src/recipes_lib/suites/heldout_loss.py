@@ -1,0 +1,253 @@
+"""The loss on rows that no training saw: one forward pass per model, paired row by row.
+
+`data.questions` is `test` or `validation`, a split of the targets' own recipe, or a file of rows in
+the recipe's format. The validation rows may have chosen a checkpoint or a learning rate: the test
+rows did not.
+
+Samples are rows. A row's value is its negative log-likelihood over the mean number of supervised
+tokens of a row, so that the mean over rows is the loss per token, whatever the rows' lengths, and
+the difference of two models on the same rows is tested as every other metric is. Models with other
+tokens have another metric: losses per token of two tokenizers cannot be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import SplitSection
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.fingerprints import hash_of
+from recipes_lib.core.run_lock import waiting_lock
+from recipes_lib.data.preparation import PreparedData, prepare_data
+from recipes_lib.data.splits import TEST, TRAIN, VALIDATION
+from recipes_lib.eval_files import log_file
+from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
+from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.generation.subjects import Subject
+from recipes_lib.generation.targets import Target, find_targets, record_base
+from recipes_lib.statistics.intervals import mean_interval
+from recipes_lib.suites.answering import asking_of
+from recipes_lib.suites.suite import Asker, grid, interval, number
+
+# padded tokens per forward pass; their logits in float32 take four bytes for each token and entry
+# of the vocabulary
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class HeldoutLoss(Asker):
+    """The held-out loss of the targets of one eval recipe."""
+
+    HELP = "the loss per token on rows that no training saw."
+    NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
+        "loss": {"$ref": "#/$defs/interval"},
+        "perplexity": {"type": "number"},
+        "rows": {"type": "object", "required": ["n", "tokens", "hash"]},
+    }
+
+    def __init__(
+        self,
+        recipe: EvalRecipe,
+        words: Sequence[str],
+        against: str | None = None,
+        allow_format_differences: bool = False,
+        remote_code: bool = False,
+    ) -> None:
+        del against, allow_format_differences  # losses are compared row by row, by `compare`
+        self.recipe = recipe
+        super().__init__(find_targets(words, asking_of(recipe, remote_code)))
+        if recipe.generation.engine == "openai":
+            raise recipe.error(
+                "generation.engine", "heldout_loss needs the weights in this process"
+            )
+        for target in self.targets:
+            if self._split is not None and self._recipe_of(target) is None:
+                raise recipe.error(
+                    "data.questions",
+                    f"'{target.word}' has no recipe, so no {self._split} split",
+                    "name a file of rows, or `base` beside its runs",
+                )
+
+    @property
+    def _split(self) -> str | None:
+        """The split that is asked for; None for a file."""
+        name = self.recipe.data.questions
+        return name if name in (TEST, VALIDATION) else None
+
+    def _recipe_of(self, target: Target) -> Recipe | None:
+        """Return the recipe whose rows a target reads: a base that is no run reads those of a run
+        on it; None without one.
+        """
+        if not target.is_stand_in:
+            return target.recipe
+        name = target.recipe.model.name_or_path
+        runs = (one.recipe for one in self.targets if one.trained)
+        return next((recipe for recipe in runs if recipe.model.name_or_path == name), None)
+
+    def visit(self, subject: Subject) -> list[EvalLog]:
+        """Return the log of one of `targets`.
+
+        Raises:
+            RecipeError: its recipe holds no rows of the split out.
+            DataError: rows that cannot be used.
+        """
+        recipe, target = self.recipe, subject.target
+        assert subject.model is not None
+        if target.is_base:
+            record_base(subject.run, target.recipe, subject.fingerprint, subject.prompts)
+        rows = self._rows(subject)
+        using = subject.using() if subject.using else contextlib.nullcontext()
+        with waiting_lock(subject.run.path / "evals" / recipe.name), using:
+            sums = row_losses(subject.model, rows["input_ids"], rows["labels"])
+        tokens = [sum(label != -100 for label in labels[1:]) for labels in rows["labels"]]
+        mean_tokens = sum(tokens) / len(tokens)
+        values = [loss / mean_tokens for loss in sums]
+        same = hash_of([list(ids) for ids in rows["input_ids"]])
+        file = log_file(subject.run.path, recipe.name, None)
+        samples = tuple(
+            Sample(id=str(name), value=value, outcome="graded", verdicts=(f"{count} tokens",))
+            for name, value, count in zip(rows["example_id"], values, tokens, strict=True)
+        )
+        label = f"loss per token on {self._split or 'held-out'} rows"
+        measure = Measure(
+            eval=recipe.name,
+            suite=recipe.suite.name,
+            metric="loss",
+            label=label,
+            samples=samples,
+            file=file,
+            task=f"tokens-{same[:8]}",
+            higher_is_better=False,
+            unit="number",
+        )
+        loss = sum(sums) / sum(tokens)
+        return [
+            EvalLog(
+                suite=recipe.suite.name,
+                eval=recipe.name,
+                target=subject.name,
+                banners=_banners(self._split, subject),
+                answers=AnswerFacts(
+                    name=subject.name,
+                    models=[target.recipe.model.name_or_path],
+                    fingerprint=subject.fingerprint,
+                    prompt_format=subject.prompts.name,
+                    prompt_format_hash=subject.prompts.hash,
+                    dtype=target.recipe.model.dtype,
+                    quantized=target.recipe.quantization is not None,
+                ),
+                numbers={
+                    "loss": {**mean_interval(values).to_dict(), "estimate": loss},
+                    "perplexity": math.exp(min(loss, 700.0)),
+                    "rows": {"n": len(values), "tokens": sum(tokens), "hash": same},
+                },
+                measures=(measure,),
+                file=file,
+            )
+        ]
+
+    def _rows(self, subject: Subject) -> dict[str, list[Any]]:
+        """Return the columns of the rows, tokenised as the target's recipe trains on them."""
+        recipe = self._recipe_of(subject.target) or subject.target.recipe
+        name = str(self.recipe.data.questions)
+        if self._split is None:
+            place = str(self.recipe.resolve("data.questions", name))
+            section = dataclasses.replace(
+                recipe.data, source=place, split=SplitSection(method="none"), max_examples=None
+            )
+            # no split is wanted of the file, so no validation may be asked for
+            train = recipe.train | {"eval_strategy": "no", "load_best_model_at_end": False}
+            recipe = dataclasses.replace(recipe, data=section, train=train)
+        prepared = prepare_data(recipe, subject.prompts.tokenizer)
+        found = _part(prepared, self._split)
+        if found is None or not len(found):
+            raise RecipeError(
+                f"the recipe of {subject.name} holds no {self._split} rows out",
+                f"data.split.{self._split} is their share of the rows; or name a file of rows",
+            )
+        limit = self.recipe.data.max_questions
+        return dict((found.select(range(min(limit, len(found)))) if limit else found)[:])
+
+    @staticmethod
+    def table(results: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the lines of a table of results."""
+        head = ["model", "rows", "tokens", "loss per token [95%]", "perplexity"]
+        rows = [
+            [
+                result["target"],
+                f"{result['rows']['n']:,}",
+                f"{result['rows']['tokens']:,}",
+                interval(result["loss"]),
+                number(result["perplexity"]),
+            ]
+            for result in results
+        ]
+        lines = grid(head, rows)
+        if len({result["rows"]["hash"] for result in results}) > 1:
+            lines += ["", "these models read other rows or other tokens: not comparable"]
+        return lines
+
+
+def _part(prepared: PreparedData, split: str | None) -> Any:
+    return getattr(prepared, split or TRAIN)
+
+
+def _banners(split: str | None, subject: Subject) -> list[str]:
+    """Return the line about rows that chose something of the training."""
+    trained = subject.target.trained
+    chosen = trained is not None and trained.recipe.train.get("load_best_model_at_end")
+    if split == VALIDATION and chosen:
+        return ["the validation rows chose the checkpoint: the loss on them is too good"]
+    return []
+
+
+def row_losses(
+    model: Any, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> list[float]:
+    """Return the sum of the negative log-likelihoods of each row's supervised tokens, in nats.
+
+    Rows go through the model longest first, padded on the right; softmax in float32.
+    """
+    import torch
+
+    device = model.device
+    order = sorted(range(len(input_ids)), key=lambda row: -len(input_ids[row]))
+    losses = [0.0] * len(order)
+    with torch.inference_mode():
+        for batch in _batches(order, input_ids, _BATCH_TOKENS.get(device.type, 16384)):
+            width = len(input_ids[batch[0]])
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask, wanted = torch.zeros_like(ids), torch.full_like(ids, -100)
+            for place, row in enumerate(batch):
+                length = len(input_ids[row])
+                ids[place, :length] = torch.tensor(input_ids[row])
+                wanted[place, :length] = torch.tensor(labels[row])
+                mask[place, :length] = 1
+            logits = model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            ).logits
+            targets = wanted[:, 1:].to(device)
+            each = torch.nn.functional.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
+            )
+            for row, loss in zip(batch, each.view_as(targets).double().sum(-1), strict=True):
+                losses[row] = float(loss)
+    return losses
+
+
+def _batches(
+    order: Sequence[int], input_ids: Sequence[Sequence[int]], limit: int
+) -> Iterator[list[int]]:
+    """Yield rows of like length; a batch is as wide as its first row."""
+    batch: list[int] = []
+    for row in order:
+        if batch and (len(batch) + 1) * len(input_ids[batch[0]]) > limit:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

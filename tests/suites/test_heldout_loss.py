@@ -1,0 +1,98 @@
+"""The held-out loss is the training's own validation loss, row by row, and its mean is per
+token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.eval_files import read_evals
+from recipes_lib.eval_recipe import load_eval
+from recipes_lib.suites.heldout_loss import HeldoutLoss, row_losses
+from recipes_lib.train import main as train
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def eval_file(tmp_path: Path) -> Path:
+    """An eval recipe of the suite on the validation rows."""
+    path = tmp_path / "held.yaml"
+    path.write_text("suite: {name: heldout_loss}\ndata: {questions: validation}\n")
+    return path
+
+
+def test_row_losses_are_those_of_each_row_alone_in_float64(tiny_model_dir: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    ids = [[5, 9, 7, 11], [3, 4], list(range(20, 60))]
+    labels = [[-100, 9, -100, 11], [-100, 4], [-100] * 30 + list(range(50, 60))]
+    wanted = []
+    for row, told in zip(ids, labels, strict=True):
+        logits = model.double()(torch.tensor([row])).logits[0, :-1]
+        targets = torch.tensor(told[1:])
+        wanted.append(float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")))
+    assert row_losses(model.float(), ids, labels) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_it_is_the_validation_loss_of_the_training_and_reads_runs_and_their_base(
+    tiny_recipe: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    words = ["train.max_steps=3", "train.bf16=false", "model.dtype=float32"]
+    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
+    assert train([str(tiny_recipe), "run.name=two", "train.seed=7", *words]) == 0
+    metrics = (tmp_path / "runs/one/metrics.jsonl").read_text().splitlines()
+    trained = [json.loads(line) for line in metrics if "eval_loss" in line][-1]["eval_loss"]
+    code, out, err = recipes("eval", eval_file, "one", "two", "base")
+    assert code == 0, err
+    assert "loss per token" in out and "not comparable" not in out
+    (log,), _ = read_evals(tmp_path / "runs/one")
+    assert log.numbers["loss"]["estimate"] == pytest.approx(trained, rel=1e-5)
+    (measure,) = log.measures
+    values = [one.value for one in measure.samples]
+    assert sum(values) / len(values) == pytest.approx(trained, rel=1e-5)
+    assert log.numbers["perplexity"] == pytest.approx(math.exp(trained), rel=1e-5)
+    assert measure.higher_is_better is False
+    code, out, err = recipes("compare", "one", "two", "base")
+    assert code == 0, err
+    assert "loss per token on validation rows" in out
+
+
+def test_rows_of_a_file_are_read_as_the_recipe_reads_its_own(
+    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    assert train([str(tiny_recipe), "run.name=one", "train.max_steps=1"]) == 0
+    rows = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text().splitlines()[:7]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows) + "\n")
+    eval_file.write_text("suite: {name: heldout_loss}\ndata: {questions: mine.jsonl}\n")
+    code, out, err = recipes("eval", eval_file, "one")
+    assert code == 0, err
+    (log,), _ = read_evals(tmp_path / "runs/one")
+    assert log.numbers["rows"]["n"] == 7
+    code, out, err = recipes("eval", eval_file, "one", "data.max_questions=3")
+    assert code == 0 and "one    3 " in out, err
+    code, out, err = recipes("eval", eval_file, tiny_model_dir)  # a model without a run
+    assert code == 0 and "7 " in out, err
+
+
+def test_what_has_no_such_rows_is_refused_before_or_as_it_is_asked(
+    tiny_recipe: Path, tiny_model_dir: Path, eval_file: Path, recipes
+) -> None:
+    with pytest.raises(RecipeError, match="has no recipe, so no validation split"):
+        HeldoutLoss(load_eval(eval_file), [str(tiny_model_dir)])
+    server = load_eval(
+        eval_file, ["generation.engine=openai", "generation.base_url=http://127.0.0.1:1/v1"]
+    )
+    with pytest.raises(RecipeError, match="needs the weights in this process"):
+        HeldoutLoss(server, [])
+    words = ["train.max_steps=1", "data.split.validation=0", "train.eval_strategy='no'"]
+    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
+    code, _, err = recipes("eval", eval_file, "one")
+    assert code == 2 and "the recipe of one holds no validation rows out" in err
