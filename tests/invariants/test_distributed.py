@@ -317,8 +317,8 @@ def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_bat
         )
     whole = 4 * sum(parameter.numel() for parameter in load_model(larger_model).parameters())
     assert planned["once"] - planned["each"] == pytest.approx(whole, rel=0.01)
-    # The peak of a process is that of its loading too, which hides a part of the difference: 203, 211
-    # and 230 MB of 346 were measured, and more on other machines. Without sharing it is nothing.
+    # The peak of a process is that of its loading too, which hides a part of the difference: 203,
+    # 211 and 230 MB of 346 were measured, and more on other machines. Without sharing it is 0.
     assert measured["once"] - measured["each"] == pytest.approx(
         planned["once"] - planned["each"], rel=0.5
     )
