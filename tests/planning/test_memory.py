@@ -87,9 +87,12 @@ def test_under_fsdp_gradients_that_wait_for_the_end_of_the_step_are_counted_whol
     once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
     shared, kept = plan(FULL), plan(FULL, once)
     assert shared.batches.accumulation > 1
-    assert kept.memory.gradients - shared.memory.gradients == pytest.approx(
-        6_738_415_616 * 4 / GIB
-    )  # 25 GiB on every GPU
+    # 25 GiB on every GPU instead of its share: they become shares layer by layer, so both are never
+    # there (counted on the tensors in tests/invariants/test_distributed.py)
+    assert kept.memory.gradients == pytest.approx(6_738_415_616 * 4 / GIB)
+    assert shared.memory.gradients == pytest.approx(
+        kept.memory.gradients / shared.settings.world_size
+    )
     for words in (
         (),
         ("run.max_tokens_per_micro_batch=1024", "run.global_batch_size=8"),
@@ -97,7 +100,7 @@ def test_under_fsdp_gradients_that_wait_for_the_end_of_the_step_are_counted_whol
         adapters = plan(LORA, *words, gpus=2, accelerate="fsdp")
         assert adapters.batches.forward_passes > 1
         assert adapters.memory.gradients == pytest.approx(
-            adapters.settings.trained_parameters * 4 * 1.5 / GIB
+            adapters.settings.trained_parameters * 4 / GIB
         )
     one_pass = plan(LORA, "run.global_batch_size=8", gpus=2, accelerate="fsdp")
     assert one_pass.memory.gradients == pytest.approx(

@@ -75,8 +75,8 @@ def memory_of(settings: Settings, tokens: int, row: int, eval_tokens: int = 0) -
         weights = weights * width / settings.weight_bytes
     gradients: float = trained * width / shards
     if settings.sharded and settings.accumulates and not settings.shares_each_batch:
-        # whole, until the last backward pass of the step shares them out
-        gradients += trained * (4 if settings.half else width)
+        # whole, until the last backward pass of the step turns them into shares, layer by layer
+        gradients = trained * (4 if settings.half else width)
     if not settings.sharded and settings.world_size > 1:
         gradients *= 2  # DDP's buckets hold a copy
     kept = activations_of(settings)
