@@ -37,7 +37,7 @@ from recipes_lib.generation.judges import OpenJudge, opened
 from recipes_lib.generation.subjects import Subject, grouped, loaded
 from recipes_lib.generation.targets import Target, distinct
 from recipes_lib.suites.judged import JudgedSuite
-from recipes_lib.suites.registry import SUITES, say_results
+from recipes_lib.suites.registry import say_results, suite_of
 from recipes_lib.suites.suite import Asker
 from recipes_lib.training.process import end_process
 
@@ -194,15 +194,14 @@ def evaluate_all(
             continues.
     """
     quiet_libraries()
-    if against and all(recipe.suite.name == "lm_eval" for recipe in recipes):
+    if against and not any(recipe.is_judged for recipe in recipes):
+        names = " and ".join(dict.fromkeys(recipe.suite.name for recipe in recipes))
         raise RecipeError(
-            "--against has no meaning for lm_eval: it scores answers, it does not compare them",
+            f"--against has no meaning for {names}: it scores answers, it does not compare them",
             "recipes compare compares runs",
         )
     options = {"allow_format_differences": allow_format_differences, "remote_code": remote_code}
-    return evaluate(
-        [SUITES[recipe.suite.name](recipe, words, against, **options) for recipe in recipes]
-    )
+    return evaluate([suite_of(recipe, words, against, **options) for recipe in recipes])
 
 
 def write_result(recipe: EvalRecipe, log: EvalLog) -> dict[str, Any]:

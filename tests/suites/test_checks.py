@@ -137,6 +137,12 @@ def test_a_judge_is_refused_where_rules_decide(tmp_path: Path, capsys) -> None:
     assert "mine.yaml:4: checks asks no judge" in capsys.readouterr().err
 
 
+def test_an_opponent_is_refused_where_no_suite_compares(tmp_path: Path, capsys) -> None:
+    recipe = rows_in(tmp_path, {"prompt": "?", "check": "exact", "expected": "a"})
+    assert main(["eval", str(recipe), "one", "--against", "base"]) == 2
+    assert "--against has no meaning for checks" in capsys.readouterr().err
+
+
 def test_an_evaluation_by_rules_is_a_log_that_comparisons_read(
     make_run,  # noqa: F811
     runs_folder,  # noqa: F811

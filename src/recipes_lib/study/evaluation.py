@@ -29,7 +29,7 @@ from recipes_lib.generation.targets import Asking, Target, base_target, find_tar
 from recipes_lib.study.arms import base_arm, base_record, base_run, move_aside
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
 from recipes_lib.suites.judged import JudgedSuite
-from recipes_lib.suites.registry import SUITES
+from recipes_lib.suites.registry import suite_of
 from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.finished_run import finished_run
 from recipes_lib.weights.verify import check_answers_as_trained, check_weight_files
@@ -224,12 +224,12 @@ class Evaluation:
 
     def _plan(self, recipe: EvalRecipe) -> None:
         """Open the suites of one eval: everyone's own results, and the comparisons."""
-        suite_of = partial(SUITES[recipe.suite.name], remote_code=self.remote_code)
+        opened = partial(suite_of, remote_code=self.remote_code)
         if not recipe.is_judged:
             steps = self._mine(recipe.suite.name, recipe)
             with self.failures.noted(steps):
                 if steps:
-                    suite = suite_of(recipe, list(_by_run(steps)), None)
+                    suite = opened(recipe, list(_by_run(steps)))
                     self.jobs.append(_Job(suite, results=_by_run(steps)))
             return
         answers, judgments = self._mine("answers", recipe), self._mine("judgments", recipe)
@@ -238,7 +238,7 @@ class Evaluation:
                 # Everyone takes part, also whose results are fresh: the judge's probes and its
                 # audit are then what they would have been in one go, wherever an earlier attempt
                 # ended. What is stored is not asked again.
-                suite = suite_of(recipe, list(_by_run(self._available(recipe))), None)
+                suite = opened(recipe, list(_by_run(self._available(recipe))))
                 self._add(suite, answers, judgments, self._stored_cards(recipe, but=recipe.name))
         # The judge's probes belong to its audit above; asking them again for every pair would tell
         # nothing new.
@@ -248,7 +248,7 @@ class Evaluation:
         for step in self._mine("comparison", recipe):
             with self.failures.noted([step]):
                 against = base_run(self.study) if step.against == BASE_ARM else step.against
-                suite = suite_of(plain, [step.run], against)
+                suite = opened(plain, [step.run], against)
                 self._add(suite, [], [step], self._stored_cards(recipe), counts_elsewhere=False)
 
     def _add(

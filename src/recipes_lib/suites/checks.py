@@ -39,15 +39,7 @@ class Checks(Asker):
         "by_category": {},
     }
 
-    def __init__(
-        self,
-        recipe: EvalRecipe,
-        words: Sequence[str],
-        against: str | None = None,
-        allow_format_differences: bool = False,
-        remote_code: bool = False,
-    ) -> None:
-        del against, allow_format_differences  # answers are checked, not compared
+    def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
         self.recipe = recipe
         self.chosen = load_questions(recipe)
         super().__init__(find_targets(words, asking_of(recipe, remote_code)))

@@ -84,15 +84,7 @@ class Harness(Asker):
         "lm_eval_results": {},
     }
 
-    def __init__(
-        self,
-        recipe: EvalRecipe,
-        words: Sequence[str],
-        against: str | None = None,
-        allow_format_differences: bool = False,
-        remote_code: bool = False,
-    ) -> None:
-        del against, allow_format_differences  # answers are scored, not compared
+    def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
         self.recipe = recipe
         super().__init__(find_targets(words, asking_of(recipe, remote_code)))
         if unknown := sorted(set(recipe.suite.options) & set(_OURS)):

@@ -49,15 +49,7 @@ class HeldoutLoss(Asker):
         "rows": {"type": "object", "required": ["n", "tokens", "hash"]},
     }
 
-    def __init__(
-        self,
-        recipe: EvalRecipe,
-        words: Sequence[str],
-        against: str | None = None,
-        allow_format_differences: bool = False,
-        remote_code: bool = False,
-    ) -> None:
-        del against, allow_format_differences  # losses are compared row by row, by `compare`
+    def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
         self.recipe = recipe
         super().__init__(find_targets(words, asking_of(recipe, remote_code)))
         if recipe.generation.engine == "openai":

@@ -13,6 +13,7 @@ from recipes_lib.core.terminal import say
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import (
     EvalDataSection,
+    EvalRecipe,
     GenerationSection,
     MetricsSection,
     SuiteSection,
@@ -24,12 +25,14 @@ from recipes_lib.suites.alpaca_eval import AlpacaEval
 from recipes_lib.suites.checks import Checks
 from recipes_lib.suites.harness import Harness
 from recipes_lib.suites.heldout_loss import HeldoutLoss
+from recipes_lib.suites.judged import JudgedSuite
 from recipes_lib.suites.mt_bench import MTBench
+from recipes_lib.suites.suite import Asker
 
 # A new suite is a file with one class, and a line here; then `make schema`.
-# A suite is an `Asker` made of a recipe, words, an opponent and what the command line allows, with
-# `table(results)` and what the schemas say of
-# it (`HELP`, `NUMBERS`). A suite that a judge decides is a `JudgedSuite`.
+# A suite is an `Asker` made of a recipe, words and whether the command line allows code of a model,
+# with `table(results)` and what the schemas say of it (`HELP`, `NUMBERS`). A suite that a judge
+# decides is a `JudgedSuite`, which is also made of an opponent.
 SUITES: dict[
     str, type[AlpacaEval] | type[MTBench] | type[Harness] | type[Checks] | type[HeldoutLoss]
 ] = {
@@ -39,6 +42,21 @@ SUITES: dict[
     "checks": Checks,
     "heldout_loss": HeldoutLoss,
 }
+
+
+def suite_of(
+    recipe: EvalRecipe,
+    words: Sequence[str],
+    against: str | None = None,
+    *,
+    allow_format_differences: bool = False,
+    remote_code: bool = False,
+) -> Asker:
+    """Return the suite of an eval recipe for targets; see `JudgedSuite` for the words."""
+    kind = SUITES[recipe.suite.name]
+    if issubclass(kind, JudgedSuite):
+        return kind(recipe, words, against, allow_format_differences, remote_code)
+    return kind(recipe, words, remote_code)
 
 
 def say_results(results: Sequence[dict[str, Any]]) -> None:
