@@ -156,6 +156,11 @@ def test_an_evaluation_by_rules_is_a_log_that_comparisons_read(
         {"prompt": "Say a", "check": "max_words", "expected": 0, "category": "short"},
         {"prompt": "Say b", "check": "min_words", "expected": 0, "category": "long"},
         {"prompt": "Say c", "check": "exact", "expected": "c", "category": "long"},
+        {
+            "prompt": "Say d",
+            "checks": [{"check": "max_words", "expected": words} for words in (0, 99)],
+            "category": "short",
+        },
     )
     assert main(["eval", str(recipe), "one", "two"]) == 0
     told = capsys.readouterr().out
@@ -167,6 +172,7 @@ def test_an_evaluation_by_rules_is_a_log_that_comparisons_read(
         ("short", 0.0),
         ("long", 1.0),
     ]
+    assert measure.samples[3].value == 0.0  # both of two checks of one name count
     assert measure.samples[2].value in (None, 0.0)  # four tokens: cut, or another text than c
     assert main(["compare", "one", "two"]) == 0
     assert "answers that pass" in capsys.readouterr().out

@@ -96,7 +96,8 @@ def _add(found: SampleSet, log: EvalLog, arm: str, title: str, opponent: str, st
     if not samples or found.is_full():
         return
     group = len(found.groups)
-    title += f" against {opponent}" if opponent else ", graded"
+    how = "checked by rules" if samples[0].by_rule and not opponent else "graded"
+    title += f" against {opponent}" if opponent else f", {how}"
     folder = "/".join(log.file.parent.parts[-3:])
     found.groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
     turns = log.is_imported or log.suite == "mt_bench"
@@ -136,4 +137,4 @@ def _shown(log: EvalLog) -> list[Sample]:
             one for measure in log.measures for one in measure.samples if one.answer or one.raws
         ]
     measures = sorted(log.measures, key=lambda measure: measure.opponent is None)
-    return list(measures[0].samples) if measures else []
+    return [one for one in measures[0].samples if one.answer is not None] if measures else []

@@ -1,7 +1,7 @@
 """Answers checked by rules over rows of your own: no judge, one model call per row.
 
 A row is a prompt with what the answer must be. `data.questions` names a file of such rows (JSON
-lines, JSON or CSV):
+lines or JSON):
 
     {"prompt": "What is the capital of France?", "check": "contains", "expected": "Paris"}
     {"prompt": "6 x 7?", "check": "number", "expected": 42, "category": "sums"}
@@ -92,15 +92,16 @@ class Checks(Asker):
         """
         row = answers.rows[question.id, 1]
         text, cut = str(row["answer"]), row["finish_reason"] != "stop"
-        passed = {check.name: check.passes(text, cut) for check in question.checks}
-        failed = [name for name, one in passed.items() if one is False]
-        is_open = not failed and None in passed.values()
+        results = [(check.name, check.passes(text, cut)) for check in question.checks]
+        failed = [name for name, passed in results if passed is False]
+        is_open = not failed and any(passed is None for _, passed in results)
         return Sample(
             id=question.id,
             category=question.category,
             value=None if is_open else float(not failed),
             outcome="unresolved" if is_open else "graded",
             verdicts=("cut" if is_open else f"fails {', '.join(failed)}" if failed else "passes",),
+            raws=(None,),
             by_rule=True,
             lengths=(len(text),),
             input=question.turns[0],

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.sections import (
     DataSection,
-    FiltersSection,
     ModelSection,
     RunSection,
-    SplitSection,
 )
 from recipes_lib.core.errors import RecipeError
 
@@ -73,17 +71,10 @@ def _recipe_values(recipe: Recipe) -> dict[str, Any]:
 @functools.cache
 def _defaults() -> dict[str, Any]:
     """Return the defaults of our own sections, by dotted key."""
-    ours = (("model", ModelSection), ("data", DataSection), ("run", RunSection))
-    flat: dict[str, Any] = {}
-    for name, section in ours:
-        for one in dataclasses.fields(section):
-            factory = one.default_factory
-            default = one.default if factory is dataclasses.MISSING else factory()
-            if isinstance(default, SplitSection | FiltersSection):
-                default = dataclasses.asdict(default)
-            if default is not dataclasses.MISSING:
-                flat |= flatten(default, f"{name}.{one.name}")
-    return flat
+    # what has no default is in every record
+    model, data = ModelSection(name_or_path=""), DataSection(source="")
+    ours = {"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)}
+    return flatten({**ours, "run": dataclasses.asdict(RunSection())})
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
