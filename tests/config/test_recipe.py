@@ -109,6 +109,22 @@ def test_a_recipe_that_another_process_reads_is_the_same(write, tmp_path, monkey
     assert again.text.startswith("extends: base")
 
 
+def test_names_with_dots_and_digits_in_a_mapping_are_shown_with_their_line(write, tmp_path):
+    ranks = {"layers.0.q_proj": 4, "v_proj": 2, "7": 3}
+    lines = "".join(f"    {name!r}: {rank}\n" for name, rank in ranks.items())
+    write(
+        "model: {name_or_path: a/b}\ndata: {source: rows.jsonl}\n"
+        f"lora:\n  r: 8\n  rank_pattern:\n{lines}"
+    )
+    recipe = load_recipe("r.yaml")
+    recipe.write(tmp_path / "recipe.json")
+    for one in (recipe, Recipe.read(tmp_path / "recipe.json")):
+        assert one.written_values()["lora"] == {"r": 8, "rank_pattern": ranks}
+        assert str(one.origin_of("lora.rank_pattern.layers.0.q_proj")) == "r.yaml:6"
+        assert str(one.error("lora.rank_pattern.7", "bad")) == "r.yaml:8: bad"
+        assert str(one.error("lora.rank_pattern.layers.1", "bad")) == "r.yaml:5: bad"
+
+
 def test_a_damaged_record_of_a_recipe_is_one_line(tmp_path):
     for content in ("{", "[]", "{}", '{"values": 3}'):
         (tmp_path / "recipe.json").write_text(content)

@@ -9,7 +9,7 @@ in `validation`.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ class Document:
 
     def origin(self, path: KeyPath) -> Origin:
         """Return the origin of the value at `path`, or of the nearest key above it."""
-        return nearest_origin(self.origins, path, self.file)
+        above = (path[:length] for length in range(len(path), 0, -1))
+        return next((self.origins[key] for key in above if key in self.origins), Origin(self.file))
 
     def error(self, path: KeyPath, what: str, *hints: str) -> RecipeError:
         """Return an error placed where the value at `path` was written."""
@@ -81,14 +82,6 @@ class Document:
         if origin is None:
             return self.path.parent
         return Path.cwd() if origin.file == COMMAND_LINE else Path(origin.file).parent
-
-
-def nearest_origin(origins: Mapping[KeyPath, Origin], path: KeyPath, file: str) -> Origin:
-    """Return the origin of the value at `path`, of the nearest key above it, or the file as a
-    whole.
-    """
-    written = (path[:length] for length in range(len(path), 0, -1) if path[:length] in origins)
-    return next((origins[key] for key in written), Origin(file))
 
 
 def run_name(document: Document) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.loader import Document, Origin, nearest_origin, run_name
+from recipes_lib.config.loader import Document, Origin, run_name
 from recipes_lib.config.sections import (
     HUB_ID,
     TRAIN_DEFAULTS,
@@ -26,8 +26,7 @@ from recipes_lib.config.sections import (
     data_format,
     is_inline,
 )
-from recipes_lib.config.validation import load
-from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.config.validation import dotted, load
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
@@ -38,7 +37,7 @@ HANDED = "RECIPES_HANDED_RECIPE"  # the file in which a process finds the recipe
 PROJECT_DEFAULT = Origin("project default")
 UPSTREAM_DEFAULT = Origin("default")
 _UNCHOSEN = object()
-_FREE_MAPPINGS = {("model", "kwargs"), ("data", "columns")}
+_FREE_MAPPINGS = {"model.kwargs", "data.columns"}
 _PATHS = ("source", "chat_template")
 
 
@@ -47,9 +46,9 @@ class Recipe:
     """A resolved recipe.
 
     `train` holds what goes to `SFTConfig`: the recipe's keys and the project's defaults. `name` is
-    the run's name, `text` the recipe's file. The paths of `data` are absolute; `as_written` holds
-    those keys of `data` whose paths were written otherwise, for what is shown, recorded and
-    compared.
+    the run's name, `text` the recipe's file, `origins` where each dotted key was written. The paths
+    of `data` are absolute; `as_written` holds those keys of `data` whose paths were written
+    otherwise, for what is shown, recorded and compared.
     """
 
     path: Path
@@ -61,7 +60,7 @@ class Recipe:
     train: dict[str, Any]
     lora: dict[str, Any] | None
     quantization: dict[str, Any] | None
-    origins: Mapping[KeyPath, Origin]
+    origins: Mapping[str, Origin]
     warnings: tuple[RecipeError, ...]
     as_written: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
@@ -93,7 +92,7 @@ class Recipe:
                 "path": str(self.path),
                 "values": self._values(),
                 "as_written": dict(self.as_written),
-                "origins": {".".join(map(str, key)): str(at) for key, at in self.origins.items()},
+                "origins": {key: str(at) for key, at in self.origins.items()},
                 "warnings": [
                     [one.what, one.hints, str(Origin(str(one.file), one.line))]
                     for one in self.warnings
@@ -115,7 +114,7 @@ class Recipe:
                 stored["values"],
                 path=Path(stored["path"]),
                 name=stored["values"]["run"]["name"],
-                origins={_key_path(key): Origin.of(at) for key, at in stored["origins"].items()},
+                origins={key: Origin.of(at) for key, at in stored["origins"].items()},
                 warnings=tuple(
                     RecipeError(what, *hints, file=Origin.of(at).file, line=Origin.of(at).line)
                     for what, hints, at in stored["warnings"]
@@ -131,32 +130,30 @@ class Recipe:
         """Return the sections with the values somebody chose (a file, the command line, the
         project), without defaults.
         """
-        sections = {name: self._chosen((name,), value) for name, value in self.to_dict().items()}
+        sections = {name: self._chosen(name, value) for name, value in self.to_dict().items()}
         return {name: value for name, value in sections.items() if value is not _UNCHOSEN}
 
-    def _chosen(self, path: KeyPath, value: Any) -> Any:
-        if isinstance(value, dict) and path not in _FREE_MAPPINGS:
-            inner = {key: self._chosen((*path, key), item) for key, item in value.items()}
-            return {key: item for key, item in inner.items() if item is not _UNCHOSEN} or _UNCHOSEN
-        return value if self.origin_of(".".join(map(str, path))) != UPSTREAM_DEFAULT else _UNCHOSEN
+    def _chosen(self, key: str, value: Any) -> Any:
+        if isinstance(value, dict) and key not in _FREE_MAPPINGS:
+            inner = {name: self._chosen(f"{key}.{name}", item) for name, item in value.items()}
+            return {name: it for name, it in inner.items() if it is not _UNCHOSEN} or _UNCHOSEN
+        return value if self.origin_of(key) != UPSTREAM_DEFAULT else _UNCHOSEN
 
     def origin_of(self, key: str) -> Origin:
         """Return where the value of a dotted key was written; a key nobody wrote has a default's
         origin.
         """
-        path = _key_path(key)
-        default = (
-            PROJECT_DEFAULT
-            if path[0] == "train" and path[-1] in TRAIN_DEFAULTS
-            else UPSTREAM_DEFAULT
-        )
-        return self.origins.get(path, default)
+        section, _, name = key.partition(".")
+        ours = section == "train" and name in TRAIN_DEFAULTS
+        return self.origins.get(key, PROJECT_DEFAULT if ours else UPSTREAM_DEFAULT)
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` was written; for a default, where its section or else
         the recipe is.
         """
-        origin = nearest_origin(self.origins, _key_path(key), str(self.path))
+        above = (key.rsplit(".", levels)[0] for levels in range(key.count(".") + 1))
+        written = (self.origins[key] for key in above if key in self.origins)
+        origin = next(written, Origin(str(self.path)))
         return RecipeError(what, *hints, file=origin.file, line=origin.line)
 
     def fault(self, key: str, what: str, *hints: str) -> EnvironmentFault:
@@ -194,7 +191,7 @@ def recipe_from(document: Document) -> Recipe:
         {**values, "data": {**values["data"], **absolute}},
         path=document.path,
         name=run_name(document),
-        origins=document.origins,
+        origins={dotted(path): origin for path, origin in document.origins.items()},
         warnings=tuple(document.warnings),
         as_written={key: value for key, value in written.items() if value != absolute[key]},
         text=document.text,
@@ -262,7 +259,3 @@ def _absolute(name: str, folders: Sequence[Path], *, keep_missing: bool = False)
     if found is not None and not (normal.exists() and normal.samefile(place)):
         return str(place.absolute())  # a/link/.. need not be a
     return str(normal)
-
-
-def _key_path(key: str) -> KeyPath:
-    return tuple(int(part) if part.isdigit() else part for part in key.split("."))

@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from recipes_lib.compare.design import Study
 from recipes_lib.config.loader import COMMAND_LINE, Origin
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.sources import listed_sources
@@ -38,7 +37,7 @@ class Snapshot:
 
     def add_recipe(self, recipe: Recipe) -> None:
         """Add a recipe, what it extends, its chat template, and links to its data."""
-        self.add_files(recipe.path, *_written_in(recipe.origins))
+        self.add_files(recipe.path, *_written_in(recipe.origins.values()))
         written = dataclasses.replace(recipe.data, **recipe.as_written)
         pairs = zip(listed_sources(written), listed_sources(recipe.data), strict=True)
         for name, place in ((one.source, Path(other.source)) for one, other in pairs):
@@ -51,7 +50,7 @@ class Snapshot:
     def add_eval(self, recipe: EvalRecipe) -> None:
         """Add an eval recipe, its judge with prompts and rubrics, and links to its questions."""
         document = recipe.document
-        self.add_files(recipe.path, *_written_in(document.origins))
+        self.add_files(recipe.path, *_written_in(document.origins.values()))
         for key in ("questions", "references", "include_path", "folder"):
             if name := getattr(recipe.data, key):
                 self.links |= _beside(document.folder(("data", key)), name)
@@ -116,9 +115,9 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
 
 
-def _written_in(origins: Mapping[KeyPath, Origin]) -> set[Path]:
+def _written_in(origins: Iterable[Origin]) -> set[Path]:
     """Return the files in which values were written."""
-    files = {Path(origin.file) for origin in origins.values() if origin.file != COMMAND_LINE}
+    files = {Path(origin.file) for origin in origins if origin.file != COMMAND_LINE}
     return {file for file in files if file.is_file()}
 
 

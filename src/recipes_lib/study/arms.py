@@ -105,7 +105,7 @@ def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
         name=name,
         run=dataclasses.replace(arm.recipe.run, name=name),
         train={**arm.recipe.train, "seed": seed},
-        origins={**arm.recipe.origins, ("run", "name"): word, ("train", "seed"): word},
+        origins={**arm.recipe.origins, "run.name": word, "train.seed": word},
     )
 
 
