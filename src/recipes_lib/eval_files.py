@@ -181,17 +181,23 @@ def _against_file(folder: Path, stem: str, against: str | None, suffix: str = ".
 
 
 def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
-    """The measures that result.json names, with their samples from items.jsonl."""
-    rows = list(read_lines(_items_file(file)))
+    """The measures that result.json names, with their samples from items.jsonl.
+
+    Raises:
+        DataError: the samples do not add up to a result of ours.
+    """
+    samples: dict[tuple[str, str], list[Sample]] = {}
+    for row in read_lines(_items_file(file)):
+        key = row["metric"], row.get("task") or ""
+        samples.setdefault(key, []).append(Sample.from_dict(row))
     for told in result["measures"]:
         metric, task = told["metric"], told.get("task") or ""
-        mine = (row for row in rows if row["metric"] == metric and (row.get("task") or "") == task)
-        yield Measure(
+        measure = Measure(
             name,
             str(result["suite"]),
             metric,
             told["label"],
-            tuple(map(Sample.from_dict, mine)),
+            tuple(samples.get((metric, task), ())),
             file,
             told.get("opponent"),
             task,
@@ -200,6 +206,27 @@ def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure
             told.get("reported"),
             told.get("reported_n"),
         )
+        if "written" in result:  # of ours, not of an import
+            _check_measure(measure, result)
+        yield measure
+
+
+def _check_measure(measure: Measure, result: Mapping[str, Any]) -> None:
+    """Compare the samples of a measure with the numbers of its result.
+
+    Raises:
+        DataError: they differ.
+    """
+    file, samples = measure.file, measure.samples
+    if measure.suite == "lm_eval":
+        _check_samples(file, measure.task, measure.reported_n if samples else None, samples)
+    elif measure.metric == "win_rate":
+        _check_counts(file, result["pairs"], samples)
+    elif measure.metric == "grade":
+        _check_mean(file, measure.reported_n, measure.reported, samples)
+    else:
+        told = result["rows" if measure.metric == "loss" else measure.metric]["n"]
+        _check_samples(file, measure.label, told, samples)
 
 
 def alpaca_samples(lines: Iterable[Mapping[str, Any]]) -> tuple[list[Sample], list[Sample]]:
@@ -294,15 +321,7 @@ def mt_bench_measures(
         DataError: the result's mean is not that of the grades.
     """
     score = result["score"]
-    graded = [one.value for one in grades if one.value is not None]
-    if len(graded) != score["n"] or (
-        graded and abs(sum(graded) / len(graded) - score["estimate"]) > 1e-6
-    ):
-        raise DataError(
-            f"its mean is over {score['n']} grades, the stored ones are {len(graded)}",
-            "evaluate the run again: it asks nothing twice",
-            file=file,
-        )
+    _check_mean(file, score["n"], score["estimate"], grades)
     yield _grades(name, "mt_bench", "MT-Bench mean grade, 1-5", file, score, grades)
     if result.get("pairs"):
         yield _pairs(name, "mt_bench", "MT-Bench win rate", file, result, pairs)
@@ -358,6 +377,26 @@ def _pairs(
         DataError: they differ.
     """
     told: Mapping[str, Any] = result["pairs"]
+    _check_counts(file, told, pairs)
+    return Measure(
+        name,
+        suite,
+        "win_rate",
+        label,
+        tuple(pairs),
+        file,
+        result["against"],
+        reported=told["score"]["estimate"],
+        reported_n=told["n"],
+    )
+
+
+def _check_counts(file: Path, told: Mapping[str, Any], pairs: Sequence[Sample]) -> None:
+    """Compare the outcomes of comparisons with the result's counts.
+
+    Raises:
+        DataError: they differ.
+    """
     counts = {
         outcome: sum(one.outcome == outcome for one in pairs)
         for outcome in ("win", "loss", "tie", "unresolved")
@@ -370,17 +409,21 @@ def _pairs(
             "evaluate the run again: it asks nothing twice",
             file=file,
         )
-    return Measure(
-        name,
-        suite,
-        "win_rate",
-        label,
-        tuple(pairs),
-        file,
-        result["against"],
-        reported=told["score"]["estimate"],
-        reported_n=told["n"],
-    )
+
+
+def _check_mean(file: Path, n: Any, mean: Any, grades: Sequence[Sample]) -> None:
+    """Compare grades with the result's mean.
+
+    Raises:
+        DataError: it is not theirs.
+    """
+    graded = [one.value for one in grades if one.value is not None]
+    if len(graded) != n or (graded and abs(sum(graded) / len(graded) - mean) > 1e-6):
+        raise DataError(
+            f"its mean is over {n} grades, the stored ones are {len(graded)}",
+            "evaluate the run again: it asks nothing twice",
+            file=file,
+        )
 
 
 def _judged(path: Path, result: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
@@ -436,7 +479,7 @@ def lm_eval_measures(
             sample for sample in samples[task] if sample.get("filter", "none") == chosen
         )
         items = [one for sample in chosen_samples if (one := _scored(sample, metric, task))]
-        _check_samples(file, task, row["n"], items)
+        _check_samples(file, task, row["n"] if items else None, items)
         values = [item.value for item in items if item.value is not None]
         if values and abs(sum(values) / len(values) - row["value"]) > 1e-6:
             items = []  # the metric is no mean of its samples (perplexities): nothing to pair
@@ -474,7 +517,7 @@ def _check_samples(file: Path, task: str, told: Any, items: Sequence[Sample]) ->
             "evaluate the run again",
             file=file,
         )
-    if items and isinstance(told, int) and told != len(items):
+    if isinstance(told, int) and told != len(items):
         raise DataError(
             f"{task}: its n is {told}, and there are {len(items)} samples",
             "evaluate the run again",
