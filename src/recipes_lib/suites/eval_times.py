@@ -47,7 +47,12 @@ def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     suite, pace = recipe.suite.name, _pace(shape, card)
     if suite == "lm_eval":
         return _harness(recipe, pace)
-    questions = min(_num_questions(recipe), recipe.data.max_questions or 10**9)
+    if suite == "heldout_loss":
+        return EvalTime(recipe.name, 0.0, 0.0, ("the loss on held-out rows",))
+    known = _num_questions(recipe)
+    if known is None:
+        return EvalTime(recipe.name, 0.0, 0.0, ("the answers to questions that are not here",))
+    questions = min(known, recipe.data.max_questions or 10**9)
     answers = questions * (2 if suite == "mt_bench" else 1)
     written = answers * recipe.generation.max_new_tokens * ANSWER_SHARE
     answering = _START_S + written / (GENERATED_TOKENS_PER_SECOND * pace)
@@ -75,12 +80,14 @@ def _pace(shape: ModelShape, card: Card) -> float:
     return MEASURED_PARAMETERS / shape.parameters * card.tflops / threads
 
 
-def _num_questions(recipe: EvalRecipe) -> int:
-    """Return the number of questions: of a local file, or the suite's own."""
+def _num_questions(recipe: EvalRecipe) -> int | None:
+    """Return the number of questions: of a local file, or the suite's own, which not every suite
+    has.
+    """
     questions = recipe.data.questions or ""
     file = recipe.resolve("data.questions", questions)
     if not questions or ":" in questions or not file.is_file():
-        return NUM_QUESTIONS[recipe.suite.name]
+        return NUM_QUESTIONS.get(recipe.suite.name)
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         rows = json.loads(text)
