@@ -257,8 +257,10 @@ def test_damaged_settings_of_a_finished_run_are_named_and_training_it_again_writ
     tmp_path: Path,
 ) -> None:
     settings = [run / "recipe.json", run / "resolved.yaml"]
-    whole = [file.read_bytes() for file in settings]
     (run / "command.txt").write_text(f"python -m recipes_lib.train {trained[0]}\n")
+    (run / "environment.json").write_text('{"libraries": {"torch": "of that day"}}')
+    made_by = [run / "command.txt", run / "environment.json"]
+    whole = [file.read_bytes() for file in (*settings, *made_by)]
     for file in settings:
         file.write_bytes(content)
     for words in (
@@ -279,8 +281,20 @@ def test_damaged_settings_of_a_finished_run_are_named_and_training_it_again_writ
         and "writes it anew" in err
     )
     assert main([str(trained[0])]) == 0
-    assert [file.read_bytes() for file in settings] == whole
+    assert [file.read_bytes() for file in (*settings, *made_by)] == whole
     assert recipes("compare", "tiny")[2].find("resolved.yaml") == -1
+
+
+def test_a_finished_run_of_an_earlier_release_stays_as_it_was_when_it_is_trained_again(
+    run: Path, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "recipe.json").unlink()
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**state, "data_folders": [str(trained[0].parent)]}))
+    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    assert main([str(trained[0])]) == 0
+    assert "written again" not in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class Attempt:
                 raise RecipeError(what, "start a new run with run.name=OTHER")
             damage = weights_damage(self.run, self.recipe.lora is None)
             if damage is None:
-                restore_settings(self.run, self.recipe)
+                self._restore_settings()
                 return True
             say(
                 f"run '{self.run.name}' is finished, but {damage}; going on from its newest whole"
@@ -99,6 +99,19 @@ class Attempt:
             write_provenance(self.run, self.recipe)
             self.is_ours = True
         return False
+
+    def _restore_settings(self) -> None:
+        """Write the settings of a finished run again where a disk damaged them. The command and the
+        environment that trained it stay; an earlier release recorded no recipe.json.
+        """
+        recorded = self.run.path / RECIPE_FILE
+        try:
+            load_recipe(self.run.path / "resolved.yaml")
+            if recorded.exists() or "data_folders" not in self.earlier:
+                Recipe.read(recorded)
+        except (RecipeError, DamagedFile) as error:
+            say(f"{error}; written again")
+            write_settings(self.run, self.recipe)
 
     def continue_or_start(
         self,
@@ -221,25 +234,18 @@ def stop_behind(error: BaseException | None) -> RecipesError | None:
     return None
 
 
-def restore_settings(run: RunDirectory, recipe: Recipe) -> None:
-    """Write the settings of a finished run again where a disk damaged them."""
-    try:
-        load_recipe(run.path / "resolved.yaml")
-        Recipe.read(run.path / RECIPE_FILE)
-    except (RecipeError, DamagedFile) as error:
-        say(f"{error}; written again")
-        write_provenance(run, recipe)
-
-
-def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
-    """Write what a run was made of: recipe.yaml as it was, recipe.json, resolved.yaml, command.txt,
-    environment.json.
-    """
+def write_settings(run: RunDirectory, recipe: Recipe) -> None:
+    """Write recipe.yaml as it was, recipe.json and resolved.yaml."""
     write_text(run.path / "recipe.yaml", recipe.text)
     recipe.write(run.path / RECIPE_FILE)
     write_text(
         run.path / "resolved.yaml",
         yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True),
     )
+
+
+def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
+    """Write what a run is made of: its settings, command.txt and environment.json."""
+    write_settings(run, recipe)
     write_text(run.path / "command.txt", command_line() + "\n")
     write_json(run.path / "environment.json", environment())
