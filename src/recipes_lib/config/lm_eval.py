@@ -27,6 +27,7 @@ import yaml
 
 from recipes_lib.config.loader import Document
 from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.validation import dotted, walk
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import shown_path
 
@@ -118,8 +119,8 @@ def code_in(document: Document, folder: Path | None) -> list[RecipeError]:
     """
     suite = document.values.get("suite", {})
     found = [
-        document.error(("suite", *path), f"suite.{'.'.join(map(str, path))} runs code", ALLOW)
-        for path, value in _walk(
+        document.error(("suite", *path), f"suite.{dotted(path)} runs code", ALLOW)
+        for path, value in walk(
             {name: suite[name] for name in ("gen_kwargs", "options") if suite.get(name)}
         )
         if _names_code(str(path[-1]), value)
@@ -140,24 +141,10 @@ def unknown_metrics(values: Any, known: Any) -> list[str]:
         known: the metrics that lm-eval has.
     """
     found = []
-    for path, value in _walk(values):
+    for path, value in walk(values):
         if path[-1] == "metric" and isinstance(value, str) and value not in known:
             found.append(value)
     return found
-
-
-def _walk(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield every key path below plain values, with its value."""
-    items = (
-        values.items()
-        if isinstance(values, dict)
-        else enumerate(values)
-        if isinstance(values, list)
-        else ()
-    )
-    for key, value in items:
-        yield (*path, key), value
-        yield from _walk(value, (*path, key))
 
 
 def _names_code(key: str, value: Any) -> bool:

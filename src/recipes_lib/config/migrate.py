@@ -20,7 +20,7 @@ import yaml
 
 from recipes_lib.config.constraints import NOT_IN_RECIPES
 from recipes_lib.config.kinds import SECTIONS, foreign_kind
-from recipes_lib.config.vocabulary import FLAT_NAMES, RENAMES, section_keys
+from recipes_lib.config.vocabulary import FLAT_NAMES, RENAMES, SHORT_DTYPES, section_keys
 from recipes_lib.config.yaml_source import read_yaml
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import check_run_name
@@ -133,14 +133,6 @@ ACCELERATE_NAMES = {
     "fsdp2": "fsdp",
 }
 """TRL's bundled accelerate configs -> ours."""
-
-DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-}
 
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 """TRL's defaults where PEFT's are others. Source: trl.ModelConfig."""
@@ -447,7 +439,7 @@ _SPECIAL: dict[str, Callable[[Migration, Entry], None]] = {
 def dtype_name(value: Any) -> Any:
     """Return the full name of a dtype: bf16 -> bfloat16, torch.float16 -> float16."""
     name = value.removeprefix("torch.") if isinstance(value, str) else value
-    return DTYPES.get(name, name) if isinstance(name, str) else name
+    return SHORT_DTYPES.get(name, name) if isinstance(name, str) else name
 
 
 def target_modules(value: Any) -> Any:

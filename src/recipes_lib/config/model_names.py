@@ -19,6 +19,7 @@ from recipes_lib.config.accelerate_config import AccelerateConfig
 from recipes_lib.config.combinations import rank_too_large
 from recipes_lib.config.model_files import no_tokenizer
 from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import build_lora_config, refused
 from recipes_lib.core.errors import RecipeError, one_line
@@ -109,7 +110,7 @@ def _check_causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
         hint = "choose a causal language model, or one of Doge without experts"
         yield recipe.error(key, what, hint)
     positions = getattr(model.config, "max_position_embeddings", None)
-    longest = recipe.train.get("max_length", 1024)
+    longest = recipe.train.get("max_length", MAX_LENGTH)
     has_table = any(
         isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
         for name, module in model.named_modules()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.loader import load_document
+from recipes_lib.config.loader import MAX_LEVELS, load_document
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.config.yaml_text import join_lines, yaml_lines
@@ -62,7 +62,8 @@ def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) ->
     Args:
         rows: the user's own rows, or None to keep the data of `origin`.
     """
-    values = _values(name, target, origin, rows)
+    extended = load_document(origin.path).levels < MAX_LEVELS
+    values = _values(name, target, origin, rows, {} if extended else origin.written_values())
     folder = target.resolve().parent
     schema = Path(
         os.path.relpath(project_root() / "schema" / "recipe.schema.json", folder)
@@ -80,14 +81,15 @@ def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) ->
             f" show {shown_path(target)})"
         ),
         f"#   {launch}",
-        *([f"extends: {extends}"] if _may_be_extended(origin) else []),
+        *([f"extends: {extends}"] if extended else []),
     ]
     return "\n".join([*head, join_lines(lines), ""])
 
 
-def _values(name: str, target: Path, origin: Recipe, rows: OwnRows | None) -> dict[str, Any]:
-    """Return the values the new file writes."""
-    values: dict[str, Any] = {} if _may_be_extended(origin) else origin.written_values()
+def _values(
+    name: str, target: Path, origin: Recipe, rows: OwnRows | None, values: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the values the new file writes: `values`, and those people change."""
     values["model"] = {**values.get("model", {}), "name_or_path": origin.model.name_or_path}
     section: dict[str, Any] = {**values.get("data", {}), "source": _source(target, origin, rows)}
     if rows is not None:
@@ -150,11 +152,6 @@ def _scaled(train: dict[str, Any], rows: OwnRows | None) -> dict[str, Any]:
             values["max_steps"] = -1
     wanted = {"eval_steps": validated and values["eval_steps"] is not None, "save_steps": saved}
     return {key: value for key, value in values.items() if wanted.get(key, True)}
-
-
-def _may_be_extended(origin: Recipe) -> bool:
-    """Whether another level of `extends` is allowed: the origin itself uses at most one."""
-    return load_document(origin.path).levels < 2
 
 
 def _source(target: Path, origin: Recipe, rows: OwnRows | None) -> Any:

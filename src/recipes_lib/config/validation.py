@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.config.kinds import KINDS, kind_named
 from recipes_lib.config.loader import Document, load_document
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.config.vocabulary import load_schema, subschema
+from recipes_lib.config.vocabulary import SHORT_DTYPES, load_schema, subschema
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.redaction import holds_secret, is_secret_name, mask_secrets
@@ -35,13 +35,6 @@ _TYPES = {
     "null": "null",
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-_SHORT_NAMES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "half": "float16",
-    "float": "float32",
-}
 _MOST_CHOICES = 16
 _SECRET_HINT = (
     "log in with 'hf auth login' or export the variable in the shell; if this was committed, revoke"
@@ -239,7 +232,7 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
     choices, name = _choices(schema), dotted(path)
     hints = []
     if isinstance(value, str):
-        short = _SHORT_NAMES.get(value)
+        short = SHORT_DTYPES.get(value)
         hints = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
         if short in choices:
             hints = [f"use {short}"]
@@ -331,7 +324,7 @@ def find_credentials(document: Document) -> dict[KeyPath, RecipeError]:
     in the message.
     """
     errors: dict[KeyPath, RecipeError] = {}
-    for path, value in _walk(document.values, ()):
+    for path, value in walk(document.values):
         key = str(path[-1]).replace("-", "_")
         holds = value not in (None, "") and not isinstance(value, dict | list | bool)
         # the schema has train.eos_token
@@ -347,11 +340,11 @@ def find_credentials(document: Document) -> dict[KeyPath, RecipeError]:
     return errors
 
 
-def _walk(values: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield every key path with its value."""
+def walk(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield every key path below plain values, with its value."""
     items: Iterable[tuple[str | int, Any]] = enumerate(values if isinstance(values, list) else ())
     if isinstance(values, dict):
         items = values.items()
     for key, value in items:
         yield (*path, key), value
-        yield from _walk(value, (*path, key))
+        yield from walk(value, (*path, key))

@@ -97,6 +97,14 @@ FLAT_NAMES = {
     "run_name": "run.name",
 }
 
+SHORT_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
+
 
 @dataclass(frozen=True)
 class Rename:

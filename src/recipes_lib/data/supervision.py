@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.sections import MAX_LENGTH, DataSection
 from recipes_lib.data.conversations import Message, conversation_of
 from recipes_lib.data.examples import BadRow, Example, SettingError
 from recipes_lib.data.prompts import GENERATION, Span, prompt_and_completion, render_chat
@@ -101,7 +101,7 @@ class Supervision:
         return cls(
             section=section,
             whole=whole and not train.get("assistant_only_loss"),
-            max_length=None if splits_itself else train.get("max_length", 1024),
+            max_length=None if splits_itself else train.get("max_length", MAX_LENGTH),
             keep_end=train.get("truncation_mode", "keep_start") == "keep_end",
             eos_token=train.get("eos_token") or tokenizer.eos_token,
         )
