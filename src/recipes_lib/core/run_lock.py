@@ -26,6 +26,7 @@ from typing import Any
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
 from recipes_lib.core.faults import is_disk_full
+from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.terminal import say
 
 HEARTBEAT_S = 10.0
@@ -285,10 +286,7 @@ def _this_try() -> dict[str, Any]:
 
 def _read(note: Path) -> dict[str, Any]:
     """Return the note; empty where there is none, or none that can be read."""
-    with suppress(OSError, ValueError):
-        found = json.loads(note.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
+    return object_or_none(note) or {}
 
 
 def _ways_out(folder: Path) -> list[str]:

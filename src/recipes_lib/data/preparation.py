@@ -8,7 +8,6 @@ check and name the rows, once to tokenise them), and nothing is written.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,7 +17,7 @@ import numpy as np
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.terminal import say
+from recipes_lib.core.ranks import say_once
 from recipes_lib.data.audit import Injections, audit_rows, check_audit
 from recipes_lib.data.columns import check_dropped_are_there
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
@@ -261,5 +260,5 @@ def _split_record(
 
 
 def _progress(line: str, num_rows: int) -> None:
-    if num_rows >= NUM_ROWS_WORTH_A_LINE and os.environ.get("RANK", "0") == "0":
-        say(f"data: {line}")
+    if num_rows >= NUM_ROWS_WORTH_A_LINE:
+        say_once(f"data: {line}")
