@@ -130,6 +130,17 @@ def test_a_row_that_cannot_be_checked_is_named_with_its_line(tmp_path: Path, row
     assert caught.value.line == 2 and str(caught.value.file).endswith("rows.jsonl")
 
 
+def test_the_check_of_an_eval_names_every_bad_row_of_its_file(tmp_path: Path, capsys) -> None:
+    rows = [{"prompt": "?", "check": "exact", "expected": "a"}, {"check": "exact"}, {"prompt": "?"}]
+    recipe = rows_in(tmp_path, *rows)
+    assert main(["check", str(recipe)]) == 4
+    said = capsys.readouterr().err
+    assert "rows.jsonl:2: a row needs a text under 'prompt'" in said
+    assert "rows.jsonl:3: a row needs a 'check'" in said
+    rows_in(tmp_path, rows[0])
+    assert main(["check", str(recipe)]) == 0
+
+
 def test_a_judge_is_refused_where_rules_decide(tmp_path: Path, capsys) -> None:
     recipe = rows_in(tmp_path, {"prompt": "?", "check": "exact", "expected": "a"})
     recipe.write_text(recipe.read_text() + "judge: {model: any}\n")

@@ -26,6 +26,8 @@ from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.examples import place
 from recipes_lib.data.rows import NUM_CHECKED, check_local_rows
+from recipes_lib.eval_recipe import load_eval
+from recipes_lib.suites.questions import local_questions
 
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
 
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
             found += check(document, args.full)
             if not found and document.kind.name == "recipe":
                 found += _data_errors(document, args.full)
+            if not found and document.kind.name == "eval":
+                found += _question_errors(file)
             remarks += document.warnings
         except RecipeError as error:
             found += error.errors
@@ -89,6 +93,15 @@ def _data_errors(document: Document, full: bool) -> list[RecipesError]:
             say(f"note: {looked}; --full reads all")
     except DataError as error:
         return [place(recipe, error)]
+    return []
+
+
+def _question_errors(file: Path) -> list[RecipesError]:
+    """Return what is wrong with the rows of an eval recipe's local question file."""
+    try:
+        local_questions(load_eval(file))
+    except DataError as error:
+        return [error]
     return []
 
 

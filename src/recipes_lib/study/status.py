@@ -22,7 +22,7 @@ from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.study.arms import launch_words, study_folder, train_words
 from recipes_lib.study.graph import DoneRecord, Freshness, Graph, Step
-from recipes_lib.suites.questions import load_questions
+from recipes_lib.suites.questions import local_questions
 
 STATES = ("fresh", "running", "stale", "missing", "waiting", "failed")
 _REASON_WIDTH = 72
@@ -269,12 +269,9 @@ def _count_turns(recipe: EvalRecipe) -> int | None:
     """Return how many answers an eval asks for, or None where its questions are not on this
     machine.
     """
-    if recipe.suite.name in ("lm_eval", "heldout_loss"):
-        return None
-    named = {"data.questions": recipe.data.questions, "data.references": recipe.data.references}
-    if all(recipe.resolve(key, name).is_file() for key, name in named.items() if name):
-        with suppress(RecipesError):
-            return sum(len(question.turns) for question in load_questions(recipe).questions)
+    with suppress(RecipesError):  # files that cannot be used are the evaluation's error
+        if chosen := local_questions(recipe):
+            return sum(len(question.turns) for question in chosen.questions)
     return None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.json_files import valid_texts
+from recipes_lib.data.examples import NUM_LISTED
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
@@ -30,6 +31,7 @@ _MEMBERS = {
     _REFERENCES: "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
 }
+ASKED_HERE = ("alpaca_eval", "mt_bench", "checks")  # suites with questions that `Question` holds
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 
 
@@ -72,12 +74,23 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
 
     Raises:
         DataError: a file that is damaged or has the wrong columns, ids that occur twice, no
-            questions.
+            questions; all rows that cannot be used are named at once.
         EnvironmentFault: the Hub or the package index cannot be reached.
     """
     table = _read(_fetch(recipe, "questions"))
     read = {"mt_bench": _mt_bench, "checks": _checked}.get(recipe.suite.name, _alpaca)
-    questions = [read(row, number, table) for number, row in enumerate(table.rows)]
+    questions, wrong = [], []
+    for number, row in enumerate(table.rows):
+        try:
+            questions.append(read(row, number, table))
+        except DataError as error:
+            wrong.append(error)
+    if wrong:
+        first, *others = wrong
+        more = [str(one).partition("\n")[0] for one in others[:NUM_LISTED]]
+        if rest := len(others) - len(more):
+            more.append(f"{rest} more rows cannot be used")
+        raise DataError(first.what, *first.hints, *more, file=first.file, line=first.line)
     if not questions:
         raise DataError("0 questions", file=table.file)
     twice = [
@@ -150,6 +163,18 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
 def mt_bench_is_here() -> bool:
     """Whether MT-Bench's own files are on this machine already."""
     return wheel_is_here(_WHEEL, _MEMBERS)
+
+
+def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
+    """Return the questions of an eval recipe where they are files here; None for those of the Hub
+    or of a package, and of suites that ask no question of their own.
+
+    Raises:
+        DataError: as `load_questions`.
+    """
+    named = {"data.questions": recipe.data.questions, "data.references": recipe.data.references}
+    here = all(recipe.resolve(key, name).is_file() for key, name in named.items() if name)
+    return load_questions(recipe) if here and recipe.suite.name in ASKED_HERE else None
 
 
 def _from_wheel() -> Path:
