@@ -45,6 +45,15 @@ def test_a_sample_is_read_as_it_was_written(sample: Sample) -> None:
     jsonschema.validate(row, {"$ref": "#/$defs/sample", "$defs": SCHEMA["$defs"]})
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"turn": 0}, {"verdicts": [4]}, {"raws": [1]}, {"lengths": ["3"]}, {"answer": None}]
+)
+def test_a_line_that_is_no_sample_is_refused(wrong: dict[str, object]) -> None:
+    row = json.loads(json.dumps(WHOLE.to_dict("win_rate"))) | wrong
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(row, {"$ref": "#/$defs/sample", "$defs": SCHEMA["$defs"]})
+
+
 def test_every_field_of_a_sample_is_in_its_schema() -> None:
     names = {"id": "question_id", "input": "instruction", "opponent": "opponent_answer"}
     expected = {names.get(one.name, one.name) for one in fields(Sample)} | {"metric", "task"}

@@ -33,7 +33,7 @@ class Sample:
     """
 
     id: str
-    turn: int = 1
+    turn: int = field(default=1, metadata={"minimum": 1})
     category: str = "all"
     value: float | None = None
     outcome: str = "unresolved"

@@ -17,6 +17,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from recipes_lib.config.vocabulary import RENAMES
 from recipes_lib.core.project import project_root, shown_path
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
+COUNT = {"type": "integer", "minimum": 0}
+NUMBER = {"type": ["number", "null"]}
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 # Kinds whose sections belong to a package above this one: module with a function <kind>_schema.
 _ELSEWHERE = {
@@ -94,6 +97,20 @@ def file_schema(name: str, title: str, **words: Any) -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         **words,
+    }
+
+
+def object_schema(
+    properties: dict[str, Any], required: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the schema of an object of these properties alone; all of them are required unless
+    some are named.
+    """
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": list(properties if required is None else required),
+        "properties": properties,
     }
 
 
@@ -228,10 +245,8 @@ def _type_schema(hint: Any) -> dict[str, Any]:
     if origin in (typing.Union, types.UnionType):
         return _union(arguments)
     if origin in (list, tuple) or hint in (list, tuple):
-        return {
-            "type": "array",
-            **({"items": _type_schema(arguments[0])} if origin is list and arguments else {}),
-        }
+        alike = arguments and (origin is list or arguments[1:] == (Ellipsis,))
+        return {"type": "array", **({"items": _type_schema(arguments[0])} if alike else {})}
     if origin is dict or hint is dict:
         values = _type_schema(arguments[1]) if arguments else {}
         return {"type": "object", **({"additionalProperties": values} if values else {})}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,7 +31,7 @@ class Interval:
     estimate: float | None
     low: float | None
     high: float | None
-    n: int
+    n: int = field(metadata={"minimum": 0})
     method: str
     level: float = LEVEL
 

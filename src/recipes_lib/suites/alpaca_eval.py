@@ -59,7 +59,15 @@ class AlpacaEval(JudgedSuite):
 
     NUMBERS = JUDGED_NUMBERS | {
         "pairs": {"$ref": "#/$defs/pairs"},
-        "alpaca_eval": {"type": "object", "required": ["win_rate", "n", "n_total", "by_order"]},
+        "alpaca_eval": {
+            "description": "The library's numbers in percent; n_total leaves pairs without both"
+            " verdicts out.",
+            "type": "object",
+            "required": [
+                *("win_rate", "standard_error", "n", "n_total"),
+                *("n_wins", "n_wins_base", "n_draws", "by_order"),
+            ],
+        },
         "length_controlled": {},
         "mean_score": {},
         "mean_length": {},

@@ -18,16 +18,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from recipes_lib.config.schema import COUNT, fields_of, object_schema
 from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import find_targets
-from recipes_lib.statistics.intervals import wilson
+from recipes_lib.statistics.intervals import Interval, wilson
 from recipes_lib.suites.answering import AnswerSet, answer_questions, asking_of
 from recipes_lib.suites.judged import answer_banners
 from recipes_lib.suites.questions import Question, load_questions
 from recipes_lib.suites.suite import Asker, grid, percent_interval
+
+_RATE = object_schema(fields_of(Interval) | {"unresolved": COUNT})
 
 
 class Checks(Asker):
@@ -35,8 +38,8 @@ class Checks(Asker):
 
     HELP = "answers checked by rules: exact, contains, regex, number, json, choice, length."
     NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
-        "pass_rate": {"$ref": "#/$defs/interval"},
-        "by_category": {},
+        "pass_rate": _RATE,
+        "by_category": {"type": "object", "additionalProperties": _RATE},
     }
 
     def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:

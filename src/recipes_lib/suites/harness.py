@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import yaml
 
 from recipes_lib.config.lm_eval import ALLOW, PROTOCOL, code_in, metric_direction, unknown_metrics
+from recipes_lib.config.schema import fields_of, object_schema
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
@@ -78,7 +79,7 @@ class Harness(Asker):
 
     HELP = "tasks of the harness."
     NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
-        "tasks": {},
+        "tasks": {"type": "array", "items": object_schema(fields_of(TaskScore))},
         "protocol": {},
         "lm_eval_command": {},
         "lm_eval_results": {},

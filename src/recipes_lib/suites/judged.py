@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from recipes_lib.config.schema import COUNT, NUMBER
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import runs_root
@@ -49,9 +50,66 @@ from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.merge import RECORD as MERGE_RECORD
 
 _BASE = "base"
+_PERCENT = {**NUMBER, "minimum": 0, "maximum": 100}
 JUDGED_NUMBERS: dict[str, dict[str, Any]] = {  # key of a result -> its schema
-    name: {}
-    for name in ("n", "judge", "audit", "recorded", "unparsed", "contradictions", "order", "bounds")
+    "n": COUNT,
+    "judge": {},
+    "audit": {},
+    "answers": {
+        "required": ["answers"],
+        "properties": {
+            "answers": {
+                "type": "object",
+                "required": ["n", "empty", "cut", "identical"],
+                "properties": {
+                    "cut": COUNT,
+                    "identical": {"required": ["count", "share", "text", "flagged"]},
+                },
+            }
+        },
+    },
+    "recorded": {
+        "description": "The outcome under judge_replay's keys: percent of resolved pairs, mean"
+        " grade; n is resolved pairs, or graded turns.",
+        "type": "object",
+        "required": ["win", "loss", "tie", "n", "mean_score", "mean_score_interval", "scale"],
+        "properties": {
+            **dict.fromkeys(("win", "loss", "tie"), _PERCENT),
+            "n": COUNT,
+            "mean_score": NUMBER,
+            "scale": {"type": ["string", "null"]},
+        },
+    },
+    "unparsed": {
+        "description": "Judgments that were asked and gave no verdict, whatever the reason.",
+        "type": "object",
+        "required": ["count", "share"],
+        "properties": {"count": COUNT, "share": {"type": "number", "minimum": 0, "maximum": 1}},
+    },
+    "contradictions": {
+        "type": "object",
+        "required": ["n", "decidable", "count", "for_first", "rate", "interval", "direction"],
+    },
+    "order": {
+        "description": "flips: pairs whose two orders named different answers.",
+        "type": "object",
+        "required": ["judged", "flips", "flip_rate", "interval"],
+        "properties": {
+            "judged": {"enum": ["both", "single-answer"]},
+            "flips": {"type": ["integer", "null"], "minimum": 0},
+        },
+    },
+    "bounds": {
+        "description": "The number if everything without a verdict were lost (lowest grade), and"
+        " won (highest).",
+        "type": "object",
+        "required": ["of", "all_lost", "all_won"],
+        "properties": {
+            "of": {"enum": ["win percent", "mean score"]},
+            "all_lost": NUMBER,
+            "all_won": NUMBER,
+        },
+    },
 }
 _SAME_ANSWERS = "{} and {} gave the same answers: they are one model here and cannot be ranked"
 

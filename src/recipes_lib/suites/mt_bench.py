@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.schema import COUNT, NUMBER, fields_of, object_schema
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_files import mt_bench_measures, mt_bench_samples, write_lines
 from recipes_lib.eval_log import REFERENCE, Measure
@@ -23,7 +24,7 @@ from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.prometheus import OUR_GRADING
 from recipes_lib.judging.store import JudgmentStore, Row
-from recipes_lib.statistics.intervals import mean_interval
+from recipes_lib.statistics.intervals import Interval, mean_interval
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.judged import (
     JUDGED_NUMBERS,
@@ -43,6 +44,17 @@ _STYLE = {
     "grid.alpha": 0.3,
     "axes.axisbelow": True,
 }
+_GRADE = object_schema(
+    fields_of(Interval)
+    | {
+        "turns": COUNT,
+        "without_grade": COUNT,
+        "bounds": object_schema({"all_1": NUMBER, "all_5": NUMBER}),
+        "scale": {"type": "string"},
+        "doubled_2_10": NUMBER,
+    }
+)
+_GRADES = {"type": "object", "additionalProperties": _GRADE}
 _COLOURS = ("#4477aa", "#cc6677", "#ddaa33", "#228833")
 
 
@@ -52,9 +64,9 @@ class MTBench(JudgedSuite):
     HELP = "two turns, graded 1-5."
 
     NUMBERS = JUDGED_NUMBERS | {
-        "score": {"required": ["estimate", "turns", "without_grade", "bounds", "doubled_2_10"]},
-        "by_turn": {"type": "object"},
-        "by_category": {"type": "object"},
+        "score": _GRADE,
+        "by_turn": _GRADES,
+        "by_category": {"type": "object", "additionalProperties": _GRADES},
         "pairs": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/pairs"}]},
         "statuses": {},
         "judgment_keys": {},

@@ -4,13 +4,12 @@ for the terminal, and the schema of result.json.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from recipes_lib.config.schema import fields_of, file_schema, sections_schema
+from recipes_lib.config.schema import fields_of, file_schema, object_schema, sections_schema
 from recipes_lib.core.terminal import say
-from recipes_lib.eval_log import EvalLog, Measure, Sample
+from recipes_lib.eval_log import EvalLog, ImportedFile, Measure, Sample
 from recipes_lib.eval_recipe import (
     EvalDataSection,
     EvalRecipe,
@@ -128,7 +127,7 @@ def eval_result_schema() -> dict[str, Any]:
     """Return the schema of result.json and of a line of items.jsonl, from the dataclasses of the
     log and the numbers that each suite names.
     """
-    header = fields_of(EvalLog)
+    header, inside = fields_of(EvalLog), ("eval", "suite", "samples", "file")
     for name in ("file", "numbers"):
         del header[name]
     header |= {
@@ -138,7 +137,10 @@ def eval_result_schema() -> dict[str, Any]:
         "measures": {
             "description": "Metrics, whose samples are in items.jsonl.",
             "type": "array",
-            "items": _object(fields_of(Measure), ["metric", "label"], ("eval", "suite", "samples")),
+            "items": object_schema(
+                {name: one for name, one in fields_of(Measure).items() if name not in inside},
+                ["metric", "label"],
+            ),
         },
     }
     always = ["format_version", "suite", "eval", "target", "against", "subset", "banners"]
@@ -160,14 +162,30 @@ def eval_result_schema() -> dict[str, Any]:
         "type": "object",
         "required": [*always, "imported", "flags", "lacks", "answers"],
         "properties": {
-            name: header[name] for name in ("format_version", "suite", "imported", "flags", "lacks")
+            **{name: header[name] for name in ("format_version", "flags", "lacks", "measures")},
+            "suite": {"enum": ["alpaca_eval", "mt_bench", "lm_eval"]},
+            "imported": {
+                "type": "array",
+                "minItems": 1,
+                "items": object_schema(fields_of(ImportedFile)),
+            },
+            "missing": {
+                "type": "array",
+                "items": {"type": "object", "required": ["question_id", "turn"]},
+            },
+            "replays": header["replays"],
         },
         "not": {"required": ["written"]},
     }
     sample = fields_of(Sample)
     names = {"id": "question_id", "input": "instruction", "opponent": "opponent_answer"}
     sample = {names.get(name, name): schema for name, schema in sample.items()}
-    sample |= {"metric": {"type": "string"}, "task": {"type": "string"}}
+    texts = ("instruction", "answer", "opponent_answer", "metric", "task")
+    sample |= {name: {"type": "string"} for name in texts}
+    shares = ("win_rate", "score", "swap_consistency", "first_position")
+    of_interval = {"$ref": "#/$defs/interval"}
+    pairs = fields_of(PairSummary) | dict.fromkeys(shares, of_interval)
+    pairs["score_bounds"] = {"type": "object", "additionalProperties": of_interval}
     schema = file_schema("eval_result", "recipes eval --json, and result.json of an evaluation")
     del schema["type"], schema["additionalProperties"]
     return schema | {
@@ -192,29 +210,13 @@ def eval_result_schema() -> dict[str, Any]:
             },
         ],
         "$defs": {
-            "interval": _object(fields_of(Interval)),
+            "interval": object_schema(fields_of(Interval)),
             "pairs": {
-                "description": PairSummary.__doc__.partition("\n")[0]
-                if PairSummary.__doc__
-                else "",
-                "type": "object",
-                "required": [one.name for one in dataclasses.fields(PairSummary)],
+                "description": (PairSummary.__doc__ or "").partition("\n")[0],
+                **object_schema(pairs),
             },
-            "sample": _object(sample, ["metric", "question_id", "value", "outcome"]),
+            "sample": object_schema(sample, ["metric", "question_id", "value", "outcome"]),
             "result": result,
             "imported": imported,
         },
-    }
-
-
-def _object(
-    properties: dict[str, Any], required: Sequence[str] = (), without: Sequence[str] = ()
-) -> dict[str, Any]:
-    """An object of these properties alone; all of them are required unless some are named."""
-    known = {name: schema for name, schema in properties.items() if name not in without}
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "required": list(required or known),
-        "properties": known,
     }
