@@ -23,7 +23,7 @@ EVALS = sorted(
 @pytest.mark.parametrize("path", EVALS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_every_shipped_eval_recipe_loads(path):
     recipe = load_eval(path)
-    assert recipe.suite.name in (path.stem, "checks")
+    assert recipe.suite.name == {"house_style": "checks"}.get(path.stem, path.stem)
     if recipe.judge:
         assert recipe.judge.template("relative") and recipe.judge.rubric(reference=True)
 
