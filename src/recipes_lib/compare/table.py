@@ -73,20 +73,17 @@ def pairs_of(measurements: Measurements, base: Sequence[str] = ()) -> list[tuple
 
 
 def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[TableRow]:
-    """Return every comparison with its test, Holm's correction over all of them, and what each
-    could have found.
+    """Return every comparison with its test; `corrected` corrects them together.
 
     Args:
         base: names of the arms that are base models.
     """
-    return corrected(
-        [
-            row
-            for pair in pairs_of(measurements, base)
-            for rows_of in ROW_KINDS
-            for row in rows_of(measurements, *pair)
-        ]
-    )
+    return [
+        row
+        for pair in pairs_of(measurements, base)
+        for rows_of in ROW_KINDS
+        for row in rows_of(measurements, *pair)
+    ]
 
 
 def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
