@@ -50,6 +50,15 @@ def test_the_schema_is_a_schema_and_its_plan_has_the_four_parts() -> None:
     assert list(SCHEMA.schema["oneOf"][0]["properties"]) == ["memory", "time", "steps", "advice"]
 
 
+def test_the_json_keeps_the_letters_of_names(tmp_path: Path, plan: Plan) -> None:
+    written = (ROOT / "evals/quickstart/lm_eval.yaml").read_text(encoding="utf-8")
+    (tmp_path / "caf\u00e9.yaml").write_text(
+        written.replace("path: lm_eval", f"path: {ROOT}/evals/quickstart/lm_eval"), encoding="utf-8"
+    )
+    code, out, _ = plan("quickstart/lora-r8", "--json", "--evals", tmp_path / "caf\u00e9.yaml")
+    assert code == 0 and '--caf\u00e9"' in out
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_recipe_has_a_sensible_plan(path: Path, plan: Plan) -> None:
     code, out, err = plan(path, "--json")

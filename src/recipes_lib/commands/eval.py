@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from recipes_lib.config.lm_eval import add_flags, overrides_of
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.terminal import next_step
+from recipes_lib.core.terminal import next_step, print_json
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -71,14 +70,7 @@ def run(args: argparse.Namespace) -> int:
             remote_code=args.trust_remote_code,
         )
     if args.json:
-        print(
-            json.dumps(
-                results[0] if len(results) == 1 else {"results": results},
-                indent=2,
-                ensure_ascii=False,
-            )
-        )
-        return int(ExitCode.DONE)
+        return print_json(results[0] if len(results) == 1 else {"results": results})
     say_results(results)
     _next(args.eval, results)
     return int(ExitCode.DONE)

@@ -18,7 +18,7 @@ from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import at_least, next_step, say, say_json
+from recipes_lib.core.terminal import at_least, next_step, print_json, say
 from recipes_lib.eval_recipe import load_eval
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.as_json import plan_json
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     times = eval_times(evals, plan.settings.shape, plan.card)
     plan = replace(plan, evals=times, price=args.price)
     if args.json:
-        return say_json(plan_json(plan))
+        return print_json(plan_json(plan))
     advice = advise(plan)
     for line in plan_lines(plan, advice):
         say(line)
@@ -110,7 +110,7 @@ def _study(args: argparse.Namespace, path: Path) -> int:
             )
     plan = study_hours(load_study(path, args.overrides), args.gpu, args.price)
     if args.json:
-        return say_json(study_json(plan))
+        return print_json(study_json(plan))
     for line in study_lines(plan):
         say(line)
     next_step(f"recipes study run {shown_path(path)}")

@@ -5,7 +5,6 @@ import what is heavy.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import sys
@@ -16,7 +15,7 @@ from recipes_lib.compare.design import Study, load_study
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import aligned, next_step, say
+from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.runner import check_imported, run_study, study_lock
 from recipes_lib.study.status import (
@@ -79,11 +78,6 @@ def run(args: argparse.Namespace) -> int:
     return actions[args.action](study, args)
 
 
-def _print_json(value: object) -> int:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-    return ExitCode.DONE
-
-
 def typed(study: Study) -> str:
     """Return the study as it is typed on the command line, with its words."""
     return shlex.join([shown_path(study.path), *study.words])
@@ -94,7 +88,7 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
     graph = build_graph(study)
     steps = graph.wanted(args.only)
     if args.json:
-        return _print_json(study_plan_object(study, graph, steps, _estimates(study)))
+        return print_json(study_plan_object(study, graph, steps, _estimates(study)))
     for line in study_plan_lines(study, graph, steps, _estimates(study)):
         say(line)
     say("estimated times and memory, and where they come from: recipes plan " + typed(study))
@@ -154,7 +148,7 @@ def _status(study: Study, args: argparse.Namespace) -> int:
         graph = build_graph(study)
         rows = step_rows(study, graph)
         if args.json:
-            return _print_json({"study": study.name, "steps": [row.to_dict() for row in rows]})
+            return print_json({"study": study.name, "steps": [row.to_dict() for row in rows]})
         terminal = sys.stdout.isatty()
         if args.watch and terminal:
             print("\x1b[H\x1b[2J", end="")

@@ -78,6 +78,12 @@ def say_json(value: object) -> int:
     return 0
 
 
+def print_json(value: object) -> int:
+    """Print one JSON value as `say_json` does, with the letters of every language as they are."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+    return 0
+
+
 def warn(text: str) -> None:
     """Print a warning on stderr, where it does not get into what --json prints."""
     print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
