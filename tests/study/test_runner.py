@@ -686,6 +686,42 @@ def test_watching_ends_where_a_step_failed_that_all_others_need_and_nobody_works
     assert "next: recipes study run" in said
 
 
+def test_watching_goes_on_while_slurm_has_a_job_of_the_study(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = build_graph(study)
+    for step in graph:
+        if step.kind == "train":
+            graph.fail(step, "out of memory", 1)
+        elif step.arm == "base" and "-vs-" not in step.name:
+            graph.finish(step, "r", [])
+    row = {"label": "train", "stage": "train", "id": "7", "tasks": ["tiny--r4"]}
+    jobs = graph.folder.parent / "slurm" / "jobs.json"
+    jobs.parent.mkdir(parents=True)
+    jobs.write_text(json.dumps({"format_version": 1, "profile": "here", "jobs": [row]}))
+    states = ["PENDING", "RUNNING", "FAILED"]
+    asked: list[str] = []
+
+    def slurm(argv: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if argv[1] == "ping":
+            return subprocess.CompletedProcess(argv, 0, "Slurmctld(primary) at here is UP", "")
+        asked.append(states[len(asked)])
+        record = {"job_state": [asked[-1]], "state_reason": "Resources"}
+        return subprocess.CompletedProcess(argv, 0, json.dumps({"jobs": [record]}), "")
+
+    monkeypatch.setattr("recipes_lib.slurm.watching.run_slurm", slurm)
+    waited: list[float] = []
+
+    def ends(seconds: float) -> None:
+        assert len(waited) < len(states), "it waits for ever"
+        waited.append(seconds)
+
+    monkeypatch.setattr("recipes_lib.commands.study.time.sleep", ends)
+    assert main(["study", "status", str(study.path), "--watch"]) == ExitCode.DONE
+    assert asked == states  # the retry was waited for
+    assert "and no process works" in capsys.readouterr().out
+
+
 def test_nothing_is_evaluated_while_an_arm_is_trained(
     study: Study, capsys: pytest.CaptureFixture[str]
 ) -> None:

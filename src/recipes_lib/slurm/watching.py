@@ -18,7 +18,7 @@ from typing import Any
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.core.terminal import aligned, next_step, say
+from recipes_lib.core.terminal import aligned, next_step, say, say_json
 from recipes_lib.slurm.jobs import jobs_folder, task_labels
 from recipes_lib.slurm.submission import (
     ASK_SINFO,
@@ -230,8 +230,7 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
         rows = {
             folder.name: list(map(dataclasses.asdict, states)) for folder, states in known.items()
         }
-        say(json.dumps(rows, indent=2))
-        return ExitCode.DONE
+        return say_json(rows)
     if not folders:
         say(f"nothing was launched from {runs_root()}")
         next_step("recipes launch RECIPE --profile P --dry-run")
@@ -355,6 +354,11 @@ def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
             say(line)
     next_step(f"recipes launch status {names[0]}")
     return ExitCode.DONE
+
+
+def goes_on(folder: LaunchFolder) -> bool:
+    """Whether a job is queued or running, or may be, where Slurm does not say."""
+    return any(state.active or state.unheard for state in states_of(folder))
 
 
 def refuse_if_active(folder: LaunchFolder) -> None:
