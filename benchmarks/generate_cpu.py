@@ -56,7 +56,7 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from recipes_lib.generation.engine import Decoding, Request
+    from recipes_lib.engine import Decoding, Request
     from recipes_lib.generation.transformers_engine import TransformersEngine, batches, left_padded
     from recipes_lib.weights.base import materialise
 

@@ -22,13 +22,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 from measuring import spread, write_result
 
-from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, JudgeRequest, judge_items
+from recipes_lib.engine import Completion
+from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, judge_items
 from recipes_lib.judging.judge_file import load_judge_file
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.store import JudgmentStore
@@ -42,12 +43,11 @@ class InstantJudge:
 
     fingerprint = "instant"
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
-        """Return a verdict for each request."""
-        return [
-            JudgeReply(text="Response A is fuller and clearer than Response B. [RESULT] A")
-            for _ in requests
-        ]
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+        """Yield a verdict for each request."""
+        text = "Response A is fuller and clearer than Response B. [RESULT] A"
+        for request in requests:
+            yield Completion(key=request.key, text=text)
 
 
 def items(number: int) -> list[Item]:
@@ -89,7 +89,7 @@ def overhead_with_tokenizer(scratch: Path) -> float:
         tokenizer = judge.judge.tokenizer  # type: ignore[attr-defined]
 
         class EncodingJudge(InstantJudge):
-            def complete(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply]:
+            def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
                 for request in requests:
                     judge_ids(request.prompt, "chat", tokenizer)
                 return super().complete(requests)

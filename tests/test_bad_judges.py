@@ -16,12 +16,13 @@ from tests.generation.conftest import (
     runs_folder,  # noqa: F401
 )  # noqa: F401, RUF100
 from tests.generation.faulty_server import MODEL, FaultyServer
-from tests.judging.fake_judges import FakeJudge, always_a, bodies, obeys_answers, says, sound
+from tests.judging.fake_judges import FakeJudge, always_a, bodies, obeys_answers, reply, says, sound
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
+from recipes_lib.engine import Completion
 from recipes_lib.judging.audit import probe_requests, probe_results
-from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, ask, judge_items
+from recipes_lib.judging.judge import Item, JudgePlan, ask, judge_items
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.prometheus import load_rubric, load_template
 from recipes_lib.judging.store import JudgmentStore
@@ -35,28 +36,27 @@ PLAN = JudgePlan(
 )
 ITEM = Item("1", "Name a planet.", "Mars, the red planet.", "A stone.")
 
-VERDICTS: dict[str, tuple[JudgeReply, str]] = {
-    "nothing": (JudgeReply(text=""), "empty"),
-    "white space": (JudgeReply(text=" \n\t "), "empty"),
-    "no content": (JudgeReply(text=None), "empty"),
-    "a refusal": (JudgeReply(text="I cannot compare these responses."), "refused"),
-    "an apology": (JudgeReply(text="I'm sorry, but I can't help with that."), "refused"),
-    "JSON": (JudgeReply(text='{"feedback": "A is better", "result": "A"}'), "unparsed"),
-    "XML": (JudgeReply(text="<result>A</result>"), "unparsed"),
-    "bold": (JudgeReply(text="A is fuller. **[RESULT]** A"), "unparsed"),
-    "a third response": (JudgeReply(text="[RESULT] C"), "unparsed"),
-    "a tie that the format has not": (JudgeReply(text="[RESULT] Tie"), "unparsed"),
-    "a number": (JudgeReply(text="[RESULT] 6"), "unparsed"),
-    "a full-width letter": (JudgeReply(text="[RESULT] Ａ"), "unparsed"),
-    "another language": (JudgeReply(text="[結果] A"), "unparsed"),
-    "two verdicts": (JudgeReply(text="[RESULT] B was my first thought. [RESULT] A"), "unparsed"),
+VERDICTS: dict[str, tuple[Completion, str]] = {
+    "nothing": (reply(text=""), "empty"),
+    "white space": (reply(text=" \n\t "), "empty"),
+    "a refusal": (reply(text="I cannot compare these responses."), "refused"),
+    "an apology": (reply(text="I'm sorry, but I can't help with that."), "refused"),
+    "JSON": (reply(text='{"feedback": "A is better", "result": "A"}'), "unparsed"),
+    "XML": (reply(text="<result>A</result>"), "unparsed"),
+    "bold": (reply(text="A is fuller. **[RESULT]** A"), "unparsed"),
+    "a third response": (reply(text="[RESULT] C"), "unparsed"),
+    "a tie that the format has not": (reply(text="[RESULT] Tie"), "unparsed"),
+    "a number": (reply(text="[RESULT] 6"), "unparsed"),
+    "a full-width letter": (reply(text="[RESULT] Ａ"), "unparsed"),
+    "another language": (reply(text="[結果] A"), "unparsed"),
+    "two verdicts": (reply(text="[RESULT] B was my first thought. [RESULT] A"), "unparsed"),
     "cut at the token limit": (
-        JudgeReply(text="A is better because [RESULT] A", finish_reason="length"),
+        reply(text="A is better because [RESULT] A", finish_reason="length"),
         "truncated",
     ),
-    "the name of the other model": (JudgeReply(text="gpt-4 is better."), "unparsed"),
+    "the name of the other model": (reply(text="gpt-4 is better."), "unparsed"),
     "the prompt again": (
-        JudgeReply(text="(feedback on the criterion) [RESULT] (A or B)"),
+        reply(text="(feedback on the criterion) [RESULT] (A or B)"),
         "unparsed",
     ),
 }
@@ -64,9 +64,9 @@ VERDICTS: dict[str, tuple[JudgeReply, str]] = {
 
 @pytest.mark.parametrize("case", VERDICTS)
 def test_a_verdict_that_is_none_is_never_a_tie_and_never_dropped(case: str, tmp_path: Path) -> None:
-    reply, status = VERDICTS[case]
+    given, status = VERDICTS[case]
     store = JudgmentStore(tmp_path / "j.jsonl")
-    judge_items([ITEM], FakeJudge(lambda request: reply), store, PLAN)
+    judge_items([ITEM], FakeJudge(lambda request: given), store, PLAN)
     assert [(row["status"], row["value"]) for row in store] == [(status, None)] * 2
     summary = summarise(pair_samples(store))
     assert (summary.n, summary.unresolved, summary.tie) == (1, 1, 0)
@@ -81,7 +81,7 @@ def test_a_grade_outside_the_scale_is_unparsed(verdict: str, tmp_path: Path) -> 
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items(
         [Item("1", "Name a planet.", "Mars.")],
-        FakeJudge(lambda request: JudgeReply(text=f"Good. [RESULT] {verdict}")),
+        FakeJudge(lambda request: reply(text=f"Good. [RESULT] {verdict}")),
         store,
         plan,
     )
@@ -237,7 +237,7 @@ def test_the_same_answers_under_two_names_are_one_model_and_exactly_one_half(
 @pytest.mark.parametrize("count", [0, 1, 2], ids=["no item", "one item", "two items"])
 @pytest.mark.parametrize(
     "answer",
-    [always_a, sound, lambda request: JudgeReply(text="")],
+    [always_a, sound, lambda request: reply(text="")],
     ids=["all ties", "all wins", "no verdict"],
 )
 def test_numbers_without_variance_or_items_are_said_and_nothing_crashes(count, answer, tmp_path):

@@ -20,7 +20,7 @@ ORDER = (
     ("planning",),
     ("weights",),
     ("training",),
-    ("eval_log",),
+    ("eval_log", "engine"),
     ("judging",),
     ("eval_files", "eval_recipe"),
     ("generation",),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.engine import Completion, Decoding
 from recipes_lib.generation.answers import GenerationIncomplete, Writer, answer_faults
-from recipes_lib.generation.engine import Completion, Decoding
 
 
 class FakeEngine:

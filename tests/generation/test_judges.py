@@ -26,7 +26,7 @@ def test_probabilities_are_those_of_the_next_token_after_the_lead_in(judge_file)
 
     with opened(judge_file()) as judge:
         requests = list(build_requests(PAIRS, judge.plan("relative"), judge.judge.fingerprint))
-        found = dict(judge.judge.complete(requests))
+        found = {done.key: done for done in judge.judge.complete(requests)}
         replies = [found[request.key] for request in requests]
         model, tokenizer = judge.judge._engine.model, judge.judge.tokenizer
         lead, tokens = verdict_tokens(tokenizer, "[RESULT]", ("A", "B"))

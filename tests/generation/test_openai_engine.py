@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import resource
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 from tests.generation.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.generation.engine import Decoding, Request
+from recipes_lib.engine import Decoding, Request
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server, ServerFault, retry_after
 
 
@@ -142,6 +143,13 @@ def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written(what):
     assert done.error is None and done.finish_reason == "stop" and done.num_tokens == 0
     assert done.text.startswith("fine ") and done.text.endswith("[RESULT] A")
     done.text.encode()
+
+
+@pytest.mark.parametrize("choice", [b'{"message": {"content": null}}', b'{"text": null}', b"{}"])
+def test_a_reply_without_content_is_an_empty_text(choice):
+    with FaultyServer(faults=lambda number: b'200:{"choices": [%b]}' % choice) as server:
+        done = ask(engine_for(server))["0"]
+    assert (done.text, done.finish_reason, done.error) == ("", "stop", None)
 
 
 @pytest.mark.parametrize(
@@ -291,11 +299,10 @@ def test_token_ids_are_sent_as_they_are_and_messages_go_to_the_chat_endpoint():
 def test_first_token_probabilities_come_from_both_endpoints():
     with FaultyServer() as server:
         engine = OpenAIEngine(Server(base_url=server.url, model=MODEL), logprobs=True)
-        assert ask(engine, prompt="x")["0"].logprobs == {" A": -0.1, " B": -2.5}
-        assert ask(engine, messages=({"role": "user", "content": "hi"},))["0"].logprobs == {
-            " A": -0.1,
-            " B": -2.5,
-        }
+        expected = {" A": math.exp(-0.1), " B": math.exp(-2.5)}
+        assert ask(engine, prompt="x")["0"].probabilities == expected
+        chat = ({"role": "user", "content": "hi"},)
+        assert ask(engine, messages=chat)["0"].probabilities == expected
 
 
 def test_retry_after_reads_seconds_and_dates_and_ignores_nonsense():

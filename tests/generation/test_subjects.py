@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.generation.engine import Decoding, Request
+from recipes_lib.engine import Decoding, Request
 from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import Asking, base_target, find_targets, record_base
 from recipes_lib.generation.transformers_engine import TransformersEngine

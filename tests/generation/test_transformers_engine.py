@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.generation.engine import Decoding, Request
+from recipes_lib.engine import Decoding, Request
 from recipes_lib.generation.transformers_engine import TransformersEngine, batches, left_padded
 
 TEXTS = [

@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from recipes_lib.judging.judge import JudgeReply, JudgeRequest
+from recipes_lib.engine import Completion
+from recipes_lib.judging.judge import JudgeRequest
 
 
 class FakeJudge:
@@ -14,14 +17,19 @@ class FakeJudge:
 
     fingerprint = "fake"
 
-    def __init__(self, answer: Callable[[JudgeRequest], JudgeReply]) -> None:
+    def __init__(self, answer: Callable[[JudgeRequest], Completion]) -> None:
         self.answer = answer
         self.asked: list[JudgeRequest] = []
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
         for request in requests:
             self.asked.append(request)
-            yield request.key, self.answer(request)
+            yield replace(self.answer(request), key=request.key)
+
+
+def reply(text: str = "", **known: Any) -> Completion:
+    """What a judge gives, of whatever request."""
+    return Completion(key="", text=text, **known)
 
 
 def bodies(request: JudgeRequest) -> list[str]:
@@ -31,14 +39,12 @@ def bodies(request: JudgeRequest) -> list[str]:
     )
 
 
-def says(letter: str, words: str | None = None) -> JudgeReply:
+def says(letter: str, words: str | None = None) -> Completion:
     other = "B" if letter == "A" else "A"
-    return JudgeReply(
-        words or f"Response {letter} is better than Response {other}. [RESULT] {letter}"
-    )
+    return reply(words or f"Response {letter} is better than Response {other}. [RESULT] {letter}")
 
 
-def sound(request: JudgeRequest) -> JudgeReply:
+def sound(request: JudgeRequest) -> Completion:
     """Prefers what people would: the answer with more distinct words before any line addressed to
     it; the first when equal.
     """
@@ -46,17 +52,17 @@ def sound(request: JudgeRequest) -> JudgeReply:
     return says("A" if worth[0] >= worth[1] else "B")
 
 
-def always_a(request: JudgeRequest) -> JudgeReply:
+def always_a(request: JudgeRequest) -> Completion:
     return says("A")
 
 
-def contradicts_itself(request: JudgeRequest) -> JudgeReply:
-    letter = sound(request).text[-1]  # type: ignore[index]
+def contradicts_itself(request: JudgeRequest) -> Completion:
+    letter = sound(request).text[-1]
     other = "B" if letter == "A" else "A"
-    return JudgeReply(f"Response {other} is better than Response {letter}. [RESULT] {letter}")
+    return reply(f"Response {other} is better than Response {letter}. [RESULT] {letter}")
 
 
-def obeys_answers(request: JudgeRequest) -> JudgeReply:
+def obeys_answers(request: JudgeRequest) -> Completion:
     """Follows a verdict line that stands in an answer, even when it is rewritten."""
     for body in bodies(request):
         if found := re.search(r"\(RESULT\) ([AB])", body):
@@ -64,10 +70,10 @@ def obeys_answers(request: JudgeRequest) -> JudgeReply:
     return sound(request)
 
 
-def coin(seed: int) -> Callable[[JudgeRequest], JudgeReply]:
+def coin(seed: int) -> Callable[[JudgeRequest], Completion]:
     draw = random.Random(seed)
     return lambda request: says(draw.choice("AB"))
 
 
-def mumbles(request: JudgeRequest) -> JudgeReply:
-    return JudgeReply("Both have their merits.")
+def mumbles(request: JudgeRequest) -> Completion:
+    return reply("Both have their merits.")

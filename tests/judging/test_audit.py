@@ -10,13 +10,22 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_judges import FakeJudge, always_a, coin, contradicts_itself, mumbles, obeys_answers, sound
+from fake_judges import (
+    FakeJudge,
+    always_a,
+    coin,
+    contradicts_itself,
+    mumbles,
+    obeys_answers,
+    reply,
+    sound,
+)
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeErrors
 from recipes_lib.judging.audit import PROBES, audit, probe_requests, scorecard_markdown, self_judged
 from recipes_lib.judging.human_labels import load_labelled_pairs, load_labels
-from recipes_lib.judging.judge import Item, JudgePlan, JudgeReply, ask, judge_items
+from recipes_lib.judging.judge import Item, JudgePlan, ask, judge_items
 from recipes_lib.judging.judge_file import Thresholds, load_judge_file
 from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE, load_rubric, load_template
 from recipes_lib.judging.store import JudgmentStore, stored_rows
@@ -160,9 +169,7 @@ def test_probes_leave_out_pairs_that_cannot_carry_them_and_never_enter_a_win_rat
 
 
 def test_logits_judgments_report_their_mass(tmp_path: Path) -> None:
-    card = _card(
-        tmp_path, lambda request: JudgeReply(probabilities={"A": 0.2, "B": 0.1}), probes=False
-    )
+    card = _card(tmp_path, lambda request: reply(probabilities={"A": 0.2, "B": 0.1}), probes=False)
     assert card["mean_mass"] == pytest.approx(0.3)
     assert _result(card, "verdicts against the judge's own words") == "not measured"
 
@@ -214,7 +221,7 @@ def test_a_judge_that_knows_the_labels_agrees_with_them(tmp_path: Path) -> None:
 
     def oracle(request):
         better = "A" if (labels[request.question_id] == "win") == (request.order == "AB") else "B"
-        return JudgeReply(f"[RESULT] {better}")
+        return reply(f"[RESULT] {better}")
 
     card = _card(tmp_path, oracle, labels, probes=False, items=[item for item, _ in pairs])
     assert (

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_judges import FakeJudge
+from fake_judges import FakeJudge, reply
 
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.engine import Completion
 from recipes_lib.judging.judge import (
     EvaluationIncomplete,
     Item,
     JudgePlan,
-    JudgeReply,
     JudgeRequest,
     build_requests,
     judge_items,
@@ -35,9 +35,9 @@ RELATIVE, ABSOLUTE = (
 )
 
 
-def longer(request: JudgeRequest) -> JudgeReply:
+def longer(request: JudgeRequest) -> Completion:
     first, second = request.answers
-    return JudgeReply(f"The longer one. [RESULT] {'A' if len(first) >= len(second) else 'B'}")
+    return reply(f"The longer one. [RESULT] {'A' if len(first) >= len(second) else 'B'}")
 
 
 def _plan(**options) -> JudgePlan:
@@ -134,8 +134,8 @@ def test_self_comparison_gives_exactly_one_half(tmp_path: Path) -> None:
 def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_stored(
     tmp_path: Path,
 ) -> None:
-    def third_time(request: JudgeRequest) -> JudgeReply:
-        return JudgeReply("hm" if request.attempt < 3 else "Right. [RESULT] A")
+    def third_time(request: JudgeRequest) -> Completion:
+        return reply("hm" if request.attempt < 3 else "Right. [RESULT] A")
 
     judge, store = FakeJudge(third_time), JudgmentStore(tmp_path / "j.jsonl")
     run = judge_items(_pairs(3), judge, store, _plan(max_reasks=2))
@@ -151,7 +151,7 @@ def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_
 
 def test_re_asks_are_bounded_and_the_item_stays_unparsed(tmp_path: Path) -> None:
     judge, store = (
-        FakeJudge(lambda request: JudgeReply("no idea")),
+        FakeJudge(lambda request: reply("no idea")),
         JudgmentStore(tmp_path / "j.jsonl"),
     )
     judge_items(_pairs(1), judge, store, _plan(max_reasks=1))
@@ -160,18 +160,18 @@ def test_re_asks_are_bounded_and_the_item_stays_unparsed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("reply", "status"),
+    ("given", "status"),
     [
-        (JudgeReply("I cannot judge this."), "refused"),
-        (JudgeReply("so [RESULT] A", finish_reason="length"), "truncated"),
-        (JudgeReply(None), "empty"),
+        (reply("I cannot judge this."), "refused"),
+        (reply("so [RESULT] A", finish_reason="length"), "truncated"),
+        (reply(""), "empty"),
     ],
 )
 def test_other_statuses_are_stored_as_they_are(
-    tmp_path: Path, reply: JudgeReply, status: str
+    tmp_path: Path, given: Completion, status: str
 ) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
-    judge_items(_pairs(1), FakeJudge(lambda request: reply), store, _plan())
+    judge_items(_pairs(1), FakeJudge(lambda request: given), store, _plan())
     assert {row["status"] for row in store} == {status}
     assert {row["value"] for row in store} == {None}
 
@@ -179,9 +179,9 @@ def test_other_statuses_are_stored_as_they_are(
 def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_path: Path) -> None:
     path, calls = tmp_path / "j.jsonl", []
 
-    def breaks(request: JudgeRequest) -> JudgeReply:
+    def breaks(request: JudgeRequest) -> Completion:
         calls.append(request)
-        return longer(request) if len(calls) <= 6 else JudgeReply(error="503: overloaded")
+        return longer(request) if len(calls) <= 6 else reply(error="503: overloaded")
 
     with pytest.raises(EvaluationIncomplete, match="503") as caught:
         judge_items(
@@ -197,7 +197,7 @@ def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> N
     store, flip = JudgmentStore(tmp_path / "j.jsonl"), iter([True, False] * 10)
     run = judge_items(
         _pairs(10),
-        FakeJudge(lambda r: longer(r) if next(flip) else JudgeReply(error="timeout")),
+        FakeJudge(lambda r: longer(r) if next(flip) else reply(error="timeout")),
         store,
         _plan(),
     )
@@ -209,7 +209,7 @@ def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> N
 
 
 def test_a_refused_request_is_missing_and_the_same_command_asks_again(tmp_path: Path) -> None:
-    path, refuses = tmp_path / "j.jsonl", JudgeReply(error="402: pay first", refused=True)
+    path, refuses = tmp_path / "j.jsonl", reply(error="402: pay first", refused=True)
     run = judge_items(_pairs(4), FakeJudge(lambda request: refuses), JudgmentStore(path), _plan())
     with pytest.raises(
         EvaluationIncomplete,
@@ -242,7 +242,7 @@ def test_errors_that_an_earlier_version_stored_as_verdicts_are_asked_again(tmp_p
 def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) -> None:
     path, seen = tmp_path / "j.jsonl", []
 
-    def answers(request: JudgeRequest) -> JudgeReply:
+    def answers(request: JudgeRequest) -> Completion:
         seen.append(len(stored_rows(path)))
         if len(seen) == 6:
             raise KeyboardInterrupt
@@ -266,7 +266,7 @@ def test_a_judge_that_leaves_a_request_without_a_reply_is_a_programming_error(
 
 def test_probabilities_that_are_not_finite_are_no_verdict(tmp_path: Path) -> None:
     store = JudgmentStore(tmp_path / "j.jsonl")
-    nan = JudgeReply(probabilities={"A": float("nan"), "B": 0.5})
+    nan = reply(probabilities={"A": float("nan"), "B": 0.5})
     judge_items(_pairs(1), FakeJudge(lambda request: nan), store, _plan())
     assert {(row["status"], row["mass"]) for row in JudgmentStore(store.path)} == {
         ("unparsed", 0.5)
@@ -299,7 +299,7 @@ def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path)
     store = JudgmentStore(tmp_path / "j.jsonl")
     judge_items(
         [Item("q", "x", "a")],
-        FakeJudge(lambda r: JudgeReply(probabilities={"4": 0.3, "2": 0.1, "x": 0.6})),
+        FakeJudge(lambda r: reply(probabilities={"4": 0.3, "2": 0.1, "x": 0.6})),
         store,
         _plan(template=ABSOLUTE),
     )
@@ -307,7 +307,7 @@ def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path)
     tied = JudgmentStore(tmp_path / "tied.jsonl")
     judge_items(
         _pairs(1),
-        FakeJudge(lambda r: JudgeReply(probabilities={"A": 0.2, "B": 0.2})),
+        FakeJudge(lambda r: reply(probabilities={"A": 0.2, "B": 0.2})),
         tied,
         _plan(),
     )

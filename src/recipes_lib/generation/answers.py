@@ -15,8 +15,8 @@ from typing import Any
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.data.conversations import Message
+from recipes_lib.engine import Decoding, Engine, Request
 from recipes_lib.eval_log import AnswerFaults, Identical
-from recipes_lib.generation.engine import Decoding, Engine, Request
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Format
 from recipes_lib.judging.judge import Failures

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import math
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.fingerprints import hash_of, model_fingerprint
 from recipes_lib.data.conversations import Message
-from recipes_lib.generation.engine import Completion, Decoding, Engine, Request
+from recipes_lib.engine import Completion, Decoding, Engine, Request
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.targets import stand_in_recipe
 from recipes_lib.generation.transformers_engine import (
@@ -34,7 +33,7 @@ from recipes_lib.generation.transformers_engine import (
     batches,
     left_padded,
 )
-from recipes_lib.judging.judge import Judge, JudgePlan, JudgeReply, JudgeRequest
+from recipes_lib.judging.judge import Judge, JudgePlan, JudgeRequest
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection
 from recipes_lib.judging.prometheus import JudgePrompt
 from recipes_lib.models.architectures import has_plain_head, ready_to_answer
@@ -107,7 +106,7 @@ class _ServedJudge:
         self.tokenizer = _tokenizer_if_here(self.section)
         self._engine: Engine | None = None
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
         """Ask the server."""
         section = self.section
         if self._engine is None:
@@ -177,7 +176,7 @@ class _LocalJudge:
         self._engine: Any = None
         self._reader: NextToken | None = None
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
         """Ask the model, loading it for the first question."""
         if self._engine is None:
             self._engine = self._load()
@@ -203,9 +202,7 @@ class _LocalJudge:
             key=key, ids=tuple(judge_ids(prompt, self.section.prompt_style, self.tokenizer))
         )
 
-    def _read(
-        self, asked: Sequence[Request], allowed: Sequence[str]
-    ) -> Iterator[tuple[str, JudgeReply]]:
+    def _read(self, asked: Sequence[Request], allowed: Sequence[str]) -> Iterator[Completion]:
         """Read the verdicts of requests with the same allowed tokens from next-token
         probabilities.
         """
@@ -225,7 +222,7 @@ class _LocalJudge:
                 found = {
                     verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()
                 }
-                yield request.key, JudgeReply(probabilities=found)
+                yield Completion(key=request.key, probabilities=found)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text."""
@@ -284,8 +281,10 @@ def judge_ids(prompt: JudgePrompt, style: str, tokenizer: Any) -> list[int]:
 
 def _written(
     engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection
-) -> Iterator[tuple[str, JudgeReply]]:
-    """Let the engine write the verdicts; requests of one temperature go together."""
+) -> Iterator[Completion]:
+    """Let the engine write the verdicts; requests of one temperature go together, and probabilities
+    become those of the allowed verdicts.
+    """
     base = section.temperature
     for temperature in {request.temperature for request, _ in pairs}:
         group = {
@@ -300,22 +299,13 @@ def _written(
             dataclasses.replace(rendered, seed=request.seed) for request, rendered in group.values()
         ]
         for done in engine.complete(requests, decoding):
-            yield done.key, _reply(group[done.key][0], done)
-
-
-def _reply(request: JudgeRequest, done: Completion) -> JudgeReply:
-    """A completion as a judge's reply; log-probabilities become probabilities of the allowed
-    verdicts.
-    """
-    if done.error is not None:
-        return JudgeReply(error=done.error, refused=done.refused)
-    if done.logprobs is None:
-        return JudgeReply(text=done.text, finish_reason=done.finish_reason)
-    found = dict.fromkeys(request.allowed, 0.0)
-    for token, logprob in done.logprobs.items():
-        if token.strip() in found:
-            found[token.strip()] += math.exp(logprob)
-    return JudgeReply(probabilities=found)
+            if done.probabilities is not None:
+                found = dict.fromkeys(group[done.key][0].allowed, 0.0)
+                for token, share in done.probabilities.items():
+                    if token.strip() in found:
+                        found[token.strip()] += share
+                done = Completion(key=done.key, probabilities=found)
+            yield done
 
 
 def _messages(prompt: JudgePrompt) -> list[Message]:

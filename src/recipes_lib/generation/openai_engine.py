@@ -30,7 +30,7 @@ from typing import Any
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipesError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.json_files import valid_text
-from recipes_lib.generation.engine import Completion, Decoding, Request
+from recipes_lib.engine import Completion, Decoding, Request
 
 MAX_PAUSE_S = 120.0
 MAX_REPLY_BYTES = 4 << 20  # an answer takes kilobytes
@@ -490,12 +490,12 @@ def _completion(request: Request, reply: Mapping[str, Any], logprobs: bool) -> C
         text=valid_text(said).strip() if isinstance(said, str) else "",
         finish_reason=valid_text(finish) if isinstance(finish, str) and finish else "stop",
         num_tokens=int(tokens) if isinstance(tokens, int | float) and 0 <= tokens < 2**31 else 0,
-        logprobs=_first_token(choice) if logprobs else None,
+        probabilities=_first_token(choice) if logprobs else None,
     )
 
 
 def _first_token(choice: Mapping[str, Any]) -> dict[str, float]:
-    """The likeliest first tokens with their log-probabilities.
+    """The likeliest first tokens with their probabilities.
 
     Raises:
         _Unusable: there are none.
@@ -511,7 +511,7 @@ def _first_token(choice: Mapping[str, Any]) -> dict[str, float]:
         else:
             pairs = list(logprobs["top_logprobs"][0].items())
         found = {
-            str(token): min(float(value), 0.0)
+            str(token): math.exp(min(float(value), 0.0))
             for token, value in pairs
             if not math.isnan(float(value))
         }

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.generation.engine import Completion, Decoding, Request
+from recipes_lib.engine import Completion, Decoding, Request
 from recipes_lib.planning.cards import available_gib
 
 if TYPE_CHECKING:

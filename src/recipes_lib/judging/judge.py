@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.json_files import Row
+from recipes_lib.engine import Completion
 from recipes_lib.judging.prometheus import (
     CountTokens,
     JudgePrompt,
@@ -79,24 +80,6 @@ class JudgeRequest:
         return ("A", "B") if self.kind == "relative" else ("1", "2", "3", "4", "5")
 
 
-@dataclass(frozen=True)
-class JudgeReply:
-    """What came back: text, or probabilities of the allowed tokens, or an error.
-
-    Args:
-        finish_reason: "stop", or "length" when the text was cut off.
-        probabilities: next-token probability of each allowed token; their sum is the mass.
-        error: why there is no reply. The judgment is missing, and the next run asks again.
-        refused: the server will refuse the same request again.
-    """
-
-    text: str | None = None
-    finish_reason: str | None = "stop"
-    probabilities: Mapping[str, float] | None = None
-    error: str | None = None
-    refused: bool = False
-
-
 _Asked = tuple[JudgeRequest, list[Row]]  # a request, and its attempts so far
 
 
@@ -109,8 +92,8 @@ class Judge(Protocol):
         same prompt could get another verdict.
         """
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[tuple[str, JudgeReply]]:
-        """Yield each request's key with its reply as it arrives, in any order; transport errors are
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+        """Yield the reply to each request as it arrives, in any order; transport errors are
         replies, not exceptions.
         """
 
@@ -241,7 +224,7 @@ def rule_verdict(kind: str, answers: Sequence[str]) -> Verdict | None:
     return None
 
 
-def read_reply(request: JudgeRequest, reply: JudgeReply) -> Verdict:
+def read_reply(request: JudgeRequest, reply: Completion) -> Verdict:
     """Return the verdict of a reply, from its probabilities where it has them, else from
     its text.
     """
@@ -281,8 +264,8 @@ def ask(
     run, source, retries = JudgeRun(), iter(requests), deque[_Asked]()
     while waiting := _next_batch(source, retries, store, plan, judge.fingerprint, run):
         with closing(judge.complete([request for request, _ in waiting.values()])) as replies:
-            for key, reply in replies:
-                request, attempts = waiting.pop(key)
+            for reply in replies:
+                request, attempts = waiting.pop(reply.key)
                 if reply.error is not None:
                     run.failed.add(reply.error, reply.refused)
                     if run.failed.in_a_row >= plan.max_consecutive_failures:
@@ -299,7 +282,7 @@ def ask(
                     status = verdict.status.value
                     attempt = {"seed": request.seed, "status": status, "raw": reply.text}
                     # a new seed, at a temperature where the seed matters
-                    seeded = text_hash(f"{request.seed}:{request.attempt}:{key}")
+                    seeded = text_hash(f"{request.seed}:{request.attempt}:{reply.key}")
                     again = replace(
                         request,
                         seed=int(seeded[:8], 16),
@@ -359,7 +342,7 @@ def _row(
     verdict: Verdict,
     fingerprint: str,
     source: str,
-    reply: JudgeReply | None = None,
+    reply: Completion | None = None,
     attempts: Sequence[Row] = (),
 ) -> Row:
     """The stored line. `lengths` are characters of the answers in the prompt's order."""
@@ -384,8 +367,9 @@ def _row(
         "meta": dict(request.meta),
     }
     if reply is not None:
-        row |= {"raw": reply.text, "finish_reason": reply.finish_reason}
-        if (shares := reply.probabilities) is not None:
+        shares = reply.probabilities
+        row |= {"raw": reply.text if shares is None else None, "finish_reason": reply.finish_reason}
+        if shares is not None:
             finite = {token: share for token, share in shares.items() if math.isfinite(share)}
             mass = sum(finite.get(token, 0.0) for token in request.allowed)
             row |= {"probabilities": finite, "mass": mass}

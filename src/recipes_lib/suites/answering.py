@@ -17,10 +17,10 @@ from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.data.conversations import Message
+from recipes_lib.engine import Decoding, Engine
 from recipes_lib.eval_log import REFERENCE, AnswerFacts, Speed
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.answers import Writer, answer_faults
-from recipes_lib.generation.engine import Decoding, Engine
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, record_base

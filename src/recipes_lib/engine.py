@@ -1,8 +1,10 @@
-"""The protocol that every engine answers to: requests in, completions out as they are finished."""
+"""The protocol that every engine answers to: requests in, completions out as they are finished. A
+judge is asked in its own words and answers in the same completions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -57,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What came back for a request.
+    """What came back for a request: text, or probabilities, or an error.
 
     Args:
         finish_reason: "stop", "length" (cut at max_new_tokens) or "prompt_too_long".
@@ -65,7 +67,8 @@ class Completion:
         error: what went wrong in transport; nothing was answered then.
         refused: the server answered and will not take this request as it is; asking at once again
             is pointless.
-        logprobs: for one-token requests, log-probability by token text.
+        probabilities: for one-token requests, the probability of each token; no text was written
+            then. A judge's are of the allowed verdicts, and their sum is the mass.
     """
 
     key: str
@@ -74,7 +77,7 @@ class Completion:
     num_tokens: int = 0
     error: str | None = None
     refused: bool = False
-    logprobs: dict[str, float] | None = None
+    probabilities: Mapping[str, float] | None = None
 
 
 class Engine(Protocol):
