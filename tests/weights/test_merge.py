@@ -381,6 +381,15 @@ def test_a_missing_shard_is_named(runs: Runs, recipes: Verb) -> None:
 # ---- Verifying ----
 
 
+def test_an_index_that_names_no_weights_is_a_damaged_file_of_that_name(
+    runs: Runs, recipes: Verb
+) -> None:
+    index = runs("full") / "model" / "model.safetensors.index.json"
+    index.write_text("{}")
+    code, _, err = recipes("verify", "full")
+    assert code == ExitCode.DATA and f"{index.name}: names no weights" in err
+
+
 @pytest.mark.parametrize("name", ["lora", "lora.chat", "qlora", "full"])
 def test_every_kind_of_run_verifies_against_what_was_recorded_when_it_was_trained(
     runs: Runs, recipes: Verb, name: str

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.weights.base import check_whole, weight_hashes
 from recipes_lib.weights.check import (
     AsTrained,
@@ -89,7 +89,7 @@ def _check_weights(trained: TrainedRun, result: Verification) -> None:
     """
     try:
         found = check_tensors(trained, trained.weights)
-    except (EnvironmentFault, RecipeError):
+    except (DataError, EnvironmentFault, RecipeError):
         raise
     except RecipesError as error:
         result.problems.append(error.what)
