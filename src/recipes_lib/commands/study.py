@@ -16,7 +16,6 @@ from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_e
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
-from recipes_lib.slurm.jobs import jobs_folder
 from recipes_lib.slurm.submission import LaunchFolder
 from recipes_lib.slurm.watching import goes_on
 from recipes_lib.study.arms import study_folder
@@ -166,7 +165,7 @@ def _status(study: Study, args: argparse.Namespace) -> int:
         if not args.watch or done:
             break
         still = standstill(study, graph)
-        if still and not goes_on(LaunchFolder(jobs_folder(study.name))):
+        if still and not goes_on(LaunchFolder(study_folder(study) / "slurm")):
             say(still)
             break
         time.sleep(WATCH_S)
