@@ -42,7 +42,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build_tiny_model(folder: Path, seed: int = 0) -> None:
+def build_tiny_model(folder: Path, seed: int = 0, vocabulary: int = 512) -> None:
     """Write the tiny model and its tokenizer; the same seed gives the same bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -53,7 +53,7 @@ def build_tiny_model(folder: Path, seed: int = 0) -> None:
     bpe.decoder = decoders.ByteLevel()
     specials = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=vocabulary,
         special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -87,6 +87,14 @@ def build_tiny_model(folder: Path, seed: int = 0) -> None:
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def other_tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model again, with other tokens: its tokenizer has 400."""
+    folder = tmp_path_factory.mktemp("tiny") / "other-tokens"
+    build_tiny_model(folder, vocabulary=400)
+    return folder
 
 
 @pytest.fixture(scope="session")

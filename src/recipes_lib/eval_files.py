@@ -205,6 +205,7 @@ def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure
             told.get("unit", "share"),
             told.get("reported"),
             told.get("reported_n"),
+            told.get("instead_of", ""),
         )
         if "written" in result:  # of ours, not of an import
             _check_measure(measure, result)
@@ -225,7 +226,7 @@ def _check_measure(measure: Measure, result: Mapping[str, Any]) -> None:
     elif measure.metric == "grade":
         _check_mean(file, measure.reported_n, measure.reported, samples)
     else:
-        told = result["rows" if measure.metric == "loss" else measure.metric]["n"]
+        told = result["rows" if measure.suite == "heldout_loss" else measure.metric]["n"]
         _check_samples(file, measure.label, told, samples)
 
 

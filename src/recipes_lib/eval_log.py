@@ -125,6 +125,8 @@ class Measure:
     unit: str = "share"  # "share" (0..1), "grade" (1..5, or the scale in the label) or "number"
     reported: float | None = None
     reported_n: int | None = None
+    # the metric of this evaluation that is compared in its place where two arms share that one
+    instead_of: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what result.json says about the metric, whose samples stand in items.jsonl; what
@@ -132,7 +134,7 @@ class Measure:
         """
         known = {
             name: getattr(self, name)
-            for name in ("opponent", "task", "reported", "reported_n")
+            for name in ("opponent", "task", "reported", "reported_n", "instead_of")
             if getattr(self, name) not in (None, "")
         }
         direction = {} if self.higher_is_better else {"higher_is_better": self.higher_is_better}

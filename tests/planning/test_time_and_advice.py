@@ -195,7 +195,7 @@ def test_advice_is_ranked_and_typed_as_it_stands_keeps_its_word(
 
 
 def test_validation_that_costs_more_than_training_is_proposed_less_often_first() -> None:
-    first = advise(plan(LORA, "train.eval_steps=2"))[0]
+    first = advise(plan(LORA, "train.eval_steps=1"))[0]
     assert (
         first.setting == "train.eval_steps=0.2"
         and first.same_result

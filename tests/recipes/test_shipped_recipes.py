@@ -184,7 +184,8 @@ def test_controlled_variants_see_64_examples_per_step_at_one_learning_rate(name)
     one = recipe(f"llama2-7b-dolly/{name}")
     assert one.run.global_batch_size == 64
     assert one.train["learning_rate"] == 1e-4
-    assert (one.data.split.method, one.data.split.validation) == ("hash", 0.1)
+    split = one.data.split
+    assert (split.method, split.validation, split.test) == ("hash", 0.05, 0.05)
     assert one.lora is None or one.lora["lora_dropout"] == 0.05
 
 

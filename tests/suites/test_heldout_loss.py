@@ -55,14 +55,38 @@ def test_it_is_the_validation_loss_of_the_training_and_reads_runs_and_their_base
     assert "loss per token" in out and "not comparable" not in out
     (log,), _ = read_evals(tmp_path / "runs/one")
     assert log.numbers["loss"]["estimate"] == pytest.approx(trained, rel=1e-5)
-    (measure,) = log.measures
+    measure, per_byte = log.measures
     values = [one.value for one in measure.samples]
     assert sum(values) / len(values) == pytest.approx(trained, rel=1e-5)
+    bits = [one.value for one in per_byte.samples]
+    assert sum(bits) / len(bits) == pytest.approx(log.numbers["bits_per_byte"], rel=1e-9)
     assert log.numbers["perplexity"] == pytest.approx(math.exp(trained), rel=1e-5)
     assert measure.higher_is_better is False
     code, out, err = recipes("compare", "one", "two", "base")
     assert code == 0, err
-    assert "loss per token on validation rows" in out
+    assert out.count("loss per token on validation rows") and "bits per byte" not in out
+
+
+def test_models_with_other_tokens_are_compared_in_bits_per_byte(
+    tiny_recipe: Path, other_tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    words = ["train.max_steps=1", "train.max_length=400"]
+    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
+    words.append(f"model.name_or_path={other_tiny_model_dir}")
+    assert train([str(tiny_recipe), "run.name=two", *words]) == 0
+    code, out, err = recipes("eval", eval_file, "one", "two")
+    assert code == 0 and "losses per token are not comparable" in out, err
+    logs = {name: read_evals(tmp_path / "runs" / name)[0][0] for name in ("one", "two")}
+    assert logs["one"].numbers["rows"]["tokens"] < logs["two"].numbers["rows"]["tokens"]
+    rows = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text().splitlines()
+    sizes = {f"{len(row['response'].strip().encode())} bytes" for row in map(json.loads, rows)}
+    told = [[row.verdicts[0] for row in log.measures[1].samples] for log in logs.values()]
+    assert told[0] == told[1] and set(told[0]) <= sizes and len(told[0]) > 20
+    code, out, err = recipes("compare", "one", "two")
+    assert code == 0, err
+    tested = [line for line in out.splitlines() if "one" in line and "two" in line]
+    assert any("bits per byte on validation rows" in line for line in tested), out
+    assert not any("loss per token" in line for line in tested), out
 
 
 def test_rows_of_a_file_are_read_as_the_recipe_reads_its_own(

@@ -34,9 +34,12 @@ def side_by_side_rows(measurements: Measurements, first: str, second: str) -> It
     direct = {key for key, opponent in ours if opponent == second}
     direct |= {key for key, opponent in theirs if opponent == first}
     trained = not any(measurements.arms[name].is_base for name in (first, second))
+    both = {(key[0], key[2]) for key, _ in ours.keys() & theirs.keys()}  # eval and metric
     for (key, opponent), mine in ours.items():
         other = theirs.get((key, opponent))
         through_an_arm = opponent in measurements.arms
+        if (key[0], mine[0].instead_of) in both:
+            continue  # the same question again
         if other and not (through_an_arm and (key in direct or opponent in (first, second))):
             yield _row((first, second), opponent, mine, other, trained)
 

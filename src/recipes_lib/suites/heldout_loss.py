@@ -6,8 +6,11 @@ rows did not.
 
 Samples are rows. A row's value is its negative log-likelihood over the mean number of supervised
 tokens of a row, so that the mean over rows is the loss per token, whatever the rows' lengths, and
-the difference of two models on the same rows is tested as every other metric is. Models with other
-tokens have another metric: losses per token of two tokenizers cannot be compared.
+the difference of two models on the same rows is tested as every other metric is.
+
+Losses per token of two tokenizers cannot be compared: their models have bits per byte of the same
+text instead (the loss in bits over the bytes of UTF-8 that a row's supervised tokens stand for,
+without special tokens and the space around them).
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from recipes_lib.suites.suite import Asker, grid, interval, number
 # padded tokens per forward pass; their logits in float32 take four bytes for each token and entry
 # of the vocabulary
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+LOSS = "loss"
 
 
 class HeldoutLoss(Asker):
@@ -46,6 +50,7 @@ class HeldoutLoss(Asker):
     NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
         "loss": {"$ref": "#/$defs/interval"},
         "perplexity": {"type": "number"},
+        "bits_per_byte": {"type": "number"},
         "rows": {"type": "object", "required": ["n", "tokens", "hash"]},
     }
 
@@ -96,27 +101,44 @@ class HeldoutLoss(Asker):
         with waiting_lock(subject.run.path / "evals" / recipe.name), using:
             sums = row_losses(subject.model, rows["input_ids"], rows["labels"])
         tokens = [sum(label != -100 for label in labels[1:]) for labels in rows["labels"]]
-        mean_tokens = sum(tokens) / len(tokens)
-        values = [loss / mean_tokens for loss in sums]
+        texts = _supervised_texts(subject.prompts.tokenizer, rows["labels"])
+        sizes = [len(text.encode(errors="replace")) for text in texts]
         same = hash_of([list(ids) for ids in rows["input_ids"]])
         file = log_file(subject.run.path, recipe.name, None)
-        samples = tuple(
-            Sample(id=str(name), value=value, outcome="graded", verdicts=(f"{count} tokens",))
-            for name, value, count in zip(rows["example_id"], values, tokens, strict=True)
-        )
-        label = f"loss per token on {self._split or 'held-out'} rows"
-        measure = Measure(
-            eval=recipe.name,
-            suite=recipe.suite.name,
-            metric="loss",
-            label=label,
-            samples=samples,
-            file=file,
-            task=f"tokens-{same[:8]}",
-            higher_is_better=False,
-            unit="number",
-        )
+        where = f"on {self._split or 'held-out'} rows"
+
+        def measure(metric: str, label: str, task: str, per_row: Sequence[int]) -> Measure:
+            per = "tokens" if metric == LOSS else "bytes"
+            total = sum(per_row) * (1 if metric == LOSS else math.log(2))
+            samples = tuple(
+                Sample(
+                    id=str(name),
+                    value=loss * len(sums) / total,
+                    outcome="graded",
+                    verdicts=(f"{count} {per}",),
+                )
+                for name, loss, count in zip(rows["example_id"], sums, per_row, strict=True)
+            )
+            return Measure(
+                eval=recipe.name,
+                suite=recipe.suite.name,
+                metric=metric,
+                label=label,
+                samples=samples,
+                file=file,
+                task=task,
+                higher_is_better=False,
+                unit="number",
+                instead_of="" if metric == LOSS else LOSS,
+            )
+
+        measures = [measure(LOSS, f"loss per token {where}", f"tokens-{same[:8]}", tokens)]
+        if sum(sizes):
+            text = f"text-{hash_of(texts)[:8]}"
+            measures.append(measure("bits_per_byte", f"bits per byte {where}", text, sizes))
+        values = [one.value for one in measures[0].samples if one.value is not None]
         loss = sum(sums) / sum(tokens)
+        bits = {"bits_per_byte": sum(sums) / sum(sizes) / math.log(2)} if sum(sizes) else {}
         return [
             EvalLog(
                 suite=recipe.suite.name,
@@ -135,9 +157,10 @@ class HeldoutLoss(Asker):
                 numbers={
                     "loss": {**mean_interval(values).to_dict(), "estimate": loss},
                     "perplexity": math.exp(min(loss, 700.0)),
+                    **bits,
                     "rows": {"n": len(values), "tokens": sum(tokens), "hash": same},
                 },
-                measures=(measure,),
+                measures=tuple(measures),
                 file=file,
             )
         ]
@@ -167,20 +190,22 @@ class HeldoutLoss(Asker):
     @staticmethod
     def table(results: Sequence[dict[str, Any]]) -> list[str]:
         """Return the lines of a table of results."""
-        head = ["model", "rows", "tokens", "loss per token [95%]", "perplexity"]
+        head = ["model", "rows", "tokens", "loss per token [95%]", "perplexity", "bits per byte"]
         rows = [
             [
                 result["target"],
                 f"{result['rows']['n']:,}",
                 f"{result['rows']['tokens']:,}",
-                interval(result["loss"]),
+                interval(result["loss"], digits=4),
                 number(result["perplexity"]),
+                number(result.get("bits_per_byte"), digits=4),
             ]
             for result in results
         ]
         lines = grid(head, rows)
         if len({result["rows"]["hash"] for result in results}) > 1:
-            lines += ["", "these models read other rows or other tokens: not comparable"]
+            what = "their losses per token are not comparable, bits per byte of the same text are"
+            lines += ["", f"these models read other rows or other tokens: {what}"]
         return lines
 
 
@@ -195,6 +220,12 @@ def _banners(split: str | None, subject: Subject) -> list[str]:
     if split == VALIDATION and chosen:
         return ["the validation rows chose the checkpoint: the loss on them is too good"]
     return []
+
+
+def _supervised_texts(tokenizer: Any, labels: Sequence[Sequence[int]]) -> list[str]:
+    """Return what each row's supervised tokens after the first stand for."""
+    asked = [[label for label in row[1:] if label != -100] for row in labels]
+    return [text.strip() for text in tokenizer.batch_decode(asked, skip_special_tokens=True)]
 
 
 def row_losses(

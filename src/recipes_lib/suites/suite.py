@@ -95,15 +95,16 @@ def percent_interval(value: dict[str, Any]) -> str:
     return f"{percent(value['estimate'])}{limits}"
 
 
-def interval(value: dict[str, Any]) -> str:
+def interval(value: dict[str, Any], digits: int = 2) -> str:
     """Return a number with its interval."""
-    limits = "" if value["low"] is None else f" [{value['low']:.2f}, {value['high']:.2f}]"
-    return f"{number(value['estimate'])}{limits}"
+    low, high = (number(value[end], digits) for end in ("low", "high"))
+    limits = "" if value["low"] is None else f" [{low}, {high}]"
+    return f"{number(value['estimate'], digits)}{limits}"
 
 
-def number(value: float | None) -> str:
-    """Return a number with two digits."""
-    return "n/a" if value is None else f"{value:.2f}"
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number with so many digits after the point."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
