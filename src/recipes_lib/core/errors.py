@@ -138,6 +138,16 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error; its type where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("gated\\nlog in")), first_line(KeyError())
+        ('gated', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def print_error(error: BaseException) -> None:
     """Print an error for the user: its message on stderr, no traceback, no terminal control
     characters.

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes_lib.core.errors import EnvironmentFault, RecipesError
+from recipes_lib.core.errors import EnvironmentFault, RecipesError, first_line
 from recipes_lib.core.terminal import shown_size
 
 RESUME = (
@@ -100,7 +100,7 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
     for one in _causes(error):
         if "torch" in sys.modules and isinstance(one, sys.modules["torch"].OutOfMemoryError):
             return EnvironmentFault(
-                f"out of GPU memory: {str(one).splitlines()[0]}",
+                f"out of GPU memory: {first_line(one)}",
                 "halve train.per_device_train_batch_size (the examples per step stay, accumulation"
                 " doubles)",
                 "or set train.activation_checkpointing: true, or use a QLoRA recipe",

@@ -18,7 +18,7 @@ from typing import Any
 
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.core.errors import DataError
+from recipes_lib.core.errors import DataError, first_line
 from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.examples import SettingError, listed, shown_real_path, type_name
@@ -261,7 +261,7 @@ def _load_from_hub(source: Source) -> Table:
             what = f"the Hub has no data set '{name}', or it is not open to you"
             hint = "check the name; for a private or gated data set: hf auth login"
             raise SettingError("data.source", what, hint) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise SettingError("data.source", f"cannot load '{name}' from the Hub: {reason}") from error
 
     def rows() -> Numbered:

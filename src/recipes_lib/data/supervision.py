@@ -21,6 +21,7 @@ import jinja2
 import numpy as np
 
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
+from recipes_lib.core.errors import first_line
 from recipes_lib.data.conversations import Message, conversation_of
 from recipes_lib.data.examples import BadRow, Example, SettingError
 from recipes_lib.data.prompts import GENERATION, Span, prompt_and_completion, render_chat
@@ -313,8 +314,7 @@ def render_turns(
         what = f"line {error.lineno} of the chat template is not Jinja: {error.message}"
         raise SettingError("data.chat_template", what) from None
     except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return BadRow(f"the chat template refuses the conversation: {reason}")
+        return BadRow(f"the chat template refuses the conversation: {first_line(error)}")
     return whole, spans
 
 

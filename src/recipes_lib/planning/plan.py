@@ -13,7 +13,7 @@ from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.model_files import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import RecipeError, first_line
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.models.known import known_shapes
@@ -270,8 +270,7 @@ def model_shape(recipe: Recipe) -> ModelShape:
             file = hf_hub_download(name, "config.json", revision=recipe.model.revision)
             config = object_or_none(Path(file))
         except Exception as error:  # gated, no such model or revision: each has its own message
-            said = str(error).strip().splitlines()[0]
-            what, hint = f"the Hub gives no config.json of '{name}': {said}", ""
+            what, hint = f"the Hub gives no config.json of '{name}': {first_line(error)}", ""
     if config is not None:
         try:
             return shape_of_config(config, name)

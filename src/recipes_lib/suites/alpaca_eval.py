@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from recipes_lib.core.atomic_files import write_text
-from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault, first_line
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.eval_files import alpaca_measures, alpaca_samples, write_lines
 from recipes_lib.eval_log import ORDERS, REFERENCE, Measure, Sample
@@ -419,9 +419,8 @@ def _length_controlled(annotations: list[dict[str, Any]]) -> dict[str, Any]:
             pd.DataFrame(annotations), save_weights_dir=None
         )
     except OSError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentFault(
-            f"alpaca_eval's file for length control cannot be fetched: {reason}",
+            f"alpaca_eval's file for length control cannot be fetched: {first_line(error)}",
             "set metrics.length_controlled: own",
         ) from None
     return {key: _plain(found)[key] for key in ("length_controlled_winrate", "lc_standard_error")}

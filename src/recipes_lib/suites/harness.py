@@ -24,7 +24,7 @@ from recipes_lib.config.lm_eval import ALLOW, PROTOCOL, code_in, metric_directio
 from recipes_lib.config.schema import fields_of, object_schema
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import write_text
-from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, first_line
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_lock import waiting_lock
@@ -338,7 +338,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> EvalLog | None:
                 ) from None
             raise
         except (ConnectionError, FileNotFoundError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             hint = (
                 "offline: set data.folder to a folder that holds the data sets under their Hub"
                 " names"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.core.errors import DataError, EnvironmentFault
+from recipes_lib.core.errors import DataError, EnvironmentFault, first_line
 from recipes_lib.core.json_files import valid_texts
 from recipes_lib.data.examples import NUM_LISTED
 from recipes_lib.data.files import Table, read_file
@@ -149,11 +149,7 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
             hf_hub_download(repository, file, repo_type="dataset", local_files_only=offline)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (
-            "offline, and it is not in the local cache"
-            if offline
-            else (str(error).strip() or type(error).__name__).splitlines()[0]
-        )
+        reason = "offline, and it is not in the local cache" if offline else first_line(error)
         raise EnvironmentFault(
             f"cannot fetch {file} of {repository} from the Hub: {reason}",
             f"put the file somewhere and set data.{key}=PATH",

