@@ -210,21 +210,24 @@ def test_a_judge_that_grades_itself_says_so(small, runs_folder, tiny_model_dir, 
     )
 
 
+def answers_file(folder: Path, generator: str, *texts: str) -> str:
+    """Write answers to the quickstart's first questions, and return the path."""
+    questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())
+    rows = [
+        {"instruction": row["instruction"], "output": text, "generator": generator}
+        for row, text in zip(questions, texts, strict=False)
+    ]
+    (folder / f"{generator}.json").write_text(json.dumps(rows))
+    return str(folder / f"{generator}.json")
+
+
 def test_the_same_answers_under_two_names_are_one_model_and_exactly_one_half(
     small,
     runs_folder,  # noqa: F811
     tmp_path,
     capsys,  # noqa: F811, RUF100
 ):  # noqa: F811, RUF100
-    rows = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
-    files = []
-    for name in ("one", "two"):
-        files.append(str(tmp_path / f"{name}.json"))
-        answers = [
-            {"instruction": row["instruction"], "output": f"Yes, {row['id']}.", "generator": name}
-            for row in rows
-        ]
-        Path(files[-1]).write_text(json.dumps(answers))
+    files = [answers_file(tmp_path, name, "Yes, I do.", "Yes, a lot.") for name in ("one", "two")]
     assert main(["eval", small(), files[0], "--against", files[1], "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     score = result["pairs"]["score"]
@@ -274,17 +277,8 @@ def test_any_bytes_of_judge_and_answers_are_judged_kept_and_read_again(
     tmp_path,
     capsys,  # noqa: F811, RUF100
 ):  # noqa: F811, RUF100
-    questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
-    answers = tmp_path / "odd.json"
-    odd = ["a lone \ud800 surrogate", "a NUL \x00 and a line\u2028separator"]
-    answers.write_text(
-        json.dumps(
-            [
-                {"instruction": row["instruction"], "output": text, "generator": "odd"}
-                for row, text in zip(questions, odd, strict=True)
-            ]
-        )
-    )
+    odd = ("a lone \ud800 surrogate", "a NUL \x00 and a line\u2028separator")
+    answers = answers_file(tmp_path, "odd", *odd)
     replies = [
         b'200:{"choices": [{"message": {"content": "A \\ud800 is fuller. [RESULT] A"}}]}',
         (
@@ -306,9 +300,9 @@ def test_any_bytes_of_judge_and_answers_are_judged_kept_and_read_again(
             max_reasks=0,
             concurrency=1,
         )
-        assert main(["eval", recipe, str(answers), "--json"]) == 0
+        assert main(["eval", recipe, answers, "--json"]) == 0
         first, asked = json.loads(capsys.readouterr().out), len(server.bodies)
-        assert main(["eval", recipe, str(answers), "--json"]) == 0
+        assert main(["eval", recipe, answers, "--json"]) == 0
         again = json.loads(capsys.readouterr().out)
         assert (
             asked == len(server.bodies) == 5
@@ -340,43 +334,25 @@ def test_whatever_a_server_refuses_is_missing_and_asked_again(
     capsys,  # noqa: F811, RUF100
 ):  # noqa: F811, RUF100
     monkeypatch.setenv("RECIPES_RETRY_PAUSE_S", "0.01")
-    questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
-    answers = tmp_path / "theirs.json"
-    answers.write_text(
-        json.dumps(
-            [
-                {"instruction": row["instruction"], "output": "Yes.", "generator": "their"}
-                for row in questions
-            ]
-        )
-    )
+    answers = answers_file(tmp_path, "their", "Yes.", "Yes.")
     with FaultyServer(answer="A is fuller. [RESULT] A") as server:
         recipe = small(
             engine="openai", model=MODEL, base_url=server.url, mode="generate", max_retries=1
         )
         server.faults = lambda number: status
-        assert main(["eval", recipe, str(answers)]) == 6
+        assert main(["eval", recipe, answers]) == 6
         assert f"made-up {status[:3]}" in capsys.readouterr().err
         server.faults = lambda number: None
-        assert main(["eval", recipe, str(answers), "--json"]) == 0
+        assert main(["eval", recipe, answers, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pairs"]["unresolved"] == 0
 
 
 def test_logits_of_a_server_that_gives_none_say_what_to_set(small, runs_folder, tmp_path, capsys):  # noqa: F811
     """transformers' own server answers 422 to the keys that continue the judge's turn."""
-    questions = json.loads((QUICKSTART / "alpaca_eval/questions.json").read_text())[:2]
-    answers = tmp_path / "theirs.json"
-    answers.write_text(
-        json.dumps(
-            [
-                {"instruction": row["instruction"], "output": "Yes.", "generator": "their"}
-                for row in questions
-            ]
-        )
-    )
+    answers = answers_file(tmp_path, "their", "Yes.", "Yes.")
     with FaultyServer(faults=lambda number: "422") as server:
         recipe = small(engine="openai", model=MODEL, base_url=server.url, mode="logits")
-        assert main(["eval", recipe, str(answers)]) == 6
+        assert main(["eval", recipe, answers]) == 6
     said = capsys.readouterr().err
     assert (
         "set judge.mode: generate" in said
