@@ -7,6 +7,7 @@ out is counted, and all of it is in the runs' own files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,32 +72,39 @@ def collect_samples(measurements: Measurements) -> SampleSet:
     """Return the samples of every judged evaluation, comparisons between arms first."""
     found = SampleSet()
     pages = [
-        (name, run, log)
+        (name, run, log, samples)
         for name, arm in measurements.arms.items()
         for run in arm.runs
         for log in run.evals
-        if log.suite != "lm_eval"
+        if (samples := _shown(log))
     ]
     pages.sort(
         key=lambda page: measurements.opponent_name(page[2].against) not in measurements.arms
     )
-    judged = sum(len(measure.samples) for _, _, log in pages for measure in log.measures[:1])
-    step = max(1, -(-judged // MAX_SAMPLES))
-    for name, run, log in pages:
+    step = max(1, -(-sum(len(page[3]) for page in pages) // MAX_SAMPLES))
+    for name, run, log, samples in pages:
         several = len(measurements.arms[name].runs) > 1
         title = f"{log.eval}: {name}{f', seed {run.seed}' if several else ''}"
-        _add(found, log, name, title, measurements.opponent_name(log.against) or "", step)
+        opponent = measurements.opponent_name(log.against) or ""
+        _add(found, log, samples, name, title, opponent, step)
     return found
 
 
-def _add(found: SampleSet, log: EvalLog, arm: str, title: str, opponent: str, step: int) -> None:
+def _add(
+    found: SampleSet,
+    log: EvalLog,
+    samples: Sequence[Sample],
+    arm: str,
+    title: str,
+    opponent: str,
+    step: int,
+) -> None:
     """Add every `step`-th of one evaluation's samples."""
-    samples = _shown(log)
     found.total += len(samples)
-    if not samples or found.is_full():
+    if found.is_full():
         return
     group = len(found.groups)
-    how = "checked by rules" if samples[0].by_rule and not opponent else "graded"
+    how = "graded" if log.judge else "checked by rules"
     title += f" against {opponent}" if opponent else f", {how}"
     folder = "/".join(log.file.parent.parts[-3:])
     found.groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
@@ -129,12 +137,9 @@ def _add(found: SampleSet, log: EvalLog, arm: str, title: str, opponent: str, st
 
 
 def _shown(log: EvalLog) -> list[Sample]:
-    """The samples to read: those that hold a text of a foreign evaluation, the comparisons of our
-    own, or its grades.
+    """The samples to read, those that hold a text: all of a foreign evaluation, the comparisons of
+    our own, or its grades.
     """
-    if log.is_imported:
-        return [
-            one for measure in log.measures for one in measure.samples if one.answer or one.raws
-        ]
     measures = sorted(log.measures, key=lambda measure: measure.opponent is None)
-    return [one for one in measures[0].samples if one.answer is not None] if measures else []
+    some = log.measures if log.is_imported else measures[:1]
+    return [one for measure in some for one in measure.samples if one.answer or one.raws]
