@@ -1,10 +1,11 @@
 """The only place that writes a comparison sentence. A sentence is a template filled with a tested
 row; no template, no claim.
 
-better / worse        Holm-adjusted p <= 0.05 and an interval without zero, whatever the unresolved
-items would have been no difference shown   tested, and not that; the sentence says what difference
-this comparison would have found cannot be tested      there are no items to pair, too few, or the
-two arms are one model
+- better / worse: Holm-adjusted p <= 0.05 and an interval without zero, whatever the unresolved
+  items would have been
+- no difference shown: tested, and not that; the sentence says what difference this comparison would
+  have found
+- cannot be tested: there are no items to pair, too few, or the two arms are one model
 
 A cause is named only where declared keys are all that differs between the values of two recipes,
 the study trained both, several times or with a noise floor that the difference exceeds, and no
