@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 
 from recipes_lib.statistics import paired
 from recipes_lib.statistics import seeds as over_seeds
+from recipes_lib.statistics.family import Hypotheses, adjust
 from recipes_lib.statistics.intervals import Interval, bca, wilson
-from recipes_lib.statistics.paired import holm
 from recipes_lib.statistics.unresolved import Tested, compare
 
 Array = NDArray[np.float64]
@@ -315,11 +315,11 @@ def simulate_table(seeds: int, spread: float, studies: int) -> Result:
             for n in LM_EVAL_ROWS:
                 known, unstable = (rng.random(n) < 0.6).astype(float), rng.random(n) < UNSTABLE
                 tested.append(compare(answers(known, unstable), answers(known, unstable)))
-            adjusted = holm([1.0 if one.p is None else one.p for one in tested])
+            adjusted = adjust([Hypotheses(1.0 if one.p is None else one.p) for one in tested])
             shown = [
                 one.effect
-                for one, p in zip(tested, adjusted, strict=True)
-                if p is not None and p <= LEVEL
+                for one, result in zip(tested, adjusted, strict=True)
+                if result.p <= LEVEL
             ]
             better += any(effect > 0 for effect in shown)
             worse += any(effect < 0 for effect in shown)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalLog:
         )
     measures = []
     try:
-        for measure in reader(name, file, result):
+        for measure in with_groups(list(reader(name, file, result))):
             if (measure.key, measure.opponent) not in seen:
                 seen.add((measure.key, measure.opponent))
                 measures.append(measure)
@@ -206,6 +207,7 @@ def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure
             told.get("reported"),
             told.get("reported_n"),
             told.get("instead_of", ""),
+            tuple(told.get("parts") or ()),
         )
         if "written" in result:  # of ours, not of an import
             _check_measure(measure, result)
@@ -228,6 +230,37 @@ def _check_measure(measure: Measure, result: Mapping[str, Any]) -> None:
     else:
         told = result["rows" if measure.suite == "heldout_loss" else measure.metric]["n"]
         _check_samples(file, measure.label, told, samples)
+
+
+def with_groups(measures: Sequence[Measure]) -> Iterator[Measure]:
+    """Yield measures, a group of lm-eval tasks with the samples of its tasks: one mean that can be
+    tested.
+
+    The items weigh as in the value that lm-eval reported, all alike or all tasks alike; a group of
+    which neither gives that value keeps it alone.
+    """
+    for group in measures:
+        tasks = [
+            one
+            for one in measures
+            if one.task in group.parts and one.metric == group.metric and not one.parts
+        ]
+        sizes = [len(one.samples) for one in tasks]
+        if not tasks or not all(sizes):
+            yield group
+            continue
+        for weights in ([1.0] * len(tasks), [sum(sizes) / len(tasks) / size for size in sizes]):
+            samples = tuple(
+                replace(sample, id=f"{one.task}/{sample.id}", value=(sample.value or 0.0) * weight)
+                for one, weight in zip(tasks, weights, strict=True)
+                for sample in one.samples
+            )
+            mean = sum(sample.value or 0.0 for sample in samples) / len(samples)
+            if group.reported is not None and abs(mean - group.reported) <= 1e-6:
+                yield replace(group, samples=samples)
+                break
+        else:
+            yield group
 
 
 def alpaca_samples(lines: Iterable[Mapping[str, Any]]) -> tuple[list[Sample], list[Sample]]:
@@ -503,6 +536,7 @@ def lm_eval_measures(
             unit="share" if share else "number",
             reported=row["value"],
             reported_n=row["n"],
+            parts=tuple(row.get("parts") or ()),
         )
 
 

@@ -108,7 +108,9 @@ class Sample:
 @dataclass(frozen=True)
 class Measure:
     """One metric of one evaluation: all its samples, or the reported value alone where there are
-    none (groups of lm-eval tasks).
+    none.
+
+    `parts` are the tasks and groups below a group of lm-eval, whose samples are those of its tasks.
     """
 
     eval: str
@@ -127,6 +129,7 @@ class Measure:
     reported_n: int | None = None
     # the metric of this evaluation that is compared in its place where two arms share that one
     instead_of: str = ""
+    parts: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return what result.json says about the metric, whose samples stand in items.jsonl; what
@@ -137,6 +140,7 @@ class Measure:
             for name in ("opponent", "task", "reported", "reported_n", "instead_of")
             if getattr(self, name) not in (None, "")
         }
+        known |= {"parts": list(self.parts)} if self.parts else {}
         direction = {} if self.higher_is_better else {"higher_is_better": self.higher_is_better}
         return {"metric": self.metric, "label": self.label, "unit": self.unit} | known | direction
 
@@ -268,7 +272,7 @@ class Scorecard(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """One metric of one task (or group) of lm-eval."""
+    """One metric of one task of lm-eval, or of a group: `parts` are all that is below it."""
 
     task: str
     metric: str
@@ -282,6 +286,7 @@ class TaskScore:
     num_fewshot: int | None = None
     version: Any = None
     higher_is_better: bool | None = None
+    parts: list[str] = field(default_factory=list)
 
     @property
     def shown(self) -> str:
@@ -365,7 +370,11 @@ class EvalLog:
         if self.judge is not None:
             mine["judge"] = asdict(self.judge)
         if self.tasks:
-            mine["tasks"] = [asdict(task) for task in self.tasks]
+            rows = [asdict(task) for task in self.tasks]
+            mine["tasks"] = [
+                {key: value for key, value in row.items() if key != "parts" or value}
+                for row in rows
+            ]
         mine["measures"] = [measure.to_dict() for measure in self.measures]
         return {"format_version": _FORMAT_VERSION, **mine, **self.numbers}
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recipes_lib.compare.aims import Aims
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Arm, Study, load_study
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
 from recipes_lib.compare.published import Published, PublishedNumber
 from recipes_lib.compare.validity import check_validity
+from recipes_lib.eval_files import with_groups
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 
 
@@ -805,3 +807,94 @@ def test_no_interval_of_shares_or_grades_leaves_its_scale():
     for score in comparison.scores:
         lowest, highest = (1, 5) if score.unit == "grade" else (0, 1)
         assert score.low is None or lowest <= score.low <= score.value <= score.high <= highest
+
+
+def harness(values, metric="acc", task="arc", parts=(), reported=None):
+    """A measure of one metric of an lm-eval task."""
+    one = rates(values, metric, label=f"{task} {metric}")
+    return dataclasses.replace(one, task=task, parts=tuple(parts), reported=reported)
+
+
+def asking(primary=None, **aims):
+    return dataclasses.replace(study("r8", "r32"), aims=Aims(primary, **aims))
+
+
+def test_the_primary_metric_leads_its_pair_and_is_tested_before_the_rest():
+    weak = [1.0] * 42 + [0.0] * 38
+    many = [rates(BAD, f"m{n}", label=f"m{n}") for n in range(12)]
+    other = [rates(weak, f"m{n}", label=f"m{n}") for n in range(12)]
+    measured = of(arm("base", many), arm("r8", many), arm("r32", other))
+    rows = compare_arms(measured, (), asking("m7")).rows
+    lead = rows[0]
+    assert (lead.arms, lead.metric, lead.primary) == (("r32", "r8"), "ev/m7", True)
+    assert "primary question" in lead.flags and sum(row.primary for row in rows) == 3
+    assert lead.p_holm == pytest.approx(3 * lead.tested.p / 0.8) and lead.verdict == "better"
+    alone = compare_arms(measured, (), asking()).rows
+    assert alone[0].p_holm == pytest.approx(36 * alone[0].tested.p)
+    assert lead.mde < alone[0].mde  # the power of three tests, and not of 36
+
+
+def test_the_answer_begins_with_the_primary_metric():
+    first, second = [rates(BAD), rates(BAD, "m1")], [rates(BAD), rates(GOOD, "m1", label="rows")]
+    answer = compare_arms(of(arm("r8", first), arm("r32", second)), (), asking("m1")).answer
+    assert answer[1].startswith("r32 is better than r8 on rows")
+
+
+def test_the_primary_metric_of_two_judged_arms_is_the_one_head_to_head():
+    direct = rates([1.0] * 60 + [0.0] * 20, "win_rate", "r8")
+    reference = [rates(values, "win_rate", "reference") for values in (BAD, GOOD)]
+    rows = compare_arms(
+        of(arm("r8", [reference[0]]), arm("r32", [reference[1], direct])), (), asking("win_rate")
+    ).rows
+    assert [(row.head_to_head, row.primary) for row in rows] == [(True, True), (False, False)]
+
+
+def test_two_accuracies_of_one_task_are_one_question():
+    measured = of(
+        arm("r8", [harness(BAD), harness(BAD, "acc_norm"), harness(BAD, "acc,second")]),
+        arm("r32", [harness(GOOD), harness(GOOD, "acc_norm"), harness(GOOD, "acc,second")]),
+    )
+    comparison = compare_arms(measured)
+    assert comparison.tests == 1
+    assert [row.verdict for row in comparison.rows] == ["not tested", "better", "not tested"]
+    row = comparison.rows[0]
+    assert row.p_holm is None and row.difference and row.claimed
+    assert row.sentence == (
+        "r32 and r8 are not tested on arc acc: acc_norm of the same task is tested in its place."
+    )
+    assert comparison.answer[0] == "r32 against r8, 1 comparison: better."
+    named = compare_arms(measured, (), asking("arc/acc")).rows
+    assert [row.metric for row in named if row.p_holm is not None] == ["ev/arc/acc"]
+
+
+def test_a_group_is_tested_as_one_mean_and_its_tasks_are_shown():
+    def group(values):
+        tasks = [harness(values[:30], task="mmlu_law"), harness(values[30:], task="mmlu_art")]
+        mean = sum(values) / len(values)
+        return list(
+            with_groups(
+                [harness([], task="mmlu", parts=("mmlu_law", "mmlu_art"), reported=mean), *tasks]
+            )
+        )
+
+    measured = of(arm("r8", group(BAD)), arm("r32", group(GOOD)))
+    comparison = compare_arms(measured)
+    assert comparison.tests == 1
+    whole, *tasks = comparison.rows
+    assert (whole.label, whole.verdict, whole.n) == ("mmlu acc", "better", 80)
+    assert {row.verdict for row in tasks} == {"not tested"}
+    assert "it is a part of mmlu, which is tested as one mean" in tasks[0].sentence
+    assert compare_arms(measured, (), asking(subtasks=True)).tests == 3
+    named = compare_arms(measured, (), asking("mmlu_law")).rows
+    assert {row.label for row in named if row.p_holm is not None} == {"mmlu acc", "mmlu_law acc"}
+    assert [row.label for row in named if row.primary] == ["mmlu_law acc"]
+
+
+def test_a_group_of_equal_tasks_weighs_them_alike():
+    tasks = [harness([1.0] * 30, task="a"), harness([0.0] * 10, task="b")]
+    whole, *_ = with_groups([harness([], task="g", parts=("a", "b"), reported=0.5), *tasks])
+    assert len(whole.samples) == 40
+    assert sum(item.value for item in whole.samples) / 40 == pytest.approx(0.5)
+    # a value that is no mean of the items stays alone
+    whole, *_ = with_groups([harness([], task="g", parts=("a", "b"), reported=0.9), *tasks])
+    assert not whole.samples

@@ -174,6 +174,24 @@ BAD = [
     ("lm_eval.yaml]", "lm_eval.yaml, mt_bench.yaml]", 9, ["mt_bench' stands there twice"]),
     ("mt_bench.yaml", "mt_bnch.yaml", 9, ["did you mean mt_bench.yaml?"]),
     ("seeds: [42]", "include_base: maybe", 8, ["include_base", "true or false"]),
+    (
+        "seeds: [42]",
+        "primary: win_rat",
+        8,
+        [
+            "primary: no eval of this study measures 'win_rat'",
+            "metrics: study--alpaca_eval/win_rate,",
+        ],
+    ),
+    (
+        "seeds: [42]",
+        "primary: win_rate",
+        8,
+        [
+            "several evals measure 'win_rate'",
+            "metrics: study--alpaca_eval/win_rate, study--mt_bench/win_rate",
+        ],
+    ),
 ]
 
 
@@ -378,3 +396,24 @@ def test_an_unknown_arm_is_answered_with_the_arms_there_are(study_folder: Path) 
 def test_a_recipe_given_as_a_study_is_told_what_it_is(study_folder: Path) -> None:
     with pytest.raises(RecipeError, match="is a recipe, not a study"):
         load_study(study_folder / "r4.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("seeds: [42]", "study--alpaca_eval/win_rate"),
+        ("primary: mt_bench", "study--mt_bench/grade"),
+        ("primary: alpaca_eval/win_rate", "study--alpaca_eval/win_rate"),
+        ("primary: lm_eval", "study--lm_eval/quickstart_multiple_choice"),
+        (
+            "primary: quickstart_multiple_choice/acc",
+            "study--lm_eval/quickstart_multiple_choice/acc",
+        ),
+    ],
+)
+def test_the_primary_metric_is_named_by_a_part_of_its_name_or_is_the_first(
+    study_folder: Path, written: str, meant: str
+) -> None:
+    file = study_folder / "tiny.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("seeds: [42]", written))
+    assert load_study(file).aims.primary == meant

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from recipes_lib.statistics.family import Hypotheses, adjust
 from recipes_lib.statistics.intervals import (
     accuracy,
     bca,
@@ -22,7 +23,6 @@ from recipes_lib.statistics.intervals import (
     wilson,
 )
 from recipes_lib.statistics.paired import (
-    holm,
     mcnemar_p,
     paired_binary_interval,
     paired_test,
@@ -48,12 +48,14 @@ def test_mcnemar_equals_the_exact_binomial_test(b: int, c: int) -> None:
         assert mcnemar_p(b, c) == pytest.approx(stats.binomtest(b, b + c, 0.5).pvalue)
 
 
-def test_holm_equals_statsmodels() -> None:
+def test_a_table_of_one_family_is_corrected_as_statsmodels_does() -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     p_values = [0.04, 0.001, 0.2, 0.012, 0.03]
-    assert holm(p_values) == pytest.approx(
-        list(multitest.multipletests(p_values, method="holm")[1])
-    )
+    for primary in (True, False):
+        adjusted = adjust([Hypotheses(p, primary=primary) for p in p_values])
+        assert [one.p for one in adjusted] == pytest.approx(
+            list(multitest.multipletests(p_values, method="holm")[1])
+        )
 
 
 def test_kappa_equals_statsmodels() -> None:

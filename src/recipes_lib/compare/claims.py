@@ -1,11 +1,13 @@
 """The only place that writes a comparison sentence. A sentence is a template filled with a tested
 row; no template, no claim.
 
-- better / worse: Holm-adjusted p <= 0.05 and an interval without zero, whatever the unresolved
-  items would have been
+- better / worse: adjusted p <= 0.05 (`statistics/family.py`: the primary question first) and an
+  interval without zero, whatever the unresolved items would have been
 - no difference shown: tested, and not that; the sentence says what difference this comparison would
   have found
 - cannot be tested: there are no items to pair, too few, or the two arms are one model
+- not tested: shown beside a comparison that answers the same question, as the mean of its group or
+  another metric of its task
 
 A cause is named only where declared keys are all that differs between the values of two recipes,
 the study trained both, several times or with a noise floor that the difference exceeds, and no
@@ -22,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from recipes_lib.compare.aims import Aims
 from recipes_lib.compare.findings import (
     CONFOUNDED,
     INSIDE_NOISE,
@@ -41,6 +44,7 @@ from recipes_lib.compare.table import (
     corrected,
     pairs_of,
     with_flags,
+    with_primary,
 )
 from recipes_lib.compare.validity.case import (
     Case,
@@ -71,6 +75,7 @@ SENTENCES = {
         "No difference shown between {first} and {second} on {where}: {numbers}.{power}"
     ),
     "cannot be tested": "{first} and {second} cannot be compared on {where}: {because}.",
+    "not tested": "{first} and {second} are not tested on {where}: {because}.",
     "stopped": "No claim about {first} and {second} on {where}: {because}.",
     # Of a judge whose audit is not whole: what it preferred, and no claim about the answers.
     "preference": (
@@ -128,6 +133,7 @@ def compare_arms(
     findings: Iterable[Finding] = (),
     study: Study | None = None,
     published: Published | None = None,
+    aims: Aims | None = None,
 ) -> Comparison:
     """Return the table with its verdicts, and the sentences that follow from it.
 
@@ -135,23 +141,23 @@ def compare_arms(
         findings: what `validity` found about these measurements.
         study: None for `recipes compare`, which knows no factor and therefore no cause.
         published: numbers to show beside ours; None for those that the study names.
+        aims: what is asked of the table; None for what the study asks.
     """
     if published is None and study is not None and study.published:
         published = load_published(study.published)
     known = tuple(errors_first(findings))
     base = [name for name, arm in measurements.arms.items() if arm.is_base or name == "base"]
     scores = build_scores(measurements)
-    rows = build_rows(measurements, base)
+    aims = aims or (study.aims if study else Aims())
+    rows = build_rows(measurements, base, aims)
     if published is not None:
-        place = {
-            frozenset(pair): number for number, pair in enumerate(pairs_of(measurements, base))
-        }
-        rows = sorted(
-            with_published(rows, scores, measurements, published),
-            key=lambda row: place[frozenset(row.arms)],
-        )
+        rows = with_published(rows, scores, measurements, published)
     one_model = [replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
-    tested = corrected(one_model)
+    place = {frozenset(pair): number for number, pair in enumerate(pairs_of(measurements, base))}
+    tested = sorted(
+        corrected(with_primary(one_model, aims.primary)),
+        key=lambda row: (place[frozenset(row.arms)], not row.primary),
+    )
     tests = sum(row.p_holm is not None for row in tested)
     case = Case(study, measurements)
     causes = Causes(case, noise_floors(case), ALPHA / max(1, tests), tuple(base))
@@ -183,15 +189,16 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
     confounds = [one for one in mine if one.code.startswith(CONFOUNDED)]
     stops = [one for one in errors if one not in unaudited and one not in confounds]
     because = stopped = ""
-    if row.verdict == "cannot be tested":
-        template, because = "cannot be tested", row.reason
+    template: str = row.verdict
+    if row.verdict in ("cannot be tested", "not tested"):
+        because = row.reason or row.aside
     elif stops:
         template, because = "stopped", _reasons(stops)
     elif unaudited:
         shown = "preference" if row.verdict in ("better", "worse") else "no preference"
         template, because = shown, _reasons(unaudited)
     elif row.verdict == "no difference shown":
-        template = row.verdict
+        pass
     elif errors:
         template, because = "association", _reasons([one for one in errors if one in confounds])
     elif causes.one_recipe(row) and not confounds:
@@ -218,6 +225,8 @@ def _verdict(row: TableRow) -> TestVerdict:
     """What the test of a row shows."""
     if row.tested is None or row.reason or row.difference is None:
         return "cannot be tested"
+    if row.aside:
+        return "not tested"
     # Bootstrap and permutation test may disagree at the edge: both must agree.
     low, high = row.tested.low, row.tested.high
     with_zero = low is None or high is None or low <= 0 <= high
@@ -351,7 +360,8 @@ def answer_paragraph(rows: Sequence[TableRow], base: Sequence[str] = ()) -> tupl
     """
     by_pair: dict[tuple[str, str], list[TableRow]] = {}
     for row in rows:
-        by_pair.setdefault(row.arms, []).append(row)
+        if not row.aside:
+            by_pair.setdefault(row.arms, []).append(row)
     own = [pair for pair in by_pair if not set(pair) & set(base)]
     sentences: list[str] = []
     given = {""}  # reasons that were given
@@ -385,7 +395,7 @@ def remaining_sentences(
     """
     found: dict[str, list[TableRow]] = {}
     for row in rows:
-        if row.sentence not in said:
+        if row.sentence not in said and row.verdict != "not tested":
             found.setdefault(row.because, []).append(row)
     return [
         (

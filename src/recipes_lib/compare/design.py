@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from recipes_lib.compare.aims import Aims, full_name, known_metrics
 from recipes_lib.compare.published import load_published
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.check import check_upstream
@@ -115,6 +116,16 @@ class StudySection(LaunchKeys):
         True,
     )
     evals: list[str] = key("Eval recipes, relative to the study file.", factory=list)
+    primary: str | None = key(
+        "The metric of the question, for example win_rate, alpaca_eval/win_rate or lm_eval/gsm8k."
+        " Its comparisons are tested before everything else. Absent: the first eval's first"
+        " metric."
+    )
+    test_subtasks: bool = key(
+        "Test the tasks of an lm-eval group (mmlu) too. They are shown in any case, and their"
+        " mean is tested.",
+        False,
+    )
     published: str | None = key(
         "Numbers published elsewhere, shown beside ours with their protocol."
     )
@@ -222,6 +233,7 @@ class Study:
     origins: Mapping[KeyPath, Origin]
     warnings: tuple[RecipeError, ...] = ()
     words: tuple[str, ...] = ()
+    aims: Aims = Aims()
 
     def arm(self, name: str) -> Arm:
         """Return the arm of that name.
@@ -552,6 +564,7 @@ class _Reader:
             evals=evals,
             published=published,
             origins=document.origins,
+            aims=self._aims(evals),
         )
         problems = _once(self.errors) or self._twice([one.name for one in evals])
         if not problems:
@@ -676,6 +689,28 @@ class _Reader:
         key = ("evals", position)
         path = self._file(key, self.own.evals[position], "no such eval recipe")
         return self._try(load_eval, path) if path else None
+
+    def _aims(self, evals: Sequence[EvalRecipe]) -> Aims:
+        """Return what is asked of the table; a metric that is not measured is an error, unless a
+        run that was imported may bring it.
+        """
+        own = self.own
+        primary = own.primary or (known_metrics(evals[0])[0] if evals else None)
+        if own.primary and not any(arm.imported for arm in self.sections.values()):
+            found = [name for one in evals if (name := full_name(one, own.primary))]
+            if len(found) == 1:
+                primary = found[0]
+            else:
+                what = "several evals measure" if found else "no eval of this study measures"
+                names = found or [name for one in evals for name in known_metrics(one)]
+                self.errors.append(
+                    self.document.error(
+                        ("primary",),
+                        f"primary: {what} '{own.primary}'",
+                        f"metrics: {_list(names)}",
+                    )
+                )
+        return Aims(primary, own.test_subtasks)
 
     def _twice(self, names: Sequence[str]) -> list[RecipeError]:
         """Every eval whose results would lie in the folder of one before it."""

@@ -20,7 +20,7 @@ from recipes_lib.compare.wording import count, difference_text, interval_text, m
 from recipes_lib.eval_log import Measure
 from recipes_lib.statistics.unresolved import Tested, compare
 
-TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested"]
+TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested", "not tested"]
 ItemValues: TypeAlias = NDArray[np.float64]  # by seed and item, NaN where there is none
 Items = Sequence[tuple[str, int]]  # question and turn
 ALPHA = 0.05
@@ -35,9 +35,10 @@ class TableRow:
     """One comparison: `difference` is first minus second in the metric's own direction, so positive
     favours the first arm only where `higher_is_better` (None: not known, so nothing is ranked).
 
-    `verdict` and `sentence` come from `claims`; `stopped` holds the titles of the findings that
-    stop the claim, `because` the clause of the sentence that gives the reasons, so that a page can
-    give them once.
+    `reason` says why a comparison cannot be tested, `aside` why it is only shown: another one
+    answers the same question. `verdict` and `sentence` come from `claims`; `stopped` holds the
+    titles of the findings that stop the claim, `because` the clause of the sentence that gives the
+    reasons, so that a page can give them once.
     """
 
     metric: str
@@ -53,7 +54,9 @@ class TableRow:
     p_holm: float | None = None
     mde: float | None = None
     needed: int | None = None
+    primary: bool = False
     reason: str = ""
+    aside: str = ""
     verdict: TestVerdict = "cannot be tested"
     sentence: str = ""
     because: str = ""

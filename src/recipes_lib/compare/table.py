@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from recipes_lib.compare.aims import Aims, is_named
 from recipes_lib.compare.head_to_head import head_to_head_rows
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.row import (
@@ -28,8 +29,8 @@ from recipes_lib.compare.row import (
 )
 from recipes_lib.compare.side_by_side import side_by_side_rows
 from recipes_lib.eval_log import EvalLog, Measure
+from recipes_lib.statistics.family import Adjusted, Hypotheses, adjust
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
-from recipes_lib.statistics.paired import holm
 from recipes_lib.statistics.seeds import crossed_interval, question_means
 
 # What yields the rows of two arms; a kind of rows is one file and one line here.
@@ -72,42 +73,119 @@ def pairs_of(measurements: Measurements, base: Sequence[str] = ()) -> list[tuple
     return sorted(pairs, key=lambda pair: any(name in base for name in pair))
 
 
-def build_rows(measurements: Measurements, base: Sequence[str] = ()) -> list[TableRow]:
-    """Return every comparison with its test; `corrected` corrects them together.
+def build_rows(
+    measurements: Measurements, base: Sequence[str] = (), aims: Aims | None = None
+) -> list[TableRow]:
+    """Return every comparison with its test; those that are only shown say why.
 
     Args:
         base: names of the arms that are base models.
     """
-    return [
+    rows = [
         row
         for pair in pairs_of(measurements, base)
         for rows_of in ROW_KINDS
         for row in rows_of(measurements, *pair)
     ]
+    aims = aims or Aims()
+    asides = _parts_of_groups(rows, aims) | _same_questions(rows, aims)
+    return [
+        replace(row, aside=asides.get(number, "")) if row.measures else row
+        for number, row in enumerate(rows)
+    ]
+
+
+def _parts_of_groups(rows: Sequence[TableRow], aims: Aims) -> dict[int, str]:
+    """Why rows of tasks are only shown: their group is tested as one mean."""
+    groups = {
+        (row.arms, row.measures[0].eval, part): row.measures[0].task
+        for row in reversed(rows)
+        if row.measures and _p(row) is not None
+        for part in row.measures[0].parts
+    }
+    found: dict[int, str] = {}
+    for number, row in enumerate(rows):
+        one = row.measures[0] if row.measures else None
+        group = groups.get((row.arms, one.eval, one.task)) if one else None
+        if one and group and not aims.subtasks and not aims.asks_for(one.task):
+            found[number] = f"it is a part of {group}, which is tested as one mean"
+    return found
+
+
+def _same_questions(rows: Sequence[TableRow], aims: Aims) -> dict[int, str]:
+    """Why rows are only shown whose task is tested by another of its metrics: of accuracies the
+    normalised one where there is one, of several filters the first; one that a study names before
+    all others.
+    """
+    questions: dict[object, list[int]] = {}
+    for number, row in enumerate(rows):
+        if row.measures and row.measures[0].suite == "lm_eval" and _p(row) is not None:
+            metric = row.measures[0].metric.partition(",")[0]
+            metric = "acc" if metric.startswith("acc_") else metric
+            key = (row.arms, row.opponent, row.measures[0].eval, row.measures[0].task, metric)
+            questions.setdefault(key, []).append(number)
+    found: dict[int, str] = {}
+    for numbers in questions.values():
+        names = {number: rows[number].measures[0].metric for number in numbers}
+        chosen = min(
+            numbers,
+            key=lambda number: (
+                not aims.asks_for(names[number]),
+                not names[number].startswith("acc_norm"),
+                number,
+            ),
+        )
+        found |= {
+            number: f"{names[chosen]} of the same task is tested in its place"
+            for number in numbers
+            if number != chosen
+        }
+    return found
+
+
+def with_primary(rows: Sequence[TableRow], primary: str | None) -> list[TableRow]:
+    """Return the rows with those marked that answer the primary question: of every two arms the
+    first tested one of the primary metric, which is the one head to head where there is one.
+    """
+    first: dict[tuple[str, str], TableRow] = {}
+    for row in rows:
+        if primary and _p(row) is not None and is_named(primary, row.metric):
+            first.setdefault(row.arms, row)
+    return [replace(row, primary=first.get(row.arms) is row) for row in rows]
 
 
 def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the rows with Holm-adjusted p, and power at the level that the smallest p of the table
-    is held to.
+    """Return the rows with adjusted p, the primary ones before all others, and power at the level
+    that the smallest p of their family is held to.
     """
-    adjusted = holm([_p(row) for row in rows])
-    level = ALPHA / max(1, sum(p is not None for p in adjusted))
-    return [
-        replace(
-            row,
-            p_holm=p,
-            mde=row.tested.mde(level) if row.tested else None,
-            needed=row.tested.questions_needed(level) if row.tested else None,
-        )
-        for row, p in zip(rows, adjusted, strict=True)
+    values = [_p(row) for row in rows]
+    tested = [
+        Hypotheses(p, primary=row.primary)
+        for row, p in zip(rows, values, strict=True)
+        if p is not None
     ]
+    results = iter(adjust(tested, ALPHA))
+    return [
+        row if p is None else _adjusted(row, next(results))
+        for row, p in zip(rows, values, strict=True)
+    ]
+
+
+def _adjusted(row: TableRow, result: Adjusted) -> TableRow:
+    tested = row.tested
+    return replace(
+        row,
+        p_holm=result.p,
+        mde=tested.mde(result.level) if tested else None,
+        needed=tested.questions_needed(result.level) if tested else None,
+    )
 
 
 def _p(row: TableRow) -> float | None:
     """The p that enters the correction; where not one item differs the test was made and its p is
     1.
     """
-    if row.tested is None or row.reason:
+    if row.tested is None or row.reason or row.aside:
         return None
     return 1.0 if row.tested.p is None else row.tested.p
 
@@ -175,7 +253,7 @@ def _score_interval(table: ItemValues, questions: Sequence[str]) -> Interval:
 
 def with_flags(row: TableRow, measurements: Measurements) -> TableRow:
     """Return the row with flags about how its numbers came to be."""
-    flags = list(row.flags)
+    flags = ["primary question"] * row.primary + list(row.flags)
     arms = [measurements.arms[name] for name in row.arms if name in measurements.arms]
     flags += [f"{arm.name} imported" for arm in arms if arm.imported]
     logs = {log.file: log for arm in measurements.arms.values() for log in arm.logs}

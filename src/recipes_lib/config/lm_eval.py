@@ -263,6 +263,17 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return words
 
 
+def parts_of(found: Mapping[str, Any], group: str) -> list[str]:
+    """Return every task and group below a group of lm-eval's results; nothing of a task.
+
+    Example:
+        >>> parts_of({"group_subtasks": {"mmlu": ["stem"], "stem": ["physics"]}}, "mmlu")
+        ['stem', 'physics']
+    """
+    below = (found.get("group_subtasks") or {}).get(group) or ()
+    return [name for part in below for name in (part, *parts_of(found, part))]
+
+
 def metric_direction(found: Mapping[str, Any], task: str, metric: str) -> bool | None:
     """Return whether more of a metric is better, as lm-eval's results say it; None where they do
     not.

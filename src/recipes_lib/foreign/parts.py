@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes_lib.config.lm_eval import PROTOCOL, metric_direction
+from recipes_lib.config.lm_eval import PROTOCOL, metric_direction, parts_of
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import Row
@@ -418,6 +418,7 @@ def _task_rows(file: Foreign, found: Row, task: str, metrics: Row) -> Iterator[R
             "num_fewshot": (found.get("n-shot") or {}).get(task, config.get("num_fewshot")),
             "version": (found.get("versions") or {}).get(task),
             "higher_is_better": metric_direction(found, task, metric),
+            **({"parts": parts} if (parts := parts_of(found, task)) else {}),
         }
 
 

@@ -83,10 +83,12 @@ class Content:
     @property
     def size(self) -> str:
         """How much stands behind the table, in a line."""
+        rows, tests = self.comparison.rows, self.comparison.tests
+        first = sum(row.primary for row in rows)
+        asked = f", {first} of the primary question before the others" if first else ""
         return (
-            f"{count(len(self.comparison.rows), 'comparison')},"
-            f" {count(self.comparison.tests, 'test')} corrected together (Holm), level"
-            f" {self.comparison.alpha:g}"
+            f"{count(len(rows), 'comparison')}, {count(tests, 'test')} corrected together"
+            f" (Holm{asked}), level {self.comparison.alpha:g}"
         )
 
 

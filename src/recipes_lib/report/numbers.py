@@ -45,6 +45,7 @@ class Number:
     p: float | None = None
     p_holm: float | None = None
     mde: float | None = None
+    primary: bool | None = None
     verdict: str | None = None
     claim_stopped: bool | None = None
     test: str | None = None
@@ -104,6 +105,7 @@ def _of_comparison(content: Content) -> Iterator[Number]:
             n=tested.n if tested else None,
             p_holm=row.p_holm,
             mde=row.mde,
+            primary=row.primary,
             verdict=row.verdict,
             claim_stopped=bool(row.stopped),
             interval=tested.interval_method if tested else None,

@@ -1,5 +1,5 @@
 """Paired comparisons of two arms on the same items: exact McNemar, sign-flip permutation, clustered
-bootstrap of the difference; and their correction for many tests.
+bootstrap of the difference.
 
 Positive effects favour the first arm. The tests are two-sided.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -219,22 +218,3 @@ def paired_test(
     return PairedResult(
         interval.estimate, interval.low, interval.high, p, n, test, interval.method, spread
     )
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return Holm-adjusted p values in the given order; a None (no test possible) stays None and
-    does not count.
-
-    Example:
-        >>> holm([0.01, None, 0.04])
-        [0.02, None, 0.04]
-
-    Source: Holm (1979), Scandinavian Journal of Statistics 6.
-    """
-    order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
-    adjusted: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
-        adjusted[index] = largest
-    return adjusted

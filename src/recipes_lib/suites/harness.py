@@ -20,7 +20,14 @@ from typing import Any, ClassVar
 
 import yaml
 
-from recipes_lib.config.lm_eval import ALLOW, PROTOCOL, code_in, metric_direction, unknown_metrics
+from recipes_lib.config.lm_eval import (
+    ALLOW,
+    PROTOCOL,
+    code_in,
+    metric_direction,
+    parts_of,
+    unknown_metrics,
+)
 from recipes_lib.config.schema import fields_of, object_schema
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import write_text
@@ -440,6 +447,7 @@ def _tasks(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> l
                     "num_fewshot": found.get("n-shot", {}).get(task),
                     "version": found.get("versions", {}).get(task),
                     "higher_is_better": metric_direction(found, task, metric),
+                    "parts": parts_of(found, task),
                 }
             )
     return rows
