@@ -49,7 +49,8 @@ def main() -> int:
     for one in study.evals:
         files = [runs_root() / name / "evals" / one.name / "result.json" for name in names]
         say(f"\n{tables([read_object(file) for file in files])}")
-    say(f"\n{first_answers([file.with_name('items.jsonl') for file in files])}")
+        if one.suite.name == "checks":
+            say(f"\n{first_answers([file.with_name('items.jsonl') for file in files])}")
     folder = study_folder(study)
     comparison = read_object(folder / "steps" / "statistics" / "comparison.json")
     say("\n" + "\n  ".join([comparison["question"], *comparison["answer"]]))

@@ -90,7 +90,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
 def _what(result: dict[str, Any]) -> str:
     judge = result.get("judge")
     if not judge:
-        return "lm-eval" if result["suite"] == "lm_eval" else result["suite"]
+        named = {"lm_eval": "lm-eval", "heldout_loss": "held-out loss"}
+        return named.get(result["suite"], result["suite"])
     return f"{result['n']} questions, judge {judge['name']} ({judge['model']}, {judge['mode']})"
 
 
