@@ -1004,6 +1004,16 @@ def test_an_evaluation_that_an_arm_lacks_is_named(root):
     assert "lm_eval" in found(findings, "unfinished-evaluation").title
 
 
+def test_answers_that_stood_against_another_arm_are_not_an_evaluation_that_was_begun(root):
+    log = dataclasses.replace(evaluated(root / "a"), against="base--x")
+    made = arms(a=run(root, "a", log), b=run(root, "base--x", unfinished=("alpaca_eval",)))
+    assert "unfinished-evaluation" not in codes(check_validity(None, made))
+    judgments = root / "base--x" / "evals" / "alpaca_eval" / "judgments.jsonl"
+    judgments.parent.mkdir(parents=True)
+    judgments.touch()
+    assert "base--x" in found(check_validity(None, made), "unfinished-evaluation").evidence[0]
+
+
 # ---- chosen and noisy numbers ----
 
 

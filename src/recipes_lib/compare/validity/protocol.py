@@ -202,11 +202,18 @@ def check_presence(case: Case) -> Iterator[Finding]:
     with what their files do not hold; arms of published numbers alone, and arms without anything.
     """
     every = {log.eval for _, log in case.logs}
+    opposing = {(log.eval, log.against) for _, log in case.logs}
     for name, arm in case.arms.items():
         for run in arm.runs:
             place = [run_place(run.folder)]
-            if run.unfinished:
-                evals = ", ".join(run.unfinished)
+            begun = [
+                one
+                for one in run.unfinished
+                if (one, run.name) not in opposing  # else its answers stood against another arm's
+                or any((run.folder / "evals" / one).glob("judgments*.jsonl"))
+            ]
+            if begun:
+                evals = ", ".join(begun)
                 yield found("unfinished-evaluation", place, (name,), evals=evals)
             missing = sorted(every - {log.eval for log in run.evals} - set(run.unfinished))
             if missing and run.evals:
