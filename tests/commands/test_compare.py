@@ -160,3 +160,26 @@ def test_a_result_that_does_not_agree_with_its_judgments_is_refused(runs, capsys
     samples.write_text(samples.read_text() + "not json\nmore\n")
     assert main(["compare", "r8", "r32"]) == 4
     assert "samples.jsonl:58" in capsys.readouterr().err
+
+
+def test_a_margin_adds_its_verdict_to_the_rows_of_its_metric(runs, capsys):
+    assert main(["compare", "r8", "r32", "--margin", "mt_bench=3", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    known = {row["label"]: (row["margin"], row["within"]) for row in rows}
+    assert known["MT-Bench mean grade, 1-5"] == (3.0, "equivalent")
+    assert all(value == (None, "") for label, value in known.items() if "MT-Bench" not in label)
+    assert main(["compare", "r8", "r32", "--margin", "mt_bench=3"]) == 0
+    assert "equivalent within 3.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("rouge=0.1", "--margin rouge: these runs have no such metric in common"),
+        ("mt_bench", "--margin mt_bench: no margin"),
+        ("mt_bench=little", "--margin mt_bench=little: no margin"),
+    ],
+)
+def test_a_margin_that_is_none_is_one_line(runs, capsys, word, said):
+    assert main(["compare", "r8", "r32", "--margin", word]) == 2
+    assert capsys.readouterr().err.startswith(said)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes_lib.compare.aims import Aims
+from recipes_lib.compare.aims import Aims, Margin
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Arm, Study, load_study
 from recipes_lib.compare.findings import Finding
@@ -898,3 +898,91 @@ def test_a_group_of_equal_tasks_weighs_them_alike():
     # a value that is no mean of the items stays alone
     whole, *_ = with_groups([harness([], task="g", parts=("a", "b"), reported=0.9), *tasks])
     assert not whole.samples
+
+
+ALIKE = [1.0] * 480 + [0.0] * 320
+
+
+def nearly(values, turned):
+    """The values with as many turned in both directions."""
+    changed = list(values)
+    for number in range(turned):
+        changed[number] = 1 - changed[number]
+        changed[-1 - number] = 1 - changed[-1 - number]
+    return changed
+
+
+POINTS = Margin(0.05, points=True)
+
+
+def within(size, values=None, margin=POINTS, **changes):
+    """The row of two arms that differ on `size` items in each direction."""
+    one, other = rates(ALIKE), rates(values or nearly(ALIKE, size))
+    one, other = (dataclasses.replace(each, **changes) for each in (one, other))
+    measured = of(arm("r8", [one]), arm("r32", [other]))
+    aims = Aims(margins={"acc": margin} if margin else {})
+    return compare_arms(measured, (), dataclasses.replace(study("r8", "r32"), aims=aims)).rows[0]
+
+
+def test_an_interval_inside_the_margin_is_equivalence():
+    row = within(40)
+    assert (row.verdict, row.within) == ("no difference shown", "equivalent")
+    assert row.sentence.startswith(
+        "r32 and r8 are equivalent on arc acc, within 5.0 points: 60.0% against 60.0%, difference"
+    )
+    assert row.sentence.endswith(" This is of these two trainings, one of each arm.")
+    assert abs(row.tested.low) < 0.05 and row.tested.high < 0.05 and row.p_not_worse <= 0.05
+    assert row.shown_verdict == "no difference shown; equivalent within 5.0 points"
+
+
+def test_an_interval_that_leaves_the_margin_shows_nothing_within_it():
+    row = within(200, margin=Margin(0.04, points=True))
+    assert row.within == "" and row.tested.low < -0.04 and row.tested.high > 0.04
+    assert row.sentence.endswith(" Within 4.0 points nothing is shown.")
+    assert row.shown_verdict == "no difference shown"
+
+
+def test_without_a_margin_nothing_changes():
+    plain, other = within(40, margin=None), within(40, margin=Margin(0.0001))
+    assert plain.p_holm == other.p_holm and plain.mde == other.mde
+    assert other.sentence.startswith(plain.sentence)
+    assert (plain.margin, plain.p_not_worse, plain.within) == (None, None, "")
+
+
+@pytest.mark.parametrize(("higher", "said"), [(True, "not worse"), (False, "not better")])
+def test_not_worse_goes_by_the_direction_of_the_metric(higher, said):
+    more = nearly(ALIKE, 150)
+    more[500:526] = [1.0] * 26  # a little above, too uncertain to be better
+    row = within(0, more, margin=Margin(0.04), higher_is_better=higher)
+    assert (row.verdict, row.within) == ("no difference shown", said)
+    first = "r32 is not worse than r8" if higher else "r8 is not worse than r32"
+    assert row.sentence.startswith(f"{first} on arc acc, within 4.0 points: ")
+
+
+def test_a_difference_inside_the_margin_is_both():
+    row = within(0, [1.0] * 500 + [0.0] * 300)
+    assert (row.verdict, row.within) == ("better", "equivalent")
+    assert row.sentence.endswith(" The difference lies within the margin of 5.0 points.")
+
+
+def test_items_that_never_differ_are_no_equivalence_where_they_are_few():
+    """The sign flips of 20 equal items would call any margin shown."""
+    measured = of(*(arm(name, [rates([1.0] * 20)]) for name in ("r8", "r32")))
+    aims = Aims(margins={"acc": Margin(0.02)})
+    assert compare_arms(measured, (), aims=aims).rows[0].within == ""
+    aims = Aims(margins={"acc": Margin(0.2)})
+    assert compare_arms(measured, (), aims=aims).rows[0].within == "equivalent"
+
+
+def test_an_error_stops_a_claim_within_a_margin_too():
+    error = Finding("judge-audit", "error", "The judge failed", (), "")
+    one, other = rates(ALIKE), rates(nearly(ALIKE, 40))
+    measured = of(arm("r8", [one]), arm("r32", [other]))
+    aims = Aims(margins={"acc": Margin(0.05)})
+    comparison = compare_arms(measured, (error,), aims=aims)
+    assert "equivalent" not in " ".join(comparison.answer) and comparison.rows[0].stopped
+
+
+def test_a_margin_that_is_none_of_its_metric_is_a_flag():
+    row = within(40, margin=Margin(0.05, points=True), unit="number")
+    assert row.margin is None and "has no points" in " ".join(row.flags)

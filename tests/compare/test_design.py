@@ -176,6 +176,30 @@ BAD = [
     ("seeds: [42]", "include_base: maybe", 8, ["include_base", "true or false"]),
     (
         "seeds: [42]",
+        "margins: {win_rate: 2}",
+        8,
+        ["margins: win_rate: ", "is a share: write points ('2 points') or a number below 1"],
+    ),
+    (
+        "seeds: [42]",
+        "margins: {mt_bench/grade: 2 points}",
+        8,
+        ["grade is no share and has no points: write a number in its unit"],
+    ),
+    (
+        "seeds: [42]",
+        "margins: {win_rate: -1 points}",
+        8,
+        ["margins: win_rate: must be a number above 0, or one like '2 points', got '-1 points'"],
+    ),
+    (
+        "seeds: [42]",
+        "margins: {heldout_loss: 0.005}",
+        8,
+        ["margins: heldout_loss: no eval of this study measures it", "mt_bench/grade"],
+    ),
+    (
+        "seeds: [42]",
         "primary: win_rat",
         8,
         [

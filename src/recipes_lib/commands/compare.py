@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipes_lib.compare.aims import Aims, Margin, is_named
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
@@ -27,6 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     runs = "runs that `recipes eval` evaluated; `base` is the base model of the others"
     add("runs", nargs="+", metavar="RUN", help=runs)
+    margin = "the difference that does not matter on a metric: win_rate='2 points', loss=0.005"
+    add("--margin", metavar="METRIC=M", action="append", default=[], help=margin)
     html = "write the report of a study about these runs, one file that needs nothing else"
     add("--html", metavar="FILE", help=html)
     add("--json", action="store_true", help="print one JSON object: rows, scores, findings")
@@ -55,7 +58,15 @@ def run(args: argparse.Namespace) -> int:
             " with a result",
             f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
         )
-    comparison = compare_arms(measurements, check_validity(None, measurements))
+    aims = Aims(margins=dict(map(_margin, args.margin)))
+    comparison = compare_arms(measurements, check_validity(None, measurements), aims=aims)
+    for word in aims.margins:
+        if not any(is_named(word, row.metric) for row in comparison.rows):
+            known = ", ".join(dict.fromkeys(row.metric for row in comparison.rows))
+            raise RecipeError(
+                f"--margin {word}: these runs have no such metric in common",
+                f"metrics: {known or 'none'}",
+            )
     if args.json:
         say_json(comparison.to_dict())
     else:
@@ -76,6 +87,17 @@ def run(args: argparse.Namespace) -> int:
             " that a cause can be named)"
         )
     return ExitCode.DONE
+
+
+def _margin(word: str) -> tuple[str, Margin]:
+    metric, _, value = word.partition("=")
+    margin = Margin.read(value)
+    if margin is None or not metric:
+        raise RecipeError(
+            f"--margin {word}: no margin",
+            "for example --margin win_rate='2 points' --margin loss=0.005",
+        )
+    return metric, margin
 
 
 def run_folders(words: list[str]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""What a study asks of its table: the primary metric, and what is tested at all.
+"""What a study asks of its table: the primary metric, what is tested at all, and margins.
 
 Metrics are named by a part of their name that is enough: `win_rate`, `alpaca_eval/win_rate`,
 `heldout_loss`, `lm_eval/gsm8k`. Needs no numpy.
@@ -6,8 +6,11 @@ Metrics are named by a part of their name that is enough: `win_rate`, `alpaca_ev
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from recipes_lib.eval_recipe import EvalRecipe
 
@@ -18,7 +21,46 @@ _METRICS = {
     "checks": ("pass_rate",),
     "heldout_loss": ("loss", "bits_per_byte"),
 }
+# What of them is no share between 0 and 1.
+NO_SHARES = ("grade", "loss", "bits_per_byte")
 _SEPARATOR = re.compile("/|--")
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The smallest difference that matters on a metric, in its unit; of shares in points of a
+    hundred where `points`.
+
+    Example:
+        >>> Margin.read("2 points"), Margin.read(0.005), Margin.read("little")
+        (Margin(size=0.02, points=True), Margin(size=0.005, points=False), None)
+    """
+
+    size: float
+    points: bool = False
+
+    @classmethod
+    def read(cls, value: object) -> Margin | None:
+        """Return a margin as it is written; None where it is none."""
+        found = re.fullmatch(r"([0-9.eE+-]+)( ?points?)?", str(value).strip())
+        with suppress(ValueError):
+            if found and 0 < (size := float(found[1])) < math.inf:
+                return cls(size / 100, True) if found[2] else cls(size)
+        return None
+
+    def fits(self, metric: str, is_share: bool | None = None) -> str:
+        """Return why the margin cannot be one of a metric, or nothing.
+
+        Args:
+            is_share: None to go by the metric's name; what lm_eval measures is a share then.
+        """
+        if is_share is None:
+            is_share = metric.rpartition("/")[2] not in NO_SHARES
+        if is_share and self.size >= 1:
+            return f"{metric} is a share: write points ('2 points') or a number below 1 (0.02)"
+        if self.points and not is_share:
+            return f"{metric} is no share and has no points: write a number in its unit"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -31,10 +73,17 @@ class Aims:
 
     primary: str | None = None
     subtasks: bool = False
+    margins: Mapping[str, Margin] = field(default_factory=dict)
 
     def asks_for(self, name: str) -> bool:
         """Return whether a task or metric is asked for by its own name."""
-        return self.primary is not None and name in _SEPARATOR.split(self.primary)
+        words = (*([self.primary] if self.primary else ()), *self.margins)
+        return any(name in _SEPARATOR.split(word) for word in words)
+
+    def margin_of(self, metric: str) -> Margin | None:
+        """Return the margin of a metric: that of the longest name it has here."""
+        words = [word for word in self.margins if is_named(word, metric)]
+        return self.margins[max(words, key=len)] if words else None
 
 
 def is_named(word: str, metric: str) -> bool:

@@ -5,6 +5,7 @@ row; no template, no claim.
   interval without zero, whatever the unresolved items would have been
 - no difference shown: tested, and not that; the sentence says what difference this comparison would
   have found
+- equivalent, not worse, not better: with a margin, the same of its ends
 - cannot be tested: there are no items to pair, too few, or the two arms are one model
 - not tested: shown beside a comparison that answers the same question, as the mean of its group or
   another metric of its task
@@ -36,7 +37,7 @@ from recipes_lib.compare.findings import (
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.published_rows import with_published
-from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, json_object
+from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, Within, json_object
 from recipes_lib.compare.table import (
     Score,
     build_rows,
@@ -44,6 +45,7 @@ from recipes_lib.compare.table import (
     corrected,
     pairs_of,
     with_flags,
+    with_margins,
     with_primary,
 )
 from recipes_lib.compare.validity.case import (
@@ -74,6 +76,10 @@ SENTENCES = {
     "no difference shown": (
         "No difference shown between {first} and {second} on {where}: {numbers}.{power}"
     ),
+    # Of a comparison with a margin, where no difference was shown.
+    "equivalent": "{first} and {second} are equivalent on {where}, within {margin}: {numbers}.{of}",
+    "not worse": "{first} is not worse than {second} on {where}, within {margin}: {numbers}.{of}",
+    "not better": "{second} is not worse than {first} on {where}, within {margin}: {numbers}.{of}",
     "cannot be tested": "{first} and {second} cannot be compared on {where}: {because}.",
     "not tested": "{first} and {second} are not tested on {where}: {because}.",
     "stopped": "No claim about {first} and {second} on {where}: {because}.",
@@ -155,7 +161,7 @@ def compare_arms(
     one_model = [replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
     place = {frozenset(pair): number for number, pair in enumerate(pairs_of(measurements, base))}
     tested = sorted(
-        corrected(with_primary(one_model, aims.primary)),
+        corrected(with_margins(with_primary(one_model, aims.primary), aims)),
         key=lambda row: (place[frozenset(row.arms)], not row.primary),
     )
     tests = sum(row.p_holm is not None for row in tested)
@@ -182,7 +188,8 @@ def _one_model(row: TableRow, findings: Sequence[Finding]) -> str:
 
 def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> TableRow:
     """Return a row with its verdict, the findings that stop its claim, and its sentence."""
-    row = replace(row, verdict=_verdict(row))
+    verdict = _verdict(row)
+    row = replace(row, verdict=verdict, within=_within(row, verdict))
     mine = [one for one in findings if one.touches(row.arms, row.metric)]
     errors = [one for one in mine if one.severity == "error"]
     unaudited = [one for one in errors if one.code == NOT_AUDITED]
@@ -198,7 +205,8 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
         shown = "preference" if row.verdict in ("better", "worse") else "no preference"
         template, because = shown, _reasons(unaudited)
     elif row.verdict == "no difference shown":
-        pass
+        template = row.within or template
+        because = _reasons(confounds) if row.within else ""
     elif errors:
         template, because = "association", _reasons([one for one in errors if one in confounds])
     elif causes.one_recipe(row) and not confounds:
@@ -210,6 +218,8 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
         second=row.second,
         where=row.where,
         numbers=numbers_text(row) if row.tested else "",
+        margin=row.margin_text,
+        of=causes.reach(row, because),
         verdict=row.verdict,
         more="more" if row.verdict == "better" else "less",
         higher="higher" if (row.difference or 0) > 0 else "lower",
@@ -217,6 +227,8 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
         power=_power_text(row),
         cause=causes.sentence(row, mine) if template == "difference" else "",
     )
+    if template == "difference" and row.within:
+        sentence += f" The difference lies within the margin of {row.margin_text}."
     titles = (stopped,) if stopped else tuple(one.title for one in errors)
     return replace(row, sentence=sentence, because=because, stopped=titles)
 
@@ -235,6 +247,20 @@ def _verdict(row: TableRow) -> TestVerdict:
     return "better" if (row.difference > 0) == row.higher_is_better else "worse"
 
 
+def _within(row: TableRow, verdict: TestVerdict) -> Within:
+    """What a margin adds to a verdict: nothing that "better" or "worse" says already."""
+    if row.margin is None or verdict not in ("better", "worse", "no difference shown"):
+        return ""
+    not_worse, not_better = (
+        p is not None and p <= ALPHA for p in (row.p_not_worse, row.p_not_better)
+    )
+    if not_worse and not_better:
+        return "equivalent"
+    if verdict != "no difference shown":
+        return ""
+    return "not worse" if not_worse else "not better" if not_better else ""
+
+
 # ---- Parts of sentences ----
 
 
@@ -248,9 +274,14 @@ def numbers_text(row: TableRow) -> str:
     if tested.questions != tested.n:
         items = f"{tested.n:,} items of {tested.questions:,} questions"
     limits = "" if row.limits == NONE else f" {row.limits}"
+    p = row.p_holm
+    if row.within and row.verdict == "no difference shown":
+        sides = {"not worse": [row.p_not_worse], "not better": [row.p_not_better]}
+        both = [row.p_not_worse, row.p_not_better]
+        p = max(one for one in sides.get(row.within, both) if one is not None)
     parts = [
         f"{row.words} {row.effect}{limits}",
-        f"{p_text(row.p_holm)} (Holm)",
+        f"{p_text(p)} (Holm)",
         f"n = {items}",
     ]
     if tested.seeds > 1:
@@ -270,7 +301,8 @@ def _power_text(row: TableRow) -> str:
         power = f" {size} would have been found with 80% probability."
     if row.needed and row.tested and row.needed > row.tested.questions:
         needed = f" The observed one would need about {count(row.needed, 'question')}."
-    return power + needed
+    open_margin = "" if row.margin is None else f" Within {row.margin_text} nothing is shown."
+    return power + needed + open_margin
 
 
 @dataclass(frozen=True)
@@ -342,6 +374,16 @@ class Causes:
             f" {sentence_list([*named, 'chance'])} is the cause, two trainings cannot tell."
         )
 
+    def reach(self, row: TableRow, because: str) -> str:
+        """Return what a claim within a margin does not say: of one training each it is no claim
+        about others, and beside confounds none about a key.
+        """
+        one_each = row.tested is not None and row.tested.seeds == 1
+        told = ""
+        if one_each and self._keys(row) is not None:
+            told = " This is of these two trainings, one of each arm."
+        return told + (f" It says nothing of one key: {because}." if because else "")
+
     def _with_values(self, row: TableRow, keys: Sequence[str]) -> list[str]:
         """Every key that differs, with both values where they are few enough to read."""
         if len(keys) > MOST_VALUES:
@@ -368,7 +410,10 @@ def answer_paragraph(rows: Sequence[TableRow], base: Sequence[str] = ()) -> tupl
     for pair in own or by_pair:
         mine = by_pair[pair]
         sentences.append(summary_sentence(mine))
-        for row in [mine[0], *[one for one in mine[1:] if one.verdict in ("better", "worse")][:3]]:
+        for row in [
+            mine[0],
+            *[one for one in mine[1:] if one.within or one.verdict in ("better", "worse")][:3],
+        ]:
             if not row.because or row.because not in given:
                 sentences.append(row.sentence)
             elif row.verdict != "cannot be tested" and not row.sentence.startswith(
@@ -436,6 +481,9 @@ def summary_sentence(rows: Sequence[TableRow]) -> str:
         (
             "better on",
             "worse on",
+            "equivalent on",
+            "not worse on",
+            "not better on",
             "no difference shown on",
             "no claim (an error was found) on",
             "no claim (one recipe, trained twice) on",
@@ -445,6 +493,8 @@ def summary_sentence(rows: Sequence[TableRow]) -> str:
     )
     for row in rows:
         words: str = row.verdict
+        if words == "no difference shown":
+            words = row.within or words
         if not row.claimed:
             twice = row.because == ONE_RECIPE
             words = f"no claim ({'one recipe, trained twice' if twice else 'an error was found'})"

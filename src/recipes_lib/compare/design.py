@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from recipes_lib.compare.aims import Aims, full_name, known_metrics
+from recipes_lib.compare.aims import Aims, Margin, full_name, known_metrics
 from recipes_lib.compare.published import load_published
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.check import check_upstream
@@ -120,6 +120,11 @@ class StudySection(LaunchKeys):
         "The metric of the question, for example win_rate, alpaca_eval/win_rate or lm_eval/gsm8k."
         " Its comparisons are tested before everything else. Absent: the first eval's first"
         " metric."
+    )
+    margins: dict[str, float | str] = key(
+        "Metric -> the difference that does not matter, in its unit or as '2 points'. Adds the"
+        " verdicts 'not worse' and 'equivalent' within it.",
+        factory=dict,
     )
     test_subtasks: bool = key(
         "Test the tasks of an lm-eval group (mmlu) too. They are shown in any case, and their"
@@ -710,7 +715,27 @@ class _Reader:
                         f"metrics: {_list(names)}",
                     )
                 )
-        return Aims(primary, own.test_subtasks)
+        return Aims(primary, own.test_subtasks, dict(self._margins(evals)))
+
+    def _margins(self, evals: Sequence[EvalRecipe]) -> Iterator[tuple[str, Margin]]:
+        """Yield every margin that can be one of its metric."""
+        imported = any(arm.imported for arm in self.sections.values())
+        for word, value in self.own.margins.items():
+            margin = Margin.read(value)
+            metrics = [name for one in evals if (name := full_name(one, word))]
+            if margin is None:
+                wrong = [f"must be a number above 0, or one like '2 points', got {shown(value)}"]
+            elif not metrics and not imported:
+                wrong = ["no eval of this study measures it"]
+            else:
+                wrong = [why for name in metrics if (why := margin.fits(name))]
+            if margin is None or wrong:
+                known = [name for one in evals for name in known_metrics(one)]
+                hints = [] if metrics else [f"metrics: {_list(known)}"]
+                what = f"margins: {word}: {wrong[0]}"
+                self.errors.append(self.document.error(("margins", word), what, *hints))
+            else:
+                yield word, margin
 
     def _twice(self, names: Sequence[str]) -> list[RecipeError]:
         """Every eval whose results would lie in the folder of one before it."""

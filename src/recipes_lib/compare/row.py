@@ -21,6 +21,8 @@ from recipes_lib.eval_log import Measure
 from recipes_lib.statistics.unresolved import Tested, compare
 
 TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested", "not tested"]
+# What a margin adds: the first arm is not worse, not better, or neither.
+Within = Literal["", "not worse", "not better", "equivalent"]
 ItemValues: TypeAlias = NDArray[np.float64]  # by seed and item, NaN where there is none
 Items = Sequence[tuple[str, int]]  # question and turn
 ALPHA = 0.05
@@ -55,6 +57,10 @@ class TableRow:
     mde: float | None = None
     needed: int | None = None
     primary: bool = False
+    margin: float | None = None
+    p_not_worse: float | None = None
+    p_not_better: float | None = None
+    within: Within = ""
     reason: str = ""
     aside: str = ""
     verdict: TestVerdict = "cannot be tested"
@@ -130,6 +136,18 @@ class TableRow:
         tested = self.tested
         low, high = (tested.low, tested.high) if tested else (None, None)
         return interval_text(self.shown(low), self.shown(high), self.unit, signed)
+
+    @property
+    def margin_text(self) -> str:
+        """Its margin as text."""
+        return difference_text(self.margin, self.unit).lstrip("+")
+
+    @property
+    def shown_verdict(self) -> str:
+        """The verdict, and what the margin adds to it."""
+        return f"{self.verdict}; {self.within} within {self.margin_text}" * bool(self.within) or (
+            self.verdict
+        )
 
     @property
     def words(self) -> str:

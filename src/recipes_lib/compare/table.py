@@ -154,13 +154,26 @@ def with_primary(rows: Sequence[TableRow], primary: str | None) -> list[TableRow
     return [replace(row, primary=first.get(row.arms) is row) for row in rows]
 
 
+def with_margins(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
+    """Return the rows with their margins; one that is none of its row's metric is a flag."""
+    found = []
+    for row in rows:
+        margin = aims.margin_of(row.metric)
+        if margin and not row.aside:
+            wrong = margin.fits(row.label, row.unit == "share")
+            flags = (*row.flags, f"no margin: {wrong}") if wrong else row.flags
+            row = replace(row, margin=None if wrong else margin.size, flags=flags)
+        found.append(row)
+    return found
+
+
 def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
     """Return the rows with adjusted p, the primary ones before all others, and power at the level
     that the smallest p of their family is held to.
     """
     values = [_p(row) for row in rows]
     tested = [
-        Hypotheses(p, primary=row.primary)
+        Hypotheses(p, _bounds(row), row.primary)
         for row, p in zip(rows, values, strict=True)
         if p is not None
     ]
@@ -173,12 +186,28 @@ def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
 
 def _adjusted(row: TableRow, result: Adjusted) -> TableRow:
     tested = row.tested
+    above, below = result.bounds or (None, None)
     return replace(
         row,
         p_holm=result.p,
+        p_not_worse=above if row.higher_is_better else below,
+        p_not_better=below if row.higher_is_better else above,
         mde=tested.mde(result.level) if tested else None,
         needed=tested.questions_needed(result.level) if tested else None,
     )
+
+
+def _bounds(row: TableRow) -> tuple[float, ...]:
+    """The p of lying above the lower end of the margin, and below the upper end, as intervals have
+    it: twice the one-sided ones.
+    """
+    if row.margin is None or row.tested is None:
+        return ()
+    effect, found = row.tested.effect or 0.0, []
+    for end, inside in ((-row.margin, effect > -row.margin), (row.margin, effect < row.margin)):
+        p = row.tested.touching(end) if inside else None
+        found.append(1.0 if p is None else p)
+    return tuple(found)
 
 
 def _p(row: TableRow) -> float | None:

@@ -42,7 +42,7 @@ def pair_lines(rows: Sequence[TableRow]) -> list[str]:
                 row.effect + (f" {row.limits}" if row.limits != NONE else ""),
                 p_text(row.p_holm).removeprefix("p ").removeprefix("= "),
                 f"{row.n:,}{open_items}" if row.tested else NONE,
-                row.verdict if row.claimed else f"{row.verdict} (no claim)",
+                row.shown_verdict if row.claimed else f"{row.shown_verdict} (no claim)",
                 ", ".join(row.flags),
             )
         )

@@ -46,6 +46,10 @@ class Number:
     p_holm: float | None = None
     mde: float | None = None
     primary: bool | None = None
+    margin: float | None = None
+    p_not_worse: float | None = None
+    p_not_better: float | None = None
+    within: str | None = None
     verdict: str | None = None
     claim_stopped: bool | None = None
     test: str | None = None
@@ -106,6 +110,10 @@ def _of_comparison(content: Content) -> Iterator[Number]:
             p_holm=row.p_holm,
             mde=row.mde,
             primary=row.primary,
+            margin=row.margin,
+            p_not_worse=row.p_not_worse,
+            p_not_better=row.p_not_better,
+            within=row.within or None,
             verdict=row.verdict,
             claim_stopped=bool(row.stopped),
             interval=tested.interval_method if tested else None,

@@ -8,6 +8,7 @@ Normal approximation of a paired, two-sided test of a mean difference; n counts 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,16 @@ class Spread:
     flips: float = 0.0
     against: float = 0.0
     resolved: float = 1.0
+
+    def half(self, alpha: float) -> float:
+        """Return half the width of a two-sided interval at level 1 - alpha, as the t intervals
+        behind it have it.
+        """
+        over_questions, over_seeds = (
+            _quantile(freedom, alpha) ** 2 for freedom in (self.freedom, self.seed_freedom)
+        )
+        whole = over_questions * self.questions + over_seeds * self.seeds
+        return math.sqrt(max(whole, over_questions * self.flips))
 
     def mde(self, alpha: float = 0.05, power: float = 0.8) -> float | None:
         """Return the smallest difference found with probability `power` at level `alpha`; None
@@ -132,3 +143,17 @@ def _quantile(freedom: float, alpha: float) -> float:
         if math.isinf(freedom)
         else special.stdtrit(freedom, 1 - alpha / 2)
     )
+
+
+def alpha_of(half: Callable[[float], float], distance: float) -> float:
+    """Return the alpha at which the half width of an interval equals `distance`."""
+    smallest = 1e-12
+    if distance <= 0:
+        return 1.0
+    if half(smallest) <= distance:
+        return smallest
+    low, high = math.log(smallest), 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if half(math.exp(middle)) > distance else (low, middle)
+    return math.exp(high)

@@ -13,7 +13,6 @@ of whole questions averaged over seeds, and the interval spans both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +20,7 @@ from scipy import special
 
 from recipes_lib.statistics.intervals import LEVEL, Interval, mean_interval
 from recipes_lib.statistics.paired import PairedResult, sign_flip_p
-from recipes_lib.statistics.power import Spread
+from recipes_lib.statistics.power import Spread, alpha_of
 
 METHOD = "seeds and questions, t"
 
@@ -94,7 +93,7 @@ def crossed_interval(table: ArrayLike, level: float = LEVEL) -> tuple[Interval, 
     low, high = estimate - wide, estimate + wide
     if over_questions.low is not None and over_questions.high is not None:
         low, high = min(low, over_questions.low), max(high, over_questions.high)
-    p = max(_touching(half, abs(estimate)), sign_flip_p(values.sum(axis=0)) or 0.0)
+    p = max(alpha_of(half, abs(estimate)), sign_flip_p(values.sum(axis=0)) or 0.0)
     return Interval(estimate, low, high, questions, METHOD, level), p
 
 
@@ -107,20 +106,6 @@ def _rounding(table: NDArray[np.float64]) -> float:
     gaps = np.diff(np.unique(table))
     gaps = gaps[gaps > 1e-9]
     return float(gaps.min() / table.shape[1]) ** 2 / 12 if len(gaps) else 0.0
-
-
-def _touching(half: Callable[[float], float], distance: float) -> float:
-    """The alpha at which the half width equals `distance`."""
-    smallest = 1e-12
-    if distance <= 0:
-        return 1.0
-    if half(smallest) <= distance:
-        return smallest
-    low, high = math.log(smallest), 0.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if half(math.exp(middle)) > distance else (low, middle)
-    return math.exp(high)
 
 
 def seeds_test(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from recipes_lib.statistics.paired import PairedResult, paired_test
-from recipes_lib.statistics.power import Spread
+from recipes_lib.statistics.power import Spread, alpha_of
 from recipes_lib.statistics.seeds import seeds_test
 
 
@@ -62,6 +62,24 @@ class Tested:
             else None
         )
         return None if factor is None else max(2, math.ceil(factor * self.questions))
+
+    def touching(self, bound: float) -> float | None:
+        """Return the alpha at which the two-sided interval touches `bound`: half of it is the
+        one-sided p of the effect lying on the estimate's side of it. None without an interval.
+
+        The interval's own reach at 95% is stretched to other levels as its t intervals are, so that
+        at 95% the answer is that of the interval.
+        """
+        if self.effect is None or self.low is None or self.high is None:
+            return None
+        reach = self.effect - self.low if bound < self.effect else self.high - self.effect
+        if reach <= 0:
+            return None
+        spread = self.spread or (  # seeds that agree to the last item are few seeds still
+            Spread(1.0) if self.seeds < 2 else Spread(0.0, seeds=1.0, seed_freedom=self.seeds - 1)
+        )
+        wanted = abs(self.effect - bound) / reach * spread.half(0.05)
+        return alpha_of(spread.half, wanted)
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields as a JSON-ready dictionary."""

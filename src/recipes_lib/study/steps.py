@@ -297,6 +297,7 @@ def report_inputs(study: Study) -> Inputs:
     """
     values: dict[str, object] = {"question": study.question, "include_base": study.include_base}
     values |= {"primary": study.aims.primary, "test_subtasks": study.aims.subtasks}
+    values |= {f"margins.{word}": one.size for word, one in study.aims.margins.items()}
     values |= {f"factors.{name}": list(keys) for name, keys in study.factors.items()}
     for arm in study.arms:
         values[f"arms.{arm.name}"] = {
