@@ -20,7 +20,7 @@ from typing import Any
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
-from recipes_lib.eval_log import EvalLog, Measure, Sample
+from recipes_lib.eval_log import EvalLog, Measure, Sample, TaskScore
 from recipes_lib.judging.outcomes import grade_sample, pair_sample
 from recipes_lib.judging.store import stored_rows, text_hash
 
@@ -486,13 +486,14 @@ def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measu
     def samples_of(task: str) -> Iterator[dict[str, Any]]:
         return read_lines(file.parent / "samples" / f"samples_{task}.jsonl")
 
-    yield from lm_eval_measures(name, file, result["tasks"], samples_of)
+    tasks = list(map(TaskScore.from_dict, result["tasks"]))
+    yield from lm_eval_measures(name, file, tasks, samples_of)
 
 
 def lm_eval_measures(
     name: str,
     file: Path,
-    tasks: Sequence[Mapping[str, Any]],
+    tasks: Sequence[TaskScore],
     samples_of: Callable[[str], Iterable[Mapping[str, Any]]],
 ) -> Iterator[Measure]:
     """Yield one measure per task, metric and filter.
@@ -506,37 +507,35 @@ def lm_eval_measures(
     """
     samples: dict[str, list[Mapping[str, Any]]] = {}
     for row in tasks:
-        task, metric, chosen = row["task"], row["metric"], row["filter"]
+        task, metric, value = row.task, row.metric, row.value
         if task not in samples:
             samples[task] = list(samples_of(task))
         chosen_samples = (
-            sample for sample in samples[task] if sample.get("filter", "none") == chosen
+            sample for sample in samples[task] if sample.get("filter", "none") == row.filter
         )
         items = [one for sample in chosen_samples if (one := _scored(sample, metric, task))]
-        _check_samples(file, task, row["n"] if items else None, items)
+        _check_samples(file, task, row.n if items else None, items)
         values = [item.value for item in items if item.value is not None]
-        if values and abs(sum(values) / len(values) - row["value"]) > 1e-6:
+        if values and (value is None or abs(sum(values) / len(values) - value) > 1e-6):
             items = []  # the metric is no mean of its samples (perplexities): nothing to pair
-        shown = metric if chosen == "none" else f"{metric}, {chosen}"
         # By its name, not by what one arm's items happen to be: an error of 0 or 1 per item is no
         # share.
         share = bool(_SHARE.search(metric)) and all(
-            0 <= value <= 1 for value in (*values, row["value"])
+            0 <= one <= 1 for one in (*values, value) if one is not None
         )
-        direction = row.get("higher_is_better")
         yield Measure(
             name,
             "lm_eval",
-            metric if chosen == "none" else f"{metric},{chosen}",
-            f"{task} {shown}",
+            metric if row.filter == "none" else f"{metric},{row.filter}",
+            f"{task} {row.shown}",
             tuple(items),
             file,
             task=task,
-            higher_is_better=direction if isinstance(direction, bool) else None,
+            higher_is_better=row.higher_is_better,
             unit="share" if share else "number",
-            reported=row["value"],
-            reported_n=row["n"],
-            parts=tuple(row.get("parts") or ()),
+            reported=value,
+            reported_n=row.n,
+            parts=tuple(row.parts),
         )
 
 

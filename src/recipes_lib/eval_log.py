@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
+from recipes_lib.core.json_files import Row
+
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
@@ -288,6 +290,15 @@ class TaskScore:
     higher_is_better: bool | None = None
     parts: list[str] = field(default_factory=list)
 
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> TaskScore:
+        """Return a row of the table in result.json."""
+        return cls(**_known(cls, row))
+
+    def to_dict(self) -> Row:
+        """Return the row for result.json; a task has no parts."""
+        return {key: value for key, value in asdict(self).items() if key != "parts" or value}
+
     @property
     def shown(self) -> str:
         """The metric, with its filter where there is one."""
@@ -370,11 +381,7 @@ class EvalLog:
         if self.judge is not None:
             mine["judge"] = asdict(self.judge)
         if self.tasks:
-            rows = [asdict(task) for task in self.tasks]
-            mine["tasks"] = [
-                {key: value for key, value in row.items() if key != "parts" or value}
-                for row in rows
-            ]
+            mine["tasks"] = [task.to_dict() for task in self.tasks]
         mine["measures"] = [measure.to_dict() for measure in self.measures]
         return {"format_version": _FORMAT_VERSION, **mine, **self.numbers}
 
@@ -389,7 +396,7 @@ class EvalLog:
             "answers": AnswerFacts.from_dict(row.get("answers")) or AnswerFacts(),
             "opponent": AnswerFacts.from_dict(row.get("opponent")),
             "judge": JudgeFacts(**_known(JudgeFacts, row["judge"])) if row.get("judge") else None,
-            "tasks": tuple(TaskScore(**_known(TaskScore, one)) for one in row.get("tasks") or ()),
+            "tasks": tuple(map(TaskScore.from_dict, row.get("tasks") or ())),
             "imported": tuple(
                 ImportedFile(**_known(ImportedFile, one)) for one in row.get("imported") or ()
             ),

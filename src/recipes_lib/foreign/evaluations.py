@@ -68,7 +68,7 @@ def _write_harness(folder: Path, target: str, parts: Sequence[Part]) -> Row:
         "subset": part.subset,
         "banners": [part.subset] if part.subset else [],
         "answers": {"name": target, "models": list(part.models), "fingerprint": None},
-        "tasks": part.tasks,
+        "tasks": [task.to_dict() for task in part.tasks],
         "protocol": part.protocol,
         "lm_eval_results": "lm_eval_results.json",
     }

@@ -14,7 +14,7 @@ from recipes_lib.config.lm_eval import PROTOCOL, metric_direction, parts_of
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import Row
-from recipes_lib.eval_log import REFERENCE, SCORE, Measure, Sample
+from recipes_lib.eval_log import REFERENCE, SCORE, Measure, Sample, TaskScore
 from recipes_lib.foreign.files import Foreign, is_number
 from recipes_lib.foreign.judgments import (
     Judgments,
@@ -60,7 +60,7 @@ class Part:
     judge_name: str | None = None
     missing: list[Row] = field(default_factory=list)
     report: Row | None = None
-    tasks: list[Row] = field(default_factory=list)
+    tasks: list[TaskScore] = field(default_factory=list)
     samples: dict[str, list[str]] = field(default_factory=dict)
     subset: str | None = None
     protocol: Row = field(default_factory=dict)
@@ -364,16 +364,16 @@ def harness_part(file: Foreign, samples: Sequence[Foreign]) -> Part:
     if not tasks:
         raise file.error("holds no result", "a task needs keys like 'acc,none'")
     for sample in samples:
-        _check_samples(sample, [row for row in tasks if row["task"] == sample.task])
+        _check_samples(sample, [row for row in tasks if row.task == sample.task])
     config: Row = found.get("config") or {}
     limit = config.get("limit")
     lacks = []
-    if any(row["n"] is None for row in tasks):
+    if any(row.n is None for row in tasks):
         lacks.append(
             "the number of items behind the results is not in the file, so they have no interval of"
             " ours"
         )
-    if bare := {row["task"] for row in tasks} - {sample.task for sample in samples}:
+    if bare := {row.task for row in tasks} - {sample.task for sample in samples}:
         lacks.append(
             f"{len(bare)} tasks and groups have no samples: their numbers can be shown, and tested"
             " against nothing"
@@ -394,7 +394,7 @@ def harness_part(file: Foreign, samples: Sequence[Foreign]) -> Part:
     )
 
 
-def _task_rows(file: Foreign, found: Row, task: str, metrics: Row) -> Iterator[Row]:
+def _task_rows(file: Foreign, found: Row, task: str, metrics: Row) -> Iterator[TaskScore]:
     """One row per metric and filter of a task or a group."""
     config = (found.get("configs") or {}).get(task) or {}
     for name, value in metrics.items():
@@ -405,40 +405,41 @@ def _task_rows(file: Foreign, found: Row, task: str, metrics: Row) -> Iterator[R
             raise file.error(f"{task}: {name} is {value!r}, which is no finite number")
         error = metrics.get(f"{metric}_stderr,{chosen}")
         error = error if is_number(error) else None
-        yield {
-            "task": task,
-            "metric": metric,
-            "filter": chosen,
-            "value": value,
-            "stderr": error,
-            "low": None if error is None else value - 1.96 * error,
-            "high": None if error is None else value + 1.96 * error,
-            "interval": None if error is None else "1.96 standard errors of lm_eval",
-            "n": ((found.get("n-samples") or {}).get(task) or {}).get("effective"),
-            "num_fewshot": (found.get("n-shot") or {}).get(task, config.get("num_fewshot")),
-            "version": (found.get("versions") or {}).get(task),
-            "higher_is_better": metric_direction(found, task, metric),
-            **({"parts": parts} if (parts := parts_of(found, task)) else {}),
-        }
+        yield TaskScore(
+            task=task,
+            metric=metric,
+            filter=chosen,
+            value=value,
+            stderr=error,
+            low=None if error is None else value - 1.96 * error,
+            high=None if error is None else value + 1.96 * error,
+            interval=None if error is None else "1.96 standard errors of lm_eval",
+            n=((found.get("n-samples") or {}).get(task) or {}).get("effective"),
+            num_fewshot=(found.get("n-shot") or {}).get(task, config.get("num_fewshot")),
+            version=(found.get("versions") or {}).get(task),
+            higher_is_better=metric_direction(found, task, metric),
+            parts=parts_of(found, task),
+        )
 
 
-def _check_samples(sample: Foreign, rows: Sequence[Row]) -> None:
+def _check_samples(sample: Foreign, rows: Sequence[TaskScore]) -> None:
     """Compare samples with the results they are said to be behind."""
     if not rows:
         what = f"samples of task '{sample.task}', which the results do not have"
         raise sample.error(what, "name the results file of the same evaluation")
     for row in rows:
         scores = [
-            float(line[row["metric"]])
+            float(line[row.metric])
             for _, line in sample.rows
-            if line.get("filter", "none") == row["filter"]
-            and isinstance(line.get(row["metric"]), int | float | bool)
+            if line.get("filter", "none") == row.filter
+            and isinstance(line.get(row.metric), int | float | bool)
         ]
         mean = sum(scores) / len(scores) if scores else 0.0
         what = ""
-        if row["n"] is not None and scores and len(scores) != row["n"]:
-            what = f"{len(scores)} samples, and the results say {row['n']}"
-        elif scores and set(scores) <= {0.0, 1.0} and abs(mean - row["value"]) > _CHANCE:
-            what = f"its mean {row['metric']} is {mean:.4f}, and the results say {row['value']:.4f}"
+        value = row.value or 0.0
+        if row.n is not None and scores and len(scores) != row.n:
+            what = f"{len(scores)} samples, and the results say {row.n}"
+        elif scores and set(scores) <= {0.0, 1.0} and abs(mean - value) > _CHANCE:
+            what = f"its mean {row.metric} is {mean:.4f}, and the results say {value:.4f}"
         if what:
             raise sample.error(what, "are they of the same evaluation?")

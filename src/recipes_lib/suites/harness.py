@@ -62,6 +62,7 @@ _SEEDS = {
 # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than
 # most machines have
 _CPU_BATCH = 8
+_COLUMNS = fields_of(TaskScore)
 _OURS = (
     "model",
     "model_args",
@@ -86,7 +87,10 @@ class Harness(Asker):
 
     HELP = "tasks of the harness."
     NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
-        "tasks": {"type": "array", "items": object_schema(fields_of(TaskScore))},
+        "tasks": {
+            "type": "array",
+            "items": object_schema(_COLUMNS, [name for name in _COLUMNS if name != "parts"]),
+        },
         "protocol": {},
         "lm_eval_command": {},
         "lm_eval_results": {},
@@ -398,7 +402,7 @@ def _keep(
             dtype=subject.target.recipe.model.dtype,
             quantized=subject.target.recipe.quantization is not None,
         ),
-        tasks=tuple(TaskScore(**task) for task in tasks),
+        tasks=tuple(tasks),
         protocol=(
             {name: getattr(recipe.suite, name) for name in PROTOCOL}
             | {"batch_size": _batch_size(recipe)}
@@ -419,7 +423,7 @@ def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tasks(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _tasks(found: Mapping[str, Any], samples: Mapping[str, Sequence[Any]]) -> list[TaskScore]:
     """One row per task (or group) and metric: value, interval, n, few-shot protocol."""
     rows = []
     for task, metrics in found["results"].items():
@@ -435,27 +439,32 @@ def _tasks(found: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> l
                 and isinstance(row.get(metric), int | float | bool)
             ]
             error = metrics.get(f"{metric}_stderr,{chosen}")
+            low, high, method = _interval(value, error, scores)
             rows.append(
-                {
-                    "task": task,
-                    "metric": metric,
-                    "filter": chosen,
-                    "value": value,
-                    "stderr": error if isinstance(error, int | float) else None,
-                    **_interval(value, error, scores),
-                    "n": sizes.get("effective", len(scores)),
-                    "num_fewshot": found.get("n-shot", {}).get(task),
-                    "version": found.get("versions", {}).get(task),
-                    "higher_is_better": metric_direction(found, task, metric),
-                    "parts": parts_of(found, task),
-                }
+                TaskScore(
+                    task=task,
+                    metric=metric,
+                    filter=chosen,
+                    value=value,
+                    stderr=error if isinstance(error, int | float) else None,
+                    low=low,
+                    high=high,
+                    interval=method,
+                    n=sizes.get("effective", len(scores)),
+                    num_fewshot=found.get("n-shot", {}).get(task),
+                    version=found.get("versions", {}).get(task),
+                    higher_is_better=metric_direction(found, task, metric),
+                    parts=parts_of(found, task),
+                )
             )
     return rows
 
 
-def _interval(value: float, error: Any, scores: Sequence[float]) -> dict[str, Any]:
-    """An interval: from the samples where the metric is their mean, else from lm-eval's standard
-    error.
+def _interval(
+    value: float, error: Any, scores: Sequence[float]
+) -> tuple[float | None, float | None, str | None]:
+    """An interval and its method: from the samples where the metric is their mean, else from
+    lm-eval's standard error.
     """
     if scores and abs(sum(scores) / len(scores) - value) < 1e-9:
         whole = all(score in (0, 1) for score in scores)
@@ -466,14 +475,10 @@ def _interval(value: float, error: Any, scores: Sequence[float]) -> dict[str, An
         )
         if min(scores) >= 0 and max(scores) <= 1:
             interval = interval.within(0, 1)
-        return {"low": interval.low, "high": interval.high, "interval": interval.method}
+        return interval.low, interval.high, interval.method
     if isinstance(error, int | float):
-        return {
-            "low": value - 1.96 * error,
-            "high": value + 1.96 * error,
-            "interval": "1.96 standard errors of lm_eval",
-        }
-    return {"low": None, "high": None, "interval": None}
+        return value - 1.96 * error, value + 1.96 * error, "1.96 standard errors of lm_eval"
+    return None, None, None
 
 
 def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
