@@ -1,5 +1,5 @@
-"""`recipes study plan|run|status|report|diff STUDY`: variants compared. Only `run` and `report`
-import what is heavy.
+"""`recipes study plan|run|status|report|gate|diff STUDY`: variants compared. Only `run`, `report`
+and `gate` import what is heavy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 
 from recipes_lib.compare.design import Study, load_study
+from recipes_lib.compare.wording import count
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import shown_path
@@ -36,6 +37,7 @@ _ACTIONS = {
     "run": "do every step that is not fresh; the same command continues after any interruption",
     "status": "every step with its state",
     "report": "statistics and report of what was measured, without training or evaluating anything",
+    "gate": "for CI: exit code 1 if an arm is worse than its baseline, 6 if results are missing",
     "diff": "what differs between the arms, and whether a factor declares it",
 }
 WATCH_S = 2.0
@@ -51,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, help in _ACTIONS.items():
         add = actions.add_parser(name, help=help, allow_abbrev=False).add_argument
         add("study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/")
-        if name in ("plan", "status"):
+        if name in ("plan", "status", "gate"):
             add("--json", action="store_true", help="print one JSON object")
         if name == "status":
             watch = "show it again every two seconds until everything is done, or nothing goes on"
@@ -76,7 +78,14 @@ def run(args: argparse.Namespace) -> int:
         print_error(warning)
     if args.action == "run" and args.dry_run:
         args.action, args.json = "plan", False
-    actions = {"plan": _plan, "run": _run, "status": _status, "report": _report, "diff": _diff}
+    actions = {
+        "plan": _plan,
+        "run": _run,
+        "status": _status,
+        "report": _report,
+        "gate": _gate,
+        "diff": _diff,
+    }
     return actions[args.action](study, args)
 
 
@@ -186,6 +195,35 @@ def _report(study: Study, args: argparse.Namespace) -> int:
     say(f"\nreport: {shown_path(conclusion.folder / 'report.html')}")
     next_step(f"recipes study {'diff' if conclusion.complete else 'run'} {typed(study)}")
     return ExitCode.DONE
+
+
+def _gate(study: Study, args: argparse.Namespace) -> int:
+    from recipes_lib.study.gate import gate
+
+    check_imported(study)
+    found = gate(study, build_graph(study))
+    if args.json:
+        print_json(found.to_dict())
+        return found.code
+    for line in found.missing:
+        say(f"missing: {line}")
+    for one in found.worse:
+        say(f"worse: {one.sentence}")
+    for one in found.not_shown:
+        say(f"not shown within its margin: {one.sentence}")
+    if found.missing:
+        last = f"not decided: {count(len(found.missing), 'result')} missing"
+    elif found.code:
+        last = (
+            f"failed: {len(found.worse)} worse than {found.baseline}, {len(found.not_shown)} not"
+            " shown within a margin"
+        )
+    else:
+        held = f", and all hold {', '.join(found.margins)}" if found.margins else ""
+        last = f"passed: no arm is shown to be worse than {found.baseline}{held}"
+    say(f"{last} ({count(found.comparisons, 'comparison')})")
+    next_step(f"recipes study {'run' if found.missing else 'report'} {typed(study)}")
+    return found.code
 
 
 def _diff(study: Study, args: argparse.Namespace) -> int:

@@ -126,6 +126,10 @@ class StudySection(LaunchKeys):
         " verdicts 'not worse' and 'equivalent' within it.",
         factory=dict,
     )
+    baseline: str | None = key(
+        "The arm that no other may be worse than (`recipes study gate`). Absent: base where it is"
+        " evaluated, else the first arm."
+    )
     test_subtasks: bool = key(
         "Test the tasks of an lm-eval group (mmlu) too. They are shown in any case, and their"
         " mean is tested.",
@@ -239,6 +243,7 @@ class Study:
     warnings: tuple[RecipeError, ...] = ()
     words: tuple[str, ...] = ()
     aims: Aims = Aims()
+    baseline: str = BASE_ARM
 
     def arm(self, name: str) -> Arm:
         """Return the arm of that name.
@@ -418,6 +423,11 @@ def _wrong_names(
     document: Document, study: StudySection, arms: Mapping[str, ArmSection]
 ) -> Iterator[RecipeError]:
     """The study's question, names and seeds."""
+    known = [*arms, *([BASE_ARM] if study.include_base else [])]
+    if study.baseline is not None and study.baseline not in known:
+        what = f"baseline: there is no arm '{study.baseline}'"
+        near = did_you_mean(study.baseline, known)
+        yield document.error(("baseline",), what, *near, f"arms: {_list(known)}")
     if not study.question.strip():
         yield document.error(
             ("question",),
@@ -558,6 +568,7 @@ class _Reader:
             hint = "what was trained elsewhere is as its recipe says"
             self.errors.append(RecipeError(what, hint, file=COMMAND_LINE))
         own_base = any(arm.name == BASE_ARM for arm in arms)
+        with_base, first = own.include_base and not own_base and trained, next(iter(self.sections))
         study = Study(
             path=document.path,
             name=document.path.stem,
@@ -565,11 +576,12 @@ class _Reader:
             factors={name: tuple(keys) for name, keys in own.factors.items()},
             arms=arms,
             seeds=tuple(dict.fromkeys(seed for arm in arms for seed in arm.seeds)),
-            include_base=own.include_base and not own_base and trained,
+            include_base=with_base,
             evals=evals,
             published=published,
             origins=document.origins,
             aims=self._aims(evals),
+            baseline=own.baseline or (BASE_ARM if with_base or own_base else first),
         )
         problems = _once(self.errors) or self._twice([one.name for one in evals])
         if not problems:

@@ -74,7 +74,8 @@ KINDS = (
     _kind(
         "study",
         "a study",
-        "question factors arms seeds evals include_base published accelerate gpus nodes overrides",
+        "question factors arms seeds evals primary margins baseline test_subtasks include_base"
+        " published accelerate gpus nodes overrides",
         "run it: recipes study run",
         "compare.design:StudyRules",
     ),
