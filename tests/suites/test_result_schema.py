@@ -15,7 +15,7 @@ from recipes_lib.eval_log import AnswerFacts, EvalLog, JudgeFacts, TaskScore
 from recipes_lib.generation.answers import answer_faults
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.outcomes import pair_samples, summarise
-from recipes_lib.statistics.intervals import wilson
+from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.judged import replay_numbers
 from recipes_lib.suites.mt_bench import summary
 from recipes_lib.suites.questions import Question
@@ -36,6 +36,12 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "mt_bench": {"judgment_keys": [], **summary([Question("1", ("a", "b"), "math")], GRADES)},
     "lm_eval": {"lm_eval_results": "lm_eval_results.json"},
     "checks": {"pass_rate": RATE, "by_category": {"sums": RATE}},
+    "heldout_loss": {
+        "loss": mean_interval([1.0, 2.0, 3.0]).to_dict(),
+        "perplexity": 7.4,
+        "bits_per_byte": None,  # of rows whose supervised tokens are all special
+        "rows": {"n": 3, "tokens": 30, "hash": "0"},
+    },
 }
 
 
@@ -101,6 +107,11 @@ def test_a_result_is_as_its_schema_says(suite: str) -> None:
         ("checks", "pass_rate.unresolved", ...),
         ("checks", "pass_rate.low", "0"),
         ("checks", "by_category.sums.unresolved", -1),
+        ("heldout_loss", "loss.n", ...),
+        ("heldout_loss", "perplexity", None),
+        ("heldout_loss", "bits_per_byte", "1"),
+        ("heldout_loss", "rows.hash", ...),
+        ("lm_eval", "tasks.0.parts", [1]),
         ("imported", "suite", "checks"),
         ("imported", "missing.0.turn", ...),
         ("imported", "replays.0", 1),

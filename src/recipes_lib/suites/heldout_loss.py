@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.schema import NUMBER
 from recipes_lib.config.sections import SplitSection
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.fingerprints import hash_of
@@ -50,7 +51,7 @@ class HeldoutLoss(Asker):
     NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
         "loss": {"$ref": "#/$defs/interval"},
         "perplexity": {"type": "number"},
-        "bits_per_byte": {"type": "number"},
+        "bits_per_byte": NUMBER,
         "rows": {"type": "object", "required": ["n", "tokens", "hash"]},
     }
 
@@ -138,7 +139,7 @@ class HeldoutLoss(Asker):
             measures.append(measure("bits_per_byte", f"bits per byte {where}", text, sizes))
         values = [one.value for one in measures[0].samples if one.value is not None]
         loss = sum(sums) / sum(tokens)
-        bits = {"bits_per_byte": sum(sums) / sum(sizes) / math.log(2)} if sum(sizes) else {}
+        bits = sum(sums) / sum(sizes) / math.log(2) if sum(sizes) else None
         return [
             EvalLog(
                 suite=recipe.suite.name,
@@ -157,7 +158,7 @@ class HeldoutLoss(Asker):
                 numbers={
                     "loss": {**mean_interval(values).to_dict(), "estimate": loss},
                     "perplexity": math.exp(min(loss, 700.0)),
-                    **bits,
+                    "bits_per_byte": bits,
                     "rows": {"n": len(values), "tokens": sum(tokens), "hash": same},
                 },
                 measures=tuple(measures),
