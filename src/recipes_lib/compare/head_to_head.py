@@ -9,11 +9,11 @@ import numpy as np
 
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.row import (
+    PairedItems,
     TableRow,
     files_of,
     measures_of,
     source_of,
-    tested_items,
     too_few,
     values_of,
 )
@@ -78,7 +78,9 @@ def head_to_head_rows(measurements: Measurements, first: str, second: str) -> It
             kept = _judged_once(measures, measurements, arms)
             values, items = values_of(kept, kept)
             values = values if arms[0] == first else 1 - values
-            tested = tested_items(values, np.full((1, len(items)), HALF), items, (0.0, 1.0), HALF)
+            half = np.full((1, len(items)), HALF)
+            paired = PairedItems(values, half, items, (0.0, 1.0), HALF, versus=True)
+            tested = paired.tested()
             rate = None if tested.effect is None else HALF + tested.effect
             seeds = f"{count(len(kept), 'seed')} of {len(measures)}"
             yield HeadToHeadRow(
@@ -93,6 +95,7 @@ def head_to_head_rows(measurements: Measurements, first: str, second: str) -> It
                 flags=(seeds,) if len(kept) < len(measures) else (),
                 files=files_of(kept),
                 measures=tuple(kept),
+                paired=paired,
             )
 
 

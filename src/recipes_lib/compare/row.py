@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -29,7 +30,46 @@ ALPHA = 0.05
 FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
 # By the last word of a metric, else by its unit.
 _SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0), "grade_1_10": (1.0, 10.0)}
-_NOT_WRITTEN = ("measures", "tested", "because")
+_NOT_WRITTEN = ("measures", "paired", "tested", "because")
+
+
+@dataclass(frozen=True)
+class PairedItems:
+    """What the test of a row is of: two arms on the same items, by seed and item.
+
+    Args:
+        second: one row stands beside every seed of the first.
+        scale: smallest and largest possible value.
+        largest: the largest possible difference.
+        versus: whether the values are outcomes against the second arm itself, which then stands
+            there as a half.
+    """
+
+    first: ItemValues
+    second: ItemValues
+    items: Items
+    scale: tuple[float, float]
+    largest: float
+    versus: bool = False
+
+    @cached_property
+    def questions(self) -> NDArray[np.str_]:
+        """The question of each item."""
+        return np.array([key[0] for key in self.items])
+
+    def tested(self) -> Tested:
+        """Return the test, with limits that can be: none of an interval of no width (items that all
+        agree say nothing about the next one), and no difference above the largest possible. Neither
+        moves zero into the interval or out of it.
+        """
+        tested = compare(self.first, self.second, self.questions, scale=self.scale)
+        if tested.interval_method == "zero variance":
+            return replace(tested, low=None, high=None)
+        low, high = (
+            None if limit is None else min(max(limit, -self.largest), self.largest)
+            for limit in (tested.low, tested.high)
+        )
+        return replace(tested, low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +113,7 @@ class TableRow:
     files: tuple[str, ...] = ()
     tested: Tested | None = None
     measures: tuple[Measure, ...] = field(default=(), repr=False)
+    paired: PairedItems | None = field(default=None, repr=False, compare=False)
 
     @property
     def arms(self) -> tuple[str, str]:
@@ -227,23 +268,6 @@ def values_of(
             if item.value is not None and item.key in place:
                 values[row, place[item.key]] = item.value
     return values, list(place)
-
-
-def tested_items(
-    a: ItemValues, b: ItemValues, items: Items, scale: tuple[float, float], largest: float
-) -> Tested:
-    """Return the test of two arms on the same items, with limits that can be: none of an interval
-    of no width (items that all agree say nothing about the next one), and no difference above the
-    largest possible. Neither moves zero into the interval or out of it.
-    """
-    tested = compare(a, b, [key[0] for key in items], scale=scale)
-    if tested.interval_method == "zero variance":
-        return replace(tested, low=None, high=None)
-    low, high = (
-        None if limit is None else min(max(limit, -largest), largest)
-        for limit in (tested.low, tested.high)
-    )
-    return replace(tested, low=low, high=high)
 
 
 def too_few(tested: Tested) -> str:

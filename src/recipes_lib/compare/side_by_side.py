@@ -10,13 +10,13 @@ import numpy as np
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.row import (
     ItemValues,
+    PairedItems,
     TableRow,
     files_of,
     filling_of,
     measures_of,
     reported,
     scale_of,
-    tested_items,
     too_few,
     values_of,
 )
@@ -64,11 +64,12 @@ def _row(
     asked = [{item.key for measure in arm for item in measure.samples} for arm in (mine, other)]
     questions = {key[0] for key in asked[0]} & {key[0] for key in asked[1]}
     (a, items), (b, _) = (values_of(arm, measures, questions) for arm in (mine, other))
-    tested, reason = None, "only totals are known, not the items behind them"
+    paired, tested, reason = None, None, "only totals are known, not the items behind them"
     if items:
         low, high = scale_of(one.metric, unit) or (0.0, math.inf)
         scale = filling_of(one.metric, unit, np.concatenate([a.ravel(), b.ravel()]))
-        tested = tested_items(a, b, items, scale, high - low)
+        paired = PairedItems(a, b, items, scale, high - low)
+        tested = paired.tested()
         reason = too_few(tested)
     elif all(asked):
         reason = "the two arms answered different questions"
@@ -98,6 +99,7 @@ def _row(
         flags=tuple(flags),
         files=files_of(measures),
         measures=measures,
+        paired=paired,
     )
 
 

@@ -1,7 +1,8 @@
 """Paired comparisons of two arms on the same items: exact McNemar, sign-flip permutation, clustered
 bootstrap of the difference.
 
-Positive effects favour the first arm. The tests are two-sided.
+Positive effects favour the first arm. The tests are two-sided. Those that end in `_ps` test many
+studies at once, a row each, and give NaN where no test can be made.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +30,7 @@ EXACT_SIGN_FLIPS = 14  # up to 2**14 sign patterns are enumerated
 NORMAL_SIGN_FLIPS = 2_000
 MAX_LATTICE = 20_000  # sum of the whole numbers up to which the distribution is computed exactly
 _CHUNK = 2_000_000
+Array: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -80,59 +83,94 @@ def sign_flip_p(
     """
     values = np.asarray(differences, dtype=float).reshape(-1)
     sums = cluster_sums(values, clusters)[0] if len(values) else values
-    sums = sums[np.abs(sums) > 1e-12]
-    count = len(sums)
-    if count == 0:
-        return None
+    return number_or_none(sign_flip_ps(sums[None], resamples=resamples, seed=seed)[0])
+
+
+def sign_flip_ps(sums: Array, *, resamples: int = 10_000, seed: int = 0) -> Array:
+    """Return the p of `sign_flip_p` for the sums of clusters of many studies, one study a row."""
+    ps = np.full(len(sums), np.nan)
+    there = np.abs(sums) > 1e-12
+    counts = there.sum(axis=1)
+    known: dict[bytes, Array] = {}
+    for count in np.unique(counts[counts > 0]):
+        mine = np.flatnonzero(counts == count)
+        rows = sums[mine][there[mine]].reshape(len(mine), count)
+        steps, exact = _lattices(rows)
+        for place in np.flatnonzero(exact):
+            ps[mine[place]] = _exact_sign_flip_p(steps[place], known)
+        if not exact.all():
+            left = rows[~exact]
+            ps[mine[~exact]] = _sampled_sign_flip_ps(left, resamples, seed)
+    return ps
+
+
+def _sampled_sign_flip_ps(sums: Array, resamples: int, seed: int) -> Array:
+    """The p of sums that lie on no lattice, none of them zero."""
+    count, totals = sums.shape[1], sums.sum(axis=1)
     # Single precision is enough to rank sums.
-    observed = abs(sums.sum()) - 1e-6 * np.abs(sums).sum()
-    steps = _lattice(sums)
-    if steps is not None:
-        return _exact_sign_flip_p(steps)
+    observed = np.abs(totals) - 1e-6 * np.abs(sums).sum(axis=1)
     if count <= EXACT_SIGN_FLIPS:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=count)))
-        return float((np.abs(signs @ sums) >= observed).mean())
+        return np.array(
+            [
+                (np.abs(signs @ row) >= least).mean()
+                for row, least in zip(sums, observed, strict=True)
+            ]
+        )
     if count > NORMAL_SIGN_FLIPS:
-        return float(2 * special.ndtr(-abs(sums.sum()) / math.sqrt((sums**2).sum())))
+        limit = 2 * special.ndtr(-np.abs(totals) / np.sqrt((sums**2).sum(axis=1)))
+        return np.asarray(limit)
     rng = np.random.default_rng(seed)
-    hits, total, step = 0, sums.sum(), max(1, _CHUNK // count)
+    hits, single = np.zeros(len(sums), dtype=int), sums.T.astype(np.float32)
+    step = max(1, _CHUNK // count)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         bits = np.frombuffer(rng.bytes(-(-rows * count // 8)), dtype=np.uint8)
         flips = np.unpackbits(bits, count=rows * count).reshape(rows, count).astype(np.float32)
-        hits += int((np.abs(2 * (flips @ sums.astype(np.float32)) - total) >= observed).sum())
+        for part in np.array_split(np.arange(len(sums)), -(-rows * len(sums) // _CHUNK)):
+            moved = np.abs(2 * (flips @ single[:, part]) - totals[part])
+            hits[part] += (moved >= observed[part]).sum(axis=0)
     return (hits + 1) / (resamples + 1)
 
 
-def _lattice(sums: NDArray[np.float64]) -> NDArray[np.int64] | None:
-    """Return the sums as whole multiples of a common step, or None where there is no step that
-    makes them small enough.
+def _lattices(sums: Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The sums as whole multiples of a common step, and for which rows there is a step that makes
+    them small enough.
     """
     for parts in (1, 2, 3, 4, 6, 12):
         scaled = sums * parts
         steps = np.rint(scaled).astype(np.int64)
         if np.abs(scaled - steps).max() < 1e-9:
-            steps //= np.gcd.reduce(np.abs(steps))
-            return steps if np.abs(steps).sum() <= MAX_LATTICE else None
-    return None
+            steps //= np.gcd.reduce(np.abs(steps), axis=1)[:, None]
+            return steps, np.abs(steps).sum(axis=1) <= MAX_LATTICE
+    return steps, np.zeros(len(sums), dtype=bool)
 
 
-def _exact_sign_flip_p(steps: NDArray[np.int64]) -> float:
+def _exact_sign_flip_p(steps: NDArray[np.int64], known: dict[bytes, Array]) -> float:
     """The exact p for whole numbers: the distribution of their sum under random signs, one size of
     number at a time.
+
+    Args:
+        known: distributions by the sizes they are of; studies that differ in signs alone share one.
     """
-    sizes, counts = np.unique(np.abs(steps), return_counts=True)
+    often = np.bincount(np.abs(steps))
+    sizes = np.flatnonzero(often)
+    counts = often[sizes]
     if len(sizes) == 1:
         return mcnemar_p(int((steps > 0).sum()), int((steps < 0).sum())) or 0.0
-    chances = np.ones(1)
-    for size, count in zip(sizes, counts, strict=True):
-        one = np.zeros(2 * int(size) * int(count) + 1)
-        one[:: 2 * int(size)] = _fair_coins(int(count))
-        # Positive terms only: the small chances at the ends keep their digits.
-        chances = np.convolve(chances, one)
+    key = often.tobytes()
+    if key not in known:
+        chances = np.ones(1)
+        for size, count in zip(sizes, counts, strict=True):
+            one = np.zeros(2 * int(size) * int(count) + 1)
+            one[:: 2 * int(size)] = _fair_coins(int(count))
+            # Positive terms only: the small chances at the ends keep their digits.
+            chances = np.convolve(chances, one)
+        known[key] = chances
     total = int((sizes * counts).sum())
     observed = abs(int(steps.sum()))
-    upper = float(chances[total + observed :].sum())  # index i stands for the sum i - total
+    # index i stands for the sum i - total
+    upper = float(known[key][total + observed :].sum())
     return min(1.0, 2 * upper) if observed else 1.0
 
 
@@ -193,18 +231,12 @@ def paired_test(
     if len(a) != len(b):
         raise ValueError(f"paired arms need the same items: {len(a)} and {len(b)} values")
     differences, n = a - b, len(a)
-    # The size that every difference other than zero must have, where there is one.
-    size = None
-    if np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all():
-        size = 1.0
-    elif np.isin(a, (0.0, 0.5, 1.0)).all() and (b == 0.5).all():
-        size = 0.5
-    questions = n if clusters is None else len(np.unique(np.asarray(clusters)))
+    size, questions = _size_of(a, b), n if clusters is None else len(np.unique(clusters))
     error = standard_error(differences, clusters)
     spread = Spread(error**2, questions - 1) if error else None
+    p = number_or_none(paired_ps(a[None], b[None], clusters, seed=seed)[0])
     if size is None or questions < n:
-        interval = mean_interval(differences, clusters, seed=seed)
-        p, test = sign_flip_p(differences, clusters, seed=seed), "sign flip"
+        interval, test = mean_interval(differences, clusters, seed=seed), "sign flip"
     else:
         won, lost = int((differences > 0).sum()), int((differences < 0).sum())
         interval = paired_binary_interval(won, lost, n)
@@ -213,8 +245,39 @@ def paired_test(
         )
         effect = float(differences.mean()) if n else None
         interval = replace(interval, estimate=effect, low=low, high=high)
-        p, test = mcnemar_p(won, lost), "mcnemar exact"
+        test = "mcnemar exact"
         spread = Spread(error**2, step=size / n) if error else None
     return PairedResult(
         interval.estimate, interval.low, interval.high, p, n, test, interval.method, spread
     )
+
+
+def paired_ps(
+    first: Array, second: Array, clusters: ArrayLike | None = None, *, seed: int = 0
+) -> Array:
+    """Return the p of `paired_test` for many studies of the same items, one study a row."""
+    differences, n = first - second, first.shape[1]
+    if not n:
+        return np.full(len(first), np.nan)
+    codes = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    if codes.max() + 1 < n:
+        sums = np.stack([np.bincount(codes.reshape(-1), weights=row) for row in differences])
+        return sign_flip_ps(sums, seed=seed)
+    if _size_of(first, second) is None:
+        return sign_flip_ps(differences[:, np.argsort(codes.reshape(-1))], seed=seed)
+    won, lost = (differences > 0).sum(axis=1), (differences < 0).sum(axis=1)
+    exact = 2 * special.bdtr(np.minimum(won, lost).astype(float), won + lost, 0.5)
+    return np.where(won + lost, np.minimum(1.0, exact), np.nan)
+
+
+def _size_of(first: Array, second: Array) -> float | None:
+    """The size that every difference other than zero must have, where there is one."""
+    if np.isin(first, (0.0, 1.0)).all() and np.isin(second, (0.0, 1.0)).all():
+        return 1.0
+    halves = np.isin(first, (0.0, 0.5, 1.0)).all() and (second == 0.5).all()
+    return 0.5 if halves else None
+
+
+def number_or_none(value: float) -> float | None:
+    """Return a number as a float, nothing for NaN."""
+    return None if math.isnan(value) else float(value)

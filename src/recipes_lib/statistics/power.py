@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 
@@ -42,7 +44,7 @@ class Spread:
     against: float = 0.0
     resolved: float = 1.0
 
-    def half(self, alpha: float) -> float:
+    def half(self, alpha: Any) -> Any:
         """Return half the width of a two-sided interval at level 1 - alpha, as the t intervals
         behind it have it.
         """
@@ -50,7 +52,7 @@ class Spread:
             _quantile(freedom, alpha) ** 2 for freedom in (self.freedom, self.seed_freedom)
         )
         whole = over_questions * self.questions + over_seeds * self.seeds
-        return math.sqrt(max(whole, over_questions * self.flips))
+        return np.sqrt(np.maximum(whole, over_questions * self.flips))
 
     def mde(self, alpha: float = 0.05, power: float = 0.8) -> float | None:
         """Return the smallest difference found with probability `power` at level `alpha`; None
@@ -82,7 +84,7 @@ class Spread:
         return (
             None
             if smallest is None or self.resolved <= 0
-            else (smallest + self.against) / self.resolved
+            else float((smallest + self.against) / self.resolved)
         )
 
     def _tested(self, factor: float, alpha: float, power: float) -> float | None:
@@ -92,7 +94,7 @@ class Spread:
             return None
         if self.seeds:
             return self._over_seeds(variance, self.flips / factor, alpha, power)
-        smallest = (_quantile(self.freedom, alpha) + float(special.ndtri(power))) * math.sqrt(
+        smallest = float(_quantile(self.freedom, alpha) + special.ndtri(power)) * math.sqrt(
             variance
         )
         if not self.step:
@@ -136,24 +138,22 @@ class Spread:
         return high
 
 
-def _quantile(freedom: float, alpha: float) -> float:
-    """The two-sided quantile of Student's t, or of the normal curve."""
-    return float(
-        special.ndtri(1 - alpha / 2)
-        if math.isinf(freedom)
-        else special.stdtrit(freedom, 1 - alpha / 2)
-    )
+def _quantile(freedom: float, alpha: Any) -> Any:
+    """The two-sided quantile of Student's t, or of the normal curve: one for each alpha."""
+    below = 1 - alpha / 2
+    return special.ndtri(below) if math.isinf(freedom) else special.stdtrit(freedom, below)
 
 
-def alpha_of(half: Callable[[float], float], distance: float) -> float:
-    """Return the alpha at which the half width of an interval equals `distance`."""
+def alpha_of(
+    half: Callable[[NDArray[np.float64]], Any], distance: ArrayLike
+) -> NDArray[np.float64]:
+    """Return the alpha at which the half width of an interval equals `distance`, for each one."""
+    away = np.asarray(distance, dtype=float)
     smallest = 1e-12
-    if distance <= 0:
-        return 1.0
-    if half(smallest) <= distance:
-        return smallest
-    low, high = math.log(smallest), 0.0
+    low, high = np.full(away.shape, math.log(smallest)), np.zeros(away.shape)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if half(math.exp(middle)) > distance else (low, middle)
-    return math.exp(high)
+        wide = half(np.exp(middle)) > away
+        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
+    least = half(np.full(away.shape, smallest)) <= away
+    return np.where(away <= 0, 1.0, np.where(least, smallest, np.exp(high)))

@@ -15,45 +15,52 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import special
 
 from recipes_lib.statistics.intervals import LEVEL, Interval, mean_interval
-from recipes_lib.statistics.paired import PairedResult, sign_flip_p
+from recipes_lib.statistics.paired import Array, PairedResult, number_or_none, sign_flip_ps
 from recipes_lib.statistics.power import Spread, alpha_of
 
 METHOD = "seeds and questions, t"
 
 
-def question_means(values: NDArray[np.float64], clusters: ArrayLike | None) -> NDArray[np.float64]:
+def question_means(values: Array, clusters: ArrayLike | None) -> Array:
     """Return one value per seed and question, scaled so that their plain mean is the mean over all
     items.
 
     Args:
-        values: one row per seed, one column per item.
+        values: one row per seed, one column per item; or a stack of such tables, one per study.
         clusters: the question of each item; None where each item is a question.
     """
     if clusters is None or not values.size:
         return values
     codes = np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
     count = int(codes.max()) + 1
-    sums = np.stack([np.bincount(codes, weights=row, minlength=count) for row in values])
+    if count == len(codes):
+        return values[..., np.argsort(codes)]
+    rows = values.reshape(-1, len(codes))
+    sums = np.stack([np.bincount(codes, weights=row, minlength=count) for row in rows])
     sizes = np.bincount(codes, minlength=count).astype(float)
     # A question with more items than others weighs more in the mean, and moves it less when it is
     # left out: linearised ratio mean.
-    mean = values.mean()
-    return mean + (sums - mean * sizes) * count / len(codes)
+    mean = values.mean(axis=(-2, -1), keepdims=True)
+    sums = sums.reshape(*values.shape[:-1], count)
+    return np.asarray(mean + (sums - mean * sizes) * count / len(codes))
 
 
-def _mean_squares(table: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Mean squares of seeds, questions and their interaction of a (seeds x questions) table."""
-    seeds, questions = table.shape
-    overall = table.mean()
-    by_seed, by_question = table.mean(axis=1), table.mean(axis=0)
-    rest = table - by_seed[:, None] - by_question[None, :] + overall
-    seed_square = questions * float(((by_seed - overall) ** 2).sum()) / (seeds - 1)
-    question_square = seeds * float(((by_question - overall) ** 2).sum()) / (questions - 1)
-    return seed_square, question_square, float((rest**2).sum()) / ((seeds - 1) * (questions - 1))
+def _mean_squares(tables: Array) -> tuple[Array, Array, Array]:
+    """Mean squares of seeds, questions and their interaction of (seeds x questions) tables."""
+    seeds, questions = tables.shape[-2:]
+    overall = tables.mean(axis=(-2, -1), keepdims=True)
+    by_seed, by_question = tables.mean(axis=-1, keepdims=True), tables.mean(axis=-2, keepdims=True)
+    rest = tables - by_seed - by_question + overall
+    both = (-2, -1)
+    return (
+        questions * ((by_seed - overall) ** 2).sum(axis=both) / (seeds - 1),
+        seeds * ((by_question - overall) ** 2).sum(axis=both) / (questions - 1),
+        (rest**2).sum(axis=both) / ((seeds - 1) * (questions - 1)),
+    )
 
 
 def crossed_interval(table: ArrayLike, level: float = LEVEL) -> tuple[Interval, float | None]:
@@ -77,35 +84,55 @@ def crossed_interval(table: ArrayLike, level: float = LEVEL) -> tuple[Interval, 
     estimate = float(values.mean()) if values.size else None
     if estimate is None or seeds < 2 or questions < 2:
         return Interval(estimate, None, None, questions, METHOD, level), None
-    by_seed, by_question, rest = (square / (seeds * questions) for square in _mean_squares(values))
-    if by_seed + by_question <= 1e-24:
+    p = number_or_none(crossed_ps(values[None])[0])
+    if p is None:
         return Interval(estimate, estimate, estimate, questions, "zero variance", level), None
-    excess = max(by_question - rest, 0.0)
-    by_seed += _rounding(values) / seeds
-
-    def half(alpha: float) -> float:
-        first, second = (
-            float(special.stdtrit(freedom, 1 - alpha / 2)) for freedom in (seeds - 1, questions - 1)
-        )
-        return math.sqrt(first**2 * by_seed + second**2 * excess)
-
-    wide, over_questions = half(1 - level), mean_interval(values.mean(axis=0))
+    by_seed, excess = (float(part[0]) for part in _variances(values[None]))
+    wide = float(_half(1 - level, values.shape, by_seed, excess))
+    over_questions = mean_interval(values.mean(axis=0))
     low, high = estimate - wide, estimate + wide
     if over_questions.low is not None and over_questions.high is not None:
         low, high = min(low, over_questions.low), max(high, over_questions.high)
-    p = max(alpha_of(half, abs(estimate)), sign_flip_p(values.sum(axis=0)) or 0.0)
     return Interval(estimate, low, high, questions, METHOD, level), p
 
 
-def _rounding(table: NDArray[np.float64]) -> float:
+def crossed_ps(tables: Array) -> Array:
+    """Return the p of `crossed_interval` for many (seeds x questions) tables, NaN without one."""
+    if min(tables.shape[1:]) < 2:
+        return np.full(len(tables), np.nan)
+    by_seed, excess = _variances(tables)
+    flips = sign_flip_ps(tables.sum(axis=1))
+    distance = np.abs(tables.mean(axis=(1, 2)))
+    crossed = alpha_of(lambda alpha: _half(alpha, tables.shape, by_seed, excess), distance)
+    p = np.maximum(crossed, np.nan_to_num(flips))
+    return np.where(np.isnan(by_seed), np.nan, p)
+
+
+def _variances(tables: Array) -> tuple[Array, Array]:
+    """The variance of each table's mean over its seeds, and what questions add to it; NaN where
+    nothing varies.
+    """
+    seeds, questions = tables.shape[1:]
+    by_seed, by_question, rest = (square / (seeds * questions) for square in _mean_squares(tables))
+    by_seed = np.where(by_seed + by_question <= 1e-24, np.nan, by_seed + _rounding(tables) / seeds)
+    return by_seed, np.maximum(by_question - rest, 0.0)
+
+
+def _rounding(tables: Array) -> Array:
     """The variance that a seed's mean has for being a multiple of the smallest step between values:
     the step squared over 12.
 
     Source: Sheppard (1897), Proceedings of the London Mathematical Society 29.
     """
-    gaps = np.diff(np.unique(table))
-    gaps = gaps[gaps > 1e-9]
-    return float(gaps.min() / table.shape[1]) ** 2 / 12 if len(gaps) else 0.0
+    gaps = np.diff(np.sort(tables.reshape(len(tables), -1), axis=1), axis=1)
+    steps = np.where(gaps > 1e-9, gaps, np.inf).min(axis=1, initial=np.inf)
+    return np.where(np.isfinite(steps), steps / tables.shape[2], 0.0) ** 2 / 12
+
+
+def _half(alpha: ArrayLike, shape: tuple[int, ...], by_seed: ArrayLike, excess: ArrayLike) -> Array:
+    """Half the width of Howe's interval."""
+    first, second = (special.stdtrit(size - 1, 1 - np.asarray(alpha) / 2) for size in shape[-2:])
+    return np.sqrt(first**2 * by_seed + second**2 * excess)
 
 
 def seeds_test(
@@ -135,7 +162,17 @@ def seeds_test(
     return PairedResult(interval.estimate, interval.low, interval.high, p, a.shape[1], *how)
 
 
-def _spread(table: NDArray[np.float64]) -> Spread | None:
+def seed_deviation(table: Array) -> float:
+    """Return by how much the means of trainings differ beyond what their questions explain: a
+    standard deviation, 0 below two seeds or questions.
+    """
+    if min(table.shape) < 2:
+        return 0.0
+    by_seed, _, rest = _mean_squares(table)
+    return math.sqrt(max(float(by_seed - rest), 0.0) / table.shape[1])
+
+
+def _spread(table: Array) -> Spread | None:
     """What the power of a comparison over seeds and questions rests on.
 
     None below two of either, and where all seeds have one and the same mean: that is chance, and no
@@ -143,9 +180,9 @@ def _spread(table: NDArray[np.float64]) -> Spread | None:
     """
     if min(table.shape) < 2:
         return None
-    by_seed, by_question, rest = (square / table.size for square in _mean_squares(table))
+    by_seed, by_question, rest = (float(square) / table.size for square in _mean_squares(table))
     if by_seed <= 1e-24:
         return None
-    by_seed += _rounding(table) / len(table)
+    by_seed += float(_rounding(table[None])[0]) / len(table)
     excess, (seeds, questions) = max(by_question - rest, 0.0), table.shape
     return Spread(excess, questions - 1, by_seed, seeds - 1, flips=by_question)

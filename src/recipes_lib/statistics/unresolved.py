@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from recipes_lib.statistics.paired import PairedResult, paired_test
+from recipes_lib.statistics.paired import (
+    Array,
+    PairedResult,
+    number_or_none,
+    paired_ps,
+    paired_test,
+)
 from recipes_lib.statistics.power import Spread, alpha_of
-from recipes_lib.statistics.seeds import seeds_test
+from recipes_lib.statistics.seeds import crossed_ps, question_means, seeds_test
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Tested:
             Spread(1.0) if self.seeds < 2 else Spread(0.0, seeds=1.0, seed_freedom=self.seeds - 1)
         )
         wanted = abs(self.effect - bound) / reach * spread.half(0.05)
-        return alpha_of(spread.half, wanted)
+        return float(alpha_of(spread.half, wanted))
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields as a JSON-ready dictionary."""
@@ -110,28 +116,23 @@ def compare(
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"paired arms need the same items: {a.shape[1]} and {b.shape[1]} values")
     labels = np.arange(a.shape[1]) if clusters is None else np.asarray(clusters)
-    known = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))
-    complete = _test(a[:, known], b[:, known], labels[known])
-    every, spread, (low, high) = [complete], complete.spread, scale
-    if not known.all():
-        for mine, theirs in ((low, high), (high, low)):
-            filled = np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b)
-            every.append(_test(*filled, labels))
+    known = _known(a, b)
+    every = [_test(*case) for case in _cases(a, b, labels, known, scale)]
+    complete, spread = every[0], every[0].spread
+    if len(every) > 1:
         resolved = 1 - float((np.isnan(a) | np.isnan(b)).mean())
         spread = _worst_spread(complete.effect, every[1:], resolved)
     worst, best = every[1:] or (complete, complete)
     limits = [(one.low, one.high) for one in every]
-    effects = [one.effect for one in every if one.effect is not None]
-    p = max((1.0 if one.p is None else one.p for one in every), default=None)
-    if all(one.p is None for one in every):
-        p = None
-    elif len(every) > 1 and min(effects) <= 0 <= max(effects):
-        p = 1.0
+    ps, effects = (
+        np.array([[math.nan if value is None else value] for value in values])
+        for values in ([one.p for one in every], [one.effect for one in every])
+    )
     return Tested(
         effect=complete.effect,
         low=min((low for low, _ in limits if low is not None), default=None),
         high=max((high for _, high in limits if high is not None), default=None),
-        p=p,
+        p=number_or_none(_largest(effects, ps)[0]),
         n=a.shape[1],
         questions=len(np.unique(labels)),
         seeds=max(a.shape[0], b.shape[0]),
@@ -142,6 +143,53 @@ def compare(
         interval_method=complete.interval_method,
         spread=spread,
     )
+
+
+def compare_ps(
+    first: Array, second: Array, clusters: Array | None = None, *, scale: tuple[float, float]
+) -> tuple[Array, Array]:
+    """Return effect and p of `compare` for many studies of the same items, without intervals.
+
+    Args:
+        first: by study, seed and item.
+        second: the same.
+    """
+    labels = np.arange(first.shape[-1]) if clusters is None else clusters
+    known = _known(first, second)
+    if (known != known[0]).any():  # each study has unresolved items of its own
+        each = [
+            compare_ps(a[None], b[None], labels, scale=scale)
+            for a, b in zip(first, second, strict=True)
+        ]
+        return np.concatenate([one[0] for one in each]), np.concatenate([one[1] for one in each])
+    cases = list(_cases(first, second, labels, known[0], scale))
+    effects = np.stack([_effects(a, b) for a, b, _ in cases])
+    return effects[0], _largest(effects, np.stack([_ps(*case) for case in cases]))
+
+
+def _known(a: Array, b: Array) -> NDArray[np.bool_]:
+    """Which items have a value in every seed of both arms."""
+    return np.asarray(~(np.isnan(a).any(axis=-2) | np.isnan(b).any(axis=-2)))
+
+
+def _cases(
+    a: Array, b: Array, labels: NDArray[Any], known: NDArray[np.bool_], scale: tuple[float, float]
+) -> Iterator[tuple[Array, Array, NDArray[Any]]]:
+    """What is tested: without the unresolved items, with all of them against the first arm, and
+    with all in its favour.
+    """
+    yield a[..., known], b[..., known], labels[known]
+    if not known.all():
+        for mine, theirs in (scale, scale[::-1]):
+            yield np.where(np.isnan(a), mine, a), np.where(np.isnan(b), theirs, b), labels
+
+
+def _largest(effects: Array, ps: Array) -> Array:
+    """The p that holds in every case, a row each; NaN where no case has one."""
+    largest = np.where(np.isnan(ps), 1.0, ps).max(axis=0)
+    with np.errstate(invalid="ignore"):
+        turns = (np.fmin.reduce(effects) <= 0) & (np.fmax.reduce(effects) >= 0) & (len(ps) > 1)
+    return np.where(np.isnan(ps).all(axis=0), np.nan, np.where(turns, 1.0, largest))
 
 
 def _worst_spread(
@@ -162,8 +210,22 @@ def _worst_spread(
     return max(found, key=lambda spread: spread.mde() or math.inf)
 
 
-def _test(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[Any]) -> PairedResult:
+def _test(a: Array, b: Array, labels: NDArray[Any]) -> PairedResult:
     """The test that fits: seeds crossed with questions, or one seed's items paired."""
     if max(a.shape[0], b.shape[0]) > 1:
         return seeds_test(a, b, labels)
     return paired_test(a[0], b[0], labels)
+
+
+def _ps(a: Array, b: Array, labels: NDArray[Any]) -> Array:
+    """The p of the test that fits, for many studies."""
+    if max(a.shape[1], b.shape[1]) > 1:
+        return crossed_ps(question_means(a - b, labels))
+    return paired_ps(a[:, 0], b[:, 0], labels)
+
+
+def _effects(a: Array, b: Array) -> Array:
+    """The mean difference of each study; NaN without items."""
+    if not a.shape[-1]:
+        return np.full(len(a), np.nan)
+    return np.asarray((a - b).mean(axis=(1, 2)))
