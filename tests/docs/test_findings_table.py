@@ -29,5 +29,7 @@ def test_every_kind_of_finding_is_made_by_a_check():
     folder = PROJECT / "src/recipes_lib/compare"
     checks = "".join(path.read_text(encoding="utf-8") for path in folder.glob("validity/*.py"))
     named = {kind for kind in FINDING_TEXTS if f'"{kind}"' in checks}
-    assert FINDING_TEXTS.keys() - named == {"judge-not-audited", "inside-noise-floor"}
+    others = {"judge-not-audited", "inside-noise-floor", "false-claims"}
+    assert FINDING_TEXTS.keys() - named == others
+    assert "found(FALSE_CLAIMS" in (folder / "claims.py").read_text(encoding="utf-8")
     assert "found(NOT_AUDITED" in re.sub(r"\s", "", checks) and "found(INSIDE_NOISE" in checks

@@ -7,10 +7,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
+from recipes_lib.compare.relabelling import Relabelling
+from recipes_lib.compare.row import TableRow
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.eval_log import EvalLog
+from recipes_lib.study import conclusion
 from recipes_lib.study.arms import base_record
 from recipes_lib.study.conclusion import conclude, measured_runs, of_study
 from recipes_lib.study.steps import build_graph
@@ -104,3 +109,29 @@ def test_statistics_that_are_done_are_not_done_again_for_a_report_that_is_missin
     conclude(study, graph)
     assert json.loads(done.read_text(encoding="utf-8"))["seconds"] == 99
     assert graph.freshness("report").fresh
+
+
+def test_copies_of_a_study_are_measured_once_and_again_when_its_data_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    own = Relabelling(1_000, 40, None, False, ("speed",))
+
+    def anew(rows: object, judge: object) -> Relabelling:
+        calls.append(rows)
+        return own
+
+    monkeypatch.setattr(conclusion, "relabelled", anew)
+    row = TableRow(
+        metric="m", label="m", first="a", second="b", unit="share", first_value=1, second_value=0
+    )
+    file = tmp_path / "relabelling.json"
+
+    def asked(version: str, *rows: TableRow) -> Relabelling | None:
+        return conclusion._relabelled_once(file, version, rows, lambda row: row)
+
+    assert asked("1", row) == asked("1", row) == own and len(calls) == 1
+    assert asked("2", row) == own and len(calls) == 2
+    assert asked("2", row, row) == own and len(calls) == 3
+    file.write_text("{torn", encoding="utf-8")
+    assert asked("2", row, row) == own and len(calls) == 4

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     # numpy, which `recipes compare --help` does without
     from recipes_lib.compare.claims import compare_arms
     from recipes_lib.compare.measurements import read_measurements
+    from recipes_lib.compare.relabelling import relabelled
     from recipes_lib.compare.table_lines import comparison_lines
     from recipes_lib.compare.validity import check_validity
 
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
             f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
         )
     aims = Aims(margins=dict(map(_margin, args.margin)))
-    comparison = compare_arms(measurements, check_validity(None, measurements), aims=aims)
+    comparison = compare_arms(
+        measurements, check_validity(None, measurements), aims=aims, relabel=relabelled
+    )
     for word in aims.margins:
         if not any(is_named(word, row.metric) for row in comparison.rows):
             known = ", ".join(dict.fromkeys(row.metric for row in comparison.rows))

@@ -21,22 +21,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.aims import Aims
 from recipes_lib.compare.findings import (
     CONFOUNDED,
+    FALSE_CLAIMS,
     INSIDE_NOISE,
     NOT_AUDITED,
     ONE_MODEL,
     Finding,
     errors_first,
+    found,
 )
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.published_rows import with_published
+from recipes_lib.compare.relabelling import Relabelling, VerdictOf
 from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, Within, json_object
 from recipes_lib.compare.table import (
     Score,
@@ -104,6 +107,7 @@ SENTENCES = {
     ),
 }
 ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
+Relabel = Callable[[Sequence[TableRow], VerdictOf], Relabelling | None]
 MOST_VALUES = 4  # of more keys that differ a sentence gives the names alone
 
 
@@ -120,10 +124,14 @@ class Comparison:
     findings: tuple[Finding, ...]
     tests: int
     alpha: float = ALPHA
+    relabelling: Relabelling | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as plain values, for JSON."""
+        own = self.relabelling
+        more = {"relabelling": {**dataclasses.asdict(own), "sentence": own.sentence}} if own else {}
         return {
+            **more,
             "question": self.question,
             "answer": list(self.answer),
             "alpha": self.alpha,
@@ -140,6 +148,7 @@ def compare_arms(
     study: Study | None = None,
     published: Published | None = None,
     aims: Aims | None = None,
+    relabel: Relabel | None = None,
 ) -> Comparison:
     """Return the table with its verdicts, and the sentences that follow from it.
 
@@ -148,6 +157,8 @@ def compare_arms(
         study: None for `recipes compare`, which knows no factor and therefore no cause.
         published: numbers to show beside ours; None for those that the study names.
         aims: what is asked of the table; None for what the study asks.
+        relabel: tells from the table what becomes of copies of it (`relabelling.relabelled`); where
+            they hold too many claims, none is made. None to leave that out.
     """
     if published is None and study is not None and study.published:
         published = load_published(study.published)
@@ -167,14 +178,19 @@ def compare_arms(
     tests = sum(row.p_holm is not None for row in tested)
     case = Case(study, measurements)
     causes = Causes(case, noise_floors(case), ALPHA / max(1, tests), tuple(base))
-    judged = [judge_row(with_flags(row, measurements), known, causes) for row in tested]
+    flagged = [with_flags(row, measurements) for row in tested]
+    judged = [judge_row(row, known, causes) for row in flagged]
+    own = relabel(judged, lambda row: judge_row(row, known, causes)) if relabel else None
+    if own and own.too_often:
+        known = tuple(errors_first([*known, found(FALSE_CLAIMS, [own.sentence])]))
+        judged = [judge_row(row, known, causes) for row in flagged]
     question = (
         question_text(study.question)
         if study
         else f"How do {sentence_list(list(measurements.arms))} compare?"
     )
     answer = answer_paragraph(judged, base) if judged else nothing_compared(measurements, known)
-    return Comparison(question, answer, tuple(judged), tuple(scores), known, tests)
+    return Comparison(question, answer, tuple(judged), tuple(scores), known, tests, relabelling=own)
 
 
 def _one_model(row: TableRow, findings: Sequence[Finding]) -> str:

@@ -16,6 +16,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 NOT_AUDITED = "judge-not-audited"
 INSIDE_NOISE = "inside-noise-floor"
 CONFOUNDED = "confound"  # codes that start so leave no cause, errors among them an association
+FALSE_CLAIMS = "false-claims"
 ONE_MODEL = "identical"  # codes that start so leave nothing to compare
 
 _ANEW = (
@@ -313,6 +314,12 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "recipes eval EVAL RUN",
     ),
     # Chance, and what was chosen
+    FALSE_CLAIMS: (
+        "error",
+        "Copies of this study in which no arm is better hold a claim more often than 5%",
+        "its tests do not hold on these data, so nothing is claimed: report it, with the study's"
+        " folder",
+    ),
     "best-of-many": (
         "warning",
         "The best of {n} arms is flattered by having been chosen",

@@ -167,9 +167,12 @@ def with_margins(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
     return found
 
 
-def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
+def corrected(rows: Sequence[TableRow], *, power: bool = True) -> list[TableRow]:
     """Return the rows with adjusted p, the primary ones before all others, and power at the level
     that the smallest p of their family is held to.
+
+    Args:
+        power: False to leave that out, which takes longer than all else.
     """
     values = [_p(row) for row in rows]
     tested = [
@@ -179,13 +182,13 @@ def corrected(rows: Sequence[TableRow]) -> list[TableRow]:
     ]
     results = iter(adjust(tested, ALPHA))
     return [
-        row if p is None else _adjusted(row, next(results))
+        row if p is None else _adjusted(row, next(results), power)
         for row, p in zip(rows, values, strict=True)
     ]
 
 
-def _adjusted(row: TableRow, result: Adjusted) -> TableRow:
-    tested = row.tested
+def _adjusted(row: TableRow, result: Adjusted, power: bool) -> TableRow:
+    tested = row.tested if power else None
     above, below = result.bounds or (None, None)
     return replace(
         row,

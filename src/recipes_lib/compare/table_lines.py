@@ -24,6 +24,8 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     lines = list(comparison.answer) if rows else score_lines(comparison.scores)
     for pair in dict.fromkeys(row.arms for row in rows):
         lines += ["", *pair_lines([row for row in rows if row.arms == pair])]
+    if comparison.relabelling:
+        lines += ["", comparison.relabelling.sentence]
     return [*lines, *finding_lines(comparison.findings)]
 
 

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.row import json_value
+from recipes_lib.statistics.intervals import wilson
 
 if TYPE_CHECKING:
+    from recipes_lib.compare.relabelling import Relabelling
     from recipes_lib.report.content import Content
 
 _FORMAT_VERSION = 1
@@ -60,6 +62,8 @@ class Number:
 def number_rows(content: Content) -> Iterator[Number]:
     """Yield every number."""
     yield from _of_comparison(content)
+    if content.comparison.relabelling:
+        yield from _of_relabelling(content.comparison.relabelling)
     for breakdown in content.breakdowns:
         yield from breakdown.cells
     yield from _of_runs(content)
@@ -118,6 +122,30 @@ def _of_comparison(content: Content) -> Iterator[Number]:
             claim_stopped=bool(row.stopped),
             interval=tested.interval_method if tested else None,
             file=" ".join(row.files),
+        )
+
+
+def _of_relabelling(own: Relabelling) -> Iterator[Number]:
+    """How often copies of the study ended in a claim, and in how many a planted difference was
+    found.
+    """
+    planted = own.planted
+    shares = [("copies without a difference that hold a claim", own.claims, own.copies)]
+    if planted:
+        what = "copies in which a planted difference was found"
+        shares.append((what, planted.found, planted.copies))
+    for what, hits, copies in shares:
+        interval = wilson(hits, copies)
+        yield Number(
+            kind="relabelled",
+            metric=what,
+            unit="share",
+            value=interval.estimate,
+            low=interval.low,
+            high=interval.high,
+            n=copies,
+            interval=interval.method,
+            file="",
         )
 
 

@@ -20,7 +20,7 @@ TAILS = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
 Z = float(special.ndtri(TAILS[1]))
 MAX_BOOTSTRAP_CLUSTERS = 10_000
 STUDENTISED_BELOW = 100
-_CHUNK = 2_000_000  # resampled indices held in memory at once
+_CHUNK = 250_000  # resampled indices held in memory at once
 _FEW_KINDS = 64
 
 
@@ -153,17 +153,23 @@ def _finite(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def _resample(
-    sums: NDArray[np.float64], sizes: NDArray[np.float64], resamples: int, rng: np.random.Generator
+    sums: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    resamples: int,
+    rng: np.random.Generator,
+    with_errors: bool = True,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the mean and its linearised standard error for each of `resamples` draws of clusters.
+    """Return the mean and, where it is wanted, its linearised standard error for each of
+    `resamples` draws of clusters.
 
     Where few distinct values occur (outcomes, grades), how often each is drawn is one multinomial
     draw: the same distribution for a fraction of the time.
     """
     count = len(sums)
     kinds, often = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
-    means, errors = np.empty(resamples), np.empty(resamples)
+    means, errors = np.empty(resamples), np.zeros(resamples)
     few = len(kinds) <= _FEW_KINDS and len(kinds) * 4 <= count
+    alone = bool((sizes == 1).all())  # then every draw has as many items
     step = max(1, _CHUNK // (len(kinds) if few else count))
     for start in range(0, resamples, step):
         stop = min(resamples, start + step)
@@ -171,15 +177,19 @@ def _resample(
             times = rng.multinomial(count, often / count, size=stop - start)
             total = times @ kinds[:, 1]
             mean = (times @ kinds[:, 0]) / total
-            squares = (times * (kinds[:, 0] - mean[:, None] * kinds[:, 1]) ** 2).sum(axis=1)
         else:
             index = rng.integers(0, count, (stop - start, count))
-            drawn, sized = sums[index], sizes[index]
-            total = sized.sum(axis=1)
+            drawn, sized = sums[index], None if alone else sizes[index]
+            total = np.full(stop - start, float(count)) if sized is None else sized.sum(axis=1)
             mean = drawn.sum(axis=1) / total
-            squares = ((drawn - mean[:, None] * sized) ** 2).sum(axis=1)
         means[start:stop] = mean
-        errors[start:stop] = np.sqrt(squares * count / max(1, count - 1)) / total
+        if with_errors:
+            if few:
+                squares = (times * (kinds[:, 0] - mean[:, None] * kinds[:, 1]) ** 2).sum(axis=1)
+            else:
+                part = mean[:, None] if sized is None else mean[:, None] * sized
+                squares = ((drawn - part) ** 2).sum(axis=1)
+            errors[start:stop] = np.sqrt(squares * count / max(1, count - 1)) / total
     return means, errors
 
 
@@ -209,7 +219,7 @@ def bca(
     sums, sizes = _fold(*cluster_sums(array, clusters), rng)
     if estimate is None or len(sums) < 2:
         return Interval(estimate, None, None, n, "bca")
-    means = np.sort(_resample(sums, sizes, resamples, rng)[0])
+    means = np.sort(_resample(sums, sizes, resamples, rng, with_errors=False)[0])
     tolerance = 1e-12 * max(1.0, abs(estimate))
     if means[-1] - means[0] <= tolerance:
         return Interval(estimate, estimate, estimate, n, "zero variance")

@@ -8,16 +8,23 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import BASE_ARM, Study
 from recipes_lib.compare.measurements import read_measurements
+from recipes_lib.compare.relabelling import Relabelling, relabelled, table_hash
 from recipes_lib.compare.validity import check_validity
+from recipes_lib.compare.wording import count
 from recipes_lib.core.atomic_files import publish, write_json
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root
+from recipes_lib.core.terminal import say
 from recipes_lib.eval_recipe import UNJUDGED
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import write_report
@@ -27,6 +34,8 @@ from recipes_lib.study.graph import Freshness, Graph, Step, digest_of
 if TYPE_CHECKING:
     from recipes_lib.compare.claims import Comparison
     from recipes_lib.compare.measurements import Measurements, RunMeasurements
+    from recipes_lib.compare.relabelling import VerdictOf
+    from recipes_lib.compare.row import TableRow
 
 
 @dataclass(frozen=True)
@@ -106,8 +115,12 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     statistics, report = graph.steps["statistics"], graph.steps["report"]
     complete = all(known[name].fresh for name in statistics.upstream)
     measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
-    comparison = compare_arms(measurements, check_validity(study, measurements), study)
-    record = graph.folder / "statistics" / "comparison.json"
+    folder = graph.folder / "statistics"
+    relabel = partial(_relabelled_once, folder / "relabelling.json", statistics.version)
+    comparison = compare_arms(
+        measurements, check_validity(study, measurements), study, relabel=relabel
+    )
+    record = folder / "comparison.json"
     if not known[statistics.name].fresh:
         write_json(record, comparison.to_dict())
         done(statistics, comparison.to_dict(), [record], started)
@@ -121,6 +134,24 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     done(report, [file.name for file in files], files, started)
     return Conclusion(comparison, folder, complete)
+
+
+def _relabelled_once(
+    file: Path, version: int | str, rows: Sequence[TableRow], verdict_of: VerdictOf
+) -> Relabelling | None:
+    """Return what becomes of copies of a table: as the file has it where it is of this table and
+    this code, else anew, and into the file.
+    """
+    key = f"{version} {table_hash(rows)}"
+    with suppress(DataError):
+        if file.is_file() and (known := read_object(file)).get("key") == key:
+            value = known.get("relabelling")
+            return Relabelling.from_dict(value) if value else None
+    tested = count(sum(row.p_holm is not None for row in rows), "comparison")
+    say(f"measuring how often this report would be wrong: copies of {tested}, relabelled ...")
+    own = relabelled(rows, verdict_of)
+    write_json(file, {"key": key, "relabelling": dataclasses.asdict(own) if own else None})
+    return own
 
 
 def not_up_to_date(names: Sequence[str], known: Mapping[str, Freshness]) -> list[str]:

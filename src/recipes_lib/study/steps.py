@@ -114,7 +114,7 @@ def _steps(study: Study) -> Iterator[Step]:
         yield from of_eval
         measured += of_eval
     upstream = (*trained, *(step.name for step in measured if step.kind != "answers"))
-    readers = ("compare", "eval_files.py", "eval_log.py", "foreign", "study")
+    readers = ("compare", "eval_files.py", "eval_log.py", "foreign", "statistics", "study")
     version = source_version(*readers, "statistics")
     yield Step("statistics", "statistics", report_inputs(study), upstream, version)
     version = source_version(*readers, "report")
